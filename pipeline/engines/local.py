@@ -1,0 +1,168 @@
+"""Answers packs of documents in this process, on one device."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pipeline.bench.flops import dense_flops, prefill_flops
+from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
+from pipeline.errors import MarsError
+from pipeline.model.decode import Generated, StopRules, decode
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.sampling import Sampler, Sampling
+from pipeline.packing import make_packs
+from pipeline.pruning.base import PruningMethod
+from pipeline.records import Answer, EncodedDocument, Row, RowFailure, Spans
+
+
+class LocalEngine:
+    """One loaded model with one method: documents in, answers out, failures as rows."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        method: PruningMethod,
+        *,
+        rules: StopRules,
+        sampling: Sampling,
+        pack_tokens: int | None = None,
+    ) -> None:
+        self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
+        shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
+        method.plan(shape, (1,))  # settings that do not fit the model's depth fail here, not in a pack
+        self.planned_bytes = pack_bytes(
+            method, shape, itemsize=self.itemsize, new_tokens=rules.max_new_tokens
+        )
+        self.max_bytes = free_bytes(model.device)
+        self.pack_tokens = pack_tokens or default_pack_tokens(
+            shape, itemsize=self.itemsize, device=model.device
+        )
+
+    def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
+        return make_packs(
+            documents,
+            pack_tokens=self.pack_tokens,
+            max_bytes=self.max_bytes,
+            planned_bytes=self.planned_bytes,
+        )
+
+    def warm_up(self) -> None:
+        """Load kernels and libraries with a throw-away document, so that no row's TTFT pays for it."""
+        length = min(64, self.model.adapter.shape.context - 2)
+        ids = np.arange(length, dtype=np.int64) % self.model.adapter.shape.vocab
+        spans = Spans(document=(0, length), question=(length, length))
+        document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
+        self._answer([document], replace(self.rules, max_new_tokens=2))
+
+    def answer(self, pack: Sequence[EncodedDocument]) -> list[Answer]:
+        """Answers in the pack's order. A pack that fails is halved until the culprit stands alone."""
+        if len(pack) == 1 and self.model.device.type == "cpu":
+            needed = self.planned_bytes([pack[0].prompt_tokens])
+            if needed > self.max_bytes:  # the system would kill the process: there is no error to catch
+                return [self._failed(pack[0], "out_of_memory", self._memory_message(pack[0]))]
+        try:
+            return self._answer(pack, self.rules)
+        except MarsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever one row does, the others get their answers
+            kind, message = self._describe(error, pack[0])
+        # outside the handler: its traceback would keep the failed pack's tensors alive
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(pack) == 1:
+            return [self._failed(pack[0], kind, message)]
+        half = len(pack) // 2
+        return [*self.answer(pack[:half]), *self.answer(pack[half:])]
+
+    def _answer(self, documents: Sequence[EncodedDocument], rules: StopRules) -> list[Answer]:
+        adapter, attention = self.model.adapter, self.model.attention
+        started = self._now()
+        pack = Pack.of(documents, self.model.device)
+        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens)
+        prefill_ms = (self._now() - started) * 1e3
+        sampler = Sampler(self.sampling, [document.source.row for document in documents])
+        first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
+        first_at = self._now()
+        rows = self._statistics(documents, prefilled)
+        generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules)
+        for row, document, tokens in zip(rows, documents, generated, strict=True):
+            row.queue_ms = (started - document.ready_at) * 1e3
+            row.prefill_ms = prefill_ms
+            row.ttft_ms = (first_at - started) * 1e3
+            row.decode_ms = (tokens.finished_at - first_at) * 1e3
+            row.pack_documents, row.pack_tokens = len(documents), pack.segments.total
+            self._finish(row, tokens)
+        return rows
+
+    def _statistics(self, documents: Sequence[EncodedDocument], prefilled: Prefilled) -> list[Answer]:
+        shape, work = self.model.adapter.shape, prefilled.work
+        stored = prefilled.cache.prompt_tokens()
+        ffn = work.ffn()
+        rows = []
+        for b, document in enumerate(documents):
+            length = document.prompt_tokens
+            kept_tokens, ffn_tokens, pairs, kv_tokens = (
+                [layer[b] for layer in layers] for layers in (work.kept, ffn, work.scored_pairs, stored)
+            )
+            row = self._row(document)
+            row.kept_tokens, row.ffn_tokens = kept_tokens, ffn_tokens
+            row.kept_ratio = sum(kept_tokens) / (shape.layers * length)
+            row.ffn_ratio = sum(ffn_tokens) / (shape.layers * length)
+            done = prefill_flops(shape, kept_tokens, ffn_tokens, pairs)
+            row.flops_ratio = done / dense_flops(shape, length)
+            row.kv_bytes = sum(kv_tokens) * shape.kv_bytes_per_token(self.itemsize)
+            rows.append(row)
+        return rows
+
+    def _row(self, document: EncodedDocument) -> Answer:
+        return Answer(
+            id=document.source.id,
+            row=document.source.row,
+            document_tokens=document.document_tokens,
+            prompt_tokens=document.prompt_tokens,
+            truncated_tokens=document.truncated_tokens,
+            tokenize_ms=document.tokenize_ms,
+            method=self.method.name,
+            passthrough=document.source.passthrough,
+        )
+
+    def _finish(self, row: Answer, generated: Generated) -> None:
+        text = self.model.tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        found = [text.index(stop) for stop in self.rules.texts if stop in text]
+        row.answer = text[: min(found)] if found else text
+        row.new_tokens = len(generated.tokens)
+        row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
+
+    def _failed(self, document: EncodedDocument, kind: str, message: str) -> Answer:
+        failure = RowFailure(source=document.source, kind=kind, message=message)
+        row = Answer.from_failure(failure, self.method.name)
+        row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
+        row.truncated_tokens, row.tokenize_ms = document.truncated_tokens, document.tokenize_ms
+        return row
+
+    def _describe(self, error: Exception, document: EncodedDocument) -> tuple[str, str]:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return "out_of_memory", self._memory_message(document)
+        return "internal", f"{document.source.place}: {type(error).__name__}: {error}"
+
+    def _memory_message(self, document: EncodedDocument) -> str:
+        needed = self.planned_bytes([document.prompt_tokens])
+        return (
+            f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
+            f"{self.model.device} and {self.max_bytes / 1e9:.1f} GB are usable; "
+            "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
+        )
+
+    def _now(self) -> float:
+        """Seconds, after all work on the device has ended."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()

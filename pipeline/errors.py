@@ -1,0 +1,42 @@
+"""Errors a user can act on, each kind with the exit code the command ends with."""
+
+
+class MarsError(Exception):
+    """Base of every error with a message meant for the user: cause, place and remedy in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(MarsError):
+    """A flag or setting that cannot work."""
+
+    exit_code = 2
+
+
+class InputError(MarsError):
+    """Input that cannot be read at all (a single bad row is a `RowError`, not this)."""
+
+    exit_code = 2
+
+
+class ModelError(MarsError):
+    """A model that is unknown, unsupported, unsafe or unreadable."""
+
+    exit_code = 2
+
+
+class StorageError(MarsError):
+    """The output cannot be written: the disk is full, or its folder is gone."""
+
+    exit_code = 8
+
+
+class RowError(Exception):
+    """One row cannot be answered; it becomes an error row and the run goes on.
+
+    `kind` is the stable word written to the output's `error_type`.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

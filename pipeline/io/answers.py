@@ -1,0 +1,98 @@
+"""Answers as Arrow tables: the output's columns, their types, and the copied ones behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+import pyarrow as pa
+
+from pipeline.records import Answer
+
+_INT_LISTS = pa.list_(pa.int32())
+
+_TYPES = {
+    "id": pa.large_string(),
+    "row": pa.int64(),
+    "status": pa.string(),
+    "answer": pa.large_string(),
+    "finish_reason": pa.string(),
+    "error_type": pa.string(),
+    "error_message": pa.large_string(),
+    "document_tokens": pa.int64(),
+    "prompt_tokens": pa.int64(),
+    "truncated_tokens": pa.int64(),
+    "new_tokens": pa.int32(),
+    "queue_ms": pa.float64(),
+    "tokenize_ms": pa.float64(),
+    "prefill_ms": pa.float64(),
+    "ttft_ms": pa.float64(),
+    "decode_ms": pa.float64(),
+    "pack_documents": pa.int32(),
+    "pack_tokens": pa.int64(),
+    "method": pa.string(),
+    "kept_tokens": _INT_LISTS,
+    "ffn_tokens": _INT_LISTS,
+    "kept_ratio": pa.float64(),
+    "ffn_ratio": pa.float64(),
+    "flops_ratio": pa.float64(),
+    "kv_bytes": pa.int64(),
+}
+
+# A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
+ANSWER_FIELDS = tuple(
+    pa.field(field.name, _TYPES[field.name], nullable=field.name != "id")
+    for field in fields(Answer)
+    if field.name != "passthrough"
+)
+ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
+
+
+def output_schema(passthrough: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
+    """The columns of an output file: the answer's own, then those copied from the input."""
+    return pa.schema([*ANSWER_FIELDS, *passthrough], metadata=dict(metadata))
+
+
+def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
+    """One row an answer; answers without copied columns have nulls there."""
+    own = [_column(answers, field) for field in ANSWER_FIELDS]
+    copied = pa.schema(list(schema)[len(ANSWER_FIELDS) :])
+    return pa.Table.from_arrays([*own, *_copied(answers, copied)], schema=schema)
+
+
+def answer_bytes(answer: Answer) -> int:
+    """About what an answer holds in memory; dictionaries, which rows share, count for nothing."""
+    texts = len(answer.answer or "") + len(answer.error_message or "")
+    if answer.passthrough is None:
+        return texts
+    copied = (column for column in answer.passthrough.columns if not pa.types.is_dictionary(column.type))
+    return texts + sum(column.nbytes for column in copied)
+
+
+def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
+    values = [getattr(answer, field.name) for answer in answers]
+    try:
+        return pa.array(values, field.type)
+    except UnicodeEncodeError:
+        return pa.array([_without_lone_surrogates(value) for value in values], field.type)
+
+
+def _without_lone_surrogates(value: str | None) -> str | None:
+    return None if value is None else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _copied(answers: Sequence[Answer], schema: pa.Schema) -> list[pa.ChunkedArray]:
+    if not schema.names:
+        return []
+    empty = pa.RecordBatch.from_arrays([pa.nulls(1, kind) for kind in schema.types], schema=schema)
+    rows = [empty if answer.passthrough is None else answer.passthrough for answer in answers]
+    table = pa.Table.from_batches(rows, schema=schema)
+    return [_combined(column) for column in table.columns]
+
+
+def _combined(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """In one chunk where it fits: dictionaries with small indices may not, which is no reason to fail."""
+    try:
+        return pa.chunked_array([column.combine_chunks()], column.type)
+    except (pa.ArrowException, ValueError):
+        return column

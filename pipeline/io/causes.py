@@ -1,0 +1,55 @@
+"""What reading a damaged file can raise, and how it is told to the user in one line."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+
+# Arrow's own errors derive from built-in ones unevenly (some only from RuntimeError), hence the long list.
+READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, pa.ArrowException)
+
+LONGEST_CAUSE = 200
+
+# Arrow repeats the path and tells the system's reason last.
+_SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFault:
+    """Stands at the end of what could be read."""
+
+    cause: str
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error's message, without the path that the caller names anyway."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    system = _SYSTEM_CAUSE.search(line)
+    return (system[1] if system else line)[:LONGEST_CAUSE].rstrip(".")
+
+
+def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:
+    """`items`, ended by a `ReadFault` if producing the next one fails; errors of the consumer pass by."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except READ_ERRORS as error:
+            yield ReadFault(cause(error))
+            return
+        yield item
+
+
+def some(names: list[str], limit: int = 20) -> str:
+    """Names for a message, cut where nobody reads on."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

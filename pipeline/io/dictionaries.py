@@ -1,0 +1,42 @@
+"""Types with their dictionaries changed, at any depth: each format limits dictionaries in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+
+def plain(kind: pa.DataType) -> pa.DataType:
+    """Values in place of dictionaries, for files that cannot change a dictionary midway."""
+    return _changed(kind, lambda dictionary: dictionary.value_type)
+
+
+def wide(kind: pa.DataType) -> pa.DataType:
+    """Indices of at least 32 bits, for what joins dictionaries: together they may exceed small indices."""
+    return _changed(kind, _widened)
+
+
+def _widened(dictionary: pa.DictionaryType) -> pa.DataType:
+    if dictionary.index_type.bit_width >= 32:
+        return dictionary
+    return pa.dictionary(pa.int32(), dictionary.value_type, ordered=dictionary.ordered)
+
+
+def _changed(kind: pa.DataType, change: Callable[[pa.DictionaryType], pa.DataType]) -> pa.DataType:
+    def inside(field: pa.Field) -> pa.Field:
+        return field.with_type(_changed(field.type, change))
+
+    if isinstance(kind, pa.DictionaryType):
+        return change(kind)
+    if pa.types.is_struct(kind):
+        return pa.struct([inside(kind.field(i)) for i in range(kind.num_fields)])
+    if pa.types.is_map(kind):
+        return pa.map_(inside(kind.key_field), inside(kind.item_field), keys_sorted=kind.keys_sorted)
+    if pa.types.is_list(kind):
+        return pa.list_(inside(kind.value_field))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(inside(kind.value_field))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inside(kind.value_field), kind.list_size)
+    return kind

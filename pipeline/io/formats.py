@@ -1,0 +1,108 @@
+"""The formats an output can have, each as a sink that writes tables to an open file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError
+from pipeline.io import dictionaries
+from pipeline.io.jsonvalues import json_value
+
+
+class Sink(Protocol):
+    """Writes tables of one schema; `finish` ends the file but leaves it open."""
+
+    def write(self, table: pa.Table) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class ParquetSink:
+    """Parquet, each table one row group."""
+
+    def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        # Readers join the dictionaries of all row groups, and fail if small indices cannot count the values.
+        self._schema = _with_types(schema, dictionaries.wide)
+        self._writer = pq.ParquetWriter(handle, self._schema, compression="zstd", write_page_checksum=True)
+
+    def write(self, table: pa.Table) -> None:
+        self._writer.write_table(table.cast(self._schema), row_group_size=max(table.num_rows, 1))
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class ArrowStreamSink:
+    """An Arrow IPC stream, each table one batch."""
+
+    def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        self._writer = pa.ipc.new_stream(handle, schema)
+
+    def write(self, table: pa.Table) -> None:
+        self._writer.write_table(table)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class ArrowFileSink:
+    """An Arrow IPC file; dictionary columns become plain, as a file cannot change a dictionary midway."""
+
+    def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        self._schema = _with_types(schema, dictionaries.plain)
+        self._writer = pa.ipc.new_file(handle, self._schema)
+
+    def write(self, table: pa.Table) -> None:
+        self._writer.write_table(table.cast(self._schema).combine_chunks())
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class JsonlSink:
+    """JSON lines, one object a row; the schema's metadata has no place in them and is left out."""
+
+    def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        self._handle = handle
+
+    def write(self, table: pa.Table) -> None:
+        for batch in table.to_batches():
+            for row in zip(*batch.columns, strict=True):
+                values = {
+                    name: json_value(value) for name, value in zip(table.column_names, row, strict=True)
+                }
+                line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+                self._handle.write(line.encode() + b"\n")
+
+    def finish(self) -> None:
+        """Nothing ends JSON lines."""
+
+
+SINKS: dict[str, type[ParquetSink | ArrowStreamSink | ArrowFileSink | JsonlSink]] = {
+    ".parquet": ParquetSink,
+    ".arrow": ArrowFileSink,
+    ".feather": ArrowFileSink,
+    ".ipc": ArrowFileSink,
+    ".arrows": ArrowStreamSink,
+    ".jsonl": JsonlSink,
+}
+
+
+def sink_type(path: Path) -> type[ParquetSink | ArrowStreamSink | ArrowFileSink | JsonlSink]:
+    """The sink that an output's extension asks for."""
+    try:
+        return SINKS[path.suffix.lower()]
+    except KeyError:
+        raise ConfigError(
+            f"{path} has an extension that is not known; outputs are {', '.join(SINKS)}"
+        ) from None
+
+
+def _with_types(schema: pa.Schema, change: Callable[[pa.DataType], pa.DataType]) -> pa.Schema:
+    return pa.schema([field.with_type(change(field.type)) for field in schema], metadata=schema.metadata)

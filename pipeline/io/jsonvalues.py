@@ -1,0 +1,64 @@
+"""Arrow values as JSON values, for outputs that are JSON lines."""
+
+from __future__ import annotations
+
+import base64
+import math
+import uuid
+
+import pyarrow as pa
+
+
+def json_value(scalar: pa.Scalar) -> object:
+    """Bytes become base64, times ISO 8601, decimals text, durations counts of a unit, NaN and inf null."""
+    if not scalar.is_valid:
+        return None
+    kind = scalar.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _extension(scalar)
+    if pa.types.is_nested(kind) or pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _nested(scalar)
+    if pa.types.is_temporal(kind):
+        return _temporal(scalar)
+    if kind in _STRINGS:
+        return str(scalar.as_buffer(), "utf-8", "replace")
+    return _plain(scalar.as_py())
+
+
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _extension(scalar: pa.Scalar) -> object:
+    value = scalar.as_py()
+    return str(value) if isinstance(value, uuid.UUID) else json_value(scalar.value)
+
+
+def _nested(scalar: pa.Scalar) -> object:
+    kind = scalar.type
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name: json_value(scalar[i]) for i in range(kind.num_fields)}
+    if pa.types.is_map(kind):
+        entries = scalar.values
+        return [[json_value(entry[0]), json_value(entry[1])] for entry in entries]
+    if hasattr(scalar, "values"):
+        return [json_value(item) for item in scalar.values]
+    return json_value(scalar.value)
+
+
+def _temporal(scalar: pa.Scalar) -> object:
+    kind = scalar.type
+    if pa.types.is_duration(kind):
+        return scalar.value
+    if pa.types.is_interval(kind):
+        return list(scalar.as_py())
+    # Cast, not as_py: Python's datetime has no nanoseconds.
+    text = scalar.cast(pa.string()).as_py()
+    return text.replace(" ", "T", 1) if pa.types.is_timestamp(kind) else text
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,152 @@
+"""From the values found in one row to a `Document`, or to the `RowFailure` that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import RowError
+from pipeline.io.columns import Columns
+from pipeline.records import Document, Row, RowFailure
+
+Record = Document | RowFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Stands in a row where a value could not be had; `kind` is the failure's."""
+
+    kind: str
+    what: str
+
+
+BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
+
+REWRITE = "write the file again from its source"
+
+_MISSING = object()
+_JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
+
+
+def json_type(value: object) -> str:
+    """What a value is in JSON's words."""
+    return _JSON_TYPES.get(type(value), "null" if value is None else "a string")
+
+
+def rest_lost(why: str) -> str:
+    """The one message for the rest of a file of which it is not known how many rows it has."""
+    return f"and all after it cannot be read: {why}; {REWRITE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a row stands: its number over the whole input, its place in messages, its id if not given."""
+
+    row: int
+    place: str
+    default_id: str
+
+    def failure(self, kind: str, message: str) -> RowFailure:
+        """A failure of a row of which nothing is known but where it stands."""
+        source = Row(row=self.row, id=self.default_id, place=self.place)
+        return RowFailure(source=source, kind=kind, message=f"{self.place} {message}")
+
+
+def build(
+    columns: Columns, spot: Spot, cells: Mapping[str, object], passthrough: pa.RecordBatch | RowError | None
+) -> Record:
+    """The record of one row from its cells, which hold Python values or `Fault`s."""
+    failed_copy = passthrough if isinstance(passthrough, RowError) else None
+    row_id, failed_id = _id(columns, spot, cells)
+    source = Row(
+        row=spot.row,
+        id=row_id,
+        place=spot.place,
+        passthrough=None if isinstance(passthrough, RowError) else passthrough,
+    )
+    try:
+        text = _text(columns.text, cells)
+        question = _question(columns, cells)
+        for failed in (failed_id, failed_copy):
+            if failed is not None:
+                raise failed
+    except RowError as error:
+        return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}")
+    return Document(source=source, text=text, question=question)
+
+
+def _text(name: str, cells: Mapping[str, object]) -> str:
+    value = cells.get(name, _MISSING)
+    if value is _MISSING:
+        raise RowError("missing_text", f"there is no {name!r}; --text-column names the text")
+    if value is None:
+        raise RowError("missing_text", f"{name!r} is null")
+    text = _string(name, value, "bad_text_type")
+    if not text.strip():
+        raise RowError("empty_document", f"{name!r} is empty")
+    return text
+
+
+def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
+    name = columns.question
+    if name is None:
+        return columns.fixed_question
+    value = cells.get(name, _MISSING)
+    if value is _MISSING:
+        raise RowError("missing_question", f"there is no {name!r}; --question-column names the question")
+    if value is None:
+        raise RowError("missing_question", f"{name!r} is null")
+    question = _string(name, value, "bad_question_type")
+    if not question.strip():
+        raise RowError("missing_question", f"{name!r} is empty")
+    return question
+
+
+def _string(name: str, value: object, wrong_type: str) -> str:
+    if isinstance(value, Fault):
+        raise RowError(value.kind, f"{name!r} {value.what}")
+    if not isinstance(value, str):
+        raise RowError(wrong_type, f"{name!r} is {json_type(value)}, not a string")
+    _refuse_surrogates(name, value)
+    return value
+
+
+def _id(columns: Columns, spot: Spot, cells: Mapping[str, object]) -> tuple[str, RowError | None]:
+    """The row's id, or the default one with what is wrong with its own."""
+    if columns.id is None:
+        return spot.default_id, None
+    try:
+        return _own_id(columns.id, cells.get(columns.id)), None
+    except RowError as error:
+        return spot.default_id, error
+
+
+def _own_id(name: str, value: object) -> str:
+    if isinstance(value, Fault):
+        raise RowError(value.kind, f"{name!r} {value.what}")
+    text = value if isinstance(value, str) else "" if value is None else _as_text(value)
+    if not text.strip():
+        raise RowError("missing_id", f"there is no id in {name!r}; --id-column names the id")
+    _refuse_surrogates(name, text)
+    return text
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, bool | float | list | dict):
+        return json.dumps(value, default=str)
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+def _refuse_surrogates(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "bad_utf8",
+            f"{name!r} has half of a surrogate pair at character {error.start}, which no UTF-8 can hold",
+        ) from None

@@ -1,0 +1,80 @@
+"""All inputs as one sequence of records."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from pipeline.io.arrow import open_arrow
+from pipeline.io.columns import Columns
+from pipeline.io.inputs import InputFile, find_files
+from pipeline.io.jsonl import JsonlReader
+from pipeline.io.parquet import ParquetReader
+from pipeline.io.passthrough import PassPlan, Table
+from pipeline.io.rows import Record
+from pipeline.io.text import TextReader
+
+
+class Reader(Protocol):
+    """One opened file of any format."""
+
+    file: InputFile
+    num_rows: int | None
+    fraction: float
+
+    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
+        """Records numbered from `base`; returns how many rows the file has, blank lines included."""
+        ...
+
+
+OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
+
+
+class Source:
+    """The input, checked and opened; iterating yields `Document`s and `RowFailure`s in input order.
+
+    `total_rows` is exact, or None if a file tells its rows only when read (JSON lines, Arrow streams).
+    """
+
+    def __init__(self, readers: Sequence[Reader], plan: PassPlan, notes: list[str]) -> None:
+        self._readers = readers
+        self._plan = plan
+        self._current = 0
+        counts = [reader.num_rows for reader in readers]
+        known = [count for count in counts if count is not None]
+        exact = len(known) == len(counts)
+        self._weights = known if exact else [reader.file.size for reader in readers]
+        self._weight_before = [0, *accumulate(self._weights)]
+        self.total_rows: int | None = sum(known) if exact else None
+        self.notes = notes
+        self.schema: pa.Schema = plan.schema
+        self.files: tuple[Path, ...] = tuple(reader.file.path for reader in readers)
+
+    @property
+    def fraction_read(self) -> float:
+        """How much of the input was read: of its rows, or of its bytes where rows are not known."""
+        current, total = self._current, self._weight_before[-1]
+        if current == len(self._readers) or not total:
+            return float(current == len(self._readers))
+        within = self._weights[current] * self._readers[current].fraction
+        return (self._weight_before[current] + within) / total
+
+    def __iter__(self) -> Iterator[Record]:
+        base = 0
+        for number, reader in enumerate(self._readers):
+            self._current, reader.fraction = number, 0.0
+            base += yield from reader.read(self._plan, base)
+        self._current = len(self._readers)
+
+
+def open_source(inputs: Sequence[str | Path], columns: Columns) -> Source:
+    """Find and check all input files; an `InputError` tells what makes the input as a whole unusable."""
+    files, notes = find_files(inputs)
+    readers: list[Reader] = [OPENERS[file.format](file, columns) for file in files]
+    tables = [Table(reader.file.label, reader.schema) for reader in readers if hasattr(reader, "schema")]
+    plan = PassPlan(columns, tables, has_jsonl=any(file.format == "jsonl" for file in files))
+    return Source(readers, plan, notes + plan.notes)

@@ -1,0 +1,44 @@
+"""Reading text documents, one a file."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from pipeline.errors import InputError
+from pipeline.io.causes import READ_ERRORS, cause
+from pipeline.io.columns import Columns
+from pipeline.io.inputs import InputFile
+from pipeline.io.passthrough import PassPlan
+from pipeline.io.rows import BAD_UTF8, Record, Spot, build
+
+
+class TextReader:
+    """One text file, which has a text and no columns."""
+
+    num_rows: int | None = 1
+
+    def __init__(self, file: InputFile, columns: Columns) -> None:
+        self.file = file
+        self.fraction = 0.0
+        self._columns = columns
+        if columns.question is not None:
+            raise InputError(
+                f"{file.label} is a text document without columns; give one question for all documents"
+            )
+        if columns.id is not None:
+            raise InputError(f"{file.label} is a text document without columns; leave out --id-column")
+
+    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
+        """The one record; returns 1."""
+        label = self.file.label
+        spot = Spot(base, label, label)
+        try:
+            text: object = self.file.path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = BAD_UTF8
+        except READ_ERRORS as error:
+            yield spot.failure("unreadable", f"cannot be read: {cause(error)}")
+            return 1
+        self.fraction = 1.0
+        yield build(self._columns, spot, {self._columns.text: text}, None)
+        return 1

@@ -1,0 +1,170 @@
+"""Writing answers: nothing stands under the output's name until all of it does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.io.answers import answer_bytes, answers_table, output_schema
+from pipeline.io.causes import cause
+from pipeline.io.formats import Sink, sink_type
+from pipeline.records import Answer
+
+__all__ = ["AnswerWriter", "check_output", "output_schema"]
+
+GROUP_ROWS = 1_000
+GROUP_BYTES = 64 << 20
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there and run again",
+    errno.EDQUOT: "free space within your quota and run again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run again",
+    errno.ENOENT: "its folder is gone; make it again and run again",
+    errno.EACCES: "make its folder writable and run again",
+    errno.EROFS: "choose a folder that is writable",
+}
+_OTHER_REMEDY = "check the disk and run again"
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Path], overwrite: bool) -> None:
+    """Refuse, before any work, an output that could not be written or would destroy something."""
+    path = Path(path)
+    sink_type(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {folder}; make it first")
+    for file in inputs:
+        if _same_file(path, file):
+            raise ConfigError(f"{path} is also an input ({file}); name another output")
+    _refuse_existing(path, overwrite)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
+
+
+def _same_file(path: Path, other: str | Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if not overwrite and path.exists():
+        raise ConfigError(f"{path} exists; --overwrite replaces it")
+
+
+class AnswerWriter:
+    """A context manager: a clean exit publishes the file whole, an exception leaves no trace of it."""
+
+    def __init__(self, path: str | Path, schema: pa.Schema, overwrite: bool = False) -> None:
+        self._path = Path(path)
+        self._schema = schema
+        self._overwrite = overwrite
+        self._make_sink = sink_type(self._path)
+        # An output that is a symbolic link stays one: what it points to is replaced.
+        self._target = Path(os.path.realpath(self._path))
+        self._temporary = self._target.with_name(f".{self._target.name}.partial-{os.getpid()}")
+        self._handle: BinaryIO | None = None
+        self._sink: Sink | None = None
+        self._waiting: list[Answer] = []
+        self._waiting_bytes = 0
+
+    def __enter__(self) -> Self:
+        _refuse_existing(self._path, self._overwrite)
+        try:
+            with self._failures_told():
+                self._handle = self._temporary.open("wb")
+                self._sink = self._make_sink(self._handle, self._schema)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, answers: Sequence[Answer]) -> None:
+        """Add answers; they reach the file in groups of a fitting size, and surely on exit."""
+        for answer in answers:
+            self._waiting.append(answer)
+            self._waiting_bytes += answer_bytes(answer)
+            if len(self._waiting) >= GROUP_ROWS or self._waiting_bytes >= GROUP_BYTES:
+                self._flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        assert self._sink is not None, "write outside of the with block"
+        with self._failures_told():
+            self._sink.write(answers_table(self._waiting, self._schema))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _publish(self) -> None:
+        self._flush()
+        assert self._sink is not None
+        assert self._handle is not None
+        with self._failures_told():
+            self._sink.finish()
+            self._sink = None
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+            self._handle.close()
+            _refuse_existing(self._path, self._overwrite)
+            os.replace(self._temporary, self._target)
+            _sync_folder(self._target.parent)
+
+    def _discard(self) -> None:
+        """Close and remove what there is; after a failed write closing fails again, which is no news."""
+        no_news = (OSError, ValueError, pa.ArrowException)
+        if self._sink is not None:
+            with suppress(*no_news):
+                self._sink.finish()
+            self._sink = None
+        if self._handle is not None:
+            with suppress(*no_news):
+                self._handle.close()
+            self._handle = None
+            with suppress(OSError):
+                self._temporary.unlink()
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except MarsError:
+            raise
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
+            raise StorageError(f"{self._path} cannot be written: {cause(error)}; {remedy}") from error
+        except pa.ArrowException as error:
+            raise ConfigError(
+                f"{self._path} cannot be written as {self._path.suffix}: {cause(error)}; "
+                "leave that column out with --keep-columns, or choose .arrows"
+            ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

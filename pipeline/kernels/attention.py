@@ -1,0 +1,227 @@
+"""Causal attention over packs of documents, through whichever library is fastest on the device.
+
+Every backend computes the same two things: `prefill`, where each document's tokens attend within the
+document, and `decode`, where one new token a document attends to its slots of the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.errors import ConfigError
+from pipeline.kernels import reference
+from pipeline.kernels.segments import Segments
+
+TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
+
+
+class AttentionUnavailable(Exception):
+    """Why a backend cannot be used here."""
+
+
+class AttentionBackend(ABC):
+    """One way to compute attention; chosen once, then used for every pack."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        """Causal attention within each document, (T, H, d)."""
+
+    def decode(
+        self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, starts: Sequence[int], used: Sequence[int]
+    ) -> Tensor:
+        """Document b's one query over slots starts[b] .. starts[b] + used[b], (B, H, d)."""
+        outputs = [
+            _sdpa(q_BHd[b : b + 1], k_SKd[start : start + count], v_SKd[start : start + count], causal=False)
+            for b, (start, count) in enumerate(zip(starts, used, strict=True))
+        ]
+        return torch.cat(outputs)
+
+
+class SdpaAttention(AttentionBackend):
+    """torch's scaled_dot_product_attention, a document at a time, with torch's own choice of kernel."""
+
+    name = "sdpa"
+
+    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        outputs = []
+        for start, end in segments.ranges():
+            q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
+            with self._kernel(end - start):
+                outputs.append(_sdpa(q, k, v, causal=True))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _kernel(self, length: int) -> AbstractContextManager[Any]:
+        """The choice of kernel for a document of `length` tokens."""
+        return nullcontext()
+
+
+class CudnnAttention(SdpaAttention):
+    """The same, with cuDNN's kernel forced: faster than the default on Hopper."""
+
+    name = "cudnn"
+
+    def _kernel(self, length: int) -> AbstractContextManager[Any]:
+        # cuDNN takes no single key
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if length > 1 else nullcontext()
+
+
+class VarlenAttention(AttentionBackend):
+    """torch's variable-length attention: one launch for the pack."""
+
+    name = "varlen"
+
+    def __init__(self) -> None:
+        try:
+            self._attend = import_module("torch.nn.attention.varlen").varlen_attn
+        except (ImportError, AttributeError) as error:
+            raise AttentionUnavailable("this torch has no torch.nn.attention.varlen") from error
+        # grouped heads came after torch 2.11; before, key/value heads are repeated by us
+        self._grouped = "enable_gqa" in inspect.signature(self._attend).parameters
+
+    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        options: dict[str, Any] = {"window_size": (-1, 0)}  # without it, attention is not causal
+        if self._grouped:
+            options["enable_gqa"] = True
+        else:
+            groups = q_THd.shape[1] // k_TKd.shape[1]
+            k_TKd, v_TKd = (x.repeat_interleave(groups, dim=1) for x in (k_TKd, v_TKd))
+        bounds, longest = segments.cu_seqlens, segments.longest
+        return self._attend(q_THd, k_TKd, v_TKd, bounds, bounds, longest, longest, **options)
+
+
+class FlashAttention(AttentionBackend):
+    """FlashAttention-2 from the package flash-attn."""
+
+    name = "flash"
+    module = "flash_attn"
+
+    def __init__(self) -> None:
+        try:
+            # FlashAttention-2 and -4 share a package name: only the function tells them apart
+            self._attend: Callable[..., Any] = import_module(self.module).flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError) as error:
+            raise AttentionUnavailable(f"{self.module}.flash_attn_varlen_func: {error}") from error
+
+    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.cu_seqlens, segments.longest
+        return self._call(
+            q_THd,
+            k_TKd,
+            v_TKd,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=True,
+        )
+
+    def _call(self, *tensors: Tensor, **options: Any) -> Tensor:
+        result = self._attend(*tensors, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class Flash3Attention(FlashAttention):
+    """FlashAttention-3 for Hopper, from the prebuilt wheel fa3-fwd."""
+
+    name = "fa3"
+    module = "fa3_fwd_interface"
+
+    def decode(
+        self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, starts: Sequence[int], used: Sequence[int]
+    ) -> Tensor:
+        device = q_BHd.device
+        bounds = torch.tensor([*starts, k_SKd.shape[0]], dtype=torch.int32, device=device)
+        return self._call(
+            q_BHd,
+            k_SKd,
+            v_SKd,
+            cu_seqlens_q=torch.arange(len(starts) + 1, dtype=torch.int32, device=device),
+            cu_seqlens_k=bounds,
+            max_seqlen_q=1,
+            max_seqlen_k=max(used),
+            seqused_k=torch.tensor(used, dtype=torch.int32, device=device),
+            causal=True,
+        )
+
+
+# fastest first: the order in which `auto` tries them on a GPU
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "fa3": Flash3Attention,
+    "flash": FlashAttention,
+    "cudnn": CudnnAttention,
+    "varlen": VarlenAttention,
+    "sdpa": SdpaAttention,
+}
+
+
+def choose_attention(
+    wanted: str, *, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> tuple[AttentionBackend, dict[str, str]]:
+    """The backend to use, and for each faster one why it was not taken.
+
+    `wanted` is a name of `BACKENDS` or `auto`. A backend is taken only after a small trial on the device
+    agrees with the reference. Raises ConfigError when a backend asked for by name fails its trial.
+    """
+    candidates = list(BACKENDS) if wanted == "auto" else [wanted]
+    refused: dict[str, str] = {}
+    for name in candidates:
+        try:
+            if device.type == "cpu" and name != "sdpa":
+                raise AttentionUnavailable("needs a GPU")
+            backend = BACKENDS[name]()
+            _try_once(backend, device=device, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
+            refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        else:
+            return backend, refused
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise ConfigError(f"no attention backend works on {device} with {dtype}: {reasons}")
+
+
+def _try_once(
+    backend: AttentionBackend,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    segments = Segments.of((70, 33), device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    shapes = [(segments.total, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    expected = reference.causal_attention(q, k, v, segments)
+    last = segments.last_indices()
+    _compare(backend.prefill(q, k, v, segments), expected, "prefill")
+    _compare(backend.decode(q[last], k, v, segments.offsets[:-1], segments.lengths), expected[last], "decode")
+
+
+def _compare(got: Tensor, expected: Tensor, what: str) -> None:
+    error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise AttentionUnavailable(f"its {what} is off by {error:.3g} on a trial")
+
+
+def _sdpa(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, causal: bool) -> Tensor:
+    """One document through SDPA, which wants (1, heads, tokens, d)."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        # no fused CUDA kernel takes grouped heads in fp32, and the plain one would hold the T x T matrix
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    mixed = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return mixed.squeeze(0).transpose(0, 1)

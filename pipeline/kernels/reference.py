@@ -1,0 +1,48 @@
+"""Plain, slow, obviously right torch for every operation that has a fast version elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.segments import Segments
+
+
+def attention_weights(q_QHd: Tensor, k_TKd: Tensor, first_query: int) -> Tensor:
+    """Causal softmax attention of queries standing at indices `first_query`, ... over all keys.
+
+    Returns (H, Q, T) in float64; the whole matrix is held in memory.
+    """
+    groups = q_QHd.shape[1] // k_TKd.shape[1]
+    q_HQd = q_QHd.double().transpose(0, 1)
+    k_HTd = k_TKd.double().transpose(0, 1).repeat_interleave(groups, dim=0)
+    scores_HQT = q_HQd @ k_HTd.transpose(1, 2) / math.sqrt(q_QHd.shape[-1])
+    query_index = first_query + torch.arange(q_QHd.shape[0], device=q_QHd.device)
+    future_QT = torch.arange(k_TKd.shape[0], device=k_TKd.device) > query_index[:, None]
+    return scores_HQT.masked_fill(future_QT, -math.inf).softmax(-1)
+
+
+def causal_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+    """Causal attention within each document of a pack, (T, H, d) in float64."""
+    groups = q_THd.shape[1] // k_TKd.shape[1]
+    outputs = []
+    for start, end in segments.ranges():
+        weights_HTT = attention_weights(q_THd[start:end], k_TKd[start:end], first_query=0)
+        v_HTd = v_TKd[start:end].double().transpose(0, 1).repeat_interleave(groups, dim=0)
+        outputs.append((weights_HTT @ v_HTd).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def window_importance(q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int) -> Tensor:
+    """Attention that each token gets from its document's last `window` queries, (T,) in float64.
+
+    Mean over heads and queries, so each document sums to one.
+    """
+    scores = []
+    for start, end in segments.ranges():
+        first = max(start, end - window)
+        weights_HQT = attention_weights(q_THd[first:end], k_TKd[start:end], first_query=first - start)
+        scores.append(weights_HQT.mean(dim=(0, 1)))
+    return torch.cat(scores)

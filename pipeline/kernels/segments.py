@@ -1,0 +1,79 @@
+"""Where each document begins and ends in a pack: documents lie end to end, without padding.
+
+Shape letters used across the package: T tokens of the pack, B documents, H query heads, K key/value
+heads, d head size, D model width, S slots of a cache buffer, L the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Document lengths of a pack, known on the host, with their device tensors made once on first use."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        return cls(tuple(lengths), torch.device(device))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """B + 1 boundaries, on the host."""
+        return (0, *accumulate(self.lengths))
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32 boundaries on the device, as variable-length attention kernels want them."""
+        return torch.tensor(self.offsets, dtype=torch.int32).to(self.device, non_blocking=True)
+
+    @cached_property
+    def document_T(self) -> Tensor:
+        """(T,) which document each token belongs to."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        documents = torch.arange(len(self.lengths), device=self.device)
+        return torch.repeat_interleave(documents, lengths, output_size=self.total)
+
+    @cached_property
+    def index_in_document_T(self) -> Tensor:
+        """(T,) each token's index within its document, counting the tokens that are left."""
+        starts = self.cu_seqlens[:-1].long()[self.document_T]
+        return torch.arange(self.total, device=self.device) - starts
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Half-open token range of each document."""
+        return list(zip(self.offsets[:-1], self.offsets[1:], strict=True))
+
+    def last_indices(self) -> Tensor:
+        """(B,) index of each document's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+    def padded(self, values_T: Tensor, fill: float) -> Tensor:
+        """Lay a value per token out as (B, L), short documents filled up with `fill`."""
+        padded_BL = values_T.new_full((len(self), self.longest), fill)
+        padded_BL[self.document_T, self.index_in_document_T] = values_T
+        return padded_BL
+
+    def counts(self, indices: Tensor) -> Tensor:
+        """(B,) how many of the ascending token `indices` lie in each document; stays on the device."""
+        return torch.searchsorted(indices, self.cu_seqlens.long()).diff()

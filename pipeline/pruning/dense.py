@@ -1,0 +1,19 @@
+"""No pruning: the control that every method is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(PruningMethod):
+    """Every token passes every layer."""
+
+    name: ClassVar[str] = "dense"
+    source: ClassVar[str] = "the unpruned model"
+
+    def select(self, layer: int, view: LayerView, state: Any) -> Selection:
+        return KEEP_ALL

@@ -1,0 +1,108 @@
+"""Finding a method by name, without importing the others (or torch) before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.pruning.base import PruningMethod
+
+METHODS = {
+    "dense": "pipeline.pruning.dense:Dense",
+    "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
+}
+
+
+def method_names() -> list[str]:
+    return sorted(METHODS)
+
+
+def check_method_name(name: str) -> None:
+    """Raise ConfigError for a name that cannot be a method; imports nothing."""
+    if name not in METHODS and ":" not in name:
+        raise ConfigError(
+            f"unknown method {name!r}{_hint(name, METHODS)}; methods: {', '.join(method_names())} "
+            "(or FILE.py:Class for one of your own)"
+        )
+
+
+def method_class(name: str) -> type[PruningMethod]:
+    """The class registered under `name`, or named as `module:Class` or `FILE.py:Class`.
+
+    Raises ConfigError when there is no such method.
+    """
+    check_method_name(name)
+    where, _, class_name = METHODS.get(name, name).rpartition(":")
+    from pipeline.pruning.base import PruningMethod
+
+    try:
+        module = _load_file(where) if where.endswith(".py") else importlib.import_module(where)
+        found = getattr(module, class_name)
+    except (ImportError, OSError, AttributeError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, PruningMethod)):
+        raise ConfigError(f"method {name!r} is not a PruningMethod")
+    return found
+
+
+def make_method(name: str, settings: Mapping[str, Any] | None = None) -> PruningMethod:
+    """A method with its settings; text values are converted to each parameter's kind.
+
+    Raises ConfigError for an unknown method or parameter, and for a value that does not fit.
+    """
+    found = method_class(name)
+    parameters = {field.name: field for field in fields(found)}
+    values = {}
+    for key, value in (settings or {}).items():
+        if key not in parameters:
+            known = ", ".join(sorted(parameters)) or "none"
+            raise ConfigError(
+                f"method {name} has no parameter {key!r}{_hint(key, parameters)}; it has: {known}"
+            )
+        values[key] = _parse(parameters[key], value) if isinstance(value, str) else value
+    return found(**values)
+
+
+def _hint(word: str, known: Mapping[str, Any]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _load_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"marsinfer_method_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up to resolve annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parse(parameter: Field[Any], text: str) -> Any:
+    """Text as a number, `none`, a comma-separated tuple of numbers, true/false, or itself: as declared."""
+    kind = str(parameter.type)
+    if "None" in kind and text.lower() == "none":
+        return None
+    if "tuple" in kind and "," in text:
+        return tuple(_number(parameter.name, part, kind) for part in text.split(","))
+    if "bool" in kind and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text if kind.startswith("str") else _number(parameter.name, text, kind)
+
+
+def _number(name: str, text: str, kind: str) -> float:
+    convert = float if "float" in kind else int
+    try:
+        return convert(text)
+    except ValueError:
+        expected = "a number" if convert is float else "a whole number"
+        raise ConfigError(f"{name}={text} does not fit: it must be {expected}") from None

@@ -1,0 +1,62 @@
+"""How well a free-text answer agrees with a short reference: three scores from 0 (no agreement) to 1.
+
+All three compare normalised tokens, so case, punctuation, articles and line breaks do not count.
+`exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, and its script
+`evaluate-v1.1.py`; the empty cases are those of `evaluate-v2.0.py`). `contains` suits models that answer in
+whole sentences, whose precision, and so whose F1, is low however right the answer is.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def normalize(text: str) -> str:
+    """Lower-case `text`, drop its punctuation and English articles, and fold its whitespace.
+
+    On ASCII this is SQuAD's normalisation. Punctuation outside ASCII, such as curly quotes, is dropped as
+    well, as MLQA does (Lewis et al. 2020, arXiv:1910.07475). Punctuation is deleted rather than replaced by
+    a space: `30-day` becomes `30day`.
+    """
+    kept = "".join(char for char in text.lower() if not _is_punctuation(char))
+    return " ".join(_ARTICLES.sub(" ", kept).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 if both normalise to the same text, else 0.0."""
+    return float(normalize(prediction) == normalize(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of the precision and the recall of the normalised tokens, repeated tokens included.
+
+    From 0.0, no token shared, to 1.0, the same tokens in any order. Where one side has no tokens, the score
+    is 1.0 if the other has none either, else 0.0.
+    """
+    predicted, expected = normalize(prediction).split(), normalize(reference).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))
+
+
+def contains(prediction: str, reference: str) -> float:
+    """1.0 if the normalised tokens of the reference occur in those of the prediction, side by side, else 0.0.
+
+    Whole tokens are compared: `30 days` is not in `130 days`. A reference without tokens is found only in a
+    prediction without tokens; otherwise it would be found in every prediction.
+    """
+    predicted, expected = normalize(prediction).split(), normalize(reference).split()
+    if not expected:
+        return float(not predicted)
+    starts = range(len(predicted) - len(expected) + 1)
+    return float(any(predicted[start : start + len(expected)] == expected for start in starts))
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")

@@ -1,0 +1,115 @@
+"""What flows through the pipeline: rows, their tokens, and their answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """Where a record came from, and what is copied to the output untouched."""
+
+    row: int  # 0-based, over the whole input; blank JSONL lines count
+    id: str
+    place: str  # for messages: "contracts.jsonl line 17"
+    passthrough: pa.RecordBatch | None = None  # one row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One row that was read."""
+
+    source: Row
+    text: str
+    question: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFailure:
+    """One row that will not be answered: `status` is `error` or `skipped`."""
+
+    source: Row
+    kind: str
+    message: str
+    status: str = "error"
+    document_tokens: int | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Half-open token ranges of a prompt; tokens in neither are the instruction (template and system)."""
+
+    document: tuple[int, int]
+    question: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedDocument:
+    """A prompt ready for the model."""
+
+    source: Row
+    input_ids: np.ndarray  # (T,) int64
+    spans: Spans
+    truncated_tokens: int = 0
+    tokenize_ms: float = 0.0
+    ready_at: float = 0.0  # time.perf_counter() when tokenization ended
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def document_tokens(self) -> int:
+        return self.spans.document[1] - self.spans.document[0]
+
+
+@dataclass(kw_only=True, slots=True)
+class Answer:
+    """One row of the output; the fields up to `passthrough` are its columns, in this order."""
+
+    id: str
+    row: int
+    status: str = "ok"
+    answer: str | None = None
+    finish_reason: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    document_tokens: int | None = None
+    prompt_tokens: int | None = None
+    truncated_tokens: int | None = None
+    new_tokens: int | None = None
+    queue_ms: float | None = None
+    tokenize_ms: float | None = None
+    prefill_ms: float | None = None
+    ttft_ms: float | None = None
+    decode_ms: float | None = None
+    pack_documents: int | None = None
+    pack_tokens: int | None = None
+    method: str | None = None
+    kept_tokens: list[int] | None = None
+    ffn_tokens: list[int] | None = None
+    kept_ratio: float | None = None
+    ffn_ratio: float | None = None
+    flops_ratio: float | None = None
+    kv_bytes: int | None = None
+    passthrough: pa.RecordBatch | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_failure(cls, failure: RowFailure, method: str) -> Answer:
+        return cls(
+            id=failure.source.id,
+            row=failure.source.row,
+            status=failure.status,
+            error_type=failure.kind,
+            error_message=failure.message,
+            document_tokens=failure.document_tokens,
+            prompt_tokens=failure.prompt_tokens,
+            method=method,
+            passthrough=failure.source.passthrough,
+        )

@@ -1,0 +1,97 @@
+"""What a run has done so far, in a few numbers whose size does not grow with the rows."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.records import Answer
+
+
+class Summary:
+    """Running totals of a batch; `finish` stops its clock."""
+
+    def __init__(self, *, method: str, output: str) -> None:
+        self.method, self.output = method, output
+        self.status: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.expected_rows: float | None = None
+        self._read = 0
+        self._ttft_ms = array("d")
+        self._ffn_work = 0.0  # tokens times the share that passed the FFN
+        self._flops_work = 0.0
+        self._started = time.perf_counter()
+        self._ended: float | None = None
+
+    @property
+    def documents(self) -> int:
+        return sum(self.status.values())
+
+    @property
+    def seconds(self) -> float:
+        return (self._ended or time.perf_counter()) - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prompt tokens of answered rows over the run's time, reading and decoding included."""
+        return self.prompt_tokens / self.seconds if self.seconds else 0.0
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self.status[answer.status] += 1
+            if answer.status != "ok":
+                self.errors[str(answer.error_type)] += 1
+                continue
+            tokens = answer.prompt_tokens or 0
+            self.prompt_tokens += tokens
+            self.new_tokens += answer.new_tokens or 0
+            self._ttft_ms.append(answer.ttft_ms or 0.0)
+            self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
+            self._flops_work += tokens * (answer.flops_ratio or 0.0)
+
+    def expect(self, newly_read: int, total_rows: int | None, fraction_read: float) -> None:
+        """Estimate how many rows the run will have, from what has been read so far."""
+        self._read += newly_read
+        self.expected_rows = total_rows or self._read / max(fraction_read, 1e-6)
+
+    def finish(self) -> None:
+        self._ended = time.perf_counter()
+
+    def ttft_ms(self, percentile: float) -> float | None:
+        """Percentile of the answered rows' TTFT; None without rows."""
+        return float(np.percentile(np.frombuffer(self._ttft_ms), percentile)) if self._ttft_ms else None
+
+    def ffn_skipped(self) -> float | None:
+        """Share of FFN work that was skipped, over the tokens of all answered rows."""
+        return 1 - self._ffn_work / self.prompt_tokens if self.prompt_tokens else None
+
+    def flops_ratio(self) -> float | None:
+        """Prefill operations done over those of a dense prefill, weighted by tokens."""
+        return self._flops_work / self.prompt_tokens if self.prompt_tokens else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary as `--json` prints it."""
+        return {
+            "output": self.output,
+            "method": self.method,
+            "documents": self.documents,
+            "ok": self.status["ok"],
+            "errors": self.status["error"],
+            "skipped": self.status["skipped"],
+            "error_types": dict(self.errors),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seconds": self.seconds,
+            "prompt_tokens_per_second": self.tokens_per_second,
+            "ttft_ms_p50": self.ttft_ms(50),
+            "ttft_ms_p95": self.ttft_ms(95),
+            "ffn_skipped": self.ffn_skipped(),
+            "flops_ratio": self.flops_ratio(),
+        }

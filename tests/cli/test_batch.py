@@ -1,0 +1,288 @@
+"""`marsinfer batch` as a user runs it: files in, files out, exit codes, and messages word for word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+
+from marsinfer_cli.app import run
+
+ROWS = [
+    {"doc": "a", "body": "one fish two fish " * 12, "ask": "how many fish?", "year": 1960},
+    {"doc": "b", "body": "red fish " * 40, "ask": "what colour?", "year": 1961},
+    {"doc": "c", "body": "blue fish", "ask": "what colour?", "year": None},
+]
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.fixture
+def batch(model_folder):
+    def call(*arguments, model=model_folder):
+        flags = ["--model", str(model), "--text-column", "body", "--max-new-tokens", "6"]
+        return run(["batch", *flags, *map(str, arguments)])
+
+    return call
+
+
+COLUMNS = ["--question-column", "ask", "--id-column", "doc"]
+
+
+def test_every_row_gets_an_answer_with_its_statistics(batch, parquet, tmp_path, capfd):
+    out = tmp_path / "out.parquet"
+    flags = ["--set", "start_layer=1", "--set", "window=8", "--set", "prefix=8", "--set", "eta=0.5"]
+    assert batch(parquet, out, *COLUMNS, *flags) == 0
+    rows = pq.read_table(out).to_pylist()
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+    assert [row["row"] for row in rows] == [0, 1, 2]
+    for row, source in zip(rows, ROWS, strict=True):
+        assert row["status"] == "ok"
+        assert isinstance(row["answer"], str)
+        assert row["document_tokens"] == len(source["body"])  # one token a byte
+        assert row["truncated_tokens"] == 0
+        assert 1 <= row["new_tokens"] <= 6
+        assert row["ttft_ms"] >= row["prefill_ms"] > 0
+        assert (row["pack_documents"], row["method"], row["year"]) == (3, "marsinfer", source["year"])
+        assert row["kept_tokens"] == [row["prompt_tokens"]] * 4
+        assert row["ffn_tokens"][0] == row["prompt_tokens"]
+        assert row["ffn_ratio"] == pytest.approx(sum(row["ffn_tokens"]) / sum(row["kept_tokens"]))
+        assert row["kv_bytes"] == 4 * row["prompt_tokens"] * 2 * 2 * 16 * 4
+    assert rows[0]["ffn_ratio"] < 1
+    assert rows[0]["flops_ratio"] < 1
+    assert "FFN work skipped" in capfd.readouterr().err
+
+
+def test_the_outputs_metadata_tells_how_it_was_made(batch, parquet, tmp_path, model_folder):
+    out = tmp_path / "out.arrow"
+    assert batch(parquet, out, *COLUMNS, "--set", "eta=0.9", "--quiet") == 0
+    with pa.ipc.open_file(out) as reader:
+        metadata = json.loads(reader.schema.metadata[b"marsinfer"])
+    assert metadata["method"]["settings"]["eta"] == 0.9
+    assert metadata["config"]["question_column"] == "ask"
+    assert metadata["attention"]["backend"] == "sdpa"
+    assert metadata["attention"]["refused"]["fa3"] == "needs a GPU"
+    assert metadata["model"]["name"] == str(model_folder)
+    assert len(metadata["template_sha256"]) == 64
+    assert metadata["versions"]["torch"]
+
+
+def test_packing_changes_no_answer(batch, parquet, tmp_path):
+    together, alone = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert batch(parquet, together, *COLUMNS) == 0
+    assert batch(parquet, alone, *COLUMNS, "--pack-tokens", "1") == 0
+    first, second = ([json.loads(line) for line in path.open()] for path in (together, alone))
+    assert [row["answer"] for row in first] == [row["answer"] for row in second]
+    assert [row["pack_documents"] for row in first] == [3, 3, 3]
+    assert [row["pack_documents"] for row in second] == [1, 1, 1]
+
+
+def test_completion_order_is_longest_first(batch, parquet, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert batch(parquet, out, *COLUMNS, "--order", "completion", "--pack-tokens", "1") == 0
+    assert [json.loads(line)["id"] for line in out.open()] == ["b", "a", "c"]
+
+
+def test_a_bad_row_is_a_row_and_the_run_goes_on(batch, tmp_path, capfd):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    lines = [json.dumps(row) for row in ROWS]
+    lines[1:1] = ["{broken", '{"body": 7, "ask": "?"}', '{"body": "", "ask": "?"}', "[1]"]
+    lines.append(json.dumps({"doc": "long", "body": "x" * 2000, "ask": "?"}))
+    source.write_text("\n".join(lines) + "\n")
+    assert batch(source, out, "--question-column", "ask", "--fail-on-error", "--json") == 3
+    rows = pq.read_table(out).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", *["error"] * 4, "ok", "ok", "error"]
+    kinds = [row["error_type"] for row in rows if row["status"] == "error"]
+    assert kinds == ["bad_json", "bad_text_type", "empty_document", "not_an_object", "over_long"]
+    assert all("in.jsonl line" in row["error_message"] for row in rows if row["status"] == "error")
+    summary = json.loads(capfd.readouterr().out)
+    assert (summary["documents"], summary["ok"], summary["errors"]) == (8, 3, 5)
+    assert summary["error_types"]["over_long"] == 1
+
+
+@pytest.mark.parametrize("policy", ["truncate-left", "truncate-right", "truncate-middle"])
+def test_an_over_long_document_is_cut_to_the_context(batch, tmp_path, policy):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"body": "x" * 2000}) + "\n")
+    assert batch(source, out, "--question", "what?", "--on-overlong", policy) == 0
+    row = json.loads(out.read_text())
+    assert row["prompt_tokens"] == 1024 - 6
+    assert row["truncated_tokens"] == 2000 - row["document_tokens"] > 900
+
+
+def test_over_long_rows_can_be_skipped(batch, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"body": "x" * 2000}) + "\n")
+    flags = ["--question", "what?", "--on-overlong", "skip", "--fail-on-error"]
+    assert batch(source, out, *flags) == 0
+    row = json.loads(out.read_text())
+    assert (row["status"], row["error_type"], row["answer"]) == ("skipped", "over_long", None)
+
+
+def test_sampling_is_repeatable_and_stop_texts_end_an_answer(batch, parquet, tmp_path):
+    def answers(name, *flags):
+        out = tmp_path / f"{name}.jsonl"
+        assert batch(parquet, out, *COLUMNS, "--temperature", "2", *flags) == 0
+        return [json.loads(line)["answer"] for line in out.open()]
+
+    first = answers("first", "--seed", "1")
+    assert answers("again", "--seed", "1") == first
+    assert answers("packed", "--seed", "1", "--pack-tokens", "1") == first
+    assert answers("other", "--seed", "2") != first
+    letter = next(answer for answer in first if len(answer) > 2)[1]
+    stopped = answers("stopped", "--seed", "1", "--stop", letter)
+    assert stopped == [answer.split(letter)[0] for answer in first]
+
+
+def test_text_files_of_a_folder(batch, tmp_path):
+    folder, out = tmp_path / "docs", tmp_path / "out.jsonl"
+    folder.mkdir()
+    (folder / "b.md").write_text("beta " * 9)
+    (folder / "a.txt").write_text("alpha " * 9)
+    assert batch(folder, out, "--question", "what?") == 0
+    assert [json.loads(line)["id"] for line in out.open()] == ["a.txt", "b.md"]
+
+
+def test_a_column_of_our_own_name_gets_a_suffix_and_a_note(batch, tmp_path, capfd):
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"body": ["fish " * 9], "answer": ["42"]}), source)
+    assert batch(source, out, "--question", "what?") == 0
+    assert pq.read_table(out).column("answer_input").to_pylist() == ["42"]
+    assert "marsinfer: note: " in capfd.readouterr().err
+
+
+@pytest.fixture
+def refused(batch, parquet, tmp_path, capfd):
+    """A run that must end with 2 and one line on stderr, and leave no output."""
+
+    def call(*flags, source=parquet, out=tmp_path / "out.parquet", code=2, **kwargs):
+        before = out.read_bytes() if out.is_file() else None
+        assert batch(source, out, *flags, **kwargs) == code
+        printed = capfd.readouterr().err
+        assert len(printed.splitlines()) == 1, printed
+        assert (out.read_bytes() if out.is_file() else None) == before
+        return printed.removeprefix("marsinfer: error: ").rstrip()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--method", "marsinfr"],
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, marsinfer ",
+        ),
+        (["--set", "eta"], "--set 'eta': write it as NAME=VALUE, for example --set eta=0.95"),
+        (["--set", "eta=-1"], "eta=-1.0 is out of range: it must be at least 0"),
+        (["--set", "etta=1"], "method marsinfer has no parameter 'etta' (did you mean 'eta'?)"),
+        (
+            ["--set", "eta=1,1"],
+            "eta has 2 values, and the model has 4 layers: give one value, or one a layer",
+        ),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be a whole number of at least 1"),
+        (["--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
+        (["--temperature", "nan"], "--temperature nan: must be between 0 and 100"),
+        (["--pack-tokens", "lots"], "--pack-tokens 'lots': give a whole number such as 8192, 32k or 1m"),
+        (["--order", "random"], "--order 'random': choose from input, completion"),
+        (["--device", "tpu"], "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:9"], "device 'cuda:9' is not there: torch sees 0 GPUs"),
+        (["--attention", "fa3"], "no attention backend works on cpu with torch.float32: fa3: needs a GPU"),
+        (["--question", "x"], "--question and --question-column exclude each other"),
+        (["--prompt-template", "gone.jinja"], "--prompt-template gone.jinja cannot be read: "),
+    ],
+)
+def test_a_flag_that_cannot_work(refused, flags, message):
+    assert refused(*COLUMNS, *flags).startswith(message)
+
+
+def test_a_missing_question_says_the_three_ways_to_give_one(refused):
+    assert refused().startswith("no question: give --question TEXT for all rows, --question-column NAME, ")
+
+
+def test_a_missing_column_names_those_there_are(refused):
+    message = refused("--question-column", "query")
+    assert message.startswith("in.parquet has no column 'query'; it has: doc, body, ask, year")
+
+
+def test_a_missing_input(refused, tmp_path):
+    assert "nowhere.jsonl" in refused("--question", "x", source=tmp_path / "nowhere.jsonl")
+
+
+def test_a_parquet_file_cut_short(refused, parquet):
+    parquet.write_bytes(parquet.read_bytes()[:-100])
+    assert "in.parquet" in refused(*COLUMNS)
+
+
+def test_an_output_that_exists_needs_overwrite(refused, batch, parquet, tmp_path):
+    out = tmp_path / "out.parquet"
+    out.write_text("precious")
+    assert "exists" in refused(*COLUMNS)
+    assert batch(parquet, out, *COLUMNS, "--overwrite") == 0
+    assert pq.read_table(out).num_rows == 3
+
+
+def test_an_output_that_is_the_input(refused, parquet):
+    refused(*COLUMNS, "--overwrite", out=parquet)
+    assert pq.read_table(parquet).num_rows == 3
+
+
+def test_an_output_in_a_folder_that_is_not_there(refused, tmp_path):
+    assert "gone" in refused(*COLUMNS, out=tmp_path / "gone" / "out.parquet")
+
+
+def test_an_unknown_model(refused):
+    message = refused(*COLUMNS, model="smollm3")
+    assert message == (
+        "unknown model 'smollm3': it is no folder, no .gguf file, no hub id (owner/name) "
+        "and not the embedded smollm2-135m"
+    )
+
+
+def test_usage_errors_are_one_line(capfd):
+    assert run(["batch", "--no-such-flag"]) == 2
+    printed = capfd.readouterr().err
+    assert printed.startswith("marsinfer: error: ")
+    assert len(printed.splitlines()) == 1
+
+
+def test_an_unforeseen_error_leaves_no_output(batch, parquet, tmp_path, monkeypatch):
+    from pipeline.engines.local import LocalEngine
+
+    def interrupted(self, pack):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalEngine, "answer", interrupted)
+    assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from marsinfer_cli.app import run; code = run(['batch', '--help']); "
+        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules); "
+        "sys.exit(code or bool(heavy))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    )
+
+
+def test_methods_lists_parameters_defaults_and_sources(capfd):
+    assert run(["methods", "--json"]) == 0
+    listed = {method["name"]: method for method in json.loads(capfd.readouterr().out)}
+    assert listed["marsinfer"]["parameters"]["eta"] == 0.95
+    assert "fL8Zp8o6RL" in listed["marsinfer"]["source"]
+    assert listed["dense"]["parameters"] == {}
+    assert run(["methods"]) == 0
+    assert "start_layer" in capfd.readouterr().out

@@ -1,0 +1,120 @@
+"""Tiny models built from configurations: real modules, random weights, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.prefill import Pack
+from pipeline.records import EncodedDocument, Row, Spans
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
+    "mistral": {"sliding_window": None, "head_dim": 24},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote reads as NaN, so a test cannot pass on leftovers."""
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = real(*args, **kwargs)
+        return (
+            tensor.fill_(float("nan"))
+            if tensor.is_floating_point() and tensor.device.type == "cpu"
+            else tensor
+        )
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def tiny_model(family: str, seed: int = 0) -> DecoderAdapter:
+    settings = {**SIZES, **FAMILY_SETTINGS[family]}
+    model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.float32, seed=seed)
+    with torch.no_grad():  # 0.02 makes attention nearly uniform: larger weights give it something to see
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return DecoderAdapter(model)
+
+
+def document(length: int, seed: int = 0, row: int = 0) -> EncodedDocument:
+    ids = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], length)
+    spans = Spans(document=(2, length - 8), question=(length - 8, length - 3))
+    return EncodedDocument(source=Row(row=row, id=str(row), place=f"row {row}"), input_ids=ids, spans=spans)
+
+
+def pack_of(*documents: EncodedDocument) -> Pack:
+    return Pack.of(documents, torch.device("cpu"))
+
+
+@pytest.fixture(params=sorted(FAMILY_SETTINGS))
+def adapter(request: pytest.FixtureRequest) -> DecoderAdapter:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def sdpa() -> SdpaAttention:
+    return SdpaAttention()
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, ChatML's markers, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as a user has one on disk: configuration, safetensors, tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    settings = {**SIZES, "vocab_size": 320, "max_position_embeddings": 1024}
+    device = torch.device("cpu")
+    random_model("qwen2", settings, device=device, dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,70 @@
+"""What is refused as an output before any work."""
+
+import os
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.io import AnswerWriter, check_output
+
+NOTHING = pa.schema([])
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out", "out.parquet.gz"])
+def test_unknown_extensions_are_refused(tmp_path, name):
+    path = tmp_path / name
+    for attempt in (lambda: AnswerWriter(path, NOTHING), lambda: check_output(path, (), False)):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        assert str(caught.value) == (
+            f"{path} has an extension that is not known; "
+            "outputs are .parquet, .arrow, .feather, .ipc, .arrows, .jsonl"
+        )
+
+
+def refusal(path, inputs=(), overwrite=False, error=ConfigError):
+    with pytest.raises(error) as caught:
+        check_output(path, inputs, overwrite)
+    return str(caught.value)
+
+
+def test_a_good_output_passes(tmp_path):
+    check_output(tmp_path / "out.parquet", [tmp_path / "in.parquet"], False)
+    (tmp_path / "out.parquet").write_text("old")
+    check_output(tmp_path / "out.parquet", [tmp_path / "in.parquet"], True)
+    assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+def test_an_existing_output_does_not_pass(tmp_path):
+    (tmp_path / "out.parquet").write_text("old")
+    assert refusal(tmp_path / "out.parquet") == f"{tmp_path}/out.parquet exists; --overwrite replaces it"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard"])
+def test_an_input_is_never_the_output(tmp_path, link, overwrite):
+    given = tmp_path / "in.parquet"
+    given.write_text("precious")
+    path = given if link == "same" else tmp_path / "out.parquet"
+    if link == "symbolic":
+        path.symlink_to(given)
+    elif link == "hard":
+        path.hardlink_to(given)
+    expected = f"{path} is also an input ({given}); name another output"
+    assert refusal(path, [tmp_path / "gone.parquet", given], overwrite) == expected
+
+
+def test_folders_are_checked(tmp_path):
+    (tmp_path / "out.parquet").mkdir()
+    assert refusal(tmp_path / "out.parquet") == f"{tmp_path}/out.parquet is a folder; name a file in it"
+    assert refusal(tmp_path / "no" / "out.parquet") == (
+        f"{tmp_path}/no/out.parquet cannot be written: there is no folder {tmp_path}/no; make it first"
+    )
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    why = f"{tmp_path} is not writable; choose a folder that is writable"
+    expected = f"{tmp_path}/out.parquet cannot be written: {why}"
+    assert refusal(tmp_path / "out.parquet", error=StorageError) == expected

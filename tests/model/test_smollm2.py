@@ -1,0 +1,86 @@
+"""The embedded model itself on a document of about 4K tokens: the same equalities on trained weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pack_of
+
+from pipeline.model.decode import StopRules, decode
+from pipeline.model.loading import load_model
+from pipeline.model.prefill import prefill
+from pipeline.model.sampling import Sampler, Sampling
+from pipeline.prompts import PromptBuilder
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.records import Document, Row
+from pipeline.tokenizing import stop_token_ids
+
+LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2-135m", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def documents(smollm2):
+    rows = {row["id"]: row for row in map(json.loads, LICENSES.open(encoding="utf-8"))}
+    prompts = PromptBuilder(smollm2.tokenizer, context=8192, max_new_tokens=NEW_TOKENS)
+    chosen = [rows["gpl-2-vice"], {**rows["apache-2.0-date"], "text": rows["apache-2.0-date"]["text"][:2000]}]
+    return [
+        prompts.encode(
+            Document(
+                source=Row(row=n, id=row["id"], place=row["id"]), text=row["text"], question=row["question"]
+            )
+        )
+        for n, row in enumerate(chosen)
+    ]
+
+
+@pytest.fixture(scope="module")
+def dense(smollm2, documents):
+    """The pack of both documents, prefilled."""
+    return prefill(smollm2.adapter, smollm2.attention, Dense(), pack_of(*documents), NEW_TOKENS)
+
+
+def test_dense_gives_the_logits_and_the_answer_of_transformers(smollm2, documents, dense):
+    model = smollm2.adapter.model
+    assert documents[0].prompt_tokens > 4000
+    sampler = Sampler(Sampling(), [0, 1])
+    first = sampler.draw(dense.logits_BV, [0, 1])
+    rules = StopRules(
+        max_new_tokens=NEW_TOKENS, token_ids=stop_token_ids(smollm2.tokenizer, smollm2.generation_config)
+    )
+    answers = decode(smollm2.adapter, smollm2.attention, dense, first, sampler, rules)
+    for b, document in enumerate(documents):
+        ids = torch.from_numpy(document.input_ids)[None]
+        with torch.inference_mode():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        # relative to logits of about 20: the pack's matrix shapes alone differ by 1e-5
+        assert (dense.logits_BV[b] - output.logits[0][0]).abs().max() <= 1e-4
+        assert dense.logits_BV[b].argmax() == output.logits[0][0].argmax()
+        stock = [t for t in output.sequences[0, ids.shape[1] :].tolist() if t not in rules.token_ids]
+        assert answers[b].tokens == stock
+
+
+def test_full_eta_equals_dense_and_the_papers_prunes(smollm2, documents, dense):
+    pack = pack_of(documents[1])
+    full = prefill(smollm2.adapter, smollm2.attention, MarsInfer(eta=1.0), pack)
+    assert (full.logits_BV[0] - dense.logits_BV[1]).abs().max() <= 1e-4
+    pruned = prefill(smollm2.adapter, smollm2.attention, MarsInfer(eta=0.9), pack)
+    shares = [layer[0] / documents[1].prompt_tokens for layer in pruned.work.ffn()]
+    assert shares[:10] == [1.0] * 10
+    assert 0.1 < sum(shares[10:]) / 20 < 0.9

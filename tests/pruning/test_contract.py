@@ -1,0 +1,110 @@
+"""The laws of the contract, for every registered method and for the example of a custom one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import document, pack_of, tiny_model
+
+from pipeline.model.prefill import prefill
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.registry import make_method, method_names
+
+CUSTOM = f"{Path(__file__).parents[2] / 'examples' / 'custom_method.py'}:KeyNorm"
+NAMES = [*method_names(), CUSTOM]
+SMALL = {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"}  # so that short documents are pruned
+
+
+def small(name: str) -> PruningMethod:
+    known = {field.name for field in fields(make_method(name))}
+    return make_method(name, {key: value for key, value in SMALL.items() if key in known})
+
+
+class Watching:
+    """Passes everything on to a method, and keeps what was shown and chosen."""
+
+    def __init__(self, method):
+        self.method, self.seen = method, []
+
+    def __getattr__(self, name):
+        return getattr(self.method, name)
+
+    def select(self, layer, view, state):
+        before = [t.clone() for t in (view.queries, view.keys, view.values, view.hidden, view.positions)]
+        selection = self.method.select(layer, view, state)
+        after = (view.queries, view.keys, view.values, view.hidden, view.positions)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "select wrote to its view"
+        self.seen.append((view, selection))
+        return selection
+
+
+@pytest.fixture(params=NAMES, ids=lambda name: name.rpartition(":")[2])
+def method(request):
+    return small(request.param)
+
+
+@pytest.fixture
+def model():
+    return tiny_model("qwen3")
+
+
+def documents():
+    return [document(120), document(9, seed=1), document(64, seed=2)]
+
+
+def test_indices_are_ascending_unique_and_inside(method, model, sdpa):
+    watching = Watching(method)
+    prefill(model, sdpa, watching, pack_of(*documents()))
+    assert len(watching.seen) == model.shape.layers
+    for view, selection in watching.seen:
+        for indices in (selection.live, selection.ffn, selection.cache):
+            if indices is not None:
+                assert indices.dtype == torch.int64
+                assert (indices.diff() > 0).all()
+                assert indices.numel() == 0 or (indices[0] >= 0 and indices[-1] < view.segments.total)
+
+
+def test_protected_tokens_survive(method, model, sdpa):
+    watching = Watching(method)
+    prefill(model, sdpa, watching, pack_of(*documents()))
+    for view, selection in watching.seen:
+        protected = set(method.protected_mask(view).nonzero().flatten().tolist())
+        assert protected  # at least the last tokens
+        for indices in (selection.live, selection.ffn):
+            assert indices is None or protected <= set(indices.tolist())
+
+
+def test_a_pack_gives_its_documents_alone(method, model, sdpa):
+    together = prefill(model, sdpa, method, pack_of(*documents()))
+    for b, doc in enumerate(documents()):
+        alone = prefill(model, sdpa, method, pack_of(doc))
+        assert (together.logits_BV[b] - alone.logits_BV[0]).abs().max() <= 1e-4
+        assert [row[b] for row in together.work.ffn()] == [row[0] for row in alone.work.ffn()]
+
+
+def test_a_run_leaves_no_trace_in_the_next(method, model, sdpa):
+    a, b = pack_of(document(120)), pack_of(document(70, seed=3))
+    first = prefill(model, sdpa, method, a).logits_BV
+    prefill(model, sdpa, method, b)
+    assert torch.equal(prefill(model, sdpa, method, a).logits_BV, first)
+
+
+def test_full_settings_keep_all_and_equal_dense(method, model, sdpa):
+    full = {"eta": 1.0, "share": 1.0}
+    known = {field.name for field in fields(method)}
+    everything = replace(method, **{key: value for key, value in full.items() if key in known})
+    pack = pack_of(*documents())
+    dense, pruned = prefill(model, sdpa, Dense(), pack), prefill(model, sdpa, everything, pack)
+    assert pruned.work.ffn() == dense.work.ffn()
+    assert (pruned.logits_BV - dense.logits_BV).abs().max() <= 1e-4
+
+
+def test_planned_bytes_bound_the_real_ones(method, model, sdpa):
+    lengths = [doc.prompt_tokens for doc in documents()]
+    planned = method.plan(model.shape, lengths).kv_bytes(itemsize=4, new_tokens=5)
+    cache = prefill(model, sdpa, method, pack_of(*documents()), new_tokens=5).cache
+    assert 0 < cache.nbytes <= planned

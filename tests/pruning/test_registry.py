@@ -1,0 +1,57 @@
+"""Methods by name: what is accepted, and what a wrong name or setting says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.pruning.registry import make_method
+
+
+def test_text_settings_become_numbers():
+    method = make_method("marsinfer", {"eta": "0.9", "start_layer": "4", "share": "none"})
+    assert (method.eta, method.start_layer, method.share) == (0.9, 4, None)
+    assert make_method("marsinfer", {"eta": "0.9,0.8"}).eta == (0.9, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "marsinfr",
+            {},
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, marsinfer "
+            "(or FILE.py:Class for one of your own)",
+        ),
+        (
+            "marsinfer",
+            {"etta": "1"},
+            "method marsinfer has no parameter 'etta' (did you mean 'eta'?); "
+            "it has: eta, prefix, share, start_layer, window",
+        ),
+        ("marsinfer", {"eta": "high"}, "eta=high does not fit: it must be a number"),
+        ("marsinfer", {"window": "1.5"}, "window=1.5 does not fit: it must be a whole number"),
+        ("dense", {"eta": "1"}, "method dense has no parameter 'eta'; it has: none"),
+        ("pipeline.records:Row", {}, "method 'pipeline.records:Row' is not a PruningMethod"),
+    ],
+)
+def test_what_cannot_work_says_why(name, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        make_method(name, settings)
+    assert str(caught.value) == message
+
+
+def test_a_method_file_that_is_not_there():
+    with pytest.raises(ConfigError, match=r"^method 'nowhere.py:Mine' cannot be loaded: .*No such file"):
+        make_method("nowhere.py:Mine")
+
+
+def test_checking_a_name_imports_no_torch():
+    code = (
+        "import sys; from pipeline.pruning.registry import check_method_name; "
+        "check_method_name('marsinfer'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,88 @@
+import pytest
+
+from pipeline.quality.metrics import contains, exact_match, normalize, token_f1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        (" \t\n", ""),
+        ("The", ""),
+        ("A cat, an owl; THE end!", "cat owl end"),
+        ("within  thirty\n (30)\tdays.", "within thirty 30 days"),
+        ("theory another a.m.", "theory another am"),
+        ("30-day", "30day"),
+        ("$5 <b>", "5 b"),
+        ("“Ty Coon”…", "ty coon"),
+        ("Überprüfung der Straße", "überprüfung der straße"),
+        ("１０日。", "１０日"),
+        ("a\N{NO-BREAK SPACE}word", "word"),
+    ],
+)
+def test_normalize(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize("text", ["The 30-day term.", "…“a”", "Ω, the END"])
+def test_normalizing_twice_changes_nothing(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("The 30 days.", "30 Days", 1.0),
+        ("It is 30 days", "30 days", 0.0),
+        ("days 30", "30 days", 0.0),
+        ("", "", 1.0),
+        ("", "30 days", 0.0),
+        ("the", "", 1.0),
+    ],
+)
+def test_exact_match(prediction: str, reference: str, expected: float) -> None:
+    assert exact_match(prediction, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("30 days", "30 days", 1.0),
+        ("days, 30", "30 days", 1.0),
+        # 2 of the 4 predicted tokens (it is 30 days), 2 of the 2 expected: 2 * (0.5 * 1) / 1.5
+        ("It is 30 days", "30 days", 2 / 3),
+        # 1 of 3 and 1 of 2: 2 * (1/3 * 1/2) / (5/6)
+        ("within 60 days", "30 days", 0.4),
+        # a repeated token counts once where the reference has it once: 1 of 3 and 1 of 1
+        ("yes yes yes", "yes", 0.5),
+        ("no", "yes", 0.0),
+        ("", "", 1.0),
+        ("the", "", 1.0),
+        ("", "30 days", 0.0),
+        ("30 days", "", 0.0),
+    ],
+)
+def test_token_f1(prediction: str, reference: str, expected: float) -> None:
+    assert token_f1(prediction, reference) == pytest.approx(expected)
+    assert token_f1(reference, prediction) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("You have 30 days.", "30 days", 1.0),
+        ("The term is 30 (the) days", "30 days", 1.0),
+        ("30 days", "30 days", 1.0),
+        ("130 days", "30 days", 0.0),
+        ("30 business days", "30 days", 0.0),
+        ("days 30", "30 days", 0.0),
+        ("30", "30 days", 0.0),
+        ("Signed: “ty coon”, President", "Ty Coon", 1.0),
+        ("", "", 1.0),
+        ("anything", "", 0.0),
+        ("anything", "the", 0.0),
+        ("", "30 days", 0.0),
+    ],
+)
+def test_contains(prediction: str, reference: str, expected: float) -> None:
+    assert contains(prediction, reference) == expected

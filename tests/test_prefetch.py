@@ -1,0 +1,48 @@
+"""The producer thread: order, errors, bounds, and stopping."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from pipeline.prefetch import ahead
+
+
+def test_items_come_in_order():
+    assert list(ahead(range(1000), depth=3)) == list(range(1000))
+
+
+def test_an_error_comes_after_the_items_before_it():
+    def broken():
+        yield 1
+        raise ValueError("page 2 is gone")
+
+    items = ahead(broken(), depth=8)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="page 2 is gone"):
+        next(items)
+
+
+def test_the_producer_stays_within_its_depth():
+    produced = []
+
+    def counting():
+        for number in range(100):
+            produced.append(number)
+            yield number
+
+    items = ahead(counting(), depth=4)
+    for taken in range(20):
+        next(items)
+        # four queued, one in hand waiting for room, and those taken
+        assert len(produced) <= taken + 1 + 4 + 1
+    items.close()
+
+
+def test_closing_stops_the_thread():
+    before = threading.active_count()
+    items = ahead(iter(int, 1), depth=2)
+    next(items)
+    items.close()
+    assert threading.active_count() == before
