@@ -19,7 +19,7 @@ BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --o
 demo: .venv/ready
 	mkdir -p demo
 	$(BATCH) demo/dense.parquet --method dense $(BATCH_FLAGS)
-	$(BATCH) demo/marsinfer.parquet --method marsinfer $(BATCH_FLAGS)
+	$(BATCH) demo/marsinfer.parquet --method marsinfer --set start_layer=20 $(BATCH_FLAGS)
 	$(BIN)/python examples/score.py examples/licenses.jsonl demo/dense.parquet demo/marsinfer.parquet
 
 test: .venv/ready

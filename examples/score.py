@@ -41,8 +41,10 @@ def main(arguments: list[str]) -> int:
         scores.add_row(Text(name), *summary.values())
     answers = Table("id", "reference", *map(escape, names), title="Answers")
     for key, reference in references.items():
-        answers.add_row(Text(key), Text(reference), *(Text(shorten(rows[key])) for rows in outputs))
+        answers.add_row(Text(key), Text(clip(reference)), *(Text(clip(said(rows[key]))) for rows in outputs))
     console = Console()
+    if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
+        console.width = max(console.width, 120)
     console.print(scores, answers)
     return 0
 
@@ -109,8 +111,12 @@ def weighted_mean(rows: dict[str, dict], column: str) -> float | None:
     return sum(row[column] * row["prompt_tokens"] for row in known) / tokens if known else None
 
 
-def shorten(row: dict) -> str:
-    words = " ".join((row["answer"] or "").split()) if row["status"] == "ok" else f"({row['status']})"
+def said(row: dict) -> str:
+    return row["answer"] or "" if row["status"] == "ok" else f"({row['status']})"
+
+
+def clip(text: str) -> str:
+    words = " ".join(text.split())
     return words if len(words) <= ANSWER_CHARACTERS else words[: ANSWER_CHARACTERS - 1] + "…"
 
 

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code instead of leaving the process."""
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        words = None if arguments is None else list(arguments)
+        result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
         return exit.exit_code
     except ClickError as error:

@@ -12,13 +12,15 @@ from marsinfer_cli.options import ANSWERS, PROMPTS, READING, RUN
 
 
 def batch(
-    input: Annotated[
+    inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT... OUTPUT",
-            help="Files, globs or folders of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
-            "then the output: .parquet, .arrow, .arrows or .jsonl.",
+            metavar="INPUT...",
+            help="Files, globs or folders of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md.",
         ),
+    ],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="A file: .parquet, .arrow, .arrows or .jsonl.")
     ],
     text_column: Annotated[
         str, typer.Option(help="Column of the document.", rich_help_panel=READING)
@@ -106,12 +108,10 @@ def batch(
     from pipeline.batch import run_batch
     from pipeline.config import parse_count, parse_settings
 
-    if len(input) < 2:
-        raise typer.BadParameter("give at least one INPUT and then the OUTPUT")
     with BatchProgress(quiet=quiet) as progress:
         summary = run_batch(
-            input[:-1],
-            input[-1],
+            inputs,
+            output,
             text_column=text_column,
             question_column=question_column,
             question=question,

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
     from pipeline.records import EncodedDocument
 
-bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed.")
 
 
-@bench_app.callback()
-def bench() -> None:
+@bench_app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
     """Measure speed."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @bench_app.command()

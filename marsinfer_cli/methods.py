@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -20,20 +20,23 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     if as_json:
         print(json.dumps(described))
         return
-    table = Table("method", "what it does", "parameter", "default", "source")
+    table = Table("method", "parameter", "default", "what it does", show_lines=False)
     for method in described:
-        parameters = "\n".join(method["parameters"]) or "-"
-        defaults = "\n".join(map(str, method["parameters"].values())) or "-"
-        table.add_row(method["name"], method["summary"], parameters, defaults, method["source"])
+        table.add_row(method["name"], "", "", f"{method['summary']} ({method['source']})", style="bold")
+        for parameter in method["parameters"]:
+            table.add_row("", parameter["name"], str(parameter["default"]), parameter["help"])
     Console().print(table)
 
 
 def _describe(method: type) -> dict[str, Any]:
-    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(method)}
+    parameters = [
+        {"name": field.name, "default": field.default, "help": field.metadata.get("help", "")}
+        for field in fields(method)
+    ]
     summary = (method.__doc__ or "").strip().splitlines()[0]
     return {
         "name": method.name,  # type: ignore[attr-defined]
         "summary": summary,
-        "parameters": defaults,
+        "parameters": parameters,
         "source": method.source,  # type: ignore[attr-defined]
     }

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.bench.flops import dense_flops, prefill_flops
 from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
-from pipeline.errors import MarsError
+from pipeline.errors import MarsError, RowError
 from pipeline.model.decode import Generated, StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
@@ -67,20 +67,30 @@ class LocalEngine:
             needed = self.planned_bytes([pack[0].prompt_tokens])
             if needed > self.max_bytes:  # the system would kill the process: there is no error to catch
                 return [self._failed(pack[0], "out_of_memory", self._memory_message(pack[0]))]
+        answers = self._attempt(pack)
+        if isinstance(answers, list):
+            return answers
+        if len(pack) == 1:
+            kind, message = answers
+            # a second time, in memory that the larger packs before it no longer hold in pieces
+            again = self._attempt(pack) if kind == "out_of_memory" else answers
+            return again if isinstance(again, list) else [self._failed(pack[0], kind, message)]
+        half = len(pack) // 2
+        return [*self.answer(pack[:half]), *self.answer(pack[half:])]
+
+    def _attempt(self, pack: Sequence[EncodedDocument]) -> list[Answer] | tuple[str, str]:
+        """Answers, or the kind and message of what went wrong, with the memory freed."""
         try:
             return self._answer(pack, self.rules)
         except MarsError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever one row does, the others get their answers
-            kind, message = self._describe(error, pack[0])
-        # outside the handler: its traceback would keep the failed pack's tensors alive
+            failure = self._describe(error, pack[0])
+        # outside the handler, whose traceback keeps the failed pack's tensors alive
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(pack) == 1:
-            return [self._failed(pack[0], kind, message)]
-        half = len(pack) // 2
-        return [*self.answer(pack[:half]), *self.answer(pack[half:])]
+        return failure
 
     def _answer(self, documents: Sequence[EncodedDocument], rules: StopRules) -> list[Answer]:
         adapter, attention = self.model.adapter, self.model.attention
@@ -151,6 +161,8 @@ class LocalEngine:
     def _describe(self, error: Exception, document: EncodedDocument) -> tuple[str, str]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return "out_of_memory", self._memory_message(document)
+        if isinstance(error, RowError):
+            return error.kind, f"{document.source.place}: {error}"
         return "internal", f"{document.source.place}: {type(error).__name__}: {error}"
 
     def _memory_message(self, document: EncodedDocument) -> str:

@@ -17,9 +17,9 @@ def mass_mask(scores_T: Tensor, segments: Segments, eta: float) -> Tensor:
     a floating-point sum reaches its total long before the last token. Ties go to the earlier token.
     Returns a (T,) bool mask.
     """
-    scores_BL = segments.padded(scores_T.double(), fill=-1.0)
+    scores_BL = segments.padded(scores_T, fill=-1.0)
     ordered_BL, order_BL = scores_BL.sort(dim=-1, descending=True, stable=True)
-    ordered_BL = ordered_BL.clamp(min=0.0)
+    ordered_BL = ordered_BL.double().clamp(min=0.0)
     reached_BL = ordered_BL.cumsum(-1)
     before_BL = reached_BL - ordered_BL
     keep_BL = before_BL < eta * reached_BL[:, -1:]
@@ -28,7 +28,7 @@ def mass_mask(scores_T: Tensor, segments: Segments, eta: float) -> Tensor:
 
 def top_mask(scores_T: Tensor, segments: Segments, counts: Sequence[int]) -> Tensor:
     """The `counts[b]` best tokens of each document; ties go to the earlier token. (T,) bool mask."""
-    scores_BL = segments.padded(scores_T.double(), fill=float("-inf"))
+    scores_BL = segments.padded(scores_T, fill=float("-inf"))
     order_BL = scores_BL.sort(dim=-1, descending=True, stable=True).indices
     rank_L = torch.arange(segments.longest, device=scores_T.device)
     keep_BL = rank_L < torch.tensor(counts, device=scores_T.device)[:, None]

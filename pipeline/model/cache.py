@@ -56,7 +56,8 @@ class RaggedCache:
             slots = Slots(segments, self.new_tokens)
         self.slots.append(slots)
         for buffers, source in ((self.keys, k_TKd), (self.values, v_TKd)):
-            buffer = source.new_empty((slots.capacity, *source.shape[1:]))
+            # zeros, since kernels multiply what they mask: NaN in a slot not yet used would reach the answer
+            buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
             buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
 
     def distinct_slots(self) -> list[Slots]:

@@ -223,7 +223,7 @@ def _as_model_error(files: ModelFiles) -> Iterator[None]:
     """Loaders raise whatever their libraries do; the user gets one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if files.location == files.name and not Path(files.location).exists():
             raise ModelError(
                 f"model {files.name!r} cannot be had from the hub: {_first_line(error)}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.errors import RowError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,9 +28,17 @@ class Sampler:
         self.generators = [_generator(settings.seed, row) for row in rows]
 
     def draw(self, logits_BV: Tensor, documents: Sequence[int]) -> list[int]:
-        """The next token of each of the pack's `documents`, which are the batch at hand."""
+        """The next token of each of the pack's `documents`, which are the batch at hand.
+
+        Raises RowError when the model's output is not finite, rather than answer with nonsense.
+        """
+        best_B, greedy_B = logits_BV.max(-1)
+        if not torch.isfinite(best_B).all():
+            raise RowError(
+                "not_finite", "the model's output is not finite; try another --dtype or --attention"
+            )
         if self.settings.temperature == 0:
-            return logits_BV.argmax(-1).tolist()
+            return greedy_B.tolist()
         # one number a row from the host, then inversion on the device: packing changes no draw
         draws = [torch.rand((), generator=self.generators[b]).item() for b in documents]
         uniform_B = torch.tensor(draws, device=logits_BV.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import ceil
 from operator import add
@@ -30,6 +30,11 @@ from pipeline.model.shape import ModelShape
 from pipeline.records import Spans
 
 Range = tuple[int, int]  # half-open, in original positions
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field of a method, with the words `marsinfer methods` explains it by."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +118,11 @@ class PruningMethod(ABC):
 
         Raises ConfigError when a setting given a value a layer does not fit the model's depth.
         """
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
             if isinstance(value, tuple) and len(value) != shape.layers:
                 raise ConfigError(
-                    f"{field.name} has {len(value)} values, and the model has {shape.layers} layers: "
+                    f"{parameter.name} has {len(value)} values, and the model has {shape.layers} layers: "
                     "give one value, or one a layer"
                 )
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(sum(lengths),) * shape.layers)
@@ -144,8 +149,8 @@ class PruningMethod(ABC):
 class ScoredMethod(PruningMethod):
     """A method that only writes `score`: the best tokens pass the FFN, the others skip it."""
 
-    start_layer: int = 10
-    share: float | tuple[float, ...] | None = 0.5
+    start_layer: int = setting(10, "first layer that is pruned, from 0")
+    share: float | tuple[float, ...] | None = setting(0.5, "share of tokens that pass the FFN")
 
     def __post_init__(self) -> None:
         check_range("start_layer", self.start_layer, low=0)

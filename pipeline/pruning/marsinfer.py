@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
-from pipeline.pruning.base import LayerView, Range, ScoredMethod, at_layer, check_range
+from pipeline.pruning.base import LayerView, Range, ScoredMethod, at_layer, check_range, setting
 from pipeline.records import Spans
 
 
@@ -33,10 +33,10 @@ class MarsInfer(ScoredMethod):
     name: ClassVar[str] = "marsinfer"
     source: ClassVar[str] = "OpenReview fL8Zp8o6RL; doi 10.1007/s11704-026-60400-8"
 
-    eta: float | tuple[float, ...] = 0.95
-    share: float | tuple[float, ...] | None = None
-    window: int = 50
-    prefix: int = 100
+    eta: float | tuple[float, ...] = setting(0.95, "attention mass that the kept tokens reach")
+    share: float | tuple[float, ...] | None = setting(None, "fixed share of kept tokens, in place of eta")
+    window: int = setting(50, "last tokens: their queries score, and they are kept")
+    prefix: int = setting(100, "first tokens, always kept")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -267,6 +267,19 @@ def test_an_unforeseen_error_leaves_no_output(batch, parquet, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["batch", "--help"]])
+def test_help_is_printed_on_stdout(capfd, arguments):
+    assert run(arguments) == 0
+    printed = capfd.readouterr()
+    assert "Usage: marsinfer" in printed.out
+    assert printed.err == ""
+
+
+def test_an_output_must_be_named(capfd):
+    assert run(["batch", "in.parquet"]) == 2
+    assert "Missing argument" in capfd.readouterr().err
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys; from marsinfer_cli.app import run; code = run(['batch', '--help']); "
@@ -281,8 +294,9 @@ def test_help_is_quick_and_imports_nothing_heavy():
 def test_methods_lists_parameters_defaults_and_sources(capfd):
     assert run(["methods", "--json"]) == 0
     listed = {method["name"]: method for method in json.loads(capfd.readouterr().out)}
-    assert listed["marsinfer"]["parameters"]["eta"] == 0.95
+    eta = next(setting for setting in listed["marsinfer"]["parameters"] if setting["name"] == "eta")
+    assert eta == {"name": "eta", "default": 0.95, "help": "attention mass that the kept tokens reach"}
     assert "fL8Zp8o6RL" in listed["marsinfer"]["source"]
-    assert listed["dense"]["parameters"] == {}
+    assert listed["dense"]["parameters"] == []
     assert run(["methods"]) == 0
     assert "start_layer" in capfd.readouterr().out

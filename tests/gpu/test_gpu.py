@@ -114,6 +114,27 @@ def test_a_bf16_pack_agrees_with_its_documents_alone(name):
         assert [row[b] for row in together.work.ffn()] == [row[0] for row in alone.work.ffn()]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_memory_held_before_does_not_reach_an_answer(name):
+    adapter = cuda_adapter("qwen2", torch.bfloat16)
+    backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
+    doc = document(200)
+
+    def answer():
+        prefilled = prefill(adapter, backend, Dense(), Pack.of([doc], CUDA), new_tokens=40)
+        sampler = Sampler(Sampling(), [0])
+        first = sampler.draw(prefilled.logits_BV, [0])
+        return decode(adapter, backend, prefilled, first, sampler, StopRules(max_new_tokens=40))[0].tokens
+
+    expected = answer()
+    torch.cuda.empty_cache()
+    waste = [
+        torch.full((n,), float("nan"), device=CUDA, dtype=torch.bfloat16) for n in [2**15] * 200 + [2**26]
+    ]
+    del waste
+    assert answer() == expected
+
+
 def test_dense_copies_nothing_to_the_host():
     """The prefill of a method that keeps all tokens must not wait for the device."""
     adapter = cuda_adapter("llama", torch.bfloat16)

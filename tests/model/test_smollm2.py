@@ -32,7 +32,10 @@ def smollm2():
 def documents(smollm2):
     rows = {row["id"]: row for row in map(json.loads, LICENSES.open(encoding="utf-8"))}
     prompts = PromptBuilder(smollm2.tokenizer, context=8192, max_new_tokens=NEW_TOKENS)
-    chosen = [rows["gpl-2-vice"], {**rows["apache-2.0-date"], "text": rows["apache-2.0-date"]["text"][:2000]}]
+    chosen = [
+        rows["gpl-2-program"],
+        {**rows["apache-2.0-date"], "text": rows["apache-2.0-date"]["text"][:2000]},
+    ]
     return [
         prompts.encode(
             Document(

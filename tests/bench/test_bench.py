@@ -1,0 +1,96 @@
+"""The operation count against numbers worked out by hand, and the benchmark command on a small model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from marsinfer_cli.app import run
+from pipeline.bench.flops import dense_flops, prefill_flops
+from pipeline.bench.ttft import Measurement, saving_reached
+from pipeline.model.shape import ModelShape
+
+SHAPE = ModelShape(layers=2, hidden=8, ffn=16, heads=4, kv_heads=2, head_dim=2, vocab=10, context=64)
+
+
+def test_operations_of_a_dense_prefill_by_hand():
+    # a token: q and o 8x8, k and v 8x4: 2 * (64 + 64 + 32 + 32) = 384; FFN 3 products 8x16: 768
+    # three tokens attend to 1 + 2 + 3 keys, QK and PV, 8 wide: 4 * 8 * 6 = 192
+    assert dense_flops(SHAPE, 3) == 2 * (3 * 384 + 192 + 3 * 768) + 2 * 8 * 10
+
+
+def test_operations_follow_the_tokens_of_each_layer():
+    # layer 2: two tokens enter, one passes the FFN, and scoring looked at 5 query-key pairs
+    second = 2 * 384 + 4 * 8 * 3 + 768 + 2 * 8 * 5
+    first = 3 * 384 + 192 + 3 * 768
+    assert prefill_flops(SHAPE, [3, 2], [3, 1], [0, 5]) == first + second + 160
+
+
+def measurement(ttft_ms, flops_ratio):
+    return Measurement(
+        variant="x",
+        tokens=1,
+        ttft_ms=ttft_ms,
+        fastest_ms=0,
+        slowest_ms=0,
+        repeats=1,
+        peak_bytes=None,
+        flops_ratio=flops_ratio,
+    )
+
+
+def test_the_saving_is_compared_with_what_the_operations_predict():
+    dense = measurement(100.0, 1.0)
+    assert saving_reached(measurement(85.0, 0.8), dense) == pytest.approx(0.75)
+    assert saving_reached(dense, dense) is None
+
+
+def test_ttft_measures_each_variant_in_one_run(model_folder, capfd):
+    flags = ["--lengths", "300", "--methods", "dense,marsinfer:share=0.5:start_layer=2", "--repeats", "2"]
+    assert run(["bench", "ttft", "--model", str(model_folder), *flags, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["attention"] == "sdpa"
+    variants = {result["variant"]: result for result in report["results"]}
+    assert set(variants) == {"transformers", "dense", "marsinfer:share=0.5:start_layer=2"}
+    assert variants["dense"]["ffn_ratio"] == 1
+    pruned = variants["marsinfer:share=0.5:start_layer=2"]
+    assert pruned["ffn_share_by_layer"] == [1.0, 1.0, 0.5, 0.5]
+    assert pruned["flops_ratio"] < 1
+    assert all(0 < v["fastest_ms"] <= v["ttft_ms"] <= v["slowest_ms"] for v in variants.values())
+
+
+def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, capfd):
+    source = tmp_path / "docs.jsonl"
+    source.write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "word " * 60}) + "\n")
+    flags = [
+        "--input",
+        str(source),
+        "--row",
+        "1",
+        "--methods",
+        "dense",
+        "--baselines",
+        "none",
+        "--repeats",
+        "1",
+    ]
+    assert run(["bench", "ttft", "--model", str(model_folder), *flags]) == 0
+    printed = capfd.readouterr().out
+    assert "| tokens | variant |" in printed
+    assert "| dense |" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
+        (["--baselines", "vllm"], "unknown baseline 'vllm'; baselines: transformers, transformers-cudnn"),
+        (["--random-weights", "gpt-5"], "--random-weights 'gpt-5': choose from qwen2-7b, "),
+        (["--lengths", "8q"], "--lengths '8q': give a whole number such as 8192, 32k or 1m"),
+        (["--input", "examples/licenses.jsonl", "--row", "99"], "examples/licenses.jsonl has no row 99"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_measured(model_folder, capfd, flags, message):
+    assert run(["bench", "ttft", "--model", str(model_folder), "--lengths", "64", *flags]) == 2
+    assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")

@@ -1,0 +1,132 @@
+"""The engine when a pack goes wrong: the culprit gets an error row, the others their answers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import document, tiny_model
+
+from pipeline.engines import local
+from pipeline.engines.local import LocalEngine
+from pipeline.engines.memory import activation_bytes, default_pack_tokens, pack_bytes
+from pipeline.errors import MarsError
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.model.decode import StopRules
+from pipeline.model.loading import LoadedModel
+from pipeline.model.sampling import Sampling
+from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.dense import Dense
+
+
+@pytest.fixture
+def model():
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
+    return LoadedModel(
+        adapter=tiny_model("qwen2"),
+        tokenizer=tokenizer,
+        attention=SdpaAttention(),
+        generation_config=None,
+        name="tiny",
+        fingerprint="",
+    )
+
+
+def engine_for(model, method=None):
+    return LocalEngine(model, method or Dense(), rules=StopRules(max_new_tokens=3), sampling=Sampling())
+
+
+def documents():
+    return [document(20 + row, seed=row, row=row) for row in range(7)]
+
+
+def failing_on(row, error, monkeypatch):
+    """A prefill that fails whenever a given document is in the pack."""
+    real, culprit = local.prefill, document(20 + row, seed=row, row=row).prompt_tokens
+
+    def prefill(adapter, attention, method, pack, new_tokens):
+        if culprit in pack.segments.lengths:
+            raise error
+        return real(adapter, attention, method, pack, new_tokens)
+
+    monkeypatch.setattr(local, "prefill", prefill)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ValueError("bad luck"), "internal")],
+)
+def test_the_culprit_of_a_pack_stands_alone(model, monkeypatch, error, kind):
+    engine = engine_for(model)
+    expected = [row.answer for row in engine.answer(documents())]
+    failing_on(4, error, monkeypatch)
+    rows = engine.answer(documents())
+    assert [row.row for row in rows] == list(range(7))
+    assert [row.status for row in rows] == ["ok"] * 4 + ["error"] + ["ok"] * 2
+    assert rows[4].error_type == kind
+    assert rows[4].error_message.startswith("row 4: ")
+    assert [row.answer for row in rows if row.status == "ok"] == expected[:4] + expected[5:]
+
+
+def test_output_that_is_not_finite_is_an_error_and_no_answer(model):
+    expected = [row.answer for row in engine_for(model).answer(documents())]
+    shortest = documents()[0].prompt_tokens
+    real = model.adapter.rope
+
+    def poison(hidden, positions):  # every pack that the shortest document leads
+        cos, sin = real(hidden, positions)
+        return (cos * float("nan"), sin) if len(positions) == shortest else (cos, sin)
+
+    model.adapter.rope = poison
+    rows = engine_for(model).answer(documents()[:1]) + engine_for(model).answer(documents()[1:])
+    assert (rows[0].status, rows[0].error_type, rows[0].answer) == ("error", "not_finite", None)
+    assert rows[0].error_message.startswith("row 0: the model's output is not finite")
+    assert [row.answer for row in rows[1:]] == expected[1:]
+
+
+def test_an_out_of_memory_row_says_how_much_it_needs(model, monkeypatch):
+    engine = engine_for(model)
+    failing_on(4, torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
+    (row,) = engine.answer(documents()[4:5])
+    assert "24 tokens need about 0.0 GB on cpu and" in row.error_message
+
+
+def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
+    engine = engine_for(model)
+    engine.max_bytes = engine.planned_bytes([22])
+    rows = [engine.answer([doc])[0] for doc in documents()]
+    assert [row.status for row in rows] == ["ok"] * 3 + ["error"] * 4
+    assert {row.error_type for row in rows[3:]} == {"out_of_memory"}
+
+
+class DropsTheLast(PruningMethod):
+    """A method that breaks the contract."""
+
+    name = "drops-the-last"
+
+    def select(self, layer, view, state):
+        return Selection(live=view.all_indices[:-1]) if layer == 0 else Selection()
+
+
+def test_a_method_that_breaks_the_contract_ends_the_run(model):
+    with pytest.raises(MarsError, match=r"^method drops-the-last dropped a prompt's last token"):
+        engine_for(model, DropsTheLast()).answer(documents())
+
+
+def test_planned_bytes_grow_with_tokens_and_documents(model):
+    shape = model.adapter.shape
+    planned = pack_bytes(Dense(), shape, itemsize=4, new_tokens=10)
+    kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
+    logits = shape.vocab * 8
+    assert planned([100]) == 110 * kv + 100 * activation_bytes(shape, 4) + logits
+    assert planned([50, 50]) == planned([100]) + 10 * kv + logits
+
+
+def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):
+    shape, cpu = model.adapter.shape, torch.device("cpu")
+    assert default_pack_tokens(shape, itemsize=4, device=cpu) == 8192
+    monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 1_000_000)
+    assert 1 < default_pack_tokens(shape, itemsize=4, device=cpu) < 1_000
+    monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 0)
+    assert default_pack_tokens(shape, itemsize=4, device=cpu) == 1

