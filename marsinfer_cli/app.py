@@ -59,17 +59,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
         words = None if arguments is None else list(arguments)
         result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
-        return exit.exit_code
+        result = exit.exit_code
     except ClickError as error:
         return _complain(error.format_message(), 2)
     except MarsError as error:
         return _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; no output was published", 130)
+        result = 130
     except BrokenPipeError:
         # whoever read our output has left; without this, Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if result == 130:  # Typer itself turns Ctrl-C into this code, and says nothing
+        return _complain("interrupted; no output was published", 130)
     return result if isinstance(result, int) else 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.errors import RowError
+from pipeline.io.causes import some
 from pipeline.io.columns import Columns
 from pipeline.records import Document, Row, RowFailure
 
@@ -81,7 +82,7 @@ def build(
 def _text(name: str, cells: Mapping[str, object]) -> str:
     value = cells.get(name, _MISSING)
     if value is _MISSING:
-        raise RowError("missing_text", f"there is no {name!r}; --text-column names the text")
+        raise RowError("missing_text", f"{_lacks(name, cells)} (--text-column names the text)")
     if value is None:
         raise RowError("missing_text", f"{name!r} is null")
     text = _string(name, value, "bad_text_type")
@@ -90,13 +91,17 @@ def _text(name: str, cells: Mapping[str, object]) -> str:
     return text
 
 
+def _lacks(name: str, cells: Mapping[str, object]) -> str:
+    return f"there is no {name!r}; it has: {some(list(cells)) or 'nothing'}"
+
+
 def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
     name = columns.question
     if name is None:
         return columns.fixed_question
     value = cells.get(name, _MISSING)
     if value is _MISSING:
-        raise RowError("missing_question", f"there is no {name!r}; --question-column names the question")
+        raise RowError("missing_question", f"{_lacks(name, cells)} (--question-column names the question)")
     if value is None:
         raise RowError("missing_question", f"{name!r} is null")
     question = _string(name, value, "bad_question_type")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -237,16 +238,19 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' progress bars and notices would break our own progress line."""
+    """The libraries' progress bars, notices and retries would break our own progress line."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    level = transformers.utils.logging.get_verbosity()
+    loggers = (transformers.utils.logging, huggingface_hub.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity(logging.ERROR)
+    for logger in loggers:
+        logger.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.utils.logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()

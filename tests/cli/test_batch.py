@@ -256,7 +256,7 @@ def test_usage_errors_are_one_line(capfd):
     assert len(printed.splitlines()) == 1
 
 
-def test_an_unforeseen_error_leaves_no_output(batch, parquet, tmp_path, monkeypatch):
+def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, monkeypatch, capfd):
     from pipeline.engines.local import LocalEngine
 
     def interrupted(self, pack):
@@ -264,6 +264,7 @@ def test_an_unforeseen_error_leaves_no_output(batch, parquet, tmp_path, monkeypa
 
     monkeypatch.setattr(LocalEngine, "answer", interrupted)
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
+    assert capfd.readouterr().err == "marsinfer: error: interrupted; no output was published\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
 
 

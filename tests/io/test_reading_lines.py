@@ -63,7 +63,7 @@ def test_lines_are_numbered_physically(tmp_path):
         ("[1]", "not_an_object", "is an array, not an object; each line must be one JSON object"),
         ('"text"', "not_an_object", "is a string, not an object; each line must be one JSON object"),
         ("null", "not_an_object", "is null, not an object; each line must be one JSON object"),
-        ("{}", "missing_text", "there is no 'text'; --text-column names the text"),
+        ("{}", "missing_text", "there is no 'text'; it has: nothing (--text-column names the text)"),
         ('{"text": null}', "missing_text", "'text' is null"),
         ('{"text": 5}', "bad_text_type", "'text' is a number, not a string"),
         ('{"text": true}', "bad_text_type", "'text' is a boolean, not a string"),
@@ -96,7 +96,7 @@ def test_a_huge_integer_does_not_crash(line_failure):
         (
             '{"text": "a"}',
             "missing_question",
-            "there is no 'q'; --question-column names the question",
+            "there is no 'q'; it has: text (--question-column names the question)",
         ),
         ('{"text": "a", "q": null}', "missing_question", "'q' is null"),
         ('{"text": "a", "q": " "}', "missing_question", "'q' is empty"),
