@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import zip_longest
 from math import ceil
 from operator import add
 from typing import Any, ClassVar
@@ -96,10 +97,11 @@ class LayerView:
     def mask_of(self, ranges: Sequence[Sequence[Range]]) -> Tensor:
         """(T,) bool: tokens whose original position lies in one of their document's ranges."""
         mask_T = torch.zeros(self.segments.total, dtype=torch.bool, device=self.hidden.device)
-        for (start, end), document_ranges in zip(self.segments.ranges(), ranges, strict=True):
-            positions = self.positions[start:end]
-            for first, stop in document_ranges:
-                mask_T[start:end] |= (positions >= first) & (positions < stop)
+        # the n-th range of all documents at once, however many documents there are
+        for nth in zip_longest(*ranges, fillvalue=(0, 0)):
+            first_B, stop_B = torch.tensor(nth, device=mask_T.device).T
+            document_T = self.segments.document_T
+            mask_T |= (self.positions >= first_B[document_T]) & (self.positions < stop_B[document_T])
         return mask_T
 
 
