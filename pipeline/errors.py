@@ -25,10 +25,30 @@ class ModelError(MarsError):
     exit_code = 2
 
 
+class LockedError(MarsError):
+    """Another run is writing the same output."""
+
+    exit_code = 7
+
+
 class StorageError(MarsError):
     """The output cannot be written: the disk is full, or its folder is gone."""
 
     exit_code = 8
+
+
+class TooManyErrors(MarsError):
+    """A run that was clearly broken stopped itself; what is finished is kept."""
+
+    exit_code = 4
+
+
+class Interrupted(MarsError):
+    """A signal ended the run; what is finished is kept. `exit_code` is 128 plus the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RowError(Exception):

@@ -18,6 +18,7 @@ class Row:
     id: str
     place: str  # for messages: "contracts.jsonl line 17"
     passthrough: pa.RecordBatch | None = None  # one row
+    row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,18 +99,23 @@ class Answer:
     ffn_ratio: float | None = None
     flops_ratio: float | None = None
     kv_bytes: int | None = None
+    row_hash: str | None = None
     passthrough: pa.RecordBatch | None = field(default=None, repr=False)
 
     @classmethod
-    def from_failure(cls, failure: RowFailure, method: str) -> Answer:
+    def begin(cls, source: Row, method: str) -> Answer:
+        """An answer that says only whose it is."""
         return cls(
-            id=failure.source.id,
-            row=failure.source.row,
-            status=failure.status,
-            error_type=failure.kind,
-            error_message=failure.message,
-            document_tokens=failure.document_tokens,
-            prompt_tokens=failure.prompt_tokens,
+            id=source.id,
+            row=source.row,
             method=method,
-            passthrough=failure.source.passthrough,
+            row_hash=source.row_hash,
+            passthrough=source.passthrough,
         )
+
+    @classmethod
+    def from_failure(cls, failure: RowFailure, method: str) -> Answer:
+        answer = cls.begin(failure.source, method)
+        answer.status, answer.error_type, answer.error_message = failure.status, failure.kind, failure.message
+        answer.document_tokens, answer.prompt_tokens = failure.document_tokens, failure.prompt_tokens
+        return answer

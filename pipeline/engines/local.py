@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampler, Sampling
 from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, EncodedDocument, Row, RowFailure, Spans
+from pipeline.records import Answer, EncodedDocument, Row, Spans
 
 
 class LocalEngine:
@@ -33,8 +34,11 @@ class LocalEngine:
         rules: StopRules,
         sampling: Sampling,
         pack_tokens: int | None = None,
+        row_timeout: float | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
+        self.row_timeout, self.check = row_timeout, check
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
         method.plan(shape, (1,))  # settings that do not fit the model's depth fail here, not in a pack
         self.planned_bytes = pack_bytes(
@@ -95,14 +99,15 @@ class LocalEngine:
     def _answer(self, documents: Sequence[EncodedDocument], rules: StopRules) -> list[Answer]:
         adapter, attention = self.model.adapter, self.model.attention
         started = self._now()
+        check = partial(self._check, started)
         pack = Pack.of(documents, self.model.device)
-        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens)
+        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check)
         prefill_ms = (self._now() - started) * 1e3
         sampler = Sampler(self.sampling, [document.source.row for document in documents])
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
         first_at = self._now()
         rows = self._statistics(documents, prefilled)
-        generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules)
+        generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules, check)
         for row, document, tokens in zip(rows, documents, generated, strict=True):
             row.queue_ms = (started - document.ready_at) * 1e3
             row.prefill_ms = prefill_ms
@@ -133,16 +138,10 @@ class LocalEngine:
         return rows
 
     def _row(self, document: EncodedDocument) -> Answer:
-        return Answer(
-            id=document.source.id,
-            row=document.source.row,
-            document_tokens=document.document_tokens,
-            prompt_tokens=document.prompt_tokens,
-            truncated_tokens=document.truncated_tokens,
-            tokenize_ms=document.tokenize_ms,
-            method=self.method.name,
-            passthrough=document.source.passthrough,
-        )
+        row = Answer.begin(document.source, self.method.name)
+        row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
+        row.truncated_tokens, row.tokenize_ms = document.truncated_tokens, document.tokenize_ms
+        return row
 
     def _finish(self, row: Answer, generated: Generated) -> None:
         text = self.model.tokenizer.decode(generated.tokens, skip_special_tokens=True)
@@ -152,10 +151,8 @@ class LocalEngine:
         row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
 
     def _failed(self, document: EncodedDocument, kind: str, message: str) -> Answer:
-        failure = RowFailure(source=document.source, kind=kind, message=message)
-        row = Answer.from_failure(failure, self.method.name)
-        row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
-        row.truncated_tokens, row.tokenize_ms = document.truncated_tokens, document.tokenize_ms
+        row = self._row(document)
+        row.status, row.error_type, row.error_message = "error", kind, message
         return row
 
     def _describe(self, error: Exception, document: EncodedDocument) -> tuple[str, str]:
@@ -172,6 +169,12 @@ class LocalEngine:
             f"{self.model.device} and {self.max_bytes / 1e9:.1f} GB are usable; "
             "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
         )
+
+    def _check(self, started: float) -> None:
+        """Called between layers and steps: give up a pack that takes longer than one row may."""
+        self.check()
+        if self.row_timeout is not None and time.perf_counter() - started > self.row_timeout:
+            raise RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
 
     def _now(self) -> float:
         """Seconds, after all work on the device has ended."""

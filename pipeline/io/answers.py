@@ -37,6 +37,7 @@ _TYPES = {
     "ffn_ratio": pa.float64(),
     "flops_ratio": pa.float64(),
     "kv_bytes": pa.int64(),
+    "row_hash": pa.string(),
 }
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
@@ -74,10 +75,11 @@ def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
     try:
         return pa.array(values, field.type)
     except UnicodeEncodeError:
-        return pa.array([_without_lone_surrogates(value) for value in values], field.type)
+        return pa.array([without_lone_surrogates(value) for value in values], field.type)
 
 
-def _without_lone_surrogates(value: str | None) -> str | None:
+def without_lone_surrogates(value: str | None) -> str | None:
+    """Text as the output holds it: UTF-8 has no halves of surrogate pairs."""
     return None if value is None else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -87,10 +89,10 @@ def _copied(answers: Sequence[Answer], schema: pa.Schema) -> list[pa.ChunkedArra
     empty = pa.RecordBatch.from_arrays([pa.nulls(1, kind) for kind in schema.types], schema=schema)
     rows = [empty if answer.passthrough is None else answer.passthrough for answer in answers]
     table = pa.Table.from_batches(rows, schema=schema)
-    return [_combined(column) for column in table.columns]
+    return [combined(column) for column in table.columns]
 
 
-def _combined(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def combined(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """In one chunk where it fits: dictionaries with small indices may not, which is no reason to fail."""
     try:
         return pa.chunked_array([column.combine_chunks()], column.type)

@@ -16,7 +16,9 @@ from pipeline.io.jsonvalues import json_value
 
 
 class Sink(Protocol):
-    """Writes tables of one schema; `finish` ends the file but leaves it open."""
+    """Writes tables; `finish` ends the file but leaves it open, `schema` is what the file holds."""
+
+    schema: pa.Schema
 
     def write(self, table: pa.Table) -> None: ...
 
@@ -28,11 +30,11 @@ class ParquetSink:
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
         # Readers join the dictionaries of all row groups, and fail if small indices cannot count the values.
-        self._schema = _with_types(schema, dictionaries.wide)
-        self._writer = pq.ParquetWriter(handle, self._schema, compression="zstd", write_page_checksum=True)
+        self.schema = _with_types(schema, dictionaries.wide)
+        self._writer = pq.ParquetWriter(handle, self.schema, compression="zstd", write_page_checksum=True)
 
     def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table.cast(self._schema), row_group_size=max(table.num_rows, 1))
+        self._writer.write_table(table.cast(self.schema), row_group_size=max(table.num_rows, 1))
 
     def finish(self) -> None:
         self._writer.close()
@@ -42,6 +44,7 @@ class ArrowStreamSink:
     """An Arrow IPC stream, each table one batch."""
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        self.schema = schema
         self._writer = pa.ipc.new_stream(handle, schema)
 
     def write(self, table: pa.Table) -> None:
@@ -55,11 +58,11 @@ class ArrowFileSink:
     """An Arrow IPC file; dictionary columns become plain, as a file cannot change a dictionary midway."""
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
-        self._schema = _with_types(schema, dictionaries.plain)
-        self._writer = pa.ipc.new_file(handle, self._schema)
+        self.schema = _with_types(schema, dictionaries.plain)
+        self._writer = pa.ipc.new_file(handle, self.schema)
 
     def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table.cast(self._schema).combine_chunks())
+        self._writer.write_table(table.cast(self.schema).combine_chunks())
 
     def finish(self) -> None:
         self._writer.close()
@@ -69,6 +72,7 @@ class JsonlSink:
     """JSON lines, one object a row; the schema's metadata has no place in them and is left out."""
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        self.schema = schema
         self._handle = handle
 
     def write(self, table: pa.Table) -> None:

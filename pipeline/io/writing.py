@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answer_bytes, answers_table, output_schema
 from pipeline.io.causes import cause
 from pipeline.io.formats import Sink, sink_type
+from pipeline.io.published import Published
 from pipeline.records import Answer
 
 __all__ = ["AnswerWriter", "check_output", "output_schema"]
@@ -46,7 +48,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path], overwrite: bool
     for file in inputs:
         if _same_file(path, file):
             raise ConfigError(f"{path} is also an input ({file}); name another output")
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
 
@@ -58,31 +60,45 @@ def _same_file(path: Path, other: str | Path) -> bool:
         return False
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """A `ConfigError` if something has the output's name and may not be replaced."""
     if not overwrite and path.exists():
         raise ConfigError(f"{path} exists; --overwrite replaces it")
+
+
+def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
+    """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
+    trial = io.BytesIO()
+    with _failures_told(path):
+        sink_type(path)(trial, schema).finish()
+    return (
+        schema if path.suffix.lower() == ".jsonl" else Published(path, pa.py_buffer(trial.getvalue())).schema
+    )
 
 
 class AnswerWriter:
     """A context manager: a clean exit publishes the file whole, an exception leaves no trace of it."""
 
-    def __init__(self, path: str | Path, schema: pa.Schema, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, schema: pa.Schema, overwrite: bool = False, temporary: Path | None = None
+    ) -> None:
+        """`temporary` names, on the same file system, the file that becomes the output."""
         self._path = Path(path)
         self._schema = schema
         self._overwrite = overwrite
         self._make_sink = sink_type(self._path)
         # An output that is a symbolic link stays one: what it points to is replaced.
         self._target = Path(os.path.realpath(self._path))
-        self._temporary = self._target.with_name(f".{self._target.name}.partial-{os.getpid()}")
+        self._temporary = temporary or self._target.with_name(f".{self._target.name}.partial-{os.getpid()}")
         self._handle: BinaryIO | None = None
         self._sink: Sink | None = None
         self._waiting: list[Answer] = []
         self._waiting_bytes = 0
 
     def __enter__(self) -> Self:
-        _refuse_existing(self._path, self._overwrite)
+        refuse_existing(self._path, self._overwrite)
         try:
-            with self._failures_told():
+            with _failures_told(self._path):
                 self._handle = self._temporary.open("wb")
                 self._sink = self._make_sink(self._handle, self._schema)
         except BaseException:
@@ -98,6 +114,19 @@ class AnswerWriter:
             if len(self._waiting) >= GROUP_ROWS or self._waiting_bytes >= GROUP_BYTES:
                 self._flush()
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema that the file holds, to which tables should be cast before they are joined."""
+        assert self._sink is not None, "asked outside of the with block"
+        return self._sink.schema
+
+    def write_table(self, table: pa.Table) -> None:
+        """Add a table of answers as one group, behind all that was written before."""
+        self._flush()
+        assert self._sink is not None, "write outside of the with block"
+        with _failures_told(self._path):
+            self._sink.write(table)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -111,7 +140,7 @@ class AnswerWriter:
         if not self._waiting:
             return
         assert self._sink is not None, "write outside of the with block"
-        with self._failures_told():
+        with _failures_told(self._path):
             self._sink.write(answers_table(self._waiting, self._schema))
         self._waiting, self._waiting_bytes = [], 0
 
@@ -119,15 +148,15 @@ class AnswerWriter:
         self._flush()
         assert self._sink is not None
         assert self._handle is not None
-        with self._failures_told():
+        with _failures_told(self._path):
             self._sink.finish()
             self._sink = None
             self._handle.flush()
             os.fsync(self._handle.fileno())
             self._handle.close()
-            _refuse_existing(self._path, self._overwrite)
+            refuse_existing(self._path, self._overwrite)
             os.replace(self._temporary, self._target)
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
 
     def _discard(self) -> None:
         """Close and remove what there is; after a failed write closing fails again, which is no news."""
@@ -143,23 +172,25 @@ class AnswerWriter:
             with suppress(OSError):
                 self._temporary.unlink()
 
-    @contextmanager
-    def _failures_told(self) -> Iterator[None]:
-        try:
-            yield
-        except MarsError:
-            raise
-        except OSError as error:
-            remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
-            raise StorageError(f"{self._path} cannot be written: {cause(error)}; {remedy}") from error
-        except pa.ArrowException as error:
-            raise ConfigError(
-                f"{self._path} cannot be written as {self._path.suffix}: {cause(error)}; "
-                "leave that column out with --keep-columns, or choose .arrows"
-            ) from error
+
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MarsError:
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
+        raise StorageError(f"{path} cannot be written: {cause(error)}; {remedy}") from error
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"{path} cannot be written as {path.suffix}: {cause(error)}; "
+            "leave that column out with --keep-columns, or choose .arrows"
+        ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, which syncing its files alone does not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

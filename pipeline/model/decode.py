@@ -58,8 +58,12 @@ def decode(
     first_tokens: Sequence[int],
     sampler: Sampler,
     rules: StopRules,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
-    """Go on from each document's first token until its stop rule; finished documents leave the batch."""
+    """Go on from each document's first token until its stop rule; finished documents leave the batch.
+
+    `check` is called before every step, and may raise to give the pack up.
+    """
     answers = [Generated() for _ in prefilled.lengths]
     active = list(range(len(answers)))
     tokens = list(first_tokens)
@@ -72,6 +76,7 @@ def decode(
         if len(left) < len(active):
             prefilled.cache.keep(left)
             active = [active[place] for place in left]
+        check()
         # the position counts the prompt as it was, not the tokens that a method left in the cache
         positions = [prefilled.lengths[b] + len(answers[b].tokens) - 1 for b in active]
         newest = [answers[b].tokens[-1] for b in active]

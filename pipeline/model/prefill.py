@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +63,12 @@ def prefill(
     method: PruningMethod,
     pack: Pack,
     new_tokens: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`.
 
-    The cache gets room for `new_tokens` more tokens a document. Nothing is copied to the host for a method
+    The cache gets room for `new_tokens` more tokens a document. `check` is called before every layer, and
+    may raise to give the pack up. Nothing is copied to the host for a method
     that keeps all tokens alive and counts them beforehand; a token that is dropped keeps its position.
     """
     segments = pack.segments
@@ -77,6 +79,7 @@ def prefill(
     hidden_TD = adapter.embed(pack.input_ids)
     rope = adapter.rope(hidden_TD, positions_T)
     for layer in range(adapter.shape.layers):
+        check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
         mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
         hidden_TD += adapter.attention_output(layer, mixed_THd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import document, tiny_model
 from pipeline.engines import local
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import activation_bytes, default_pack_tokens, pack_bytes
-from pipeline.errors import MarsError
+from pipeline.errors import Interrupted, MarsError
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
@@ -45,10 +46,10 @@ def failing_on(row, error, monkeypatch):
     """A prefill that fails whenever a given document is in the pack."""
     real, culprit = local.prefill, document(20 + row, seed=row, row=row).prompt_tokens
 
-    def prefill(adapter, attention, method, pack, new_tokens):
+    def prefill(adapter, attention, method, pack, new_tokens, check):
         if culprit in pack.segments.lengths:
             raise error
-        return real(adapter, attention, method, pack, new_tokens)
+        return real(adapter, attention, method, pack, new_tokens, check)
 
     monkeypatch.setattr(local, "prefill", prefill)
 
@@ -98,6 +99,50 @@ def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
     rows = [engine.answer([doc])[0] for doc in documents()]
     assert [row.status for row in rows] == ["ok"] * 3 + ["error"] * 4
     assert {row.error_type for row in rows[3:]} == {"out_of_memory"}
+
+
+def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypatch):
+    engine = engine_for(model)
+    expected = [row.answer for row in engine.answer(documents())]
+    slow, real = documents()[4].prompt_tokens, model.adapter.attention_output
+
+    def attention_output(layer, mixed):
+        time.sleep(0.4 if slow in lengths else 0)
+        return real(layer, mixed)
+
+    lengths = ()
+    pack_of = local.Pack.of
+
+    def remember(docs, device):
+        nonlocal lengths
+        pack = pack_of(docs, device)
+        lengths = pack.segments.lengths
+        return pack
+
+    monkeypatch.setattr(local.Pack, "of", remember)
+    model.adapter.attention_output = attention_output
+    engine.row_timeout = 0.3
+    rows = engine.answer(documents())
+    assert [row.status for row in rows] == ["ok"] * 4 + ["error"] + ["ok"] * 2
+    assert rows[4].error_type == "timeout"
+    assert rows[4].error_message == "row 4: not answered within --row-timeout 0.3 s"
+    assert [row.answer for row in rows if row.status == "ok"] == expected[:4] + expected[5:]
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_a_check_between_layers_and_steps_can_end_the_run(model, calls):
+    seen = []
+
+    def check():
+        seen.append(1)
+        if len(seen) == calls:  # four layers of prefill, then two steps of decoding
+            raise Interrupted("enough", 143)
+
+    engine = engine_for(model)
+    engine.check = check
+    with pytest.raises(Interrupted):
+        engine.answer(documents())
+    assert len(seen) == calls
 
 
 class DropsTheLast(PruningMethod):

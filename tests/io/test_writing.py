@@ -62,6 +62,7 @@ FULL = Answer(
     ffn_ratio=0.5,
     flops_ratio=0.25,
     kv_bytes=1 << 40,
+    row_hash="0f" * 16,
 )
 
 

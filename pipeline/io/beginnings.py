@@ -1,0 +1,122 @@
+"""With which settings and columns a run began, and how those of a resumed one differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.io.writing import sync_folder
+
+STATE_FILE = "settings.json"
+VERSION = 1
+
+METADATA_KEY = b"marsinfer"
+SETTINGS_KEY = "settings_that_decide"
+
+MOST_TOLD = 5
+LONGEST_TOLD = 60  # characters of a value
+START_OVER = "--overwrite starts over"
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beginning:
+    """What a journal says of its run: it may extend the output that is there, or may only replace it."""
+
+    settings: Any
+    extends: bool = False
+    replaces: bool = False
+    version: int = VERSION
+
+    def save(self, folder: Path) -> None:
+        """Durable and never half there."""
+        temporary = folder / f"{STATE_FILE}.partial"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / STATE_FILE)
+        sync_folder(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Beginning:
+        """A `StorageError` if it was damaged."""
+        path = folder / STATE_FILE
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"{path} is damaged; {START_OVER}") from error
+        if found.version != VERSION:
+            raise StorageError(f"{path} is of another version of marsinfer; {START_OVER}")
+        return found
+
+
+def plain(settings: Mapping[str, Any]) -> Any:
+    """Settings as they come back from JSON, where a tuple is a list."""
+    return json.loads(json.dumps(settings))
+
+
+def settings_in(path: Path, schema: pa.Schema) -> Any:
+    """The settings in an output's metadata; a `ConfigError` if it has none."""
+    try:
+        return json.loads((schema.metadata or {})[METADATA_KEY])[SETTINGS_KEY]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not say with which settings it was made; {START_OVER}") from error
+
+
+def check_settings(path: Path, then: Any, now: Any) -> None:
+    """A `ConfigError` that names the settings that differ; both are as from JSON."""
+    before, after = dict(_flat(then)), dict(_flat(now))
+    told = [
+        f"{name} was {_told(before.get(name, _ABSENT))} and is now {_told(after.get(name, _ABSENT))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+    ]
+    if told:
+        raise ConfigError(f"{path} was begun with other settings: {_first(told)}; {START_OVER}")
+
+
+def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
+    """A `ConfigError` that names the columns that differ."""
+    if then.equals(now, check_metadata=False):
+        return
+    before = {field.name: field for field in then}
+    after = {field.name: field for field in now}
+    told = [f"{name!r} is gone" for name in before if name not in after]
+    told += [f"{name!r} is new" for name in after if name not in before]
+    told += [
+        f"{name!r} was {before[name].type} and is now {after[name].type}"
+        for name in before
+        if name in after and before[name].type != after[name].type
+    ]
+    raise ConfigError(
+        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"
+    )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not name):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _told(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_TOLD else text[: LONGEST_TOLD - 3] + "..."
+
+
+def _first(told: list[str]) -> str:
+    more = f", and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return ", ".join(told[:MOST_TOLD]) + more

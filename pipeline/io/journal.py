@@ -1,0 +1,299 @@
+"""Finished rows kept beside the output, so that a killed run goes on where it was.
+
+The folder `.NAME.journal` holds the settings that the run began with, one part for each run that finished
+rows, and an index that is derived from the parts. The output is published from it, whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.io.answers import answers_table
+from pipeline.io.beginnings import START_OVER, Beginning, check_columns, check_settings, plain, settings_in
+from pipeline.io.causes import READ_ERRORS, cause
+from pipeline.io.chunks import PartWriter, pack_chunk, read_chunk, scan_part
+from pipeline.io.merge import merge
+from pipeline.io.published import Published
+from pipeline.io.rowindex import INDEXED, Order, RowIndex
+from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written, sync_folder
+from pipeline.records import Answer, Row
+
+INDEX_FILE = "index.sqlite"
+PARTIAL_OUTPUT = "output.partial"  # in the folder, so that what a killed run left of it goes with the journal
+PUBLISHED = 0  # stands for the output itself where the parts of the journal are numbered from 1
+
+_PART = re.compile(r"part-(\d{4,})")
+
+
+def journal_folder(output: str | Path) -> Path:
+    """Where the journal of an output is; outputs that are links to one file share it."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(f".{target.name}.journal")
+
+
+class Journal:
+    """A context manager; leaving it without `publish` keeps all that was appended, for a resumed run."""
+
+    resumed: bool
+    done_at_start: Counter[str]
+
+    def __init__(self, output: Path, schema: pa.Schema, beginning: Beginning, base: Published | None) -> None:
+        """For `open`, which finds out what there is."""
+        self._output = output
+        self._schema = schema
+        self._chunk_schema = schema.remove_metadata()
+        self._folder = journal_folder(output)
+        self._beginning = beginning
+        self._base = base
+        self._part: PartWriter | None = None
+        self._index = RowIndex(self._folder / INDEX_FILE)
+        self.resumed = False
+        self.done_at_start = Counter()
+
+    @classmethod
+    def open(
+        cls,
+        output: str | Path,
+        schema: pa.Schema,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        retry_errors: bool = False,
+        overwrite: bool = False,
+    ) -> Journal:
+        """Begin a journal, or go on with the one, or the finished output, that is there.
+
+        `settings` are those that decide an answer; a resumed run must have the same ones, and the same
+        columns. With `retry_errors`, rows that failed are not done. The caller holds the output's lock.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other")
+        output, now = Path(output), plain(settings)
+        written = schema_as_written(output, schema)
+        with _failures_told(journal_folder(output)):
+            beginning, base = _begin(output, written, now, resume, overwrite)
+            journal = cls(output, schema, beginning, base)
+            try:
+                journal._replay(retry_errors)
+            except BaseException:
+                journal.close()
+                raise
+        return journal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def is_done(self, source: Row, row_hash: str) -> bool:
+        """Whether a row's answer is known; to be asked once for every row, in the order of the input.
+
+        A known answer takes the row's present number. An id that came before is a `RowError`, whose
+        row must be appended as failed like any other. May be called from another thread.
+        """
+        with _failures_told(self._folder):
+            return self._index.see(source, row_hash)
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        """Add the answers of a pack, durable on return."""
+        if not answers:
+            return
+        chunk = pack_chunk(answers_table(answers, self._chunk_schema))
+        with _failures_told(self._folder):
+            number, offset = self._append_chunk(chunk)
+            self._index.record(answers, number, offset, len(chunk) // len(answers))
+
+    def publish(self, order: Order = "input") -> None:
+        """Write the output, whole, with the rows seen in this run that have an answer; end the journal.
+
+        `order` is that of the input, or that in which the answers were appended.
+        """
+        with _failures_told(self._folder):
+            try:
+                self._write_output(order)
+            except StorageError as error:
+                raise StorageError(f"{error}; the journal is intact, and --resume continues") from error
+        self._release()
+        _remove(self._folder)
+
+    def close(self) -> None:
+        """Let go of the files; a journal without answers, which nobody could resume, goes."""
+        self._release()
+        if not _has_answers(self._folder):
+            _remove(self._folder)
+
+    def _release(self) -> None:
+        self._index.close()
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def _replay(self, retry_errors: bool) -> None:
+        if self._base is not None:
+            with _output_read(self._output):
+                for group in self._base:
+                    table = self._base.read(group, INDEXED)
+                    self._index.replay(table, PUBLISHED, group, self._base.row_bytes(group))
+        parts = _parts(self._folder)
+        for number in sorted(parts):
+            self._replay_part(number, parts[number])
+        if retry_errors:
+            self._index.forget_errors()
+        self.done_at_start = self._index.counts()
+        self.resumed = self._base is not None or _has_answers(self._folder)
+
+    def _replay_part(self, number: int, path: Path) -> None:
+        for chunk in scan_part(path):
+            check_columns(self._output, chunk.table.schema, self._chunk_schema)
+            row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
+            self._index.replay(chunk.table, number, chunk.offset, row_bytes)
+
+    def _append_chunk(self, chunk: bytes) -> tuple[int, int]:
+        if self._part is None:
+            number = max(_parts(self._folder), default=PUBLISHED) + 1
+            self._part = PartWriter(self._folder / _part_name(number))
+        try:
+            return _number(self._part.path), self._part.append(chunk)
+        except BaseException:
+            # A part that failed once is left as it is: what follows, if anything, goes to another.
+            self._part.close()
+            self._part = None
+            raise
+
+    def _write_output(self, order: Order) -> None:
+        temporary = self._folder / PARTIAL_OUTPUT
+        with AnswerWriter(self._output, self._schema, self._beginning.replaces, temporary) as writer:
+            for table in merge(self._index.locations(order), self._read, writer.schema):
+                writer.write_table(table)
+            refuse_existing(self._output, self._beginning.replaces)
+            # If the run is killed right after publishing, the next one may publish again.
+            replace(self._beginning, replaces=True).save(self._folder)
+
+    def _read(self, part: int, chunk: int) -> pa.Table:
+        if part != PUBLISHED:
+            return read_chunk(self._folder / _part_name(part), chunk)
+        assert self._base is not None
+        with _output_read(self._output):
+            return self._base.read(chunk)
+
+
+def _begin(
+    output: Path, written: pa.Schema, now: Any, resume: bool, overwrite: bool
+) -> tuple[Beginning, Published | None]:
+    """Refuse what must not be replaced or mixed, and set up the folder."""
+    folder = journal_folder(output)
+    shutil.rmtree(_discarded(folder), ignore_errors=True)
+    if not resume:
+        _refuse_leftovers(output, overwrite)
+        _remove(folder)
+        return _start(folder, Beginning(settings=now, replaces=overwrite)), None
+    if _has_answers(folder):
+        beginning = Beginning.load(folder)
+        check_settings(output, beginning.settings, now)
+        extends = beginning.extends and output.exists()
+        return beginning, _open_base(output, written, now) if extends else None
+    if output.exists():
+        base = _open_base(output, written, now)
+        return _start(folder, Beginning(settings=now, extends=True, replaces=True)), base
+    return _start(folder, Beginning(settings=now)), None
+
+
+def _refuse_leftovers(output: Path, overwrite: bool) -> None:
+    folder = journal_folder(output)
+    if not overwrite and _has_answers(folder):
+        raise ConfigError(f"an unfinished run left {folder.name}; --resume continues it, {START_OVER}")
+    refuse_existing(output, overwrite)
+
+
+def _start(folder: Path, beginning: Beginning) -> Beginning:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be made: {cause(error)}; choose a folder that is writable"
+        ) from error
+    beginning.save(folder)
+    sync_folder(folder.parent)
+    return beginning
+
+
+def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
+    if output.suffix.lower() == ".jsonl":
+        raise ConfigError(f"{output} is complete, and JSONL does not say with which settings; {START_OVER}")
+    with _output_read(output):
+        base = Published(output)
+        check_settings(output, settings_in(output, base.schema), now)
+        check_columns(output, base.schema, written)
+    return base
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(part.stat().st_size > 0 for part in _parts(folder).values())
+
+
+def _parts(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    return {_number(path): path for path in folder.iterdir() if _PART.fullmatch(path.name)}
+
+
+def _number(part: Path) -> int:
+    return int(part.name.removeprefix("part-"))
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:04}"
+
+
+def _discarded(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-discarded")
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first, as a journal that is half removed would look like one that is damaged."""
+    if not folder.is_dir():
+        return
+    discarded = _discarded(folder)
+    shutil.rmtree(discarded, ignore_errors=True)
+    with _failures_told(folder):
+        folder.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+@contextmanager
+def _output_read(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise ConfigError(f"{output} cannot be read: {cause(error)}; {START_OVER}") from error
+
+
+@contextmanager
+def _failures_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except MarsError:
+        raise
+    except (OSError, sqlite3.Error, pa.ArrowException) as error:
+        if not folder.is_dir():
+            raise StorageError(f"{folder} is gone, and the answers in it; run again") from error
+        raise StorageError(
+            f"{folder} cannot be used: {cause(error)}; the journal is intact, and --resume continues "
+            "once that is put right"
+        ) from error

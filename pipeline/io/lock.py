@@ -1,0 +1,95 @@
+"""One run at a time writes an output: a lock file beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipeline.errors import LockedError, StorageError
+from pipeline.io.causes import cause
+
+_LONGEST_HOLDER = 4096  # bytes of the lock file worth reading
+
+
+class OutputLock:
+    """A context manager that holds `.NAME.lock` beside the output; a `LockedError` if another run does.
+
+    The system frees the lock when its holder dies, so what a killed run left behind is no obstacle, and
+    what the file says serves only the message.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self._output = Path(output)
+        # Two names of one file, by a symbolic link, must share the lock.
+        target = Path(os.path.realpath(self._output))
+        self._path = target.with_name(f".{target.name}.lock")
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            descriptor = self._acquire()
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be locked: {cause(error)}; choose a writable folder on a local disk"
+            ) from error
+        self._descriptor = descriptor
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_myself()).encode())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._descriptor is not None
+        # Removed while held: whoever opened the file meanwhile finds that its name is gone, and tries again.
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _acquire(self) -> int:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(descriptor, self._path):
+                    return descriptor
+            except BlockingIOError:
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise LockedError(
+                    f"{self._output} is being written by {holder}; wait for it, or name another output"
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _myself() -> dict[str, int | str]:
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, as far as its file can be read: it may be empty, torn or something else."""
+    try:
+        told = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
+        return f"process {int(told['pid'])} on {told['host']} (since {told['started']})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"

@@ -1,0 +1,190 @@
+"""From a journal to the output, and from a finished output on."""
+
+import errno
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from journal_runs import (
+    EXTENSIONS,
+    SETTINGS,
+    YEAR,
+    answer,
+    ask,
+    finish,
+    ids,
+    killed,
+    numbered,
+    read,
+    refusal,
+    start,
+    work,
+)
+
+from pipeline.errors import ConfigError, StorageError
+
+RICH = pa.schema(
+    [
+        ("category", pa.dictionary(pa.int8(), pa.string())),
+        ("categories", pa.list_(pa.dictionary(pa.int8(), pa.string()))),
+        ("when", pa.timestamp("s")),
+        ("guid", pa.uuid()),
+        ("map", pa.map_(pa.string(), pa.int32())),
+    ]
+)
+
+
+def rich(row):
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), pa.array([f"value {row}"])),
+        pa.array([[f"value {row}"]], RICH.field("categories").type),
+        pa.array([row], pa.timestamp("s")),
+        pa.array([row.to_bytes(16, "big")], pa.uuid()),
+        pa.array([[("k", row)]], RICH.field("map").type),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=RICH)
+
+
+def append_rich(journal, rows):
+    for row in rows:
+        if not ask(journal, row):
+            taken = answer(row)
+            taken.passthrough = rich(row)
+            journal.append([taken])
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS[:-1])
+def test_a_published_output_is_extended_with_all_its_columns(tmp_path, extension):
+    path = tmp_path / f"out{extension}"
+    for count in (150, 300):
+        with start(path, passthrough=RICH) as journal:
+            assert journal.resumed == (count == 300)
+            append_rich(journal, range(count))
+            journal.publish()
+    assert ids(path) == numbered(300)
+    assert [row["category"] for row in read(path)] == [f"value {row}" for row in range(300)]
+    assert [row["categories"] for row in read(path)] == [[f"value {row}"] for row in range(300)]
+    assert [row["when"].timestamp() for row in read(path)][-1] > 0
+    assert [int(row["guid"].int) for row in read(path)] == list(range(300))
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS[:-1])
+def test_a_published_output_survives_kills_while_it_is_extended(tmp_path, extension):
+    path = tmp_path / f"out{extension}"
+    finish(path, numbered(1500))
+    old = path.read_bytes()
+    killed(path, numbered(1504))
+    assert path.read_bytes() == old
+    shuffled = [(1503 - row, id) for row, id in numbered(1504)]
+    with start(path) as journal:
+        assert journal.done_at_start == {"ok": 1504}
+        assert work(journal, sorted(shuffled)) == []
+        journal.publish()
+    assert ids(path) == sorted(shuffled)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_published_output_with_nothing_new_stays_the_same(tmp_path):
+    path = tmp_path / "out.parquet"
+    finish(path, numbered(5))
+    before = read(path)
+    assert finish(path, numbered(5)) == []
+    assert read(path) == before
+
+
+def test_a_published_output_of_other_settings_or_columns_is_refused(tmp_path):
+    path = tmp_path / "out.parquet"
+    finish(path, numbered(2), passthrough=YEAR)
+    assert refusal(path, settings={**SETTINGS, "model": "big"}, passthrough=YEAR) == (
+        f'{path} was begun with other settings: model was "tiny" and is now "big"; --overwrite starts over'
+    )
+    assert refusal(path) == (f"{path} was begun with other columns: 'year' is gone; --overwrite starts over")
+    assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+def test_outputs_that_do_not_say_how_they_were_made_are_refused(tmp_path):
+    finish(tmp_path / "out.jsonl", numbered(2))
+    assert refusal(tmp_path / "out.jsonl") == (
+        f"{tmp_path}/out.jsonl is complete, and JSONL does not say with which settings; "
+        "--overwrite starts over"
+    )
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "out.parquet")
+    assert refusal(tmp_path / "out.parquet") == (
+        f"{tmp_path}/out.parquet does not say with which settings it was made; --overwrite starts over"
+    )
+    (tmp_path / "out.arrow").write_bytes(b"no Arrow file")
+    assert refusal(tmp_path / "out.arrow").startswith(f"{tmp_path}/out.arrow cannot be read: ")
+
+
+def test_a_type_that_the_format_lacks_is_refused_before_the_work(tmp_path):
+    span = pa.schema([("span", pa.month_day_nano_interval())])
+    told = refusal(tmp_path / "out.parquet", resume=False, passthrough=span)
+    assert told.startswith(f"{tmp_path}/out.parquet cannot be written as .parquet: ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_completion_order_is_that_of_appending(tmp_path):
+    path = tmp_path / "out.parquet"
+    journal = start(path)
+    for row in range(4):
+        ask(journal, row)
+    journal.append([answer(3), answer(1)])
+    journal.append([answer(2)])
+    assert finish(path, numbered(5), order="completion") == ["id 0", "id 4"]
+    assert ids(path) == [(row, f"id {row}") for row in (3, 1, 2, 0, 4)]
+
+
+def test_a_publication_that_fails_can_be_repeated(tmp_path, monkeypatch):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        work(journal, numbered(3))
+
+        def fail(*names):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(StorageError) as caught:
+                journal.publish()
+    assert str(caught.value).endswith("and --resume continues once that is put right")
+    assert finish(path, numbered(3)) == []
+    assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+def test_a_run_killed_right_after_publishing_publishes_again(tmp_path, monkeypatch):
+    path = tmp_path / "out.parquet"
+    journal = start(path)
+    work(journal, numbered(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.io.journal._remove", lambda folder: None)
+        journal.publish()
+    assert path.exists()
+    assert finish(path, numbered(4)) == ["id 3"]
+    assert ids(path) == numbered(4)
+    assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+def test_another_file_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        work(journal, numbered(3))
+        path.write_text("another's")
+        with pytest.raises(ConfigError, match="exists; --overwrite replaces it"):
+            journal.publish()
+    assert path.read_text() == "another's"
+
+
+def test_many_rows_of_many_chunks_come_out_in_order(tmp_path):
+    path = tmp_path / "out.parquet"
+    count = 20_000
+    order = [(row * 7919) % count for row in range(count)]
+    with start(path) as journal:
+        for row in range(count):
+            assert not ask(journal, row)
+        for i in range(0, count, 100):
+            journal.append([answer(row) for row in order[i : i + 100]])
+        journal.publish()
+    table = pq.read_table(path, columns=["row", "id"])
+    assert table["row"].to_pylist() == list(range(count))
+    assert table["id"].to_pylist() == [f"id {row}" for row in range(count)]
