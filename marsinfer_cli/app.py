@@ -12,6 +12,7 @@ import typer
 
 from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
+from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.methods import methods
 from pipeline.errors import MarsError
 
@@ -55,26 +56,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code instead of leaving the process."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    complain = _complain_in_events if wants_events(words) else _complain
     try:
-        words = None if arguments is None else list(arguments)
         result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
         result = exit.exit_code
     except ClickError as error:
-        return _complain(error.format_message(), 2)
+        return complain(error.format_message(), 2)
     except MarsError as error:
-        return _complain(str(error), error.exit_code)
+        return complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         result = 130
+    except SystemExit as stop:  # by a signal that came before the first row was answered
+        result = stop.code
     except BrokenPipeError:
         # whoever read our output has left; without this, Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if result == 130:  # Typer itself turns Ctrl-C into this code, and says nothing
-        return _complain("interrupted; no output was published", 130)
+    if result in (130, 143):  # Typer itself turns Ctrl-C into 130, and says nothing
+        return complain("interrupted; no row of this run was finished", result)
     return result if isinstance(result, int) else 0
 
 
 def _complain(message: str, code: int) -> int:
     print(f"marsinfer: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _complain_in_events(message: str, code: int) -> int:
+    print_event("error", message=" ".join(message.split()), exit_code=code)
     return code

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from marsinfer_cli import options
-from marsinfer_cli.options import ANSWERS, PROMPTS, READING, RUN
+from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING, RUN, TRYING
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config import BatchConfig
+    from pipeline.summary import Summary
 
 
 def batch(
+    context: typer.Context,
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="INPUT...",
             help="Files, globs or folders of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md.",
         ),
-    ],
+    ] = None,
     output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="A file: .parquet, .arrow, .arrows or .jsonl.")
-    ],
+        str | None, typer.Argument(metavar="OUTPUT", help="A file: .parquet, .arrow, .arrows or .jsonl.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML file of settings, named as the flags; may hold input and output.",
+            rich_help_panel=READING,
+        ),
+    ] = None,
     text_column: Annotated[
         str, typer.Option(help="Column of the document.", rich_help_panel=READING)
     ] = "text",
@@ -39,6 +55,18 @@ def batch(
         typer.Option(
             help="Columns to pass through, as name:type,name:type; else all.", rich_help_panel=READING
         ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Every N-th row, from the I-th on.", rich_help_panel=READING),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="N rows drawn with --seed (of the shard).", rich_help_panel=READING),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="First N rows (of shard and sample).", rich_help_panel=READING),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
     prompt_template: Annotated[
@@ -93,54 +121,137 @@ def batch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=RUN)
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an unfinished run or a published output.", rich_help_panel=RUN
+        ),
+    ] = False,
+    retry_errors: Annotated[
+        bool,
+        typer.Option(
+            "--retry-errors", help="With --resume: run rows that failed again.", rich_help_panel=RUN
+        ),
+    ] = False,
+    max_errors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|P%",
+            help="Stop after more row errors than N, or than P% of the finished rows.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    row_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="A row that takes longer is an error; the rest of its pack runs again.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     fail_on_error: Annotated[
         bool, typer.Option("--fail-on-error", help="Exit with 3 when a row failed.", rich_help_panel=RUN)
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read and tokenize everything, print what the run would do; no weights, no output.",
+            rich_help_panel=TRYING,
+        ),
+    ] = False,
+    show_prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Print the first N prompts; no weights, no output.",
+            rich_help_panel=TRYING,
+        ),
+    ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--json", help="Print the summary (or dry run, prompts) as JSON on stdout.", rich_help_panel=LOGS
+        ),
+    ] = False,
+    log_format: Annotated[
+        str, typer.Option(help="Messages on stderr: text, or json (one event a line).", rich_help_panel=LOGS)
+    ] = "text",
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Print the settings as TOML for --config on stderr.", rich_help_panel=LOGS
+        ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress and no closing table.", rich_help_panel=RUN)
+        bool, typer.Option("--quiet", help="No progress and no closing table.", rich_help_panel=LOGS)
     ] = False,
 ) -> int:
     """Answer a question about every document of INPUT and write OUTPUT."""
-    from marsinfer_cli.progress import BatchProgress, note, print_summary
-    from pipeline.batch import run_batch
-    from pipeline.config import parse_count, parse_settings
+    from marsinfer_cli.settings import resolve
 
-    with BatchProgress(quiet=quiet) as progress:
-        summary = run_batch(
-            inputs,
-            output,
-            text_column=text_column,
-            question_column=question_column,
-            question=question,
-            id_column=id_column,
-            keep_columns=keep_columns,
-            system=system,
-            prompt_template=prompt_template,
-            on_overlong=on_overlong,
-            model=model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-            method=method,
-            settings=parse_settings(set or []),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-            pack_tokens=None if pack_tokens is None else parse_count("--pack-tokens", pack_tokens),
-            order=order,
-            overwrite=overwrite,
-            progress=progress,
-            note=note,
-        )
+    settings = resolve(context)
+    _check(log_format=log_format, dry_run=dry_run, show_prompt=show_prompt)
+    if verbose and log_format == "text":
+        _print_settings(settings)
+    if dry_run:
+        _print_dry_run(settings, as_json=as_json)
+        return 0
+    if show_prompt is not None:
+        _print_prompts(settings, show_prompt, as_json=as_json)
+        return 0
+    summary = _run(settings, quiet=quiet, log_format=log_format)
     if as_json:
         print(json.dumps(summary.as_dict()))
-    if not quiet:
-        print_summary(summary)
     return 3 if fail_on_error and summary.status["error"] else 0
+
+
+def _check(*, log_format: str, dry_run: bool, show_prompt: int | None) -> None:
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format {log_format!r}: choose from text, json")
+    if dry_run and show_prompt is not None:
+        raise ConfigError("--dry-run and --show-prompt exclude each other: each prints on stdout")
+
+
+def _run(settings: BatchConfig, *, quiet: bool, log_format: str) -> Summary:
+    from marsinfer_cli.progress import BatchProgress
+    from pipeline.batch import run_batch
+    from pipeline.interrupts import graceful_stop
+
+    # not asdict: it would copy values that a method of one's own may hold
+    options = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    inputs, output = options.pop("input"), options.pop("output")
+    with BatchProgress(quiet=quiet, as_json=log_format == "json") as progress, graceful_stop() as check:
+        progress.start(settings)
+        summary = run_batch(inputs, output, **options, progress=progress, note=progress.note, check=check)
+    progress.end(summary)
+    return summary
+
+
+def _print_settings(settings: BatchConfig) -> None:
+    from pipeline.config_file import to_toml
+
+    print(to_toml(settings), end="", file=sys.stderr)
+
+
+def _print_dry_run(settings: BatchConfig, *, as_json: bool) -> None:
+    from pipeline.dryrun import dry_run
+
+    report = dry_run(settings)
+    print(json.dumps(report.as_dict()) if as_json else report.as_text())
+
+
+def _print_prompts(settings: BatchConfig, count: int, *, as_json: bool) -> None:
+    from pipeline.dryrun import rendered_prompts
+
+    for shown in rendered_prompts(settings, count):
+        if as_json:
+            print(json.dumps(shown))
+        elif "error" in shown:
+            print(f"--- row {shown['row']}, id {shown['id']}: no prompt: {shown['error']}")
+        else:
+            cut = f", {shown['truncated_tokens']:,} cut" if shown["truncated_tokens"] else ""
+            counts = f"{shown['prompt_tokens']:,} tokens, document {shown['document_tokens']:,}{cut}"
+            print(f"--- row {shown['row']}, id {shown['id']}: {counts}")
+            print(shown["prompt"])

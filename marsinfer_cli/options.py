@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-READING, PROMPTS, MODEL, METHOD, ANSWERS, RUN = (
+READING, PROMPTS, MODEL, METHOD, ANSWERS, RUN, TRYING, LOGS = (
     "Reading",
     "Prompts",
     "Model",
     "Pruning method",
     "Answers",
     "Running and writing",
+    "Trying a run first",
+    "Messages",
 )
 
 Model = Annotated[

@@ -1,55 +1,131 @@
-"""What a person sees while a batch runs and when it ends. All of it goes to stderr."""
+"""What a person, or a program that reads logs, sees while a batch runs. All of it goes to stderr."""
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from marsinfer_cli.events import print_event
+from pipeline.config import BatchConfig
 from pipeline.summary import Summary
 
 PLAIN_EVERY_S = 10.0
+HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
 
-
-def note(text: str) -> None:
-    Console(stderr=True).print(f"marsinfer: note: {text}", markup=False, highlight=False, soft_wrap=True)
+NO_COUNTS = {"documents": 0, "tokens": 0, "errors": 0, "expected_rows": None, "tokens_per_second": None}
 
 
 class BatchProgress:
-    """A bar on a terminal, a plain line now and then elsewhere; called with the running summary."""
+    """A bar on a terminal, a plain line now and then elsewhere, or events. Call it with the summary."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, as_json: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
+        self.as_json = as_json
+        self._lock = threading.Lock()  # the heartbeat prints too
+        self._began = time.monotonic()
         self._last_line = 0.0
+        self._latest = "nothing has finished yet"
+        self._latest_counts: dict[str, Any] = NO_COUNTS
         self._bar: Progress | None = None
+        self._stopped = threading.Event()
+        self._heart: threading.Thread | None = None
 
     def __enter__(self) -> BatchProgress:
-        if self.console.is_terminal and not self.console.quiet:
+        self._last_line = time.monotonic() - PLAIN_EVERY_S
+        if self.console.quiet:
+            return self
+        if self.console.is_terminal and not self.as_json:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=self.console
             )
             self._bar.add_task("loading the model", total=None)
             self._bar.start()
+        else:
+            self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._heart.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stopped.set()
+        if self._heart is not None:
+            self._heart.join()
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, summary: Summary) -> None:
+        if self.console.quiet:
+            return
+        # the heartbeat shows a copy: the summary changes under its hands
+        line, counts = _line(summary), _counts(summary)
         if self._bar is not None:
             # the bar counts tokens: documents differ too much in length for a fair estimate of time
             total = _expected_tokens(summary)
             task = self._bar.task_ids[0]
-            self._bar.update(task, description=_line(summary), completed=summary.prompt_tokens, total=total)
-        elif time.monotonic() - self._last_line >= PLAIN_EVERY_S:
-            self._last_line = time.monotonic()
-            self.console.print(f"marsinfer: {_line(summary)}", markup=False, highlight=False, soft_wrap=True)
+            self._bar.update(task, description=line, completed=summary.prompt_tokens, total=total)
+            return
+        with self._lock:
+            self._latest, self._latest_counts = line, counts
+            if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
+                self._print_progress(line)
+
+    def start(self, config: BatchConfig) -> None:
+        """Tell the run's settings; only a log of events says them unasked."""
+        if self.as_json and not self.console.quiet:
+            print_event("start", config=config.resolved())
+
+    def note(self, text: str) -> None:
+        if self.as_json:
+            print_event("note", message=text)
+            return
+        console = Console(stderr=True)  # a note is said even when quiet
+        console.print(f"marsinfer: note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def end(self, summary: Summary) -> None:
+        """The closing table, or the last event."""
+        if self.console.quiet:
+            return
+        if self.as_json:
+            print_event("end", **summary.as_dict())
+        else:
+            print_summary(summary)
+
+    def _beat(self) -> None:
+        """Print when nothing was printed for a while, until stopped."""
+        wait = HEARTBEAT_S
+        while not self._stopped.wait(wait):
+            with self._lock:
+                wait = self._last_line + HEARTBEAT_S - time.monotonic()
+                if wait <= 0:
+                    minutes = (time.monotonic() - self._began) / 60
+                    self._print_progress(f"still running after {minutes:,.1f} min; {self._latest}")
+                    wait = HEARTBEAT_S
+
+    def _print_progress(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        if self.as_json:
+            seconds = round(time.monotonic() - self._began, 1)
+            print_event("progress", **self._latest_counts, seconds=seconds)
+        else:
+            self.console.print(f"marsinfer: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _counts(summary: Summary) -> dict[str, Any]:
+    expected = summary.expected_rows
+    return {
+        "documents": summary.documents,
+        "tokens": summary.prompt_tokens,
+        "errors": summary.status["error"],
+        "expected_rows": None if expected is None else round(expected),
+        "tokens_per_second": round(summary.tokens_per_second, 1),
+    }
 
 
 def print_summary(summary: Summary) -> None:

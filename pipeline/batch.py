@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.config import BatchConfig
-from pipeline.errors import MarsError, RowError
+from pipeline.config import BatchConfig, parse_max_errors
+from pipeline.errors import TooManyErrors
+from pipeline.intake import Item, encode_rows, new_rows
 from pipeline.io import Columns, Source, open_source, parse_keep_columns
-from pipeline.io.writing import AnswerWriter, check_output, output_schema
+from pipeline.io.journal import Journal
+from pipeline.io.lock import OutputLock
+from pipeline.io.rowindex import Order
+from pipeline.io.writing import check_output, output_schema
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
+from pipeline.provenance import deciding_settings, describe_run
 from pipeline.pruning.registry import make_method
-from pipeline.records import Answer, Document, EncodedDocument, RowFailure
+from pipeline.records import Answer, EncodedDocument, RowFailure
+from pipeline.selection import select_rows, selected_rows
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -28,9 +33,14 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 READ_AHEAD = 64  # rows tokenized while the device works
+FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
 
-Item = EncodedDocument | RowFailure
 Progress = Callable[[Summary], None]
+Note = Callable[[str], None]
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def run_batch(
@@ -39,16 +49,18 @@ def run_batch(
     *,
     model: str | LoadedModel = "smollm2-135m",
     method: str | PruningMethod = "marsinfer",
-    progress: Progress | None = None,
-    note: Callable[[str], None] | None = None,
+    progress: Progress = _nothing,
+    note: Note = _nothing,
+    check: Callable[[], None] = _nothing,
     **options: Any,
 ) -> Summary:
     """Answer every document of `input` and write `output`; what `marsinfer batch` runs.
 
     `options` are the fields of `BatchConfig`, which are the command's flags. `model` may be a model that
     `load_model` returned, `method` a method object. `progress` is called after every pack with the running
-    summary, `note` with what a user should know before the run. A row that cannot be answered becomes an
-    error row; a MarsError means that nothing was written.
+    summary, `note` with what a user should know, `check` between layers: it may raise to end the run. A row
+    that cannot be answered becomes an error row. After a MarsError the finished rows are in the journal, from
+    which `resume=True` goes on.
     """
     options["model"] = model if isinstance(model, str) else model.name
     if isinstance(method, str):
@@ -59,17 +71,17 @@ def run_batch(
     inputs = (input,) if isinstance(input, str) else tuple(map(str, input))
     config = BatchConfig(input=inputs, output=str(output), **options)
     chosen = make_method(config.method, config.settings) if isinstance(method, str) else method
-    source = open_input(config)
-    if note is not None:
+    check_output(config.output, (), config.overwrite or config.resume)
+    with OutputLock(Path(config.output)):
+        source = open_input(config)
         for text in source.notes:
             note(text)
-    loaded = _load(config) if isinstance(model, str) else model
-    return answer_all(config, source, loaded, chosen, progress)
+        loaded = _load(config) if isinstance(model, str) else model
+        return answer_all(config, source, loaded, chosen, progress=progress, note=note, check=check)
 
 
 def open_input(config: BatchConfig) -> Source:
-    """The rows of a run, its output checked before anything is read."""
-    check_output(config.output, (), config.overwrite)
+    """The rows of a run, its output checked against the files that they come from."""
     columns = Columns(
         text=config.text_column,
         question=config.question_column,
@@ -78,72 +90,80 @@ def open_input(config: BatchConfig) -> Source:
         keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
     )
     source = open_source(config.input, columns)
-    check_output(config.output, source.files, config.overwrite)
+    check_output(config.output, source.files, config.overwrite or config.resume)
     return source
 
 
 def answer_all(
-    config: BatchConfig, source: Source, model: LoadedModel, method: PruningMethod, progress: Progress | None
+    config: BatchConfig,
+    source: Source,
+    model: LoadedModel,
+    method: PruningMethod,
+    *,
+    progress: Progress,
+    note: Note,
+    check: Callable[[], None],
 ) -> Summary:
-    """Run every row of `source` through the model and into the output."""
+    """Run every new row of `source` through the model, into the journal, and publish the output."""
     prompts = make_prompts(config, model)
-    engine = make_engine(config, model, method)
-    engine.warm_up()
-    metadata = describe_run(config, model, method, prompts)
+    engine = make_engine(config, model, method, check)
+    decides = deciding_settings(config, model, method, prompts)
+    metadata = json.dumps(describe_run(config, model, decides))
+    schema = output_schema(source.schema, {"marsinfer": metadata})
     summary = Summary(method=method.name, output=config.output)
-    schema = output_schema(source.schema, {"marsinfer": json.dumps(metadata)})
-    rows = ahead(encode_rows(source, prompts, config.on_overlong), READ_AHEAD)
-    with AnswerWriter(config.output, schema, overwrite=config.overwrite) as writer:
-        for window in windows(rows, _tokens):
-            summary.expect(len(window), source.total_rows, source.fraction_read)
-            held: list[Answer] = []
-            for answers in answer_window(engine, window):
-                summary.add(answers)
-                if config.order == "completion":
-                    writer.write(answers)
-                else:
-                    held.extend(answers)
-                if progress is not None:
+    with Journal.open(
+        Path(config.output),
+        schema,
+        decides,
+        resume=config.resume,
+        retry_errors=config.retry_errors,
+        overwrite=config.overwrite,
+    ) as journal:
+        if journal.resumed:
+            note(f"resuming: {journal.done_at_start.total():,} rows are done")
+        records = new_rows(select_rows(source, config, source.total_rows), journal)
+        with closing(ahead(encode_rows(records, prompts, config.on_overlong), READ_AHEAD)) as rows:
+            for window in windows(rows, _tokens):
+                if not summary.documents:
+                    engine.warm_up()
+                summary.expect(len(window), selected_rows(config, source.total_rows), source.fraction_read)
+                for answers in answer_window(engine, window):
+                    journal.append(answers)
+                    summary.add(answers)
                     progress(summary)
-            writer.write(sorted(held, key=lambda answer: answer.row))
+                    stop_if_broken(config, summary)
+                    check()
+        if journal.resumed and not summary.documents:
+            note("nothing new: every row was done")
+        journal.publish(cast(Order, config.order))
     summary.finish()
     return summary
 
 
-def encode_rows(
-    source: Iterable[Document | RowFailure], prompts: PromptBuilder, on_overlong: str
-) -> Iterator[Item]:
-    """Tokenize what was read; a row that cannot be encoded becomes a failure in its place."""
-    for row in source:
-        if isinstance(row, RowFailure):
-            yield row
-            continue
-        try:
-            yield prompts.encode(row)
-        except RowError as error:
-            skipped = error.kind == "over_long" and on_overlong == "skip"
-            yield RowFailure(
-                source=row.source,
-                kind=error.kind,
-                message=f"{row.source.place}: {error}",
-                status="skipped" if skipped else "error",
-                document_tokens=getattr(error, "document_tokens", None),
-                prompt_tokens=getattr(error, "prompt_tokens", None),
-            )
-        except MarsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a tokenizer's fault costs its row, not the run
-            message = f"{row.source.place}: {type(error).__name__}: {error}"
-            yield RowFailure(source=row.source, kind="tokenizer", message=message)
+def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
+    """Raise TooManyErrors when more rows have failed than `--max-errors` allows."""
+    if config.max_errors is None:
+        return
+    bound, per_cent = parse_max_errors(config.max_errors)
+    failed, finished = summary.status["error"], summary.documents
+    if per_cent and (finished < FEWEST_FOR_PER_CENT or failed <= bound / 100 * finished):
+        return
+    if not per_cent and failed <= bound:
+        return
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.errors.most_common(3))
+    raise TooManyErrors(
+        f"{failed:,} of {finished:,} rows failed ({kinds}), more than --max-errors {config.max_errors} allows"
+        "; finished rows are kept: mend the cause, then --resume --retry-errors"
+    )
 
 
 def answer_window(engine: LocalEngine, window: Sequence[Item]) -> Iterator[list[Answer]]:
-    """Answers of one window's rows, pack by pack; failures first."""
+    """Answers of one window's rows, pack by pack; failures last, lest their share look too large."""
+    for pack in engine.packs([item for item in window if isinstance(item, EncodedDocument)]):
+        yield engine.answer(pack)
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
         yield [Answer.from_failure(failure, engine.method.name) for failure in failures]
-    for pack in engine.packs([item for item in window if isinstance(item, EncodedDocument)]):
-        yield engine.answer(pack)
 
 
 def make_prompts(config: BatchConfig, model: LoadedModel) -> PromptBuilder:
@@ -159,7 +179,9 @@ def make_prompts(config: BatchConfig, model: LoadedModel) -> PromptBuilder:
     )
 
 
-def make_engine(config: BatchConfig, model: LoadedModel, method: PruningMethod) -> LocalEngine:
+def make_engine(
+    config: BatchConfig, model: LoadedModel, method: PruningMethod, check: Callable[[], None]
+) -> LocalEngine:
     from pipeline.engines.local import LocalEngine
     from pipeline.model.decode import StopRules
     from pipeline.model.sampling import Sampling
@@ -172,24 +194,15 @@ def make_engine(config: BatchConfig, model: LoadedModel, method: PruningMethod) 
         decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
     )
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-    return LocalEngine(model, method, rules=rules, sampling=sampling, pack_tokens=config.pack_tokens)
-
-
-def describe_run(
-    config: BatchConfig, model: LoadedModel, method: PruningMethod, prompts: PromptBuilder
-) -> dict[str, Any]:
-    """What the output's metadata says of the run that made it."""
-    packages = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
-    return {
-        "config": config.resolved(),
-        "method": {"name": method.name, "settings": asdict(method)},
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": str(model.adapter.dtype)},
-        "device": model.device_name(),
-        "attention": {"backend": model.attention.name, "refused": model.attention_refused},
-        "template_sha256": prompts.template_hash,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    return LocalEngine(
+        model,
+        method,
+        rules=rules,
+        sampling=sampling,
+        pack_tokens=config.pack_tokens,
+        row_timeout=config.row_timeout,
+        check=check,
+    )
 
 
 def _load(config: BatchConfig) -> LoadedModel:

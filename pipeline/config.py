@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ class BatchConfig:
     question: str | None = None
     id_column: str | None = None
     keep_columns: str | None = None
+    shard: str | None = None  # I/N: every N-th row, from the I-th on
+    sample: int | None = None  # rows drawn with `seed`
+    limit: int | None = None
     # prompts
     system: str | None = None
     prompt_template: str | None = None  # a file
@@ -52,6 +56,10 @@ class BatchConfig:
     pack_tokens: int | None = None  # None: from free memory
     order: str = "input"
     overwrite: bool = False
+    resume: bool = False
+    retry_errors: bool = False
+    max_errors: str | None = None  # a count, or a share of the finished rows as P%
+    row_timeout: float | None = None  # seconds a row may take in its pack
 
     def __post_init__(self) -> None:
         _check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
@@ -60,12 +68,17 @@ class BatchConfig:
         _check_choice("--attention", self.attention, ATTENTION)
         _check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         _check_at_least("--seed", self.seed, 0)
-        if self.pack_tokens is not None:
-            _check_at_least("--pack-tokens", self.pack_tokens, 1)
+        for flag in ("pack_tokens", "limit", "sample"):
+            value = getattr(self, flag)
+            if value is not None:
+                _check_at_least(f"--{flag.replace('_', '-')}", value, 1)
+        if self.shard is not None:
+            parse_shard(self.shard)
         _check_between("--temperature", self.temperature, 0, 100)
         _check_between("--top-p", self.top_p, 0, 1, open_low=True)
         check_method_name(self.method)
         self._check_questions()
+        self._check_continuing()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
         if "" in self.stop:
@@ -81,6 +94,20 @@ class BatchConfig:
                 "no question: give --question TEXT for all rows, --question-column NAME, "
                 "or a --prompt-template FILE that says what to do with each document"
             )
+
+    def _check_continuing(self) -> None:
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "--resume and --overwrite exclude each other: one continues what the other drops"
+            )
+        if self.retry_errors and not self.resume:
+            raise ConfigError(
+                "--retry-errors needs --resume: it runs the failed rows of an earlier run again"
+            )
+        if self.max_errors is not None:
+            parse_max_errors(self.max_errors)
+        if self.row_timeout is not None and not self.row_timeout > 0:
+            raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
 
     def template_text(self) -> str | None:
         """The prompt template's text, read from its file."""
@@ -116,6 +143,29 @@ def parse_count(flag: str, text: str) -> int:
     if not digits.isdecimal():
         raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
     return int(digits) * factor
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8): the second of eight parts."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
+        raise ConfigError(f"--shard {text!r}: write it as I/N, for example 1/4 for the first of four parts")
+    chosen, count = int(part), int(parts)
+    if not 1 <= chosen <= count:
+        raise ConfigError(f"--shard {text!r}: the part must be between 1 and {count}")
+    return chosen, count
+
+
+def parse_max_errors(text: str) -> tuple[float, bool]:
+    """`20` as (20.0, False), a count of rows; `5%` as (5.0, True), per cent of the finished rows."""
+    digits = str(text).strip()
+    is_share = digits.endswith("%")
+    digits = digits.removesuffix("%").strip()
+    if not (re.fullmatch(r"\d+(\.\d+)?", digits) if is_share else digits.isdecimal()):
+        raise ConfigError(f"--max-errors {text!r}: give a number of rows such as 20, or a share such as 5%")
+    if is_share and float(digits) > 100:
+        raise ConfigError(f"--max-errors {text!r}: a share is at most 100%")
+    return float(digits), is_share
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from marsinfer_cli.app import run
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.prefill import Pack
@@ -118,3 +122,42 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model("qwen2", settings, device=device, dtype=torch.float32).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+FISH: list[dict[str, Any]] = [
+    {"doc": "a", "body": "one fish two fish " * 12, "ask": "how many fish?", "year": 1960},
+    {"doc": "b", "body": "red fish " * 40, "ask": "what colour?", "year": 1961},
+    {"doc": "c", "body": "blue fish", "ask": "what colour?", "year": None},
+]
+
+
+@pytest.fixture
+def fish(tmp_path: Path) -> Path:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(FISH), path)
+    return path
+
+
+@pytest.fixture
+def call(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`marsinfer batch`, whose model is the tiny one unless a flag names another."""
+    monkeypatch.setenv("MARSINFER_MODEL", str(model_folder))
+
+    def call(*arguments: object) -> int:
+        return run(["batch", *map(str, arguments)])
+
+    return call
+
+
+@pytest.fixture
+def refusal(call: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a call that must end with 2 says, in its one line."""
+
+    def refusal(*arguments: object) -> str:
+        assert call(*arguments) == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert len(printed.err.splitlines()) == 1, printed.err
+        return printed.err.removeprefix("marsinfer: error: ").rstrip()
+
+    return refusal

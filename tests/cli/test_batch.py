@@ -68,12 +68,14 @@ def test_the_outputs_metadata_tells_how_it_was_made(batch, parquet, tmp_path, mo
     assert batch(parquet, out, *COLUMNS, "--set", "eta=0.9", "--quiet") == 0
     with pa.ipc.open_file(out) as reader:
         metadata = json.loads(reader.schema.metadata[b"marsinfer"])
-    assert metadata["method"]["settings"]["eta"] == 0.9
+    decides = metadata["settings_that_decide"]
+    assert decides["method"]["settings"]["eta"] == 0.9
     assert metadata["config"]["question_column"] == "ask"
     assert metadata["attention"]["backend"] == "sdpa"
     assert metadata["attention"]["refused"]["fa3"] == "needs a GPU"
-    assert metadata["model"]["name"] == str(model_folder)
-    assert len(metadata["template_sha256"]) == 64
+    assert metadata["model"] == str(model_folder)
+    assert decides["model"]["fingerprint"].startswith("files:")
+    assert len(decides["template_sha256"]) == 64
     assert metadata["versions"]["torch"]
 
 
@@ -264,7 +266,7 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
 
     monkeypatch.setattr(LocalEngine, "answer", interrupted)
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
-    assert capfd.readouterr().err == "marsinfer: error: interrupted; no output was published\n"
+    assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was finished\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
 
 

@@ -1,0 +1,23 @@
+"""`--log-format json`: one JSON object a line on stderr. Light, for errors before anything is imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+
+def print_event(event: str, **fields: Any) -> None:
+    """Print one event, with its time in UTC."""
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    print(json.dumps({"event": event, "time": moment, **fields}, default=str), file=sys.stderr, flush=True)
+
+
+def wants_events(words: Sequence[str]) -> bool:
+    """Whether a command line asks for events, even one that cannot be parsed."""
+    flags = [word for word in words if word.startswith("--log-format=")]
+    flags += [f"{word}={value}" for word, value in pairwise(words) if word == "--log-format"]
+    return "--log-format=json" in flags

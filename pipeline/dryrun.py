@@ -1,0 +1,303 @@
+"""A run without its model: every row is read and tokenized, and what the run would do is counted.
+
+No weights are loaded, nothing is written, and what is kept does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.bench.flops import dense_flops
+from pipeline.config import BatchConfig
+from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
+from pipeline.errors import MarsError
+from pipeline.intake import Item, encode_rows
+from pipeline.io import Columns, Source, check_output, open_source, parse_keep_columns
+from pipeline.model.adapters import shape_of
+from pipeline.model.loading import load_config, load_tokenizer, locate, pick_device, pick_dtype
+from pipeline.packing import make_packs, windows
+from pipeline.prompts import PromptBuilder
+from pipeline.pruning.registry import make_method
+from pipeline.records import EncodedDocument, RowFailure
+from pipeline.selection import select_rows
+
+if TYPE_CHECKING:
+    from pipeline.model.shape import ModelShape
+    from pipeline.pruning.base import PruningMethod
+
+SHOWN_MESSAGES = 3
+BAR_WIDTH = 40
+
+
+@dataclass
+class Setup:
+    """What a run needs besides weights."""
+
+    config: BatchConfig
+    source: Source
+    tokenizer: Any
+    shape: ModelShape
+    prompts: PromptBuilder
+
+    def items(self) -> Iterator[Item]:
+        """The run's rows, tokenized; rows that cannot be are failures."""
+        rows = select_rows(self.source, self.config, self.source.total_rows)
+        return encode_rows(rows, self.prompts, self.config.on_overlong)
+
+
+@dataclass
+class Packer:
+    """Packs as the engine would make them."""
+
+    method: PruningMethod
+    shape: ModelShape
+    itemsize: int
+    new_tokens: int
+    pack_tokens: int
+    max_bytes: int
+    device: str
+
+    def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
+        planned = pack_bytes(self.method, self.shape, itemsize=self.itemsize, new_tokens=self.new_tokens)
+        return make_packs(
+            documents, pack_tokens=self.pack_tokens, max_bytes=self.max_bytes, planned_bytes=planned
+        )
+
+    def kv_bytes(self, lengths: Sequence[int]) -> int:
+        return self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
+
+
+@dataclass
+class Report:
+    """Counts of a dry run."""
+
+    config: BatchConfig
+    schema: dict[str, str]  # pass-through columns and their types
+    limit_tokens: int  # the longest prompt
+    packer: Packer
+    output_problem: str | None
+    notes: list[str]
+    status: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    messages: dict[str, list[str]] = field(default_factory=dict)  # by kind, the first few
+    lengths: Counter[int] = field(default_factory=Counter)  # by power of two: 2**n up to 2**(n+1) - 1
+    prompt_tokens: int = 0
+    longest_tokens: int = 0
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    packs: int = 0
+    largest_pack_tokens: int = 0
+    kv_bytes: int = 0
+    flops: int = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(self.status.values())
+
+    def add(self, window: Sequence[Item]) -> None:
+        documents = []
+        for item in window:
+            if isinstance(item, RowFailure):
+                self._add_failure(item)
+            else:
+                self._add_document(item)
+                documents.append(item)
+        for pack in self.packer.packs(documents):
+            lengths = [document.prompt_tokens for document in pack]
+            self.packs += 1
+            self.largest_pack_tokens = max(self.largest_pack_tokens, sum(lengths))
+            self.kv_bytes = max(self.kv_bytes, self.packer.kv_bytes(lengths))
+
+    def _add_failure(self, failure: RowFailure) -> None:
+        self.status[failure.status] += 1
+        self.errors[failure.kind] += 1
+        messages = self.messages.setdefault(failure.kind, [])
+        if len(messages) < SHOWN_MESSAGES:
+            messages.append(failure.message)
+
+    def _add_document(self, document: EncodedDocument) -> None:
+        tokens = document.prompt_tokens
+        self.status["ok"] += 1
+        self.lengths[tokens.bit_length() - 1] += 1
+        self.prompt_tokens += tokens
+        self.longest_tokens = max(self.longest_tokens, tokens)
+        self.truncated_rows += document.truncated_tokens > 0
+        self.truncated_tokens += document.truncated_tokens
+        self.flops += dense_flops(self.packer.shape, tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as `--json` prints it."""
+        return {
+            "output": self.config.output,
+            "output_problem": self.output_problem,
+            "notes": self.notes,
+            "schema": self.schema,
+            "rows": self.rows,
+            "ok": self.status["ok"],
+            "errors": self.status["error"],
+            "skipped": self.status["skipped"],
+            "error_types": {
+                kind: {"rows": rows, "first": self.messages[kind]} for kind, rows in self.errors.most_common()
+            },
+            "over_long": {
+                "policy": self.config.on_overlong,
+                "limit_tokens": self.limit_tokens,
+                "rows": self.errors["over_long"] + self.truncated_rows,
+                "truncated_tokens": self.truncated_tokens,
+            },
+            "prompts": {
+                "tokens": self.prompt_tokens,
+                "longest": self.longest_tokens,
+                "histogram": [
+                    {"from": 2**power, "to": 2 ** (power + 1) - 1, "rows": self.lengths[power]}
+                    for power in self._powers()
+                ],
+            },
+            "packing": {
+                "method": self.packer.method.name,
+                "device": self.packer.device,
+                "pack_tokens": self.packer.pack_tokens,
+                "packs": self.packs,
+                "largest_pack_tokens": self.largest_pack_tokens,
+                "kv_bytes": self.kv_bytes,
+            },
+            "dense_prefill_tflop": self.flops / 1e12,
+        }
+
+    def as_text(self) -> str:
+        """The report for a person."""
+        lines = [f"note: {note}" for note in self.notes]
+        lines += [f"output: {self.output_problem or self.config.output}", "columns passed through:"]
+        lines += [f"  {name}: {kind}" for name, kind in self.schema.items()] or ["  none"]
+        lines.append(f"rows: {self.rows:,}, of which {self.status['ok']:,} can be answered")
+        for kind, rows in self.errors.most_common():
+            lines.append(f"  {kind}: {rows:,}")
+            lines += [f"    {' '.join(message.split())}" for message in self.messages[kind]]
+        lines += [*self._over_long(), *self._histogram(), *self._plan()]
+        return "\n".join(lines)
+
+    def _over_long(self) -> list[str]:
+        rows = self.errors["over_long"] + self.truncated_rows
+        cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
+        policy = f"--on-overlong {self.config.on_overlong}"
+        return [f"over {self.limit_tokens:,} prompt tokens: {rows:,} rows ({policy}{cut})"]
+
+    def _histogram(self) -> list[str]:
+        lines = [f"prompts: {self.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"]
+        most = max(self.lengths.values(), default=1)
+        for power in self._powers():
+            rows = self.lengths[power]
+            # a bar that is not empty for any row at all
+            bar = "#" * -(-rows * BAR_WIDTH // most)
+            span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+            lines.append(f"  {span:>22} {rows:>10,} {bar}".rstrip())
+        return lines
+
+    def _powers(self) -> range:
+        return range(min(self.lengths), max(self.lengths) + 1) if self.lengths else range(0)
+
+    def _plan(self) -> list[str]:
+        packer = self.packer
+        return [
+            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {packer.device}, "
+            f"the largest {self.largest_pack_tokens:,}",
+            f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
+            f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP",
+        ]
+
+
+def dry_run(config: BatchConfig) -> Report:
+    """Read and tokenize everything, and report what the run would do."""
+    method = make_method(config.method, config.settings)
+    setup = prepare(config)
+    report = Report(
+        config=config,
+        schema={column.name: str(column.type) for column in setup.source.schema},
+        limit_tokens=setup.prompts.limit,
+        packer=_packer(config, setup.shape, method),
+        output_problem=_output_problem(config, setup.source),
+        notes=setup.source.notes,
+    )
+    for window in windows(setup.items(), _tokens):
+        report.add(window)
+    return report
+
+
+def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` prompts as the model will see them, and the errors of rows before and between."""
+    setup = prepare(config)
+    for item in setup.items():
+        if isinstance(item, RowFailure):
+            yield {"row": item.source.row, "id": item.source.id, "error": item.message}
+            continue
+        yield {
+            "row": item.source.row,
+            "id": item.source.id,
+            "prompt_tokens": item.prompt_tokens,
+            "document_tokens": item.document_tokens,
+            "truncated_tokens": item.truncated_tokens,
+            "prompt": setup.tokenizer.decode(item.input_ids.tolist(), clean_up_tokenization_spaces=False),
+        }
+        count -= 1
+        if not count:
+            return
+
+
+def prepare(config: BatchConfig) -> Setup:
+    """Open the input and load what there is of a model besides its weights."""
+    columns = Columns(
+        text=config.text_column,
+        question=config.question_column,
+        fixed_question=config.question,
+        id=config.id_column,
+        keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
+    )
+    source = open_source(config.input, columns)
+    files = locate(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    shape = shape_of(load_config(files))
+    tokenizer = load_tokenizer(files)
+    prompts = PromptBuilder(
+        tokenizer,
+        context=shape.context,
+        max_new_tokens=config.max_new_tokens,
+        system=config.system,
+        template=config.template_text(),
+        on_overlong=config.on_overlong,
+    )
+    return Setup(config=config, source=source, tokenizer=tokenizer, shape=shape, prompts=prompts)
+
+
+def _packer(config: BatchConfig, shape: ModelShape, method: PruningMethod) -> Packer:
+    method.plan(shape, (1,))  # settings that do not fit the model's depth are told before anything is read
+    device = pick_device(config.device)
+    itemsize = pick_dtype(config.dtype, device).itemsize
+    return Packer(
+        method=method,
+        shape=shape,
+        itemsize=itemsize,
+        new_tokens=config.max_new_tokens,
+        pack_tokens=config.pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
+        max_bytes=free_bytes(device),
+        device=str(device),
+    )
+
+
+def _output_problem(config: BatchConfig, source: Source) -> str | None:
+    """Why the run could not write its output; the dry run goes on, since it writes none."""
+    try:
+        check_output(config.output, source.files, config.overwrite or config.resume)
+    except MarsError as error:
+        return str(error)
+    return None
+
+
+def _figures(value: float) -> str:
+    """Three figures, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _tokens(item: Item) -> int:
+    return item.prompt_tokens if isinstance(item, EncodedDocument) else 0

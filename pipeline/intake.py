@@ -1,0 +1,73 @@
+"""Rows on their way to the model: known ones left out, the others tokenized, bad ones marked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.errors import MarsError, RowError
+from pipeline.records import Document, EncodedDocument, Row, RowFailure
+
+if TYPE_CHECKING:
+    from pipeline.io.journal import Journal
+    from pipeline.prompts import PromptBuilder
+
+Record = Document | RowFailure
+Item = EncodedDocument | RowFailure
+
+
+def new_rows(records: Iterable[Record], journal: Journal) -> Iterator[Record]:
+    """Leave out what an earlier run has finished; an id that comes twice becomes a failure."""
+    for record in records:
+        source = replace(record.source, row_hash=row_hash(record))
+        record = replace(record, source=source)
+        try:
+            if not journal.is_done(source, source.row_hash or ""):
+                yield record
+        except RowError as error:
+            yield _failure(source, error.kind, str(error))
+
+
+def row_hash(record: Record) -> str:
+    """32 hex digits that tell whether a row is still the same: id, text and question, or what ails it."""
+    if isinstance(record, Document):
+        fields = [record.source.id, record.text, record.question or ""]
+    else:
+        fields = [record.source.id, record.kind]
+    digest = hashlib.blake2b(digest_size=16)
+    for field in fields:
+        data = field.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def encode_rows(records: Iterable[Record], prompts: PromptBuilder, on_overlong: str) -> Iterator[Item]:
+    """Tokenize what was read; a row that cannot be encoded becomes a failure in its place."""
+    for record in records:
+        if isinstance(record, RowFailure):
+            yield record
+            continue
+        try:
+            yield prompts.encode(record)
+        except RowError as error:
+            yield _encoding_failure(record.source, error, on_overlong)
+        except MarsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a tokenizer's fault costs its row, not the run
+            yield _failure(record.source, "tokenizer", f"{type(error).__name__}: {error}")
+
+
+def _encoding_failure(source: Row, error: RowError, on_overlong: str) -> RowFailure:
+    skipped = error.kind == "over_long" and on_overlong == "skip"
+    return replace(
+        _failure(source, error.kind, str(error)),
+        status="skipped" if skipped else "error",
+        document_tokens=getattr(error, "document_tokens", None),
+        prompt_tokens=getattr(error, "prompt_tokens", None),
+    )
+
+
+def _failure(source: Row, kind: str, what: str) -> RowFailure:
+    return RowFailure(source=source, kind=kind, message=f"{source.place}: {what}")

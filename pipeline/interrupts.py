@@ -1,0 +1,48 @@
+"""SIGINT and SIGTERM: the first ends a run in good order, the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pipeline.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Callable[[], None]]:
+    """Give a function that raises `Interrupted` once a signal has come; to be called often.
+
+    Until its first call nothing is in flight, and a signal ends the process by SystemExit, however long a
+    model takes to load. A second signal ends it as if nobody had listened: what is in the journal stays
+    there. Only the main thread may use this.
+    """
+    received: list[int] = []
+    checked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(number)
+        if not checked:
+            raise SystemExit(128 + number)
+
+    def check() -> None:
+        nonlocal checked
+        checked = True
+        if received:
+            name = signal.Signals(received[0]).name
+            message = f"stopped by {name}; finished rows are kept, and --resume continues"
+            raise Interrupted(message, 128 + received[0])
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

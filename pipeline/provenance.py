@@ -1,0 +1,49 @@
+"""What a run says of itself: what decides its answers, and what else a reader of its output may ask."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import BatchConfig
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import LoadedModel
+    from pipeline.prompts import PromptBuilder
+    from pipeline.pruning.base import PruningMethod
+
+PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
+
+
+def deciding_settings(
+    config: BatchConfig, model: LoadedModel, method: PruningMethod, prompts: PromptBuilder
+) -> dict[str, Any]:
+    """The settings of which each can change an answer: a run may be resumed only under the same.
+
+    Packs, device and attention backend are not among them: they change the last bits of sums, no more.
+    """
+    return {
+        "model": {"fingerprint": model.fingerprint, "dtype": str(model.adapter.dtype)},
+        "method": {"name": method.name, "settings": asdict(method)},
+        "template_sha256": prompts.template_hash,
+        "on_overlong": config.on_overlong,
+        "max_new_tokens": config.max_new_tokens,
+        "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
+        "stop": list(config.stop),
+    }
+
+
+def describe_run(config: BatchConfig, model: LoadedModel, decides: dict[str, Any]) -> dict[str, Any]:
+    """What the output's metadata holds, under the key `marsinfer`."""
+    return {
+        "config": config.resolved(),
+        "settings_that_decide": decides,
+        "model": model.name,
+        "device": model.device_name(),
+        "attention": {"backend": model.attention.name, "refused": model.attention_refused},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

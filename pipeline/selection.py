@@ -1,0 +1,82 @@
+"""Which rows of the input a run takes: a shard of them, a sample of that, and of that the first ones.
+
+Nothing is kept but counts. A sample draws a row with the chance (rows still wanted) / (rows still to come),
+so that exactly as many come out as were asked for; whether it does hangs on the seed and the row's number
+alone. That needs the number of rows: where no file tells it (JSON lines, Arrow streams), the input is read
+once before to count them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from pipeline.config import BatchConfig, parse_shard
+from pipeline.errors import ConfigError
+from pipeline.records import Document, RowFailure
+
+Record = Document | RowFailure
+
+
+def select_rows(source: Iterable[Record], config: BatchConfig, total_rows: int | None) -> Iterator[Record]:
+    """The rows of `source` that `config` asks for, in their order and with their own row numbers.
+
+    Raises ConfigError for a sample of an input that can be read only once.
+    """
+    rows = _shard(source, config)
+    if config.sample is not None:
+        count = _rows_of_shard(config, total_rows)
+        if count is None:
+            count = _count(source, config)
+        rows = _sample(rows, config.sample, count, config.seed)
+    return islice(rows, config.limit)
+
+
+def selected_rows(config: BatchConfig, total_rows: int | None) -> int | None:
+    """How many rows `select_rows` will yield, where that is known before reading."""
+    bounds = [bound for bound in (config.sample, config.limit) if bound is not None]
+    count = _rows_of_shard(config, total_rows)
+    return None if count is None else min([count, *bounds])
+
+
+def _shard(source: Iterable[Record], config: BatchConfig) -> Iterator[Record]:
+    if config.shard is None:
+        return iter(source)
+    part, parts = parse_shard(config.shard)
+    return (record for record in source if record.source.row % parts == part - 1)
+
+
+def _rows_of_shard(config: BatchConfig, total_rows: int | None) -> int | None:
+    if total_rows is None or config.shard is None:
+        return total_rows
+    part, parts = parse_shard(config.shard)
+    return len(range(part - 1, total_rows, parts))
+
+
+def _count(source: Iterable[Record], config: BatchConfig) -> int:
+    pipes = [path for path in getattr(source, "files", ()) if not path.is_file()]
+    if isinstance(source, Iterator) or pipes:
+        name = str(pipes[0]) if pipes else "the input"
+        raise ConfigError(
+            f"--sample counts the rows first, and {name} can be read only once: "
+            "save it to a file, or use --limit"
+        )
+    return sum(1 for _ in _shard(source, config))
+
+
+def _sample(rows: Iterable[Record], wanted: int, left: int, seed: int) -> Iterator[Record]:
+    """Knuth's selection sampling: `wanted` of the `left` rows, in one pass."""
+    for record in rows:
+        if wanted < 1:
+            return
+        if _uniform(seed, record.source.row) * left < wanted:
+            wanted -= 1
+            yield record
+        left -= 1
+
+
+def _uniform(seed: int, row: int) -> float:
+    """A number in [0, 1) for a row; unlike Python's own hash it is the same in every process and release."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=7).digest()
+    return (int.from_bytes(digest) >> 3) / 2**53

@@ -1,0 +1,100 @@
+"""What `marsinfer batch` says while it runs: events, plain lines, and signs of life."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from marsinfer_cli import progress as module
+from marsinfer_cli.app import run
+from marsinfer_cli.progress import BatchProgress
+from pipeline.summary import Summary
+
+ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "3"]
+
+
+def events(printed):
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_a_run_in_events(call, fish, tmp_path, capfd):
+    flags = [*ASK, "--log-format", "json", "--set", "start_layer=1"]
+    assert call(fish, tmp_path / "out.parquet", *flags) == 0
+    printed = capfd.readouterr()
+    first, *between, last = events(printed.err)
+    assert printed.out == ""
+    assert (first["event"], first["config"]["text_column"]) == ("start", "body")
+    assert first["time"].endswith("Z")
+    assert {event["event"] for event in between} == {"progress"}
+    assert set(between[0]) >= {"documents", "tokens", "errors", "expected_rows", "tokens_per_second"}
+    assert (last["event"], last["documents"], last["errors"]) == ("end", 3, 0)
+
+
+def test_errors_are_events_too(capfd):
+    assert run(["batch", "--no-such-flag", "--log-format", "json"]) == 2
+    assert run(["batch", "a", "b", "--question", "q", "--log-format=json", "--order", "x"]) == 2
+    usage, config = events(capfd.readouterr().err)
+    assert (usage["event"], usage["exit_code"]) == ("error", 2)
+    assert "--no-such-flag" in usage["message"]
+    assert config["message"] == "--order 'x': choose from input, completion"
+
+
+def test_an_interrupt_is_an_event(call, fish, tmp_path, monkeypatch, capfd):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.batch.run_batch", interrupted)
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--log-format", "json", "--quiet") == 130
+    (event,) = events(capfd.readouterr().err)
+    assert (event["event"], event["exit_code"]) == ("error", 130)
+
+
+def test_notes_are_events_even_when_quiet(capfd):
+    with BatchProgress(quiet=True, as_json=True) as progress:
+        progress.note("two\nlines")
+        progress(Summary(method="dense", output="o"))
+        progress.end(Summary(method="dense", output="o"))
+    (event,) = events(capfd.readouterr().err)
+    assert (event["event"], event["message"]) == ("note", "two\nlines")
+
+
+@pytest.fixture
+def fast_heart(monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
+
+
+def test_a_run_that_finishes_nothing_still_gives_signs_of_life(fast_heart, capfd):
+    with BatchProgress(quiet=False):
+        time.sleep(0.3)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert set(lines) == {"marsinfer: still running after 0.0 min; nothing has finished yet"}
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_signs_of_life_repeat_the_last_numbers(fast_heart, capfd):
+    summary = Summary(method="dense", output="o")
+    summary.expect(0, 7, 0.0)
+    with BatchProgress(quiet=False, as_json=True) as progress:
+        progress(summary)
+        time.sleep(0.3)
+    found = events(capfd.readouterr().err)
+    assert len(found) >= 2
+    assert {(event["event"], event["documents"], event["expected_rows"]) for event in found} == {
+        ("progress", 0, 7)
+    }
+
+
+def test_quiet_has_no_signs_of_life(fast_heart, capfd):
+    with BatchProgress(quiet=True):
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_stops_the_heartbeat(fast_heart):
+    with pytest.raises(ValueError, match="broken"), BatchProgress(quiet=False):
+        raise ValueError("broken")
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}

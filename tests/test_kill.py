@@ -1,0 +1,86 @@
+"""Runs that are killed at random moments and resumed: every row once, and the answers of a run left alone.
+
+MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/test_kill.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+KILLS = int(os.environ.get("MARSINFER_KILLS", "4"))
+ROWS = int(os.environ.get("MARSINFER_KILL_ROWS", "120"))
+LONGEST_S = 300
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the model is too small for more
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("kill")
+    words = random.Random(0)
+    with (folder / "in.jsonl").open("w") as lines:
+        for row in range(ROWS):
+            text = " ".join(words.choices(["red", "fish", "blue", "sea"], k=words.randint(20, 120)))
+            lines.write(json.dumps({"id": f"doc-{row}", "text": text}) + "\n")
+    flags = ["--id-column", "id", "--question", "what?", "--max-new-tokens", "4", "--quiet", "--resume"]
+    flags += [
+        "--model",
+        str(model_folder),
+        "--set",
+        "start_layer=1",
+        "--set",
+        "window=8",
+        "--set",
+        "prefix=8",
+    ]
+
+    def build(name, *more):
+        start = [sys.executable, "-m", "marsinfer_cli", "batch", str(folder / "in.jsonl")]
+        return [*start, str(folder / name), *flags, *more], folder / name
+
+    return build
+
+
+def undisturbed(command, name, *flags):
+    words, path = command(name, *flags)
+    began = time.monotonic()
+    subprocess.run(words, check=True, env=ONE_THREAD)
+    return pq.read_table(path).to_pylist(), time.monotonic() - began
+
+
+def killed(command, name, seconds, *flags):
+    """The same run, killed `KILLS` times at random moments, then left to finish."""
+    words, path = command(name, *flags)
+    moments = random.Random(1)
+    for _ in range(KILLS):
+        process = subprocess.Popen(words, env=ONE_THREAD)
+        try:
+            process.wait(timeout=moments.uniform(0.3, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        else:
+            assert process.returncode == 0
+    assert subprocess.run(words, check=False, timeout=LONGEST_S, env=ONE_THREAD).returncode == 0
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "least"), [(["--pack-tokens", "1"], 1.0), (["--pack-tokens", "4k"], 0.999)]
+)
+def test_every_row_is_there_once_with_the_answer_of_a_run_left_alone(command, flags, least):
+    expected, seconds = undisturbed(command, f"whole{least}.parquet", *flags)
+    rows = killed(command, f"killed{least}.parquet", seconds, *flags)
+    assert [row["id"] for row in rows] == [f"doc-{row}" for row in range(ROWS)]
+    assert [row["row"] for row in rows] == list(range(ROWS))
+    same = sum(a["answer"] == b["answer"] for a, b in zip(rows, expected, strict=True))
+    assert same >= least * ROWS
+    leftovers = [path.name for path in command("x")[1].parent.iterdir() if path.name.startswith(".")]
+    assert leftovers == []
