@@ -24,7 +24,7 @@ class Summary:
         self.new_tokens = 0
         self.expected_rows: float | None = None
         self._read = 0
-        self._ttft_ms = array("d")
+        self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
         self._flops_work = 0.0
         self._started = time.perf_counter()
@@ -66,7 +66,11 @@ class Summary:
 
     def ttft_ms(self, percentile: float) -> float | None:
         """Percentile of the answered rows' TTFT; None without rows."""
-        return float(np.percentile(np.frombuffer(self._ttft_ms), percentile)) if self._ttft_ms else None
+        return (
+            float(np.percentile(np.frombuffer(self._ttft_ms, np.float32), percentile))
+            if self._ttft_ms
+            else None
+        )
 
     def ffn_skipped(self) -> float | None:
         """Share of FFN work that was skipped, over the tokens of all answered rows."""

@@ -5,6 +5,7 @@ MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/test_kill.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -56,20 +57,42 @@ def undisturbed(command, name, *flags):
 
 
 def killed(command, name, seconds, *flags):
-    """The same run, killed `KILLS` times at random moments, then left to finish."""
+    """The same run, killed `KILLS` times, then left to finish.
+
+    Every fourth time at any moment, loading included; else soon after rows were finished, so that the kills
+    spread over the whole run.
+    """
     words, path = command(name, *flags)
     moments = random.Random(1)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         process = subprocess.Popen(words, env=ONE_THREAD)
-        try:
-            process.wait(timeout=moments.uniform(0.3, seconds))
-        except subprocess.TimeoutExpired:
+        if number % 4 == 0:
+            wait(process, moments.uniform(0.3, seconds))
+        else:
+            before = journal_bytes(path)
+            while process.poll() is None and journal_bytes(path) == before:
+                time.sleep(0.002)
+            wait(process, moments.uniform(0, 2 * seconds / KILLS))
+        if process.poll() is None:
             process.kill()
             process.wait()
         else:
             assert process.returncode == 0
     assert subprocess.run(words, check=False, timeout=LONGEST_S, env=ONE_THREAD).returncode == 0
     return pq.read_table(path).to_pylist()
+
+
+def wait(process, seconds):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+
+
+def journal_bytes(path):
+    folder = path.with_name(f".{path.name}.journal")
+    try:
+        return sum(part.stat().st_size for part in folder.glob("part-*"))
+    except FileNotFoundError:  # removed while we looked: the run has ended
+        return 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pipeline.io.rowindex import Location
 from pipeline.io.writing import GROUP_BYTES, GROUP_ROWS
 
 CACHED_CHUNKS = 256
-CACHED_BYTES = 64 << 20
+CACHED_BYTES = 16 << 20
 
 ChunkKey = tuple[int, int]  # part, and where in it
 ReadChunk = Callable[[int, int], pa.Table]
