@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.pruning.base import PruningMethod
 
 
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -28,15 +31,15 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     Console().print(table)
 
 
-def _describe(method: type) -> dict[str, Any]:
+def _describe(method: type[PruningMethod]) -> dict[str, Any]:
     parameters = [
         {"name": field.name, "default": field.default, "help": field.metadata.get("help", "")}
         for field in fields(method)
     ]
     summary = (method.__doc__ or "").strip().splitlines()[0]
     return {
-        "name": method.name,  # type: ignore[attr-defined]
+        "name": method.name,
         "summary": summary,
         "parameters": parameters,
-        "source": method.source,  # type: ignore[attr-defined]
+        "source": method.source,
     }

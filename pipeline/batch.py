@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.errors import TooManyErrors
-from pipeline.intake import Item, encode_rows, new_rows
-from pipeline.io import Columns, Source, open_source, parse_keep_columns
+from pipeline.intake import Item, encode_rows, item_tokens, make_prompts, new_rows, open_rows
+from pipeline.io import Source
 from pipeline.io.journal import Journal
 from pipeline.io.lock import OutputLock
 from pipeline.io.rowindex import Order
@@ -29,7 +29,6 @@ from pipeline.summary import Summary
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
     from pipeline.model.loading import LoadedModel
-    from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
 
 READ_AHEAD = 64  # rows tokenized while the device works
@@ -82,14 +81,7 @@ def run_batch(
 
 def open_input(config: BatchConfig) -> Source:
     """The rows of a run, its output checked against the files that they come from."""
-    columns = Columns(
-        text=config.text_column,
-        question=config.question_column,
-        fixed_question=config.question,
-        id=config.id_column,
-        keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
-    )
-    source = open_source(config.input, columns)
+    source = open_rows(config)
     check_output(config.output, source.files, config.overwrite or config.resume)
     return source
 
@@ -105,7 +97,7 @@ def answer_all(
     check: Callable[[], None],
 ) -> Summary:
     """Run every new row of `source` through the model, into the journal, and publish the output."""
-    prompts = make_prompts(config, model)
+    prompts = make_prompts(config, model.tokenizer, model.adapter.shape.context)
     engine = make_engine(config, model, method, check)
     decides = deciding_settings(config, model, method, prompts)
     metadata = json.dumps(describe_run(config, model, decides))
@@ -123,7 +115,7 @@ def answer_all(
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
         records = new_rows(select_rows(source, config, source.total_rows), journal)
         with closing(ahead(encode_rows(records, prompts, config.on_overlong), READ_AHEAD)) as rows:
-            for window in windows(rows, _tokens):
+            for window in windows(rows, item_tokens):
                 if not summary.documents:
                     engine.warm_up()
                 summary.expect(len(window), selected_rows(config, source.total_rows), source.fraction_read)
@@ -166,19 +158,6 @@ def answer_window(engine: LocalEngine, window: Sequence[Item]) -> Iterator[list[
         yield [Answer.from_failure(failure, engine.method.name) for failure in failures]
 
 
-def make_prompts(config: BatchConfig, model: LoadedModel) -> PromptBuilder:
-    from pipeline.prompts import PromptBuilder
-
-    return PromptBuilder(
-        model.tokenizer,
-        context=model.adapter.shape.context,
-        max_new_tokens=config.max_new_tokens,
-        system=config.system,
-        template=config.template_text(),
-        on_overlong=config.on_overlong,
-    )
-
-
 def make_engine(
     config: BatchConfig, model: LoadedModel, method: PruningMethod, check: Callable[[], None]
 ) -> LocalEngine:
@@ -216,7 +195,3 @@ def _load(config: BatchConfig) -> LoadedModel:
         trust_remote_code=config.trust_remote_code,
         attention=config.attention,
     )
-
-
-def _tokens(item: Item) -> int:
-    return item.prompt_tokens if isinstance(item, EncodedDocument) else 0

@@ -14,8 +14,9 @@ from pipeline.bench.flops import dense_flops
 from pipeline.config import BatchConfig
 from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
 from pipeline.errors import MarsError
-from pipeline.intake import Item, encode_rows
-from pipeline.io import Columns, Source, check_output, open_source, parse_keep_columns
+from pipeline.intake import Item, encode_rows, item_tokens, make_prompts, open_rows
+from pipeline.io import Source
+from pipeline.io.writing import check_output
 from pipeline.model.adapters import shape_of
 from pipeline.model.loading import load_config, load_tokenizer, locate, pick_device, pick_dtype
 from pipeline.packing import make_packs, windows
@@ -221,7 +222,7 @@ def dry_run(config: BatchConfig) -> Report:
         output_problem=_output_problem(config, setup.source),
         notes=setup.source.notes,
     )
-    for window in windows(setup.items(), _tokens):
+    for window in windows(setup.items(), item_tokens):
         report.add(window)
     return report
 
@@ -248,25 +249,11 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
 
 def prepare(config: BatchConfig) -> Setup:
     """Open the input and load what there is of a model besides its weights."""
-    columns = Columns(
-        text=config.text_column,
-        question=config.question_column,
-        fixed_question=config.question,
-        id=config.id_column,
-        keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
-    )
-    source = open_source(config.input, columns)
+    source = open_rows(config)
     files = locate(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     shape = shape_of(load_config(files))
     tokenizer = load_tokenizer(files)
-    prompts = PromptBuilder(
-        tokenizer,
-        context=shape.context,
-        max_new_tokens=config.max_new_tokens,
-        system=config.system,
-        template=config.template_text(),
-        on_overlong=config.on_overlong,
-    )
+    prompts = make_prompts(config, tokenizer, shape.context)
     return Setup(config=config, source=source, tokenizer=tokenizer, shape=shape, prompts=prompts)
 
 
@@ -297,7 +284,3 @@ def _output_problem(config: BatchConfig, source: Source) -> str | None:
 def _figures(value: float) -> str:
     """Three figures, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _tokens(item: Item) -> int:
-    return item.prompt_tokens if isinstance(item, EncodedDocument) else 0

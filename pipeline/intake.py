@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.config import BatchConfig
 from pipeline.errors import MarsError, RowError
+from pipeline.io import Columns, Source, open_source, parse_keep_columns
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
 
 if TYPE_CHECKING:
@@ -16,6 +18,37 @@ if TYPE_CHECKING:
 
 Record = Document | RowFailure
 Item = EncodedDocument | RowFailure
+
+
+def open_rows(config: BatchConfig) -> Source:
+    """The input of a run, checked and opened."""
+    columns = Columns(
+        text=config.text_column,
+        question=config.question_column,
+        fixed_question=config.question,
+        id=config.id_column,
+        keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
+    )
+    return open_source(config.input, columns)
+
+
+def make_prompts(config: BatchConfig, tokenizer: Any, context: int) -> PromptBuilder:
+    """The prompts of a run, for a model with this tokenizer and `context` tokens."""
+    from pipeline.prompts import PromptBuilder
+
+    return PromptBuilder(
+        tokenizer,
+        context=context,
+        max_new_tokens=config.max_new_tokens,
+        system=config.system,
+        template=config.template_text(),
+        on_overlong=config.on_overlong,
+    )
+
+
+def item_tokens(item: Item) -> int:
+    """Prompt tokens of an item; a failure has none to work on."""
+    return item.prompt_tokens if isinstance(item, EncodedDocument) else 0
 
 
 def new_rows(records: Iterable[Record], journal: Journal) -> Iterator[Record]:

@@ -30,7 +30,7 @@ FETCHED = 1_000
 _SETUP = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
-PRAGMA cache_size = -32768;
+PRAGMA cache_size = -8192;
 CREATE TABLE rows (
     key BLOB PRIMARY KEY, row INTEGER, row_hash TEXT, status TEXT,
     part INTEGER, chunk INTEGER, place INTEGER, bytes INTEGER, seen INTEGER
