@@ -118,7 +118,8 @@ def answer_all(
             for window in windows(rows, item_tokens):
                 if not summary.documents:
                     engine.warm_up()
-                summary.expect(len(window), selected_rows(config, source.total_rows), source.fraction_read)
+                total_rows = selected_rows(config, source.total_rows)
+                summary.expect(len(window), total_rows, source.fraction_read, config.sample or config.limit)
                 for answers in answer_window(engine, window):
                     journal.append(answers)
                     summary.add(answers)

@@ -56,10 +56,14 @@ class Summary:
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
 
-    def expect(self, newly_read: int, total_rows: int | None, fraction_read: float) -> None:
+    def expect(
+        self, newly_read: int, total_rows: int | None, fraction_read: float, at_most: int | None = None
+    ) -> None:
         """Estimate how many rows the run will have, from what has been read so far."""
         self._read += newly_read
         self.expected_rows = total_rows or self._read / max(fraction_read, 1e-6)
+        if at_most is not None:
+            self.expected_rows = min(self.expected_rows, at_most)
 
     def finish(self) -> None:
         self._ended = time.perf_counter()
