@@ -23,7 +23,7 @@ from pipeline.prefetch import ahead
 from pipeline.provenance import deciding_settings, describe_run
 from pipeline.pruning.registry import make_method
 from pipeline.records import Answer, EncodedDocument, RowFailure
-from pipeline.selection import select_rows, selected_rows
+from pipeline.selection import most_rows, select_rows, selected_rows
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def answer_all(
     ) as journal:
         if journal.resumed:
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
+        total_rows = selected_rows(config, source.total_rows)
         records = new_rows(select_rows(source, config, source.total_rows), journal)
         with closing(ahead(encode_rows(records, prompts, config.on_overlong), READ_AHEAD)) as rows:
             for window in windows(rows, item_tokens):
                 if not summary.documents:
                     engine.warm_up()
-                total_rows = selected_rows(config, source.total_rows)
-                summary.expect(len(window), total_rows, source.fraction_read, config.sample or config.limit)
+                summary.expect(len(window), total_rows, source.fraction_read, most_rows(config))
                 for answers in answer_window(engine, window):
                     journal.append(answers)
                     summary.add(answers)

@@ -35,9 +35,14 @@ def select_rows(source: Iterable[Record], config: BatchConfig, total_rows: int |
 
 def selected_rows(config: BatchConfig, total_rows: int | None) -> int | None:
     """How many rows `select_rows` will yield, where that is known before reading."""
-    bounds = [bound for bound in (config.sample, config.limit) if bound is not None]
     count = _rows_of_shard(config, total_rows)
-    return None if count is None else min([count, *bounds])
+    most = most_rows(config)
+    return count if count is None or most is None else min(count, most)
+
+
+def most_rows(config: BatchConfig) -> int | None:
+    """The number that `select_rows` will not exceed, however many rows there are; None without a bound."""
+    return min((bound for bound in (config.sample, config.limit) if bound is not None), default=None)
 
 
 def _shard(source: Iterable[Record], config: BatchConfig) -> Iterator[Record]:

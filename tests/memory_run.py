@@ -18,7 +18,7 @@ from pathlib import Path
 from conftest import SIZES, byte_tokenizer, random_model
 
 
-def stub_answers(engine, documents, rules):
+def stub_answers(engine, documents, rules, check):
     """What the engine would return, without having run the model."""
     layers = engine.model.adapter.shape.layers
     rows = []

@@ -129,6 +129,13 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
     assert [row.answer for row in rows if row.status == "ok"] == expected[:4] + expected[5:]
 
 
+def test_the_warm_up_is_not_under_the_time_limit_of_a_row(model):
+    engine = engine_for(model)
+    engine.row_timeout = 1e-9
+    engine.warm_up()
+    assert engine.answer(documents()[:1])[0].error_type == "timeout"
+
+
 @pytest.mark.parametrize("calls", [1, 3, 6])
 def test_a_check_between_layers_and_steps_can_end_the_run(model, calls):
     seen = []
