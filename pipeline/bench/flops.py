@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from pipeline.model.shape import ModelShape
 
+# of each pass over a document, each layer's tokens that entered, FFN tokens and scored query-key pairs
+Passes = Sequence[Sequence[tuple[int, int, int]]]
+
 
 def layer_flops(shape: ModelShape, tokens: int, ffn_tokens: int, scored_pairs: int = 0) -> int:
     """Operations of one layer over one document: projections, causal attention, FFN, scoring."""
@@ -45,6 +48,21 @@ def prefill_flops(
     """Operations of one document's prefill, from the tokens of each layer; with the last token's logits."""
     pairs = scored_pairs or [0] * shape.layers
     layers = zip(tokens, ffn_tokens, pairs, strict=True)
+    return sum(layer_flops(shape, *layer) for layer in layers) + 2 * shape.hidden * shape.vocab
+
+
+def layer_tokens(passes: Passes) -> tuple[list[int], list[int]]:
+    """Of each layer, the tokens that entered it and those that passed its FFN, over all passes."""
+    columns = [
+        [layers[i] for layers in passes if i < len(layers)] for i in range(max(map(len, passes), default=0))
+    ]
+    entered = [sum(tokens for tokens, _, _ in column) for column in columns]
+    return entered, [sum(ffn_tokens for _, ffn_tokens, _ in column) for column in columns]
+
+
+def passes_flops(shape: ModelShape, passes: Passes) -> int:
+    """Operations of one document's prefill, with the last token's logits."""
+    layers = [layer for layers in passes for layer in layers]
     return sum(layer_flops(shape, *layer) for layer in layers) + 2 * shape.hidden * shape.vocab
 
 

@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for the device as `torch.tensor` there would."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """(B + 1,) int32 boundaries on the device, as variable-length attention kernels want them."""
-        return torch.tensor(self.offsets, dtype=torch.int32).to(self.device, non_blocking=True)
+        return on_device(self.offsets, self.device, torch.int32)
 
     @cached_property
     def document_T(self) -> Tensor:
         """(T,) which document each token belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.device)
+        lengths = on_device(self.lengths, self.device)
         documents = torch.arange(len(self.lengths), device=self.device)
         return torch.repeat_interleave(documents, lengths, output_size=self.total)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, on_device
 
 
 def mass_mask(scores_T: Tensor, segments: Segments, eta: float) -> Tensor:
@@ -31,10 +31,31 @@ def top_mask(scores_T: Tensor, segments: Segments, counts: Sequence[int]) -> Ten
     scores_BL = segments.padded(scores_T, fill=float("-inf"))
     order_BL = scores_BL.sort(dim=-1, descending=True, stable=True).indices
     rank_L = torch.arange(segments.longest, device=scores_T.device)
-    keep_BL = rank_L < torch.tensor(counts, device=scores_T.device)[:, None]
+    keep_BL = rank_L < on_device(counts, scores_T.device)[:, None]
     return _unsorted(keep_BL, order_BL, segments)
 
 
 def _unsorted(keep_BL: Tensor, order_BL: Tensor, segments: Segments) -> Tensor:
     mask_BL = torch.zeros_like(keep_BL).scatter_(1, order_BL, keep_BL)
     return mask_BL[segments.document_T, segments.index_in_document_T]
+
+
+def top_indices(scores_NL: Tensor, count: int) -> Tensor:
+    """Of each row the `count` best places, ascending, (N, count); ties go to the earlier one."""
+    order_NL = scores_NL.sort(dim=-1, descending=True, stable=True).indices
+    return order_NL[:, :count].sort(dim=-1).values
+
+
+def top_blocks(scores_N: Tensor, count: int) -> Tensor:
+    """The `count` best blocks of one document, ascending, the first and the last among them; ties go to
+    the earlier block."""
+    forced_N = scores_N.clone()
+    forced_N[[0, -1]] = float("inf")
+    return forced_N.sort(descending=True, stable=True).indices[: max(count, 2)].sort().values
+
+
+def tokens_of_blocks(blocks_N: Tensor, block: int, length: int) -> Tensor:
+    """Ascending token indices of ascending blocks that end with the last one of a document of `length`."""
+    tokens = (blocks_N[:, None] * block + torch.arange(block, device=blocks_N.device)).flatten()
+    # only the last block may be shorter: cut by a number that the host knows, so nothing waits
+    return tokens[: len(tokens) - (-length % block)]

@@ -60,6 +60,15 @@ class RaggedCache:
             buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
             buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
 
+    def settle(self, layer: int, scores_N: Tensor) -> None:
+        """Learn, before `layer` is stored, how its method scores the blocks of tokens that entered it."""
+
+    def ready(self, layer: int) -> None:
+        """Make sure that a layer's keys and values are there for the work queued from now on."""
+
+    def observe(self, layer: int, q_BHd: Tensor) -> None:
+        """See the queries of newly generated tokens."""
+
     def distinct_slots(self) -> list[Slots]:
         return list({id(slots): slots for slots in self.slots}.values())
 
@@ -77,6 +86,11 @@ class RaggedCache:
         for slots in self.distinct_slots():
             slots.keep(documents)
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that lie on the host, and bytes brought from there while decoding."""
+        return 0, 0
+
     @property
     def nbytes(self) -> int:
+        """Of the device."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

@@ -13,7 +13,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.prefill import Prefilled
-from pipeline.model.sampling import Sampler
+from pipeline.model.sampling import Sampler, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,20 @@ def decode(
             active = [active[place] for place in left]
         check()
         # the position counts the prompt as it was, not the tokens that a method left in the cache
-        positions = [prefilled.lengths[b] + len(answers[b].tokens) - 1 for b in active]
+        positions = [prefilled.next_positions[b] + len(answers[b].tokens) - 1 for b in active]
         newest = [answers[b].tokens[-1] for b in active]
         logits_BV = decode_step(adapter, attention, prefilled.cache, newest, positions)
         tokens = sampler.draw(logits_BV, active)
+
+
+def greedy_answers(
+    adapter: DecoderAdapter, attention: AttentionBackend, prefilled: Prefilled, rules: StopRules
+) -> list[Generated]:
+    """The most likely token at each step, from the prompts' end on."""
+    documents = range(len(prefilled.lengths))
+    sampler = Sampler(Sampling(), documents)
+    first_tokens = sampler.draw(prefilled.logits_BV, documents)
+    return decode(adapter, attention, prefilled, first_tokens, sampler, rules)
 
 
 def decode_step(
@@ -99,9 +109,11 @@ def decode_step(
     for layer in range(adapter.shape.layers):
         slots, keys, values = cache.slots[layer], cache.keys[layer], cache.values[layer]
         q_BHd, k_BKd, v_BKd = adapter.qkv(layer, hidden_BD, rope)
+        cache.ready(layer)
         keys.index_copy_(0, places[id(slots)], k_BKd)
         values.index_copy_(0, places[id(slots)], v_BKd)
         mixed_BHd = attention.decode(q_BHd, keys, values, slots.starts, [n + 1 for n in slots.used])
+        cache.observe(layer, q_BHd)
         hidden_BD += adapter.attention_output(layer, mixed_BHd)
         hidden_BD += adapter.feed_forward(layer, hidden_BD)
     cache.advance()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
 from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
-from pipeline.pruning.base import LayerView, PruningMethod
+from pipeline.model.offload import KvLimits, make_cache
+from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
 
 
@@ -32,18 +35,30 @@ class Pack:
         spans = tuple(document.spans for document in documents)
         return cls(input_ids=ids.to(device), segments=Segments.of(lengths, device), spans=spans)
 
+    def only(self, indices: Tensor) -> Pack:
+        """The same documents with some of their tokens; the spans remain those of the whole prompts."""
+        ids = self.input_ids.index_select(0, indices)
+        return replace(self, input_ids=ids, segments=surviving(self.segments, indices))
+
 
 @dataclass(kw_only=True)
 class Work:
-    """Tokens that each layer worked on, layer by layer and document by document."""
+    """Tokens that each layer of one pass worked on, layer by layer and document by document."""
 
-    kept: list[tuple[int, ...]]  # entered the layer: attention and projections
-    ffn_B: list[Tensor]  # passed the FFN; on the device until asked for
-    scored_pairs: list[tuple[int, ...]]  # query-key pairs recomputed for scoring
+    kept: list[tuple[int, ...]] = field(default_factory=list)  # entered the layer: attention and projections
+    ffn_B: list[Tensor] = field(default_factory=list)  # passed the FFN; on the device until asked for
+    scored_pairs: list[tuple[int, ...]] = field(default_factory=list)  # query-key pairs for scoring
 
     def ffn(self) -> list[list[int]]:
-        """Of each layer, FFN tokens of each document; the one copy to the host a pack needs."""
+        """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
         return torch.stack(self.ffn_B).tolist()
+
+    def count(self, view: LayerView, passes: Tensor | None) -> None:
+        """Add a layer, of whose tokens `passes` (None: all) went through its feed-forward network."""
+        self.kept.append(view.segments.lengths)
+        self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
+        segments = view.segments
+        self.ffn_B.append(segments.cu_seqlens.long().diff() if passes is None else segments.counts(passes))
 
 
 @dataclass(kw_only=True)
@@ -52,8 +67,22 @@ class Prefilled:
 
     logits_BV: Tensor  # float32, at each prompt's last token
     cache: RaggedCache
-    work: Work
+    passes: list[Work]  # one, or two where a method began anew with fewer tokens
     lengths: tuple[int, ...]  # prompt tokens of each document
+    next_positions: tuple[int, ...]  # of each document's first generated token
+
+    def by_document(self) -> list[list[list[tuple[int, int, int]]]]:
+        """Of each document, pass and layer: tokens that entered, FFN tokens, scored pairs."""
+        counted = [list(zip(work.kept, work.ffn(), work.scored_pairs, strict=True)) for work in self.passes]
+        return [
+            [[(kept[b], ffn[b], pairs[b]) for kept, ffn, pairs in layers] for layers in counted]
+            for b in range(len(self.lengths))
+        ]
+
+    @property
+    def work(self) -> Work:
+        """The last pass, whose keys and values are in the cache."""
+        return self.passes[-1]
 
 
 @torch.inference_mode()
@@ -64,18 +93,56 @@ def prefill(
     pack: Pack,
     new_tokens: int = 0,
     check: Callable[[], None] = lambda: None,
+    limits: KvLimits | None = None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`.
 
-    The cache gets room for `new_tokens` more tokens a document. `check` is called before every layer, and
-    may raise to give the pack up. Nothing is copied to the host for a method
-    that keeps all tokens alive and counts them beforehand; a token that is dropped keeps its position.
+    The cache gets room for `new_tokens` more tokens a document, and offloads to the host what exceeds
+    `limits`. `check` is called before every layer, and may raise to give the pack up. Nothing is copied to
+    the host for a method that keeps all tokens alive and counts them beforehand; a token that is dropped
+    keeps its position, unless the method begins anew.
     """
+    lengths = pack.segments.lengths
+    plan = method.plan(adapter.shape, lengths)
+    state = method.begin(plan)
+    passes: list[Work] = []
+    while True:
+        cache = make_cache(
+            plan,
+            new_tokens,
+            limits,
+            device=adapter.device,
+            itemsize=adapter.dtype.itemsize,
+            score=partial(method.select_decode, state=state),
+        )
+        passes.append(Work())
+        outcome = _one_pass(adapter, attention, method, pack, state, cache, passes[-1], check)
+        if isinstance(outcome, Selection):
+            assert outcome.restart is not None
+            pack = pack.only(outcome.restart)
+            continue
+        return Prefilled(
+            logits_BV=outcome,
+            cache=cache,
+            passes=passes,
+            lengths=lengths,
+            next_positions=pack.segments.lengths,
+        )
+
+
+def _one_pass(
+    adapter: DecoderAdapter,
+    attention: AttentionBackend,
+    method: PruningMethod,
+    pack: Pack,
+    state: Any,
+    cache: RaggedCache,
+    work: Work,
+    check: Callable[[], None],
+) -> Tensor | Selection:
+    """The logits (B, vocabulary) at each prompt's end, or the selection that asks to begin anew."""
     segments = pack.segments
-    state = method.begin(method.plan(adapter.shape, segments.lengths))
     positions_T = segments.index_in_document_T
-    cache = RaggedCache(new_tokens)
-    work = Work(kept=[], ffn_B=[], scored_pairs=[])
     hidden_TD = adapter.embed(pack.input_ids)
     rope = adapter.rope(hidden_TD, positions_T)
     for layer in range(adapter.shape.layers):
@@ -95,18 +162,22 @@ def prefill(
             spans=pack.spans,
         )
         selection = method.select(layer, view, state)
-        _store(cache, k_TKd, v_TKd, segments, selection.cache)
+        if selection.restart is not None:
+            work.count(view, view.all_indices[:0])
+            return selection
+        if selection.blocks is not None:
+            cache.settle(layer, selection.blocks)
+        _store(cache, k_TKd, v_TKd, segments, selection)
         passes = selection.live if selection.ffn is None else selection.ffn
         feed_forward_(adapter, layer, hidden_TD, passes)
-        _count(work, view, passes)
+        work.count(view, passes)
         if selection.live is not None:
-            segments = surviving(segments, selection.live)
+            segments = surviving(segments, selection.live, selection.live_lengths)
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
     _check_last_token(method, positions_T, segments, pack.segments)
-    logits_BV = adapter.logits(hidden_TD.index_select(0, segments.last_indices()))
-    return Prefilled(logits_BV=logits_BV, cache=cache, work=work, lengths=pack.segments.lengths)
+    return adapter.logits(hidden_TD.index_select(0, segments.last_indices()))
 
 
 def feed_forward_(adapter: DecoderAdapter, layer: int, hidden_TD: Tensor, passes: Tensor | None) -> None:
@@ -121,28 +192,25 @@ def feed_forward_(adapter: DecoderAdapter, layer: int, hidden_TD: Tensor, passes
     hidden_TD.index_copy_(0, passes, chosen_CD + adapter.feed_forward(layer, chosen_CD))
 
 
-def surviving(segments: Segments, indices: Tensor | None) -> Segments:
-    """Segments of the tokens left; one small copy to the host, for kernels want lengths there."""
-    if indices is None:
-        return segments
-    return Segments.of(segments.counts(indices).tolist(), segments.device)
+def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:
+    """Segments of the tokens left; kernels want their lengths on the host, which waits unless it knows."""
+    return Segments.of(segments.counts(indices).tolist() if lengths is None else lengths, segments.device)
 
 
 def _store(
-    cache: RaggedCache, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, indices: Tensor | None
+    cache: RaggedCache, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, selection: Selection
 ) -> None:
-    if indices is not None:
-        k_TKd, v_TKd = k_TKd.index_select(0, indices), v_TKd.index_select(0, indices)
-    cache.store(k_TKd, v_TKd, surviving(segments, indices))
-
-
-def _count(work: Work, view: LayerView, passes: Tensor | None) -> None:
-    work.kept.append(view.segments.lengths)
-    work.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
-    if passes is None:
-        work.ffn_B.append(view.segments.cu_seqlens.long().diff())
+    """Store the tokens `selection.cache`: (C,) of all heads, or (K, C) of each head its own."""
+    indices = selection.cache
+    if indices is None:
+        cache.store(k_TKd, v_TKd, segments)
+        return
+    stored = surviving(segments, indices if indices.dim() == 1 else indices[0], selection.cache_lengths)
+    if indices.dim() == 1:
+        cache.store(k_TKd.index_select(0, indices), v_TKd.index_select(0, indices), stored)
     else:
-        work.ffn_B.append(view.segments.counts(passes))
+        index_CKd = indices.T[:, :, None].expand(-1, -1, k_TKd.shape[-1])
+        cache.store(k_TKd.gather(0, index_CKd), v_TKd.gather(0, index_CKd), stored)
 
 
 def _check_last_token(

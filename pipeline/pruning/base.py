@@ -2,7 +2,8 @@
 
 A method is immutable settings. After a layer's attention it is shown the layer and says which tokens go
 through the feed-forward network, which leave the remaining layers, and whose keys and values are stored.
-All indices are ascending, unique, and count the tokens that entered the layer.
+While decoding it may be asked which blocks of a prompt's keys and values are worth their place. All indices
+are ascending, unique, and count the tokens that entered the layer.
 
 Laws, checked by the tests for every registered method: what `protected` names survives; full settings keep
 everything and equal `dense` through the real gather; a pack gives what its documents give alone; a run
@@ -12,30 +13,49 @@ leaves no trace in the next; `select` writes nothing but its state; planned byte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import zip_longest
-from math import ceil
+from math import ceil, inf
 from operator import add
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.scoring import window_importance
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.scoring import window_importance, window_importance_by_head
+from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_mask
 from pipeline.model.shape import ModelShape
 from pipeline.records import Spans
 
+PAPER_DEPTH = 32  # layers of the models that the papers prune
+
 Range = tuple[int, int]  # half-open, in original positions
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field of a method, with the words `marsinfer methods` explains it by."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, per_layer: bool = False) -> Any:
+    """A dataclass field of a method, with the words `marsinfer methods` explains it by.
+
+    A tuple given to a `per_layer` setting has one value for each of the model's layers.
+    """
+    return field(default=default, metadata={"help": help, "per_layer": per_layer})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescoring:
+    """Where a method judges blocks of tokens again while decoding, so that their K/V may be offloaded.
+
+    At each of `layers` the tokens that entered it are blocks of `block`, of which the last may be shorter.
+    Their scores say which of them need their K/V, in the layers since the one before in `layers`, on the
+    device. A set that shares at least `gamma` of its blocks with the best ones is used on.
+    """
+
+    layers: tuple[int, ...]
+    block: int
+    gamma: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +65,7 @@ class Plan:
     shape: ModelShape
     lengths: tuple[int, ...]  # prompt tokens of each document
     cache_tokens: tuple[int, ...]  # of each layer: prompt tokens of the pack whose K/V are stored
+    rescoring: Rescoring | None = None
 
     def kv_bytes(self, itemsize: int, new_tokens: int = 0) -> int:
         """Bytes of keys and values, with room for `new_tokens` generated ones a document."""
@@ -58,11 +79,18 @@ class Selection:
 
     `ffn` without a value follows `live`: a token that leaves, leaves before this layer's feed-forward
     network, unless `ffn` names it. Each document's last token must stay live: it predicts the answer.
+    `cache` may name other tokens for each key/value head, as (K, C), of each document equally many. A
+    method that knows beforehand how many tokens of each document are in `live` or `cache` should say so: the
+    host need not wait to learn it.
     """
 
     live: Tensor | None = None  # go on to the next layer
     ffn: Tensor | None = None  # pass the feed-forward network; the others keep their residual
     cache: Tensor | None = None  # have their keys and values stored for decoding
+    live_lengths: tuple[int, ...] | None = None
+    cache_lengths: tuple[int, ...] | None = None
+    restart: Tensor | None = None  # the prefill begins anew with these tokens alone, numbered from 0
+    blocks: Tensor | None = None  # (N,) scores of the pack's blocks, at a layer of the plan's `rescoring`
 
 
 KEEP_ALL = Selection()
@@ -85,10 +113,18 @@ class LayerView:
 
     def window_importance(self, window: int) -> Tensor:
         """(T,) attention each token gets from its document's last `window` queries, mean over heads."""
-        before = self.scored_pairs or (0,) * len(self.segments)
-        pairs = (min(window, length) * length for length in self.segments.lengths)
-        self.scored_pairs = tuple(map(add, before, pairs))
+        self.count_pairs(min(window, length) * length for length in self.segments.lengths)
         return window_importance(self.queries, self.keys, self.segments, window)
+
+    def window_importance_by_head(self, window: int) -> Tensor:
+        """(K, T) the same for each key/value head, mean over the query heads that share it."""
+        self.count_pairs(min(window, length) * length for length in self.segments.lengths)
+        return window_importance_by_head(self.queries, self.keys, self.segments, window)
+
+    def count_pairs(self, pairs: Iterable[int]) -> None:
+        """Add query-key products, of all heads, to each document's count of operations."""
+        before = self.scored_pairs or (0,) * len(self.segments)
+        self.scored_pairs = tuple(map(add, before, pairs))
 
     @cached_property
     def all_indices(self) -> Tensor:
@@ -99,7 +135,7 @@ class LayerView:
         mask_T = torch.zeros(self.segments.total, dtype=torch.bool, device=self.hidden.device)
         # the n-th range of all documents at once, however many documents there are
         for nth in zip_longest(*ranges, fillvalue=(0, 0)):
-            first_B, stop_B = torch.tensor(nth, device=mask_T.device).T
+            first_B, stop_B = on_device(nth, mask_T.device).T
             document_T = self.segments.document_T
             mask_T |= (self.positions >= first_B[document_T]) & (self.positions < stop_B[document_T])
         return mask_T
@@ -122,7 +158,8 @@ class PruningMethod(ABC):
         """
         for parameter in fields(self):
             value = getattr(self, parameter.name)
-            if isinstance(value, tuple) and len(value) != shape.layers:
+            per_layer = parameter.metadata.get("per_layer") and isinstance(value, tuple)
+            if per_layer and len(value) != shape.layers:
                 raise ConfigError(
                     f"{parameter.name} has {len(value)} values, and the model has {shape.layers} layers: "
                     "give one value, or one a layer"
@@ -141,6 +178,21 @@ class PruningMethod(ABC):
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         """Decide after the attention of `layer`."""
 
+    def select_decode(self, layer: int, query_Hd: Tensor, state: Any) -> Tensor | None:
+        """(N,) scores of the blocks of a layer of the plan's `rescoring`, by a generated token's query.
+
+        Asked only while K/V are offloaded, which happens to one document at a time.
+        """
+        return None
+
+    def with_keep(self, shares: tuple[float, ...]) -> Self:
+        """These settings with fixed shares of the prompt to keep, one or one a pruning layer.
+
+        For speed runs on random weights, whose attention finds nothing. Raises ConfigError if the method
+        has no such setting.
+        """
+        raise ConfigError(f"method {self.name} has no share of tokens to fix")
+
     def protected_mask(self, view: LayerView) -> Tensor:
         """(T,) bool: the tokens that `protected` names, among those still alive."""
         named = [self.protected(n, spans) for n, spans in zip(view.lengths, view.spans, strict=True)]
@@ -152,7 +204,9 @@ class ScoredMethod(PruningMethod):
     """A method that only writes `score`: the best tokens pass the FFN, the others skip it."""
 
     start_layer: int = setting(10, "first layer that is pruned, from 0")
-    share: float | tuple[float, ...] | None = setting(0.5, "share of tokens that pass the FFN")
+    share: float | tuple[float, ...] | None = setting(
+        0.5, "share of tokens that pass the FFN", per_layer=True
+    )
 
     def __post_init__(self) -> None:
         check_range("start_layer", self.start_layer, low=0)
@@ -161,6 +215,9 @@ class ScoredMethod(PruningMethod):
     @abstractmethod
     def score(self, layer: int, view: LayerView) -> Tensor:
         """(T,) one score a token, higher means keep."""
+
+    def with_keep(self, shares: tuple[float, ...]) -> Self:
+        return replace(self, share=one_share(self.name, shares))
 
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         if layer < self.start_layer:
@@ -191,8 +248,41 @@ def check_range(name: str, value: Any, *, low: float | None = None, high: float 
     for number in value if isinstance(value, tuple) else (value,):
         if number is None:
             continue
-        if not isinstance(number, int | float) or isinstance(number, bool) or number != number:
+        if not isinstance(number, int | float) or isinstance(number, bool) or not -inf < number < inf:
             raise ConfigError(f"{name} must be a number, not {number!r}")
         if (low is not None and number < low) or (high is not None and number > high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{name}={number} is out of range: it must be {bounds}")
+
+
+def check_pool(width: int) -> None:
+    """Raise ConfigError unless scores can be averaged over so many neighbours."""
+    check_counts(pool=width)
+    if width % 2 == 0:
+        raise ConfigError(f"pool={width} must be odd, so that a score keeps its place")
+
+
+def check_counts(**values: int) -> None:
+    """Raise ConfigError unless each value is a whole number of at least 1."""
+    for name, value in values.items():
+        check_range(name, value, low=1)
+        if not isinstance(value, int):
+            raise ConfigError(f"{name}={value} is a count: give a whole number")
+
+
+def layer_of(given: int | None, paper_layer: int, depth: int) -> int:
+    """The layer `given`, or else the paper's of 32, scaled to a model of `depth` layers.
+
+    Raises ConfigError if the model has no such layer.
+    """
+    layer = min(round(paper_layer * depth / PAPER_DEPTH), depth - 1) if given is None else given
+    if layer >= depth:
+        raise ConfigError(f"layer={layer}, and the model has layers 0 to {depth - 1}")
+    return layer
+
+
+def one_share(name: str, shares: tuple[float, ...]) -> float:
+    """The only share to keep; raises ConfigError for several."""
+    if len(shares) != 1:
+        raise ConfigError(f"method {name} keeps one share of the tokens, not {len(shares)}")
+    return shares[0]

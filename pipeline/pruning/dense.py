@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection
 
@@ -14,6 +14,9 @@ class Dense(PruningMethod):
 
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "the unpruned model"
+
+    def with_keep(self, shares: tuple[float, ...]) -> Self:
+        return self
 
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         return KEEP_ALL

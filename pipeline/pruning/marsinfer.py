@@ -33,8 +33,12 @@ class MarsInfer(ScoredMethod):
     name: ClassVar[str] = "marsinfer"
     source: ClassVar[str] = "OpenReview fL8Zp8o6RL; doi 10.1007/s11704-026-60400-8"
 
-    eta: float | tuple[float, ...] = setting(0.95, "attention mass that the kept tokens reach")
-    share: float | tuple[float, ...] | None = setting(None, "fixed share of kept tokens, in place of eta")
+    eta: float | tuple[float, ...] = setting(
+        0.95, "attention mass that the kept tokens reach", per_layer=True
+    )
+    share: float | tuple[float, ...] | None = setting(
+        None, "fixed share of kept tokens, in place of eta", per_layer=True
+    )
     window: int = setting(50, "last tokens: their queries score, and they are kept")
     prefix: int = setting(100, "first tokens, always kept")
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 METHODS = {
     "dense": "pipeline.pruning.dense:Dense",
+    "fastkv": "pipeline.pruning.fastkv:FastKV",
+    "gemfilter": "pipeline.pruning.gemfilter:GemFilter",
     "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
+    "sliminfer": "pipeline.pruning.sliminfer:SlimInfer",
+    "uniprefill": "pipeline.pruning.uniprefill:UniPrefill",
 }
 
 

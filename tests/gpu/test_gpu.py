@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,17 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
-from pipeline.kernels.attention import BACKENDS, choose_attention
+from pipeline.kernels.attention import BACKENDS, SdpaAttention, choose_attention
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, decode
+from pipeline.model.offload import Copier, KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampler, Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.pruning.registry import make_method
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda", 0)
@@ -148,3 +152,102 @@ def test_dense_copies_nothing_to_the_host():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert np.isfinite(prefilled.logits_BV.cpu().numpy()).all()
+
+
+METHODS = {
+    "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
+    "gemfilter": {"layer": 1, "keep": 64.0},
+    "marsinfer": {"start_layer": 1, "share": 0.5, "window": 8, "prefix": 8},
+    "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},
+    "uniprefill": {"first_layer": 1, "every": 1, "p": 0.7, "block": 16, "sink": 16, "window": 16},
+}
+
+
+def answer_of(adapter, backend, prefilled, new_tokens):
+    documents = range(len(prefilled.lengths))
+    sampler = Sampler(Sampling(), list(documents))
+    first = sampler.draw(prefilled.logits_BV, documents)
+    rules = StopRules(max_new_tokens=new_tokens)
+    return [generated.tokens for generated in decode(adapter, backend, prefilled, first, sampler, rules)]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_method_chooses_and_answers_on_the_gpu_as_on_the_cpu(name):
+    method = make_method(name, METHODS[name])
+    documents = [document(n, seed=n) for n in (400, 210, 120)]
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        adapter = cuda_adapter("qwen2", torch.float32)
+        adapter.model.to(device)
+        prefilled = prefill(adapter, SdpaAttention(), method, Pack.of(documents, device), new_tokens=12)
+        results.append((prefilled.by_document(), answer_of(adapter, SdpaAttention(), prefilled, 12)))
+    assert results[0] == results[1]
+
+
+def offloading(share, **options):
+    """SlimInfer, a long document, and limits under which `share` of its K/V stay on the device."""
+    method = make_method("sliminfer", {**METHODS["sliminfer"], **options})
+    adapter = cuda_adapter("llama", torch.bfloat16)
+    planned = method.plan(adapter.shape, [490]).kv_bytes(2, 40)
+    limits = KvLimits(device_bytes=int(planned * share), host_bytes=1 << 30)
+    return method, adapter, Pack.of([document(490, seed=3)], CUDA), limits
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_with_every_block_active_an_offloaded_cache_answers_as_one_that_stays(name, monkeypatch):
+    method, adapter, pack, _ = offloading(1.0)
+    backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
+    expected = answer_of(adapter, backend, prefill(adapter, backend, method, pack, 40), 40)
+
+    def always_offload(plan, new_tokens, _, *, device, itemsize, score):
+        room = KvLimits(device_bytes=plan.kv_bytes(itemsize, new_tokens), host_bytes=1 << 30)
+        return OffloadedCache(plan, plan.rescoring, new_tokens, room, device, itemsize, score)
+
+    monkeypatch.setattr("pipeline.model.prefill.make_cache", always_offload)
+    moved = prefill(adapter, backend, method, pack, 40)
+    assert answer_of(adapter, backend, moved, 40) == expected
+    assert moved.cache.counts.decisions > 0
+
+
+def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
+    """Delays of the copying and of the computing stream, drawn anew for each copy and each layer."""
+    method, adapter, pack, limits = offloading(0.55, gamma=1.0)
+    backend = backend_named("sdpa", sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
+    synchronous = prefill(adapter, backend, method, pack, 40, limits=replace(limits, synchronous=True))
+    expected = answer_of(adapter, backend, synchronous, 40)
+    assert synchronous.cache.counts.swaps > 10
+    real_copy, real_qkv = Copier.copy, adapter.qkv
+    random = np.random.default_rng(0)
+
+    def slow_copy(self, target, source):
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(int(random.integers(0, 200_000)) * int(random.integers(0, 2)))
+        real_copy(self, target, source)
+
+    def slow_qkv(*arguments):
+        torch.cuda._sleep(int(random.integers(0, 2_000_000)) * int(random.integers(0, 2)))
+        return real_qkv(*arguments)
+
+    monkeypatch.setattr(Copier, "copy", slow_copy)
+    monkeypatch.setattr(adapter, "qkv", slow_qkv)
+    for _turn in range(5):
+        prefilled = prefill(adapter, backend, method, pack, 40, limits=limits)
+        assert answer_of(adapter, backend, prefilled, 40) == expected
+        assert prefilled.cache.counts.swaps == synchronous.cache.counts.swaps
+
+
+def test_offloading_frees_the_device_after_a_pack_and_after_an_exception():
+    method, adapter, pack, limits = offloading(0.55)
+    backend = backend_named("sdpa", sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
+    layers = iter(range(2))
+
+    def run():
+        answer_of(adapter, backend, prefill(adapter, backend, method, pack, 40, limits=limits), 40)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = run()
+    assert run() == before
+    with pytest.raises(StopIteration):
+        prefill(adapter, backend, method, pack, 40, lambda: next(layers), limits)
+    assert run() == before

@@ -23,7 +23,8 @@ def test_text_settings_become_numbers():
         (
             "marsinfr",
             {},
-            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, marsinfer "
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, fastkv, gemfilter, "
+            "marsinfer, sliminfer, uniprefill "
             "(or FILE.py:Class for one of your own)",
         ),
         (

@@ -1,0 +1,132 @@
+"""GemFilter against a naive reference written straight from its docstring: two whole passes."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import pytest
+import torch
+from conftest import document, pack_of, tiny_model
+from naive import Choice, Watched, assert_same, best, generated, naive_decode, naive_prefill, pooled
+
+from pipeline.errors import ConfigError
+from pipeline.model.prefill import prefill
+from pipeline.pruning.gemfilter import GemFilter
+
+SETTINGS = [
+    {"layer": 1, "keep": 20.0, "pool": 5},
+    {"layer": 3, "keep": 0.3, "pool": 3},
+    {"layer": 0, "keep": 7.0, "pool": 1},
+    {"layer": 2, "keep": 0.0, "pool": 9},
+]
+
+
+def documents():
+    """Long, shorter than the pool, one token, a middling one."""
+    return [document(150), document(3, seed=1), document(1, seed=4), document(71, seed=2)]
+
+
+def two_passes(adapter, doc, layer, keep, pool):
+    """The chosen tokens, and the trace of the second pass, whose tokens count from 0."""
+    ids = torch.from_numpy(doc.input_ids)
+    scores = []
+
+    def look(seen):
+        if seen.layer == layer:
+            scores.extend(last_query_scores(seen))
+        return Choice()
+
+    naive_prefill(adapter, ids, look)
+    scores = pooled(scores, pool)
+    scores[-1] = float("inf")
+    chosen = sorted(best(scores, max(1, ceil(keep * len(ids) if keep <= 1 else keep))))
+    return chosen, naive_prefill(adapter, ids[chosen], lambda seen: Choice())
+
+
+def last_query_scores(seen):
+    """Of each token, the sum over heads of q.k, without softmax or scaling."""
+    sharing = len(seen.queries) // len(seen.keys)
+    products = [seen.keys[head // sharing] @ query[-1] for head, query in enumerate(seen.queries)]
+    return sum(products).tolist()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_same_tokens_are_chosen_and_run_anew(adapter, sdpa, settings):
+    watched = Watched(GemFilter(**settings))
+    prefilled = prefill(adapter, sdpa, watched, pack_of(*documents()))
+    for b, doc in enumerate(documents()):
+        chosen, trace = two_passes(adapter, doc, **settings)
+        assert watched.restarted[b] == chosen
+        assert_same(trace, watched, prefilled, b)
+    assert len(watched.restarted[0]) < 150
+    assert [len(one_pass.kept) for one_pass in prefilled.passes] == [settings["layer"] + 1, 4]
+    assert prefilled.lengths == (150, 3, 1, 71)
+
+
+def test_decoding_goes_on_from_the_second_pass(adapter, sdpa):
+    settings = SETTINGS[0]
+    prefilled = prefill(adapter, sdpa, GemFilter(**settings), pack_of(*documents()), new_tokens=12)
+    answers = generated(adapter, sdpa, prefilled, 12)
+    for doc, answer in zip(documents(), answers, strict=True):
+        chosen, trace = two_passes(adapter, doc, **settings)
+        assert answer == naive_decode(adapter, trace, len(chosen), 12)
+    _, left = two_passes(adapter, documents()[0], **settings)
+    assert answers[0] != naive_decode(adapter, left, 150, 12)  # the position matters
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_plan_is_what_is_stored(sdpa, settings):
+    adapter, method = tiny_model("llama"), GemFilter(**settings)
+    plan = method.plan(adapter.shape, [doc.prompt_tokens for doc in documents()])
+    cache = prefill(adapter, sdpa, method, pack_of(*documents())).cache
+    assert plan.cache_tokens == tuple(map(sum, cache.prompt_tokens()))
+    assert plan.kv_bytes(itemsize=4) == cache.nbytes
+
+
+def test_prompts_that_all_fit_run_once(sdpa):
+    short = pack_of(document(20), document(7, seed=1))
+    prefilled = prefill(tiny_model("llama"), sdpa, GemFilter(keep=20.0), short)
+    assert [one_pass.kept for one_pass in prefilled.passes] == [[(20, 7)] * 4]
+    assert prefilled.work.scored_pairs == [(0, 0)] * 4
+
+
+@pytest.mark.parametrize(("depth", "layer"), [(32, 13), (28, 11), (80, 32), (4, 2), (2, 1), (1, 0)])
+def test_the_papers_layer_is_scaled_to_the_models_depth(depth, layer):
+    assert GemFilter().filter_layer(depth) == layer
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ((0.5, 0.2), "method gemfilter keeps one share of the tokens, not 2"),
+        ((2.0,), "share=2.0 is out of range: it must be between 0 and 1"),
+    ],
+)
+def test_a_fixed_share_replaces_the_count(shares, message):
+    assert GemFilter(pool=3).with_keep((0.5,)) == GemFilter(pool=3, keep=0.5)
+    with pytest.raises(ConfigError) as caught:
+        GemFilter().with_keep(shares)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": -1}, "layer=-1 is out of range: it must be at least 0"),
+        ({"keep": -1.0}, "keep=-1.0 is out of range: it must be at least 0"),
+        ({"keep": float("inf")}, "keep must be a number, not inf"),
+        ({"pool": 0}, "pool=0 is out of range: it must be at least 1"),
+        ({"pool": 1.5}, "pool=1.5 is a count: give a whole number"),
+        ({"pool": 4}, "pool=4 must be odd, so that a score keeps its place"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        GemFilter(**settings)
+    assert str(caught.value) == message
+
+
+def test_a_layer_that_the_model_has_not_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        GemFilter(layer=4).plan(tiny_model("llama").shape, [100])
+    assert str(caught.value) == "layer=4, and the model has layers 0 to 3"
