@@ -12,14 +12,16 @@ from pipeline.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_nothing_to_lose = False
+
 
 @contextmanager
 def graceful_stop() -> Iterator[Callable[[], None]]:
     """Give a function that raises `Interrupted` once a signal has come; to be called often.
 
-    Until its first call nothing is in flight, and a signal ends the process by SystemExit, however long a
-    model takes to load. A second signal ends it as if nobody had listened: what is in the journal stays
-    there. Only the main thread may use this.
+    Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
+    `nothing_to_lose`. A second signal ends it as if nobody had listened: what is in the journal stays there.
+    Only the main thread may use this.
     """
     received: list[int] = []
     checked = False
@@ -29,7 +31,7 @@ def graceful_stop() -> Iterator[Callable[[], None]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
-        if not checked:
+        if not checked or _nothing_to_lose:
             raise SystemExit(128 + number)
 
     def check() -> None:
@@ -46,3 +48,14 @@ def graceful_stop() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """For work that may be left undone and takes long without a call, such as loading a model."""
+    global _nothing_to_lose
+    _nothing_to_lose = True
+    try:
+        yield
+    finally:
+        _nothing_to_lose = False

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from queue import Empty, Full, Queue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
 
+LEAVE_AFTER_S = 2.0  # a producer that waits for a pipe or a network is left behind
 
-def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+
+def ahead(
+    items: Iterable[T], depth: int, check: Callable[[], None] = lambda: None
+) -> Generator[T, None, None]:
     """Yield `items`, produced by a thread that runs at most `depth` items ahead.
 
-    An exception of the producer is raised here, in its place. Closing the generator stops the thread.
+    An exception of the producer is raised here, in its place. Closing the generator stops the thread. `check`
+    is called while there is nothing to yield; what it raises ends the waiting.
     """
     queue: Queue[Any] = Queue(maxsize=depth)
     stopped = threading.Event()
@@ -43,6 +48,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             try:
                 item, error = queue.get(timeout=1.0)
             except Empty:  # wake up now and then, so that an interrupt is not held up
+                check()
                 continue
             if error is not None:
                 raise error
@@ -51,4 +57,4 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(LEAVE_AFTER_S)

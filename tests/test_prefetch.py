@@ -46,3 +46,35 @@ def test_closing_stops_the_thread():
     next(items)
     items.close()
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def stuck():
+    """A producer that waits after its first item, as for a pipe into which nobody writes."""
+    released = threading.Event()
+
+    def items():
+        yield 1
+        released.wait()
+
+    yield items()
+    released.set()
+
+
+def test_waiting_can_be_ended(stuck, monkeypatch):
+    monkeypatch.setattr("pipeline.prefetch.LEAVE_AFTER_S", 0.1)
+
+    def check():
+        raise KeyboardInterrupt
+
+    items = ahead(stuck, depth=2, check=check)
+    assert next(items) == 1
+    with pytest.raises(KeyboardInterrupt):
+        next(items)
+
+
+def test_a_producer_that_waits_is_left_behind(stuck, monkeypatch):
+    monkeypatch.setattr("pipeline.prefetch.LEAVE_AFTER_S", 0.1)
+    items = ahead(stuck, depth=2)
+    assert next(items) == 1
+    items.close()

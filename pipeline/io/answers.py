@@ -37,6 +37,8 @@ _TYPES = {
     "ffn_ratio": pa.float64(),
     "flops_ratio": pa.float64(),
     "kv_bytes": pa.int64(),
+    "kv_host_bytes": pa.int64(),
+    "kv_swapped_bytes": pa.int64(),
     "row_hash": pa.string(),
 }
 

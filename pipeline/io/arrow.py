@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -24,7 +25,7 @@ MOST_ROWS_A_BYTE = 100  # documents that compress better have no text worth an a
 def open_arrow(file: InputFile, columns: Columns) -> ArrowFileReader | ArrowStreamReader:
     """The reader that a file's content asks for, as names do not tell files from streams."""
     try:
-        with file.path.open("rb") as handle:
+        with file.open() as handle:
             magic = handle.read(len(FILE_MAGIC))
         if magic.startswith(FEATHER_V1_MAGIC):
             raise ValueError("it is Feather version 1; write it again as version 2 or as Parquet")
@@ -37,18 +38,17 @@ def open_arrow(file: InputFile, columns: Columns) -> ArrowFileReader | ArrowStre
 
 
 class ArrowFileReader:
-    """One Arrow IPC file, memory-mapped."""
+    """One Arrow IPC file, memory-mapped where it is local."""
 
     def __init__(self, file: InputFile, columns: Columns) -> None:
         self.file = file
         self.fraction = 0.0
         self._columns = columns
-        with pa.memory_map(str(file.path)) as source, pa.ipc.open_file(source) as reader:
+        with file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
             self.schema = reader.schema
         check_names(file, self.schema)
         # Counts from the batches' headers, where the IPC reader would decompress every batch.
-        fragment = ds.IpcFileFormat().make_fragment(str(file.path), filesystem=fs.LocalFileSystem())
-        self._total = fragment.count_rows()
+        self._total = _count_rows(file)
         if not 0 <= self._total <= file.size * MOST_ROWS_A_BYTE:
             raise ValueError(f"its batches claim {self._total} rows")
         self.num_rows: int | None = self._total
@@ -56,21 +56,21 @@ class ArrowFileReader:
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """The records of all rows; returns how many rows there are."""
         rows = TableRows(self.file, self._columns, plan, base)
-        done, why = 0, "the file holds fewer rows than its batches say"
+        done, fault = 0, ReadFault("the file holds fewer rows than its batches say")
         for batch in until_fault(self._batches()):
             if isinstance(batch, ReadFault):
-                why = batch.cause
+                fault = batch
                 break
             batch = batch.slice(0, self._total - done)
             yield from _small_batches(batch, rows, done)
             done += batch.num_rows
             self.fraction = done / max(self._total, 1)
-        yield from rows.unreadable(done, self._total - done, why)
+        yield from rows.unreadable(done, self._total - done, fault)
         return self._total
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         # Reading all columns copies nothing; a selection would be copied, the text with it, into one buffer.
-        with pa.memory_map(str(self.file.path)) as source, pa.ipc.open_file(source) as reader:
+        with self.file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
             if reader.schema != self.schema:
                 raise ValueError("the file was changed during the run")
             for i in range(reader.num_record_batches):
@@ -86,7 +86,7 @@ class ArrowStreamReader:
         self.file = file
         self.fraction = 0.0
         self._columns = columns
-        with pa.OSFile(str(file.path)) as source, pa.ipc.open_stream(source) as reader:
+        with file.native() as source, pa.ipc.open_stream(source) as reader:
             self.schema = reader.schema
         check_names(file, self.schema)
 
@@ -96,19 +96,27 @@ class ArrowStreamReader:
         done = 0
         for batch in until_fault(self._batches()):
             if isinstance(batch, ReadFault):
-                yield rows.unreadable_from(done, batch.cause)
+                yield rows.unreadable_from(done, batch)
                 return done + 1
             yield from _small_batches(_detached(batch, plan), rows, done)
             done += batch.num_rows
         return done
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.OSFile(str(self.file.path)) as source, pa.ipc.open_stream(source) as reader:
+        with self.file.native() as source, pa.ipc.open_stream(source) as reader:
             if reader.schema != self.schema:
                 raise ValueError("the file was changed during the run")
             for batch in reader:
                 self.fraction = source.tell() / max(self.file.size, 1)
                 yield _whole(batch)
+
+
+def _count_rows(file: InputFile) -> int:
+    ipc = ds.IpcFileFormat()
+    if isinstance(file.path, Path):
+        return ipc.make_fragment(str(file.path), filesystem=fs.LocalFileSystem()).count_rows()
+    with file.native() as source:
+        return ipc.make_fragment(source).count_rows()
 
 
 def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:

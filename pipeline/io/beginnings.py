@@ -37,14 +37,7 @@ class Beginning:
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        """Durable and never half there."""
-        temporary = folder / f"{STATE_FILE}.partial"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / STATE_FILE)
-        sync_folder(folder)
+        save_json(folder / STATE_FILE, asdict(self), folder / f"{STATE_FILE}.partial")
 
     @classmethod
     def load(cls, folder: Path) -> Beginning:
@@ -57,6 +50,16 @@ class Beginning:
         if found.version != VERSION:
             raise StorageError(f"{path} is of another version of marsinfer; {START_OVER}")
         return found
+
+
+def save_json(path: Path, content: Any, temporary: Path) -> None:
+    """Durable and never half there; `temporary` is a name on the same file system."""
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def plain(settings: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What reading a damaged file can raise, and how it is told to the user in one line."""
+"""What reading a damaged or unreachable file can raise, and how it is told to the user in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.e
 
 LONGEST_CAUSE = 200
 
+REWRITE = "write the file again from its source"
+TRY_AGAIN = "run again with --resume once it can be reached"
+
 # Arrow repeats the path and tells the system's reason last.
 _SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
 
 T = TypeVar("T")
+
+
+class NetworkError(OSError):
+    """Storage elsewhere failed, which says nothing about the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,14 @@ class ReadFault:
     """Stands at the end of what could be read."""
 
     cause: str
+    remedy: str = REWRITE
+
+    @classmethod
+    def of(cls, error: BaseException) -> ReadFault:
+        return cls(cause(error), TRY_AGAIN if isinstance(error, NetworkError) else REWRITE)
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {self.remedy}"
 
 
 def cause(error: BaseException) -> str:
@@ -44,7 +59,7 @@ def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:
         except StopIteration:
             return
         except READ_ERRORS as error:
-            yield ReadFault(cause(error))
+            yield ReadFault.of(error)
             return
         yield item
 

@@ -52,6 +52,15 @@ def read_chunk(path: Path, offset: int) -> pa.Table:
     return chunk.table
 
 
+def is_chunk(content: bytes) -> bool:
+    """Whether the bytes are one whole chunk and nothing else."""
+    if len(content) < HEADER.size:
+        return False
+    magic, length, crc = HEADER.unpack_from(content)
+    stream = memoryview(content)[HEADER.size :]
+    return magic == MAGIC and len(stream) == length and zlib.crc32(stream) == crc
+
+
 def scan_part(path: Path) -> Iterator[Chunk]:
     """All whole chunks up to the first that is not, where the part is cut off for good."""
     size = path.stat().st_size

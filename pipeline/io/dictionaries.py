@@ -1,15 +1,31 @@
-"""Types with their dictionaries changed, at any depth: each format limits dictionaries in its own way."""
+"""Types changed at any depth: each format limits dictionaries, and times, in its own way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
+
+_STRINGS = (pa.string(), pa.large_string())
 
 
 def plain(kind: pa.DataType) -> pa.DataType:
     """Values in place of dictionaries, for files that cannot change a dictionary midway."""
     return _changed(kind, lambda dictionary: dictionary.value_type)
+
+
+def plain_strings(kind: pa.DataType) -> pa.DataType:
+    """Strings in place of dictionaries of them, for JSON, from which nothing else comes back."""
+    return _changed(
+        kind,
+        lambda dictionary: dictionary.value_type if dictionary.value_type in _STRINGS else dictionary,
+    )
+
+
+def without_seconds(kind: pa.DataType) -> pa.DataType:
+    """Milliseconds in place of seconds, for Parquet, which has none."""
+    return _changed(kind, _milliseconds, pa.TimestampType)
 
 
 def wide(kind: pa.DataType) -> pa.DataType:
@@ -23,11 +39,17 @@ def _widened(dictionary: pa.DictionaryType) -> pa.DataType:
     return pa.dictionary(pa.int32(), dictionary.value_type, ordered=dictionary.ordered)
 
 
-def _changed(kind: pa.DataType, change: Callable[[pa.DictionaryType], pa.DataType]) -> pa.DataType:
-    def inside(field: pa.Field) -> pa.Field:
-        return field.with_type(_changed(field.type, change))
+def _milliseconds(time: pa.TimestampType) -> pa.DataType:
+    return pa.timestamp("ms", time.tz) if time.unit == "s" else time
 
-    if isinstance(kind, pa.DictionaryType):
+
+def _changed(
+    kind: pa.DataType, change: Callable[[Any], pa.DataType], what: type[pa.DataType] = pa.DictionaryType
+) -> pa.DataType:
+    def inside(field: pa.Field) -> pa.Field:
+        return field.with_type(_changed(field.type, change, what))
+
+    if isinstance(kind, what):
         return change(kind)
     if pa.types.is_struct(kind):
         return pa.struct([inside(kind.field(i)) for i in range(kind.num_fields)])

@@ -69,10 +69,10 @@ class ArrowFileSink:
 
 
 class JsonlSink:
-    """JSON lines, one object a row; the schema's metadata has no place in them and is left out."""
+    """JSON lines, one object a row; the schema has no place in them (see sidecar.py)."""
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
-        self.schema = schema
+        self.schema = _with_types(schema, dictionaries.plain_strings)
         self._handle = handle
 
     def write(self, table: pa.Table) -> None:
@@ -106,6 +106,11 @@ def sink_type(path: Path) -> type[ParquetSink | ArrowStreamSink | ArrowFileSink 
         raise ConfigError(
             f"{path} has an extension that is not known; outputs are {', '.join(SINKS)}"
         ) from None
+
+
+def type_held(path: Path, kind: pa.DataType) -> pa.DataType:
+    """The type in which an output holds values of `kind`, where some of them may not fit."""
+    return dictionaries.without_seconds(kind) if path.suffix.lower() == ".parquet" else kind
 
 
 def _with_types(schema: pa.Schema, change: Callable[[pa.DataType], pa.DataType]) -> pa.Schema:

@@ -11,9 +11,10 @@ import re
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,11 +29,14 @@ from pipeline.io.chunks import PartWriter, pack_chunk, read_chunk, scan_part
 from pipeline.io.merge import merge
 from pipeline.io.published import Published
 from pipeline.io.rowindex import INDEXED, Order, RowIndex
+from pipeline.io.sidecar import needs_sidecar, read_sidecar, refuse_foreign, write_sidecar
 from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written, sync_folder
 from pipeline.records import Answer, Row
 
 INDEX_FILE = "index.sqlite"
-PARTIAL_OUTPUT = "output.partial"  # in the folder, so that what a killed run left of it goes with the journal
+# in the folder, so that what a killed run left of them goes with the journal
+PARTIAL_OUTPUT = "output.partial"
+PARTIAL_SIDECAR = "sidecar.partial"
 PUBLISHED = 0  # stands for the output itself where the parts of the journal are numbered from 1
 
 _PART = re.compile(r"part-(\d{4,})")
@@ -58,6 +62,8 @@ class Journal:
         self._folder = journal_folder(output)
         self._beginning = beginning
         self._base = base
+        self._base_rows = 0
+        self._base_sorted = True
         self._part: PartWriter | None = None
         self._index = RowIndex(self._folder / INDEX_FILE)
         self.resumed = False
@@ -82,6 +88,8 @@ class Journal:
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
         output, now = Path(output), plain(settings)
+        if not overwrite:
+            refuse_foreign(output)
         written = schema_as_written(output, schema)
         with _failures_told(journal_folder(output)):
             beginning, base = _begin(output, written, now, resume, overwrite)
@@ -119,18 +127,28 @@ class Journal:
             number, offset = self._append_chunk(chunk)
             self._index.record(answers, number, offset, len(chunk) // len(answers))
 
-    def publish(self, order: Order = "input") -> None:
+    @property
+    def passed_over(self) -> int:
+        """How many rows were asked for that are done."""
+        return self._index.passed_over
+
+    def publish(self, order: Order = "input", check: Callable[[], None] = lambda: None) -> bool:
         """Write the output, whole, with the rows seen in this run that have an answer; end the journal.
 
-        `order` is that of the input, or that in which the answers were appended.
+        `order` is that of the input, or that in which the answers were appended. `check` is called often;
+        what it raises ends the writing and leaves the journal intact. Returns whether the output was written:
+        one that holds these very rows is left as it is.
         """
-        with _failures_told(self._folder):
-            try:
-                self._write_output(order)
-            except StorageError as error:
-                raise StorageError(f"{error}; the journal is intact, and --resume continues") from error
+        stale = not self._is_current(order)
+        if stale:
+            with _failures_told(self._folder):
+                try:
+                    self._write_output(order, check)
+                except StorageError as error:
+                    raise StorageError(f"{error}; the journal is intact, and --resume continues") from error
         self._release()
         _remove(self._folder)
+        return stale
 
     def close(self) -> None:
         """Let go of the files; a journal without answers, which nobody could resume, goes."""
@@ -147,9 +165,7 @@ class Journal:
     def _replay(self, retry_errors: bool) -> None:
         if self._base is not None:
             with _output_read(self._output):
-                for group in self._base:
-                    table = self._base.read(group, INDEXED)
-                    self._index.replay(table, PUBLISHED, group, self._base.row_bytes(group))
+                self._replay_base(self._base)
         parts = _parts(self._folder)
         for number in sorted(parts):
             self._replay_part(number, parts[number])
@@ -157,6 +173,16 @@ class Journal:
             self._index.forget_errors()
         self.done_at_start = self._index.counts()
         self.resumed = self._base is not None or _has_answers(self._folder)
+
+    def _replay_base(self, base: Published) -> None:
+        last = -1
+        for group in base:
+            table = base.read(group, INDEXED)
+            self._index.replay(table, PUBLISHED, group, base.row_bytes(group))
+            self._base_rows += table.num_rows
+            rows = [last, *table["row"].to_pylist()]
+            self._base_sorted &= all(first < second for first, second in pairwise(rows))
+            last = rows[-1]
 
     def _replay_part(self, number: int, path: Path) -> None:
         for chunk in scan_part(path):
@@ -176,14 +202,30 @@ class Journal:
             self._part = None
             raise
 
-    def _write_output(self, order: Order) -> None:
-        temporary = self._folder / PARTIAL_OUTPUT
-        with AnswerWriter(self._output, self._schema, self._beginning.replaces, temporary) as writer:
-            for table in merge(self._index.locations(order), self._read, writer.schema):
+    def _is_current(self, order: Order) -> bool:
+        """Whether the output holds the rows that were seen, no others, and in this order."""
+        nothing_new = self._base is not None and not _has_answers(self._folder)
+        in_order = self._base_sorted or order == "completion"
+        return nothing_new and in_order and self._index.unmoved == self._base_rows
+
+    def _write_output(self, order: Order, check: Callable[[], None]) -> None:
+        def read(part: int, chunk: int) -> pa.Table:
+            check()
+            return self._read(part, chunk)
+
+        temporary, replaces = self._folder / PARTIAL_OUTPUT, self._beginning.replaces
+        with AnswerWriter(self._output, self._schema, replaces, temporary, self._write_sidecar) as writer:
+            for table in merge(self._index.locations(order), read, writer.schema):
+                check()
                 writer.write_table(table)
             refuse_existing(self._output, self._beginning.replaces)
             # If the run is killed right after publishing, the next one may publish again.
             replace(self._beginning, replaces=True).save(self._folder)
+
+    def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
+        if needs_sidecar(self._output):
+            before = [] if self._base is None else [self._output.stat().st_size]
+            write_sidecar(self._output, schema, [size, *before], self._folder / PARTIAL_SIDECAR)
 
     def _read(self, part: int, chunk: int) -> pa.Table:
         if part != PUBLISHED:
@@ -234,10 +276,8 @@ def _start(folder: Path, beginning: Beginning) -> Beginning:
 
 
 def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
-    if output.suffix.lower() == ".jsonl":
-        raise ConfigError(f"{output} is complete, and JSONL does not say with which settings; {START_OVER}")
     with _output_read(output):
-        base = Published(output)
+        base = Published(output, lines_schema=read_sidecar(output) if needs_sidecar(output) else None)
         check_settings(output, settings_in(output, base.schema), now)
         check_columns(output, base.schema, written)
     return base

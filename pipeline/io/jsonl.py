@@ -42,7 +42,7 @@ class JsonlReader:
         for index, line in enumerate(until_fault(self._lines())):
             spot = self._spot(base, index)
             if isinstance(line, ReadFault):
-                yield spot.failure("unreadable", rest_lost(line.cause))
+                yield spot.failure("unreadable", rest_lost(line))
             elif line.strip():
                 yield self._record(line, plan, spot)
         return index + 1
@@ -60,7 +60,7 @@ class JsonlReader:
 
     def _lines(self) -> Iterator[bytes]:
         with ExitStack() as opened:
-            raw = opened.enter_context(self.file.path.open("rb"))
+            raw = opened.enter_context(self.file.open())
             stream = opened.enter_context(_decompressed(raw, self.file.compression))
             for number, line in enumerate(stream):
                 if self.file.size:
@@ -69,7 +69,7 @@ class JsonlReader:
 
 
 def _check_magic(file: InputFile) -> None:
-    with file.path.open("rb") as handle:
+    with file.open() as handle:
         start = handle.read(4)
     magics = (GZIP_MAGIC,) if file.compression == "gzip" else ZSTD_MAGICS
     if start and not start.startswith(magics):

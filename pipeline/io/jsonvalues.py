@@ -52,8 +52,13 @@ def _temporal(scalar: pa.Scalar) -> object:
     if pa.types.is_interval(kind):
         return list(scalar.as_py())
     # Cast, not as_py: Python's datetime has no nanoseconds.
-    text = scalar.cast(pa.string()).as_py()
-    return text.replace(" ", "T", 1) if pa.types.is_timestamp(kind) else text
+    if not pa.types.is_timestamp(kind):
+        return scalar.cast(pa.string()).as_py()
+    try:
+        text = scalar.cast(pa.string()).as_py()
+    except pa.ArrowInvalid:  # a time zone that is not known here
+        text = scalar.cast(pa.timestamp(kind.unit, "UTC")).cast(pa.string()).as_py()
+    return text.replace(" ", "T", 1)
 
 
 def _plain(value: object) -> object:

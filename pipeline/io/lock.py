@@ -14,8 +14,16 @@ from typing import Self
 
 from pipeline.errors import LockedError, StorageError
 from pipeline.io.causes import cause
+from pipeline.io.lease import LeaseLock
+from pipeline.io.remote import RemotePath, output_place
 
 _LONGEST_HOLDER = 4096  # bytes of the lock file worth reading
+
+
+def lock_output(output: str | Path) -> OutputLock | LeaseLock:
+    """The lock of an output, wherever it is."""
+    place = output_place(output)
+    return LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)
 
 
 class OutputLock:
@@ -55,6 +63,9 @@ class OutputLock:
         os.close(self._descriptor)
         self._descriptor = None
 
+    def check(self) -> None:
+        """Raise if the lock is no longer held; the system takes it from nobody who lives."""
+
     def _acquire(self) -> int:
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -91,5 +102,5 @@ def _holder(descriptor: int) -> str:
     try:
         told = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
         return f"process {int(told['pid'])} on {told['host']} (since {told['started']})"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return "another process"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,7 +44,7 @@ class ParquetReader:
         try:
             parquet = self._reopen()
         except READ_ERRORS as error:
-            yield from rows.unreadable(0, total, cause(error))
+            yield from rows.unreadable(0, total, ReadFault.of(error))
             return total
         with parquet:
             first = 0
@@ -68,21 +69,21 @@ class ParquetReader:
         self, batches: Iterator[pa.RecordBatch], rows: TableRows, first: int, count: int
     ) -> Iterator[Record]:
         """Exactly `count` records: what the footer promises and the pages do not hold is unreadable."""
-        done, why = 0, "the row group holds fewer rows than the footer says"
+        done, fault = 0, ReadFault("the row group holds fewer rows than the footer says")
         for batch in until_fault(batches):
             if isinstance(batch, ReadFault):
-                why = batch.cause
+                fault = batch
                 break
             batch = batch.slice(0, count - done)
             yield from rows.records(batch, first + done, sound=is_sound(batch))
             done += batch.num_rows
             self.fraction = (first + done) / sum(self._groups)
-        yield from rows.unreadable(first + done, count - done, why)
+        yield from rows.unreadable(first + done, count - done, fault)
 
 
 def _open(file: InputFile) -> pq.ParquetFile:
     return pq.ParquetFile(
-        file.path,
+        file.path if isinstance(file.path, Path) else file.open(),
         pre_buffer=False,
         buffer_size=BUFFER_BYTES,
         page_checksum_verification=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -36,7 +36,15 @@ class PassColumn:
 class PassPlan:
     """Turns rows of any input file into batches of one schema."""
 
-    def __init__(self, columns: Columns, tables: Sequence[Table], *, has_jsonl: bool) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        tables: Sequence[Table],
+        *,
+        has_jsonl: bool,
+        type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
+    ) -> None:
+        """`type_held` says in which type the output holds a value: one that does not fit costs its row."""
         kept = columns.kept
         if kept is None:
             wanted = _all_columns(columns, tables)
@@ -46,6 +54,7 @@ class PassPlan:
             wanted.append((None, pa.field(EXTRA, pa.large_string())))
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
+        wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
         self.columns, self.notes = _rename(wanted)
         self.schema = pa.schema([column.field for column in self.columns])
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+LINES_GROUP_ROWS = 1_000
+LINES_GROUP_BYTES = 4 << 20
 
 
 class _Groups(Protocol):
@@ -84,12 +89,54 @@ class _ArrowStream:
         return self._last[1]
 
 
-class Published:
-    """An output in any format but JSONL; its groups are Parquet's row groups and Arrow's batches."""
+class _JsonLines:
+    """Runs of lines, of which only the offsets are kept."""
 
-    def __init__(self, path: Path, content: pa.Buffer | None = None) -> None:
-        """Open the file, or `content` that stands for it."""
-        self._groups: _Groups = _opener(path.suffix.lower())(str(path) if content is None else content)
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._path = path
+        self._starts = array("q", [0])
+        self._rows = array("q")
+        rows = end = 0
+        with path.open("rb") as file:
+            for line in file:
+                rows, end = rows + 1, end + len(line)
+                if rows == LINES_GROUP_ROWS or end - self._starts[-1] >= LINES_GROUP_BYTES:
+                    self._end_group(rows, end)
+                    rows = 0
+        if rows:
+            self._end_group(rows, end)
+        self.count = len(self._rows)
+
+    def read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        with self._path.open("rb") as file:
+            file.seek(self._starts[number])
+            rows = [json.loads(file.readline()) for _ in range(self._rows[number])]
+        if not all(isinstance(row, dict) and self.schema.names == list(row) for row in rows):
+            raise ValueError("it has other columns than were written")
+        values = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
+        return pa.Table.from_arrays(values, schema=schema)
+
+    def row_bytes(self, number: int) -> int:
+        return (self._starts[number + 1] - self._starts[number]) // self._rows[number]
+
+    def _end_group(self, rows: int, end: int) -> None:
+        self._rows.append(rows)
+        self._starts.append(end)
+
+
+class Published:
+    """An output; its groups are Parquet's row groups, Arrow's batches, or runs of JSON lines."""
+
+    def __init__(
+        self, path: Path, content: pa.Buffer | None = None, lines_schema: pa.Schema | None = None
+    ) -> None:
+        """Open the file, or `content` that stands for it; JSON lines do not hold their schema."""
+        if lines_schema is not None:
+            self._groups: _Groups = _JsonLines(path, lines_schema)
+        else:
+            self._groups = _opener(path.suffix.lower())(str(path) if content is None else content)
         self.schema = self._groups.schema
 
     def __iter__(self) -> Iterator[int]:

@@ -53,7 +53,11 @@ class Location:
 class RowIndex:
     """Derived from the parts, so nothing of it need survive a crash; threads may share it."""
 
+    passed_over: int  # rows seen whose answer was known
+    unmoved: int  # of them, those that were at the same place
+
     def __init__(self, path: Path) -> None:
+        self.passed_over = self.unmoved = 0
         path.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._database = sqlite3.connect(path, check_same_thread=False)
@@ -90,28 +94,34 @@ class RowIndex:
         """Note that the input has this row, and say whether its answer is known."""
         key = _key(source.id)
         with self._lock:
+            self._changed(1)
+            new = self._database.execute(
+                "INSERT OR IGNORE INTO rows (key, row, seen) VALUES (?, ?, 1)", (key, source.row)
+            )
+            if new.rowcount:
+                return False
             found = self._find(key)
             if found is not None and found[2]:
                 raise RowError(DUPLICATE, f"has the id {source.id!r} of row {found[0]}; ids must be unique")
             done = found is not None and found[1] == row_hash
             if done:
+                self.passed_over += 1
+                self.unmoved += found is not None and found[0] == source.row
                 self._database.execute("UPDATE rows SET row = ?, seen = 1 WHERE key = ?", (source.row, key))
             else:
                 self._database.execute(
                     "REPLACE INTO rows (key, row, seen) VALUES (?, ?, 1)", (key, source.row)
                 )
-            self._changed(1)
         return done
 
     def record(self, answers: Sequence[Answer], part: int, chunk: int, row_bytes: int) -> None:
         """Enter answers of this run."""
         with self._lock:
-            for place, answer in enumerate(answers):
-                entry = (self._key_of(answer), answer.row, answer.row_hash, answer.status)
-                self._database.execute(
-                    "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1)",
-                    (*entry, part, chunk, place, row_bytes),
-                )
+            entries = [
+                (self._key_of(a), a.row, a.row_hash, a.status, part, chunk, place, row_bytes)
+                for place, a in enumerate(answers)
+            ]
+            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1)", entries)
             self._changed(len(answers))
 
     def locations(self, order: Order) -> Iterator[Location]:
@@ -137,6 +147,8 @@ class RowIndex:
     def _key_of(self, answer: Answer) -> bytes:
         """A row refused for another's id stands beside that one, and must not take its place."""
         key = _key(answer.id)
+        if answer.error_type != DUPLICATE:
+            return key
         found = self._find(key)
         taken = found is not None and found[2] and found[0] != answer.row
         return _key(answer.id, answer.row + 1) if taken else key

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.io.causes import some
+from pipeline.io.causes import ReadFault, some
 from pipeline.io.columns import Columns
 from pipeline.records import Document, Row, RowFailure
 
@@ -26,8 +26,6 @@ class Fault:
 
 BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
 
-REWRITE = "write the file again from its source"
-
 _MISSING = object()
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
 
@@ -37,9 +35,9 @@ def json_type(value: object) -> str:
     return _JSON_TYPES.get(type(value), "null" if value is None else "a string")
 
 
-def rest_lost(why: str) -> str:
+def rest_lost(fault: ReadFault) -> str:
     """The one message for the rest of a file of which it is not known how many rows it has."""
-    return f"and all after it cannot be read: {why}; {REWRITE}"
+    return f"and all after it cannot be read: {fault}"
 
 
 @dataclass(frozen=True, slots=True)

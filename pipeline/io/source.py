@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +12,14 @@ import pyarrow as pa
 
 from pipeline.io.arrow import open_arrow
 from pipeline.io.columns import Columns
+from pipeline.io.formats import type_held
 from pipeline.io.inputs import InputFile, find_files
 from pipeline.io.jsonl import JsonlReader
 from pipeline.io.parquet import ParquetReader
 from pipeline.io.passthrough import PassPlan, Table
+from pipeline.io.remote import Place
 from pipeline.io.rows import Record
+from pipeline.io.stdin import Stdin
 from pipeline.io.text import TextReader
 
 
@@ -52,7 +56,7 @@ class Source:
         self.total_rows: int | None = sum(known) if exact else None
         self.notes = notes
         self.schema: pa.Schema = plan.schema
-        self.files: tuple[Path, ...] = tuple(reader.file.path for reader in readers)
+        self.files: tuple[Place | Stdin, ...] = tuple(reader.file.path for reader in readers)
 
     @property
     def fraction_read(self) -> float:
@@ -71,10 +75,14 @@ class Source:
         self._current = len(self._readers)
 
 
-def open_source(inputs: Sequence[str | Path], columns: Columns) -> Source:
-    """Find and check all input files; an `InputError` tells what makes the input as a whole unusable."""
+def open_source(inputs: Sequence[str | Path], columns: Columns, output: str = "") -> Source:
+    """Find and check all input files; an `InputError` tells what makes the input as a whole unusable.
+
+    A value that `output`, by its extension, has no room for costs its row.
+    """
     files, notes = find_files(inputs)
     readers: list[Reader] = [OPENERS[file.format](file, columns) for file in files]
     tables = [Table(reader.file.label, reader.schema) for reader in readers if hasattr(reader, "schema")]
-    plan = PassPlan(columns, tables, has_jsonl=any(file.format == "jsonl" for file in files))
+    has_jsonl = any(file.format == "jsonl" for file in files)
+    plan = PassPlan(columns, tables, has_jsonl=has_jsonl, type_held=partial(type_held, Path(output)))
     return Source(readers, plan, notes + plan.notes)

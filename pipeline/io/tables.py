@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline.errors import InputError, RowError
-from pipeline.io.causes import READ_ERRORS, cause, some
+from pipeline.io.causes import READ_ERRORS, ReadFault, cause, some
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.passthrough import PassPlan
-from pipeline.io.rows import BAD_UTF8, REWRITE, Fault, Record, Spot, build, rest_lost
+from pipeline.io.rows import BAD_UTF8, Fault, Record, Spot, build, rest_lost
 
 BATCH_ROWS = 64
 
@@ -100,14 +100,14 @@ class TableRows:
             copied = None if passthrough is None else passthrough.slice(i, 1)
             yield build(self._columns, self._spot(index + i), cells, copied)
 
-    def unreadable(self, index: int, count: int, why: str) -> Iterator[Record]:
+    def unreadable(self, index: int, count: int, fault: ReadFault) -> Iterator[Record]:
         """One failure for each of `count` rows that are known to be there but cannot be had."""
         for i in range(index, index + count):
-            yield self._spot(i).failure("unreadable", f"cannot be read: {why}; {REWRITE}")
+            yield self._spot(i).failure("unreadable", f"cannot be read: {fault}")
 
-    def unreadable_from(self, index: int, why: str) -> Record:
+    def unreadable_from(self, index: int, fault: ReadFault) -> Record:
         """One failure for the rest of a file whose number of rows is not known."""
-        return self._spot(index).failure("unreadable", rest_lost(why))
+        return self._spot(index).failure("unreadable", rest_lost(fault))
 
     def _spot(self, index: int) -> Spot:
         label = self._file.label
@@ -178,7 +178,12 @@ def _is_sound_as_bytes(column: pa.Array) -> bool:
 
 
 def _value(scalar: pa.Scalar) -> object:
+    """As Python has it, else as Arrow writes it, as Python's times have no nanoseconds and few years."""
     try:
         return scalar.as_py()
-    except ValueError:  # nanoseconds, which Python's datetime does not have
+    except READ_ERRORS:
+        pass
+    try:
         return scalar.cast(pa.string()).as_py()
+    except READ_ERRORS as error:
+        return Fault("bad_value", f"is {scalar.type}, of which this value cannot be read: {cause(error)}")

@@ -33,7 +33,8 @@ class TextReader:
         label = self.file.label
         spot = Spot(base, label, label)
         try:
-            text: object = self.file.path.read_bytes().decode("utf-8-sig")
+            with self.file.open() as file:
+                text: object = file.read().decode("utf-8-sig")
         except UnicodeDecodeError:
             text = BAD_UTF8
         except READ_ERRORS as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,13 @@ from pipeline.io.answers import answer_bytes, answers_table, output_schema
 from pipeline.io.causes import cause
 from pipeline.io.formats import Sink, sink_type
 from pipeline.io.published import Published
+from pipeline.io.remote import Place, RemotePath, output_place
+from pipeline.io.stdin import Stdin
 from pipeline.records import Answer
 
 __all__ = ["AnswerWriter", "check_output", "output_schema"]
 
-GROUP_ROWS = 1_000
+GROUP_ROWS = 10_000
 GROUP_BYTES = 64 << 20
 
 _REMEDIES = {
@@ -36,9 +38,27 @@ _REMEDIES = {
 _OTHER_REMEDY = "check the disk and run again"
 
 
-def check_output(path: str | Path, inputs: Iterable[str | Path], overwrite: bool) -> None:
+def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
     """Refuse, before any work, an output that could not be written or would destroy something."""
-    path = Path(path)
+    place = output_place(path)
+    if isinstance(place, RemotePath):
+        _check_remote(place, inputs, overwrite)
+    else:
+        _check_local(place, inputs, overwrite)
+
+
+def _check_remote(path: RemotePath, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
+    sink_type(Path(path.name))
+    for file in inputs:
+        if isinstance(file, RemotePath) and file.address == path.address:
+            raise ConfigError(f"{path} is also an input; name another output")
+    try:
+        refuse_existing(path, overwrite)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {cause(error)}") from error
+
+
+def _check_local(path: Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
     sink_type(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file in it")
@@ -53,14 +73,16 @@ def check_output(path: str | Path, inputs: Iterable[str | Path], overwrite: bool
         raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
 
 
-def _same_file(path: Path, other: str | Path) -> bool:
+def _same_file(path: Path, other: str | Place | Stdin) -> bool:
+    if not isinstance(other, str | Path):
+        return False
     try:
         return os.path.samefile(path, other)
     except OSError:  # one of them is not there
         return False
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Place, overwrite: bool) -> None:
     """A `ConfigError` if something has the output's name and may not be replaced."""
     if not overwrite and path.exists():
         raise ConfigError(f"{path} exists; --overwrite replaces it")
@@ -70,22 +92,32 @@ def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
     """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
     trial = io.BytesIO()
     with _failures_told(path):
-        sink_type(path)(trial, schema).finish()
-    return (
-        schema if path.suffix.lower() == ".jsonl" else Published(path, pa.py_buffer(trial.getvalue())).schema
-    )
+        sink = sink_type(path)(trial, schema)
+        sink.finish()
+    if path.suffix.lower() == ".jsonl":
+        return sink.schema
+    return Published(path, pa.py_buffer(trial.getvalue())).schema
 
 
 class AnswerWriter:
     """A context manager: a clean exit publishes the file whole, an exception leaves no trace of it."""
 
     def __init__(
-        self, path: str | Path, schema: pa.Schema, overwrite: bool = False, temporary: Path | None = None
+        self,
+        path: str | Path,
+        schema: pa.Schema,
+        overwrite: bool = False,
+        temporary: Path | None = None,
+        before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
     ) -> None:
-        """`temporary` names, on the same file system, the file that becomes the output."""
+        """`temporary` names, on the same file system, the file that becomes the output.
+
+        `before` is called with its bytes and its schema when it is durable, right before it is published.
+        """
         self._path = Path(path)
         self._schema = schema
         self._overwrite = overwrite
+        self._before = before
         self._make_sink = sink_type(self._path)
         # An output that is a symbolic link stays one: what it points to is replaced.
         self._target = Path(os.path.realpath(self._path))
@@ -150,11 +182,12 @@ class AnswerWriter:
         assert self._handle is not None
         with _failures_told(self._path):
             self._sink.finish()
-            self._sink = None
+            schema, self._sink = self._sink.schema, None
             self._handle.flush()
             os.fsync(self._handle.fileno())
             self._handle.close()
             refuse_existing(self._path, self._overwrite)
+            self._before(self._temporary.stat().st_size, schema)
             os.replace(self._temporary, self._target)
             sync_folder(self._target.parent)
 

@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from pipeline.io.causes import NetworkError
+
 SKIP_BYTES = 1 << 20
 
 
@@ -29,8 +31,8 @@ class ZstdReader(io.RawIOBase):
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         try:
             data = self._stream.read(1 if self._has_failed else len(buffer))
-        except OSError:
-            if self._has_failed or not self._raw.seekable():
+        except OSError as error:
+            if self._has_failed or isinstance(error, NetworkError) or not self._raw.seekable():
                 raise
             self._start_again()
             data = self._stream.read(1)

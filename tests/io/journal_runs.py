@@ -66,7 +66,7 @@ def killed(path, rows, **flags):
 
 def read(path):
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.open(encoding="utf-8")]
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     opened = pa.ipc.open_stream if path.suffix == ".arrows" else pa.ipc.open_file

@@ -37,7 +37,8 @@ def test_a_killed_run_is_continued(tmp_path, extension):
         assert work(journal, numbered(10)) == ["id 7", "id 8", "id 9"]
         journal.publish()
     assert ids(path) == numbered(10)
-    assert os.listdir(tmp_path) == [path.name]
+    sidecars = ["out.jsonl.run.json"] if extension == ".jsonl" else []
+    assert sorted(os.listdir(tmp_path)) == [path.name, *sidecars]
     assert read(path)[4]["answer"] == "answer to id 4: text"
     assert read(path)[4]["row_hash"] == hash_of("id 4")
 

@@ -22,7 +22,8 @@ from journal_runs import (
     work,
 )
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, Interrupted, StorageError
+from pipeline.io.journal import journal_folder
 
 RICH = pa.schema(
     [
@@ -85,12 +86,62 @@ def test_a_published_output_survives_kills_while_it_is_extended(tmp_path, extens
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_published_output_with_nothing_new_stays_the_same(tmp_path):
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("order", ["input", "completion"])
+def test_a_published_output_with_nothing_new_is_not_touched(tmp_path, extension, order):
+    path = tmp_path / f"out{extension}"
+    finish(path, numbered(1500), order)
+    before, files = (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino), os.listdir(tmp_path)
+    with start(path) as journal:
+        assert work(journal, numbered(1500)) == []
+        assert journal.passed_over == 1500
+        assert not journal.publish(order)
+    assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before
+    assert os.listdir(tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    "rows", [numbered(4), numbered(5, first=1), [(0, "id 1"), (1, "id 0"), *numbered(3, first=2)]]
+)
+def test_an_output_whose_rows_have_gone_or_moved_is_written_again(tmp_path, rows):
     path = tmp_path / "out.parquet"
-    finish(path, numbered(5))
-    before = read(path)
-    assert finish(path, numbered(5)) == []
-    assert read(path) == before
+    finish(path, numbered(6))
+    with start(path) as journal:
+        assert work(journal, rows) == []
+        assert journal.publish()
+    assert ids(path) == rows
+
+
+def test_an_output_in_another_order_is_written_again(tmp_path):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        for row in range(3):
+            ask(journal, row)
+        journal.append([answer(row) for row in (2, 0, 1)])
+        journal.publish("completion")
+    assert [row for row, _ in ids(path)] == [2, 0, 1]
+    assert finish(path, numbered(3), "input") == []
+    assert ids(path) == numbered(3)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 30])
+def test_publishing_can_be_ended_and_goes_on_from_the_journal(tmp_path, calls):
+    path = tmp_path / "out.parquet"
+    called = []
+
+    def check():
+        called.append(1)
+        if len(called) == calls:
+            raise Interrupted("enough", 143)
+
+    with start(path) as journal:
+        work(journal, numbered(300))
+        with pytest.raises(Interrupted):
+            journal.publish(check=check)
+    assert os.listdir(tmp_path) == [".out.parquet.journal"]
+    assert not any(path.name.endswith(".partial") for path in journal_folder(path).iterdir())
+    assert finish(path, numbered(300)) == []
+    assert ids(path) == numbered(300)
 
 
 def test_a_published_output_of_other_settings_or_columns_is_refused(tmp_path):
@@ -104,11 +155,6 @@ def test_a_published_output_of_other_settings_or_columns_is_refused(tmp_path):
 
 
 def test_outputs_that_do_not_say_how_they_were_made_are_refused(tmp_path):
-    finish(tmp_path / "out.jsonl", numbered(2))
-    assert refusal(tmp_path / "out.jsonl") == (
-        f"{tmp_path}/out.jsonl is complete, and JSONL does not say with which settings; "
-        "--overwrite starts over"
-    )
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "out.parquet")
     assert refusal(tmp_path / "out.parquet") == (
         f"{tmp_path}/out.parquet does not say with which settings it was made; --overwrite starts over"

@@ -204,13 +204,13 @@ def test_dictionaries_that_differ_by_batch_are_written(tmp_path, extension):
     assert [row["k"] for row in rows(path)] == [f"value {i}" for i in range(300)]
 
 
-def test_parquet_has_groups_of_a_thousand_rows_however_written(tmp_path):
+def test_parquet_has_groups_of_ten_thousand_rows_however_written(tmp_path):
     path = tmp_path / "out.parquet"
     with AnswerWriter(path, output_schema(NOTHING, {})) as writer:
-        for answer in answers(2500):
+        for answer in answers(20_500):
             writer.write([answer])
     metadata = pq.read_metadata(path)
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1000, 1000, 500]
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [10_000, 10_000, 500]
     assert metadata.row_group(0).column(0).compression == "ZSTD"
 
 

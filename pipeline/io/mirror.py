@@ -1,0 +1,262 @@
+"""The journal of an output in object storage, which knows no appending, syncing or renaming.
+
+The journal works in a local scratch folder, as beside a local output, and all that makes it durable is put
+into objects of the same names: its settings, and every chunk of a part as one object. The output is written
+in the scratch folder too, and uploaded whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, LockedError, MarsError, StorageError
+from pipeline.io.beginnings import START_OVER, STATE_FILE, Beginning
+from pipeline.io.causes import cause
+from pipeline.io.chunks import is_chunk
+from pipeline.io.journal import Journal, journal_folder
+from pipeline.io.remote import RemotePath, output_place
+from pipeline.io.rowindex import Order
+from pipeline.io.sidecar import needs_sidecar, sidecar_path
+from pipeline.io.writing import refuse_existing
+from pipeline.records import Answer
+
+AT_ONCE = 16  # objects read or removed side by side
+
+_CHUNK = re.compile(r"(part-\d{4,})-(\d{12,})")
+
+
+def open_journal(
+    output: str | Path,
+    schema: pa.Schema,
+    settings: Mapping[str, Any],
+    *,
+    check: Callable[[], None] = lambda: None,
+    **flags: bool,
+) -> Journal:
+    """`Journal.open`, wherever the output is; `check` raises if the output's lock is no longer held."""
+    place = output_place(output)
+    if isinstance(place, RemotePath):
+        return MirroredJournal.begin(place, schema, settings, check, **flags)
+    return Journal.open(place, schema, settings, **flags)
+
+
+class MirroredJournal(Journal):
+    """A journal whose answers are durable once they are in object storage."""
+
+    _mirror: Mirror
+
+    @classmethod
+    def begin(
+        cls,
+        output: RemotePath,
+        schema: pa.Schema,
+        settings: Mapping[str, Any],
+        check: Callable[[], None],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        **flags: bool,
+    ) -> MirroredJournal:
+        """`Journal.open` for an output in object storage."""
+        mirror = Mirror(output, check)
+        try:
+            if resume:
+                mirror.fetch()
+            else:
+                mirror.refuse_leftovers(overwrite)
+            with mirror.named_as_given():
+                journal = cls.open(mirror.file, schema, settings, resume=resume, overwrite=overwrite, **flags)
+            assert isinstance(journal, cls)
+            journal._mirror = mirror
+            mirror.begin(journal._beginning)
+        except BaseException:
+            mirror.close()
+            raise
+        return journal
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        super().append(answers)
+        self._mirror.put_chunks()
+
+    def publish(self, order: Order = "input", check: Callable[[], None] = lambda: None) -> bool:
+        self._mirror.refuse_existing(self._beginning.replaces)
+        with self._mirror.named_as_given():
+            was_written = super().publish(order, check)
+        if was_written:
+            # If the run is killed right after the upload, the next one may publish again.
+            self._mirror.put_settings(replace(self._beginning, replaces=True))
+            self._mirror.upload()
+        self._mirror.forget()
+        return was_written
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_mirror"):  # else it could not be opened
+            self._mirror.close()
+
+
+class Mirror:
+    """The objects of one output and its journal, and the scratch folder whose files they are copies of."""
+
+    def __init__(self, output: RemotePath, check: Callable[[], None]) -> None:
+        self.output = output
+        self._check = check
+        try:
+            self._scratch = Path(os.path.realpath(tempfile.mkdtemp(prefix="marsinfer-")))
+        except OSError as error:
+            raise StorageError(f"there is no scratch space: {cause(error)}; set TMPDIR") from error
+        self.file = self._scratch / output.name
+        self._folder = journal_folder(self.file)
+        self._put_bytes: Counter[str] = Counter()  # of each part
+        self._has_chunks = False
+        self._has_begun = False
+
+    def fetch(self) -> None:
+        """Copy to the scratch folder what a resumed run goes on from."""
+        with self._failures_told(f"cannot be fetched to {self._scratch}"), self.named_as_given():
+            objects = {path.name: path for path in self._objects()}
+            # without settings it is the rest of a journal that was being removed
+            if STATE_FILE in objects:
+                self._folder.mkdir()
+                objects[STATE_FILE].download(self._folder / STATE_FILE)
+                self._fetch_parts(path for name, path in sorted(objects.items()) if _CHUNK.fullmatch(name))
+            self._fetch_sidecar()
+            if not self._has_chunks or Beginning.load(self._folder).extends:
+                self._fetch(self.output)
+
+    def refuse_leftovers(self, overwrite: bool) -> None:
+        """A `ConfigError` if there is something that a run which does not resume would destroy."""
+        with self._failures_told("cannot be read"):
+            names = [path.name for path in self._objects()]
+            if not overwrite and STATE_FILE in names and len(names) > 1:
+                folder = journal_folder(self.file).name
+                raise ConfigError(f"an unfinished run left {folder}; --resume continues it, {START_OVER}")
+            if not overwrite:
+                self._fetch_sidecar()
+        self.refuse_existing(overwrite)
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        with self._failures_told("cannot be read"):
+            refuse_existing(self.output, overwrite)
+
+    def begin(self, beginning: Beginning) -> None:
+        """Make what the scratch folder holds the journal."""
+        if not self._has_chunks:
+            self.forget()
+        self.put_settings(beginning)
+        self._has_begun = True
+
+    def put_settings(self, beginning: Beginning) -> None:
+        self._put(STATE_FILE, lambda path: path.write_bytes(json.dumps(asdict(beginning)).encode()))
+
+    def put_chunks(self) -> None:
+        """Make durable what was appended to the parts."""
+        for part in sorted(self._folder.glob("part-*")):
+            start = self._put_bytes[part.name]
+            with part.open("rb") as file:
+                file.seek(start)
+                chunk = file.read()
+            if chunk:
+                self._put(f"{part.name}-{start:012}", partial(_create, chunk))
+                self._put_bytes[part.name] += len(chunk)
+                self._has_chunks = True
+
+    def upload(self) -> None:
+        """Put the finished output, and before it what describes it, where they belong."""
+        with self._failures_told("cannot be written", "; the journal is intact, and --resume continues"):
+            sidecar = sidecar_path(self.file)
+            if sidecar.exists():
+                self._check()
+                self.output.beside(sidecar.name).upload(sidecar)
+            self._check()
+            self.output.upload(self.file)
+
+    def forget(self) -> None:
+        """Remove the journal, its settings first: what is left without them counts for nothing."""
+        with self._failures_told("cannot be written"):
+            self._check()
+            objects = self._objects()
+            for path in (path for path in objects if path.name == STATE_FILE):
+                path.unlink()
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(RemotePath.unlink, objects))
+        self._has_chunks = self._has_begun = False
+
+    def close(self) -> None:
+        """Remove the scratch folder, and of the journal what nobody could resume."""
+        if self._has_begun and not self._has_chunks:
+            with suppress(MarsError):
+                self.forget()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @contextmanager
+    def named_as_given(self) -> Iterator[None]:
+        """Errors name the output, not its scratch copy, unless it is the scratch space that failed."""
+        try:
+            yield
+        except (ConfigError, StorageError) as error:
+            if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+                raise
+            folder = str(self.output).removesuffix(self.output.name).rstrip("/")
+            raise type(error)(str(error).replace(str(self._scratch), folder)) from error
+
+    def _fetch_parts(self, objects: Iterable[RemotePath]) -> None:
+        """A chunk that is not whole is left out: its rows run again."""
+        for part, chunks in groupby(objects, lambda path: path.name.rpartition("-")[0]):
+            with (self._folder / part).open("wb") as file:
+                for content in _read_ahead(chunks):
+                    if is_chunk(content):
+                        file.write(content)
+                        self._has_chunks = True
+                self._put_bytes[part] = file.tell()
+
+    def _fetch_sidecar(self) -> None:
+        if needs_sidecar(self.file):
+            self._fetch(self.output.beside(sidecar_path(self.file).name))
+
+    def _fetch(self, path: RemotePath) -> None:
+        if path.exists():
+            path.download(self._scratch / path.name)
+
+    def _objects(self) -> list[RemotePath]:
+        return self.output.siblings(f"{self._folder.name}/")
+
+    def _put(self, name: str, put: Callable[[RemotePath], None]) -> None:
+        with self._failures_told("cannot be written", "; finished rows are kept, and --resume continues"):
+            self._check()
+            put(self.output.beside(f"{self._folder.name}/{name}"))
+
+    @contextmanager
+    def _failures_told(self, what: str, remedy: str = "") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.output} {what}: {cause(error)}{remedy}") from error
+
+
+def _create(chunk: bytes, path: RemotePath) -> None:
+    if not path.create(chunk):
+        raise LockedError(f"another run has written {path}; this run has ended")
+
+
+def _read_ahead(paths: Iterable[RemotePath]) -> Iterator[bytes]:
+    """The contents of all objects in order, a few at a time."""
+    paths = iter(paths)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while some := list(islice(paths, AT_ONCE)):
+            yield from pool.map(RemotePath.read_bytes, some)
