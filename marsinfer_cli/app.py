@@ -75,7 +75,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if result in (130, 143):  # Typer itself turns Ctrl-C into 130, and says nothing
-        return complain("interrupted; no row of this run was finished", result)
+        return complain("interrupted; no row of this run was answered", result)
     return result if isinstance(result, int) else 0
 
 

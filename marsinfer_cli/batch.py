@@ -24,11 +24,15 @@ def batch(
         list[str] | None,
         typer.Argument(
             metavar="INPUT...",
-            help="Files, globs or folders of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md.",
+            help="Files, globs, folders or URLs of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
+            "- is JSONL from stdin.",
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Argument(metavar="OUTPUT", help="A file: .parquet, .arrow, .arrows or .jsonl.")
+        str | None,
+        typer.Argument(
+            metavar="OUTPUT", help="A file, or an s3:// or gs:// URL: .parquet, .arrow, .arrows or .jsonl."
+        ),
     ] = None,
     config: Annotated[
         str | None,
@@ -115,6 +119,14 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Keys and values on the device, e.g. 4GiB; sliminfer offloads what exceeds it to the host.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     order: Annotated[
         str, typer.Option(help="Rows of the output: input (order) or completion.", rich_help_panel=RUN)
     ] = "input",
@@ -196,7 +208,7 @@ def batch(
     if verbose and log_format == "text":
         _print_settings(settings)
     if dry_run:
-        _print_dry_run(settings, as_json=as_json)
+        _print_dry_run(settings, as_json=as_json, quiet=quiet, log_format=log_format)
         return 0
     if show_prompt is not None:
         _print_prompts(settings, show_prompt, as_json=as_json)
@@ -235,10 +247,13 @@ def _print_settings(settings: BatchConfig) -> None:
     print(to_toml(settings), end="", file=sys.stderr)
 
 
-def _print_dry_run(settings: BatchConfig, *, as_json: bool) -> None:
+def _print_dry_run(settings: BatchConfig, *, as_json: bool, quiet: bool, log_format: str) -> None:
+    from marsinfer_cli.progress import PLAIN_EVERY_S, BatchProgress
     from pipeline.dryrun import dry_run
 
-    report = dry_run(settings)
+    in_events = log_format == "json"
+    with BatchProgress(quiet=quiet, as_json=in_events, first_line_s=PLAIN_EVERY_S) as progress:
+        report = dry_run(settings, progress)
     print(json.dumps(report.as_dict()) if as_json else report.as_text())
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from marsinfer_cli.events import print_event
 from pipeline.config import BatchConfig
-from pipeline.summary import Summary
+from pipeline.summary import Summary, Tally
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
@@ -22,11 +22,13 @@ NO_COUNTS = {"documents": 0, "tokens": 0, "errors": 0, "expected_rows": None, "t
 
 
 class BatchProgress:
-    """A bar on a terminal, a plain line now and then elsewhere, or events. Call it with the summary."""
+    """A bar on a terminal, a plain line now and then elsewhere, or events. Call it with the tally so far."""
 
-    def __init__(self, *, quiet: bool, as_json: bool = False) -> None:
+    def __init__(self, *, quiet: bool, as_json: bool = False, first_line_s: float = 0.0) -> None:
+        """Before `first_line_s` there is no line: what ends sooner needs none."""
         self.console = Console(stderr=True, quiet=quiet)
         self.as_json = as_json
+        self._first_line_s = first_line_s
         self._lock = threading.Lock()  # the heartbeat prints too
         self._began = time.monotonic()
         self._last_line = 0.0
@@ -37,14 +39,14 @@ class BatchProgress:
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> BatchProgress:
-        self._last_line = time.monotonic() - PLAIN_EVERY_S
+        self._last_line = time.monotonic() - PLAIN_EVERY_S + self._first_line_s
         if self.console.quiet:
             return self
         if self.console.is_terminal and not self.as_json:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=self.console
             )
-            self._bar.add_task("loading the model", total=None)
+            self._bar.add_task("starting", total=None)
             self._bar.start()
         else:
             self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -60,16 +62,16 @@ class BatchProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, summary: Summary) -> None:
+    def __call__(self, tally: Tally) -> None:
         if self.console.quiet:
             return
-        # the heartbeat shows a copy: the summary changes under its hands
-        line, counts = _line(summary), _counts(summary)
+        # the heartbeat shows a copy: the tally changes under its hands
+        line, counts = _line(tally), _counts(tally)
         if self._bar is not None:
             # the bar counts tokens: documents differ too much in length for a fair estimate of time
-            total = _expected_tokens(summary)
+            total = _expected_tokens(tally)
             task = self._bar.task_ids[0]
-            self._bar.update(task, description=line, completed=summary.prompt_tokens, total=total)
+            self._bar.update(task, description=line, completed=tally.prompt_tokens, total=total)
             return
         with self._lock:
             self._latest, self._latest_counts = line, counts
@@ -117,14 +119,14 @@ class BatchProgress:
             self.console.print(f"marsinfer: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _counts(summary: Summary) -> dict[str, Any]:
-    expected = summary.expected_rows
+def _counts(tally: Tally) -> dict[str, Any]:
+    expected = tally.expected_rows
     return {
-        "documents": summary.documents,
-        "tokens": summary.prompt_tokens,
-        "errors": summary.status["error"],
+        "documents": tally.documents,
+        "tokens": tally.prompt_tokens,
+        "errors": tally.status["error"],
         "expected_rows": None if expected is None else round(expected),
-        "tokens_per_second": round(summary.tokens_per_second, 1),
+        "tokens_per_second": round(tally.tokens_per_second, 1),
     }
 
 
@@ -155,19 +157,19 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return facts
 
 
-def _line(summary: Summary) -> str:
-    rows = f"{summary.documents:,}"
-    if summary.expected_rows:
-        rows += f"/{summary.expected_rows:,.0f}"
-    errors = f", {summary.status['error']:,} errors" if summary.status["error"] else ""
-    tokens = f"{summary.prompt_tokens:,} tokens, {summary.tokens_per_second:,.0f} tokens/s"
+def _line(tally: Tally) -> str:
+    rows = f"{tally.documents:,}"
+    if tally.expected_rows:
+        rows += f"/{tally.expected_rows:,.0f}"
+    errors = f", {tally.status['error']:,} errors" if tally.status["error"] else ""
+    tokens = f"{tally.prompt_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
     return f"{rows} documents, {tokens}{errors}"
 
 
-def _expected_tokens(summary: Summary) -> float | None:
-    if not summary.expected_rows or not summary.documents:
+def _expected_tokens(tally: Tally) -> float | None:
+    if not tally.expected_rows or not tally.documents:
         return None
-    return summary.prompt_tokens * summary.expected_rows / summary.documents
+    return tally.prompt_tokens * tally.expected_rows / tally.documents
 
 
 def _ms(value: float | None) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 
 import typer
 
-from pipeline.config import BatchConfig, parse_count, parse_settings
+from pipeline.config import BatchConfig, parse_bytes, parse_count, parse_settings
 from pipeline.config_file import KINDS, merge, read_config, read_environment
 from pipeline.errors import ConfigError
 
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "pack_tokens": lambda text: parse_count("--pack-tokens", text),
+    "kv_memory": lambda text: parse_bytes("--kv-memory", text),
     "stop": tuple,
 }
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.errors import TooManyErrors
-from pipeline.intake import Item, encode_rows, item_tokens, make_prompts, new_rows, open_rows
+from pipeline.intake import Item, item_tokens, new_rows, open_rows
+from pipeline.interrupts import nothing_to_lose
 from pipeline.io import Source
 from pipeline.io.journal import Journal
-from pipeline.io.lock import OutputLock
+from pipeline.io.lock import lock_output
+from pipeline.io.mirror import open_journal
 from pipeline.io.rowindex import Order
-from pipeline.io.writing import check_output, output_schema
+from pipeline.io.writing import check_output
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
-from pipeline.provenance import deciding_settings, describe_run
+from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import Answer, EncodedDocument, RowFailure
-from pipeline.selection import most_rows, select_rows, selected_rows
+from pipeline.selection import most_rows, selected_rows
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def run_batch(
 
     `options` are the fields of `BatchConfig`, which are the command's flags. `model` may be a model that
     `load_model` returned, `method` a method object. `progress` is called after every pack with the running
-    summary, `note` with what a user should know, `check` between layers: it may raise to end the run. A row
-    that cannot be answered becomes an error row. After a MarsError the finished rows are in the journal, from
-    which `resume=True` goes on.
+    summary, `note` with what a user should know, `check` often, between layers too: it may raise to end the
+    run. A row that cannot be answered becomes an error row. After a MarsError the finished rows are in the
+    journal, from which `resume=True` goes on.
     """
     options["model"] = model if isinstance(model, str) else model.name
     if isinstance(method, str):
@@ -71,12 +71,12 @@ def run_batch(
     config = BatchConfig(input=inputs, output=str(output), **options)
     chosen = make_method(config.method, config.settings) if isinstance(method, str) else method
     check_output(config.output, (), config.overwrite or config.resume)
-    with OutputLock(Path(config.output)):
+    with lock_output(config.output) as lock:
         source = open_input(config)
         for text in source.notes:
             note(text)
-        loaded = _load(config) if isinstance(model, str) else model
-        return answer_all(config, source, loaded, chosen, progress=progress, note=note, check=check)
+        run = prepare(config, source, model, chosen)
+        return answer_all(run, progress=progress, note=note, check=check, still_locked=lock.check)
 
 
 def open_input(config: BatchConfig) -> Source:
@@ -87,50 +87,56 @@ def open_input(config: BatchConfig) -> Source:
 
 
 def answer_all(
-    config: BatchConfig,
-    source: Source,
-    model: LoadedModel,
-    method: PruningMethod,
+    run: Preparation,
     *,
     progress: Progress,
     note: Note,
     check: Callable[[], None],
+    still_locked: Callable[[], None] = _nothing,
 ) -> Summary:
-    """Run every new row of `source` through the model, into the journal, and publish the output."""
-    prompts = make_prompts(config, model.tokenizer, model.adapter.shape.context)
-    engine = make_engine(config, model, method, check)
-    decides = deciding_settings(config, model, method, prompts)
-    metadata = json.dumps(describe_run(config, model, decides))
-    schema = output_schema(source.schema, {"marsinfer": metadata})
-    summary = Summary(method=method.name, output=config.output)
-    with Journal.open(
-        Path(config.output),
-        schema,
+    """Run every new row through the model, into the journal, and publish the output."""
+    config, decides = run.config, run.decides()
+    engine = cache(partial(start_engine, run, check))  # started, once, by the first row that needs it
+    summary = Summary(method=run.method.name, output=config.output)
+    with open_journal(
+        config.output,
+        run.schema(),
         decides,
         resume=config.resume,
         retry_errors=config.retry_errors,
         overwrite=config.overwrite,
+        check=still_locked,
     ) as journal:
         if journal.resumed:
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
-        total_rows = selected_rows(config, source.total_rows)
-        records = new_rows(select_rows(source, config, source.total_rows), journal)
-        with closing(ahead(encode_rows(records, prompts, config.on_overlong), READ_AHEAD)) as rows:
+        with closing(ahead(run.encode(new_rows(run.rows(), journal)), READ_AHEAD, check)) as rows:
             for window in windows(rows, item_tokens):
-                if not summary.documents:
-                    engine.warm_up()
-                summary.expect(len(window), total_rows, source.fraction_read, most_rows(config))
-                for answers in answer_window(engine, window):
+                expect(summary, len(window), run, journal)
+                for answers in answer_window(engine, window, run.method.name):
                     journal.append(answers)
                     summary.add(answers)
                     progress(summary)
                     stop_if_broken(config, summary)
                     check()
+        written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
-            note("nothing new: every row was done")
-        journal.publish(cast(Order, config.order))
+            note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
     summary.finish()
+    if summary.documents:
+        progress(summary)
     return summary
+
+
+def expect(summary: Summary, newly_read: int, run: Preparation, journal: Journal) -> None:
+    """Estimate how many rows the run will answer, those left out that are done."""
+    summary.expect(
+        newly_read,
+        selected_rows(run.config, run.source.total_rows),
+        run.source.fraction_read,
+        most_rows(run.config),
+        passed_over=journal.passed_over,
+        done_before=journal.done_at_start.total(),
+    )
 
 
 def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
@@ -150,49 +156,45 @@ def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
     )
 
 
-def answer_window(engine: LocalEngine, window: Sequence[Item]) -> Iterator[list[Answer]]:
+def answer_window(
+    engine: Callable[[], LocalEngine], window: Sequence[Item], method: str
+) -> Iterator[list[Answer]]:
     """Answers of one window's rows, pack by pack; failures last, lest their share look too large."""
-    for pack in engine.packs([item for item in window if isinstance(item, EncodedDocument)]):
-        yield engine.answer(pack)
+    documents = [item for item in window if isinstance(item, EncodedDocument)]
+    if documents:
+        for pack in engine().packer.packs(documents):
+            yield engine().answer(pack)
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
-        yield [Answer.from_failure(failure, engine.method.name) for failure in failures]
+        yield [Answer.from_failure(failure, method) for failure in failures]
 
 
-def make_engine(
-    config: BatchConfig, model: LoadedModel, method: PruningMethod, check: Callable[[], None]
-) -> LocalEngine:
+def start_engine(run: Preparation, check: Callable[[], None]) -> LocalEngine:
+    """Load the weights and warm up."""
     from pipeline.engines.local import LocalEngine
     from pipeline.model.decode import StopRules
     from pipeline.model.sampling import Sampling
     from pipeline.tokenizing import stop_token_ids
 
+    config = run.config
+    check()
+    with nothing_to_lose():
+        model = run.model.load()
     rules = StopRules(
         max_new_tokens=config.max_new_tokens,
         token_ids=stop_token_ids(model.tokenizer, model.generation_config),
         texts=config.stop,
         decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
     )
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-    return LocalEngine(
+    engine = LocalEngine(
         model,
-        method,
+        run.method,
         rules=rules,
-        sampling=sampling,
+        sampling=Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed),
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
+        kv_memory=config.kv_memory,
         check=check,
     )
-
-
-def _load(config: BatchConfig) -> LoadedModel:
-    from pipeline.model.loading import load_model
-
-    return load_model(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attention,
-    )
+    engine.warm_up()
+    return engine

@@ -54,6 +54,7 @@ class BatchConfig:
     stop: tuple[str, ...] = ()
     # running and writing
     pack_tokens: int | None = None  # None: from free memory
+    kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
     order: str = "input"
     overwrite: bool = False
     resume: bool = False
@@ -68,7 +69,7 @@ class BatchConfig:
         _check_choice("--attention", self.attention, ATTENTION)
         _check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         _check_at_least("--seed", self.seed, 0)
-        for flag in ("pack_tokens", "limit", "sample"):
+        for flag in ("pack_tokens", "kv_memory", "limit", "sample"):
             value = getattr(self, flag)
             if value is not None:
                 _check_at_least(f"--{flag.replace('_', '-')}", value, 1)
@@ -143,6 +144,20 @@ def parse_count(flag: str, text: str) -> int:
     if not digits.isdecimal():
         raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
     return int(digits) * factor
+
+
+_BYTES = {"": 1, "b": 1}
+_BYTES |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_BYTES |= {f"{letter}{tail}": 1024**power for power, letter in enumerate("kmgt", 1) for tail in ("", "ib")}
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size such as `1GiB`, `1.5G` (both in powers of 1,024) or `800MB` (in powers of 1,000)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    size = int(float(found[1]) * _BYTES[found[2]]) if found and found[2] in _BYTES else 0
+    if size < 1:
+        raise ConfigError(f"{flag} {text!r}: give a size such as 1GiB or 800MB")
+    return size
 
 
 def parse_shard(text: str) -> tuple[int, int]:

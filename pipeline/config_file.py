@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import BatchConfig, parse_count
+from pipeline.config import BatchConfig, parse_bytes, parse_count
 from pipeline.errors import ConfigError
 
 PREFIX = "MARSINFER_"
@@ -92,6 +92,10 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+# settings that a text may give with a unit
+SIZES: dict[str, Callable[[str, str], int]] = {"pack_tokens": parse_count, "kv_memory": parse_bytes}
+
+
 def to_toml(config: BatchConfig) -> str:
     """A configuration in the form that `read_config` reads; settings without a value are left out."""
     values = {name: getattr(config, name) for name in KINDS if name != "settings"}
@@ -103,8 +107,8 @@ def to_toml(config: BatchConfig) -> str:
 
 def _of_toml(place: str, name: str, value: Any) -> Any:
     kind = KINDS[name]
-    if name == "pack_tokens" and isinstance(value, str):
-        return parse_count(place, value)
+    if name in SIZES and isinstance(value, str):
+        return SIZES[name](place, value)
     if name == "max_errors" and type(value) is int:
         return str(value)
     if kind == "tuple[str, ...]":
@@ -132,8 +136,8 @@ def _of_text(variable: str, name: str, text: str) -> Any:
     kind = KINDS[name]
     if kind == "tuple[str, ...]":
         return (text,)
-    if name == "pack_tokens":
-        return parse_count(variable, text)
+    if name in SIZES:
+        return SIZES[name](variable, text)
     parsers: dict[str, Callable[[str], Any]] = {
         "bool": lambda text: BOOLEANS[text.strip().lower()],
         "int": int,

@@ -6,69 +6,26 @@ No weights are loaded, nothing is written, and what is kept does not grow with t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.bench.flops import dense_flops
 from pipeline.config import BatchConfig
-from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
+from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError
-from pipeline.intake import Item, encode_rows, item_tokens, make_prompts, open_rows
+from pipeline.intake import Item, item_tokens, open_rows
 from pipeline.io import Source
 from pipeline.io.writing import check_output
-from pipeline.model.adapters import shape_of
-from pipeline.model.loading import load_config, load_tokenizer, locate, pick_device, pick_dtype
-from pipeline.packing import make_packs, windows
-from pipeline.prompts import PromptBuilder
+from pipeline.packing import windows
+from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
-from pipeline.selection import select_rows
-
-if TYPE_CHECKING:
-    from pipeline.model.shape import ModelShape
-    from pipeline.pruning.base import PruningMethod
+from pipeline.selection import most_rows, selected_rows
+from pipeline.summary import Tally
 
 SHOWN_MESSAGES = 3
 BAR_WIDTH = 40
-
-
-@dataclass
-class Setup:
-    """What a run needs besides weights."""
-
-    config: BatchConfig
-    source: Source
-    tokenizer: Any
-    shape: ModelShape
-    prompts: PromptBuilder
-
-    def items(self) -> Iterator[Item]:
-        """The run's rows, tokenized; rows that cannot be are failures."""
-        rows = select_rows(self.source, self.config, self.source.total_rows)
-        return encode_rows(rows, self.prompts, self.config.on_overlong)
-
-
-@dataclass
-class Packer:
-    """Packs as the engine would make them."""
-
-    method: PruningMethod
-    shape: ModelShape
-    itemsize: int
-    new_tokens: int
-    pack_tokens: int
-    max_bytes: int
-    device: str
-
-    def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
-        planned = pack_bytes(self.method, self.shape, itemsize=self.itemsize, new_tokens=self.new_tokens)
-        return make_packs(
-            documents, pack_tokens=self.pack_tokens, max_bytes=self.max_bytes, planned_bytes=planned
-        )
-
-    def kv_bytes(self, lengths: Sequence[int]) -> int:
-        return self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
 
 
 @dataclass
@@ -79,13 +36,12 @@ class Report:
     schema: dict[str, str]  # pass-through columns and their types
     limit_tokens: int  # the longest prompt
     packer: Packer
+    device: str
     output_problem: str | None
     notes: list[str]
-    status: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Tally)
     messages: dict[str, list[str]] = field(default_factory=dict)  # by kind, the first few
     lengths: Counter[int] = field(default_factory=Counter)  # by power of two: 2**n up to 2**(n+1) - 1
-    prompt_tokens: int = 0
     longest_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
@@ -93,10 +49,6 @@ class Report:
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
     flops: int = 0
-
-    @property
-    def rows(self) -> int:
-        return sum(self.status.values())
 
     def add(self, window: Sequence[Item]) -> None:
         documents = []
@@ -113,17 +65,15 @@ class Report:
             self.kv_bytes = max(self.kv_bytes, self.packer.kv_bytes(lengths))
 
     def _add_failure(self, failure: RowFailure) -> None:
-        self.status[failure.status] += 1
-        self.errors[failure.kind] += 1
+        self.tally.count(failure.status, failure.kind)
         messages = self.messages.setdefault(failure.kind, [])
         if len(messages) < SHOWN_MESSAGES:
             messages.append(failure.message)
 
     def _add_document(self, document: EncodedDocument) -> None:
         tokens = document.prompt_tokens
-        self.status["ok"] += 1
+        self.tally.count("ok", prompt_tokens=tokens)
         self.lengths[tokens.bit_length() - 1] += 1
-        self.prompt_tokens += tokens
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
         self.truncated_tokens += document.truncated_tokens
@@ -136,21 +86,22 @@ class Report:
             "output_problem": self.output_problem,
             "notes": self.notes,
             "schema": self.schema,
-            "rows": self.rows,
-            "ok": self.status["ok"],
-            "errors": self.status["error"],
-            "skipped": self.status["skipped"],
+            "rows": self.tally.documents,
+            "ok": self.tally.status["ok"],
+            "errors": self.tally.status["error"],
+            "skipped": self.tally.status["skipped"],
             "error_types": {
-                kind: {"rows": rows, "first": self.messages[kind]} for kind, rows in self.errors.most_common()
+                kind: {"rows": rows, "first": self.messages[kind]}
+                for kind, rows in self.tally.errors.most_common()
             },
             "over_long": {
                 "policy": self.config.on_overlong,
                 "limit_tokens": self.limit_tokens,
-                "rows": self.errors["over_long"] + self.truncated_rows,
+                "rows": self.tally.errors["over_long"] + self.truncated_rows,
                 "truncated_tokens": self.truncated_tokens,
             },
             "prompts": {
-                "tokens": self.prompt_tokens,
+                "tokens": self.tally.prompt_tokens,
                 "longest": self.longest_tokens,
                 "histogram": [
                     {"from": 2**power, "to": 2 ** (power + 1) - 1, "rows": self.lengths[power]}
@@ -159,7 +110,7 @@ class Report:
             },
             "packing": {
                 "method": self.packer.method.name,
-                "device": self.packer.device,
+                "device": self.device,
                 "pack_tokens": self.packer.pack_tokens,
                 "packs": self.packs,
                 "largest_pack_tokens": self.largest_pack_tokens,
@@ -173,21 +124,22 @@ class Report:
         lines = [f"note: {note}" for note in self.notes]
         lines += [f"output: {self.output_problem or self.config.output}", "columns passed through:"]
         lines += [f"  {name}: {kind}" for name, kind in self.schema.items()] or ["  none"]
-        lines.append(f"rows: {self.rows:,}, of which {self.status['ok']:,} can be answered")
-        for kind, rows in self.errors.most_common():
+        tally = self.tally
+        lines.append(f"rows: {tally.documents:,}, of which {tally.status['ok']:,} can be answered")
+        for kind, rows in tally.errors.most_common():
             lines.append(f"  {kind}: {rows:,}")
             lines += [f"    {' '.join(message.split())}" for message in self.messages[kind]]
         lines += [*self._over_long(), *self._histogram(), *self._plan()]
         return "\n".join(lines)
 
     def _over_long(self) -> list[str]:
-        rows = self.errors["over_long"] + self.truncated_rows
+        rows = self.tally.errors["over_long"] + self.truncated_rows
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
         policy = f"--on-overlong {self.config.on_overlong}"
         return [f"over {self.limit_tokens:,} prompt tokens: {rows:,} rows ({policy}{cut})"]
 
     def _histogram(self) -> list[str]:
-        lines = [f"prompts: {self.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"]
+        lines = [f"prompts: {self.tally.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"]
         most = max(self.lengths.values(), default=1)
         for power in self._powers():
             rows = self.lengths[power]
@@ -203,34 +155,37 @@ class Report:
     def _plan(self) -> list[str]:
         packer = self.packer
         return [
-            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {packer.device}, "
+            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.device}, "
             f"the largest {self.largest_pack_tokens:,}",
             f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
             f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP",
         ]
 
 
-def dry_run(config: BatchConfig) -> Report:
-    """Read and tokenize everything, and report what the run would do."""
-    method = make_method(config.method, config.settings)
-    setup = prepare(config)
+def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> Report:
+    """Read and tokenize everything, and report what the run would do; `progress` is called now and then."""
+    run = _prepare(config)
     report = Report(
         config=config,
-        schema={column.name: str(column.type) for column in setup.source.schema},
-        limit_tokens=setup.prompts.limit,
-        packer=_packer(config, setup.shape, method),
-        output_problem=_output_problem(config, setup.source),
-        notes=setup.source.notes,
+        schema={column.name: str(column.type) for column in run.source.schema},
+        limit_tokens=run.prompts.limit,
+        packer=_packer(run),
+        device=str(run.model.device),
+        output_problem=_output_problem(config, run.source),
+        notes=run.source.notes,
     )
-    for window in windows(setup.items(), item_tokens):
+    for window in windows(run.encode(run.rows()), item_tokens):
         report.add(window)
+        total_rows = selected_rows(config, run.source.total_rows)
+        report.tally.expect(len(window), total_rows, run.source.fraction_read, most_rows(config))
+        progress(report.tally)
     return report
 
 
 def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:
     """The first `count` prompts as the model will see them, and the errors of rows before and between."""
-    setup = prepare(config)
-    for item in setup.items():
+    run = _prepare(config)
+    for item in run.encode(run.rows()):
         if isinstance(item, RowFailure):
             yield {"row": item.source.row, "id": item.source.id, "error": item.message}
             continue
@@ -240,35 +195,28 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
             "prompt_tokens": item.prompt_tokens,
             "document_tokens": item.document_tokens,
             "truncated_tokens": item.truncated_tokens,
-            "prompt": setup.tokenizer.decode(item.input_ids.tolist(), clean_up_tokenization_spaces=False),
+            "prompt": run.model.tokenizer.decode(item.input_ids.tolist(), clean_up_tokenization_spaces=False),
         }
         count -= 1
         if not count:
             return
 
 
-def prepare(config: BatchConfig) -> Setup:
-    """Open the input and load what there is of a model besides its weights."""
-    source = open_rows(config)
-    files = locate(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    shape = shape_of(load_config(files))
-    tokenizer = load_tokenizer(files)
-    prompts = make_prompts(config, tokenizer, shape.context)
-    return Setup(config=config, source=source, tokenizer=tokenizer, shape=shape, prompts=prompts)
+def _prepare(config: BatchConfig) -> Preparation:
+    method = make_method(config.method, config.settings)
+    return prepare(config, open_rows(config), config.model, method)
 
 
-def _packer(config: BatchConfig, shape: ModelShape, method: PruningMethod) -> Packer:
-    method.plan(shape, (1,))  # settings that do not fit the model's depth are told before anything is read
-    device = pick_device(config.device)
-    itemsize = pick_dtype(config.dtype, device).itemsize
-    return Packer(
-        method=method,
-        shape=shape,
-        itemsize=itemsize,
-        new_tokens=config.max_new_tokens,
-        pack_tokens=config.pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
-        max_bytes=free_bytes(device),
-        device=str(device),
+def _packer(run: Preparation) -> Packer:
+    """As the engine's, but with the memory that is free before the weights are loaded."""
+    return Packer.on(
+        run.model.device,
+        run.method,
+        run.model.shape,
+        itemsize=run.model.dtype.itemsize,
+        new_tokens=run.config.max_new_tokens,
+        pack_tokens=run.config.pack_tokens,
+        kv_memory=run.config.kv_memory,
     )
 
 

@@ -60,3 +60,8 @@ class RowError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong, as against a wish to stop; a panic of Rust code is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import BatchConfig
-from pipeline.errors import MarsError, RowError
+from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.io import Columns, Source, open_source, parse_keep_columns
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
 
@@ -29,7 +29,7 @@ def open_rows(config: BatchConfig) -> Source:
         id=config.id_column,
         keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
     )
-    return open_source(config.input, columns)
+    return open_source(config.input, columns, config.output)
 
 
 def make_prompts(config: BatchConfig, tokenizer: Any, context: int) -> PromptBuilder:
@@ -88,7 +88,9 @@ def encode_rows(records: Iterable[Record], prompts: PromptBuilder, on_overlong: 
             yield _encoding_failure(record.source, error, on_overlong)
         except MarsError:
             raise
-        except Exception as error:  # noqa: BLE001 - a tokenizer's fault costs its row, not the run
+        except BaseException as error:  # a tokenizer's fault costs its row, not the run
+            if not is_failure(error):
+                raise
             yield _failure(record.source, "tokenizer", f"{type(error).__name__}: {error}")
 
 

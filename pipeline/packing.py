@@ -43,18 +43,20 @@ def make_packs(
     pack_tokens: int,
     max_bytes: int | None = None,
     planned_bytes: Callable[[Sequence[int]], int] = lambda lengths: 0,
+    may_share: Callable[[Sequence[int]], bool] = lambda lengths: True,
 ) -> list[list[EncodedDocument]]:
     """Packs of documents of like length, longest first, each within the token and byte budgets.
 
     A document over a budget of its own gets a pack of its own: whether it can run is the engine's to say.
-    Of equal lengths the earlier row comes first. `pack_tokens=1` means one document at a time.
+    `may_share` says of the lengths of two or more whether they may be together. Of equal lengths the earlier
+    row comes first. `pack_tokens=1` means one document at a time.
     """
     packs: list[list[EncodedDocument]] = []
     lengths: list[int] = []
     for document in sorted(documents, key=lambda d: (-d.prompt_tokens, d.source.row)):
         longer = [*lengths, document.prompt_tokens]
         fits = sum(longer) <= pack_tokens and (max_bytes is None or planned_bytes(longer) <= max_bytes)
-        if lengths and fits:
+        if lengths and fits and may_share(longer):
             packs[-1].append(document)
             lengths = longer
         else:

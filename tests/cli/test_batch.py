@@ -183,7 +183,7 @@ def refused(batch, parquet, tmp_path, capfd):
     [
         (
             ["--method", "marsinfr"],
-            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, marsinfer ",
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, ",
         ),
         (["--set", "eta"], "--set 'eta': write it as NAME=VALUE, for example --set eta=0.95"),
         (["--set", "eta=-1"], "eta=-1.0 is out of range: it must be at least 0"),
@@ -266,7 +266,7 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
 
     monkeypatch.setattr(LocalEngine, "answer", interrupted)
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
-    assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was finished\n"
+    assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was answered\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
 
 
@@ -302,4 +302,12 @@ def test_methods_lists_parameters_defaults_and_sources(capfd):
     assert "fL8Zp8o6RL" in listed["marsinfer"]["source"]
     assert listed["dense"]["parameters"] == []
     assert run(["methods"]) == 0
-    assert "start_layer" in capfd.readouterr().out
+    listed = capfd.readouterr().out
+    assert "marsinfer" in listed
+    assert "start_layer" not in listed
+    assert run(["methods", "sliminfer"]) == 0
+    told = capfd.readouterr().out
+    assert "8192,4096,2048" in told
+    assert "Our choices" in told
+    assert run(["methods", "slim"]) == 2
+    assert "did you mean 'sliminfer'" in capfd.readouterr().err

@@ -234,7 +234,7 @@ def test_verbose_prints_what_config_reads(call, seen, file, capfd, monkeypatch):
     flags = ["--question", "why?", "--set", "eta=0.9", "--limit", "2", "--pack-tokens", "2k"]
     assert call("in.jsonl", "out.jsonl", *flags, "--verbose", "--quiet") == 130
     printed = capfd.readouterr().err.replace(
-        "marsinfer: error: interrupted; no row of this run was finished\n", ""
+        "marsinfer: error: interrupted; no row of this run was answered\n", ""
     )
     monkeypatch.delenv("MARSINFER_MODEL")
     assert call("--config", file(printed)) == 130

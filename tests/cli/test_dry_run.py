@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from conftest import FISH
+
+from pipeline.packing import windows
 
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6"]
 
@@ -90,6 +93,25 @@ def test_the_plan_is_the_runs(call, fish, tmp_path, capfd):
     assert report["prompts"]["tokens"] == sum(row["prompt_tokens"] for row in rows)
     assert report["packing"]["largest_pack_tokens"] == max(row["pack_tokens"] for row in rows)
     assert report["packing"]["packs"] == round(sum(1 / row["pack_documents"] for row in rows))
+
+
+@pytest.mark.parametrize(("flags", "lines"), [([], 3), (["--quiet"], 0)])
+def test_a_long_dry_run_shows_progress(call, fish, tmp_path, capfd, monkeypatch, flags, lines):
+    monkeypatch.setattr("marsinfer_cli.progress.PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("pipeline.dryrun.windows", partial(windows, documents=1))
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--dry-run", "--json", *flags) == 0
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["rows"] == 3
+    told = printed.err.splitlines()
+    assert len(told) == lines
+    assert all(line.startswith(f"marsinfer: {n}/3 documents, ") for n, line in enumerate(told, start=1))
+
+
+def test_progress_of_a_dry_run_in_events(call, fish, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("marsinfer_cli.progress.PLAIN_EVERY_S", 0.0)
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--dry-run", "--log-format", "json") == 0
+    (event,) = (json.loads(line) for line in capfd.readouterr().err.splitlines())
+    assert (event["event"], event["documents"], event["expected_rows"]) == ("progress", 3, 3)
 
 
 def test_an_output_that_could_not_be_written_is_reported(call, fish, capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from marsinfer_cli.app import run
+from pipeline import load_model, run_batch
+from pipeline.io import Source, journal
+from pipeline.model.loading import UnloadedModel
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads fight where the tests run side by side
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
@@ -20,15 +24,15 @@ FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "-
 
 @pytest.fixture
 def batch(model_folder, tmp_path):
-    def call(source, *flags):
+    def call(source, *flags, out="out.parquet"):
         words = [
             "batch",
             "--model",
             str(model_folder),
             *FLAGS,
-            *flags,
+            *map(str, flags),
             str(source),
-            str(tmp_path / "out.parquet"),
+            str(tmp_path / out),
         ]
         return run(words)
 
@@ -50,18 +54,124 @@ def fish(tmp_path):
     return write_rows(tmp_path / "in.jsonl", [f"fish {n} " * 9 for n in range(6)])
 
 
-def test_resume_with_nothing_to_resume_starts_afresh_and_then_says_that_nothing_is_new(
-    batch, fish, tmp_path, capfd
+@pytest.fixture
+def no_weights(monkeypatch):
+    def load(self):
+        raise AssertionError("the weights were loaded")
+
+    return lambda: monkeypatch.setattr(UnloadedModel, "load", load)
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_resume_starts_afresh_and_then_leaves_the_output_as_it_is(
+    batch, fish, tmp_path, capfd, no_weights, name
 ):
-    assert batch(fish, "--resume") == 0
-    first = answers(tmp_path)
-    assert len(first) == 6
+    out = tmp_path / name
+    assert batch(fish, "--resume", out=name) == 0
+    before, files = (out.read_bytes(), out.stat().st_mtime_ns), sorted(os.listdir(tmp_path))
     capfd.readouterr()
-    assert batch(fish, "--resume") == 0
-    assert "nothing new: every row was done" in capfd.readouterr().err
-    assert {id: row["answer"] for id, row in answers(tmp_path).items()} == {
-        id: row["answer"] for id, row in first.items()
-    }
+    no_weights()
+    assert batch(fish, "--resume", "--quiet", out=name) == 0
+    assert capfd.readouterr().err == (
+        "marsinfer: note: resuming: 6 rows are done\n"
+        f"marsinfer: note: nothing new: every row was done; {out} stays as it is\n"
+    )
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == before
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+def test_rows_that_left_the_input_leave_the_output_without_weights(batch, fish, tmp_path, capfd, no_weights):
+    assert batch(fish) == 0
+    write_rows(fish, [f"fish {n} " * 9 for n in range(4)])
+    capfd.readouterr()
+    no_weights()
+    assert batch(fish, "--resume", "--quiet") == 0
+    assert list(answers(tmp_path)) == [f"doc-{n}" for n in range(4)]
+    assert capfd.readouterr().err.endswith("marsinfer: note: nothing new: every row was done\n")
+
+
+def test_rows_that_all_fail_need_no_weights(batch, tmp_path, no_weights):
+    no_weights()
+    assert batch(write_rows(tmp_path / "in.jsonl", ["x" * 3000] * 3)) == 0
+    assert {row["error_type"] for row in answers(tmp_path).values()} == {"over_long"}
+
+
+def test_weights_that_cannot_be_read_leave_nothing_behind(batch, fish, tmp_path, model_folder, capfd):
+    broken = tmp_path / "model"
+    shutil.copytree(model_folder, broken)
+    (broken / "model.safetensors").write_text("no weights")
+    files = sorted(os.listdir(tmp_path))
+    assert batch(fish, "--model", broken) == 2
+    assert capfd.readouterr().err.startswith(f"marsinfer: error: model '{broken}' cannot be loaded: ")
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "unknown model 'nowhere': "),
+        (["--model", "./gone"], "unknown model './gone': "),
+        (["--attention", "fa3"], "no attention backend works on cpu"),
+        (["--set", "eta=1,1"], "eta has 2 values, and the model has 4 layers"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_input_is_read(
+    batch, fish, tmp_path, capfd, monkeypatch, flags, message
+):
+    def read(self):
+        raise AssertionError("the input was read")
+
+    monkeypatch.setattr(Source, "__iter__", read)
+    assert batch(fish, *flags) == 2
+    assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_a_loaded_model_goes_on_where_its_name_began(model_folder, fish, tmp_path):
+    settings = {"question": "what?", "id_column": "id", "max_new_tokens": 3, "resume": True}
+    out = str(tmp_path / "out.jsonl")
+    assert run_batch(str(fish), out, model=str(model_folder), **settings).documents == 6
+    write_rows(fish, [f"fish {n} " * 9 for n in range(8)])
+    model = load_model(str(model_folder))
+    assert run_batch(str(fish), out, model=model, **settings).documents == 2
+    assert run_batch(str(fish), out, model=model, **settings).documents == 0
+
+
+def test_the_rows_expected_are_those_that_are_not_done(model_folder, fish, tmp_path):
+    settings = {"question": "what?", "id_column": "id", "max_new_tokens": 3, "pack_tokens": 1}
+    settings |= {"model": load_model(str(model_folder)), "resume": True}
+    out = str(tmp_path / "out.parquet")
+    run_batch(str(fish), out, **settings)
+    write_rows(fish, [f"fish {n} " * 9 for n in range(10)])
+    told = []
+
+    def progress(summary):
+        told.append((summary.documents, summary.expected_rows))
+
+    run_batch(str(fish), out, progress=progress, **settings)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_output_is_written_ends_the_run(
+    batch, fish, tmp_path, capfd, monkeypatch, number, code
+):
+    def read_chunk(path, offset):
+        os.kill(os.getpid(), number)
+        return real(path, offset)
+
+    real = journal.read_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "read_chunk", read_chunk)
+        assert batch(fish) == code
+    name = signal.Signals(number).name
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"marsinfer: error: stopped by {name}; finished rows are kept, and --resume continues"
+    )
+    assert sorted(os.listdir(tmp_path)) == [".out.parquet.journal", "in.jsonl"]
+    assert batch(fish, "--resume", "--json", "--quiet") == 0
+    assert json.loads(capfd.readouterr().out)["documents"] == 0
+    assert len(answers(tmp_path)) == 6
 
 
 def test_new_rows_continue_from_the_published_output(batch, fish, tmp_path, capfd):
@@ -164,8 +274,8 @@ def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_
 def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, tmp_path, number, code):
     # run in a process of its own, in which loading never ends
     program = (
-        "import sys, time, marsinfer_cli.app as app, pipeline.batch as batch; "
-        "batch._load = lambda config: (print('loading', flush=True), time.sleep(60)); "
+        "import sys, time, marsinfer_cli.app as app; from pipeline.model.loading import UnloadedModel; "
+        "UnloadedModel.load = lambda self: (print('loading', flush=True), time.sleep(60)); "
         "sys.exit(app.run(sys.argv[1:]))"
     )
     words = ["batch", *FLAGS, "--quiet", str(fish), str(tmp_path / "out.parquet")]
@@ -178,10 +288,8 @@ def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, tmp_path, num
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
     _, printed = process.communicate(timeout=10)
-    assert (process.returncode, printed) == (
-        code,
-        "marsinfer: error: interrupted; no row of this run was finished\n",
-    )
+    message = "marsinfer: error: interrupted; no row of this run was answered\n"
+    assert (process.returncode, printed) == (code, message)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import document, tiny_model
 
 from pipeline.engines import local
 from pipeline.engines.local import LocalEngine
-from pipeline.engines.memory import activation_bytes, default_pack_tokens, pack_bytes
+from pipeline.engines.memory import Packer, activation_bytes, default_pack_tokens
 from pipeline.errors import Interrupted, MarsError
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
@@ -46,10 +47,10 @@ def failing_on(row, error, monkeypatch):
     """A prefill that fails whenever a given document is in the pack."""
     real, culprit = local.prefill, document(20 + row, seed=row, row=row).prompt_tokens
 
-    def prefill(adapter, attention, method, pack, new_tokens, check):
+    def prefill(adapter, attention, method, pack, *options):
         if culprit in pack.segments.lengths:
             raise error
-        return real(adapter, attention, method, pack, new_tokens, check)
+        return real(adapter, attention, method, pack, *options)
 
     monkeypatch.setattr(local, "prefill", prefill)
 
@@ -95,7 +96,7 @@ def test_an_out_of_memory_row_says_how_much_it_needs(model, monkeypatch):
 
 def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
     engine = engine_for(model)
-    engine.max_bytes = engine.planned_bytes([22])
+    engine.packer = replace(engine.packer, max_bytes=engine.packer.planned_bytes([22]))
     rows = [engine.answer([doc])[0] for doc in documents()]
     assert [row.status for row in rows] == ["ok"] * 3 + ["error"] * 4
     assert {row.error_type for row in rows[3:]} == {"out_of_memory"}
@@ -168,11 +169,13 @@ def test_a_method_that_breaks_the_contract_ends_the_run(model):
 
 def test_planned_bytes_grow_with_tokens_and_documents(model):
     shape = model.adapter.shape
-    planned = pack_bytes(Dense(), shape, itemsize=4, new_tokens=10)
+    cpu = torch.device("cpu")
+    planned = Packer.on(cpu, Dense(), shape, itemsize=4, new_tokens=10, pack_tokens=None).planned_bytes
     kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
     logits = shape.vocab * 8
-    assert planned([100]) == 110 * kv + 100 * activation_bytes(shape, 4) + logits
-    assert planned([50, 50]) == planned([100]) + 10 * kv + logits
+    scores = 12 * 64 * shape.heads  # a token of the longest document
+    assert planned([100]) == 110 * kv + 100 * (activation_bytes(shape, 4) + scores) + logits
+    assert planned([50, 50]) == planned([100]) + 10 * kv + logits - 50 * scores
 
 
 def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):

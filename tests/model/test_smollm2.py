@@ -10,7 +10,7 @@ import torch
 from conftest import pack_of
 
 from pipeline.model.decode import StopRules, decode
-from pipeline.model.loading import load_model
+from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.model.sampling import Sampler, Sampling
 from pipeline.prompts import PromptBuilder
@@ -50,6 +50,12 @@ def documents(smollm2):
 def dense(smollm2, documents):
     """The pack of both documents, prefilled."""
     return prefill(smollm2.adapter, smollm2.attention, Dense(), pack_of(*documents), NEW_TOKENS)
+
+
+def test_the_file_says_what_the_loaded_model_does(smollm2):
+    unloaded = open_model("smollm2-135m", device="cpu", dtype="float32")
+    for name in ("name", "shape", "fingerprint", "dtype", "device", "attention_refused"):
+        assert getattr(unloaded, name) == getattr(smollm2, name)
 
 
 def test_dense_gives_the_logits_and_the_answer_of_transformers(smollm2, documents, dense):
