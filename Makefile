@@ -14,7 +14,7 @@ BIN := .venv/bin
 BATCH := $(BIN)/marsinfer batch examples/licenses.jsonl
 BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite
 
-.PHONY: demo test clean
+.PHONY: demo test faults clean
 
 demo: .venv/ready
 	mkdir -p demo
@@ -24,6 +24,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# The tests of tests/faults as a part of `make test` are short; these are their long settings.
+faults: .venv/ready
+	MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 MARSINFER_TEARS=200 $(BIN)/python -m pytest tests/faults
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "marsinfer needs Python 3.11 or newer," \

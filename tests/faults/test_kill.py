@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and resumed: every row once, and the answers of a run left alone.
 
-MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/test_kill.py
+MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/faults/test_kill.py
 """
 
 from __future__ import annotations
