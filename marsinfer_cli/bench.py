@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from marsinfer_cli import options
+from marsinfer_cli.tables import print_agreement_table, print_offload_table, print_ttft_table
 
 if TYPE_CHECKING:
-    from pipeline.bench.ttft import Measurement
     from pipeline.model.loading import LoadedModel
     from pipeline.pruning.base import PruningMethod
     from pipeline.records import EncodedDocument
+
+RandomWeights = Annotated[
+    str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
 
 bench_app = typer.Typer(help="Measure speed.")
 
@@ -29,8 +35,20 @@ def bench(context: typer.Context) -> None:
 @bench_app.command()
 def ttft(
     methods: Annotated[
-        str, typer.Option(help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8.")
+        str,
+        typer.Option(
+            help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
+            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1."
+        ),
     ] = "dense,marsinfer",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S[,S...]",
+            help="Fixed shares of the prompt to keep, one or one a pruning layer, for methods without "
+            "settings in --methods: random weights attend to nothing.",
+        ),
+    ] = None,
     baselines: Annotated[
         str, typer.Option(help="Comma-separated: transformers, transformers-cudnn; none leaves them out.")
     ] = "transformers",
@@ -38,55 +56,220 @@ def ttft(
         str | None, typer.Option(help="Prompt lengths, e.g. 8k,32k; a real document is cut in its middle.")
     ] = None,
     model: options.Model = "smollm2-135m",
-    random_weights: Annotated[
-        str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
-    ] = None,
+    random_weights: RandomWeights = None,
     input: Annotated[str | None, typer.Option(help="File with a real document; else random tokens.")] = None,
     row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
     question: Annotated[
         str, typer.Option(help="Question asked of the document.")
     ] = "Summarise this document.",
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Also time each method to the end of an answer of so many tokens.")
+    ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")
-    ] = 5,
+    repeats: Repeats = 5,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time to first token of one prompt: median and spread, operations, memory."""
-    from pipeline.bench.ttft import measure_ttft, random_loaded_model
+    from pipeline.bench.ceilings import measure_ceilings
+    from pipeline.bench.plot import check_plot, save_plot
+    from pipeline.bench.ttft import measure_ttft
     from pipeline.config import parse_count
-    from pipeline.model.loading import load_model
 
-    chosen = [_method(spec) for spec in methods.split(",")]
+    if plot:
+        check_plot(plot)
+    chosen = _methods(methods, keep)
     wanted = [parse_count("--lengths", text) for text in lengths.split(",")] if lengths else [None]
     stock = [] if baselines == "none" else baselines.split(",")
-    if random_weights:
-        loaded = random_loaded_model(random_weights, dtype=dtype, device=device, attention=attention)
-    else:
-        loaded = load_model(model, dtype=dtype, device=device, attention=attention)
-    results = []
+    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    results, ceilings = [], []
     for length in wanted:
         document = (
             _real_document(loaded, input, row, text_column, question, length)
             if input and loaded.tokenizer
             else _random_document(loaded, length or 8192)
         )
-        results += measure_ttft(loaded, document, chosen, baselines=stock, repeats=repeats)
+        ceilings.append(measure_ceilings(loaded, document.prompt_tokens))
+        results += measure_ttft(
+            loaded,
+            document,
+            chosen,
+            baselines=stock,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            ceilings=ceilings[-1],
+        )
+    conditions = {**_conditions(loaded), "ceilings": [measured.as_dict() for measured in ceilings]}
+    if plot:
+        save_plot(plot, f"{conditions['model']}, {conditions['device']}", results)
     if as_json:
-        print(json.dumps({**_conditions(loaded), "results": [result.as_dict() for result in results]}))
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
     else:
-        _print_table(_conditions(loaded), results)
+        print_ttft_table(conditions, results)
 
 
-def _method(spec: str) -> tuple[str, PruningMethod]:
+@bench_app.command()
+def offload(
+    method: Annotated[str, typer.Option(help="Method, with settings as in bench ttft.")] = "sliminfer",
+    keep: Annotated[
+        str | None, typer.Option(metavar="S[,S...]", help="Shares of the prompt to keep, as in bench ttft.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, e.g. 32k,128k.")] = "8k",
+    kv_memory: Annotated[
+        str, typer.Option(metavar="BYTES", help="K/V bytes on the device, e.g. 1GiB.")
+    ] = "1GiB",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 64,
+    resident: Annotated[
+        bool, typer.Option(help="Also run with all K/V on the device, to compare the answers.")
+    ] = True,
+    model: options.Model = "smollm2-135m",
+    random_weights: RandomWeights = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    repeats: Repeats = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
+    from pipeline.bench.offload import measure_offload
+    from pipeline.config import parse_bytes, parse_count
+    from pipeline.engines.memory import host_kv_bytes
+
+    ((_, chosen),) = _methods(method, keep)
+    wanted = [parse_count("--lengths", text) for text in lengths.split(",")]
+    device_bytes = parse_bytes("--kv-memory", kv_memory)
+    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    results = []
+    for length in wanted:
+        results += measure_offload(
+            loaded,
+            _random_document(loaded, length),
+            chosen,
+            device_bytes=device_bytes,
+            host_bytes=host_kv_bytes(),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            with_resident=resident,
+        )
+    conditions = {**_conditions(loaded), "method": method, "kv_memory": kv_memory, "new_tokens": new_tokens}
+    if as_json:
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+    else:
+        print_offload_table(conditions, results)
+
+
+@bench_app.command()
+def agreement(
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="File of documents.")],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, with settings as in bench ttft.")
+    ] = "dense,marsinfer,sliminfer,uniprefill,fastkv,gemfilter",
+    text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
+    question_column: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
+    question: Annotated[str | None, typer.Option(help="One question for all rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="First N rows.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest dense answer in tokens.")] = 32,
+    model: options.Model = "smollm2-135m",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How often each method would choose the next token of the dense model's answers, and its TTFT."""
+    from pipeline.model.loading import load_model
+    from pipeline.quality.agreement import measure_agreement
+    from pipeline.tokenizing import stop_token_ids
+
+    chosen = _methods(methods, None)
+    loaded = load_model(model, dtype=dtype, device=device, attention=attention)
+    documents, failed = _documents(loaded, input, text_column, question_column, question, limit, new_tokens)
+    for message in failed:
+        print(f"left out: {message}", file=sys.stderr)
+    stop_ids = stop_token_ids(loaded.tokenizer, loaded.generation_config)
+    results = measure_agreement(loaded, documents, chosen, new_tokens=new_tokens, stop_ids=stop_ids)
+    conditions = {**_conditions(loaded), "documents": len(documents), "left out": len(failed)}
+    if as_json:
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+    else:
+        print_agreement_table(conditions, results)
+
+
+def _documents(
+    model: LoadedModel,
+    path: str,
+    text_column: str,
+    question_column: str | None,
+    question: str | None,
+    limit: int | None,
+    new_tokens: int,
+) -> tuple[list[EncodedDocument], list[str]]:
+    """The prompts of a file, over-long ones cut in their middle, and why rows were left out."""
+    from pipeline.config import BatchConfig
+    from pipeline.errors import InputError
+    from pipeline.intake import encode_rows, make_prompts, open_rows
+    from pipeline.records import RowFailure
+    from pipeline.selection import select_rows
+
+    config = BatchConfig(
+        input=(path,),
+        output="",
+        text_column=text_column,
+        question_column=question_column,
+        question=question or (None if question_column else "Summarise this document."),
+        limit=limit,
+        max_new_tokens=new_tokens,
+        on_overlong="truncate-middle",
+    )
+    source = open_rows(config)
+    prompts = make_prompts(config, model.tokenizer, model.shape.context)
+    rows = select_rows(source, config, source.total_rows)
+    items = list(encode_rows(rows, prompts, config.on_overlong))
+    documents = [item for item in items if not isinstance(item, RowFailure)]
+    failed = [item.message for item in items if isinstance(item, RowFailure)]
+    if not documents:
+        raise InputError(f"{path} has no row that can be answered" + (f": {failed[0]}" if failed else ""))
+    return documents, failed
+
+
+def _load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
+    from pipeline.bench.ttft import random_loaded_model
+    from pipeline.model.loading import load_model
+
+    if random_weights:
+        return random_loaded_model(random_weights, dtype=dtype, device=device, attention=attention)
+    return load_model(model, dtype=dtype, device=device, attention=attention)
+
+
+def _methods(specs: str, keep: str | None) -> list[tuple[str, PruningMethod]]:
+    shares = _shares(keep) if keep else None
+    return [_method(spec.strip(), shares) for spec in specs.split(",")]
+
+
+def _method(spec: str, keep: tuple[float, ...] | None) -> tuple[str, PruningMethod]:
     from pipeline.config import parse_settings
     from pipeline.pruning.registry import make_method
 
-    name, *settings = spec.strip().split(":")
-    return spec.strip(), make_method(name, parse_settings(settings))
+    parts = spec.split(":")
+    settings = [part.replace("/", ",") for part in parts if "=" in part]
+    method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
+    return spec, method if settings or keep is None else method.with_keep(keep)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    from pipeline.errors import ConfigError
+
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--keep {text!r}: give shares such as 0.25,0.125,0.0625") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--keep {text!r}: a share is above 0 and at most 1")
+    return shares
 
 
 def _random_document(model: LoadedModel, length: int) -> EncodedDocument:
@@ -139,51 +322,3 @@ def _conditions(model: LoadedModel) -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-
-
-def _print_table(conditions: dict[str, Any], results: list[Measurement]) -> None:
-    """A Markdown table: readable as it is, and ready to be kept."""
-    from pipeline.bench.ttft import saving_reached
-
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    print()
-    header = (
-        "tokens",
-        "variant",
-        "TTFT ms",
-        "fastest-slowest",
-        "speed-up",
-        "FFN tokens",
-        "operations",
-        "of predicted saving",
-        "TFLOP/s",
-        "peak GB",
-        "K/V GB",
-    )
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    dense = {result.tokens: result for result in results if result.variant == "dense"}
-    for result in results:
-        base = dense.get(result.tokens)
-        cells = (
-            f"{result.tokens:,}",
-            result.variant,
-            f"{result.ttft_ms:,.1f}",
-            f"{result.fastest_ms:,.1f}-{result.slowest_ms:,.1f}",
-            f"{base.ttft_ms / result.ttft_ms:.3f}" if base else "-",
-            _share(result.ffn_ratio),
-            _share(result.flops_ratio),
-            _share(saving_reached(result, base) if base else None),
-            f"{result.tflops_per_second:,.2f}" if result.tflops_per_second else "-",
-            f"{result.peak_bytes / 1e9:.2f}" if result.peak_bytes else "-",
-            f"{result.kv_bytes / 1e9:.3f}" if result.kv_bytes else "-",
-        )
-        print("| " + " | ".join(cells) + " |")
-    for result in results:
-        if result.ffn_share_by_layer and result.ffn_ratio != 1:
-            shares = " ".join(f"{share:.0%}" for share in result.ffn_share_by_layer)
-            print(f"\n{result.variant}, {result.tokens:,} tokens: FFN tokens by layer: {shares}")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

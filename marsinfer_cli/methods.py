@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,23 +13,49 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the pruning methods with their parameters, defaults and sources."""
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Tell all about one method, its parameters too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all parameters.")] = False,
+) -> None:
+    """List the pruning methods, or tell what one does and what can be set."""
+    from pipeline.pruning.registry import method_class, method_names
+
+    described = [_describe(method_class(each)) for each in ([name] if name else method_names())]
+    if as_json:
+        print(json.dumps(described[0] if name else described))
+    elif name:
+        _print_method(described[0])
+    else:
+        _print_table(["method", "what it does"], [[m["name"], _headline(m)] for m in described])
+
+
+def _print_method(method: dict[str, Any]) -> None:
+    print(f"{method['name']}: {_headline(method)}\n\n{method['description']}\n")
+    rows = [[p["name"], _as_set(p["default"]), p["help"]] for p in method["parameters"]]
+    _print_table(["parameter", "default", "what it is"], rows)
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.pruning.registry import method_class, method_names
-
-    described = [_describe(method_class(name)) for name in method_names()]
-    if as_json:
-        print(json.dumps(described))
-        return
-    table = Table("method", "parameter", "default", "what it does", show_lines=False)
-    for method in described:
-        table.add_row(method["name"], "", "", f"{method['summary']} ({method['source']})", style="bold")
-        for parameter in method["parameters"]:
-            table.add_row("", parameter["name"], str(parameter["default"]), parameter["help"])
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+def _headline(method: dict[str, Any]) -> str:
+    return f"{method['summary']} ({method['source']})"
+
+
+def _as_set(value: Any) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_as_set, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _describe(method: type[PruningMethod]) -> dict[str, Any]:
@@ -36,10 +63,11 @@ def _describe(method: type[PruningMethod]) -> dict[str, Any]:
         {"name": field.name, "default": field.default, "help": field.metadata.get("help", "")}
         for field in fields(method)
     ]
-    summary = (method.__doc__ or "").strip().splitlines()[0]
+    summary, _, description = (inspect.getdoc(method) or "").partition("\n\n")
     return {
         "name": method.name,
         "summary": summary,
+        "description": description,
         "parameters": parameters,
         "source": method.source,
     }

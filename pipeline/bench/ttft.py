@@ -7,17 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from pipeline.bench.flops import dense_flops, prefill_flops
+from pipeline.bench.ceilings import Ceilings
+from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
 from pipeline.errors import ConfigError
 from pipeline.kernels.attention import choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.loading import LoadedModel, pick_device, pick_dtype
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument
 
 # the published dimensions, by the configuration names of transformers
@@ -60,6 +62,7 @@ RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 BASELINES = ("transformers", "transformers-cudnn")
+MOST_ANSWERS = 3  # timed runs to the end of an answer, which decoding makes slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,12 @@ class Measurement:
     flops_ratio: float | None = None  # operations done, of dense
     tflops_per_second: float | None = None
     kv_bytes: int | None = None
+    kv_ratio: float | None = None  # of the bytes that dense stores
+    select_ms: float | None = None  # scoring and selection, in a run of their own
+    floor_ms: float | None = None  # the operations at the ceilings measured in the same run
+    end_to_end_ms: float | None = None  # with the new tokens asked for, median
     ffn_share_by_layer: tuple[float, ...] | None = None
+    kept_share_by_layer: tuple[float, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,15 +120,22 @@ def measure_ttft(
     *,
     baselines: Sequence[str] = (),
     repeats: int = 5,
+    new_tokens: int = 0,
+    ceilings: Ceilings | None = None,
 ) -> list[Measurement]:
-    """Measure every variant on one prompt, taking turns so that a drifting clock touches all alike."""
+    """Measure every variant on one prompt, taking turns so that a drifting clock touches all alike.
+
+    With `new_tokens`, methods are also timed to the end of an answer of that length, in turns of its own.
+    """
     pack = Pack.of([document], model.device)
     runs: dict[str, Callable[[], Prefilled | None]] = {}
     for baseline in baselines:
         runs[baseline] = _transformers_run(model, pack, baseline)
     for name, method in methods:
         runs[name] = _method_run(model, pack, method)
+    answers = {name: _answer_run(model, pack, method, new_tokens) for name, method in methods}
     times: dict[str, list[float]] = {name: [] for name in runs}
+    to_the_end: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
     work: dict[str, dict[str, Any]] = {}
     for turn in range(repeats + 1):  # the first turn warms up
@@ -128,11 +143,18 @@ def measure_ttft(
             milliseconds, peak, prefilled = _timed(run, model.device)
             if turn == 0:
                 peaks[name] = peak
-                work[name] = _work(model, prefilled)
+                work[name] = _work(model, prefilled, ceilings)
             else:
                 times[name].append(milliseconds)
             del prefilled
-    return [_measurement(name, document, times[name], peaks[name], work[name]) for name in runs]
+    for name, method in methods:
+        work[name]["select_ms"] = _select_ms(model, pack, method)
+    for _turn in range(min(repeats, MOST_ANSWERS) if new_tokens else 0):
+        for name, run_to_end in answers.items():
+            to_the_end[name].append(_timed(run_to_end, model.device)[0])
+    return [
+        _measurement(name, document, times[name], peaks[name], work[name], to_the_end[name]) for name in runs
+    ]
 
 
 def _method_run(model: LoadedModel, pack: Pack, method: PruningMethod) -> Callable[[], Prefilled]:
@@ -142,6 +164,51 @@ def _method_run(model: LoadedModel, pack: Pack, method: PruningMethod) -> Callab
         return prefilled
 
     return run
+
+
+def _answer_run(model: LoadedModel, pack: Pack, method: PruningMethod, new_tokens: int) -> Callable[[], None]:
+    rules = StopRules(max_new_tokens=new_tokens)
+
+    def run() -> None:
+        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
+        greedy_answers(model.adapter, model.attention, prefilled, rules)
+
+    return run
+
+
+class _TimedMethod:
+    """Passes everything on to a method, and times its `select`."""
+
+    def __init__(self, method: PruningMethod, device: torch.device) -> None:
+        self._method, self._device = method, device
+        self.milliseconds: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def select(self, layer: int, view: LayerView, state: Any) -> Selection:
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            selection = self._method.select(layer, view, state)
+            self.milliseconds.append((time.perf_counter() - started) * 1e3)
+            return selection
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        selection = self._method.select(layer, view, state)
+        last.record()
+        self.milliseconds.append((first, last))
+        return selection
+
+
+def _select_ms(model: LoadedModel, pack: Pack, method: PruningMethod) -> float:
+    """Time in the method's scoring and selection over one prefill."""
+    timed = _TimedMethod(method, model.device)
+    prefill(model.adapter, model.attention, cast(PruningMethod, timed), pack)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return sum(
+        entry[0].elapsed_time(entry[1]) if isinstance(entry, tuple) else entry for entry in timed.milliseconds
+    )
 
 
 def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable[[], None]:
@@ -179,26 +246,34 @@ def _timed(
     return milliseconds, torch.cuda.max_memory_allocated(device) if cuda else None, result
 
 
-def _work(model: LoadedModel, prefilled: Prefilled | None) -> dict[str, Any]:
+def _work(model: LoadedModel, prefilled: Prefilled | None, ceilings: Ceilings | None) -> dict[str, Any]:
     """What the method did; a baseline is dense and reports nothing of its own."""
     if prefilled is None:
         return {}
     shape = model.adapter.shape
-    (length,) = prefilled.lengths
-    ffn = [layer[0] for layer in prefilled.work.ffn()]
-    kept = [layer[0] for layer in prefilled.work.kept]
-    done = prefill_flops(shape, kept, ffn, [layer[0] for layer in prefilled.work.scored_pairs])
+    (length,), (passes,) = prefilled.lengths, prefilled.by_document()
+    kept, ffn = layer_tokens(passes)
+    done = passes_flops(shape, passes)
+    dense_kv = length * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
     return {
         "flops": done,
         "flops_ratio": done / dense_flops(shape, length),
+        "floor_ms": ceilings.floor_ms(shape, passes) if ceilings is not None else None,
         "ffn_ratio": sum(ffn) / (length * shape.layers),
         "kv_bytes": prefilled.cache.nbytes,
+        "kv_ratio": prefilled.cache.nbytes / dense_kv,
         "ffn_share_by_layer": tuple(round(tokens / length, 4) for tokens in ffn),
+        "kept_share_by_layer": tuple(round(tokens / length, 4) for tokens in kept),
     }
 
 
 def _measurement(
-    name: str, document: EncodedDocument, times: Sequence[float], peak: int | None, work: dict[str, Any]
+    name: str,
+    document: EncodedDocument,
+    times: Sequence[float],
+    peak: int | None,
+    work: dict[str, Any],
+    to_the_end: Sequence[float],
 ) -> Measurement:
     work = dict(work)
     flops = work.pop("flops", None)
@@ -212,6 +287,7 @@ def _measurement(
         repeats=len(times),
         peak_bytes=peak,
         tflops_per_second=flops / median / 1e9 if flops else None,
+        end_to_end_ms=statistics.median(to_the_end) if to_the_end else None,
         **work,
     )
 

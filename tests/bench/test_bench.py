@@ -94,3 +94,68 @@ def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, c
 def test_bench_refuses_what_cannot_be_measured(model_folder, capfd, flags, message):
     assert run(["bench", "ttft", "--model", str(model_folder), "--lengths", "64", *flags]) == 2
     assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")
+
+
+def test_fixed_shares_go_to_the_methods_without_settings(model_folder, capfd):
+    methods = (
+        "dense,sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2,uniprefill:first_layer=1,fastkv,gemfilter"
+    )
+    flags = ["--lengths", "600", "--methods", methods, "--keep", "0.5", "--baselines", "none"]
+    command = ["bench", "ttft", "--model", str(model_folder), *flags, "--repeats", "1", "--new-tokens", "3"]
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [measured["tokens"] for measured in report["ceilings"]] == [600]
+    results = {result["variant"].partition(":")[0]: result for result in report["results"]}
+    assert results["sliminfer"]["kept_share_by_layer"] == [1.0, 1.0, 0.5067, 0.2533]
+    assert results["fastkv"]["kept_share_by_layer"] == [1.0, 1.0, 1.0, 0.5]
+    assert results["gemfilter"]["kv_ratio"] == 0.5
+    assert results["uniprefill"]["kept_share_by_layer"][0] == 1.0  # its own settings were given
+    for name, result in results.items():
+        assert result["select_ms"] >= 0
+        assert result["floor_ms"] > 0
+        assert result["end_to_end_ms"] > result["fastest_ms"] / 2
+        assert (result["kv_ratio"] < 1) == (name not in ("dense", "uniprefill"))
+
+
+def test_a_plot_is_drawn(model_folder, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    for lengths in ("64", "64,128"):
+        path = tmp_path / f"{len(lengths)}.png"
+        flags = ["--lengths", lengths, "--methods", "dense", "--repeats", "1", "--plot", str(path)]
+        assert run(["bench", "ttft", "--model", str(model_folder), *flags]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+    capfd.readouterr()
+    assert run(["bench", "ttft", "--model", str(model_folder), "--plot", "x.doc"]) == 2
+    assert capfd.readouterr().err == "marsinfer: error: --plot x.doc: name a .png, .svg or .pdf file\n"
+
+
+def test_offloading_is_measured_beside_a_cache_that_stays(model_folder, capfd):
+    method = "sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2"
+    flags = ["--lengths", "600", "--method", method, "--kv-memory", "200kB", "--new-tokens", "6"]
+    assert run(["bench", "offload", "--model", str(model_folder), *flags, "--repeats", "1", "--json"]) == 0
+    stays, moves, waits = json.loads(capfd.readouterr().out)["results"]
+    assert (stays["host_kv_bytes"], stays["decisions"]) == (0, 0)
+    assert moves["host_kv_bytes"] == waits["host_kv_bytes"] > 0
+    assert moves["device_kv_bytes"] <= 200_000 < stays["device_kv_bytes"]
+    assert moves["decisions"] == 2 * 5
+    assert moves["same_as_synchronous"] == waits["same_as_synchronous"] == 1
+    assert run(["bench", "offload", "--model", str(model_folder), *flags, "--repeats", "1"]) == 0
+    assert "| 600 | offloaded, synchronous |" in capfd.readouterr().out
+
+
+def test_dense_agrees_with_itself_and_a_pruned_model_less(model_folder, tmp_path, capfd):
+    source = tmp_path / "docs.jsonl"
+    lines = [json.dumps({"text": f"fish {n} " * 40, "ask": "how many?"}) for n in range(3)]
+    source.write_text("\n".join([*lines, "not json"]))
+    methods = "dense,gemfilter:layer=1:keep=5"
+    flags = ["--question-column", "ask", "--methods", methods, "--new-tokens", "8"]
+    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags, "--json"]) == 0
+    printed = capfd.readouterr()
+    assert "left out: docs.jsonl line 4 is not JSON" in printed.err.replace(": is", " is")
+    report = json.loads(printed.out)
+    dense, pruned = report["results"]
+    assert (report["documents"], report["left out"]) == (3, 1)
+    assert (dense["agreement"], dense["first_tokens"], dense["tokens"]) == (1, 1, 24)
+    assert pruned["agreement"] < 1
+    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
+    assert "| dense | 100.0% | 100.0% | 24 |" in capfd.readouterr().out

@@ -1,0 +1,128 @@
+"""Measurements as Markdown tables: readable as they are, and ready to be kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.bench.offload import OffloadMeasurement
+    from pipeline.bench.ttft import Measurement
+    from pipeline.quality.agreement import Agreement
+
+
+def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> None:
+    from pipeline.bench.ttft import saving_reached
+
+    _print_conditions(conditions)
+    dense = {result.tokens: result for result in results if result.variant == "dense"}
+    rows = []
+    for result in results:
+        base = dense.get(result.tokens)
+        rows.append(
+            {
+                "tokens": f"{result.tokens:,}",
+                "variant": result.variant,
+                "TTFT ms": f"{result.ttft_ms:,.1f}",
+                "fastest-slowest": f"{result.fastest_ms:,.1f}-{result.slowest_ms:,.1f}",
+                "speed-up": f"{base.ttft_ms / result.ttft_ms:.3f}" if base else "-",
+                "operations": _share(result.flops_ratio),
+                "of predicted saving": _share(saving_reached(result, base) if base else None),
+                "TFLOP/s": _number(result.tflops_per_second),
+                "of ceiling": _share(result.floor_ms / result.ttft_ms if result.floor_ms else None),
+                "selection": _share(result.select_ms / result.ttft_ms if result.select_ms else None),
+                "peak GB": _gigabytes(result.peak_bytes),
+                "K/V GB": _gigabytes(result.kv_bytes),
+                "K/V of dense": _share(result.kv_ratio),
+                "end to end ms": _number(result.end_to_end_ms),
+            }
+        )
+    _print_rows(rows)
+    for result in results:
+        variant = f"{result.variant}, {result.tokens:,} tokens"
+        _print_by_layer(variant, result.kept_share_by_layer, result.ffn_share_by_layer)
+
+
+def print_offload_table(conditions: dict[str, Any], results: list[OffloadMeasurement]) -> None:
+    _print_conditions(conditions)
+    _print_rows(
+        [
+            {
+                "tokens": f"{result.tokens:,}",
+                "variant": result.variant,
+                "TTFT ms": f"{result.ttft_ms:,.1f}",
+                "ms a step": f"{result.step_ms:,.2f}",
+                "fastest-slowest": "-".join(f"{ms:,.2f}" for ms in result.step_ms_spread),
+                "K/V GB, device": _gigabytes(result.device_kv_bytes),
+                "K/V GB, host": _gigabytes(result.host_kv_bytes),
+                "peak GB": _gigabytes(result.peak_bytes),
+                "decisions": str(result.decisions),
+                "swaps": str(result.swaps),
+                "MB swapped a step": f"{result.swapped_bytes_per_step / 1e6:,.2f}",
+                "copy ms a step": _number(result.copy_ms_per_step),
+                "waited ms a step": _number(result.stall_ms_per_step),
+                "hidden": _share(result.hidden),
+                "tokens as resident": _share(result.same_as_resident),
+                "as synchronous": _share(result.same_as_synchronous),
+            }
+            for result in results
+        ]
+    )
+
+
+def print_agreement_table(conditions: dict[str, Any], results: list[Agreement]) -> None:
+    _print_conditions(conditions)
+    dense = next((result for result in results if result.variant == "dense"), None)
+    _print_rows(
+        [
+            {
+                "variant": result.variant,
+                "agreement": _share(result.agreement),
+                "first tokens": _share(result.first_tokens),
+                "tokens compared": f"{result.tokens:,}",
+                "TTFT p50 ms": f"{result.ttft_ms:,.1f}",
+                "speed-up": f"{dense.ttft_ms / result.ttft_ms:.3f}" if dense else "-",
+                "K/V of dense": _share(result.kv_ratio),
+            }
+            for result in results
+        ]
+    )
+    for result in results:
+        _print_by_layer(result.variant, result.kept_share_by_layer, result.ffn_share_by_layer)
+
+
+def _print_by_layer(variant: str, kept: tuple[float, ...] | None, ffn: tuple[float, ...] | None) -> None:
+    for what, shares in (("tokens by layer", kept), ("FFN tokens by layer", ffn)):
+        if shares and set(shares) != {1}:
+            print(f"\n{variant}: {what}: {' '.join(f'{share:.0%}' for share in shares)}")
+
+
+def _print_conditions(conditions: dict[str, Any]) -> None:
+    ceilings = conditions.get("ceilings", [])
+    print(", ".join(f"{name} {value}" for name, value in conditions.items() if name != "ceilings"))
+    for measured in ceilings:
+        print(
+            f"ceilings at {measured['tokens']:,} tokens: matrix product "
+            f"{measured['matrix_tflops']:,.2f} TFLOP/s, attention {measured['attention_tflops']:,.2f} TFLOP/s"
+        )
+    print()
+
+
+def _print_rows(rows: list[dict[str, str]]) -> None:
+    """A Markdown table without the columns in which no row has anything."""
+    columns = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(row[name] for name in columns) + " |")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _gigabytes(value: float | None) -> str:
+    return "-" if not value else f"{value / 1e9:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

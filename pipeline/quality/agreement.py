@@ -1,0 +1,161 @@
+"""How often a pruned model would have gone on as the dense one did, token by token.
+
+Teacher-forced: every method is given the dense model's own answer and asked, at each of its tokens, which it
+would have chosen next. Unlike free generation, one early difference does not make the rest incomparable.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipeline.bench.flops import layer_tokens
+from pipeline.engines.memory import Packer
+from pipeline.model.decode import StopRules, decode_step, greedy_answers
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.dense import Dense
+from pipeline.records import EncodedDocument
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One method over all documents."""
+
+    variant: str
+    documents: int
+    tokens: int  # of the dense answers
+    agreement: float  # share of them that the method would have chosen
+    first_tokens: float  # share of the answers whose first token it would have chosen
+    ttft_ms: float  # median, each document prefilled alone
+    kv_ratio: float  # of the bytes that dense stores, mean over the documents
+    kept_share_by_layer: tuple[float, ...]  # mean over the documents
+    ffn_share_by_layer: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_agreement(
+    model: LoadedModel,
+    documents: Sequence[EncodedDocument],
+    methods: Sequence[tuple[str, PruningMethod]],
+    *,
+    new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[Agreement]:
+    """Compare each method with the dense answers of at most `new_tokens` tokens."""
+    packs = _packs(model, Dense(), documents, new_tokens)
+    rules = StopRules(max_new_tokens=new_tokens, token_ids=stop_ids)
+    answers: dict[int, list[int]] = {}
+    for pack in packs:
+        answers |= zip(map(id, pack), _dense_answers(model, pack, rules), strict=True)
+    return [_measure(model, packs, answers, name, method, new_tokens) for name, method in methods]
+
+
+def _measure(
+    model: LoadedModel,
+    packs: Sequence[Sequence[EncodedDocument]],
+    answers: dict[int, list[int]],
+    name: str,
+    method: PruningMethod,
+    new_tokens: int,
+) -> Agreement:
+    agreed: list[list[bool]] = []
+    for pack in packs:
+        agreed += _agreed(model, method, pack, [answers[id(document)] for document in pack], new_tokens)
+    times, works = [], []
+    documents = [document for pack in packs for document in pack]
+    _alone(model, method, documents[0])  # a warm-up
+    for document in documents:
+        milliseconds, prefilled = _alone(model, method, document)
+        times.append(milliseconds)
+        works.append(_work(model, prefilled))
+    kept, ffn, kv = zip(*works, strict=True)
+    flat = [same for document in agreed for same in document]
+    return Agreement(
+        variant=name,
+        documents=len(agreed),
+        tokens=len(flat),
+        agreement=statistics.mean(flat),
+        first_tokens=statistics.mean(document[0] for document in agreed),
+        ttft_ms=statistics.median(times),
+        kv_ratio=statistics.mean(kv),
+        kept_share_by_layer=tuple(map(statistics.mean, zip(*kept, strict=True))),
+        ffn_share_by_layer=tuple(map(statistics.mean, zip(*ffn, strict=True))),
+    )
+
+
+def _packs(
+    model: LoadedModel, method: PruningMethod, documents: Sequence[EncodedDocument], new_tokens: int
+) -> list[list[EncodedDocument]]:
+    return Packer.on(
+        model.device,
+        method,
+        model.shape,
+        itemsize=model.dtype.itemsize,
+        new_tokens=new_tokens,
+        pack_tokens=None,
+    ).packs(documents)
+
+
+def _dense_answers(model: LoadedModel, pack: Sequence[EncodedDocument], rules: StopRules) -> list[list[int]]:
+    """Greedy answers without the stop token, of an answer that is empty with it."""
+    prefilled = _prefill(model, Dense(), pack, rules.max_new_tokens)
+    first = prefilled.logits_BV.argmax(-1).tolist()
+    generated = greedy_answers(model.adapter, model.attention, prefilled, rules)
+    return [answer.tokens or [token] for answer, token in zip(generated, first, strict=True)]
+
+
+@torch.inference_mode()
+def _agreed(
+    model: LoadedModel,
+    method: PruningMethod,
+    pack: Sequence[EncodedDocument],
+    answers: Sequence[Sequence[int]],
+    new_tokens: int,
+) -> list[list[bool]]:
+    """Of each document and each token of its dense answer, whether the method would have chosen it."""
+    prefilled = _prefill(model, method, pack, new_tokens)
+    agreed: list[list[bool]] = [[] for _ in pack]
+    active, logits_BV = list(range(len(pack))), prefilled.logits_BV
+    while True:
+        for b, choice in zip(active, logits_BV.argmax(-1).tolist(), strict=True):
+            agreed[b].append(choice == answers[b][len(agreed[b])])
+        left = [place for place, b in enumerate(active) if len(agreed[b]) < len(answers[b])]
+        if not left:
+            return agreed
+        prefilled.cache.keep(left)
+        active = [active[place] for place in left]
+        tokens = [answers[b][len(agreed[b]) - 1] for b in active]
+        positions = [prefilled.next_positions[b] + len(agreed[b]) - 1 for b in active]
+        logits_BV = decode_step(model.adapter, model.attention, prefilled.cache, tokens, positions)
+
+
+def _prefill(
+    model: LoadedModel, method: PruningMethod, documents: Sequence[EncodedDocument], new_tokens: int
+) -> Prefilled:
+    pack = Pack.of(documents, model.device)
+    return prefill(model.adapter, model.attention, method, pack, new_tokens)
+
+
+def _alone(model: LoadedModel, method: PruningMethod, document: EncodedDocument) -> tuple[float, Prefilled]:
+    started = time.perf_counter()
+    prefilled = _prefill(model, method, [document], 0)
+    prefilled.logits_BV.argmax(-1).tolist()  # the first token on the host, so all before it is done
+    return (time.perf_counter() - started) * 1e3, prefilled
+
+
+def _work(model: LoadedModel, prefilled: Prefilled) -> tuple[list[float], list[float], float]:
+    """Shares of the prompt that entered each layer and passed its FFN, and of dense K/V that are stored."""
+    (length,), (passes,) = prefilled.lengths, prefilled.by_document()
+    kept, ffn = layer_tokens(passes)
+    stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
+    shares = ([tokens / length for tokens in counts] for counts in (kept, ffn))
+    return next(shares), next(shares), stored / (length * model.shape.layers)
