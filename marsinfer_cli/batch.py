@@ -93,6 +93,7 @@ def batch(
     model: options.Model = "smollm2-135m",
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
+    linear_dtype: options.LinearDtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     trust_remote_code: options.TrustRemoteCode = False,

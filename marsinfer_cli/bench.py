@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from marsinfer_cli import options
-from marsinfer_cli.tables import print_agreement_table, print_offload_table, print_ttft_table
+from marsinfer_cli.tables import (
+    print_agreement_table,
+    print_decode_table,
+    print_offload_table,
+    print_ttft_table,
+)
 
 if TYPE_CHECKING:
+    from pipeline.bench.variant import Variant
     from pipeline.model.loading import LoadedModel
-    from pipeline.pruning.base import PruningMethod
     from pipeline.records import EncodedDocument
 
 RandomWeights = Annotated[
     str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
+
+LINEARS_IN_FP8 = "fp8"  # among a method's settings in --methods
 
 bench_app = typer.Typer(help="Measure speed.")
 
@@ -38,7 +45,7 @@ def ttft(
         str,
         typer.Option(
             help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
-            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1."
+            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 computes linear layers in fp8."
         ),
     ] = "dense,marsinfer",
     keep: Annotated[
@@ -140,7 +147,7 @@ def offload(
     from pipeline.config import parse_bytes, parse_count
     from pipeline.engines.memory import host_kv_bytes
 
-    ((_, chosen),) = _methods(method, keep)
+    (chosen,) = _methods(method, keep)
     wanted = [parse_count("--lengths", text) for text in lengths.split(",")]
     device_bytes = parse_bytes("--kv-memory", kv_memory)
     loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
@@ -149,7 +156,7 @@ def offload(
         results += measure_offload(
             loaded,
             _random_document(loaded, length),
-            chosen,
+            chosen.method,
             device_bytes=device_bytes,
             host_bytes=host_kv_bytes(),
             new_tokens=new_tokens,
@@ -164,6 +171,44 @@ def offload(
 
 
 @bench_app.command()
+def decode(
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, with settings as in bench ttft.")
+    ] = "dense,sliminfer",
+    keep: Annotated[
+        str | None, typer.Option(metavar="S[,S...]", help="Shares of the prompt to keep, as in bench ttft.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents answered together.")] = 8,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, each of a batch of its own.")] = "8k",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    model: options.Model = "smollm2-135m",
+    random_weights: RandomWeights = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    repeats: Repeats = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
+    from pipeline.bench.decode import measure_decode
+    from pipeline.config import parse_count
+
+    chosen = _methods(methods, keep)
+    wanted = [parse_count("--lengths", text) for text in lengths.split(",")]
+    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    results = []
+    for length in wanted:
+        results += measure_decode(
+            loaded, [length] * documents, chosen, new_tokens=new_tokens, repeats=repeats
+        )
+    conditions = {**_conditions(loaded), "new_tokens": new_tokens}
+    if as_json:
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+    else:
+        print_decode_table(conditions, results)
+
+
+@bench_app.command()
 def agreement(
     input: Annotated[str, typer.Argument(metavar="INPUT", help="File of documents.")],
     methods: Annotated[
@@ -172,8 +217,11 @@ def agreement(
     text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
     question_column: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
     question: Annotated[str | None, typer.Option(help="One question for all rows.")] = None,
+    reference_column: Annotated[
+        str | None, typer.Option(help="Column of right answers, to compare with instead of dense's.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="First N rows.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest dense answer in tokens.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 32,
     model: options.Model = "smollm2-135m",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -187,11 +235,24 @@ def agreement(
 
     chosen = _methods(methods, None)
     loaded = load_model(model, dtype=dtype, device=device, attention=attention)
-    documents, failed = _documents(loaded, input, text_column, question_column, question, limit, new_tokens)
+    columns = {
+        "text_column": text_column,
+        "question_column": question_column,
+        "question": question or (None if question_column else "Summarise this document."),
+        "keep_columns": f"{reference_column}:string" if reference_column else None,
+    }
+    documents, failed = _documents(loaded, input, columns, limit, new_tokens)
     for message in failed:
         print(f"left out: {message}", file=sys.stderr)
     stop_ids = stop_token_ids(loaded.tokenizer, loaded.generation_config)
-    results = measure_agreement(loaded, documents, chosen, new_tokens=new_tokens, stop_ids=stop_ids)
+    results = measure_agreement(
+        loaded,
+        documents,
+        chosen,
+        new_tokens=new_tokens,
+        stop_ids=stop_ids,
+        references=_references(loaded, documents, reference_column) if reference_column else None,
+    )
     conditions = {**_conditions(loaded), "documents": len(documents), "left out": len(failed)}
     if as_json:
         print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
@@ -200,13 +261,7 @@ def agreement(
 
 
 def _documents(
-    model: LoadedModel,
-    path: str,
-    text_column: str,
-    question_column: str | None,
-    question: str | None,
-    limit: int | None,
-    new_tokens: int,
+    model: LoadedModel, path: str, columns: dict[str, str | None], limit: int | None, new_tokens: int
 ) -> tuple[list[EncodedDocument], list[str]]:
     """The prompts of a file, over-long ones cut in their middle, and why rows were left out."""
     from pipeline.config import BatchConfig
@@ -218,9 +273,7 @@ def _documents(
     config = BatchConfig(
         input=(path,),
         output="",
-        text_column=text_column,
-        question_column=question_column,
-        question=question or (None if question_column else "Summarise this document."),
+        **columns,  # type: ignore[arg-type]
         limit=limit,
         max_new_tokens=new_tokens,
         on_overlong="truncate-middle",
@@ -236,6 +289,19 @@ def _documents(
     return documents, failed
 
 
+def _references(model: LoadedModel, documents: list[EncodedDocument], column: str) -> list[list[int]]:
+    from pipeline.errors import InputError
+
+    references = []
+    for document in documents:
+        assert document.source.passthrough is not None
+        text = document.source.passthrough.column(column)[0].as_py()
+        if not text:
+            raise InputError(f"{document.source.place}: its reference is empty")
+        references.append(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return references
+
+
 def _load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
     from pipeline.bench.ttft import random_loaded_model
     from pipeline.model.loading import load_model
@@ -245,19 +311,22 @@ def _load(model: str, random_weights: str | None, *, dtype: str, device: str, at
     return load_model(model, dtype=dtype, device=device, attention=attention)
 
 
-def _methods(specs: str, keep: str | None) -> list[tuple[str, PruningMethod]]:
+def _methods(specs: str, keep: str | None) -> list[Variant]:
     shares = _shares(keep) if keep else None
     return [_method(spec.strip(), shares) for spec in specs.split(",")]
 
 
-def _method(spec: str, keep: tuple[float, ...] | None) -> tuple[str, PruningMethod]:
+def _method(spec: str, keep: tuple[float, ...] | None) -> Variant:
+    from pipeline.bench.variant import Variant
     from pipeline.config import parse_settings
     from pipeline.pruning.registry import make_method
 
     parts = spec.split(":")
+    fp8 = LINEARS_IN_FP8 in parts
+    parts = [part for part in parts if part != LINEARS_IN_FP8]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
-    return spec, method if settings or keep is None else method.with_keep(keep)
+    return Variant(spec, method if settings or keep is None else method.with_keep(keep), fp8)
 
 
 def _shares(text: str) -> tuple[float, ...]:

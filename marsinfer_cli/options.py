@@ -31,6 +31,13 @@ Dtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+LinearDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as --dtype), or fp8: all linear layers but the head, on a GPU that can.",
+        rich_help_panel=MODEL,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
 Attention = Annotated[
     str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.bench.decode import DecodeMeasurement
     from pipeline.bench.offload import OffloadMeasurement
     from pipeline.bench.ttft import Measurement
     from pipeline.quality.agreement import Agreement
@@ -69,6 +70,33 @@ def print_offload_table(conditions: dict[str, Any], results: list[OffloadMeasure
     )
 
 
+def print_decode_table(conditions: dict[str, Any], results: list[DecodeMeasurement]) -> None:
+    _print_conditions(conditions)
+    _print_rows(
+        [
+            {
+                "documents": str(result.documents),
+                "tokens": f"{result.tokens:,}",
+                "variant": result.variant,
+                "ms a step": f"{result.step_ms:,.2f}",
+                "without graphs": f"{result.eager_step_ms:,.2f}",
+                "answer ms": _number(result.graph_answer_ms),
+                "answer without graphs": f"{result.eager_answer_ms:,.1f}",
+                "weights GB": _gigabytes(result.weight_bytes),
+                "K/V GB": _gigabytes(result.kv_bytes),
+                "GB/s": f"{result.bytes_per_second / 1e9:,.1f}",
+                "copy GB/s": f"{result.copy_bytes_per_second / 1e9:,.1f}",
+                "of copy": _share(result.bandwidth_share),
+                "same tokens": "-" if result.same_tokens is None else str(result.same_tokens),
+            }
+            for result in results
+        ]
+    )
+    for result in results:
+        if result.capture_failure:
+            print(f"\n{result.variant}: decoded without graphs: {result.capture_failure}")
+
+
 def print_agreement_table(conditions: dict[str, Any], results: list[Agreement]) -> None:
     _print_conditions(conditions)
     dense = next((result for result in results if result.variant == "dense"), None)
@@ -100,9 +128,12 @@ def _print_conditions(conditions: dict[str, Any]) -> None:
     ceilings = conditions.get("ceilings", [])
     print(", ".join(f"{name} {value}" for name, value in conditions.items() if name != "ceilings"))
     for measured in ceilings:
+        rate = measured["fp8_matrix_tflops"]
+        fp8 = f" (fp8 {rate:,.2f})" if rate else ""
         print(
             f"ceilings at {measured['tokens']:,} tokens: matrix product "
-            f"{measured['matrix_tflops']:,.2f} TFLOP/s, attention {measured['attention_tflops']:,.2f} TFLOP/s"
+            f"{measured['matrix_tflops']:,.2f} TFLOP/s{fp8}, "
+            f"attention {measured['attention_tflops']:,.2f} TFLOP/s"
         )
     print()
 

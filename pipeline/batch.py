@@ -118,6 +118,8 @@ def answer_all(
                     progress(summary)
                     stop_if_broken(config, summary)
                     check()
+        if engine.cache_info().currsize and engine().model.attention.capture_failure:
+            note(f"decoded without CUDA graphs: {engine().model.attention.capture_failure}")
         written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
@@ -180,6 +182,11 @@ def start_engine(run: Preparation, check: Callable[[], None]) -> LocalEngine:
     check()
     with nothing_to_lose():
         model = run.model.load()
+    model.adapter.use_fp8(
+        linears=config.linear_dtype == "fp8",
+        ffn=run.method.ffn_in_fp8,
+        keep=model is run.model,  # who gave a loaded model may want its own precision later
+    )
     rules = StopRules(
         max_new_tokens=config.max_new_tokens,
         token_ids=stop_token_ids(model.tokenizer, model.generation_config),

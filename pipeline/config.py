@@ -14,6 +14,7 @@ from pipeline.pruning.registry import check_method_name
 ON_OVERLONG = ("error", "skip", "truncate-left", "truncate-right", "truncate-middle")
 ORDERS = ("input", "completion")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LINEAR_DTYPES = ("auto", "fp8")
 ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
 
@@ -41,6 +42,7 @@ class BatchConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    linear_dtype: str = "auto"  # fp8: all linear layers but the head
     attention: str = "auto"
     trust_remote_code: bool = False
     # method
@@ -66,6 +68,7 @@ class BatchConfig:
         _check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
         _check_choice("--order", self.order, ORDERS)
         _check_choice("--dtype", self.dtype, DTYPES)
+        _check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
         _check_choice("--attention", self.attention, ATTENTION)
         _check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         _check_at_least("--seed", self.seed, 0)

@@ -62,8 +62,12 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         )
+    from pipeline.model.adapters import check_fp8
+
     prompts = make_prompts(config, model.tokenizer, model.shape.context)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
+    if config.linear_dtype == "fp8" or method.ffn_in_fp8:
+        check_fp8(model.device, model.dtype)
     return Preparation(config=config, source=source, model=model, method=method, prompts=prompts)

@@ -27,7 +27,11 @@ def deciding_settings(
     may stay on the device is, as a document's active blocks depend on it.
     """
     return {
-        "model": {"fingerprint": model.fingerprint, "dtype": str(model.dtype)},
+        "model": {
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype),
+            "linear_dtype": config.linear_dtype,
+        },
         "method": {"name": method.name, "settings": asdict(method)},
         "template_sha256": prompts.template_hash,
         "on_overlong": config.on_overlong,

@@ -95,6 +95,7 @@ class Answer:
     method: str | None = None
     kept_tokens: list[int] | None = None
     ffn_tokens: list[int] | None = None
+    ffn_fp8_tokens: list[int] | None = None
     kept_ratio: float | None = None
     ffn_ratio: float | None = None
     flops_ratio: float | None = None

@@ -27,7 +27,8 @@ def test_every_flag_of_batch_is_explained(capfd):
 
 def test_every_flag_that_is_mentioned_exists(capfd):
     printed = ""
-    for command in (["batch"], ["bench", "ttft"], ["bench", "offload"], ["bench", "agreement"], ["methods"]):
+    benches = (["bench", name] for name in ("ttft", "offload", "agreement", "decode"))
+    for command in (["batch"], *benches, ["methods"]):
         assert run([*command, "--help"]) == 0
         printed += capfd.readouterr().out
     foreign = {"--no-deps"}  # pip's

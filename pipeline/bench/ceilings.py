@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.flops import Passes, attention_flops, passes_flops
+from pipeline.bench.flops import (
+    Passes,
+    attention_flops,
+    ffn_flops,
+    fp8_tokens,
+    passes_flops,
+    projection_flops,
+)
+from pipeline.kernels.fp8 import Fp8Weight, fp8_available, fp8_linear
+from pipeline.kernels.fused import quantize_rows
 from pipeline.kernels.segments import Segments
 from pipeline.model.loading import LoadedModel
 from pipeline.model.shape import ModelShape
@@ -25,18 +34,25 @@ class Ceilings:
     tokens: int
     matrix: float
     attention: float
+    fp8_matrix: float | None = None  # where the device can
 
-    def floor_ms(self, shape: ModelShape, passes: Passes) -> float:
+    def floor_ms(self, shape: ModelShape, passes: Passes, linears_in_fp8: bool = False) -> float:
         """Milliseconds that a document's operations take at these rates, with nothing between them."""
-        in_attention = sum(attention_flops(shape, tokens) for layers in passes for tokens, _, _ in layers)
-        in_matrices = passes_flops(shape, passes) - in_attention
-        return (in_matrices / self.matrix + in_attention / self.attention) * 1e3
+        works = [work for layers in passes for work in layers]
+        in_attention = sum(attention_flops(shape, work.tokens) for work in works)
+        in_fp8 = sum(fp8_tokens(passes, everywhere=linears_in_fp8)) * ffn_flops(shape)
+        if linears_in_fp8:
+            in_fp8 += sum(work.tokens for work in works) * projection_flops(shape)
+        in_matrices = passes_flops(shape, passes) - in_attention - in_fp8
+        seconds = in_matrices / self.matrix + in_attention / self.attention
+        return (seconds + in_fp8 / (self.fp8_matrix or self.matrix)) * 1e3
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return {
             "tokens": self.tokens,
             "matrix_tflops": self.matrix / 1e12,
             "attention_tflops": self.attention / 1e12,
+            "fp8_matrix_tflops": self.fp8_matrix and self.fp8_matrix / 1e12,
         }
 
 
@@ -51,11 +67,17 @@ def measure_ceilings(model: LoadedModel, tokens: int) -> Ceilings:
         torch.randn(tokens, heads, shape.head_dim, **options)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
+    operations = 2 * tokens * shape.hidden * shape.ffn
+    fp8_matrix = None
+    if fp8_available(adapter.device) is None and adapter.dtype == torch.bfloat16:
+        weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
+        fp8_matrix = operations / _best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
     segments = Segments.of([tokens], adapter.device)
     attention_s = _best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
     return Ceilings(
         tokens=tokens,
-        matrix=2 * tokens * shape.hidden * shape.ffn / matrix_s,
+        matrix=operations / matrix_s,
+        fp8_matrix=fp8_matrix,
         attention=attention_flops(shape, tokens) / attention_s,
     )
 

@@ -7,11 +7,21 @@ bytes, and none of them is a per-cent of the matrix products.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pipeline.model.shape import ModelShape
 
-# of each pass over a document, each layer's tokens that entered, FFN tokens and scored query-key pairs
-Passes = Sequence[Sequence[tuple[int, int, int]]]
+
+class LayerWork(NamedTuple):
+    """What one layer did with one document."""
+
+    tokens: int  # entered: projections and attention
+    ffn_tokens: int  # passed the feed-forward network
+    scored_pairs: int = 0  # query-key pairs recomputed for scoring
+    ffn_fp8_tokens: int = 0  # of the FFN tokens, those that the method sent through it in fp8
+
+
+Passes = Sequence[Sequence[LayerWork]]  # of one document, each pass's layers
 
 
 def layer_flops(shape: ModelShape, tokens: int, ffn_tokens: int, scored_pairs: int = 0) -> int:
@@ -56,14 +66,28 @@ def layer_tokens(passes: Passes) -> tuple[list[int], list[int]]:
     columns = [
         [layers[i] for layers in passes if i < len(layers)] for i in range(max(map(len, passes), default=0))
     ]
-    entered = [sum(tokens for tokens, _, _ in column) for column in columns]
-    return entered, [sum(ffn_tokens for _, ffn_tokens, _ in column) for column in columns]
+    entered = [sum(work.tokens for work in column) for column in columns]
+    return entered, [sum(work.ffn_tokens for work in column) for column in columns]
+
+
+def fp8_tokens(passes: Passes, *, everywhere: bool) -> list[int]:
+    """Of each layer, the FFN tokens in fp8, over all passes; `everywhere` if that is the default."""
+    return [
+        sum(_in_fp8(layers[i], everywhere) for layers in passes if i < len(layers))
+        for i in range(max(map(len, passes), default=0))
+    ]
+
+
+def _in_fp8(work: LayerWork, everywhere: bool) -> int:
+    """Where a method says which tokens are in fp8, the others are in the model's dtype."""
+    return work.ffn_tokens if everywhere and not work.ffn_fp8_tokens else work.ffn_fp8_tokens
 
 
 def passes_flops(shape: ModelShape, passes: Passes) -> int:
     """Operations of one document's prefill, with the last token's logits."""
-    layers = [layer for layers in passes for layer in layers]
-    return sum(layer_flops(shape, *layer) for layer in layers) + 2 * shape.hidden * shape.vocab
+    layers = [work for layers in passes for work in layers]
+    in_layers = sum(layer_flops(shape, work.tokens, work.ffn_tokens, work.scored_pairs) for work in layers)
+    return in_layers + 2 * shape.hidden * shape.vocab
 
 
 def dense_flops(shape: ModelShape, length: int) -> int:

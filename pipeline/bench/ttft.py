@@ -13,6 +13,7 @@ import torch
 
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
 from pipeline.kernels.attention import choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
@@ -116,7 +117,7 @@ def random_loaded_model(name: str, *, dtype: str, device: str, attention: str) -
 def measure_ttft(
     model: LoadedModel,
     document: EncodedDocument,
-    methods: Sequence[tuple[str, PruningMethod]],
+    methods: Sequence[Variant],
     *,
     baselines: Sequence[str] = (),
     repeats: int = 5,
@@ -131,9 +132,11 @@ def measure_ttft(
     runs: dict[str, Callable[[], Prefilled | None]] = {}
     for baseline in baselines:
         runs[baseline] = _transformers_run(model, pack, baseline)
-    for name, method in methods:
-        runs[name] = _method_run(model, pack, method)
-    answers = {name: _answer_run(model, pack, method, new_tokens) for name, method in methods}
+    prepare(model, methods)
+    for variant in methods:
+        runs[variant.name] = _method_run(model, pack, variant)
+    answers = {variant.name: _answer_run(model, pack, variant, new_tokens) for variant in methods}
+    in_fp8 = {variant.name for variant in methods if variant.linears_in_fp8}
     times: dict[str, list[float]] = {name: [] for name in runs}
     to_the_end: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
@@ -143,12 +146,12 @@ def measure_ttft(
             milliseconds, peak, prefilled = _timed(run, model.device)
             if turn == 0:
                 peaks[name] = peak
-                work[name] = _work(model, prefilled, ceilings)
+                work[name] = _work(model, prefilled, ceilings, linears_in_fp8=name in in_fp8)
             else:
                 times[name].append(milliseconds)
             del prefilled
-    for name, method in methods:
-        work[name]["select_ms"] = _select_ms(model, pack, method)
+    for variant in methods:
+        work[variant.name]["select_ms"] = _select_ms(model, pack, variant.use(model))
     for _turn in range(min(repeats, MOST_ANSWERS) if new_tokens else 0):
         for name, run_to_end in answers.items():
             to_the_end[name].append(_timed(run_to_end, model.device)[0])
@@ -157,20 +160,20 @@ def measure_ttft(
     ]
 
 
-def _method_run(model: LoadedModel, pack: Pack, method: PruningMethod) -> Callable[[], Prefilled]:
+def _method_run(model: LoadedModel, pack: Pack, variant: Variant) -> Callable[[], Prefilled]:
     def run() -> Prefilled:
-        prefilled = prefill(model.adapter, model.attention, method, pack)
+        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack)
         prefilled.logits_BV.argmax(-1).tolist()  # the first token, on the host
         return prefilled
 
     return run
 
 
-def _answer_run(model: LoadedModel, pack: Pack, method: PruningMethod, new_tokens: int) -> Callable[[], None]:
+def _answer_run(model: LoadedModel, pack: Pack, variant: Variant, new_tokens: int) -> Callable[[], None]:
     rules = StopRules(max_new_tokens=new_tokens)
 
     def run() -> None:
-        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
+        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack, new_tokens)
         greedy_answers(model.adapter, model.attention, prefilled, rules)
 
     return run
@@ -246,7 +249,9 @@ def _timed(
     return milliseconds, torch.cuda.max_memory_allocated(device) if cuda else None, result
 
 
-def _work(model: LoadedModel, prefilled: Prefilled | None, ceilings: Ceilings | None) -> dict[str, Any]:
+def _work(
+    model: LoadedModel, prefilled: Prefilled | None, ceilings: Ceilings | None, *, linears_in_fp8: bool
+) -> dict[str, Any]:
     """What the method did; a baseline is dense and reports nothing of its own."""
     if prefilled is None:
         return {}
@@ -258,7 +263,7 @@ def _work(model: LoadedModel, prefilled: Prefilled | None, ceilings: Ceilings | 
     return {
         "flops": done,
         "flops_ratio": done / dense_flops(shape, length),
-        "floor_ms": ceilings.floor_ms(shape, passes) if ceilings is not None else None,
+        "floor_ms": ceilings.floor_ms(shape, passes, linears_in_fp8) if ceilings is not None else None,
         "ffn_ratio": sum(ffn) / (length * shape.layers),
         "kv_bytes": prefilled.cache.nbytes,
         "kv_ratio": prefilled.cache.nbytes / dense_kv,

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.bench.flops import dense_flops, fp8_tokens, layer_tokens, passes_flops
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.model.decode import Generated, StopRules, decode
@@ -123,6 +123,7 @@ class LocalEngine:
         for b, (document, passes) in enumerate(zip(documents, prefilled.by_document(), strict=True)):
             row = self._row(document)
             row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
+            row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=self.model.adapter.linears_in_fp8)
             everywhere = shape.layers * document.prompt_tokens
             row.kept_ratio = sum(row.kept_tokens) / everywhere
             row.ffn_ratio = sum(row.ffn_tokens) / everywhere

@@ -33,6 +33,7 @@ _TYPES = {
     "method": pa.string(),
     "kept_tokens": _INT_LISTS,
     "ffn_tokens": _INT_LISTS,
+    "ffn_fp8_tokens": _INT_LISTS,
     "kept_ratio": pa.float64(),
     "ffn_ratio": pa.float64(),
     "flops_ratio": pa.float64(),

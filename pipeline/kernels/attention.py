@@ -10,8 +10,9 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, on_device
 
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
 
@@ -29,22 +30,50 @@ class AttentionUnavailable(Exception):
     """Why a backend cannot be used here."""
 
 
+@dataclass(kw_only=True)
+class DecodeSlots:
+    """The slots of one buffer that the queries of a decode step attend to, on the host and on the device.
+
+    Document b's are starts[b] .. starts[b] + used[b]. The device's counts go on within a captured step, in
+    which the host's are not looked at.
+    """
+
+    starts: tuple[int, ...]
+    used: list[int]  # at least 1: the new token counts
+    longest: int  # no document ever uses more slots
+    used_B: Tensor  # int32, as the following
+    bounds_B1: Tensor  # the starts and the buffer's end
+    queries_B1: Tensor  # 0 .. B: one query a document
+
+    @classmethod
+    def of(cls, starts: Sequence[int], used: Sequence[int], slots: int, device: torch.device) -> Self:
+        """Of a buffer of `slots`, for a step that will not be captured."""
+        return cls(
+            starts=tuple(starts),
+            used=list(used),
+            longest=max(used),
+            used_B=on_device(used, device, torch.int32),
+            bounds_B1=on_device([*starts, slots], device, torch.int32),
+            queries_B1=torch.arange(len(starts) + 1, dtype=torch.int32, device=device),
+        )
+
+
 class AttentionBackend(ABC):
     """One way to compute attention; chosen once, then used for every pack."""
 
     name: ClassVar[str]
+    capturable: bool = False  # `decode` reads nothing of the host that changes from step to step
+    capture_failure: str | None = None  # why decoding with this backend goes on without CUDA graphs
 
     @abstractmethod
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
         """Causal attention within each document, (T, H, d)."""
 
-    def decode(
-        self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, starts: Sequence[int], used: Sequence[int]
-    ) -> Tensor:
-        """Document b's one query over slots starts[b] .. starts[b] + used[b], (B, H, d)."""
+    def decode(self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+        """Each document's one query over its slots, (B, H, d)."""
         outputs = [
             _sdpa(q_BHd[b : b + 1], k_SKd[start : start + count], v_SKd[start : start + count], causal=False)
-            for b, (start, count) in enumerate(zip(starts, used, strict=True))
+            for b, (start, count) in enumerate(zip(slots.starts, slots.used, strict=True))
         ]
         return torch.cat(outputs)
 
@@ -137,22 +166,23 @@ class Flash3Attention(FlashAttention):
 
     name = "fa3"
     module = "fa3_fwd_interface"
+    capturable = True
+    # of a document's keys while decoding; 0: as many as fill the device. With 1, the library's default for
+    # packs, a few documents would leave most of its multiprocessors idle
+    splits: ClassVar[int] = 0
 
-    def decode(
-        self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, starts: Sequence[int], used: Sequence[int]
-    ) -> Tensor:
-        device = q_BHd.device
-        bounds = torch.tensor([*starts, k_SKd.shape[0]], dtype=torch.int32, device=device)
+    def decode(self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         return self._call(
             q_BHd,
             k_SKd,
             v_SKd,
-            cu_seqlens_q=torch.arange(len(starts) + 1, dtype=torch.int32, device=device),
-            cu_seqlens_k=bounds,
+            cu_seqlens_q=slots.queries_B1,
+            cu_seqlens_k=slots.bounds_B1,
             max_seqlen_q=1,
-            max_seqlen_k=max(used),
-            seqused_k=torch.tensor(used, dtype=torch.int32, device=device),
+            max_seqlen_k=slots.longest,
+            seqused_k=slots.used_B,
             causal=True,
+            num_splits=self.splits,
         )
 
 
@@ -206,7 +236,8 @@ def _try_once(
     expected = reference.causal_attention(q, k, v, segments)
     last = segments.last_indices()
     _compare(backend.prefill(q, k, v, segments), expected, "prefill")
-    _compare(backend.decode(q[last], k, v, segments.offsets[:-1], segments.lengths), expected[last], "decode")
+    slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
+    _compare(backend.decode(q[last], k, v, slots), expected[last], "decode")
 
 
 def _compare(got: Tensor, expected: Tensor, what: str) -> None:

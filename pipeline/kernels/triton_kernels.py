@@ -25,3 +25,142 @@ def fetch_blocks_kernel(pairs, slots, blocks, copies, count, words, WORDS: tl.co
         inside = at < words
         moved = tl.load(source + tl.load(blocks + place) * words + at, mask=inside)
         tl.store(target + tl.load(slots + place) * words + at, moved, mask=inside)
+
+
+FP8_MAX: tl.constexpr = tl.constexpr(448.0)
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def rope_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_token_stride,
+    q_head_stride,
+    heads,
+    k,
+    k_token_stride,
+    k_head_stride,
+    kv_heads,
+    cos,
+    cos_stride,
+    sin,
+    sin_stride,
+    half,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """See `fused.rope_`: each program turns all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, HALF)
+    cosines = tl.load(cos + token * cos_stride + at, mask=at < half).to(tl.float32)
+    sines = tl.load(sin + token * sin_stride + at, mask=at < half).to(tl.float32)
+    _rotate(q + token * q_token_stride, q_head_stride, heads, cosines, sines, half, HEADS, HALF)
+    _rotate(k + token * k_token_stride, k_head_stride, kv_heads, cosines, sines, half, KV_HEADS, HALF)
+
+
+@triton.jit
+def _rotate(start, head_stride, heads, cosines, sines, half, HEADS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (at < half)
+    firsts = start + head * head_stride + at
+    seconds = firsts + half
+    first = tl.load(firsts, mask=inside).to(tl.float32)
+    second = tl.load(seconds, mask=inside).to(tl.float32)
+    cosines, sines = cosines[None, :], sines[None, :]
+    tl.debug_barrier()  # where several threads hold the same value, all are to read before one writes
+    tl.store(firsts, (first * cosines - second * sines).to(start.dtype.element_ty), mask=inside)
+    tl.store(seconds, (second * cosines + first * sines).to(start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_kernel(gate_up, stride, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See `fused.silu_mul`: each program does a piece of one row."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + row * width + at, _gated(gate_up + row * stride, at, width), mask=at < width)
+
+
+@triton.jit
+def silu_mul_quantized_kernel(gate_up, stride, out, scales, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See `fused.silu_mul_quantized`: a row is read twice, the second time from the cache."""
+    row, pieces = tl.program_id(0).to(tl.int64), (width + BLOCK - 1) // BLOCK
+    start = gate_up + row * stride
+    largest = tl.full([BLOCK], 0, tl.int32)
+    for piece in range(pieces):
+        values = _gated(start, piece * BLOCK + tl.arange(0, BLOCK), width)
+        largest = tl.maximum(largest, _magnitude(values.to(tl.float32)))
+    scale = _scale_of(tl.reduce(largest, 0, _larger))
+    tl.store(scales + row, scale)
+    for piece in range(pieces):
+        at = piece * BLOCK + tl.arange(0, BLOCK)
+        values = _gated(start, at, width).to(tl.float32) * tl.div_rn(1.0, scale)
+        tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _gated(start, at, width):  # type: ignore[no-untyped-def]
+    gate = tl.load(start + at, mask=at < width, other=0).to(tl.float32)
+    up = tl.load(start + width + at, mask=at < width, other=0).to(tl.float32)
+    return (gate / (1 + tl.exp(-gate)) * up).to(start.dtype.element_ty)
+
+
+@triton.jit
+def quantize_rows_kernel(x, stride, out, scales, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See `fused.quantize_rows`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    _store_row(out, scales, row, at, tl.load(x + row * stride + at, mask=at < width, other=0), width)
+
+
+@triton.jit
+def rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x, stride, delta, delta_stride, weight, eps, out, scales, width, BLOCK: tl.constexpr
+):
+    """See `fused.add_rms_norm`; adds to `x` if there is a `delta`, quantised if there are `scales`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = at < width
+    kept = tl.load(x + row * stride + at, mask=inside, other=0)
+    if delta is not None:
+        added = tl.load(delta + row * delta_stride + at, mask=inside, other=0)
+        kept = (kept.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
+        tl.debug_barrier()  # as in _rotate
+        tl.store(x + row * stride + at, kept, mask=inside)
+    values = kept.to(tl.float32)
+    mean = tl.reduce(values * values, 0, _sum) / width
+    scaled = values * tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    _store_row(out, scales, row, at, scaled.to(x.dtype.element_ty), width)
+
+
+@triton.jit
+def _store_row(out, scales, row, at, values, width):  # type: ignore[no-untyped-def]
+    """One row of contiguous `out`; if there are `scales`, divided by its own, which is stored too.
+
+    Every step is rounded as IEEE says, so that the bytes equal those of plain torch.
+    """
+    if scales is not None:
+        values = values.to(tl.float32)
+        scale = _scale_of(tl.reduce(_magnitude(values), 0, _larger))
+        tl.store(scales + row, scale)
+        values = values * tl.div_rn(1.0, scale)
+    tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _magnitude(values):  # type: ignore[no-untyped-def]
+    """As integers magnitudes keep their order and NaN is above infinity; a float maximum would drop it."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_of(magnitude):  # type: ignore[no-untyped-def]
+    scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), FP8_MAX)
+    return tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+
+
+@triton.jit
+def _sum(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.kernels.fp8 import Fp8Weight, fp8_available, fp8_linear
+from pipeline.kernels.fused import quantize_rows, rms_norm_quantized, rope_, silu_mul, silu_mul_quantized
 from pipeline.model.shape import ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -28,6 +29,9 @@ def check_config(config: PreTrainedConfig) -> None:
     family = config.model_type
     if family not in FAMILIES:
         raise ModelError(f"model family {family!r} is not supported; families: {', '.join(FAMILIES)}")
+    activation = getattr(config, "hidden_act", "silu")
+    if activation != "silu":
+        raise ModelError(f"activation {activation!r} is not supported (silu is)")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         # dynamic and LongRoPE choose frequencies by the longest sequence of a call, so a pack's
@@ -53,6 +57,64 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
+    reason = fp8_available(device)
+    if reason is None and dtype != torch.bfloat16:
+        reason = f"its products are bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
+    if reason is not None:
+        raise ConfigError(f"fp8 cannot be used here: {reason}")
+
+
+class Projection:
+    """Linear layers that read the same input, as one: their weights lie end to end in one tensor (N, D).
+
+    The model's own modules become views of it, so that nothing is held twice.
+    """
+
+    def __init__(self, *modules: nn.Linear) -> None:
+        self._modules = modules
+        weights, biases = [m.weight.data for m in modules], [m.bias for m in modules]
+        self.weight: Tensor | None = weights[0] if len(modules) == 1 else torch.cat(weights)
+        self.bias: Tensor | None = None if biases[0] is None else torch.cat([b.data for b in biases])
+        self.fp8: Fp8Weight | None = None
+        for module, part in zip(modules, self.weight.split([len(w) for w in weights]), strict=True):
+            module.weight = nn.Parameter(part, requires_grad=False)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """(T, N) in the model's dtype."""
+        assert self.weight is not None, "these weights were given up for their fp8 form"
+        return linear(x_TD, self.weight, self.bias)
+
+    def in_fp8(self, x_TD: Tensor, scale_T1: Tensor) -> Tensor:
+        """(T, N) in bfloat16 of a quantised input."""
+        assert self.fp8 is not None, "these weights were not quantised"
+        return fp8_linear(x_TD, scale_T1, self.fp8, self.bias)
+
+    def quantise(self, *, keep: bool) -> None:
+        """Make the fp8 form; without `keep` the other one is given up."""
+        if self.fp8 is None:
+            assert self.weight is not None
+            self.fp8 = Fp8Weight.of(self.weight)
+        if not keep and self.weight is not None:
+            for module in self._modules:
+                module.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+            self.weight = None
+
+
+class Layer:
+    """The weights of one decoder layer."""
+
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.input_norm, self.ffn_norm = block.input_layernorm, block.post_attention_layernorm
+        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Projection(attention.o_proj)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
+        self.down = Projection(mlp.down_proj)
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+
+
 class DecoderAdapter:
     """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension."""
 
@@ -64,6 +126,9 @@ class DecoderAdapter:
         scaling = self._decoder.layers[0].self_attn.scaling
         if abs(scaling - self.shape.head_dim**-0.5) > 1e-6:
             raise ModelError(f"attention scaling {scaling} is not supported (1/sqrt(head size) is)")
+        with torch.no_grad():
+            self._layers = [Layer(block) for block in self._decoder.layers]
+        self.linears_in_fp8 = False
 
     @property
     def device(self) -> torch.device:
@@ -73,8 +138,20 @@ class DecoderAdapter:
     def dtype(self) -> torch.dtype:
         return self._decoder.embed_tokens.weight.dtype
 
-    def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+    def use_fp8(self, *, linears: bool, ffn: bool, keep: bool = False) -> None:
+        """Compute all linear layers in fp8, or make the FFN able to; `keep` keeps what is then not needed.
+
+        Raises ConfigError on a device that cannot.
+        """
+        self.linears_in_fp8 = linears
+        if not (linears or ffn):
+            return
+        check_fp8(self.device, self.dtype)
+        for layer in self._layers:
+            for projection in (layer.qkv, layer.output) if linears else ():
+                projection.quantise(keep=keep)
+            for projection in (layer.gate_up, layer.down):
+                projection.quantise(keep=keep or ffn)
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """(T, D) start of the residual stream."""
@@ -87,31 +164,40 @@ class DecoderAdapter:
 
     def qkv(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE."""
-        block = self._decoder.layers[layer]
-        attention = block.self_attn
-        normed_TD = _norm(block.input_layernorm, hidden_TD)
-        split = (-1, self.shape.head_dim)
-        q_THd = attention.q_proj(normed_TD).unflatten(-1, split)
-        k_TKd = attention.k_proj(normed_TD).unflatten(-1, split)
-        v_TKd = attention.v_proj(normed_TD).unflatten(-1, split)
-        if hasattr(attention, "q_norm"):
-            q_THd, k_TKd = _norm(attention.q_norm, q_THd), _norm(attention.k_norm, k_TKd)
-        q_THd, k_TKd = apply_rotary_pos_emb(q_THd, k_TKd, *rope)
+        weights, shape = self._layers[layer], self.shape
+        heads_TNd = self._normed(
+            hidden_TD, weights.input_norm, weights.qkv, fp8=self.linears_in_fp8
+        ).unflatten(-1, (-1, shape.head_dim))
+        q_THd, k_TKd, v_TKd = heads_TNd.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+        if weights.q_norm is not None:
+            q_THd, k_TKd = _norm(weights.q_norm, q_THd), _norm(weights.k_norm, k_TKd)
+        rope_(q_THd, k_TKd, *rope)
         return q_THd, k_TKd, v_TKd
 
     def attention_output(self, layer: int, mixed_THd: Tensor) -> Tensor:
         """(T, D) to be added to the residual stream."""
-        return self._decoder.layers[layer].self_attn.o_proj(mixed_THd.flatten(1))
+        projection, mixed_TN = self._layers[layer].output, mixed_THd.flatten(1)
+        return projection.in_fp8(*quantize_rows(mixed_TN)) if self.linears_in_fp8 else projection(mixed_TN)
 
-    def feed_forward(self, layer: int, hidden_TD: Tensor) -> Tensor:
-        """(T, D) to be added to the residual stream: norm and gated FFN."""
-        block = self._decoder.layers[layer]
-        return block.mlp(_norm(block.post_attention_layernorm, hidden_TD))
+    def feed_forward(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> Tensor:
+        """(T, D) to be added to the residual stream: norm and gated FFN, in fp8 if asked or by default."""
+        fp8 = self.linears_in_fp8 if fp8 is None else fp8
+        weights = self._layers[layer]
+        gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
+        if fp8:
+            return weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
+        return weights.down(silu_mul(gate_up_T2F))
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
         head: Any = self.model.lm_head
         return head(_norm(self._decoder.norm, hidden_BD)).float()
+
+    def _normed(self, hidden_TD: Tensor, norm: Any, projection: Projection, *, fp8: bool) -> Tensor:
+        """(T, N) a projection of the normed residual stream."""
+        if fp8:
+            return projection.in_fp8(*rms_norm_quantized(hidden_TD, norm.weight, norm.variance_epsilon))
+        return projection(_norm(norm, hidden_TD))
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

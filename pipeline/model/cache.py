@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.attention import DecodeSlots
+from pipeline.kernels.segments import Segments, on_device
 
 
 class Slots:
@@ -15,25 +16,28 @@ class Slots:
 
     def __init__(self, segments: Segments, new_tokens: int) -> None:
         self.segments = segments
+        self.new_tokens = new_tokens
         self.capacity = segments.total + new_tokens * len(segments)
-        self.starts = [offset + new_tokens * b for b, offset in enumerate(segments.offsets[:-1])]
-        self.used = list(segments.lengths)
         # document b's tokens move up by the room left to the documents before it
         self.prompt_T = (
             torch.arange(segments.total, device=segments.device) + segments.document_T * new_tokens
         )
+        self.rewind()
 
-    def next_B(self) -> Tensor:
-        """(B,) the slot of each document's next token."""
-        places = [start + used for start, used in zip(self.starts, self.used, strict=True)]
-        return torch.tensor(places, device=self.segments.device)
+    def rewind(self) -> None:
+        """All documents again, with the prompts' tokens alone."""
+        offsets = self.segments.offsets[:-1]
+        self.starts = [offset + self.new_tokens * b for b, offset in enumerate(offsets)]
+        self.used = list(self.segments.lengths)
+        self.room = [length + self.new_tokens for length in self.segments.lengths]
 
     def advance(self) -> None:
-        self.used = [used + 1 for used in self.used]
+        self.used = _one_more(self.used, self.room)
 
     def keep(self, documents: Sequence[int]) -> None:
         self.starts = [self.starts[b] for b in documents]
         self.used = [self.used[b] for b in documents]
+        self.room = [self.room[b] for b in documents]
 
 
 class RaggedCache:
@@ -86,6 +90,11 @@ class RaggedCache:
         for slots in self.distinct_slots():
             slots.keep(documents)
 
+    def rewind(self) -> None:
+        """Forget the generated tokens and take all documents back into the batch."""
+        for slots in self.distinct_slots():
+            slots.rewind()
+
     def traffic(self) -> tuple[int, int]:
         """Bytes that lie on the host, and bytes brought from there while decoding."""
         return 0, 0
@@ -94,3 +103,68 @@ class RaggedCache:
     def nbytes(self) -> int:
         """Of the device."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+class NextSlots:
+    """Where the batch's next tokens go in every layer, counted on the device as well as on the host.
+
+    Letters: G distinct slots, B documents. `used` counts the token that a step is about to store. A count
+    that has reached its document's room stays there, so that no step writes into another's slots.
+    """
+
+    def __init__(self, cache: RaggedCache) -> None:
+        distinct = cache.distinct_slots()
+        full = any(n >= room for slots in distinct for n, room in zip(slots.used, slots.room, strict=True))
+        assert not full, "a document's slots are full"
+        device, documents = distinct[0].segments.device, len(distinct[0].used)
+        self._room = [list(slots.room) for slots in distinct]
+        self.room_GB = on_device(self._room, device, torch.int32)
+        self.used_GB = on_device([slots.used for slots in distinct], device, torch.int32) + 1
+        self._before_GB = on_device([slots.starts for slots in distinct], device) - 1
+        self.places_GB = self._before_GB + self.used_GB
+        bounds = on_device([[*slots.starts, slots.capacity] for slots in distinct], device, torch.int32)
+        queries = torch.arange(documents + 1, dtype=torch.int32, device=device)
+        self._distinct = [
+            DecodeSlots(
+                starts=tuple(slots.starts),
+                used=[n + 1 for n in slots.used],
+                longest=max(slots.room),
+                used_B=self.used_GB[g],
+                bounds_B1=bounds[g],
+                queries_B1=queries,
+            )
+            for g, slots in enumerate(distinct)
+        ]
+        group = {id(slots): g for g, slots in enumerate(distinct)}
+        self._group = [group[id(slots)] for slots in cache.slots]
+
+    def at(self, layer: int) -> tuple[DecodeSlots, Tensor]:
+        """A layer's slots, and in which of them (B,) the next tokens go."""
+        group = self._group[layer]
+        return self._distinct[group], self.places_GB[group]
+
+    def advance_(self) -> None:
+        """On the device, go on to the next token."""
+        self.used_GB.add_(1)
+        self._fit_()
+
+    def advance_host(self) -> None:
+        """The same in the numbers that the host reads."""
+        for slots, room in zip(self._distinct, self._room, strict=True):
+            slots.used = _one_more(slots.used, room)
+
+    def park(self, rows: Sequence[int]) -> None:
+        """Let finished documents write and read their first slot alone: a long one would cost bandwidth."""
+        self.room_GB.index_fill_(1, on_device(rows, self.room_GB.device), 1)
+        self._fit_()
+        for slots, room in zip(self._distinct, self._room, strict=True):
+            for row in rows:
+                room[row] = slots.used[row] = 1
+
+    def _fit_(self) -> None:
+        torch.minimum(self.used_GB, self.room_GB, out=self.used_GB)
+        torch.add(self._before_GB, self.used_GB, out=self.places_GB)
+
+
+def _one_more(used: Sequence[int], room: Sequence[int]) -> list[int]:
+    return [min(n + 1, most) for n, most in zip(used, room, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bench.flops import LayerWork
 from pipeline.errors import MarsError
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
@@ -47,18 +48,28 @@ class Work:
 
     kept: list[tuple[int, ...]] = field(default_factory=list)  # entered the layer: attention and projections
     ffn_B: list[Tensor] = field(default_factory=list)  # passed the FFN; on the device until asked for
+    ffn_fp8_B: list[Tensor] = field(default_factory=list)  # of these in fp8, as the method chose
     scored_pairs: list[tuple[int, ...]] = field(default_factory=list)  # query-key pairs for scoring
 
     def ffn(self) -> list[list[int]]:
         """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
         return torch.stack(self.ffn_B).tolist()
 
-    def count(self, view: LayerView, passes: Tensor | None) -> None:
-        """Add a layer, of whose tokens `passes` (None: all) went through its feed-forward network."""
+    def by_layer(self) -> list[list[LayerWork]]:
+        """Of each layer and document."""
+        fp8 = torch.stack(self.ffn_fp8_B).tolist()
+        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, strict=True)
+        return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
+
+    def count(self, view: LayerView, ffn: Tensor | None, ffn_fp8: Tensor | None = None) -> None:
+        """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network."""
         self.kept.append(view.segments.lengths)
         self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
         segments = view.segments
-        self.ffn_B.append(segments.cu_seqlens.long().diff() if passes is None else segments.counts(passes))
+        lengths_B = segments.cu_seqlens.long().diff()
+        fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
+        self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
+        self.ffn_fp8_B.append(fp8_B)
 
 
 @dataclass(kw_only=True)
@@ -71,13 +82,10 @@ class Prefilled:
     lengths: tuple[int, ...]  # prompt tokens of each document
     next_positions: tuple[int, ...]  # of each document's first generated token
 
-    def by_document(self) -> list[list[list[tuple[int, int, int]]]]:
-        """Of each document, pass and layer: tokens that entered, FFN tokens, scored pairs."""
-        counted = [list(zip(work.kept, work.ffn(), work.scored_pairs, strict=True)) for work in self.passes]
-        return [
-            [[(kept[b], ffn[b], pairs[b]) for kept, ffn, pairs in layers] for layers in counted]
-            for b in range(len(self.lengths))
-        ]
+    def by_document(self) -> list[list[list[LayerWork]]]:
+        """Of each document, pass and layer."""
+        counted = [work.by_layer() for work in self.passes]
+        return [[[layer[b] for layer in layers] for layers in counted] for b in range(len(self.lengths))]
 
     @property
     def work(self) -> Work:
@@ -168,9 +176,13 @@ def _one_pass(
         if selection.blocks is not None:
             cache.settle(layer, selection.blocks)
         _store(cache, k_TKd, v_TKd, segments, selection)
-        passes = selection.live if selection.ffn is None else selection.ffn
-        feed_forward_(adapter, layer, hidden_TD, passes)
-        work.count(view, passes)
+        ffn = selection.live if selection.ffn is None else selection.ffn
+        if selection.ffn_fp8 is None:
+            feed_forward_(adapter, layer, hidden_TD, ffn)
+        else:
+            feed_forward_(adapter, layer, hidden_TD, ffn, fp8=False)
+            feed_forward_(adapter, layer, hidden_TD, selection.ffn_fp8, fp8=True)
+        work.count(view, ffn, selection.ffn_fp8)
         if selection.live is not None:
             segments = surviving(segments, selection.live, selection.live_lengths)
             hidden_TD = hidden_TD.index_select(0, selection.live)
@@ -180,16 +192,23 @@ def _one_pass(
     return adapter.logits(hidden_TD.index_select(0, segments.last_indices()))
 
 
-def feed_forward_(adapter: DecoderAdapter, layer: int, hidden_TD: Tensor, passes: Tensor | None) -> None:
+def feed_forward_(
+    adapter: DecoderAdapter,
+    layer: int,
+    hidden_TD: Tensor,
+    passes: Tensor | None,
+    fp8: bool | None = None,
+) -> None:
     """Add the feed-forward network's output in place, for the tokens `passes` (None: all).
 
     The network and its norm run on the gathered tokens alone; the rows of the others are not touched.
+    `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
-        hidden_TD += adapter.feed_forward(layer, hidden_TD)
-        return
-    chosen_CD = hidden_TD.index_select(0, passes)
-    hidden_TD.index_copy_(0, passes, chosen_CD + adapter.feed_forward(layer, chosen_CD))
+        hidden_TD += adapter.feed_forward(layer, hidden_TD, fp8)
+    elif len(passes):
+        chosen_CD = hidden_TD.index_select(0, passes)
+        hidden_TD.index_copy_(0, passes, chosen_CD + adapter.feed_forward(layer, chosen_CD, fp8))
 
 
 def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:

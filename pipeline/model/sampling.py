@@ -27,18 +27,18 @@ class Sampler:
         self.settings = settings
         self.generators = [_generator(settings.seed, row) for row in rows]
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.settings.temperature == 0
+
     def draw(self, logits_BV: Tensor, documents: Sequence[int]) -> list[int]:
         """The next token of each of the pack's `documents`, which are the batch at hand.
 
         Raises RowError when the model's output is not finite, rather than answer with nonsense.
         """
-        best_B, greedy_B = logits_BV.max(-1)
-        if not torch.isfinite(best_B).all():
-            raise RowError(
-                "not_finite", "the model's output is not finite; try another --dtype or --attention"
-            )
-        if self.settings.temperature == 0:
-            return greedy_B.tolist()
+        greedy = finite_tokens(most_likely(logits_BV).tolist())
+        if self.is_greedy:
+            return greedy
         # one number a row from the host, then inversion on the device: packing changes no draw
         draws = [torch.rand((), generator=self.generators[b]).item() for b in documents]
         uniform_B = torch.tensor(draws, device=logits_BV.device)
@@ -51,6 +51,19 @@ class Sampler:
         chosen_B1 = (mass_BV <= target_B1).sum(-1, keepdim=True)
         kept_B1 = (~outside_BV).sum(-1, keepdim=True)
         return tokens_BV.gather(1, torch.minimum(chosen_B1, kept_B1 - 1)).flatten().tolist()
+
+
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """(B,) the greedy tokens, on the device; -1 where the model's output is not finite."""
+    best_B, token_B = logits_BV.max(-1)
+    return token_B.masked_fill(~best_B.isfinite(), -1)
+
+
+def finite_tokens(tokens: list[int]) -> list[int]:
+    """The tokens of `most_likely`, on the host; raises RowError where one is -1."""
+    if -1 in tokens:
+        raise RowError("not_finite", "the model's output is not finite; try another --dtype or --attention")
+    return tokens
 
 
 def _generator(seed: int, row: int) -> torch.Generator:

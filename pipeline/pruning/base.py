@@ -78,14 +78,17 @@ class Selection:
     """What one layer does with the tokens that entered it; None means all of them.
 
     `ffn` without a value follows `live`: a token that leaves, leaves before this layer's feed-forward
-    network, unless `ffn` names it. Each document's last token must stay live: it predicts the answer.
-    `cache` may name other tokens for each key/value head, as (K, C), of each document equally many. A
+    network, unless `ffn` or `ffn_fp8` names it. Each document's last token must stay live: it predicts the
+    answer. `cache` may name other tokens for each key/value head, as (K, C), of each document equally many. A
     method that knows beforehand how many tokens of each document are in `live` or `cache` should say so: the
     host need not wait to learn it.
     """
 
     live: Tensor | None = None  # go on to the next layer
     ffn: Tensor | None = None  # pass the feed-forward network; the others keep their residual
+    ffn_fp8: Tensor | None = (
+        None  # pass it too, in fp8; disjoint from `ffn`, which is then in the model's dtype
+    )
     cache: Tensor | None = None  # have their keys and values stored for decoding
     live_lengths: tuple[int, ...] | None = None
     cache_lengths: tuple[int, ...] | None = None
@@ -192,6 +195,11 @@ class PruningMethod(ABC):
         has no such setting.
         """
         raise ConfigError(f"method {self.name} has no share of tokens to fix")
+
+    @property
+    def ffn_in_fp8(self) -> bool:
+        """Whether selections may name tokens in `ffn_fp8`, for which the weights must be quantised."""
+        return False
 
     def protected_mask(self, view: LayerView) -> Tensor:
         """(T,) bool: the tokens that `protected` names, among those still alive."""

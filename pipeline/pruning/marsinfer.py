@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from math import ceil
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.select import mass_mask
-from pipeline.pruning.base import LayerView, Range, ScoredMethod, at_layer, check_range, setting
+from pipeline.kernels.select import mass_mask, top_mask
+from pipeline.pruning.base import (
+    KEEP_ALL,
+    LayerView,
+    Range,
+    ScoredMethod,
+    Selection,
+    at_layer,
+    check_range,
+    setting,
+)
 from pipeline.records import Spans
 
 
@@ -27,6 +38,12 @@ class MarsInfer(ScoredMethod):
     run on kept tokens only, the residual carries the others on. All keys and values are stored.
 
     `share` replaces `eta` by a fixed share of tokens; `eta` and `share` take one value or one a layer.
+
+    Our own, beyond the papers: with `low=fp8` the kept tokens pass the FFN in fp8 (weights by output
+    channel, activations by token), which costs half and loses little. Of them those that reach `eta_high`,
+    a smaller mass, pass it in the model's own precision, with the protected tokens; by default none do.
+    So a token's FFN runs in full, in fp8 or not at all, by its importance.
+
     The papers use eta 0.95 for Qwen2-7B, 0.90 for Llama-3-8B and 0.93 for Qwen2-72B.
     """
 
@@ -41,26 +58,61 @@ class MarsInfer(ScoredMethod):
     )
     window: int = setting(50, "last tokens: their queries score, and they are kept")
     prefix: int = setting(100, "first tokens, always kept")
+    low: str | None = setting(None, "fp8: kept tokens pass the FFN in fp8, but for the most important ones")
+    eta_high: float = setting(0.0, "with low: attention mass of the tokens in the model's own precision")
+    share_high: float = setting(0.0, "with low: fixed share of these tokens, in place of eta_high")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("eta", self.eta, low=0)
         check_range("window", self.window, low=1)
         check_range("prefix", self.prefix, low=0)
+        check_range("eta_high", self.eta_high, low=0)
+        check_range("share_high", self.share_high, low=0, high=1)
+        if self.low not in (None, "fp8"):
+            raise ConfigError(f"low={self.low}: choose fp8 or none")
+        if self.low is None and (self.eta_high or self.share_high):
+            raise ConfigError("eta_high and share_high need low=fp8")
         if not isinstance(self.window, int) or not isinstance(self.prefix, int):
             raise ConfigError("window and prefix are counts of tokens: give whole numbers")
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.prefix), (length - self.window, length))
 
+    @property
+    def ffn_in_fp8(self) -> bool:
+        return self.low is not None
+
     def score(self, layer: int, view: LayerView) -> Tensor:
         return view.window_importance(self.window)
 
-    def kept(self, layer: int, view: LayerView) -> Tensor:
-        if self.share is not None:
-            return super().kept(layer, view)
-        eta = at_layer(self.eta, layer)
-        if eta >= 1:
-            return view.all_indices
-        important_T = mass_mask(self.score(layer, view), view.segments, eta)
-        return (important_T | self.protected_mask(view)).nonzero().flatten()
+    def select(self, layer: int, view: LayerView, state: Any) -> Selection:
+        if layer < self.start_layer:
+            return KEEP_ALL
+        eta, share = at_layer(self.eta, layer), at_layer(self.share, layer)
+        scores_T = None if _keeps_all(eta, share) and not self._has_high else self.score(layer, view)
+        kept_T = self._mask(scores_T, view, eta, share)
+        if self.low is None:
+            return Selection(ffn=kept_T.nonzero().flatten())
+        if not self._has_high:
+            return Selection(ffn=view.all_indices[:0], ffn_fp8=kept_T.nonzero().flatten())
+        high_T = self._mask(scores_T, view, self.eta_high, self.share_high or None)
+        return Selection(ffn=high_T.nonzero().flatten(), ffn_fp8=(kept_T & ~high_T).nonzero().flatten())
+
+    @property
+    def _has_high(self) -> bool:
+        return self.low is not None and (self.eta_high > 0 or self.share_high > 0)
+
+    def _mask(self, scores_T: Tensor | None, view: LayerView, eta: float, share: float | None) -> Tensor:
+        """(T,) bool: the best tokens by a mass or a fixed share, and the protected ones."""
+        protected_T = self.protected_mask(view)
+        if scores_T is None or _keeps_all(eta, share):
+            return torch.ones_like(protected_T)
+        if share is None:
+            return mass_mask(scores_T, view.segments, eta) | protected_T
+        counts = [ceil(share * length) for length in view.segments.lengths]
+        return top_mask(scores_T.masked_fill(protected_T, float("inf")), view.segments, counts) | protected_T
+
+
+def _keeps_all(eta: float, share: float | None) -> bool:
+    return eta >= 1 if share is None else share >= 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.bench.flops import layer_tokens
+from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.memory import Packer
 from pipeline.model.decode import StopRules, decode_step, greedy_answers
 from pipeline.model.loading import LoadedModel
@@ -45,18 +46,27 @@ class Agreement:
 def measure_agreement(
     model: LoadedModel,
     documents: Sequence[EncodedDocument],
-    methods: Sequence[tuple[str, PruningMethod]],
+    methods: Sequence[Variant],
     *,
     new_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
+    references: Sequence[Sequence[int]] | None = None,
 ) -> list[Agreement]:
-    """Compare each method with the dense answers of at most `new_tokens` tokens."""
+    """Compare each method with the dense answers, or else with `references`, at most `new_tokens` tokens.
+
+    A reference is the tokens of one document's right answer, at least one: agreement with it is accuracy.
+    """
+    prepare(model, methods)
     packs = _packs(model, Dense(), documents, new_tokens)
     rules = StopRules(max_new_tokens=new_tokens, token_ids=stop_ids)
     answers: dict[int, list[int]] = {}
-    for pack in packs:
+    if references is not None:
+        answers = {id(d): list(r)[:new_tokens] for d, r in zip(documents, references, strict=True)}
+    for pack in packs if references is None else ():
         answers |= zip(map(id, pack), _dense_answers(model, pack, rules), strict=True)
-    return [_measure(model, packs, answers, name, method, new_tokens) for name, method in methods]
+    return [
+        _measure(model, packs, answers, variant.name, variant.use(model), new_tokens) for variant in methods
+    ]
 
 
 def _measure(

@@ -143,6 +143,26 @@ def test_offloading_is_measured_beside_a_cache_that_stays(model_folder, capfd):
     assert "| 600 | offloaded, synchronous |" in capfd.readouterr().out
 
 
+def test_decode_steps_are_measured_beside_the_bytes_they_read(model_folder, capfd):
+    method = "sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2"
+    flags = ["--lengths", "200", "--documents", "3", "--methods", f"dense,{method}", "--new-tokens", "6"]
+    assert run(["bench", "decode", "--model", str(model_folder), *flags, "--repeats", "2", "--json"]) == 0
+    dense, slim = json.loads(capfd.readouterr().out)["results"]
+    assert (dense["variant"], dense["documents"], dense["tokens"]) == ("dense", 3, 600)
+    # in float32, K and V of 2 heads of 16 in 4 layers; half of the 6 new tokens
+    assert dense["kv_bytes"] == 3 * (200 + 3) * 4 * (2 * 2 * 16 * 4)
+    assert slim["kv_bytes"] < dense["kv_bytes"]
+    matrices = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 320 * 64  # four layers' and the head's
+    assert dense["weight_bytes"] == slim["weight_bytes"] == 4 * matrices
+    for result in (dense, slim):
+        read = result["weight_bytes"] + result["kv_bytes"]
+        assert result["bytes_per_second"] == pytest.approx(read / result["eager_step_ms"] * 1e3)
+        assert result["bandwidth_share"] > 0
+        assert result["graph_step_ms"] is result["same_tokens"] is None  # a CPU captures nothing
+    assert run(["bench", "decode", "--model", str(model_folder), *flags, "--repeats", "1"]) == 0
+    assert "| 3 | 600 | dense |" in capfd.readouterr().out
+
+
 def test_dense_agrees_with_itself_and_a_pruned_model_less(model_folder, tmp_path, capfd):
     source = tmp_path / "docs.jsonl"
     lines = [json.dumps({"text": f"fish {n} " * 40, "ask": "how many?"}) for n in range(3)]
@@ -159,3 +179,17 @@ def test_dense_agrees_with_itself_and_a_pruned_model_less(model_folder, tmp_path
     assert pruned["agreement"] < 1
     assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
     assert "| dense | 100.0% | 100.0% | 24 |" in capfd.readouterr().out
+
+
+def test_methods_are_compared_with_references_where_there_are_some(model_folder, tmp_path, capfd):
+    source = tmp_path / "docs.jsonl"
+    rows = [{"text": f"fish {n} " * 40, "right": "none at all"} for n in range(2)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--reference-column", "right", "--methods", "dense", "--new-tokens", "4", "--json"]
+    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
+    (dense,) = json.loads(capfd.readouterr().out)["results"]
+    assert dense["tokens"] == 8  # a byte is a token, cut at --new-tokens
+    assert dense["agreement"] < 1
+    source.write_text(json.dumps({"text": "fish", "right": ""}))
+    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 2
+    assert "line 1: its reference is empty" in capfd.readouterr().err

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import attention, reference
-from pipeline.kernels.attention import SdpaAttention, choose_attention
+from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
 from pipeline.kernels.segments import Segments
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -28,7 +28,8 @@ def test_documents_of_a_pack_do_not_see_each_other():
 def test_decode_attends_to_each_documents_own_slots():
     segments = Segments.of((5, 9))
     q, k, v = qkv(segments)
-    mixed = SdpaAttention().decode(q[[4, 13]], k, v, [0, 5], [5, 9])
+    slots = DecodeSlots.of([0, 5], [5, 9], segments.total, segments.device)
+    mixed = SdpaAttention().decode(q[[4, 13]], k, v, slots)
     assert (mixed - reference.causal_attention(q, k, v, segments)[[4, 13]]).abs().max() < 1e-5
 
 

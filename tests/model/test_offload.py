@@ -13,6 +13,7 @@ from conftest import document, pack_of, tiny_model
 
 import pipeline.model.prefill as prefill_module
 from pipeline.errors import RowError
+from pipeline.kernels.attention import DecodeSlots
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import KvLimits, OffloadedCache
@@ -140,7 +141,8 @@ def naive_answer(model, sdpa, doc, share, gamma):
                         blocks = [whole[b * BLOCK : (b + 1) * BLOCK] for b in sorted(active[layer])]
                         whole = torch.cat(blocks)
                     seen.append(torch.cat([whole, new[which][layer]]))
-                mixed = sdpa.decode(q, *seen, [0], [len(seen[0])])
+                slots = DecodeSlots.of([0], [len(seen[0])], len(seen[0]), q.device)
+                mixed = sdpa.decode(q, *seen, slots)
                 hidden = hidden + model.attention_output(layer, mixed)
                 hidden = hidden + model.feed_forward(layer, hidden)
                 before = layer - 1

@@ -31,7 +31,7 @@ def test_text_settings_become_numbers():
             "marsinfer",
             {"etta": "1"},
             "method marsinfer has no parameter 'etta' (did you mean 'eta'?); "
-            "it has: eta, prefix, share, start_layer, window",
+            "it has: eta, eta_high, low, prefix, share, share_high, start_layer, window",
         ),
         ("marsinfer", {"eta": "high"}, "eta=high does not fit: it must be a number"),
         ("marsinfer", {"window": "1.5"}, "window=1.5 does not fit: it must be a whole number"),

@@ -1,0 +1,189 @@
+"""Time of a decode step, with CUDA graphs and without, against the bytes that it must read."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.bench.variant import Variant, prepare
+from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.graphs import DecodeStats
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.records import EncodedDocument, Row, Spans
+
+COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 32}  # more than any cache of the device holds
+COPIES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeMeasurement:
+    """One method on one batch; medians over the steps of all repeats, after a warm-up."""
+
+    variant: str
+    tokens: int  # of all prompts together
+    documents: int
+    new_tokens: int
+    eager_step_ms: float
+    graph_step_ms: float | None  # of replayed steps; None where steps cannot be captured
+    graph_answer_ms: float | None  # a whole answer's, with its eager steps and the capture
+    eager_answer_ms: float
+    weight_bytes: int  # read by a step
+    kv_bytes: int  # read by a step in the middle of the answer
+    copy_bytes_per_second: float  # read and written, by a large copy on the device in the same run
+    same_tokens: bool | None  # with graphs as without
+    capture_failure: str | None = None
+
+    @property
+    def step_ms(self) -> float:
+        return self.eager_step_ms if self.graph_step_ms is None else self.graph_step_ms
+
+    @property
+    def bytes_per_second(self) -> float:
+        return (self.weight_bytes + self.kv_bytes) / self.step_ms * 1e3
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Of what a copy reaches."""
+        return self.bytes_per_second / self.copy_bytes_per_second
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "bytes_per_second": self.bytes_per_second,
+            "bandwidth_share": self.bandwidth_share,
+        }
+
+
+def measure_decode(
+    model: LoadedModel,
+    lengths: Sequence[int],
+    methods: Sequence[Variant],
+    *,
+    new_tokens: int,
+    repeats: int,
+) -> list[DecodeMeasurement]:
+    """Answer one batch of random prompts of these lengths, with every method, all answers equally long."""
+    documents = [_random_document(model, row, length) for row, length in enumerate(lengths)]
+    copied = copy_bytes_per_second(model.device)
+    prepare(model, methods)
+    results = []
+    for variant in methods:
+        pack = Pack.of(documents, model.device)
+        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack, new_tokens)
+        results.append(_measure(model, variant, prefilled, new_tokens, repeats, copied))
+        del prefilled
+    return results
+
+
+@dataclass(kw_only=True)
+class _Run:
+    steps_ms: list[float]
+    replayed_ms: list[float]
+    answer_ms: float
+    answers: list[list[int]]
+    failure: str | None
+
+
+def _measure(
+    model: LoadedModel, variant: Variant, prefilled: Prefilled, new_tokens: int, repeats: int, copied: float
+) -> DecodeMeasurement:
+    runs: dict[bool, list[_Run]] = {False: [], True: []}
+    for _turn in range(repeats + 1):  # the first turn warms up
+        for graphs, done in runs.items():
+            prefilled.cache.rewind()
+            done.append(_run(model, prefilled, new_tokens, graphs))
+    eager, graphed = runs[False][1:], runs[True][1:]
+    replayed = [ms for run in graphed for ms in run.replayed_ms]
+    return DecodeMeasurement(
+        variant=variant.name,
+        tokens=sum(prefilled.lengths),
+        documents=len(prefilled.lengths),
+        new_tokens=new_tokens,
+        eager_step_ms=statistics.median(ms for run in eager for ms in run.steps_ms),
+        graph_step_ms=statistics.median(replayed) if replayed else None,
+        graph_answer_ms=statistics.median(run.answer_ms for run in graphed) if replayed else None,
+        eager_answer_ms=statistics.median(run.answer_ms for run in eager),
+        weight_bytes=weight_bytes_read(model, linears_in_fp8=variant.linears_in_fp8),
+        kv_bytes=_kv_bytes_read(model, prefilled, new_tokens),
+        copy_bytes_per_second=copied,
+        same_tokens=graphed[-1].answers == eager[-1].answers if replayed else None,
+        capture_failure=next((run.failure for run in runs[True] if run.failure), None),
+    )
+
+
+def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool) -> _Run:
+    """One answer of every document; a step ends with its tokens on the host, before the next one's check."""
+    stats = DecodeStats()
+    times: list[float] = []
+    replayed: list[int] = []
+
+    def check() -> None:
+        times.append(time.perf_counter())
+        replayed.append(stats.replayed_steps)
+
+    rules = StopRules(max_new_tokens=new_tokens)
+    _wait(model.device)
+    generated = greedy_answers(
+        model.adapter, model.attention, prefilled, rules, check, graphs=graphs, stats=stats
+    )
+    check()
+    steps = [(later - earlier) * 1e3 for earlier, later in pairwise(times)]
+    counts = pairwise(replayed)
+    # a first replay stands behind the capture
+    only_replayed = [ms for ms, (before, after) in zip(steps, counts, strict=True) if 0 < before < after]
+    return _Run(
+        steps_ms=steps,
+        replayed_ms=only_replayed,
+        answer_ms=(times[-1] - times[0]) * 1e3,
+        answers=[answer.tokens for answer in generated],
+        failure=stats.failure,
+    )
+
+
+def weight_bytes_read(model: LoadedModel, *, linears_in_fp8: bool = False) -> int:
+    """Bytes of the matrices that a step reads: all layers' and the head's, of the embeddings but B rows."""
+    shape, itemsize = model.shape, model.dtype.itemsize
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden
+    layers = shape.layers * (attention + 3 * shape.hidden * shape.ffn)
+    return layers * (1 if linears_in_fp8 else itemsize) + shape.vocab * shape.hidden * itemsize
+
+
+def _kv_bytes_read(model: LoadedModel, prefilled: Prefilled, new_tokens: int) -> int:
+    per_token = model.shape.kv_bytes_per_token(model.dtype.itemsize)
+    stored = sum(sum(layer) for layer in prefilled.cache.prompt_tokens())
+    return (stored + model.shape.layers * len(prefilled.lengths) * (new_tokens // 2)) * per_token
+
+
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes that a large copy on the device reads and writes a second, at its best."""
+    size = COPIED_BYTES[device.type]
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target, best = torch.zeros_like(source), float("inf")
+    for _turn in range(COPIES):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size / best
+
+
+def _random_document(model: LoadedModel, row: int, length: int) -> EncodedDocument:
+    ids = np.random.default_rng(row).integers(0, model.shape.vocab, length)
+    spans = Spans(document=(0, length), question=(length, length))
+    return EncodedDocument(source=Row(row=row, id=str(row), place="random"), input_ids=ids, spans=spans)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

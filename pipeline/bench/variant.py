@@ -1,0 +1,33 @@
+"""What is measured side by side: a method with its settings, and the precision of the linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pipeline.model.loading import LoadedModel
+from pipeline.pruning.base import PruningMethod
+
+
+class Variant(NamedTuple):
+    """One way to run a model."""
+
+    name: str
+    method: PruningMethod
+    linears_in_fp8: bool = False
+
+    def use(self, model: LoadedModel) -> PruningMethod:
+        """Set the model to this variant's precision; returns the method."""
+        model.adapter.linears_in_fp8 = self.linears_in_fp8
+        return self.method
+
+
+def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
+    """Quantise what some variant needs, and keep the rest for the others; raises ConfigError."""
+    variants = list(variants)
+    model.adapter.use_fp8(
+        linears=any(variant.linears_in_fp8 for variant in variants),
+        ffn=any(variant.method.ffn_in_fp8 for variant in variants),
+        keep=True,
+    )
+    model.adapter.linears_in_fp8 = False

@@ -1,0 +1,80 @@
+"""Linear layers in float8_e4m3fn: a scale for each token and for each output channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.fused import FP8, quantize_rows
+
+VALUES_AT_ONCE = 1 << 24  # of a weight being quantised: 64 MB as float32
+MULTIPLE = 16  # of both sides of a weight, as the tensor cores want them
+CAPABILITY = (8, 9)  # of the first GPUs that multiply in float8
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A linear layer's weight: `quantised` (N, D) float8 times `scale` (1, N) float32 by output channel."""
+
+    quantised: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, weight_ND: Tensor) -> Fp8Weight:
+        """Quantise some rows at a time, which bounds the memory needed besides the result."""
+        outputs, inputs = weight_ND.shape
+        if outputs % MULTIPLE or inputs % MULTIPLE:
+            raise ValueError(f"FP8 needs a weight whose sides divide by {MULTIPLE}, got {outputs} x {inputs}")
+        quantised_ND = torch.empty(outputs, inputs, dtype=FP8, device=weight_ND.device)
+        scale_1N = torch.empty(1, outputs, dtype=torch.float32, device=weight_ND.device)
+        rows = max(1, VALUES_AT_ONCE // inputs)
+        for start in range(0, outputs, rows):
+            part = slice(start, start + rows)
+            values, scale = quantize_rows(weight_ND[part])
+            quantised_ND[part], scale_1N[0, part] = values, scale[:, 0]
+        return cls(quantised_ND, scale_1N)
+
+    def nbytes(self) -> int:
+        return self.quantised.nbytes + self.scale.nbytes
+
+
+def fp8_linear(
+    x_fp8_TD: Tensor,
+    x_scale_T1: Tensor,
+    weight: Fp8Weight,
+    bias_N: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """x @ weight.T + bias, (T, N), for any number of tokens: rows need no padding.
+
+    On a GPU `out_dtype` must be bfloat16, which is all that torch's row-wise scaling gives in every version.
+    Fast accumulation keeps sums of products in the tensor cores' own precision, a little below float32.
+    """
+    return torch._scaled_mm(
+        x_fp8_TD,
+        weight.quantised.t(),
+        scale_a=x_scale_T1,
+        scale_b=weight.scale,
+        bias=None if bias_N is None else bias_N.to(out_dtype),
+        out_dtype=out_dtype,
+        use_fast_accum=True,
+    )
+
+
+def fp8_available(device: torch.device, *, slow_cpu: bool = False) -> str | None:
+    """None if `fp8_linear` runs on `device`, else why not.
+
+    A CPU can run it, far slower than its own types, so it counts only when `slow_cpu` asks for it.
+    """
+    if device.type == "cpu":
+        return None if slow_cpu else "FP8 needs an NVIDIA GPU, and on a CPU would only be slower"
+    if device.type != "cuda" or torch.version.hip:
+        return f"FP8 needs an NVIDIA GPU, and {device} is none"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        needed, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
+        return f"FP8 needs a GPU of compute capability {needed} or more; {name} has {has}"
+    return None

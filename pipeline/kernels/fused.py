@@ -1,0 +1,173 @@
+"""The small steps of a decoder layer over packed tokens, each in one pass over memory.
+
+Every function has two paths that compute the same: plain torch, and on a GPU a kernel of
+`triton_kernels`. Tensors need a contiguous last dimension; their other strides are free. A kernel keeps a
+whole row in registers, so rows may be up to 8192 wide, and those of `silu_mul` up to 2 x 32768.
+Quantised rows are float8_e4m3fn with a float32 scale each: value = float8 * scale.
+
+Shape letters beside those of segments.py: F inner width of the FFN, N heads of either kind.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite, so rows of zeros stay zeros
+
+Quantised = tuple[Tensor, Tensor]  # float8 (T, width) and scale (T, 1)
+PIECE = 1024  # values of a row that a program gates at a time
+
+
+def rope_(q_THd: Tensor, k_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
+    """Rotary embedding in place, as transformers' `apply_rotary_pos_emb`, in float32 inside.
+
+    The halves of `cos_Td` and `sin_Td` must repeat, as transformers makes them.
+    """
+    kernels = _kernels(q_THd)
+    if kernels is None:
+        _rotate_(q_THd, cos_Td, sin_Td)
+        _rotate_(k_TKd, cos_Td, sin_Td)
+        return
+    tokens, heads, head_dim = q_THd.shape
+    kv_heads = k_TKd.shape[1]
+    blocks = {"HEADS": _block(heads), "KV_HEADS": _block(kv_heads), "HALF": _block(head_dim // 2)}
+    kernels.rope_kernel[(tokens,)](
+        *(q_THd, *q_THd.stride()[:2], heads),
+        *(k_TKd, *k_TKd.stride()[:2], kv_heads),
+        *(cos_Td, cos_Td.stride(0), sin_Td, sin_Td.stride(0), head_dim // 2),
+        **blocks,
+        num_warps=_warps(2 * blocks["HEADS"] * blocks["HALF"]),
+    )
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """silu(first half) * second half, (T, F) in the input's type, float32 inside."""
+    kernels = _kernels(gate_up_T2F)
+    if kernels is None:
+        gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
+        return (silu(gate_TF) * up_TF).to(gate_up_T2F.dtype)
+    out_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
+    rows, width = out_TF.shape
+    grid = (rows, -(-width // PIECE))
+    kernels.silu_mul_kernel[grid](gate_up_T2F, gate_up_T2F.stride(0), out_TF, width, BLOCK=PIECE, num_warps=4)
+    return out_TF
+
+
+def silu_mul_quantized(gate_up_T2F: Tensor) -> Quantised:
+    """`quantize_rows(silu_mul(gate_up_T2F))`."""
+    kernels = _kernels(gate_up_T2F)
+    if kernels is None:
+        return quantize_rows(silu_mul(gate_up_T2F))
+    out_TF, scale_T1 = _empty_fp8(gate_up_T2F, gate_up_T2F.shape[1] // 2)
+    rows, width = out_TF.shape
+    kernels.silu_mul_quantized_kernel[(rows,)](
+        gate_up_T2F, gate_up_T2F.stride(0), out_TF, scale_T1, width, BLOCK=4 * PIECE, num_warps=16
+    )
+    return out_TF, scale_T1
+
+
+def quantize_rows(x_TD: Tensor) -> Quantised:
+    """Float8 rows whose largest magnitude becomes 448. A row with a NaN or an infinity has such a scale."""
+    kernels = _kernels(x_TD)
+    if kernels is None:
+        values_TD = x_TD.float()
+        scale_T1 = (values_TD.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=SMALLEST_SCALE)
+        return (values_TD * (1 / scale_T1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale_T1
+    out_TD, scale_T1 = _empty_fp8(x_TD, x_TD.shape[1])
+    _launch(kernels.quantize_rows_kernel, out_TD, x_TD, x_TD.stride(0), out_TD, scale_T1)
+    return out_TD, scale_T1
+
+
+def rms_norm_quantized(x_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
+    """`quantize_rows` of torch's `rms_norm`, which is rounded to the input's type in between."""
+    kernels = _kernels(x_TD)
+    if kernels is None:
+        return quantize_rows(rms_norm(x_TD, weight_D.shape, weight_D, eps))
+    out_TD, scale_T1 = _empty_fp8(x_TD, x_TD.shape[1])
+    _launch_norm(kernels, x_TD, None, weight_D, eps, out_TD, scale_T1)
+    return out_TD, scale_T1
+
+
+def add_rms_norm(hidden_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Add `delta_TD` to `hidden_TD` in place; returns the norm of the sum, (T, D)."""
+    kernels = _kernels(hidden_TD)
+    if kernels is None:
+        return rms_norm(hidden_TD.add_(delta_TD), weight_D.shape, weight_D, eps)
+    out_TD = hidden_TD.new_empty(hidden_TD.shape)
+    _launch_norm(kernels, hidden_TD, delta_TD, weight_D, eps, out_TD, None)
+    return out_TD
+
+
+def add_rms_norm_quantized(hidden_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
+    """`quantize_rows(add_rms_norm(...))`, with the same sum left in `hidden_TD`."""
+    kernels = _kernels(hidden_TD)
+    if kernels is None:
+        return quantize_rows(add_rms_norm(hidden_TD, delta_TD, weight_D, eps))
+    out_TD, scale_T1 = _empty_fp8(hidden_TD, hidden_TD.shape[1])
+    _launch_norm(kernels, hidden_TD, delta_TD, weight_D, eps, out_TD, scale_T1)
+    return out_TD, scale_T1
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of Triton kernels where they can run on this tensor, else None."""
+    return _triton_kernels() if x.is_cuda else None
+
+
+@cache
+def _triton_kernels() -> Any | None:
+    try:
+        from pipeline.kernels import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
+    values_TNd = x_TNd.float()
+    first, second = values_TNd.chunk(2, dim=-1)
+    turned_TNd = torch.cat((-second, first), dim=-1)
+    x_TNd.copy_(values_TNd * cos_Td.float()[:, None] + turned_TNd * sin_Td.float()[:, None])
+
+
+def _launch_norm(
+    kernels: Any,
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    out_TD: Tensor,
+    scale_T1: Tensor | None,
+) -> None:
+    delta_stride = 0 if delta_TD is None else delta_TD.stride(0)
+    inputs = x_TD, x_TD.stride(0), delta_TD, delta_stride, weight_D, eps
+    _launch(kernels.rms_norm_kernel, out_TD, *inputs, out_TD, scale_T1)
+
+
+def _launch(kernel: Any, out_TD: Tensor, *arguments: Any) -> None:
+    """One program for each row of `out_TD`."""
+    rows, width = out_TD.shape
+    block = _block(width)
+    kernel[(rows,)](*arguments, width, BLOCK=block, num_warps=_warps(block))
+
+
+def _empty_fp8(like: Tensor, width: int) -> Quantised:
+    rows, device = len(like), like.device
+    values = torch.empty(rows, width, dtype=FP8, device=device)
+    return values, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+def _block(width: int) -> int:
+    """The power of two, as Triton wants it, that holds `width`."""
+    return 1 << (width - 1).bit_length()
+
+
+def _warps(values: int) -> int:
+    """16 values a thread, within what leaves room for several programs on a multiprocessor."""
+    return max(4, min(16, values // 512))

@@ -1,0 +1,275 @@
+"""Decoding by replayed CUDA graphs: the tokens of the same steps from Python, and no memory left behind."""
+
+from __future__ import annotations
+
+import gc
+from itertools import count
+
+import pytest
+import torch
+from conftest import FAMILY_SETTINGS, SIZES, document
+
+import pipeline.model.decode as decode_module
+from pipeline.errors import ConfigError, RowError
+from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
+from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.decode import StopRules, decode
+from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
+from pipeline.model.offload import KvLimits
+from pipeline.model.prefill import Pack, prefill
+from pipeline.model.sampling import Sampler, Sampling
+from pipeline.pruning.registry import make_method
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda", 0)
+HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+METHODS = {
+    "dense": {},
+    "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},
+    "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
+}
+LENGTHS = (400, 33, 490, 120, 210, 77, 300, 61)
+ENDS = {1: [60], 3: [60, 15, 33], 8: [60, 12, 14, 60, 16, 18, 20, 22]}  # the last: two of eight remain
+
+
+class Again:
+    """Runs the step from Python where a graph would be replayed, in the same batches."""
+
+    def __init__(self, step):
+        self.replay = step
+
+    def close(self):
+        self.replay = None
+
+
+class FromPython(CudaRecorder):
+    def record(self, step):
+        return Again(step)
+
+
+class EndAt:
+    """Stop rules by the number of tokens, of each document its own."""
+
+    def __init__(self, ends):
+        self.ends, self.max_new_tokens, self._of = ends, max(ends), {}
+
+    def reason(self, tokens):
+        document = self._of.setdefault(id(tokens), len(self._of))
+        return "length" if len(tokens) >= self.ends[document] else None
+
+
+@pytest.fixture
+def fa3():
+    try:
+        return choose_attention("fa3", device=CUDA, dtype=torch.bfloat16, **HEADS)[0]
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def cuda_adapter(family="qwen2"):
+    sizes = {**SIZES, **FAMILY_SETTINGS[family], "num_attention_heads": 4, "head_dim": 64}
+    model = random_model(family, sizes, device=CUDA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return DecoderAdapter(model)
+
+
+def answers(adapter, attention, method, rules, *, rows=8, check=lambda: None, limits=None, **sampling):
+    """Tokens of each document, and how the steps were run."""
+    new_tokens = rules.max_new_tokens
+    pack = Pack.of([document(n, seed=n, row=row) for row, n in enumerate(LENGTHS[:rows])], CUDA)
+    chosen = make_method(method, METHODS[method])
+    prefilled = prefill(adapter, attention, chosen, pack, new_tokens, limits=limits)
+    sampler, stats = Sampler(Sampling(**sampling), range(rows)), DecodeStats()
+    first = sampler.draw(prefilled.logits_BV, range(rows))
+    generated = decode(adapter, attention, prefilled, first, sampler, rules, check, stats=stats)
+    return [answer.tokens for answer in generated], stats
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", ENDS)
+def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch, family, method, rows):
+    # head_dim 64 throughout: what cuda_adapter makes of every family
+    adapter = cuda_adapter(family)
+    ends = ENDS[rows]
+    replayed, stats = answers(adapter, fa3, method, EndAt(ends), rows=rows)
+    assert stats.failure is None
+    assert stats.captures == (2 if rows == 8 else 1)
+    assert stats.replayed_steps == max(ends) - 1 - stats.captures * WARM_UP_STEPS
+    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    from_python, _ = answers(adapter, fa3, method, EndAt(ends), rows=rows)
+    assert replayed == from_python
+    assert [len(tokens) for tokens in replayed] == ends
+    assert len({token for tokens in replayed for token in tokens}) > 1  # not vacuous
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_document_gives_the_tokens_of_plain_decoding(fa3, monkeypatch, method):
+    """Alone, no batch changes its size, so that not even the sums' order differs."""
+    adapter = cuda_adapter()
+    replayed, stats = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1)
+    assert stats.replayed_steps > 0
+    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: None)
+    plain, without = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1)
+    assert without.replayed_steps == 0
+    assert replayed == plain
+
+
+def test_sampled_tokens_are_fed_to_the_graph(fa3, monkeypatch):
+    adapter, settings = cuda_adapter(), {"temperature": 1.5, "top_p": 0.9, "seed": 3}
+    replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)
+    assert stats.replayed_steps > 0
+    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    assert answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)[0] == replayed
+
+
+def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):
+    adapter, rules = cuda_adapter(), EndAt
+    steps = count()
+
+    def give_up():
+        if next(steps) == 30:
+            raise RowError("timeout", "in the middle of the replayed steps")
+
+    def settled():
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    for _turn in range(2):  # kernels' workspaces stay
+        answers(adapter, fa3, "dense", rules(ENDS[8]))
+    before = settled()
+    for _turn in range(3):
+        _, stats = answers(adapter, fa3, "dense", rules(ENDS[8]))
+        assert stats.captures == 2
+        assert settled() == before
+    with pytest.raises(RowError, match="in the middle"):
+        answers(adapter, fa3, "dense", StopRules(max_new_tokens=60), check=give_up)
+    assert next(steps) == 31
+    assert settled()[0] == before[0]
+    answers(adapter, fa3, "dense", rules(ENDS[8]))
+    assert settled() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_memory_held_before_does_not_reach_an_answer(fa3, method):
+    adapter = cuda_adapter()
+    expected, _ = answers(adapter, fa3, method, EndAt(ENDS[3]), rows=3)
+    torch.cuda.empty_cache()
+    waste = [
+        torch.full((n,), float("nan"), device=CUDA, dtype=torch.bfloat16) for n in [2**15] * 200 + [2**26]
+    ]
+    del waste
+    got, stats = answers(adapter, fa3, method, EndAt(ENDS[3]), rows=3)
+    assert got == expected
+    assert stats.replayed_steps > 0
+
+
+class Waits(SdpaAttention):
+    """Says that it can be captured, which waiting for the device cannot be."""
+
+    capturable = True
+
+    def decode(self, q_BHd, k_SKd, v_SKd, slots):
+        slots.used_B.tolist()
+        return super().decode(q_BHd, k_SKd, v_SKd, slots)
+
+
+def test_a_step_that_cannot_be_captured_is_decoded_from_python():
+    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
+    expected, plain = answers(adapter, SdpaAttention(), "dense", rules, rows=3)
+    attention = Waits()
+    got, stats = answers(adapter, attention, "dense", rules, rows=3)
+    assert got == expected
+    assert (stats.captures, stats.replayed_steps, plain.failure) == (0, 0, None)
+    assert attention.capture_failure == stats.failure is not None
+    _, again = answers(adapter, attention, "dense", rules, rows=3)
+    assert again == DecodeStats(eager_steps=29)  # a reason that stays is not tried twice
+
+
+def test_a_failed_capture_leaves_the_allocator_in_order(fa3):
+    """Later packs are captured, and memory used across streams is given back."""
+    adapter = cuda_adapter()
+    answers(adapter, Waits(), "dense", StopRules(max_new_tokens=30), rows=3)
+    replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[3]), rows=3)
+    assert stats.captures == 1
+    assert [len(tokens) for tokens in replayed] == ENDS[3]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    side = torch.cuda.Stream(CUDA)
+    for _turn in range(20):
+        shared = torch.zeros(1 << 20, device=CUDA)
+        shared.record_stream(side)
+        del shared
+    torch.cuda.synchronize()
+    probe = torch.zeros(1, device=CUDA)  # an allocation looks through what other streams have done with
+    del probe
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_running_out_of_memory_while_capturing_is_decoded_from_python(fa3, monkeypatch):
+    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
+    expected, _ = answers(adapter, fa3, "dense", rules, rows=1)
+    real = DecoderAdapter.logits
+
+    def logits(self, hidden_BD):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, hidden_BD)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DecoderAdapter, "logits", logits)
+        got, stats = answers(adapter, fa3, "dense", rules, rows=1)
+    assert got == expected
+    assert stats.failure == "OutOfMemoryError: CUDA out of memory"
+    assert fa3.capture_failure is None  # the next pack is tried again
+    assert answers(adapter, fa3, "dense", rules, rows=1)[1].captures == 1
+
+
+def test_a_nearly_full_device_gives_cached_memory_back_before_the_capture(fa3):
+    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
+    expected, _ = answers(adapter, fa3, "dense", rules)
+    torch.cuda.empty_cache()
+    cached = []
+    while torch.cuda.mem_get_info(CUDA)[0] > FREE_BYTES:
+        cached.append(torch.empty(FREE_BYTES // 2, dtype=torch.uint8, device=CUDA))
+    del cached
+    got, stats = answers(adapter, fa3, "dense", rules)
+    torch.cuda.empty_cache()
+    assert (got, stats.failure, stats.captures) == (expected, None, 1)
+
+
+def test_an_offloaded_cache_is_not_captured(fa3):
+    adapter = cuda_adapter("llama")
+    method = make_method("sliminfer", METHODS["sliminfer"])
+    planned = method.plan(adapter.shape, [LENGTHS[0]]).kv_bytes(2, 40)
+    limits = KvLimits(device_bytes=int(planned * 0.7), host_bytes=1 << 30)
+    rules = StopRules(max_new_tokens=40)
+    _, stats = answers(adapter, fa3, "sliminfer", rules, rows=1, limits=limits)
+    assert stats == DecodeStats(eager_steps=39)
+
+
+@pytest.mark.parametrize("used", [(20_000,), (20_000, 3, 4_000), (1, 900, 65_000)])
+def test_split_keys_agree_with_the_reference(fa3, used):
+    """Long documents, whose keys are read in parts; slots that are not in use hold what must not be read."""
+    room, generator = 64, torch.Generator(device=CUDA).manual_seed(0)
+    total = sum(used) + room * len(used)
+    q = torch.randn(len(used), 8, 64, generator=generator, device=CUDA).bfloat16()
+    k, v = (torch.randn(total, 2, 64, generator=generator, device=CUDA).bfloat16() for _ in "kv")
+    starts, expected = [sum(used[:b]) + room * b for b in range(len(used))], []
+    for b, (start, n) in enumerate(zip(starts, used, strict=True)):
+        k[start + n : start + n + room], v[start + n : start + n + room] = 1e4, 1e4
+        alone = [x[start : start + n] for x in (k, v)]
+        scores = (
+            torch.einsum("kgd,tkd->kgt", q[b].unflatten(0, (2, 4)).double(), alone[0].double()) * 64**-0.5
+        )
+        expected.append(torch.einsum("kgt,tkd->kgd", scores.softmax(-1), alone[1].double()).flatten(0, 1))
+    slots = DecodeSlots.of(starts, used, total, CUDA)
+    slots.longest = max(used) + room
+    got = fa3.decode(q, k, v, slots)
+    wanted = torch.stack(expected)
+    for b in range(len(used)):
+        assert (got[b].double() - wanted[b]).norm() / wanted[b].norm() < 0.01

@@ -1,0 +1,285 @@
+"""The steps of a layer: plain torch against formulas in float64, and the kernels against plain torch.
+
+Kernels run in Triton's interpreter, or on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from pipeline.kernels import fused
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+EPS = 1e-6
+EXACT = 1 if GPU else 0  # on a GPU torch divides by a number through its reciprocal, once rounded more
+SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
+TYPES = [torch.float32, torch.bfloat16]
+TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+TOLERANCES = {  # float32 sums in another order; bfloat16 is one step where that moves it over a tie
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6},
+}
+
+
+def rounding_to_nearest(values, source, target, _):
+    """As a GPU converts; the interpreter would truncate, and lose the carry into float8's exponent."""
+    source, target = TORCH_TYPES[source.name], TORCH_TYPES[target.name]
+    converted = torch.from_numpy(values.copy()).view(source).to(target)
+    return converted.view({1: torch.uint8, 2: torch.uint16, 4: torch.float32}[target.itemsize]).numpy()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has the public functions launch their kernels, which `plain` undoes."""
+    if GPU:
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    from pipeline.kernels import triton_kernels
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
+    monkeypatch.setattr(fused, "_kernels", lambda x: triton_kernels)
+
+
+def plain(function, *arguments):
+    """The function's path in plain torch, on copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_kernels", lambda x: None)
+        return function(*(a.clone() if torch.is_tensor(a) else a for a in arguments))
+
+
+def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + math.prod(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def as_columns_of_wider(x):
+    """The same values with other strides, and the wider tensor that they lie in."""
+    wider = torch.full((len(x), x.shape[1] + 13), 7.0, dtype=x.dtype, device=x.device)
+    wider[:, 5 : 5 + x.shape[1]] = x
+    return wider[:, 5 : 5 + x.shape[1]], wider
+
+
+def codes(fp8):
+    """Float8 as integers in the order of the values; NaN apart."""
+    bits = fp8.view(torch.uint8).int()
+    ordered = torch.where(bits < 128, bits, 128 - bits)
+    return torch.where((bits & 127) == 127, 10_000, ordered)
+
+
+def assert_same_rows(actual, expected, dtype, steps=1):
+    """`steps` of float8 where a normed value may differ in its last bit, 0 for equal bytes and scales."""
+    (values, scale), (values_wanted, scale_wanted) = actual, expected
+    assert values.dtype == torch.float8_e4m3fn
+    assert values.shape == values_wanted.shape
+    assert scale.shape == (len(values), 1)
+    assert (codes(values) - codes(values_wanted)).abs().max() <= steps
+    tolerance = TOLERANCES[dtype] if steps else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(scale, scale_wanted, equal_nan=True, **tolerance)
+
+
+def dequantised(rows):
+    values, scale = rows
+    return values.double() * scale.double()
+
+
+def norm64(x, weight):
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def silu64(gate_up):
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+class TestPlain:
+    """Against float64, whose quantised values may be off by half a step: 1/16 of the value."""
+
+    def test_silu_mul(self):
+        x = normal(7, 60, scale=3)
+        torch.testing.assert_close(fused.silu_mul(x).double(), silu64(x), rtol=1e-5, atol=1e-6)
+        assert fused.silu_mul(x.bfloat16()).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+    def test_quantize_rows(self, scale):
+        x = normal(9, 50, scale=scale)
+        rows = fused.quantize_rows(x)
+        peak = x.double().abs().amax(1, keepdim=True)
+        assert ((dequantised(rows) - x.double()).abs() <= x.abs() / 16 + peak / 448 * 2**-10 * 1.001).all()
+        torch.testing.assert_close(rows[1].double(), peak / 448, rtol=1e-6, atol=0)
+        assert (rows[0].float().abs().amax(1) == 448).all()
+
+    def test_zeros_have_a_scale_and_stay_zeros(self):
+        values, scale = fused.quantize_rows(torch.zeros(3, 20, device=DEVICE))
+        assert (scale > 0).all()
+        assert (values.float() == 0).all()
+
+    def test_norms(self):
+        x, delta, weight = normal(6, 40), normal(6, 40, seed=1), normal(40)
+        hidden = x.clone()
+        normed = fused.add_rms_norm(hidden, delta, weight, EPS)
+        torch.testing.assert_close(hidden, x + delta)
+        torch.testing.assert_close(normed.double(), norm64(x + delta, weight), rtol=1e-5, atol=1e-6)
+        for rows, wanted in (
+            (fused.rms_norm_quantized(x, weight, EPS), norm64(x, weight)),
+            (fused.add_rms_norm_quantized(x.clone(), delta, weight, EPS), norm64(x + delta, weight)),
+            (fused.silu_mul_quantized(x), silu64(x)),
+        ):
+            torch.testing.assert_close(dequantised(rows), wanted, rtol=1 / 15, atol=0.02)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_is_seen(self, bad):
+        x = normal(4, 16)
+        x[2, 5] = bad
+        values = dequantised(fused.quantize_rows(x))
+        assert not values[2].isfinite().any()
+        assert values[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+class TestKernels:
+    def test_silu_mul(self, kernels, shape, dtype):
+        rows, width = shape
+        x, _ = as_columns_of_wider(normal(rows, 2 * width, dtype=dtype, scale=3))
+        expected = plain(fused.silu_mul, x)
+        torch.testing.assert_close(fused.silu_mul(x), expected, **TOLERANCES[dtype])
+        assert_same_rows(fused.silu_mul_quantized(x), plain(fused.silu_mul_quantized, x), dtype)
+        assert expected.count_nonzero()
+
+    def test_quantize_rows_gives_equal_bytes(self, kernels, shape, dtype):
+        for scale in (1e-38, 1e-6, 1.0, 1e6, 1e37):
+            x, _ = as_columns_of_wider(normal(*shape, dtype=dtype, scale=scale))
+            assert_same_rows(fused.quantize_rows(x), plain(fused.quantize_rows, x), dtype, steps=EXACT)
+
+    def test_rms_norm(self, kernels, shape, dtype):
+        (x, _), weight = as_columns_of_wider(normal(*shape, dtype=dtype)), normal(shape[1], dtype=dtype)
+        expected = plain(fused.rms_norm_quantized, x, weight, EPS)
+        assert_same_rows(fused.rms_norm_quantized(x, weight, EPS), expected, dtype)
+
+    @pytest.mark.parametrize("function", [fused.add_rms_norm, fused.add_rms_norm_quantized])
+    def test_add_rms_norm(self, kernels, shape, dtype, function):
+        hidden, wider = as_columns_of_wider(normal(*shape, dtype=dtype))
+        delta, _ = as_columns_of_wider(normal(*shape, dtype=dtype, seed=1))
+        weight = normal(shape[1], dtype=dtype)
+        total = hidden + delta
+        expected = plain(function, hidden, delta, weight, EPS)
+        normed = function(hidden, delta, weight, EPS)
+        assert torch.equal(hidden, total)
+        assert (wider[:, :5] == 7).all()
+        assert (wider[:, 5 + shape[1] :] == 7).all()
+        if function is fused.add_rms_norm:
+            torch.testing.assert_close(normed, expected, **TOLERANCES[dtype])
+        else:
+            assert_same_rows(normed, expected, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, which computes for the interpreter
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("value", [0.0, math.inf, -math.inf, math.nan, 3e38, 1e-45])
+def test_kernels_treat_extremes_as_plain_torch(kernels, value, dtype):
+    x = normal(3, 24, dtype=dtype)
+    x[0, 3], x[1] = value, value
+    weight = torch.ones(24, dtype=dtype, device=DEVICE)
+    assert_same_rows(fused.quantize_rows(x), plain(fused.quantize_rows, x), dtype, steps=EXACT)
+    for function, arguments in (
+        (fused.rms_norm_quantized, (x, weight, EPS)),
+        (fused.silu_mul_quantized, (x,)),
+    ):
+        assert_same_rows(function(*arguments), plain(function, *arguments), dtype)
+
+
+def test_each_step_is_rounded_before_the_next(kernels):
+    """Without that a good part of the bytes would differ from those of the separate steps."""
+    dtype = torch.bfloat16
+    x, delta, weight = (
+        normal(16, 448, dtype=dtype),
+        normal(16, 448, dtype=dtype, seed=1),
+        normal(448, dtype=dtype),
+    )
+    total = x + delta
+    for (values, _), separate in (
+        (fused.silu_mul_quantized(x), plain(fused.silu_mul, x)),
+        (fused.rms_norm_quantized(x, weight, EPS), rms_norm(x, weight.shape, weight, EPS)),
+        (fused.add_rms_norm_quantized(x, delta, weight, EPS), rms_norm(total, weight.shape, weight, EPS)),
+    ):
+        wanted, _ = plain(fused.quantize_rows, separate)
+        differing = (codes(values) != codes(wanted)).float().mean().item()
+        assert differing < (0.01 if GPU else 0.001)
+
+
+def rotary_inputs(tokens, heads, kv_heads, head_dim, dtype):
+    """Views into one projection, which holds values besides, and cosines and sines of any angles."""
+    projected = normal(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    q, k, _ = projected.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
+    angles = normal(tokens, head_dim // 2, seed=3, scale=9).repeat(1, 2)
+    split = (-1, head_dim)
+    return (
+        projected,
+        q.unflatten(1, split),
+        k.unflatten(1, split),
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+    )
+
+
+ROTARY_SHAPES = [(1, 1, 1, 24), (3, 4, 2, 24), (4, 3, 3, 80), (2, 7, 1, 128), (2, 2, 1, 256), (5, 2, 2, 100)]
+
+
+@pytest.mark.parametrize("shape", ROTARY_SHAPES)
+def test_plain_rope_equals_that_of_transformers(shape):
+    _, q, k, cos, sin = rotary_inputs(*shape, torch.float32)
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    plain_q, plain_k = q.clone(), k.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_kernels", lambda x: None)
+        fused.rope_(plain_q, plain_k, cos, sin)
+    assert torch.equal(plain_q, expected[0])
+    assert torch.equal(plain_k, expected[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", ROTARY_SHAPES)
+def test_the_rope_kernel_turns_queries_and_keys_and_nothing_else(kernels, shape, dtype):
+    projected, q, k, cos, sin = rotary_inputs(*shape, dtype)
+    before = projected.clone()
+    expected = apply_rotary_pos_emb(q.float(), k.float(), cos.float(), sin.float())
+    fused.rope_(q, k, cos, sin)
+    for actual, wanted in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(actual, wanted.to(dtype), **TOLERANCES[dtype])
+    values = shape[2] * shape[3]
+    assert torch.equal(projected[:, -values:], before[:, -values:])
+
+
+def test_rope_takes_heads_that_lie_apart(kernels):
+    wide_q, wide_k = normal(3, 4, 64, dtype=torch.float32), normal(3, 2, 40)
+    _, _, _, cos, sin = rotary_inputs(3, 4, 2, 24, torch.float32)
+    expected_q, expected_k = wide_q.clone(), wide_k.clone()
+    turned = apply_rotary_pos_emb(wide_q[..., 8:32], wide_k[..., :24], cos, sin)
+    expected_q[..., 8:32], expected_k[..., :24] = turned
+    fused.rope_(wide_q[..., 8:32], wide_k[..., :24], cos, sin)
+    torch.testing.assert_close(wide_q, expected_q)
+    torch.testing.assert_close(wide_k, expected_k)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("width", [8192, 32768])
+def test_wide_rows_on_a_gpu(width):
+    x = normal(300, 2 * width, dtype=torch.bfloat16)
+    expected = plain(fused.silu_mul_quantized, x)
+    assert_same_rows(fused.silu_mul_quantized(x), expected, torch.bfloat16)
+    if width == 8192:
+        weight = normal(width, dtype=torch.bfloat16)
+        hidden, delta = x[:, :width], x[:, width:]
+        wanted = plain(fused.add_rms_norm, hidden, delta, weight, EPS)
+        normed = fused.add_rms_norm(hidden, delta, weight, EPS)
+        torch.testing.assert_close(normed, wanted, **TOLERANCES[torch.bfloat16])

@@ -1,0 +1,110 @@
+"""Linear layers in fp8, as far as a CPU can show it: through torch's slow path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
+
+from pipeline.errors import ConfigError
+from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.prefill import prefill
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.marsinfer import MarsInfer
+
+TIERS = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=6, prefix=4)
+
+
+@pytest.fixture
+def slow_cpu(monkeypatch):
+    monkeypatch.setattr("pipeline.model.adapters.fp8_available", lambda device: None)
+
+
+def bf16_model(family="qwen3"):
+    settings = {**SIZES, **FAMILY_SETTINGS[family]}
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    model = random_model(family, settings, device=device, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return DecoderAdapter(model)
+
+
+def logits(adapter, sdpa, method=Dense()):  # noqa: B008 - immutable
+    return prefill(adapter, sdpa, method, pack_of(document(120), document(40, seed=1)))
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_linear_layers_in_fp8_stay_close(slow_cpu, sdpa, family):
+    adapter = bf16_model(family)
+    full = logits(adapter, sdpa).logits_BV
+    adapter.use_fp8(linears=True, ffn=False, keep=True)
+    assert 0 < distance(logits(adapter, sdpa).logits_BV, full) < 0.3
+    adapter.use_fp8(linears=False, ffn=False)
+    assert torch.equal(logits(adapter, sdpa).logits_BV, full)
+
+
+def test_without_keep_the_other_weights_are_given_up(slow_cpu, sdpa):
+    adapter = bf16_model()
+    before = sum(p.numel() for p in adapter.model.parameters())
+    adapter.use_fp8(linears=True, ffn=False)
+    logits(adapter, sdpa)
+    block = adapter.model.model.layers[0]
+    assert block.mlp.up_proj.weight.numel() == block.self_attn.q_proj.weight.numel() == 0
+    assert sum(p.numel() for p in adapter.model.parameters()) < before
+
+
+def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
+    adapter = bf16_model()
+    adapter.use_fp8(linears=False, ffn=True)
+    prefilled = logits(adapter, sdpa, TIERS)
+    for passes in prefilled.by_document():
+        first, *others = passes[0]
+        assert first.ffn_fp8_tokens == 0
+        assert first.ffn_tokens == first.tokens
+        for work in others:
+            assert 0 < work.ffn_fp8_tokens < work.ffn_tokens <= work.tokens
+
+
+def test_all_tokens_in_the_high_tier_equal_dense(slow_cpu, sdpa):
+    adapter = bf16_model()
+    adapter.use_fp8(linears=False, ffn=True)
+    everything = MarsInfer(low="fp8", start_layer=1, eta=1.0, eta_high=1.0)
+    assert torch.equal(logits(adapter, sdpa, everything).logits_BV, logits(adapter, sdpa).logits_BV)
+
+
+def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_eta_1(slow_cpu, sdpa):
+    adapter = bf16_model()
+    adapter.use_fp8(linears=False, ffn=True)
+    prefilled = logits(adapter, sdpa, MarsInfer(low="fp8", start_layer=0, eta=1.0))
+    assert all(work.ffn_fp8_tokens == work.tokens for (layers,) in prefilled.by_document() for work in layers)
+    assert all(work.scored_pairs == 0 for (layers,) in prefilled.by_document() for work in layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low": "int8"}, "low=int8: choose fp8 or none"),
+        ({"eta_high": 0.5}, "eta_high and share_high need low=fp8"),
+        ({"low": "fp8", "share_high": 1.5}, "share_high=1.5 is out of range: it must be between 0 and 1"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        MarsInfer(**settings)
+    assert str(caught.value) == message
+
+
+def test_a_device_that_cannot_is_refused_with_the_reason(refusal, fish, tmp_path):
+    flags = ["--text-column", "body", "--question-column", "ask", "--id-column", "doc"]
+    said = "fp8 cannot be used here: FP8 needs an NVIDIA GPU, and on a CPU would only be slower"
+    for more in (["--linear-dtype", "fp8"], ["--set", "low=fp8"]):
+        assert refusal(fish, tmp_path / "out.parquet", *flags, *more) == said
+    assert refusal(fish, tmp_path / "out.parquet", *flags, "--linear-dtype", "int4") == (
+        "--linear-dtype 'int4': choose from auto, fp8"
+    )
