@@ -86,12 +86,11 @@ def ttft(
     from pipeline.bench.ceilings import measure_ceilings
     from pipeline.bench.plot import check_plot, save_plot
     from pipeline.bench.ttft import measure_ttft
-    from pipeline.config import parse_count
 
     if plot:
         check_plot(plot)
     chosen = _methods(methods, keep)
-    wanted = [parse_count("--lengths", text) for text in lengths.split(",")] if lengths else [None]
+    wanted = _lengths(lengths) if lengths else [None]
     stock = [] if baselines == "none" else baselines.split(",")
     loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
     results, ceilings = [], []
@@ -144,19 +143,21 @@ def offload(
 ) -> None:
     """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
     from pipeline.bench.offload import measure_offload
-    from pipeline.config import parse_bytes, parse_count
+    from pipeline.bench.variant import prepare
+    from pipeline.config import parse_bytes
     from pipeline.engines.memory import host_kv_bytes
 
-    (chosen,) = _methods(method, keep)
-    wanted = [parse_count("--lengths", text) for text in lengths.split(",")]
+    chosen = _method(method.strip(), _shares(keep) if keep else None)
+    wanted = _lengths(lengths)
     device_bytes = parse_bytes("--kv-memory", kv_memory)
     loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    prepare(loaded, [chosen])
     results = []
     for length in wanted:
         results += measure_offload(
             loaded,
             _random_document(loaded, length),
-            chosen.method,
+            chosen.use(loaded),
             device_bytes=device_bytes,
             host_bytes=host_kv_bytes(),
             new_tokens=new_tokens,
@@ -191,10 +192,9 @@ def decode(
 ) -> None:
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
     from pipeline.bench.decode import measure_decode
-    from pipeline.config import parse_count
 
     chosen = _methods(methods, keep)
-    wanted = [parse_count("--lengths", text) for text in lengths.split(",")]
+    wanted = _lengths(lengths)
     loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
     results = []
     for length in wanted:
@@ -296,9 +296,10 @@ def _references(model: LoadedModel, documents: list[EncodedDocument], column: st
     for document in documents:
         assert document.source.passthrough is not None
         text = document.source.passthrough.column(column)[0].as_py()
-        if not text:
-            raise InputError(f"{document.source.place}: its reference is empty")
-        references.append(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = model.tokenizer(text or "", add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise InputError(f"{document.source.place}: its reference in column {column!r} is empty")
+        references.append(tokens)
     return references
 
 
@@ -327,6 +328,16 @@ def _method(spec: str, keep: tuple[float, ...] | None) -> Variant:
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
     return Variant(spec, method if settings or keep is None else method.with_keep(keep), fp8)
+
+
+def _lengths(text: str) -> list[int]:
+    from pipeline.config import parse_count
+    from pipeline.errors import ConfigError
+
+    lengths = [parse_count("--lengths", part) for part in text.split(",")]
+    if not all(lengths):
+        raise ConfigError(f"--lengths {text!r}: a prompt has at least one token")
+    return lengths
 
 
 def _shares(text: str) -> tuple[float, ...]:

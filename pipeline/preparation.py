@@ -69,5 +69,5 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
     if config.linear_dtype == "fp8" or method.ffn_in_fp8:
-        check_fp8(model.device, model.dtype)
+        check_fp8(model.device, model.dtype, model.shape)
     return Preparation(config=config, source=source, model=model, method=method, prompts=prompts)

@@ -17,9 +17,11 @@ from pipeline.bench.flops import (
     passes_flops,
     projection_flops,
 )
-from pipeline.kernels.fp8 import Fp8Weight, fp8_available, fp8_linear
+from pipeline.errors import ConfigError
+from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
 from pipeline.kernels.fused import quantize_rows
 from pipeline.kernels.segments import Segments
+from pipeline.model.adapters import check_fp8
 from pipeline.model.loading import LoadedModel
 from pipeline.model.shape import ModelShape
 
@@ -69,7 +71,7 @@ def measure_ceilings(model: LoadedModel, tokens: int) -> Ceilings:
     )
     operations = 2 * tokens * shape.hidden * shape.ffn
     fp8_matrix = None
-    if fp8_available(adapter.device) is None and adapter.dtype == torch.bfloat16:
+    if _can_fp8(model):
         weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
         fp8_matrix = operations / _best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
     segments = Segments.of([tokens], adapter.device)
@@ -82,19 +84,27 @@ def measure_ceilings(model: LoadedModel, tokens: int) -> Ceilings:
     )
 
 
+def _can_fp8(model: LoadedModel) -> bool:
+    try:
+        check_fp8(model.device, model.dtype, model.shape)
+    except ConfigError:
+        return False
+    return True
+
+
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
     best, began, trials = float("inf"), time.perf_counter(), 0
     run()
     while trials < FEWEST_TRIALS or (time.perf_counter() - began < LONGEST_TRIAL_S and trials < 50):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         run()
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
         trials += 1
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.bench.ceilings import wait_for
 from pipeline.bench.variant import Variant, prepare
 from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.graphs import DecodeStats
@@ -130,7 +131,7 @@ def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool
         replayed.append(stats.replayed_steps)
 
     rules = StopRules(max_new_tokens=new_tokens)
-    _wait(model.device)
+    wait_for(model.device)
     generated = greedy_answers(
         model.adapter, model.attention, prefilled, rules, check, graphs=graphs, stats=stats
     )
@@ -170,10 +171,10 @@ def copy_bytes_per_second(device: torch.device) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target, best = torch.zeros_like(source), float("inf")
     for _turn in range(COPIES):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         target.copy_(source)
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size / best
 
@@ -182,8 +183,3 @@ def _random_document(model: LoadedModel, row: int, length: int) -> EncodedDocume
     ids = np.random.default_rng(row).integers(0, model.shape.vocab, length)
     spans = Spans(document=(0, length), question=(length, length))
     return EncodedDocument(source=Row(row=row, id=str(row), place="random"), input_ids=ids, spans=spans)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import ConfigError, RowError
 from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.loading import LoadedModel
 from pipeline.model.offload import KvLimits, OffloadedCache
@@ -63,7 +64,10 @@ def measure_offload(
     repeats: int,
     with_resident: bool = True,
 ) -> list[OffloadMeasurement]:
-    """A cache that stays, one that offloads behind the computation, and one that waits for its copies."""
+    """A cache that stays, one that offloads behind the computation, and one that waits for its copies.
+
+    Raises ConfigError for a document that does not fit the limits.
+    """
     limits = KvLimits(device_bytes=device_bytes, host_bytes=host_bytes, measure=True)
     variants: dict[str, KvLimits | None] = {
         "all on the device": None,
@@ -117,7 +121,10 @@ def _run(
         torch.cuda.reset_peak_memory_stats(model.device)
     pack = Pack.of([document], model.device)
     started = _now(model.device)
-    prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens, limits=limits)
+    try:
+        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens, limits=limits)
+    except RowError as error:
+        raise ConfigError(str(error)) from error
     first_at = _now(model.device)
     rules = StopRules(max_new_tokens=new_tokens)
     (generated,) = greedy_answers(model.adapter, model.attention, prefilled, rules)

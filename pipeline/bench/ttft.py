@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels.attention import choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, greedy_answers
-from pipeline.model.loading import LoadedModel, pick_device, pick_dtype
+from pipeline.model.loading import LoadedModel, pick_device, pick_dtype, use_device
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument
@@ -97,7 +97,7 @@ def random_loaded_model(name: str, *, dtype: str, device: str, attention: str) -
     if name not in RANDOM_WEIGHTS:
         raise ConfigError(f"--random-weights {name!r}: choose from {', '.join(RANDOM_WEIGHTS)}")
     family, settings = RANDOM_WEIGHTS[name]
-    target = pick_device(device)
+    target = use_device(pick_device(device))
     weights = random_model(family, settings, device=target, dtype=pick_dtype(dtype, target))
     adapter = DecoderAdapter(weights)
     shape = adapter.shape
@@ -222,6 +222,8 @@ def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable
 
     if baseline not in BASELINES:
         raise ConfigError(f"unknown baseline {baseline!r}; baselines: {', '.join(BASELINES)}")
+    if baseline == "transformers-cudnn" and model.device.type != "cuda":
+        raise ConfigError(f"baseline {baseline} needs an NVIDIA GPU; leave it out")
 
     @torch.inference_mode()
     def run() -> None:

@@ -34,6 +34,7 @@ class Packer:
     pack_tokens: int
     max_bytes: int
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
+    host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
     def on(
@@ -57,6 +58,7 @@ class Packer:
             pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
             max_bytes=free_bytes(device),
             kv_memory=kv_memory,
+            host_bytes=host_kv_bytes(),
         )
 
     @property
@@ -64,7 +66,7 @@ class Packer:
         """What a pack's cache may hold on the device and on the host."""
         if self.kv_memory is None:
             return None
-        return KvLimits(device_bytes=self.kv_memory, host_bytes=host_kv_bytes())
+        return KvLimits(device_bytes=self.kv_memory, host_bytes=self.host_bytes)
 
     def packs(self, documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
         return make_packs(
@@ -97,7 +99,12 @@ class Packer:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that a pack may use, in bytes."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        # weights that were joined or quantised while loading are still the allocator's
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
     return int(free * USABLE[device.type])
 
 
@@ -109,11 +116,12 @@ def host_kv_bytes() -> int:
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:
     """Bytes a token needs while a layer runs, at the wider of its attention and its FFN.
 
-    Attention holds the residual, its norm, q, k and v before and after RoPE, and the output; the FFN
-    holds gate, up and their product.
+    Attention holds the residual, its norm, q, k and v of this layer and the one before, and both outputs.
+    The FFN holds gate, up and their product, the tokens gathered for it and their sum, and still q, k and v,
+    before and after their norms, and what attention made of them.
     """
     attention = 4 * shape.hidden + (3 * shape.heads + 4 * shape.kv_heads) * shape.head_dim
-    ffn = 4 * shape.hidden + 3 * shape.ffn
+    ffn = 4 * shape.hidden + 3 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.ffn
     one_head_scored = SCORING_QUERIES * shape.heads // shape.kv_heads * SCORE_BYTES
     return max(attention, ffn) * itemsize + one_head_scored
 

@@ -36,9 +36,6 @@ class Fp8Weight:
             quantised_ND[part], scale_1N[0, part] = values, scale[:, 0]
         return cls(quantised_ND, scale_1N)
 
-    def nbytes(self) -> int:
-        return self.quantised.nbytes + self.scale.nbytes
-
 
 def fp8_linear(
     x_fp8_TD: Tensor,

@@ -2,7 +2,7 @@
 
 Every function has two paths that compute the same: plain torch, and on a GPU a kernel of
 `triton_kernels`. Tensors need a contiguous last dimension; their other strides are free. A kernel keeps a
-whole row in registers, so rows may be up to 8192 wide, and those of `silu_mul` up to 2 x 32768.
+whole row in registers, so rows may be up to 8192 wide; those of `silu_mul` are read in pieces.
 Quantised rows are float8_e4m3fn with a float32 scale each: value = float8 * scale.
 
 Shape letters beside those of segments.py: F inner width of the FFN, N heads of either kind.
@@ -52,7 +52,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     kernels = _kernels(gate_up_T2F)
     if kernels is None:
         gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
-        return (silu(gate_TF) * up_TF).to(gate_up_T2F.dtype)
+        return silu(gate_TF).mul_(up_TF).to(gate_up_T2F.dtype)
     out_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
     rows, width = out_TF.shape
     grid = (rows, -(-width // PIECE))
@@ -91,27 +91,7 @@ def rms_norm_quantized(x_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     if kernels is None:
         return quantize_rows(rms_norm(x_TD, weight_D.shape, weight_D, eps))
     out_TD, scale_T1 = _empty_fp8(x_TD, x_TD.shape[1])
-    _launch_norm(kernels, x_TD, None, weight_D, eps, out_TD, scale_T1)
-    return out_TD, scale_T1
-
-
-def add_rms_norm(hidden_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Add `delta_TD` to `hidden_TD` in place; returns the norm of the sum, (T, D)."""
-    kernels = _kernels(hidden_TD)
-    if kernels is None:
-        return rms_norm(hidden_TD.add_(delta_TD), weight_D.shape, weight_D, eps)
-    out_TD = hidden_TD.new_empty(hidden_TD.shape)
-    _launch_norm(kernels, hidden_TD, delta_TD, weight_D, eps, out_TD, None)
-    return out_TD
-
-
-def add_rms_norm_quantized(hidden_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
-    """`quantize_rows(add_rms_norm(...))`, with the same sum left in `hidden_TD`."""
-    kernels = _kernels(hidden_TD)
-    if kernels is None:
-        return quantize_rows(add_rms_norm(hidden_TD, delta_TD, weight_D, eps))
-    out_TD, scale_T1 = _empty_fp8(hidden_TD, hidden_TD.shape[1])
-    _launch_norm(kernels, hidden_TD, delta_TD, weight_D, eps, out_TD, scale_T1)
+    _launch(kernels.rms_norm_kernel, out_TD, x_TD, x_TD.stride(0), weight_D, eps, out_TD, scale_T1)
     return out_TD, scale_T1
 
 
@@ -134,20 +114,6 @@ def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
     first, second = values_TNd.chunk(2, dim=-1)
     turned_TNd = torch.cat((-second, first), dim=-1)
     x_TNd.copy_(values_TNd * cos_Td.float()[:, None] + turned_TNd * sin_Td.float()[:, None])
-
-
-def _launch_norm(
-    kernels: Any,
-    x_TD: Tensor,
-    delta_TD: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    out_TD: Tensor,
-    scale_T1: Tensor | None,
-) -> None:
-    delta_stride = 0 if delta_TD is None else delta_TD.stride(0)
-    inputs = x_TD, x_TD.stride(0), delta_TD, delta_stride, weight_D, eps
-    _launch(kernels.rms_norm_kernel, out_TD, *inputs, out_TD, scale_T1)
 
 
 def _launch(kernel: Any, out_TD: Tensor, *arguments: Any) -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def fetch_blocks_kernel(pairs, slots, blocks, copies, count, words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """See `swap.fetch_blocks`: each program takes every n-th piece of all blocks of all copies.
+    """See `swap.BlockCopies.fetch`: each program takes every n-th piece of all blocks of all copies.
 
     `pairs` holds the addresses of each copy's target and source.
     """
@@ -112,19 +112,11 @@ def quantize_rows_kernel(x, stride, out, scales, width, BLOCK: tl.constexpr):  #
 
 
 @triton.jit
-def rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x, stride, delta, delta_stride, weight, eps, out, scales, width, BLOCK: tl.constexpr
-):
-    """See `fused.add_rms_norm`; adds to `x` if there is a `delta`, quantised if there are `scales`."""
+def rms_norm_kernel(x, stride, weight, eps, out, scales, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """See `fused.rms_norm_quantized`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
-    kept = tl.load(x + row * stride + at, mask=inside, other=0)
-    if delta is not None:
-        added = tl.load(delta + row * delta_stride + at, mask=inside, other=0)
-        kept = (kept.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
-        tl.debug_barrier()  # as in _rotate
-        tl.store(x + row * stride + at, kept, mask=inside)
-    values = kept.to(tl.float32)
+    values = tl.load(x + row * stride + at, mask=inside, other=0).to(tl.float32)
     mean = tl.reduce(values * values, 0, _sum) / width
     scaled = values * tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0).to(tl.float32)
     _store_row(out, scales, row, at, scaled.to(x.dtype.element_ty), width)
@@ -132,15 +124,14 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store_row(out, scales, row, at, values, width):  # type: ignore[no-untyped-def]
-    """One row of contiguous `out`; if there are `scales`, divided by its own, which is stored too.
+    """One row of contiguous `out`, divided by its own scale, which is stored too.
 
     Every step is rounded as IEEE says, so that the bytes equal those of plain torch.
     """
-    if scales is not None:
-        values = values.to(tl.float32)
-        scale = _scale_of(tl.reduce(_magnitude(values), 0, _larger))
-        tl.store(scales + row, scale)
-        values = values * tl.div_rn(1.0, scale)
+    values = values.to(tl.float32)
+    scale = _scale_of(tl.reduce(_magnitude(values), 0, _larger))
+    tl.store(scales + row, scale)
+    values = values * tl.div_rn(1.0, scale)
     tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
 
 

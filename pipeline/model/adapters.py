@@ -14,7 +14,7 @@ from torch.nn.functional import linear, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.kernels.fp8 import Fp8Weight, fp8_available, fp8_linear
+from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear
 from pipeline.kernels.fused import quantize_rows, rms_norm_quantized, rope_, silu_mul, silu_mul_quantized
 from pipeline.model.shape import ModelShape
 
@@ -57,9 +57,12 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
-def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> None:
     """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
     reason = fp8_available(device)
+    widths = shape.hidden, shape.ffn, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if reason is None and any(width % MULTIPLE for width in widths):
+        reason = f"the sides of its weights, {', '.join(map(str, widths))}, must divide by {MULTIPLE}"
     if reason is None and dtype != torch.bfloat16:
         reason = f"its products are bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
     if reason is not None:
@@ -73,6 +76,10 @@ class Projection:
     """
 
     def __init__(self, *modules: nn.Linear) -> None:
+        for module in modules:
+            # subclasses too: those of quantisers compute something else from their weights
+            if type(module) is not nn.Linear:
+                raise ModelError(f"layers of type {type(module).__name__} are not supported (plain ones are)")
         self._modules = modules
         weights, biases = [m.weight.data for m in modules], [m.bias for m in modules]
         self.weight: Tensor | None = weights[0] if len(modules) == 1 else torch.cat(weights)
@@ -143,10 +150,11 @@ class DecoderAdapter:
 
         Raises ConfigError on a device that cannot.
         """
+        if linears or ffn:
+            check_fp8(self.device, self.dtype, self.shape)
         self.linears_in_fp8 = linears
         if not (linears or ffn):
             return
-        check_fp8(self.device, self.dtype)
         for layer in self._layers:
             for projection in (layer.qkv, layer.output) if linears else ():
                 projection.quantise(keep=keep)

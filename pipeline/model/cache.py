@@ -91,7 +91,7 @@ class RaggedCache:
             slots.keep(documents)
 
     def rewind(self) -> None:
-        """Forget the generated tokens and take all documents back into the batch."""
+        """Forget the generated tokens and take all documents back, of which none may have been parked."""
         for slots in self.distinct_slots():
             slots.rewind()
 

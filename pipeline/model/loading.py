@@ -115,11 +115,14 @@ class UnloadedModel:
 
     def load(self) -> LoadedModel:
         """Raises ModelError for weights that cannot be read."""
+        use_device(self.device)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             weights = _load_weights(self.files, self.config, self.dtype, self.device)
+        with _fits(self.files, self.device):
+            adapter = DecoderAdapter(weights)
         return LoadedModel(
-            adapter=DecoderAdapter(weights),
+            adapter=adapter,
             tokenizer=self.tokenizer,
             attention=attention,
             generation_config=weights.generation_config,
@@ -199,6 +202,13 @@ def pick_device(device: str) -> torch.device:
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", wanted.index or 0) if wanted.type == "cuda" else wanted
+
+
+def use_device(device: torch.device) -> torch.device:
+    """Make a GPU this thread's current one, on which Triton launches whatever its tensors' device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -301,8 +311,14 @@ def _load_weights(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _as_model_error(files):
         model: Any = AutoModelForCausalLM.from_pretrained(files.location, dtype=dtype, **options)
-    try:
+    with _fits(files, device):
         return model.to(device).eval()
+
+
+@contextmanager
+def _fits(files: ModelFiles, device: torch.device) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model {files.name} does not fit on {device}: {error}") from error
 

@@ -216,10 +216,11 @@ class OffloadedCache(RaggedCache):
         self._copied[layer] = self._copier.done()
         self._copier.wait(self._copied.get(layer - IN_FLIGHT))
         stage.host.append((host[0], host[1]))
-        # until the method has scored the blocks, nothing of the layer is on the device
+        # until the method has scored the blocks, nothing of the layer is on the device; a view of no rows
+        # would keep the whole tensor there, and with it all that was projected together
         self.slots.append(Slots(segments, self.new_tokens))
-        self.keys.append(k_TKd[:0])
-        self.values.append(v_TKd[:0])
+        self.keys.append(k_TKd.new_empty((0, *k_TKd.shape[1:])))
+        self.values.append(v_TKd.new_empty((0, *v_TKd.shape[1:])))
 
     def settle(self, layer: int, scores_N: Tensor) -> None:
         stage = self._scored.get(layer)

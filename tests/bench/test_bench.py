@@ -87,6 +87,11 @@ def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, c
         (["--methods", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
         (["--baselines", "vllm"], "unknown baseline 'vllm'; baselines: transformers, transformers-cudnn"),
         (["--random-weights", "gpt-5"], "--random-weights 'gpt-5': choose from qwen2-7b, "),
+        (
+            ["--baselines", "transformers-cudnn"],
+            "baseline transformers-cudnn needs an NVIDIA GPU; leave it out",
+        ),
+        (["--lengths", "64,0"], "--lengths '64,0': a prompt has at least one token"),
         (["--lengths", "8q"], "--lengths '8q': give a whole number such as 8192, 32k or 1m"),
         (["--input", "examples/licenses.jsonl", "--row", "99"], "examples/licenses.jsonl has no row 99"),
     ],
@@ -143,6 +148,22 @@ def test_offloading_is_measured_beside_a_cache_that_stays(model_folder, capfd):
     assert "| 600 | offloaded, synchronous |" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "dense"], "the keys and values of 600 tokens take "),
+        (["--kv-memory", "100B"], "600 tokens cannot run in 0.00 GB of --kv-memory: at least "),
+        (["--method", "dense,sliminfer"], "unknown method 'dense,sliminfer'"),
+        (["--method", "sliminfer:fp8"], "fp8 cannot be used here: "),
+        (["--lengths", "0"], "--lengths '0': a prompt has at least one token"),
+    ],
+)
+def test_offloading_refuses_what_cannot_be_measured(model_folder, capfd, flags, message):
+    given = ["--model", str(model_folder), "--lengths", "600", "--kv-memory", "200kB", *flags]
+    assert run(["bench", "offload", *given]) == 2
+    assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")
+
+
 def test_decode_steps_are_measured_beside_the_bytes_they_read(model_folder, capfd):
     method = "sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2"
     flags = ["--lengths", "200", "--documents", "3", "--methods", f"dense,{method}", "--new-tokens", "6"]
@@ -192,4 +213,4 @@ def test_methods_are_compared_with_references_where_there_are_some(model_folder,
     assert dense["agreement"] < 1
     source.write_text(json.dumps({"text": "fish", "right": ""}))
     assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 2
-    assert "line 1: its reference is empty" in capfd.readouterr().err
+    assert "line 1: its reference in column 'right' is empty" in capfd.readouterr().err

@@ -86,6 +86,14 @@ def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_
     assert all(work.scored_pairs == 0 for (layers,) in prefilled.by_document() for work in layers)
 
 
+def test_weights_whose_sides_the_tensor_cores_do_not_take_are_refused(slow_cpu):
+    sizes = {**SIZES, **FAMILY_SETTINGS["llama"], "intermediate_size": 100}
+    adapter = DecoderAdapter(random_model("llama", sizes, device=torch.device("cpu"), dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"the sides of its weights, .* 100, .* must divide by 16"):
+        adapter.use_fp8(linears=True, ffn=False)
+    assert not adapter.linears_in_fp8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -11,7 +11,7 @@ from conftest import SIZES
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import check_config, shape_of
+from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
 from pipeline.model.loading import load_model, locate
 
 
@@ -50,6 +50,17 @@ def refusal(model, **options):
 def test_a_family_that_is_not_supported_is_refused_by_name(folder):
     change_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     assert refusal(folder) == "model family 'gpt2' is not supported; families: llama, mistral, qwen2, qwen3"
+
+
+class PackedLinear(torch.nn.Linear):
+    """As quantisers put them in place of plain ones."""
+
+
+def test_layers_that_a_quantiser_replaced_are_refused(folder):
+    model = load_model(str(folder), device="cpu").adapter.model
+    model.model.layers[1].mlp.up_proj = PackedLinear(64, 64)
+    with pytest.raises(ModelError, match="layers of type PackedLinear are not supported"):
+        DecoderAdapter(model)
 
 
 def test_remote_code_needs_leave(folder):

@@ -169,6 +169,19 @@ def test_swapped_blocks_give_the_answer_of_a_cache_that_holds_them_all(model, sd
     assert (traffic.swapped_bytes > 0) == (swaps > 0)
 
 
+def test_a_prefill_holds_nothing_of_the_layers_whose_blocks_are_not_scored_yet(model, sdpa, monkeypatch):
+    held, settle = {}, OffloadedCache.settle
+
+    def watched(cache, layer, scores_N):
+        last = len(cache.keys) - 1
+        held[last] = [buffers[last].untyped_storage().nbytes() for buffers in (cache.keys, cache.values)]
+        settle(cache, layer, scores_N)
+
+    monkeypatch.setattr(OffloadedCache, "settle", watched)
+    offloaded(model, sdpa, document(256), 0.6)
+    assert held == {layer: [0, 0] for layer in (0, 1, 2)}
+
+
 def test_the_device_holds_no_more_than_allowed_and_the_host_what_is_offloaded(model, sdpa):
     doc = document(256)
     for share in (0.9, 0.6, 0.45):
