@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from marsinfer_cli import options
+from marsinfer_cli.bench_inputs import (
+    load,
+    parse_lengths,
+    parse_shares,
+    parse_variant,
+    parse_variants,
+    read_documents,
+    read_references,
+    real_document,
+)
 from marsinfer_cli.tables import (
     print_agreement_table,
     print_decode_table,
@@ -18,16 +28,12 @@ from marsinfer_cli.tables import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.bench.variant import Variant
     from pipeline.model.loading import LoadedModel
-    from pipeline.records import EncodedDocument
 
 RandomWeights = Annotated[
     str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
-
-LINEARS_IN_FP8 = "fp8"  # among a method's settings in --methods
 
 bench_app = typer.Typer(help="Measure speed.")
 
@@ -84,21 +90,22 @@ def ttft(
 ) -> None:
     """Time to first token of one prompt: median and spread, operations, memory."""
     from pipeline.bench.ceilings import measure_ceilings
+    from pipeline.bench.inputs import random_document
     from pipeline.bench.plot import check_plot, save_plot
     from pipeline.bench.ttft import measure_ttft
 
     if plot:
         check_plot(plot)
-    chosen = _methods(methods, keep)
-    wanted = _lengths(lengths) if lengths else [None]
+    chosen = parse_variants(methods, keep)
+    wanted = parse_lengths(lengths) if lengths else [None]
     stock = [] if baselines == "none" else baselines.split(",")
-    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    loaded = load(model, random_weights, dtype=dtype, device=device, attention=attention)
     results, ceilings = [], []
     for length in wanted:
         document = (
-            _real_document(loaded, input, row, text_column, question, length)
+            real_document(loaded, input, row, text_column, question, length)
             if input and loaded.tokenizer
-            else _random_document(loaded, length or 8192)
+            else random_document(loaded, length or 8192)
         )
         ceilings.append(measure_ceilings(loaded, document.prompt_tokens))
         results += measure_ttft(
@@ -142,21 +149,22 @@ def offload(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
+    from pipeline.bench.inputs import random_document
     from pipeline.bench.offload import measure_offload
     from pipeline.bench.variant import prepare
     from pipeline.config import parse_bytes
     from pipeline.engines.memory import host_kv_bytes
 
-    chosen = _method(method.strip(), _shares(keep) if keep else None)
-    wanted = _lengths(lengths)
+    chosen = parse_variant(method.strip(), parse_shares(keep) if keep else None)
+    wanted = parse_lengths(lengths)
     device_bytes = parse_bytes("--kv-memory", kv_memory)
-    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    loaded = load(model, random_weights, dtype=dtype, device=device, attention=attention)
     prepare(loaded, [chosen])
     results = []
     for length in wanted:
         results += measure_offload(
             loaded,
-            _random_document(loaded, length),
+            random_document(loaded, length),
             chosen.use(loaded),
             device_bytes=device_bytes,
             host_bytes=host_kv_bytes(),
@@ -193,9 +201,9 @@ def decode(
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
     from pipeline.bench.decode import measure_decode
 
-    chosen = _methods(methods, keep)
-    wanted = _lengths(lengths)
-    loaded = _load(model, random_weights, dtype=dtype, device=device, attention=attention)
+    chosen = parse_variants(methods, keep)
+    wanted = parse_lengths(lengths)
+    loaded = load(model, random_weights, dtype=dtype, device=device, attention=attention)
     results = []
     for length in wanted:
         results += measure_decode(
@@ -233,7 +241,7 @@ def agreement(
     from pipeline.quality.agreement import measure_agreement
     from pipeline.tokenizing import stop_token_ids
 
-    chosen = _methods(methods, None)
+    chosen = parse_variants(methods, None)
     loaded = load_model(model, dtype=dtype, device=device, attention=attention)
     columns = {
         "text_column": text_column,
@@ -241,7 +249,7 @@ def agreement(
         "question": question or (None if question_column else "Summarise this document."),
         "keep_columns": f"{reference_column}:string" if reference_column else None,
     }
-    documents, failed = _documents(loaded, input, columns, limit, new_tokens)
+    documents, failed = read_documents(loaded, input, columns, limit, new_tokens)
     for message in failed:
         print(f"left out: {message}", file=sys.stderr)
     stop_ids = stop_token_ids(loaded.tokenizer, loaded.generation_config)
@@ -251,144 +259,13 @@ def agreement(
         chosen,
         new_tokens=new_tokens,
         stop_ids=stop_ids,
-        references=_references(loaded, documents, reference_column) if reference_column else None,
+        references=read_references(loaded, documents, reference_column) if reference_column else None,
     )
     conditions = {**_conditions(loaded), "documents": len(documents), "left out": len(failed)}
     if as_json:
         print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
     else:
         print_agreement_table(conditions, results)
-
-
-def _documents(
-    model: LoadedModel, path: str, columns: dict[str, str | None], limit: int | None, new_tokens: int
-) -> tuple[list[EncodedDocument], list[str]]:
-    """The prompts of a file, over-long ones cut in their middle, and why rows were left out."""
-    from pipeline.config import BatchConfig
-    from pipeline.errors import InputError
-    from pipeline.intake import encode_rows, make_prompts, open_rows
-    from pipeline.records import RowFailure
-    from pipeline.selection import select_rows
-
-    config = BatchConfig(
-        input=(path,),
-        output="",
-        **columns,  # type: ignore[arg-type]
-        limit=limit,
-        max_new_tokens=new_tokens,
-        on_overlong="truncate-middle",
-    )
-    source = open_rows(config)
-    prompts = make_prompts(config, model.tokenizer, model.shape.context)
-    rows = select_rows(source, config, source.total_rows)
-    items = list(encode_rows(rows, prompts, config.on_overlong))
-    documents = [item for item in items if not isinstance(item, RowFailure)]
-    failed = [item.message for item in items if isinstance(item, RowFailure)]
-    if not documents:
-        raise InputError(f"{path} has no row that can be answered" + (f": {failed[0]}" if failed else ""))
-    return documents, failed
-
-
-def _references(model: LoadedModel, documents: list[EncodedDocument], column: str) -> list[list[int]]:
-    from pipeline.errors import InputError
-
-    references = []
-    for document in documents:
-        assert document.source.passthrough is not None
-        text = document.source.passthrough.column(column)[0].as_py()
-        tokens = model.tokenizer(text or "", add_special_tokens=False)["input_ids"]
-        if not tokens:
-            raise InputError(f"{document.source.place}: its reference in column {column!r} is empty")
-        references.append(tokens)
-    return references
-
-
-def _load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
-    from pipeline.bench.ttft import random_loaded_model
-    from pipeline.model.loading import load_model
-
-    if random_weights:
-        return random_loaded_model(random_weights, dtype=dtype, device=device, attention=attention)
-    return load_model(model, dtype=dtype, device=device, attention=attention)
-
-
-def _methods(specs: str, keep: str | None) -> list[Variant]:
-    shares = _shares(keep) if keep else None
-    return [_method(spec.strip(), shares) for spec in specs.split(",")]
-
-
-def _method(spec: str, keep: tuple[float, ...] | None) -> Variant:
-    from pipeline.bench.variant import Variant
-    from pipeline.config import parse_settings
-    from pipeline.pruning.registry import make_method
-
-    parts = spec.split(":")
-    fp8 = LINEARS_IN_FP8 in parts
-    parts = [part for part in parts if part != LINEARS_IN_FP8]
-    settings = [part.replace("/", ",") for part in parts if "=" in part]
-    method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
-    return Variant(spec, method if settings or keep is None else method.with_keep(keep), fp8)
-
-
-def _lengths(text: str) -> list[int]:
-    from pipeline.config import parse_count
-    from pipeline.errors import ConfigError
-
-    lengths = [parse_count("--lengths", part) for part in text.split(",")]
-    if not all(lengths):
-        raise ConfigError(f"--lengths {text!r}: a prompt has at least one token")
-    return lengths
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    from pipeline.errors import ConfigError
-
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--keep {text!r}: give shares such as 0.25,0.125,0.0625") from None
-    if not all(0 < share <= 1 for share in shares):
-        raise ConfigError(f"--keep {text!r}: a share is above 0 and at most 1")
-    return shares
-
-
-def _random_document(model: LoadedModel, length: int) -> EncodedDocument:
-    import numpy as np
-
-    from pipeline.records import EncodedDocument, Row, Spans
-
-    ids = np.random.default_rng(0).integers(0, model.adapter.shape.vocab, length)
-    spans = Spans(document=(0, length), question=(length, length))
-    return EncodedDocument(source=Row(row=0, id="random", place="random"), input_ids=ids, spans=spans)
-
-
-def _real_document(
-    model: LoadedModel, path: str, row: int, text_column: str, question: str, length: int | None
-) -> EncodedDocument:
-    from itertools import islice
-
-    from pipeline.errors import InputError, RowError
-    from pipeline.io import Columns, open_source
-    from pipeline.prompts import PromptBuilder
-    from pipeline.records import RowFailure
-
-    source = open_source([path], Columns(text=text_column, fixed_question=question))
-    document = next(islice(source, row, None), None)
-    if document is None:
-        raise InputError(f"{path} has no row {row}")
-    if isinstance(document, RowFailure):
-        raise InputError(document.message)
-    context = model.adapter.shape.context
-    prompts = PromptBuilder(
-        model.tokenizer,
-        context=min(length or context, context),
-        max_new_tokens=0,
-        on_overlong="truncate-middle" if length else "error",
-    )
-    try:
-        return prompts.encode(document)
-    except RowError as error:
-        raise InputError(f"{document.source.place}: {error}") from error
 
 
 def _conditions(model: LoadedModel) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.bench.ceilings import wait_for
+from pipeline.bench.inputs import random_document
 from pipeline.bench.variant import Variant, prepare
 from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.records import EncodedDocument, Row, Spans
 
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 32}  # more than any cache of the device holds
 COPIES = 10
@@ -72,7 +71,7 @@ def measure_decode(
     repeats: int,
 ) -> list[DecodeMeasurement]:
     """Answer one batch of random prompts of these lengths, with every method, all answers equally long."""
-    documents = [_random_document(model, row, length) for row, length in enumerate(lengths)]
+    documents = [random_document(model, length, row) for row, length in enumerate(lengths)]
     copied = copy_bytes_per_second(model.device)
     prepare(model, methods)
     results = []
@@ -177,9 +176,3 @@ def copy_bytes_per_second(device: torch.device) -> float:
         wait_for(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size / best
-
-
-def _random_document(model: LoadedModel, row: int, length: int) -> EncodedDocument:
-    ids = np.random.default_rng(row).integers(0, model.shape.vocab, length)
-    spans = Spans(document=(0, length), question=(length, length))
-    return EncodedDocument(source=Row(row=row, id=str(row), place="random"), input_ids=ids, spans=spans)

@@ -1,0 +1,133 @@
+"""What the commands of `marsinfer bench` are given: variants, lengths, documents, a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.bench.variant import Variant
+    from pipeline.model.loading import LoadedModel
+    from pipeline.records import EncodedDocument
+
+LINEARS_IN_FP8 = "fp8"  # among a method's settings in --methods
+
+
+def read_documents(
+    model: LoadedModel, path: str, columns: dict[str, str | None], limit: int | None, new_tokens: int
+) -> tuple[list[EncodedDocument], list[str]]:
+    """The prompts of a file, over-long ones cut in their middle, and why rows were left out."""
+    from pipeline.config import BatchConfig
+    from pipeline.errors import InputError
+    from pipeline.intake import encode_rows, make_prompts, open_rows
+    from pipeline.records import RowFailure
+    from pipeline.selection import select_rows
+
+    config = BatchConfig(
+        input=(path,),
+        output="",
+        **columns,  # type: ignore[arg-type]
+        limit=limit,
+        max_new_tokens=new_tokens,
+        on_overlong="truncate-middle",
+    )
+    source = open_rows(config)
+    prompts = make_prompts(config, model.tokenizer, model.shape.context)
+    rows = select_rows(source, config, source.total_rows)
+    items = list(encode_rows(rows, prompts, config.on_overlong))
+    documents = [item for item in items if not isinstance(item, RowFailure)]
+    failed = [item.message for item in items if isinstance(item, RowFailure)]
+    if not documents:
+        raise InputError(f"{path} has no row that can be answered" + (f": {failed[0]}" if failed else ""))
+    return documents, failed
+
+
+def read_references(model: LoadedModel, documents: list[EncodedDocument], column: str) -> list[list[int]]:
+    from pipeline.errors import InputError
+
+    references = []
+    for document in documents:
+        assert document.source.passthrough is not None
+        text = document.source.passthrough.column(column)[0].as_py()
+        tokens = model.tokenizer(text or "", add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise InputError(f"{document.source.place}: its reference in column {column!r} is empty")
+        references.append(tokens)
+    return references
+
+
+def load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
+    from pipeline.bench.ttft import random_loaded_model
+    from pipeline.model.loading import load_model
+
+    if random_weights:
+        return random_loaded_model(random_weights, dtype=dtype, device=device, attention=attention)
+    return load_model(model, dtype=dtype, device=device, attention=attention)
+
+
+def parse_variants(specs: str, keep: str | None) -> list[Variant]:
+    shares = parse_shares(keep) if keep else None
+    return [parse_variant(spec.strip(), shares) for spec in specs.split(",")]
+
+
+def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
+    from pipeline.bench.variant import Variant
+    from pipeline.config import parse_settings
+    from pipeline.pruning.registry import make_method
+
+    parts = spec.split(":")
+    fp8 = LINEARS_IN_FP8 in parts
+    parts = [part for part in parts if part != LINEARS_IN_FP8]
+    settings = [part.replace("/", ",") for part in parts if "=" in part]
+    method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
+    return Variant(spec, method if settings or keep is None else method.with_keep(keep), fp8)
+
+
+def parse_lengths(text: str) -> list[int]:
+    from pipeline.config import parse_count
+    from pipeline.errors import ConfigError
+
+    lengths = [parse_count("--lengths", part) for part in text.split(",")]
+    if not all(lengths):
+        raise ConfigError(f"--lengths {text!r}: a prompt has at least one token")
+    return lengths
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    from pipeline.errors import ConfigError
+
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--keep {text!r}: give shares such as 0.25,0.125,0.0625") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--keep {text!r}: a share is above 0 and at most 1")
+    return shares
+
+
+def real_document(
+    model: LoadedModel, path: str, row: int, text_column: str, question: str, length: int | None
+) -> EncodedDocument:
+    from itertools import islice
+
+    from pipeline.errors import InputError, RowError
+    from pipeline.io import Columns, open_source
+    from pipeline.prompts import PromptBuilder
+    from pipeline.records import RowFailure
+
+    source = open_source([path], Columns(text=text_column, fixed_question=question))
+    document = next(islice(source, row, None), None)
+    if document is None:
+        raise InputError(f"{path} has no row {row}")
+    if isinstance(document, RowFailure):
+        raise InputError(document.message)
+    context = model.adapter.shape.context
+    prompts = PromptBuilder(
+        model.tokenizer,
+        context=min(length or context, context),
+        max_new_tokens=0,
+        on_overlong="truncate-middle" if length else "error",
+    )
+    try:
+        return prompts.encode(document)
+    except RowError as error:
+        raise InputError(f"{document.source.place}: {error}") from error
