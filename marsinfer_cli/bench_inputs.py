@@ -65,8 +65,14 @@ def load(model: str, random_weights: str | None, *, dtype: str, device: str, att
 
 
 def parse_variants(specs: str, keep: str | None) -> list[Variant]:
+    from pipeline.errors import ConfigError
+
     shares = parse_shares(keep) if keep else None
-    return [parse_variant(spec.strip(), shares) for spec in specs.split(",")]
+    names = [spec.strip() for spec in specs.split(",")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--methods names {twice!r} twice")
+    return [parse_variant(name, shares) for name in names]
 
 
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:

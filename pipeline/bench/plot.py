@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.bench.ttft import Measurement
 from pipeline.errors import ConfigError
@@ -16,6 +17,8 @@ def check_plot(path: str) -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'marsinfer[plot]'") from error
     if not path.lower().endswith((".png", ".svg", ".pdf")):
         raise ConfigError(f"--plot {path}: name a .png, .svg or .pdf file")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no such folder")
 
 
 def save_plot(path: str, title: str, results: Sequence[Measurement]) -> None:

@@ -92,6 +92,7 @@ def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, c
             "baseline transformers-cudnn needs an NVIDIA GPU; leave it out",
         ),
         (["--lengths", "64,0"], "--lengths '64,0': a prompt has at least one token"),
+        (["--methods", "dense,dense"], "--methods names 'dense' twice"),
         (["--lengths", "8q"], "--lengths '8q': give a whole number such as 8192, 32k or 1m"),
         (["--input", "examples/licenses.jsonl", "--row", "99"], "examples/licenses.jsonl has no row 99"),
     ],
@@ -132,6 +133,9 @@ def test_a_plot_is_drawn(model_folder, tmp_path, capfd):
     capfd.readouterr()
     assert run(["bench", "ttft", "--model", str(model_folder), "--plot", "x.doc"]) == 2
     assert capfd.readouterr().err == "marsinfer: error: --plot x.doc: name a .png, .svg or .pdf file\n"
+    nowhere = tmp_path / "nowhere" / "x.png"
+    assert run(["bench", "ttft", "--model", str(model_folder), "--plot", str(nowhere)]) == 2
+    assert capfd.readouterr().err == f"marsinfer: error: --plot {nowhere}: there is no such folder\n"
 
 
 def test_offloading_is_measured_beside_a_cache_that_stays(model_folder, capfd):
