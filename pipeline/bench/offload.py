@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.bench.ceilings import wait_for
 from pipeline.errors import ConfigError, RowError
 from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.loading import LoadedModel
@@ -182,6 +183,5 @@ def _agreement(runs: Sequence[_Run], reference: Sequence[int]) -> float:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()

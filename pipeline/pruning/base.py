@@ -233,17 +233,21 @@ class ScoredMethod(PruningMethod):
         return Selection(ffn=self.kept(layer, view))
 
     def kept(self, layer: int, view: LayerView) -> Tensor:
-        """Ascending indices of `ceil(share * length)` tokens a document.
-
-        Protected tokens count towards the share; where they alone exceed it, they are what is kept.
-        """
+        """Ascending indices of the tokens that pass the FFN."""
         share = at_layer(self.share, layer)
         if share >= 1:
             return view.all_indices
+        return self.share_mask(self.score(layer, view), view, share).nonzero().flatten()
+
+    def share_mask(self, scores_T: Tensor, view: LayerView, share: float) -> Tensor:
+        """(T,) bool: the best `ceil(share * length)` tokens of each document.
+
+        Protected tokens count towards the share; where they alone exceed it, they are what is kept.
+        """
         counts = [ceil(share * length) for length in view.segments.lengths]
         protected_T = self.protected_mask(view)
-        scores_T = self.score(layer, view).masked_fill(protected_T, float("inf"))
-        return (top_mask(scores_T, view.segments, counts) | protected_T).nonzero().flatten()
+        first_T = scores_T.masked_fill(protected_T, float("inf"))
+        return top_mask(first_T, view.segments, counts) | protected_T
 
 
 def at_layer(value: Any, layer: int) -> Any:

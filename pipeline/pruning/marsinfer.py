@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.select import mass_mask, top_mask
+from pipeline.kernels.select import mass_mask
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
@@ -105,13 +104,11 @@ class MarsInfer(ScoredMethod):
 
     def _mask(self, scores_T: Tensor | None, view: LayerView, eta: float, share: float | None) -> Tensor:
         """(T,) bool: the best tokens by a mass or a fixed share, and the protected ones."""
-        protected_T = self.protected_mask(view)
         if scores_T is None or _keeps_all(eta, share):
-            return torch.ones_like(protected_T)
+            return torch.ones_like(view.positions, dtype=torch.bool)
         if share is None:
-            return mass_mask(scores_T, view.segments, eta) | protected_T
-        counts = [ceil(share * length) for length in view.segments.lengths]
-        return top_mask(scores_T.masked_fill(protected_T, float("inf")), view.segments, counts) | protected_T
+            return mass_mask(scores_T, view.segments, eta) | self.protected_mask(view)
+        return self.share_mask(scores_T, view, share)
 
 
 def _keeps_all(eta: float, share: float | None) -> bool:
