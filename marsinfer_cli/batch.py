@@ -96,6 +96,7 @@ def batch(
     linear_dtype: options.LinearDtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
+    attention_dtype: options.AttentionDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     method: options.Method = "marsinfer",
     set: options.Set = None,

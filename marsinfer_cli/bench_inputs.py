@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipeline.model.loading import LoadedModel
     from pipeline.records import EncodedDocument
 
-LINEARS_IN_FP8 = "fp8"  # among a method's settings in --methods
+LINEARS_IN_FP8, ATTENTION_IN_FP8 = "fp8", "attention-fp8"  # among a method's settings in --methods
 
 
 def read_documents(
@@ -81,11 +81,11 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     from pipeline.pruning.registry import make_method
 
     parts = spec.split(":")
-    fp8 = LINEARS_IN_FP8 in parts
-    parts = [part for part in parts if part != LINEARS_IN_FP8]
+    precisions = LINEARS_IN_FP8 in parts, ATTENTION_IN_FP8 in parts
+    parts = [part for part in parts if part not in (LINEARS_IN_FP8, ATTENTION_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
-    return Variant(spec, method if settings or keep is None else method.with_keep(keep), fp8)
+    return Variant(spec, method if settings or keep is None else method.with_keep(keep), *precisions)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -46,6 +46,13 @@ Attention = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+AttentionDtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (as --dtype), or fp8: attention of the prefill, with FlashAttention-3.",
+        rich_help_panel=MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that a model folder brings.", rich_help_panel=MODEL),

@@ -15,6 +15,7 @@ ON_OVERLONG = ("error", "skip", "truncate-left", "truncate-right", "truncate-mid
 ORDERS = ("input", "completion")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
+ATTENTION_DTYPES = ("auto", "fp8")
 ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
 
@@ -44,6 +45,7 @@ class BatchConfig:
     device: str = "auto"
     linear_dtype: str = "auto"  # fp8: all linear layers but the head
     attention: str = "auto"
+    attention_dtype: str = "auto"  # fp8: queries, keys and values of the prefill
     trust_remote_code: bool = False
     # method
     method: str = "marsinfer"
@@ -70,6 +72,7 @@ class BatchConfig:
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
         _check_choice("--attention", self.attention, ATTENTION)
+        _check_choice("--attention-dtype", self.attention_dtype, ATTENTION_DTYPES)
         _check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         _check_at_least("--seed", self.seed, 0)
         for flag in ("pack_tokens", "kv_memory", "limit", "sample"):

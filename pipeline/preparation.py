@@ -61,6 +61,7 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
+            attention_dtype=config.attention_dtype,
         )
     from pipeline.model.adapters import check_fp8
 

@@ -31,6 +31,7 @@ def deciding_settings(
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype),
             "linear_dtype": config.linear_dtype,
+            "attention_dtype": config.attention_dtype,
         },
         "method": {"name": method.name, "settings": asdict(method)},
         "template_sha256": prompts.template_hash,

@@ -15,10 +15,9 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
-from pipeline.kernels.attention import choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, greedy_answers
-from pipeline.model.loading import LoadedModel, pick_device, pick_dtype, use_device
+from pipeline.model.loading import LoadedModel, attention_for, pick_device, pick_dtype, use_device
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument
@@ -100,9 +99,7 @@ def random_loaded_model(name: str, *, dtype: str, device: str, attention: str) -
     target = use_device(pick_device(device))
     weights = random_model(family, settings, device=target, dtype=pick_dtype(dtype, target))
     adapter = DecoderAdapter(weights)
-    shape = adapter.shape
-    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    backend, refused = choose_attention(attention, device=target, dtype=adapter.dtype, **sizes)
+    backend, refused = attention_for(attention, target, adapter.dtype, adapter.shape)
     return LoadedModel(
         adapter=adapter,
         tokenizer=None,

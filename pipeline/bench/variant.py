@@ -1,11 +1,11 @@
-"""What is measured side by side: a method with its settings, and the precision of the linear layers."""
+"""What is measured side by side: a method with its settings, and the precisions of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.model.loading import LoadedModel
+from pipeline.model.loading import LoadedModel, attention_for
 from pipeline.pruning.base import PruningMethod
 
 
@@ -15,15 +15,17 @@ class Variant(NamedTuple):
     name: str
     method: PruningMethod
     linears_in_fp8: bool = False
+    attention_in_fp8: bool = False
 
     def use(self, model: LoadedModel) -> PruningMethod:
-        """Set the model to this variant's precision; returns the method."""
+        """Set the model, which `prepare` has seen, to this variant's precisions; returns the method."""
         model.adapter.linears_in_fp8 = self.linears_in_fp8
+        model.attention = model.attentions[self.attention_in_fp8]
         return self.method
 
 
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
-    """Quantise what some variant needs, and keep the rest for the others; raises ConfigError."""
+    """Make what some variant needs, and keep the rest for the others; raises ConfigError."""
     variants = list(variants)
     model.adapter.use_fp8(
         linears=any(variant.linears_in_fp8 for variant in variants),
@@ -31,3 +33,7 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
         keep=True,
     )
     model.adapter.linears_in_fp8 = False
+    model.attentions.setdefault(False, model.attention)
+    if any(variant.attention_in_fp8 for variant in variants) and True not in model.attentions:
+        in_fp8, _ = attention_for("auto", model.device, model.dtype, model.shape, fp8=True)
+        model.attentions[True] = in_fp8

@@ -1,7 +1,8 @@
 """Causal attention over packs of documents, through whichever library is fastest on the device.
 
 Every backend computes the same two things: `prefill`, where each document's tokens attend within the
-document, and `decode`, where one new token a document attends to its slots of the cache.
+document, and `decode`, where the newest tokens of each document, most often one, attend to its slots of the
+cache.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
+from pipeline.kernels.fused import centred_keys, quantize_heads
 from pipeline.kernels.segments import Segments, on_device
 
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
+FP8_TOLERANCE = 0.1  # the same in fp8, which keeps 3 bits of a mantissa
 
 
 class AttentionUnavailable(Exception):
@@ -34,27 +37,37 @@ class AttentionUnavailable(Exception):
 class DecodeSlots:
     """The slots of one buffer that the queries of a decode step attend to, on the host and on the device.
 
-    Document b's are starts[b] .. starts[b] + used[b]. The device's counts go on within a captured step, in
-    which the host's are not looked at.
+    Document b's are starts[b] .. starts[b] + used[b], of which its queries are the last. The device's counts
+    go on within a captured step, in which the host's are not looked at.
     """
 
     starts: tuple[int, ...]
-    used: list[int]  # at least 1: the new token counts
+    used: list[int]  # the new tokens count: at least as many as queries
     longest: int  # no document ever uses more slots
     used_B: Tensor  # int32, as the following
     bounds_B1: Tensor  # the starts and the buffer's end
-    queries_B1: Tensor  # 0 .. B: one query a document
+    queries_B1: Tensor  # bounds of each document's queries
+    queries: tuple[int, ...]  # how many each document has, at least 1
 
     @classmethod
-    def of(cls, starts: Sequence[int], used: Sequence[int], slots: int, device: torch.device) -> Self:
-        """Of a buffer of `slots`, for a step that will not be captured."""
+    def of(
+        cls,
+        starts: Sequence[int],
+        used: Sequence[int],
+        slots: int,
+        device: torch.device,
+        queries: Sequence[int] | None = None,
+    ) -> Self:
+        """Of a buffer of `slots`, for a step that will not be captured; one query a document by default."""
+        asked = Segments.of((1,) * len(starts) if queries is None else queries, device)
         return cls(
             starts=tuple(starts),
             used=list(used),
             longest=max(used),
             used_B=on_device(used, device, torch.int32),
             bounds_B1=on_device([*starts, slots], device, torch.int32),
-            queries_B1=torch.arange(len(starts) + 1, dtype=torch.int32, device=device),
+            queries_B1=asked.cu_seqlens,
+            queries=asked.lengths,
         )
 
 
@@ -69,11 +82,12 @@ class AttentionBackend(ABC):
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
         """Causal attention within each document, (T, H, d)."""
 
-    def decode(self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
-        """Each document's one query over its slots, (B, H, d)."""
+    def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+        """Each document's queries over its slots, (Q, H, d): the last sees all, the one before one less."""
+        asked = q_QHd.split(slots.queries)
         outputs = [
-            _sdpa(q_BHd[b : b + 1], k_SKd[start : start + count], v_SKd[start : start + count], causal=False)
-            for b, (start, count) in enumerate(zip(slots.starts, slots.used, strict=True))
+            _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count])
+            for q, start, count in zip(asked, slots.starts, slots.used, strict=True)
         ]
         return torch.cat(outputs)
 
@@ -171,19 +185,54 @@ class Flash3Attention(FlashAttention):
     # packs, a few documents would leave most of its multiprocessors idle
     splits: ClassVar[int] = 0
 
-    def decode(self, q_BHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+    def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         return self._call(
-            q_BHd,
+            q_QHd,
             k_SKd,
             v_SKd,
             cu_seqlens_q=slots.queries_B1,
             cu_seqlens_k=slots.bounds_B1,
-            max_seqlen_q=1,
+            max_seqlen_q=max(slots.queries),
             max_seqlen_k=slots.longest,
             seqused_k=slots.used_B,
             causal=True,
             num_splits=self.splits,
         )
+
+
+class Flash3Fp8Attention(Flash3Attention):
+    """The same with queries, keys and values of the prefill in fp8; keys and values are stored as they come.
+
+    A scale for each document and key/value head. Softmax does not change when one vector is taken off all
+    keys of a head: without their mean, which is large in some models, they lose less by rounding (as in
+    SageAttention, arXiv 2410.02367).
+    """
+
+    name = "fa3-fp8"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not hasattr(torch, "float8_e4m3fn"):
+            raise AttentionUnavailable("this torch has no float8_e4m3fn")
+
+    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        bounds, longest, kv_heads = segments.cu_seqlens, segments.longest, k_TKd.shape[1]
+        keys = centred_keys(k_TKd, segments)
+        quantised = [quantize_heads(x, segments, kv_heads) for x in (q_THd, keys, v_TKd)]
+        (q_fp8, q_scale), (k_fp8, k_scale), (v_fp8, v_scale) = quantised
+        return self._call(
+            q_fp8,
+            k_fp8,
+            v_fp8,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            q_descale=q_scale,
+            k_descale=k_scale,
+            v_descale=v_scale,
+            causal=True,
+        ).to(q_THd.dtype)
 
 
 # fastest first: the order in which `auto` tries them on a GPU
@@ -194,34 +243,51 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "varlen": VarlenAttention,
     "sdpa": SdpaAttention,
 }
+# those that can prefill in fp8, under the same names
+FP8_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"fa3": Flash3Fp8Attention}
 
 
 def choose_attention(
-    wanted: str, *, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+    wanted: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    fp8: bool = False,
 ) -> tuple[AttentionBackend, dict[str, str]]:
     """The backend to use, and for each faster one why it was not taken.
 
-    `wanted` is a name of `BACKENDS` or `auto`. A backend is taken only after a small trial on the device
-    agrees with the reference. Raises ConfigError when a backend asked for by name fails its trial.
+    `wanted` is a name of `BACKENDS` or `auto`; with `fp8` only those count that can prefill in it. A backend
+    is taken only after a small trial on the device agrees with the reference. Raises ConfigError when none
+    does, or the one asked for by name does not.
     """
-    candidates = list(BACKENDS) if wanted == "auto" else [wanted]
+    backends = FP8_BACKENDS if fp8 else BACKENDS
+    candidates = list(backends) if wanted == "auto" else [wanted]
+    tolerance = FP8_TOLERANCE if fp8 else TOLERANCE
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     refused: dict[str, str] = {}
     for name in candidates:
         try:
+            if name not in backends:
+                raise AttentionUnavailable("cannot compute in fp8")
             if device.type == "cpu" and name != "sdpa":
                 raise AttentionUnavailable("needs a GPU")
-            backend = BACKENDS[name]()
-            _try_once(backend, device=device, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+            backend = backends[name]()
+            _try_once(backend, tolerance, device=device, dtype=dtype, **sizes)
         except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
             refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
             return backend, refused
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    raise ConfigError(f"no attention backend works on {device} with {dtype}: {reasons}")
+    precision = "fp8" if fp8 else str(dtype)
+    raise ConfigError(f"no attention backend works on {device} with {precision}: {reasons}")
 
 
 def _try_once(
     backend: AttentionBackend,
+    tolerance: float,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -235,18 +301,31 @@ def _try_once(
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     expected = reference.causal_attention(q, k, v, segments)
     last = segments.last_indices()
-    _compare(backend.prefill(q, k, v, segments), expected, "prefill")
+    _compare(backend.prefill(q, k, v, segments), expected, tolerance, "prefill")
     slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
-    _compare(backend.decode(q[last], k, v, slots), expected[last], "decode")
+    _compare(backend.decode(q[last], k, v, slots), expected[last], TOLERANCE, "decode")
 
 
-def _compare(got: Tensor, expected: Tensor, what: str) -> None:
+def _compare(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise AttentionUnavailable(f"its {what} is off by {error:.3g} on a trial")
 
 
-def _sdpa(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, causal: bool) -> Tensor:
+def _sdpa_last(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    """A document's last Q tokens over all T: SDPA's own causal mask would take them for the first ones."""
+    queries, tokens = len(q_QHd), len(k_TKd)
+    if queries == 1:
+        return _sdpa(q_QHd, k_TKd, v_TKd, causal=False)
+    if queries == tokens:
+        return _sdpa(q_QHd, k_TKd, v_TKd, causal=True)
+    seen_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHd.device).tril(tokens - queries)
+    return _sdpa(q_QHd, k_TKd, v_TKd, causal=False, mask_QT=seen_QT)
+
+
+def _sdpa(
+    q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, causal: bool, mask_QT: Tensor | None = None
+) -> Tensor:
     """One document through SDPA, which wants (1, heads, tokens, d)."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
     grouped = q.shape[1] != k.shape[1]
@@ -254,5 +333,5 @@ def _sdpa(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, causal: bool) -> Tenso
         # no fused CUDA kernel takes grouped heads in fp32, and the plain one would hold the T x T matrix
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    mixed = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask_QT, is_causal=causal, enable_gqa=grouped)
     return mixed.squeeze(0).transpose(0, 1)

@@ -93,6 +93,14 @@ class Projection:
         assert self.weight is not None, "these weights were given up for their fp8 form"
         return linear(x_TD, self.weight, self.bias)
 
+    def add_to_(self, total_TN: Tensor, x_TD: Tensor) -> None:
+        """Add the output in place: the product's own sum is its last step, so nothing is written twice."""
+        if self.bias is not None:
+            total_TN += self(x_TD)
+            return
+        assert self.weight is not None, "these weights were given up for their fp8 form"
+        total_TN.addmm_(x_TD, self.weight.t())
+
     def in_fp8(self, x_TD: Tensor, scale_T1: Tensor) -> Tensor:
         """(T, N) in bfloat16 of a quantised input."""
         assert self.fp8 is not None, "these weights were not quantised"
@@ -182,19 +190,23 @@ class DecoderAdapter:
         rope_(q_THd, k_TKd, *rope)
         return q_THd, k_TKd, v_TKd
 
-    def attention_output(self, layer: int, mixed_THd: Tensor) -> Tensor:
-        """(T, D) to be added to the residual stream."""
+    def add_attention_(self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor) -> None:
+        """Add the projected outputs of the heads to the residual stream."""
         projection, mixed_TN = self._layers[layer].output, mixed_THd.flatten(1)
-        return projection.in_fp8(*quantize_rows(mixed_TN)) if self.linears_in_fp8 else projection(mixed_TN)
+        if self.linears_in_fp8:
+            hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
+        else:
+            projection.add_to_(hidden_TD, mixed_TN)
 
-    def feed_forward(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> Tensor:
-        """(T, D) to be added to the residual stream: norm and gated FFN, in fp8 if asked or by default."""
+    def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         weights = self._layers[layer]
         gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
         if fp8:
-            return weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
-        return weights.down(silu_mul(gate_up_T2F))
+            hidden_TD += weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
+        else:
+            weights.down.add_to_(hidden_TD, silu_mul(gate_up_T2F))
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""

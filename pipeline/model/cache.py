@@ -31,8 +31,9 @@ class Slots:
         self.used = list(self.segments.lengths)
         self.room = [length + self.new_tokens for length in self.segments.lengths]
 
-    def advance(self) -> None:
-        self.used = _one_more(self.used, self.room)
+    def advance(self, tokens: Sequence[int] | None = None) -> None:
+        added = tokens or (1,) * len(self.used)
+        self.used = [min(n + more, most) for n, more, most in zip(self.used, added, self.room, strict=True)]
 
     def keep(self, documents: Sequence[int]) -> None:
         self.starts = [self.starts[b] for b in documents]
@@ -80,10 +81,10 @@ class RaggedCache:
         """Of each layer, the stored prompt tokens of each document."""
         return [list(slots.segments.lengths) for slots in self.slots]
 
-    def advance(self) -> None:
-        """Count the token that every layer has just stored."""
+    def advance(self, tokens: Sequence[int] | None = None) -> None:
+        """Count what every layer has just stored: so many tokens of each document, or one."""
         for slots in self.distinct_slots():
-            slots.advance()
+            slots.advance(tokens)
 
     def keep(self, documents: Sequence[int]) -> None:
         """Go on with these documents, by their places in the current batch."""
@@ -132,6 +133,7 @@ class NextSlots:
                 used_B=self.used_GB[g],
                 bounds_B1=bounds[g],
                 queries_B1=queries,
+                queries=(1,) * documents,
             )
             for g, slots in enumerate(distinct)
         ]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import on_device
@@ -122,21 +121,6 @@ def greedy_answers(
     return decode(adapter, attention, prefilled, first, sampler, rules, check, graphs=graphs, stats=stats)
 
 
-def decode_step(
-    adapter: DecoderAdapter,
-    attention: AttentionBackend,
-    cache: RaggedCache,
-    tokens: Sequence[int],
-    positions: Sequence[int],
-) -> Tensor:
-    """Run one token of each document through the model and into the cache; logits (B, vocabulary)."""
-    batch = DecodeBatch(adapter, attention, cache)
-    batch.fill(tokens, positions)
-    logits_BV = batch.step().logits_BV
-    batch.count()
-    return logits_BV
-
-
 class DecodeBatch:
     """The documents that take a step together. What `step` works on stays at its place on the device."""
 
@@ -176,8 +160,8 @@ class DecodeBatch:
             values.index_copy_(0, places_B, v_BKd)
             mixed_BHd = self._attention.decode(q_BHd, keys, values, slots)
             cache.observe(layer, q_BHd)
-            hidden_BD += adapter.attention_output(layer, mixed_BHd)
-            hidden_BD += adapter.feed_forward(layer, hidden_BD)
+            adapter.add_attention_(layer, hidden_BD, mixed_BHd)
+            adapter.add_feed_forward_(layer, hidden_BD)
         logits_BV = adapter.logits(hidden_BD)
         greedy_B = most_likely(logits_BV)
         # rows are looked up by their tokens, those of documents that have finished too: -1 would be no row

@@ -49,6 +49,7 @@ class LoadedModel:
     name: str
     fingerprint: str  # sha256 of a GGUF file or of a folder's weight files' names and sizes, or a revision
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
+    attentions: dict[bool, AttentionBackend] = field(default_factory=dict)  # by: in fp8; to change between
 
     @property
     def shape(self) -> ModelShape:
@@ -81,6 +82,7 @@ class UnloadedModel:
     device: torch.device
     dtype: torch.dtype
     wanted_attention: str
+    attention_in_fp8: bool = False
 
     @property
     def name(self) -> str:
@@ -101,13 +103,8 @@ class UnloadedModel:
     @cached_property
     def _attention(self) -> tuple[AttentionBackend, dict[str, str]]:
         with _quiet():
-            return choose_attention(
-                self.wanted_attention,
-                device=self.device,
-                dtype=self.dtype,
-                heads=self.shape.heads,
-                kv_heads=self.shape.kv_heads,
-                head_dim=self.shape.head_dim,
+            return attention_for(
+                self.wanted_attention, self.device, self.dtype, self.shape, fp8=self.attention_in_fp8
             )
 
     def device_name(self) -> str:
@@ -135,6 +132,21 @@ class UnloadedModel:
 Model = UnloadedModel | LoadedModel
 
 
+def attention_for(
+    wanted: str, device: torch.device, dtype: torch.dtype, shape: ModelShape, *, fp8: bool = False
+) -> tuple[AttentionBackend, dict[str, str]]:
+    """`choose_attention` for a model of this shape."""
+    return choose_attention(
+        wanted,
+        device=device,
+        dtype=dtype,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        fp8=fp8,
+    )
+
+
 def load_model(
     model: str = "smollm2-135m",
     *,
@@ -143,6 +155,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str = "auto",
+    attention_dtype: str = "auto",
 ) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, or `smollm2-135m`.
 
@@ -156,6 +169,7 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         attention=attention,
+        attention_dtype=attention_dtype,
     ).load()
 
 
@@ -167,6 +181,7 @@ def open_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str = "auto",
+    attention_dtype: str = "auto",
 ) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(device)
@@ -182,6 +197,7 @@ def open_model(
             device=target,
             dtype=torch_dtype,
             wanted_attention=attention,
+            attention_in_fp8=attention_dtype == "fp8",
         )
 
 

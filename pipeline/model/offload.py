@@ -266,8 +266,8 @@ class OffloadedCache(RaggedCache):
             if other.pending is not None and (other.pending[1] is None or other.pending[1].query()):
                 self._decide(other)
 
-    def advance(self) -> None:
-        super().advance()
+    def advance(self, tokens: Sequence[int] | None = None) -> None:
+        super().advance(tokens)
         self.counts.steps += 1
         for stage in self._stages:
             if stage.pending is not None:

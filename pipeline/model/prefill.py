@@ -157,7 +157,7 @@ def _one_pass(
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
         mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
-        hidden_TD += adapter.attention_output(layer, mixed_THd)
+        adapter.add_attention_(layer, hidden_TD, mixed_THd)
         view = LayerView(
             layer=layer,
             queries=q_THd,
@@ -205,10 +205,11 @@ def feed_forward_(
     `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
-        hidden_TD += adapter.feed_forward(layer, hidden_TD, fp8)
+        adapter.add_feed_forward_(layer, hidden_TD, fp8)
     elif len(passes):
         chosen_CD = hidden_TD.index_select(0, passes)
-        hidden_TD.index_copy_(0, passes, chosen_CD + adapter.feed_forward(layer, chosen_CD, fp8))
+        adapter.add_feed_forward_(layer, chosen_CD, fp8)
+        hidden_TD.index_copy_(0, passes, chosen_CD)
 
 
 def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:

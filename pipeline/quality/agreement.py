@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from pipeline.bench.flops import layer_tokens
 from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.memory import Packer
-from pipeline.model.decode import StopRules, decode_step, greedy_answers
+from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
+from pipeline.quality.forced import score_answers
 from pipeline.records import EncodedDocument
 
 
@@ -64,9 +63,7 @@ def measure_agreement(
         answers = {id(d): list(r)[:new_tokens] for d, r in zip(documents, references, strict=True)}
     for pack in packs if references is None else ():
         answers |= zip(map(id, pack), _dense_answers(model, pack, rules), strict=True)
-    return [
-        _measure(model, packs, answers, variant.name, variant.use(model), new_tokens) for variant in methods
-    ]
+    return [_measure(model, packs, answers, variant.name, variant.use(model)) for variant in methods]
 
 
 def _measure(
@@ -75,11 +72,10 @@ def _measure(
     answers: dict[int, list[int]],
     name: str,
     method: PruningMethod,
-    new_tokens: int,
 ) -> Agreement:
     agreed: list[list[bool]] = []
     for pack in packs:
-        agreed += _agreed(model, method, pack, [answers[id(document)] for document in pack], new_tokens)
+        agreed += _agreed(model, method, pack, [answers[id(document)] for document in pack])
     times, works = [], []
     documents = [document for pack in packs for document in pack]
     _alone(model, method, documents[0])  # a warm-up
@@ -123,29 +119,15 @@ def _dense_answers(model: LoadedModel, pack: Sequence[EncodedDocument], rules: S
     return [answer.tokens or [token] for answer, token in zip(generated, first, strict=True)]
 
 
-@torch.inference_mode()
 def _agreed(
     model: LoadedModel,
     method: PruningMethod,
     pack: Sequence[EncodedDocument],
     answers: Sequence[Sequence[int]],
-    new_tokens: int,
 ) -> list[list[bool]]:
     """Of each document and each token of its dense answer, whether the method would have chosen it."""
-    prefilled = _prefill(model, method, pack, new_tokens)
-    agreed: list[list[bool]] = [[] for _ in pack]
-    active, logits_BV = list(range(len(pack))), prefilled.logits_BV
-    while True:
-        for b, choice in zip(active, logits_BV.argmax(-1).tolist(), strict=True):
-            agreed[b].append(choice == answers[b][len(agreed[b])])
-        left = [place for place, b in enumerate(active) if len(agreed[b]) < len(answers[b])]
-        if not left:
-            return agreed
-        prefilled.cache.keep(left)
-        active = [active[place] for place in left]
-        tokens = [answers[b][len(agreed[b]) - 1] for b in active]
-        positions = [prefilled.next_positions[b] + len(agreed[b]) - 1 for b in active]
-        logits_BV = decode_step(model.adapter, model.attention, prefilled.cache, tokens, positions)
+    scores, _, _ = score_answers(model, method, pack, answers)
+    return [(score.choices == answer).tolist() for score, answer in zip(scores, answers, strict=True)]
 
 
 def _prefill(

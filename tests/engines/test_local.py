@@ -105,11 +105,11 @@ def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
 def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypatch):
     engine = engine_for(model)
     expected = [row.answer for row in engine.answer(documents())]
-    slow, real = documents()[4].prompt_tokens, model.adapter.attention_output
+    slow, real = documents()[4].prompt_tokens, model.adapter.add_attention_
 
-    def attention_output(layer, mixed):
+    def add_attention_(layer, hidden, mixed):
         time.sleep(0.4 if slow in lengths else 0)
-        return real(layer, mixed)
+        real(layer, hidden, mixed)
 
     lengths = ()
     pack_of = local.Pack.of
@@ -121,7 +121,7 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
         return pack
 
     monkeypatch.setattr(local.Pack, "of", remember)
-    model.adapter.attention_output = attention_output
+    model.adapter.add_attention_ = add_attention_
     engine.row_timeout = 0.3
     rows = engine.answer(documents())
     assert [row.status for row in rows] == ["ok"] * 4 + ["error"] + ["ok"] * 2

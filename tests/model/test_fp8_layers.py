@@ -116,3 +116,6 @@ def test_a_device_that_cannot_is_refused_with_the_reason(refusal, fish, tmp_path
     assert refusal(fish, tmp_path / "out.parquet", *flags, "--linear-dtype", "int4") == (
         "--linear-dtype 'int4': choose from auto, fp8"
     )
+    assert refusal(fish, tmp_path / "out.parquet", *flags, "--attention-dtype", "fp8") == (
+        "no attention backend works on cpu with fp8: fa3: needs a GPU"
+    )

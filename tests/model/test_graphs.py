@@ -106,8 +106,8 @@ def naive_answers(adapter, prefilled, rules):
             slots = DecodeSlots.of(
                 [starts[layer][b] for b in live], [used[layer][b] for b in live], len(keys), keys.device
             )
-            hidden = hidden + adapter.attention_output(layer, attention.decode(q, keys, values, slots))
-            hidden = hidden + adapter.feed_forward(layer, hidden)
+            adapter.add_attention_(layer, hidden, attention.decode(q, keys, values, slots))
+            adapter.add_feed_forward_(layer, hidden)
         for b, token in zip(live, adapter.logits(hidden).argmax(-1).tolist(), strict=True):
             tokens[b].append(token)
     reasons = [rules.reason(answer) for answer in tokens]

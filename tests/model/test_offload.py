@@ -143,8 +143,8 @@ def naive_answer(model, sdpa, doc, share, gamma):
                     seen.append(torch.cat([whole, new[which][layer]]))
                 slots = DecodeSlots.of([0], [len(seen[0])], len(seen[0]), q.device)
                 mixed = sdpa.decode(q, *seen, slots)
-                hidden = hidden + model.attention_output(layer, mixed)
-                hidden = hidden + model.feed_forward(layer, hidden)
+                model.add_attention_(layer, hidden, mixed)
+                model.add_feed_forward_(layer, hidden)
                 before = layer - 1
                 if stage_of.get(before) == layer:
                     best = naive_best(naive_scores(method.scored[layer][0], q[0]), counts[before])

@@ -1,0 +1,54 @@
+"""Known tokens behind a prefill, several of each document in one short forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.segments import Segments, on_device
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.cache import RaggedCache, Slots
+
+
+@torch.inference_mode()
+def continue_with(
+    adapter: DecoderAdapter,
+    attention: AttentionBackend,
+    cache: RaggedCache,
+    tokens: Sequence[Sequence[int]],
+    first_positions: Sequence[int],
+) -> Tensor:
+    """Run `tokens`, at least one of each document, through the model and into the cache.
+
+    `first_positions` are those of each document's first token. Returns the last layer's residual stream,
+    (N, D), document by document: `adapter.logits` of it predicts the tokens that follow each. The cache must
+    be one that keeps all its blocks on the device, with room for the tokens.
+    """
+    device = adapter.device
+    asked = Segments.of([len(part) for part in tokens], device)
+    hidden_ND = adapter.embed(on_device([token for part in tokens for token in part], device))
+    first_B = on_device(first_positions, device)
+    rope = adapter.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
+    places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
+    for layer in range(adapter.shape.layers):
+        at, places_N = places[id(cache.slots[layer])]
+        keys, values = cache.keys[layer], cache.values[layer]
+        q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)
+        keys.index_copy_(0, places_N, k_NKd)
+        values.index_copy_(0, places_N, v_NKd)
+        adapter.add_attention_(layer, hidden_ND, attention.decode(q_NHd, keys, values, at))
+        adapter.add_feed_forward_(layer, hidden_ND)
+    cache.advance(asked.lengths)
+    return hidden_ND
+
+
+def _places(slots: Slots, asked: Segments) -> tuple[DecodeSlots, Tensor]:
+    """What the new tokens of all documents attend to in a layer's buffers, and where they go, (N,)."""
+    used = [before + new for before, new in zip(slots.used, asked.lengths, strict=True)]
+    assert all(n <= room for n, room in zip(used, slots.room, strict=True)), "a document's slots are full"
+    free_B = on_device([start + n for start, n in zip(slots.starts, slots.used, strict=True)], asked.device)
+    at = DecodeSlots.of(slots.starts, used, slots.capacity, asked.device, asked.lengths)
+    return at, free_B[asked.document_T] + asked.index_in_document_T

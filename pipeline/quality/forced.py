@@ -1,0 +1,113 @@
+"""What a model makes of a given answer, token by token: one prefill and one short forward, no decoding.
+
+Teacher-forced: at each of the answer's tokens the model is asked for the next one and then given the right
+one, so that an early difference does not make the rest incomparable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.kernels.segments import Segments
+from pipeline.model.continuation import continue_with
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.pruning.base import PruningMethod
+from pipeline.records import EncodedDocument
+
+VALUES_AT_ONCE = 1 << 28  # of logits: 1 GB as float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """One document's answer of n tokens, as the model predicts it."""
+
+    logprobs: np.ndarray  # (n,) float32, of the answer's own tokens
+    choices: np.ndarray  # (n,) int64, the most likely tokens
+    probed: np.ndarray  # (n, k) float32, log-probabilities of the tokens asked for
+    probes: np.ndarray  # (n, k) int64, these tokens: the k most likely ones unless given
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return float(-self.logprobs.mean())
+
+
+def score_answers(
+    model: LoadedModel,
+    method: PruningMethod,
+    documents: Sequence[EncodedDocument],
+    answers: Sequence[Sequence[int]],
+    *,
+    top: int = 0,
+    probes: Sequence[np.ndarray] | None = None,
+) -> tuple[list[Forced], Prefilled, float]:
+    """Score one pack's answers, of at least one token each; also the prefill, and its TTFT in milliseconds.
+
+    `top` asks for the log-probabilities of so many of the most likely tokens at each place, `probes` for
+    those of given tokens, (n, k) for each document. The time ends with each document's first choice on the
+    host.
+    """
+    pack = Pack.of(documents, model.device)
+    started = time.perf_counter()
+    prefilled = prefill(model.adapter, model.attention, method, pack, max(map(len, answers)))
+    prefilled.logits_BV.argmax(-1).tolist()
+    ttft_ms = (time.perf_counter() - started) * 1e3
+    hidden_ND = continue_with(
+        model.adapter, model.attention, prefilled.cache, answers, prefilled.next_positions
+    )
+    results = []
+    for b, (start, end) in enumerate(Segments.of([len(answer) for answer in answers]).ranges()):
+        known = None if probes is None else probes[b]
+        first_V, rest_ND = prefilled.logits_BV[b], hidden_ND[start : end - 1]
+        results.append(_score(model, first_V, rest_ND, answers[b], top, known))
+    return results, prefilled, ttft_ms
+
+
+@torch.inference_mode()
+def _score(
+    model: LoadedModel,
+    first_V: Tensor,
+    rest_ND: Tensor,
+    answer: Sequence[int],
+    top: int,
+    probes: np.ndarray | None,
+) -> Forced:
+    """Of one document, as many tokens at a time as keep the logits within `VALUES_AT_ONCE`."""
+    at_once = max(1, VALUES_AT_ONCE // model.shape.vocab)
+    parts = [first_V[None], *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())]
+    logprobs, choices, probed, asked = [], [], [], []
+    done = 0
+    for part in parts:
+        logprobs_NV = part.log_softmax(-1)
+        span = slice(done, done + len(part))
+        tokens_N1 = torch.tensor(answer[span], device=part.device)[:, None]
+        logprobs.append(logprobs_NV.gather(1, tokens_N1)[:, 0])
+        choices.append(part.argmax(-1))
+        if probes is None:
+            asked.append(logprobs_NV.topk(top).indices)
+        else:
+            asked.append(torch.from_numpy(probes[span]).to(part.device))
+        probed.append(logprobs_NV.gather(1, asked[-1]))
+        done += len(part)
+    columns = (torch.cat(column).cpu().numpy() for column in (logprobs, choices, probed, asked))
+    return Forced(**dict(zip(("logprobs", "choices", "probed", "probes"), columns, strict=True)))
+
+
+def divergence(dense: Forced, other: Forced) -> float:
+    """Mean KL divergence, in nats, of `other` from `dense` over dense's probes and all else as one.
+
+    Joining tokens to one can only lower a divergence, so this is a lower bound, close where the probes hold
+    nearly all of the probability. `other` must have been asked for dense's probes.
+    """
+    assert np.array_equal(dense.probes, other.probes), "asked for other tokens"
+    p, q = dense.probed.astype(np.float64), other.probed.astype(np.float64)
+    within = (np.exp(p) * (p - q)).sum(-1)
+    rest_p, rest_q = (np.clip(1 - np.exp(x).sum(-1), 1e-12, 1) for x in (p, q))
+    return float((within + rest_p * (np.log(rest_p) - np.log(rest_q))).mean())
