@@ -1,0 +1,116 @@
+"""How one way to run a model predicts right answers: what `check` compares and `calibrate` searches by.
+
+Documents are prefilled one at a time, so that each has a TTFT of its own and no score depends on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.bench.variant import Variant
+from pipeline.engines.memory import Packer
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Prefilled
+from pipeline.quality.forced import Forced, divergence, score_answers
+from pipeline.records import EncodedDocument
+
+TOP = 64  # likeliest tokens of dense at each place, by which a divergence is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A prompt and its right answer in tokens, at least one."""
+
+    id: str
+    task: str
+    document_key: str  # the same for all questions about one document
+    document: EncodedDocument
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScore:
+    """What a method made of one case."""
+
+    id: str
+    task: str
+    document_key: str
+    prompt_tokens: int
+    tokens: int  # of the right answer
+    correct: int  # of these, predicted
+    nll: float  # sum over the tokens, in nats
+    ttft_ms: float
+    kept_ratio: float  # of the prompt, mean over layers
+    ffn_ratio: float
+    flops_ratio: float  # operations of this prefill over a dense one's
+    kv_ratio: float  # of the keys and values that dense stores
+    agreed: int | None = None  # tokens at which it chooses what dense does
+    divergence: float | None = None  # KL from dense, mean over the tokens, in nats
+
+    @property
+    def found(self) -> bool:
+        """Whether greedy decoding would begin with the right answer."""
+        return self.correct == self.tokens
+
+
+def evaluate(
+    model: LoadedModel,
+    variant: Variant,
+    cases: Sequence[Case],
+    *,
+    dense: Sequence[Forced] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[CaseScore, Forced]]:
+    """Score every case, in order, under a variant for which the model has been prepared.
+
+    `dense` are the results of an earlier dense run over the same cases, which the scores then compare with;
+    without it the results say what a later run needs to be compared. `check` is called before each case, and
+    may raise to give up.
+    """
+    method = variant.use(model)
+    # a case that cannot fit, or a setting that does not fit the model's depth, should fail before it runs
+    Packer.on(
+        model.device, method, model.shape, itemsize=model.dtype.itemsize, new_tokens=0, pack_tokens=None
+    )
+    for place, case in enumerate(cases):
+        check()
+        known = None if dense is None else dense[place]
+        probes = None if known is None else [known.probes]
+        (forced,), prefilled, ttft_ms = score_answers(
+            model, method, [case.document], [case.answer], top=TOP, probes=probes
+        )
+        yield _score(model, case, forced, prefilled, ttft_ms, known), forced
+
+
+def _score(
+    model: LoadedModel,
+    case: Case,
+    forced: Forced,
+    prefilled: Prefilled,
+    ttft_ms: float,
+    dense: Forced | None,
+) -> CaseScore:
+    shape, length = model.shape, case.document.prompt_tokens
+    (passes,) = prefilled.by_document()
+    entered, ffn = layer_tokens(passes)
+    stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
+    return CaseScore(
+        id=case.id,
+        task=case.task,
+        document_key=case.document_key,
+        prompt_tokens=length,
+        tokens=len(case.answer),
+        correct=int(np.sum(forced.choices == case.answer)),
+        nll=float(-forced.logprobs.astype(np.float64).sum()),
+        ttft_ms=ttft_ms,
+        kept_ratio=sum(entered) / (shape.layers * length),
+        ffn_ratio=sum(ffn) / (shape.layers * length),
+        flops_ratio=passes_flops(shape, passes) / dense_flops(shape, length),
+        kv_ratio=stored / (shape.layers * length),
+        agreed=None if dense is None else int(np.sum(forced.choices == dense.choices)),
+        divergence=None if dense is None else divergence(dense, forced),
+    )
