@@ -220,7 +220,7 @@ def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> Loc
         kv_memory=config.kv_memory,
         check=check,
     )
-    if not engine.warm_up():
+    if not engine.warm_up(LONGEST_WARM_UP_S):
         note(
             f"the warm-up was given up after {LONGEST_WARM_UP_S:g} s: "
             "the TTFT of the first packs may hold the rest of it"

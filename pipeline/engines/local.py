@@ -59,7 +59,7 @@ class LocalEngine:
             kv_memory=kv_memory,
         )
 
-    def warm_up(self, limit_s: float = LONGEST_WARM_UP_S) -> bool:
+    def warm_up(self, limit_s: float) -> bool:
         """Load kernels and libraries with throw-away documents, so that no row's TTFT pays for it.
 
         A short document, then, on a GPU, one of the length of a usual pack, whose decode steps are captured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -268,6 +269,28 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
     assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was answered\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("constant", "seconds", "note"),
+    [
+        ("pipeline.batch.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
+        (
+            "pipeline.engines.local.LONGEST_WARM_UP_S",
+            0.0,
+            "the warm-up was given up after 0 s: the TTFT of the first packs may hold the rest of it",
+        ),
+    ],
+)
+def test_the_warm_up_is_told(batch, parquet, tmp_path, monkeypatch, capfd, constant, seconds, note):
+    monkeypatch.setattr(constant, seconds)
+    assert batch(parquet, tmp_path / "out.parquet", *COLUMNS, "--quiet", "--json") == 0
+    printed = capfd.readouterr()
+    assert re.fullmatch(f"marsinfer: note: {note}\n", printed.err)
+    summary = json.loads(printed.out)
+    assert summary["warm_up_s"] > 0
+    assert summary["packs"] == 1
+    assert summary["warm_up_s"] + summary["prefill_s"] + summary["decode_s"] < summary["seconds"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["batch", "--help"]])
