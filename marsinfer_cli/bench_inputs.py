@@ -63,7 +63,7 @@ def read_references(model: LoadedModel, documents: list[EncodedDocument], column
 
 
 def load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
-    from pipeline.bench.ttft import random_loaded_model
+    from pipeline.bench.shapes import random_loaded_model
     from pipeline.model.loading import load_model
 
     if random_weights:

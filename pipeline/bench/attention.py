@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.bench.ceilings import wait_for
 from pipeline.bench.flops import attention_flops
-from pipeline.bench.ttft import RANDOM_WEIGHTS
+from pipeline.bench.shapes import RANDOM_WEIGHTS
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, choose_attention

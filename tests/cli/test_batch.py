@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -291,6 +292,41 @@ def test_the_warm_up_is_told(batch, parquet, tmp_path, monkeypatch, capfd, const
     assert summary["warm_up_s"] > 0
     assert summary["packs"] == 1
     assert summary["warm_up_s"] + summary["prefill_s"] + summary["decode_s"] < summary["seconds"]
+
+
+def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, monkeypatch):
+    from pipeline import batch as pipeline_batch
+    from pipeline.engines.local import LocalEngine
+
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": f"fish {n:03}"}) + "\n" for n in range(40)))
+    second_was_read, cut, answer = threading.Event(), pipeline_batch.windows, LocalEngine.answer
+    read_in_time = []
+
+    def windows(items, size):
+        for number, window in enumerate(cut(items, size, documents=10)):
+            if number == 1:
+                second_was_read.set()
+            yield window
+
+    def answer_once_it_was(self, pack):
+        read_in_time.append(second_was_read.wait(10))
+        return answer(self, pack)
+
+    monkeypatch.setattr(pipeline_batch, "windows", windows)
+    monkeypatch.setattr(LocalEngine, "answer", answer_once_it_was)
+    expected = []
+    summary = pipeline_batch.run_batch(
+        str(source),
+        str(tmp_path / "out.jsonl"),
+        model=str(model_folder),
+        question="what?",
+        max_new_tokens=2,
+        progress=lambda summary: expected.append(summary.expected_rows),
+    )
+    assert summary.documents == 40
+    assert all(read_in_time)
+    assert expected[0] == pytest.approx(40, abs=4)  # from what was read of a window, not ahead of it
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["batch", "--help"]])
