@@ -1,5 +1,8 @@
 """Errors a user can act on, each kind with the exit code the command ends with."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class MarsError(Exception):
     """Base of every error with a message meant for the user: cause, place and remedy in one line."""
@@ -65,3 +68,9 @@ class RowError(Exception):
 def is_failure(error: BaseException) -> bool:
     """Whether something went wrong, as against a wish to stop; a panic of Rust code is no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint to append to the message about an unknown `word`; empty where none of the known is like it."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,11 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
@@ -34,7 +33,7 @@ def check_method_name(name: str) -> None:
     """Raise ConfigError for a name that cannot be a method; imports nothing."""
     if name not in METHODS and ":" not in name:
         raise ConfigError(
-            f"unknown method {name!r}{_hint(name, METHODS)}; methods: {', '.join(method_names())} "
+            f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(method_names())} "
             "(or FILE.py:Class for one of your own)"
         )
 
@@ -70,15 +69,10 @@ def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Pruning
         if key not in parameters:
             known = ", ".join(sorted(parameters)) or "none"
             raise ConfigError(
-                f"method {name} has no parameter {key!r}{_hint(key, parameters)}; it has: {known}"
+                f"method {name} has no parameter {key!r}{did_you_mean(key, parameters)}; it has: {known}"
             )
         values[key] = _parse(parameters[key], value) if isinstance(value, str) else value
     return found(**values)
-
-
-def _hint(word: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _load_file(path: str) -> Any:

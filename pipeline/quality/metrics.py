@@ -1,6 +1,6 @@
-"""How well a free-text answer agrees with a short reference: three scores from 0 (no agreement) to 1.
+"""How well an answer agrees with a reference: scores from 0 (no agreement) to 1, and `METRICS`, all by name.
 
-All three compare normalised tokens, so case, punctuation, articles and line breaks do not count.
+Those of this file compare normalised tokens, so case, punctuation, articles and line breaks do not count.
 `exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, and its script
 `evaluate-v1.1.py`; the empty cases are those of `evaluate-v2.0.py`). `contains` suits models that answer in
 whole sentences, whose precision, and so whose F1, is low however right the answer is.
@@ -12,6 +12,18 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Callable, Sequence
+
+from pipeline.errors import ConfigError, did_you_mean
+from pipeline.quality.picks import (
+    choice_match,
+    classification_score,
+    count_score,
+    list_match,
+    number_match,
+    retrieval_score,
+)
+from pipeline.quality.similarity import code_sim, edit_similarity, rouge_l, rouge_zh
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -38,11 +50,12 @@ def token_f1(prediction: str, reference: str) -> float:
     From 0.0, no token shared, to 1.0, the same tokens in any order. Where one side has no tokens, the score
     is 1.0 if the other has none either, else 0.0.
     """
-    predicted, expected = normalize(prediction).split(), normalize(reference).split()
-    if not predicted or not expected:
-        return float(predicted == expected)
-    shared = (Counter(predicted) & Counter(expected)).total()
-    return 2 * shared / (len(predicted) + len(expected))
+    return _f1(normalize(prediction).split(), normalize(reference).split())
+
+
+def character_f1(prediction: str, reference: str) -> float:
+    """`token_f1` over characters but white space: for languages that put no space between words."""
+    return _f1(list("".join(normalize(prediction).split())), list("".join(normalize(reference).split())))
 
 
 def contains(prediction: str, reference: str) -> float:
@@ -60,3 +73,46 @@ def contains(prediction: str, reference: str) -> float:
 
 def _is_punctuation(char: str) -> bool:
     return char in string.punctuation or unicodedata.category(char).startswith("P")
+
+
+def _f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))
+
+
+METRICS: dict[str, Callable[..., float]] = {
+    metric.__name__: metric
+    for metric in (
+        exact_match,
+        token_f1,
+        character_f1,
+        contains,
+        rouge_l,
+        rouge_zh,
+        edit_similarity,
+        code_sim,
+        choice_match,
+        number_match,
+        list_match,
+        classification_score,
+        retrieval_score,
+        count_score,
+    )
+}
+WITH_CHOICES = frozenset({"classification_score", "list_match"})  # they take all that could be answered, too
+
+
+def score(metric: str, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """The best agreement of `prediction` with any of `references`, at least one, by the metric of that name.
+
+    `choices` is all that could be answered, for the metrics in `WITH_CHOICES`. Raises `ConfigError` for an
+    unknown metric, and for one whose package is not installed.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
+    if not references:
+        raise ValueError("no references")
+    more = (choices,) if metric in WITH_CHOICES else ()
+    return max(METRICS[metric](prediction, reference, *more) for reference in references)

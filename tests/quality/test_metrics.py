@@ -1,6 +1,15 @@
 import pytest
 
-from pipeline.quality.metrics import contains, exact_match, normalize, token_f1
+from pipeline.errors import ConfigError
+from pipeline.quality.metrics import (
+    METRICS,
+    character_f1,
+    contains,
+    exact_match,
+    normalize,
+    score,
+    token_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +95,37 @@ def test_token_f1(prediction: str, reference: str, expected: float) -> None:
 )
 def test_contains(prediction: str, reference: str, expected: float) -> None:
     assert contains(prediction, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("北京。", "北京", 1.0),
+        ("在北京", "北京", 0.8),  # 2 of 3 and 2 of 2
+        ("上海", "北京", 0.0),
+        ("", "北京", 0.0),
+    ],
+)
+def test_character_f1(prediction: str, reference: str, expected: float) -> None:
+    assert character_f1(prediction, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_gives_its_own_reference_full_marks(name: str) -> None:
+    reference = {"choice_match": "AC", "retrieval_score": "Paragraph 7", "list_match": "12, 34"}.get(
+        name, "3412"
+    )
+    assert score(name, reference, (reference,), ("56", reference)) == pytest.approx(1.0)
+    assert score(name, "", (reference,), ("56", reference)) == 0.0
+
+
+def test_the_best_reference_counts() -> None:
+    assert score("exact_match", "the cat", ("dog", "Cat.")) == 1.0
+    assert score("token_f1", "cat", ("big cat", "no")) == pytest.approx(2 / 3)
+
+
+def test_unknown_metrics_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown metric 'rouge_k' \(did you mean 'rouge_l'\?\)"):
+        score("rouge_k", "a", ("a",))
+    with pytest.raises(ValueError, match="no references"):
+        score("rouge_l", "a", ())

@@ -1,0 +1,277 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.quality.longbench import DATASETS
+from pipeline.quality.metrics import METRICS, score
+from pipeline.quality.suites import (
+    Sample,
+    SuiteName,
+    document_key,
+    load_leval,
+    load_longbench,
+    load_suite,
+    parse_suite,
+    split_by_document,
+    take,
+)
+
+
+def write(path: Path, *rows: object) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def leval_row(evaluation: str, *pairs: tuple[str, object], text: str = "A document.", **more: object) -> dict:
+    instructions, outputs = zip(*pairs, strict=True)
+    return {
+        "input": text,
+        "instructions": list(instructions),
+        "outputs": list(outputs),
+        "evaluation": evaluation,
+        **more,
+    }
+
+
+def longbench_row(dataset: str, **more: object) -> dict:
+    row = {"input": "What?", "context": "A document.", "answers": ["that"], "all_classes": None}
+    return {**row, "dataset": dataset, "length": 2, "language": "en", "_id": "c0ffee", **more}
+
+
+def sample(task: str, document: str, number: int) -> Sample:
+    return Sample(
+        id=f"{task}/{number}",
+        task=task,
+        text=document,
+        question="?",
+        references=("yes",),
+        metric="contains",
+        document_key=document_key(document),
+    )
+
+
+def test_leval_one_sample_an_instruction(tmp_path: Path) -> None:
+    first = leval_row("f1", ("Who?", "Bob"), ("When? ", ["1999", " in 1999", "1999"]), source="mine")
+    write(tmp_path / "my_qa.jsonl", first, "", leval_row("f1", ("Where?", "Rome"), text="Another."))
+    who, when, where = load_leval(tmp_path)
+    assert [who.id, when.id, where.id] == ["my_qa/1/1", "my_qa/1/2", "my_qa/3/1"]
+    assert (who.task, who.text, who.metric, who.references) == ("my_qa", "A document.", "token_f1", ("Bob",))
+    assert who.question.splitlines()[0] == "Who?"
+    assert len(who.question.splitlines()) == 2
+    assert when.references == ("1999", "in 1999")
+    assert who.document_key == when.document_key == document_key("A document.") != where.document_key
+    assert who.facets == {"line": 1, "evaluation": "f1", "source": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluation", "output", "metric", "reference", "hint"),
+    [
+        ("coursera", "exam", "AC", "choice_match", "AC", "letters of all"),
+        ("quality", "exam", "(B) They fled.", "choice_match", "B", "the letter of"),
+        ("tpo", "exam", "D", "choice_match", "D", "the letter of"),
+        ("sci_fi", "exam", "True [fact: False]", "choice_match", "True", "True or False"),
+        ("gsm100", "exam", "70000", "number_match", "70000", "number only"),
+        ("topic_retrieval_longchat", "exam", "Art in society", "contains", "Art in society", "topic only"),
+        ("legal_contract_qa", "f1", "Within 30 days.", "token_f1", "Within 30 days.", "quoted exactly"),
+        ("news_summ", "rouge", "word " * 87, "rouge_l", ("word " * 87).strip(), "about 90 words"),
+        ("other_exam", "exam", "(A) x", "choice_match", "A", "the letter of"),
+        ("other_exam", "exam", "ABD", "choice_match", "ABD", "letters of all"),
+        ("other_exam", "exam", "False", "choice_match", "False", "True or False"),
+        ("other_exam", "exam", "$1,000", "number_match", "$1,000", "number only"),
+        ("other_exam", "exam", "[1, 2]", "contains", "[1, 2]", "briefly"),
+    ],
+)
+def test_leval_forms(
+    tmp_path: Path, task: str, evaluation: str, output: str, metric: str, reference: str, hint: str
+) -> None:
+    write(tmp_path / f"{task}.jsonl", leval_row(evaluation, ("Well?", output)))
+    (found,) = load_leval(tmp_path)
+    assert (found.metric, found.references) == (metric, (reference,))
+    assert hint in found.question.splitlines()[-1]
+    assert found.facets.get("output", reference) == output.strip()
+    assert score(metric, output, found.references) == pytest.approx(1.0)
+
+
+def test_leval_steps_are_not_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "gsm100.jsonl", leval_row("exam", ("Question: 1 + 1?\nLet's think step by step\n", "2")))
+    (found,) = load_leval(tmp_path)
+    assert found.question.splitlines()[0] == "Question: 1 + 1?"
+    assert "step by step" not in found.question
+
+
+GOOD = leval_row("f1", ("Who?", "Bob"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[1]", "not a JSON object"),
+        (
+            {key: GOOD[key] for key in GOOD if key != "input"},
+            "there is no field 'input', which must be a text",
+        ),
+        ({**GOOD, "input": 3}, "the field 'input' is not a text"),
+        ({**GOOD, "input": " "}, "the field 'input' is empty"),
+        ({**GOOD, "instructions": [1]}, "the field 'instructions' is not a list of texts"),
+        ({**GOOD, "outputs": []}, "the field 'outputs' is not a list as long as 'instructions'"),
+        ({**GOOD, "outputs": [7]}, "the field 'outputs' is not a list of texts"),
+        ({**GOOD, "outputs": [" "]}, "instruction 1 or its output is empty"),
+        ({**GOOD, "outputs": [[]]}, "instruction 1 or its output is empty"),
+        (
+            {**GOOD, "evaluation": "rougue"},
+            r"unknown evaluation 'rougue' \(did you mean 'rouge'\?\); known are",
+        ),
+    ],
+)
+def test_leval_malformed_rows(tmp_path: Path, row: object, message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", GOOD, row)
+    with pytest.raises(InputError, match=message) as caught:
+        load_leval(tmp_path)
+    assert str(caught.value).startswith(f"{path} line 2: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"input": "\xff"}\n')
+    with pytest.raises(InputError, match="line 1: not valid UTF-8 at byte 11"):
+        load_leval(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_leval, load_longbench])
+def test_folders_without_rows(tmp_path: Path, load) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        load(tmp_path / "no")
+    with pytest.raises(InputError, match=r"has no \*\.jsonl files"):
+        load(tmp_path)
+    write(tmp_path / "empty.jsonl")
+    with pytest.raises(InputError, match="no rows"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_longbench_datasets(tmp_path: Path, dataset: str) -> None:
+    answers = [" that ", "this"]
+    write(tmp_path / f"{dataset}_e.jsonl", longbench_row(dataset, answers=answers, all_classes=["that", "x"]))
+    (found,) = load_longbench(tmp_path)
+    assert (found.id, found.task, found.text) == (f"{dataset}_e/1", dataset, "A document.")
+    assert found.references == ("that", "this")
+    assert found.choices == ("that", "x")
+    assert found.metric in METRICS
+    assert ("What?" in found.question) == DATASETS[dataset].needs_input
+    assert "{" not in found.question
+    assert found.facets == {"line": 1, "length": 2, "language": "en", "_id": "c0ffee"}
+
+
+def test_longbench_braces_in_an_input_stay(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", longbench_row("repobench-p", input="def f(): return {x}"))
+    assert "return {x}" in load_longbench(tmp_path)[0].question
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (longbench_row("hotpot"), r"unknown dataset 'hotpot' \(did you mean 'hotpotqa'\?\)"),
+        (longbench_row("trec"), "the field 'all_classes' must list the classes of trec"),
+        (longbench_row("qasper", input=""), "the field 'input' is empty"),
+        (longbench_row("qasper", answers=[]), "the field 'answers' is empty"),
+        (longbench_row("qasper", answers=None), "the field 'answers' is not a list of texts"),
+        (longbench_row("qasper", context=""), "the field 'context' is empty"),
+    ],
+)
+def test_longbench_malformed_rows(tmp_path: Path, row: dict, message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", longbench_row("gov_report", input=""), row)
+    with pytest.raises(InputError, match=message) as caught:
+        load_longbench(tmp_path)
+    assert str(caught.value).startswith(f"{path} line 2: ")
+
+
+def test_a_document_is_on_one_side() -> None:
+    samples = [sample("qa", f"document {number % 300}", number) for number in range(900)]
+    search, held_out = split_by_document(samples, share=0.3)
+    assert {s.document_key for s in search}.isdisjoint(s.document_key for s in held_out)
+    assert sorted([*search, *held_out], key=samples.index) == samples
+    assert [samples.index(s) for s in search] == sorted(samples.index(s) for s in search)
+    assert 0.2 < len(search) / len(samples) < 0.4
+
+
+def test_sides_depend_on_document_and_salt_alone() -> None:
+    samples = [sample("qa", f"document {number}", number) for number in range(100)]
+    other_rows = [sample("other", f"document {number}", 7 * number) for number in reversed(range(0, 100, 3))]
+    keys = {s.document_key for s in split_by_document(samples)[0]}
+    assert {s.document_key for s in split_by_document(other_rows)[0]} == keys & {
+        s.document_key for s in other_rows
+    }
+    assert {s.document_key for s in split_by_document(samples, salt="x")[0]} != keys
+    assert keys < {s.document_key for s in split_by_document(samples, share=0.8)[0]}
+
+
+def test_shares_at_their_ends() -> None:
+    samples = [sample("qa", f"document {number}", number) for number in range(20)]
+    assert split_by_document(samples, share=0) == ([], samples)
+    assert split_by_document(samples, share=1) == (samples, [])
+    with pytest.raises(ConfigError, match=r"a share of 1\.5"):
+        split_by_document(samples, share=1.5)
+
+
+def test_take_spreads_over_documents_and_nests() -> None:
+    samples = [sample(f"task {n % 2}", f"document {n // 20}", n) for n in range(200)]  # 10 documents
+    few, more = take(samples, 10, seed=3), take(samples, 15, seed=3)
+    assert [[s.task for s in few].count(f"task {t}") for t in range(2)] == [10, 10]
+    assert len({s.document_key for s in few if s.task == "task 0"}) == 10
+    assert {s.id for s in few} < {s.id for s in more}
+    assert [samples.index(s) for s in few] == sorted(samples.index(s) for s in few)
+    assert take(samples, 10, seed=3) == few != take(samples, 10, seed=4)
+    assert {s.id for s in take(samples[::-1], 10, seed=3)} == {s.id for s in few}
+    assert take(samples, None) == take(samples, 500) == samples
+    with pytest.raises(ConfigError, match="0 samples a task"):
+        take(samples, 0)
+
+
+def test_parse_suite(tmp_path: Path) -> None:
+    assert parse_suite("needles") == SuiteName("needles")
+    assert parse_suite(f"leval:{tmp_path}") == SuiteName("leval", tmp_path)
+    assert str(parse_suite(f"longbench:{tmp_path}")) == f"longbench:{tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "needle",
+            "unknown suite 'needle' (did you mean 'needles'?); write leval:DIR, longbench:DIR or needles",
+        ),
+        ("L-Eval:x", "unknown suite 'L-Eval:x' (did you mean 'leval'?)"),
+        ("ruler", "unknown suite 'ruler'"),
+        ("leval", "suite 'leval': name the folder of its files, as leval:DIR"),
+        ("longbench: ", "name the folder of its files, as longbench:DIR"),
+        ("leval:/no/such", "/no/such is not there"),
+        ("needles:x", "needles takes no folder"),
+    ],
+)
+def test_suites_that_cannot_be(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_suite(text)
+    assert message in str(caught.value)
+
+
+def test_load_suite(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", longbench_row("qasper"))
+    assert load_suite(parse_suite(f"longbench:{tmp_path}")) == load_longbench(tmp_path)
+    with pytest.raises(InputError, match="there is no field 'instructions'"):
+        load_suite(parse_suite(f"leval:{tmp_path}"))
+    with pytest.raises(ValueError, match="needles lies in no folder"):
+        load_suite(parse_suite("needles"))
+
+
+def test_suites_need_no_torch() -> None:
+    names = ("suites", "needles", "bootstrap", "metrics")
+    modules = ", ".join(f"pipeline.quality.{name}" for name in names)
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False"
