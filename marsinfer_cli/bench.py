@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from marsinfer_cli import options
 from marsinfer_cli.bench_inputs import (
+    RandomWeights,
+    Repeats,
     load,
     parse_lengths,
     parse_shares,
@@ -18,24 +19,21 @@ from marsinfer_cli.bench_inputs import (
     parse_variants,
     read_documents,
     read_references,
-    real_document,
+    real_documents,
 )
+from marsinfer_cli.bench_speed import attention as attention_alone
+from marsinfer_cli.bench_speed import batch
 from marsinfer_cli.tables import (
+    conditions_of,
     print_agreement_table,
     print_decode_table,
     print_offload_table,
     print_ttft_table,
 )
 
-if TYPE_CHECKING:
-    from pipeline.model.loading import LoadedModel
-
-RandomWeights = Annotated[
-    str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
-]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
-
 bench_app = typer.Typer(help="Measure speed.")
+bench_app.command("attention")(attention_alone)
+bench_app.command("batch")(batch)
 
 
 @bench_app.callback(invoke_without_command=True)
@@ -63,21 +61,28 @@ def ttft(
         ),
     ] = None,
     baselines: Annotated[
-        str, typer.Option(help="Comma-separated: transformers, transformers-cudnn; none leaves them out.")
-    ] = "transformers",
+        str | None,
+        typer.Option(
+            help="Comma-separated: transformers, transformers-cudnn; none leaves them out. "
+            "[default: transformers for one document, none for several]"
+        ),
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents that are prefilled together, each of the given length.")
+    ] = 1,
     lengths: Annotated[
         str | None, typer.Option(help="Prompt lengths, e.g. 8k,32k; a real document is cut in its middle.")
     ] = None,
     model: options.Model = "smollm2-135m",
     random_weights: RandomWeights = None,
     input: Annotated[str | None, typer.Option(help="File with a real document; else random tokens.")] = None,
-    row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0; of several, the first.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
     question: Annotated[
         str, typer.Option(help="Question asked of the document.")
     ] = "Summarise this document.",
     new_tokens: Annotated[
-        int, typer.Option(min=0, help="Also time each method to the end of an answer of so many tokens.")
+        int, typer.Option(min=0, help="Also time each method to the end of answers of so many tokens.")
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -88,36 +93,39 @@ def ttft(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time to first token of one prompt: median and spread, operations, memory."""
+    """Time to first token of a prompt, or of a pack of them: median and spread, operations, memory."""
     from pipeline.bench.ceilings import measure_ceilings
     from pipeline.bench.inputs import random_document
     from pipeline.bench.plot import check_plot, save_plot
-    from pipeline.bench.ttft import measure_ttft
+    from pipeline.bench.ttft import check_baselines, measure_ttft
 
     if plot:
         check_plot(plot)
     chosen = parse_variants(methods, keep)
     wanted = parse_lengths(lengths) if lengths else [None]
+    if baselines is None:
+        baselines = "transformers" if documents == 1 else "none"
     stock = [] if baselines == "none" else baselines.split(",")
+    check_baselines(stock, documents)
     loaded = load(model, random_weights, dtype=dtype, device=device, attention=attention)
     results, ceilings = [], []
     for length in wanted:
-        document = (
-            real_document(loaded, input, row, text_column, question, length)
+        pack = (
+            real_documents(loaded, input, range(row, row + documents), text_column, question, length)
             if input and loaded.tokenizer
-            else random_document(loaded, length or 8192)
+            else [random_document(loaded, length or 8192, number) for number in range(documents)]
         )
-        ceilings.append(measure_ceilings(loaded, document.prompt_tokens))
+        ceilings.append(measure_ceilings(loaded, [document.prompt_tokens for document in pack]))
         results += measure_ttft(
             loaded,
-            document,
+            pack,
             chosen,
             baselines=stock,
             repeats=repeats,
             new_tokens=new_tokens,
             ceilings=ceilings[-1],
         )
-    conditions = {**_conditions(loaded), "ceilings": [measured.as_dict() for measured in ceilings]}
+    conditions = {**conditions_of(loaded), "ceilings": [measured.as_dict() for measured in ceilings]}
     if plot:
         save_plot(plot, f"{conditions['model']}, {conditions['device']}", results)
     if as_json:
@@ -172,7 +180,7 @@ def offload(
             repeats=repeats,
             with_resident=resident,
         )
-    conditions = {**_conditions(loaded), "method": method, "kv_memory": kv_memory, "new_tokens": new_tokens}
+    conditions = {**conditions_of(loaded), "method": method, "kv_memory": kv_memory, "new_tokens": new_tokens}
     if as_json:
         print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
     else:
@@ -209,7 +217,7 @@ def decode(
         results += measure_decode(
             loaded, [length] * documents, chosen, new_tokens=new_tokens, repeats=repeats
         )
-    conditions = {**_conditions(loaded), "new_tokens": new_tokens}
+    conditions = {**conditions_of(loaded), "new_tokens": new_tokens}
     if as_json:
         print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
     else:
@@ -261,21 +269,8 @@ def agreement(
         stop_ids=stop_ids,
         references=read_references(loaded, documents, reference_column) if reference_column else None,
     )
-    conditions = {**_conditions(loaded), "documents": len(documents), "left out": len(failed)}
+    conditions = {**conditions_of(loaded), "documents": len(documents), "left out": len(failed)}
     if as_json:
         print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
     else:
         print_agreement_table(conditions, results)
-
-
-def _conditions(model: LoadedModel) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "model": model.name,
-        "device": model.device_name() if model.device.type == "cuda" else f"CPU ({platform.machine()})",
-        "dtype": str(model.adapter.dtype).removeprefix("torch."),
-        "attention": model.attention.name,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }

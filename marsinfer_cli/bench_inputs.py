@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from pipeline.bench.variant import Variant
     from pipeline.model.loading import LoadedModel
     from pipeline.records import EncodedDocument
+
+RandomWeights = Annotated[
+    str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
 
 LINEARS_IN_FP8, ATTENTION_IN_FP8 = "fp8", "attention-fp8"  # among a method's settings in --methods
 
@@ -56,7 +63,7 @@ def read_references(model: LoadedModel, documents: list[EncodedDocument], column
 
 
 def load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
-    from pipeline.bench.ttft import random_loaded_model
+    from pipeline.bench.shapes import random_loaded_model
     from pipeline.model.loading import load_model
 
     if random_weights:
@@ -98,6 +105,26 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
+def parse_packs(text: str) -> dict[str, list[int]]:
+    """Packs such as `8k;4x8k;16k+8k+5k`: of each as written, the lengths of its documents."""
+    from pipeline.config import parse_count
+    from pipeline.errors import ConfigError
+
+    packs: dict[str, list[int]] = {}
+    for pack in text.replace(";", " ").split():
+        lengths: list[int] = []
+        for part in pack.split("+"):
+            count, times, length = part.rpartition("x")
+            repeats = parse_count("--packs", count) if times else 1
+            lengths += [parse_count("--packs", length)] * repeats
+        if not lengths or not all(lengths):
+            raise ConfigError(f"--packs {pack!r}: a pack has documents, and a document at least one token")
+        packs[pack] = lengths
+    if not packs:
+        raise ConfigError(f"--packs {text!r}: name a pack, such as 32k, 4x8k or 16k+8k+5k")
+    return packs
+
+
 def parse_shares(text: str) -> tuple[float, ...]:
     from pipeline.errors import ConfigError
 
@@ -110,9 +137,10 @@ def parse_shares(text: str) -> tuple[float, ...]:
     return shares
 
 
-def real_document(
-    model: LoadedModel, path: str, row: int, text_column: str, question: str, length: int | None
-) -> EncodedDocument:
+def real_documents(
+    model: LoadedModel, path: str, rows: range, text_column: str, question: str, length: int | None
+) -> list[EncodedDocument]:
+    """The prompts of these rows, with `length` cut in their middle to so many tokens."""
     from itertools import islice
 
     from pipeline.errors import InputError, RowError
@@ -120,12 +148,6 @@ def real_document(
     from pipeline.prompts import PromptBuilder
     from pipeline.records import RowFailure
 
-    source = open_source([path], Columns(text=text_column, fixed_question=question))
-    document = next(islice(source, row, None), None)
-    if document is None:
-        raise InputError(f"{path} has no row {row}")
-    if isinstance(document, RowFailure):
-        raise InputError(document.message)
     context = model.adapter.shape.context
     prompts = PromptBuilder(
         model.tokenizer,
@@ -133,7 +155,15 @@ def real_document(
         max_new_tokens=0,
         on_overlong="truncate-middle" if length else "error",
     )
-    try:
-        return prompts.encode(document)
-    except RowError as error:
-        raise InputError(f"{document.source.place}: {error}") from error
+    source = open_source([path], Columns(text=text_column, fixed_question=question))
+    encoded = []
+    for document in islice(source, rows.start, rows.stop):
+        if isinstance(document, RowFailure):
+            raise InputError(document.message)
+        try:
+            encoded.append(prompts.encode(document))
+        except RowError as error:
+            raise InputError(f"{document.source.place}: {error}") from error
+    if len(encoded) < len(rows):
+        raise InputError(f"{path} has no row {rows.start + len(encoded)}")
+    return encoded

@@ -154,6 +154,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ratio = summary.flops_ratio()
     facts.append(("operations, of dense", _percent(ratio)))
     facts.append(("time", f"{summary.seconds:,.1f} s"))
+    facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
     return facts
 
 

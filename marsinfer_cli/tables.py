@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.bench.attention import AttentionMeasurement
     from pipeline.bench.decode import DecodeMeasurement
     from pipeline.bench.offload import OffloadMeasurement
+    from pipeline.bench.throughput import Throughput
     from pipeline.bench.ttft import Measurement
+    from pipeline.model.loading import LoadedModel
     from pipeline.quality.agreement import Agreement
+
+
+def conditions_of(model: LoadedModel) -> dict[str, Any]:
+    """What the numbers depend on, beside the settings of the command."""
+    from importlib.metadata import version
+
+    return {
+        "model": model.name,
+        "device": model.device_name() if model.device.type == "cuda" else processor(),
+        "dtype": str(model.adapter.dtype).removeprefix("torch."),
+        "attention": model.attention.name,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def processor() -> str:
+    return f"CPU ({platform.machine()})"
 
 
 def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> None:
@@ -21,6 +43,7 @@ def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> 
         base = dense.get(result.tokens)
         rows.append(
             {
+                "documents": "-" if result.documents == 1 else str(result.documents),
                 "tokens": f"{result.tokens:,}",
                 "variant": result.variant,
                 "TTFT ms": f"{result.ttft_ms:,.1f}",
@@ -116,6 +139,65 @@ def print_agreement_table(conditions: dict[str, Any], results: list[Agreement]) 
     )
     for result in results:
         _print_by_layer(result.variant, result.kept_share_by_layer, result.ffn_share_by_layer)
+
+
+def print_attention_table(
+    conditions: dict[str, Any], results: list[AttentionMeasurement], refused: dict[str, str]
+) -> None:
+    """TFLOP/s, a row a backend and a column a pack; below it, what could not be measured."""
+    _print_conditions(conditions)
+    packs = dict.fromkeys(pack for result in results for pack in (*rates_of(result), *result.failures))
+    if results:
+        _print_rows(
+            [
+                {
+                    "backend": result.backend,
+                    "relative error": f"{result.relative_error:.1e}",
+                    **{f"{pack} TFLOP/s": _number(rates_of(result).get(pack)) for pack in packs},
+                }
+                for result in results
+            ]
+        )
+    for name, reason in refused.items():
+        print(f"\n{name}: not available: {reason}")
+    for result in results:
+        for pack, reason in result.failures.items():
+            print(f"\n{result.backend}, {pack}: failed: {reason}")
+
+
+def rates_of(result: AttentionMeasurement) -> dict[str, float]:
+    return {rate.pack: rate.tflops_per_second for rate in result.rates}
+
+
+def print_throughput_table(conditions: dict[str, Any], result: Throughput) -> None:
+    _print_conditions(conditions)
+    idle = result.idle
+    _print_rows(
+        [
+            {
+                "variant": result.variant,
+                "documents": f"{result.documents:,}",
+                "errors": str(result.errors) if result.errors else "-",
+                "packs": f"{result.packs:,}",
+                "documents/s": _number(result.per_second(result.documents)),
+                "prompt tokens/s": _number(result.per_second(result.prompt_tokens)),
+                "new tokens/s": _number(result.per_second(result.new_tokens)),
+                "wall s": _number(result.wall_s),
+                "prefill": _share(result.share(result.prefill_s)),
+                "decode": _share(result.share(result.decode_s)),
+                "between packs": _share(result.share(result.between_packs_s)),
+                "idle": _share(idle and idle.share),
+                "wall s, profiled": _number(idle and idle.wall_s),
+            }
+        ]
+    )
+    warm_up = f"{result.warm_up_s:,.2f} s of it warming up"
+    print("\nwall: from the first pack's start to the last one's end; ", end="")
+    print(f"the whole run took {result.run_s:,.2f} s, {warm_up}")
+    if idle:
+        print("idle: without a kernel or a copy on the device, in a second run, under the profiler")
+    else:
+        print("idle: not measured: no GPU, or the profiler saw nothing of it")
 
 
 def _print_by_layer(variant: str, kept: tuple[float, ...] | None, ffn: tuple[float, ...] | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.errors import TooManyErrors
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pipeline.model.loading import LoadedModel
     from pipeline.pruning.base import PruningMethod
 
-READ_AHEAD = 64  # rows tokenized while the device works
+WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one more is in the making
+WORTH_A_NOTE_S = 1.0  # of warming up, below which nobody wonders what the run is doing
 FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
 
 Progress = Callable[[Summary], None]
@@ -96,7 +97,7 @@ def answer_all(
 ) -> Summary:
     """Run every new row through the model, into the journal, and publish the output."""
     config, decides = run.config, run.decides()
-    engine = cache(partial(start_engine, run, check))  # started, once, by the first row that needs it
+    engine = cache(partial(start_engine, run, check, note))  # started, once, by the first row that needs it
     summary = Summary(method=run.method.name, output=config.output)
     with open_journal(
         config.output,
@@ -109,17 +110,19 @@ def answer_all(
     ) as journal:
         if journal.resumed:
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
-        with closing(ahead(run.encode(new_rows(run.rows(), journal)), READ_AHEAD, check)) as rows:
-            for window in windows(rows, item_tokens):
-                expect(summary, len(window), run, journal)
-                for answers in answer_window(engine, window, run.method.name):
+        with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check)) as read:
+            for window in read:
+                expect(summary, window, run, journal)
+                for answers in answer_window(engine, window.items, run.method.name):
                     journal.append(answers)
                     summary.add(answers)
                     progress(summary)
                     stop_if_broken(config, summary)
                     check()
-        if engine.cache_info().currsize and engine().model.attention.capture_failure:
-            note(f"decoded without CUDA graphs: {engine().model.attention.capture_failure}")
+        if engine.cache_info().currsize:
+            summary.times = engine().times
+            if engine().model.attention.capture_failure:
+                note(f"decoded without CUDA graphs: {engine().model.attention.capture_failure}")
         written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
@@ -129,14 +132,28 @@ def answer_all(
     return summary
 
 
-def expect(summary: Summary, newly_read: int, run: Preparation, journal: Journal) -> None:
+class Window(NamedTuple):
+    """Rows from which packs are made, and how far the reading had come with the last of them."""
+
+    items: list[Item]
+    fraction_read: float
+    passed_over: int
+
+
+def read_windows(run: Preparation, journal: Journal) -> Iterator[Window]:
+    """The new rows, tokenized."""
+    for items in windows(run.encode(new_rows(run.rows(), journal)), item_tokens):
+        yield Window(items, run.source.fraction_read, journal.passed_over)
+
+
+def expect(summary: Summary, window: Window, run: Preparation, journal: Journal) -> None:
     """Estimate how many rows the run will answer, those left out that are done."""
     summary.expect(
-        newly_read,
+        len(window.items),
         selected_rows(run.config, run.source.total_rows),
-        run.source.fraction_read,
+        window.fraction_read,
         most_rows(run.config),
-        passed_over=journal.passed_over,
+        passed_over=window.passed_over,
         done_before=journal.done_at_start.total(),
     )
 
@@ -171,9 +188,9 @@ def answer_window(
         yield [Answer.from_failure(failure, method) for failure in failures]
 
 
-def start_engine(run: Preparation, check: Callable[[], None]) -> LocalEngine:
-    """Load the weights and warm up."""
-    from pipeline.engines.local import LocalEngine
+def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> LocalEngine:
+    """Load the weights and warm up, and note how long that took where it took long."""
+    from pipeline.engines.local import LONGEST_WARM_UP_S, LocalEngine
     from pipeline.model.decode import StopRules
     from pipeline.model.sampling import Sampling
     from pipeline.tokenizing import stop_token_ids
@@ -203,5 +220,11 @@ def start_engine(run: Preparation, check: Callable[[], None]) -> LocalEngine:
         kv_memory=config.kv_memory,
         check=check,
     )
-    engine.warm_up()
+    if not engine.warm_up(LONGEST_WARM_UP_S):
+        note(
+            f"the warm-up was given up after {LONGEST_WARM_UP_S:g} s: "
+            "the TTFT of the first packs may hold the rest of it"
+        )
+    elif engine.times.warm_up_s >= WORTH_A_NOTE_S:
+        note(f"warmed up in {engine.times.warm_up_s:.1f} s")
     return engine

@@ -6,11 +6,36 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.records import Answer
+
+
+@dataclass(kw_only=True)
+class EngineTimes:
+    """Where an engine's time went, in seconds; packs that failed and ran again are in none of them."""
+
+    warm_up_s: float = 0.0
+    packs: int = 0
+    prefill_s: float = 0.0  # until the first tokens were known: TTFT, pack by pack
+    decode_s: float = 0.0  # from there to the last token of each pack
+    began: float | None = None  # the first pack, by time.perf_counter()
+    ended: float | None = None  # the last pack's last token
+
+    def add(self, started: float, first_at: float, finished_at: float) -> None:
+        """Count a pack, from its start by way of its first tokens to its last one."""
+        self.packs += 1
+        self.prefill_s += first_at - started
+        self.decode_s += finished_at - first_at
+        self.began, self.ended = self.began or started, finished_at
+
+    @property
+    def span_s(self) -> float:
+        """From the first pack's start to the last pack's end, what lies between packs included."""
+        return 0.0 if self.began is None or self.ended is None else self.ended - self.began
 
 
 class Tally:
@@ -84,6 +109,7 @@ class Summary(Tally):
         super().__init__()
         self.method, self.output = method, output
         self.new_tokens = 0
+        self.times = EngineTimes()
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
         self._flops_work = 0.0
@@ -128,6 +154,10 @@ class Summary(Tally):
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,
+            "warm_up_s": self.times.warm_up_s,
+            "packs": self.times.packs,
+            "prefill_s": self.times.prefill_s,
+            "decode_s": self.times.decode_s,
             "prompt_tokens_per_second": self.tokens_per_second,
             "ttft_ms_p50": self.ttft_ms(50),
             "ttft_ms_p95": self.ttft_ms(95),

@@ -27,7 +27,8 @@ def test_every_flag_of_batch_is_explained(capfd):
 
 def test_every_flag_that_is_mentioned_exists(capfd):
     printed = ""
-    benches = (["bench", name] for name in ("ttft", "offload", "agreement", "decode"))
+    names = ("ttft", "batch", "attention", "offload", "agreement", "decode")
+    benches = (["bench", name] for name in names)
     for command in (["batch"], *benches, ["methods"]):
         assert run([*command, "--help"]) == 0
         printed += capfd.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,9 @@ FEWEST_TRIALS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Operations a second of the model's largest matrix product and of its attention, of one length."""
+    """Operations a second of the model's largest matrix product and of its attention, for one pack."""
 
-    tokens: int
+    tokens: int  # of all documents
     matrix: float
     attention: float
     fp8_matrix: float | None = None  # where the device can
@@ -59,9 +59,12 @@ class Ceilings:
 
 
 @torch.inference_mode()
-def measure_ceilings(model: LoadedModel, tokens: int) -> Ceilings:
-    """The best of several trials each: an FFN projection of all tokens, and causal attention over them."""
-    shape, adapter = model.adapter.shape, model.adapter
+def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
+    """The best of several trials each: an FFN projection of all tokens, and causal attention over them.
+
+    `lengths` are the documents', each of which attends within itself.
+    """
+    shape, adapter, tokens = model.adapter.shape, model.adapter, sum(lengths)
     options: Any = {"device": adapter.device, "dtype": adapter.dtype}
     x_TD, w_DF = torch.randn(tokens, shape.hidden, **options), torch.randn(shape.hidden, shape.ffn, **options)
     matrix_s = _best_seconds(lambda: x_TD @ w_DF, adapter.device)
@@ -74,13 +77,13 @@ def measure_ceilings(model: LoadedModel, tokens: int) -> Ceilings:
     if _can_fp8(model):
         weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
         fp8_matrix = operations / _best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
-    segments = Segments.of([tokens], adapter.device)
+    segments = Segments.of(lengths, adapter.device)
     attention_s = _best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
     return Ceilings(
         tokens=tokens,
         matrix=operations / matrix_s,
         fp8_matrix=fp8_matrix,
-        attention=attention_flops(shape, tokens) / attention_s,
+        attention=sum(attention_flops(shape, length) for length in lengths) / attention_s,
     )
 
 

@@ -1,4 +1,4 @@
-"""Time to first token of one prompt, for several methods and transformers itself, in one run."""
+"""Time to first token of a prompt or a pack, for several methods and transformers itself, in one run."""
 
 from __future__ import annotations
 
@@ -15,66 +15,30 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
-from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, greedy_answers
-from pipeline.model.loading import LoadedModel, attention_for, pick_device, pick_dtype, use_device
+from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument
 
-# the published dimensions, by the configuration names of transformers
-RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2-7b": (
-        "qwen2",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "llama-3.1-8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "qwen2.5-1.5b": (
-        "qwen2",
-        {
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 131072,
-        },
-    ),
-}
 BASELINES = ("transformers", "transformers-cudnn")
 MOST_ANSWERS = 3  # timed runs to the end of an answer, which decoding makes slow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One variant at one length; times in milliseconds, device-synchronised, warm-up left out."""
+    """One variant on one pack; times in milliseconds, device-synchronised, warm-up left out.
+
+    Operations and bytes are of all documents together, shares of tokens means over documents.
+    """
 
     variant: str
-    tokens: int
+    tokens: int  # of all documents
     ttft_ms: float  # median
     fastest_ms: float
     slowest_ms: float
     repeats: int
+    documents: int = 1
     peak_bytes: int | None  # of the device's allocator; None on the CPU
     ffn_ratio: float | None = None  # share of tokens through the FFN, mean over layers
     flops_ratio: float | None = None  # operations done, of dense
@@ -83,7 +47,7 @@ class Measurement:
     kv_ratio: float | None = None  # of the bytes that dense stores
     select_ms: float | None = None  # scoring and selection, in a run of their own
     floor_ms: float | None = None  # the operations at the ceilings measured in the same run
-    end_to_end_ms: float | None = None  # with the new tokens asked for, median
+    end_to_end_ms: float | None = None  # with the new tokens asked for, of every document; median
     ffn_share_by_layer: tuple[float, ...] | None = None
     kept_share_by_layer: tuple[float, ...] | None = None
 
@@ -91,29 +55,9 @@ class Measurement:
         return asdict(self)
 
 
-def random_loaded_model(name: str, *, dtype: str, device: str, attention: str) -> LoadedModel:
-    """A model of a published shape with random weights: for speed, which does not depend on their values."""
-    if name not in RANDOM_WEIGHTS:
-        raise ConfigError(f"--random-weights {name!r}: choose from {', '.join(RANDOM_WEIGHTS)}")
-    family, settings = RANDOM_WEIGHTS[name]
-    target = use_device(pick_device(device))
-    weights = random_model(family, settings, device=target, dtype=pick_dtype(dtype, target))
-    adapter = DecoderAdapter(weights)
-    backend, refused = attention_for(attention, target, adapter.dtype, adapter.shape)
-    return LoadedModel(
-        adapter=adapter,
-        tokenizer=None,
-        attention=backend,
-        generation_config=None,
-        name=f"{name} (random weights)",
-        fingerprint="random",
-        attention_refused=refused,
-    )
-
-
 def measure_ttft(
     model: LoadedModel,
-    document: EncodedDocument,
+    documents: Sequence[EncodedDocument],
     methods: Sequence[Variant],
     *,
     baselines: Sequence[str] = (),
@@ -121,11 +65,13 @@ def measure_ttft(
     new_tokens: int = 0,
     ceilings: Ceilings | None = None,
 ) -> list[Measurement]:
-    """Measure every variant on one prompt, taking turns so that a drifting clock touches all alike.
+    """Measure every variant on one pack, taking turns so that a drifting clock touches all alike.
 
-    With `new_tokens`, methods are also timed to the end of an answer of that length, in turns of its own.
+    With `new_tokens`, methods are also timed to the end of answers of that length, in turns of their own.
+    Raises ConfigError for baselines that cannot run here, or not with several documents.
     """
-    pack = Pack.of([document], model.device)
+    check_baselines(baselines, len(documents))
+    pack = Pack.of(documents, model.device)
     runs: dict[str, Callable[[], Prefilled | None]] = {}
     for baseline in baselines:
         runs[baseline] = _transformers_run(model, pack, baseline)
@@ -153,14 +99,26 @@ def measure_ttft(
         for name, run_to_end in answers.items():
             to_the_end[name].append(_timed(run_to_end, model.device)[0])
     return [
-        _measurement(name, document, times[name], peaks[name], work[name], to_the_end[name]) for name in runs
+        _measurement(name, documents, times[name], peaks[name], work[name], to_the_end[name]) for name in runs
     ]
+
+
+def check_baselines(baselines: Sequence[str], documents: int) -> None:
+    """Raise ConfigError for what stock transformers cannot be measured with."""
+    if baselines and documents > 1:
+        raise ConfigError(
+            f"baseline {baselines[0]} runs one document at a time, and --documents is {documents}: "
+            "give --baselines none"
+        )
+    unknown = next((name for name in baselines if name not in BASELINES), None)
+    if unknown is not None:
+        raise ConfigError(f"unknown baseline {unknown!r}; baselines: {', '.join(BASELINES)}")
 
 
 def _method_run(model: LoadedModel, pack: Pack, variant: Variant) -> Callable[[], Prefilled]:
     def run() -> Prefilled:
         prefilled = prefill(model.adapter, model.attention, variant.use(model), pack)
-        prefilled.logits_BV.argmax(-1).tolist()  # the first token, on the host
+        prefilled.logits_BV.argmax(-1).tolist()  # the first tokens, on the host
         return prefilled
 
     return run
@@ -217,8 +175,6 @@ def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if baseline not in BASELINES:
-        raise ConfigError(f"unknown baseline {baseline!r}; baselines: {', '.join(BASELINES)}")
     if baseline == "transformers-cudnn" and model.device.type != "cuda":
         raise ConfigError(f"baseline {baseline} needs an NVIDIA GPU; leave it out")
 
@@ -255,25 +211,35 @@ def _work(
     if prefilled is None:
         return {}
     shape = model.adapter.shape
-    (length,), (passes,) = prefilled.lengths, prefilled.by_document()
-    kept, ffn = layer_tokens(passes)
-    done = passes_flops(shape, passes)
-    dense_kv = length * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
+    lengths, by_document = prefilled.lengths, prefilled.by_document()
+    done = sum(passes_flops(shape, passes) for passes in by_document)
+    kept, ffn = zip(*map(layer_tokens, by_document), strict=True)
+    ffn_shares = _mean_shares(ffn, lengths)
+    floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
+    dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
     return {
         "flops": done,
-        "flops_ratio": done / dense_flops(shape, length),
-        "floor_ms": ceilings.floor_ms(shape, passes, linears_in_fp8) if ceilings is not None else None,
-        "ffn_ratio": sum(ffn) / (length * shape.layers),
+        "flops_ratio": done / sum(dense_flops(shape, length) for length in lengths),
+        "floor_ms": sum(floors) if floors else None,
+        "ffn_ratio": statistics.mean(ffn_shares),
         "kv_bytes": prefilled.cache.nbytes,
         "kv_ratio": prefilled.cache.nbytes / dense_kv,
-        "ffn_share_by_layer": tuple(round(tokens / length, 4) for tokens in ffn),
-        "kept_share_by_layer": tuple(round(tokens / length, 4) for tokens in kept),
+        "ffn_share_by_layer": tuple(round(share, 4) for share in ffn_shares),
+        "kept_share_by_layer": tuple(round(share, 4) for share in _mean_shares(kept, lengths)),
     }
+
+
+def _mean_shares(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[float]:
+    """Of each layer, the mean over documents of the share of the prompt in `tokens`, a list a document."""
+    by_layer = zip(*tokens, strict=True)
+    return [
+        statistics.mean(n / length for n, length in zip(layer, lengths, strict=True)) for layer in by_layer
+    ]
 
 
 def _measurement(
     name: str,
-    document: EncodedDocument,
+    documents: Sequence[EncodedDocument],
     times: Sequence[float],
     peak: int | None,
     work: dict[str, Any],
@@ -284,7 +250,8 @@ def _measurement(
     median = statistics.median(times)
     return Measurement(
         variant=name,
-        tokens=document.prompt_tokens,
+        tokens=sum(document.prompt_tokens for document in documents),
+        documents=len(documents),
         ttft_ms=median,
         fastest_ms=min(times),
         slowest_ms=max(times),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,11 +14,20 @@ from pipeline.bench.flops import dense_flops, fp8_tokens, layer_tokens, passes_f
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.model.decode import Generated, StopRules, decode
+from pipeline.model.graphs import FEWEST_STEPS, WARM_UP_STEPS
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampler, Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import Answer, EncodedDocument, Row, Spans
+from pipeline.summary import EngineTimes
+
+# of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
+WARM_UP_TOKENS = {"cpu": 64, "cuda": 4096}
+SHORT_WARM_UP_TOKENS = 64
+# of an answer that is long enough for its steps to be captured as a CUDA graph, and replayed a few times
+WARM_UP_NEW_TOKENS = {"cpu": 2, "cuda": 1 + WARM_UP_STEPS + FEWEST_STEPS + 3}
+LONGEST_WARM_UP_S = 60.0
 
 
 class LocalEngine:
@@ -40,6 +47,7 @@ class LocalEngine:
     ) -> None:
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
         self.row_timeout, self.check = row_timeout, check
+        self.times = EngineTimes()
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
         self.packer = Packer.on(
             model.device,
@@ -51,15 +59,50 @@ class LocalEngine:
             kv_memory=kv_memory,
         )
 
-    def warm_up(self) -> None:
-        """Load kernels and libraries with a throw-away document, so that no row's TTFT pays for it."""
-        length = min(64, self.model.adapter.shape.context - 2)
+    def warm_up(self, limit_s: float) -> bool:
+        """Load kernels and libraries with throw-away documents, so that no row's TTFT pays for it.
+
+        A short document, then, on a GPU, one of the length of a usual pack, whose decode steps are captured.
+        Whether all ran: after `limit_s` seconds the warm-up is given up, between two layers.
+        """
+        started = time.perf_counter()
+
+        def check() -> None:
+            self.check()
+            if time.perf_counter() - started > limit_s:
+                raise RowError("timeout", f"the warm-up took longer than {limit_s:g} s")
+
+        kind = self.model.device.type
+        new_tokens = min(self.rules.max_new_tokens, WARM_UP_NEW_TOKENS[kind])
+        room = self.model.adapter.shape.context - new_tokens
+        # packs of one token mean one document at a time, of whatever length
+        usual = self.packer.pack_tokens if self.packer.pack_tokens > 1 else WARM_UP_TOKENS[kind]
+        short = min(room, SHORT_WARM_UP_TOKENS)
+        longest = max(short, min(room, usual, WARM_UP_TOKENS[kind]))
+        # whatever the answers say, they go on: an early stop would leave nothing to capture
+        rules = StopRules(max_new_tokens=new_tokens)
+        ran = True
+        for length in sorted({short, longest}):
+            # not under the row's time limit: loading kernels takes as long as it takes
+            ran = ran and self._rehearse(length, rules, check)
+        self.times = EngineTimes(warm_up_s=self._now() - started)
+        return ran
+
+    def _rehearse(self, length: int, rules: StopRules, check: Callable[[], None]) -> bool:
+        """Answer a document of so many tokens; False where there was no time for it."""
         ids = np.arange(length, dtype=np.int64) % self.model.adapter.shape.vocab
         spans = Spans(document=(0, length), question=(length, length))
         document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
-        # not under the row's time limit: loading kernels takes as long as it takes
-        with suppress(RowError):  # where even this exceeds --kv-memory, the rows will say so
-            self._answer([document], replace(self.rules, max_new_tokens=2), self.check)
+        try:
+            self._answer([document], rules, check)
+        except RowError as error:  # where even this exceeds --kv-memory, say, the rows will say so
+            return error.kind != "timeout"
+        except torch.OutOfMemoryError:  # likewise
+            pass
+        else:
+            return True
+        self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
+        return True
 
     def answer(self, pack: Sequence[EncodedDocument]) -> list[Answer]:
         """Answers in the pack's order. A pack that fails is halved until the culprit stands alone."""
@@ -88,11 +131,14 @@ class LocalEngine:
             if not is_failure(error):
                 raise
             failure = self._describe(error, pack[0])
-        # outside the handler, whose traceback keeps the failed pack's tensors alive
+        self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
+        return failure
+
+    def _free(self) -> None:
+        """Give back the memory of a pack that failed."""
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return failure
 
     def _answer(
         self, documents: Sequence[EncodedDocument], rules: StopRules, check: Callable[[], None]
@@ -116,6 +162,7 @@ class LocalEngine:
             row.pack_documents, row.pack_tokens = len(documents), pack.segments.total
             row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
             self._finish(row, tokens)
+        self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
         return rows
 
     def _statistics(self, documents: Sequence[EncodedDocument], prefilled: Prefilled) -> list[Answer]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -268,6 +270,63 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
     assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was answered\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("constant", "seconds", "note"),
+    [
+        ("pipeline.batch.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
+        (
+            "pipeline.engines.local.LONGEST_WARM_UP_S",
+            0.0,
+            "the warm-up was given up after 0 s: the TTFT of the first packs may hold the rest of it",
+        ),
+    ],
+)
+def test_the_warm_up_is_told(batch, parquet, tmp_path, monkeypatch, capfd, constant, seconds, note):
+    monkeypatch.setattr(constant, seconds)
+    assert batch(parquet, tmp_path / "out.parquet", *COLUMNS, "--quiet", "--json") == 0
+    printed = capfd.readouterr()
+    assert re.fullmatch(f"marsinfer: note: {note}\n", printed.err)
+    summary = json.loads(printed.out)
+    assert summary["warm_up_s"] > 0
+    assert summary["packs"] == 1
+    assert summary["warm_up_s"] + summary["prefill_s"] + summary["decode_s"] < summary["seconds"]
+
+
+def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, monkeypatch):
+    from pipeline import batch as pipeline_batch
+    from pipeline.engines.local import LocalEngine
+
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": f"fish {n:03}"}) + "\n" for n in range(40)))
+    second_was_read, cut, answer = threading.Event(), pipeline_batch.windows, LocalEngine.answer
+    read_in_time = []
+
+    def windows(items, size):
+        for number, window in enumerate(cut(items, size, documents=10)):
+            if number == 1:
+                second_was_read.set()
+            yield window
+
+    def answer_once_it_was(self, pack):
+        read_in_time.append(second_was_read.wait(10))
+        return answer(self, pack)
+
+    monkeypatch.setattr(pipeline_batch, "windows", windows)
+    monkeypatch.setattr(LocalEngine, "answer", answer_once_it_was)
+    expected = []
+    summary = pipeline_batch.run_batch(
+        str(source),
+        str(tmp_path / "out.jsonl"),
+        model=str(model_folder),
+        question="what?",
+        max_new_tokens=2,
+        progress=lambda summary: expected.append(summary.expected_rows),
+    )
+    assert summary.documents == 40
+    assert all(read_in_time)
+    assert expected[0] == pytest.approx(40, abs=4)  # from what was read of a window, not ahead of it
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["batch", "--help"]])

@@ -133,8 +133,80 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
 def test_the_warm_up_is_not_under_the_time_limit_of_a_row(model):
     engine = engine_for(model)
     engine.row_timeout = 1e-9
-    engine.warm_up()
+    assert engine.warm_up(60)
     assert engine.answer(documents()[:1])[0].error_type == "timeout"
+
+
+def warm_up_lengths(engine, monkeypatch):
+    """Tokens of each document that warms up, and of its answer."""
+    seen, real = [], local.prefill
+
+    def prefill(adapter, attention, method, pack, new_tokens, *options):
+        seen.append((*pack.segments.lengths, new_tokens))
+        return real(adapter, attention, method, pack, new_tokens, *options)
+
+    monkeypatch.setattr(local, "prefill", prefill)
+    assert engine.warm_up(60)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("pack_tokens", "longest", "expected"),
+    [
+        (300, 4096, [(64, 12), (300, 12)]),  # a pack
+        (8192, 4096, [(64, 12), (500, 12)]),  # the context of 512, less the answer
+        (8192, 200, [(64, 12), (200, 12)]),
+        (1, 200, [(64, 12), (200, 12)]),  # one document at a time, of whatever length
+        (30, 200, [(64, 12)]),
+        (8192, 64, [(64, 12)]),
+    ],
+)
+def test_a_document_as_long_as_a_pack_warms_up(model, monkeypatch, pack_tokens, longest, expected):
+    monkeypatch.setitem(local.WARM_UP_TOKENS, "cpu", longest)
+    monkeypatch.setitem(local.WARM_UP_NEW_TOKENS, "cpu", 14)
+    rules = StopRules(max_new_tokens=12, token_ids=frozenset(range(256)))
+    engine = LocalEngine(model, Dense(), rules=rules, sampling=Sampling(), pack_tokens=pack_tokens)
+    steps = []
+    monkeypatch.setattr(engine, "check", lambda: steps.append(1))
+    assert warm_up_lengths(engine, monkeypatch) == expected
+    # four layers and eleven steps each: no stop token ends an answer that warms up
+    assert len(steps) == len(expected) * (4 + 11)
+    assert engine.times.warm_up_s > 0
+    assert (engine.times.packs, engine.times.span_s) == (0, 0)
+
+
+def test_a_warm_up_without_end_is_given_up_between_layers(model):
+    engine = engine_for(model)
+    assert not engine.warm_up(limit_s=0)
+    assert engine.answer(documents()[:1])[0].status == "ok"
+
+
+def test_a_warm_up_can_be_interrupted(model):
+    def check():
+        raise Interrupted("enough", 143)
+
+    engine = engine_for(model)
+    engine.check = check
+    with pytest.raises(Interrupted):
+        engine.warm_up(60)
+
+
+def test_a_warm_up_that_fits_no_memory_leaves_it_to_the_rows(model, monkeypatch):
+    engine = engine_for(model)
+    with monkeypatch.context() as patched:
+        failing_on(44, torch.OutOfMemoryError("CUDA out of memory"), patched)  # of 64 tokens
+        assert engine.warm_up(60)
+    assert engine.answer(documents()[:1])[0].status == "ok"
+
+
+def test_the_engine_knows_where_its_time_went(model):
+    engine = engine_for(model)
+    rows = [engine.answer(documents()[:3]), engine.answer(documents()[3:])]
+    times = engine.times
+    assert times.packs == 2
+    assert times.prefill_s == pytest.approx(sum(pack[0].ttft_ms for pack in rows) / 1e3)
+    assert times.decode_s == pytest.approx(sum(max(row.decode_ms for row in pack) for pack in rows) / 1e3)
+    assert times.prefill_s + times.decode_s < times.span_s
 
 
 @pytest.mark.parametrize("calls", [1, 3, 6])

@@ -1,0 +1,166 @@
+"""A whole batch, from file to answers: documents a second, and how long the device had nothing to do."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler import profile
+
+from pipeline.batch import run_batch
+from pipeline.bench.ceilings import wait_for
+from pipeline.bench.variant import Variant
+from pipeline.errors import InputError
+from pipeline.model.loading import LoadedModel
+from pipeline.summary import Summary
+
+Interval = tuple[int, int]  # start and end in nanoseconds
+
+
+class Idle(NamedTuple):
+    """A run under the profiler."""
+
+    share: float  # of the time from the first pack's start to the last one's end: no kernel, no copy ran
+    wall_s: float  # that time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """One run of a batch. `wall_s` goes from the first pack's start to the last pack's end, warmed up."""
+
+    variant: str
+    documents: int  # that were answered
+    errors: int
+    prompt_tokens: int
+    new_tokens: int
+    packs: int
+    run_s: float  # the whole run, with reading the first rows, warming up, and writing the output
+    warm_up_s: float
+    wall_s: float
+    prefill_s: float  # until the first tokens were known, over all packs
+    decode_s: float
+    idle: Idle | None  # of a second run, which the profiler slows down; None on the CPU
+
+    @property
+    def between_packs_s(self) -> float:
+        """Neither prefill nor decode: statistics, the journal, making packs, waiting for rows."""
+        return self.wall_s - self.prefill_s - self.decode_s
+
+    def share(self, seconds: float) -> float:
+        """Of the wall time."""
+        return seconds / self.wall_s
+
+    def per_second(self, count: int) -> float:
+        return count / self.wall_s
+
+    def as_dict(self) -> dict[str, Any]:
+        idle = self.idle
+        return {
+            **asdict(self),
+            "idle": idle and idle.share,
+            "profiled_wall_s": idle and idle.wall_s,
+            "between_packs_s": self.between_packs_s,
+            "documents_per_second": self.per_second(self.documents),
+            "prompt_tokens_per_second": self.per_second(self.prompt_tokens),
+            "new_tokens_per_second": self.per_second(self.new_tokens),
+            "prefill_share": self.share(self.prefill_s),
+            "decode_share": self.share(self.decode_s),
+            "between_packs_share": self.share(self.between_packs_s),
+        }
+
+
+def measure_throughput(
+    model: LoadedModel,
+    variant: Variant,
+    input: str,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Throughput:
+    """Run `input` through `run_batch`, into a folder that is thrown away; `options` are `run_batch`'s.
+
+    On a GPU twice: the second time under the profiler, for the idle share alone. InputError where no row
+    is answered.
+    """
+
+    def run(note: Callable[[str], None] = lambda text: None) -> Summary:
+        with tempfile.TemporaryDirectory(prefix="marsinfer-bench-") as folder:
+            return run_batch(
+                input,
+                str(Path(folder) / "answers.jsonl"),
+                model=model,
+                method=variant.method,
+                linear_dtype="fp8" if variant.linears_in_fp8 else "auto",
+                note=note,
+                **options,
+            )
+
+    summary = run(note)
+    times = summary.times
+    if not times.packs:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.errors.most_common(3))
+        raise InputError(f"{input} has no row that was answered" + (f" ({kinds})" if kinds else ""))
+    return Throughput(
+        variant=variant.name,
+        documents=summary.status["ok"],
+        errors=summary.status["error"],
+        prompt_tokens=summary.prompt_tokens,
+        new_tokens=summary.new_tokens,
+        packs=times.packs,
+        run_s=summary.seconds,
+        warm_up_s=times.warm_up_s,
+        wall_s=times.span_s,
+        prefill_s=times.prefill_s,
+        decode_s=times.decode_s,
+        idle=_profiled(run, model.device) if model.device.type == "cuda" else None,
+    )
+
+
+def _profiled(run: Callable[[], Summary], device: torch.device) -> Idle | None:
+    """The idle share of a run; None where the profiler saw nothing."""
+    _mark(device)  # the marker's kernel is loaded before it is timed
+    with profile(use_cpu=False, use_device="cuda", use_kineto=True) as profiler:
+        marked_ns = _mark(device)
+        summary = run()
+        wait_for(device)
+    # not `events()`, which makes Python objects of all kernels and sorts them into a tree
+    assert profiler.kineto_results is not None
+    busy = [
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA and event.device_index() == device.index
+    ]
+    times = summary.times
+    if not busy or times.began is None or times.ended is None:
+        return None
+    # the profiler's clock is not ours: the first thing that it saw is the marker
+    offset_ns = min(busy)[0] - marked_ns
+    window = (int(times.began * 1e9) + offset_ns, int(times.ended * 1e9) + offset_ns)
+    return Idle(share=idle_share(busy, window), wall_s=times.span_s)
+
+
+def _mark(device: torch.device) -> int:
+    """Launch one kernel on the idle device; returns when, in nanoseconds of time.perf_counter()."""
+    wait_for(device)
+    started_ns = time.perf_counter_ns()
+    torch.zeros(1, device=device)
+    wait_for(device)
+    return started_ns
+
+
+def idle_share(busy: Iterable[Interval], window: Interval) -> float:
+    """Share of `window` that none of the intervals covers; they may overlap, and reach beyond it."""
+    first, last = window
+    covered, reached = 0, first
+    for start, end in sorted(busy):
+        start, end = max(start, reached), min(end, last)
+        if end > start:
+            covered += end - start
+            reached = end
+    return 1 - covered / (last - first)
