@@ -64,6 +64,22 @@ def test_a_method_that_is_better_drops_below_zero() -> None:
     assert judge(drop, 0.0).verdict == "pass"
 
 
+def test_losses_drop_by_their_rise() -> None:
+    dense, method = [2.0, 4.0, 3.0, 3.0], [2.5, 4.0, 3.5, 3.2]
+    points, percent = (
+        paired_drop(dense, method, relative=relative, losses=True) for relative in (False, True)
+    )
+    assert points.drop == pytest.approx(30.0)
+    assert percent.drop == pytest.approx(10.0)
+    assert 0 <= percent.low < percent.drop < percent.high
+    assert paired_drop(method, dense, losses=True).drop == pytest.approx(-30.0)
+    one = paired_drop([2.0], [2.5], relative=True, losses=True)
+    assert (one.low, one.high, judge(one, 1.0).verdict) == (-100.0, math.inf, "inconclusive")
+    assert paired_drop([0.0] * 9, [0.1] * 9, relative=True, losses=True).low == math.inf
+    with pytest.raises(ValueError, match="a loss is below 0"):
+        paired_drop([1.0], [-0.5], losses=True)
+
+
 def test_weights_make_it_a_ratio_of_sums() -> None:
     tokens, dense_right, method_right = [10, 1, 100], [5, 1, 90], [5, 0, 60]
     drop = paired_drop(
