@@ -54,7 +54,8 @@ def read_references(model: LoadedModel, documents: list[EncodedDocument], column
     references = []
     for document in documents:
         assert document.source.passthrough is not None
-        text = document.source.passthrough.column(column)[0].as_py()
+        # the only column that is kept, whose name may have changed
+        text = document.source.passthrough.column(0)[0].as_py()
         tokens = model.tokenizer(text or "", add_special_tokens=False)["input_ids"]
         if not tokens:
             raise InputError(f"{document.source.place}: its reference in column {column!r} is empty")

@@ -206,15 +206,16 @@ def test_dense_agrees_with_itself_and_a_pruned_model_less(model_folder, tmp_path
     assert "| dense | 100.0% | 100.0% | 24 |" in capfd.readouterr().out
 
 
-def test_methods_are_compared_with_references_where_there_are_some(model_folder, tmp_path, capfd):
+@pytest.mark.parametrize("column", ["right", "answer"])  # the second has the name of one of batch's output
+def test_methods_are_compared_with_references_where_there_are_some(model_folder, tmp_path, capfd, column):
     source = tmp_path / "docs.jsonl"
-    rows = [{"text": f"fish {n} " * 40, "right": "none at all"} for n in range(2)]
+    rows = [{"text": f"fish {n} " * 40, column: "none at all"} for n in range(2)]
     source.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--reference-column", "right", "--methods", "dense", "--new-tokens", "4", "--json"]
+    flags = ["--reference-column", column, "--methods", "dense", "--new-tokens", "4", "--json"]
     assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
     (dense,) = json.loads(capfd.readouterr().out)["results"]
     assert dense["tokens"] == 8  # a byte is a token, cut at --new-tokens
     assert dense["agreement"] < 1
-    source.write_text(json.dumps({"text": "fish", "right": ""}))
+    source.write_text(json.dumps({"text": "fish", column: ""}))
     assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 2
-    assert "line 1: its reference in column 'right' is empty" in capfd.readouterr().err
+    assert f"line 1: its reference in column {column!r} is empty" in capfd.readouterr().err
