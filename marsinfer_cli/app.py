@@ -12,6 +12,7 @@ import typer
 
 from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
+from marsinfer_cli.check import check
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.methods import methods
 from pipeline.errors import MarsError
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(batch)
+app.command()(check)
 app.command()(methods)
 app.add_typer(bench_app, name="bench")
 

@@ -24,11 +24,19 @@ NO_COUNTS = {"documents": 0, "tokens": 0, "errors": 0, "expected_rows": None, "t
 class BatchProgress:
     """A bar on a terminal, a plain line now and then elsewhere, or events. Call it with the tally so far."""
 
-    def __init__(self, *, quiet: bool, as_json: bool = False, first_line_s: float = 0.0) -> None:
-        """Before `first_line_s` there is no line: what ends sooner needs none."""
+    def __init__(
+        self,
+        *,
+        quiet: bool,
+        as_json: bool = False,
+        first_line_s: float = 0.0,
+        noun: str = "documents",
+    ) -> None:
+        """Before `first_line_s` there is no line: what ends sooner needs none. `noun` is what is counted."""
         self.console = Console(stderr=True, quiet=quiet)
         self.as_json = as_json
         self._first_line_s = first_line_s
+        self._noun = noun
         self._lock = threading.Lock()  # the heartbeat prints too
         self._began = time.monotonic()
         self._last_line = 0.0
@@ -66,7 +74,7 @@ class BatchProgress:
         if self.console.quiet:
             return
         # the heartbeat shows a copy: the tally changes under its hands
-        line, counts = _line(tally), _counts(tally)
+        line, counts = _line(tally, self._noun), _counts(tally)
         if self._bar is not None:
             # the bar counts tokens: documents differ too much in length for a fair estimate of time
             total = _expected_tokens(tally)
@@ -158,13 +166,13 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return facts
 
 
-def _line(tally: Tally) -> str:
+def _line(tally: Tally, noun: str) -> str:
     rows = f"{tally.documents:,}"
     if tally.expected_rows:
         rows += f"/{tally.expected_rows:,.0f}"
     errors = f", {tally.status['error']:,} errors" if tally.status["error"] else ""
     tokens = f"{tally.prompt_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
-    return f"{rows} documents, {tokens}{errors}"
+    return f"{rows} {noun}, {tokens}{errors}"
 
 
 def _expected_tokens(tally: Tally) -> float | None:

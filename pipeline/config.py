@@ -67,22 +67,22 @@ class BatchConfig:
     row_timeout: float | None = None  # seconds a row may take in its pack
 
     def __post_init__(self) -> None:
-        _check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
-        _check_choice("--order", self.order, ORDERS)
-        _check_choice("--dtype", self.dtype, DTYPES)
-        _check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
-        _check_choice("--attention", self.attention, ATTENTION)
-        _check_choice("--attention-dtype", self.attention_dtype, ATTENTION_DTYPES)
-        _check_at_least("--max-new-tokens", self.max_new_tokens, 1)
-        _check_at_least("--seed", self.seed, 0)
+        check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
+        check_choice("--order", self.order, ORDERS)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
+        check_choice("--attention", self.attention, ATTENTION)
+        check_choice("--attention-dtype", self.attention_dtype, ATTENTION_DTYPES)
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        check_at_least("--seed", self.seed, 0)
         for flag in ("pack_tokens", "kv_memory", "limit", "sample"):
             value = getattr(self, flag)
             if value is not None:
-                _check_at_least(f"--{flag.replace('_', '-')}", value, 1)
+                check_at_least(f"--{flag.replace('_', '-')}", value, 1)
         if self.shard is not None:
             parse_shard(self.shard)
-        _check_between("--temperature", self.temperature, 0, 100)
-        _check_between("--top-p", self.top_p, 0, 1, open_low=True)
+        check_between("--temperature", self.temperature, 0, 100)
+        check_between("--top-p", self.top_p, 0, 1, open_low=True)
         check_method_name(self.method)
         self._check_questions()
         self._check_continuing()
@@ -118,16 +118,21 @@ class BatchConfig:
 
     def template_text(self) -> str | None:
         """The prompt template's text, read from its file."""
-        if self.prompt_template is None:
-            return None
-        try:
-            return Path(self.prompt_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt-template {self.prompt_template} cannot be read: {error}") from error
+        return read_template(self.prompt_template)
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, for the output's metadata."""
         return asdict(self)
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of the prompt template in a file."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-template {path} cannot be read: {error}") from error
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -189,17 +194,20 @@ def parse_max_errors(text: str) -> tuple[float, bool]:
     return float(digits), is_share
 
 
-def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is none of these."""
     if value not in choices:
         raise ConfigError(f"{flag} {value!r}: choose from {', '.join(choices)}")
 
 
-def _check_at_least(flag: str, value: int, low: int) -> None:
+def check_at_least(flag: str, value: int, low: int) -> None:
+    """Raise ConfigError for what is no whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{flag} {value}: must be a whole number of at least {low}")
 
 
-def _check_between(flag: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+def check_between(flag: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise ConfigError for a number outside of these bounds."""
     if not (low < value <= high if open_low else low <= value <= high):
         bounds = f"above {low} and at most {high}" if open_low else f"between {low} and {high}"
         raise ConfigError(f"{flag} {value}: must be {bounds}")

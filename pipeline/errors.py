@@ -28,6 +28,18 @@ class ModelError(MarsError):
     exit_code = 2
 
 
+class GateFailed(MarsError):
+    """A method is worse than dense by more than it may be."""
+
+    exit_code = 5
+
+
+class GateInconclusive(MarsError):
+    """Too few rows to tell whether a method is worse than dense by more than it may be."""
+
+    exit_code = 6
+
+
 class LockedError(MarsError):
     """Another run is writing the same output."""
 

@@ -16,9 +16,12 @@ _nothing_to_lose = False
 
 
 @contextmanager
-def graceful_stop() -> Iterator[Callable[[], None]]:
+def graceful_stop(
+    kept: str = "finished rows are kept, and --resume continues",
+) -> Iterator[Callable[[], None]]:
     """Give a function that raises `Interrupted` once a signal has come; to be called often.
 
+    `kept` ends its message: what becomes of the work so far.
     Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
     `nothing_to_lose`. A second signal ends it as if nobody had listened: what is in the journal stays there.
     Only the main thread may use this.
@@ -39,8 +42,7 @@ def graceful_stop() -> Iterator[Callable[[], None]]:
         checked = True
         if received:
             name = signal.Signals(received[0]).name
-            message = f"stopped by {name}; finished rows are kept, and --resume continues"
-            raise Interrupted(message, 128 + received[0])
+            raise Interrupted(f"stopped by {name}; {kept}", 128 + received[0])
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

@@ -69,11 +69,16 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_model(family: str, seed: int = 0) -> DecoderAdapter:
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.float32, seed=seed)
-    with torch.no_grad():  # 0.02 makes attention nearly uniform: larger weights give it something to see
+    return DecoderAdapter(sharpened(model))
+
+
+def sharpened(model: torch.nn.Module) -> Any:
+    """Larger weights: those of 0.02 make attention nearly uniform, and give it nothing to see."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return DecoderAdapter(model)
+    return model
 
 
 def document(length: int, seed: int = 0, row: int = 0) -> EncodedDocument:
@@ -117,10 +122,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as a user has one on disk: configuration, safetensors, tokenizer with a chat template."""
-    folder = tmp_path_factory.mktemp("model")
+    return _saved(_small_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def sharp_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with larger weights, so that what a method leaves out is missed."""
+    return _saved(sharpened(_small_model()), tmp_path_factory.mktemp("sharp_model"))
+
+
+def _small_model() -> Any:
     settings = {**SIZES, "vocab_size": 320, "max_position_embeddings": 1024}
-    device = torch.device("cpu")
-    random_model("qwen2", settings, device=device, dtype=torch.float32).save_pretrained(folder)
+    return random_model("qwen2", settings, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -75,7 +75,7 @@ def settings_in(path: Path, schema: pa.Schema) -> Any:
         raise ConfigError(f"{path} does not say with which settings it was made; {START_OVER}") from error
 
 
-def check_settings(path: Path, then: Any, now: Any) -> None:
+def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) -> None:
     """A `ConfigError` that names the settings that differ; both are as from JSON."""
     before, after = dict(_flat(then)), dict(_flat(now))
     told = [
@@ -84,7 +84,7 @@ def check_settings(path: Path, then: Any, now: Any) -> None:
         if before.get(name, _ABSENT) != after.get(name, _ABSENT)
     ]
     if told:
-        raise ConfigError(f"{path} was begun with other settings: {_first(told)}; {START_OVER}")
+        raise ConfigError(f"{path} was begun with other settings: {_first(told)}; {remedy}")
 
 
 def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:

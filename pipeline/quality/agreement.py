@@ -15,12 +15,13 @@ from typing import Any
 from pipeline.bench.flops import layer_tokens
 from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.memory import Packer
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
 from pipeline.quality.forced import score_answers
+from pipeline.quality.generate import generate
 from pipeline.records import EncodedDocument
 
 
@@ -62,7 +63,8 @@ def measure_agreement(
     if references is not None:
         answers = {id(d): list(r)[:new_tokens] for d, r in zip(documents, references, strict=True)}
     for pack in packs if references is None else ():
-        answers |= zip(map(id, pack), _dense_answers(model, pack, rules), strict=True)
+        dense = (answer.not_empty for answer in generate(model, Dense(), pack, rules))
+        answers |= zip(map(id, pack), dense, strict=True)
     return [_measure(model, packs, answers, variant.name, variant.use(model)) for variant in methods]
 
 
@@ -109,14 +111,6 @@ def _packs(
         new_tokens=new_tokens,
         pack_tokens=None,
     ).packs(documents)
-
-
-def _dense_answers(model: LoadedModel, pack: Sequence[EncodedDocument], rules: StopRules) -> list[list[int]]:
-    """Greedy answers without the stop token, of an answer that is empty with it."""
-    prefilled = _prefill(model, Dense(), pack, rules.max_new_tokens)
-    first = prefilled.logits_BV.argmax(-1).tolist()
-    generated = greedy_answers(model.adapter, model.attention, prefilled, rules)
-    return [answer.tokens or [token] for answer, token in zip(generated, first, strict=True)]
 
 
 def _agreed(

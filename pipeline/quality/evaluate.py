@@ -5,7 +5,7 @@ Documents are prefilled one at a time, so that each has a TTFT of its own and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,7 @@ class CaseScore:
     flops_ratio: float  # operations of this prefill over a dense one's
     kv_ratio: float  # of the keys and values that dense stores
     agreed: int | None = None  # tokens at which it chooses what dense does
+    parted_at: int | None = None  # the first token, from 0, at which it does not
     divergence: float | None = None  # KL from dense, mean over the tokens, in nats
 
     @property
@@ -60,7 +61,7 @@ class CaseScore:
 def evaluate(
     model: LoadedModel,
     variant: Variant,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     *,
     dense: Sequence[Forced] | None = None,
     check: Callable[[], None] = lambda: None,
@@ -112,5 +113,11 @@ def _score(
         flops_ratio=passes_flops(shape, passes) / dense_flops(shape, length),
         kv_ratio=stored / (shape.layers * length),
         agreed=None if dense is None else int(np.sum(forced.choices == dense.choices)),
+        parted_at=None if dense is None else _first(forced.choices != dense.choices),
         divergence=None if dense is None else divergence(dense, forced),
     )
+
+
+def _first(marks: np.ndarray) -> int | None:
+    """The place of the first true one."""
+    return int(np.argmax(marks)) if marks.any() else None

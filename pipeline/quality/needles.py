@@ -50,7 +50,7 @@ class _Puzzle:
 def make_needles(
     texts: Sequence[str],
     *,
-    kinds: Sequence[str] = ("single", "multi-key", "multi-value", "tracking"),
+    kinds: Sequence[str] | None = None,
     lengths: Sequence[int],
     count: int,
     seed: int,
@@ -58,9 +58,10 @@ def make_needles(
 ) -> list[Sample]:
     """`count` samples of each kind, spread evenly over `lengths` and depths; the task is `needles-KIND`.
 
-    `lengths` are tokens of a whole prompt: haystack and needles have at most `FRAME_TOKENS` less, as counted
-    by `count_tokens`, sentence by sentence. Each haystack begins at another sentence of `texts`; behind their
-    last sentence comes the first. Of long texts only as many are used as a good variety needs.
+    `kinds` are all of `KINDS` unless given. `lengths` are tokens of a whole prompt: haystack and needles have
+    at most `FRAME_TOKENS` less, as counted by `count_tokens`, sentence by sentence. Each haystack begins at
+    another sentence of `texts`; behind their last sentence comes the first. Of long texts only as many are
+    used as a good variety needs.
 
     A sample has the facets `kind`, `length`, `depth`, and `tokens` of the document. The depth, from 0 to 1,
     is that of one needle asked for. Of several that is the first at depth 0 and the last at depth 1, and the
@@ -69,6 +70,7 @@ def make_needles(
     Raises `ConfigError` for an unknown kind and for a length without room for the needles, and `InputError`
     for texts with nothing in them.
     """
+    kinds = KINDS if kinds is None else kinds
     _check(kinds, lengths, count)
     pool = Pool.of(texts, _POOL_CHARACTERS * max(lengths), count_tokens, random.Random(f"{seed}/pool"))
     samples = []
@@ -94,12 +96,17 @@ def make_needles(
     return samples
 
 
-def _check(kinds: Sequence[str], lengths: Sequence[int], count: int) -> None:
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise `ConfigError` for a kind that there is not."""
     for kind in kinds:
         if kind not in _KINDS:
             known = ", ".join(_KINDS)
             hint = did_you_mean(kind, _KINDS)
             raise ConfigError(f"unknown kind of needles {kind!r}{hint}; known are {known}")
+
+
+def _check(kinds: Sequence[str], lengths: Sequence[int], count: int) -> None:
+    check_kinds(kinds)
     if not kinds or not lengths:
         raise ConfigError("needles need at least one kind and one length")
     if min(lengths) <= FRAME_TOKENS:
@@ -260,3 +267,5 @@ _KINDS: dict[str, Callable[[random.Random, frozenset[str]], _Puzzle]] = {
     "multi-value": _multi_value,
     "tracking": _tracking,
 }
+
+KINDS = tuple(_KINDS)

@@ -1,0 +1,284 @@
+"""`marsinfer check`: flags to configuration, the result to tables, files and an exit code."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marsinfer_cli import options
+from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING, RUN
+
+if TYPE_CHECKING:
+    from pipeline.quality.check import CheckResult
+    from pipeline.quality.check_config import CheckConfig
+
+GATE, SUITES, REPORTS = "Gate", "Suites", "Files"
+
+
+def check(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA]...", help="Files, globs, folders or URLs, as of batch; without, give --suite."
+        ),
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
+    ] = "text",
+    question_column: Annotated[
+        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
+    ] = None,
+    reference_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the right answer, or of a list of them; without, dense's answers count as right.",
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    task_column: Annotated[
+        str | None,
+        typer.Option(help="Column of a name to group rows by; else the file's.", rich_help_panel=READING),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
+    ] = None,
+    limit_per_task: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="N rows of each task, of as many documents as can be.", rich_help_panel=READING
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of --limit-per-task, needles and the interval.", rich_help_panel=READING),
+    ] = 0,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SUITE",
+            help="leval:DIR, longbench:DIR, or needles, hidden in DATA's documents; repeatable.",
+            rich_help_panel=SUITES,
+        ),
+    ] = None,
+    needle_kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K[,K...]",
+            help="single, multi-key, multi-value, tracking; else all.",
+            rich_help_panel=SUITES,
+        ),
+    ] = None,
+    needle_lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Prompt lengths; else those of 8k,16k,30k that the context holds.",
+            rich_help_panel=SUITES,
+        ),
+    ] = None,
+    needle_count: Annotated[int, typer.Option(help="Needles of each kind.", rich_help_panel=SUITES)] = 20,
+    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
+    ] = None,
+    model: options.Model = "smollm2-135m",
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    linear_dtype: options.LinearDtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    attention_dtype: options.AttentionDtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    method: options.Method = "marsinfer",
+    set: options.Set = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Also generate answers, and score them against the references.",
+            rich_help_panel=ANSWERS,
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Longest answer, and longest part of a reference, in tokens.", rich_help_panel=ANSWERS
+        ),
+    ] = 128,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="token-accuracy: share of a reference's tokens that are predicted (the default with "
+            "references); nll: nats a token; found: all tokens predicted (the default of needles alone); "
+            "agreement: share of the tokens at which dense chooses the same (the default without "
+            "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
+            "edit-similarity, choice. All are means over rows.",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="Npt|N%",
+            help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's; "
+            "nll takes %, of its rise. Default 1pt, 1% for nll.",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    per_task: Annotated[
+        bool,
+        typer.Option(
+            "--per-task", help="Each task is a gate of its own; the worst decides.", rich_help_panel=GATE
+        ),
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Parquet file of dense's results: made if it is not there, else used instead of running.",
+            rich_help_panel=REPORTS,
+        ),
+    ] = None,
+    overwrite_baseline: Annotated[
+        bool,
+        typer.Option("--overwrite-baseline", help="Make the baseline anew.", rich_help_panel=REPORTS),
+    ] = False,
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Result as JSON; - prints it.", rich_help_panel=REPORTS),
+    ] = None,
+    junit: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Gates as JUnit XML.", rich_help_panel=REPORTS)
+    ] = None,
+    markdown: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Tables as Markdown, added to the end of FILE.", rich_help_panel=REPORTS
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a check that was stopped; its rows are beside --json FILE.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
+    ] = False,
+) -> None:
+    """Fail where a method is less accurate than dense, on the same rows, by more than --max-drop.
+
+    Exits with 0 where all of the drop's 95% interval, of a bootstrap over documents, is within the bound,
+    with 5 where none of it is, and with 6 where more rows are needed to tell. Dense runs in the model's
+    --dtype; --linear-dtype and --attention-dtype are the method's.
+    """
+    from pipeline.config import parse_count, parse_settings
+    from pipeline.quality.check_config import CheckConfig, parse_list
+    from pipeline.quality.needles import KINDS
+    from pipeline.quality.reports import as_dict, raise_verdict
+
+    lengths = parse_list("--needle-lengths", needle_lengths) if needle_lengths is not None else None
+    config = CheckConfig(
+        input=tuple(inputs or ()),
+        text_column=text_column,
+        question_column=question_column,
+        question=question,
+        id_column=id_column,
+        reference_column=reference_column,
+        task_column=task_column,
+        suites=tuple(suite or ()),
+        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
+        needle_lengths=None
+        if lengths is None
+        else tuple(parse_count("--needle-lengths", n) for n in lengths),
+        needle_count=needle_count,
+        limit=limit,
+        limit_per_task=limit_per_task,
+        seed=seed,
+        system=system,
+        prompt_template=prompt_template,
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        linear_dtype=linear_dtype,
+        attention=attention,
+        attention_dtype=attention_dtype,
+        trust_remote_code=trust_remote_code,
+        method=method,
+        settings=parse_settings(set or ()),
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        max_drop=max_drop,
+        per_task=per_task,
+        baseline=baseline,
+        overwrite_baseline=overwrite_baseline,
+        json=json_file,
+        junit=junit,
+        markdown=markdown,
+        resume=resume,
+    )
+    result = _run(config, quiet=quiet)
+    if json_file == "-":
+        print(json.dumps(as_dict(result)))
+    else:
+        _print(result)
+    raise_verdict(result)
+
+
+def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
+    from marsinfer_cli.progress import BatchProgress
+    from pipeline.interrupts import graceful_stop
+    from pipeline.quality.check import run_check
+
+    kept = "finished rows are kept, and --resume continues"
+    if config.json in (None, "-"):
+        kept = "nothing is kept without --json FILE"
+    with BatchProgress(quiet=quiet, noun="prefills") as progress, graceful_stop(kept) as stop:
+        return run_check(config, progress=progress, note=progress.note, check=stop)
+
+
+def _print(result: CheckResult) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from pipeline.quality.reports import (
+        HEADS,
+        counts_text,
+        measure_rows,
+        speed_text,
+        table_rows,
+        verdict_text,
+    )
+
+    config = result.config
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
+        console.width = max(console.width, 120)
+    heads = [result.method if head == "method" else head for head in HEADS]
+    title = f"{config.gate_metric}, at most {config.bound_text} below dense"
+    table = Table(*(Column(head, justify="right" if 0 < n < 6 else "left") for n, head in enumerate(heads)))
+    table.title = title
+    for row in table_rows(result):
+        table.add_row(*map(Text, row))
+    measures = Table("all rows", Column("dense", justify="right"), Column(result.method, justify="right"))
+    for row in measure_rows(result):
+        measures.add_row(*map(Text, row))
+    console.print(table, measures)
+    for line in (counts_text(result), speed_text(result)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if result.verdict == "pass":  # any other is the error that ends the command
+        console.print(f"pass: {verdict_text(result)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,77 @@
+"""A baseline: results of the dense side in a Parquet file, to be compared with again and again.
+
+It holds what decides them, and is refused where that, or a row, differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError
+from pipeline.io.beginnings import check_settings, plain
+from pipeline.io.whole_file import writing
+from pipeline.quality.check_rows import CheckRow
+from pipeline.quality.row_results import RowResult
+
+VERSION = 1
+_KEY = b"marsinfer_baseline"
+_ANEW = "--overwrite-baseline makes it anew"
+
+_TEXT, _COUNT, _NUMBER = pa.string(), pa.int64(), pa.float64()
+_SCHEMA = pa.schema(
+    [
+        *((name, _TEXT) for name in ("id", "task", "document_key", "row_hash", "generated")),
+        *((name, _COUNT) for name in ("prompt_tokens", "tokens", "correct", "agreed", "parted_at")),
+        *((name, _NUMBER) for name in ("nll", "ttft_ms", "kept_ratio", "ffn_ratio", "flops_ratio")),
+        *((name, _NUMBER) for name in ("kv_ratio", "divergence")),
+        *((name, pa.list_(pa.int32())) for name in ("answer", "choices", "probes")),
+        *((name, pa.list_(pa.float32())) for name in ("logprobs", "probed")),
+    ]
+)
+
+
+def write_baseline(
+    path: Path, results: Sequence[RowResult], decides: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Store results of the dense side; what `about` says decides nothing. Raises StorageError."""
+    content = {"version": VERSION, "settings_that_decide": plain(decides), "about": plain(about)}
+    schema = _SCHEMA.with_metadata({_KEY: json.dumps(content)})
+    table = pa.Table.from_pylist([result.as_dict() for result in results], schema)
+    with writing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_baseline(
+    path: Path, rows: Sequence[CheckRow], decides: Mapping[str, Any]
+) -> tuple[dict[str, RowResult], dict[str, Any]]:
+    """The results of `rows`, by id, and what the baseline says about itself.
+
+    Raises ConfigError for one that cannot be read, has other settings, or lacks one of the rows as it is.
+    """
+    try:
+        table = pq.read_table(path)
+        content = json.loads((table.schema.metadata or {})[_KEY])
+        found = {each["id"]: RowResult.from_dict(each) for each in table.to_pylist()}
+        version, then, about = (content[name] for name in ("version", "settings_that_decide", "about"))
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
+        raise ConfigError(f"--baseline {path} is no baseline of marsinfer check; {_ANEW}") from error
+    if version != VERSION:
+        raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
+    check_settings(path, then, plain(decides), _ANEW)
+    for row in rows:
+        what = _misfit(row, found.get(row.sample.id))
+        if what is not None:
+            raise ConfigError(f"--baseline {path} is of other rows: {row.sample.id!r} {what}; {_ANEW}")
+    return {row.sample.id: found[row.sample.id] for row in rows}, about
+
+
+def _misfit(row: CheckRow, result: RowResult | None) -> str | None:
+    if result is None:
+        return "is not in it"
+    return None if result.row_hash == row.row_hash else "has another text, question or reference there"

@@ -1,0 +1,300 @@
+"""Whether a method is as accurate as dense, on the same rows: what `marsinfer check` runs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.interrupts import nothing_to_lose
+from pipeline.provenance import PACKAGES
+from pipeline.pruning.registry import make_method
+from pipeline.quality.bootstrap import Verdict
+from pipeline.quality.check_config import CheckConfig
+from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds, verdict_of
+from pipeline.summary import Tally
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import LoadedModel, Model
+    from pipeline.prompts import PromptBuilder
+    from pipeline.pruning.base import PruningMethod
+    from pipeline.quality.check_journal import Journal
+    from pipeline.quality.check_rows import CheckRow, CheckRows
+    from pipeline.quality.row_results import RowResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What a check found, and of what."""
+
+    config: CheckConfig
+    verdict: Verdict
+    gates: tuple[Gate, ...]  # one a task, and one for all rows
+    speed: Mapping[str, float | None]
+    counts: Mapping[str, int]
+    left_out: tuple[str, ...]
+    about: Mapping[str, Any]  # hashes, versions, device
+    pairs: tuple[Pair, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.about["method"]["name"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A check whose settings fit its model and data, of which no weights are loaded yet."""
+
+    config: CheckConfig
+    model: Model
+    method: PruningMethod
+    prompts: PromptBuilder
+    rows: CheckRows
+    note: Callable[[str], None]
+    progress: Callable[[Tally], None]
+    check: Callable[[], None]
+
+    def dense_decides(self) -> dict[str, Any]:
+        """The settings of which each can change a result of the dense side."""
+        return {
+            "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype)},
+            "template_sha256": self.prompts.template_hash,
+            "max_new_tokens": self.config.max_new_tokens,
+            "forced": "references" if self.config.has_references else "dense answers",
+            "generate": self.config.generate,
+        }
+
+    def decides(self) -> dict[str, Any]:
+        """The same of both sides."""
+        return {
+            **self.dense_decides(),
+            "method": {"name": self.method.name, "settings": asdict(self.method)},
+            "linear_dtype": self.config.linear_dtype,
+            "attention_dtype": self.config.attention_dtype,
+        }
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def run_check(
+    config: CheckConfig,
+    *,
+    model: Model | None = None,
+    method: PruningMethod | None = None,
+    progress: Callable[[Tally], None] = _nothing,
+    note: Callable[[str], None] = _nothing,
+    check: Callable[[], None] = _nothing,
+) -> CheckResult:
+    """Run dense and the method on the same rows and compare them; write the baseline and reports asked for.
+
+    `model` and `method` stand for those that `config` names. `progress` is called after every row of a side,
+    `note` with what a user should know, `check` before every row and between the steps of generated answers:
+    it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
+    """
+    from pipeline.quality.check_journal import Journal, journal_path
+    from pipeline.quality.reports import write_reports
+
+    run = _prepare(config, model, method, note, progress, check)
+    keeps = config.json is not None and config.json != "-"
+    journal = (
+        Journal(journal_path(Path(str(config.json))), run.decides(), resume=config.resume) if keeps else None
+    )
+    with journal if journal is not None else nullcontext():
+        if journal is not None and journal.resumed:
+            note(f"resuming: {journal.resumed:,} results are done")
+        dense, measured_here, made = _run_sides(run, journal)
+        result = _compare(run, dense, made, measured_here)
+        write_reports(result)
+        if journal is not None:
+            journal.remove()
+    return result
+
+
+def _prepare(
+    config: CheckConfig,
+    model: Model | None,
+    method: PruningMethod | None,
+    note: Callable[[str], None],
+    progress: Callable[[Tally], None],
+    check: Callable[[], None],
+) -> _Run:
+    method = make_method(config.method, config.settings) if method is None else method
+    from pipeline.model.adapters import check_fp8
+    from pipeline.model.loading import open_model
+    from pipeline.prompts import PromptBuilder
+    from pipeline.quality.check_rows import read_rows
+
+    if model is None:
+        model = open_model(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            attention=config.attention,
+        )
+    method.plan(model.shape, (1,))  # settings that do not fit the model's depth
+    if config.linear_dtype == "fp8" or method.ffn_in_fp8:
+        check_fp8(model.device, model.dtype, model.shape)
+    prompts = PromptBuilder(
+        model.tokenizer,
+        context=model.shape.context,
+        max_new_tokens=config.max_new_tokens,
+        system=config.system,
+        template=config.template_text(),
+        on_overlong="truncate-middle",
+    )
+    rows = read_rows(config, prompts)
+    check_scorer(config, rows.rows)
+    for message in rows.left_out:
+        note(f"left out: {message}")
+    return _Run(
+        config=config,
+        model=model,
+        method=method,
+        prompts=prompts,
+        rows=rows,
+        note=note,
+        progress=progress,
+        check=check,
+    )
+
+
+def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult], bool, dict[str, RowResult]]:
+    """Results of dense and of the method, by id, and whether dense was timed on this device."""
+    from pipeline.quality.baseline import read_baseline, write_baseline
+
+    rows = run.rows.rows
+    tally = Tally()
+    load = cache(partial(_load, run))
+    path = None if run.config.baseline is None else Path(run.config.baseline)
+    reuses = path is not None and path.exists() and not run.config.overwrite_baseline
+    dense: dict[str, RowResult] = {}
+    same_device = True
+    if path is not None and reuses:
+        dense, about = read_baseline(path, rows, run.dense_decides())
+        same_device = about.get("device") == run.model.device_name()
+        run.note(f"dense is taken from {path}, of {about.get('started')}")
+        if not same_device:
+            run.note(f"no speed-up is told: dense ran on {about.get('device')}")
+    elif journal is not None:
+        dense = journal.found("dense", rows)
+    method = {} if journal is None else journal.found("method", rows)
+    # what was forced may be dense's answer, which a newer baseline may have changed
+    method = {
+        id: result for id, result in method.items() if id in dense and result.answer == dense[id].answer
+    }
+    tally.expected_rows = 2 * len(rows) - len(dense) - len(method)
+    for name, found in (("dense", dense), ("method", method)):
+        pending = [row for row in rows if row.sample.id not in found]
+        if pending:
+            _run_side(run, load(), name, pending, found, dense, journal, tally)
+        if name == "dense" and path is not None and not reuses:
+            write_baseline(path, [dense[row.sample.id] for row in rows], run.dense_decides(), _about(run))
+    return dense, same_device, method
+
+
+def _run_side(
+    run: _Run,
+    model: LoadedModel,
+    name: str,
+    pending: Sequence[CheckRow],
+    found: dict[str, RowResult],
+    dense: Mapping[str, RowResult],
+    journal: Journal | None,
+    tally: Tally,
+) -> None:
+    """Add a result to `found` for each of the rows that are pending."""
+    from pipeline.model.decode import StopRules
+    from pipeline.quality.row_results import Side
+    from pipeline.tokenizing import stop_token_ids
+
+    side = Side(
+        model=model,
+        variant=_variants(run)[name],
+        rules=StopRules(
+            max_new_tokens=run.config.max_new_tokens,
+            token_ids=stop_token_ids(model.tokenizer, model.generation_config),
+        ),
+        generates=run.config.generate,
+        check=run.check,
+    )
+    for result in side.run(pending, None if name == "dense" else dense):
+        if journal is not None:
+            journal.add(name, result)
+        found[result.id] = result
+        tally.count("ok", prompt_tokens=result.score.prompt_tokens)
+        run.progress(tally)
+
+
+def _load(run: _Run) -> LoadedModel:
+    from pipeline.bench.variant import prepare
+
+    run.check()
+    with nothing_to_lose():
+        model = run.model.load()
+    prepare(model, _variants(run).values())
+    return model
+
+
+def _variants(run: _Run) -> dict[str, Any]:
+    """Each side: dense in the model's own precision, the method as it is asked for."""
+    from pipeline.bench.variant import Variant
+    from pipeline.pruning.dense import Dense
+
+    return {
+        "dense": Variant("dense", Dense()),
+        "method": Variant(
+            run.method.name,
+            run.method,
+            linears_in_fp8=run.config.linear_dtype == "fp8",
+            attention_in_fp8=run.config.attention_dtype == "fp8",
+        ),
+    }
+
+
+def _compare(
+    run: _Run, dense: Mapping[str, RowResult], method: Mapping[str, RowResult], same_device: bool
+) -> CheckResult:
+    rows = run.rows.rows
+    pairs = tuple(Pair(row=row, dense=dense[row.sample.id], method=method[row.sample.id]) for row in rows)
+    gates = make_gates(run.config, pairs)
+    cut = [row.document.truncated_tokens for row in rows]
+    return CheckResult(
+        config=run.config,
+        verdict=verdict_of(gates),
+        gates=gates,
+        speed=speeds(pairs, same_device=same_device),
+        counts={
+            "rows": len(rows),
+            "documents": len({row.sample.document_key for row in rows}),
+            "left_out": len(run.rows.left_out),
+            "truncated_rows": sum(tokens > 0 for tokens in cut),
+            "truncated_tokens": sum(cut),
+            "references_cut": sum(row.reference_cut > 0 for row in rows),
+            "forced_tokens": sum(pair.dense.score.tokens for pair in pairs),
+        },
+        left_out=run.rows.left_out,
+        about=_about(run),
+        pairs=pairs,
+    )
+
+
+def _about(run: _Run) -> dict[str, Any]:
+    return {
+        **run.decides(),
+        "data_sha256": run.rows.data_hash,
+        "name": run.model.name,
+        "device": run.model.device_name(),
+        "attention": run.model.attention.name,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,107 @@
+"""The journal of a check: JSON lines, each durable before the next row runs, so that it can go on.
+
+The first line holds what decides the results. A torn last line, which a killed process leaves, is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.errors import ConfigError
+from pipeline.io.beginnings import check_settings, plain
+from pipeline.io.whole_file import failures_told
+from pipeline.quality.check_rows import CheckRow
+from pipeline.quality.row_results import RowResult
+
+VERSION = 1
+_SETTINGS = "settings_that_decide"
+_SIDES = ("dense", "method")
+_START_OVER = "leave out --resume to start over"
+
+
+class Journal:
+    """Finished rows of both sides, beside the result; a context manager that closes the file."""
+
+    def __init__(self, path: Path, decides: Mapping[str, Any], *, resume: bool) -> None:
+        """With `resume` go on with what is there. Raises ConfigError if it was begun with other settings."""
+        self._path = path
+        self._found: dict[str, dict[str, RowResult]] = {side: {} for side in _SIDES}
+        settings = plain(decides)
+        end = self._read(settings) if resume and path.exists() else 0
+        with failures_told(path):
+            self._file = path.open("r+b" if end else "wb")
+            self._file.seek(end)
+            self._file.truncate()  # of a torn last line nothing stays
+            if not end:
+                self._append({"version": VERSION, _SETTINGS: settings})
+
+    @property
+    def resumed(self) -> int:
+        """How many results were found."""
+        return sum(map(len, self._found.values()))
+
+    def found(self, side: str, rows: Sequence[CheckRow]) -> dict[str, RowResult]:
+        """Those of `rows`, by id, that were finished before and have not changed since."""
+        results = self._found[side]
+        return {
+            row.sample.id: results[row.sample.id]
+            for row in rows
+            if row.sample.id in results and results[row.sample.id].row_hash == row.row_hash
+        }
+
+    def add(self, side: str, result: RowResult) -> None:
+        """Keep one more result, durably."""
+        with failures_told(self._path):
+            self._append({"side": side, **result.as_dict()})
+
+    def remove(self) -> None:
+        """What it holds is in the result now."""
+        self._file.close()
+        with suppress(OSError):
+            self._path.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(content).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, settings: Any) -> int:
+        """Take in all whole lines; where they end, in bytes. 0 if not even the first is whole."""
+        with failures_told(self._path):
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        for number, line in enumerate(lines, start=1):
+            try:
+                content = json.loads(line)
+                if number == 1:
+                    then = content[_SETTINGS] if content["version"] == VERSION else None
+                else:
+                    result = RowResult.from_dict(content)
+                    self._found[content["side"]][result.id] = result
+            except (ValueError, LookupError, TypeError) as error:
+                raise ConfigError(f"{self._path} line {number} is damaged; {_START_OVER}") from error
+            if number == 1:
+                if then is None:
+                    raise ConfigError(f"{self._path} is of another version of marsinfer; {_START_OVER}")
+                check_settings(self._path, then, settings, _START_OVER)
+        return sum(map(len, lines))
+
+
+def journal_path(result: Path) -> Path:
+    """Beside the file of the result."""
+    return result.with_name(f".{result.name}.journal")

@@ -1,0 +1,306 @@
+"""`marsinfer check` as a user runs it: exit codes, tables and files, and messages word for word."""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from marsinfer_cli.app import run
+
+BROKEN = ["--set", "eta=0.3", "--set", "start_layer=0", "--set", "prefix=0", "--set", "window=1"]
+ROWS = [
+    {
+        "doc": f"row-{number}",
+        "body": f"{word} fish swim past the {word} reef. " * (4 + number),
+        "ask": f"how many {word} fish?",
+        "right": f"about {number}",
+        "kind": "odd" if number % 2 else "even",
+    }
+    for number, word in enumerate(["red", "blue", "green", "old", "new", "big", "sad", "glad"])
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "fish.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def check(sharp_model_folder):
+    def call(*arguments):
+        flags = [
+            "--model",
+            str(sharp_model_folder),
+            "--text-column",
+            "body",
+            "--max-new-tokens",
+            "8",
+            "--quiet",
+        ]
+        return run(["check", *map(str, arguments), *flags])
+
+    return call
+
+
+@pytest.fixture
+def refusal(check, capfd):
+    """What a check that must end with 2 says, in its one line."""
+
+    def refusal(*arguments):
+        assert check(*arguments) == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert len(printed.err.splitlines()) == 1, printed.err
+        return printed.err.removeprefix("marsinfer: error: ").rstrip()
+
+    return refusal
+
+
+ASK = ["--question-column", "ask", "--id-column", "doc"]
+REFERENCES = [*ASK, "--reference-column", "right"]
+
+
+def test_dense_against_dense_drops_by_nothing(check, data, tmp_path, capfd):
+    result = tmp_path / "result.json"
+    assert check(data, *REFERENCES, "--method", "dense", "--max-drop", "0pt", "--json", result) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert "token-accuracy, at most 0pt below dense" in printed.out
+    assert "8 rows of 8 documents, 56 tokens of answers forced\n" in printed.out
+    assert printed.out.endswith(
+        "pass: token-accuracy dropped by 0.00 points (0.00 to 0.00 at 95%), within --max-drop 0pt\n"
+    )
+    (gate,) = json.loads(result.read_text())["gates"]
+    assert (gate["drop"], gate["low"], gate["high"], gate["verdict"]) == (0, 0, 0, "pass")
+    assert gate["measures"]["nll"]["dense"] == gate["measures"]["nll"]["method"] > 0
+    assert gate["measures"]["agreement"]["method"] == gate["measures"]["never_diverges"]["method"] == 1
+    assert not result.with_name(".result.json.journal").exists()
+
+
+def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
+    files = {name: tmp_path / f"result.{name}" for name in ("json", "junit", "markdown")}
+    reports = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    files["markdown"].write_text("# Summary\n\n")
+    assert check(data, *ASK, *BROKEN, "--max-drop", "20pt", *reports) == 5
+    printed = capfd.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("marsinfer: error: agreement dropped by ")
+    assert line.endswith(" at 95%), more than --max-drop 20pt allows")
+    assert "TTFT p50 " in printed.out
+    assert "kept of dense: FFN " in printed.out
+
+    found = json.loads(files["json"].read_text())
+    assert (found["verdict"], found["metric"], found["max_drop"]) == ("fail", "agreement", "20pt")
+    assert line == f"marsinfer: error: {found['message']}"
+    assert found["gates"][0]["low"] > 20
+    assert found["about"]["method"]["settings"]["eta"] == 0.3
+    assert len(found["about"]["data_sha256"]) == len(found["about"]["template_sha256"]) == 64
+    assert [row["id"] for row in found["rows"]] == [row["doc"] for row in ROWS]
+    agreed = sum(row["agreed"] / row["tokens"] for row in found["rows"]) / len(ROWS)
+    assert found["gates"][0]["method"] == pytest.approx(agreed)
+    for row in found["rows"]:
+        assert (row["parted_at"] is None) == (row["agreed"] == row["tokens"])
+
+    suites = ElementTree.parse(files["junit"]).getroot()
+    assert (suites.get("tests"), suites.get("failures")) == ("1", "1")
+    (failure,) = suites.iter("failure")
+    assert (failure.get("type"), failure.get("message")) == ("fail", found["message"])
+
+    summary = files["markdown"].read_text()
+    assert summary.startswith("# Summary\n\n### marsinfer against dense: fail\n")
+    assert "| task | rows | dense | method | drop | interval | verdict |\n| --- |" in summary
+    assert "| fish | 8 | 1.0000 |" in summary
+
+
+def test_a_bound_within_the_interval_is_inconclusive(check, data, tmp_path, capfd):
+    junit = tmp_path / "gates.xml"
+    flags = [*ASK, *BROKEN, "--baseline", tmp_path / "dense.parquet"]
+    assert check(data, *flags, "--max-drop", "1pt", "--json", "-") == 5
+    (gate,) = json.loads(capfd.readouterr().out)["gates"]
+    bound = f"{(gate['drop'] + gate['high']) / 2:.2f}pt"
+    assert check(data, *flags, "--max-drop", bound, "--junit", junit) == 6
+    line = capfd.readouterr().err.splitlines()[-1]
+    told = (
+        r"agreement dropped by [\d.]+ points \([\d.]+ to [\d.]+ at 95%\): 8 rows of 8 documents cannot tell "
+    )
+    told += rf"whether that is within --max-drop {bound}; about [\d,]+ rows would"
+    assert re.fullmatch(f"marsinfer: error: {told}", line)
+    (failure,) = ElementTree.parse(junit).getroot().iter("failure")
+    assert failure.get("type") == "inconclusive"
+
+
+def test_each_task_can_be_a_gate(check, data, tmp_path, capfd):
+    junit = tmp_path / "gates.xml"
+    flags = ["--task-column", "kind", "--per-task", "--method", "dense", "--junit", junit, "--json", "-"]
+    assert check(data, *REFERENCES, *flags) == 0
+    gates = json.loads(capfd.readouterr().out)["gates"]
+    assert [(gate["task"], gate["rows"], gate["decides"]) for gate in gates] == [
+        ("even", 4, True),
+        ("odd", 4, True),
+        ("all", 8, False),
+    ]
+    cases = ElementTree.parse(junit).getroot().iter("testcase")
+    assert [case.get("name") for case in cases] == [
+        f"{task}: token-accuracy within 1pt" for task in ("even", "odd")
+    ]
+
+
+def test_answers_are_generated_and_scored(check, data, capfd):
+    flags = ["--generate", "--metric", "token-f1", "--method", "dense", "--json", "-", "--limit", "3"]
+    assert check(data, *REFERENCES, *flags) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert all(row["answer"]["dense"] == row["answer"]["method"] for row in found["rows"])
+    assert set(found["gates"][0]["measures"]) >= {"score", "exact-match", "token-f1", "choice", "nll"}
+
+
+def test_nll_is_held_against_a_share_of_denses(check, data, capfd):
+    flags = ["--metric", "nll", "--method", "dense", "--json", "-", "--limit", "3"]
+    assert check(data, *REFERENCES, *flags) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["max_drop"], found["gates"][0]["unit"], found["gates"][0]["drop"]) == (
+        "1%",
+        "percent of dense",
+        0,
+    )
+
+
+def test_needles_are_hidden_in_the_data(check, data, capfd):
+    flags = ["--suite", "needles", "--needle-kinds", "single,tracking", "--needle-count", "2"]
+    assert check(data, *flags, "--needle-lengths", "900", "--method", "dense", "--json", "-") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["metric"] == "found"
+    assert [gate["task"] for gate in found["gates"]] == ["needles-single", "needles-tracking", "all"]
+    assert found["counts"]["rows"] == 4
+
+
+def test_suites_of_files_need_no_data(check, tmp_path, capfd):
+    rows = [
+        {
+            "input": "The sky is blue. " * 9,
+            "instructions": ["Colour?"],
+            "outputs": ["blue"],
+            "evaluation": "f1",
+        },
+        {"input": "long words " * 200, "instructions": ["Why?"], "outputs": ["none"], "evaluation": "f1"},
+    ]
+    (tmp_path / "made_up.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check("--suite", f"leval:{tmp_path}", "--method", "dense", "--json", "-") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert [gate["task"] for gate in found["gates"]] == ["made_up"]
+    assert found["counts"]["truncated_rows"] == 1
+    assert found["counts"]["truncated_tokens"] == sum(row["truncated_tokens"] for row in found["rows"]) > 1000
+
+
+def test_a_baseline_takes_the_place_of_dense(check, data, tmp_path, capfd):
+    baseline = tmp_path / "dense.parquet"
+    flags = [*REFERENCES, *BROKEN, "--max-drop", "99pt", "--json", "-", "--baseline", baseline]
+    assert check(data, *flags) == 0
+    first = json.loads(capfd.readouterr().out)
+    written = baseline.stat().st_mtime_ns
+    assert check(data, *flags) == 0
+    printed = capfd.readouterr()
+    assert f"note: dense is taken from {baseline}, of 20" in printed.err
+    assert json.loads(printed.out)["gates"] == first["gates"]
+    assert baseline.stat().st_mtime_ns == written
+    assert check(data, *flags, "--limit", "3") == 0  # fewer rows than it has
+
+
+def test_a_baseline_of_something_else_is_refused(check, refusal, data, tmp_path, capfd):
+    baseline = tmp_path / "dense.parquet"
+    flags = [*REFERENCES, "--method", "dense", "--baseline", baseline]
+    assert check(data, *flags) == 0
+    capfd.readouterr()
+    assert refusal(data, *flags, "--system", "Be brief.").startswith(
+        f"{baseline} was begun with other settings: template_sha256 was "
+    )
+    assert refusal(data, *ASK, "--method", "dense", "--baseline", baseline) == (
+        f'{baseline} was begun with other settings: forced was "references" and is now "dense answers"; '
+        "--overwrite-baseline makes it anew"
+    )
+    changed = [{**row, "right": "none"} if row["doc"] == "row-5" else row for row in ROWS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    assert refusal(data, *flags) == (
+        f"--baseline {baseline} is of other rows: 'row-5' has another text, question or reference there; "
+        "--overwrite-baseline makes it anew"
+    )
+    assert check(data, *flags, "--overwrite-baseline") == 0
+    assert check(data, *flags) == 0
+    capfd.readouterr()
+    baseline.write_text("no Parquet")
+    assert refusal(data, *flags) == (
+        f"--baseline {baseline} is no baseline of marsinfer check; --overwrite-baseline makes it anew"
+    )
+
+
+def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
+    path = tmp_path / "some.jsonl"
+    lines = [json.dumps(row) for row in ROWS[:3]]
+    lines += ["{broken", json.dumps({**ROWS[3], "right": None})]
+    path.write_text("\n".join(lines) + "\n")
+    assert check(path, *REFERENCES, "--method", "dense", "--json", "-") == 0
+    printed = capfd.readouterr()
+    found = json.loads(printed.out)
+    assert (found["counts"]["rows"], found["counts"]["left_out"]) == (3, 2)
+    assert found["left_out"][1] == f"{path.name} line 5: no reference in column 'right'"
+    assert f"note: left out: {path.name} line 5: no reference in column 'right'" in printed.err
+    path.write_text("\n".join(lines[2:]) + "\n")
+    assert refusal(path, *REFERENCES).startswith(f"2 of 3 rows cannot be checked: {path.name} line 2")
+
+
+REFUSED = [
+    (["--max-drop", "1"], "--max-drop '1': write a number and unit, 1pt"),
+    (["--max-drop", "-1pt"], "--max-drop '-1pt': write a number and unit"),
+    (["--suite", "squad:x"], "unknown suite 'squad:x'; write leval:DIR, longbench:DIR or needles"),
+    (
+        ["--suite", "needles", "--needle-kinds", "singel"],
+        "unknown kind of needles 'singel' (did you mean 'single'?)",
+    ),
+    (["--suite", "needles", "--needle-lengths", "4k"], "--needle-lengths: 4,096 tokens exceed 1,016"),
+    (["--metric", "accuracy"], "--metric 'accuracy': choose from token-accuracy, nll, "),
+    (["--metric", "rouge-l"], "--metric rouge-l needs generated answers: add --generate"),
+    (["--metric", "nll", "--max-drop", "1pt"], "--max-drop 1pt: nll has no points"),
+    (["--resume"], "--resume needs --json FILE: "),
+    (["--overwrite-baseline"], "--overwrite-baseline needs --baseline FILE"),
+    (["--method", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
+    (["--limit", "0"], "--limit 0: must be a whole number of at least 1"),
+    (["--junit", "x.xml", "--markdown", "x.xml"], "--markdown and --junit name one file, x.xml"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(flags) for flags, _ in REFUSED])
+def test_flags_that_cannot_work(refusal, data, flags, message):
+    assert refusal(data, *REFERENCES, *flags).startswith(message)
+
+
+def test_data_that_cannot_work(refusal, data, tmp_path):
+    assert refusal() == "nothing to check: give DATA or --suite leval:DIR or longbench:DIR"
+    assert refusal(data).startswith("no question: give --question TEXT")
+    assert refusal(data, *ASK, "--generate").startswith("--generate scores answers against references")
+    assert refusal(data, *ASK, "--metric", "found").startswith("--metric found needs references")
+    assert refusal(data, *ASK, "--suite", "needles").startswith("--question-column is of DATA's own rows")
+    assert refusal("--suite", "needles").startswith("--suite needles hides them in documents of your own")
+    assert refusal("--suite", f"leval:{tmp_path}/gone").startswith(f"suite 'leval:{tmp_path}/gone'")
+    assert refusal(data, *ASK, "--reference-column", "write").startswith(
+        f"8 of 8 rows cannot be checked: {data.name} line 1: no reference in column 'write'"
+    )
+    twins = tmp_path / "twins.jsonl"
+    twins.write_text(2 * (json.dumps(ROWS[0]) + "\n"))
+    assert refusal(twins, *ASK) == "two rows have the id 'row-0': twins.jsonl line 1 and twins.jsonl line 2"
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert refusal(empty, *ASK) == f"{empty} has no rows"
+
+
+def test_a_column_that_a_table_lacks(refusal, fish):
+    told = refusal(fish, "--question-column", "ask", "--reference-column", "right")
+    assert told == "there is no column 'right' to keep; it has: doc, body, ask, year"
+
+
+def test_storage_that_is_not_there(check, data, tmp_path, capfd):
+    assert check(data, *ASK, "--junit", tmp_path / "gone" / "x.xml") == 8
+    assert f"--junit {tmp_path}/gone/x.xml cannot be written: there is no folder" in capfd.readouterr().err

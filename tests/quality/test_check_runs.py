@@ -1,0 +1,209 @@
+"""A check that is stopped and goes on, its journal, its rows, and a broken setting on trained weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ConfigError, MarsError
+from pipeline.model.loading import load_model
+from pipeline.pruning.dense import Dense
+from pipeline.quality.check import run_check
+from pipeline.quality.check_config import CheckConfig
+from pipeline.quality.reports import as_dict, speed_text
+
+LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
+BROKEN = {"eta": 0.3, "start_layer": 0, "prefix": 0, "window": 1}
+
+
+class Stopped(Exception):
+    """As a signal would."""
+
+
+@pytest.fixture
+def config(sharp_model_folder, tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"text": f"word{n} " * (5 + 3 * n), "answer": ["a b", "c"][: 1 + n % 2]} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CheckConfig(
+        input=(str(path),),
+        question="What?",
+        model=str(sharp_model_folder),
+        settings=BROKEN,
+        max_new_tokens=7,
+        json=str(tmp_path / "result.json"),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(sharp_model_folder):
+    return load_model(str(sharp_model_folder), device="cpu")
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return tmp_path / ".result.json.journal"
+
+
+def stop_after(rows):
+    """A callback that stops the check when so many results are finished."""
+    done = []
+
+    def progress(tally):
+        done.append(tally.documents)
+        if len(done) == rows:
+            raise Stopped
+
+    return progress
+
+
+def without_times(result):
+    found = as_dict(result)
+    for key in ("speed", "about", "settings"):
+        del found[key]
+    for row in found["rows"]:
+        del row["ttft_ms"]
+    return found
+
+
+@pytest.mark.parametrize("with_references", [False, True])
+@pytest.mark.parametrize("finished", [1, 4, 6, 9])
+def test_a_check_that_was_stopped_goes_on(config, model, journal, finished, with_references):
+    config = replace(config, reference_column="answer" if with_references else None, generate=with_references)
+    whole = run_check(config, model=model)
+    with pytest.raises(Stopped):
+        run_check(config, model=model, progress=stop_after(finished))
+    assert len(journal.read_bytes().splitlines()) == 1 + finished
+    with journal.open("ab") as file:
+        file.write(b'{"side": "dense", "id": "to')  # of a process that was killed
+    notes, tallies = [], []
+    resumed = run_check(
+        replace(config, resume=True),
+        model=model,
+        note=notes.append,
+        progress=lambda tally: tallies.append((tally.documents, tally.expected_rows)),
+    )
+    assert notes == [f"resuming: {finished} results are done"]
+    assert tallies[-1] == (12 - finished, 12 - finished)
+    assert without_times(resumed) == without_times(whole)
+    assert not journal.exists()
+
+
+def test_without_resume_a_check_starts_over(config, model, journal):
+    with pytest.raises(Stopped):
+        run_check(config, model=model, progress=stop_after(3))
+    tallies = []
+    run_check(config, model=model, progress=lambda tally: tallies.append(tally.documents))
+    assert tallies == list(range(1, 13))
+
+
+def test_a_journal_of_other_settings_is_refused_by_name(config, model, journal):
+    with pytest.raises(Stopped):
+        run_check(config, model=model, progress=stop_after(2))
+    other = replace(config, settings={**BROKEN, "eta": 0.5}, resume=True)
+    with pytest.raises(ConfigError) as refused:
+        run_check(other, model=model)
+    assert str(refused.value) == (
+        f"{journal} was begun with other settings: method.settings.eta was 0.3 and is now 0.5; "
+        "leave out --resume to start over"
+    )
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b"damage\n" + lines[1])
+    with pytest.raises(ConfigError, match="line 2 is damaged; leave out --resume"):
+        run_check(replace(config, resume=True), model=model)
+
+
+def test_a_row_that_changed_is_run_again(config, model):
+    with pytest.raises(Stopped):
+        run_check(config, model=model, progress=stop_after(6))
+    path = Path(config.input[0])
+    path.write_text(path.read_text().replace("word2", "other"))
+    tallies = []
+    run_check(
+        replace(config, resume=True), model=model, progress=lambda tally: tallies.append(tally.documents)
+    )
+    assert len(tallies) == 1 + 6
+
+
+def test_a_resumed_check_with_all_rows_done_loads_no_weights(config, model, monkeypatch):
+    with pytest.raises(Stopped):
+        run_check(config, progress=stop_after(12))
+
+    def refuse(self):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("pipeline.model.loading.UnloadedModel.load", refuse)
+    result = run_check(replace(config, resume=True))
+    assert result.counts["rows"] == 6
+
+
+def test_a_row_that_fails_is_named(config, model):
+    class Failing(Dense):
+        def observe(self, *arguments, **options):
+            raise RuntimeError("no kernel for this")
+
+        def plan(self, shape, lengths):
+            if lengths != (1,):
+                raise RuntimeError("no kernel for this")
+            return super().plan(shape, lengths)
+
+    with pytest.raises(MarsError, match=r"in\.jsonl line 1, \d+ tokens, fails under .*no kernel for this"):
+        run_check(config, model=model, method=Failing())
+
+
+def test_lists_of_references_and_what_is_left_out(config, model):
+    result = run_check(replace(config, reference_column="answer"), model=model)
+    assert {pair.row.sample.references for pair in result.pairs} == {("a b",), ("a b", "c")}
+    assert result.counts["forced_tokens"] == 6 * 3  # of the first reference, a token a byte
+    shorter = run_check(replace(config, reference_column="answer", max_new_tokens=2), model=model)
+    assert (shorter.counts["references_cut"], shorter.counts["forced_tokens"]) == (6, 12)
+
+
+def test_dense_that_ran_elsewhere_gives_no_speed_up(config, model, tmp_path):
+    path = tmp_path / "dense.parquet"
+    config = replace(config, baseline=str(path))
+    assert run_check(config, model=model).speed["speed_up"] > 0
+    table = pq.read_table(path)
+    metadata = {key: value.replace(b'"CPU"', b'"another"') for key, value in table.schema.metadata.items()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    notes = []
+    result = run_check(config, model=model, note=notes.append)
+    assert (result.speed["speed_up"], result.speed["dense_ttft_p50_ms"]) == (None, None)
+    assert notes[1] == "no speed-up is told: dense ran on another"
+    assert speed_text(result).startswith(f"TTFT p50 {result.speed['method_ttft_p50_ms']:,.1f} ms; kept")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2-135m", device="cpu", dtype="float32")
+
+
+def test_trained_weights_and_a_broken_setting(smollm2, tmp_path):
+    rows = [json.loads(line) for line in LICENSES.open(encoding="utf-8")]
+    short = [{**row, "text": row["text"][:800]} for row in rows]
+    path = tmp_path / "licenses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in short))
+    config = CheckConfig(
+        input=(str(path),),
+        question_column="question",
+        id_column="id",
+        reference_column="reference",
+        settings=BROKEN,
+        max_drop="5pt",
+        metric="agreement",
+        baseline=str(tmp_path / "dense.parquet"),
+    )
+    broken = run_check(config, model=smollm2)
+    assert (broken.verdict, broken.gates[0].drop.clusters) == ("fail", 5)
+    measures = {measure.name: measure for measure in broken.gates[0].measures}
+    assert measures["nll"].method > measures["nll"].dense + 0.5
+    assert measures["KL from dense"].method > 0.5
+    full = run_check(replace(config, settings={"eta": 1.0}, max_drop="0pt"), model=smollm2)
+    assert (full.verdict, full.gates[0].drop.drop) == ("pass", 0)
+    measures = {measure.name: measure for measure in full.gates[0].measures}
+    assert measures["token-accuracy"].method == measures["token-accuracy"].dense > 0
+    assert abs(measures["KL from dense"].method) < 1e-4
