@@ -18,8 +18,9 @@ from pipeline.records import Answer
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_flag_of_batch_is_explained(capfd):
-    assert run(["batch", "--help"]) == 0
+@pytest.mark.parametrize("command", ["batch", "check"])
+def test_every_flag_is_explained(command, capfd):
+    assert run([command, "--help"]) == 0
     flags = set(re.findall(r"--[a-z][a-z-]+", capfd.readouterr().out)) - {"--help"}
     assert len(flags) > 20
     assert sorted(flag for flag in flags if flag not in README) == []
@@ -29,7 +30,7 @@ def test_every_flag_that_is_mentioned_exists(capfd):
     printed = ""
     names = ("ttft", "batch", "attention", "offload", "agreement", "decode")
     benches = (["bench", name] for name in names)
-    for command in (["batch"], *benches, ["methods"]):
+    for command in (["batch"], ["check"], *benches, ["methods"]):
         assert run([*command, "--help"]) == 0
         printed += capfd.readouterr().out
     foreign = {"--no-deps"}  # pip's
