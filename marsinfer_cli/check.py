@@ -21,7 +21,7 @@ def check(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DATA]...", help="Files, globs, folders or URLs, as of batch; without, give --suite."
+            metavar="DATA", help="Files, globs, folders or URLs, as of batch; without, give --suite."
         ),
     ] = None,
     text_column: Annotated[
