@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,14 +36,19 @@ def causal_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segm
     return torch.cat(outputs)
 
 
-def window_importance(q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int) -> Tensor:
+def window_importance(
+    q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int | Sequence[int], *, heads: str = "mean"
+) -> Tensor:
     """Attention that each token gets from its document's last `window` queries, (T,) in float64.
 
-    Mean over heads and queries, so each document sums to one.
+    Mean over the queries, and over heads the "mean", so that each document sums to one, or the "max". One
+    window for all documents or one each.
     """
+    windows = [window] * len(segments) if isinstance(window, int) else window
     scores = []
-    for start, end in segments.ranges():
-        first = max(start, end - window)
+    for (start, end), count in zip(segments.ranges(), windows, strict=True):
+        first = max(start, end - count)
         weights_HQT = attention_weights(q_THd[first:end], k_TKd[start:end], first_query=first - start)
-        scores.append(weights_HQT.mean(dim=(0, 1)))
+        of_heads_HT = weights_HQT.mean(1)
+        scores.append({"mean": of_heads_HT.mean(0), "max": of_heads_HT.amax(0)}[heads])
     return torch.cat(scores)

@@ -1,8 +1,15 @@
-"""How much late queries have to do with each token, or with each block of tokens."""
+"""How much late queries have to do with each token, or with each block of tokens.
+
+Attention of a window has two paths: plain torch, and on a GPU the kernels of `triton_scoring`, which take
+queries and keys with a contiguous last dimension, their other strides free.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +20,34 @@ from pipeline.kernels.segments import Segments
 SCORES_AT_ONCE = 1 << 26
 
 
-def window_importance(q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int) -> Tensor:
+def window_importance(
+    q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int | Sequence[int], *, heads: str = "mean"
+) -> Tensor:
     """Attention that each token gets from its document's last `window` queries, (T,) float32.
 
-    FlashAttention returns no weights, so they are recomputed for the window alone. The mean is taken over
-    heads and queries: each document's scores sum to one. As many key/value heads at a time as keep the
-    weights within `SCORES_AT_ONCE` floats, at least one.
+    FlashAttention returns no weights, so they are recomputed for the window alone, which is one number or one
+    a document, at least 1; a shorter document's window is all of it. Of the queries the mean is taken; of the
+    query heads, as `heads` says, the "mean" too, so that each document's scores sum to one, or the "max".
     """
-    scores_T = torch.empty(q_THd.shape[0], dtype=torch.float32, device=q_THd.device)
-    for start, end in segments.ranges():
-        scores_T[start:end] = _window_attention(q_THd[start:end], k_TKd[start:end], window).mean(0)
-    return scores_T
+    scores_KT = _window_attention(q_THd, k_TKd, segments, window, heads)
+    return scores_KT.amax(0) if heads == "max" else scores_KT.mean(0)
 
 
-def window_importance_by_head(q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int) -> Tensor:
+def window_importance_by_head(
+    q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int | Sequence[int]
+) -> Tensor:
     """The same for each key/value head, (K, T): mean over its query heads and the queries."""
-    parts = [_window_attention(q_THd[a:b], k_TKd[a:b], window) for a, b in segments.ranges()]
-    return torch.cat(parts, dim=1)
+    return _window_attention(q_THd, k_TKd, segments, window, "mean")
+
+
+def windows_of(window: int | Sequence[int], segments: Segments) -> tuple[int, ...]:
+    """The window asked for of each document; raises ValueError unless there is one a document."""
+    windows = (window,) * len(segments) if isinstance(window, int) else tuple(window)
+    if len(windows) != len(segments):
+        raise ValueError(
+            f"{len(windows)} windows for {len(segments)} documents: give one number, or one each"
+        )
+    return windows
 
 
 def last_query_products(q_THd: Tensor, k_TKd: Tensor, segments: Segments) -> Tensor:
@@ -74,8 +92,40 @@ def block_means(scores_L: Tensor, block: int) -> Tensor:
     return sums_N / counts_N
 
 
-def _window_attention(q_LHd: Tensor, k_LKd: Tensor, window: int) -> Tensor:
-    """(K, L) attention of one document's last queries, mean over them and the heads that share keys."""
+def _window_attention(
+    q_THd: Tensor, k_TKd: Tensor, segments: Segments, window: int | Sequence[int], heads: str
+) -> Tensor:
+    """(K, T) attention of the last queries, mean over them, "mean" or "max" over heads that share keys."""
+    if heads not in ("mean", "max"):
+        raise ValueError(f"heads={heads!r} must be 'mean' or 'max'")
+    windows, kernels = windows_of(window, segments), _kernels(q_THd)
+    if kernels is not None:
+        return kernels.window_attention(q_THd, k_TKd, segments, windows, largest=heads == "max")
+    documents = zip(segments.ranges(), windows, strict=True)
+    return torch.cat(
+        [_of_document(q_THd[a:b], k_TKd[a:b], count, heads) for (a, b), count in documents], dim=1
+    )
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of Triton kernels where they can run on this tensor, else None."""
+    return _triton_scoring() if x.is_cuda else None
+
+
+@cache
+def _triton_scoring() -> Any | None:
+    try:
+        from pipeline.kernels import triton_scoring
+    except ImportError:
+        return None
+    return triton_scoring
+
+
+def _of_document(q_LHd: Tensor, k_LKd: Tensor, window: int, over_heads: str) -> Tensor:
+    """(K, L) the same for one document, in plain torch.
+
+    As many key/value heads at a time as keep the weights within `SCORES_AT_ONCE` floats, at least one.
+    """
     length, heads, head_dim = q_LHd.shape
     kv_heads = k_LKd.shape[1]
     window = min(window, length)
@@ -90,7 +140,8 @@ def _window_attention(q_LHd: Tensor, k_LKd: Tensor, window: int) -> Tensor:
         scores_KGQL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, window))
         scores_KGQL.mul_(1 / math.sqrt(head_dim))
         scores_KGQL[..., length - window :].masked_fill_(future_QQ, -math.inf)
-        parts.append(scores_KGQL.softmax(-1).mean(dim=(1, 2)))
+        weights_KGL = scores_KGQL.softmax(-1).mean(2)
+        parts.append(weights_KGL.amax(1) if over_heads == "max" else weights_KGL.mean(1))
     return torch.cat(parts)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.scoring import window_importance, window_importance_by_head
+from pipeline.kernels.scoring import window_importance, window_importance_by_head, windows_of
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_mask
 from pipeline.model.shape import ModelShape
@@ -114,15 +114,22 @@ class LayerView:
     spans: tuple[Spans, ...]
     scored_pairs: tuple[int, ...] = ()  # of each document: query-key pairs recomputed for scoring
 
-    def window_importance(self, window: int) -> Tensor:
-        """(T,) attention each token gets from its document's last `window` queries, mean over heads."""
-        self.count_pairs(min(window, length) * length for length in self.segments.lengths)
-        return window_importance(self.queries, self.keys, self.segments, window)
+    def window_importance(self, window: int | Sequence[int], *, heads: str = "mean") -> Tensor:
+        """(T,) attention each token gets from its document's last `window` queries, mean over them.
 
-    def window_importance_by_head(self, window: int) -> Tensor:
+        One window for all documents or one each; `heads` says what of the query heads, "mean" or "max".
+        """
+        self._count_window(window)
+        return window_importance(self.queries, self.keys, self.segments, window, heads=heads)
+
+    def window_importance_by_head(self, window: int | Sequence[int]) -> Tensor:
         """(K, T) the same for each key/value head, mean over the query heads that share it."""
-        self.count_pairs(min(window, length) * length for length in self.segments.lengths)
+        self._count_window(window)
         return window_importance_by_head(self.queries, self.keys, self.segments, window)
+
+    def _count_window(self, window: int | Sequence[int]) -> None:
+        counts = zip(windows_of(window, self.segments), self.segments.lengths, strict=True)
+        self.count_pairs(min(count, length) * length for count, length in counts)
 
     def count_pairs(self, pairs: Iterable[int]) -> None:
         """Add query-key products, of all heads, to each document's count of operations."""
