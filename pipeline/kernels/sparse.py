@@ -1,0 +1,248 @@
+"""Block-sparse causal attention of long prompts: a block of queries attends to the blocks of keys it needs.
+
+Which ones is judged by antidiagonals (XAttention, arXiv 2503.16428): of every `STRIDE` x `STRIDE` tile of the
+attention map only the scores on one antidiagonal are computed, which meets every query and every key of the
+tile once. Letters beside those of segments.py: M blocks of queries, N blocks of keys, R strided queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from pipeline.kernels.segments import Segments
+
+BLOCK = 128  # tokens, of queries as of keys
+STRIDE = 16
+SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
+WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
+
+Prefill = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Of one document: the blocks of keys that each head's blocks of queries attend to."""
+
+    indices: (
+        Tensor  # (H, M, N) int32, ascending, of which the first `counts` are valid; the last is the row's own
+    )
+    counts: Tensor  # (H, M) int32, at least 1
+
+
+def sparse_prefill(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, mass: float, dense: Prefill
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention within each document, (T, H, d), of long ones block-sparse, of short ones by `dense`.
+
+    `mass` is the share of the attention that the blocks chosen are to reach, as estimated. Also returns how
+    many query-key pairs were computed of each document, (B,) mean over heads, or None if all were.
+    """
+    long = [length >= SHORTEST for length in segments.lengths]
+    if not any(long):
+        return dense(q_THd, k_TKd, v_TKd, segments), None
+    outputs: list[Tensor] = []
+    pairs: list[Tensor] = []
+    for is_long, (start, end) in zip(long, segments.ranges(), strict=True):
+        q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
+        length = end - start
+        if is_long:
+            blocks = choose_blocks(q, k, mass)
+            outputs.append(block_sparse_attention(q, k, v, blocks))
+            pairs.append(computed_pairs(blocks, length))
+        else:
+            outputs.append(dense(q, k, v, Segments.of((length,), segments.device)))
+            pairs.append(torch.full((), length * (length + 1) // 2, dtype=torch.int64, device=q.device))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), torch.stack(pairs)
+
+
+def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
+    """The fewest blocks of keys that reach `mass` of each head's and query block's attention, as estimated.
+
+    To them belong always the block itself, the one before it and the first, the attention sink; and all, for
+    the last `WHOLE_ROWS`. Ties go to the earlier block.
+    """
+    heads, blocks = q_THd.shape[1], -(-len(q_THd) // BLOCK)
+    places_N = torch.arange(blocks, device=q_THd.device)
+    past_MN = places_N[None, :] <= places_N[:, None]
+    if mass >= 1:
+        return _lists(past_MN.expand(heads, -1, -1))
+    shares_HMN = _block_shares(q_THd, k_TKd)
+    ordered, order = shares_HMN.sort(dim=-1, descending=True, stable=True)
+    wanted = (ordered.cumsum(-1) - ordered) < mass
+    kept_HMN = torch.zeros_like(wanted).scatter_(-1, order, wanted)
+    near_MN = past_MN & (places_N[None, :] >= places_N[:, None] - 1)
+    near_MN[:, 0] = True
+    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
+    return _lists((kept_HMN & past_MN) | near_MN)
+
+
+def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
+    """Causal attention of one document's queries to the keys in the blocks chosen, (T, H, d)."""
+    kernels = _kernels(q_THd)
+    if kernels is None:
+        return _plain(q_THd, k_TKd, v_TKd, blocks)
+    tokens, heads, head_dim = q_THd.shape
+    out_THd = torch.empty(tokens, heads, head_dim, dtype=q_THd.dtype, device=q_THd.device)
+    rows = blocks.counts.shape[1]
+    wide = q_THd.dtype == torch.float32
+    tile = 32 if wide else 128 if head_dim > 64 else 64
+    described = _described(q_THd, k_TKd, v_TKd, tile) if q_THd.is_cuda and not wide else None
+    sources = described or (q_THd, k_TKd, v_TKd)
+    kernels.attention_kernel[(rows * heads,)](
+        *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
+        *(out_THd, *out_THd.stride()[:2], blocks.indices, blocks.counts, blocks.indices.shape[2]),
+        *(tokens, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
+        WHOLE_ROWS=min(WHOLE_ROWS, rows),
+        HEAD_DIM=head_dim,
+        WIDTH=_width(head_dim),
+        BLOCK=BLOCK,
+        TILE=tile,
+        DESCRIBED=described is not None,
+        PRECISION="ieee" if wide else "tf32",
+        num_warps=8,
+        num_stages=2 if wide else 3,
+    )
+    return out_THd
+
+
+def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
+    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device."""
+    rows_M = torch.full((blocks.counts.shape[1],), BLOCK, dtype=torch.int64, device=blocks.counts.device)
+    rows_M[-1] = tokens - (len(rows_M) - 1) * BLOCK
+    whole_M = (blocks.counts.long() - 1).sum(0) * BLOCK * rows_M // len(blocks.counts)
+    return (whole_M + rows_M * (rows_M + 1) // 2).sum()
+
+
+def _block_shares(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
+    """(H, M, N) of each block of queries' attention the share that each block of keys gets, as estimated."""
+    shares_HRN = _log_masses(q_THd, k_TKd).softmax(-1)
+    per_block = BLOCK // STRIDE
+    padded = pad(shares_HRN, (0, 0, 0, -shares_HRN.shape[1] % per_block))
+    shares_HMN = padded.unflatten(1, (-1, per_block)).sum(2)
+    return shares_HMN / shares_HMN.sum(-1, keepdim=True)
+
+
+def _log_masses(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
+    """(H, R, N) logarithm of the sum of exponentials of a strided query's scores, for each block of keys.
+
+    -inf for blocks in its future. A strided query stands for `STRIDE` of them, and so does a strided key.
+    """
+    tokens, heads, head_dim = q_THd.shape
+    rows, blocks = -(-tokens // STRIDE), -(-tokens // BLOCK)
+    scale = 1 / (math.sqrt(head_dim) * STRIDE)
+    kernels = _kernels(q_THd)
+    if kernels is None:
+        return _plain_log_masses(q_THd, k_TKd, scale, blocks)
+    out_HRN = torch.empty(heads, rows, blocks, dtype=torch.float32, device=q_THd.device)
+    wide = q_THd.dtype == torch.float32
+    tile = 64 if wide else 128
+    grid = (-(-blocks // (tile * STRIDE // BLOCK)), -(-rows // tile), heads)
+    kernels.antidiagonal_kernel[grid](
+        *(q_THd, *q_THd.stride()[:2], k_TKd, *k_TKd.stride()[:2], out_HRN, rows, blocks, tokens),
+        *(heads // k_TKd.shape[1], scale / math.log(2)),
+        STRIDE=STRIDE,
+        HEAD_DIM=head_dim,
+        WIDTH=_width(head_dim),
+        BLOCK=BLOCK,
+        TILE=tile,
+        PRECISION="ieee" if wide else "tf32",
+        num_warps=8,
+        num_stages=3,
+    )
+    return out_HRN
+
+
+def _plain_log_masses(q_THd: Tensor, k_TKd: Tensor, scale: float, blocks: int) -> Tensor:
+    """The same a head at a time."""
+    heads, group = q_THd.shape[1], q_THd.shape[1] // k_TKd.shape[1]
+    # within a stride the keys are in reverse: products of whole rows are then sums over an antidiagonal
+    q_HRD, k_KRD = (_strided(x, reverse) for x, reverse in ((q_THd, False), (k_TKd, True)))
+    rows = q_HRD.shape[1]
+    future_RR = torch.ones(rows, rows, dtype=torch.bool, device=q_THd.device).triu(1)
+    parts = []
+    for head in range(heads):
+        scores_RR = (q_HRD[head] @ k_KRD[head // group].T).mul_(scale).masked_fill_(future_RR, -math.inf)
+        padded = pad(scores_RR, (0, blocks * (BLOCK // STRIDE) - rows), value=-math.inf)
+        parts.append(padded.unflatten(1, (blocks, -1)).logsumexp(-1))
+    return torch.stack(parts)
+
+
+def _strided(x_TNd: Tensor, reverse: bool) -> Tensor:
+    """(N, R, STRIDE * d) float32: the tokens of a stride side by side, zeros where the last one is short."""
+    padded = pad(x_TNd.float(), (0, 0, 0, 0, 0, -len(x_TNd) % STRIDE)).unflatten(0, (-1, STRIDE))
+    ordered = padded.flip(1) if reverse else padded
+    return ordered.permute(2, 0, 1, 3).flatten(2)
+
+
+def _lists(kept_HMN: Tensor) -> BlockLists:
+    blocks = kept_HMN.shape[-1]
+    places_N = torch.arange(blocks, device=kept_HMN.device, dtype=torch.int32)
+    indices = places_N.masked_fill(~kept_HMN, blocks).sort(dim=-1).values
+    return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32))
+
+
+def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
+    """A block of queries at a time, through SDPA with a mask."""
+    tokens, heads, _ = q_THd.shape
+    group = heads // k_TKd.shape[1]
+    k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
+    place_T = torch.arange(tokens, device=q_THd.device)
+    of_block_N = torch.zeros(heads, blocks.indices.shape[2] + 1, dtype=torch.bool, device=q_THd.device)
+    outputs = []
+    for row, start in enumerate(range(0, tokens, BLOCK)):
+        end = min(start + BLOCK, tokens)
+        listed_HN = blocks.indices[:, row].long().clamp(max=blocks.indices.shape[2])
+        chosen_HN = of_block_N.scatter(1, listed_HN, torch.ones_like(listed_HN, dtype=torch.bool))
+        seen_HTT = chosen_HN[:, place_T[:end] // BLOCK][:, None] & (
+            place_T[None, :end] <= place_T[start:end, None]
+        )
+        mixed = scaled_dot_product_attention(
+            q_THd[start:end].transpose(0, 1), k_HTd[:, :end], v_HTd[:, :end], attn_mask=seen_HTT
+        )
+        outputs.append(mixed.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[Any, Any, Any] | None:
+    """Tensor descriptors, which Hopper's copy engine loads tiles by; None where it cannot."""
+    head_dim = q_THd.shape[2]
+    if head_dim != _width(head_dim) or torch.cuda.get_device_capability(q_THd.device) < (9, 0):
+        return None
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:
+        return None
+    described = []
+    for x, rows in ((q_THd, BLOCK), (k_TKd, tile), (v_TKd, tile)):
+        tokens, heads, _ = x.shape
+        if x.stride(1) != head_dim or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
+            return None
+        described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
+    return described[0], described[1], described[2]
+
+
+def _width(head_dim: int) -> int:
+    """The power of two, as Triton wants it, that holds a head."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of Triton kernels where they can run on this tensor, else None."""
+    return _triton_kernels() if x.is_cuda else None
+
+
+@cache
+def _triton_kernels() -> Any | None:
+    try:
+        from pipeline.kernels import triton_sparse
+    except ImportError:
+        return None
+    return triton_sparse

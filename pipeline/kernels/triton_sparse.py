@@ -1,0 +1,224 @@
+"""Kernels of `sparse.py` in Triton. Importing this module fails without Triton.
+
+Tokens lie at `..._token_stride` from each other, heads at `..._head_stride`; a head's values are contiguous.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attention_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_token_stride,
+    q_head_stride,
+    k,
+    k_token_stride,
+    k_head_stride,
+    v,
+    v_token_stride,
+    v_head_stride,
+    out,
+    out_token_stride,
+    out_head_stride,
+    indices,
+    counts,
+    capacity,
+    tokens,
+    heads,
+    kv_heads,
+    scale,
+    WHOLE_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """See `sparse.block_sparse_attention`: each program attends with one block of queries of one head.
+
+    `scale` is that of the scores times log2(e), since the softmax is in base 2. Of a row's blocks only the
+    last can be that of the queries themselves: the others need no mask. Keys come in tiles of `TILE`, a part
+    of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM).
+    """
+    PARTS: tl.constexpr = BLOCK // TILE
+    rows = (tokens + BLOCK - 1) // BLOCK
+    row, head, kv_head = _place(tl.program_id(0), rows, heads, kv_heads, WHOLE_ROWS)
+    first_query = row * BLOCK
+    queries = _tile(
+        q, first_query, head, q_token_stride, q_head_stride, tokens, BLOCK, HEAD_DIM, WIDTH, DESCRIBED, True
+    )
+    place = head.to(tl.int64) * rows + row
+    listed = indices + place * capacity
+    unmasked = (tl.load(counts + place) - 1) * PARTS
+
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    mixed = tl.full([BLOCK, WIDTH], 0.0, tl.float32)
+    block = tl.load(listed)
+    for i in tl.range(0, unmasked):
+        first = block * BLOCK + i % PARTS * TILE
+        block = tl.load(listed + (i + 1) // PARTS)  # an iteration early, so that no tile waits for its place
+        keys = _tile(
+            k, first, kv_head, k_token_stride, k_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, False
+        )
+        values = _tile(
+            v, first, kv_head, v_token_stride, v_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, False
+        )
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        largest, total, mixed = _attend(scores, values, largest, total, mixed, scale, PRECISION)
+    query = first_query + tl.arange(0, BLOCK)
+    for part in tl.range(0, PARTS):
+        first = block * BLOCK + part * TILE
+        keys = _tile(
+            k, first, kv_head, k_token_stride, k_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, True
+        )
+        values = _tile(
+            v, first, kv_head, v_token_stride, v_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, True
+        )
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        key = first + tl.arange(0, TILE)
+        scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
+        largest, total, mixed = _attend(scores, values, largest, total, mixed, scale, PRECISION)
+
+    at, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    start = out + first_query.to(tl.int64) * out_token_stride + head.to(tl.int64) * out_head_stride
+    inside = (first_query + at < tokens) & (column < HEAD_DIM)
+    mixed = (mixed / total[:, None]).to(out.dtype.element_ty)
+    tl.store(start + at * out_token_stride + column, mixed, mask=inside)
+
+
+@triton.jit
+def _place(program, rows, heads, kv_heads, WHOLE_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which row of blocks, head and key/value head a program takes.
+
+    The last rows, which attend to everything, come first, of all heads. Then one key/value head comes after
+    the other, so that its keys and values stay in the L2 cache; the later, longer rows of each first, and
+    beside each other the heads that share keys.
+    """
+    group = heads // kv_heads
+    if program < WHOLE_ROWS * heads:
+        row = rows - 1 - program // heads
+        head = program % heads
+    else:
+        rest = program - WHOLE_ROWS * heads
+        of_one = (rows - WHOLE_ROWS) * group
+        within = rest % of_one
+        row = rows - WHOLE_ROWS - 1 - within // group
+        head = rest // of_one * group + within % group
+    return row, head, head // group
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    source,
+    first,
+    head,
+    token_stride,
+    head_stride,
+    tokens,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """`ROWS` tokens of one head from token `first` on; zeros beyond the last token, if it is `RAGGED`."""
+    if DESCRIBED:
+        tile = source.load([first, head * HEAD_DIM])
+    else:
+        at, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+        start = source + first.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+        places = start + at * token_stride + column
+        if RAGGED:
+            tile = tl.load(places, mask=(first + at < tokens) & (column < HEAD_DIM), other=0)
+        elif HEAD_DIM != WIDTH:
+            tile = tl.load(places, mask=column < HEAD_DIM, other=0)
+        else:
+            tile = tl.load(places)
+    return tile
+
+
+@triton.jit
+def _attend(scores, values, largest, total, mixed, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One step of the online softmax: the new maxima, sums and mixed values of each query."""
+    raised = tl.maximum(largest, tl.reduce(scores, 1, _larger) * scale)
+    weights = tl.exp2(scores * scale - raised[:, None])
+    shrunk = tl.exp2(largest - raised)
+    total = total * shrunk + tl.reduce(weights, 1, _sum)
+    mixed = tl.dot(weights.to(values.dtype), values, mixed * shrunk[:, None], input_precision=PRECISION)
+    return raised, total, mixed
+
+
+@triton.jit
+def antidiagonal_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_token_stride,
+    q_head_stride,
+    k,
+    k_token_stride,
+    k_head_stride,
+    out,
+    rows,
+    capacity,
+    tokens,
+    group,
+    scale,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """See `sparse._log_masses`: each program does `TILE` strided queries by `TILE` strided keys of one head.
+
+    `out` is (heads, rows, capacity), all of it written up to `capacity` blocks; tiles in the future get -inf.
+    """
+    PER_BLOCK: tl.constexpr = BLOCK // STRIDE
+    BLOCKS: tl.constexpr = TILE // PER_BLOCK
+    first_row, first_column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
+    head = tl.program_id(2)
+    row, column = first_row + tl.arange(0, TILE), first_column + tl.arange(0, TILE)
+    masses = tl.full([TILE, BLOCKS], float("-inf"), tl.float32)
+    if first_column <= first_row:
+        at = tl.arange(0, WIDTH)[None, :]
+        q_start = q + head.to(tl.int64) * q_head_stride
+        k_start = k + (head // group).to(tl.int64) * k_head_stride
+        scores = tl.full([TILE, TILE], 0.0, tl.float32)
+        for step in tl.range(0, STRIDE):
+            query, key = row * STRIDE + step, column * STRIDE + (STRIDE - 1 - step)
+            queries = tl.load(
+                q_start + query[:, None].to(tl.int64) * q_token_stride + at,
+                mask=(query[:, None] < tokens) & (at < HEAD_DIM),
+                other=0,
+            )
+            keys = tl.load(
+                k_start + key[:, None].to(tl.int64) * k_token_stride + at,
+                mask=(key[:, None] < tokens) & (at < HEAD_DIM),
+                other=0,
+            )
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        scores = tl.where(column[None, :] <= row[:, None], scores * scale, float("-inf"))
+        scores = tl.reshape(scores, [TILE, BLOCKS, PER_BLOCK])
+        largest = tl.reduce(scores, 2, _larger)
+        lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of future blocks, whose sum is 0
+        masses = (lifted + tl.log2(tl.reduce(tl.exp2(scores - lifted[:, :, None]), 2, _sum))) * LN_2
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    places = out + (head.to(tl.int64) * rows + row[:, None]) * capacity + block[None, :]
+    tl.store(places, masses, mask=(row[:, None] < rows) & (block[None, :] < capacity))
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _sum(a, b):  # type: ignore[no-untyped-def]
+    return a + b

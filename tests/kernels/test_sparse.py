@@ -1,0 +1,182 @@
+"""Block-sparse attention: kernels against plain torch, and which blocks are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.kernels import reference, sparse
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.segments import Segments
+from pipeline.kernels.sparse import BLOCK, block_sparse_attention, choose_blocks, sparse_prefill
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has the public functions launch their kernels."""
+    if GPU:
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+    pytest.importorskip("triton")
+    from pipeline.kernels import triton_sparse
+
+    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(sparse, "_kernels", lambda x: None)
+
+
+def qkv(tokens, head_dim=16, heads=2, kv_heads=1, dtype=torch.float32, seed=0):
+    """Views of one joined projection."""
+    generator = torch.Generator().manual_seed(tokens + seed)
+    joined = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
+    return joined.split((heads, kv_heads, kv_heads), dim=1)
+
+
+def masked_reference(q, k, v, blocks):
+    """(T, H, d) float64, from a mask of all pairs."""
+    tokens, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    k_HTd, v_HTd = (x.double().transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+    scores = q.double().transpose(0, 1) @ k_HTd.transpose(1, 2) / head_dim**0.5
+    place = torch.arange(tokens, device=q.device)
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    for head in range(heads):
+        for row in range(blocks.counts.shape[1]):
+            for block in blocks.indices[head, row, : blocks.counts[head, row]].tolist():
+                seen[head, row * BLOCK : (row + 1) * BLOCK, block * BLOCK : (block + 1) * BLOCK] = True
+    seen &= place[None, :] <= place[:, None]
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v_HTd).transpose(0, 1), seen
+
+
+def random_lists(heads, tokens, seed=0):
+    rows = -(-tokens // BLOCK)
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(heads, rows, rows, generator=generator) < 0.4
+    kept = (kept | torch.eye(rows, dtype=torch.bool)) & torch.ones(rows, rows, dtype=torch.bool).tril()
+    return sparse._lists(kept.to(DEVICE))
+
+
+@pytest.mark.parametrize("tokens", [1, 130, 700])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(16, 2, 1), (24, 4, 2)])
+def test_plain_attention_is_that_of_the_blocks_alone(plain, tokens, head_dim, heads, kv_heads):
+    q, k, v = qkv(tokens, head_dim, heads, kv_heads)
+    blocks = random_lists(heads, tokens)
+    expected, _ = masked_reference(q, k, v, blocks)
+    assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("tokens", "head_dim", "heads"), [(1, 16, 2), (400, 24, 2)])
+def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads):
+    q, k, v = qkv(tokens, head_dim, heads)
+    blocks = random_lists(heads, tokens)
+    expected, _ = masked_reference(q, k, v, blocks)
+    assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [5, 300, 1031])
+def test_the_estimate_kernel_gives_what_plain_torch_does(kernels, tokens):
+    q, k, _ = qkv(tokens)
+    got = sparse._log_masses(q, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "_kernels", lambda x: None)
+        expected = sparse._log_masses(q, k)
+    assert torch.equal(got.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    assert (got[finite] - expected[finite]).abs().max() < 1e-4
+
+
+def test_the_estimate_sums_antidiagonals(plain):
+    q, k, _ = qkv(100, heads=1)
+    stride = sparse.STRIDE
+    got = sparse._log_masses(q, k)[0, :, 0]
+    padded_q, padded_k = (torch.cat([x[:, 0], x.new_zeros(12, 16)]) for x in (q, k))
+    scores = (padded_q @ padded_k.T) / (16**0.5 * stride)
+    for row in range(7):
+        tiles = [
+            scores[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride]
+            for column in range(row + 1)
+        ]
+        sums = torch.stack([tile.flip(1).diagonal().sum() for tile in tiles])
+        assert got[row].item() == pytest.approx(sums.logsumexp(0).item(), abs=1e-5)
+
+
+def test_what_is_always_attended_to(plain):
+    q, k, _ = qkv(1000)
+    blocks = choose_blocks(q, k, 0.0)
+    for head in range(2):
+        for row in range(8):
+            listed = blocks.indices[head, row, : blocks.counts[head, row]].tolist()
+            assert listed == sorted(set(listed))
+            assert listed[-1] == row
+            assert {0, max(0, row - 1)} <= set(listed)
+            assert row < 6 or listed == list(range(row + 1))
+
+
+def test_more_mass_attends_to_more(plain):
+    q, k, _ = qkv(2000)
+    sets = []
+    for mass in (0.2, 0.5, 0.75, 1.0):
+        blocks = choose_blocks(q, k, mass)
+        sets.append(
+            {
+                (head, row, block)
+                for head in range(2)
+                for row in range(16)
+                for block in blocks.indices[head, row, : blocks.counts[head, row]].tolist()
+            }
+        )
+    assert sets[0] < sets[1] < sets[2] < sets[3]
+    assert len(sets[3]) == 2 * 16 * 17 // 2
+
+
+def test_a_block_that_matters_is_found(plain):
+    q, k, _ = qkv(2000)
+    q, k = q.clone(), k.clone()
+    q[1280:1408, 1] += 3.0
+    k[512:640, 0] += 3.0
+    blocks = choose_blocks(q, k, 0.3)
+    assert blocks.indices[1, 10, : blocks.counts[1, 10]].tolist() == [0, 4, 9, 10]
+    assert sparse._block_shares(q, k)[1, 10, 4] > 0.5 > sparse._block_shares(q, k)[0, 10, 4]
+
+
+def test_packs_of_long_and_short_documents(plain, monkeypatch):
+    monkeypatch.setattr(sparse, "SHORTEST", 300)
+    segments = Segments.of((500, 20, 299, 700), DEVICE)
+    q, k, v = qkv(segments.total, heads=4, kv_heads=2)
+    whole, pairs = sparse_prefill(q, k, v, segments, 1.0, SdpaAttention().prefill)
+    assert (whole - reference.causal_attention(q, k, v, segments)).abs().max() < 1e-5
+    assert pairs.tolist() == [n * (n + 1) // 2 for n in segments.lengths]
+    some, pairs = sparse_prefill(q, k, v, segments, 0.3, SdpaAttention().prefill)
+    for b, (start, end) in enumerate(segments.ranges()):
+        part = q[start:end], k[start:end], v[start:end]
+        if b in (1, 2):
+            assert torch.equal(some[start:end], whole[start:end])
+            continue
+        expected, seen = masked_reference(*part, choose_blocks(*part[:2], 0.3))
+        assert (some[start:end] - expected).abs().max() < 1e-5
+        assert pairs[b] == seen.sum(dim=(1, 2)).double().mean().floor()
+
+
+def test_short_documents_go_to_dense_attention_unchanged():
+    segments = Segments.of((50, 20), DEVICE)
+    q, k, v = qkv(70)
+    dense = SdpaAttention().prefill
+    mixed, pairs = sparse_prefill(q, k, v, segments, 0.5, dense)
+    assert torch.equal(mixed, dense(q, k, v, segments))
+    assert pairs is None
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_in_bfloat16_on_a_gpu(head_dim):
+    q, k, v = qkv(5001, head_dim, heads=6, kv_heads=2, dtype=torch.bfloat16)
+    blocks = choose_blocks(q, k, 0.5)
+    expected, _ = masked_reference(q, k, v, blocks)
+    got = block_sparse_attention(q, k, v, blocks)
+    assert (got - expected).norm() / expected.norm() < 0.01
