@@ -77,7 +77,8 @@ def measure_decode(
     results = []
     for variant in methods:
         pack = Pack.of(documents, model.device)
-        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack, new_tokens)
+        method = variant.use(model)  # which sets the model's attention, too
+        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
         results.append(_measure(model, variant, prefilled, new_tokens, repeats, copied))
         del prefilled
     return results

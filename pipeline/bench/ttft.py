@@ -117,7 +117,8 @@ def check_baselines(baselines: Sequence[str], documents: int) -> None:
 
 def _method_run(model: LoadedModel, pack: Pack, variant: Variant) -> Callable[[], Prefilled]:
     def run() -> Prefilled:
-        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack)
+        method = variant.use(model)  # which sets the model's attention, too
+        prefilled = prefill(model.adapter, model.attention, method, pack)
         prefilled.logits_BV.argmax(-1).tolist()  # the first tokens, on the host
         return prefilled
 
@@ -128,7 +129,8 @@ def _answer_run(model: LoadedModel, pack: Pack, variant: Variant, new_tokens: in
     rules = StopRules(max_new_tokens=new_tokens)
 
     def run() -> None:
-        prefilled = prefill(model.adapter, model.attention, variant.use(model), pack, new_tokens)
+        method = variant.use(model)
+        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
         greedy_answers(model.adapter, model.attention, prefilled, rules)
 
     return run

@@ -24,6 +24,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite, so rows of zeros stay zeros
 
+SMALLEST_HEAD_SCALE = 1e-12  # of two of them the product, too, is a normal number
+
 Quantised = tuple[Tensor, Tensor]  # float8 (T, width) and scale (T, 1)
 PIECE = 1024  # values of a row that a program gates at a time
 
@@ -114,7 +116,7 @@ def quantize_heads(x_TNd: Tensor, segments: Segments, groups: int) -> Quantised:
     """
     parts = [x_TNd[start:end].unflatten(1, (groups, -1)) for start, end in segments.ranges()]
     largest_BK = torch.stack([vector_norm(x, float("inf"), (0, 2, 3), dtype=torch.float32) for x in parts])
-    scale_BK = (largest_BK / FP8_MAX).clamp(min=SMALLEST_SCALE)
+    scale_BK = (largest_BK / FP8_MAX).clamp(min=SMALLEST_HEAD_SCALE)
     kernels = _kernels(x_TNd)
     if kernels is None:
         values_TNd = (
