@@ -100,6 +100,7 @@ def batch(
     trust_remote_code: options.TrustRemoteCode = False,
     method: options.Method = "marsinfer",
     set: options.Set = None,
+    sparse_attention: options.SparseAttention = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Longest answer in tokens.", rich_help_panel=ANSWERS)
     ] = 128,

@@ -61,6 +61,15 @@ Method = Annotated[
     str,
     typer.Option(help="Name (see `marsinfer methods`) or FILE.py:Class.", rich_help_panel=METHOD),
 ]
+SparseAttention = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MASS",
+        help="Block-sparse attention in documents of 4,096 tokens or more, to reach this share of the "
+        "attention, e.g. 0.95; off unless given (mars sets it itself).",
+        rich_help_panel=METHOD,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="A method's parameter as NAME=VALUE; repeatable.", rich_help_panel=METHOD),

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
-from pipeline.errors import TooManyErrors
+from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.intake import Item, item_tokens, new_rows, open_rows
 from pipeline.interrupts import nothing_to_lose
 from pipeline.io import Source
@@ -68,9 +68,11 @@ def run_batch(
     else:
         options["method"] = f"{type(method).__module__}:{type(method).__qualname__}"
         options["settings"] = asdict(method)
+        if options.get("sparse_attention") is not None:
+            raise ConfigError("sparse_attention goes with a method's name: set it in the method object")
     inputs = (input,) if isinstance(input, str) else tuple(map(str, input))
     config = BatchConfig(input=inputs, output=str(output), **options)
-    chosen = make_method(config.method, config.settings) if isinstance(method, str) else method
+    chosen = make_method(config.method, config.method_settings) if isinstance(method, str) else method
     check_output(config.output, (), config.overwrite or config.resume)
     with lock_output(config.output) as lock:
         source = open_input(config)

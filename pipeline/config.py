@@ -50,6 +50,7 @@ class BatchConfig:
     # method
     method: str = "marsinfer"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sparse_attention: float | None = None  # the same parameter of whatever method
     # answers
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -83,6 +84,10 @@ class BatchConfig:
             parse_shard(self.shard)
         check_between("--temperature", self.temperature, 0, 100)
         check_between("--top-p", self.top_p, 0, 1, open_low=True)
+        if self.sparse_attention is not None:
+            check_between("--sparse-attention", self.sparse_attention, 0, 1)
+            if "sparse_attention" in self.settings:
+                raise ConfigError("--sparse-attention and --set sparse_attention exclude each other")
         check_method_name(self.method)
         self._check_questions()
         self._check_continuing()
@@ -115,6 +120,12 @@ class BatchConfig:
             parse_max_errors(self.max_errors)
         if self.row_timeout is not None and not self.row_timeout > 0:
             raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The method's parameters, by whichever flag they were given."""
+        sparse = {} if self.sparse_attention is None else {"sparse_attention": self.sparse_attention}
+        return {**self.settings, **sparse}
 
     def template_text(self) -> str | None:
         """The prompt template's text, read from its file."""

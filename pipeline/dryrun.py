@@ -203,7 +203,7 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
 
 
 def _prepare(config: BatchConfig) -> Preparation:
-    method = make_method(config.method, config.settings)
+    method = make_method(config.method, config.method_settings)
     return prepare(config, open_rows(config), config.model, method)
 
 

@@ -11,11 +11,12 @@ import torch
 
 from pipeline.bench.flops import (
     Passes,
+    attended_flops,
     attention_flops,
     ffn_flops,
     fp8_tokens,
     passes_flops,
-    projection_flops,
+    projections_flops,
 )
 from pipeline.errors import ConfigError
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
@@ -41,10 +42,10 @@ class Ceilings:
     def floor_ms(self, shape: ModelShape, passes: Passes, linears_in_fp8: bool = False) -> float:
         """Milliseconds that a document's operations take at these rates, with nothing between them."""
         works = [work for layers in passes for work in layers]
-        in_attention = sum(attention_flops(shape, work.tokens) for work in works)
+        in_attention = sum(attended_flops(shape, work) for work in works)
         in_fp8 = sum(fp8_tokens(passes, everywhere=linears_in_fp8)) * ffn_flops(shape)
         if linears_in_fp8:
-            in_fp8 += sum(work.tokens for work in works) * projection_flops(shape)
+            in_fp8 += sum(projections_flops(shape, work) for work in works)
         in_matrices = passes_flops(shape, passes) - in_attention - in_fp8
         seconds = in_matrices / self.matrix + in_attention / self.attention
         return (seconds + in_fp8 / (self.fp8_matrix or self.matrix)) * 1e3

@@ -19,19 +19,34 @@ class LayerWork(NamedTuple):
     ffn_tokens: int  # passed the feed-forward network
     scored_pairs: int = 0  # query-key pairs recomputed for scoring
     ffn_fp8_tokens: int = 0  # of the FFN tokens, those that the method sent through it in fp8
+    pairs: int | None = None  # query-key pairs that attention computed, mean over heads; None: causal, all
+    parked: int = 0  # tokens beside those that entered, of which only keys and values were computed
 
 
 Passes = Sequence[Sequence[LayerWork]]  # of one document, each pass's layers
 
 
-def layer_flops(shape: ModelShape, tokens: int, ffn_tokens: int, scored_pairs: int = 0) -> int:
-    """Operations of one layer over one document: projections, causal attention, FFN, scoring."""
+def layer_flops(shape: ModelShape, work: LayerWork) -> int:
+    """Operations of one layer over one document: projections, attention, FFN, scoring."""
     return (
-        tokens * projection_flops(shape)
-        + attention_flops(shape, tokens)
-        + ffn_tokens * ffn_flops(shape)
-        + 2 * shape.heads * shape.head_dim * scored_pairs
+        projections_flops(shape, work)
+        + attended_flops(shape, work)
+        + work.ffn_tokens * ffn_flops(shape)
+        + 2 * shape.heads * shape.head_dim * work.scored_pairs
     )
+
+
+def projections_flops(shape: ModelShape, work: LayerWork) -> int:
+    """Projections of the tokens that entered a layer, and keys and values of those that are parked."""
+    of_parked = 2 * shape.hidden * shape.head_dim * 2 * shape.kv_heads
+    return work.tokens * projection_flops(shape) + work.parked * of_parked
+
+
+def attended_flops(shape: ModelShape, work: LayerWork) -> int:
+    """QK^T and PV of the pairs that a layer's attention computed."""
+    if work.pairs is None:
+        return attention_flops(shape, work.tokens)
+    return 4 * shape.heads * shape.head_dim * work.pairs
 
 
 def projection_flops(shape: ModelShape) -> int:
@@ -57,8 +72,7 @@ def prefill_flops(
 ) -> int:
     """Operations of one document's prefill, from the tokens of each layer; with the last token's logits."""
     pairs = scored_pairs or [0] * shape.layers
-    layers = zip(tokens, ffn_tokens, pairs, strict=True)
-    return sum(layer_flops(shape, *layer) for layer in layers) + 2 * shape.hidden * shape.vocab
+    return passes_flops(shape, [[LayerWork(*work) for work in zip(tokens, ffn_tokens, pairs, strict=True)]])
 
 
 def layer_tokens(passes: Passes) -> tuple[list[int], list[int]]:
@@ -86,8 +100,7 @@ def _in_fp8(work: LayerWork, everywhere: bool) -> int:
 def passes_flops(shape: ModelShape, passes: Passes) -> int:
     """Operations of one document's prefill, with the last token's logits."""
     layers = [work for layers in passes for work in layers]
-    in_layers = sum(layer_flops(shape, work.tokens, work.ffn_tokens, work.scored_pairs) for work in layers)
-    return in_layers + 2 * shape.hidden * shape.vocab
+    return sum(layer_flops(shape, work) for work in layers) + 2 * shape.hidden * shape.vocab
 
 
 def dense_flops(shape: ModelShape, length: int) -> int:

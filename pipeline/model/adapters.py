@@ -93,6 +93,17 @@ class Projection:
         assert self.weight is not None, "these weights were given up for their fp8 form"
         return linear(x_TD, self.weight, self.bias)
 
+    def part(self, outputs: slice) -> Projection:
+        """Some of the outputs, as views of these weights."""
+        view = object.__new__(Projection)
+        view._modules = ()
+        view.weight = None if self.weight is None else self.weight[outputs]
+        view.bias = None if self.bias is None else self.bias[outputs]
+        view.fp8 = (
+            None if self.fp8 is None else Fp8Weight(self.fp8.quantised[outputs], self.fp8.scale[:, outputs])
+        )
+        return view
+
     def add_to_(self, total_TN: Tensor, x_TD: Tensor) -> None:
         """Add the output in place: the product's own sum is its last step, so nothing is written twice."""
         if self.bias is not None:
@@ -189,6 +200,19 @@ class DecoderAdapter:
             q_THd, k_TKd = _norm(weights.q_norm, q_THd), _norm(weights.k_norm, k_TKd)
         rope_(q_THd, k_TKd, *rope)
         return q_THd, k_TKd, v_TKd
+
+    def keys_values(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
+        weights, shape = self._layers[layer], self.shape
+        outputs = slice(shape.heads * shape.head_dim, None)
+        heads_TNd = self._normed(
+            hidden_TD, weights.input_norm, weights.qkv.part(outputs), fp8=self.linears_in_fp8
+        ).unflatten(-1, (-1, shape.head_dim))
+        k_TKd, v_TKd = heads_TNd.split(shape.kv_heads, dim=1)
+        if weights.k_norm is not None:
+            k_TKd = _norm(weights.k_norm, k_TKd)
+        rope_(k_TKd[:, :0], k_TKd, *rope)
+        return k_TKd, v_TKd
 
     def add_attention_(self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor) -> None:
         """Add the projected outputs of the heads to the residual stream."""

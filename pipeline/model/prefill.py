@@ -14,9 +14,11 @@ from pipeline.bench.flops import LayerWork
 from pipeline.errors import MarsError
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
+from pipeline.kernels.sparse import sparse_prefill
 from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import KvLimits, make_cache
+from pipeline.model.parking import Parked
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
 
@@ -50,6 +52,10 @@ class Work:
     ffn_B: list[Tensor] = field(default_factory=list)  # passed the FFN; on the device until asked for
     ffn_fp8_B: list[Tensor] = field(default_factory=list)  # of these in fp8, as the method chose
     scored_pairs: list[tuple[int, ...]] = field(default_factory=list)  # query-key pairs for scoring
+    pairs_B: list[Tensor | None] = field(
+        default_factory=list
+    )  # those of attention, where not all causal ones
+    parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
 
     def ffn(self) -> list[list[int]]:
         """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
@@ -58,13 +64,27 @@ class Work:
     def by_layer(self) -> list[list[LayerWork]]:
         """Of each layer and document."""
         fp8 = torch.stack(self.ffn_fp8_B).tolist()
-        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, strict=True)
+        pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
+        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, strict=True)
         return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
 
-    def count(self, view: LayerView, ffn: Tensor | None, ffn_fp8: Tensor | None = None) -> None:
-        """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network."""
+    def count(
+        self,
+        view: LayerView,
+        ffn: Tensor | None,
+        ffn_fp8: Tensor | None = None,
+        *,
+        pairs_B: Tensor | None = None,
+        parked: tuple[int, ...] | None = None,
+    ) -> None:
+        """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network.
+
+        `pairs_B` are the query-key pairs of its attention, unless they are all causal ones.
+        """
         self.kept.append(view.segments.lengths)
         self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
+        self.pairs_B.append(pairs_B)
+        self.parked.append(parked or (0,) * len(view.segments))
         segments = view.segments
         lengths_B = segments.cu_seqlens.long().diff()
         fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
@@ -153,10 +173,19 @@ def _one_pass(
     positions_T = segments.index_in_document_T
     hidden_TD = adapter.embed(pack.input_ids)
     rope = adapter.rope(hidden_TD, positions_T)
+    parked: Parked | None = None
     for layer in range(adapter.shape.layers):
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
-        mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
+        stored, pairs_B = (k_TKd, v_TKd, segments), None
+        if parked is not None:
+            stored = (*parked.keys_values(adapter, layer, k_TKd, v_TKd), parked.whole)
+            mixed_THd = parked.attend(attention, q_THd, *stored[:2])
+            pairs_B = parked.pairs_B()
+        elif (mass := method.attention_mass(layer)) is not None:
+            mixed_THd, pairs_B = sparse_prefill(q_THd, k_TKd, v_TKd, segments, mass, attention.prefill)
+        else:
+            mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
         adapter.add_attention_(layer, hidden_TD, mixed_THd)
         view = LayerView(
             layer=layer,
@@ -175,16 +204,20 @@ def _one_pass(
             return selection
         if selection.blocks is not None:
             cache.settle(layer, selection.blocks)
-        _store(cache, k_TKd, v_TKd, segments, selection)
+        _store(cache, *stored, selection)
         ffn = selection.live if selection.ffn is None else selection.ffn
         if selection.ffn_fp8 is None:
             feed_forward_(adapter, layer, hidden_TD, ffn)
         else:
             feed_forward_(adapter, layer, hidden_TD, ffn, fp8=False)
             feed_forward_(adapter, layer, hidden_TD, selection.ffn_fp8, fp8=True)
-        work.count(view, ffn, selection.ffn_fp8)
+        counts = None if parked is None else parked.counts
+        work.count(view, ffn, selection.ffn_fp8, pairs_B=pairs_B, parked=counts)
         if selection.live is not None:
             segments = surviving(segments, selection.live, selection.live_lengths)
+            if selection.parks:
+                assert view.segments is pack.segments, "tokens have left before"
+                parked = Parked.of(pack.segments, segments, selection.live, hidden_TD, rope)
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))

@@ -92,6 +92,9 @@ class Selection:
     cache: Tensor | None = None  # have their keys and values stored for decoding
     live_lengths: tuple[int, ...] | None = None
     cache_lengths: tuple[int, ...] | None = None
+    # who leaves gives later layers keys and values, of the hidden state it left with: those in `live` must be
+    # each document's last tokens, and no token may have left before
+    parks: bool = False
     restart: Tensor | None = None  # the prefill begins anew with these tokens alone, numbered from 0
     blocks: Tensor | None = None  # (N,) scores of the pack's blocks, at a layer of the plan's `rescoring`
 
@@ -155,17 +158,30 @@ class LayerView:
 class PruningMethod(ABC):
     """Base of all methods: subclass it as a frozen keyword-only dataclass, one file each.
 
-    The class docstring's first line is shown by `marsinfer methods`, `source` beside it.
+    The class docstring's first line is shown by `marsinfer methods`, `source` beside it. A subclass that
+    checks its own settings in `__post_init__` calls this one's too.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+
+    sparse_attention: float | tuple[float, ...] | None = setting(
+        None, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
+    )
+
+    def __post_init__(self) -> None:
+        check_range("sparse_attention", self.sparse_attention, low=0, high=1)
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
         """Upper bounds of what `select` will keep; the default stores every token in every layer.
 
         Raises ConfigError when a setting given a value a layer does not fit the model's depth.
         """
+        self.check_depth(shape)
+        return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(sum(lengths),) * shape.layers)
+
+    def check_depth(self, shape: ModelShape) -> None:
+        """Raise ConfigError when a setting given a value a layer does not fit the model's depth."""
         for parameter in fields(self):
             value = getattr(self, parameter.name)
             per_layer = parameter.metadata.get("per_layer") and isinstance(value, tuple)
@@ -174,7 +190,6 @@ class PruningMethod(ABC):
                     f"{parameter.name} has {len(value)} values, and the model has {shape.layers} layers: "
                     "give one value, or one a layer"
                 )
-        return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(sum(lengths),) * shape.layers)
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         """Original positions of a document of `length` tokens that this method never drops or skips."""
@@ -183,6 +198,11 @@ class PruningMethod(ABC):
     def begin(self, plan: Plan) -> Any:
         """The mutable state of one pack's prefill, handed to every `select`."""
         return None
+
+    def attention_mass(self, layer: int) -> float | None:
+        """What block-sparse attention is to reach at `layer`; None where attention is to be whole."""
+        mass = at_layer(self.sparse_attention, layer)
+        return None if mass is None or mass >= 1 else mass
 
     @abstractmethod
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
@@ -224,6 +244,7 @@ class ScoredMethod(PruningMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("start_layer", self.start_layer, low=0)
         check_range("share", self.share, low=0, high=1)
 

@@ -58,6 +58,7 @@ class FastKV(PruningMethod):
     pool: int = setting(7, "neighbours that a score is averaged over; odd")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("layer", self.layer, low=0)
         check_range("share", self.share, low=0, high=1)
         check_range("kv_share", self.kv_share, low=0, high=1)
@@ -69,6 +70,7 @@ class FastKV(PruningMethod):
         return layer_of(self.layer, PAPER_LAYER, depth)
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
+        self.check_depth(shape)
         drop = self.drop_layer(shape.layers)
         stored = sum(self._count(self.kv_share, n, n) for n in lengths)
         late = sum(min(self._count(self.kv_share, n, n), self._count(self.share, n, n)) for n in lengths)

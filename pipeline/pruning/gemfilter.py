@@ -60,6 +60,7 @@ class GemFilter(PruningMethod):
     pool: int = setting(5, "neighbours that a score is averaged over; odd")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("layer", self.layer, low=0)
         check_range("keep", self.keep, low=0)
         check_pool(self.pool)
@@ -69,6 +70,7 @@ class GemFilter(PruningMethod):
         return layer_of(self.layer, PAPER_LAYER, depth)
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
+        self.check_depth(shape)
         self.filter_layer(shape.layers)
         tokens = sum(map(self._count, lengths))
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(tokens,) * shape.layers)

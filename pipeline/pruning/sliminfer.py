@@ -80,6 +80,7 @@ class SlimInfer(PruningMethod):
     gamma: float = setting(0.9, "share of the best blocks below which those on the device are swapped")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(block=self.block, unit=self.unit, window=self.window)
         check_range("gamma", self.gamma, low=0, high=1)
         check_range("budget", self.budget, low=0)
@@ -105,6 +106,7 @@ class SlimInfer(PruningMethod):
         return layers
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
+        self.check_depth(shape)
         layers = self.pruning_layers(shape.layers)
         alive = list(lengths)
         tokens = []

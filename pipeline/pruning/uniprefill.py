@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_means
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.select import mass_mask, top_mask
@@ -24,6 +25,8 @@ from pipeline.pruning.base import (
     setting,
 )
 from pipeline.records import Spans
+
+HEADS = ("mean", "max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class UniPrefill(PruningMethod):
     the sum includes the protected tokens; keys and values of the dropping layer itself are stored of all
     tokens that entered it, as attention there saw them. `share` replaces `p` by a fixed share of the prompt
     to keep, one value or one for each dropping layer, rounded up to whole blocks, with the protected tokens
-    on top.
+    on top; `heads=max` takes the largest of the heads instead of their mean.
     """
 
     name: ClassVar[str] = "uniprefill"
@@ -57,13 +60,17 @@ class UniPrefill(PruningMethod):
     block: int = setting(64, "tokens of a block, kept or dropped together")
     sink: int = setting(128, "first tokens, always kept")
     window: int = setting(128, "last tokens: their queries score, and they are kept")
+    heads: str = setting("mean", "a token's attention over the heads: mean, or the max of them")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("first_layer", self.first_layer, low=0)
         check_counts(every=self.every, block=self.block, window=self.window)
         check_range("p", self.p, low=0)
         check_range("share", self.share, low=0, high=1)
         check_range("sink", self.sink, low=0)
+        if self.heads not in HEADS:
+            raise ConfigError(f"heads={self.heads}: choose {' or '.join(HEADS)}")
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.sink), (length - self.window, length))
@@ -94,7 +101,7 @@ class UniPrefill(PruningMethod):
 
     def _block_means(self, view: LayerView) -> tuple[Tensor, Segments]:
         """(N,) mean importance of the pack's blocks, and whose they are."""
-        importance_T = view.window_importance(self.window)
+        importance_T = view.window_importance(self.window, heads=self.heads)
         means = [block_means(importance_T[a:b], self.block) for a, b in view.segments.ranges()]
         return torch.cat(means), Segments.of([len(m) for m in means], importance_T.device)
 

@@ -67,11 +67,13 @@ def test_every_row_gets_an_answer_with_its_statistics(batch, parquet, tmp_path, 
 
 def test_the_outputs_metadata_tells_how_it_was_made(batch, parquet, tmp_path, model_folder):
     out = tmp_path / "out.arrow"
-    assert batch(parquet, out, *COLUMNS, "--set", "eta=0.9", "--quiet") == 0
+    flags = ["--set", "eta=0.9", "--sparse-attention", "0.8", "--quiet"]
+    assert batch(parquet, out, *COLUMNS, *flags) == 0
     with pa.ipc.open_file(out) as reader:
         metadata = json.loads(reader.schema.metadata[b"marsinfer"])
     decides = metadata["settings_that_decide"]
     assert decides["method"]["settings"]["eta"] == 0.9
+    assert decides["method"]["settings"]["sparse_attention"] == 0.8
     assert metadata["config"]["question_column"] == "ask"
     assert metadata["attention"]["backend"] == "sdpa"
     assert metadata["attention"]["refused"]["fa3"] == "needs a GPU"
@@ -202,6 +204,11 @@ def refused(batch, parquet, tmp_path, capfd):
         (["--device", "tpu"], "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:9"], "device 'cuda:9' is not there: torch sees 0 GPUs"),
         (["--attention", "fa3"], "no attention backend works on cpu with torch.float32: fa3: needs a GPU"),
+        (["--sparse-attention", "1.5"], "--sparse-attention 1.5: must be between 0 and 1"),
+        (
+            ["--sparse-attention", "0.9", "--set", "sparse_attention=0.8"],
+            "--sparse-attention and --set sparse_attention exclude each other",
+        ),
         (["--question", "x"], "--question and --question-column exclude each other"),
         (["--prompt-template", "gone.jinja"], "--prompt-template gone.jinja cannot be read: "),
     ],
@@ -359,7 +366,7 @@ def test_methods_lists_parameters_defaults_and_sources(capfd):
     eta = next(setting for setting in listed["marsinfer"]["parameters"] if setting["name"] == "eta")
     assert eta == {"name": "eta", "default": 0.95, "help": "attention mass that the kept tokens reach"}
     assert "fL8Zp8o6RL" in listed["marsinfer"]["source"]
-    assert listed["dense"]["parameters"] == []
+    assert [setting["name"] for setting in listed["dense"]["parameters"]] == ["sparse_attention"]
     assert run(["methods"]) == 0
     listed = capfd.readouterr().out
     assert "marsinfer" in listed

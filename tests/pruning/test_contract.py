@@ -24,7 +24,7 @@ SMALL = {
     "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},
     "uniprefill": {"first_layer": "1", "every": "1", "p": "0.6", "block": "4", "sink": "3", "window": "5"},
 }
-FULL = {"eta": 1.0, "share": 1.0, "budget": 1.0, "p": 1.0, "kv_share": 1.0, "keep": 1.0}
+FULL = {"eta": 1.0, "share": 1.0, "budget": 1.0, "p": 1.0, "kv_share": 1.0, "keep": 1.0, "last_full": 3}
 
 
 def small(name: str) -> PruningMethod:

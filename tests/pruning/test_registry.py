@@ -24,18 +24,18 @@ def test_text_settings_become_numbers():
             "marsinfr",
             {},
             "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, fastkv, gemfilter, "
-            "marsinfer, sliminfer, uniprefill "
+            "mars, marsinfer, sliminfer, uniprefill "
             "(or FILE.py:Class for one of your own)",
         ),
         (
             "marsinfer",
             {"etta": "1"},
             "method marsinfer has no parameter 'etta' (did you mean 'eta'?); "
-            "it has: eta, eta_high, low, prefix, share, share_high, start_layer, window",
+            "it has: eta, eta_high, low, prefix, share, share_high, sparse_attention, start_layer, window",
         ),
         ("marsinfer", {"eta": "high"}, "eta=high does not fit: it must be a number"),
         ("marsinfer", {"window": "1.5"}, "window=1.5 does not fit: it must be a whole number"),
-        ("dense", {"eta": "1"}, "method dense has no parameter 'eta'; it has: none"),
+        ("dense", {"eta": "1"}, "method dense has no parameter 'eta'; it has: sparse_attention"),
         ("pipeline.records:Row", {}, "method 'pipeline.records:Row' is not a PruningMethod"),
     ],
 )

@@ -20,6 +20,7 @@ SETTINGS = [
     {**SMALL, "p": 0.9, "sink": 0, "window": 1, "block": 3},
     {**SMALL, "p": 0.99, "share": 0.3, "every": 2},
     {**SMALL, "p": 0.99, "share": (0.6, 0.4)},
+    {**SMALL, "p": 0.5, "heads": "max"},
 ]
 
 
@@ -28,11 +29,12 @@ def documents():
     return [document(150), document(5, seed=1), document(1, seed=4), document(72, seed=2)]
 
 
-def naive_choice(seen, first_layer, every, p, share, block, sink, window):
+def naive_choice(seen, first_layer, every, p, share, block, sink, window, heads="mean"):
     if seen.layer < first_layer or (seen.layer - first_layer) % every:
         return Choice()
     n = len(seen.tokens)
-    importance = seen.weights[:, max(0, n - window) :].mean(dim=(0, 1)).tolist()
+    by_head = seen.weights[:, max(0, n - window) :].mean(dim=1)
+    importance = (by_head.amax(0) if heads == "max" else by_head.mean(0)).tolist()
     means = []
     for start in range(0, n, block):
         part = importance[start : start + block]

@@ -1,0 +1,72 @@
+"""The prompt's end goes on alone, and reads in later layers what the tokens before it have become so far.
+
+A parked token keeps the hidden state it stopped with; each later layer computes its keys and values from
+that, as if the layers in between had added nothing. Letters: P parked tokens, Q those that go on, T all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.segments import Segments
+from pipeline.model.adapters import DecoderAdapter, Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """A pack of which each document's last tokens go on."""
+
+    whole: Segments  # the documents as they entered the model
+    live: Segments  # what goes on of each
+    live_Q: Tensor  # places in the pack, ascending, as the following
+    parked_P: Tensor
+    hidden_PD: Tensor
+    rope: Rope  # of the parked tokens
+
+    @classmethod
+    def of(cls, whole: Segments, live: Segments, live_Q: Tensor, hidden_TD: Tensor, rope: Rope) -> Self:
+        """Park all but the tokens at the places `live_Q`."""
+        parked_T = torch.ones(whole.total, dtype=torch.bool, device=whole.device)
+        parked_T[live_Q] = False
+        parked_P = parked_T.nonzero().flatten()
+        return cls(
+            whole=whole,
+            live=live,
+            live_Q=live_Q,
+            parked_P=parked_P,
+            hidden_PD=hidden_TD[parked_P],
+            rope=(rope[0][parked_P], rope[1][parked_P]),
+        )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Parked tokens of each document."""
+        return tuple(n - left for n, left in zip(self.whole.lengths, self.live.lengths, strict=True))
+
+    def keys_values(
+        self, adapter: DecoderAdapter, layer: int, k_QKd: Tensor, v_QKd: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of all tokens, (T, K, d) each."""
+        merged = []
+        parked = adapter.keys_values(layer, self.hidden_PD, self.rope)
+        for x_QKd, x_PKd in zip((k_QKd, v_QKd), parked, strict=True):
+            whole = x_QKd.new_empty(self.whole.total, *x_QKd.shape[1:])
+            merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.parked_P, x_PKd))
+        return merged[0], merged[1]
+
+    def attend(self, attention: AttentionBackend, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """Attention of the tokens that go on to all before them, (Q, H, d)."""
+        starts, whole = self.whole.offsets[:-1], self.whole
+        slots = DecodeSlots.of(starts, whole.lengths, whole.total, whole.device, self.live.lengths)
+        return attention.decode(q_QHd, k_TKd, v_TKd, slots)
+
+    def pairs_B(self) -> Tensor:
+        """(B,) query-key pairs of each document: a token attends to itself and all before it."""
+        lengths = zip(self.whole.lengths, self.live.lengths, strict=True)
+        pairs = [n * (n + 1) // 2 - (n - left) * (n - left + 1) // 2 for n, left in lengths]
+        return torch.tensor(pairs)

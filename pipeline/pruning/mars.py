@@ -1,0 +1,95 @@
+"""Mars: block-sparse attention in every layer, and late layers for the end of the prompt alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipeline.errors import ConfigError
+from pipeline.model.shape import ModelShape
+from pipeline.pruning.base import (
+    KEEP_ALL,
+    LayerView,
+    Plan,
+    PruningMethod,
+    Range,
+    Selection,
+    check_counts,
+    check_range,
+    setting,
+)
+from pipeline.records import Spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mars(PruningMethod):
+    """Block-sparse attention in every layer; the last layers compute the end of the prompt alone.
+
+    Source: this project. Block-sparse attention chooses its blocks as XAttention does (arXiv 2503.16428);
+    keys and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without
+    training.
+
+    In documents of 4,096 tokens or more each head's blocks of queries attend to the blocks of keys that are
+    to reach `sparse_attention` of their attention. After layer `last_full` only the prompt's last tokens go
+    on, from the question on, if it stands behind the document, at least `window` and at most `most`. Of the
+    others later layers compute keys and values, from the hidden states that they stopped with, so that the
+    question still reads all of them. Keys and values of the layer after `last_full` are exact, so with the
+    last layer but one, the default, nothing is lost by stopping.
+
+    No token is chosen by its importance: on the small models measured that cost more than it saved.
+    """
+
+    name: ClassVar[str] = "mars"
+    source: ClassVar[str] = "this project; arXiv 2503.16428, arXiv 2410.03960"
+
+    sparse_attention: float | tuple[float, ...] | None = setting(
+        0.9, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
+    )
+    last_full: int | None = setting(
+        None, "last layer that computes all tokens, from 0; by default the last but one"
+    )
+    window: int = setting(64, "fewest last tokens that go on")
+    most: int = setting(256, "most of them, where the question is longer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("last_full", self.last_full, low=0)
+        check_counts(window=self.window, most=self.most)
+        if self.most < self.window:
+            raise ConfigError(f"most={self.most} is less than window={self.window}")
+
+    def last_full_layer(self, depth: int) -> int:
+        """In a model of `depth` layers; raises ConfigError if it has no such layer."""
+        if self.last_full is None:
+            return max(0, depth - 2)
+        if self.last_full >= depth:
+            raise ConfigError(f"last_full={self.last_full}, and the model has layers 0 to {depth - 1}")
+        return self.last_full
+
+    def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
+        self.last_full_layer(shape.layers)
+        return super().plan(shape, lengths)
+
+    def window_of(self, length: int, spans: Spans) -> int:
+        """How many tokens at the end of a prompt of `length` go on."""
+        start, stop = spans.question
+        asked = length - start if stop > start >= spans.document[1] else 0
+        return min(length, max(self.window, min(asked, self.most)))
+
+    def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
+        return ((length - self.window_of(length, spans), length),)
+
+    def begin(self, plan: Plan) -> int:
+        return self.last_full_layer(plan.shape.layers)
+
+    def select(self, layer: int, view: LayerView, state: Any) -> Selection:
+        if layer != state:
+            return KEEP_ALL
+        windows = [self.window_of(n, spans) for n, spans in zip(view.lengths, view.spans, strict=True)]
+        return Selection(
+            live=self.protected_mask(view).nonzero().flatten(),
+            ffn=view.all_indices,
+            live_lengths=tuple(windows),
+            parks=True,
+        )

@@ -1,0 +1,100 @@
+"""Mars: where its window lies, what goes on, and what it equals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import document, pack_of, tiny_model
+
+from pipeline.errors import ConfigError
+from pipeline.kernels import sparse
+from pipeline.model.prefill import prefill
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.mars import Mars
+from pipeline.records import Spans
+
+SMALL = Mars(last_full=1, window=4, most=16)
+
+
+def spans(document, question):
+    return Spans(document=document, question=question)
+
+
+@pytest.mark.parametrize(
+    ("where", "window"),
+    [
+        (spans((2, 80), (80, 95)), 20),  # from the question to the prompt's end
+        (spans((2, 30), (30, 95)), 64),  # a question longer than `most`
+        (spans((20, 95), (2, 18)), 8),  # a question before the document says nothing of where it is answered
+        (spans((2, 95), (95, 95)), 8),  # no question
+    ],
+)
+def test_the_window_reaches_from_the_question_to_the_end(where, window):
+    assert Mars(window=8, most=64).window_of(100, where) == window
+    assert Mars(window=8, most=64).protected(100, where) == ((100 - window, 100),)
+
+
+def test_the_window_is_no_longer_than_the_prompt():
+    assert Mars().window_of(10, spans((0, 5), (5, 8))) == 10
+
+
+def test_by_default_short_documents_lose_nothing(sdpa):
+    """Keys and values of a layer come from the hidden states that enter it, so the last layer misses none."""
+    model, pack = tiny_model("qwen3"), pack_of(document(120), document(30, seed=1))
+    dense = prefill(model, sdpa, Dense(), pack, new_tokens=1)
+    late = prefill(model, sdpa, Mars(window=4, most=16), pack, new_tokens=1)
+    assert (dense.logits_BV - late.logits_BV).abs().max() < 1e-4
+    for ours, theirs in zip(late.cache.keys, dense.cache.keys, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4
+    assert late.work.ffn()[-1] == [8, 8]
+    assert late.work.ffn()[:-1] == dense.work.ffn()[:-1]
+
+
+def test_stopping_earlier_keeps_what_was_read_within_reach(sdpa):
+    model, doc = tiny_model("qwen3"), document(120)
+    dense, early = (prefill(model, sdpa, method, pack_of(doc)) for method in (Dense(), SMALL))
+    window = SMALL.window_of(120, doc.spans)
+    assert early.work.kept == [(120,), (120,), (window,), (window,)]
+    assert early.cache.prompt_tokens() == [[120]] * 4
+    assert not torch.allclose(early.logits_BV, dense.logits_BV, atol=1e-3)
+
+
+def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
+    monkeypatch.setattr(sparse, "SHORTEST", 400)
+    model = tiny_model("qwen3")
+    pack = pack_of(document(900), document(60, seed=1))
+    prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2), pack)
+    (of_long,), (of_short,) = prefilled.by_document()
+    assert [work.pairs < 900 * 901 // 2 for work in of_long] == [True] * 4
+    assert [work.pairs for work in of_short[:2]] == [60 * 61 // 2] * 2
+    everywhere = replace(SMALL, sparse_attention=(1.0, 0.2, 1.0, 1.0))
+    (of_long,), _ = prefill(model, sdpa, everywhere, pack).by_document()
+    assert [work.pairs is None for work in of_long] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window=0 is out of range: it must be at least 1"),
+        ({"most": 8}, "most=8 is less than window=64"),
+        ({"sparse_attention": 1.5}, "sparse_attention=1.5 is out of range: it must be between 0 and 1"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        Mars(**settings)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"last_full": 9}, r"^last_full=9, and the model has layers 0 to 3$"),
+        ({"sparse_attention": (0.9, 0.8)}, r"^sparse_attention has 2 values, and the model has 4 layers: "),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(sdpa, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        prefill(tiny_model("llama"), sdpa, Mars(**settings), pack_of(document(20)))
