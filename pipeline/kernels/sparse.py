@@ -190,22 +190,22 @@ def _lists(kept_HMN: Tensor) -> BlockLists:
 
 
 def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
-    """A block of queries at a time, through SDPA with a mask."""
-    tokens, heads, _ = q_THd.shape
+    """A block of queries at a time, through SDPA over the keys that each head has gathered for it."""
+    tokens, heads, head_dim = q_THd.shape
     group = heads // k_TKd.shape[1]
     k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
-    place_T = torch.arange(tokens, device=q_THd.device)
-    of_block_N = torch.zeros(heads, blocks.indices.shape[2] + 1, dtype=torch.bool, device=q_THd.device)
+    within = torch.arange(BLOCK, device=q_THd.device)
     outputs = []
     for row, start in enumerate(range(0, tokens, BLOCK)):
         end = min(start + BLOCK, tokens)
-        listed_HN = blocks.indices[:, row].long().clamp(max=blocks.indices.shape[2])
-        chosen_HN = of_block_N.scatter(1, listed_HN, torch.ones_like(listed_HN, dtype=torch.bool))
-        seen_HTT = chosen_HN[:, place_T[:end] // BLOCK][:, None] & (
-            place_T[None, :end] <= place_T[start:end, None]
-        )
+        most = int(blocks.counts[:, row].max())
+        # entries behind a head's last block stand for one in the future: masked, and no place to read
+        place_HC = (blocks.indices[:, row, :most, None] * BLOCK + within).flatten(1).long()
+        seen_HQC = place_HC[:, None] <= torch.arange(start, end, device=q_THd.device)[:, None]
+        index_HCd = place_HC.clamp(max=tokens - 1)[..., None].expand(-1, -1, head_dim)
+        keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
         mixed = scaled_dot_product_attention(
-            q_THd[start:end].transpose(0, 1), k_HTd[:, :end], v_HTd[:, :end], attn_mask=seen_HTT
+            q_THd[start:end].transpose(0, 1), keys, values, attn_mask=seen_HQC
         )
         outputs.append(mixed.transpose(0, 1))
     return torch.cat(outputs)
