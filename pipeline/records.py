@@ -98,6 +98,7 @@ class Answer:
     ffn_fp8_tokens: list[int] | None = None
     kept_ratio: float | None = None
     ffn_ratio: float | None = None
+    attention_ratio: float | None = None
     flops_ratio: float | None = None
     kv_bytes: int | None = None
     kv_host_bytes: int | None = None

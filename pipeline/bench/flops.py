@@ -44,9 +44,18 @@ def projections_flops(shape: ModelShape, work: LayerWork) -> int:
 
 def attended_flops(shape: ModelShape, work: LayerWork) -> int:
     """QK^T and PV of the pairs that a layer's attention computed."""
-    if work.pairs is None:
-        return attention_flops(shape, work.tokens)
-    return 4 * shape.heads * shape.head_dim * work.pairs
+    return 4 * shape.heads * shape.head_dim * attended_pairs(work)
+
+
+def attended_pairs(work: LayerWork) -> int:
+    """Query-key pairs of a layer's attention, mean over the heads."""
+    return work.tokens * (work.tokens + 1) // 2 if work.pairs is None else work.pairs
+
+
+def attention_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
+    """Of the pairs that dense attention computes for a prompt of `length` tokens, those that were."""
+    computed = sum(attended_pairs(work) for layers in passes for work in layers)
+    return computed / (shape.layers * (length * (length + 1) // 2))
 
 
 def projection_flops(shape: ModelShape) -> int:

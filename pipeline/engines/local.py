@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipeline.bench.flops import dense_flops, fp8_tokens, layer_tokens, passes_flops
+from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.model.decode import Generated, StopRules, decode
@@ -176,6 +176,7 @@ class LocalEngine:
             everywhere = shape.layers * document.prompt_tokens
             row.kept_ratio = sum(row.kept_tokens) / everywhere
             row.ffn_ratio = sum(row.ffn_tokens) / everywhere
+            row.attention_ratio = attention_ratio(shape, passes, document.prompt_tokens)
             row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
             row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(self.itemsize)
             rows.append(row)

@@ -36,6 +36,7 @@ _TYPES = {
     "ffn_fp8_tokens": _INT_LISTS,
     "kept_ratio": pa.float64(),
     "ffn_ratio": pa.float64(),
+    "attention_ratio": pa.float64(),
     "flops_ratio": pa.float64(),
     "kv_bytes": pa.int64(),
     "kv_host_bytes": pa.int64(),

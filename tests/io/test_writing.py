@@ -60,6 +60,7 @@ FULL = Answer(
     ffn_tokens=[10, 4],
     kept_ratio=0.75,
     ffn_ratio=0.5,
+    attention_ratio=0.4,
     flops_ratio=0.25,
     kv_bytes=1 << 40,
     row_hash="0f" * 16,

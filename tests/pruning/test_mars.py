@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
+from pipeline.bench.flops import attention_ratio
 from pipeline.errors import ConfigError
 from pipeline.kernels import sparse
 from pipeline.model.prefill import prefill
@@ -68,6 +70,9 @@ def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
     prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2), pack)
     (of_long,), (of_short,) = prefilled.by_document()
     assert [work.pairs < 900 * 901 // 2 for work in of_long] == [True] * 4
+    assert attention_ratio(model.shape, [of_long], 900) == pytest.approx(
+        statistics.mean(work.pairs / (900 * 901 / 2) for work in of_long)
+    )
     assert [work.pairs for work in of_short[:2]] == [60 * 61 // 2] * 2
     everywhere = replace(SMALL, sparse_attention=(1.0, 0.2, 1.0, 1.0))
     (of_long,), _ = prefill(model, sdpa, everywhere, pack).by_document()
