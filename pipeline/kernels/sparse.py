@@ -48,19 +48,32 @@ def sparse_prefill(
     long = [length >= SHORTEST for length in segments.lengths]
     if not any(long):
         return dense(q_THd, k_TKd, v_TKd, segments), None
+    short = [document for document, is_long in zip(segments.ranges(), long, strict=True) if not is_long]
+    of_short = iter(_together(q_THd, k_TKd, v_TKd, short, dense))
     outputs: list[Tensor] = []
     pairs: list[Tensor] = []
     for is_long, (start, end) in zip(long, segments.ranges(), strict=True):
-        q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
         length = end - start
         if is_long:
+            q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
             blocks = choose_blocks(q, k, mass)
             outputs.append(block_sparse_attention(q, k, v, blocks))
             pairs.append(computed_pairs(blocks, length))
         else:
-            outputs.append(dense(q, k, v, Segments.of((length,), segments.device)))
-            pairs.append(torch.full((), length * (length + 1) // 2, dtype=torch.int64, device=q.device))
+            outputs.append(next(of_short))
+            pairs.append(torch.full((), length * (length + 1) // 2, dtype=torch.int64, device=q_THd.device))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), torch.stack(pairs)
+
+
+def _together(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, documents: list[tuple[int, int]], dense: Prefill
+) -> tuple[Tensor, ...]:
+    """Dense attention of some documents of a pack, in one call."""
+    if not documents:
+        return ()
+    lengths = [end - start for start, end in documents]
+    q, k, v = (torch.cat([x[start:end] for start, end in documents]) for x in (q_THd, k_TKd, v_TKd))
+    return dense(q, k, v, Segments.of(lengths, q.device)).split(lengths)
 
 
 def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:

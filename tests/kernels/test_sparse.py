@@ -149,7 +149,14 @@ def test_packs_of_long_and_short_documents(plain, monkeypatch):
     monkeypatch.setattr(sparse, "SHORTEST", 300)
     segments = Segments.of((500, 20, 299, 700), DEVICE)
     q, k, v = qkv(segments.total, heads=4, kv_heads=2)
-    whole, pairs = sparse_prefill(q, k, v, segments, 1.0, SdpaAttention().prefill)
+    packs = []
+
+    def dense(q, k, v, segments):
+        packs.append(segments.lengths)
+        return SdpaAttention().prefill(q, k, v, segments)
+
+    whole, pairs = sparse_prefill(q, k, v, segments, 1.0, dense)
+    assert packs == [(20, 299)]
     assert (whole - reference.causal_attention(q, k, v, segments)).abs().max() < 1e-5
     assert pairs.tolist() == [n * (n + 1) // 2 for n in segments.lengths]
     some, pairs = sparse_prefill(q, k, v, segments, 0.3, SdpaAttention().prefill)
