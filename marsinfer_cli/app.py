@@ -12,6 +12,7 @@ import typer
 
 from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
+from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.methods import methods
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(batch)
 app.command()(check)
+app.command()(calibrate)
 app.command()(methods)
 app.add_typer(bench_app, name="bench")
 

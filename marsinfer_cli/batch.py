@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from marsinfer_cli import options
-from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING, RUN, TRYING
+from marsinfer_cli.options import ANSWERS, LOGS, METHOD, PROMPTS, READING, RUN, TRYING
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ def batch(
             metavar="FILE",
             help="TOML file of settings, named as the flags; may hold input and output.",
             rich_help_panel=READING,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Method, settings and precisions as calibrate found them; all other places stand above.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     text_column: Annotated[

@@ -1,4 +1,4 @@
-"""Where each setting comes from: flag over environment over `--config` file over default."""
+"""Where each setting comes from: flag over environment over `--config` file over `--profile` over default."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from pipeline.config import BatchConfig, parse_bytes, parse_count, parse_settings
 from pipeline.config_file import KINDS, merge, read_config, read_environment
 from pipeline.errors import ConfigError
+from pipeline.profile import above_profile
 
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "pack_tokens": lambda text: parse_count("--pack-tokens", text),
@@ -30,7 +31,7 @@ def resolve(context: typer.Context) -> BatchConfig:
     output = flags.pop("output", None)
     words = [*(given.get("inputs") or ()), *([] if output is None else [output])]
     flags |= _places(words, file, path)
-    return BatchConfig(**merge(file, read_environment(os.environ), flags))
+    return BatchConfig(**above_profile(merge(file, read_environment(os.environ), flags)))
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

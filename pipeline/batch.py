@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
+from pipeline.config_file import DEFAULT_METHOD
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.intake import Item, item_tokens, new_rows, open_rows
 from pipeline.interrupts import nothing_to_lose
@@ -21,6 +22,7 @@ from pipeline.io.writing import check_output
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
+from pipeline.profile import above_profile
 from pipeline.pruning.registry import make_method
 from pipeline.records import Answer, EncodedDocument, RowFailure
 from pipeline.selection import most_rows, selected_rows
@@ -48,7 +50,7 @@ def run_batch(
     output: str,
     *,
     model: str | LoadedModel = "smollm2-135m",
-    method: str | PruningMethod = "marsinfer",
+    method: str | PruningMethod | None = None,
     progress: Progress = _nothing,
     note: Note = _nothing,
     check: Callable[[], None] = _nothing,
@@ -57,12 +59,16 @@ def run_batch(
     """Answer every document of `input` and write `output`; what `marsinfer batch` runs.
 
     `options` are the fields of `BatchConfig`, which are the command's flags. `model` may be a model that
-    `load_model` returned, `method` a method object. `progress` is called after every pack with the running
-    summary, `note` with what a user should know, `check` often, between layers too: it may raise to end the
-    run. A row that cannot be answered becomes an error row. After a MarsError the finished rows are in the
-    journal, from which `resume=True` goes on.
+    `load_model` returned, `method` a method object; without one it is that of `profile`, with its settings
+    and precisions, or else marsinfer. `progress` is called after every pack with the running summary, `note`
+    with what a user should know, `check` often, between layers too: it may raise to end the run. A row that
+    cannot be answered becomes an error row. After a MarsError the finished rows are in the journal, from
+    which `resume=True` goes on.
     """
     options["model"] = model if isinstance(model, str) else model.name
+    if method is None:
+        options = above_profile(options)
+        method = str(options.get("method", DEFAULT_METHOD))
     if isinstance(method, str):
         options["method"] = method
     else:
@@ -79,6 +85,8 @@ def run_batch(
         for text in source.notes:
             note(text)
         run = prepare(config, source, model, chosen)
+        for text in run.notes:
+            note(text)
         return answer_all(run, progress=progress, note=note, check=check, still_locked=lock.check)
 
 
@@ -101,6 +109,7 @@ def answer_all(
     config, decides = run.config, run.decides()
     engine = cache(partial(start_engine, run, check, note))  # started, once, by the first row that needs it
     summary = Summary(method=run.method.name, output=config.output)
+    note_length = _once(run, note)
     with open_journal(
         config.output,
         run.schema(),
@@ -115,6 +124,7 @@ def answer_all(
         with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check)) as read:
             for window in read:
                 expect(summary, window, run, journal)
+                note_length(window.items)
                 for answers in answer_window(engine, window.items, run.method.name):
                     journal.append(answers)
                     summary.add(answers)
@@ -132,6 +142,21 @@ def answer_all(
     if summary.documents:
         progress(summary)
     return summary
+
+
+def _once(run: Preparation, note: Note) -> Callable[[Sequence[Item]], None]:
+    """Something that notes the first window whose longest prompt the run's profile says little about."""
+    said = False
+
+    def note_length(items: Sequence[Item]) -> None:
+        nonlocal said
+        longest = max((item.prompt_tokens for item in items if isinstance(item, EncodedDocument)), default=0)
+        text = None if said else run.length_note(longest)
+        if text is not None:
+            said = True
+            note(text)
+
+    return note_length
 
 
 class Window(NamedTuple):

@@ -51,6 +51,7 @@ class BatchConfig:
     method: str = "marsinfer"
     settings: Mapping[str, Any] = field(default_factory=dict)
     sparse_attention: float | None = None  # the same parameter of whatever method
+    profile: str | None = None  # a file that calibrate made, whose settings the others stand above
     # answers
     max_new_tokens: int = 128
     temperature: float = 0.0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from pipeline.config import BatchConfig, parse_bytes, parse_count
 from pipeline.errors import ConfigError
+from pipeline.toml import toml_key, toml_value
 
 PREFIX = "MARSINFER_"
 # kind of each field, as it is annotated: "str | None" and "str" are both str
@@ -47,6 +46,10 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
         for name, other in (pair, pair[::-1]):
             if layer.get(name) and other not in layer:
                 merged.pop(other, None)
+    if layer.get("sparse_attention") is not None:
+        merged["settings"] = {k: v for k, v in merged.get("settings", {}).items() if k != "sparse_attention"}
+    if "sparse_attention" in layer.get("settings", {}):
+        merged.pop("sparse_attention", None)
     if "method" in layer and layer["method"] != merged.get("method", DEFAULT_METHOD):
         merged.pop("settings", None)  # another method's parameters
 
@@ -99,9 +102,9 @@ SIZES: dict[str, Callable[[str, str], int]] = {"pack_tokens": parse_count, "kv_m
 def to_toml(config: BatchConfig) -> str:
     """A configuration in the form that `read_config` reads; settings without a value are left out."""
     values = {name: getattr(config, name) for name in KINDS if name != "settings"}
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if value is not None]
     lines += ["", "[settings]"] if config.settings else []
-    lines += [f"{_toml_key(name)} = {_toml(value)}" for name, value in config.settings.items()]
+    lines += [f"{toml_key(name)} = {toml_value(value)}" for name, value in config.settings.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -154,18 +157,3 @@ def _of_text(variable: str, name: str, text: str) -> Any:
 def _hint(name: str) -> str:
     close = get_close_matches(name, KINDS, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f"; known are {', '.join(KINDS)}"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_toml, value))}]"
-    # JSON's escapes are TOML's, but for the one control character that JSON leaves alone
-    return json.dumps("none" if value is None else str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)

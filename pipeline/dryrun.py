@@ -172,13 +172,15 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
         packer=_packer(run),
         device=str(run.model.device),
         output_problem=_output_problem(config, run.source),
-        notes=run.source.notes,
+        notes=[*run.source.notes, *run.notes],
     )
     for window in windows(run.encode(run.rows()), item_tokens):
         report.add(window)
         total_rows = selected_rows(config, run.source.total_rows)
         report.tally.expect(len(window), total_rows, run.source.fraction_read, most_rows(config))
         progress(report.tally)
+    text = run.length_note(report.longest_tokens)
+    report.notes += [] if text is None else [text]
     return report
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.model.loading import Model
+    from pipeline.profile import Profile
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
 
@@ -31,6 +32,8 @@ class Preparation:
     model: Model
     method: PruningMethod
     prompts: PromptBuilder
+    profile: Profile | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     def rows(self) -> Iterator[Record]:
         """The rows that the run takes of its input."""
@@ -39,6 +42,12 @@ class Preparation:
     def encode(self, rows: Iterable[Record]) -> Iterator[Item]:
         """Rows as prompts; those that cannot be are failures."""
         return encode_rows(rows, self.prompts, self.config.on_overlong)
+
+    def length_note(self, prompt_tokens: int) -> str | None:
+        """What to say of a prompt of such a length, for which the profile says little."""
+        from pipeline.profile import length_note
+
+        return None if self.profile is None else length_note(self.profile, prompt_tokens)
 
     def decides(self) -> dict[str, Any]:
         return deciding_settings(self.config, self.model, self.method, self.prompts)
@@ -64,11 +73,22 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
             attention_dtype=config.attention_dtype,
         )
     from pipeline.model.adapters import check_fp8
+    from pipeline.profile import check_profile, load_profile
 
+    profile = None if config.profile is None else load_profile(config.profile)
+    notes = () if profile is None else tuple(check_profile(str(config.profile), profile, model))
     prompts = make_prompts(config, model.tokenizer, model.shape.context)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
     if config.linear_dtype == "fp8" or method.ffn_in_fp8:
         check_fp8(model.device, model.dtype, model.shape)
-    return Preparation(config=config, source=source, model=model, method=method, prompts=prompts)
+    return Preparation(
+        config=config,
+        source=source,
+        model=model,
+        method=method,
+        prompts=prompts,
+        profile=profile,
+        notes=notes,
+    )

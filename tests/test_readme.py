@@ -18,7 +18,7 @@ from pipeline.records import Answer
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["batch", "check"])
+@pytest.mark.parametrize("command", ["batch", "check", "calibrate"])
 def test_every_flag_is_explained(command, capfd):
     assert run([command, "--help"]) == 0
     flags = set(re.findall(r"--[a-z][a-z-]+", capfd.readouterr().out)) - {"--help"}
@@ -30,7 +30,7 @@ def test_every_flag_that_is_mentioned_exists(capfd):
     printed = ""
     names = ("ttft", "batch", "attention", "offload", "agreement", "decode")
     benches = (["bench", name] for name in names)
-    for command in (["batch"], ["check"], *benches, ["methods"]):
+    for command in (["batch"], ["check"], ["calibrate"], *benches, ["methods"]):
         assert run([*command, "--help"]) == 0
         printed += capfd.readouterr().out
     foreign = {"--no-deps"}  # pip's

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.bench.ttft import Measurement
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_plot(path: str) -> None:
@@ -48,6 +52,11 @@ def save_plot(path: str, title: str, results: Sequence[Measurement]) -> None:
         axes.legend()
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """ConfigError if it cannot be written."""
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

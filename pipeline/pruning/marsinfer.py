@@ -89,6 +89,8 @@ class MarsInfer(ScoredMethod):
         if layer < self.start_layer:
             return KEEP_ALL
         eta, share = at_layer(self.eta, layer), at_layer(self.share, layer)
+        if self.low is None and _keeps_all(eta, share):
+            return KEEP_ALL
         scores_T = None if _keeps_all(eta, share) and not self._has_high else self.score(layer, view)
         kept_T = self._mask(scores_T, view, eta, share)
         if self.low is None:

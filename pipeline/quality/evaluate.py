@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.bench.flops import Passes, dense_flops, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant
 from pipeline.engines.memory import Packer
 from pipeline.model.loading import LoadedModel
-from pipeline.model.prefill import Prefilled
+from pipeline.pruning.base import PruningMethod
 from pipeline.quality.forced import Forced, divergence, score_answers
 from pipeline.records import EncodedDocument
 
@@ -80,25 +81,42 @@ def evaluate(
     for place, case in enumerate(cases):
         check()
         known = None if dense is None else dense[place]
-        probes = None if known is None else [known.probes]
-        (forced,), prefilled, ttft_ms = score_answers(
-            model, method, [case.document], [case.answer], top=TOP, probes=probes
-        )
-        yield _score(model, case, forced, prefilled, ttft_ms, known), forced
+        evaluated = evaluate_case(model, method, case, dense=known)
+        yield evaluated.score, evaluated.forced
+
+
+class Evaluated(NamedTuple):
+    """One case under one method."""
+
+    score: CaseScore
+    forced: Forced
+    passes: Passes
+
+
+def evaluate_case(
+    model: LoadedModel, method: PruningMethod, case: Case, *, dense: Forced | None = None, top: int = TOP
+) -> Evaluated:
+    """Score one case with the model as it is set; `top` likeliest tokens are kept to be compared with."""
+    probes = None if dense is None else [dense.probes]
+    (forced,), prefilled, ttft_ms = score_answers(
+        model, method, [case.document], [case.answer], top=top, probes=probes
+    )
+    (passes,) = prefilled.by_document()
+    stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
+    return Evaluated(_score(model, case, forced, passes, stored, ttft_ms, dense), forced, passes)
 
 
 def _score(
     model: LoadedModel,
     case: Case,
     forced: Forced,
-    prefilled: Prefilled,
+    passes: Passes,
+    stored: int,
     ttft_ms: float,
     dense: Forced | None,
 ) -> CaseScore:
     shape, length = model.shape, case.document.prompt_tokens
-    (passes,) = prefilled.by_document()
     entered, ffn = layer_tokens(passes)
-    stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
     return CaseScore(
         id=case.id,
         task=case.task,

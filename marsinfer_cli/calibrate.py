@@ -1,0 +1,245 @@
+"""`marsinfer calibrate`: flags to configuration, the result to a table, a plot, and an exit code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marsinfer_cli import options
+from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING
+
+if TYPE_CHECKING:
+    from pipeline.quality.calibrate import Calibration
+    from pipeline.quality.calibrate_config import CalibrateConfig
+
+SOUGHT, SUITES, FILES = "What is sought", "Suites", "Files"
+
+
+def calibrate(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA", help="Files, globs, folders or URLs, as of batch; without, give --suite."
+        ),
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="The profile, a TOML file.", rich_help_panel=FILES)
+    ] = "profile.toml",
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Drop against TTFT as .png, .svg or .pdf.", rich_help_panel=FILES),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a profile that exists.", rich_help_panel=FILES)
+    ] = False,
+    max_drop: Annotated[
+        str,
+        typer.Option(
+            metavar="Npt|N%",
+            help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's.",
+            rich_help_panel=SOUGHT,
+        ),
+    ] = "1%",
+    needle_drop: Annotated[
+        str,
+        typer.Option(
+            metavar="Npt|N%",
+            help="With --needles: largest drop of the share of each kind that is found.",
+            rich_help_panel=SOUGHT,
+        ),
+    ] = "2pt",
+    objective: Annotated[
+        str, typer.Option(help="What is to be least: ttft.", rich_help_panel=SOUGHT)
+    ] = "ttft",
+    minutes: Annotated[
+        float, typer.Option(help="Longest time in all; more time, more rows.", rich_help_panel=SOUGHT)
+    ] = 10.0,
+    mass: Annotated[
+        float,
+        typer.Option(
+            help="Attention mass; what each layer makes of tokens outside it is probed.",
+            rich_help_panel=SOUGHT,
+        ),
+    ] = 0.9,
+    accept_inconclusive: Annotated[
+        bool,
+        typer.Option(
+            "--accept-inconclusive",
+            help="Also take settings whose measured drop is within the bound, but not all of its interval.",
+            rich_help_panel=SOUGHT,
+        ),
+    ] = False,
+    text_column: Annotated[
+        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
+    ] = "text",
+    question_column: Annotated[
+        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
+    ] = None,
+    reference_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the right answer, or of a list of them; without, dense's answers count as right.",
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
+    ] = 500,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of the parting into rows to search and verify on.", rich_help_panel=READING),
+    ] = 0,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SUITE", help="leval:DIR or longbench:DIR; repeatable.", rich_help_panel=SUITES),
+    ] = None,
+    needles: Annotated[
+        bool,
+        typer.Option(
+            "--needles", help="Hide needles in DATA's documents; none may be lost.", rich_help_panel=SUITES
+        ),
+    ] = False,
+    needle_kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K[,K...]",
+            help="single, multi-key, multi-value, tracking; else all.",
+            rich_help_panel=SUITES,
+        ),
+    ] = None,
+    needle_lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Prompt lengths; else those of 8k,16k,30k that the context holds.",
+            rich_help_panel=SUITES,
+        ),
+    ] = None,
+    needle_count: Annotated[int, typer.Option(help="Needles of each kind.", rich_help_panel=SUITES)] = 20,
+    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
+    ] = None,
+    model: options.Model = "smollm2-135m",
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Longest answer, and longest part of a reference, in tokens.", rich_help_panel=ANSWERS
+        ),
+    ] = 32,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
+    ] = False,
+) -> None:
+    """Find the fastest settings for a model on documents that lose no more than --max-drop.
+
+    What each layer makes of unimportant tokens is probed, all methods are searched, and what is found is
+    verified on documents that were not searched on. Exits with 5, and writes no profile, if nothing holds.
+    """
+    from pipeline.bench.plot import check_plot
+    from pipeline.config import parse_count
+    from pipeline.quality.calibrate_config import CalibrateConfig
+    from pipeline.quality.calibration_report import raise_unless_held
+    from pipeline.quality.check_config import parse_list
+    from pipeline.quality.needles import KINDS
+
+    if plot is not None:
+        check_plot(plot)
+    lengths = None if needle_lengths is None else parse_list("--needle-lengths", needle_lengths)
+    config = CalibrateConfig(
+        out=out,
+        input=tuple(inputs or ()),
+        text_column=text_column,
+        question_column=question_column,
+        question=question,
+        id_column=id_column,
+        reference_column=reference_column,
+        suites=tuple(suite or ()),
+        needles=needles,
+        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
+        needle_lengths=None
+        if lengths is None
+        else tuple(parse_count("--needle-lengths", length) for length in lengths),
+        needle_count=needle_count,
+        limit=limit,
+        seed=seed,
+        system=system,
+        prompt_template=prompt_template,
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        max_drop=max_drop,
+        needle_drop=needle_drop,
+        objective=objective,
+        accept_inconclusive=accept_inconclusive,
+        mass=mass,
+        max_new_tokens=max_new_tokens,
+        minutes=minutes,
+        overwrite=overwrite,
+    )
+    result = _run(config, quiet=quiet)
+    _print(result)
+    if plot is not None:
+        from pipeline.quality.calibration_plot import save_frontier
+
+        save_frontier(plot, result)
+    raise_unless_held(result)
+
+
+def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
+    from rich.console import Console
+
+    from pipeline.interrupts import graceful_stop
+    from pipeline.quality.calibrate import run_calibrate
+
+    console = Console(stderr=True, quiet=quiet)
+
+    def say(text: str) -> None:
+        console.print(f"marsinfer: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    with graceful_stop("nothing is kept of a calibration that did not end") as stop:
+        return run_calibrate(
+            config,
+            progress=lambda text, left_s: say(f"[{left_s:,.0f} s left] {text}"),
+            note=lambda text: say(f"note: {text}"),
+            check=stop,
+        )
+
+
+def _print(result: Calibration) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from pipeline.quality import calibration_report as report
+
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
+        console.width = max(console.width, 140)
+    layers = Table(*(Column(head, justify="right") for head in report.layer_heads(result)))
+    layers.title = "What sparing cold tokens at one layer costs and saves"
+    for row in report.layer_rows(result):
+        layers.add_row(*map(Text, row))
+    table = Table(*(Column(head, justify="right" if n else "left") for n, head in enumerate(report.HEADS)))
+    table.title = f"Frontier: {report.score_name(result)}, at most {result.config.max_drop} below dense"
+    for row in report.frontier_rows(result):
+        table.add_row(*map(Text, row))
+    console.print(layers, table)
+    for line in report.lines(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""Profiles: settings that were found to hold for a model on documents, and of what that was found.
+
+A profile is a TOML file: `[profile]` says where it comes from, `[batch]` holds settings under the names of
+flags, `[batch.settings]` the method's own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config_file import merge
+from pipeline.errors import ConfigError
+from pipeline.io.whole_file import writing
+from pipeline.toml import toml_of
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import Model
+
+FORMAT = 1
+FAR_BEYOND = 1.5  # times the longest prompt that was calibrated on
+BATCH_KEYS = ("method", "linear-dtype", "attention-dtype", "settings")
+_REQUIRED = ("model", "fingerprint", "device", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a profile file holds."""
+
+    about: Mapping[str, Any]  # the table [profile]
+    batch: Mapping[str, Any]  # fields of a batch configuration: method, settings, linear and attention dtype
+
+    @property
+    def longest(self) -> int | None:
+        """Prompt tokens of the longest case."""
+        return self.about.get("lengths", {}).get("max")
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Whole or not at all. Raises StorageError."""
+    batch = {name.replace("_", "-"): value for name, value in profile.batch.items()}
+    with writing(path) as temporary:
+        temporary.write_text(toml_of({"profile": dict(profile.about), "batch": batch}), encoding="utf-8")
+
+
+def load_profile(path: str) -> Profile:
+    """Raises ConfigError with the file's name for one that cannot be read, or is none."""
+    try:
+        table = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"--profile {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--profile {path} is no TOML: {error}") from error
+    about, batch = table.get("profile"), table.get("batch")
+    if not isinstance(about, dict) or not isinstance(batch, dict):
+        raise ConfigError(f"--profile {path} has no tables [profile] and [batch]; calibrate makes one")
+    if about.get("format") != FORMAT:
+        raise ConfigError(
+            f"--profile {path} is of format {about.get('format')}, and this version reads {FORMAT}: "
+            "calibrate again"
+        )
+    missing = [name for name in _REQUIRED if not isinstance(about.get(name), str)]
+    if missing:
+        raise ConfigError(f"--profile {path} does not say {', '.join(missing)}: calibrate again")
+    return Profile(about=about, batch=_batch(path, batch))
+
+
+def above_profile(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a `BatchConfig`, with those of the profile that they name, if any, where they say nothing."""
+    path = settings.get("profile")
+    return settings if path is None else merge(load_profile(path).batch, settings)
+
+
+def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [key for key in table if key not in BATCH_KEYS]
+    if unknown or not isinstance(table.get("method"), str):
+        what = f"unknown key {unknown[0]!r}" if unknown else "no method"
+        raise ConfigError(f"--profile {path}: {what} in [batch]; a profile holds {', '.join(BATCH_KEYS)}")
+    if not isinstance(table.get("settings", {}), dict):
+        raise ConfigError(f"--profile {path}: settings in [batch] must be a table, [batch.settings]")
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in table.get("settings", {}).items()
+    }
+    return {**{key.replace("-", "_"): table[key] for key in table if key != "settings"}, "settings": settings}
+
+
+def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
+    """Notes for a run with `model`. Raises ConfigError if the profile is of another model."""
+    about = profile.about
+    if about["fingerprint"] != model.fingerprint:
+        raise ConfigError(
+            f"--profile {path} was calibrated for {about['model']} ({about['fingerprint'][:12]}), not for "
+            f"{model.name} ({model.fingerprint[:12]}): calibrate this model, or leave the profile out"
+        )
+    notes = []
+    if about["device"] != model.device_name():
+        notes.append(
+            f"the profile was calibrated on {about['device']}, and this is {model.device_name()}: "
+            "its speed-up and its drop were measured there"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if about["dtype"] != dtype:
+        notes.append(f"the profile was calibrated in {about['dtype']}, and this run is in {dtype}")
+    return notes
+
+
+def length_note(profile: Profile, prompt_tokens: int) -> str | None:
+    """What to say where a prompt is far longer than all that the profile was calibrated on."""
+    longest = profile.longest
+    if longest is None or prompt_tokens <= FAR_BEYOND * longest:
+        return None
+    return (
+        f"a prompt of {prompt_tokens:,} tokens is far beyond the {longest:,} that the profile was "
+        "calibrated on: what it loses there was not measured"
+    )

@@ -1,0 +1,133 @@
+"""What a setting may lose: one bound on right tokens over all rows, and one on each kind of needles found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.quality.bootstrap import Drop, Judgement, judge, paired_drop, parse_drop
+from pipeline.quality.evaluate import CaseScore
+
+NEEDLES = "needles-"  # the beginning of the tasks that are gates of their own
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A largest drop: points of the score, or percent of dense's."""
+
+    value: float
+    relative: bool
+
+    @classmethod
+    def of(cls, text: str, flag: str) -> Bound:
+        """`1pt` or `1%`. Raises ConfigError."""
+        value, relative = parse_drop(text, flag)
+        return cls(value=value, relative=relative)
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.relative else "pt"
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """One gate's drop with its interval, and what that says about its bound."""
+
+    gate: str
+    drop: Drop
+    judgement: Judgement
+
+    @property
+    def excess(self) -> float:
+        """How far the end of its interval is beyond its bound; negative within."""
+        return self.drop.high - self.judgement.bound
+
+    @property
+    def is_needles(self) -> bool:
+        return self.gate.startswith(NEEDLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The main bound, and that of each kind of needles. A score is a mean over rows."""
+
+    main: Bound
+    needles: Bound
+    main_name: str  # the score of the rows: token accuracy, or agreement with dense
+
+    def drops(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, float]:
+        """Of each gate; the main one is there even without rows, with 0."""
+        parts = self._parts(dense, scores)
+        drops = {name: self._drop(name, *pair, resamples=1).drop for name, pair in parts.items()}
+        return {self.main_name: 0.0, **drops}
+
+    def exceeded(self, drops: Mapping[str, float]) -> bool:
+        return any(drop > self.of(name).value + _SLACK for name, drop in drops.items())
+
+    def hopeless(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], times: float) -> bool:
+        """Whether the main drop is so many times its bound; needles alone are too few to tell."""
+        return self.drops(dense, scores)[self.main_name] > times * self.main.value + _SLACK
+
+    def verify(
+        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0
+    ) -> list[Verified]:
+        """Every gate, with its bootstrapped interval."""
+        verified = []
+        for name, pair in self._parts(dense, scores).items():
+            drop = self._drop(name, *pair, resamples=10_000, seed=seed)
+            verified.append(Verified(gate=name, drop=drop, judgement=judge(drop, self.of(name).value)))
+        return verified
+
+    def of(self, gate: str) -> Bound:
+        return self.needles if gate.startswith(NEEDLES) else self.main
+
+    def _parts(
+        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]
+    ) -> dict[str, tuple[list[CaseScore], list[CaseScore]]]:
+        parts: dict[str, tuple[list[CaseScore], list[CaseScore]]] = {}
+        for base, score in zip(dense, scores, strict=True):
+            gate = score.task if score.task.startswith(NEEDLES) else self.main_name
+            bases, own = parts.setdefault(gate, ([], []))
+            bases.append(base)
+            own.append(score)
+        return parts
+
+    def _drop(
+        self,
+        gate: str,
+        dense: Sequence[CaseScore],
+        scores: Sequence[CaseScore],
+        *,
+        resamples: int,
+        seed: int = 0,
+    ) -> Drop:
+        return paired_drop(
+            [score_of(score) for score in dense],
+            [score_of(score) for score in scores],
+            clusters=[score.document_key for score in scores],
+            relative=self.of(gate).relative,
+            resamples=resamples,
+            seed=seed,
+        )
+
+
+def score_of(score: CaseScore) -> float:
+    """From 0 to 1: whether a needle is found, or the share of a right answer's tokens that are predicted."""
+    return float(score.found) if score.task.startswith(NEEDLES) else score.correct / score.tokens
+
+
+def holds(verified: Sequence[Verified], *, accept_inconclusive: bool = False) -> bool:
+    """Whether every gate passes; `accept_inconclusive` takes one whose own drop is within the bound."""
+    return all(
+        gate.judgement.verdict == "pass"
+        or (
+            accept_inconclusive
+            and gate.judgement.verdict == "inconclusive"
+            and gate.drop.drop <= gate.judgement.bound + _SLACK
+        )
+        for gate in verified
+    )

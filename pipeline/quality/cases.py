@@ -1,0 +1,108 @@
+"""The cases of a calibration: some to search on, others, of other documents, to verify on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import InputError
+from pipeline.model.decode import StopRules
+from pipeline.model.loading import LoadedModel
+from pipeline.pruning.dense import Dense
+from pipeline.quality.bounds import NEEDLES
+from pipeline.quality.check_rows import CheckRow
+from pipeline.quality.evaluate import Case
+from pipeline.quality.generate import generate
+from pipeline.tokenizing import stop_token_ids
+
+SEARCH_SHARE = 0.4  # of the documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Rows of documents to search on and of those held out; no document is in both."""
+
+    search: tuple[CheckRow, ...]
+    held_out: tuple[CheckRow, ...]
+
+
+def split(rows: Sequence[CheckRow], salt: str = "") -> Sides:
+    """Part rows by the hash of their documents, in the order of that hash; needles likewise, kind by kind.
+
+    Raises InputError for rows of a single document, none of which could be held out.
+    """
+    parts: dict[str, set[str]] = {}
+    for row in rows:
+        parts.setdefault(_part(row), set()).add(row.sample.document_key)
+    searched: set[str] = set()
+    for documents in parts.values():
+        ordered = sorted(documents, key=lambda key: _hash(f"{salt}\0{key}"))
+        searched |= set(ordered[: max(1, round(SEARCH_SHARE * len(ordered)))])
+    sides = Sides(
+        search=tuple(row for row in rows if row.sample.document_key in searched),
+        held_out=tuple(row for row in rows if row.sample.document_key not in searched),
+    )
+    if not any(_part(row) == "" for row in sides.held_out):
+        raise InputError("calibrate needs rows of at least two documents: one to search on, one to verify on")
+    return sides
+
+
+def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
+    """About `count` of the rows, in their order: tasks in turn, half for needles where there are any."""
+    groups: dict[bool, dict[str, list[CheckRow]]] = {False: {}, True: {}}
+    for row in sorted(rows, key=lambda row: _hash(f"{seed}\0{row.sample.id}")):
+        task = row.sample.task
+        groups[task.startswith(NEEDLES)].setdefault(task, []).append(row)
+    for_needles = count // 2 if groups[True] else 0
+    taken = {id(row) for row in _in_turn(groups[False], max(1, count - for_needles))}
+    taken |= {id(row) for row in _in_turn(groups[True], max(len(groups[True]), for_needles))}
+    return [row for row in rows if id(row) in taken]
+
+
+def _in_turn(tasks: dict[str, list[CheckRow]], count: int) -> list[CheckRow]:
+    longest = max(map(len, tasks.values()), default=0)
+    ordered = [rows[turn] for turn in range(longest) for rows in tasks.values() if turn < len(rows)]
+    return ordered[:count]
+
+
+def make_cases(
+    model: LoadedModel,
+    rows: Sequence[CheckRow],
+    max_new_tokens: int,
+    check: Callable[[], None] = lambda: None,
+    within: Callable[[], bool] = lambda: True,
+) -> list[Case]:
+    """Rows with their right answers; one without has dense's own greedy answer, which is generated here.
+
+    Rows whose answer would have to be generated when there is no more time are left out.
+    """
+    rules = StopRules(
+        max_new_tokens=max_new_tokens, token_ids=stop_token_ids(model.tokenizer, model.generation_config)
+    )
+    cases: list[Case] = []
+    for row in rows:
+        answer = row.reference
+        if not answer:
+            if cases and not within():
+                break
+            (greedy,) = generate(model, Dense(), [row.document], rules, check)
+            answer = tuple(greedy.not_empty)
+        cases.append(
+            Case(
+                id=row.sample.id,
+                task=row.sample.task,
+                document_key=row.sample.document_key,
+                document=row.document,
+                answer=answer,
+            )
+        )
+    return cases
+
+
+def _part(row: CheckRow) -> str:
+    return row.sample.task if row.sample.task.startswith(NEEDLES) else ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -1,0 +1,72 @@
+"""The profile of a candidate that holds: its settings, and how they were found to hold."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.model.loading import LoadedModel
+from pipeline.profile import FORMAT, Profile
+from pipeline.provenance import PACKAGES
+from pipeline.quality.bounds import Bounds, Verified
+from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.quality.evaluate import Case
+from pipeline.quality.verification import Verification
+
+
+def make_profile(
+    config: CalibrateConfig,
+    model: LoadedModel,
+    bounds: Bounds,
+    chosen: Verification,
+    cases: Sequence[Case],
+    data_hash: str,
+) -> Profile:
+    variant = chosen.trial.candidate.variant
+    lengths = [case.document.prompt_tokens for case in cases]
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "device": model.device_name(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data_sha256": data_hash,
+        "objective": config.objective,
+        "shape": asdict(model.shape),
+        "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
+        "measured": {
+            "dense_ttft_ms": round(chosen.dense_ttft_ms, 3),
+            "ttft_ms": round(chosen.ttft_ms, 3),
+            "speed_up": round(chosen.speed_up, 4),
+            "gates": {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in chosen.gates},
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    batch = {
+        "method": variant.method.name,
+        "linear_dtype": "fp8" if variant.linears_in_fp8 else "auto",
+        "attention_dtype": "fp8" if variant.attention_in_fp8 else "auto",
+        "settings": asdict(variant.method),
+    }
+    return Profile(about=about, batch=batch)
+
+
+def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:
+    drop = gate.drop
+    return {
+        "bound": str(bounds.of(gate.gate)),
+        "verdict": gate.judgement.verdict,
+        "dense": round(drop.dense, 6),
+        "method": round(drop.method, 6),
+        "drop": round(drop.drop, 4),
+        "low": round(drop.low, 4),
+        "high": round(drop.high, 4),
+        "rows": drop.rows,
+        "documents": drop.clusters,
+    }

@@ -1,0 +1,183 @@
+"""Searching candidates for the fastest whose loss is within a budget, as far as the time goes.
+
+What is tried next promises most: the time that a cost model predicts it to save, times the chance that its
+loss is within the budget. That chance knows what milder and harsher kin have lost: none is expected to lose
+less than a milder one did, or more than a harsher one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from pipeline.bench.flops import Passes
+from pipeline.errors import MarsError, is_failure
+from pipeline.quality.bounds import Bounds
+from pipeline.quality.candidates import Candidate, describe
+from pipeline.quality.cost import CostModel, dense_passes
+from pipeline.quality.evaluate import Case, CaseScore
+from pipeline.quality.workbench import Workbench
+
+HOPELESS = 5.0  # times the budget: after a third of the cases a candidate is given up
+LEAST_BUDGET = 0.5  # in points or percent: what a prediction of the drop may be wrong by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a candidate made of the cases, or of as many as it took to give it up."""
+
+    candidate: Candidate
+    scores: tuple[CaseScore, ...]
+    drop: float  # in the unit of the main bound
+    exceeds: bool  # whether any bound is exceeded, that of needles included
+    ttft_ms: float  # mean
+    speed_up: float  # over dense, on the same cases
+    complete: bool = True
+
+    @property
+    def name(self) -> str:
+        return describe(self.candidate)
+
+
+@dataclass(kw_only=True)
+class Search:
+    """Candidates and what is known of them."""
+
+    bench: Workbench
+    cases: Sequence[Case]
+    dense: Sequence[CaseScore]  # of the same cases
+    bounds: Bounds
+    note: Callable[[str], None] = lambda text: None
+    progress: Callable[[Trial], None] = lambda trial: None
+    trials: list[Trial] = field(default_factory=list)
+    scouted: dict[Candidate, Passes] = field(default_factory=dict)
+
+    def run(
+        self,
+        candidates: Sequence[Candidate],
+        within: Callable[[], bool],
+        scouts_within: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Try candidates until there is no time, or nothing left that promises anything."""
+        for candidate in candidates:
+            if not (within() and scouts_within()):
+                break
+            self._scout(candidate)
+        waiting = list(self.scouted)
+        while waiting and within():
+            cost = self.bench.cost_model()
+            waiting = [candidate for candidate in waiting if not self._known_to_fail(candidate)]
+            if not waiting:
+                break
+            promises = {candidate: self._promise(candidate, cost) for candidate in waiting}
+            best = max(waiting, key=promises.__getitem__)
+            if promises[best][0] <= 0 and -promises[best][1] >= self._dense_ms(cost):
+                break  # this one and all others are slower than dense
+            waiting.remove(best)
+            self.try_out(best)
+
+    def try_out(self, candidate: Candidate) -> Trial | None:
+        """Evaluate one; None if it cannot run."""
+        scores: list[CaseScore] = []
+        third = -(-len(self.cases) // 3)
+        try:
+            for place, case in enumerate(self.cases):
+                scores.append(self.bench.run(candidate.variant, case).score)
+                if place + 1 == third and self.bounds.hopeless(self.dense[:third], scores, HOPELESS):
+                    break
+        except BaseException as error:
+            if not self._leave_out(candidate, error):
+                raise
+            return None
+        trial = self._trial(candidate, scores)
+        self.trials.append(trial)
+        self.progress(trial)
+        return trial
+
+    def _scout(self, candidate: Candidate) -> None:
+        """One run on the case of median length, which compiles what must be, and counts what is done."""
+        ordered = sorted(self.cases, key=lambda case: case.document.prompt_tokens)
+        try:
+            run = self.bench.run(candidate.variant, ordered[len(ordered) // 2], first=True)
+        except BaseException as error:
+            if not self._leave_out(candidate, error):
+                raise
+            return
+        self.scouted[candidate] = run.passes
+
+    def _leave_out(self, candidate: Candidate, error: BaseException) -> bool:
+        """Whether to go on without a candidate, which failed of itself; a wish to stop is another matter."""
+        if not is_failure(error) or isinstance(error, MarsError):
+            return False
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        self.note(f"{describe(candidate)} is left out: {why}")
+        return True
+
+    def _trial(self, candidate: Candidate, scores: list[CaseScore]) -> Trial:
+        dense = self.dense[: len(scores)]
+        ttft_ms = statistics.fmean(score.ttft_ms for score in scores)
+        drops = self.bounds.drops(dense, scores)
+        return Trial(
+            candidate=candidate,
+            scores=tuple(scores),
+            drop=drops[self.bounds.main_name],
+            exceeds=self.bounds.exceeded(drops),
+            ttft_ms=ttft_ms,
+            speed_up=statistics.fmean(score.ttft_ms for score in dense) / ttft_ms,
+            complete=len(scores) == len(self.cases),
+        )
+
+    def _promise(self, candidate: Candidate, cost: CostModel) -> tuple[float, float]:
+        """Milliseconds that it is expected to save on the best so far; of equals, the fastest."""
+        predicted = cost.predict(
+            self.scouted[candidate],
+            candidate.variant.linears_in_fp8,
+            candidate.variant.attention_in_fp8,
+        )
+        bar = min((self._scouted_ms(trial, cost) for trial in self._within_bounds()), default=inf)
+        saved = max(0.0, min(bar, self._dense_ms(cost)) - predicted)
+        return saved * self._chance(candidate), -predicted
+
+    def _scouted_ms(self, trial: Trial, cost: CostModel) -> float:
+        """Predicted as the others are, on the one case that all were scouted on."""
+        variant = trial.candidate.variant
+        passes = self.scouted.get(trial.candidate)
+        if passes is None:
+            return inf
+        return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)
+
+    def _dense_ms(self, cost: CostModel) -> float:
+        ordered = sorted(self.dense, key=lambda score: score.prompt_tokens)
+        length = ordered[len(ordered) // 2].prompt_tokens
+        return cost.predict(dense_passes(cost.shape, length))
+
+    def _within_bounds(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.complete and not trial.exceeds]
+
+    def _chance(self, candidate: Candidate) -> float:
+        """That its drop is within the budget, from 0 to 1: a guess that falls as the expected drop grows."""
+        budget = max(self.bounds.main.value, LEAST_BUDGET)
+        expected = candidate.drop if candidate.drop is not None else budget / 2
+        milder = [t.drop for t in self.trials if candidate.harsher(t.candidate)]
+        harsher = [t.drop for t in self.trials if t.candidate.harsher(candidate) and t.complete]
+        expected = min(max([expected, *milder]), min(harsher, default=inf))
+        return 1 / (1 + max(0.0, expected / budget) ** 2)
+
+    def _known_to_fail(self, candidate: Candidate) -> bool:
+        """Whether milder kin were hopeless, or it is predicted to be."""
+        if candidate.drop is not None and candidate.drop > HOPELESS * max(
+            self.bounds.main.value, LEAST_BUDGET
+        ):
+            return True
+        return any(not t.complete and candidate.harsher(t.candidate) for t in self.trials)
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """The complete trials than which no other is both as fast and as good, fastest first."""
+    frontier: list[Trial] = []
+    for trial in sorted((t for t in trials if t.complete), key=lambda t: (t.ttft_ms, t.drop)):
+        if not frontier or trial.drop < frontier[-1].drop:
+            frontier.append(trial)
+    return frontier

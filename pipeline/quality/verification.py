@@ -1,0 +1,103 @@
+"""Candidates that a search has found, held against the bounds on cases that it did not see."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.quality.bounds import Bounds, Verified, holds
+from pipeline.quality.evaluate import Case, CaseScore
+from pipeline.quality.search import HOPELESS, Trial
+from pipeline.quality.workbench import Workbench
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """One candidate on the cases held out; without time for all of them it holds nothing."""
+
+    trial: Trial
+    scores: tuple[CaseScore, ...]
+    gates: tuple[Verified, ...]
+    dense_ttft_ms: float  # mean, as the following
+    ttft_ms: float
+    complete: bool
+    holds: bool  # within every bound, and faster than dense
+
+    @property
+    def speed_up(self) -> float:
+        return self.dense_ttft_ms / self.ttft_ms
+
+    @property
+    def worst_gate(self) -> Verified:
+        """The one that comes nearest to its bound, or exceeds it most."""
+        return max(self.gates, key=lambda gate: gate.excess)
+
+    @property
+    def excess(self) -> float:
+        """How far the end of its interval is beyond its bound; negative within."""
+        return self.worst_gate.excess
+
+    @property
+    def words(self) -> str:
+        """`holds`, or why not."""
+        if self.holds:
+            return "holds"
+        if not self.complete:
+            return "given up"
+        verdicts = {gate.judgement.verdict for gate in self.gates}
+        if verdicts == {"pass"}:
+            return "not faster"
+        return "fails" if "fail" in verdicts else "too few rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """The cases held out, and what dense makes of them."""
+
+    bench: Workbench
+    cases: Sequence[Case]
+    dense: Sequence[CaseScore]
+    bounds: Bounds
+    accept_inconclusive: bool
+    seed: int = 0
+
+    def run(self, trials: Sequence[Trial], seconds_left: Callable[[], float]) -> Iterator[Verification]:
+        """From the fastest on, until one holds. Where time is left for one alone, that is the mildest."""
+        waiting = list(trials)
+        while waiting:
+            expected = sum(score.ttft_ms for score in self.dense) / 1e3
+            if seconds_left() <= 0:
+                return
+            trial = waiting.pop(0 if seconds_left() >= 2 * expected else -1)
+            verification = self.verify(trial, seconds_left)
+            yield verification
+            if verification.holds:
+                return
+
+    def verify(self, trial: Trial, seconds_left: Callable[[], float]) -> Verification:
+        scores: list[CaseScore] = []
+        third = -(-len(self.cases) // 3)
+        for place, case in enumerate(self.cases):
+            if seconds_left() <= 0:
+                break
+            scores.append(self.bench.run(trial.candidate.variant, case).score)
+            if place + 1 == third < len(self.cases) and self.bounds.hopeless(
+                self.dense[:third], scores, HOPELESS
+            ):
+                break
+        dense = self.dense[: len(scores)]
+        complete = len(scores) == len(self.cases)
+        gates = tuple(self.bounds.verify(dense, scores, self.seed))
+        dense_ms = statistics.fmean(score.ttft_ms for score in dense) if dense else 0.0
+        ttft_ms = statistics.fmean(score.ttft_ms for score in scores) if scores else 1.0
+        within = complete and holds(gates, accept_inconclusive=self.accept_inconclusive)
+        return Verification(
+            trial=trial,
+            scores=tuple(scores),
+            gates=gates,
+            dense_ttft_ms=dense_ms,
+            ttft_ms=ttft_ms,
+            complete=complete,
+            holds=within and ttft_ms < dense_ms,
+        )

@@ -1,0 +1,93 @@
+"""Where variants of one model are run on cases, the time is kept, and every run teaches the cost model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from pipeline.bench.variant import Variant, prepare
+from pipeline.errors import ConfigError
+from pipeline.model.loading import LoadedModel
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.quality.cost import CostModel, Observation
+from pipeline.quality.evaluate import Case, Evaluated, evaluate_case
+
+
+class Clock:
+    """So many seconds from now."""
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._now = now
+        self._began = now()
+
+    @property
+    def passed(self) -> float:
+        return self._now() - self._began
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.passed
+
+    def before(self, share: float) -> Callable[[], bool]:
+        """A question to ask again and again: whether less than this share of the time has passed."""
+        return lambda: self.passed < share * self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precisions:
+    """What the device can compute in fp8."""
+
+    linears: bool
+    attention: bool
+
+
+@dataclass(kw_only=True)
+class Workbench:
+    """A model prepared for all variants that its device can run."""
+
+    model: LoadedModel
+    precisions: Precisions
+    check: Callable[[], None] = lambda: None  # called before every run, and may raise to end all
+    observations: list[Observation] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: LoadedModel, check: Callable[[], None] = lambda: None) -> Workbench:
+        """Quantise what can be; the model's own precision is kept beside it."""
+        linears = _can(
+            model,
+            [
+                Variant("fp8", Dense(), linears_in_fp8=True),
+                Variant("low", MarsInfer(low="fp8")),
+            ],
+        )
+        attention = _can(model, [Variant("attention", Dense(), attention_in_fp8=True)])
+        return cls(model=model, precisions=Precisions(linears=linears, attention=attention), check=check)
+
+    def run(self, variant: Variant, case: Case, *, first: bool = False) -> Evaluated:
+        """One case, prefilled alone. A `first` run may compile kernels, so that its time teaches nothing."""
+        self.check()
+        evaluated = evaluate_case(self.model, variant.use(self.model), case, top=0)
+        if not first:
+            self.observations.append(
+                Observation(
+                    passes=evaluated.passes,
+                    linears_in_fp8=variant.linears_in_fp8,
+                    attention_in_fp8=variant.attention_in_fp8,
+                    ttft_ms=evaluated.score.ttft_ms,
+                )
+            )
+        return evaluated
+
+    def cost_model(self) -> CostModel:
+        return CostModel.fit(self.model.shape, self.observations)
+
+
+def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:
+    try:
+        prepare(model, variants)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,37 @@
+"""Values as TOML, which the standard library only reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def toml_of(table: Mapping[str, Any], name: str = "") -> str:
+    """A table and the tables in it."""
+    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    blocks = []
+    if values or not name:
+        lines = [f"[{name}]"] if name else []
+        blocks.append("\n".join([*lines, *(f"{toml_key(k)} = {toml_value(v)}" for k, v in values.items())]))
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            blocks.append(toml_of(value, f"{name}.{toml_key(key)}" if name else toml_key(key)).rstrip("\n"))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A value in one line; TOML has no null, and None becomes the text `none`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(toml_value, value))}]"
+    # JSON's escapes are TOML's, but for the one control character that JSON leaves alone
+    return json.dumps("none" if value is None else str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)

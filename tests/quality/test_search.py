@@ -1,0 +1,258 @@
+"""The search over candidates, on a pretended device whose clock is told what every run takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import document
+
+from pipeline.bench.flops import LayerWork
+from pipeline.bench.variant import Variant
+from pipeline.errors import MarsError
+from pipeline.model.shape import ModelShape
+from pipeline.pruning.fastkv import FastKV
+from pipeline.quality.bounds import Bound, Bounds, holds
+from pipeline.quality.candidates import (
+    Candidate,
+    Found,
+    describe,
+    drop_per_nat,
+    greedy,
+    make_candidates,
+    precisions_of,
+)
+from pipeline.quality.cost import FEATURES, CostModel, dense_passes
+from pipeline.quality.evaluate import Case, CaseScore
+from pipeline.quality.search import Search, pareto
+from pipeline.quality.sensitivity import Sensitivity
+from pipeline.quality.workbench import Clock
+
+SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
+BOUNDS = Bounds(
+    main=Bound(value=1, relative=False), needles=Bound(value=2, relative=False), main_name="agreement"
+)
+MS_OF_A_TOKEN = 0.01
+
+
+def case(number, task="data"):
+    return Case(
+        id=str(number),
+        task=task,
+        document_key=str(number),
+        document=document(300 + 10 * number, seed=number),
+        answer=tuple(range(100)),
+    )
+
+
+def score(case, lost, ttft_ms, task=None):
+    return CaseScore(
+        id=case.id,
+        task=task or case.task,
+        document_key=case.document_key,
+        prompt_tokens=case.document.prompt_tokens,
+        tokens=100,
+        correct=100 - lost,
+        nll=1.0,
+        ttft_ms=ttft_ms,
+        kept_ratio=1.0,
+        ffn_ratio=1.0,
+        flops_ratio=1.0,
+        kv_ratio=1.0,
+    )
+
+
+@dataclass
+class Bench:
+    """A device on which `share` of FastKV says what a run takes, and `losses` what it loses."""
+
+    losses: dict[float, int]
+    seconds: float = 0.0
+    runs: list[tuple[float, str]] = field(default_factory=list)
+    fails: dict[float, BaseException] = field(default_factory=dict)
+
+    def run(self, variant, case, *, first=False):
+        share = variant.method.share
+        if share in self.fails:
+            raise self.fails[share]
+        tokens = round(share * case.document.prompt_tokens)
+        ttft_ms = MS_OF_A_TOKEN * tokens * SHAPE.layers
+        self.seconds += ttft_ms / 1e3
+        self.runs.append((share, case.id))
+        passes = [[LayerWork(tokens, tokens)] * SHAPE.layers]
+        return SimpleNamespace(score=score(case, self.losses.get(share, 0), ttft_ms), passes=passes)
+
+    def cost_model(self):
+        coefficients = np.zeros(len(FEATURES))
+        per_layer = dense_passes(SHAPE, 1000)
+        coefficients[0] = 1e-6 * len(per_layer[0])
+        return CostModel(shape=SHAPE, coefficients=coefficients, relative_error=0.0, observations=1)
+
+
+def kin(*shares):
+    return [
+        Candidate(
+            variant=Variant("fastkv", FastKV(share=share, kv_share=1.0)), family="fastkv", axes=(1 - share,)
+        )
+        for share in shares
+    ]
+
+
+def searching(bench, cases=9, **options):
+    cases = [case(number) for number in range(cases)]
+    dense = [score(each, 0, MS_OF_A_TOKEN * each.document.prompt_tokens * SHAPE.layers) for each in cases]
+    return Search(bench=bench, cases=cases, dense=dense, bounds=BOUNDS, **options)
+
+
+def shares(trials):
+    return [trial.candidate.variant.method.share for trial in trials]
+
+
+def test_the_fastest_within_the_budget_is_found_and_the_frontier_is_pareto():
+    bench = Bench(losses={0.1: 60, 0.2: 30, 0.3: 4, 0.4: 1, 0.5: 1})
+    search = searching(bench)
+    search.run(kin(*(n / 10 for n in range(1, 10))), lambda: True)
+    frontier = pareto(search.trials)
+    assert shares(trial for trial in frontier if not trial.exceeds)[0] == 0.4
+    for trial in search.trials:
+        beaten = [
+            other
+            for other in search.trials
+            if other.complete
+            and (other.ttft_ms, other.drop) != (trial.ttft_ms, trial.drop)
+            and other.ttft_ms <= trial.ttft_ms
+            and other.drop <= trial.drop
+        ]
+        assert (trial in frontier) == (trial.complete and not beaten)
+    assert frontier[0].speed_up == pytest.approx(1 / shares(frontier)[0], rel=0.01)
+
+
+def test_the_hopeless_are_given_up_and_their_harsher_kin_spared():
+    bench = Bench(losses={0.1: 90, 0.2: 60, 0.3: 40})
+    search = searching(bench)
+    search.try_out(*kin(0.3))
+    (trial,) = search.trials
+    assert (len(trial.scores), trial.complete, round(trial.drop)) == (3, False, 40)
+    search.run(kin(0.1, 0.2, 0.6), lambda: True)
+    # a look at each of them, and then only at what is milder
+    assert shares(search.trials) == [0.3, 0.6]
+    assert [run for run in bench.runs if run[0] in (0.1, 0.2)] == [(0.1, "4"), (0.2, "4")]
+
+
+def test_the_time_is_kept():
+    bench = Bench(losses={})
+    clock = Clock(0.5, lambda: bench.seconds)
+    search = searching(bench)
+    search.run(kin(*(n / 100 for n in range(30, 99))), clock.before(0.8), clock.before(0.2))
+    longest = MS_OF_A_TOKEN * 400 * SHAPE.layers * 9 / 1e3  # of one candidate over all cases
+    assert 0.4 <= bench.seconds <= 0.4 + longest
+    assert len(search.trials) > 1
+    assert len(search.scouted) < 69
+
+
+def test_one_that_fails_is_left_out_and_a_wish_to_stop_is_obeyed():
+    notes = []
+    bench = Bench(losses={}, fails={0.5: RuntimeError("out of\nmemory")})
+    search = searching(bench, note=notes.append)
+    search.run(kin(0.5, 0.6), lambda: True)
+    assert shares(search.trials) == [0.6]
+    assert notes == ["fastkv share=0.5 kv_share=1 is left out: RuntimeError: out of memory"]
+    bench.fails[0.7] = MarsError("stopped")
+    with pytest.raises(MarsError, match="stopped"):
+        search.run(kin(0.7), lambda: True)
+
+
+def test_settings_that_keep_answers_but_lose_needles_exceed_the_bounds():
+    rows = [case(number) for number in range(4)]
+    needles = [case(number, "needles-single") for number in range(10, 14)]
+    dense = [score(each, 0, 1.0) for each in (*rows, *needles)]
+    made = [score(each, 0, 1.0) for each in rows]
+    made += [score(each, int(place == 0), 1.0) for place, each in enumerate(needles)]
+    drops = BOUNDS.drops(dense, made)
+    assert drops == {"agreement": 0, "needles-single": 25}
+    assert BOUNDS.exceeded(drops)
+    verified = BOUNDS.verify(dense, made)
+    assert [(gate.gate, gate.judgement.verdict) for gate in verified] == [
+        ("agreement", "pass"),
+        ("needles-single", "inconclusive"),
+    ]
+    assert not holds(verified)
+    assert not holds(verified, accept_inconclusive=True)  # 25 points are beyond 2, whatever the interval
+    assert holds(BOUNDS.verify(dense, dense))
+
+
+def test_an_inconclusive_drop_within_the_bound_is_taken_if_asked_for():
+    rows = [case(number) for number in range(20)]
+    dense = [score(each, 5, 1.0) for each in rows]
+    made = [score(each, 5 + (9 if n == 3 else 0), 1.0) for n, each in enumerate(rows)]
+    verified = BOUNDS.verify(dense, made)
+    assert verified[0].drop.drop == pytest.approx(0.45)
+    assert not holds(verified)
+    assert holds(verified, accept_inconclusive=True)
+
+
+def sensitivity(layer, action, rise, saved=0.05):
+    return Sensitivity(
+        layer=layer,
+        action=action,
+        cases=4,
+        nll_rise=rise,
+        nll_error=0.0,
+        drop=20 * rise,
+        saved=saved,
+        passes=(),
+    )
+
+
+def found_of(rows, **options):
+    settings = {
+        "shape": SHAPE,
+        "longest": 9000,
+        "mass": 0.9,
+        "drop_per_nat": 20.0,
+        "budget": 1.0,
+        "saved_ms": lambda row: row.saved * 100,
+        "fp8": False,
+        **options,
+    }
+    return Found(rows=rows, **settings)
+
+
+def test_layers_are_spared_by_rise_for_each_ms():
+    rises = [0.5, 0.2, 0.02, 0.01, 0.01, 0.0, -0.01, 0.0]
+    rows = [sensitivity(layer, "skip", rise) for layer, rise in enumerate(rises)]
+    assert drop_per_nat(rows) == pytest.approx(20)
+    levels = greedy(found_of(rows))
+    assert levels[0] == {5, 6, 7, 4} or levels[0] == {5, 6, 7, 3, 4}
+    assert all(mild < harsh for mild, harsh in pairwise(levels))
+    assert not any({0} & level for level in levels)
+    assert greedy(found_of(rows, saved_ms=lambda row: -1.0)) == []
+
+
+def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
+    rows = [sensitivity(layer, action, 0.01) for layer in range(8) for action in ("skip", "park")]
+    candidates = make_candidates(found_of(rows), [(False, False)])
+    names = {candidate.variant.method.name for candidate in candidates}
+    assert names == {"dense", "mars", "marsinfer", "uniprefill", "sliminfer", "fastkv", "gemfilter"}
+    assert len({candidate.variant for candidate in candidates}) == len(candidates)
+    assert not any(describe(candidate) == "dense" for candidate in candidates)
+    mars = [candidate for candidate in candidates if candidate.family == "mars"]
+    early, late = (next(c for c in mars if c.settings["last_full"] == layer) for layer in (1, 6))
+    assert early.harsher(late)
+    assert not late.harsher(early)
+    # short prompts are not block-sparse whatever is asked
+    short = make_candidates(found_of(rows, longest=1000), [(False, False)])
+    assert {c.variant.method.sparse_attention for c in short if c.family == "mars"} == {None}
+    in_fp8 = make_candidates(found_of(rows), [(True, False)])
+    assert "dense linears:fp8" in {describe(candidate) for candidate in in_fp8}
+
+
+def test_precisions_that_cost_nothing_are_searched_alone():
+    own, attention, both = (False, False), (False, True), (True, True)
+    assert precisions_of({own: 0.0}, 1.0) == [own]
+    assert precisions_of({own: 0.0, attention: 0.5, both: -0.1}, 1.0) == [both]
+    assert precisions_of({own: 0.0, attention: 0.5, both: 0.2}, 1.0) == [both, attention, own]
+    assert precisions_of({own: 0.0, attention: 0.0, both: 3.0}, 1.0) == [attention, own]

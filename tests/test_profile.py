@@ -1,0 +1,164 @@
+"""Profiles: written, read back, refused for another model, and below every other place of a setting."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipeline import run_batch
+from pipeline.errors import ConfigError
+from pipeline.model.loading import open_model
+from pipeline.profile import Profile, check_profile, length_note, load_profile, write_profile
+from pipeline.pruning.registry import make_method
+
+SETTINGS = {"eta": (0.9, 1.0, 0.5, 1.0), "start_layer": 0, "low": None, "sparse_attention": 0.9}
+
+
+@pytest.fixture
+def profile(model_folder):
+    model = open_model(str(model_folder), device="cpu")
+    about = {
+        "format": 1,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "device": model.device_name(),
+        "dtype": "float32",
+        "lengths": {"min": 10, "p50": 20, "max": 100},
+        "measured": {"speed_up": 1.5, "gates": {"token accuracy": {"low": float("-inf")}}},
+    }
+    batch = {
+        "method": "marsinfer",
+        "linear_dtype": "auto",
+        "attention_dtype": "auto",
+        "settings": SETTINGS,
+    }
+    return Profile(about=about, batch=batch)
+
+
+@pytest.fixture
+def path(tmp_path, profile):
+    path = tmp_path / "profile.toml"
+    write_profile(path, profile)
+    return path
+
+
+def test_a_profile_comes_back(path, profile):
+    read = load_profile(str(path))
+    assert read.about == profile.about
+    assert read.batch == {**profile.batch, "settings": {**SETTINGS, "low": "none"}}
+    method = make_method(read.batch["method"], read.batch["settings"])
+    assert method == make_method("marsinfer", SETTINGS)
+
+
+def test_another_model_is_refused_and_another_device_noted(path, profile, model_folder, sharp_model_folder):
+    model = open_model(str(model_folder), device="cpu")
+    assert check_profile("p", profile, model) == []
+    elsewhere = replace(profile, about={**profile.about, "device": "NVIDIA H200", "dtype": "bfloat16"})
+    device, dtype = check_profile("p", elsewhere, model)
+    assert device.startswith(f"the profile was calibrated on NVIDIA H200, and this is {model.device_name()}")
+    assert dtype == "the profile was calibrated in bfloat16, and this run is in float32"
+    other = replace(profile, about={**profile.about, "fingerprint": "files:0123456789"})
+    with pytest.raises(ConfigError) as refused:
+        check_profile("p.toml", other, model)
+    assert str(refused.value) == (
+        f"--profile p.toml was calibrated for {model.name} (files:012345), not for {model.name} "
+        f"({model.fingerprint[:12]}): calibrate this model, or leave the profile out"
+    )
+
+
+def test_lengths_far_beyond_are_noted(profile):
+    assert length_note(profile, 150) is None
+    assert "a prompt of 151 tokens is far beyond the 100" in str(length_note(profile, 151))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[profile", "is no TOML"),
+        ("[batch]\n", "has no tables [profile] and [batch]"),
+        ("[profile]\nformat = 9\n[batch]\n", "is of format 9, and this version reads 1: calibrate again"),
+        ("[profile]\nformat = 1\n[batch]\n", "does not say model, fingerprint, device, dtype"),
+    ],
+)
+def test_what_is_no_profile_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_profile(str(path))
+    assert str(refused.value).startswith(f"--profile {path} ")
+    assert complaint in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("max-new-tokens = 3", "unknown key 'max-new-tokens' in [batch]"),
+        ("settings = 3", "settings in [batch] must be a table"),
+    ],
+)
+def test_a_profile_holds_no_other_settings(path, line, complaint):
+    text = path.read_text().replace("[batch.settings]", "[other]").replace("[batch]", f"[batch]\n{line}")
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"profile\.toml") as refused:
+        load_profile(str(path))
+    assert complaint in str(refused.value)
+
+
+def run(call, fish, tmp_path, *flags):
+    out = tmp_path / "out.jsonl"
+    columns = ["--text-column", "body", "--question-column", "ask", "--id-column", "doc"]
+    rc = call(fish, out, *columns, "--max-new-tokens", "3", "--overwrite", "--quiet", *flags)
+    return rc, json.loads((tmp_path / "out.jsonl.run.json").read_text())["marsinfer"] if rc == 0 else None
+
+
+def method_of(metadata):
+    return metadata["settings_that_decide"]["method"]
+
+
+def test_batch_takes_a_profile_and_names_it(call, fish, tmp_path, path, capfd):
+    rc, metadata = run(call, fish, tmp_path, "--profile", path)
+    assert rc == 0
+    assert metadata["config"]["profile"] == str(path)
+    assert method_of(metadata)["name"] == "marsinfer"
+    assert method_of(metadata)["settings"]["eta"] == [0.9, 1.0, 0.5, 1.0]
+    # the longest of the rows has more than 1.5 times 100 tokens
+    notes = [line for line in capfd.readouterr().err.splitlines() if "note: " in line]
+    assert len(notes) == 1
+    assert "is far beyond the 100 that the profile was calibrated on" in notes[0]
+
+
+def test_every_other_place_stands_above_a_profile(call, fish, tmp_path, path, monkeypatch):
+    config = tmp_path / "run.toml"
+    config.write_text(f'profile = "{path}"\n[settings]\nstart_layer = 2\n')
+    _, metadata = run(call, fish, tmp_path, "--config", config)
+    settings = method_of(metadata)["settings"]
+    assert (settings["start_layer"], settings["eta"]) == (2, [0.9, 1.0, 0.5, 1.0])
+    _, metadata = run(call, fish, tmp_path, "--profile", path, "--set", "eta=0.7")
+    assert method_of(metadata)["settings"]["eta"] == 0.7
+    _, metadata = run(call, fish, tmp_path, "--profile", path, "--sparse-attention", "0.5")
+    assert method_of(metadata)["settings"]["sparse_attention"] == 0.5
+    monkeypatch.setenv("MARSINFER_METHOD", "dense")
+    _, metadata = run(call, fish, tmp_path, "--profile", path)
+    assert method_of(metadata) == {"name": "dense", "settings": {"sparse_attention": None}}
+
+
+def test_batch_refuses_a_profile_of_another_model(refusal, fish, tmp_path, path, sharp_model_folder):
+    message = refusal(
+        fish, tmp_path / "o.jsonl", "--question", "q", "--text-column", "body",
+        "--profile", path, "--model", sharp_model_folder,
+    )  # fmt: skip
+    assert message.startswith(f"--profile {path} was calibrated for ")
+
+
+def test_run_batch_takes_a_profile(fish, tmp_path, path, model_folder):
+    columns = {"text_column": "body", "question_column": "ask", "id_column": "doc"}
+    options = {**columns, "model": str(model_folder), "max_new_tokens": 2, "profile": str(path)}
+    run_batch(str(fish), str(tmp_path / "a.jsonl"), **options)
+    metadata = json.loads((tmp_path / "a.jsonl.run.json").read_text())["marsinfer"]
+    assert method_of(metadata)["settings"]["eta"] == [0.9, 1.0, 0.5, 1.0]
+    run_batch(str(fish), str(tmp_path / "b.jsonl"), method="dense", **options)
+    metadata = json.loads((tmp_path / "b.jsonl.run.json").read_text())["marsinfer"]
+    assert method_of(metadata)["name"] == "dense"
