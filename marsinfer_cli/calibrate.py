@@ -10,8 +10,8 @@ from marsinfer_cli import options
 from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING
 
 if TYPE_CHECKING:
-    from pipeline.quality.calibrate import Calibration
     from pipeline.quality.calibrate_config import CalibrateConfig
+    from pipeline.quality.calibration import Calibration
 
 SOUGHT, SUITES, FILES = "What is sought", "Suites", "Files"
 

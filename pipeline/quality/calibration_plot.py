@@ -8,7 +8,7 @@ from pipeline.bench.plot import save_figure
 from pipeline.quality.calibration_report import frontier, score_name
 
 if TYPE_CHECKING:
-    from pipeline.quality.calibrate import Calibration
+    from pipeline.quality.calibration import Calibration
 
 
 def save_frontier(path: str, result: Calibration) -> None:

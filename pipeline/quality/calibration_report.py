@@ -11,7 +11,7 @@ from pipeline.quality.sensitivity import ACTIONS
 
 if TYPE_CHECKING:
     from pipeline.quality.bounds import Verified
-    from pipeline.quality.calibrate import Calibration
+    from pipeline.quality.calibration import Calibration
     from pipeline.quality.verification import Verification
 
 FEW = 20  # documents, below which an interval is narrower than it claims

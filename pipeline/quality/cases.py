@@ -60,6 +60,14 @@ def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
     return [row for row in rows if id(row) in taken]
 
 
+def by_length(cases: Sequence[Case], count: int) -> list[int]:
+    """Places of so many of the cases that are no needles, from short ones to long ones."""
+    rows = [place for place, case in enumerate(cases) if not case.task.startswith(NEEDLES)]
+    rows.sort(key=lambda place: cases[place].document.prompt_tokens)
+    count = min(count, len(rows))
+    return [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(count)]
+
+
 def _in_turn(tasks: dict[str, list[CheckRow]], count: int) -> list[CheckRow]:
     longest = max(map(len, tasks.values()), default=0)
     ordered = [rows[turn] for turn in range(longest) for rows in tasks.values() if turn < len(rows)]
@@ -85,7 +93,7 @@ def make_cases(
         answer = row.reference
         if not answer:
             if cases and not within():
-                break
+                continue
             (greedy,) = generate(model, Dense(), [row.document], rules, check)
             answer = tuple(greedy.not_empty)
         cases.append(

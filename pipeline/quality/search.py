@@ -18,9 +18,10 @@ from pipeline.quality.bounds import Bounds
 from pipeline.quality.candidates import Candidate, describe
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
-from pipeline.quality.workbench import Workbench
+from pipeline.quality.workbench import Workbench, slowdown
 
 HOPELESS = 5.0  # times the budget: after a third of the cases a candidate is given up
+SLOWER = 1.5  # times dense's time: a prediction by which a candidate is surely slower
 LEAST_BUDGET = 0.5  # in points or percent: what a prediction of the drop may be wrong by
 
 
@@ -32,8 +33,8 @@ class Trial:
     scores: tuple[CaseScore, ...]
     drop: float  # in the unit of the main bound
     exceeds: bool  # whether any bound is exceeded, that of needles included
-    ttft_ms: float  # mean
-    speed_up: float  # over dense, on the same cases
+    ttft_ms: float  # dense's mean, divided by the speed-up
+    speed_up: float  # over dense: the median over the same cases
     complete: bool = True
 
     @property
@@ -51,6 +52,7 @@ class Search:
     bounds: Bounds
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[Trial], None] = lambda trial: None
+    drift: Callable[[], float] = lambda: 1.0  # times slower the device is now than it was for `dense`
     trials: list[Trial] = field(default_factory=list)
     scouted: dict[Candidate, Passes] = field(default_factory=dict)
 
@@ -64,8 +66,9 @@ class Search:
         for candidate in candidates:
             if not (within() and scouts_within()):
                 break
-            self._scout(candidate)
-        waiting = list(self.scouted)
+            self.scout(candidate)
+        tried = {trial.candidate for trial in self.trials}
+        waiting = [candidate for candidate in self.scouted if candidate not in tried]
         while waiting and within():
             cost = self.bench.cost_model()
             waiting = [candidate for candidate in waiting if not self._known_to_fail(candidate)]
@@ -73,8 +76,8 @@ class Search:
                 break
             promises = {candidate: self._promise(candidate, cost) for candidate in waiting}
             best = max(waiting, key=promises.__getitem__)
-            if promises[best][0] <= 0 and -promises[best][1] >= self._dense_ms(cost):
-                break  # this one and all others are slower than dense
+            if promises[best][0] <= 0 and -promises[best][1] >= SLOWER * self._dense_ms(cost):
+                break  # this one and all others
             waiting.remove(best)
             self.try_out(best)
 
@@ -83,6 +86,7 @@ class Search:
         scores: list[CaseScore] = []
         third = -(-len(self.cases) // 3)
         try:
+            slower = self.drift()
             for place, case in enumerate(self.cases):
                 scores.append(self.bench.run(candidate.variant, case).score)
                 if place + 1 == third and self.bounds.hopeless(self.dense[:third], scores, HOPELESS):
@@ -91,12 +95,12 @@ class Search:
             if not self._leave_out(candidate, error):
                 raise
             return None
-        trial = self._trial(candidate, scores)
+        trial = self._trial(candidate, scores, slower)
         self.trials.append(trial)
         self.progress(trial)
         return trial
 
-    def _scout(self, candidate: Candidate) -> None:
+    def scout(self, candidate: Candidate) -> None:
         """One run on the case of median length, which compiles what must be, and counts what is done."""
         ordered = sorted(self.cases, key=lambda case: case.document.prompt_tokens)
         try:
@@ -115,17 +119,17 @@ class Search:
         self.note(f"{describe(candidate)} is left out: {why}")
         return True
 
-    def _trial(self, candidate: Candidate, scores: list[CaseScore]) -> Trial:
+    def _trial(self, candidate: Candidate, scores: list[CaseScore], slower: float) -> Trial:
         dense = self.dense[: len(scores)]
-        ttft_ms = statistics.fmean(score.ttft_ms for score in scores)
+        ratio = slowdown(dense, scores) / slower
         drops = self.bounds.drops(dense, scores)
         return Trial(
             candidate=candidate,
             scores=tuple(scores),
             drop=drops[self.bounds.main_name],
             exceeds=self.bounds.exceeded(drops),
-            ttft_ms=ttft_ms,
-            speed_up=statistics.fmean(score.ttft_ms for score in dense) / ttft_ms,
+            ttft_ms=ratio * statistics.fmean(score.ttft_ms for score in self.dense),
+            speed_up=1 / ratio,
             complete=len(scores) == len(self.cases),
         )
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pipeline.quality.bounds import Bounds, Verified, holds
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import HOPELESS, Trial
-from pipeline.quality.workbench import Workbench
+from pipeline.quality.workbench import DENSE, Workbench
+
+TIMED = 16  # cases, more of which would tell little more of the speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,8 @@ class Verification:
     trial: Trial
     scores: tuple[CaseScore, ...]
     gates: tuple[Verified, ...]
-    dense_ttft_ms: float  # mean, as the following
-    ttft_ms: float
+    dense_ttft_ms: float  # mean over the cases that both were timed on, in turns
+    ttft_ms: float  # that, times the median ratio of the two
     complete: bool
     holds: bool  # within every bound, and faster than dense
 
@@ -77,11 +79,16 @@ class Verifier:
 
     def verify(self, trial: Trial, seconds_left: Callable[[], float]) -> Verification:
         scores: list[CaseScore] = []
+        timed: list[
+            tuple[float, float]
+        ] = []  # dense, the candidate: by turns, lest a busy moment count for one
         third = -(-len(self.cases) // 3)
         for place, case in enumerate(self.cases):
             if seconds_left() <= 0:
                 break
             scores.append(self.bench.run(trial.candidate.variant, case).score)
+            if place < TIMED:
+                timed.append((self.bench.run(DENSE, case).score.ttft_ms, scores[-1].ttft_ms))
             if place + 1 == third < len(self.cases) and self.bounds.hopeless(
                 self.dense[:third], scores, HOPELESS
             ):
@@ -89,8 +96,8 @@ class Verifier:
         dense = self.dense[: len(scores)]
         complete = len(scores) == len(self.cases)
         gates = tuple(self.bounds.verify(dense, scores, self.seed))
-        dense_ms = statistics.fmean(score.ttft_ms for score in dense) if dense else 0.0
-        ttft_ms = statistics.fmean(score.ttft_ms for score in scores) if scores else 1.0
+        dense_ms = statistics.fmean(before for before, _ in timed) if timed else 0.0
+        ttft_ms = dense_ms * statistics.median(own / before for before, own in timed) if timed else 1.0
         within = complete and holds(gates, accept_inconclusive=self.accept_inconclusive)
         return Verification(
             trial=trial,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.bench.variant import Variant, prepare
@@ -12,7 +13,11 @@ from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.cost import CostModel, Observation
-from pipeline.quality.evaluate import Case, Evaluated, evaluate_case
+from pipeline.quality.evaluate import Case, CaseScore, Evaluated, evaluate_case
+
+DRIFT_EVERY_S = 10.0
+NOISE = 0.05
+DENSE = Variant(Dense.name, Dense())
 
 
 class Clock:
@@ -52,6 +57,7 @@ class Workbench:
     precisions: Precisions
     check: Callable[[], None] = lambda: None  # called before every run, and may raise to end all
     observations: list[Observation] = field(default_factory=list)
+    running: str = "the first run"  # for messages: the variant and the row
 
     @classmethod
     def of(cls, model: LoadedModel, check: Callable[[], None] = lambda: None) -> Workbench:
@@ -69,6 +75,8 @@ class Workbench:
     def run(self, variant: Variant, case: Case, *, first: bool = False) -> Evaluated:
         """One case, prefilled alone. A `first` run may compile kernels, so that its time teaches nothing."""
         self.check()
+        document = case.document
+        self.running = f"{variant.name} on {document.source.place}, {document.prompt_tokens:,} tokens,"
         evaluated = evaluate_case(self.model, variant.use(self.model), case, top=0)
         if not first:
             self.observations.append(
@@ -83,6 +91,35 @@ class Workbench:
 
     def cost_model(self) -> CostModel:
         return CostModel.fit(self.model.shape, self.observations)
+
+
+@dataclass(kw_only=True)
+class Drift:
+    """How many times slower the device has become since dense was timed: another load, or a lower clock."""
+
+    bench: Workbench
+    case: Case
+    ttft_ms: float  # what this case took under dense
+    clock: Clock
+    _factor: float = 1.0
+    _measured_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._measured_at = self.clock.passed
+
+    def __call__(self) -> float:
+        """By dense on the same case, at most every `DRIFT_EVERY_S` seconds; what is small is noise, and 1."""
+        if self.clock.passed - self._measured_at >= DRIFT_EVERY_S:
+            run = self.bench.run(DENSE, self.case)
+            factor = run.score.ttft_ms / self.ttft_ms
+            self._factor = factor if abs(factor - 1) > NOISE else 1.0
+            self._measured_at = self.clock.passed
+        return self._factor
+
+
+def slowdown(dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> float:
+    """Times to first token over dense's of the same cases: the median, which a busy moment does not move."""
+    return statistics.median(own.ttft_ms / before.ttft_ms for before, own in zip(dense, scores, strict=True))
 
 
 def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:

@@ -143,10 +143,11 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
         needle_count=4,
     )
     result = run_calibrate(config)
-    assert result.verifications
-    gates = {gate.gate: gate for gate in result.verifications[-1].gates}
-    assert set(gates) == {"agreement", "needles-single"}
-    assert gates["needles-single"].judgement.bound == 100
+    tasks = {score.task for trial in result.trials if trial.complete for score in trial.scores}
+    assert tasks == {"fish", "needles-single"}
+    for verification in result.verifications:
+        gates = {gate.gate: gate.judgement.bound for gate in verification.gates}
+        assert gates == {"agreement": 100, "needles-single": 100}
 
 
 def test_nothing_that_holds_ends_with_5(flags, tmp_path, capfd):

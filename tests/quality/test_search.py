@@ -29,7 +29,7 @@ from pipeline.quality.cost import FEATURES, CostModel, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import Search, pareto
 from pipeline.quality.sensitivity import Sensitivity
-from pipeline.quality.workbench import Clock
+from pipeline.quality.workbench import Clock, Drift
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
 BOUNDS = Bounds(
@@ -256,3 +256,30 @@ def test_precisions_that_cost_nothing_are_searched_alone():
     assert precisions_of({own: 0.0, attention: 0.5, both: -0.1}, 1.0) == [both]
     assert precisions_of({own: 0.0, attention: 0.5, both: 0.2}, 1.0) == [both, attention, own]
     assert precisions_of({own: 0.0, attention: 0.0, both: 3.0}, 1.0) == [attention, own]
+
+
+def test_a_device_that_slows_down_is_allowed_for():
+    bench = Bench(losses={})
+    search = searching(bench, drift=lambda: 2.0)
+    trial = search.try_out(*kin(0.8))
+    assert trial.speed_up == pytest.approx(2 / 0.8, rel=0.01)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.03, 1.0), (1.5, 1.5), (0.8, 0.8)])
+def test_drift_is_measured_now_and_then_and_noise_is_not_told(factor, told):
+    now = [0.0]
+    runs = []
+
+    def run(variant, case):
+        runs.append(variant.name)
+        return SimpleNamespace(score=score(case, 0, 20.0 * factor))
+
+    bench = SimpleNamespace(run=run)
+    drift = Drift(bench=bench, case=case(1), ttft_ms=20.0, clock=Clock(600, lambda: now[0]))
+    assert drift() == 1
+    assert runs == []
+    now[0] = 11.0
+    assert drift() == pytest.approx(told)
+    now[0] = 15.0
+    assert drift() == pytest.approx(told)
+    assert runs == ["dense"]

@@ -1,0 +1,228 @@
+"""The phases of a calibration: timing dense, probing layers, searching, verifying on documents held out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pipeline.bench.flops import Passes
+from pipeline.interrupts import nothing_to_lose
+from pipeline.model.loading import Model
+from pipeline.profile import Profile
+from pipeline.quality.bounds import score_of
+from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.quality.calibration import Calibration
+from pipeline.quality.candidates import (
+    Candidate,
+    Found,
+    Precision,
+    drop_per_nat,
+    make_candidates,
+    precisions_of,
+)
+from pipeline.quality.cases import Sides, by_length, make_cases, thin
+from pipeline.quality.check_rows import CheckRow
+from pipeline.quality.cost import CostModel, dense_passes
+from pipeline.quality.emission import make_profile
+from pipeline.quality.evaluate import Case, CaseScore
+from pipeline.quality.search import Search, Trial, pareto
+from pipeline.quality.sensitivity import ACTIONS, Sensitivity, measure_sensitivity
+from pipeline.quality.verification import Verification, Verifier
+from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
+
+# shares of the time after which each phase ends
+PROBED, SCOUTED, SEARCHED, DONE = 0.3, 0.45, 0.7, 0.98
+SEARCH_RUNS = 24  # candidates for which the number of cases should leave time
+VERIFY_RUNS = 4
+MOST_SEARCHED, MOST_HELD_OUT, MOST_PROBED = 48, 400, 8
+FEWEST_SEARCHED, FEWEST_HELD_OUT = 3, 4
+
+
+class Phases:
+    """One calibration, phase by phase."""
+
+    def __init__(
+        self,
+        config: CalibrateConfig,
+        model: Model,
+        sides: Sides,
+        clock: Clock,
+        tell: Callable[[str], None],
+        note: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        with nothing_to_lose():
+            self.bench: Workbench = Workbench.of(model.load(), check)
+        self.config, self.sides, self.clock, self.bounds = config, sides, clock, config.bounds()
+        self.tell, self.note = tell, note
+
+    def calibrate(self, data_hash: str) -> Calibration:
+        self.tell("timing dense")
+        pace_s, answer_s = self._pace()
+        searched = self._cases(
+            self.sides.search,
+            self._fitting(SEARCHED - PROBED, pace_s * SEARCH_RUNS, FEWEST_SEARCHED, MOST_SEARCHED),
+            PROBED / 2,
+        )
+        dense = self._dense(searched)
+        rows = self._probe(searched, dense, pace_s)
+        search, count = self._search(searched, dense, rows)
+        held_out, verifications = self._verify(search.trials, pace_s * VERIFY_RUNS + answer_s)
+        cost = self.bench.cost_model()
+        chosen = next((each for each in verifications if each.holds), None)
+        return Calibration(
+            config=self.config,
+            profile=None if chosen is None else self._profile(chosen, [*searched, *held_out], data_hash),
+            trials=tuple(search.trials),
+            verifications=tuple(verifications),
+            sensitivities=tuple(rows),
+            saved_ms=tuple(saved_ms(row, cost) for row in rows),
+            cost=cost,
+            searched=len(searched),
+            held_out=len(held_out),
+            candidates=count,
+            dense_ttft_ms=statistics.fmean(score.ttft_ms for score in dense),
+            seconds=self.clock.passed,
+        )
+
+    def _pace(self) -> tuple[float, float]:
+        """Seconds that one case takes under dense, and those of its answer where dense has to give it."""
+        ordered = sorted(self.sides.search, key=lambda row: row.document.prompt_tokens)
+        row = ordered[len(ordered) // 2]
+        began = self.clock.passed
+        (case,) = self._make([row], lambda: True)
+        answered = self.clock.passed
+        self.bench.run(DENSE, case, first=True)
+        warm = self.clock.passed
+        self.bench.run(DENSE, case)
+        return max(self.clock.passed - warm, 1e-3), 0.0 if row.reference else answered - began
+
+    def _fitting(self, share: float, seconds_each: float, fewest: int, most: int) -> int:
+        return int(min(most, max(fewest, share * self.clock.seconds / seconds_each)))
+
+    def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[Case]:
+        chosen = thin(rows, count, self.config.seed)
+        self.tell(f"answers of dense to {len(chosen):,} rows")
+        return self._make(chosen, self.clock.before(until))
+
+    def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
+        return make_cases(self.bench.model, rows, self.config.max_new_tokens, self.bench.check, within)
+
+    def _drift(self, cases: Sequence[Case], dense: Sequence[CaseScore]) -> Drift:
+        (place,) = by_length(cases, 1)
+        return Drift(bench=self.bench, case=cases[place], ttft_ms=dense[place].ttft_ms, clock=self.clock)
+
+    def _dense(self, cases: Sequence[Case]) -> list[CaseScore]:
+        return [self.bench.run(DENSE, case).score for case in cases]
+
+    def _probe(self, cases: Sequence[Case], dense: Sequence[CaseScore], pace_s: float) -> list[Sensitivity]:
+        actions = [each for each in ACTIONS if each != "fp8" or self.bench.precisions.linears]
+        layers = range(self.bench.model.shape.layers)
+        left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
+        each = int(min(MOST_PROBED, max(1, left_s / pace_s / (len(layers) * len(actions)))))
+        probed = by_length(cases, each)
+        self.tell(f"probing {len(layers)} layers on {len(probed)} rows")
+        return measure_sensitivity(
+            self.bench,
+            [cases[place] for place in probed],
+            [dense[place] for place in probed],
+            layers=layers,
+            actions=actions,
+            mass=self.config.mass,
+            within=self.clock.before(PROBED),
+        )
+
+    def _search(
+        self, cases: Sequence[Case], dense: Sequence[CaseScore], rows: Sequence[Sensitivity]
+    ) -> tuple[Search, int]:
+        """The search when it has ended, and how many candidates there were."""
+
+        def told(trial: Trial) -> None:
+            given_up = "" if trial.complete else ", given up"
+            drop = f"{trial.drop:.2f}{self.bounds.main.unit}"
+            self.tell(f"{trial.name}: {trial.speed_up:.2f} times as fast, drop {drop}{given_up}")
+
+        search = Search(
+            bench=self.bench,
+            cases=cases,
+            dense=dense,
+            bounds=self.bounds,
+            note=self.note,
+            progress=told,
+            drift=self._drift(cases, dense),
+        )
+        precisions = self._precisions(search)
+        candidates = make_candidates(self._found(cases, dense, rows), precisions)
+        tried = {trial.candidate.variant for trial in search.trials}
+        candidates = [each for each in candidates if each.variant not in tried]
+        self.tell(f"looking at {len(candidates)} candidates")
+        search.run(candidates, self.clock.before(SEARCHED), self.clock.before(SCOUTED))
+        return search, len(candidates) + len(tried)
+
+    def _precisions(self, search: Search) -> list[Precision]:
+        """Try dense in each precision that the device can; those worth searching with."""
+        drops: dict[Precision, float] = {(False, False): 0.0}
+        can = self.bench.precisions
+        for linears, attention in ((False, True), (True, False), (True, True)):
+            if linears <= can.linears and attention <= can.attention:
+                candidate = _dense_candidate(linears, attention)
+                search.scout(candidate)
+                trial = search.try_out(candidate)
+                if trial is not None:
+                    drops[linears, attention] = trial.drop if trial.complete else float("inf")
+        return precisions_of(drops, self.bounds.main.value)
+
+    def _found(self, cases: Sequence[Case], dense: Sequence[CaseScore], rows: Sequence[Sensitivity]) -> Found:
+        cost = self.bench.cost_model()
+        mean = statistics.fmean(map(score_of, dense))
+        unit = 1 / mean if self.bounds.main.relative and mean else 1.0
+        return Found(
+            shape=self.bench.model.shape,
+            longest=max(case.document.prompt_tokens for case in cases),
+            rows=rows,
+            mass=self.config.mass,
+            drop_per_nat=unit * drop_per_nat(rows),
+            budget=self.bounds.main.value,
+            saved_ms=partial(saved_ms, cost=cost),
+            fp8=self.bench.precisions.linears,
+        )
+
+    def _verify(self, trials: Sequence[Trial], seconds_each: float) -> tuple[list[Case], list[Verification]]:
+        """The cases held out, and what was verified on them, the last of which may hold."""
+        promising = pareto([trial for trial in trials if not trial.exceeds and trial.speed_up > 1])
+        if not promising:
+            return [], []
+        count = self._fitting(DONE - SEARCHED, seconds_each, FEWEST_HELD_OUT, MOST_HELD_OUT)
+        cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
+        self.tell(f"verifying on {len(cases):,} rows held out")
+        verifier = Verifier(
+            bench=self.bench,
+            cases=cases,
+            dense=self._dense(cases),
+            bounds=self.bounds,
+            accept_inconclusive=self.config.accept_inconclusive,
+            seed=self.config.seed,
+        )
+        found = []
+        for verification in verifier.run(promising, lambda: DONE * self.clock.seconds - self.clock.passed):
+            self.tell(f"{verification.trial.name}: {verification.words}")
+            found.append(verification)
+        return cases, found
+
+    def _profile(self, chosen: Verification, cases: Sequence[Case], data_hash: str) -> Profile:
+        return make_profile(self.config, self.bench.model, self.bounds, chosen, cases, data_hash)
+
+
+def saved_ms(row: Sensitivity, cost: CostModel) -> float:
+    """Predicted for one case, mean over those that were probed."""
+
+    def saved(passes: Passes) -> float:
+        return cost.predict(dense_passes(cost.shape, passes[0][0].tokens)) - cost.predict(passes)
+
+    return statistics.fmean(map(saved, row.passes))
+
+
+def _dense_candidate(linears: bool, attention: bool) -> Candidate:
+    variant = DENSE._replace(linears_in_fp8=linears, attention_in_fp8=attention)
+    return Candidate(variant=variant, family=f"dense in fp8 {linears} {attention}", axes=(0.0,))
