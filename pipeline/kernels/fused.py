@@ -10,7 +10,6 @@ Shape letters beside those of segments.py: F inner width of the FFN, N heads of 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, silu
 
+from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 FP8 = torch.float8_e4m3fn
@@ -138,16 +138,7 @@ def quantize_heads(x_TNd: Tensor, segments: Segments, groups: int) -> Quantised:
 
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    return _triton_kernels() if x.is_cuda else None
-
-
-@cache
-def _triton_kernels() -> Any | None:
-    try:
-        from pipeline.kernels import triton_kernels
-    except ImportError:
-        return None
-    return triton_kernels
+    return kernels_for(x, "triton_kernels")
 
 
 def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:

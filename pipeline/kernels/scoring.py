@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
+from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 SCORES_AT_ONCE = 1 << 26
@@ -109,16 +109,7 @@ def _window_attention(
 
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    return _triton_scoring() if x.is_cuda else None
-
-
-@cache
-def _triton_scoring() -> Any | None:
-    try:
-        from pipeline.kernels import triton_scoring
-    except ImportError:
-        return None
-    return triton_scoring
+    return kernels_for(x, "triton_scoring")
 
 
 def _of_document(q_LHd: Tensor, k_LKd: Tensor, window: int, over_heads: str) -> Tensor:

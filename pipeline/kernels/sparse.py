@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
@@ -249,13 +249,4 @@ def _width(head_dim: int) -> int:
 
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    return _triton_kernels() if x.is_cuda else None
-
-
-@cache
-def _triton_kernels() -> Any | None:
-    try:
-        from pipeline.kernels import triton_sparse
-    except ImportError:
-        return None
-    return triton_sparse
+    return kernels_for(x, "triton_sparse")

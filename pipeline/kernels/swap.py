@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import on_device
 
 PROGRAMS = 16  # few, as they mostly wait for the bus, and the other multiprocessors are to compute
@@ -25,7 +24,8 @@ class BlockCopies:
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         self.targets, self.sources = targets, sources
         self.words = targets[0].shape[1]
-        self._kernel = _kernel() if targets[0].is_cuda else None
+        kernels = kernels_for(targets[0], "triton_kernels")
+        self._kernel = None if kernels is None else kernels.fetch_blocks_kernel
         if self._kernel is not None:
             addresses = [(to.data_ptr(), of.data_ptr()) for to, of in zip(targets, sources, strict=True)]
             self._pairs = on_device(addresses, targets[0].device)
@@ -48,12 +48,3 @@ class BlockCopies:
 def as_rows(values_TKd: Tensor, block: int) -> Tensor:
     """The same memory, of whole blocks of tokens, as (blocks, words) int64."""
     return values_TKd.view(len(values_TKd) // block, -1).view(torch.int64)
-
-
-@cache
-def _kernel() -> Any | None:
-    try:
-        from pipeline.kernels.triton_kernels import fetch_blocks_kernel
-    except ImportError:
-        return None
-    return fetch_blocks_kernel

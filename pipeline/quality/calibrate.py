@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ def run_calibrate(
     """
     from pipeline.profile import write_profile
     from pipeline.quality.cases import split
+    from pipeline.quality.check_rows import data_hash
     from pipeline.quality.phases import Phases
     from pipeline.quality.workbench import Clock
 
@@ -53,7 +53,7 @@ def run_calibrate(
     check()
     run = Phases(config, model, sides, clock, tell, note, check)
     try:
-        result = run.calibrate(_data_hash(rows))
+        result = run.calibrate(data_hash(rows))
     except MarsError:
         raise
     except BaseException as error:  # whatever it is, the row must be named
@@ -102,7 +102,3 @@ def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) ->
         for message in found.left_out:
             note(f"left out: {message}")
     return rows
-
-
-def _data_hash(rows: Sequence[CheckRow]) -> str:
-    return hashlib.sha256("\n".join(row.row_hash for row in rows).encode()).hexdigest()

@@ -49,7 +49,12 @@ class CheckRows:
     @property
     def data_hash(self) -> str:
         """SHA-256, in hex, of all rows."""
-        return hashlib.sha256("\n".join(row.row_hash for row in self.rows).encode()).hexdigest()
+        return data_hash(self.rows)
+
+
+def data_hash(rows: Sequence[CheckRow]) -> str:
+    """SHA-256, in hex, of these rows."""
+    return hashlib.sha256("\n".join(row.row_hash for row in rows).encode()).hexdigest()
 
 
 def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
