@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from marsinfer_cli import options
+from marsinfer_cli.bench_accuracy import accuracy
 from marsinfer_cli.bench_inputs import (
     RandomWeights,
     Repeats,
@@ -32,6 +33,7 @@ from marsinfer_cli.tables import (
 )
 
 bench_app = typer.Typer(help="Measure speed.")
+bench_app.command("accuracy")(accuracy)
 bench_app.command("attention")(attention_alone)
 bench_app.command("batch")(batch)
 

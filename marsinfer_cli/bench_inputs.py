@@ -88,12 +88,26 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     from pipeline.config import parse_settings
     from pipeline.pruning.registry import make_method
 
+    if spec.startswith("@"):
+        return _profile_variant(spec)
     parts = spec.split(":")
     precisions = LINEARS_IN_FP8 in parts, ATTENTION_IN_FP8 in parts
     parts = [part for part in parts if part not in (LINEARS_IN_FP8, ATTENTION_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
     return Variant(spec, method if settings or keep is None else method.with_keep(keep), *precisions)
+
+
+def _profile_variant(spec: str) -> Variant:
+    """`@FILE`: the settings and precisions of a profile."""
+    from pipeline.bench.variant import Variant
+    from pipeline.profile import load_profile
+    from pipeline.pruning.registry import make_method
+
+    batch = load_profile(spec[1:]).batch
+    method = make_method(batch["method"], batch["settings"])
+    precisions = (batch.get(name) == "fp8" for name in ("linear_dtype", "attention_dtype"))
+    return Variant(spec, method, *precisions)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -93,6 +93,7 @@ def calibrate(
         int,
         typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
     ] = 500,
+    document_shard: options.DocumentShard = None,
     seed: Annotated[
         int,
         typer.Option(help="Seed of the parting into rows to search and verify on.", rich_help_panel=READING),
@@ -104,26 +105,15 @@ def calibrate(
     needles: Annotated[
         bool,
         typer.Option(
-            "--needles", help="Hide needles in DATA's documents; none may be lost.", rich_help_panel=SUITES
+            "--needles",
+            help="Hide needles in DATA's documents, without DATA in the suites'; none may be lost.",
+            rich_help_panel=SUITES,
         ),
     ] = False,
-    needle_kinds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K[,K...]",
-            help="single, multi-key, multi-value, tracking; else all.",
-            rich_help_panel=SUITES,
-        ),
-    ] = None,
-    needle_lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N[,N...]",
-            help="Prompt lengths; else those of 8k,16k,30k that the context holds.",
-            rich_help_panel=SUITES,
-        ),
-    ] = None,
-    needle_count: Annotated[int, typer.Option(help="Needles of each kind.", rich_help_panel=SUITES)] = 20,
+    needle_kinds: options.NeedleKinds = None,
+    needle_lengths: options.NeedleLengths = None,
+    needle_count: options.NeedleCount = 20,
+    tasks: options.Tasks = None,
     system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
     prompt_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
@@ -174,6 +164,8 @@ def calibrate(
         if lengths is None
         else tuple(parse_count("--needle-lengths", length) for length in lengths),
         needle_count=needle_count,
+        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
+        document_shard=document_shard,
         limit=limit,
         seed=seed,
         system=system,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
     from pipeline.quality.check_config import CheckConfig
 
-GATE, SUITES, REPORTS = "Gate", "Suites", "Files"
+GATE, REPORTS = "Gate", "Files"
 
 
 def check(
@@ -57,35 +57,16 @@ def check(
             metavar="N", help="N rows of each task, of as many documents as can be.", rich_help_panel=READING
         ),
     ] = None,
+    document_shard: options.DocumentShard = None,
     seed: Annotated[
         int,
         typer.Option(help="Seed of --limit-per-task, needles and the interval.", rich_help_panel=READING),
     ] = 0,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SUITE",
-            help="leval:DIR, longbench:DIR, or needles, hidden in DATA's documents; repeatable.",
-            rich_help_panel=SUITES,
-        ),
-    ] = None,
-    needle_kinds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K[,K...]",
-            help="single, multi-key, multi-value, tracking; else all.",
-            rich_help_panel=SUITES,
-        ),
-    ] = None,
-    needle_lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N[,N...]",
-            help="Prompt lengths; else those of 8k,16k,30k that the context holds.",
-            rich_help_panel=SUITES,
-        ),
-    ] = None,
-    needle_count: Annotated[int, typer.Option(help="Needles of each kind.", rich_help_panel=SUITES)] = 20,
+    suite: options.Suite = None,
+    needle_kinds: options.NeedleKinds = None,
+    needle_lengths: options.NeedleLengths = None,
+    needle_count: options.NeedleCount = 20,
+    tasks: options.Tasks = None,
     system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
     prompt_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
@@ -203,6 +184,8 @@ def check(
         if lengths is None
         else tuple(parse_count("--needle-lengths", n) for n in lengths),
         needle_count=needle_count,
+        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
+        document_shard=document_shard,
         limit=limit,
         limit_per_task=limit_per_task,
         seed=seed,

@@ -16,6 +16,47 @@ READING, PROMPTS, MODEL, METHOD, ANSWERS, RUN, TRYING, LOGS = (
     "Trying a run first",
     "Messages",
 )
+SUITES = "Suites"
+
+Suite = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SUITE",
+        help="leval:DIR, longbench:DIR, or needles, hidden in DATA's documents, without DATA in the suites'; "
+        "repeatable.",
+        rich_help_panel=SUITES,
+    ),
+]
+NeedleKinds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K[,K...]",
+        help="single, multi-key, multi-value, tracking; else all.",
+        rich_help_panel=SUITES,
+    ),
+]
+NeedleLengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N...]",
+        help="Prompt lengths; else those of 8k,16k,30k that the context holds.",
+        rich_help_panel=SUITES,
+    ),
+]
+NeedleCount = Annotated[int, typer.Option(help="Needles of each kind.", rich_help_panel=SUITES)]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="T[,T...]", help="Tasks to take; else all.", rich_help_panel=SUITES),
+]
+DocumentShard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Of N parts of the documents, by the hash of their text, the I-th alone: to search on one, "
+        "and measure on another.",
+        rich_help_panel=READING,
+    ),
+]
 
 Model = Annotated[
     str,

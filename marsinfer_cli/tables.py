@@ -6,13 +6,17 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.bench.attention import AttentionMeasurement
     from pipeline.bench.decode import DecodeMeasurement
     from pipeline.bench.offload import OffloadMeasurement
     from pipeline.bench.throughput import Throughput
     from pipeline.bench.ttft import Measurement
     from pipeline.model.loading import LoadedModel
+    from pipeline.quality.accuracy import Accuracy
     from pipeline.quality.agreement import Agreement
+    from pipeline.quality.bootstrap import Drop
 
 
 def conditions_of(model: LoadedModel) -> dict[str, Any]:
@@ -139,6 +143,49 @@ def print_agreement_table(conditions: dict[str, Any], results: list[Agreement]) 
     )
     for result in results:
         _print_by_layer(result.variant, result.kept_share_by_layer, result.ffn_share_by_layer)
+
+
+def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy], long_tokens: int) -> None:
+    """One table of all rows that are no needles with speed and shares, then one of each kind of needles."""
+    _print_conditions(conditions)
+    heads = dict.fromkeys(group.name for result in results for group in result.groups)
+    for head in heads:
+        rows = []
+        for result in results:
+            group = next(group for group in result.groups if group.name == head)
+            row = {
+                "variant": result.variant,
+                "right tokens": _share(group.token_accuracy),
+                "drop, points": _drop(group.token_drop),
+                "found whole": _share(group.found),
+                "drop of found, points": _drop(group.found_drop),
+                "NLL": f"{group.nll:.3f}",
+            }
+            if head == next(iter(heads)):
+                row |= {
+                    "KL": "-" if result.divergence is None else f"{result.divergence:.4f}",
+                    f"TTFT > {long_tokens:,}, ms": _number(result.long_ttft_ms),
+                    "times as fast": f"{result.speed_up:.2f}",
+                    **{_SHARE_HEADS[name]: _share(share) for name, share in result.shares.items()},
+                }
+            rows.append(row)
+        group = next(group for group in results[0].groups if group.name == head)
+        print(f"{head}: {group.rows:,} of {group.documents:,} documents\n")
+        _print_rows(rows)
+        print()
+
+
+_SHARE_HEADS = {
+    "kept_ratio": "tokens kept",
+    "ffn_ratio": "FFN",
+    "attention_ratio": "attention",
+    "flops_ratio": "operations",
+    "kv_ratio": "K/V",
+}
+
+
+def _drop(drop: Drop) -> str:
+    return f"{drop.drop + 0:.2f} ({drop.low + 0:.2f} to {drop.high + 0:.2f})"
 
 
 def print_attention_table(

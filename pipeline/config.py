@@ -183,14 +183,14 @@ def parse_bytes(flag: str, text: str) -> int:
     return size
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str, flag: str = "--shard") -> tuple[int, int]:
     """`2/8` as (2, 8): the second of eight parts."""
     part, slash, parts = text.partition("/")
     if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
-        raise ConfigError(f"--shard {text!r}: write it as I/N, for example 1/4 for the first of four parts")
+        raise ConfigError(f"{flag} {text!r}: write it as I/N, for example 1/4 for the first of four parts")
     chosen, count = int(part), int(parts)
     if not 1 <= chosen <= count:
-        raise ConfigError(f"--shard {text!r}: the part must be between 1 and {count}")
+        raise ConfigError(f"{flag} {text!r}: the part must be between 1 and {count}")
     return chosen, count
 
 

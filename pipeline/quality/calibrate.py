@@ -86,9 +86,8 @@ def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) ->
     from pipeline.prompts import PromptBuilder
     from pipeline.quality.check_rows import read_rows
 
-    configs = [config.data_config(), *([config.needles_config()] if config.needles else [])]
     rows: list[CheckRow] = []
-    for each in configs:
+    for each in config.data_configs():
         prompts = PromptBuilder(
             model.tokenizer,
             context=model.shape.context,

@@ -33,6 +33,8 @@ class CalibrateConfig:
     needle_lengths: tuple[int, ...] | None = None
     needle_count: int = 20
     limit: int = 500  # first rows of the input, and of each suite
+    document_shard: str | None = None  # I/N: of N parts of the documents, by their hash, the I-th
+    tasks: tuple[str, ...] = ()  # of the suites; none: all
     seed: int = 0
     # prompts
     system: str | None = None
@@ -62,11 +64,9 @@ class CalibrateConfig:
         check_between("--mass", self.mass, 0, 1)
         if NEEDLES in self.suites:
             raise ConfigError("--suite needles: calibrate hides them beside other rows, by --needles")
-        if self.needles and not self.input:
-            raise ConfigError("--needles hides them in documents of your own: give DATA")
-        self.data_config()
-        if self.needles:
-            self.needles_config()
+        if self.needles and not self.input and not self.suites:
+            raise ConfigError("--needles hides them in documents: give DATA or a --suite")
+        self.data_configs()
         self.bounds()
         self._check_files()
 
@@ -81,32 +81,32 @@ class CalibrateConfig:
             main_name="token accuracy" if self.has_references else "agreement",
         )
 
-    def data_config(self) -> CheckConfig:
-        """The rows whose answers count, as `check` reads them."""
-        only_hides = self.needles and bool(self.suites) and self.reference_column is None
-        return self._config(
-            input=() if only_hides else self.input,
+    def data_configs(self) -> list[CheckConfig]:
+        """The rows whose answers count and the needles, as `check` reads them."""
+        needles = {
+            "needle_kinds": self.needle_kinds,
+            "needle_lengths": self.needle_lengths,
+            "needle_count": self.needle_count,
+        }
+        hides = self.needles and bool(self.input)
+        asks = not hides or not self.suites or self.reference_column is not None
+        rows = self._config(
+            input=self.input if asks else (),
             question_column=self.question_column,
             question=self.question,
             id_column=self.id_column,
             reference_column=self.reference_column,
-            suites=self.suites,
+            suites=(*self.suites, NEEDLES) if self.needles and not hides else self.suites,
+            tasks=self.tasks,
+            **needles,
         )
-
-    def needles_config(self) -> CheckConfig:
-        """The needles."""
-        return self._config(
-            input=self.input,
-            suites=(NEEDLES,),
-            needle_kinds=self.needle_kinds,
-            needle_lengths=self.needle_lengths,
-            needle_count=self.needle_count,
-        )
+        return [rows, self._config(input=self.input, suites=(NEEDLES,), **needles)] if hides else [rows]
 
     def _config(self, **more: object) -> CheckConfig:
         shared = (
             "text_column",
             "limit",
+            "document_shard",
             "seed",
             "system",
             "prompt_template",

@@ -14,12 +14,14 @@ from pipeline.config import (
     LINEAR_DTYPES,
     check_at_least,
     check_choice,
+    parse_shard,
     read_template,
 )
 from pipeline.errors import ConfigError, StorageError
 from pipeline.pruning.registry import check_method_name
 from pipeline.quality.bootstrap import parse_drop
 from pipeline.quality.needles import KINDS, check_kinds
+from pipeline.quality.samples import part_of
 from pipeline.quality.suites import NEEDLES, SuiteName, parse_suite
 
 # of a gate's metric: the name of its measure; the first four need no generated answer
@@ -47,6 +49,8 @@ class CheckConfig:
     needle_count: int = 20
     limit: int | None = None  # first rows of the input, and of each suite
     limit_per_task: int | None = None
+    document_shard: str | None = None  # I/N: of N parts of the documents, by their hash, the I-th
+    tasks: tuple[str, ...] = ()  # of the suites and of the input; none: all
     seed: int = 0  # of needles, of --limit-per-task and of the interval
     # prompts
     system: str | None = None
@@ -88,6 +92,8 @@ class CheckConfig:
             value = getattr(self, flag)
             if value is not None:
                 check_at_least(f"--{flag.replace('_', '-')}", value, 1)
+        if self.document_shard is not None:
+            parse_shard(self.document_shard, "--document-shard")
         check_method_name(self.method)
         self._check_data()
         self._check_metric()
@@ -105,6 +111,13 @@ class CheckConfig:
     def asks_rows(self) -> bool:
         """Whether the rows of the input are asked themselves, and not only hide needles."""
         return bool(self.input) and (self.reference_column is not None or not self.suites)
+
+    def takes_document(self, key: str) -> bool:
+        """Whether the document with this key is in the shard."""
+        if self.document_shard is None:
+            return True
+        part, parts = parse_shard(self.document_shard, "--document-shard")
+        return part_of(key, parts) == part - 1
 
     @property
     def has_references(self) -> bool:
@@ -144,8 +157,8 @@ class CheckConfig:
                 raise ConfigError(f"--suite {name} is given twice")
         if not self.input and not names:
             raise ConfigError("nothing to check: give DATA or --suite leval:DIR or longbench:DIR")
-        if self.has_needles and not self.input:
-            raise ConfigError("--suite needles hides them in documents of your own: give DATA")
+        if self.has_needles and not self.input and len(names) == 1:
+            raise ConfigError("--suite needles hides them in documents: give DATA, or another suite")
         if self.input and not self.asks_rows and not self.has_needles:
             raise ConfigError(
                 "DATA is not used beside these suites: give its --reference-column, or leave it out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, InputError, RowError
+from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
 from pipeline.io import Columns, Source, open_source
 from pipeline.quality.check_config import NEEDLE_LENGTHS, CheckConfig
 from pipeline.quality.haystack import token_counter
@@ -67,11 +67,13 @@ def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
             found = _sample(config, record)
             failed.append(found) if isinstance(found, str) else samples.append(found)
     for suite in config.suite_names:
-        if suite.folder is None:
-            assert documents is not None
-            samples += _needles(config, _texts(documents, config.limit), prompts)
-        else:
+        if suite.folder is not None:
             samples += load_suite(suite)[: config.limit]
+    samples = [sample for sample in samples if config.takes_document(sample.document_key)]
+    needles: list[Sample] = []
+    if config.has_needles:
+        needles = _needles(config, _haystacks(config, documents, samples), prompts)
+    samples = [*_of_tasks(config, samples), *needles]
     samples = take(samples, config.limit_per_task, config.seed)
     _refuse_twins(samples)
     rows: list[CheckRow] = []
@@ -153,16 +155,32 @@ def _references(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _texts(documents: Source, limit: int | None) -> list[str]:
+def _of_tasks(config: CheckConfig, samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Those of the tasks asked for. Raises ConfigError for a task that no sample has."""
+    known = dict.fromkeys(sample.task for sample in samples)
+    unknown = next((task for task in config.tasks if task not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; there are {', '.join(known) or 'none'}"
+        )
+    return [sample for sample in samples if sample.task in config.tasks] if config.tasks else samples
+
+
+def _haystacks(config: CheckConfig, documents: Source | None, samples: Sequence[Sample]) -> list[str]:
+    """Documents to hide needles in: those of the input, or without one the suites', each once."""
+    if documents is not None:
+        rows = (row for row in islice(documents, config.limit) if isinstance(row, Document))
+        found: Iterable[str] = (row.text for row in rows if config.takes_document(document_key(row.text)))
+    else:
+        found = {sample.document_key: sample.text for sample in samples}.values()
     texts, left = [], HAYSTACK_CHARACTERS
-    for record in islice(documents, limit):
+    for text in found:
         if left <= 0:
             break
-        if isinstance(record, Document):
-            texts.append(record.text[:left])
-            left -= len(record.text)
+        texts.append(text[:left])
+        left -= len(text)
     if not texts:
-        raise InputError("DATA has no document to hide needles in")
+        raise InputError("there is no document to hide needles in")
     return texts
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.bench.flops import Passes, dense_flops, layer_tokens, passes_flops
+from pipeline.bench.flops import Passes, attention_ratio, dense_flops, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant
 from pipeline.engines.memory import Packer
 from pipeline.model.loading import LoadedModel
@@ -47,6 +47,7 @@ class CaseScore:
     ttft_ms: float
     kept_ratio: float  # of the prompt, mean over layers
     ffn_ratio: float
+    attention_ratio: float  # query-key pairs of this prefill over those of a dense one
     flops_ratio: float  # operations of this prefill over a dense one's
     kv_ratio: float  # of the keys and values that dense stores
     agreed: int | None = None  # tokens at which it chooses what dense does
@@ -128,6 +129,7 @@ def _score(
         ttft_ms=ttft_ms,
         kept_ratio=sum(entered) / (shape.layers * length),
         ffn_ratio=sum(ffn) / (shape.layers * length),
+        attention_ratio=attention_ratio(shape, passes, length),
         flops_ratio=passes_flops(shape, passes) / dense_flops(shape, length),
         kv_ratio=stored / (shape.layers * length),
         agreed=None if dense is None else int(np.sum(forced.choices == dense.choices)),

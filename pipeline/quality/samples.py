@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,21 +35,9 @@ def document_key(text: str) -> str:
     return _sha256(text).hex()
 
 
-def split_by_document(
-    samples: Iterable[Sample], share: float = 0.5, salt: str = ""
-) -> tuple[list[Sample], list[Sample]]:
-    """Samples to search settings on, and samples held out, in their order; no document is on both sides.
-
-    A document is searched on with the chance `share`, by a hash of its text and `salt` alone: it stays on its
-    side whatever else is in the suite. With few documents a side can be empty.
-    """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"a share of {share} of the documents: must be from 0 to 1")
-    sides: tuple[list[Sample], list[Sample]] = ([], [])
-    for sample in samples:
-        chance = int.from_bytes(_sha256(f"{salt}\0{sample.document_key}")[:8]) / 2**64
-        sides[chance >= share].append(sample)
-    return sides
+def part_of(key: str, parts: int) -> int:
+    """In which of so many parts, from 0, a document is: by its key, whatever other documents there are."""
+    return int.from_bytes(_sha256(f"\0{key}")[:8]) * parts >> 64
 
 
 def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -> list[Sample]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.quality.leval import load_leval
 from pipeline.quality.longbench import load_longbench
-from pipeline.quality.samples import Sample, document_key, split_by_document, take
+from pipeline.quality.samples import Sample, document_key, part_of, take
 
 __all__ = [
     "Sample",
@@ -18,7 +18,7 @@ __all__ = [
     "load_longbench",
     "load_suite",
     "parse_suite",
-    "split_by_document",
+    "part_of",
     "take",
 ]
 

@@ -283,7 +283,9 @@ def test_data_that_cannot_work(refusal, data, tmp_path):
     assert refusal(data, *ASK, "--generate").startswith("--generate scores answers against references")
     assert refusal(data, *ASK, "--metric", "found").startswith("--metric found needs references")
     assert refusal(data, *ASK, "--suite", "needles").startswith("--question-column is of DATA's own rows")
-    assert refusal("--suite", "needles").startswith("--suite needles hides them in documents of your own")
+    assert refusal("--suite", "needles").startswith(
+        "--suite needles hides them in documents: give DATA, or another suite"
+    )
     assert refusal("--suite", f"leval:{tmp_path}/gone").startswith(f"suite 'leval:{tmp_path}/gone'")
     assert refusal(data, *ASK, "--reference-column", "write").startswith(
         f"8 of 8 rows cannot be checked: {data.name} line 1: no reference in column 'write'"

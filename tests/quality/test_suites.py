@@ -16,7 +16,7 @@ from pipeline.quality.suites import (
     load_longbench,
     load_suite,
     parse_suite,
-    split_by_document,
+    part_of,
     take,
 )
 
@@ -191,32 +191,14 @@ def test_longbench_malformed_rows(tmp_path: Path, row: dict, message: str) -> No
     assert str(caught.value).startswith(f"{path} line 2: ")
 
 
-def test_a_document_is_on_one_side() -> None:
-    samples = [sample("qa", f"document {number % 300}", number) for number in range(900)]
-    search, held_out = split_by_document(samples, share=0.3)
-    assert {s.document_key for s in search}.isdisjoint(s.document_key for s in held_out)
-    assert sorted([*search, *held_out], key=samples.index) == samples
-    assert [samples.index(s) for s in search] == sorted(samples.index(s) for s in search)
-    assert 0.2 < len(search) / len(samples) < 0.4
-
-
-def test_sides_depend_on_document_and_salt_alone() -> None:
-    samples = [sample("qa", f"document {number}", number) for number in range(100)]
-    other_rows = [sample("other", f"document {number}", 7 * number) for number in reversed(range(0, 100, 3))]
-    keys = {s.document_key for s in split_by_document(samples)[0]}
-    assert {s.document_key for s in split_by_document(other_rows)[0]} == keys & {
-        s.document_key for s in other_rows
-    }
-    assert {s.document_key for s in split_by_document(samples, salt="x")[0]} != keys
-    assert keys < {s.document_key for s in split_by_document(samples, share=0.8)[0]}
-
-
-def test_shares_at_their_ends() -> None:
-    samples = [sample("qa", f"document {number}", number) for number in range(20)]
-    assert split_by_document(samples, share=0) == ([], samples)
-    assert split_by_document(samples, share=1) == (samples, [])
-    with pytest.raises(ConfigError, match=r"a share of 1\.5"):
-        split_by_document(samples, share=1.5)
+def test_documents_are_parted_evenly_and_by_their_text_alone() -> None:
+    keys = [document_key(f"document {number}") for number in range(900)]
+    parts = [part_of(key, 3) for key in keys]
+    assert set(parts) == {0, 1, 2}
+    assert all(250 < parts.count(part) < 350 for part in range(3))
+    assert [part_of(key, 3) for key in reversed(keys)] == parts[::-1]
+    assert {part_of(key, 1) for key in keys} == {0}
+    assert all(part_of(key, 6) // 2 == part for key, part in zip(keys, parts, strict=True))
 
 
 def test_take_spreads_over_documents_and_nests() -> None:

@@ -1,0 +1,142 @@
+"""`marsinfer bench accuracy`: several methods against right answers, side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from marsinfer_cli import options
+from marsinfer_cli.bench_inputs import parse_variants
+from marsinfer_cli.options import ANSWERS, LOGS, READING
+from marsinfer_cli.tables import conditions_of, print_accuracy_tables
+
+if TYPE_CHECKING:
+    from pipeline.quality.check_config import CheckConfig
+
+LONG_TOKENS = 24_000
+
+
+def accuracy(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA", help="Files, globs or folders, as of check; without, give --suite."),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated beside dense, with settings as in bench ttft; @FILE is a profile."
+        ),
+    ] = "mars,marsinfer,sliminfer,uniprefill,fastkv,gemfilter",
+    text_column: Annotated[
+        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
+    ] = "text",
+    question_column: Annotated[
+        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
+    ] = None,
+    reference_column: Annotated[
+        str | None, typer.Option(help="Column of the right answer.", rich_help_panel=READING)
+    ] = None,
+    limit_per_task: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="N rows of each task, of as many documents as can be.", rich_help_panel=READING
+        ),
+    ] = None,
+    document_shard: options.DocumentShard = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of --limit-per-task, needles and intervals.", rich_help_panel=READING)
+    ] = 0,
+    suite: options.Suite = None,
+    tasks: options.Tasks = None,
+    needle_kinds: options.NeedleKinds = None,
+    needle_lengths: options.NeedleLengths = None,
+    needle_count: options.NeedleCount = 20,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest part of a reference, in tokens.", rich_help_panel=ANSWERS)
+    ] = 64,
+    long_tokens: Annotated[
+        int, typer.Option(min=0, help="Prompts of more tokens count for the TTFT that is told.")
+    ] = LONG_TOKENS,
+    model: options.Model = "smollm2-135m",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also draw drop against speed: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
+    ] = False,
+) -> None:
+    """Right tokens, needles found, shares kept and TTFT of many methods, each held against dense.
+
+    Teacher-forced: one prefill and one short forward over the right answer, each document alone. Drops are
+    below dense, with the 95% interval of a bootstrap over documents.
+    """
+    from pipeline.bench.plot import check_plot
+    from pipeline.config import parse_count
+    from pipeline.quality.check_config import CheckConfig, parse_list
+    from pipeline.quality.needles import KINDS
+
+    if plot is not None:
+        check_plot(plot)
+    variants = [variant for variant in parse_variants(methods, None) if variant.name != "dense"]
+    lengths = None if needle_lengths is None else parse_list("--needle-lengths", needle_lengths)
+    config = CheckConfig(
+        input=tuple(inputs or ()),
+        text_column=text_column,
+        question_column=question_column,
+        reference_column=reference_column,
+        limit_per_task=limit_per_task,
+        document_shard=document_shard,
+        seed=seed,
+        suites=tuple(suite or ()),
+        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
+        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
+        needle_lengths=None
+        if lengths is None
+        else tuple(parse_count("--needle-lengths", length) for length in lengths),
+        needle_count=needle_count,
+        max_new_tokens=max_new_tokens,
+        model=model,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        metric="token-accuracy",
+    )
+    conditions, results = _measure(config, variants, long_tokens, quiet=quiet)
+    if plot is not None:
+        from pipeline.quality.accuracy_plot import save_accuracy
+
+        save_accuracy(plot, f"{conditions['model']}, {conditions['device']}", results)
+    if as_json:
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+    else:
+        print_accuracy_tables(conditions, results, long_tokens)
+
+
+def _measure(
+    config: CheckConfig, variants: list[Any], long_tokens: int, *, quiet: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    from pipeline.interrupts import graceful_stop
+    from pipeline.model.loading import load_model
+    from pipeline.quality.accuracy import measure_accuracy, read_cases
+
+    model = load_model(config.model, dtype=config.dtype, device=config.device, attention=config.attention)
+    cases, left_out = read_cases(config, model)
+    say = (lambda text: None) if quiet else (lambda text: print(f"marsinfer: {text}", file=sys.stderr))
+    for message in left_out:
+        say(f"left out: {message}")
+    results = []
+    with graceful_stop("nothing is kept of a measurement that did not end") as stop:
+        for result in measure_accuracy(
+            model, cases, variants, long_tokens=long_tokens, seed=config.seed, check=stop
+        ):
+            say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
+            results.append(result)
+    tokens = sum(case.document.prompt_tokens for case in cases)
+    return {**conditions_of(model), "rows": len(cases), "prompt tokens": tokens}, results

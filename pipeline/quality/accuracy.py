@@ -1,0 +1,151 @@
+"""Several ways to run a model side by side: how well each predicts right answers, and how fast it is.
+
+Teacher-forced, each document prefilled alone; dense, in the model's own precision, is what all are held
+against. Intervals are those of `check`: paired, bootstrapped over documents.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.bench.variant import Variant, prepare
+from pipeline.errors import ConfigError
+from pipeline.model.loading import LoadedModel
+from pipeline.prompts import PromptBuilder
+from pipeline.quality.bootstrap import Drop, paired_drop
+from pipeline.quality.bounds import NEEDLES
+from pipeline.quality.cases import make_cases
+from pipeline.quality.check_config import CheckConfig
+from pipeline.quality.check_rows import read_rows
+from pipeline.quality.evaluate import Case, CaseScore, evaluate
+from pipeline.quality.forced import Forced
+from pipeline.quality.workbench import DENSE
+
+SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One method on some of the cases: those of one kind of needles, or all that are none."""
+
+    name: str
+    rows: int
+    documents: int
+    token_accuracy: float  # of the right answers' tokens, the share predicted; mean over rows
+    found: float  # share of the rows of which all tokens are predicted
+    nll: float  # nats a token, over all tokens
+    token_drop: Drop  # of the token accuracy, in points
+    found_drop: Drop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """One method on all cases."""
+
+    variant: str
+    groups: tuple[Group, ...]  # that of the rows first, then the needles'
+    divergence: float | None  # KL from dense, nats a token, mean over all cases
+    long_ttft_ms: float | None  # median of the cases that count as long
+    long_cases: int
+    speed_up: float  # over dense on the same cases, median
+    shares: dict[str, float]  # means over all cases, by the names in `SHARES`
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_accuracy(
+    model: LoadedModel,
+    cases: Sequence[Case],
+    variants: Sequence[Variant],
+    *,
+    long_tokens: int,
+    seed: int = 0,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Accuracy]:
+    """Dense, then each of `variants`, over all cases: at least one.
+
+    Cases of more than `long_tokens` prompt tokens are long. `check` is called before each case, and may
+    raise to give up.
+    """
+    prepare(model, [DENSE, *variants])
+    dense, forced = _run(model, DENSE, cases, None, check)
+    yield _accuracy(DENSE.name, dense, dense, long_tokens, seed)
+    for variant in variants:
+        scores, _ = _run(model, variant, cases, forced, check)
+        yield _accuracy(variant.name, dense, scores, long_tokens, seed)
+
+
+def _run(
+    model: LoadedModel,
+    variant: Variant,
+    cases: Sequence[Case],
+    dense: Sequence[Forced] | None,
+    check: Callable[[], None],
+) -> tuple[list[CaseScore], list[Forced]]:
+    ordered = sorted(cases, key=lambda case: case.document.prompt_tokens)
+    for _ in evaluate(model, variant, [ordered[len(ordered) // 2], ordered[-1]], check=check):
+        pass  # warms up, so that no case's time holds the loading of kernels
+    scores, forced = zip(*evaluate(model, variant, cases, dense=dense, check=check), strict=True)
+    return list(scores), list(forced)
+
+
+def _accuracy(
+    name: str, dense: Sequence[CaseScore], scores: Sequence[CaseScore], long_tokens: int, seed: int
+) -> Accuracy:
+    pairs: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
+    for base, own in zip(dense, scores, strict=True):
+        pairs.setdefault(own.task if own.task.startswith(NEEDLES) else "rows", []).append((base, own))
+    divergences = [score.divergence for score in scores if score.divergence is not None]
+    long = [score.ttft_ms for score in scores if score.prompt_tokens > long_tokens]
+    return Accuracy(
+        variant=name,
+        groups=tuple(_group(group, pairs[group], seed) for group in sorted(pairs, key=lambda g: g != "rows")),
+        divergence=statistics.fmean(divergences) if divergences else None,
+        long_ttft_ms=statistics.median(long) if long else None,
+        long_cases=len(long),
+        speed_up=statistics.median(b.ttft_ms / s.ttft_ms for b, s in zip(dense, scores, strict=True)),
+        shares={share: statistics.fmean(getattr(score, share) for score in scores) for share in SHARES},
+    )
+
+
+def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -> Group:
+    def drop(measure: Callable[[CaseScore], float]) -> Drop:
+        return paired_drop(
+            [measure(base) for base, _ in pairs],
+            [measure(own) for _, own in pairs],
+            clusters=[own.document_key for _, own in pairs],
+            seed=seed,
+        )
+
+    tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: float(score.found))
+    return Group(
+        name=name,
+        rows=len(pairs),
+        documents=tokens.clusters,
+        token_accuracy=tokens.method,
+        found=found.method,
+        nll=sum(own.nll for _, own in pairs) / sum(own.tokens for _, own in pairs),
+        token_drop=tokens,
+        found_drop=found,
+    )
+
+
+def read_cases(config: CheckConfig, model: LoadedModel) -> tuple[list[Case], tuple[str, ...]]:
+    """The rows that `config` names, as `check` reads them, and why others were left out.
+
+    Raises ConfigError for rows without right answers, and what `read_rows` does.
+    """
+    if not config.has_references:
+        raise ConfigError("nothing to hold answers against: give --suite, or DATA with --reference-column")
+    prompts = PromptBuilder(
+        model.tokenizer,
+        context=model.shape.context,
+        max_new_tokens=config.max_new_tokens,
+        on_overlong="truncate-middle",
+    )
+    rows = read_rows(config, prompts)
+    return make_cases(model, rows.rows, config.max_new_tokens), rows.left_out
