@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from marsinfer_cli import options
-from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING, RUN
+from marsinfer_cli.options import ANSWERS, LOGS, METHOD, PROMPTS, READING, RUN
 
 if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
@@ -79,8 +79,22 @@ def check(
     attention: options.Attention = "auto",
     attention_dtype: options.AttentionDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-    method: options.Method = "marsinfer",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Name (see `marsinfer methods`) or FILE.py:Class; marsinfer unless given.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     set: options.Set = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Method, settings and precisions as calibrate found them, instead of flags.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     generate: Annotated[
         bool,
         typer.Option(
@@ -195,12 +209,9 @@ def check(
         revision=revision,
         dtype=dtype,
         device=device,
-        linear_dtype=linear_dtype,
         attention=attention,
-        attention_dtype=attention_dtype,
         trust_remote_code=trust_remote_code,
-        method=method,
-        settings=parse_settings(set or ()),
+        **_method(profile, method, parse_settings(set or ()), linear_dtype, attention_dtype),
         generate=generate,
         max_new_tokens=max_new_tokens,
         metric=metric,
@@ -219,6 +230,26 @@ def check(
     else:
         _print(result)
     raise_verdict(result)
+
+
+def _method(
+    profile: str | None, method: str | None, settings: dict[str, str], linear_dtype: str, attention_dtype: str
+) -> dict[str, Any]:
+    """What is held against dense, by flags or by a profile."""
+    from pipeline.config_file import DEFAULT_METHOD
+    from pipeline.errors import ConfigError
+    from pipeline.profile import load_profile
+
+    if profile is None:
+        return {
+            "method": method or str(DEFAULT_METHOD),
+            "settings": settings,
+            "linear_dtype": linear_dtype,
+            "attention_dtype": attention_dtype,
+        }
+    if method or settings or linear_dtype != "auto" or attention_dtype != "auto":
+        raise ConfigError("--profile says method, settings and precisions: leave their flags out")
+    return {"profile": profile, **load_profile(profile).batch}
 
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:

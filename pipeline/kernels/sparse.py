@@ -22,6 +22,7 @@ from pipeline.kernels.segments import Segments
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
+LEAST_WORK = 1 << 37  # squared tokens times width of all heads, below which a GPU waits for launches
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 Prefill = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
@@ -45,7 +46,7 @@ def sparse_prefill(
     `mass` is the share of the attention that the blocks chosen are to reach, as estimated. Also returns how
     many query-key pairs were computed of each document, (B,) mean over heads, or None if all were.
     """
-    long = [length >= SHORTEST for length in segments.lengths]
+    long = [worthwhile(length, q_THd) for length in segments.lengths]
     if not any(long):
         return dense(q_THd, k_TKd, v_TKd, segments), None
     short = [document for document, is_long in zip(segments.ranges(), long, strict=True) if not is_long]
@@ -63,6 +64,12 @@ def sparse_prefill(
             outputs.append(next(of_short))
             pairs.append(torch.full((), length * (length + 1) // 2, dtype=torch.int64, device=q_THd.device))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), torch.stack(pairs)
+
+
+def worthwhile(length: int, q_THd: Tensor) -> bool:
+    """Whether choosing blocks saves more than it costs in a document of so many tokens."""
+    work = length * length * q_THd.shape[1] * q_THd.shape[2]
+    return length >= SHORTEST and (work >= LEAST_WORK or not q_THd.is_cuda)
 
 
 def _together(

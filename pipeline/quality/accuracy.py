@@ -6,6 +6,7 @@ against. Intervals are those of `check`: paired, bootstrapped over documents.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ class Group:
     nll: float  # nats a token, over all tokens
     token_drop: Drop  # of the token accuracy, in points
     found_drop: Drop
+    speed_up_by_length: dict[int, float]  # over dense, median; by prompt tokens, rounded to a power of two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,15 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -
         nll=sum(own.nll for _, own in pairs) / sum(own.tokens for _, own in pairs),
         token_drop=tokens,
         found_drop=found,
+        speed_up_by_length=_by_length(pairs),
     )
+
+
+def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]:
+    ratios: dict[int, list[float]] = {}
+    for base, own in pairs:
+        ratios.setdefault(2 ** round(math.log2(own.prompt_tokens)), []).append(base.ttft_ms / own.ttft_ms)
+    return {length: statistics.median(ratios[length]) for length in sorted(ratios)}
 
 
 def read_cases(config: CheckConfig, model: LoadedModel) -> tuple[list[Case], tuple[str, ...]]:

@@ -19,7 +19,7 @@ from pipeline.io.whole_file import writing
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.row_results import RowResult
 
-VERSION = 1
+VERSION = 2
 _KEY = b"marsinfer_baseline"
 _ANEW = "--overwrite-baseline makes it anew"
 
@@ -29,7 +29,7 @@ _SCHEMA = pa.schema(
         *((name, _TEXT) for name in ("id", "task", "document_key", "row_hash", "generated")),
         *((name, _COUNT) for name in ("prompt_tokens", "tokens", "correct", "agreed", "parted_at")),
         *((name, _NUMBER) for name in ("nll", "ttft_ms", "kept_ratio", "ffn_ratio", "flops_ratio")),
-        *((name, _NUMBER) for name in ("kv_ratio", "divergence")),
+        *((name, _NUMBER) for name in ("attention_ratio", "kv_ratio", "divergence")),
         *((name, pa.list_(pa.int32())) for name in ("answer", "choices", "probes")),
         *((name, pa.list_(pa.float32())) for name in ("logprobs", "probed")),
     ]
@@ -57,12 +57,12 @@ def read_baseline(
     try:
         table = pq.read_table(path)
         content = json.loads((table.schema.metadata or {})[_KEY])
+        if content["version"] != VERSION:
+            raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
         found = {each["id"]: RowResult.from_dict(each) for each in table.to_pylist()}
-        version, then, about = (content[name] for name in ("version", "settings_that_decide", "about"))
+        then, about = content["settings_that_decide"], content["about"]
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
         raise ConfigError(f"--baseline {path} is no baseline of marsinfer check; {_ANEW}") from error
-    if version != VERSION:
-        raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
     check_settings(path, then, plain(decides), _ANEW)
     for row in rows:
         what = _misfit(row, found.get(row.sample.id))

@@ -129,6 +129,7 @@ def _prepare(
     method = make_method(config.method, config.settings) if method is None else method
     from pipeline.model.adapters import check_fp8
     from pipeline.model.loading import open_model
+    from pipeline.profile import check_profile, load_profile
     from pipeline.prompts import PromptBuilder
     from pipeline.quality.check_rows import read_rows
 
@@ -141,6 +142,9 @@ def _prepare(
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
         )
+    if config.profile is not None:
+        for text in check_profile(config.profile, load_profile(config.profile), model):
+            note(text)
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.linear_dtype == "fp8" or method.ffn_in_fp8:
         check_fp8(model.device, model.dtype, model.shape)

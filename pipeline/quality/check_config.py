@@ -67,6 +67,7 @@ class CheckConfig:
     # method
     method: str = "marsinfer"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    profile: str | None = None  # the file that method, settings and precisions are of
     # answers
     generate: bool = False
     max_new_tokens: int = 128

@@ -69,11 +69,13 @@ def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
     for suite in config.suite_names:
         if suite.folder is not None:
             samples += load_suite(suite)[: config.limit]
+    _check_tasks(config, samples)
     samples = [sample for sample in samples if config.takes_document(sample.document_key)]
     needles: list[Sample] = []
     if config.has_needles:
         needles = _needles(config, _haystacks(config, documents, samples), prompts)
-    samples = [*_of_tasks(config, samples), *needles]
+    asked = [sample for sample in samples if not config.tasks or sample.task in config.tasks]
+    samples = [*asked, *needles]
     samples = take(samples, config.limit_per_task, config.seed)
     _refuse_twins(samples)
     rows: list[CheckRow] = []
@@ -155,15 +157,14 @@ def _references(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _of_tasks(config: CheckConfig, samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Those of the tasks asked for. Raises ConfigError for a task that no sample has."""
+def _check_tasks(config: CheckConfig, samples: Sequence[Sample]) -> None:
+    """Raises ConfigError if a task that is asked for is none's."""
     known = dict.fromkeys(sample.task for sample in samples)
     unknown = next((task for task in config.tasks if task not in known), None)
     if unknown is not None:
         raise ConfigError(
             f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; there are {', '.join(known) or 'none'}"
         )
-    return [sample for sample in samples if sample.task in config.tasks] if config.tasks else samples
 
 
 def _haystacks(config: CheckConfig, documents: Source | None, samples: Sequence[Sample]) -> list[str]:

@@ -65,6 +65,28 @@ ASK = ["--question-column", "ask", "--id-column", "doc"]
 REFERENCES = [*ASK, "--reference-column", "right"]
 
 
+def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd):
+    from pipeline.model.loading import open_model
+    from pipeline.profile import Profile, write_profile
+
+    model = open_model(str(sharp_model_folder), device="cpu")
+    about = {"format": 1, "model": model.name, "device": "NVIDIA H200", "dtype": "float32"}
+    batch = {"method": "marsinfer", "settings": {"eta": 0.3, "start_layer": 0, "prefix": 0, "window": 1}}
+    path, result = tmp_path / "p.toml", tmp_path / "result.json"
+    write_profile(path, Profile(about={**about, "fingerprint": model.fingerprint}, batch=batch))
+    asked = [data, *ASK, "--json", result]
+    assert check(*asked, "--profile", path) == check(*asked, "--method", "marsinfer", *BROKEN) == 5
+    assert capfd.readouterr().err.count("note: the profile was calibrated on NVIDIA H200, and this is ") == 1
+    assert json.loads(result.read_text())["gates"][0]["low"] > 1
+    assert check(*asked, "--profile", path, "--set", "eta=1") == 2
+    assert capfd.readouterr().err == (
+        "marsinfer: error: --profile says method, settings and precisions: leave their flags out\n"
+    )
+    write_profile(path, Profile(about={**about, "fingerprint": "files:other"}, batch=batch))
+    assert check(*asked, "--profile", path) == 2
+    assert "calibrate this model, or leave the profile out" in capfd.readouterr().err
+
+
 def test_dense_against_dense_drops_by_nothing(check, data, tmp_path, capfd):
     result = tmp_path / "result.json"
     assert check(data, *REFERENCES, "--method", "dense", "--max-drop", "0pt", "--json", result) == 0

@@ -60,6 +60,7 @@ def score(case, lost, ttft_ms, task=None):
         ttft_ms=ttft_ms,
         kept_ratio=1.0,
         ffn_ratio=1.0,
+        attention_ratio=1.0,
         flops_ratio=1.0,
         kv_ratio=1.0,
     )

@@ -1,0 +1,118 @@
+"""`bench accuracy`: methods side by side, held against right answers and dense, on a small sharp model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from marsinfer_cli.app import run
+from pipeline.profile import Profile, write_profile
+from pipeline.quality.samples import document_key, part_of
+
+BROKEN = "marsinfer:eta=0.3:start_layer=0:prefix=0:window=1"
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A folder of two tasks in the form of L-Eval, six documents with two questions each."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for task, words in (("fishes", ["red", "blue", "green"]), ("birds", ["old", "new", "big"])):
+        rows = [
+            {
+                "input": f"{word} {task} swim past the {word} reef. " * (9 + number),
+                "instructions": [f"how many {word} {task}?", "what do they do?"],
+                "outputs": [f"about {number}", "swim"],
+                "evaluation": "f1",
+            }
+            for number, word in enumerate(words)
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def measure(suite, sharp_model_folder):
+    def call(*arguments):
+        flags = ["--suite", f"leval:{suite}", "--model", sharp_model_folder, "--device", "cpu"]
+        flags += ["--max-new-tokens", "8"]
+        return run(["bench", "accuracy", *map(str, [*flags, *arguments])])
+
+    return call
+
+
+def results(capfd):
+    return json.loads(capfd.readouterr().out)
+
+
+def test_dense_loses_nothing_full_settings_neither_and_broken_ones_do(measure, capfd, tmp_path):
+    methods = f"marsinfer:eta=1,{BROKEN}"
+    plot = tmp_path / "drops.png"
+    assert measure("--methods", methods, "--json", "--long-tokens", "500", "--plot", plot) == 0
+    found = results(capfd)
+    assert (found["rows"], found["device"]) == (12, "CPU (x86_64)")
+    dense, full, broken = found["results"]
+    for same in (dense, full):
+        (group,) = same["groups"]
+        assert (group["rows"], group["documents"]) == (12, 6)
+        assert [group["token_drop"][end] for end in ("low", "drop", "high")] == [0, 0, 0]
+    (group,) = broken["groups"]
+    assert group["token_drop"]["dense"] == dense["groups"][0]["token_accuracy"]
+    assert group["nll"] != dense["groups"][0]["nll"]
+    assert dense["divergence"] is None
+    assert full["divergence"] == pytest.approx(0, abs=1e-6)
+    assert broken["divergence"] > 0.1
+    assert broken["shares"]["ffn_ratio"] < 0.8 < full["shares"]["ffn_ratio"] == 1
+    assert 0 < dense["long_cases"] < 12
+    assert set(dense["groups"][0]["speed_up_by_length"].values()) == {1.0}
+    assert plot.stat().st_size > 1000
+
+
+def test_tasks_and_shards_of_documents(measure, suite, capfd):
+    texts = [json.loads(line)["input"] for line in (suite / "birds.jsonl").open()]
+    parts = [part_of(document_key(text), 2) for text in texts]
+    assert set(parts) == {0, 1}
+    for part in (0, 1):
+        flags = ["--tasks", "birds", "--document-shard", f"{part + 1}/2", "--methods", "dense"]
+        assert measure(*flags, "--json") == 0
+        assert results(capfd)["rows"] == 2 * parts.count(part)
+    assert measure("--tasks", "bird", "--methods", "dense") == 2
+    assert capfd.readouterr().err == (
+        "marsinfer: error: --tasks names 'bird' (did you mean 'birds'?); there are birds, fishes\n"
+    )
+    assert measure("--document-shard", "3/2") == 2
+    assert "--document-shard '3/2': the part must be between 1 and 2" in capfd.readouterr().err
+
+
+def test_needles_hide_in_the_suites_documents(measure, capfd):
+    flags = ["--suite", "needles", "--needle-kinds", "single", "--needle-lengths", "800"]
+    assert measure(*flags, "--needle-count", "3", "--methods", "marsinfer:eta=1") == 0
+    printed = capfd.readouterr().out
+    assert "rows: 12 of 6 documents\n" in printed
+    assert "needles-single: 3 of 3 documents\n" in printed
+    assert printed.count("| marsinfer:eta=1 | ") == 2
+    assert "| 0.00 (0.00 to 0.00) |" in printed
+
+
+def test_a_profile_is_a_variant(measure, tmp_path, capfd):
+    about = dict.fromkeys(("model", "fingerprint", "device", "dtype"), "x")
+    settings = {"eta": 0.5, "start_layer": 1}
+    path = tmp_path / "p.toml"
+    write_profile(
+        path, Profile(about={"format": 1, **about}, batch={"method": "marsinfer", "settings": settings})
+    )
+    assert measure("--methods", f"@{path},marsinfer:eta=0.5:start_layer=1", "--json") == 0
+    _, profile, flags = results(capfd)["results"]
+    assert profile["variant"] == f"@{path}"
+    assert profile["groups"][0]["token_drop"] == flags["groups"][0]["token_drop"]
+    assert profile["shares"] == flags["shares"]
+    assert profile["shares"]["ffn_ratio"] < 1
+
+
+def test_without_right_answers_nothing_can_be_told(sharp_model_folder, tmp_path, capfd):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "fish", "ask": "what?"}\n')
+    flags = ["--question-column", "ask", "--model", str(sharp_model_folder)]
+    assert run(["bench", "accuracy", str(path), *flags]) == 2
+    assert "needs references: give --reference-column or a --suite" in capfd.readouterr().err
