@@ -37,7 +37,7 @@ found nothing, and do not mention the parts.
 Make one result for the whole document of them, in the same form. Do not mention the parts.
 {% endif %}
 """
-COMBINE_AS_TEXT = "{% if system %}\n{{ system }}\n\n{% endif %}\n" + COMBINE + "\nAnswer:\n"
+COMBINE_AS_TEXT = "{% if system %}\n{{ system }}\n\n{% endif %}\n" + COMBINE + "\nAnswer:"
 
 
 class Reduction:
