@@ -93,11 +93,28 @@ def batch(
     on_overlong: Annotated[
         str,
         typer.Option(
-            help="What to do with a document over the context: error, skip, truncate-left, truncate-right, "
-            "truncate-middle.",
+            help="What to do with a document over the context: error, skip, split (answer in parts, then "
+            "combine), truncate-left, truncate-right, truncate-middle.",
             rich_help_panel=PROMPTS,
         ),
     ] = "error",
+    split_overlap: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            help="With --on-overlong split: what a part shares with the one before.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = 128,
+    combine_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --on-overlong split: Jinja prompt that combines the answers of parts, which are its "
+            "{{ document }}; else one of ours.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
     model: options.Model = "smollm2-135m",
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
@@ -105,6 +122,7 @@ def batch(
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     attention_dtype: options.AttentionDtype = "auto",
+    rope_scaling: options.RopeScaling = None,
     trust_remote_code: options.TrustRemoteCode = False,
     method: options.Method = "marsinfer",
     set: options.Set = None,
@@ -278,6 +296,7 @@ def _print_prompts(settings: BatchConfig, count: int, *, as_json: bool) -> None:
             print(f"--- row {shown['row']}, id {shown['id']}: no prompt: {shown['error']}")
         else:
             cut = f", {shown['truncated_tokens']:,} cut" if shown["truncated_tokens"] else ""
+            part = f", part {shown['part']} of {shown['parts']}" if "part" in shown else ""
             counts = f"{shown['prompt_tokens']:,} tokens, document {shown['document_tokens']:,}{cut}"
-            print(f"--- row {shown['row']}, id {shown['id']}: {counts}")
+            print(f"--- row {shown['row']}, id {shown['id']}{part}: {counts}")
             print(shown["prompt"])

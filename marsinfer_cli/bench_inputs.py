@@ -26,7 +26,7 @@ def read_documents(
     from pipeline.config import BatchConfig
     from pipeline.errors import InputError
     from pipeline.intake import encode_rows, make_prompts, open_rows
-    from pipeline.records import RowFailure
+    from pipeline.records import EncodedDocument, RowFailure
     from pipeline.selection import select_rows
 
     config = BatchConfig(
@@ -41,7 +41,7 @@ def read_documents(
     prompts = make_prompts(config, model.tokenizer, model.shape.context)
     rows = select_rows(source, config, source.total_rows)
     items = list(encode_rows(rows, prompts, config.on_overlong))
-    documents = [item for item in items if not isinstance(item, RowFailure)]
+    documents = [item for item in items if isinstance(item, EncodedDocument)]
     failed = [item.message for item in items if isinstance(item, RowFailure)]
     if not documents:
         raise InputError(f"{path} has no row that can be answered" + (f": {failed[0]}" if failed else ""))

@@ -94,6 +94,14 @@ AttentionDtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="yarn:FACTOR (or yarn:FACTOR:ORIGINAL): YaRN, for a context so many times as long.",
+        rich_help_panel=MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that a model folder brings.", rich_help_panel=MODEL),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.config_file import DEFAULT_METHOD
 from pipeline.errors import ConfigError, TooManyErrors
-from pipeline.intake import Item, item_tokens, new_rows, open_rows
+from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.interrupts import nothing_to_lose
 from pipeline.io import Source
 from pipeline.io.journal import Journal
@@ -19,6 +19,7 @@ from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
 from pipeline.io.rowindex import Order
 from pipeline.io.writing import check_output
+from pipeline.mapreduce import Reduction
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
@@ -26,6 +27,7 @@ from pipeline.profile import above_profile
 from pipeline.pruning.registry import make_method
 from pipeline.records import Answer, EncodedDocument, RowFailure
 from pipeline.selection import most_rows, selected_rows
+from pipeline.splitting import SplitDocument
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def answer_all(
             for window in read:
                 expect(summary, window, run, journal)
                 note_length(window.items)
-                for answers in answer_window(engine, window.items, run.method.name):
+                for answers in answer_window(engine, window.items, run):
                     journal.append(answers)
                     summary.add(answers)
                     progress(summary)
@@ -150,7 +152,7 @@ def _once(run: Preparation, note: Note) -> Callable[[Sequence[Item]], None]:
 
     def note_length(items: Sequence[Item]) -> None:
         nonlocal said
-        longest = max((item.prompt_tokens for item in items if isinstance(item, EncodedDocument)), default=0)
+        longest = max((prompt.prompt_tokens for item in items for prompt in item_prompts(item)), default=0)
         text = None if said else run.length_note(longest)
         if text is not None:
             said = True
@@ -203,16 +205,22 @@ def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
 
 
 def answer_window(
-    engine: Callable[[], LocalEngine], window: Sequence[Item], method: str
+    engine: Callable[[], LocalEngine], window: Sequence[Item], run: Preparation
 ) -> Iterator[list[Answer]]:
-    """Answers of one window's rows, pack by pack; failures last, lest their share look too large."""
-    documents = [item for item in window if isinstance(item, EncodedDocument)]
-    if documents:
-        for pack in engine().packer.packs(documents):
-            yield engine().answer(pack)
+    """Answers of one window's rows, pack by pack; failures last, lest their share look too large.
+
+    A pack of nothing but parts of rows may complete none: then it yields an empty list.
+    """
+    split = [item for item in window if isinstance(item, SplitDocument)]
+    reduction = Reduction(split, run.splitter, run.method.name)
+    waiting = [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
+    while waiting:
+        for pack in engine().packer.packs(waiting):
+            yield reduction.take(pack, engine().answer(pack))
+        waiting = reduction.prompts()
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
-        yield [Answer.from_failure(failure, method) for failure in failures]
+        yield [Answer.from_failure(failure, run.method.name) for failure in failures]
 
 
 def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> LocalEngine:

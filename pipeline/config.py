@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.pruning.registry import check_method_name
 
-ON_OVERLONG = ("error", "skip", "truncate-left", "truncate-right", "truncate-middle")
+ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
 ORDERS = ("input", "completion")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
@@ -38,6 +38,8 @@ class BatchConfig:
     system: str | None = None
     prompt_template: str | None = None  # a file
     on_overlong: str = "error"
+    split_overlap: int = 128  # tokens that a part shares with the one before
+    combine_template: str | None = None  # a file
     # model
     model: str = "smollm2-135m"
     revision: str | None = None
@@ -46,6 +48,7 @@ class BatchConfig:
     linear_dtype: str = "auto"  # fp8: all linear layers but the head
     attention: str = "auto"
     attention_dtype: str = "auto"  # fp8: queries, keys and values of the prefill
+    rope_scaling: str | None = None  # yarn:FACTOR, or yarn:FACTOR:ORIGINAL
     trust_remote_code: bool = False
     # method
     method: str = "marsinfer"
@@ -77,6 +80,11 @@ class BatchConfig:
         check_choice("--attention-dtype", self.attention_dtype, ATTENTION_DTYPES)
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         check_at_least("--seed", self.seed, 0)
+        check_at_least("--split-overlap", self.split_overlap, 0)
+        if self.combine_template is not None and self.on_overlong != "split":
+            raise ConfigError("--combine-template needs --on-overlong split")
+        if self.rope_scaling is not None:
+            parse_rope_scaling(self.rope_scaling)
         for flag in ("pack_tokens", "kv_memory", "limit", "sample"):
             value = getattr(self, flag)
             if value is not None:
@@ -132,19 +140,23 @@ class BatchConfig:
         """The prompt template's text, read from its file."""
         return read_template(self.prompt_template)
 
+    def combine_text(self) -> str | None:
+        """The text of the template that combines the answers of parts, read from its file."""
+        return read_template(self.combine_template, "--combine-template")
+
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, for the output's metadata."""
         return asdict(self)
 
 
-def read_template(path: str | None) -> str | None:
-    """The text of the prompt template in a file."""
+def read_template(path: str | None, flag: str = "--prompt-template") -> str | None:
+    """The text of the prompt template in a file that this flag names."""
     if path is None:
         return None
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt-template {path} cannot be read: {error}") from error
+        raise ConfigError(f"{flag} {path} cannot be read: {error}") from error
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -167,6 +179,22 @@ def parse_count(flag: str, text: str) -> int:
     if not digits.isdecimal():
         raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
     return int(digits) * factor
+
+
+def parse_rope_scaling(text: str) -> tuple[float, int | None]:
+    """`yarn:4` as (4.0, None); `yarn:4:32768` as (4.0, 32768), the context that the model was trained on."""
+    found = re.fullmatch(r"yarn:(\d+(?:\.\d+)?)(?::(\d+k?))?", text.strip().lower())
+    if found is None:
+        raise ConfigError(
+            f"--rope-scaling {text!r}: write it as yarn:FACTOR or yarn:FACTOR:ORIGINAL, for example yarn:4"
+        )
+    factor = float(found[1])
+    if factor <= 1:
+        raise ConfigError(f"--rope-scaling {text!r}: the factor must be above 1")
+    original = None if found[2] is None else parse_count("--rope-scaling", found[2])
+    if original == 0:
+        raise ConfigError(f"--rope-scaling {text!r}: the original context must be at least 1 token")
+    return factor, original
 
 
 _BYTES = {"": 1, "b": 1}

@@ -14,7 +14,7 @@ from pipeline.bench.flops import dense_flops
 from pipeline.config import BatchConfig
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError
-from pipeline.intake import Item, item_tokens, open_rows
+from pipeline.intake import Item, item_prompts, item_tokens, open_rows
 from pipeline.io import Source
 from pipeline.io.writing import check_output
 from pipeline.packing import windows
@@ -22,9 +22,11 @@ from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.selection import most_rows, selected_rows
+from pipeline.splitting import SplitDocument
 from pipeline.summary import Tally
 
 SHOWN_MESSAGES = 3
+SHOWN_SPLIT = 10
 BAR_WIDTH = 40
 
 
@@ -45,6 +47,9 @@ class Report:
     longest_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    split_rows: int = 0
+    parts: int = 0  # of all of these
+    split: list[dict[str, Any]] = field(default_factory=list)  # the first few
     packs: int = 0
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
@@ -55,9 +60,14 @@ class Report:
         for item in window:
             if isinstance(item, RowFailure):
                 self._add_failure(item)
-            else:
-                self._add_document(item)
-                documents.append(item)
+                continue
+            self.tally.count("ok", prompt_tokens=item.prompt_tokens)
+            if isinstance(item, SplitDocument):
+                self._add_split(item)
+            prompts = item_prompts(item)
+            for prompt in prompts:
+                self._add_prompt(prompt)
+            documents += prompts
         for pack in self.packer.packs(documents):
             lengths = [document.prompt_tokens for document in pack]
             self.packs += 1
@@ -70,9 +80,16 @@ class Report:
         if len(messages) < SHOWN_MESSAGES:
             messages.append(failure.message)
 
-    def _add_document(self, document: EncodedDocument) -> None:
+    def _add_split(self, document: SplitDocument) -> None:
+        parts = len(document.prompts)
+        self.split_rows += 1
+        self.parts += parts
+        if len(self.split) < SHOWN_SPLIT:
+            row, tokens = document.source, document.document_tokens
+            self.split.append({"row": row.row, "id": row.id, "document_tokens": tokens, "parts": parts})
+
+    def _add_prompt(self, document: EncodedDocument) -> None:
         tokens = document.prompt_tokens
-        self.tally.count("ok", prompt_tokens=tokens)
         self.lengths[tokens.bit_length() - 1] += 1
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
@@ -97,8 +114,11 @@ class Report:
             "over_long": {
                 "policy": self.config.on_overlong,
                 "limit_tokens": self.limit_tokens,
-                "rows": self.tally.errors["over_long"] + self.truncated_rows,
+                "rows": self._over_long_rows(),
                 "truncated_tokens": self.truncated_tokens,
+                "split_rows": self.split_rows,
+                "parts": self.parts,
+                "split": self.split,
             },
             "prompts": {
                 "tokens": self.tally.prompt_tokens,
@@ -133,10 +153,23 @@ class Report:
         return "\n".join(lines)
 
     def _over_long(self) -> list[str]:
-        rows = self.tally.errors["over_long"] + self.truncated_rows
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
         policy = f"--on-overlong {self.config.on_overlong}"
-        return [f"over {self.limit_tokens:,} prompt tokens: {rows:,} rows ({policy}{cut})"]
+        rows = self._over_long_rows()
+        lines = [f"over {self.limit_tokens:,} prompt tokens: {rows:,} rows ({policy}{cut})"]
+        if self.split_rows:
+            lines.append(
+                f"split: {self.split_rows:,} rows into {self.parts:,} parts; combining them comes on top"
+            )
+            lines += [
+                f"  row {row['row']}, id {row['id']}: "
+                f"{row['document_tokens']:,} tokens in {row['parts']:,} parts"
+                for row in self.split
+            ]
+        return lines
+
+    def _over_long_rows(self) -> int:
+        return self.tally.errors["over_long"] + self.truncated_rows + self.split_rows
 
     def _histogram(self) -> list[str]:
         lines = [f"prompts: {self.tally.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"]
@@ -191,17 +224,21 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
         if isinstance(item, RowFailure):
             yield {"row": item.source.row, "id": item.source.id, "error": item.message}
             continue
-        yield {
-            "row": item.source.row,
-            "id": item.source.id,
-            "prompt_tokens": item.prompt_tokens,
-            "document_tokens": item.document_tokens,
-            "truncated_tokens": item.truncated_tokens,
-            "prompt": run.model.tokenizer.decode(item.input_ids.tolist(), clean_up_tokenization_spaces=False),
-        }
-        count -= 1
-        if not count:
-            return
+        prompts = item_prompts(item)
+        for number, prompt in enumerate(prompts, start=1):
+            ids = prompt.input_ids.tolist()
+            yield {
+                "row": item.source.row,
+                "id": item.source.id,
+                **({"part": number, "parts": len(prompts)} if isinstance(item, SplitDocument) else {}),
+                "prompt_tokens": prompt.prompt_tokens,
+                "document_tokens": prompt.document_tokens,
+                "truncated_tokens": prompt.truncated_tokens,
+                "prompt": run.model.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            }
+            count -= 1
+            if not count:
+                return
 
 
 def _prepare(config: BatchConfig) -> Preparation:

@@ -8,16 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import BatchConfig
-from pipeline.errors import MarsError, RowError, is_failure
+from pipeline.errors import ConfigError, MarsError, RowError, is_failure
 from pipeline.io import Columns, Source, open_source, parse_keep_columns
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.splitting import SplitDocument, Splitter
 
 if TYPE_CHECKING:
     from pipeline.io.journal import Journal
     from pipeline.prompts import PromptBuilder
 
 Record = Document | RowFailure
-Item = EncodedDocument | RowFailure
+Item = EncodedDocument | SplitDocument | RowFailure
 
 
 def open_rows(config: BatchConfig) -> Source:
@@ -46,9 +47,35 @@ def make_prompts(config: BatchConfig, tokenizer: Any, context: int) -> PromptBui
     )
 
 
+def make_splitter(config: BatchConfig, prompts: PromptBuilder) -> Splitter | None:
+    """How a run with such prompts cuts over-long documents, if it does."""
+    from pipeline.mapreduce import COMBINE, COMBINE_AS_TEXT
+    from pipeline.tokenizing import chat_source
+
+    if config.on_overlong != "split":
+        return None
+    template, body = config.combine_text(), None
+    if template is None and chat_source(prompts.tokenizer):
+        body = COMBINE
+    elif template is None:
+        template = COMBINE_AS_TEXT
+    try:
+        combine = replace(prompts, template=template, body=body)
+    except ConfigError as error:
+        raise ConfigError(f"the prompt that combines answers (--combine-template): {error}") from error
+    return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap)
+
+
+def item_prompts(item: Item) -> list[EncodedDocument]:
+    """The prompts of an item that are known before any is answered; a failure has none."""
+    if isinstance(item, EncodedDocument):
+        return [item]
+    return item.prompts if isinstance(item, SplitDocument) else []
+
+
 def item_tokens(item: Item) -> int:
     """Prompt tokens of an item; a failure has none to work on."""
-    return item.prompt_tokens if isinstance(item, EncodedDocument) else 0
+    return sum(prompt.prompt_tokens for prompt in item_prompts(item))
 
 
 def new_rows(records: Iterable[Record], journal: Journal) -> Iterator[Record]:
@@ -76,7 +103,9 @@ def row_hash(record: Record) -> str:
     return digest.hexdigest()
 
 
-def encode_rows(records: Iterable[Record], prompts: PromptBuilder, on_overlong: str) -> Iterator[Item]:
+def encode_rows(
+    records: Iterable[Record], prompts: PromptBuilder | Splitter, on_overlong: str
+) -> Iterator[Item]:
     """Tokenize what was read; a row that cannot be encoded becomes a failure in its place."""
     for record in records:
         if isinstance(record, RowFailure):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError
-from pipeline.intake import Item, Record, encode_rows, make_prompts
+from pipeline.intake import Item, Record, encode_rows, make_prompts, make_splitter
 from pipeline.io import Source, output_schema
 from pipeline.provenance import deciding_settings, describe_run
 from pipeline.selection import select_rows
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.profile import Profile
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
+    from pipeline.splitting import Splitter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Preparation:
     model: Model
     method: PruningMethod
     prompts: PromptBuilder
+    splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
     profile: Profile | None = None
     notes: tuple[str, ...] = ()  # what a user should know of it
 
@@ -41,7 +43,7 @@ class Preparation:
 
     def encode(self, rows: Iterable[Record]) -> Iterator[Item]:
         """Rows as prompts; those that cannot be are failures."""
-        return encode_rows(rows, self.prompts, self.config.on_overlong)
+        return encode_rows(rows, self.splitter or self.prompts, self.config.on_overlong)
 
     def length_note(self, prompt_tokens: int) -> str | None:
         """What to say of a prompt of such a length, for which the profile says little."""
@@ -50,7 +52,7 @@ class Preparation:
         return None if self.profile is None else length_note(self.profile, prompt_tokens)
 
     def decides(self) -> dict[str, Any]:
-        return deciding_settings(self.config, self.model, self.method, self.prompts)
+        return deciding_settings(self.config, self.model, self.method, self.prompts, self.splitter)
 
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
@@ -71,7 +73,10 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
             trust_remote_code=config.trust_remote_code,
             attention=config.attention,
             attention_dtype=config.attention_dtype,
+            rope_scaling=config.rope_scaling,
         )
+    elif config.rope_scaling is not None:
+        raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
     from pipeline.model.adapters import check_fp8
     from pipeline.profile import check_profile, load_profile
 
@@ -89,6 +94,7 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         model=model,
         method=method,
         prompts=prompts,
+        splitter=make_splitter(config, prompts),
         profile=profile,
         notes=notes,
     )

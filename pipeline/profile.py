@@ -105,6 +105,8 @@ def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
     dtype = str(model.dtype).removeprefix("torch.")
     if about["dtype"] != dtype:
         notes.append(f"the profile was calibrated in {about['dtype']}, and this run is in {dtype}")
+    if model.rope_scaling is not None:
+        notes.append(f"the profile was calibrated without --rope-scaling {model.rope_scaling}")
     return notes
 
 

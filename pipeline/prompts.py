@@ -19,16 +19,18 @@ from pipeline.records import Document, EncodedDocument
 from pipeline.tokenizing import RENDER_ERRORS, SENTINELS, Codec, Layout, bos_ids, chat_source
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 
 class OverLong(RowError):
     """The prompt exceeds the context: kind `over_long`, with the lengths in tokens."""
 
-    def __init__(self, message: str, *, document_tokens: int, prompt_tokens: int) -> None:
+    def __init__(self, message: str, *, document_tokens: int, prompt_tokens: int, excess_tokens: int) -> None:
         super().__init__("over_long", message)
         self.document_tokens = document_tokens
         self.prompt_tokens = prompt_tokens
+        self.excess_tokens = excess_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,9 @@ class PromptBuilder:
 
     `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
     `document`, `question` and `system`, the latter two empty where there is none; without it the tokenizer's
-    chat template is used. Raises `ConfigError` for settings that cannot work, `ModelError` for a tokenizer or
-    chat template that cannot.
+    chat template is used, with the Jinja text `body` over the same names as the user's message, or else with
+    the document and then the question. Raises `ConfigError` for settings that cannot work, `ModelError` for
+    a tokenizer or chat template that cannot.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -47,7 +50,8 @@ class PromptBuilder:
     max_new_tokens: int
     system: str | None = None
     template: str | None = None
-    on_overlong: str = "error"  # or skip, truncate-left, truncate-right, truncate-middle
+    body: str | None = None
+    on_overlong: str = "error"  # or skip, split, truncate-left, truncate-right, truncate-middle
     _source: str = field(init=False, repr=False)
     _codec: Codec = field(init=False, repr=False)
     _layouts: dict[bool, Layout] = field(init=False, repr=False)  # by: has a question
@@ -69,7 +73,7 @@ class PromptBuilder:
             layouts = {asks: codec.layout(text, self.system or "", bos) for asks, text in rendered.items()}
         except RowError as error:
             raise ConfigError(f"system message or prompt template: {error}") from error
-        source = chat if self.template is None else self.template
+        source = (f"{chat}\0{self.body}" if self.body else chat) if self.template is None else self.template
         for name, value in (("_source", source), ("_codec", codec), ("_layouts", layouts)):
             object.__setattr__(self, name, value)
 
@@ -93,8 +97,8 @@ class PromptBuilder:
 
         A row without a question gets an empty span behind the document. A cut falls between tokens, so it can
         split a character of several bytes. Raises `RowError` of the kind `empty_document`, `bad_text` or
-        `over_long` (an `OverLong`, for `error` as for `skip`), and `ConfigError` for a question that the
-        template has no place for.
+        `over_long` (an `OverLong`, for `error` as for `skip` and `split`), and `ConfigError` for a question
+        that the template has no place for.
         """
         began = time.perf_counter()
         if document.question and not self.uses_question:
@@ -120,6 +124,19 @@ class PromptBuilder:
             ready_at=ready_at,
         )
 
+    def room(self, question: str | None) -> int:
+        """Tokens that a document may have beside this question; without any room less than 1."""
+        layout = self._layouts[bool(question)]
+        return (
+            self.limit
+            - layout.fixed_tokens
+            - len(self._codec.user(question or "", layout.leading == "question"))
+        )
+
+    def token_starts(self, text: str) -> np.ndarray:
+        """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""
+        return self._codec.starts(text)
+
     def _fit(self, ids: list[int], other_tokens: int) -> list[int]:
         """The document's tokens that stay beside `other_tokens` of instruction and question."""
         keep = self.limit - other_tokens
@@ -127,7 +144,12 @@ class PromptBuilder:
             return ids
         if keep < 1 or not self.on_overlong.startswith("truncate"):
             message = self._too_long(len(ids), other_tokens)
-            raise OverLong(message, document_tokens=len(ids), prompt_tokens=len(ids) + other_tokens)
+            raise OverLong(
+                message,
+                document_tokens=len(ids),
+                prompt_tokens=len(ids) + other_tokens,
+                excess_tokens=len(ids) - keep,
+            )
         tail = {"truncate-left": keep, "truncate-right": 0, "truncate-middle": keep // 2}[self.on_overlong]
         return ids[: keep - tail] + ids[len(ids) - tail :]
 
@@ -141,7 +163,7 @@ class PromptBuilder:
         total = document_tokens + other_tokens
         return (
             f"the prompt has {total:,} tokens, {total - self.limit:,} more than the limit of {limit};"
-            " --on-overlong truncate-middle cuts the document, --on-overlong skip leaves the row out"
+            " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
         )
 
     def _render(self, asks: bool) -> str:
@@ -149,7 +171,8 @@ class PromptBuilder:
         given = {"document": True, "question": asks, "system": bool(self.system)}
         fields = {name: SENTINELS[name] if present else "" for name, present in given.items()}
         chat = self.template is None
-        text = _render_chat(self.tokenizer, fields) if chat else _render_file(self.template or "", fields)
+        body, template = self.body, self.template or ""
+        text = _render_chat(self.tokenizer, fields, body) if chat else _render_file(template, fields)
         kind = ModelError if chat else ConfigError
         what = "model's chat template" if chat else "prompt template"
         for name, sentinel in fields.items():
@@ -159,8 +182,11 @@ class PromptBuilder:
         return text
 
 
-def _render_chat(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str]) -> str:
-    user = "\n\n".join(text for text in (fields["document"], fields["question"]) if text)
+def _render_chat(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str], body: str | None) -> str:
+    if body is None:
+        user = "\n\n".join(text for text in (fields["document"], fields["question"]) if text)
+    else:
+        user = _render_file(body, fields | {"system": ""})
     messages = [{"role": "user", "content": user}]
     if fields["system"]:
         messages.insert(0, {"role": "system", "content": fields["system"]})
@@ -168,7 +194,9 @@ def _render_chat(tokenizer: PreTrainedTokenizerFast, fields: dict[str, str]) -> 
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except RENDER_ERRORS as error:
         if fields["system"]:
-            _render_chat(tokenizer, fields | {"system": ""})  # fails if the system message is not at fault
+            _render_chat(
+                tokenizer, fields | {"system": ""}, body
+            )  # fails if the system message is not at fault
             raise ConfigError(f"this model's chat template takes no system message: {error}") from error
         raise ModelError(f"the model's chat template fails: {error}; give --prompt-template FILE") from error
     if fields["system"] not in text:

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
+    from pipeline.splitting import Splitter
 
 PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
 def deciding_settings(
-    config: BatchConfig, model: Model, method: PruningMethod, prompts: PromptBuilder
+    config: BatchConfig,
+    model: Model,
+    method: PruningMethod,
+    prompts: PromptBuilder,
+    splitter: Splitter | None = None,
 ) -> dict[str, Any]:
     """The settings of which each can change an answer: a run may be resumed only under the same.
 
@@ -32,10 +37,14 @@ def deciding_settings(
             "dtype": str(model.dtype),
             "linear_dtype": config.linear_dtype,
             "attention_dtype": config.attention_dtype,
+            "rope_scaling": model.rope_scaling,
         },
         "method": {"name": method.name, "settings": asdict(method)},
         "template_sha256": prompts.template_hash,
         "on_overlong": config.on_overlong,
+        "split": None
+        if splitter is None
+        else {"overlap": splitter.overlap, "combine_sha256": splitter.combine.template_hash},
         "max_new_tokens": config.max_new_tokens,
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
         "stop": list(config.stop),

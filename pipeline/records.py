@@ -70,6 +70,29 @@ class EncodedDocument:
         return self.spans.document[1] - self.spans.document[0]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartAnswer:
+    """One step of a row that was answered in parts: a part of its document, or several answers combined."""
+
+    depth: int  # 0: a part of the document; then combinations of answers of the depths before
+    start: int  # of a part the characters of the document, of a combination the parts that went into it,
+    end: int  # both counted from 0 and half-open
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    answer: str | None = None
+    prefill_ms: float | None = None
+    ttft_ms: float | None = None
+    decode_ms: float | None = None
+    kept_ratio: float | None = None
+    ffn_ratio: float | None = None
+    attention_ratio: float | None = None
+    flops_ratio: float | None = None
+    finish_reason: str | None = None
+    status: str = "skipped"  # ok or error; skipped: a part of white space alone, which is not sent
+    error_type: str | None = None
+    error_message: str | None = None
+
+
 @dataclass(kw_only=True, slots=True)
 class Answer:
     """One row of the output; the fields up to `passthrough` are its columns, in this order."""
@@ -103,6 +126,7 @@ class Answer:
     kv_bytes: int | None = None
     kv_host_bytes: int | None = None
     kv_swapped_bytes: int | None = None
+    parts: list[PartAnswer] | None = None
     row_hash: str | None = None
     passthrough: pa.RecordBatch | None = field(default=None, repr=False)
 

@@ -151,6 +151,17 @@ class Codec:
         bounds = [0, *((start + end) // 2 - len(anchor) for start, end in spans), len(text)]
         return [token for a, b in pairwise(bounds) for token in self.user(text[a:b], leading and a == 0)]
 
+    def starts(self, text: str) -> np.ndarray:
+        """(T,) int64 the character at which each token of a text begins, ascending, the first 0.
+
+        Tokens that share a character share its place. Of text that would become control tokens, and of where
+        the text meets the one before it, these can differ from the tokens of a prompt.
+        """
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        starts_T = np.fromiter((start for start, _ in offsets), np.int64, len(offsets))
+        starts_T[:1] = 0  # whatever a normaliser took away in front
+        return np.maximum.accumulate(starts_T)
+
     def _encode(self, text: str, leading: bool) -> tuple[list[int], Encoding, str]:
         """Token ids, with a space in front only if they begin the prompt; their encoding; its anchor."""
         for anchor, anchor_ids in ({"": []} if leading else self._anchors).items():

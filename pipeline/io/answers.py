@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline.records import Answer
+from pipeline.records import Answer, PartAnswer
 
 _INT_LISTS = pa.list_(pa.int32())
+
+_PART_TYPES = {
+    "depth": pa.int32(),
+    "start": pa.int64(),
+    "end": pa.int64(),
+    "prompt_tokens": pa.int64(),
+    "new_tokens": pa.int32(),
+    "answer": pa.large_string(),
+    "prefill_ms": pa.float64(),
+    "ttft_ms": pa.float64(),
+    "decode_ms": pa.float64(),
+    "kept_ratio": pa.float64(),
+    "ffn_ratio": pa.float64(),
+    "attention_ratio": pa.float64(),
+    "flops_ratio": pa.float64(),
+    "finish_reason": pa.string(),
+    "status": pa.string(),
+    "error_type": pa.string(),
+    "error_message": pa.large_string(),
+}
 
 _TYPES = {
     "id": pa.large_string(),
@@ -41,6 +62,7 @@ _TYPES = {
     "kv_bytes": pa.int64(),
     "kv_host_bytes": pa.int64(),
     "kv_swapped_bytes": pa.int64(),
+    "parts": pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)])),
     "row_hash": pa.string(),
 }
 
@@ -67,7 +89,9 @@ def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
 
 def answer_bytes(answer: Answer) -> int:
     """About what an answer holds in memory; dictionaries, which rows share, count for nothing."""
-    texts = len(answer.answer or "") + len(answer.error_message or "")
+    texts = sum(
+        len(held.answer or "") + len(held.error_message or "") for held in (answer, *(answer.parts or ()))
+    )
     if answer.passthrough is None:
         return texts
     copied = (column for column in answer.passthrough.columns if not pa.types.is_dictionary(column.type))
@@ -76,10 +100,21 @@ def answer_bytes(answer: Answer) -> int:
 
 def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
     values = [getattr(answer, field.name) for answer in answers]
+    if field.name == "parts":
+        values = [None if parts is None else [asdict(part) for part in parts] for parts in values]
     try:
         return pa.array(values, field.type)
     except UnicodeEncodeError:
-        return pa.array([without_lone_surrogates(value) for value in values], field.type)
+        return pa.array([_as_utf8(value) for value in values], field.type)
+
+
+def _as_utf8(value: Any) -> Any:
+    """A value of a column with all its texts, at whatever depth, as UTF-8 can hold them."""
+    if isinstance(value, list):
+        return [_as_utf8(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _as_utf8(each) for key, each in value.items()}
+    return without_lone_surrogates(value) if isinstance(value, str) else value
 
 
 def without_lone_surrogates(value: str | None) -> str | None:

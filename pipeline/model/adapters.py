@@ -6,6 +6,7 @@ Supported families are an allow-list, each tested against stock transformers on 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear
 from pipeline.kernels.fused import quantize_rows, rms_norm_quantized, rope_, silu_mul, silu_mul_quantized
@@ -55,6 +57,41 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         vocab=config.vocab_size,
         context=min(config.max_position_embeddings, window or config.max_position_embeddings),
     )
+
+
+def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
+    """The configuration with YaRN (arXiv 2309.00071) over a context that grows by the factor of `spec`.
+
+    As model cards tell to write it by hand: `yarn:FACTOR` over the configuration's own context, or
+    `yarn:FACTOR:ORIGINAL` over the one that the model was trained on, where the configuration says more.
+    Raises ModelError for a model that scales already, or whose context would not grow.
+    """
+    factor, original = parse_rope_scaling(spec)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind != "default" or "rope_theta" not in parameters:
+        raise ModelError(
+            f"--rope-scaling {spec}: the model's configuration scales its RoPE already (type {kind!r}), and"
+            " the two cannot be combined; leave the flag out, or edit the configuration"
+        )
+    own = config.max_position_embeddings
+    if original is not None and original > own:
+        raise ModelError(f"--rope-scaling {spec}: the model's context is {own:,}, less than {original:,}")
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {
+        **parameters,
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original or own,
+    }
+    scaled.max_position_embeddings = int(factor * (original or own))
+    before, after = shape_of(config).context, shape_of(scaled).context
+    if after <= before:
+        raise ModelError(
+            f"--rope-scaling {spec}: the context would be {after:,} tokens, and is {before:,} without it;"
+            " give a larger factor, or leave the flag out where a sliding attention window is the limit"
+        )
+    return scaled
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> None:

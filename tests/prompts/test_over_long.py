@@ -56,7 +56,7 @@ def test_over_long_says_how_much(policy: Any) -> None:
     assert str(caught.value) == (
         "the prompt has 1,510 tokens, 10 more than the limit of 1,500"
         " (context 1,600 less 100 for the answer);"
-        " --on-overlong truncate-middle cuts the document, --on-overlong skip leaves the row out"
+        " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
     )
     assert (caught.value.kind, caught.value.document_tokens, caught.value.prompt_tokens) == (
         "over_long",
