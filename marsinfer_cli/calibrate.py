@@ -89,6 +89,7 @@ def calibrate(
             rich_help_panel=READING,
         ),
     ] = None,
+    task_column: options.TaskColumn = None,
     limit: Annotated[
         int,
         typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
@@ -157,6 +158,7 @@ def calibrate(
         question=question,
         id_column=id_column,
         reference_column=reference_column,
+        task_column=task_column,
         suites=tuple(suite or ()),
         needles=needles,
         needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),

@@ -48,6 +48,10 @@ Tasks = Annotated[
     str | None,
     typer.Option(metavar="T[,T...]", help="Tasks to take; else all.", rich_help_panel=SUITES),
 ]
+TaskColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of a row's kind of task, told apart by profiles.", rich_help_panel=READING),
+]
 DocumentShard = Annotated[
     str | None,
     typer.Option(

@@ -27,6 +27,7 @@ class CalibrateConfig:
     question: str | None = None
     id_column: str | None = None
     reference_column: str | None = None
+    task_column: str | None = None
     suites: tuple[str, ...] = ()  # leval:DIR or longbench:DIR
     needles: bool = False  # hidden in the input's documents
     needle_kinds: tuple[str, ...] = KINDS
@@ -34,7 +35,7 @@ class CalibrateConfig:
     needle_count: int = 20
     limit: int = 500  # first rows of the input, and of each suite
     document_shard: str | None = None  # I/N: of N parts of the documents, by their hash, the I-th
-    tasks: tuple[str, ...] = ()  # of the suites; none: all
+    tasks: tuple[str, ...] = ()  # of the suites and of the input; none: all
     seed: int = 0
     # prompts
     system: str | None = None
@@ -96,6 +97,7 @@ class CalibrateConfig:
             question=self.question,
             id_column=self.id_column,
             reference_column=self.reference_column,
+            task_column=self.task_column,
             suites=(*self.suites, NEEDLES) if self.needles and not hides else self.suites,
             tasks=self.tasks,
             **needles,

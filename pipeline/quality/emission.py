@@ -10,10 +10,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from pipeline.guard import spoken_for
 from pipeline.model.loading import LoadedModel
 from pipeline.profile import FORMAT, Profile
 from pipeline.provenance import PACKAGES
-from pipeline.quality.bounds import Bounds, Verified
+from pipeline.quality.bounds import NEEDLES, Bounds, Verified
 from pipeline.quality.calibrate_config import CalibrateConfig
 from pipeline.quality.evaluate import Case
 from pipeline.quality.verification import Verification
@@ -46,6 +47,7 @@ def make_profile(
             "speed_up": round(chosen.speed_up, 4),
             "gates": {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in chosen.gates},
         },
+        "guard": spoken_for(_tasks(config, cases), chosen.scores),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     batch = {
@@ -55,6 +57,13 @@ def make_profile(
         "settings": asdict(variant.method),
     }
     return Profile(about=about, batch=batch)
+
+
+def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
+    """The tasks that were told apart; needles are none that a user asks for."""
+    if config.task_column is None and not config.suites:
+        return []
+    return [case.task for case in cases if not case.task.startswith(NEEDLES)]
 
 
 def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Which documents a profile does not speak for: they run dense, and their rows say why.
+
+A profile was verified on documents of some tasks and lengths, of which the method did so much work. A document
+of another task, one that is far longer, and one whose attention is so flat that the method keeps more of it
+than of any that was verified, is not like them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self
+
+from pipeline.profile import FAR_BEYOND, Profile
+from pipeline.records import Answer, EncodedDocument
+
+# how much of a document a method worked on, in layers, feed-forward networks and attention
+SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio")
+SLACK = 0.1  # of what is left to all of it, beyond the most that was verified
+
+
+class Answered(NamedTuple):
+    """A pack and the answers to it, in its order."""
+
+    pack: Sequence[EncodedDocument]
+    answers: list[Answer]
+
+
+class Answering(Protocol):
+    """What answers documents, as `LocalEngine` does."""
+
+    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What a profile speaks for."""
+
+    tasks: frozenset[str]  # none: of whatever task
+    longest: int | None  # prompt tokens
+    most: Mapping[str, Mapping[int, float]]  # of each share: the most at about so many prompt tokens
+
+    @classmethod
+    def of(cls, profile: Profile) -> Self:
+        told = profile.about.get("guard", {})
+        most = {name: {int(n): share for n, share in told.get(name, {}).items()} for name in SHARES}
+        return cls(tasks=frozenset(told.get("tasks", ())), longest=profile.longest, most=most)
+
+    def before(self, document: EncodedDocument) -> str | None:
+        """Why a document is to run dense, if it is; what can be told before it runs."""
+        task = document.source.task
+        if task is not None and self.tasks and task not in self.tasks:
+            return f"task: the profile was not calibrated on {task!r}"
+        if self.longest is not None and document.prompt_tokens > FAR_BEYOND * self.longest:
+            return (
+                f"length: {document.prompt_tokens:,} tokens are far beyond the {self.longest:,} that the "
+                "profile was calibrated on"
+            )
+        return None
+
+    def after(self, answer: Answer) -> str | None:
+        """Why a document is to run again, dense, if it is: by what the method kept of it."""
+        for name in SHARES:
+            share, most = getattr(answer, name), self.most.get(name)
+            if share is None or answer.prompt_tokens is None or not most:
+                continue
+            bound = most[min(most, key=lambda tokens: abs(_octave(tokens) - _octave(answer.prompt_tokens)))]
+            limit = bound + SLACK * (1 - bound)
+            if share > limit:
+                return f"flat attention: {name} is {share:.2f}, and at most {bound:.2f} was calibrated on"
+        return None
+
+
+def _octave(tokens: int | None) -> int:
+    """Lengths in one octave are about equal."""
+    return (tokens or 1).bit_length()
+
+
+def spoken_for(tasks: Iterable[str], scores: Iterable[Any]) -> dict[str, Any]:
+    """What `Guard.of` reads in a profile, of the rows that settings were verified on.
+
+    Each of `scores` has prompt tokens and the shares by their names; a length stands for its octave.
+    """
+    most: dict[str, dict[str, float]] = {name: {} for name in SHARES}
+    for score in scores:
+        octave = str(1 << (_octave(score.prompt_tokens) - 1))
+        for name in SHARES:
+            most[name][octave] = max(most[name].get(octave, 0.0), round(getattr(score, name), 4))
+    return {"tasks": sorted(set(tasks)), **most}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarded:
+    """A method's engine, and a dense one beside it for what the guard takes from it."""
+
+    guard: Guard
+    pruned: Answering
+    dense: Answering
+
+    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]:
+        """Each document once. What runs again waited, in `queue_ms`, for its first run to end."""
+        reasons = {id(document): self.guard.before(document) for document in documents}
+        trusted = [document for document in documents if reasons[id(document)] is None]
+        for pack, answers in self.pruned.answers(trusted):
+            again = {
+                id(document): reason
+                for document, answer in zip(pack, answers, strict=True)
+                if (reason := self.guard.after(answer)) is not None
+            }
+            dense = self._dense([document for document in pack if id(document) in again], again.__getitem__)
+            made = {id(document): answer for part in dense for document, answer in zip(*part, strict=True)}
+            yield Answered(
+                pack, [made.get(id(document), answer) for document, answer in zip(pack, answers, strict=True)]
+            )
+        others = [document for document in documents if reasons[id(document)] is not None]
+        yield from self._dense(others, lambda key: str(reasons[key]))
+
+    def _dense(
+        self, documents: Sequence[EncodedDocument], reason: Callable[[int], str]
+    ) -> Iterator[Answered]:
+        if not documents:
+            return
+        for pack, answers in self.dense.answers(documents):
+            for document, answer in zip(pack, answers, strict=True):
+                answer.guard = reason(id(document))
+            yield Answered(pack, answers)
