@@ -138,6 +138,14 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="Rows about the same document: auto (together, its K/V computed once, where that is "
+            "cheaper), off.",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto",
     order: Annotated[
         str, typer.Option(help="Rows of the output: input (order) or completion.", rich_help_panel=RUN)
     ] = "input",

@@ -208,8 +208,7 @@ def answer_window(
     """Answers of one window's rows, pack by pack; failures last, lest their share look too large."""
     documents = [item for item in window if isinstance(item, EncodedDocument)]
     if documents:
-        for pack in engine().packer.packs(documents):
-            yield engine().answer(pack)
+        yield from engine().answers(documents)
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
         yield [Answer.from_failure(failure, method) for failure in failures]
@@ -245,7 +244,9 @@ def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> Loc
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
+        group=config.group == "auto",
         check=check,
+        note=note,
     )
     if not engine.warm_up(LONGEST_WARM_UP_S):
         note(

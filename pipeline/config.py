@@ -13,6 +13,7 @@ from pipeline.pruning.registry import check_method_name
 
 ON_OVERLONG = ("error", "skip", "truncate-left", "truncate-right", "truncate-middle")
 ORDERS = ("input", "completion")
+GROUP = ("auto", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
 ATTENTION_DTYPES = ("auto", "fp8")
@@ -61,6 +62,7 @@ class BatchConfig:
     # running and writing
     pack_tokens: int | None = None  # None: from free memory
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
+    group: str = "auto"  # rows about the same document: answered together where that is cheaper
     order: str = "input"
     overwrite: bool = False
     resume: bool = False
@@ -70,6 +72,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
+        check_choice("--group", self.group, GROUP)
         check_choice("--order", self.order, ORDERS)
         check_choice("--dtype", self.dtype, DTYPES)
         check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)

@@ -92,6 +92,8 @@ class Answer:
     decode_ms: float | None = None
     pack_documents: int | None = None
     pack_tokens: int | None = None
+    shared_ms: float | None = None
+    group_rows: int | None = None
     method: str | None = None
     kept_tokens: list[int] | None = None
     ffn_tokens: list[int] | None = None

@@ -30,6 +30,8 @@ _TYPES = {
     "decode_ms": pa.float64(),
     "pack_documents": pa.int32(),
     "pack_tokens": pa.int64(),
+    "shared_ms": pa.float64(),
+    "group_rows": pa.int32(),
     "method": pa.string(),
     "kept_tokens": _INT_LISTS,
     "ffn_tokens": _INT_LISTS,
