@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.bench.flops import dense_flops
 from pipeline.config import BatchConfig
+from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError
 from pipeline.intake import Item, item_tokens, open_rows
@@ -21,7 +22,6 @@ from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
-from pipeline.selection import most_rows, selected_rows
 from pipeline.summary import Tally
 
 SHOWN_MESSAGES = 3
@@ -45,6 +45,8 @@ class Report:
     longest_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    grouped_rows: int = 0  # answered together with others about the same document
+    grouped_documents: int = 0
     packs: int = 0
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
@@ -58,11 +60,22 @@ class Report:
             else:
                 self._add_document(item)
                 documents.append(item)
-        for pack in self.packer.packs(documents):
+        group_packer = GroupPacker(packer=self.packer)
+        groups, alone = group_packer.split(documents) if self.config.group == "auto" else ([], documents)
+        for pack in self.packer.packs(alone):
             lengths = [document.prompt_tokens for document in pack]
-            self.packs += 1
-            self.largest_pack_tokens = max(self.largest_pack_tokens, sum(lengths))
-            self.kv_bytes = max(self.kv_bytes, self.packer.kv_bytes(lengths))
+            self._add_pack(sum(lengths), self.packer.kv_bytes(lengths))
+        self.grouped_documents += len(groups)
+        self.grouped_rows += sum(len(group.rows) for group in groups)
+        for group_pack in group_packer.packs(groups):
+            for chunk in group_packer.chunks(group_pack):
+                tokens = sum(row.prompt_tokens for _, row in chunk)
+                self._add_pack(tokens, group_packer.kv_bytes(group_pack, chunk))
+
+    def _add_pack(self, tokens: int, kv_bytes: int) -> None:
+        self.packs += 1
+        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
     def _add_failure(self, failure: RowFailure) -> None:
         self.tally.count(failure.status, failure.kind)
@@ -115,6 +128,8 @@ class Report:
                 "packs": self.packs,
                 "largest_pack_tokens": self.largest_pack_tokens,
                 "kv_bytes": self.kv_bytes,
+                "grouped_rows": self.grouped_rows,
+                "grouped_documents": self.grouped_documents,
             },
             "dense_prefill_tflop": self.flops / 1e12,
         }
@@ -154,7 +169,9 @@ class Report:
 
     def _plan(self) -> list[str]:
         packer = self.packer
+        together = f"answered together: {self.grouped_rows:,} rows about {self.grouped_documents:,} documents"
         return [
+            *([together] if self.grouped_documents else []),
             f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.device}, "
             f"the largest {self.largest_pack_tokens:,}",
             f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
@@ -174,10 +191,10 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
         output_problem=_output_problem(config, run.source),
         notes=[*run.source.notes, *run.notes],
     )
-    for window in windows(run.encode(run.rows()), item_tokens):
+    rows = run.rows()
+    for window in windows(run.encode(rows), item_tokens):
         report.add(window)
-        total_rows = selected_rows(config, run.source.total_rows)
-        report.tally.expect(len(window), total_rows, run.source.fraction_read, most_rows(config))
+        report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most)
         progress(report.tally)
     text = run.length_note(report.longest_tokens)
     report.notes += [] if text is None else [text]

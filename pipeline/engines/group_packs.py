@@ -35,6 +35,8 @@ class GroupPacker:
 
     def split(self, rows: Sequence[EncodedDocument]) -> tuple[list[Group], list[EncodedDocument]]:
         """Rows that are to be answered together, each group in a way that fits, and the others."""
+        if self.packer.kv_memory is not None:  # a document that may be offloaded runs alone
+            return [], list(rows)
         grouping = Grouping(method=self.packer.method, shape=self.packer.shape, fits=self.fits)
         return grouping.split(rows)
 
@@ -64,6 +66,13 @@ class GroupPacker:
         """Whether one row can be answered in this way."""
         needed = self._planned_bytes(way, [shared_tokens], [(shared_tokens, prompt_tokens)])
         return needed <= self.packer.max_bytes
+
+    def kv_bytes(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
+        """Keys and values of a chunk of rows, and of the documents that the pack's rows share."""
+        packer, way = replace(self.packer, method=pack.way.method), pack.way
+        shared = sum(group.shared_tokens for group in pack.groups) * way.layers
+        own = packer.kv_bytes([row.prompt_tokens for _, row in rows])
+        return own + shared * packer.shape.kv_bytes_per_token(packer.itemsize)
 
     def _is_one_chunk(self, pack: GroupPack) -> bool:
         shared = sum(group.shared_tokens for group in pack.groups)

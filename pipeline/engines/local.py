@@ -75,7 +75,7 @@ class LocalEngine:
             kv_memory=kv_memory,
         )
         self._noted: set[Way] = set()
-        self._groups = group and kv_memory is None  # a document that may be offloaded runs alone
+        self._groups = group
 
     @property
     def group_packer(self) -> GroupPacker:
@@ -201,7 +201,7 @@ class LocalEngine:
         """Answers to prompts whose prefill was `started` and is queued, behind what is `shared`."""
         shared_ms = 0.0 if shared is None else shared.ms
         prefill_ms = (self.now() - started) * 1e3 + shared_ms
-        sampler = Sampler(self.sampling, [document.source.row for document in documents])
+        sampler = Sampler(self.sampling, [document.source.draw_number for document in documents])
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
         first_at = self.now()
         rows = self._statistics(documents, prefilled)

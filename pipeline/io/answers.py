@@ -14,6 +14,7 @@ _INT_LISTS = pa.list_(pa.int32())
 _TYPES = {
     "id": pa.large_string(),
     "row": pa.int64(),
+    "question_index": pa.int32(),
     "status": pa.string(),
     "answer": pa.large_string(),
     "finish_reason": pa.string(),
