@@ -68,8 +68,9 @@ class Report:
         self.grouped_documents += len(groups)
         self.grouped_rows += sum(len(group.rows) for group in groups)
         for group_pack in group_packer.packs(groups):
+            shared = sum(group.shared_tokens for group in group_pack.groups)
             for chunk in group_packer.chunks(group_pack):
-                tokens = sum(row.prompt_tokens for _, row in chunk)
+                tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
                 self._add_pack(tokens, group_packer.kv_bytes(group_pack, chunk))
 
     def _add_pack(self, tokens: int, kv_bytes: int) -> None:

@@ -106,6 +106,11 @@ class GroupPacker:
         )
         return kept + max(documents * active, behind)
 
+    def running_tokens(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
+        """Tokens of a chunk of rows that are in a layer at once, behind the documents."""
+        shared = [group.shared_tokens for group in pack.groups]
+        return self._running_tokens(pack.way, [(shared[number], row.prompt_tokens) for number, row in rows])
+
     def _running_tokens(self, way: Way, rows: Sequence[tuple[int, int]]) -> int:
         """Tokens that are in a layer at once, behind the documents."""
         whole = way.layers < self.packer.shape.layers

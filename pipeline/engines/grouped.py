@@ -28,6 +28,7 @@ class Shared:
     ms: float
     flops: list[int]
     group_rows: list[int]
+    pack_tokens: int  # that were prefilled together, behind what is shared
 
 
 def answer_groups(engine: LocalEngine, pack: GroupPack) -> Iterator[list[Answer]]:
@@ -129,5 +130,6 @@ class _GroupRun:
             ms=self._shared_s * 1e3,
             flops=[self._flops[number] for number in numbers],
             group_rows=[len(self._pack.groups[number].rows) for number in numbers],
+            pack_tokens=engine.group_packer.running_tokens(self._pack, chunk),
         )
         return engine.generate(rows, prefilled, started, engine.rules, check, shared)

@@ -205,8 +205,6 @@ class LocalEngine:
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
         first_at = self.now()
         rows = self._statistics(documents, prefilled)
-        if shared is not None:
-            self._tell_shared(rows, shared)
         adapter, attention = self.model.adapter, self.model.attention
         generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules, check)
         for row, document, tokens in zip(rows, documents, generated, strict=True):
@@ -217,6 +215,8 @@ class LocalEngine:
             row.pack_documents, row.pack_tokens = len(documents), sum(prefilled.lengths)
             row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
             self._finish(row, tokens)
+        if shared is not None:
+            self._tell_shared(rows, shared)
         self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
         return rows
 
@@ -242,6 +242,7 @@ class LocalEngine:
         shape = self.model.adapter.shape
         for row, flops, count in zip(rows, shared.flops, shared.group_rows, strict=True):
             row.method, row.shared_ms, row.group_rows = shared.method, shared.ms, count
+            row.pack_tokens = shared.pack_tokens
             assert row.flops_ratio is not None
             assert row.prompt_tokens is not None
             row.flops_ratio -= flops * (1 - 1 / count) / dense_flops(shape, row.prompt_tokens)
