@@ -210,7 +210,8 @@ def answer_window(
     """Answers of one window's rows, pack by pack; failures last, lest their share look too large."""
     documents = [item for item in window if isinstance(item, EncodedDocument)]
     if documents:
-        yield from engine().answers(documents)
+        for _, answers in engine().answers(documents):
+            yield answers
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
         yield [Answer.from_failure(failure, method) for failure in failures]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 REHEARSED_TOKENS = 16  # of a question
 
 
+class Answered(NamedTuple):
+    """Documents of a pack, or of a part of one, and the answer to each."""
+
+    documents: Sequence[EncodedDocument]
+    answers: list[Answer]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What rows have in common with others, and what it took; lists have a value a row."""
@@ -31,7 +38,7 @@ class Shared:
     pack_tokens: int  # that were prefilled together, behind what is shared
 
 
-def answer_groups(engine: LocalEngine, pack: GroupPack) -> Iterator[list[Answer]]:
+def answer_groups(engine: LocalEngine, pack: GroupPack) -> Iterator[Answered]:
     """Answers of a pack's rows, chunk by chunk.
 
     Documents that cannot be prefilled together are halved; rows whose document cannot be shared at all, or
@@ -56,7 +63,7 @@ def answer_groups(engine: LocalEngine, pack: GroupPack) -> Iterator[list[Answer]
         engine.times.add_shared(started, ended)
         part = _GroupRun(engine, pack, prefix, ended - started, alone)
         for chunk in engine.group_packer.chunks(pack):
-            yield part.answer(chunk)
+            yield from part.answer(chunk)
         del part, prefix  # its keys and values, before other packs need the memory
     elif len(pack.groups) > 1:
         half = len(pack.groups) // 2
@@ -66,7 +73,7 @@ def answer_groups(engine: LocalEngine, pack: GroupPack) -> Iterator[list[Answer]
     else:
         alone += pack.groups[0].rows
     for rows in engine.packer.packs(alone):
-        yield engine.answer(rows)
+        yield Answered(rows, engine.answer(rows))
 
 
 def rehearse_group(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> None:
@@ -96,20 +103,21 @@ class _GroupRun:
         self._shared_s = shared_s
         self._flops = prefix.flops(engine.model.adapter)
 
-    def answer(self, chunk: Sequence[Numbered]) -> list[Answer]:
+    def answer(self, chunk: Sequence[Numbered]) -> Iterator[Answered]:
         """Answers to a chunk; one that fails is halved until the culprit stands alone."""
+        rows = [row for _, row in chunk]
         # a row takes as long as what it shares and what it does not
-        answers = self._engine.attempt(partial(self._answer, chunk), chunk[0][1], self._shared_s)
+        answers = self._engine.attempt(partial(self._answer, chunk), rows[0], self._shared_s)
         if isinstance(answers, list):
-            return answers
-        if len(chunk) > 1:
+            yield Answered(rows, answers)
+        elif len(chunk) > 1:
             half = len(chunk) // 2
-            return [*self.answer(chunk[:half]), *self.answer(chunk[half:])]
-        row = chunk[0][1]
-        if answers.kind == "out_of_memory":
-            self._alone.append(row)
-            return []
-        return [self._engine.failed(row, answers)]
+            yield from self.answer(chunk[:half])
+            yield from self.answer(chunk[half:])
+        elif answers.kind == "out_of_memory":
+            self._alone += rows
+        else:
+            yield Answered(rows, [self._engine.failed(rows[0], answers)])
 
     def _answer(self, chunk: Sequence[Numbered], check: Callable[[], None]) -> list[Answer]:
         engine, way = self._engine, self._pack.way

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
 from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.grouped import Shared, answer_groups, rehearse_group
+from pipeline.engines.grouped import Answered, Shared, answer_groups, rehearse_group
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.grouping import Group, Way
@@ -128,11 +128,11 @@ class LocalEngine:
         self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
         return True
 
-    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[list[Answer]]:
-        """Answers of a window's rows, a pack or a part of one at a time."""
+    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]:
+        """Answers to all documents of a window, a pack or a part of one at a time, in no order."""
         groups, alone = self.group_packer.split(documents) if self._groups else ([], documents)
         for pack in self.packer.packs(alone):
-            yield self.answer(pack)
+            yield Answered(pack, self.answer(pack))
         for group in groups:
             self._note_way(group)
         for group_pack in self.group_packer.packs(groups):

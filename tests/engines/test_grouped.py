@@ -73,7 +73,10 @@ def engine_for(model, method=None, group=True, note=lambda text: None, **options
 
 
 def answered(engine, given=None):
-    answers = [row for pack in engine.answers(given or rows()) for row in pack]
+    answers = []
+    for documents, found in engine.answers(given or rows()):
+        assert [document.source.row for document in documents] == [answer.row for answer in found]
+        answers += found
     return sorted(answers, key=lambda row: row.row)
 
 

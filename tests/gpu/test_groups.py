@@ -1,4 +1,4 @@
-"""Documents computed once for several questions, on a GPU: the prompts' own prefill, and answers from graphs."""
+"""Documents computed once for several questions, on a GPU: prompts' own prefill, and answers from graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, greedy_answers
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.shared import prefill_behind, prefill_beginnings
+from pipeline.model.shared import prefill_beginnings, prefill_behind
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, Row, Spans
 
