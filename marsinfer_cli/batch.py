@@ -56,6 +56,12 @@ def batch(
     question_column: Annotated[
         str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
     ] = None,
+    questions_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of a list of questions, each of which gets an answer row.", rich_help_panel=READING
+        ),
+    ] = None,
     question: Annotated[
         str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
     ] = None,
@@ -156,6 +162,22 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    group: Annotated[
+        str,
+        typer.Option(
+            help="Rows about the same document: auto (together, its K/V computed once, where that is "
+            "cheaper), off.",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto",
+    sort_by_document: Annotated[
+        bool,
+        typer.Option(
+            "--sort-by-document",
+            help="Read all rows first and put those about the same document together, on disk.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     order: Annotated[
         str, typer.Option(help="Rows of the output: input (order) or completion.", rich_help_panel=RUN)
     ] = "input",

@@ -158,10 +158,14 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("prompt tokens", f"{summary.prompt_tokens:,}"))
     facts.append(("tokens/s", f"{summary.tokens_per_second:,.0f}"))
     facts.append(("TTFT p50 / p95", f"{_ms(summary.ttft_ms(50))} / {_ms(summary.ttft_ms(95))}"))
+    if summary.grouped_rows:
+        facts.append(("rows that shared a document", f"{summary.grouped_rows:,}"))
+        facts.append(("  its prefill, all together", f"{summary.times.shared_s:,.1f} s"))
     facts.append(("FFN work skipped", _percent(summary.ffn_skipped())))
     ratio = summary.flops_ratio()
     facts.append(("operations, of dense", _percent(ratio)))
     facts.append(("time", f"{summary.seconds:,.1f} s"))
+    facts.append(("  a row", _ms(summary.ms_per_row())))
     facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
     return facts
 

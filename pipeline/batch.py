@@ -26,7 +26,6 @@ from pipeline.preparation import Preparation, prepare
 from pipeline.profile import above_profile
 from pipeline.pruning.registry import make_method
 from pipeline.records import Answer, EncodedDocument, RowFailure
-from pipeline.selection import most_rows, selected_rows
 from pipeline.splitting import SplitDocument
 from pipeline.summary import Summary
 
@@ -125,7 +124,7 @@ def answer_all(
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
         with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check)) as read:
             for window in read:
-                expect(summary, window, run, journal)
+                expect(summary, window, journal)
                 note_length(window.items)
                 for answers in answer_window(engine, window.items, run):
                     journal.append(answers)
@@ -167,21 +166,24 @@ class Window(NamedTuple):
     items: list[Item]
     fraction_read: float
     passed_over: int
+    total_rows: int | None  # as `Reading` estimates it
+    most_rows: int | None
 
 
 def read_windows(run: Preparation, journal: Journal) -> Iterator[Window]:
     """The new rows, tokenized."""
-    for items in windows(run.encode(new_rows(run.rows(), journal)), item_tokens):
-        yield Window(items, run.source.fraction_read, journal.passed_over)
+    rows = run.rows()
+    for items in windows(run.encode(new_rows(rows, journal)), item_tokens):
+        yield Window(items, rows.fraction_read, journal.passed_over, rows.total, rows.most)
 
 
-def expect(summary: Summary, window: Window, run: Preparation, journal: Journal) -> None:
+def expect(summary: Summary, window: Window, journal: Journal) -> None:
     """Estimate how many rows the run will answer, those left out that are done."""
     summary.expect(
         len(window.items),
-        selected_rows(run.config, run.source.total_rows),
+        window.total_rows,
         window.fraction_read,
-        most_rows(run.config),
+        window.most_rows,
         passed_over=window.passed_over,
         done_before=journal.done_at_start.total(),
     )
@@ -215,8 +217,8 @@ def answer_window(
     reduction = Reduction(split, run.splitter, run.method.name)
     waiting = [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
     while waiting:
-        for pack in engine().packer.packs(waiting):
-            yield reduction.take(pack, engine().answer(pack))
+        for documents, answers in engine().answers(waiting):
+            yield reduction.take(documents, answers)
         waiting = reduction.prompts()
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
@@ -253,7 +255,9 @@ def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> Loc
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
+        group=config.group == "auto",
         check=check,
+        note=note,
     )
     if not engine.warm_up(LONGEST_WARM_UP_S):
         note(

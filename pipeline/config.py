@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.pruning.registry import check_method_name
 
 ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
 ORDERS = ("input", "completion")
+GROUP = ("auto", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
 ATTENTION_DTYPES = ("auto", "fp8")
@@ -28,6 +30,7 @@ class BatchConfig:
     # reading
     text_column: str = "text"
     question_column: str | None = None
+    questions_column: str | None = None  # a list of questions a row
     question: str | None = None
     id_column: str | None = None
     keep_columns: str | None = None
@@ -64,6 +67,8 @@ class BatchConfig:
     # running and writing
     pack_tokens: int | None = None  # None: from free memory
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
+    group: str = "auto"  # rows about the same document: answered together where that is cheaper
+    sort_by_document: bool = False  # so that such rows are near each other, wherever they stand
     order: str = "input"
     overwrite: bool = False
     resume: bool = False
@@ -73,6 +78,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
+        check_choice("--group", self.group, GROUP)
         check_choice("--order", self.order, ORDERS)
         check_choice("--dtype", self.dtype, DTYPES)
         check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
@@ -106,11 +112,14 @@ class BatchConfig:
             raise ConfigError("--stop takes a text that is not empty")
 
     def _check_questions(self) -> None:
-        if self.question is not None and self.question_column is not None:
-            raise ConfigError("--question and --question-column exclude each other")
+        for flag, other in combinations(("question", "question_column", "questions_column"), 2):
+            if getattr(self, flag) is not None and getattr(self, other) is not None:
+                names = (f"--{name.replace('_', '-')}" for name in (flag, other))
+                raise ConfigError(f"{' and '.join(names)} exclude each other")
         if self.question is not None and not self.question.strip():
             raise ConfigError("--question is empty")
-        if self.question is None and self.question_column is None and self.prompt_template is None:
+        asked = (self.question, self.question_column, self.questions_column)
+        if asked == (None,) * 3 and self.prompt_template is None:
             raise ConfigError(
                 "no question: give --question TEXT for all rows, --question-column NAME, "
                 "or a --prompt-template FILE that says what to do with each document"

@@ -19,7 +19,12 @@ KINDS = {field.name: str(field.type).removesuffix(" | None") for field in fields
 DEFAULT_METHOD = next(field.default for field in fields(BatchConfig) if field.name == "method")
 NOT_IN_ENVIRONMENT = ("input", "output", "settings")
 # of these, what a stronger place sets takes back what a weaker one has set for the other
-EXCLUSIVE = (("question", "question_column"), ("resume", "overwrite"))
+EXCLUSIVE = (
+    ("question", "question_column"),
+    ("question", "questions_column"),
+    ("question_column", "questions_column"),
+    ("resume", "overwrite"),
+)
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 EXPECTED = {
     "bool": "true or false",

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.bench.flops import dense_flops
 from pipeline.config import BatchConfig
+from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError
 from pipeline.intake import Item, item_prompts, item_tokens, open_rows
@@ -21,7 +22,6 @@ from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
-from pipeline.selection import most_rows, selected_rows
 from pipeline.splitting import SplitDocument
 from pipeline.summary import Tally
 
@@ -50,6 +50,8 @@ class Report:
     split_rows: int = 0
     parts: int = 0  # of all of these
     split: list[dict[str, Any]] = field(default_factory=list)  # the first few
+    grouped_rows: int = 0  # answered together with others about the same document
+    grouped_documents: int = 0
     packs: int = 0
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
@@ -68,11 +70,23 @@ class Report:
             for prompt in prompts:
                 self._add_prompt(prompt)
             documents += prompts
-        for pack in self.packer.packs(documents):
+        group_packer = GroupPacker(packer=self.packer)
+        groups, alone = group_packer.split(documents) if self.config.group == "auto" else ([], documents)
+        for pack in self.packer.packs(alone):
             lengths = [document.prompt_tokens for document in pack]
-            self.packs += 1
-            self.largest_pack_tokens = max(self.largest_pack_tokens, sum(lengths))
-            self.kv_bytes = max(self.kv_bytes, self.packer.kv_bytes(lengths))
+            self._add_pack(sum(lengths), self.packer.kv_bytes(lengths))
+        self.grouped_documents += len(groups)
+        self.grouped_rows += sum(len(group.rows) for group in groups)
+        for group_pack in group_packer.packs(groups):
+            shared = sum(group.shared_tokens for group in group_pack.groups)
+            for chunk in group_packer.chunks(group_pack):
+                tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
+                self._add_pack(tokens, group_packer.kv_bytes(group_pack, chunk))
+
+    def _add_pack(self, tokens: int, kv_bytes: int) -> None:
+        self.packs += 1
+        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
     def _add_failure(self, failure: RowFailure) -> None:
         self.tally.count(failure.status, failure.kind)
@@ -135,6 +149,8 @@ class Report:
                 "packs": self.packs,
                 "largest_pack_tokens": self.largest_pack_tokens,
                 "kv_bytes": self.kv_bytes,
+                "grouped_rows": self.grouped_rows,
+                "grouped_documents": self.grouped_documents,
             },
             "dense_prefill_tflop": self.flops / 1e12,
         }
@@ -187,7 +203,9 @@ class Report:
 
     def _plan(self) -> list[str]:
         packer = self.packer
+        together = f"answered together: {self.grouped_rows:,} rows about {self.grouped_documents:,} documents"
         return [
+            *([together] if self.grouped_documents else []),
             f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.device}, "
             f"the largest {self.largest_pack_tokens:,}",
             f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
@@ -207,10 +225,10 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
         output_problem=_output_problem(config, run.source),
         notes=[*run.source.notes, *run.notes],
     )
-    for window in windows(run.encode(run.rows()), item_tokens):
+    rows = run.rows()
+    for window in windows(run.encode(rows), item_tokens):
         report.add(window)
-        total_rows = selected_rows(config, run.source.total_rows)
-        report.tally.expect(len(window), total_rows, run.source.fraction_read, most_rows(config))
+        report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most)
         progress(report.tally)
     text = run.length_note(report.longest_tokens)
     report.notes += [] if text is None else [text]

@@ -26,6 +26,7 @@ def open_rows(config: BatchConfig) -> Source:
     columns = Columns(
         text=config.text_column,
         question=config.question_column,
+        questions=config.questions_column,
         fixed_question=config.question,
         id=config.id_column,
         keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,

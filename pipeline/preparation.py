@@ -11,8 +11,9 @@ from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError
 from pipeline.intake import Item, Record, encode_rows, make_prompts, make_splitter
 from pipeline.io import Source, output_schema
+from pipeline.io.sorting import by_document
 from pipeline.provenance import deciding_settings, describe_run
-from pipeline.selection import select_rows
+from pipeline.reading import Reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,13 +38,14 @@ class Preparation:
     profile: Profile | None = None
     notes: tuple[str, ...] = ()  # what a user should know of it
 
-    def rows(self) -> Iterator[Record]:
-        """The rows that the run takes of its input."""
-        return select_rows(self.source, self.config, self.source.total_rows)
+    def rows(self) -> Reading:
+        """The rows that the run takes of its input, a record for each question."""
+        return Reading(self.source, self.config)
 
     def encode(self, rows: Iterable[Record]) -> Iterator[Item]:
-        """Rows as prompts; those that cannot be are failures."""
-        return encode_rows(rows, self.splitter or self.prompts, self.config.on_overlong)
+        """Rows as prompts, in the order in which they are answered; those that cannot be are failures."""
+        ordered = by_document(rows) if self.config.sort_by_document else rows
+        return encode_rows(ordered, self.splitter or self.prompts, self.config.on_overlong)
 
     def length_note(self, prompt_tokens: int) -> str | None:
         """What to say of a prompt of such a length, for which the profile says little."""

@@ -55,6 +55,8 @@ class PromptBuilder:
     _source: str = field(init=False, repr=False)
     _codec: Codec = field(init=False, repr=False)
     _layouts: dict[bool, Layout] = field(init=False, repr=False)  # by: has a question
+    # the document encoded last, as rows about one often follow each other
+    _latest: list[tuple[str, bool, list[int]]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -107,8 +109,10 @@ class PromptBuilder:
                 " write {{ question }} there"
             )
         layout = self._layouts[bool(document.question)]
-        texts = {"document": document.text, "question": document.question or ""}
-        ids = {name: self._codec.user(text, layout.leading == name) for name, text in texts.items()}
+        ids = {
+            "document": self._document_ids(document.text, layout.leading == "document"),
+            "question": self._codec.user(document.question or "", layout.leading == "question"),
+        }
         length = len(ids["document"])
         if not length:
             raise RowError("empty_document", "the document is empty")
@@ -136,6 +140,15 @@ class PromptBuilder:
     def token_starts(self, text: str) -> np.ndarray:
         """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""
         return self._codec.starts(text)
+
+    def _document_ids(self, text: str, leading: bool) -> list[int]:
+        """A document's tokens, which the caller does not change."""
+        for known, led, ids in self._latest:  # of which another thread may have made another one
+            if known == text and led == leading:
+                return ids
+        ids = self._codec.user(text, leading)
+        self._latest[:] = [(text, leading, ids)]
+        return ids
 
     def _fit(self, ids: list[int], other_tokens: int) -> list[int]:
         """The document's tokens that stay beside `other_tokens` of instruction and question."""

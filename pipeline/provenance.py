@@ -28,6 +28,8 @@ def deciding_settings(
 ) -> dict[str, Any]:
     """The settings of which each can change an answer: a run may be resumed only under the same.
 
+    Rows that are answered together may be answered by dense in place of a pruning method.
+
     Packs, device and attention backend are not among them: they change the last bits of sums, no more. What
     may stay on the device is, as a document's active blocks depend on it.
     """
@@ -49,6 +51,7 @@ def deciding_settings(
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
         "stop": list(config.stop),
         "kv_memory": config.kv_memory,
+        "group": None if method.name == "dense" else config.group,
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.errors import RowError
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -19,6 +21,12 @@ class Row:
     place: str  # for messages: "contracts.jsonl line 17"
     passthrough: pa.RecordBatch | None = None  # one row
     row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
+    question_index: int | None = None  # from 0, of a row that asks several
+
+    @property
+    def draw_number(self) -> int:
+        """What tells the row's random draws from those of others, in its lowest 32 bits."""
+        return self.row + (0 if self.question_index is None else (self.question_index + 1) * 0x9E3779B1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,7 @@ class Document:
     source: Row
     text: str
     question: str | None = None
+    questions: tuple[str | RowError, ...] | None = None  # instead, where a row asks several; or what ails one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +108,7 @@ class Answer:
 
     id: str
     row: int
+    question_index: int | None = None
     status: str = "ok"
     answer: str | None = None
     finish_reason: str | None = None
@@ -115,6 +125,8 @@ class Answer:
     decode_ms: float | None = None
     pack_documents: int | None = None
     pack_tokens: int | None = None
+    shared_ms: float | None = None
+    group_rows: int | None = None
     method: str | None = None
     kept_tokens: list[int] | None = None
     ffn_tokens: list[int] | None = None
@@ -136,6 +148,7 @@ class Answer:
         return cls(
             id=source.id,
             row=source.row,
+            question_index=source.question_index,
             method=method,
             row_hash=source.row_hash,
             passthrough=source.passthrough,

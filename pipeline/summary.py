@@ -21,6 +21,7 @@ class EngineTimes:
     warm_up_s: float = 0.0
     packs: int = 0
     prefill_s: float = 0.0  # until the first tokens were known: TTFT, pack by pack
+    shared_s: float = 0.0  # of prefill_s, documents that several rows shared
     decode_s: float = 0.0  # from there to the last token of each pack
     began: float | None = None  # the first pack, by time.perf_counter()
     ended: float | None = None  # the last pack's last token
@@ -31,6 +32,12 @@ class EngineTimes:
         self.prefill_s += first_at - started
         self.decode_s += finished_at - first_at
         self.began, self.ended = self.began or started, finished_at
+
+    def add_shared(self, started: float, ended: float) -> None:
+        """Count the prefill of what the rows of later packs share."""
+        self.prefill_s += ended - started
+        self.shared_s += ended - started
+        self.began = self.began or started
 
     @property
     def span_s(self) -> float:
@@ -109,6 +116,7 @@ class Summary(Tally):
         super().__init__()
         self.method, self.output = method, output
         self.new_tokens = 0
+        self.grouped_rows = 0  # answered together with others about the same document
         self.times = EngineTimes()
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
@@ -121,6 +129,7 @@ class Summary(Tally):
             if answer.status != "ok":
                 continue
             self.new_tokens += answer.new_tokens or 0
+            self.grouped_rows += answer.group_rows is not None
             self._ttft_ms.append(answer.ttft_ms or 0.0)
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
@@ -132,6 +141,11 @@ class Summary(Tally):
             if self._ttft_ms
             else None
         )
+
+    def ms_per_row(self) -> float | None:
+        """The run's time, warming up left out, over its answered rows; None without rows."""
+        answered = self.status["ok"]
+        return (self.seconds - self.times.warm_up_s) * 1e3 / answered if answered else None
 
     def ffn_skipped(self) -> float | None:
         """Share of FFN work that was skipped, over the tokens of all answered rows."""
@@ -157,6 +171,9 @@ class Summary(Tally):
             "warm_up_s": self.times.warm_up_s,
             "packs": self.times.packs,
             "prefill_s": self.times.prefill_s,
+            "shared_prefill_s": self.times.shared_s,
+            "grouped_rows": self.grouped_rows,
+            "ms_per_row": self.ms_per_row(),
             "decode_s": self.times.decode_s,
             "prompt_tokens_per_second": self.tokens_per_second,
             "ttft_ms_p50": self.ttft_ms(50),

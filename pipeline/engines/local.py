@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
+from pipeline.engines.group_packs import GroupPacker
+from pipeline.engines.grouped import Answered, Shared, answer_groups, rehearse_group
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
+from pipeline.grouping import Group, Way
 from pipeline.model.decode import Generated, StopRules, decode
 from pipeline.model.graphs import FEWEST_STEPS, WARM_UP_STEPS
 from pipeline.model.loading import LoadedModel
@@ -29,6 +33,15 @@ SHORT_WARM_UP_TOKENS = 64
 WARM_UP_NEW_TOKENS = {"cpu": 2, "cuda": 1 + WARM_UP_STEPS + FEWEST_STEPS + 3}
 LONGEST_WARM_UP_S = 60.0
 
+T = TypeVar("T")
+
+
+class Failure(NamedTuple):
+    """Why rows could not be answered, as their columns `error_type` and `error_message` say it."""
+
+    kind: str
+    message: str
+
 
 class LocalEngine:
     """One loaded model with one method: documents in, answers out, failures as rows."""
@@ -43,10 +56,13 @@ class LocalEngine:
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
+        group: bool = False,
         check: Callable[[], None] = lambda: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """With `group`, rows about the same document are answered together where that is cheaper."""
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
-        self.row_timeout, self.check = row_timeout, check
+        self.row_timeout, self.check, self.note = row_timeout, check, note
         self.times = EngineTimes()
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
         self.packer = Packer.on(
@@ -58,6 +74,12 @@ class LocalEngine:
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
         )
+        self._noted: set[Way] = set()
+        self._groups = group
+
+    @property
+    def group_packer(self) -> GroupPacker:
+        return GroupPacker(packer=self.packer)
 
     def warm_up(self, limit_s: float) -> bool:
         """Load kernels and libraries with throw-away documents, so that no row's TTFT pays for it.
@@ -85,7 +107,7 @@ class LocalEngine:
         for length in sorted({short, longest}):
             # not under the row's time limit: loading kernels takes as long as it takes
             ran = ran and self._rehearse(length, rules, check)
-        self.times = EngineTimes(warm_up_s=self._now() - started)
+        self.times = EngineTimes(warm_up_s=self.now() - started)
         return ran
 
     def _rehearse(self, length: int, rules: StopRules, check: Callable[[], None]) -> bool:
@@ -95,6 +117,8 @@ class LocalEngine:
         document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
         try:
             self._answer([document], rules, check)
+            if self._groups and self.model.device.type == "cuda":
+                rehearse_group(self, ids, check)
         except RowError as error:  # where even this exceeds --kv-memory, say, the rows will say so
             return error.kind != "timeout"
         except torch.OutOfMemoryError:  # likewise
@@ -104,33 +128,48 @@ class LocalEngine:
         self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
         return True
 
+    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]:
+        """Answers to all documents of a window, a pack or a part of one at a time, in no order."""
+        groups, alone = self.group_packer.split(documents) if self._groups else ([], documents)
+        for pack in self.packer.packs(alone):
+            yield Answered(pack, self.answer(pack))
+        for group in groups:
+            self._note_way(group)
+        for group_pack in self.group_packer.packs(groups):
+            yield from answer_groups(self, group_pack)
+
     def answer(self, pack: Sequence[EncodedDocument]) -> list[Answer]:
         """Answers in the pack's order. A pack that fails is halved until the culprit stands alone."""
         if len(pack) == 1 and self.model.device.type == "cpu":
             needed = self.packer.planned_bytes([pack[0].prompt_tokens])
             if needed > self.packer.max_bytes:  # the system would kill the process, with no error to catch
-                return [self._failed(pack[0], "out_of_memory", self._memory_message(pack[0]))]
-        answers = self._attempt(pack)
+                return [self.failed(pack[0], Failure("out_of_memory", self._memory_message(pack[0])))]
+        run = partial(self._answer, pack, self.rules)
+        answers = self.attempt(run, pack[0])
         if isinstance(answers, list):
             return answers
         if len(pack) == 1:
-            kind, message = answers
             # a second time, in memory that the larger packs before it no longer hold in pieces
-            again = self._attempt(pack) if kind == "out_of_memory" else answers
-            return again if isinstance(again, list) else [self._failed(pack[0], kind, message)]
+            again = self.attempt(run, pack[0]) if answers.kind == "out_of_memory" else answers
+            return again if isinstance(again, list) else [self.failed(pack[0], answers)]
         half = len(pack) // 2
         return [*self.answer(pack[:half]), *self.answer(pack[half:])]
 
-    def _attempt(self, pack: Sequence[EncodedDocument]) -> list[Answer] | tuple[str, str]:
-        """Answers, or the kind and message of what went wrong, with the memory freed."""
+    def attempt(
+        self, run: Callable[[Callable[[], None]], T], document: EncodedDocument, taken_s: float = 0.0
+    ) -> T | Failure:
+        """What `run` makes, given the check between its steps; or what went wrong, with the memory freed.
+
+        `document` is the one that messages name; `taken_s` counts as time that its row has taken before.
+        """
         try:
-            return self._answer(pack, self.rules, partial(self._check, time.perf_counter()))
+            return run(partial(self._check, time.perf_counter() - taken_s))
         except MarsError:
             raise
         except BaseException as error:  # whatever one row does, the others get their answers
             if not is_failure(error):
                 raise
-            failure = self._describe(error, pack[0])
+            failure = self._describe(error, document)
         self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
         return failure
 
@@ -144,24 +183,40 @@ class LocalEngine:
         self, documents: Sequence[EncodedDocument], rules: StopRules, check: Callable[[], None]
     ) -> list[Answer]:
         adapter, attention = self.model.adapter, self.model.attention
-        started = self._now()
+        started = self.now()
         pack = Pack.of(documents, self.model.device)
         limits = self.packer.limits
         prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check, limits)
-        prefill_ms = (self._now() - started) * 1e3
-        sampler = Sampler(self.sampling, [document.source.row for document in documents])
+        return self.generate(documents, prefilled, started, rules, check)
+
+    def generate(
+        self,
+        documents: Sequence[EncodedDocument],
+        prefilled: Prefilled,
+        started: float,
+        rules: StopRules,
+        check: Callable[[], None],
+        shared: Shared | None = None,
+    ) -> list[Answer]:
+        """Answers to prompts whose prefill was `started` and is queued, behind what is `shared`."""
+        shared_ms = 0.0 if shared is None else shared.ms
+        prefill_ms = (self.now() - started) * 1e3 + shared_ms
+        sampler = Sampler(self.sampling, [document.source.draw_number for document in documents])
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
-        first_at = self._now()
+        first_at = self.now()
         rows = self._statistics(documents, prefilled)
+        adapter, attention = self.model.adapter, self.model.attention
         generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules, check)
         for row, document, tokens in zip(rows, documents, generated, strict=True):
-            row.queue_ms = (started - document.ready_at) * 1e3
+            row.queue_ms = (started - document.ready_at) * 1e3 - shared_ms
             row.prefill_ms = prefill_ms
-            row.ttft_ms = (first_at - started) * 1e3
+            row.ttft_ms = (first_at - started) * 1e3 + shared_ms
             row.decode_ms = (tokens.finished_at - first_at) * 1e3
-            row.pack_documents, row.pack_tokens = len(documents), pack.segments.total
+            row.pack_documents, row.pack_tokens = len(documents), sum(prefilled.lengths)
             row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
             self._finish(row, tokens)
+        if shared is not None:
+            self._tell_shared(rows, shared)
         self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
         return rows
 
@@ -182,6 +237,22 @@ class LocalEngine:
             rows.append(row)
         return rows
 
+    def _tell_shared(self, rows: Sequence[Answer], shared: Shared) -> None:
+        """Say what rows share; of its operations each counts an equal part as its own."""
+        shape = self.model.adapter.shape
+        for row, flops, count in zip(rows, shared.flops, shared.group_rows, strict=True):
+            row.method, row.shared_ms, row.group_rows = shared.method, shared.ms, count
+            row.pack_tokens = shared.pack_tokens
+            assert row.flops_ratio is not None
+            assert row.prompt_tokens is not None
+            row.flops_ratio -= flops * (1 - 1 / count) / dense_flops(shape, row.prompt_tokens)
+
+    def _note_way(self, group: Group) -> None:
+        """Say once how rows are answered together, and why in this way."""
+        if group.way not in self._noted:
+            self._noted.add(group.way)
+            self.note(f"rows about the same document are answered together (--group auto); {group.reason}")
+
     def _row(self, document: EncodedDocument) -> Answer:
         row = Answer.begin(document.source, self.method.name)
         row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
@@ -195,17 +266,18 @@ class LocalEngine:
         row.new_tokens = len(generated.tokens)
         row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
 
-    def _failed(self, document: EncodedDocument, kind: str, message: str) -> Answer:
+    def failed(self, document: EncodedDocument, failure: Failure) -> Answer:
+        """The error row of a document."""
         row = self._row(document)
-        row.status, row.error_type, row.error_message = "error", kind, message
+        row.status, (row.error_type, row.error_message) = "error", failure
         return row
 
-    def _describe(self, error: BaseException, document: EncodedDocument) -> tuple[str, str]:
+    def _describe(self, error: BaseException, document: EncodedDocument) -> Failure:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return "out_of_memory", self._memory_message(document)
+            return Failure("out_of_memory", self._memory_message(document))
         if isinstance(error, RowError):
-            return error.kind, f"{document.source.place}: {error}"
-        return "internal", f"{document.source.place}: {type(error).__name__}: {error}"
+            return Failure(error.kind, f"{document.source.place}: {error}")
+        return Failure("internal", f"{document.source.place}: {type(error).__name__}: {error}")
 
     def _memory_message(self, document: EncodedDocument) -> str:
         needed = self.packer.planned_bytes([document.prompt_tokens])
@@ -221,7 +293,7 @@ class LocalEngine:
         if self.row_timeout is not None and time.perf_counter() - started > self.row_timeout:
             raise RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """Seconds, after all work on the device has ended."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)

@@ -35,6 +35,7 @@ _PART_TYPES = {
 _TYPES = {
     "id": pa.large_string(),
     "row": pa.int64(),
+    "question_index": pa.int32(),
     "status": pa.string(),
     "answer": pa.large_string(),
     "finish_reason": pa.string(),
@@ -51,6 +52,8 @@ _TYPES = {
     "decode_ms": pa.float64(),
     "pack_documents": pa.int32(),
     "pack_tokens": pa.int64(),
+    "shared_ms": pa.float64(),
+    "group_rows": pa.int32(),
     "method": pa.string(),
     "kept_tokens": _INT_LISTS,
     "ffn_tokens": _INT_LISTS,

@@ -25,16 +25,18 @@ class Columns:
 
     text: str = "text"
     question: str | None = None
+    questions: str | None = None  # a list of questions, of which each gets an answer
     fixed_question: str | None = None
     id: str | None = None
     keep: Mapping[str, str | None] | Keep | None = None
 
     def __post_init__(self) -> None:
-        if self.question is not None and self.fixed_question is not None:
+        if sum(given is not None for given in (self.question, self.questions, self.fixed_question)) > 1:
             raise ConfigError(
-                "a question column and one question for all rows exclude each other; give one of them"
+                "a question column, a column of questions and one question for all rows exclude each other; "
+                "give one of them"
             )
-        if self.question == self.text:
+        if self.text in (self.question, self.questions):
             raise ConfigError(f"the question column is the text column, {self.text!r}")
         _check_keep(self.kept or ())
 
@@ -46,7 +48,8 @@ class Columns:
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns that are read for themselves, each once."""
-        return tuple(dict.fromkeys(name for name in (self.text, self.question, self.id) if name is not None))
+        names = (self.text, self.question, self.questions, self.id)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 def parse_keep_columns(spec: str) -> Keep:

@@ -175,14 +175,15 @@ class Journal:
         self.resumed = self._base is not None or _has_answers(self._folder)
 
     def _replay_base(self, base: Published) -> None:
-        last = -1
+        last = (-1, -1)
         for group in base:
             table = base.read(group, INDEXED)
             self._index.replay(table, PUBLISHED, group, base.row_bytes(group))
             self._base_rows += table.num_rows
-            rows = [last, *table["row"].to_pylist()]
-            self._base_sorted &= all(first < second for first, second in pairwise(rows))
-            last = rows[-1]
+            indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
+            places = [last, *zip(table["row"].to_pylist(), indices, strict=True)]
+            self._base_sorted &= all(first < second for first, second in pairwise(places))
+            last = places[-1]
 
     def _replay_part(self, number: int, path: Path) -> None:
         for chunk in scan_part(path):

@@ -20,7 +20,14 @@ from pipeline.records import Answer, Row
 
 Order = Literal["input", "completion"]
 
-INDEXED = ("id", "row", "status", "error_type", "row_hash")  # the columns that the index is built from
+INDEXED = (
+    "id",
+    "row",
+    "question_index",
+    "status",
+    "error_type",
+    "row_hash",
+)  # the columns that the index is built from
 DUPLICATE = "duplicate_id"
 
 COMMIT_EVERY = 1_000
@@ -32,11 +39,11 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -8192;
 CREATE TABLE rows (
-    key BLOB PRIMARY KEY, row INTEGER, row_hash TEXT, status TEXT,
+    key BLOB PRIMARY KEY, row INTEGER, question INTEGER, row_hash TEXT, status TEXT,
     part INTEGER, chunk INTEGER, place INTEGER, bytes INTEGER, seen INTEGER
 ) WITHOUT ROWID;
 """
-_ORDERS = {"input": "row", "completion": "part, chunk, place"}
+_ORDERS = {"input": "row, question", "completion": "part, chunk, place"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +79,12 @@ class RowIndex:
         """
         columns = (table.column(name).to_pylist() for name in INDEXED)
         entries = [
-            (_key(id), row, row_hash, status, part, chunk, place, row_bytes)
-            for place, (id, row, status, kind, row_hash) in enumerate(zip(*columns, strict=True))
+            (_key(id), row, question, row_hash, status, part, chunk, place, row_bytes)
+            for place, (id, row, question, status, kind, row_hash) in enumerate(zip(*columns, strict=True))
             if row_hash is not None and kind != DUPLICATE
         ]
         with self._lock:
-            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", entries)
+            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", entries)
             self._changed(len(entries))
 
     def forget_errors(self) -> None:
@@ -95,8 +102,9 @@ class RowIndex:
         key = _key(source.id)
         with self._lock:
             self._changed(1)
+            place = (key, source.row, source.question_index)
             new = self._database.execute(
-                "INSERT OR IGNORE INTO rows (key, row, seen) VALUES (?, ?, 1)", (key, source.row)
+                "INSERT OR IGNORE INTO rows (key, row, question, seen) VALUES (?, ?, ?, 1)", place
             )
             if new.rowcount:
                 return False
@@ -110,7 +118,7 @@ class RowIndex:
                 self._database.execute("UPDATE rows SET row = ?, seen = 1 WHERE key = ?", (source.row, key))
             else:
                 self._database.execute(
-                    "REPLACE INTO rows (key, row, seen) VALUES (?, ?, 1)", (key, source.row)
+                    "REPLACE INTO rows (key, row, question, seen) VALUES (?, ?, ?, 1)", place
                 )
         return done
 
@@ -118,10 +126,20 @@ class RowIndex:
         """Enter answers of this run."""
         with self._lock:
             entries = [
-                (self._key_of(a), a.row, a.row_hash, a.status, part, chunk, place, row_bytes)
+                (
+                    self._key_of(a),
+                    a.row,
+                    a.question_index,
+                    a.row_hash,
+                    a.status,
+                    part,
+                    chunk,
+                    place,
+                    row_bytes,
+                )
                 for place, a in enumerate(answers)
             ]
-            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1)", entries)
+            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)", entries)
             self._changed(len(answers))
 
     def locations(self, order: Order) -> Iterator[Location]:

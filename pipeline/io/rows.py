@@ -68,13 +68,13 @@ def build(
     )
     try:
         text = _text(columns.text, cells)
-        question = _question(columns, cells)
+        question, questions = _question(columns, cells), _questions(columns, cells)
         for failed in (failed_id, failed_copy):
             if failed is not None:
                 raise failed
     except RowError as error:
         return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}")
-    return Document(source=source, text=text, question=question)
+    return Document(source=source, text=text, question=question, questions=questions)
 
 
 def _text(name: str, cells: Mapping[str, object]) -> str:
@@ -83,7 +83,7 @@ def _text(name: str, cells: Mapping[str, object]) -> str:
         raise RowError("missing_text", f"{_lacks(name, cells)} (--text-column names the text)")
     if value is None:
         raise RowError("missing_text", f"{name!r} is null")
-    text = _string(name, value, "bad_text_type")
+    text = _string(repr(name), value, "bad_text_type")
     if not text.strip():
         raise RowError("empty_document", f"{name!r} is empty")
     return text
@@ -100,20 +100,54 @@ def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
     value = cells.get(name, _MISSING)
     if value is _MISSING:
         raise RowError("missing_question", f"{_lacks(name, cells)} (--question-column names the question)")
+    return _asked(repr(name), value)
+
+
+def _asked(what: str, value: object) -> str:
+    """A question, which `what` names in messages."""
     if value is None:
-        raise RowError("missing_question", f"{name!r} is null")
-    question = _string(name, value, "bad_question_type")
+        raise RowError("missing_question", f"{what} is null")
+    question = _string(what, value, "bad_question_type")
     if not question.strip():
-        raise RowError("missing_question", f"{name!r} is empty")
+        raise RowError("missing_question", f"{what} is empty")
     return question
 
 
-def _string(name: str, value: object, wrong_type: str) -> str:
+def _questions(columns: Columns, cells: Mapping[str, object]) -> tuple[str | RowError, ...] | None:
+    """All questions of a row; in the place of one that cannot be asked, why."""
+    name = columns.questions
+    if name is None:
+        return None
+    value = cells.get(name, _MISSING)
+    if value is _MISSING:
+        raise RowError("missing_question", f"{_lacks(name, cells)} (--questions-column names the questions)")
+    if value is None:
+        raise RowError("missing_question", f"{name!r} is null")
     if isinstance(value, Fault):
         raise RowError(value.kind, f"{name!r} {value.what}")
+    if not isinstance(value, list):
+        raise RowError(
+            "bad_question_type",
+            f"{name!r} is {json_type(value)}, not a list; --question-column takes one question a row",
+        )
+    if not value:
+        raise RowError("missing_question", f"{name!r} is an empty list")
+    return tuple(_asked_or_error(f"question {i} of {name!r}", each) for i, each in enumerate(value))
+
+
+def _asked_or_error(what: str, value: object) -> str | RowError:
+    try:
+        return _asked(what, value)
+    except RowError as error:
+        return error
+
+
+def _string(what: str, value: object, wrong_type: str) -> str:
+    if isinstance(value, Fault):
+        raise RowError(value.kind, f"{what} {value.what}")
     if not isinstance(value, str):
-        raise RowError(wrong_type, f"{name!r} is {json_type(value)}, not a string")
-    _refuse_surrogates(name, value)
+        raise RowError(wrong_type, f"{what} is {json_type(value)}, not a string")
+    _refuse_surrogates(what, value)
     return value
 
 
@@ -133,7 +167,7 @@ def _own_id(name: str, value: object) -> str:
     text = value if isinstance(value, str) else "" if value is None else _as_text(value)
     if not text.strip():
         raise RowError("missing_id", f"there is no id in {name!r}; --id-column names the id")
-    _refuse_surrogates(name, text)
+    _refuse_surrogates(repr(name), text)
     return text
 
 
@@ -145,11 +179,11 @@ def _as_text(value: object) -> str:
     return str(value)
 
 
-def _refuse_surrogates(name: str, value: str) -> None:
+def _refuse_surrogates(what: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise RowError(
             "bad_utf8",
-            f"{name!r} has half of a surrogate pair at character {error.start}, which no UTF-8 can hold",
+            f"{what} has half of a surrogate pair at character {error.start}, which no UTF-8 can hold",
         ) from None

@@ -33,6 +33,14 @@ def check_columns(file: InputFile, schema: pa.Schema, columns: Columns) -> None:
                 raise InputError(
                     f"{file.label}: column {name!r} is {found}, not a string ({flag} names the {role})"
                 )
+    if columns.questions is not None:
+        hint = "(--questions-column names the list of questions)"
+        _check_present(file, schema, columns.questions, hint)
+        found = schema.field(columns.questions).type
+        if not _is_list_of_text(found):
+            raise InputError(
+                f"{file.label}: column {columns.questions!r} is {found}, not a list of strings {hint}"
+            )
     if columns.id is not None:
         _check_present(file, schema, columns.id, "(--id-column names the id)")
 
@@ -65,6 +73,11 @@ def _decode_names(field: pa.Field) -> None:
 
 def _is_text(found: pa.DataType) -> bool:
     return (found.value_type if pa.types.is_dictionary(found) else found) in _AS_BINARY
+
+
+def _is_list_of_text(found: pa.DataType) -> bool:
+    kinds = (pa.ListType, pa.LargeListType, pa.ListViewType, pa.LargeListViewType, pa.FixedSizeListType)
+    return isinstance(found, kinds) and (_is_text(found.value_type) or pa.types.is_null(found.value_type))
 
 
 def is_sound(batch: pa.RecordBatch) -> bool:
@@ -116,7 +129,7 @@ class TableRows:
     def _single(self, row: pa.RecordBatch, index: int) -> Record:
         """A row of a batch in which some value is damaged, perhaps one of this row's."""
         used = [name for name in row.schema.names if name in {*self._columns.roles, *self._plan.sources}]
-        values = {name: _lone(row.column(name)) for name in used}
+        values = {name: lone(row.column(name)) for name in used}
         faults = {name: fault for name, value in values.items() if (fault := _fault(value)) is not None}
         cells = {name: faults.get(name) or _value(values[name][0]) for name in self._columns.roles}
         return build(self._columns, self._spot(index), cells, self._copy(values, faults))
@@ -137,7 +150,7 @@ class TableRows:
             return error
 
 
-def _lone(column: pa.Array) -> pa.Array:
+def lone(column: pa.Array) -> pa.Array:
     """A one-row column; of a dictionary only the entry used, as a bad one must not spoil other rows."""
     if not isinstance(column, pa.DictionaryArray):
         return column

@@ -21,7 +21,7 @@ class TextReader:
         self.file = file
         self.fraction = 0.0
         self._columns = columns
-        if columns.question is not None:
+        if columns.question is not None or columns.questions is not None:
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"
             )

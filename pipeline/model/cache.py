@@ -65,6 +65,27 @@ class RaggedCache:
             buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
             buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
 
+    def share(
+        self, layers: Sequence[tuple[Tensor, Tensor]], first: Sequence[range], segments: Segments
+    ) -> None:
+        """Begin with layers that know the first tokens of each document: keys and values of other ones.
+
+        Document b of `segments` begins with the tokens `first[b]` of the tensors in `layers`, (P, K, d) each,
+        and has room for the rest of itself and for new tokens, which are to be written next.
+        """
+        assert not self.slots, "only an empty cache can begin with shared tokens"
+        slots = Slots(segments, self.new_tokens)
+        slots.used = [len(tokens) for tokens in first]
+        rooms = Segments.of(slots.room, segments.device)
+        # each slot without a token of its own yet gets a copy of the last one known, as it must be finite
+        last_S = on_device([len(tokens) - 1 for tokens in first], rooms.device)[rooms.document_T]
+        start_S = on_device([tokens.start for tokens in first], rooms.device)[rooms.document_T]
+        place_S = start_S + torch.minimum(rooms.index_in_document_T, last_S)
+        for k_PKd, v_PKd in layers:
+            self.slots.append(slots)
+            self.keys.append(k_PKd.index_select(0, place_S))
+            self.values.append(v_PKd.index_select(0, place_S))
+
     def settle(self, layer: int, scores_N: Tensor) -> None:
         """Learn, before `layer` is stored, how its method scores the blocks of tokens that entered it."""
 

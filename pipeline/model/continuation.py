@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ def continue_with(
     cache: RaggedCache,
     tokens: Sequence[Sequence[int]],
     first_positions: Sequence[int],
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Run `tokens`, at least one of each document, through the model and into the cache.
+    """Run `tokens`, at least one of each document, through the layers that the cache has, and into it.
 
     `first_positions` are those of each document's first token. Returns the last layer's residual stream,
-    (N, D), document by document: `adapter.logits` of it predicts the tokens that follow each. The cache must
-    be one that keeps all its blocks on the device, with room for the tokens.
+    (N, D), document by document: `adapter.logits` of that of the model's last layer predicts the tokens that
+    follow each. The cache must be one that keeps all its blocks on the device, with room for the tokens.
+    `check` is called before every layer, and may raise.
     """
     device = adapter.device
     asked = Segments.of([len(part) for part in tokens], device)
@@ -33,7 +35,8 @@ def continue_with(
     first_B = on_device(first_positions, device)
     rope = adapter.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
-    for layer in range(adapter.shape.layers):
+    for layer in range(len(cache.slots)):
+        check()
         at, places_N = places[id(cache.slots[layer])]
         keys, values = cache.keys[layer], cache.values[layer]
         q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)

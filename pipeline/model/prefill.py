@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.parking import Parked
+from pipeline.model.work import Work
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
 
@@ -44,52 +45,27 @@ class Pack:
         return replace(self, input_ids=ids, segments=surviving(self.segments, indices))
 
 
-@dataclass(kw_only=True)
-class Work:
-    """Tokens that each layer of one pass worked on, layer by layer and document by document."""
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A pass over a pack before layer `layers`: what the layers before it have made."""
 
-    kept: list[tuple[int, ...]] = field(default_factory=list)  # entered the layer: attention and projections
-    ffn_B: list[Tensor] = field(default_factory=list)  # passed the FFN; on the device until asked for
-    ffn_fp8_B: list[Tensor] = field(default_factory=list)  # of these in fp8, as the method chose
-    scored_pairs: list[tuple[int, ...]] = field(default_factory=list)  # query-key pairs for scoring
-    pairs_B: list[Tensor | None] = field(
-        default_factory=list
-    )  # those of attention, where not all causal ones
-    parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+    layers: int
+    hidden_TD: Tensor  # overwritten by the layers that follow
+    cache: RaggedCache
+    work: Work
 
-    def ffn(self) -> list[list[int]]:
-        """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
-        return torch.stack(self.ffn_B).tolist()
+    @classmethod
+    def afresh(cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache) -> Begun:
+        return cls(layers=0, hidden_TD=adapter.embed(pack.input_ids), cache=cache, work=Work())
 
-    def by_layer(self) -> list[list[LayerWork]]:
-        """Of each layer and document."""
-        fp8 = torch.stack(self.ffn_fp8_B).tolist()
-        pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
-        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, strict=True)
-        return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
 
-    def count(
-        self,
-        view: LayerView,
-        ffn: Tensor | None,
-        ffn_fp8: Tensor | None = None,
-        *,
-        pairs_B: Tensor | None = None,
-        parked: tuple[int, ...] | None = None,
-    ) -> None:
-        """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network.
+@dataclass(frozen=True, kw_only=True)
+class Survivors:
+    """The tokens that are left of a pack after some layers."""
 
-        `pairs_B` are the query-key pairs of its attention, unless they are all causal ones.
-        """
-        self.kept.append(view.segments.lengths)
-        self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
-        self.pairs_B.append(pairs_B)
-        self.parked.append(parked or (0,) * len(view.segments))
-        segments = view.segments
-        lengths_B = segments.cu_seqlens.long().diff()
-        fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
-        self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
-        self.ffn_fp8_B.append(fp8_B)
+    hidden_TD: Tensor
+    positions_T: Tensor
+    segments: Segments
 
 
 @dataclass(kw_only=True)
@@ -122,8 +98,9 @@ def prefill(
     new_tokens: int = 0,
     check: Callable[[], None] = lambda: None,
     limits: KvLimits | None = None,
+    begun: Begun | None = None,
 ) -> Prefilled:
-    """Run a pack's prompts through the model, pruned by `method`.
+    """Run a pack's prompts through the model, pruned by `method`, or on from where they have `begun`.
 
     The cache gets room for `new_tokens` more tokens a document, and offloads to the host what exceeds
     `limits`. `check` is called before every layer, and may raise to give the pack up. Nothing is copied to
@@ -135,46 +112,49 @@ def prefill(
     state = method.begin(plan)
     passes: list[Work] = []
     while True:
-        cache = make_cache(
-            plan,
-            new_tokens,
-            limits,
-            device=adapter.device,
-            itemsize=adapter.dtype.itemsize,
-            score=partial(method.select_decode, state=state),
-        )
-        passes.append(Work())
-        outcome = _one_pass(adapter, attention, method, pack, state, cache, passes[-1], check)
+        if begun is None:
+            cache = make_cache(
+                plan,
+                new_tokens,
+                limits,
+                device=adapter.device,
+                itemsize=adapter.dtype.itemsize,
+                score=partial(method.select_decode, state=state),
+            )
+            begun = Begun.afresh(adapter, pack, cache)
+        passes.append(begun.work)
+        outcome = run_layers(adapter, attention, method, pack, state, begun, check)
         if isinstance(outcome, Selection):
             assert outcome.restart is not None
-            pack = pack.only(outcome.restart)
+            pack, begun = pack.only(outcome.restart), None
             continue
+        _check_last_token(method, outcome.positions_T, outcome.segments, pack.segments)
         return Prefilled(
-            logits_BV=outcome,
-            cache=cache,
+            logits_BV=adapter.logits(outcome.hidden_TD.index_select(0, outcome.segments.last_indices())),
+            cache=begun.cache,
             passes=passes,
             lengths=lengths,
             next_positions=pack.segments.lengths,
         )
 
 
-def _one_pass(
+def run_layers(
     adapter: DecoderAdapter,
     attention: AttentionBackend,
     method: PruningMethod,
     pack: Pack,
     state: Any,
-    cache: RaggedCache,
-    work: Work,
+    begun: Begun,
     check: Callable[[], None],
-) -> Tensor | Selection:
-    """The logits (B, vocabulary) at each prompt's end, or the selection that asks to begin anew."""
-    segments = pack.segments
+    stop: int | None = None,
+) -> Survivors | Selection:
+    """From `begun` through the layers before `stop` (None: all), or the selection that asks to begin anew."""
+    cache, work, segments = begun.cache, begun.work, pack.segments
     positions_T = segments.index_in_document_T
-    hidden_TD = adapter.embed(pack.input_ids)
+    hidden_TD = begun.hidden_TD
     rope = adapter.rope(hidden_TD, positions_T)
     parked: Parked | None = None
-    for layer in range(adapter.shape.layers):
+    for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
         stored, pairs_B = (k_TKd, v_TKd, segments), None
@@ -221,8 +201,7 @@ def _one_pass(
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
-    _check_last_token(method, positions_T, segments, pack.segments)
-    return adapter.logits(hidden_TD.index_select(0, segments.last_indices()))
+    return Survivors(hidden_TD=hidden_TD, positions_T=positions_T, segments=segments)
 
 
 def feed_forward_(

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pipeline.bench.flops import Passes
 from pipeline.kernels.scoring import smoothed
 from pipeline.kernels.select import top_indices
 from pipeline.model.shape import ModelShape
@@ -25,6 +26,7 @@ from pipeline.pruning.base import (
     layer_of,
     one_share,
     setting,
+    whole_layers,
 )
 from pipeline.records import Spans
 
@@ -76,6 +78,15 @@ class FastKV(PruningMethod):
         late = sum(min(self._count(self.kv_share, n, n), self._count(self.share, n, n)) for n in lengths)
         tokens = (stored,) * (drop + 1) + (late,) * (shape.layers - drop - 1)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=tokens)
+
+    def shared_layers(self, shape: ModelShape) -> int:
+        # which keys and values a layer stores is the question's to say, unless it stores all
+        return self.drop_layer(shape.layers) if self.kv_share >= 1 else 0
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        whole = self.drop_layer(shape.layers) + 1
+        kept = self._count(self.share, length, length)
+        return [whole_layers(whole, length) + whole_layers(shape.layers - whole, kept)]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((length - self.window, length),)

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.kernels.scoring import last_query_products, smoothed
 from pipeline.kernels.select import top_mask
 from pipeline.model.shape import ModelShape
@@ -23,6 +24,7 @@ from pipeline.pruning.base import (
     layer_of,
     one_share,
     setting,
+    whole_layers,
 )
 
 PAPER_LAYER = 13
@@ -74,6 +76,14 @@ class GemFilter(PruningMethod):
         self.filter_layer(shape.layers)
         tokens = sum(map(self._count, lengths))
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(tokens,) * shape.layers)
+
+    def shared_layers(self, shape: ModelShape) -> int:
+        return self.filter_layer(shape.layers)
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        kept, first = self._count(length), self.filter_layer(shape.layers)
+        again = whole_layers(shape.layers, kept)
+        return [again] if kept == length else [[*whole_layers(first, length), LayerWork(length, 0)], again]
 
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         check_range("share", shares, low=0, high=1)  # more would count tokens

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
@@ -18,6 +19,7 @@ from pipeline.pruning.base import (
     check_counts,
     check_range,
     setting,
+    whole_layers,
 )
 from pipeline.records import Spans
 
@@ -70,6 +72,16 @@ class Mars(PruningMethod):
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
         self.last_full_layer(shape.layers)
         return super().plan(shape, lengths)
+
+    def shared_layers(self, shape: ModelShape) -> int:
+        return self.last_full_layer(shape.layers)
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        whole, live = self.last_full_layer(shape.layers) + 1, min(self.window, length)
+        parked = length - live
+        pairs = length * (length + 1) // 2 - parked * (parked + 1) // 2
+        late = LayerWork(live, live, pairs=pairs, parked=parked)
+        return [whole_layers(whole, length) + [late] * (shape.layers - whole)]
 
     def window_of(self, length: int, spans: Spans) -> int:
         """How many tokens at the end of a prompt of `length` go on."""

@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
+from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
+    ASSUMED_SHARE,
     KEEP_ALL,
     LayerView,
     Range,
@@ -19,6 +22,7 @@ from pipeline.pruning.base import (
     at_layer,
     check_range,
     setting,
+    whole_layers,
 )
 from pipeline.records import Spans
 
@@ -82,6 +86,14 @@ class MarsInfer(ScoredMethod):
     def ffn_in_fp8(self) -> bool:
         return self.low is not None
 
+    def shared_layers(self, shape: ModelShape) -> int:
+        return min(self.start_layer, shape.layers)
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        first = self.shared_layers(shape)
+        kept = [round(self._expected_share(layer) * length) for layer in range(first, shape.layers)]
+        return [whole_layers(first, length) + [LayerWork(length, tokens) for tokens in kept]]
+
     def score(self, layer: int, view: LayerView) -> Tensor:
         return view.window_importance(self.window)
 
@@ -99,6 +111,12 @@ class MarsInfer(ScoredMethod):
             return Selection(ffn=view.all_indices[:0], ffn_fp8=kept_T.nonzero().flatten())
         high_T = self._mask(scores_T, view, self.eta_high, self.share_high or None)
         return Selection(ffn=high_T.nonzero().flatten(), ffn_fp8=(kept_T & ~high_T).nonzero().flatten())
+
+    def _expected_share(self, layer: int) -> float:
+        eta, share = at_layer(self.eta, layer), at_layer(self.share, layer)
+        if share is None:
+            return 1.0 if _keeps_all(eta, share) else ASSUMED_SHARE
+        return share
 
     @property
     def _has_high(self) -> bool:

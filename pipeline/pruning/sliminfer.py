@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_scores, unit_keys
 from pipeline.kernels.select import tokens_of_blocks, top_blocks
@@ -118,6 +119,13 @@ class SlimInfer(PruningMethod):
             tokens.append(sum(alive))
         rescoring = Rescoring(layers=layers, block=self.block, gamma=self.gamma)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=tuple(tokens), rescoring=rescoring)
+
+    def shared_layers(self, shape: ModelShape) -> int:
+        return self.pruning_layers(shape.layers)[0]
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        stored = self.plan(shape, (length,)).cache_tokens
+        return [[LayerWork(*counts) for counts in zip((length, *stored[:-1]), stored, strict=True)]]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.block), ((length - 1) // self.block * self.block, length))

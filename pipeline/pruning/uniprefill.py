@@ -9,11 +9,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_means
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.select import mass_mask, top_mask
+from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
+    ASSUMED_SHARE,
     KEEP_ALL,
     LayerView,
     Plan,
@@ -78,11 +81,25 @@ class UniPrefill(PruningMethod):
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         return replace(self, share=shares)
 
+    def shared_layers(self, shape: ModelShape) -> int:
+        return min(self.first_layer, shape.layers)
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        layers, alive = [], length
+        for layer in range(shape.layers):
+            entered = alive
+            if self._drops_at(layer):
+                share = self._share((layer - self.first_layer) // self.every)
+                assumed = 1.0 if self.p >= 1 else ASSUMED_SHARE
+                alive = min(alive, round(length * (assumed if share is None else share)))
+            layers.append(LayerWork(entered, alive))
+        return [layers]
+
     def begin(self, plan: Plan) -> tuple[int, ...]:
         return plan.lengths
 
     def select(self, layer: int, view: LayerView, state: tuple[int, ...]) -> Selection:
-        if layer < self.first_layer or (layer - self.first_layer) % self.every:
+        if not self._drops_at(layer):
             return KEEP_ALL
         share = self._share((layer - self.first_layer) // self.every)
         if share is None and self.p >= 1:
@@ -94,6 +111,9 @@ class UniPrefill(PruningMethod):
             kept_N = top_mask(means_N, blocks, [ceil(share * n / self.block) for n in state])
         kept_T = kept_N[self._block_of_token(view.segments, blocks)] | self.protected_mask(view)
         return Selection(live=kept_T.nonzero().flatten())
+
+    def _drops_at(self, layer: int) -> bool:
+        return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
 
     def _share(self, drop: int) -> float | None:
         """The fixed share at a drop, counted from 0; the last of several holds from there on."""

@@ -161,7 +161,10 @@ def test_one_question_for_all_rows(table_path):
 def test_two_sources_of_questions_exclude_each_other():
     with pytest.raises(ConfigError) as caught:
         Columns(question="q", fixed_question="Why?")
-    expected = "a question column and one question for all rows exclude each other; give one of them"
+    expected = (
+        "a question column, a column of questions and one question for all rows exclude each other; "
+        "give one of them"
+    )
     assert str(caught.value) == expected
     with pytest.raises(ConfigError, match="the question column is the text column, 'text'"):
         Columns(question="text")

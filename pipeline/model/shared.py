@@ -1,0 +1,122 @@
+"""Documents' beginnings that several prompts share, computed once; what stands behind them follows in each.
+
+Letters beside those of segments.py: G beginnings, P tokens of all of them, N tokens behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.bench.flops import layer_flops
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.segments import Segments, on_device
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.cache import RaggedCache
+from pipeline.model.continuation import continue_with
+from pipeline.model.prefill import Begun, Pack, Prefilled, Survivors, prefill, run_layers
+from pipeline.model.work import Work
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.dense import Dense
+from pipeline.records import EncodedDocument, Spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginnings:
+    """What the model's first layers, or all of them, have made of some documents' beginnings."""
+
+    segments: Segments
+    layers: list[tuple[Tensor, Tensor]]  # keys and values (P, K, d) of each layer that is shared
+    hidden_PD: Tensor  # the residual stream behind the last of them
+    work: Work
+
+    def flops(self, adapter: DecoderAdapter) -> list[int]:
+        """Operations that each beginning took."""
+        by_layer = self.work.by_layer()
+        return [
+            sum(layer_flops(adapter.shape, layer[g]) for layer in by_layer) for g in range(len(self.segments))
+        ]
+
+
+@torch.inference_mode()
+def prefill_beginnings(
+    adapter: DecoderAdapter,
+    attention: AttentionBackend,
+    method: PruningMethod,
+    beginnings: Sequence[np.ndarray],
+    layers: int,
+    check: Callable[[], None] = lambda: None,
+) -> Beginnings:
+    """Run token ids through the first `layers` layers, at least one, in which `method` drops nothing.
+
+    Where its attention is block-sparse, the last blocks of a beginning attend to everything before them, as
+    those of a prompt do: what follows reads a document that is computed no less exactly than in its prompt.
+    """
+    ids = torch.cat([torch.from_numpy(part) for part in beginnings]).to(adapter.device)
+    segments = Segments.of([len(part) for part in beginnings], adapter.device)
+    spans = tuple(Spans(document=(0, n), question=(n, n)) for n in segments.lengths)
+    pack = Pack(input_ids=ids, segments=segments, spans=spans)
+    dense = Dense(sparse_attention=method.sparse_attention)
+    begun = Begun.afresh(adapter, pack, RaggedCache(0))
+    outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=layers)
+    assert isinstance(outcome, Survivors)
+    pairs = list(zip(begun.cache.keys, begun.cache.values, strict=True))
+    return Beginnings(segments=segments, layers=pairs, hidden_PD=outcome.hidden_TD, work=begun.work)
+
+
+@torch.inference_mode()
+def prefill_behind(
+    adapter: DecoderAdapter,
+    attention: AttentionBackend,
+    method: PruningMethod,
+    shared: Beginnings,
+    documents: Sequence[EncodedDocument],
+    of_prefix: Sequence[int],
+    new_tokens: int = 0,
+    check: Callable[[], None] = lambda: None,
+) -> Prefilled:
+    """Prompts of which `of_prefix` says with which of `shared` each begins: what is left of their prefill.
+
+    The tokens behind a beginning pass the shared layers on their own, with whole attention; the layers that
+    follow run over the whole prompts, pruned by `method`. Each prompt has a copy of the keys and values that
+    it shares, so that it is decoded like any other.
+    """
+    pack = Pack.of(documents, adapter.device)
+    known = [shared.segments.lengths[g] for g in of_prefix]
+    cache = RaggedCache(new_tokens)
+    places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
+    cache.share(shared.layers, places, pack.segments)
+    asked = [document.input_ids[n:].tolist() for document, n in zip(documents, known, strict=True)]
+    hidden_ND = continue_with(adapter, attention, cache, asked, known, check)
+    work = Work()
+    work.count_behind(shared.work, pack.segments, of_prefix)
+    behind = Segments.of([len(part) for part in asked], adapter.device)
+    if len(shared.layers) < adapter.shape.layers:
+        hidden_TD = _joined(shared, places, hidden_ND, behind, pack.segments)
+        begun = Begun(layers=len(shared.layers), hidden_TD=hidden_TD, cache=cache, work=work)
+        return prefill(adapter, attention, method, pack, new_tokens, check, begun=begun)
+    return Prefilled(
+        logits_BV=adapter.logits(hidden_ND.index_select(0, behind.last_indices())),
+        cache=cache,
+        passes=[work],
+        lengths=pack.segments.lengths,
+        next_positions=pack.segments.lengths,
+    )
+
+
+def _joined(
+    shared: Beginnings, places: Sequence[range], hidden_ND: Tensor, behind: Segments, whole: Segments
+) -> Tensor:
+    """(T, D) the residual stream of whole prompts, from that of their two parts."""
+    device = whole.device
+    start_B = on_device([tokens.start for tokens in places], device)
+    known_B = on_device([len(tokens) for tokens in places], device)
+    index_T, document_T = whole.index_in_document_T, whole.document_T
+    source_T = start_B[document_T] + torch.minimum(index_T, known_B[document_T] - 1)
+    hidden_TD = shared.hidden_PD.index_select(0, source_T)
+    first_B = whole.cu_seqlens[:-1].long() + known_B
+    return hidden_TD.index_copy_(0, first_B[behind.document_T] + behind.index_in_document_T, hidden_ND)

@@ -1,0 +1,88 @@
+"""What each layer of a prefill worked on, counted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.bench.flops import LayerWork
+from pipeline.kernels.segments import Segments, on_device
+from pipeline.pruning.base import LayerView
+
+
+@dataclass(kw_only=True)
+class Work:
+    """Tokens that each layer of one pass worked on, layer by layer and document by document."""
+
+    kept: list[tuple[int, ...]] = field(default_factory=list)  # entered the layer: attention and projections
+    ffn_B: list[Tensor] = field(default_factory=list)  # passed the FFN; on the device until asked for
+    ffn_fp8_B: list[Tensor] = field(default_factory=list)  # of these in fp8, as the method chose
+    scored_pairs: list[tuple[int, ...]] = field(default_factory=list)  # query-key pairs for scoring
+    pairs_B: list[Tensor | None] = field(
+        default_factory=list
+    )  # those of attention, where not all causal ones
+    parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+
+    def ffn(self) -> list[list[int]]:
+        """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
+        return torch.stack(self.ffn_B).tolist()
+
+    def by_layer(self) -> list[list[LayerWork]]:
+        """Of each layer and document."""
+        fp8 = torch.stack(self.ffn_fp8_B).tolist()
+        pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
+        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, strict=True)
+        return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
+
+    def count(
+        self,
+        view: LayerView,
+        ffn: Tensor | None,
+        ffn_fp8: Tensor | None = None,
+        *,
+        pairs_B: Tensor | None = None,
+        parked: tuple[int, ...] | None = None,
+    ) -> None:
+        """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network.
+
+        `pairs_B` are the query-key pairs of its attention, unless they are all causal ones.
+        """
+        self.kept.append(view.segments.lengths)
+        self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
+        self.pairs_B.append(pairs_B)
+        self.parked.append(parked or (0,) * len(view.segments))
+        segments = view.segments
+        lengths_B = segments.cu_seqlens.long().diff()
+        fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
+        self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
+        self.ffn_fp8_B.append(fp8_B)
+
+    def count_behind(self, shared: Work, segments: Segments, of_prefix: Sequence[int]) -> None:
+        """Add the layers of `shared`, for documents whose first tokens it has counted, whole.
+
+        `of_prefix` says for each document of `segments` which of `shared` it begins with. Behind that all
+        tokens passed everything.
+        """
+        lengths_B = segments.cu_seqlens.long().diff()
+        none = (0,) * len(segments)
+        for counts, pairs_G in zip(shared.kept, shared.pairs_B, strict=True):
+            pairs_B = None
+            if pairs_G is not None:
+                known = [counts[g] for g in of_prefix]
+                behind = [_causal(n) - _causal(k) for n, k in zip(segments.lengths, known, strict=True)]
+                chosen_B = pairs_G[on_device(of_prefix, pairs_G.device)]
+                pairs_B = chosen_B + on_device(behind, pairs_G.device)
+            self.kept.append(segments.lengths)
+            self.scored_pairs.append(none)
+            self.pairs_B.append(pairs_B)
+            self.parked.append(none)
+            self.ffn_B.append(lengths_B)
+            self.ffn_fp8_B.append(torch.zeros_like(lengths_B))
+
+
+def _causal(tokens: int) -> int:
+    """Query-key pairs of whole attention over a document."""
+    return tokens * (tokens + 1) // 2
