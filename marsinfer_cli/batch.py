@@ -162,6 +162,18 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    guard: Annotated[
+        str,
+        typer.Option(
+            help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
+            "attention), off.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "auto",
+    task_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the kind of task, which the guard looks at.", rich_help_panel=READING),
+    ] = None,
     group: Annotated[
         str,
         typer.Option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.config_file import DEFAULT_METHOD
 from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.guard import Answering, Guard, Guarded
 from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.interrupts import nothing_to_lose
 from pipeline.io import Source
@@ -217,12 +218,21 @@ def answer_window(
     reduction = Reduction(split, run.splitter, run.method.name)
     waiting = [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
     while waiting:
-        for documents, answers in engine().answers(waiting):
+        for documents, answers in guarded(engine(), run.guard).answers(waiting):
             yield reduction.take(documents, answers)
         waiting = reduction.prompts()
     failures = [item for item in window if isinstance(item, RowFailure)]
     if failures:
         yield [Answer.from_failure(failure, run.method.name) for failure in failures]
+
+
+def guarded(engine: LocalEngine, guard: Guard | None) -> Answering:
+    """The engine, with a dense one beside it where there is a guard."""
+    if guard is None:
+        return engine
+    from pipeline.pruning.dense import Dense
+
+    return Guarded(guard=guard, pruned=engine, dense=engine.beside(Dense()))
 
 
 def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> LocalEngine:

@@ -14,6 +14,7 @@ from pipeline.pruning.registry import check_method_name
 
 ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
 ORDERS = ("input", "completion")
+GUARD = ("auto", "off")
 GROUP = ("auto", "off")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
@@ -58,6 +59,8 @@ class BatchConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
     sparse_attention: float | None = None  # the same parameter of whatever method
     profile: str | None = None  # a file that calibrate made, whose settings the others stand above
+    guard: str = "auto"  # dense for documents that the profile does not speak for, or off
+    task_column: str | None = None  # of the kind of task, which the guard looks at
     # answers
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -80,6 +83,7 @@ class BatchConfig:
         check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
         check_choice("--group", self.group, GROUP)
         check_choice("--order", self.order, ORDERS)
+        check_choice("--guard", self.guard, GUARD)
         check_choice("--dtype", self.dtype, DTYPES)
         check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
         check_choice("--attention", self.attention, ATTENTION)

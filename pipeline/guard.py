@@ -1,29 +1,23 @@
 """Which documents a profile does not speak for: they run dense, and their rows say why.
 
-A profile was verified on documents of some tasks and lengths, of which the method did so much work. A document
-of another task, one that is far longer, and one whose attention is so flat that the method keeps more of it
-than of any that was verified, is not like them.
+A profile was verified on documents of some tasks and lengths. A document of another task, one that is far
+longer, and one whose attention is so flat that the method keeps more of it than of any that was verified, is
+not like them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 from pipeline.profile import FAR_BEYOND, Profile
-from pipeline.records import Answer, EncodedDocument
+from pipeline.records import Answer, Answered, EncodedDocument
 
 # how much of a document a method worked on, in layers, feed-forward networks and attention
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio")
+DENSE = "dense"
 SLACK = 0.1  # of what is left to all of it, beyond the most that was verified
-
-
-class Answered(NamedTuple):
-    """A pack and the answers to it, in its order."""
-
-    pack: Sequence[EncodedDocument]
-    answers: list[Answer]
 
 
 class Answering(Protocol):
@@ -46,6 +40,10 @@ class Guard:
         most = {name: {int(n): share for n, share in told.get(name, {}).items()} for name in SHARES}
         return cls(tasks=frozenset(told.get("tasks", ())), longest=profile.longest, most=most)
 
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"tasks": sorted(self.tasks), "longest": self.longest, "most": _plain(self.most)}
+
     def before(self, document: EncodedDocument) -> str | None:
         """Why a document is to run dense, if it is; what can be told before it runs."""
         task = document.source.task
@@ -60,6 +58,8 @@ class Guard:
 
     def after(self, answer: Answer) -> str | None:
         """Why a document is to run again, dense, if it is: by what the method kept of it."""
+        if answer.method == DENSE:  # with others about the same document
+            return None
         for name in SHARES:
             share, most = getattr(answer, name), self.most.get(name)
             if share is None or answer.prompt_tokens is None or not most:
@@ -69,6 +69,10 @@ class Guard:
             if share > limit:
                 return f"flat attention: {name} is {share:.2f}, and at most {bound:.2f} was calibrated on"
         return None
+
+
+def _plain(most: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    return {name: {str(tokens): share for tokens, share in each.items()} for name, each in most.items()}
 
 
 def _octave(tokens: int | None) -> int:

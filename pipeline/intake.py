@@ -29,6 +29,7 @@ def open_rows(config: BatchConfig) -> Source:
         questions=config.questions_column,
         fixed_question=config.question,
         id=config.id_column,
+        task=config.task_column,
         keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
     )
     return open_source(config.input, columns, config.output)

@@ -207,6 +207,8 @@ class _SplitRow:
         _add_statistics(answer, self.steps)
         answer.document_tokens, answer.truncated_tokens = self._document.document_tokens, 0
         answer.tokenize_ms = self._tokenize_ms
+        reasons = (step.answer.guard for step in self.steps if step.answer is not None)
+        answer.guard = next((reason for reason in reasons if reason is not None), None)
         answer.parts = [_part(step) for step in self.steps]
         failed = next((step.answer for step in self.steps if step.answer is not None and step.failed), None)
         if failed is not None:

@@ -18,6 +18,7 @@ from pipeline.reading import Reading
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipeline.guard import Guard
     from pipeline.model.loading import Model
     from pipeline.profile import Profile
     from pipeline.prompts import PromptBuilder
@@ -36,6 +37,7 @@ class Preparation:
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
     profile: Profile | None = None
+    guard: Guard | None = None  # of what the profile does not speak for
     notes: tuple[str, ...] = ()  # what a user should know of it
 
     def rows(self) -> Reading:
@@ -51,10 +53,14 @@ class Preparation:
         """What to say of a prompt of such a length, for which the profile says little."""
         from pipeline.profile import length_note
 
-        return None if self.profile is None else length_note(self.profile, prompt_tokens)
+        if self.profile is None or self.guard is not None:  # which tells it in the row
+            return None
+        return length_note(self.profile, prompt_tokens)
 
     def decides(self) -> dict[str, Any]:
-        return deciding_settings(self.config, self.model, self.method, self.prompts, self.splitter)
+        return deciding_settings(
+            self.config, self.model, self.method, self.prompts, self.splitter, self.guard
+        )
 
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
@@ -80,10 +86,8 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
     from pipeline.model.adapters import check_fp8
-    from pipeline.profile import check_profile, load_profile
 
-    profile = None if config.profile is None else load_profile(config.profile)
-    notes = () if profile is None else tuple(check_profile(str(config.profile), profile, model))
+    profile, guard, notes = _profiled(config, model, method)
     prompts = make_prompts(config, model.tokenizer, model.shape.context)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
@@ -98,5 +102,27 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         prompts=prompts,
         splitter=make_splitter(config, prompts),
         profile=profile,
+        guard=guard,
         notes=notes,
     )
+
+
+def _profiled(
+    config: BatchConfig, model: Model, method: PruningMethod
+) -> tuple[Profile | None, Guard | None, tuple[str, ...]]:
+    """The run's profile, what guards documents that it does not speak for, and what to say of it."""
+    from pipeline.guard import Guard
+    from pipeline.profile import check_profile, load_profile
+    from pipeline.pruning.dense import Dense
+    from pipeline.pruning.registry import make_method
+
+    if config.profile is None:
+        return None, None, ()
+    profile = load_profile(config.profile)
+    notes = check_profile(config.profile, profile, model)
+    if config.guard == "off" or isinstance(method, Dense):
+        return profile, None, tuple(notes)
+    if method != make_method(profile.batch["method"], profile.batch["settings"]):
+        notes.append("other settings stand above the profile's, which was not verified with them: no guard")
+        return profile, None, tuple(notes)
+    return profile, Guard.of(profile), tuple(notes)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import BatchConfig
 
 if TYPE_CHECKING:
+    from pipeline.guard import Guard
     from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
@@ -25,6 +26,7 @@ def deciding_settings(
     method: PruningMethod,
     prompts: PromptBuilder,
     splitter: Splitter | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, Any]:
     """The settings of which each can change an answer: a run may be resumed only under the same.
 
@@ -51,6 +53,7 @@ def deciding_settings(
         "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
         "stop": list(config.stop),
         "kv_memory": config.kv_memory,
+        "guard": None if guard is None else guard.as_dict(),
         "group": None if method.name == "dense" else config.group,
     }
 

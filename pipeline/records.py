@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RowError
 
@@ -20,6 +21,7 @@ class Row:
     id: str
     place: str  # for messages: "contracts.jsonl line 17"
     passthrough: pa.RecordBatch | None = None  # one row
+    task: str | None = None  # what kind it is of, where rows tell
     row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
     question_index: int | None = None  # from 0, of a row that asks several
 
@@ -139,6 +141,7 @@ class Answer:
     kv_host_bytes: int | None = None
     kv_swapped_bytes: int | None = None
     parts: list[PartAnswer] | None = None
+    guard: str | None = None
     row_hash: str | None = None
     passthrough: pa.RecordBatch | None = field(default=None, repr=False)
 
@@ -160,3 +163,10 @@ class Answer:
         answer.status, answer.error_type, answer.error_message = failure.status, failure.kind, failure.message
         answer.document_tokens, answer.prompt_tokens = failure.document_tokens, failure.prompt_tokens
         return answer
+
+
+class Answered(NamedTuple):
+    """Documents of a pack, or of a part of one, and the answer to each."""
+
+    documents: Sequence[EncodedDocument]
+    answers: list[Answer]

@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.engines.group_packs import GroupPack, Numbered
 from pipeline.model.shared import Beginnings, prefill_beginnings, prefill_behind
 from pipeline.pruning.dense import Dense
-from pipeline.records import Answer, EncodedDocument, Row, Spans
+from pipeline.records import Answer, Answered, EncodedDocument, Row, Spans
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
 
 REHEARSED_TOKENS = 16  # of a question
-
-
-class Answered(NamedTuple):
-    """Documents of a pack, or of a part of one, and the answer to each."""
-
-    documents: Sequence[EncodedDocument]
-    answers: list[Answer]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +15,7 @@ import torch
 
 from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
 from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.grouped import Answered, Shared, answer_groups, rehearse_group
+from pipeline.engines.grouped import Shared, answer_groups, rehearse_group
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.grouping import Group, Way
@@ -23,7 +25,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampler, Sampling
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, EncodedDocument, Row, Spans
+from pipeline.records import Answer, Answered, EncodedDocument, Row, Spans
 from pipeline.summary import EngineTimes
 
 # of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
@@ -76,6 +78,13 @@ class LocalEngine:
         )
         self._noted: set[Way] = set()
         self._groups = group
+
+    def beside(self, method: PruningMethod) -> LocalEngine:
+        """An engine of the same model and settings, and the same account of times, with another method."""
+        engine = copy(self)
+        engine.method = method
+        engine.packer = replace(self.packer, method=method, kv_memory=None)
+        return engine
 
     @property
     def group_packer(self) -> GroupPacker:

@@ -66,6 +66,7 @@ _TYPES = {
     "kv_host_bytes": pa.int64(),
     "kv_swapped_bytes": pa.int64(),
     "parts": pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)])),
+    "guard": pa.string(),
     "row_hash": pa.string(),
 }
 

@@ -28,6 +28,7 @@ class Columns:
     questions: str | None = None  # a list of questions, of which each gets an answer
     fixed_question: str | None = None
     id: str | None = None
+    task: str | None = None  # a kind of task; also copied, if it is among what is copied
     keep: Mapping[str, str | None] | Keep | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +51,11 @@ class Columns:
         """The columns that are read for themselves, each once."""
         names = (self.text, self.question, self.questions, self.id)
         return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that are looked at."""
+        return self.roles if self.task in (None, *self.roles) else (*self.roles, str(self.task))
 
 
 def parse_keep_columns(spec: str) -> Keep:

@@ -61,7 +61,7 @@ class ParquetReader:
         return parquet
 
     def _batches(self, parquet: pq.ParquetFile, group: int, plan: PassPlan) -> Iterator[pa.RecordBatch]:
-        wanted = {*self._columns.roles, *plan.sources}
+        wanted = {*self._columns.read, *plan.sources}
         names = [name for name in self.schema.names if name in wanted]
         return parquet.iter_batches(_batch_rows(parquet, group), row_groups=[group], columns=names)
 

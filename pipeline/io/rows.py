@@ -64,6 +64,7 @@ def build(
         row=spot.row,
         id=row_id,
         place=spot.place,
+        task=None if columns.task is None else _task(cells.get(columns.task)),
         passthrough=None if isinstance(passthrough, RowError) else passthrough,
     )
     try:
@@ -159,6 +160,11 @@ def _id(columns: Columns, spot: Spot, cells: Mapping[str, object]) -> tuple[str,
         return _own_id(columns.id, cells.get(columns.id)), None
     except RowError as error:
         return spot.default_id, error
+
+
+def _task(value: object) -> str:
+    """What cannot be read is no task that is known."""
+    return "" if value is None or isinstance(value, Fault) else _as_text(value)
 
 
 def _own_id(name: str, value: object) -> str:

@@ -43,6 +43,8 @@ def check_columns(file: InputFile, schema: pa.Schema, columns: Columns) -> None:
             )
     if columns.id is not None:
         _check_present(file, schema, columns.id, "(--id-column names the id)")
+    if columns.task is not None:
+        _check_present(file, schema, columns.task, "(--task-column names the kind of task)")
 
 
 def _check_present(file: InputFile, schema: pa.Schema, name: str, hint: str) -> None:
@@ -109,7 +111,7 @@ class TableRows:
                 yield self._single(batch.slice(i, 1), index + i)
             return
         for i in range(batch.num_rows):
-            cells = {name: _value(batch.column(name)[i]) for name in self._columns.roles}
+            cells = {name: _value(batch.column(name)[i]) for name in self._columns.read}
             copied = None if passthrough is None else passthrough.slice(i, 1)
             yield build(self._columns, self._spot(index + i), cells, copied)
 
@@ -128,10 +130,10 @@ class TableRows:
 
     def _single(self, row: pa.RecordBatch, index: int) -> Record:
         """A row of a batch in which some value is damaged, perhaps one of this row's."""
-        used = [name for name in row.schema.names if name in {*self._columns.roles, *self._plan.sources}]
+        used = [name for name in row.schema.names if name in {*self._columns.read, *self._plan.sources}]
         values = {name: lone(row.column(name)) for name in used}
         faults = {name: fault for name, value in values.items() if (fault := _fault(value)) is not None}
-        cells = {name: faults.get(name) or _value(values[name][0]) for name in self._columns.roles}
+        cells = {name: faults.get(name) or _value(values[name][0]) for name in self._columns.read}
         return build(self._columns, self._spot(index), cells, self._copy(values, faults))
 
     def _copy(

@@ -25,8 +25,9 @@ class TextReader:
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"
             )
-        if columns.id is not None:
-            raise InputError(f"{file.label} is a text document without columns; leave out --id-column")
+        for flag, name in (("--id-column", columns.id), ("--task-column", columns.task)):
+            if name is not None:
+                raise InputError(f"{file.label} is a text document without columns; leave out {flag}")
 
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """The one record; returns 1."""
