@@ -16,7 +16,7 @@ from pipeline.model.loading import open_model
 from pipeline.profile import Profile, write_profile
 from pipeline.records import Answer, Answered
 
-SETTINGS = {"eta": 0.5, "start_layer": 1}
+SETTINGS = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
 ROWS = [
     {"doc": "a", "text": "one fish two fish " * 6, "ask": "how many?", "kind": "count"},
     {"doc": "b", "text": "red fish " * 20, "ask": "what colour?", "kind": "colour"},
@@ -82,10 +82,8 @@ class Recorder:
         self.given += documents
         for start in range(0, len(documents), 2):
             pack = documents[start : start + 2]
-            made = [
-                answer(d.prompt_tokens, self.method, ffn_ratio=self.shares[d.prompt_tokens]) for d in pack
-            ]
-            yield Answered(pack, made)
+            lengths = [each.prompt_tokens for each in pack]
+            yield Answered(pack, [answer(n, self.method, ffn_ratio=self.shares[n]) for n in lengths])
 
 
 def test_flat_documents_run_again_and_keep_their_places():

@@ -119,7 +119,7 @@ def method_of(metadata):
 
 
 def test_batch_takes_a_profile_and_names_it(call, fish, tmp_path, path, capfd):
-    rc, metadata = run(call, fish, tmp_path, "--profile", path)
+    rc, metadata = run(call, fish, tmp_path, "--profile", path, "--guard", "off")
     assert rc == 0
     assert metadata["config"]["profile"] == str(path)
     assert method_of(metadata)["name"] == "marsinfer"
