@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
+from pipeline.bench.flops import passes_flops
 from pipeline.model.prefill import prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
@@ -116,3 +117,28 @@ def test_planned_bytes_bound_the_real_ones(method, model, sdpa):
     planned = method.plan(model.shape, lengths).kv_bytes(itemsize=4, new_tokens=5)
     cache = prefill(model, sdpa, method, pack_of(*documents()), new_tokens=5).cache
     assert 0 < cache.nbytes <= planned
+
+
+def test_layers_that_are_shared_do_nothing_that_hangs_on_a_question(method, model, sdpa):
+    shared = method.shared_layers(model.shape)
+    assert 0 <= shared <= model.shape.layers
+    watching = Watching(method)
+    prefill(model, sdpa, watching, pack_of(*documents()))
+    for view, selection in watching.seen[:shared]:
+        assert (selection.live, selection.ffn, selection.ffn_fp8, selection.restart) == (None,) * 4
+        assert selection.cache is None or not len(selection.cache)
+        assert view.scored_pairs == ()
+
+
+def test_what_is_expected_is_what_is_done_where_attention_does_not_decide(method, model, sdpa):
+    by_share = {"share": 0.5} if {"share"} <= {field.name for field in fields(method)} else {}
+    method = replace(method, **by_share)
+    doc = document(120)
+    expected = method.expected_passes(model.shape, doc.prompt_tokens)
+    if expected is None:  # a method of one's own need not say
+        assert type(method).__name__ == "KeyNorm"
+        return
+    (done,) = prefill(model, sdpa, method, pack_of(doc)).by_document()
+    assert list(map(len, expected)) == list(map(len, done))
+    near = passes_flops(model.shape, expected) / passes_flops(model.shape, done)
+    assert near == pytest.approx(1, abs=0.15)  # rounding to blocks, protected tokens, scoring
