@@ -127,3 +127,34 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="A method's parameter as NAME=VALUE; repeatable.", rich_help_panel=METHOD),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local (this process, one device) or ray (workers, each with a model).", rich_help_panel=RUN
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="With --engine ray: a cluster of which this machine is one, or auto, the one that runs here; "
+        "else a Ray of the run's own, on this machine.",
+        rich_help_panel=RUN,
+    ),
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|all",
+        help="With --engine ray: how many; all is one a GPU, or without GPUs one a CPU core.",
+        rich_help_panel=RUN,
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        metavar="1|0",
+        help="With --engine ray: a GPU for each worker, or a CPU core; else 1 where there are GPUs.",
+        rich_help_panel=RUN,
+    ),
+]
