@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("marsinfer.ray")  # at INFO, Ray's own messages are shown
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of the run's own: blocks and answers on their way, no more
 LOOK_UP_S = 0.5
+CONNECT_S = 10.0
 # read by Ray when it is imported; who has set them knows why
-QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # of messages about the cluster, which it prints
+QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "^"}  # of messages about the cluster, which it prints
 ALWAYS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -105,6 +107,7 @@ class RayCluster:
                 "logging_level": logging.INFO if shown else logging.CRITICAL,
             }
             address = self._config.ray_address
+            _check_listens(address)
             with _own_signals():
                 try:
                     if address is None:
@@ -113,7 +116,7 @@ class RayCluster:
                         ray.init(address=address, **options)
                 except (OSError, RuntimeError, ValueError) as error:
                     where = "here" if address is None else f"at --ray-address {address}"
-                    what = next(iter(str(error).splitlines()), type(error).__name__)
+                    what = str(error).partition(". ")[0] or type(error).__name__
                     raise ConfigError(
                         f"no Ray can be used {where}: {what}; `ray start --head` starts a cluster"
                     ) from error
@@ -217,6 +220,19 @@ def got(reference: Any) -> Any:
         if isinstance(error.cause, MarsError):
             raise error.cause from None
         raise
+
+
+def _check_listens(address: str | None) -> None:
+    """Raise ConfigError at once where nobody would answer; Ray would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--ray-address {address}: nobody answers there ({error}); `ray start --head` tells the address"
+        ) from error
 
 
 def _import_ray() -> Any:

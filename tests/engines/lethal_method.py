@@ -38,6 +38,7 @@ class Lethal(Dense):
             os.kill(os.getpid(), signal.SIGKILL)
         if next(packs) == order.get("pack") and order.get("node") == os.environ.get("NODE_OF_TEST"):
             path.unlink()  # only once
-            # a worker's parent is what keeps its machine in the cluster
-            os.kill(os.getppid() if "node" in order else os.getpid(), signal.SIGKILL)
+            if "node" in order:  # with the worker's parent its machine leaves the cluster
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return None

@@ -1,0 +1,175 @@
+"""Workers of Ray: the rows of the local engine, whatever becomes of the workers meanwhile."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.model.loading import open_model
+from pipeline.profile import Profile, write_profile
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+LETHAL = f"{Path(__file__).with_name('lethal_method.py')}:Lethal"
+# of when, and beside what, a row was answered
+PASSING = dict.fromkeys(("queue_ms", "tokenize_ms", "prefill_ms", "ttft_ms", "decode_ms", "shared_ms"))
+PASSING |= {"pack_documents": None, "pack_tokens": None}
+COLUMNS = ("--id-column", "doc", "--text-column", "body", "--question-column", "ask", "--quiet")
+FLAGS = (*COLUMNS, "--max-new-tokens", "4", "--pack-tokens", "2k")
+RAY = ("--engine", "ray", "--workers", "2", "--gpus-per-worker", "0")
+GONE = "its process or its machine is gone"
+
+
+def texts(rows=90):
+    """Rows of many lengths, of which some ask about one document, two are too long and one is empty."""
+    for n in range(rows):
+        seed = n - n % 3 if n % 7 < 3 else n
+        words = random.Random(seed)
+        length = 2500 if n in (20, 61) else 0 if n == 33 else words.randrange(20, 700)
+        body = "".join(words.choices("abcdefgh .", k=length))
+        yield {
+            "doc": f"d{n}",
+            "body": body,
+            "ask": f"what?{'!' * (n % 5)}",
+            "kind": "ab"[n % 4 == 0],
+            "year": n,
+        }
+    yield {"doc": "d3", "body": "the same id again", "ask": "what?", "kind": "a", "year": 3}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("input") / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(list(texts())), path, row_group_size=20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two machines of one CPU each, as far as Ray can tell; the second one is told so by its environment."""
+    from ray.cluster_utils import Cluster
+
+    noticed = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": noticed},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NODE_OF_TEST", "second")
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def orders(tmp_path):
+    return tmp_path / "orders.json"
+
+
+@pytest.fixture
+def batch(call, source, sharp_model_folder, tmp_path, monkeypatch, orders, capfd):
+    """A run with more flags, by its exit code, its rows and what it said."""
+    monkeypatch.setenv("MARSINFER_MODEL", str(sharp_model_folder))
+
+    def batch(name, *flags):
+        out = tmp_path / f"{name}.parquet"
+        if "--profile" not in flags:
+            flags = ("--method", LETHAL, "--set", f"orders={orders}", *flags)
+        code = call(source, out, *FLAGS, *flags)
+        rows = [lasting(row) for row in pq.read_table(out).to_pylist()] if out.exists() else []
+        return code, rows, capfd.readouterr()
+
+    return batch
+
+
+def lasting(row):
+    """What does not change from run to run."""
+    parts = row["parts"] and [part | dict.fromkeys(part.keys() & PASSING.keys()) for part in row["parts"]]
+    return row | PASSING | {"parts": parts}
+
+
+def statuses(rows):
+    return {row["id"]: row["error_type"] for row in rows if row["status"] != "ok"}
+
+
+def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp_path):
+    model = open_model(str(sharp_model_folder), device="cpu")
+    about = {"format": 1, "model": model.name, "fingerprint": model.fingerprint, "device": "CPU"}
+    about |= {"dtype": "float32", "lengths": {"max": 10_000}, "guard": {"tasks": ["a"]}}
+    profile = tmp_path / "profile.toml"
+    settings = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
+    write_profile(profile, Profile(about=about, batch={"method": "marsinfer", "settings": settings}))
+    flags = ("--profile", profile, "--task-column", "kind", "--on-overlong", "split", "--split-overlap", "16")
+    _, expected, _ = batch("local", *flags)
+    code, rows, said = batch("ray", *flags, "--engine", "ray", "--workers", "2", "--json")
+    assert code == 0
+    assert rows == expected
+    assert statuses(rows) == {"d33": "empty_document", "d3": "duplicate_id"}
+    assert {row["method"] for row in rows if row["guard"] and not row["parts"]} == {"dense"}
+    assert sum(row["group_rows"] is not None for row in rows) > 10
+    assert [len(row["parts"]) for row in rows if row["parts"]] != []
+    summary = json.loads(said.out)  # and nothing else
+    assert (summary["documents"], summary["grouped_rows"] > 0) == (91, True)
+    assert 0 < summary["answering_s"] < summary["seconds"]
+    assert "Ray starts 2 workers on this machine, 0 GPUs each" in said.err
+    assert all(line.startswith("marsinfer: ") for line in said.err.splitlines()), said.err
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(batch, cluster, orders):
+    _, expected, _ = batch("local")
+    orders.write_text(json.dumps({"pack": 5}))
+    code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address)
+    assert not orders.exists()
+    assert code == 0
+    assert rows == expected
+    assert GONE in said.err
+    assert "worker_died" not in statuses(rows).values()
+
+
+def test_a_row_that_kills_its_worker_twice_is_an_error_row(batch, cluster, orders):
+    _, expected, _ = batch("local")
+    lengths = [row["prompt_tokens"] for row in expected if row["status"] == "ok" and not row["group_rows"]]
+    deadly = next(n for n in sorted(lengths) if n > 200 and lengths.count(n) == 1)
+    orders.write_text(json.dumps({"tokens": deadly}))
+    code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address, "--max-errors", "5")
+    assert code == 0
+    (number,) = [n for n, row in enumerate(rows) if row["error_type"] == "worker_died"]
+    assert rows[number]["prompt_tokens"] == deadly
+    assert rows[number]["year"] == number
+    assert f"row {number}: two workers died while they answered it" in rows[number]["error_message"]
+    assert [row for n, row in enumerate(rows) if n != number] == [
+        row for n, row in enumerate(expected) if n != number
+    ]
+    assert said.err.count(GONE) == 2
+    orders.unlink()
+    code, rows, _ = batch("ray", "--resume", "--retry-errors")  # by the local engine
+    assert code == 0
+    assert rows == expected
+
+
+def test_a_stopped_run_goes_on_with_another_engine(batch, cluster):
+    _, expected, _ = batch("local")
+    code, rows, said = batch("out", *RAY, "--ray-address", cluster.address, "--max-errors", "3")
+    assert code == 4
+    assert rows == []
+    assert "more than --max-errors 3 allows" in said.err
+    code, rows, said = batch("out", "--resume")
+    assert code == 0
+    assert rows == expected
+
+
+def test_a_machine_that_is_gone_costs_no_row(batch, cluster, orders):
+    """Last in this file: the second machine does not come back."""
+    _, expected, _ = batch("local")
+    orders.write_text(json.dumps({"pack": 5, "node": "second"}))
+    code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address)
+    assert not orders.exists()
+    assert code == 0
+    assert rows == expected
+    assert GONE in said.err
