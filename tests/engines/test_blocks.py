@@ -51,7 +51,7 @@ def test_blocks_are_full_at_first_and_small_at_last():
 def test_tokens_are_shared_out_and_not_rows():
     window = rows(*[900] * 2, *[30] * 60)
     sizes = [(block.tokens, len(block.units)) for block in taken(backlog_of(window), 2, 10_000)]
-    assert sizes[:2] == [(1800, 2), (900, 30)]
+    assert sizes[:2] == [(900, 1), (900, 1)]
     assert sum(tokens for tokens, _ in sizes) == 3600
 
 
