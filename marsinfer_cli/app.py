@@ -14,6 +14,7 @@ from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
 from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
+from marsinfer_cli.doctor import doctor
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.methods import methods
 from pipeline.errors import MarsError
@@ -31,6 +32,7 @@ app.command()(batch)
 app.command()(check)
 app.command()(calibrate)
 app.command()(methods)
+app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 
 
