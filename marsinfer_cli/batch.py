@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marsinfer_cli import options
+from marsinfer_cli import completion, options
 from marsinfer_cli.options import ANSWERS, LOGS, METHOD, PROMPTS, READING, RUN, TRYING
+from pipeline.config import ON_OVERLONG, ORDERS
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def batch(
         typer.Option(
             metavar="FILE",
             help="TOML file of settings, named as the flags; may hold input and output.",
+            show_default="none",
             rich_help_panel=READING,
         ),
     ] = None,
@@ -47,54 +49,57 @@ def batch(
         typer.Option(
             metavar="FILE",
             help="Method, settings and precisions as calibrate found them; all other places stand above.",
+            show_default="none",
             rich_help_panel=METHOD,
         ),
     ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
-    ] = "text",
-    question_column: Annotated[
-        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
-    ] = None,
-    question: Annotated[
-        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
-    ] = None,
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
+    question: options.Question = None,
+    id_column: options.IdColumn = None,
     keep_columns: Annotated[
         str | None,
         typer.Option(
-            help="Columns to pass through, as name:type,name:type; else all.", rich_help_panel=READING
+            help="Columns to pass through, as name:type,name:type.",
+            show_default="all",
+            rich_help_panel=READING,
         ),
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Every N-th row, from the I-th on.", rich_help_panel=READING),
+        typer.Option(
+            metavar="I/N",
+            help="Every N-th row, from the I-th on.",
+            show_default="all rows",
+            rich_help_panel=READING,
+        ),
     ] = None,
     sample: Annotated[
         int | None,
-        typer.Option(metavar="N", help="N rows drawn with --seed (of the shard).", rich_help_panel=READING),
+        typer.Option(
+            metavar="N",
+            help="N rows drawn with --seed (of the shard).",
+            show_default="all rows",
+            rich_help_panel=READING,
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="First N rows (of shard and sample).", rich_help_panel=READING),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
-    prompt_template: Annotated[
-        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}; "
-            "else the model's chat template.",
-            rich_help_panel=PROMPTS,
+            metavar="N",
+            help="First N rows (of shard and sample).",
+            show_default="all rows",
+            rich_help_panel=READING,
         ),
     ] = None,
+    system: options.System = None,
+    prompt_template: options.PromptTemplate = None,
     on_overlong: Annotated[
         str,
         typer.Option(
             help="What to do with a document over the context: error, skip, truncate-left, truncate-right, "
             "truncate-middle.",
+            autocompletion=completion.one_of(ON_OVERLONG),
             rich_help_panel=PROMPTS,
         ),
     ] = "error",
@@ -120,13 +125,16 @@ def batch(
         int, typer.Option(help="Seed of the draws, with each row's number.", rich_help_panel=ANSWERS)
     ] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer; repeatable.", rich_help_panel=ANSWERS)
+        list[str] | None,
+        typer.Option(
+            help="Text that ends an answer; repeatable.", show_default="none", rich_help_panel=ANSWERS
+        ),
     ] = None,
     pack_tokens: Annotated[
         str | None,
         typer.Option(
-            help="Prompt tokens a pack, e.g. 32k; 1 runs one document at a time, for clean TTFT; "
-            "default: from free memory.",
+            help="Prompt tokens a pack, e.g. 32k; 1 runs one document at a time, for clean TTFT.",
+            show_default="from free memory",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -135,11 +143,17 @@ def batch(
         typer.Option(
             metavar="BYTES",
             help="Keys and values on the device, e.g. 4GiB; sliminfer offloads what exceeds it to the host.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
     order: Annotated[
-        str, typer.Option(help="Rows of the output: input (order) or completion.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            help="Rows of the output: input (order) or completion.",
+            autocompletion=completion.one_of(ORDERS),
+            rich_help_panel=RUN,
+        ),
     ] = "input",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=RUN)
@@ -161,6 +175,7 @@ def batch(
         typer.Option(
             metavar="N|P%",
             help="Stop after more row errors than N, or than P% of the finished rows.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -169,6 +184,7 @@ def batch(
         typer.Option(
             metavar="SECONDS",
             help="A row that takes longer is an error; the rest of its pack runs again.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -189,6 +205,7 @@ def batch(
             min=1,
             metavar="N",
             help="Print the first N prompts; no weights, no output.",
+            show_default="none",
             rich_help_panel=TRYING,
         ),
     ] = None,

