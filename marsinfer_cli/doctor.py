@@ -32,7 +32,7 @@ def doctor(
         _print(result)
     if result.broken:
         names = ", ".join(f"{probe.name} ({probe.group})" for probe, _ in result.broken)
-        raise MarsError(f"broken here: {names}; {'see checks' if as_json else 'the table'} says how")
+        raise MarsError(f"broken here: {names}; the report says how")
 
 
 def _run(*, quiet: bool) -> Examination:
@@ -52,6 +52,8 @@ def _print(result: Examination) -> None:
     from rich.text import Text
 
     console = Console()
+    if not console.is_terminal:  # a log has no width of its own, and 80 characters would break paths
+        console.width = max(console.width, 120)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("name", no_wrap=True)
     table.add_column("status", no_wrap=True)

@@ -9,8 +9,8 @@ class MarsError(Exception):
 
     `exit_code` is what the command ends with. The kinds: ConfigError, InputError and ModelError (2),
     TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError (8), and
-    Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row raises nothing: it
-    becomes a row of the output whose status is `error`.
+    Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row raises
+    nothing: it becomes a row of the output whose status is `error`.
     """
 
     exit_code = 1

@@ -58,13 +58,13 @@ def device() -> torch.device:
 def subject(dtype: str = "auto") -> Subject:
     """The same weights in whatever dtype; raises ConfigError where no attention backend can compute in it."""
     target = device()
-    weights = random_model("qwen2", SIZES, device=torch.device("cpu"), dtype=torch.float32)
+    drawn = random_model("qwen2", SIZES, device=torch.device("cpu"), dtype=torch.float32)
+    # not `drawn` itself, cast: its rotary frequencies, which stay in float32, would be cast with it
+    model = random_model("qwen2", SIZES, device=target, dtype=pick_dtype(dtype, target))
     with torch.no_grad():
-        for parameter in weights.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(SHARPER)
-    moved: Any = weights
-    adapter = DecoderAdapter(moved.to(target, pick_dtype(dtype, target)))
+        for parameter, weight in zip(model.parameters(), drawn.parameters(), strict=True):
+            parameter.copy_(weight * SHARPER if weight.dim() > 1 else weight)
+    adapter = DecoderAdapter(model)
     return Subject(adapter, attention_for("auto", target, adapter.dtype, adapter.shape)[0])
 
 

@@ -126,7 +126,7 @@ def test_an_installed_package_that_cannot_be_imported_is_broken(tmp_path, monkey
     assert run(["doctor", "--json"]) == 1
     printed = capfd.readouterr()
     assert printed.err == (
-        "marsinfer: error: broken here: fa3-fwd (versions), flash-attn (versions); see checks says how\n"
+        "marsinfer: error: broken here: fa3-fwd (versions), flash-attn (versions); the report says how\n"
     )
     told = json.loads(printed.out)
     assert told["ok"] is False
