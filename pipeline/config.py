@@ -24,7 +24,15 @@ ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The settings of `marsinfer batch`, named as its flags. Raises ConfigError for one that cannot work."""
+    """The settings of `marsinfer batch`, named as its flags, whose --help explains them.
+
+    `input` are files, globs, folders or URLs, `output` a file or a URL; a question comes from `question`,
+    `question_column` or a `prompt_template`. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows
+    (`limit`, `sample`), `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8,
+    `max_errors` text such as 20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+
+    Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
+    """
 
     input: tuple[str, ...]
     output: str

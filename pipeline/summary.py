@@ -110,7 +110,7 @@ class Tally:
 
 
 class Summary(Tally):
-    """Running totals of a batch."""
+    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
 
     def __init__(self, *, method: str, output: str) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Summary(Tally):
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
 
     def ttft_ms(self, percentile: float) -> float | None:
-        """Percentile of the answered rows' TTFT; None without rows."""
+        """Percentile (0 to 100) of the answered rows' TTFT in milliseconds; None without rows."""
         return (
             float(np.percentile(np.frombuffer(self._ttft_ms, np.float32), percentile))
             if self._ttft_ms
