@@ -245,6 +245,7 @@ def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> Loc
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
+        save_selection=config.save_selection,
         check=check,
     )
     if not engine.warm_up(LONGEST_WARM_UP_S):

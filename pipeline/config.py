@@ -62,6 +62,7 @@ class BatchConfig:
     pack_tokens: int | None = None  # None: from free memory
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
     order: str = "input"
+    save_selection: bool = False  # which tokens each layer computed, and their text: see tiers.py
     overwrite: bool = False
     resume: bool = False
     retry_errors: bool = False
@@ -89,6 +90,8 @@ class BatchConfig:
             check_between("--sparse-attention", self.sparse_attention, 0, 1)
             if "sparse_attention" in self.settings:
                 raise ConfigError("--sparse-attention and --set sparse_attention exclude each other")
+        if self.save_selection and self.output.lower().endswith(".jsonl"):
+            raise ConfigError(f"--save-selection writes bytes, which {self.output} cannot hold: use .parquet")
         check_method_name(self.method)
         self._check_questions()
         self._check_continuing()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
+from pipeline.engines.keeping import keep_selection
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.model.decode import Generated, StopRules, decode
@@ -43,10 +44,11 @@ class LocalEngine:
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
+        save_selection: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
-        self.row_timeout, self.check = row_timeout, check
+        self.row_timeout, self.check, self.save_selection = row_timeout, check, save_selection
         self.times = EngineTimes()
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
         self.packer = Packer.on(
@@ -147,7 +149,10 @@ class LocalEngine:
         started = self._now()
         pack = Pack.of(documents, self.model.device)
         limits = self.packer.limits
-        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check, limits)
+        marks = (True,) if self.save_selection else ()
+        prefilled = prefill(
+            adapter, attention, self.method, pack, rules.max_new_tokens, check, limits, *marks
+        )
         prefill_ms = (self._now() - started) * 1e3
         sampler = Sampler(self.sampling, [document.source.row for document in documents])
         first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
@@ -162,6 +167,8 @@ class LocalEngine:
             row.pack_documents, row.pack_tokens = len(documents), pack.segments.total
             row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
             self._finish(row, tokens)
+        if self.save_selection:
+            keep_selection(rows, documents, prefilled, self.model)
         self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
         return rows
 

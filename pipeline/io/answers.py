@@ -42,6 +42,10 @@ _TYPES = {
     "kv_host_bytes": pa.int64(),
     "kv_swapped_bytes": pa.int64(),
     "row_hash": pa.string(),
+    "selection": pa.list_(pa.binary()),
+    "prompt_text": pa.large_string(),
+    "prompt_token_chars": _INT_LISTS,
+    "prompt_spans": _INT_LISTS,
 }
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
@@ -51,23 +55,30 @@ ANSWER_FIELDS = tuple(
     if field.name != "passthrough"
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
+SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 
-def output_schema(passthrough: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
+def output_schema(
+    passthrough: pa.Schema, metadata: Mapping[str, str], *, save_selection: bool = False
+) -> pa.Schema:
     """The columns of an output file: the answer's own, then those copied from the input."""
-    return pa.schema([*ANSWER_FIELDS, *passthrough], metadata=dict(metadata))
+    own = [field for field in ANSWER_FIELDS if save_selection or field.name not in SELECTION_NAMES]
+    return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
 
 def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
     """One row an answer; answers without copied columns have nulls there."""
-    own = [_column(answers, field) for field in ANSWER_FIELDS]
-    copied = pa.schema(list(schema)[len(ANSWER_FIELDS) :])
+    names = set(schema.names)
+    fields = [field for field in ANSWER_FIELDS if field.name in names]
+    own = [_column(answers, field) for field in fields]
+    copied = pa.schema(list(schema)[len(fields) :])
     return pa.Table.from_arrays([*own, *_copied(answers, copied)], schema=schema)
 
 
 def answer_bytes(answer: Answer) -> int:
     """About what an answer holds in memory; dictionaries, which rows share, count for nothing."""
-    texts = len(answer.answer or "") + len(answer.error_message or "")
+    texts = len(answer.answer or "") + len(answer.error_message or "") + len(answer.prompt_text or "")
+    texts += sum(map(len, answer.selection or ())) + 4 * len(answer.prompt_token_chars or ())
     if answer.passthrough is None:
         return texts
     copied = (column for column in answer.passthrough.columns if not pa.types.is_dictionary(column.type))

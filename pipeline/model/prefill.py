@@ -21,6 +21,7 @@ from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.parking import Parked
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
+from pipeline.tiers import FFN, FP8, LIVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Work:
         default_factory=list
     )  # those of attention, where not all causal ones
     parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+    marks: list[Tensor] | None = None  # (T,) uint8 of the tokens that entered, where they are asked for
 
     def ffn(self) -> list[list[int]]:
         """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
@@ -91,6 +93,17 @@ class Work:
         self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
         self.ffn_fp8_B.append(fp8_B)
 
+    def mark(self, view: LayerView, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
+        """Note, if that is asked for, who goes on and who passed the feed-forward network (None: all)."""
+        if self.marks is None:
+            return
+        marks_T = torch.zeros(view.segments.total, dtype=torch.uint8, device=view.hidden.device)
+        marks_T[slice(None) if live is None else live] |= LIVE
+        marks_T[slice(None) if ffn is None else ffn] |= FFN
+        if fp8 is not None:
+            marks_T[fp8] |= FFN | FP8
+        self.marks.append(marks_T)
+
 
 @dataclass(kw_only=True)
 class Prefilled:
@@ -122,11 +135,13 @@ def prefill(
     new_tokens: int = 0,
     check: Callable[[], None] = lambda: None,
     limits: KvLimits | None = None,
+    marks: bool = False,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`.
 
     The cache gets room for `new_tokens` more tokens a document, and offloads to the host what exceeds
-    `limits`. `check` is called before every layer, and may raise to give the pack up. Nothing is copied to
+    `limits`. `check` is called before every layer, and may raise to give the pack up. With `marks` the work
+    of each pass holds who was computed in each layer, a byte a token, on the device. Nothing is copied to
     the host for a method that keeps all tokens alive and counts them beforehand; a token that is dropped
     keeps its position, unless the method begins anew.
     """
@@ -143,7 +158,7 @@ def prefill(
             itemsize=adapter.dtype.itemsize,
             score=partial(method.select_decode, state=state),
         )
-        passes.append(Work())
+        passes.append(Work(marks=[] if marks else None))
         outcome = _one_pass(adapter, attention, method, pack, state, cache, passes[-1], check)
         if isinstance(outcome, Selection):
             assert outcome.restart is not None
@@ -201,6 +216,7 @@ def _one_pass(
         selection = method.select(layer, view, state)
         if selection.restart is not None:
             work.count(view, view.all_indices[:0])
+            work.mark(view, selection.restart, view.all_indices[:0], None)
             return selection
         if selection.blocks is not None:
             cache.settle(layer, selection.blocks)
@@ -213,6 +229,7 @@ def _one_pass(
             feed_forward_(adapter, layer, hidden_TD, selection.ffn_fp8, fp8=True)
         counts = None if parked is None else parked.counts
         work.count(view, ffn, selection.ffn_fp8, pairs_B=pairs_B, parked=counts)
+        work.mark(view, selection.live, ffn, selection.ffn_fp8)
         if selection.live is not None:
             segments = surviving(segments, selection.live, selection.live_lengths)
             if selection.parks:
