@@ -16,6 +16,7 @@ from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.methods import methods
+from marsinfer_cli.report import report
 from pipeline.errors import MarsError
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(batch)
 app.command()(check)
 app.command()(calibrate)
+app.command()(report)
 app.command()(methods)
 app.add_typer(bench_app, name="bench")
 
