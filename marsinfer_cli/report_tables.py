@@ -96,7 +96,11 @@ def _print_comparison(console: Console, comparison: Comparison, labels: list[str
     for pair in comparison.most[:FEW_PAIRS]:
         _line(console, f"{pair.first['id']}: {pair_facts(pair)}")
         for label, facts in zip(labels, (pair.first, pair.second), strict=True):
-            said = facts["answer"] if facts["status"] == "ok" else f"{facts['error_type']}: {facts['error_message']}"
+            said = (
+                facts["answer"]
+                if facts["status"] == "ok"
+                else f"{facts['error_type']}: {facts['error_message']}"
+            )
             _line(console, f"  {label}: {cut(' '.join((said or '').split()), LONGEST_ANSWER)}")
 
 
@@ -117,5 +121,7 @@ def _console() -> Console:
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
     """As it is: documents and answers may hold what looks like markup, or control a terminal."""
-    shown = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    shown = "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
     console.print(shown, markup=False, highlight=False, soft_wrap=True, style=style)

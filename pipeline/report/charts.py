@@ -90,8 +90,18 @@ def _draw_ttft(series: Sequence[Series], figure: Figure) -> None:
     for n, one in enumerate(series):
         few = random.permutation(len(one.ms))[: MOST_POINTS // len(series)]
         style: dict[str, Any] = {"color": svg.SERIES[n], "marker": svg.MARKERS[n]}
-        axes.plot(one.tokens[few], one.ms[few], linestyle="none", markersize=4, markeredgewidth=0, alpha=0.55, **style)
-        axes.plot(*_medians(one), linestyle="--" if one.is_dense else "-", markersize=4, linewidth=1.6, **style)
+        axes.plot(
+            one.tokens[few],
+            one.ms[few],
+            linestyle="none",
+            markersize=4,
+            markeredgewidth=0,
+            alpha=0.55,
+            **style,
+        )
+        axes.plot(
+            *_medians(one), linestyle="--" if one.is_dense else "-", markersize=4, linewidth=1.6, **style
+        )
     axes.set(xlabel="document tokens", ylabel="TTFT")
     _scale(axes, "x", np.concatenate([one.tokens for one in series]))
     _scale(axes, "y", np.concatenate([one.ms for one in series]))
@@ -143,9 +153,7 @@ def _draw_tiers(tiers: dict[str, np.ndarray], figure: Figure) -> None:
 def layer_chart(runs: Sequence[Figures], what: int, name: str) -> Chart | None:
     """Median and spread of the share that entered each layer (0) or passed its FFN (1); None if all did."""
     with_layers = [run for run in runs if run.layers is not None][:MOST_SERIES]
-    lowest = [
-        run.layers.quantile(what, 0.1).min() for run in with_layers if run.layers is not None
-    ]
+    lowest = [run.layers.quantile(what, 0.1).min() for run in with_layers if run.layers is not None]
     if not with_layers or min(lowest) >= 1:
         return None
     medians = [
@@ -184,7 +192,11 @@ def heat_chart(figures: Figures, what: int, name: str) -> Chart | None:
     shares = both[what]
     if shares.min(initial=1) >= 1:
         return None
-    few = f"{len(tokens):,} of {figures.layers.documents:,}" if len(tokens) < figures.layers.documents else "all"
+    few = (
+        f"{len(tokens):,} of {figures.layers.documents:,}"
+        if len(tokens) < figures.layers.documents
+        else "all"
+    )
     noun = ("kept", "that passed the FFN")[what]
     return Chart(
         title=f"Tokens {noun}, by document: {figures.run.label}",
@@ -197,14 +209,19 @@ def heat_chart(figures: Figures, what: int, name: str) -> Chart | None:
 def _draw_heat(tokens: np.ndarray, shares: np.ndarray, figure: Figure) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(
-        shares, aspect="auto", cmap="cividis", vmin=0, vmax=max(1.0, float(shares.max())), interpolation="nearest"
+        shares,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0,
+        vmax=max(1.0, float(shares.max())),
+        interpolation="nearest",
     )
     axes.grid(visible=False)
     axes.set(xlabel="layer", ylabel="prompt tokens")
     places = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), 6)).astype(int))
     axes.set_yticks(places, [f"{tokens[place]:,.0f}" for place in places])
     bar = figure.colorbar(image, ax=axes, format=_percent)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     _format(axes, integers=True)
 
 
@@ -214,14 +231,15 @@ def phase_chart(runs: Sequence[Figures]) -> Chart | None:
     if not any(run.answered for run in runs):
         return None
     told = [
-        f"{run.run.label}: " + ", ".join(f"{label} {milliseconds(median)}" for label, median, _ in phases(run))
+        f"{run.run.label}: "
+        + ", ".join(f"{label} {milliseconds(median)}" for label, median, _ in phases(run))
         for run in runs
     ]
     return Chart(
         title="Time by phase",
         alt="Medians: " + "; ".join(told),
         svg=svg.draw("phases", partial(_draw_phases, runs)),
-        caption="As a row sees it: median, and a line to the 95th percentile. A pack's rows share its prefill.",
+        caption="As rows see it: median, and a line to the 95th percentile. A pack's rows share its prefill.",
         legend=_legend([run.run.label for run in runs]),
     )
 
@@ -273,18 +291,29 @@ def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[C
 
 
 def _draw_similarity(similarity: np.ndarray, figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot()
     axes.hist(similarity, bins=20, range=(0, 1), color=svg.SERIES[0], rwidth=0.92)
     axes.set(xlabel="similarity", ylabel="rows")
     axes.grid(visible=False, axis="x")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_ratios(tokens: np.ndarray, ratios: np.ndarray, figure: Figure) -> None:
     axes = figure.add_subplot()
     few = np.random.default_rng(0).permutation(len(ratios))[:MOST_POINTS]
     axes.axhline(1, color=svg.INK, linewidth=0.8)
-    axes.plot(tokens[few], ratios[few], marker="o", markersize=4, markeredgewidth=0, alpha=0.6, linestyle="none", color=svg.SERIES[1])
+    axes.plot(
+        tokens[few],
+        ratios[few],
+        marker="o",
+        markersize=4,
+        markeredgewidth=0,
+        alpha=0.6,
+        linestyle="none",
+        color=svg.SERIES[1],
+    )
     axes.set(xlabel="document tokens", ylabel="times as fast")
     _scale(axes, "x", tokens)
     _format(axes)

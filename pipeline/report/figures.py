@@ -21,8 +21,10 @@ TIMED = ("ttft_ms", "document_tokens", "pack_documents", *PHASES)
 FIRST_ERRORS = 3
 COLUMNS = tuple(
     dict.fromkeys(
-        ["id", "row", "status", "error_type", "error_message", "method"]
-        + [*TIMED, *SUMMED, *WEIGHED, *LAYER_COLUMNS]
+        [
+            *("id", "row", "status", "error_type", "error_message", "method"),
+            *(*TIMED, *SUMMED, *WEIGHED, *LAYER_COLUMNS),
+        ]
     )
 )
 
@@ -48,7 +50,9 @@ class Figures:
     layers: LayerShares | None = None
     _times: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in TIMED})
     _method_codes: array = field(default_factory=lambda: array("B"))
-    _weights: dict[str, list[float]] = field(default_factory=dict)  # sum of shares times tokens, and of tokens
+    _weights: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # sum of shares times tokens, and of tokens
 
     @property
     def rows(self) -> int:
@@ -194,7 +198,10 @@ def configuration(metadata: dict[str, Any]) -> list[tuple[str, list[tuple[str, s
     """A run's metadata in two parts, as names and values; settings without a value are left out."""
     config = metadata.get("config", {})
     about = {name: value for name, value in metadata.items() if name not in ("config", DECIDING)}
-    parts = {"configuration": {**about, **config}, "settings that decide an answer": metadata.get(DECIDING, {})}
+    parts = {
+        "configuration": {**about, **config},
+        "settings that decide an answer": metadata.get(DECIDING, {}),
+    }
     told = {
         name: [pair for pair in _flat(part) if pair[1] not in ("", "None", "[]", "{}")]
         for name, part in parts.items()

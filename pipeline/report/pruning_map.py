@@ -63,7 +63,9 @@ def find_row(run: Run, wanted: str) -> PruningMap:
     if facts is None:
         raise ConfigError(f"{run.given} has no row of the id {wanted!r}, nor of that number")
     if facts["selection"] is None or facts["prompt_text"] is None:
-        why = f"{facts['error_type']}: {facts['error_message']}" if facts["error_type"] else "it was not stored"
+        why = (
+            f"{facts['error_type']}: {facts['error_message']}" if facts["error_type"] else "it was not stored"
+        )
         raise ConfigError(f"{run.given} has no selection of tokens for row {facts['row']}: {why}")
     return _map_of(run, facts)
 

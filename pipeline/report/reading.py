@@ -132,7 +132,7 @@ def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
 def _lines_schema(path: Path) -> pa.Schema:
     """The columns of the first line; whatever is not ours is never looked at."""
     with path.open("rb") as lines:
-        first = next((json.loads(line) for line in lines), {})
+        first: Any = next((json.loads(line) for line in lines), {})
     if not isinstance(first, dict):
         raise ValueError("its first line is no JSON object")
     return pa.schema([(name, TYPES.get(name, pa.string())) for name in first])
@@ -162,8 +162,8 @@ def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, 
         notes = [f"the run is not finished: these are the rows of {path.name} and of {folder.name}"]
     elif path.exists():
         notes.append(f"{path.name} itself is of an earlier run, which this one replaces when it is done")
-    first = next((chunk for part, size in reversed(parts) for chunk in whole_chunks(part, size)), None)
-    names = frozenset(() if first is None else first.table.schema.names)
+    newest = (chunk.table for part, size in reversed(parts) for chunk in whole_chunks(part, size))
+    names = frozenset(next((table.schema.names for table in newest), ()))
     return Run(
         given=given,
         label=label,
@@ -189,7 +189,9 @@ def _read_unfinished(
         keys: set[int] = set()
         for table in source:
             if not one_alone:
-                of_rows = [_key(*row) for row in zip(*(table[n].to_pylist() for n in KEY_COLUMNS), strict=True)]
+                of_rows = [
+                    _key(*row) for row in zip(*(table[n].to_pylist() for n in KEY_COLUMNS), strict=True)
+                ]
                 table = table.filter(pa.array([key not in seen for key in of_rows], pa.bool_()))
                 keys.update(of_rows)
             yield table

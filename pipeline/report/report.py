@@ -94,7 +94,9 @@ def pair_facts(pair: Pair) -> str:
     for name, label in (("kept_ratio", "kept"), ("ffn_ratio", "FFN")):
         shares = first[name], second[name]
         if None not in shares:
-            facts.append(f"{label} {shares[0]:.1%} and {shares[1]:.1%} ({(shares[1] - shares[0]) * 100:+.1f} pt)")
+            facts.append(
+                f"{label} {shares[0]:.1%} and {shares[1]:.1%} ({(shares[1] - shares[0]) * 100:+.1f} pt)"
+            )
     return "; ".join(facts)
 
 

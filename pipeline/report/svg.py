@@ -65,7 +65,8 @@ def draw(name: str, fill: Callable[[Figure], None], inches: tuple[float, float] 
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    settings: Any = {**_SETTINGS, "svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=inches, layout="constrained")
         fill(figure)
         buffer = io.StringIO()
