@@ -10,8 +10,10 @@ import pyarrow as pa
 from pipeline.io.answers import output_schema
 from pipeline.io.writing import AnswerWriter
 from pipeline.records import Answer
+from pipeline.tiers import FFN, LIVE, pack_layer
 
 LAYERS = 6
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} $x$ & \x1b[31m"
 SETTINGS = {"method": {"name": "sliminfer", "settings": {"block": 64}}}
 METADATA = {
     "config": {"method": "sliminfer", "seed": 0, "profile": None, "stop": ["</s>", "<b>stop</b>"]},
@@ -76,3 +78,22 @@ def write(path, answers, metadata=METADATA, **options):
     with AnswerWriter(path, schema_of(metadata, **options), overwrite=True) as writer:
         writer.write(answers)
     return path
+
+
+def selected(row, tokens=50, **values):
+    """A row with a selection: half of the tokens leave after layer 1."""
+    random = np.random.default_rng(row)
+    marks = np.where(random.random(tokens) < 0.5, LIVE | FFN, 0).astype(np.uint8)
+    marks[-1] = LIVE | FFN
+    whole = np.full(tokens, LIVE | FFN, np.uint8)
+    pieces = [f" w{n}" for n in range(tokens - 2)] + ["<b>&", "🐟\n"]
+    alive = int((marks & LIVE > 0).sum())
+    given = {
+        "selection": [pack_layer(layer) for layer in (whole, marks, whole[:alive])],
+        "prompt_text": "".join(pieces),
+        "prompt_token_chars": [len(piece) for piece in pieces],
+        "prompt_spans": [2, tokens - 8, tokens - 8, tokens - 2],
+        "prompt_tokens": tokens,
+        "document_tokens": tokens - 10,
+    }
+    return answered(row, **{**given, **values})
