@@ -121,6 +121,7 @@ def _page(run: Run, pruning: PruningMap, shown: int) -> str:
         pieces=_packed(json.dumps(pruning.pieces[:shown]).encode()),
         states=_packed(_two_bits(states)),
         has_fp8=bool((states == IN_FP8).any()),
+        has_left=bool((states == GONE).any()),
     )
 
 

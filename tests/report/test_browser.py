@@ -144,6 +144,6 @@ def test_the_map_answers_to_slider_and_keys(pages, tmp_path):
     second, third = told["second"].split(), told["third"].split()
     assert set(second) == {"full", "skipped"}
     assert [name == "left" for name in third] == [name == "skipped" for name in second]
-    assert told["said"] == f"layer 1 of 3: {second.count('full')} in full, {second.count('skipped')} skipped"
+    assert told["said"] == f"layer 1: {second.count('full')} in full, {second.count('skipped')} skipped"
     assert told["token"].startswith('Token 1, " w1": FFN in full in ')
     assert (told["cells"], told["chosen"]) == (3, 1)

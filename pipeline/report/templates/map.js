@@ -91,7 +91,7 @@
       const parts = [`${full} in full`, `${fp8} in fp8`, `${skipped} skipped`, `${left} had left`];
       const known = parts.filter((part) => !part.startsWith("0 "));
       slider.setAttribute("aria-valuetext", about.names[layer]);
-      at("told").textContent = `${about.names[layer]} of ${layers}: ${known.join(", ")}`;
+      at("told").textContent = `${about.names[layer]}: ${known.join(", ")}`;
     }
     for (const [number, cell] of [...at("strip").children].entries()) {
       cell.classList.toggle("now", number === layer);
