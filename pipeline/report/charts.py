@@ -1,4 +1,4 @@
-"""The pictures of a report, each with its caption, its legend, and words for those who cannot see it."""
+"""Pictures of times and answers: TTFT by length, phases, and how two runs differ."""
 
 from __future__ import annotations
 
@@ -10,28 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.report import svg
+from pipeline.report.chart_parts import MOST_SERIES, Chart, format_ticks, legend_of, scale, tick_ms
 from pipeline.report.compare import Comparison
 from pipeline.report.figures import Figures, milliseconds, phases
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_POINTS = 1_200  # of all series together
 MEDIAN_BINS = 12
-MOST_SERIES = len(svg.SERIES)
-TIER_COLOURS = {"FFN in full": "full", "FFN in fp8": "fp8", "FFN skipped": "skipped", "left before": "left"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """`legend` has (colour variable, label); the figure itself is `svg`."""
-
-    title: str
-    alt: str
-    svg: str
-    caption: str = ""
-    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +53,7 @@ def ttft_chart(runs: Sequence[Figures]) -> Chart | None:
         alt="; ".join(lines),
         svg=drawn,
         caption=caption,
-        legend=_legend([s.label for s in series]),
+        legend=legend_of([s.label for s in series]),
     )
 
 
@@ -103,9 +90,9 @@ def _draw_ttft(series: Sequence[Series], figure: Figure) -> None:
             *_medians(one), linestyle="--" if one.is_dense else "-", markersize=4, linewidth=1.6, **style
         )
     axes.set(xlabel="document tokens", ylabel="TTFT")
-    _scale(axes, "x", np.concatenate([one.tokens for one in series]))
-    _scale(axes, "y", np.concatenate([one.ms for one in series]))
-    _format(axes, y=_tick_ms)
+    scale(axes, "x", np.concatenate([one.tokens for one in series]))
+    scale(axes, "y", np.concatenate([one.ms for one in series]))
+    format_ticks(axes, y=tick_ms)
 
 
 def _medians(series: Series) -> tuple[list[float], list[float]]:
@@ -118,111 +105,6 @@ def _medians(series: Series) -> tuple[list[float], list[float]]:
         if len(group)
     }
     return list(points), list(points.values())
-
-
-def tier_chart(figures: Figures, name: str) -> Chart | None:
-    """What became of the tokens in each layer, mean over documents; None where it was the same for all."""
-    if figures.layers is None:
-        return None
-    tiers = figures.layers.tiers()
-    drawn = {label: share for label, share in tiers.items() if share.max() > 0}
-    if len(drawn) == 1:  # every token had the same in every layer
-        return None
-    means = ", ".join(f"{label} {share.mean():.1%}" for label, share in drawn.items())
-    return Chart(
-        title=f"What became of tokens, layer by layer: {figures.run.label}",
-        alt=f"Shares of all tokens, mean over layers: {means}",
-        svg=svg.draw(name, partial(_draw_tiers, drawn)),
-        caption=f"Mean over {figures.layers.documents:,} documents.",
-        legend=tuple((f"tier-{TIER_COLOURS[label]}", label) for label in drawn),
-    )
-
-
-def _draw_tiers(tiers: dict[str, np.ndarray], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    colours = {"full": svg.FULL, "fp8": svg.FP8, "skipped": svg.SKIPPED, "left": svg.LEFT}
-    bottom = 0.0 * next(iter(tiers.values()))
-    for label, share in tiers.items():
-        axes.bar(np.arange(len(share)), share, 0.9, bottom=bottom, color=colours[TIER_COLOURS[label]])
-        bottom = bottom + share
-    axes.set(xlabel="layer", ylabel="share of the prompt's tokens", ylim=(0, max(1.0, bottom.max())))
-    axes.grid(visible=False, axis="x")
-    _format(axes, y=_percent, integers=True)
-
-
-def layer_chart(runs: Sequence[Figures], what: int, name: str) -> Chart | None:
-    """Median and spread of the share that entered each layer (0) or passed its FFN (1); None if all did."""
-    with_layers = [run for run in runs if run.layers is not None][:MOST_SERIES]
-    lowest = [run.layers.quantile(what, 0.1).min() for run in with_layers if run.layers is not None]
-    if not with_layers or min(lowest) >= 1:
-        return None
-    medians = [
-        f"{run.run.label}: median of the last layer {run.layers.quantile(what, 0.5)[-1]:.1%}"
-        for run in with_layers
-        if run.layers is not None
-    ]
-    return Chart(
-        title=("Tokens kept by layer", "Tokens that passed the FFN by layer")[what],
-        alt="; ".join(medians),
-        svg=svg.draw(name, partial(_draw_layers, with_layers, what)),
-        caption="Median over documents; the band holds four fifths of them.",
-        legend=_legend([run.run.label for run in with_layers]),
-    )
-
-
-def _draw_layers(runs: Sequence[Figures], what: int, figure: Figure) -> None:
-    axes = figure.add_subplot()
-    highest = 1.0
-    for n, run in enumerate(runs):
-        assert run.layers is not None
-        low, median, high = (run.layers.quantile(what, share) for share in (0.1, 0.5, 0.9))
-        layers = np.arange(len(median))
-        axes.fill_between(layers, low, high, step="mid", color=svg.SERIES[n], alpha=0.25, linewidth=0)
-        axes.plot(layers, median, drawstyle="steps-mid", color=svg.SERIES[n], linewidth=1.6)
-        highest = max(highest, float(high.max()))
-    axes.set(xlabel="layer", ylabel="share of the prompt's tokens", ylim=(0, highest * 1.02))
-    _format(axes, y=_percent, integers=True)
-
-
-def heat_chart(figures: Figures, what: int, name: str) -> Chart | None:
-    """Documents by layers; None where every document kept everything."""
-    if figures.layers is None:
-        return None
-    tokens, *both = figures.layers.sampled()
-    shares = both[what]
-    if shares.min(initial=1) >= 1:
-        return None
-    few = (
-        f"{len(tokens):,} of {figures.layers.documents:,}"
-        if len(tokens) < figures.layers.documents
-        else "all"
-    )
-    noun = ("kept", "that passed the FFN")[what]
-    return Chart(
-        title=f"Tokens {noun}, by document: {figures.run.label}",
-        alt=f"Share of tokens {noun} for {few} documents, {shares.min():.0%} to {shares.max():.0%}",
-        svg=svg.draw(name, partial(_draw_heat, tokens, shares)),
-        caption=f"A row a document, the shortest on top ({few} documents).",
-    )
-
-
-def _draw_heat(tokens: np.ndarray, shares: np.ndarray, figure: Figure) -> None:
-    axes = figure.add_subplot()
-    image = axes.imshow(
-        shares,
-        aspect="auto",
-        cmap="cividis",
-        vmin=0,
-        vmax=max(1.0, float(shares.max())),
-        interpolation="nearest",
-    )
-    axes.grid(visible=False)
-    axes.set(xlabel="layer", ylabel="prompt tokens")
-    places = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), 6)).astype(int))
-    axes.set_yticks(places, [f"{tokens[place]:,.0f}" for place in places])
-    bar = figure.colorbar(image, ax=axes, format=_percent)
-    bar.outline.set_visible(False)
-    _format(axes, integers=True)
 
 
 def phase_chart(runs: Sequence[Figures]) -> Chart | None:
@@ -240,7 +122,7 @@ def phase_chart(runs: Sequence[Figures]) -> Chart | None:
         alt="Medians: " + "; ".join(told),
         svg=svg.draw("phases", partial(_draw_phases, runs)),
         caption="As rows see it: median, and a line to the 95th percentile. A pack's rows share its prefill.",
-        legend=_legend([run.run.label for run in runs]),
+        legend=legend_of([run.run.label for run in runs]),
     )
 
 
@@ -259,8 +141,8 @@ def _draw_phases(runs: Sequence[Figures], figure: Figure) -> None:
             known += [low, high]
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.5, -0.5))
-    _scale(axes, "x", np.array(known))
-    _format(axes, x=_tick_ms)
+    scale(axes, "x", np.array(known))
+    format_ticks(axes, x=tick_ms)
 
 
 def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[Chart]:
@@ -315,43 +197,5 @@ def _draw_ratios(tokens: np.ndarray, ratios: np.ndarray, figure: Figure) -> None
         color=svg.SERIES[1],
     )
     axes.set(xlabel="document tokens", ylabel="times as fast")
-    _scale(axes, "x", tokens)
-    _format(axes)
-
-
-def _legend(labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Of several series; one alone is told by the title."""
-    return tuple((f"series-{n}", label) for n, label in enumerate(labels) if len(labels) > 1)
-
-
-def _scale(axes: Axes, which: str, values: np.ndarray) -> None:
-    """Logarithmic where the values span more than a decade, with ticks that can be read."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values) or values.max() / values.min() < 10:
-        return
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    wide = values.max() / values.min() > 300
-    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=7))
-    axis.set_minor_locator(NullLocator())
-
-
-def _format(axes: Axes, *, x: Any = None, y: Any = None, integers: bool = False) -> None:
-    """Plain tick labels; matplotlib's own may hold markup."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_formatter(FuncFormatter(x or (lambda value, _: f"{value:,.10g}")))
-    if y is not None:
-        axes.yaxis.set_major_formatter(FuncFormatter(y))
-    if integers:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _tick_ms(ms: float, _: Any = None) -> str:
-    return milliseconds(ms).replace(".00 ", " ").replace(".0 ", " ")
-
-
-def _percent(share: float, _: Any = None) -> str:
-    return f"{share:.0%}"
+    scale(axes, "x", tokens)
+    format_ticks(axes)

@@ -45,10 +45,10 @@ class PruningMap:
         twice = any(layer.number for layer in self.layers)
         return [f"pass {x.number + 1}, layer {x.layer}" if twice else f"layer {x.layer}" for x in self.layers]
 
-    def counts(self) -> list[tuple[int, int, int, int]]:
+    def counts(self) -> list[tuple[int, ...]]:
         """Of each layer, tokens with the FFN in full, in fp8, skipped, and that had left before."""
         return [
-            tuple(int((layer.states == state).sum()) for state in (IN_FULL, IN_FP8, SKIPPED, GONE))  # type: ignore[misc]
+            tuple(int((layer.states == state).sum()) for state in (IN_FULL, IN_FP8, SKIPPED, GONE))
             for layer in self.layers
         ]
 

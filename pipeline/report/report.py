@@ -7,15 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.charts import (
-    Chart,
-    comparison_charts,
-    heat_chart,
-    layer_chart,
-    phase_chart,
-    tier_chart,
-    ttft_chart,
-)
+from pipeline.report.chart_parts import Chart
+from pipeline.report.charts import comparison_charts, phase_chart, ttft_chart
 from pipeline.report.compare import Comparison, Pair, compare
 from pipeline.report.figures import (
     Figures,
@@ -26,6 +19,7 @@ from pipeline.report.figures import (
     percent_of,
     phases,
 )
+from pipeline.report.layer_charts import heat_chart, layer_chart, tier_chart
 from pipeline.report.page import render
 from pipeline.report.reading import Run
 
@@ -112,8 +106,9 @@ def phase_rows(runs: Sequence[Figures]) -> list[tuple[str, list[str]]]:
 def report_page(report: Report) -> str:
     """The report as a page, which needs matplotlib."""
     runs = report.runs
-    labels = tuple(figures.run.label for figures in runs)
-    beside = comparison_charts(report.comparison, labels[:2]) if report.comparison else []  # type: ignore[arg-type]
+    beside = []
+    if report.comparison is not None:
+        beside = comparison_charts(report.comparison, (runs[0].run.label, runs[1].run.label))
     return render(
         "report.html.j2",
         title=title_of(report),
