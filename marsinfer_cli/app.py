@@ -18,6 +18,7 @@ from marsinfer_cli.doctor import doctor
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.methods import methods
+from marsinfer_cli.report import report
 from pipeline.errors import MarsError
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 ANSWERING, ACCURACY, MACHINE = "Answering", "Accuracy", "Methods and machine"
 app.command(epilog=epilog("batch"), rich_help_panel=ANSWERING)(batch)
+app.command(epilog=epilog("report"), rich_help_panel=ANSWERING)(report)
 app.command(epilog=epilog("check"), rich_help_panel=ACCURACY)(check)
 app.command(epilog=epilog("calibrate"), rich_help_panel=ACCURACY)(calibrate)
 app.command(epilog=epilog("methods"), rich_help_panel=MACHINE)(methods)

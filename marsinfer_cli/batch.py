@@ -209,6 +209,14 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = "input",
+    save_selection: Annotated[
+        bool,
+        typer.Option(
+            "--save-selection",
+            help="Store which tokens each layer kept, with the prompt's text, for report --row.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=RUN)
     ] = False,

@@ -8,6 +8,7 @@ EXAMPLES = {
     "--method marsinfer --set start_layer=18 --max-drop 1pt --baseline dense.parquet",
     "calibrate": "marsinfer calibrate contracts.parquet --question-column question --max-drop 1% "
     "--minutes 10 --out profile.toml",
+    "report": "marsinfer report answers.parquet --html report.html",
     "methods": "marsinfer methods marsinfer",
     "doctor": "marsinfer doctor --json > doctor.json",
     "bench ttft": "marsinfer bench ttft --methods dense,marsinfer:share=0.5 --lengths 8k,32k "

@@ -81,6 +81,7 @@ class BatchConfig:
     group: str = "auto"  # rows about the same document: answered together where that is cheaper
     sort_by_document: bool = False  # so that such rows are near each other, wherever they stand
     order: str = "input"
+    save_selection: bool = False  # which tokens each layer computed, and their text: see tiers.py
     overwrite: bool = False
     resume: bool = False
     retry_errors: bool = False
@@ -115,6 +116,8 @@ class BatchConfig:
             check_between("--sparse-attention", self.sparse_attention, 0, 1)
             if "sparse_attention" in self.settings:
                 raise ConfigError("--sparse-attention and --set sparse_attention exclude each other")
+        if self.save_selection and self.output.lower().endswith(".jsonl"):
+            raise ConfigError(f"--save-selection writes bytes, which {self.output} cannot hold: use .parquet")
         check_method_name(self.method)
         self._check_questions()
         self._check_continuing()

@@ -19,7 +19,7 @@ FLAG = r"--[a-z][a-z-]+"
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["batch", "check", "calibrate", "doctor"])
+@pytest.mark.parametrize("command", ["batch", "check", "calibrate", "report", "doctor"])
 def test_every_flag_is_explained(command):
     flags = [flag for option in options(commands()[command]) for flag in option.opts]
     prose = README.replace(in_readme(), "")
