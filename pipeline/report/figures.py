@@ -199,7 +199,7 @@ def configuration(metadata: dict[str, Any]) -> list[tuple[str, list[tuple[str, s
     config = metadata.get("config", {})
     about = {name: value for name, value in metadata.items() if name not in ("config", DECIDING)}
     parts = {
-        "configuration": {**about, **config},
+        "configuration": {**config, **about},  # the device that auto has found
         "settings that decide an answer": metadata.get(DECIDING, {}),
     }
     told = {
