@@ -37,15 +37,7 @@ def accuracy(
         str | None,
         typer.Option(help="Column of the right answer.", show_default="none", rich_help_panel=READING),
     ] = None,
-    limit_per_task: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="N rows of each task, of as many documents as can be.",
-            show_default="all rows",
-            rich_help_panel=READING,
-        ),
-    ] = None,
+    limit_per_task: options.LimitPerTask = None,
     document_shard: options.DocumentShard = None,
     seed: Annotated[
         int, typer.Option(help="Seed of --limit-per-task, needles and intervals.", rich_help_panel=READING)

@@ -44,15 +44,7 @@ def check(
             rich_help_panel=READING,
         ),
     ] = None,
-    limit_per_task: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="N rows of each task, of as many documents as can be.",
-            show_default="all rows",
-            rich_help_panel=READING,
-        ),
-    ] = None,
+    limit_per_task: options.LimitPerTask = None,
     document_shard: options.DocumentShard = None,
     seed: Annotated[
         int,

@@ -38,6 +38,15 @@ Tasks = Annotated[
     str | None,
     typer.Option(metavar="T[,T...]", help="Tasks to take.", show_default="all", rich_help_panel=SUITES),
 ]
+LimitPerTask = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="N rows of each task, of as many documents as can be.",
+        show_default="all rows",
+        rich_help_panel=READING,
+    ),
+]
 TaskColumn = Annotated[
     str | None,
     typer.Option(
