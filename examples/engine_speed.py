@@ -3,8 +3,8 @@
     python examples/engine_speed.py --documents 200 --words 250 --workers 1,2 --model smollm2-135m
 
 The documents are pieces of the licence texts of this folder, of half to one and a half times so many words.
-The table is made of what `marsinfer batch --json` says: `seconds` is the run, from the first row that is read to
-the output; `answering` the time from the first pack's start to the last one's end, without loading.
+The table is made of what `marsinfer batch --json` says: `seconds` is the run, from the first row that is read
+to the output; `answering` the time from the first pack's start to the last one's end, without loading.
 """
 
 import argparse

@@ -14,8 +14,11 @@ from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
 from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
+from marsinfer_cli.doctor import doctor
 from marsinfer_cli.events import print_event, wants_events
+from marsinfer_cli.examples import epilog
 from marsinfer_cli.methods import methods
+from marsinfer_cli.report import report
 from pipeline.errors import MarsError
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -24,14 +27,17 @@ ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
 app = typer.Typer(
     name="marsinfer",
     help="Answer questions about long documents in bulk, with token-pruned prefill.",
-    add_completion=False,
+    epilog=epilog("batch"),
     pretty_exceptions_enable=False,
 )
-app.command()(batch)
-app.command()(check)
-app.command()(calibrate)
-app.command()(methods)
-app.add_typer(bench_app, name="bench")
+ANSWERING, ACCURACY, MACHINE = "Answering", "Accuracy", "Methods and machine"
+app.command(epilog=epilog("batch"), rich_help_panel=ANSWERING)(batch)
+app.command(epilog=epilog("report"), rich_help_panel=ANSWERING)(report)
+app.command(epilog=epilog("check"), rich_help_panel=ACCURACY)(check)
+app.command(epilog=epilog("calibrate"), rich_help_panel=ACCURACY)(calibrate)
+app.command(epilog=epilog("methods"), rich_help_panel=MACHINE)(methods)
+app.command(epilog=epilog("doctor"), rich_help_panel=MACHINE)(doctor)
+app.add_typer(bench_app, name="bench", rich_help_panel=MACHINE)
 
 
 def _print_version(wanted: bool) -> None:

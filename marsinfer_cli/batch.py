@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marsinfer_cli import options
+from marsinfer_cli import completion, options
 from marsinfer_cli.options import ANSWERS, LOGS, METHOD, PROMPTS, READING, RUN, TRYING
+from pipeline.config import GROUP, GUARD, ON_OVERLONG, ORDERS
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def batch(
         typer.Option(
             metavar="FILE",
             help="TOML file of settings, named as the flags; may hold input and output.",
+            show_default="none",
             rich_help_panel=READING,
         ),
     ] = None,
@@ -49,60 +51,66 @@ def batch(
         typer.Option(
             metavar="FILE",
             help="Method, settings and precisions as calibrate found them; all other places stand above.",
+            show_default="none",
             rich_help_panel=METHOD,
         ),
     ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
-    ] = "text",
-    question_column: Annotated[
-        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
-    ] = None,
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
     questions_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of a list of questions, each of which gets an answer row.", rich_help_panel=READING
+            help="Column of a list of questions, each of which gets an answer row.",
+            show_default="none",
+            rich_help_panel=READING,
         ),
     ] = None,
-    question: Annotated[
-        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
-    ] = None,
+    question: options.Question = None,
+    id_column: options.IdColumn = None,
+    task_column: options.TaskColumn = None,
     keep_columns: Annotated[
         str | None,
         typer.Option(
-            help="Columns to pass through, as name:type,name:type; else all.", rich_help_panel=READING
+            help="Columns to pass through, as name:type,name:type.",
+            show_default="all",
+            rich_help_panel=READING,
         ),
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Every N-th row, from the I-th on.", rich_help_panel=READING),
+        typer.Option(
+            metavar="I/N",
+            help="Every N-th row, from the I-th on.",
+            show_default="all rows",
+            rich_help_panel=READING,
+        ),
     ] = None,
     sample: Annotated[
         int | None,
-        typer.Option(metavar="N", help="N rows drawn with --seed (of the shard).", rich_help_panel=READING),
+        typer.Option(
+            metavar="N",
+            help="N rows drawn with --seed (of the shard).",
+            show_default="all rows",
+            rich_help_panel=READING,
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="First N rows (of shard and sample).", rich_help_panel=READING),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
-    prompt_template: Annotated[
-        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}; "
-            "else the model's chat template.",
-            rich_help_panel=PROMPTS,
+            metavar="N",
+            help="First N rows (of shard and sample).",
+            show_default="all rows",
+            rich_help_panel=READING,
         ),
     ] = None,
+    system: options.System = None,
+    prompt_template: options.PromptTemplate = None,
     on_overlong: Annotated[
         str,
         typer.Option(
             help="What to do with a document over the context: error, skip, split (answer in parts, then "
             "combine), truncate-left, truncate-right, truncate-middle.",
+            autocompletion=completion.one_of(ON_OVERLONG),
             rich_help_panel=PROMPTS,
         ),
     ] = "error",
@@ -119,7 +127,8 @@ def batch(
         typer.Option(
             metavar="FILE",
             help="With --on-overlong split: Jinja prompt that combines the answers of parts, which are its "
-            "{{ document }}; else one of ours.",
+            "{{ document }}.",
+            show_default="one of ours",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -146,7 +155,10 @@ def batch(
         int, typer.Option(help="Seed of the draws, with each row's number.", rich_help_panel=ANSWERS)
     ] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer; repeatable.", rich_help_panel=ANSWERS)
+        list[str] | None,
+        typer.Option(
+            help="Text that ends an answer; repeatable.", show_default="none", rich_help_panel=ANSWERS
+        ),
     ] = None,
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
@@ -155,8 +167,8 @@ def batch(
     pack_tokens: Annotated[
         str | None,
         typer.Option(
-            help="Prompt tokens a pack, e.g. 32k; 1 runs one document at a time, for clean TTFT; "
-            "default: from free memory.",
+            help="Prompt tokens a pack, e.g. 32k; 1 runs one document at a time, for clean TTFT.",
+            show_default="from free memory",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -165,6 +177,7 @@ def batch(
         typer.Option(
             metavar="BYTES",
             help="Keys and values on the device, e.g. 4GiB; sliminfer offloads what exceeds it to the host.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -173,18 +186,16 @@ def batch(
         typer.Option(
             help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
             "attention), off.",
+            autocompletion=completion.one_of(GUARD),
             rich_help_panel=METHOD,
         ),
     ] = "auto",
-    task_column: Annotated[
-        str | None,
-        typer.Option(help="Column of the kind of task, which the guard looks at.", rich_help_panel=READING),
-    ] = None,
     group: Annotated[
         str,
         typer.Option(
             help="Rows about the same document: auto (together, its K/V computed once, where that is "
             "cheaper), off.",
+            autocompletion=completion.one_of(GROUP),
             rich_help_panel=RUN,
         ),
     ] = "auto",
@@ -197,8 +208,21 @@ def batch(
         ),
     ] = False,
     order: Annotated[
-        str, typer.Option(help="Rows of the output: input (order) or completion.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            help="Rows of the output: input (order) or completion.",
+            autocompletion=completion.one_of(ORDERS),
+            rich_help_panel=RUN,
+        ),
     ] = "input",
+    save_selection: Annotated[
+        bool,
+        typer.Option(
+            "--save-selection",
+            help="Store which tokens each layer kept, with the prompt's text, for report --row.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=RUN)
     ] = False,
@@ -219,6 +243,7 @@ def batch(
         typer.Option(
             metavar="N|P%",
             help="Stop after more row errors than N, or than P% of the finished rows.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -227,6 +252,7 @@ def batch(
         typer.Option(
             metavar="SECONDS",
             help="A row that takes longer is an error; the rest of its pack runs again.",
+            show_default="no bound",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -247,6 +273,7 @@ def batch(
             min=1,
             metavar="N",
             help="Print the first N prompts; no weights, no output.",
+            show_default="none",
             rich_help_panel=TRYING,
         ),
     ] = None,

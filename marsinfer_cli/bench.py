@@ -11,6 +11,7 @@ import typer
 from marsinfer_cli import options
 from marsinfer_cli.bench_accuracy import accuracy
 from marsinfer_cli.bench_inputs import (
+    Keep,
     RandomWeights,
     Repeats,
     load,
@@ -24,6 +25,8 @@ from marsinfer_cli.bench_inputs import (
 )
 from marsinfer_cli.bench_speed import attention as attention_alone
 from marsinfer_cli.bench_speed import batch
+from marsinfer_cli.examples import epilog
+from marsinfer_cli.options import FILES, MEASURED, READING
 from marsinfer_cli.tables import (
     conditions_of,
     print_agreement_table,
@@ -32,10 +35,10 @@ from marsinfer_cli.tables import (
     print_ttft_table,
 )
 
-bench_app = typer.Typer(help="Measure speed.")
-bench_app.command("accuracy")(accuracy)
-bench_app.command("attention")(attention_alone)
-bench_app.command("batch")(batch)
+bench_app = typer.Typer(help="Measure speed.", epilog=epilog("bench ttft"))
+bench_app.command("accuracy", epilog=epilog("bench accuracy"))(accuracy)
+bench_app.command("attention", epilog=epilog("bench attention"))(attention_alone)
+bench_app.command("batch", epilog=epilog("bench batch"))(batch)
 
 
 @bench_app.callback(invoke_without_command=True)
@@ -45,55 +48,79 @@ def bench(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@bench_app.command()
+@bench_app.command(epilog=epilog("bench ttft"))
 def ttft(
     methods: Annotated[
         str,
         typer.Option(
             help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
-            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 computes linear layers in fp8."
+            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 computes linear layers in fp8.",
+            rich_help_panel=MEASURED,
         ),
     ] = "dense,marsinfer",
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S[,S...]",
-            help="Fixed shares of the prompt to keep, one or one a pruning layer, for methods without "
-            "settings in --methods: random weights attend to nothing.",
-        ),
-    ] = None,
+    keep: Keep = None,
     baselines: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: transformers, transformers-cudnn; none leaves them out. "
-            "[default: transformers for one document, none for several]"
+            help="Comma-separated: transformers, transformers-cudnn; none leaves them out.",
+            show_default="transformers for one document, none for several",
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     documents: Annotated[
-        int, typer.Option(min=1, help="Documents that are prefilled together, each of the given length.")
+        int,
+        typer.Option(
+            min=1,
+            help="Documents that are prefilled together, each of the given length.",
+            rich_help_panel=MEASURED,
+        ),
     ] = 1,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths, e.g. 8k,32k; a real document is cut in its middle.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths, e.g. 8k,32k; a real document is cut in its middle.",
+            show_default="8k, or a real document's own",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     model: options.Model = "smollm2-135m",
     random_weights: RandomWeights = None,
-    input: Annotated[str | None, typer.Option(help="File with a real document; else random tokens.")] = None,
-    row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0; of several, the first.")] = 0,
-    text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
+    input: Annotated[
+        str | None,
+        typer.Option(
+            help="File with a real document.", show_default="random tokens", rich_help_panel=READING
+        ),
+    ] = None,
+    row: Annotated[
+        int,
+        typer.Option(min=0, help="Row of the file, from 0; of several, the first.", rich_help_panel=READING),
+    ] = 0,
+    text_column: options.TextColumn = "text",
     question: Annotated[
-        str, typer.Option(help="Question asked of the document.")
+        str, typer.Option(help="Question asked of the document.", rich_help_panel=READING)
     ] = "Summarise this document.",
     new_tokens: Annotated[
-        int, typer.Option(min=0, help="Also time each method to the end of answers of so many tokens.")
+        int,
+        typer.Option(
+            min=0,
+            help="Also time each method to the end of answers of so many tokens.",
+            rich_help_panel=MEASURED,
+        ),
     ] = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     repeats: Repeats = 5,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also draw the times: .png, .svg or .pdf.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the times: .png, .svg or .pdf.",
+            show_default="none",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Time to first token of a prompt, or of a pack of them: median and spread, operations, memory."""
     from pipeline.bench.ceilings import measure_ceilings
@@ -136,19 +163,27 @@ def ttft(
         print_ttft_table(conditions, results)
 
 
-@bench_app.command()
+@bench_app.command(epilog=epilog("bench offload"))
 def offload(
-    method: Annotated[str, typer.Option(help="Method, with settings as in bench ttft.")] = "sliminfer",
-    keep: Annotated[
-        str | None, typer.Option(metavar="S[,S...]", help="Shares of the prompt to keep, as in bench ttft.")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths, e.g. 32k,128k.")] = "8k",
+    method: Annotated[
+        str, typer.Option(help="Method, with settings as in bench ttft.", rich_help_panel=MEASURED)
+    ] = "sliminfer",
+    keep: Keep = None,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths, e.g. 32k,128k.", rich_help_panel=MEASURED)
+    ] = "8k",
     kv_memory: Annotated[
-        str, typer.Option(metavar="BYTES", help="K/V bytes on the device, e.g. 1GiB.")
+        str,
+        typer.Option(metavar="BYTES", help="K/V bytes on the device, e.g. 1GiB.", rich_help_panel=MEASURED),
     ] = "1GiB",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of the answer.", rich_help_panel=MEASURED)
+    ] = 64,
     resident: Annotated[
-        bool, typer.Option(help="Also run with all K/V on the device, to compare the answers.")
+        bool,
+        typer.Option(
+            help="Also run with all K/V on the device, to compare the answers.", rich_help_panel=MEASURED
+        ),
     ] = True,
     model: options.Model = "smollm2-135m",
     random_weights: RandomWeights = None,
@@ -156,7 +191,7 @@ def offload(
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     repeats: Repeats = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
     from pipeline.bench.inputs import random_document
@@ -189,24 +224,28 @@ def offload(
         print_offload_table(conditions, results)
 
 
-@bench_app.command()
+@bench_app.command(epilog=epilog("bench decode"))
 def decode(
     methods: Annotated[
-        str, typer.Option(help="Comma-separated, with settings as in bench ttft.")
+        str, typer.Option(help="Comma-separated, with settings as in bench ttft.", rich_help_panel=MEASURED)
     ] = "dense,sliminfer",
-    keep: Annotated[
-        str | None, typer.Option(metavar="S[,S...]", help="Shares of the prompt to keep, as in bench ttft.")
-    ] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents answered together.")] = 8,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths, each of a batch of its own.")] = "8k",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    keep: Keep = None,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents answered together.", rich_help_panel=MEASURED)
+    ] = 8,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths, each of a batch of its own.", rich_help_panel=MEASURED)
+    ] = "8k",
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of each answer.", rich_help_panel=MEASURED)
+    ] = 64,
     model: options.Model = "smollm2-135m",
     random_weights: RandomWeights = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     repeats: Repeats = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
     from pipeline.bench.decode import measure_decode
@@ -226,25 +265,44 @@ def decode(
         print_decode_table(conditions, results)
 
 
-@bench_app.command()
+@bench_app.command(epilog=epilog("bench agreement"))
 def agreement(
     input: Annotated[str, typer.Argument(metavar="INPUT", help="File of documents.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated, with settings as in bench ttft.")
+        str, typer.Option(help="Comma-separated, with settings as in bench ttft.", rich_help_panel=MEASURED)
     ] = "dense,marsinfer,sliminfer,uniprefill,fastkv,gemfilter",
-    text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
-    question_column: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
-    question: Annotated[str | None, typer.Option(help="One question for all rows.")] = None,
-    reference_column: Annotated[
-        str | None, typer.Option(help="Column of right answers, to compare with instead of dense's.")
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="One question for all rows.",
+            show_default="a summary, without --question-column",
+            rich_help_panel=READING,
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="First N rows.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 32,
+    reference_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of right answers to compare with.",
+            show_default="dense's answers",
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="First N rows.", show_default="all rows", rich_help_panel=READING
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=MEASURED)
+    ] = 32,
     model: options.Model = "smollm2-135m",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """How often each method would choose the next token of the dense model's answers, and its TTFT."""
     from pipeline.model.loading import load_model

@@ -10,7 +10,7 @@ import typer
 
 from marsinfer_cli import options
 from marsinfer_cli.bench_inputs import parse_variants
-from marsinfer_cli.options import ANSWERS, LOGS, READING
+from marsinfer_cli.options import ANSWERS, FILES, MEASURED, READING
 from marsinfer_cli.tables import conditions_of, print_accuracy_tables
 
 if TYPE_CHECKING:
@@ -27,24 +27,17 @@ def accuracy(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated beside dense, with settings as in bench ttft; @FILE is a profile."
+            help="Comma-separated beside dense, with settings as in bench ttft; @FILE is a profile.",
+            rich_help_panel=MEASURED,
         ),
     ] = "mars,marsinfer,sliminfer,uniprefill,fastkv,gemfilter",
-    text_column: Annotated[
-        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
-    ] = "text",
-    question_column: Annotated[
-        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
-    ] = None,
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
     reference_column: Annotated[
-        str | None, typer.Option(help="Column of the right answer.", rich_help_panel=READING)
+        str | None,
+        typer.Option(help="Column of the right answer.", show_default="none", rich_help_panel=READING),
     ] = None,
-    limit_per_task: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="N rows of each task, of as many documents as can be.", rich_help_panel=READING
-        ),
-    ] = None,
+    limit_per_task: options.LimitPerTask = None,
     document_shard: options.DocumentShard = None,
     seed: Annotated[
         int, typer.Option(help="Seed of --limit-per-task, needles and intervals.", rich_help_panel=READING)
@@ -58,19 +51,26 @@ def accuracy(
         int, typer.Option(help="Longest part of a reference, in tokens.", rich_help_panel=ANSWERS)
     ] = 64,
     long_tokens: Annotated[
-        int, typer.Option(min=0, help="Prompts of more tokens count for the TTFT that is told.")
+        int,
+        typer.Option(
+            min=0, help="Prompts of more tokens count for the TTFT that is told.", rich_help_panel=MEASURED
+        ),
     ] = LONG_TOKENS,
     model: options.Model = "smollm2-135m",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also draw drop against speed: .png, .svg or .pdf.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw drop against speed: .png, .svg or .pdf.",
+            show_default="none",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
-    ] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Right tokens, needles found, shares kept and TTFT of many methods, each held against dense.
 

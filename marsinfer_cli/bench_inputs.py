@@ -6,15 +6,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from marsinfer_cli.options import MEASURED, MODEL
+
 if TYPE_CHECKING:
     from pipeline.bench.variant import Variant
     from pipeline.model.loading import LoadedModel
     from pipeline.records import EncodedDocument
 
 RandomWeights = Annotated[
-    str | None, typer.Option(help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
+    str | None,
+    typer.Option(
+        help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.",
+        show_default="the weights of --model",
+        rich_help_panel=MODEL,
+    ),
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of each variant, after one to warm up.")]
+Repeats = Annotated[
+    int,
+    typer.Option(min=1, help="Timed runs of each variant, after one to warm up.", rich_help_panel=MEASURED),
+]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S[,S...]",
+        help="Fixed shares of the prompt to keep, one or one a pruning layer, for methods without "
+        "settings of their own: random weights attend to nothing.",
+        show_default="by attention",
+        rich_help_panel=MEASURED,
+    ),
+]
 
 LINEARS_IN_FP8, ATTENTION_IN_FP8 = "fp8", "attention-fp8"  # among a method's settings in --methods
 

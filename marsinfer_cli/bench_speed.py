@@ -10,6 +10,7 @@ import typer
 
 from marsinfer_cli import options
 from marsinfer_cli.bench_inputs import Repeats, parse_packs, parse_variant
+from marsinfer_cli.options import MEASURED, READING
 from marsinfer_cli.tables import conditions_of, print_attention_table, print_throughput_table, processor
 
 PACKS = {"cuda": "8k;32k;128k;4x8k;16k+8k+5k+3k;16x2k", "cpu": "1k;2k;4x512;1k+512+320+192"}
@@ -17,26 +18,51 @@ PACKS = {"cuda": "8k;32k;128k;4x8k;16k+8k+5k+3k;16x2k", "cpu": "1k;2k;4x512;1k+5
 
 def attention(
     shape: Annotated[
-        str, typer.Option(help="Heads of a published shape: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
+        str,
+        typer.Option(
+            help="Heads of a published shape: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.", rich_help_panel=MEASURED
+        ),
     ] = "qwen2-7b",
-    heads: Annotated[int | None, typer.Option(min=1, help="Query heads, instead of the shape's.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key/value heads, likewise.")] = None,
-    head_dim: Annotated[int | None, typer.Option(min=1, help="Size of a head, likewise.")] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Query heads, instead of the shape's.",
+            show_default="the shape's",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Key/value heads, likewise.", show_default="the shape's", rich_help_panel=MEASURED
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Size of a head, likewise.", show_default="the shape's", rich_help_panel=MEASURED
+        ),
+    ] = None,
     packs: Annotated[
         str | None,
         typer.Option(
-            help="Packs with ; or a space between them: 32k is one document, 4x8k are four, 16k+8k+5k three. "
-            f"[default: {PACKS['cuda']} on a GPU, {PACKS['cpu']} on the CPU]"
+            help="Packs with ; or a space between them: 32k is one document, 4x8k are four, 16k+8k+5k three.",
+            show_default=f"{PACKS['cuda']} on a GPU, {PACKS['cpu']} on the CPU",
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     backends: Annotated[
         str,
-        typer.Option(help="Comma-separated: fa3, flash, cudnn, varlen, sdpa, fa3-fp8; auto takes them all."),
+        typer.Option(
+            help="Comma-separated: fa3, flash, cudnn, varlen, sdpa, fa3-fp8; auto takes them all.",
+            rich_help_panel=MEASURED,
+        ),
     ] = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     repeats: Repeats = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
     from importlib.metadata import version
@@ -75,20 +101,42 @@ def attention(
 
 def batch(
     input: Annotated[str, typer.Argument(metavar="INPUT", help="File, glob, folder or URL of documents.")],
-    method: Annotated[str, typer.Option(help="Method, with settings as in bench ttft.")] = "marsinfer",
-    text_column: Annotated[str, typer.Option(help="Column of the document.")] = "text",
-    question_column: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
-    question: Annotated[str | None, typer.Option(help="One question for all rows.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="First N rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 32,
+    method: Annotated[
+        str, typer.Option(help="Method, with settings as in bench ttft.", rich_help_panel=MEASURED)
+    ] = "marsinfer",
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="One question for all rows.",
+            show_default="a summary, without --question-column",
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="First N rows.", show_default="all rows", rich_help_panel=READING
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=MEASURED)
+    ] = 32,
     pack_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Prompt tokens prefilled together, e.g. 32k.")
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Prompt tokens prefilled together, e.g. 32k.",
+            show_default="from free memory",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     model: options.Model = "smollm2-135m",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Documents and tokens a second of a whole run, its answers thrown away, and the GPU's idle share.
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from marsinfer_cli import options
-from marsinfer_cli.options import ANSWERS, LOGS, PROMPTS, READING
+from marsinfer_cli.options import ANSWERS, FILES, READING, SUITES
 
 if TYPE_CHECKING:
     from pipeline.quality.calibrate_config import CalibrateConfig
     from pipeline.quality.calibration import Calibration
 
-SOUGHT, SUITES, FILES = "What is sought", "Suites", "Files"
+SOUGHT = "What is sought"
 
 
 def calibrate(
@@ -28,7 +28,12 @@ def calibrate(
     ] = "profile.toml",
     plot: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Drop against TTFT as .png, .svg or .pdf.", rich_help_panel=FILES),
+        typer.Option(
+            metavar="FILE",
+            help="Drop against TTFT as .png, .svg or .pdf.",
+            show_default="none",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a profile that exists.", rich_help_panel=FILES)
@@ -70,25 +75,11 @@ def calibrate(
             rich_help_panel=SOUGHT,
         ),
     ] = False,
-    text_column: Annotated[
-        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
-    ] = "text",
-    question_column: Annotated[
-        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
-    ] = None,
-    question: Annotated[
-        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
-    ] = None,
-    reference_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the right answer, or of a list of them; without, dense's answers count as right.",
-            rich_help_panel=READING,
-        ),
-    ] = None,
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
+    question: options.Question = None,
+    id_column: options.IdColumn = None,
+    reference_column: options.ReferenceColumn = None,
     task_column: options.TaskColumn = None,
     limit: Annotated[
         int,
@@ -101,7 +92,12 @@ def calibrate(
     ] = 0,
     suite: Annotated[
         list[str] | None,
-        typer.Option(metavar="SUITE", help="leval:DIR or longbench:DIR; repeatable.", rich_help_panel=SUITES),
+        typer.Option(
+            metavar="SUITE",
+            help="leval:DIR or longbench:DIR; repeatable.",
+            show_default="none",
+            rich_help_panel=SUITES,
+        ),
     ] = None,
     needles: Annotated[
         bool,
@@ -115,10 +111,8 @@ def calibrate(
     needle_lengths: options.NeedleLengths = None,
     needle_count: options.NeedleCount = 20,
     tasks: options.Tasks = None,
-    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
-    ] = None,
+    system: options.System = None,
+    prompt_template: options.PromptTemplate = None,
     model: options.Model = "smollm2-135m",
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
@@ -131,9 +125,7 @@ def calibrate(
             help="Longest answer, and longest part of a reference, in tokens.", rich_help_panel=ANSWERS
         ),
     ] = 32,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
-    ] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find the fastest settings for a model on documents that lose no more than --max-drop.
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marsinfer_cli import options
-from marsinfer_cli.options import ANSWERS, LOGS, METHOD, PROMPTS, READING, RUN
+from marsinfer_cli import completion, options
+from marsinfer_cli.options import ANSWERS, FILES, METHOD, READING, RUN
 
 if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
     from pipeline.quality.check_config import CheckConfig
 
-GATE, REPORTS = "Gate", "Files"
+GATE = "Gate"
 
 
 def check(
@@ -24,39 +24,27 @@ def check(
             metavar="DATA", help="Files, globs, folders or URLs, as of batch; without, give --suite."
         ),
     ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of the document.", rich_help_panel=READING)
-    ] = "text",
-    question_column: Annotated[
-        str | None, typer.Option(help="Column of the question.", rich_help_panel=READING)
-    ] = None,
-    question: Annotated[
-        str | None, typer.Option(help="One question for all rows.", rich_help_panel=READING)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the id; else file and row number.", rich_help_panel=READING)
-    ] = None,
-    reference_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the right answer, or of a list of them; without, dense's answers count as right.",
-            rich_help_panel=READING,
-        ),
-    ] = None,
+    text_column: options.TextColumn = "text",
+    question_column: options.QuestionColumn = None,
+    question: options.Question = None,
+    id_column: options.IdColumn = None,
+    reference_column: options.ReferenceColumn = None,
     task_column: Annotated[
         str | None,
-        typer.Option(help="Column of a name to group rows by; else the file's.", rich_help_panel=READING),
+        typer.Option(
+            help="Column of a name to group rows by.", show_default="the file's name", rich_help_panel=READING
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
-    ] = None,
-    limit_per_task: Annotated[
-        int | None,
         typer.Option(
-            metavar="N", help="N rows of each task, of as many documents as can be.", rich_help_panel=READING
+            metavar="N",
+            help="First N rows of DATA and of each suite.",
+            show_default="all rows",
+            rich_help_panel=READING,
         ),
     ] = None,
+    limit_per_task: options.LimitPerTask = None,
     document_shard: options.DocumentShard = None,
     seed: Annotated[
         int,
@@ -67,10 +55,8 @@ def check(
     needle_lengths: options.NeedleLengths = None,
     needle_count: options.NeedleCount = 20,
     tasks: options.Tasks = None,
-    system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=PROMPTS)] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Jinja prompt, as of batch.", rich_help_panel=PROMPTS)
-    ] = None,
+    system: options.System = None,
+    prompt_template: options.PromptTemplate = None,
     model: options.Model = "smollm2-135m",
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
@@ -82,7 +68,9 @@ def check(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Name (see `marsinfer methods`) or FILE.py:Class; marsinfer unless given.",
+            help="Name (see `marsinfer methods`) or FILE.py:Class.",
+            autocompletion=completion.methods,
+            show_default="marsinfer",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -92,6 +80,7 @@ def check(
         typer.Option(
             metavar="FILE",
             help="Method, settings and precisions as calibrate found them, instead of flags.",
+            show_default="none",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -117,6 +106,7 @@ def check(
             "agreement: share of the tokens at which dense chooses the same (the default without "
             "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
             "edit-similarity, choice. All are means over rows.",
+            show_default="by the rows",
             rich_help_panel=GATE,
         ),
     ] = None,
@@ -125,7 +115,8 @@ def check(
         typer.Option(
             metavar="Npt|N%",
             help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's; "
-            "nll takes %, of its rise. Default 1pt, 1% for nll.",
+            "nll takes %, of its rise.",
+            show_default="1pt, 1% for nll",
             rich_help_panel=GATE,
         ),
     ] = None,
@@ -140,24 +131,35 @@ def check(
         typer.Option(
             metavar="FILE",
             help="Parquet file of dense's results: made if it is not there, else used instead of running.",
-            rich_help_panel=REPORTS,
+            show_default="none",
+            rich_help_panel=FILES,
         ),
     ] = None,
     overwrite_baseline: Annotated[
         bool,
-        typer.Option("--overwrite-baseline", help="Make the baseline anew.", rich_help_panel=REPORTS),
+        typer.Option("--overwrite-baseline", help="Make the baseline anew.", rich_help_panel=FILES),
     ] = False,
     json_file: Annotated[
         str | None,
-        typer.Option("--json", metavar="FILE", help="Result as JSON; - prints it.", rich_help_panel=REPORTS),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Result as JSON; - prints it.",
+            show_default="none",
+            rich_help_panel=FILES,
+        ),
     ] = None,
     junit: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Gates as JUnit XML.", rich_help_panel=REPORTS)
+        str | None,
+        typer.Option(metavar="FILE", help="Gates as JUnit XML.", show_default="none", rich_help_panel=FILES),
     ] = None,
     markdown: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Tables as Markdown, added to the end of FILE.", rich_help_panel=REPORTS
+            metavar="FILE",
+            help="Tables as Markdown, added to the end of FILE.",
+            show_default="none",
+            rich_help_panel=FILES,
         ),
     ] = None,
     resume: Annotated[
@@ -168,9 +170,7 @@ def check(
             rich_help_panel=RUN,
         ),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)
-    ] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fail where a method is less accurate than dense, on the same rows, by more than --max-drop.
 

@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from marsinfer_cli import completion, options
+
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Tell all about one method, its parameters too.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Tell all about one method, its parameters too.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all parameters.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List the pruning methods, or tell what one does and what can be set."""
     from pipeline.pruning.registry import method_class, method_names

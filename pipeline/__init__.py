@@ -1,6 +1,18 @@
 """marsinfer: batch answers over long documents with token-pruned prefill.
 
-    from pipeline import run_batch, load_model
+    from pipeline import load_model, make_method, run_batch
+
+    model = load_model("smollm2-135m")
+    method = make_method("marsinfer", {"start_layer": 20})
+    summary = run_batch("in.parquet", "out.parquet", model=model, method=method, question_column="question")
+    print(summary.as_dict())
+
+`run_batch` is what `marsinfer batch` runs, and takes its settings under the same names: the fields of
+`BatchConfig`. `load_model` keeps a model for several runs. `make_method` makes a pruning method by name; one
+of your own is a class like those in pipeline/pruning/, whose contract is in pipeline/pruning/base.py.
+
+Whatever a user can act on is raised as a `MarsError`, whose kinds are in pipeline/errors.py. Tokens are those
+of the model's tokenizer, times in milliseconds (`..._ms`) or seconds (`..._s`), sizes in bytes.
 
 Names are loaded on first use, so that importing the package costs nothing.
 """
@@ -31,3 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

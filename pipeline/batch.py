@@ -54,12 +54,20 @@ def run_batch(
 ) -> Summary:
     """Answer every document of `input` and write `output`; what `marsinfer batch` runs.
 
-    `options` are the fields of `BatchConfig`, which are the command's flags. `model` may be a model that
-    `load_model` returned, `method` a method object; without one it is that of `profile`, with its settings
-    and precisions, or else marsinfer. `progress` is called after every pack with the running summary, `note`
-    with what a user should know, `check` often, between layers too: it may raise to end the run. A row that
-    cannot be answered becomes an error row. After a MarsError the finished rows are in the journal, from
-    which `resume=True` goes on.
+    `input` is a file, glob, folder or URL, or several; `output` a .parquet, .arrow, .arrows or .jsonl file or
+    URL, whose columns are the fields of pipeline.records.Answer. `options` are the other fields of
+    `BatchConfig`, which are the command's flags. `model` may be a model that `load_model` returned, `method`
+    a method object; without one it is that of `profile`, with its settings and precisions, or else marsinfer.
+
+    `progress` is called after every pack with the running summary, `note` with what a user should know,
+    `check` often, between layers too: it may raise to end the run.
+
+    Returns the summary: counts of rows and tokens, `seconds`, percentiles of TTFT in milliseconds; its
+    `as_dict` gives plain values. A row that cannot be answered becomes an error row, and raises nothing.
+
+    Raises ConfigError, InputError or ModelError before any row is answered, LockedError where another run
+    writes the same output, StorageError where it cannot be written, TooManyErrors by `max_errors`. After a
+    MarsError the finished rows are in the journal, from which `resume=True` goes on.
     """
     options["model"] = model if isinstance(model, str) else model.name
     if method is None:

@@ -25,7 +25,15 @@ ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The settings of `marsinfer batch`, named as its flags. Raises ConfigError for one that cannot work."""
+    """The settings of `marsinfer batch`, named as its flags, whose --help explains them.
+
+    `input` are files, globs, folders or URLs, `output` a file or a URL; a question comes from `question`,
+    `question_column` or a `prompt_template`. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows
+    (`limit`, `sample`), `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8,
+    `max_errors` text such as 20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+
+    Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
+    """
 
     input: tuple[str, ...]
     output: str
@@ -78,6 +86,7 @@ class BatchConfig:
     group: str = "auto"  # rows about the same document: answered together where that is cheaper
     sort_by_document: bool = False  # so that such rows are near each other, wherever they stand
     order: str = "input"
+    save_selection: bool = False  # which tokens each layer computed, and their text: see tiers.py
     overwrite: bool = False
     resume: bool = False
     retry_errors: bool = False
@@ -113,6 +122,8 @@ class BatchConfig:
             check_between("--sparse-attention", self.sparse_attention, 0, 1)
             if "sparse_attention" in self.settings:
                 raise ConfigError("--sparse-attention and --set sparse_attention exclude each other")
+        if self.save_selection and self.output.lower().endswith(".jsonl"):
+            raise ConfigError(f"--save-selection writes bytes, which {self.output} cannot hold: use .parquet")
         check_method_name(self.method)
         self._check_questions()
         self._check_continuing()

@@ -5,7 +5,13 @@ from difflib import get_close_matches
 
 
 class MarsError(Exception):
-    """Base of every error with a message meant for the user: cause, place and remedy in one line."""
+    """Base of every error with a message meant for the user: cause, place and remedy in one line.
+
+    `exit_code` is what the command ends with. The kinds: ConfigError, InputError and ModelError (2),
+    TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError (8), and
+    Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row raises
+    nothing: it becomes a row of the output whose status is `error`.
+    """
 
     exit_code = 1
 

@@ -71,7 +71,8 @@ class Preparation(Setup):
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
         metadata = json.dumps(describe_run(self.config, self.model, self.decides()))
-        return output_schema(self.source.schema, {"marsinfer": metadata})
+        keeps = self.config.save_selection
+        return output_schema(self.source.schema, {"marsinfer": metadata}, save_selection=keeps)
 
 
 def prepare(config: BatchConfig, source: Source, model: str | Model, method: PruningMethod) -> Preparation:

@@ -143,6 +143,11 @@ class Answer:
     parts: list[PartAnswer] | None = None
     guard: str | None = None
     row_hash: str | None = None
+    # from here on only with --save-selection
+    selection: list[bytes] | None = field(default=None, repr=False)  # as tiers.py packs it
+    prompt_text: str | None = field(default=None, repr=False)
+    prompt_token_chars: list[int] | None = field(default=None, repr=False)
+    prompt_spans: list[int] | None = None
     passthrough: pa.RecordBatch | None = field(default=None, repr=False)
 
     @classmethod

@@ -133,7 +133,7 @@ class Tally:
 
 
 class Summary(Tally):
-    """Running totals of a batch."""
+    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
 
     def __init__(self, *, method: str, output: str) -> None:
         super().__init__()
@@ -159,7 +159,10 @@ class Summary(Tally):
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
 
     def ttft_ms(self, percentile: float, latest: int = 0) -> float | None:
-        """Percentile of the TTFT of answered rows, of all or of the `latest`; None without rows."""
+        """Percentile (0 to 100) of answered rows' TTFT in milliseconds, of all or of the `latest`.
+
+        None without rows.
+        """
         if not self._ttft_ms:
             return None
         return float(np.percentile(np.frombuffer(self._ttft_ms, np.float32)[-latest:], percentile))

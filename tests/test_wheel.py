@@ -66,6 +66,13 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
     assert sorted(name for name in held if name.endswith(".py") and name not in MODULES) == []
 
 
+def test_the_wheel_holds_the_templates_of_pages(wheel: Path) -> None:
+    templates = {path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob("pipeline/**/templates/*")}
+    assert templates
+    with zipfile.ZipFile(wheel) as archive:
+        assert sorted(templates - set(archive.namelist())) == []
+
+
 def test_the_installed_command_lists_its_commands(environment: Path, tmp_path: Path) -> None:
     printed = run(environment / "bin" / "marsinfer", "--help", cwd=tmp_path).split()
     assert "batch" in printed

@@ -129,10 +129,11 @@ class Backlog:
         self._again.extend(blocks)
 
     def take(self, workers: int, block_tokens: int) -> Block:
-        """The next block: half of a worker's share of all tokens that wait, but at most `block_tokens`."""
+        """The next block: half of a worker's share of all that wait, and at most `block_tokens`."""
         if self._again:
             return self._again.popleft()
-        window, wanted = self._windows[0], min(block_tokens, self._tokens / workers / 2)
+        share = self._tokens / (2 * workers) if workers > 1 else self._tokens
+        window, wanted = self._windows[0], min(block_tokens, share)
         units = [window.units.popleft()]
         tokens = unit_tokens(units[0])
         while window.units and tokens + unit_tokens(window.units[0]) <= wanted:

@@ -16,6 +16,7 @@ import torch
 from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.grouped import Shared, answer_groups, rehearse_group
+from pipeline.engines.keeping import keep_selection
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.grouping import Group, Way
@@ -59,12 +60,14 @@ class LocalEngine:
         row_timeout: float | None = None,
         kv_memory: int | None = None,
         group: bool = False,
+        save_selection: bool = False,
         check: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """With `group`, rows about the same document are answered together where that is cheaper."""
         self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
         self.row_timeout, self.check, self.note = row_timeout, check, note
+        self.save_selection = save_selection
         self.times = EngineTimes()
         shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
         self.packer = Packer.on(
@@ -195,7 +198,16 @@ class LocalEngine:
         started = self.now()
         pack = Pack.of(documents, self.model.device)
         limits = self.packer.limits
-        prefilled = prefill(adapter, attention, self.method, pack, rules.max_new_tokens, check, limits)
+        prefilled = prefill(
+            adapter,
+            attention,
+            self.method,
+            pack,
+            rules.max_new_tokens,
+            check,
+            limits,
+            marks=self.save_selection,
+        )
         return self.generate(documents, prefilled, started, rules, check)
 
     def generate(
@@ -226,6 +238,8 @@ class LocalEngine:
             self._finish(row, tokens)
         if shared is not None:
             self._tell_shared(rows, shared)
+        elif self.save_selection:
+            keep_selection(rows, documents, prefilled, self.model)
         self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
         return rows
 

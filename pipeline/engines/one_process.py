@@ -132,7 +132,9 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
-        group=config.group == "auto",
+        # marks are kept of rows that run on their own alone
+        group=config.group == "auto" and not config.save_selection,
+        save_selection=config.save_selection,
         check=check,
         note=note,
     )

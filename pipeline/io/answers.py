@@ -68,6 +68,10 @@ _TYPES = {
     "parts": pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)])),
     "guard": pa.string(),
     "row_hash": pa.string(),
+    "selection": pa.list_(pa.binary()),
+    "prompt_text": pa.large_string(),
+    "prompt_token_chars": _INT_LISTS,
+    "prompt_spans": _INT_LISTS,
 }
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
@@ -77,17 +81,23 @@ ANSWER_FIELDS = tuple(
     if field.name != "passthrough"
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
+SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 
-def output_schema(passthrough: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
+def output_schema(
+    passthrough: pa.Schema, metadata: Mapping[str, str], *, save_selection: bool = False
+) -> pa.Schema:
     """The columns of an output file: the answer's own, then those copied from the input."""
-    return pa.schema([*ANSWER_FIELDS, *passthrough], metadata=dict(metadata))
+    own = [field for field in ANSWER_FIELDS if save_selection or field.name not in SELECTION_NAMES]
+    return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
 
 def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
     """One row an answer; answers without copied columns have nulls there."""
-    own = [_column(answers, field) for field in ANSWER_FIELDS]
-    copied = pa.schema(list(schema)[len(ANSWER_FIELDS) :])
+    names = set(schema.names)
+    fields = [field for field in ANSWER_FIELDS if field.name in names]
+    own = [_column(answers, field) for field in fields]
+    copied = pa.schema(list(schema)[len(fields) :])
     return pa.Table.from_arrays([*own, *_copied(answers, copied)], schema=schema)
 
 
@@ -96,6 +106,8 @@ def answer_bytes(answer: Answer) -> int:
     texts = sum(
         len(held.answer or "") + len(held.error_message or "") for held in (answer, *(answer.parts or ()))
     )
+    texts += len(answer.prompt_text or "") + 4 * len(answer.prompt_token_chars or ())
+    texts += sum(map(len, answer.selection or ()))
     if answer.passthrough is None:
         return texts
     copied = (column for column in answer.passthrough.columns if not pa.types.is_dictionary(column.type))

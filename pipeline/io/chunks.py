@@ -66,11 +66,19 @@ def scan_part(path: Path) -> Iterator[Chunk]:
     size = path.stat().st_size
     end = 0
     with path.open("rb") as part:
-        while (chunk := _next_chunk(part, end, size)) is not None:
+        for chunk in whole_chunks(part, size):
             end = chunk.end
             yield chunk
     if end < size:
         os.truncate(path, end)
+
+
+def whole_chunks(part: BinaryIO, size: int) -> Iterator[Chunk]:
+    """All whole chunks of the first `size` bytes up to the first that is not; nothing is changed."""
+    end = 0
+    while (chunk := _next_chunk(part, end, size)) is not None:
+        end = chunk.end
+        yield chunk
 
 
 def _next_chunk(part: BinaryIO, offset: int, size: int) -> Chunk | None:

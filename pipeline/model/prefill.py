@@ -55,8 +55,9 @@ class Begun:
     work: Work
 
     @classmethod
-    def afresh(cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache) -> Begun:
-        return cls(layers=0, hidden_TD=adapter.embed(pack.input_ids), cache=cache, work=Work())
+    def afresh(cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache, marks: bool = False) -> Begun:
+        work = Work(marks=[] if marks else None)
+        return cls(layers=0, hidden_TD=adapter.embed(pack.input_ids), cache=cache, work=work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,14 @@ def prefill(
     new_tokens: int = 0,
     check: Callable[[], None] = lambda: None,
     limits: KvLimits | None = None,
+    marks: bool = False,
     begun: Begun | None = None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`, or on from where they have `begun`.
 
     The cache gets room for `new_tokens` more tokens a document, and offloads to the host what exceeds
-    `limits`. `check` is called before every layer, and may raise to give the pack up. Nothing is copied to
+    `limits`. `check` is called before every layer, and may raise to give the pack up. With `marks` the work
+    of each pass holds who was computed in each layer, a byte a token, on the device. Nothing is copied to
     the host for a method that keeps all tokens alive and counts them beforehand; a token that is dropped
     keeps its position, unless the method begins anew.
     """
@@ -121,7 +124,7 @@ def prefill(
                 itemsize=adapter.dtype.itemsize,
                 score=partial(method.select_decode, state=state),
             )
-            begun = Begun.afresh(adapter, pack, cache)
+            begun = Begun.afresh(adapter, pack, cache, marks)
         passes.append(begun.work)
         outcome = run_layers(adapter, attention, method, pack, state, begun, check)
         if isinstance(outcome, Selection):
@@ -181,6 +184,7 @@ def run_layers(
         selection = method.select(layer, view, state)
         if selection.restart is not None:
             work.count(view, view.all_indices[:0])
+            work.mark(view, selection.restart, view.all_indices[:0], None)
             return selection
         if selection.blocks is not None:
             cache.settle(layer, selection.blocks)
@@ -193,6 +197,7 @@ def run_layers(
             feed_forward_(adapter, layer, hidden_TD, selection.ffn_fp8, fp8=True)
         counts = None if parked is None else parked.counts
         work.count(view, ffn, selection.ffn_fp8, pairs_B=pairs_B, parked=counts)
+        work.mark(view, selection.live, ffn, selection.ffn_fp8)
         if selection.live is not None:
             segments = surviving(segments, selection.live, selection.live_lengths)
             if selection.parks:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.bench.flops import LayerWork
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.base import LayerView
+from pipeline.tiers import FFN, FP8, LIVE
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,7 @@ class Work:
         default_factory=list
     )  # those of attention, where not all causal ones
     parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+    marks: list[Tensor] | None = None  # (T,) uint8 of the tokens that entered, where they are asked for
 
     def ffn(self) -> list[list[int]]:
         """Of each layer, FFN tokens of each document; the one copy to the host a pass needs."""
@@ -36,6 +38,17 @@ class Work:
         pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
         columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, strict=True)
         return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
+
+    def mark(self, view: LayerView, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
+        """Note, if that is asked for, who goes on and who passed the feed-forward network (None: all)."""
+        if self.marks is None:
+            return
+        marks_T = torch.zeros(view.segments.total, dtype=torch.uint8, device=view.hidden.device)
+        marks_T[slice(None) if live is None else live] |= LIVE
+        marks_T[slice(None) if ffn is None else ffn] |= FFN
+        if fp8 is not None:
+            marks_T[fp8] |= FFN | FP8
+        self.marks.append(marks_T)
 
     def count(
         self,

@@ -59,7 +59,12 @@ def method_class(name: str) -> type[PruningMethod]:
 
 
 def make_method(name: str, settings: Mapping[str, Any] | None = None) -> PruningMethod:
-    """A method with its settings; text values are converted to each parameter's kind.
+    """A pruning method with its settings, an immutable object that `run_batch` and `prefill` take.
+
+    `name` is one of `method_names()`, or `module:Class` or `FILE.py:Class` of your own. `settings` are its
+    parameters, as values or as text, such as "0.95", "none" or "0.4,0.2" for several; the others keep their
+    defaults, those of the method's source, which its class names in `source`. `marsinfer methods NAME` shows
+    all of them, with what was chosen where the source is silent.
 
     Raises ConfigError for an unknown method or parameter, and for a value that does not fit.
     """

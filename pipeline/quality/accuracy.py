@@ -23,7 +23,7 @@ from pipeline.quality.check_config import CheckConfig
 from pipeline.quality.check_rows import read_rows
 from pipeline.quality.evaluate import Case, CaseScore, evaluate
 from pipeline.quality.forced import Forced
-from pipeline.quality.workbench import DENSE
+from pipeline.quality.workbench import DENSE, slowdown
 
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
 
@@ -52,7 +52,7 @@ class Accuracy:
     divergence: float | None  # KL from dense, nats a token, mean over all cases
     long_ttft_ms: float | None  # median of the cases that count as long
     long_cases: int
-    speed_up: float  # over dense on the same cases, median
+    speed_up: float  # over dense on the same cases, the median weighted by dense's times
     shares: dict[str, float]  # means over all cases, by the names in `SHARES`
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _accuracy(
         divergence=statistics.fmean(divergences) if divergences else None,
         long_ttft_ms=statistics.median(long) if long else None,
         long_cases=len(long),
-        speed_up=statistics.median(b.ttft_ms / s.ttft_ms for b, s in zip(dense, scores, strict=True)),
+        speed_up=1 / slowdown([score.ttft_ms for score in dense], [score.ttft_ms for score in scores]),
         shares={share: statistics.fmean(getattr(score, share) for score in scores) for share in SHARES},
     )
 

@@ -36,7 +36,7 @@ def save_accuracy(path: str, title: str, results: Sequence[Accuracy]) -> None:
             rest = ":".join(member.variant.split(":")[2:])
             axes.annotate(rest, (member.speed_up, member.groups[0].token_drop.drop), fontsize=6)
     axes.axhline(0, linewidth=0.8, color="gray")
-    axes.set(xlabel="times as fast as dense, median TTFT", ylabel="drop of token accuracy, points")
+    axes.set(xlabel="times as fast as dense", ylabel="drop of token accuracy, points")
     axes.legend(fontsize=7)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)

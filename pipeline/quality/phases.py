@@ -65,7 +65,10 @@ class Phases:
             self._fitting(SEARCHED - PROBED, pace_s * SEARCH_RUNS, FEWEST_SEARCHED, MOST_SEARCHED),
             PROBED / 2,
         )
+        began = self.clock.passed
         dense = self._dense(searched)
+        # needles can be far longer than the row of median length
+        pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
         rows = self._probe(searched, dense, pace_s)
         search, count = self._search(searched, dense, rows)
         held_out, verifications = self._verify(search.trials, pace_s * VERIFY_RUNS + answer_s)

@@ -121,7 +121,7 @@ class Search:
 
     def _trial(self, candidate: Candidate, scores: list[CaseScore], slower: float) -> Trial:
         dense = self.dense[: len(scores)]
-        ratio = slowdown(dense, scores) / slower
+        ratio = slowdown([s.ttft_ms for s in dense], [s.ttft_ms for s in scores]) / slower
         drops = self.bounds.drops(dense, scores)
         return Trial(
             candidate=candidate,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipeline.quality.bounds import Bounds, Verified, holds
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import HOPELESS, Trial
-from pipeline.quality.workbench import DENSE, Workbench
+from pipeline.quality.workbench import DENSE, Workbench, slowdown
 
 TIMED = 16  # cases, more of which would tell little more of the speed
 
@@ -22,7 +22,7 @@ class Verification:
     scores: tuple[CaseScore, ...]
     gates: tuple[Verified, ...]
     dense_ttft_ms: float  # mean over the cases that both were timed on, in turns
-    ttft_ms: float  # that, times the median ratio of the two
+    ttft_ms: float  # that, times the weighted median ratio of the two
     complete: bool
     holds: bool  # within every bound, and faster than dense
 
@@ -97,7 +97,7 @@ class Verifier:
         complete = len(scores) == len(self.cases)
         gates = tuple(self.bounds.verify(dense, scores, self.seed))
         dense_ms = statistics.fmean(before for before, _ in timed) if timed else 0.0
-        ttft_ms = dense_ms * statistics.median(own / before for before, own in timed) if timed else 1.0
+        ttft_ms = dense_ms * slowdown(*zip(*timed, strict=True)) if timed else 1.0
         within = complete and holds(gates, accept_inconclusive=self.accept_inconclusive)
         return Verification(
             trial=trial,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.cost import CostModel, Observation
-from pipeline.quality.evaluate import Case, CaseScore, Evaluated, evaluate_case
+from pipeline.quality.evaluate import Case, Evaluated, evaluate_case
 
 DRIFT_EVERY_S = 10.0
 NOISE = 0.05
@@ -117,9 +116,20 @@ class Drift:
         return self._factor
 
 
-def slowdown(dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> float:
-    """Times to first token over dense's of the same cases: the median, which a busy moment does not move."""
-    return statistics.median(own.ttft_ms / before.ttft_ms for before, own in zip(dense, scores, strict=True))
+def slowdown(before_ms: Sequence[float], own_ms: Sequence[float]) -> float:
+    """Times over dense's of the same cases: the median, which a busy moment does not move.
+
+    Each case counts by the time that dense takes, so that what matters is where a run's time goes.
+    """
+    ratios = sorted((own / before, before) for before, own in zip(before_ms, own_ms, strict=True))
+    half, passed = sum(before_ms) / 2, 0.0
+    for place, (ratio, weight) in enumerate(ratios):
+        passed += weight
+        if passed > half or place + 1 == len(ratios):
+            return ratio
+        if passed == half:
+            return (ratio + ratios[place + 1][0]) / 2
+    raise ValueError("no cases")
 
 
 def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:

@@ -47,10 +47,10 @@ def failing_on(row, error, monkeypatch):
     """A prefill that fails whenever a given document is in the pack."""
     real, culprit = local.prefill, document(20 + row, seed=row, row=row).prompt_tokens
 
-    def prefill(adapter, attention, method, pack, *options):
+    def prefill(adapter, attention, method, pack, *options, **more):
         if culprit in pack.segments.lengths:
             raise error
-        return real(adapter, attention, method, pack, *options)
+        return real(adapter, attention, method, pack, *options, **more)
 
     monkeypatch.setattr(local, "prefill", prefill)
 
@@ -141,9 +141,9 @@ def warm_up_lengths(engine, monkeypatch):
     """Tokens of each document that warms up, and of its answer."""
     seen, real = [], local.prefill
 
-    def prefill(adapter, attention, method, pack, new_tokens, *options):
+    def prefill(adapter, attention, method, pack, new_tokens, *options, **more):
         seen.append((*pack.segments.lengths, new_tokens))
-        return real(adapter, attention, method, pack, new_tokens, *options)
+        return real(adapter, attention, method, pack, new_tokens, *options, **more)
 
     monkeypatch.setattr(local, "prefill", prefill)
     assert engine.warm_up(60)

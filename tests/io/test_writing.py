@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.io import AnswerWriter, Columns, open_source, output_schema
+from pipeline.io.answers import SELECTION_NAMES
 from pipeline.records import Answer, PartAnswer, Row, RowFailure
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]
 NOTHING = pa.schema([])
 
 
-def write(path, answers, passthrough=NOTHING, *, metadata=None, overwrite=False):
-    schema = output_schema(passthrough, metadata or {})
+def write(path, answers, passthrough=NOTHING, *, metadata=None, overwrite=False, **options):
+    schema = output_schema(passthrough, metadata or {}, **options)
     with AnswerWriter(path, schema, overwrite) as writer:
         writer.write(answers)
 
@@ -71,15 +72,21 @@ FULL = Answer(
         PartAnswer(depth=1, start=0, end=2, status="error", error_type="timeout", error_message="late"),
     ],
     row_hash="0f" * 16,
+    selection=[b"\0\xff", b""],
+    prompt_text="Ö fish",
+    prompt_token_chars=[1, 5],
+    prompt_spans=[0, 1, 1, 2],
 )
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_every_field_comes_back(tmp_path, extension):
     path = tmp_path / f"out{extension}"
-    write(path, [FULL, Answer(id="b", row=2)])
+    saves = extension != ".jsonl"  # which cannot hold a selection
+    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves)
     first, second = rows(path)
-    names = [field.name for field in dataclasses.fields(Answer) if field.name != "passthrough"]
+    left_out = {"passthrough", *(() if saves else SELECTION_NAMES)}
+    names = [field.name for field in dataclasses.fields(Answer) if field.name not in left_out]
     expected = {name: getattr(FULL, name) for name in names}
     expected["parts"] = [dataclasses.asdict(part) for part in FULL.parts]
     assert first == expected

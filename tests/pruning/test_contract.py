@@ -10,28 +10,13 @@ import torch
 from conftest import document, pack_of, tiny_model
 
 from pipeline.bench.flops import passes_flops
+from pipeline.doctor.selftest import full, small
 from pipeline.model.prefill import prefill
-from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.registry import make_method, method_names
+from pipeline.pruning.registry import method_names
 
 CUSTOM = f"{Path(__file__).parents[2] / 'examples' / 'custom_method.py'}:KeyNorm"
 NAMES = [*method_names(), CUSTOM]
-# so that short documents are pruned
-SMALL = {
-    "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
-    "fastkv": {"share": "0.5", "kv_share": "0.3", "window": "4"},
-    "gemfilter": {"keep": "7"},
-    "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},
-    "uniprefill": {"first_layer": "1", "every": "1", "p": "0.6", "block": "4", "sink": "3", "window": "5"},
-}
-FULL = {"eta": 1.0, "share": 1.0, "budget": 1.0, "p": 1.0, "kv_share": 1.0, "keep": 1.0, "last_full": 3}
-
-
-def small(name: str) -> PruningMethod:
-    known = {field.name for field in fields(make_method(name))}
-    settings = SMALL.get(name, SMALL["*"])
-    return make_method(name, {key: value for key, value in settings.items() if key in known})
 
 
 class Watching:
@@ -104,10 +89,8 @@ def test_a_run_leaves_no_trace_in_the_next(method, model, sdpa):
 
 
 def test_full_settings_keep_all_and_equal_dense(method, model, sdpa):
-    known = {field.name for field in fields(method)}
-    everything = replace(method, **{key: value for key, value in FULL.items() if key in known})
     pack = pack_of(*documents())
-    dense, pruned = prefill(model, sdpa, Dense(), pack), prefill(model, sdpa, everything, pack)
+    dense, pruned = prefill(model, sdpa, Dense(), pack), prefill(model, sdpa, full(method), pack)
     assert pruned.work.ffn() == dense.work.ffn()
     assert (pruned.logits_BV - dense.logits_BV).abs().max() <= 1e-4
 

@@ -1,0 +1,75 @@
+"""`marsinfer doctor`: what is installed and what works here, as tables or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from marsinfer_cli import options
+from pipeline.errors import MarsError
+
+if TYPE_CHECKING:
+    from pipeline.doctor.examine import Examination
+
+STYLES = {"ok": "green", "absent": "dim", "note": "yellow", "broken": "bold red"}
+WORDS = {"ok": "ok", "absent": "-", "note": "note", "broken": "BROKEN"}
+
+
+def doctor(
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Say what is installed, what this machine can run and why not more, and test that it runs right.
+
+    Exits with 1 where something is broken: a package that cannot be imported, a backend or a method whose
+    results are wrong. What is not there, such as a GPU, is no fault. Takes some seconds, more on a GPU that
+    has to compile its kernels first.
+    """
+    result = _run(quiet=quiet)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        _print(result)
+    if result.broken:
+        names = ", ".join(f"{probe.name} ({probe.group})" for probe, _ in result.broken)
+        raise MarsError(f"broken here: {names}; the report says how")
+
+
+def _run(*, quiet: bool) -> Examination:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pipeline.doctor.examine import examine
+
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("starting") as status:
+        return examine(progress=lambda probe: status.update(escape(f"{probe.group}: {probe.name}")))
+
+
+def _print(result: Examination) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own, and 80 characters would break paths
+        console.width = max(console.width, 120)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("name", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("text", overflow="fold")
+    group = None
+    for probe, finding in result.findings:
+        if probe.group != group:
+            table.add_row(Text(("" if group is None else "\n") + probe.group, style="bold"))
+            group = probe.group
+        style = STYLES[finding.status]
+        plain = "dim" if finding.status == "absent" else ""
+        table.add_row(
+            Text(f"  {probe.name}", style=plain),
+            Text(WORDS[finding.status], style=style),
+            Text(finding.text, style=plain),
+        )
+    console.print(table)
+    if not result.broken:
+        console.print("\nNothing is broken.", style="green", highlight=False)

@@ -1,0 +1,91 @@
+"""`marsinfer report`: what outputs hold, as tables in the terminal or as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from marsinfer_cli.options import FILES
+from pipeline.errors import ConfigError
+
+
+def report(
+    outputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OUTPUT...",
+            help="Outputs of batch, or unfinished ones, whose journal is read; of two, rows are compared.",
+        ),
+    ],
+    html: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page that needs no network; replaces FILE.",
+            show_default="tables in the terminal",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="One row's pruning map, by id or number, of a run with --save-selection.",
+            show_default="all rows",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    open: Annotated[
+        bool, typer.Option("--open", help="Show the page of --html in a browser.", rich_help_panel=FILES)
+    ] = False,
+) -> None:
+    """Report on one output of batch or more: times, shares by layer, errors; two of them row by row."""
+    from pipeline.report.page import check_page, write_page
+    from pipeline.report.reading import opened
+
+    if open and html is None:
+        raise ConfigError("--open shows the page of --html FILE: give that too")
+    if row is not None and len(outputs) != 1:
+        raise ConfigError("--row takes one output, in which that row is")
+    if html is not None:
+        check_page(html, outputs)
+        if row is None:
+            from pipeline.report.svg import check_plotting
+
+            check_plotting()
+    with opened(outputs) as runs:
+        page = _row(runs, row, html) if row is not None else _report(runs, html)
+    if html is None or page is None:
+        return
+    write_page(html, page)
+    if open:
+        import webbrowser
+
+        webbrowser.open(Path(html).resolve().as_uri())
+
+
+def _report(runs: list, html: str | None) -> str | None:
+    from pipeline.report.report import make_report, report_page
+
+    made = make_report(runs)
+    if html is not None:
+        return report_page(made)
+    from marsinfer_cli.report_tables import print_report
+
+    print_report(made)
+    return None
+
+
+def _row(runs: list, row: str, html: str | None) -> str | None:
+    from pipeline.report.pruning_map import find_row, map_page
+
+    (run,) = runs
+    found = find_row(run, row)
+    if html is not None:
+        return map_page(run, found)
+    from marsinfer_cli.report_tables import print_row
+
+    print_row(found)
+    return None

@@ -1,0 +1,148 @@
+"""Which attention backends, precisions and kernels can run here, each tried on small tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.bench.attention import IN_FP8, attention_shape, available
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.tiny import device, distance, stock_logits, subject
+from pipeline.errors import ConfigError
+from pipeline.kernels.modules import kernels_for
+from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
+from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.graphs import DecodeStats, recorder_for
+from pipeline.model.loading import attention_for, pick_dtype
+from pipeline.pruning.dense import Dense
+
+# of stock logits in float32, as `distance` reckons: well above what rounding does in four sharp layers
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
+FP8_TOLERANCE = 0.6  # three bits of a mantissa, in every product of those layers
+SPARSE_TOKENS, SPARSE_HEADS, SPARSE_HEAD_DIM, SPARSE_MASS = 1031, (4, 2), 64, 0.5
+SPARSE_TOLERANCE = 0.01
+SAME_BLOCKS = 0.95  # share of them that the estimate in bfloat16 must choose as that in float32
+TAKEN = "; what --attention auto takes"
+NEW_TOKENS = 40  # enough for a decode step to be captured, and replayed
+
+
+def attention(name: str) -> Finding:
+    """One backend, by the trial that `--attention auto` makes too, on the heads of a 7B model."""
+    target, shape = device(), attention_shape("qwen2-7b")
+    in_fp8 = name.endswith(IN_FP8)
+    dtype = torch.bfloat16 if in_fp8 else pick_dtype("auto", target)
+    found, refused = available([name], shape, device=target, dtype=dtype)
+    if found:
+        chosen = attention_for("auto", target, dtype, shape, fp8=in_fp8)[0].name == name
+        return Finding(
+            status="ok", text=f"agrees with the reference in {_named(dtype)}{TAKEN if chosen else ''}"
+        )
+    # the one that needs nothing but torch, and that auto falls back on
+    return Finding(status="broken" if name == "sdpa" else "absent", text=refused[name])
+
+
+def precision(dtype: str) -> Finding:
+    """A small model's prefill in this dtype, against transformers in float32 on the same device."""
+    try:
+        logits = subject(dtype).prefill(Dense()).logits_BV
+    except ConfigError as error:
+        return Finding(status="absent", text=str(error))
+    return _judged(distance(logits, stock_logits()), TOLERANCES[dtype], "transformers", _speed(dtype))
+
+
+def _speed(dtype: str) -> str:
+    """What a user should know of a dtype that works."""
+    target = device()
+    if target.type == "cpu":
+        return "; the default here" if dtype == "float32" else "; no faster than float32 on most CPUs"
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "; emulated on this GPU, so slow: --dtype float16 is faster"
+    return "; the default here" if dtype == "bfloat16" else ""
+
+
+def fp8_linears() -> Finding:
+    """`--linear-dtype fp8` on a small model, against transformers in float32."""
+    tried = subject("bfloat16")
+    try:
+        tried.adapter.use_fp8(linears=True, ffn=False, keep=True)
+    except ConfigError as error:
+        return Finding(status="absent", text=str(error).removeprefix("fp8 cannot be used here: "))
+    try:
+        logits = tried.prefill(Dense()).logits_BV
+    finally:
+        tried.adapter.use_fp8(linears=False, ffn=False)
+    return _judged(distance(logits, stock_logits()), FP8_TOLERANCE, "transformers")
+
+
+def sparse_attention() -> Finding:
+    """The kernels of block-sparse attention, against plain torch on the CPU with the same blocks."""
+    target = device()
+    if target.type == "cpu":
+        return Finding(status="absent", text="needs a GPU; on the CPU the same is computed in plain torch")
+    heads, kv_heads = SPARSE_HEADS
+    generator = torch.Generator().manual_seed(0)
+    joined = torch.randn(SPARSE_TOKENS, heads + 2 * kv_heads, SPARSE_HEAD_DIM, generator=generator)
+    q, k, v = joined.to(target, torch.bfloat16).split((heads, kv_heads, kv_heads), dim=1)
+    if kernels_for(q, "triton_sparse") is None:
+        return Finding(status="absent", text="Triton cannot be imported: plain torch computes it, slowly")
+    blocks = choose_blocks(q, k, SPARSE_MASS)
+    q_host, k_host, v_host = (x.cpu().float() for x in (q, k, v))
+    same = _same_blocks(blocks, choose_blocks(q_host, k_host, SPARSE_MASS))
+    if not same >= SAME_BLOCKS:
+        text = f"only {same:.0%} of the blocks chosen are those that the reference chooses"
+        return Finding(status="broken", text=text, facts={"same_blocks": same})
+    on_host = BlockLists(blocks.indices.cpu(), blocks.counts.cpu())
+    expected = block_sparse_attention(q_host, k_host, v_host, on_host)
+    off = distance(block_sparse_attention(q, k, v, blocks).cpu(), expected)
+    return _judged(off, SPARSE_TOLERANCE, "the reference")
+
+
+def _same_blocks(blocks: BlockLists, expected: BlockLists) -> float:
+    """Share of the blocks of either that are in both."""
+    got, wanted = (_as_masks(x) for x in (blocks, expected))
+    return ((got & wanted).sum() / (got | wanted).sum()).item()
+
+
+def _as_masks(blocks: BlockLists) -> torch.Tensor:
+    """(H, M, N) bool on the CPU: what is listed."""
+    indices_HMN, counts_HM = blocks.indices.cpu().long(), blocks.counts.cpu()
+    count = indices_HMN.shape[-1]
+    # entries behind the last valid one are `count`: a column of its own, cut off again
+    masks = torch.zeros(*indices_HMN.shape[:-1], count + 1, dtype=torch.bool)
+    valid = torch.arange(count) < counts_HM[..., None]
+    return masks.scatter_(-1, indices_HMN.masked_fill(~valid, count), True)[..., :count]
+
+
+def cuda_graphs() -> Finding:
+    """Decode steps replayed from a CUDA graph, against the same steps launched one by one."""
+    target = device()
+    if target.type == "cpu":
+        return Finding(status="absent", text="need a GPU")
+    tried = subject()
+    prefilled = tried.prefill(Dense(), NEW_TOKENS)
+    if recorder_for(target, tried.attention, prefilled.cache) is None:
+        text = f"need FlashAttention-3, and attention is {tried.attention.name}: each kernel is launched"
+        return Finding(status="absent", text=text)
+    stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)
+    replayed = greedy_answers(*tried, prefilled, rules, stats=stats)
+    if not stats.replayed_steps:
+        text = f"a step could not be captured, so each kernel is launched: {stats.failure}"
+        return Finding(status="note", text=text)
+    launched = greedy_answers(*tried, tried.prefill(Dense(), NEW_TOKENS), rules, graphs=False)
+    if [answer.tokens for answer in replayed] != [answer.tokens for answer in launched]:
+        return Finding(status="broken", text="replayed steps give other tokens than launched ones")
+    return Finding(status="ok", text=f"{stats.replayed_steps} steps replayed, the same tokens as launched")
+
+
+def _judged(off: float, tolerance: float, reference: str, more: str = "") -> Finding:
+    facts = {"off": off, "tolerance": tolerance}
+    if off <= tolerance:
+        return Finding(
+            status="ok", text=f"within {tolerance:g} of {reference} ({off:.2g}){more}", facts=facts
+        )
+    return Finding(
+        status="broken", text=f"off {reference} by {off:.3g}, more than {tolerance:g}", facts=facts
+    )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

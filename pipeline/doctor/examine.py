@@ -1,0 +1,137 @@
+"""All probes in child processes: one that crashes or hangs is found broken, and the others go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from pipeline.doctor.findings import Finding, Probe
+from pipeline.doctor.probes import all_probes
+
+FORMAT = 1  # of `as_dict`, to be raised when a key changes its meaning or goes
+PROBE_TIMEOUT_S = 180.0  # the first that touches a GPU loads its libraries, some compile kernels
+START_TIMEOUT_S = 60.0
+LAST_WORDS = 2000  # bytes of what a child that died printed, of which the last line is told
+# the caller's own path, lest a folder called pipeline where the command runs be taken for this package
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from pipeline.doctor.child import main; main(sys.argv[2:])"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What all probes found, in their order."""
+
+    findings: tuple[tuple[Probe, Finding], ...]
+
+    @property
+    def broken(self) -> tuple[tuple[Probe, Finding], ...]:
+        return tuple(pair for pair in self.findings if pair[1].status == "broken")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, under keys that stay as they are while `format` does."""
+        checks = [
+            {"group": probe.group, "name": probe.name, **asdict(finding)} for probe, finding in self.findings
+        ]
+        return {"format": FORMAT, "ok": not self.broken, "checks": checks}
+
+
+def examine(
+    probes: Sequence[Probe] | None = None,
+    *,
+    progress: Callable[[Probe], None] = lambda probe: None,
+    timeout_s: float = PROBE_TIMEOUT_S,
+) -> Examination:
+    """Run `probes`, by default all; `progress` is called before each, `timeout_s` bounds each of them.
+
+    Never raises because of what is probed: an error, a crash, a hang are findings.
+    """
+    left = list(all_probes() if probes is None else probes)
+    findings: list[tuple[Probe, Finding]] = []
+    while left:
+        # a probe may take its child down, or leave it a GPU that is unusable: the rest get another one
+        done = _in_child(left, progress, timeout_s)
+        findings += zip(left, done, strict=False)
+        left = left[len(done) :]
+    return Examination(findings=tuple(findings))
+
+
+def _in_child(probes: Sequence[Probe], progress: Callable[[Probe], None], timeout_s: float) -> list[Finding]:
+    """What the first of `probes` find, at least one of them."""
+    words = [json.dumps(sys.path), *(json.dumps(asdict(probe)) for probe in probes)]
+    with tempfile.TemporaryFile() as printed:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", BOOT, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            encoding="utf-8",
+        )
+        try:
+            return list(_findings_of(child, printed, probes, progress, timeout_s))
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _findings_of(
+    child: subprocess.Popen[str],
+    printed: IO[bytes],
+    probes: Sequence[Probe],
+    progress: Callable[[Probe], None],
+    timeout_s: float,
+) -> Iterator[Finding]:
+    """What a child says, until it has said all, ends, or is found hanging."""
+    said, begun, ended = _lines_of(child), 0, 0
+    while ended < len(probes):
+        wait_s = timeout_s if begun > ended else START_TIMEOUT_S
+        try:
+            line = said.get(timeout=wait_s)
+        except queue.Empty:
+            yield Finding(status="broken", text=f"took longer than {wait_s:g} s, and was stopped")
+            return
+        if line is None:
+            code = child.wait()
+            if code or not ended:  # else it has left a GPU that was unusable
+                yield Finding(status="broken", text=_end_of(code, printed))
+            return
+        told = json.loads(line)
+        if "begin" in told:
+            begun += 1
+            progress(probes[told["begin"]])
+        else:
+            ended = told.pop("end") + 1
+            yield Finding(**told)
+
+
+def _lines_of(child: subprocess.Popen[str]) -> queue.Queue[str | None]:
+    """What a child says, line by line, and None at its end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    stream = child.stdout
+    assert stream is not None
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _end_of(code: int, printed: IO[bytes]) -> str:
+    """How a child died, with the last line that it printed."""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - LAST_WORDS))
+    last = printed.read().decode(errors="replace").strip().rpartition("\n")[2].strip()
+    return f"its process {how}" + (f": {last}" if last else "")

@@ -1,0 +1,112 @@
+"""Which packages are installed, whether they can be imported, and what the missing ones would give."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.doctor.findings import Finding, one_line
+
+# distribution: module
+REQUIRED = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "pyarrow": "pyarrow",
+    "gguf": "gguf",
+    "numpy": "numpy",
+    "fsspec": "fsspec",
+    "jinja2": "jinja2",
+    "psutil": "psutil",
+    "rich": "rich",
+    "typer": "typer",
+}
+
+
+class Optional(NamedTuple):
+    """A package that marsinfer runs without."""
+
+    module: str
+    extra: str | None  # of marsinfer, by which it is installed
+    gives: str
+
+
+OPTIONAL = {
+    "triton": Optional("triton", None, "kernels of our own on a GPU; torch's CUDA builds bring it"),
+    "fa3-fwd": Optional("fa3_fwd_interface", "hopper", "FlashAttention-3 on Hopper, with CUDA graphs"),
+    "flash-attn": Optional("flash_attn", "flash", "FlashAttention-2, for GPUs other than Hopper"),
+    "s3fs": Optional("s3fs", "s3", "s3:// URLs"),
+    "gcsfs": Optional("gcsfs", "gs", "gs:// URLs"),
+    "aiohttp": Optional("aiohttp", "http", "https:// URLs"),
+    "matplotlib": Optional("matplotlib", "plot", "--plot of bench and calibrate"),
+    "rapidfuzz": Optional("rapidfuzz", "quality", "check's edit similarity"),
+    "rouge-score": Optional("rouge_score", "quality", "check's ROUGE-L"),
+}
+
+
+def marsinfer() -> Finding:
+    """This package itself, and where it runs from."""
+    place = str(Path(__file__).parents[2])
+    try:
+        installed = version("marsinfer")
+    except PackageNotFoundError:
+        text = f"not installed, run from {place}: --version and version checks have nothing to go by"
+        return Finding(status="note", text=text, facts={"version": None, "path": place})
+    return Finding(status="ok", text=f"{installed}, {place}", facts={"version": installed, "path": place})
+
+
+def python() -> Finding:
+    """The interpreter and the system."""
+    facts = {
+        "version": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+    }
+    return Finding(status="ok", text="{version}, {executable}, {platform}".format(**facts), facts=facts)
+
+
+def package(name: str) -> Finding:
+    """One package: broken where it is installed and cannot be imported, or is needed and not there."""
+    optional = OPTIONAL.get(name)
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        if optional is None:
+            text = "not installed, and nothing works without it: pip install marsinfer again"
+            return Finding(status="broken", text=text, facts={"version": None})
+        how = f" (pip install '.[{optional.extra}]')" if optional.extra else ""
+        text = f"not installed; it gives {optional.gives}{how}"
+        missing = {"version": None, "extra": optional.extra, "gives": optional.gives}
+        return Finding(status="absent", text=text, facts=missing)
+    facts = {"version": installed}
+    try:
+        import_module(optional.module if optional else REQUIRED[name])
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a package does when it is imported
+        text = f"{installed} is installed, but cannot be imported: {one_line(error)}"
+        return Finding(status="broken", text=text, facts=facts)
+    wanted = _wanted(name)
+    if wanted is not None and not _fits(installed, wanted):
+        return Finding(status="note", text=f"{installed}, and tested is {wanted}", facts=facts)
+    return Finding(status="ok", text=installed, facts=facts)
+
+
+def _wanted(name: str) -> str | None:
+    """The versions of a package that marsinfer asks for, as `>=1,<2`."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("marsinfer") or []
+    except PackageNotFoundError:
+        return None
+    found = [Requirement(line) for line in lines]
+    return next((str(wanted.specifier) for wanted in found if wanted.name == name), None)
+
+
+def _fits(installed: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(installed, prereleases=True)

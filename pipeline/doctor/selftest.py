@@ -1,0 +1,78 @@
+"""Pruned prefills of a tiny model: full settings must equal dense, small ones must prune."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.tiny import LAYERS, distance, subject
+from pipeline.model.prefill import Prefilled
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.registry import make_method
+
+# with which a method prunes documents as short as these; "*" for every method that is not named
+SMALL = {
+    "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
+    "fastkv": {"share": "0.5", "kv_share": "0.3", "window": "4"},
+    "gemfilter": {"keep": "7"},
+    "mars": {"last_full": "1", "window": "6"},
+    "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},
+    "uniprefill": {"first_layer": "1", "every": "1", "p": "0.6", "block": "4", "sink": "3", "window": "5"},
+}
+# with which a method that has such a setting keeps every token
+FULL = {
+    "eta": 1.0,
+    "share": 1.0,
+    "budget": 1.0,
+    "p": 1.0,
+    "kv_share": 1.0,
+    "keep": 1.0,
+    "last_full": LAYERS - 1,
+}
+# of dense's logits, as `distance` reckons, by bits of the dtype: matrix shapes may differ, and so last bits
+TOLERANCES = {32: 1e-4, 16: 0.1}
+
+
+def small(name: str) -> PruningMethod:
+    """A method with settings that prune short documents."""
+    known = {field.name for field in fields(make_method(name))}
+    settings = SMALL.get(name, SMALL["*"])
+    return make_method(name, {key: value for key, value in settings.items() if key in known})
+
+
+def full(method: PruningMethod) -> PruningMethod:
+    """The same method with settings that keep everything."""
+    known = {field.name for field in fields(method)}
+    return replace(method, **{key: value for key, value in FULL.items() if key in known})
+
+
+def method(name: str) -> Finding:
+    """One method on this device: its full settings against dense, and a prefill that is really pruned."""
+    tried, pruning = subject(), small(name)
+    dense, whole, pruned = (tried.prefill(each) for each in (Dense(), full(pruning), pruning))
+    off = distance(whole.logits_BV, dense.logits_BV)
+    tolerance = TOLERANCES[tried.adapter.dtype.itemsize * 8]
+    share = ffn_tokens(pruned) / ffn_tokens(dense)
+    facts = {"off": off, "tolerance": tolerance, "ffn_share": share}
+    faults = []
+    if not off <= tolerance:
+        faults.append(f"with full settings it is off dense by {off:.3g}, more than {tolerance:g}")
+    if not torch.isfinite(pruned.logits_BV).all():
+        faults.append("a pruned prefill gives logits that are not finite")
+    if name != Dense.name and not share < 1:
+        faults.append("a prefill that should be pruned is not")
+    if faults:
+        return Finding(status="broken", text="; ".join(faults), facts=facts)
+    if name == Dense.name:
+        return Finding(status="ok", text=f"the same when run again ({off:.2g})", facts=facts)
+    text = f"with full settings within {tolerance:g} of dense ({off:.2g}); pruned, {share:.0%} of FFN tokens"
+    return Finding(status="ok", text=text, facts=facts)
+
+
+def ffn_tokens(prefilled: Prefilled) -> int:
+    """Tokens that passed feed-forward networks, of all documents, passes and layers."""
+    passes = (layers for document in prefilled.by_document() for layers in document)
+    return sum(work.ffn_tokens for layers in passes for work in layers)

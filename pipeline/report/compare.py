@@ -1,0 +1,176 @@
+"""Two runs row by row: joined on disk, so that memory does not grow with the answers."""
+
+from __future__ import annotations
+
+import heapq
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.report.likeness import likeness
+from pipeline.report.reading import Run
+
+MOST_SHOWN = 100
+COLUMNS = (
+    *("id", "row", "row_hash", "status", "answer", "error_type", "error_message"),
+    *("document_tokens", "ttft_ms", "kept_ratio", "ffn_ratio"),
+)
+PAIRED = ("document_tokens", "first_ms", "second_ms", "similarity")
+
+_TABLE = f"CREATE TABLE first ({', '.join(COLUMNS)}, seen INTEGER DEFAULT 0)"
+_COLUMN_LIST = ", ".join(COLUMNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One row in both runs; `similarity` is None where one of them has no answer."""
+
+    first: dict[str, Any]
+    second: dict[str, Any]
+    similarity: float | None
+
+    @property
+    def other_input(self) -> bool:
+        """Whether text or question differ under the same id."""
+        hashes = self.first["row_hash"], self.second["row_hash"]
+        return None not in hashes and hashes[0] != hashes[1]
+
+    @property
+    def ttft_ratio(self) -> float | None:
+        """The first run's TTFT over the second's: how many times as fast the second was."""
+        first, second = self.first["ttft_ms"], self.second["ttft_ms"]
+        return first / second if first and second else None
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What two runs have in common, and where they disagree most."""
+
+    joined_by: str
+    measure: str
+    joined: int = 0
+    only_first: int = 0
+    only_second: int = 0
+    one_failed: int = 0
+    both_failed: int = 0
+    same_answers: int = 0
+    other_input: int = 0
+    most: list[Pair] = field(default_factory=list)  # the greatest disagreement first
+    _pairs: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in PAIRED})
+
+    def pairs(self, name: str) -> np.ndarray:
+        """(n,) of the rows that both runs answered: similarity, document tokens, TTFT of each in ms."""
+        return np.frombuffer(self._pairs[name], np.float32)
+
+    @property
+    def both_answered(self) -> int:
+        return len(self._pairs["similarity"])
+
+    def speed_ratios(self) -> np.ndarray:
+        """(n,) the first run's TTFT over the second's, of the rows that both answered and timed."""
+        first, second = self.pairs("first_ms"), self.pairs("second_ms")
+        known = (first > 0) & (second > 0)
+        return first[known] / second[known]
+
+    def _count(self, pair: Pair) -> None:
+        self.joined += 1
+        self.other_input += pair.other_input
+        if pair.similarity is None:
+            failed = [side["status"] != "ok" for side in (pair.first, pair.second)]
+            self.both_failed += all(failed)
+            self.one_failed += not all(failed)
+            return
+        self.same_answers += pair.first["answer"] == pair.second["answer"]
+        values = pair.first["document_tokens"], pair.first["ttft_ms"], pair.second["ttft_ms"], pair.similarity
+        for name, value in zip(PAIRED, values, strict=True):
+            self._pairs[name].append(np.nan if value is None else value)
+
+
+def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
+    """Join two runs by id or, if they have no id in common, by row number, and sort by disagreement."""
+    measure, measure_name = likeness()
+    with tempfile.TemporaryDirectory(prefix="marsinfer-report-") as scratch:
+        database = sqlite3.connect(Path(scratch) / "rows.sqlite")
+        try:
+            _load(database, first)
+            joined_by = "id" if _shares_ids(database, second) else "row"
+            comparison = Comparison(joined_by=joined_by, measure=measure_name)
+            worst: list[tuple[tuple[float, ...], int, Pair]] = []
+            order = count(0, -1)  # of equal pairs, those that came first stay
+            for ours, theirs in _joined(database, second, joined_by):
+                if ours is None:
+                    comparison.only_second += 1
+                    continue
+                pair = Pair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
+                comparison._count(pair)
+                entry = _disagreement(pair), next(order), pair
+                if len(worst) < most:
+                    heapq.heappush(worst, entry)
+                else:
+                    heapq.heappushpop(worst, entry)
+            (left,) = database.execute("SELECT count(*) FROM first WHERE NOT seen").fetchone()
+        finally:
+            database.close()
+    comparison.only_first = left
+    comparison.most = [pair for *_, pair in sorted(worst, key=lambda entry: entry[:2], reverse=True)]
+    return comparison
+
+
+def _similarity(measure: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
+    if ours["status"] != "ok" or theirs["status"] != "ok":
+        return None
+    first, second = ours["answer"] or "", theirs["answer"] or ""
+    return 1.0 if first == second else float(measure(first, second))
+
+
+def _disagreement(pair: Pair) -> tuple[float, ...]:
+    """Answers against errors first, then the least alike, then the greatest difference in time."""
+    states = pair.first["status"] != pair.second["status"]
+    unlike = 0.0 if pair.similarity is None else 1 - pair.similarity
+    ratio = pair.ttft_ratio
+    return float(states), unlike, 0.0 if ratio is None else abs(float(np.log(ratio)))
+
+
+def _rows(run: Run) -> Iterator[tuple]:
+    for table in run.tables(COLUMNS):
+        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
+
+
+def _load(database: sqlite3.Connection, run: Run) -> None:
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute(_TABLE)
+    marks = ", ".join("?" * len(COLUMNS))
+    database.executemany(f"INSERT INTO first ({_COLUMN_LIST}) VALUES ({marks})", _rows(run))
+    for name in ("id", "row"):
+        database.execute(f"CREATE INDEX by_{name} ON first ({name})")
+
+
+def _shares_ids(database: sqlite3.Connection, run: Run) -> bool:
+    query = "SELECT 1 FROM first WHERE id = ? LIMIT 1"
+    return any(database.execute(query, (id,)).fetchone() for (id, *_) in _rows(run))
+
+
+def _joined(
+    database: sqlite3.Connection, run: Run, joined_by: str
+) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
+    """Each row of the second run with that of the first; of rows that share an id, the one of its number."""
+    query = (
+        f"SELECT rowid, {_COLUMN_LIST} FROM first WHERE {joined_by} = ? "
+        "ORDER BY seen, row != ?, status != 'ok' LIMIT 1"
+    )
+    for values in _rows(run):
+        theirs = dict(zip(COLUMNS, values, strict=True))
+        found = database.execute(query, (theirs[joined_by], theirs["row"])).fetchone()
+        if found is None:
+            yield None, theirs
+            continue
+        database.execute("UPDATE first SET seen = 1 WHERE rowid = ?", found[:1])
+        yield dict(zip(COLUMNS, found[1:], strict=True)), theirs

@@ -1,0 +1,219 @@
+"""What a run comes to: counts, times and shares, read once and kept in a few numbers a row."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.report.layers import LAYER_COLUMNS, LayerShares, add_layers
+from pipeline.report.reading import Run
+
+PHASES = {"queue_ms": "queue", "tokenize_ms": "tokenize", "prefill_ms": "prefill", "decode_ms": "decode"}
+WEIGHED = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio")
+SUMMED = ("prompt_tokens", "new_tokens", "truncated_tokens", "kv_bytes")
+TIMED = ("ttft_ms", "document_tokens", "pack_documents", *PHASES)
+FIRST_ERRORS = 3
+COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *("id", "row", "status", "error_type", "error_message", "method"),
+            *(*TIMED, *SUMMED, *WEIGHED, *LAYER_COLUMNS),
+        ]
+    )
+)
+
+
+@dataclass(kw_only=True)
+class ErrorKind:
+    """Rows of one `error_type`: how many, and (row, id, message) of the first."""
+
+    count: int = 0
+    first: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """One run in numbers: four bytes for each answered row and time, and what does not grow with the rows."""
+
+    run: Run
+    status: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, ErrorKind] = field(default_factory=dict)
+    methods: Counter[str] = field(default_factory=Counter)
+    sums: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    layers: LayerShares | None = None
+    _times: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in TIMED})
+    _method_codes: array = field(default_factory=lambda: array("B"))
+    _weights: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # sum of shares times tokens, and of tokens
+
+    @property
+    def rows(self) -> int:
+        return self.status.total()
+
+    @property
+    def answered(self) -> int:
+        return self.status["ok"]
+
+    def times(self, name: str, method: str | None = None) -> np.ndarray:
+        """(n,) a time in ms, or count, of each answered row, of all methods or one; NaN where unknown."""
+        values = np.frombuffer(self._times[name], np.float32)
+        if method is None:
+            return values
+        code = list(self.methods).index(method)
+        return values[np.frombuffer(self._method_codes, np.uint8) == code]
+
+    def percentile(self, name: str, percent: float) -> float | None:
+        values = self.times(name)
+        values = values[np.isfinite(values)]
+        return float(np.percentile(values, percent)) if len(values) else None
+
+    def share(self, name: str) -> float | None:
+        """Mean of a ratio over the rows that have one, weighed by prompt tokens."""
+        total, tokens = self._weights.get(name, (0.0, 0.0))
+        return total / tokens if tokens else None
+
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens a second of prefill, all rows of a pack together."""
+        of_rows = self.times("prefill_ms") / np.maximum(self.times("pack_documents"), 1)
+        seconds = float(np.nansum(of_rows.astype(np.float64))) / 1e3
+        return self.sums["prompt_tokens"] / seconds if seconds else None
+
+    def packed_share(self) -> float:
+        """Share of the answered rows that were not alone in their pack."""
+        packs = self.times("pack_documents")
+        return float((packs > 1).mean()) if len(packs) else 0.0
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a table with the columns `COLUMNS`."""
+        status = table["status"].to_pylist()
+        self.status.update(str(value) for value in status)
+        self._add_errors(table, [n for n, value in enumerate(status) if value != "ok"])
+        table = table.filter(pa.array([value == "ok" for value in status], pa.bool_()))
+        if table.num_rows == 0:
+            return
+        methods = [str(value) for value in table["method"].to_pylist()]
+        self.methods.update(methods)
+        codes = {method: min(code, 255) for code, method in enumerate(self.methods)}
+        self._method_codes.extend(codes[method] for method in methods)
+        for name in TIMED:
+            self._times[name].frombytes(_numbers(table, name).astype(np.float32).tobytes())
+        tokens = _numbers(table, "prompt_tokens")
+        self.longest = max(self.longest, int(np.nan_to_num(tokens).max(initial=0)))
+        for name in SUMMED:
+            self.sums[name] += int(np.nansum(_numbers(table, name)))
+        for name in WEIGHED:
+            shares = _numbers(table, name)
+            known = np.isfinite(shares) & np.isfinite(tokens)
+            total, weight = self._weights.get(name, (0.0, 0.0))
+            of_table = float((shares * tokens)[known].sum()), float(tokens[known].sum())
+            self._weights[name] = [total + of_table[0], weight + of_table[1]]
+        self.layers = add_layers(self.layers, table)
+
+    def _add_errors(self, table: pa.Table, places: list[int]) -> None:
+        for place in places:
+            kind = self.errors.setdefault(str(table["error_type"][place].as_py()), ErrorKind())
+            kind.count += 1
+            if len(kind.first) < FIRST_ERRORS:
+                row, id, message = (table[name][place].as_py() for name in ("row", "id", "error_message"))
+                kind.first.append((row, id, message or ""))
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def figures_of(run: Run) -> Figures:
+    """Read a run's rows once."""
+    figures = Figures(run=run)
+    for table in run.tables(COLUMNS):
+        figures.add(table)
+    return figures
+
+
+def headline(figures: Figures) -> Iterator[tuple[str, str]]:
+    """What to know of a run first, as name and value; what is not known is left out."""
+    status, sums = figures.status, figures.sums
+    yield "method", ", ".join(figures.methods) or "-"
+    yield "rows", f"{figures.rows:,}" + ("" if figures.run.finished else " so far")
+    yield "answered", _of(status["ok"], figures.rows)
+    if status["error"]:
+        yield "errors", _of(status["error"], figures.rows)
+    if status["skipped"]:
+        yield "skipped", _of(status["skipped"], figures.rows)
+    yield "prompt tokens", f"{sums['prompt_tokens']:,}"
+    yield "longest prompt", f"{figures.longest:,}"
+    for percent in (50, 95):
+        yield f"TTFT p{percent}", milliseconds(figures.percentile("ttft_ms", percent))
+    rate = figures.prefill_rate()
+    yield "prefill", "-" if rate is None else f"{rate:,.0f} tokens/s"
+    for name, label in (
+        ("kept_ratio", "tokens kept"),
+        ("ffn_ratio", "FFN passed"),
+        ("attention_ratio", "attention"),
+        ("flops_ratio", "operations"),
+    ):
+        yield label, percent_of(figures.share(name))
+    yield "K/V stored", f"{sums['kv_bytes'] / 1e9:,.3f} GB"
+    yield "new tokens", f"{sums['new_tokens']:,}"
+    if sums["truncated_tokens"]:
+        yield "tokens cut off", f"{sums['truncated_tokens']:,}"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,}" if count == total else f"{count:,} ({count / total:.1%})"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time in the unit in which it is short."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    if value < 1_000:
+        return f"{value:,.1f} ms" if value < 100 else f"{value:,.0f} ms"
+    return f"{value / 1e3:,.2f} s" if value < 10_000 else f"{value / 1e3:,.1f} s"
+
+
+def percent_of(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.1%}"
+
+
+def phases(figures: Figures) -> list[tuple[str, float | None, float | None]]:
+    """Of each phase, median and 95th percentile in ms, as the rows saw them."""
+    return [
+        (label, figures.percentile(name, 50), figures.percentile(name, 95)) for name, label in PHASES.items()
+    ]
+
+
+DECIDING = "settings_that_decide"
+
+
+def configuration(metadata: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """A run's metadata in two parts, as names and values; settings without a value are left out."""
+    config = metadata.get("config", {})
+    about = {name: value for name, value in metadata.items() if name not in ("config", DECIDING)}
+    parts = {
+        "configuration": {**config, **about},  # the device that auto has found
+        "settings that decide an answer": metadata.get(DECIDING, {}),
+    }
+    told = {
+        name: [pair for pair in _flat(part) if pair[1] not in ("", "None", "[]", "{}")]
+        for name, part in parts.items()
+    }
+    return [(name, pairs) for name, pairs in told.items() if pairs]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and (value or not name):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value):
+        yield name, ", ".join(map(str, value))
+    else:
+        yield name, str(value)

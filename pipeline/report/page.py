@@ -1,0 +1,85 @@
+"""Pages that stand alone: one file, no network, and no script but our own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.io.causes import cause
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, script: str | None = None, **values: Any) -> str:
+    """A page; all values are escaped. `script` names a file that is put in, and allowed by its hash."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cut"] = cut
+    environment.filters["script_safe"] = script_safe
+    code = "" if script is None else (TEMPLATES / script).read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        policy=_policy(code), script=Markup(code), version=version("marsinfer"), **values
+    )
+
+
+def cut(text: str | None, length: int) -> str:
+    """A text as far as it is worth its place in a page."""
+    text = "" if text is None else text
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def script_safe(json_text: str) -> Markup:
+    """JSON as it may stand in a script element, which ends at `</script` whatever is quoted."""
+    return Markup(json_text.replace("<", "\\u003c"))
+
+
+def _policy(code: str) -> str:
+    """What the page may load: nothing but what stands in it."""
+    parts = ["default-src 'none'", "style-src 'unsafe-inline'", "img-src data:", "base-uri 'none'"]
+    parts.append("form-action 'none'")
+    if code:
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        parts.append(f"script-src 'sha256-{digest}'")
+    return "; ".join(parts)
+
+
+def check_page(path: str, given: Sequence[str]) -> None:
+    """Raise ConfigError, before anything is read, for a page that could not or should not be written."""
+    file = Path(path)
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--html {path}: name an .html file")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"--html {path}: there is no such folder, or it is one itself")
+    for name in given:
+        if file.exists() and Path(name).exists() and os.path.samefile(file, name):
+            raise ConfigError(f"--html {path} is also an output to report on; name another file")
+
+
+def write_page(path: str, page: str) -> None:
+    """Replace the page whole; StorageError if it cannot be written."""
+    file = Path(os.path.realpath(path))
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        try:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"--html {path} cannot be written: {cause(error)}; choose a folder that is writable"
+        ) from error

@@ -1,0 +1,229 @@
+"""The rows of a run as it stands: a finished output, or the journal of one that is under way or was stopped.
+
+Reading takes no lock and changes nothing. A journal stands for its run, with the finished output that it
+extends, if it does: what a resumed run would go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError
+from pipeline.io.answers import ANSWER_FIELDS
+from pipeline.io.beginnings import METADATA_KEY, STATE_FILE, Beginning
+from pipeline.io.causes import READ_ERRORS, cause
+from pipeline.io.chunks import whole_chunks
+from pipeline.io.formats import SINKS
+from pipeline.io.journal import journal_folder, journal_parts
+from pipeline.io.mirror import Mirror
+from pipeline.io.published import Published
+from pipeline.io.remote import RemotePath, place_of
+from pipeline.io.rowindex import DUPLICATE
+from pipeline.io.sidecar import needs_sidecar, sidecar_path
+
+TYPES = {field.name: field.type for field in ANSWER_FIELDS}
+KEY_COLUMNS = ("id", "row", "error_type")
+FEWEST_AT_ONCE = 1_000  # rows: a journal's chunks are small, and each table has its price
+
+_JOURNAL = re.compile(r"\.(.+)\.journal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One output to report on; `tables` reads it anew each time."""
+
+    given: str
+    label: str
+    metadata: dict[str, Any]  # as `marsinfer batch` wrote it; of a journal, the settings that decide alone
+    finished: bool = True
+    columns: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    read: Callable[[Sequence[str]], Iterator[pa.Table]] = field(repr=False)
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """All rows in tables of a bounded size, with these columns; those that the output lacks are null."""
+        try:
+            for table in self.read(columns):
+                yield _with_all(table, columns)
+        except READ_ERRORS as error:
+            raise ConfigError(f"{self.given} cannot be read: {cause(error)}") from error
+
+
+@contextmanager
+def opened(given: Sequence[str]) -> Iterator[list[Run]]:
+    """The runs of these outputs. Raises ConfigError for what is none, or cannot be read."""
+    with ExitStack() as stack:
+        stems = [Path(name).stem for name in given]
+        labels = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, given, strict=True)]
+        yield [_open(name, label, stack) for name, label in zip(given, labels, strict=True)]
+
+
+def _open(given: str, label: str, stack: ExitStack) -> Run:
+    place = place_of(given)
+    try:
+        if isinstance(place, RemotePath):
+            return _open_remote(given, label, place, stack)
+        try:
+            return _open_local(given, label, place, stack)
+        except FileNotFoundError:  # the run has published its output in this very moment
+            return _open_local(given, label, place, stack)
+    except READ_ERRORS as error:
+        raise ConfigError(f"{given} cannot be read: {cause(error)}") from error
+
+
+def _open_remote(given: str, label: str, place: RemotePath, stack: ExitStack) -> Run:
+    """By way of a copy in scratch space, as a resumed run would read it."""
+    mirror = Mirror(place, lambda: None)
+    stack.callback(mirror.close)
+    mirror.fetch()
+    return _open_local(given, label, mirror.file, stack)
+
+
+def _open_local(given: str, label: str, path: Path, stack: ExitStack) -> Run:
+    journal = _JOURNAL.fullmatch(path.name)
+    if journal and path.is_dir():
+        path = path.with_name(journal[1])
+    if path.is_dir():
+        raise ConfigError(f"{given} is a folder; name an output of marsinfer batch")
+    if path.suffix.lower() not in SINKS:
+        raise ConfigError(f"{given} is no output of marsinfer batch: those are {', '.join(SINKS)}")
+    folder = journal_folder(path)
+    parts = [stack.enter_context(part.open("rb")) for part in journal_parts(folder)]
+    sizes = [part.seek(0, 2) for part in parts]
+    if not any(sizes):
+        if path.exists():
+            return _finished(given, label, path)
+        if not folder.is_dir():
+            raise ConfigError(f"{given} does not exist, nor does the journal of a run that writes it")
+    return _unfinished(given, label, path, list(zip(parts, sizes, strict=True)))
+
+
+def _finished(given: str, label: str, path: Path) -> Run:
+    published, metadata = _publication(given, path)
+    names = frozenset(published.schema.names)
+    read = partial(_read_published, published)
+    return Run(given=given, label=label, metadata=metadata, columns=names, read=read)
+
+
+def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
+    """A finished output, and what it says of its run."""
+    lines_schema = _lines_schema(path) if needs_sidecar(path) else None
+    published = Published(path, lines_schema=lines_schema)
+    if lines_schema is None:
+        metadata = json.loads((published.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    else:
+        metadata = _sidecar_metadata(path)
+    wanting = [name for name in ("id", "row", "status") if name not in published.schema.names]
+    if wanting and (lines_schema is None or lines_schema.names):  # a file of no lines has no columns
+        raise ConfigError(f"{given} is no output of marsinfer batch: it has no column {wanting[0]!r}")
+    return published, metadata
+
+
+def _lines_schema(path: Path) -> pa.Schema:
+    """The columns of the first line; whatever is not ours is never looked at."""
+    with path.open("rb") as lines:
+        first: Any = next((json.loads(line) for line in lines), {})
+    if not isinstance(first, dict):
+        raise ValueError("its first line is no JSON object")
+    return pa.schema([(name, TYPES.get(name, pa.string())) for name in first])
+
+
+def _sidecar_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(sidecar_path(path).read_text(encoding="utf-8"))[METADATA_KEY.decode()] or {})
+    except (OSError, ValueError, TypeError, LookupError):  # the rows can be told of without it
+        return {}
+
+
+def _read_published(published: Published, columns: Sequence[str]) -> Iterator[pa.Table]:
+    held = [name for name in columns if name in published.schema.names]
+    for group in published:
+        yield published.read(group, held)
+
+
+def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, int]]) -> Run:
+    folder = journal_folder(path)
+    beginning = Beginning.load(folder) if (folder / STATE_FILE).exists() else Beginning(settings={})
+    metadata: dict[str, Any] = {"settings_that_decide": beginning.settings}
+    notes = [f"the run is not finished: these are the rows in {folder.name}"]
+    base = None
+    if path.exists() and beginning.extends:
+        base, metadata = _publication(given, path)
+        notes = [f"the run is not finished: these are the rows of {path.name} and of {folder.name}"]
+    elif path.exists():
+        notes.append(f"{path.name} itself is of an earlier run, which this one replaces when it is done")
+    newest = (chunk.table for part, size in reversed(parts) for chunk in whole_chunks(part, size))
+    names = frozenset(next((table.schema.names for table in newest), ()))
+    return Run(
+        given=given,
+        label=label,
+        metadata=metadata,
+        finished=False,
+        columns=names,
+        notes=tuple(notes),
+        read=partial(_read_unfinished, parts, base),
+    )
+
+
+def _read_unfinished(
+    parts: list[tuple[BinaryIO, int]], base: Published | None, columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """The newest part first, for a row that was run again counts once, as it was answered last."""
+    wanted = list(dict.fromkeys([*columns, *KEY_COLUMNS]))
+    seen: set[int] = set()
+    one_alone = len(parts) + (base is not None) == 1
+    sources = [_chunks(part, size, wanted) for part, size in reversed(parts)]
+    if base is not None:
+        sources.append(_read_published(base, wanted))
+    for source in sources:
+        keys: set[int] = set()
+        for table in source:
+            if not one_alone:
+                of_rows = [
+                    _key(*row) for row in zip(*(table[n].to_pylist() for n in KEY_COLUMNS), strict=True)
+                ]
+                table = table.filter(pa.array([key not in seen for key in of_rows], pa.bool_()))
+                keys.update(of_rows)
+            yield table
+        seen |= keys
+
+
+def _key(id: str, row: int, error_type: str | None) -> int:
+    """Tells a row from any other; one that was refused for another's id stands beside that one."""
+    return hash((id, row if error_type == DUPLICATE else None))
+
+
+def _chunks(part: BinaryIO, size: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    chunks = whole_chunks(part, size)
+    while some := _at_least(chunks, columns):
+        yield pa.concat_tables(some)
+
+
+def _at_least(chunks: Iterator[Any], columns: Sequence[str]) -> list[pa.Table]:
+    tables: list[pa.Table] = []
+    rows = 0
+    for chunk in islice(chunks, FEWEST_AT_ONCE):
+        tables.append(_with_all(chunk.table, columns))
+        rows += chunk.table.num_rows
+        if rows >= FEWEST_AT_ONCE:
+            break
+    return tables
+
+
+def _with_all(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    held = set(table.column_names)
+    rows = table.num_rows
+    arrays = [
+        table[name].cast(TYPES[name]) if name in held else pa.nulls(rows, TYPES[name]) for name in columns
+    ]
+    return pa.table(arrays, schema=pa.schema([(name, TYPES[name]) for name in columns]))

@@ -1,0 +1,41 @@
+"""What `pipeline` exports: listed, loaded on first use, and explained by pydoc."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pydoc
+import subprocess
+import sys
+
+import pytest
+
+import pipeline
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = (
+        "import json, sys; before = set(sys.modules); import pipeline; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert not {"torch", "numpy", "pyarrow", "transformers"} & set(json.loads(done.stdout))
+    assert set(pipeline.__all__) <= set(dir(pipeline))
+
+
+@pytest.mark.parametrize("name", pipeline.__all__)
+def test_pydoc_explains_what_is_exported(name):
+    shown = pydoc.render_doc(pipeline, renderer=pydoc.plaintext)
+    explained = inspect.getdoc(getattr(pipeline, name))
+    assert len(explained.splitlines()) > 3
+    assert explained.splitlines()[0] in shown
+
+
+@pytest.mark.parametrize("name", ["run_batch", "load_model", "make_method", "BatchConfig"])
+def test_what_can_be_raised_is_said(name):
+    assert "Raises " in inspect.getdoc(getattr(pipeline, name))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'run_batches'"):
+        pipeline.run_batches  # noqa: B018
