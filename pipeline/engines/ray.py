@@ -29,7 +29,8 @@ from pipeline.preparation import Preparation
 from pipeline.records import Answer, RowFailure
 from pipeline.summary import EngineTimes
 
-LOOK_UP_S = 0.1
+LOOK_UP_S = 0.1  # while workers have nothing to tell
+PATIENCE_S = 0.02  # for rows to be read, while workers may have something to tell
 MOST_FAILED_STARTS = 3  # of one worker in a row
 
 
@@ -37,6 +38,7 @@ MOST_FAILED_STARTS = 3  # of one worker in a row
 class _Seat:
     """A worker, and what it is doing: starting, answering a block, or neither."""
 
+    number: int
     actor: Any
     starting: Any = None  # a reference to what `start` returns
     stream: Any = None  # of what it tells about its block
@@ -57,7 +59,7 @@ class _Seat:
 class RayEngine:
     """The engine of several workers; its `note` is told of those that die."""
 
-    patience_s: float | None = LOOK_UP_S
+    patience_s: float | None = PATIENCE_S
 
     def __init__(self, run: Preparation, cluster: RayCluster, note: Callable[[str], None]) -> None:
         self._run, self._cluster, self._note = run, cluster, note
@@ -106,10 +108,11 @@ class RayEngine:
     def _start(self) -> None:
         """Start the workers; the first ready one begins."""
         cluster = self._cluster
-        self._seats = [_Seat(actor=actor) for actor in cluster.make_workers(self._run)]
+        actors = cluster.make_workers(self._run)
+        self._seats = [_Seat(number=number, actor=actor) for number, actor in enumerate(actors)]
         for seat in self._seats:
             seat.starting = cluster.start(seat.actor)
-        wanted, room = cluster.places()
+        wanted, (_, room) = len(actors), cluster.places()
         where = "on this machine" if self._run.config.ray_address is None else "in the cluster"
         self._note(
             f"Ray starts {_count(wanted, 'worker')} {where}, {_count(cluster.gpus_per_worker, 'GPU')} each"
@@ -156,7 +159,7 @@ class RayEngine:
         block = seat.block
         assert block is not None
         now = time.perf_counter()
-        self._times[self._seats.index(seat), seat.life] = told.times.mirrored(now)
+        self._times[seat.number, seat.life] = told.times.mirrored(now)
         for text in told.notes:
             self._say(text)
         answers = block.take(told.answers)
@@ -178,10 +181,9 @@ class RayEngine:
             blocks, culprit = block.left()
             rows = len(block.open)
             self._backlog.put_back(blocks)
-            self._note(f"{what}; what it left unanswered, {_count(rows, 'row')}, goes to others")
+            self._note(f"{what}; it left {_count(rows, 'row')} unanswered")
             if culprit is not None:
                 yield self._failed([self._blamed(culprit, error)])
-                block.open.pop((culprit.source.row, culprit.source.question_index))
                 yield from self._finish(block, 1)
         elif seat.failed_starts == MOST_FAILED_STARTS:
             self._seats.remove(seat)

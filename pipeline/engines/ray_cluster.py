@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pipeline.config import BatchConfig, parse_workers
 from pipeline.errors import ConfigError, MarsError
@@ -30,7 +30,11 @@ LOOK_UP_S = 0.5
 CONNECT_S = 10.0
 # read by Ray when it is imported; who has set them knows why
 QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "^"}  # of messages about the cluster, which it prints
-ALWAYS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # as the local engine's process
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class DistantModel(UnloadedModel):
     """A model for a device that this process need not have: of the worker that has it come the facts."""
 
     facts: ModelFacts
+
+    def load(self) -> NoReturn:
+        raise TypeError("the weights are loaded where the device is")
 
     @property
     def attention_name(self) -> str:
@@ -53,6 +60,15 @@ class DistantModel(UnloadedModel):
     def check_fp8(self) -> None:
         if self.facts.fp8_refused is not None:
             raise ConfigError(self.facts.fp8_refused)
+
+
+def distant_model(config: BatchConfig, facts: ModelFacts) -> DistantModel:
+    """The model of a configuration, for the GPU that the facts are of; its files are read here."""
+    import torch
+
+    here = open_configured(config, dtype=facts.dtype, device="cpu")
+    values = {field.name: getattr(here, field.name) for field in fields(here)}
+    return DistantModel(**values | {"device": torch.device("cuda")}, facts=facts)
 
 
 class RayCluster:
@@ -168,12 +184,7 @@ class RayCluster:
         from pipeline.engines.ray_worker import model_facts
 
         ask: Any = ray.remote(num_gpus=1, max_retries=3)(model_facts)
-        facts: ModelFacts = self.wait_for(ask.remote(config))
-        import torch
-
-        here = open_configured(config, dtype=facts.dtype, device="cpu")
-        values = {field.name: getattr(here, field.name) for field in fields(here)}
-        return DistantModel(**values | {"device": torch.device("cuda")}, facts=facts)
+        return distant_model(config, self.wait_for(ask.remote(config)))
 
     def make_workers(self, setup: Setup) -> list[Any]:
         """Actors of the class `Worker`, whose processes Ray makes where there is room for them.

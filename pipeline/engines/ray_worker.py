@@ -12,13 +12,14 @@ import ray
 from pipeline.config import BatchConfig
 from pipeline.engines.blocks import Unit, moved, rows_of
 from pipeline.engines.one_process import answer_window, last_notes, start_engine
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, MarsError, ModelError
 from pipeline.preparation import Setup, open_configured
 from pipeline.records import Answer
 from pipeline.summary import EngineTimes
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
+    from pipeline.model.loading import UnloadedModel
 
 
 class Started(NamedTuple):
@@ -75,21 +76,26 @@ class Worker:
         self._ready: tuple[Setup, LocalEngine] | None = None
 
     def start(self, setup: Setup, fingerprint: str) -> Started:
-        """Load the weights and warm up; raises ModelError for a model other than that of the run."""
-        device = "cuda" if self._gpus else "cpu"
-        dtype = str(setup.model.dtype).removeprefix("torch.")
-        model = open_configured(setup.config, dtype=dtype, device=device)
+        """Load the weights and warm up; raises a MarsError that names this machine where that cannot be."""
         node = ray.util.get_node_ip_address()
-        if model.fingerprint != fingerprint:
-            raise ModelError(
-                f"{model.name} on {node} ({model.fingerprint[:20]}) is not the model of this run"
-                f" ({fingerprint[:20]}): put the same files, with their times, on all machines"
-            )
-        setup = replace(setup, model=model)
-        engine = start_engine(setup, lambda: None, self._notes.append)
+        try:
+            setup = replace(setup, model=self._open(setup, fingerprint))
+            engine = start_engine(setup, lambda: None, self._notes.append)
+        except MarsError as error:
+            raise type(error)(f"on {node}: {error}") from error
         self._share_memory(engine)
         self._ready = setup, engine
         return Started(node, engine.packer.pack_tokens)
+
+    def _open(self, setup: Setup, fingerprint: str) -> UnloadedModel:
+        dtype = str(setup.model.dtype).removeprefix("torch.")
+        model = open_configured(setup.config, dtype=dtype, device="cuda" if self._gpus else "cpu")
+        if model.fingerprint != fingerprint:
+            raise ModelError(
+                f"{model.name} ({model.fingerprint[:20]}) is not the model of this run ({fingerprint[:20]}):"
+                " put the same files, with their times, on all machines"
+            )
+        return model
 
     def answer(self, units: list[Unit], *, apart: bool) -> Iterator[Told]:
         """Answers of a block, pack by pack; with `apart`, unit by unit. Of the rows, `ready_at` is an age."""

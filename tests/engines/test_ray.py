@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.batch import open_input
+from pipeline.config import BatchConfig
+from pipeline.errors import ConfigError, ModelError
 from pipeline.model.loading import open_model
+from pipeline.preparation import prepare
 from pipeline.profile import Profile, write_profile
+from pipeline.pruning.dense import Dense
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
@@ -52,13 +60,13 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two machines of one CPU each, as far as Ray can tell; the second one is told so by its environment."""
+    """Two machines of one CPU each as Ray sees it, the first with a GPU; the second's environment says so."""
     from ray.cluster_utils import Cluster
 
     noticed = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": noticed},
+        head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "_system_config": noticed},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NODE_OF_TEST", "second")
@@ -96,6 +104,41 @@ def lasting(row):
 
 def statuses(rows):
     return {row["id"]: row["error_type"] for row in rows if row["status"] != "ok"}
+
+
+def test_a_machine_with_another_model_is_refused(source, sharp_model_folder):
+    from pipeline.engines.ray_worker import Worker
+
+    run = prepared(source, str(sharp_model_folder), device="cpu")
+    with pytest.raises(ModelError, match=r"^on [\d.]+: .* is not the model of this run \(files:else\)"):
+        Worker(gpus=0, workers=1).start(run, "files:else")
+
+
+def test_a_model_for_a_gpu_that_another_machine_has(source, sharp_model_folder):
+    from pipeline.engines.ray_cluster import distant_model
+    from pipeline.engines.ray_worker import ModelFacts
+
+    facts = {"dtype": "bfloat16", "device_name": "NVIDIA H100", "attention_name": "fa3"}
+    config = config_of(source, str(sharp_model_folder), linear_dtype="fp8")
+    model = distant_model(config, ModelFacts(**facts, attention_refused={}, fp8_refused="no fp8 there"))
+    with pytest.raises(ConfigError, match="no fp8 there"):
+        prepare(config, open_input(config), model, Dense())
+    model = distant_model(config, ModelFacts(**facts, attention_refused={}, fp8_refused=None))
+    run = prepare(config, open_input(config), model, Dense())
+    assert run.decides()["model"]["dtype"] == "torch.bfloat16"
+    told = json.loads(run.schema().metadata[b"marsinfer"])
+    assert (told["device"], told["attention"]["backend"]) == ("NVIDIA H100", "fa3")
+    assert pickle.loads(pickle.dumps(model)).fingerprint == model.fingerprint
+
+
+def config_of(source, model, **options):
+    options |= {"text_column": "body", "question_column": "ask"}
+    return BatchConfig(input=(str(source),), output="out.parquet", model=model, method="dense", **options)
+
+
+def prepared(source, model, **options):
+    config = config_of(source, model, **options)
+    return prepare(config, open_input(config), model, Dense())
 
 
 def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp_path):
@@ -162,6 +205,27 @@ def test_a_stopped_run_goes_on_with_another_engine(batch, cluster):
     code, rows, said = batch("out", "--resume")
     assert code == 0
     assert rows == expected
+
+
+def test_what_a_gpus_worker_refuses_is_said(call, source, tmp_path, cluster, capfd):
+    flags = ("--engine", "ray", "--ray-address", cluster.address)  # where one GPU is said to be
+    assert call(source, tmp_path / "out.parquet", *FLAGS, *flags) == 2
+    said = capfd.readouterr().err
+    assert said == "marsinfer: error: device 'cuda' is not there: torch sees 0 GPUs\n"
+
+
+def test_the_engines_are_measured(sharp_model_folder, cluster):
+    script = Path(__file__).parents[2] / "examples" / "engine_speed.py"
+    words = ["--documents", "12", "--words", "20", "--workers", "2", "--max-new-tokens", "2", "--no-local"]
+    words += ["--model", sharp_model_folder, "--ray-address", cluster.address, "--gpus-per-worker", "0"]
+    table = subprocess.run(
+        [sys.executable, script, *words], stdout=subprocess.PIPE, encoding="utf-8", check=True, timeout=60
+    ).stdout
+    head, row = (line.split() for line in table.splitlines())
+    assert head == ["engine", "seconds", "answering", "tokens/s", "errors"]
+    assert row[:2] == ["ray", "2"]
+    assert float(row[3]) < float(row[2])
+    assert (float(row[4]) > 0, row[5]) == (True, "0")
 
 
 def test_a_machine_that_is_gone_costs_no_row(batch, cluster, orders):
