@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 
 import pytest
 
+from marsinfer_cli.progress import BatchProgress
 from pipeline import load_model, run_batch
 from pipeline.errors import ConfigError
+from pipeline.records import Answer
+from pipeline.summary import EngineTimes, Summary
 
 
 @pytest.fixture
@@ -75,3 +79,22 @@ def test_a_loaded_model_cannot_be_in_other_processes(fish, tmp_path, model_folde
 def test_the_local_engine_needs_no_ray(call, fish, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert call(fish, tmp_path / "out.parquet", "--text-column", "body", "--question", "?", "--quiet") == 0
+
+
+def test_the_line_of_a_run_with_workers(capfd):
+    summary = Summary(method="dense", output="out.parquet")
+    summary.add([Answer(id="a", row=0, prompt_tokens=10, ttft_ms=12.0)])
+    summary.workers = 2
+    with BatchProgress(quiet=False) as progress:
+        progress(summary)
+    line = r"marsinfer: 1 documents, 10 tokens, [\d,]+ tokens/s, 2 workers, TTFT p50 12 ms\n"
+    assert re.fullmatch(line, capfd.readouterr().err)
+
+
+def test_times_of_engines_side_by_side():
+    first = EngineTimes(warm_up_s=2.0, packs=3, prefill_s=1.0, decode_s=0.5, began=10.0, ended=14.0)
+    second = EngineTimes(warm_up_s=1.0, packs=1, prefill_s=2.0, shared_s=0.5, began=11.0, ended=15.0)
+    both = EngineTimes.together([first, second.mirrored(20.0).mirrored(20.0), EngineTimes()])
+    assert (both.warm_up_s, both.packs, both.prefill_s, both.shared_s) == (2.0, 4, 3.0, 0.5)
+    assert both.span_s == 5.0
+    assert EngineTimes.together([]).span_s == 0.0
