@@ -147,6 +147,7 @@ def test_a_block_that_matters_is_found(plain):
 
 def test_packs_of_long_and_short_documents(plain, monkeypatch):
     monkeypatch.setattr(sparse, "SHORTEST", 300)
+    monkeypatch.setattr(sparse, "LEAST_WORK", 0)
     segments = Segments.of((500, 20, 299, 700), DEVICE)
     q, k, v = qkv(segments.total, heads=4, kv_heads=2)
     packs = []
@@ -187,3 +188,14 @@ def test_in_bfloat16_on_a_gpu(head_dim):
     expected, _ = masked_reference(q, k, v, blocks)
     got = block_sparse_attention(q, k, v, blocks)
     assert (got - expected).norm() / expected.norm() < 0.01
+
+
+def test_on_a_gpu_it_must_pay():
+    class OnGpu:
+        is_cuda = True
+        shape = (0, 12, 128)
+
+    assert sparse.worthwhile(20_000, OnGpu)
+    assert not sparse.worthwhile(18_000, OnGpu)
+    assert sparse.worthwhile(18_000, torch.empty(0, 12, 128))
+    assert not sparse.worthwhile(4_000, torch.empty(0, 12, 128))

@@ -65,6 +65,7 @@ def test_stopping_earlier_keeps_what_was_read_within_reach(sdpa):
 
 def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
     monkeypatch.setattr(sparse, "SHORTEST", 400)
+    monkeypatch.setattr(sparse, "LEAST_WORK", 0)
     model = tiny_model("qwen3")
     pack = pack_of(document(900), document(60, seed=1))
     prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2), pack)
