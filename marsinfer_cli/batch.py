@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,6 +160,10 @@ def batch(
             help="Text that ends an answer; repeatable.", show_default="none", rich_help_panel=ANSWERS
         ),
     ] = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    workers: options.Workers = "all",
+    gpus_per_worker: options.GpusPerWorker = None,
     pack_tokens: Annotated[
         str | None,
         typer.Option(
@@ -283,7 +289,9 @@ def batch(
     verbose: Annotated[
         bool,
         typer.Option(
-            "--verbose", help="Print the settings as TOML for --config on stderr.", rich_help_panel=LOGS
+            "--verbose",
+            help="Print the settings as TOML for --config on stderr, and Ray's own messages.",
+            rich_help_panel=LOGS,
         ),
     ] = False,
     quiet: Annotated[
@@ -295,8 +303,10 @@ def batch(
 
     settings = resolve(context)
     _check(log_format=log_format, dry_run=dry_run, show_prompt=show_prompt)
-    if verbose and log_format == "text":
-        _print_settings(settings)
+    if verbose:
+        logging.getLogger("marsinfer").setLevel(logging.INFO)
+        if log_format == "text":
+            _print_settings(settings)
     if dry_run:
         _print_dry_run(settings, as_json=as_json, quiet=quiet, log_format=log_format)
         return 0
@@ -326,7 +336,8 @@ def _run(settings: BatchConfig, *, quiet: bool, log_format: str) -> Summary:
     inputs, output = options.pop("input"), options.pop("output")
     with BatchProgress(quiet=quiet, as_json=log_format == "json") as progress, graceful_stop() as check:
         progress.start(settings)
-        summary = run_batch(inputs, output, **options, progress=progress, note=progress.note, check=check)
+        with redirect_stdout(sys.stderr):  # where Ray's own messages would be, between lines of JSON
+            summary = run_batch(inputs, output, **options, progress=progress, note=progress.note, check=check)
     progress.end(summary)
     return summary
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from marsinfer_cli import completion
-from pipeline.config import ATTENTION, ATTENTION_DTYPES, DTYPES, LINEAR_DTYPES
+from pipeline.config import ATTENTION, ATTENTION_DTYPES, DTYPES, ENGINES, LINEAR_DTYPES
 
 # panels of --help, by what a flag is about
 MEASURED, READING, PROMPTS, MODEL, METHOD, ANSWERS, SUITES, FILES, RUN, TRYING, LOGS = (
@@ -204,4 +204,38 @@ Set = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=LOGS)]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=LOGS)
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local (this process, one device) or ray (workers, each with a model).",
+        autocompletion=completion.one_of(ENGINES),
+        rich_help_panel=RUN,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="With --engine ray: the cluster that this machine belongs to, or auto, which finds it.",
+        show_default="a Ray of the run's own, here",
+        rich_help_panel=RUN,
+    ),
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|all",
+        help="With --engine ray: how many; all is one for each GPU, or CPU core where there is none.",
+        rich_help_panel=RUN,
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        metavar="1|0",
+        help="With --engine ray: a GPU for each worker, or a CPU core.",
+        show_default="1 where there are GPUs",
+        rich_help_panel=RUN,
+    ),
 ]

@@ -18,6 +18,8 @@ from pipeline.summary import Summary, Tally
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
 
+LATE_ROWS = 1000  # whose TTFT stands in the line
+
 NO_COUNTS = {"documents": 0, "tokens": 0, "errors": 0, "expected_rows": None, "tokens_per_second": None}
 
 
@@ -135,7 +137,14 @@ def _counts(tally: Tally) -> dict[str, Any]:
         "errors": tally.status["error"],
         "expected_rows": None if expected is None else round(expected),
         "tokens_per_second": round(tally.tokens_per_second, 1),
+        **_worker_counts(tally),
     }
+
+
+def _worker_counts(tally: Tally) -> dict[str, Any]:
+    if not isinstance(tally, Summary) or tally.workers is None:
+        return {}
+    return {"workers": tally.workers, "ttft_ms_p50": tally.ttft_ms(50, latest=LATE_ROWS)}
 
 
 def print_summary(summary: Summary) -> None:
@@ -166,6 +175,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("operations, of dense", _percent(ratio)))
     facts.append(("time", f"{summary.seconds:,.1f} s"))
     facts.append(("  a row", _ms(summary.ms_per_row())))
+    facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
     facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
     return facts
 
@@ -176,7 +186,15 @@ def _line(tally: Tally, noun: str) -> str:
         rows += f"/{tally.expected_rows:,.0f}"
     errors = f", {tally.status['error']:,} errors" if tally.status["error"] else ""
     tokens = f"{tally.prompt_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
-    return f"{rows} {noun}, {tokens}{errors}"
+    return f"{rows} {noun}, {tokens}{errors}{_several(tally)}"
+
+
+def _several(tally: Tally) -> str:
+    """Of a run with workers, how many they are and their TTFT of late."""
+    if not isinstance(tally, Summary) or tally.workers is None:
+        return ""
+    workers = f"{tally.workers:,} worker{'' if tally.workers == 1 else 's'}"
+    return f", {workers}, TTFT p50 {_ms(tally.ttft_ms(50, latest=LATE_ROWS))}"
 
 
 def _expected_tokens(tally: Tally) -> float | None:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.config import BatchConfig, parse_max_errors
 from pipeline.config_file import DEFAULT_METHOD
+from pipeline.engines.one_process import Engine, OneProcess
 from pipeline.errors import ConfigError, TooManyErrors
-from pipeline.guard import Answering, Guard, Guarded
 from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
-from pipeline.interrupts import nothing_to_lose
 from pipeline.io import Source
 from pipeline.io.journal import Journal
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
 from pipeline.io.rowindex import Order
 from pipeline.io.writing import check_output
-from pipeline.mapreduce import Reduction
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
 from pipeline.profile import above_profile
 from pipeline.pruning.registry import make_method
-from pipeline.records import Answer, EncodedDocument, RowFailure
-from pipeline.splitting import SplitDocument
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
-    from pipeline.engines.local import LocalEngine
+    from pipeline.engines.ray_cluster import RayCluster
     from pipeline.model.loading import LoadedModel
     from pipeline.pruning.base import PruningMethod
 
 WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one more is in the making
-WORTH_A_NOTE_S = 1.0  # of warming up, below which nobody wonders what the run is doing
 FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
 
 Progress = Callable[[Summary], None]
@@ -90,14 +84,26 @@ def run_batch(
     config = BatchConfig(input=inputs, output=str(output), **options)
     chosen = make_method(config.method, config.method_settings) if isinstance(method, str) else method
     check_output(config.output, (), config.overwrite or config.resume)
-    with lock_output(config.output) as lock:
+    if config.engine == "ray" and not isinstance(model, str):
+        raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
+    with lock_output(config.output) as lock, _cluster(config, check) as cluster:
         source = open_input(config)
         for text in source.notes:
             note(text)
-        run = prepare(config, source, model, chosen)
+        run = prepare(config, source, model if cluster is None else cluster.open_model(config), chosen)
         for text in run.notes:
             note(text)
-        return answer_all(run, progress=progress, note=note, check=check, still_locked=lock.check)
+        engine = OneProcess(run, check, note) if cluster is None else cluster.engine(run, note)
+        return answer_all(run, engine, progress=progress, note=note, check=check, still_locked=lock.check)
+
+
+def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextManager[RayCluster | None]:
+    """Where the workers of a run will be, if it has any."""
+    if config.engine == "local":
+        return nullcontext()
+    from pipeline.engines.ray_cluster import RayCluster
+
+    return RayCluster(config, check)
 
 
 def open_input(config: BatchConfig) -> Source:
@@ -109,6 +115,7 @@ def open_input(config: BatchConfig) -> Source:
 
 def answer_all(
     run: Preparation,
+    engine: Engine,
     *,
     progress: Progress,
     note: Note,
@@ -117,7 +124,6 @@ def answer_all(
 ) -> Summary:
     """Run every new row through the model, into the journal, and publish the output."""
     config, decides = run.config, run.decides()
-    engine = cache(partial(start_engine, run, check, note))  # started, once, by the first row that needs it
     summary = Summary(method=run.method.name, output=config.output)
     note_length = _once(run, note)
     with open_journal(
@@ -131,20 +137,23 @@ def answer_all(
     ) as journal:
         if journal.resumed:
             note(f"resuming: {journal.done_at_start.total():,} rows are done")
-        with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check)) as read:
-            for window in read:
-                expect(summary, window, journal)
-                note_length(window.items)
-                for answers in answer_window(engine, window.items, run):
-                    journal.append(answers)
-                    summary.add(answers)
-                    progress(summary)
-                    stop_if_broken(config, summary)
-                    check()
-        if engine.cache_info().currsize:
-            summary.times = engine().times
-            if engine().model.attention.capture_failure:
-                note(f"decoded without CUDA graphs: {engine().model.attention.capture_failure}")
+
+        def taken_in(windows: Iterable[Window | None]) -> Iterator[list[Item] | None]:
+            for window in windows:
+                if window is not None:
+                    expect(summary, window, journal)
+                    note_length(window.items)
+                yield window and window.items
+
+        with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check, engine.patience_s)) as read:
+            for answers in engine.answers(taken_in(read)):
+                journal.append(answers)
+                summary.add(answers)
+                summary.workers = engine.workers
+                progress(summary)
+                stop_if_broken(config, summary)
+                check()
+        summary.times = engine.times
         written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
@@ -213,77 +222,3 @@ def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
         f"{failed:,} of {finished:,} rows failed ({kinds}), more than --max-errors {config.max_errors} allows"
         "; finished rows are kept: mend the cause, then --resume --retry-errors"
     )
-
-
-def answer_window(
-    engine: Callable[[], LocalEngine], window: Sequence[Item], run: Preparation
-) -> Iterator[list[Answer]]:
-    """Answers of one window's rows, pack by pack; failures last, lest their share look too large.
-
-    A pack of nothing but parts of rows may complete none: then it yields an empty list.
-    """
-    split = [item for item in window if isinstance(item, SplitDocument)]
-    reduction = Reduction(split, run.splitter, run.method.name)
-    waiting = [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
-    while waiting:
-        for documents, answers in guarded(engine(), run.guard).answers(waiting):
-            yield reduction.take(documents, answers)
-        waiting = reduction.prompts()
-    failures = [item for item in window if isinstance(item, RowFailure)]
-    if failures:
-        yield [Answer.from_failure(failure, run.method.name) for failure in failures]
-
-
-def guarded(engine: LocalEngine, guard: Guard | None) -> Answering:
-    """The engine, with a dense one beside it where there is a guard."""
-    if guard is None:
-        return engine
-    from pipeline.pruning.dense import Dense
-
-    return Guarded(guard=guard, pruned=engine, dense=engine.beside(Dense()))
-
-
-def start_engine(run: Preparation, check: Callable[[], None], note: Note) -> LocalEngine:
-    """Load the weights and warm up, and note how long that took where it took long."""
-    from pipeline.engines.local import LONGEST_WARM_UP_S, LocalEngine
-    from pipeline.model.decode import StopRules
-    from pipeline.model.sampling import Sampling
-    from pipeline.tokenizing import stop_token_ids
-
-    config = run.config
-    check()
-    with nothing_to_lose():
-        model = run.model.load()
-    model.adapter.use_fp8(
-        linears=config.linear_dtype == "fp8",
-        ffn=run.method.ffn_in_fp8,
-        keep=model is run.model,  # who gave a loaded model may want its own precision later
-    )
-    rules = StopRules(
-        max_new_tokens=config.max_new_tokens,
-        token_ids=stop_token_ids(model.tokenizer, model.generation_config),
-        texts=config.stop,
-        decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
-    )
-    engine = LocalEngine(
-        model,
-        run.method,
-        rules=rules,
-        sampling=Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed),
-        pack_tokens=config.pack_tokens,
-        row_timeout=config.row_timeout,
-        kv_memory=config.kv_memory,
-        # marks are kept of rows that run on their own alone
-        group=config.group == "auto" and not config.save_selection,
-        save_selection=config.save_selection,
-        check=check,
-        note=note,
-    )
-    if not engine.warm_up(LONGEST_WARM_UP_S):
-        note(
-            f"the warm-up was given up after {LONGEST_WARM_UP_S:g} s: "
-            "the TTFT of the first packs may hold the rest of it"
-        )
-    elif engine.times.warm_up_s >= WORTH_A_NOTE_S:
-        note(f"warmed up in {engine.times.warm_up_s:.1f} s")
-    return engine

@@ -16,6 +16,7 @@ ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "tru
 ORDERS = ("input", "completion")
 GUARD = ("auto", "off")
 GROUP = ("auto", "off")
+ENGINES = ("local", "ray")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LINEAR_DTYPES = ("auto", "fp8")
 ATTENTION_DTYPES = ("auto", "fp8")
@@ -76,6 +77,10 @@ class BatchConfig:
     seed: int = 0
     stop: tuple[str, ...] = ()
     # running and writing
+    engine: str = "local"  # or ray: workers on as many GPUs and machines as there are
+    ray_address: str | None = None  # of a cluster, HOST:PORT or auto; None: a Ray of the run's own, here
+    workers: str = "all"  # or a count
+    gpus_per_worker: int | None = None  # 0 or 1; None: 1 where there are GPUs
     pack_tokens: int | None = None  # None: from free memory
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
     group: str = "auto"  # rows about the same document: answered together where that is cheaper
@@ -97,6 +102,7 @@ class BatchConfig:
         check_choice("--linear-dtype", self.linear_dtype, LINEAR_DTYPES)
         check_choice("--attention", self.attention, ATTENTION)
         check_choice("--attention-dtype", self.attention_dtype, ATTENTION_DTYPES)
+        self._check_engine()
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         check_at_least("--seed", self.seed, 0)
         check_at_least("--split-overlap", self.split_overlap, 0)
@@ -125,6 +131,30 @@ class BatchConfig:
             raise ConfigError("no input: give a file, a glob or a folder")
         if "" in self.stop:
             raise ConfigError("--stop takes a text that is not empty")
+
+    def _check_engine(self) -> None:
+        check_choice("--engine", self.engine, ENGINES)
+        if self.engine == "local":
+            given = (self.ray_address, self.gpus_per_worker, None if self.workers == "all" else self.workers)
+            for flag, value in zip(("--ray-address", "--gpus-per-worker", "--workers"), given, strict=True):
+                if value is not None:
+                    raise ConfigError(f"{flag} needs --engine ray")
+            return
+        parse_workers(self.workers)
+        if self.gpus_per_worker not in (None, 0, 1):
+            raise ConfigError(f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1")
+        if self.ray_address is not None and "://" in self.ray_address:
+            raise ConfigError(
+                f"--ray-address {self.ray_address!r}: give HOST:PORT or auto, on a machine of the cluster"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"--device {self.device!r}: Ray gives each worker its GPU; choose from auto, cpu, cuda"
+            )
+        if (self.device, self.gpus_per_worker) in (("cpu", 1), ("cuda", 0)):
+            raise ConfigError(
+                f"--device {self.device} and --gpus-per-worker {self.gpus_per_worker} exclude each other"
+            )
 
     def _check_questions(self) -> None:
         for flag, other in combinations(("question", "question_column", "questions_column"), 2):
@@ -244,6 +274,15 @@ def parse_shard(text: str, flag: str = "--shard") -> tuple[int, int]:
     if not 1 <= chosen <= count:
         raise ConfigError(f"{flag} {text!r}: the part must be between 1 and {count}")
     return chosen, count
+
+
+def parse_workers(text: str) -> int | None:
+    """`4` as 4, `all` as None."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--workers {text!r}: give a number of at least 1, or all")
+    return int(text)
 
 
 def parse_max_errors(text: str) -> tuple[float, bool]:

@@ -117,7 +117,7 @@ def _of_toml(place: str, name: str, value: Any) -> Any:
     kind = KINDS[name]
     if name in SIZES and isinstance(value, str):
         return SIZES[name](place, value)
-    if name == "max_errors" and type(value) is int:
+    if name in ("max_errors", "workers") and type(value) is int:
         return str(value)
     if kind == "tuple[str, ...]":
         texts = [value] if isinstance(value, str) else value

@@ -10,16 +10,21 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _END = object()
 
+LOOK_UP_S = 1.0  # while waiting, so that an interrupt is not held up
 LEAVE_AFTER_S = 2.0  # a producer that waits for a pipe or a network is left behind
 
 
 def ahead(
-    items: Iterable[T], depth: int, check: Callable[[], None] = lambda: None
-) -> Generator[T, None, None]:
+    items: Iterable[T],
+    depth: int,
+    check: Callable[[], None] = lambda: None,
+    patience_s: float | None = None,
+) -> Generator[T | None, None, None]:
     """Yield `items`, produced by a thread that runs at most `depth` items ahead.
 
     An exception of the producer is raised here, in its place. Closing the generator stops the thread. `check`
-    is called while there is nothing to yield; what it raises ends the waiting.
+    is called while there is nothing to yield; what it raises ends the waiting. With `patience_s`, None is
+    yielded each time that there was nothing for so many seconds, for who has other things to look after.
     """
     queue: Queue[Any] = Queue(maxsize=depth)
     stopped = threading.Event()
@@ -46,9 +51,11 @@ def ahead(
     try:
         while True:
             try:
-                item, error = queue.get(timeout=1.0)
-            except Empty:  # wake up now and then, so that an interrupt is not held up
+                item, error = queue.get(timeout=patience_s or LOOK_UP_S)
+            except Empty:
                 check()
+                if patience_s is not None:
+                    yield None
                 continue
             if error is not None:
                 raise error

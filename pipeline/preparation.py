@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.guard import Guard
-    from pipeline.model.loading import Model
+    from pipeline.model.loading import Model, UnloadedModel
     from pipeline.profile import Profile
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """A run whose settings fit each other, its input and its model, of which no weights are loaded yet."""
+class Setup:
+    """All that answering takes but weights: settings, model, method and prompts that fit each other."""
 
     config: BatchConfig
-    source: Source
     model: Model
     method: PruningMethod
     prompts: PromptBuilder
@@ -39,6 +38,13 @@ class Preparation:
     profile: Profile | None = None
     guard: Guard | None = None  # of what the profile does not speak for
     notes: tuple[str, ...] = ()  # what a user should know of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation(Setup):
+    """A run whose settings fit its input too, of which no weights are loaded yet."""
+
+    source: Source
 
     def rows(self) -> Reading:
         """The rows that the run takes of its input, a record for each question."""
@@ -72,29 +78,16 @@ class Preparation:
 def prepare(config: BatchConfig, source: Source, model: str | Model, method: PruningMethod) -> Preparation:
     """Raises ConfigError or ModelError for what cannot work, before any row or weight is read."""
     if isinstance(model, str):
-        from pipeline.model.loading import open_model
-
-        model = open_model(
-            model,
-            dtype=config.dtype,
-            device=config.device,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            attention=config.attention,
-            attention_dtype=config.attention_dtype,
-            rope_scaling=config.rope_scaling,
-        )
+        model = open_configured(config)
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
-    from pipeline.model.adapters import check_fp8
-
     profile, guard, notes = _profiled(config, model, method)
     prompts = make_prompts(config, model.tokenizer, model.shape.context)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
     if config.linear_dtype == "fp8" or method.ffn_in_fp8:
-        check_fp8(model.device, model.dtype, model.shape)
+        model.check_fp8()
     return Preparation(
         config=config,
         source=source,
@@ -105,6 +98,24 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         profile=profile,
         guard=guard,
         notes=notes,
+    )
+
+
+def open_configured(
+    config: BatchConfig, *, dtype: str | None = None, device: str | None = None
+) -> UnloadedModel:
+    """The model that a configuration names; `dtype` and `device` stand above it."""
+    from pipeline.model.loading import open_model
+
+    return open_model(
+        config.model,
+        dtype=dtype or config.dtype,
+        device=device or config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attention=config.attention,
+        attention_dtype=config.attention_dtype,
+        rope_scaling=config.rope_scaling,
     )
 
 

@@ -65,7 +65,7 @@ def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> 
         "settings_that_decide": decides,
         "model": model.name,
         "device": model.device_name(),
-        "attention": {"backend": model.attention.name, "refused": model.attention_refused},
+        "attention": {"backend": model.attention_name, "refused": model.attention_refused},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,6 +38,29 @@ class EngineTimes:
         self.prefill_s += ended - started
         self.shared_s += ended - started
         self.began = self.began or started
+
+    @classmethod
+    def together(cls, several: Iterable[EngineTimes]) -> Self:
+        """Of engines side by side: sums, but for the longest warm-up, and the first start and last end."""
+        all_times = list(several)
+        return cls(
+            warm_up_s=max((each.warm_up_s for each in all_times), default=0.0),
+            packs=sum(each.packs for each in all_times),
+            prefill_s=sum(each.prefill_s for each in all_times),
+            shared_s=sum(each.shared_s for each in all_times),
+            decode_s=sum(each.decode_s for each in all_times),
+            began=min((each.began for each in all_times if each.began is not None), default=None),
+            ended=max((each.ended for each in all_times if each.ended is not None), default=None),
+        )
+
+    def mirrored(self, now: float) -> Self:
+        """With ages at `now` in place of times of a clock, or such times in place of ages.
+
+        Clocks of two machines have nothing to do with each other; ages can be told.
+        """
+        began = None if self.began is None else now - self.began
+        ended = None if self.ended is None else now - self.ended
+        return replace(self, began=began, ended=ended)
 
     @property
     def span_s(self) -> float:
@@ -118,6 +141,7 @@ class Summary(Tally):
         self.new_tokens = 0
         self.grouped_rows = 0  # answered together with others about the same document
         self.times = EngineTimes()
+        self.workers: int | None = None  # that are at work, of an engine that has several
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
         self._flops_work = 0.0
@@ -134,13 +158,14 @@ class Summary(Tally):
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
 
-    def ttft_ms(self, percentile: float) -> float | None:
-        """Percentile (0 to 100) of the answered rows' TTFT in milliseconds; None without rows."""
-        return (
-            float(np.percentile(np.frombuffer(self._ttft_ms, np.float32), percentile))
-            if self._ttft_ms
-            else None
-        )
+    def ttft_ms(self, percentile: float, latest: int = 0) -> float | None:
+        """Percentile (0 to 100) of answered rows' TTFT in milliseconds, of all or of the `latest`.
+
+        None without rows.
+        """
+        if not self._ttft_ms:
+            return None
+        return float(np.percentile(np.frombuffer(self._ttft_ms, np.float32)[-latest:], percentile))
 
     def ms_per_row(self) -> float | None:
         """The run's time, warming up left out, over its answered rows; None without rows."""
@@ -168,7 +193,9 @@ class Summary(Tally):
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,
+            "workers": self.workers,
             "warm_up_s": self.times.warm_up_s,
+            "answering_s": self.times.span_s,
             "packs": self.times.packs,
             "prefill_s": self.times.prefill_s,
             "shared_prefill_s": self.times.shared_s,

@@ -1,8 +1,10 @@
 """Peak memory of a run over many short rows, everything real but the model's forward pass.
 
     python tests/memory_run.py 10000 1000000
+    python tests/memory_run.py --ray 1000 100000
 
-One process a count; prints rows, seconds and peak resident megabytes.
+One process a count; prints rows, seconds and peak resident megabytes. With --ray these are of the process
+that reads and writes, in a run with two workers; their model is real, but has one small layer.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ def stub_answers(engine, documents, rules, check):
     return rows
 
 
-def run(count: int) -> None:
+def run(count: int, *, in_workers: bool) -> None:
     import torch
 
     from pipeline import run_batch
     from pipeline.engines.local import LocalEngine
 
-    LocalEngine._answer = stub_answers
+    options = {"engine": "ray", "workers": "2", "gpus_per_worker": 0, "max_new_tokens": 1}
+    if not in_workers:
+        options, LocalEngine._answer = {}, stub_answers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {**SIZES, "vocab_size": 320, "max_position_embeddings": 1024}
+        if in_workers:
+            settings |= {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
         random_model("qwen2", settings, device=torch.device("cpu"), dtype=torch.float32).save_pretrained(
             folder
         )
@@ -50,7 +56,11 @@ def run(count: int) -> None:
                 lines.write(json.dumps({"text": f"document {row} of many", "note": row}) + "\n")
         began = time.perf_counter()
         summary = run_batch(
-            str(folder / "in.jsonl"), str(folder / "out.parquet"), model=str(folder), question="what?"
+            str(folder / "in.jsonl"),
+            str(folder / "out.parquet"),
+            model=str(folder),
+            question="what?",
+            **options,
         )
         assert summary.status["ok"] == count
         seconds = time.perf_counter() - began
@@ -59,8 +69,9 @@ def run(count: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--one":
-        run(int(sys.argv[2]))
+    flags = [word for word in sys.argv[1:] if word == "--ray"]
+    if "--one" in sys.argv:
+        run(int(sys.argv[-1]), in_workers=bool(flags))
     else:
-        for count in sys.argv[1:]:
-            subprocess.run([sys.executable, __file__, "--one", count], check=True)
+        for count in sys.argv[1 + len(flags) :]:
+            subprocess.run([sys.executable, __file__, *flags, "--one", count], check=True)

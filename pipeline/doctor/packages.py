@@ -39,6 +39,7 @@ OPTIONAL = {
     "triton": Optional("triton", None, "kernels of our own on a GPU; torch's CUDA builds bring it"),
     "fa3-fwd": Optional("fa3_fwd_interface", "hopper", "FlashAttention-3 on Hopper, with CUDA graphs"),
     "flash-attn": Optional("flash_attn", "flash", "FlashAttention-2, for GPUs other than Hopper"),
+    "ray": Optional("ray", "ray", "--engine ray: several GPUs and machines"),
     "s3fs": Optional("s3fs", "s3", "s3:// URLs"),
     "gcsfs": Optional("gcsfs", "gs", "gs:// URLs"),
     "aiohttp": Optional("aiohttp", "http", "https:// URLs"),

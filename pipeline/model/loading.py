@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
-from pipeline.model.adapters import DecoderAdapter, check_config, shape_of, with_rope_scaling
+from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.model.names import EMBEDDED
 from pipeline.model.shape import ModelShape
 
@@ -68,8 +68,16 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.adapter.dtype
 
+    @property
+    def attention_name(self) -> str:
+        return self.attention.name
+
     def device_name(self) -> str:
         return _device_name(self.device)
+
+    def check_fp8(self) -> None:
+        """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
+        check_fp8(self.device, self.dtype, self.shape)
 
     def load(self) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
@@ -113,8 +121,16 @@ class UnloadedModel:
                 self.wanted_attention, self.device, self.dtype, self.shape, fp8=self.attention_in_fp8
             )
 
+    @property
+    def attention_name(self) -> str:
+        return self.attention.name
+
     def device_name(self) -> str:
         return _device_name(self.device)
+
+    def check_fp8(self) -> None:
+        """As of a loaded model."""
+        check_fp8(self.device, self.dtype, self.shape)
 
     def load(self) -> LoadedModel:
         """Raises ModelError for weights that cannot be read."""

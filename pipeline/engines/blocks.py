@@ -1,0 +1,187 @@
+"""Which rows go to which of several workers, and when. No tensors here, and nothing of Ray.
+
+A block is a window's rows, or some of them. Rows about one document stay together, so that a worker finds the
+groups that one process would. Blocks are large while there is much to do, and small towards the end, where
+whoever is done first takes the next one: no worker is left alone with a large part of the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from pipeline.grouping import same_documents
+from pipeline.intake import Item, item_prompts, item_tokens
+from pipeline.packing import WINDOW_DOCUMENTS
+from pipeline.records import Answer, EncodedDocument, Row, RowFailure
+from pipeline.splitting import SplitDocument
+
+PACKS_A_BLOCK = 4  # few, so that what a dead worker leaves is soon done again; many, so that packs are full
+
+Unit = list[Item]  # rows that stay together
+Key = tuple[int, int | None]
+
+
+def key_of(row: Row | Answer) -> Key:
+    """What tells a row of the output from all others."""
+    return row.row, row.question_index
+
+
+@dataclass(kw_only=True, eq=False)
+class Opened:
+    """A window of which blocks are made, with its rows that failed before they reached a worker."""
+
+    units: deque[Unit]  # longest first
+    failures: list[RowFailure]
+    unfinished: int  # rows with prompts
+
+    @classmethod
+    def of(cls, items: Sequence[Item], *, together: bool) -> Opened:
+        """With `together`, rows about the same document are one unit."""
+        failures = [item for item in items if isinstance(item, RowFailure)]
+        others: list[Item] = [item for item in items if not isinstance(item, RowFailure)]
+        units = units_of(others) if together else [[item] for item in others]
+        units.sort(key=unit_tokens, reverse=True)
+        return cls(units=deque(units), failures=failures, unfinished=len(others))
+
+    def finish(self, rows: int) -> list[RowFailure]:
+        """Count rows as answered; the failures once all are, lest their share look too large before."""
+        self.unfinished -= rows
+        return [] if self.unfinished else self.failures
+
+
+@dataclass(kw_only=True, eq=False)
+class Block:
+    """Rows of one window that a worker is given at once."""
+
+    window: Opened
+    units: list[Unit]
+    apart: bool = False  # each unit alone, in this order: one of them may have killed a worker
+    open: dict[Key, Row] = field(init=False)  # rows without an answer
+
+    def __post_init__(self) -> None:
+        self.open = {key_of(item.source): item.source for unit in self.units for item in unit}
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(unit_tokens, self.units))
+
+    def sent(self) -> list[Unit]:
+        """The units as they are sent: what is copied to the output stays here."""
+        return [[without_passthrough(item) for item in unit] for unit in self.units]
+
+    def take(self, answers: Iterable[Answer]) -> list[Answer]:
+        """The answers, each with what is copied from its row; those of rows that have one are left out."""
+        taken = []
+        for answer in answers:
+            source = self.open.pop(key_of(answer), None)
+            if source is not None:
+                answer.passthrough = source.passthrough
+                taken.append(answer)
+        return taken
+
+    def left(self) -> tuple[list[Block], Item | None]:
+        """After the death of its worker: blocks of the rows without an answer, and the row that is to blame.
+
+        After the first death it may be any of them: each unit is to run alone, which tells which one was
+        running when a second worker died. If that has several rows, these run alone in their turn.
+        """
+        units = [[item for item in unit if key_of(item.source) in self.open] for unit in self.units]
+        units = [unit for unit in units if unit]
+        if not units:
+            return [], None
+        if not self.apart:
+            return [self._of(units, apart=True)], None
+        running, others = units[0], units[1:]
+        rest = [self._of(others)] if others else []
+        if len(running) == 1:
+            return rest, running[0]
+        return [self._of([[item] for item in running], apart=True), *rest], None
+
+    def _of(self, units: list[Unit], *, apart: bool = False) -> Block:
+        return Block(window=self.window, units=units, apart=apart)
+
+
+class Backlog:
+    """Rows that wait for a worker."""
+
+    def __init__(self) -> None:
+        self._again: deque[Block] = deque()  # of workers that died
+        self._windows: deque[Opened] = deque()
+        self._tokens = self._rows = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._again or self._windows)
+
+    def wants_more(self, workers: int, block_tokens: int) -> bool:
+        """Whether to open another window, so that each of the workers finds a whole block."""
+        return self._tokens < workers * block_tokens and self._rows < workers * WINDOW_DOCUMENTS
+
+    def add(self, window: Opened) -> None:
+        if window.units:
+            self._windows.append(window)
+            self._tokens += sum(map(unit_tokens, window.units))
+            self._rows += window.unfinished
+
+    def put_back(self, blocks: Iterable[Block]) -> None:
+        self._again.extend(blocks)
+
+    def take(self, workers: int, block_tokens: int) -> Block:
+        """The next block: half of a worker's share of all that wait, and at most `block_tokens`."""
+        if self._again:
+            return self._again.popleft()
+        share = self._tokens / (2 * workers) if workers > 1 else self._tokens
+        window, wanted = self._windows[0], min(block_tokens, share)
+        units = [window.units.popleft()]
+        tokens = unit_tokens(units[0])
+        while window.units and tokens + unit_tokens(window.units[0]) <= wanted:
+            units.append(window.units.popleft())
+            tokens += unit_tokens(units[-1])
+        if not window.units:
+            self._windows.popleft()
+        self._tokens -= tokens
+        self._rows -= sum(map(len, units))
+        return Block(window=window, units=units)
+
+
+def units_of(items: Sequence[Item]) -> list[Unit]:
+    """Items whose first prompts are about the same document, put together."""
+    by_prompt = {id(item_prompts(item)[0]): item for item in items}
+    firsts = (item_prompts(item)[0] for item in items)
+    return [[by_prompt[id(prompt)] for prompt in same] for same in same_documents(firsts)]
+
+
+def unit_tokens(unit: Unit) -> int:
+    return sum(map(item_tokens, unit))
+
+
+def without_passthrough(item: Item) -> Item:
+    """What a worker needs of a row."""
+    if isinstance(item, SplitDocument):
+        parts = tuple(replace(part, encoded=part.encoded and _bare(part.encoded)) for part in item.parts)
+        return replace(item, source=replace(item.source, passthrough=None), parts=parts)
+    return _bare(item) if isinstance(item, EncodedDocument) else item
+
+
+def _bare(document: EncodedDocument) -> EncodedDocument:
+    return replace(document, source=replace(document.source, passthrough=None))
+
+
+def moved(item: Item, seconds: float) -> Item:
+    """With `ready_at` so many seconds later: an age, in place of a time of the clock of one machine."""
+    if isinstance(item, SplitDocument):
+        parts = tuple(
+            replace(part, encoded=part.encoded and _moved(part.encoded, seconds)) for part in item.parts
+        )
+        return replace(item, parts=parts)
+    return _moved(item, seconds) if isinstance(item, EncodedDocument) else item
+
+
+def _moved(document: EncodedDocument, seconds: float) -> EncodedDocument:
+    return replace(document, ready_at=document.ready_at + seconds)
+
+
+def rows_of(units: Iterable[Unit]) -> Iterator[Item]:
+    return chain.from_iterable(units)

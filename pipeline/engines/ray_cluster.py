@@ -1,0 +1,269 @@
+"""Ray itself: connecting to it, what it has, and its worker processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from pipeline.config import BatchConfig, parse_workers
+from pipeline.errors import ConfigError, MarsError
+from pipeline.interrupts import SIGNALS
+from pipeline.model.loading import UnloadedModel
+from pipeline.preparation import Preparation, Setup, open_configured
+
+if TYPE_CHECKING:
+    from pipeline.engines.ray import RayEngine
+    from pipeline.engines.ray_worker import ModelFacts
+
+LOGGER = logging.getLogger("marsinfer.ray")  # at INFO, Ray's own messages are shown
+OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of the run's own: blocks and answers on their way, no more
+LOOK_UP_S = 0.5
+CONNECT_S = 10.0
+# read by Ray when it is imported; who has set them knows why
+QUIET = {"RAY_DEDUP_LOGS_SKIP_REGEX": "^"}  # of messages about the cluster, which it prints
+ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # as the local engine's process
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistantModel(UnloadedModel):
+    """A model for a device that this process need not have: of the worker that has it come the facts."""
+
+    facts: ModelFacts
+
+    def load(self) -> NoReturn:
+        raise TypeError("the weights are loaded where the device is")
+
+    @property
+    def attention_name(self) -> str:
+        return self.facts.attention_name
+
+    @property
+    def attention_refused(self) -> dict[str, str]:
+        return self.facts.attention_refused
+
+    def device_name(self) -> str:
+        return self.facts.device_name
+
+    def check_fp8(self) -> None:
+        if self.facts.fp8_refused is not None:
+            raise ConfigError(self.facts.fp8_refused)
+
+
+def distant_model(config: BatchConfig, facts: ModelFacts) -> DistantModel:
+    """The model of a configuration, for the GPU that the facts are of; its files are read here."""
+    import torch
+
+    here = open_configured(config, dtype=facts.dtype, device="cpu")
+    values = {field.name: getattr(here, field.name) for field in fields(here)}
+    return DistantModel(**values | {"device": torch.device("cuda")}, facts=facts)
+
+
+class RayCluster:
+    """A context manager: the cluster that a run names, or a Ray of its own, here, which ends with it."""
+
+    def __init__(self, config: BatchConfig, check: Callable[[], None]) -> None:
+        """Connects when something is asked of it."""
+        self._config, self.check = config, check
+        self._connected = self._was_connected = False
+        self._actors: list[Any] = []
+        self._given: tuple[Any, str] = (None, "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and the packs in flight with them, and leave the cluster."""
+        if not self._connected:
+            return
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        self._connected = False
+        if not self._was_connected:
+            with _own_signals():
+                ray.shutdown()
+
+    def engine(self, run: Preparation, note: Callable[[str], None]) -> RayEngine:
+        """What answers the rows of a run here."""
+        _import_ray()
+        from pipeline.engines.ray import RayEngine
+
+        return RayEngine(run, self, note)
+
+    def connect(self) -> None:
+        """Raises ConfigError where Ray is not installed, or not to be reached."""
+        if self._connected:
+            return
+        ray = _import_ray()
+        self._was_connected = ray.is_initialized()
+        if not self._was_connected:
+            shown = LOGGER.isEnabledFor(logging.INFO)
+            options: dict[str, Any] = {
+                "log_to_driver": shown,
+                "logging_level": logging.INFO if shown else logging.CRITICAL,
+            }
+            address = self._config.ray_address
+            _check_listens(address)
+            with _own_signals():
+                try:
+                    if address is None:
+                        ray.init(address="local", **options, **self._own_ray())
+                    else:
+                        ray.init(address=address, **options)
+                except (OSError, RuntimeError, ValueError) as error:
+                    where = "here" if address is None else f"at --ray-address {address}"
+                    what = str(error).partition(". ")[0] or type(error).__name__
+                    raise ConfigError(
+                        f"no Ray can be used {where}: {what}; `ray start --head` starts a cluster"
+                    ) from error
+        self._connected = True
+
+    def _own_ray(self) -> dict[str, Any]:
+        wanted = parse_workers(self._config.workers) or 1
+        return {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, wanted),
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """As the configuration says, or 1 where there are GPUs."""
+        wanted = self._config.gpus_per_worker
+        if wanted is not None:
+            return wanted
+        if self._config.device != "auto":
+            return int(self._config.device == "cuda")
+        return int(self._total("GPU") >= 1)
+
+    def places(self) -> tuple[int, int]:
+        """How many workers are wanted, and how many the cluster has room for as it is."""
+        kind = "GPU" if self.gpus_per_worker else "CPU"
+        room = self._total(kind)
+        wanted = parse_workers(self._config.workers) or room
+        if not room:
+            raise ConfigError(
+                f"the cluster has no {kind} for a worker: give --gpus-per-worker {1 - self.gpus_per_worker},"
+                " or add a machine that has one"
+            )
+        return wanted, room
+
+    def _total(self, kind: str) -> int:
+        self.connect()
+        import ray
+
+        return int(ray.cluster_resources().get(kind, 0))
+
+    def open_model(self, config: BatchConfig) -> UnloadedModel:
+        """The model as the workers will have it, its weights not loaded."""
+        if not self.gpus_per_worker:
+            return open_configured(config, device="cpu")
+        self.places()
+        import ray
+
+        from pipeline.engines.ray_worker import model_facts
+
+        ask: Any = ray.remote(num_gpus=1, max_retries=3)(model_facts)
+        return distant_model(config, self.wait_for(ask.remote(config)))
+
+    def make_workers(self, setup: Setup) -> list[Any]:
+        """Actors of the class `Worker`, whose processes Ray makes where there is room for them.
+
+        What they need is given to `start`: an argument of their making would have to outlive its machine.
+        """
+        wanted, _ = self.places()
+        import ray
+
+        from pipeline.engines.ray_worker import Worker
+
+        gpus = self.gpus_per_worker
+        module = type(setup.method).__module__
+        if not module.startswith("pipeline."):  # a method of the user's own, whose file others may not have
+            ray.cloudpickle.register_pickle_by_value(sys.modules[module])
+        made: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1)(Worker)
+        fields_of_setup = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+        self._given = ray.put(Setup(**fields_of_setup)), setup.model.fingerprint
+        self._actors = [made.remote(gpus=gpus, workers=wanted) for _ in range(wanted)]
+        return self._actors
+
+    def start(self, actor: Any) -> Any:
+        """A reference to what the actor's `start` returns, once it has a process."""
+        setup, fingerprint = self._given
+        return actor.start.remote(setup, fingerprint)
+
+    def wait_for(self, reference: Any) -> Any:
+        """What a task returns; its MarsErrors are raised as they are."""
+        import ray
+
+        while not ray.wait([reference], timeout=LOOK_UP_S)[0]:
+            self.check()
+        return got(reference)
+
+
+def got(reference: Any) -> Any:
+    """The value that a task made; a MarsError that it raised is raised here."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, MarsError):
+            raise error.cause from None
+        raise
+
+
+def _check_listens(address: str | None) -> None:
+    """Raise ConfigError at once where nobody would answer; Ray would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--ray-address {address}: nobody answers there ({error}); `ray start --head` tells the address"
+        ) from error
+
+
+def _import_ray() -> Any:
+    quiet = {} if LOGGER.isEnabledFor(logging.INFO) else QUIET
+    for name, value in (ALWAYS | quiet).items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(f"--engine ray needs Ray: pip install 'marsinfer[ray]' ({error})") from error
+    return ray
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Whoever handled signals before still does afterwards: Ray installs a handler of its own."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
