@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -336,7 +336,8 @@ def _run(settings: BatchConfig, *, quiet: bool, log_format: str) -> Summary:
     inputs, output = options.pop("input"), options.pop("output")
     with BatchProgress(quiet=quiet, as_json=log_format == "json") as progress, graceful_stop() as check:
         progress.start(settings)
-        with redirect_stdout(sys.stderr):  # where Ray's own messages would be, between lines of JSON
+        # Ray's own messages would come between our JSON
+        with redirect_stdout(sys.stderr) if settings.engine == "ray" else nullcontext():
             summary = run_batch(inputs, output, **options, progress=progress, note=progress.note, check=check)
     progress.end(summary)
     return summary

@@ -283,7 +283,7 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
 @pytest.mark.parametrize(
     ("constant", "seconds", "note"),
     [
-        ("pipeline.batch.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
+        ("pipeline.engines.one_process.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
         (
             "pipeline.engines.local.LONGEST_WARM_UP_S",
             0.0,
