@@ -93,7 +93,8 @@ def _load_file(path: str) -> Any:
 
 def _parse(parameter: Field[Any], text: str) -> Any:
     """Text as a number, `none`, a comma-separated tuple of numbers, true/false, or itself: as declared."""
-    kind = str(parameter.type)
+    # a class itself where the method's file does not postpone annotations
+    kind = parameter.type.__name__ if isinstance(parameter.type, type) else str(parameter.type)
     if "None" in kind and text.lower() == "none":
         return None
     if "tuple" in kind and "," in text:

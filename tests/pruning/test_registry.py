@@ -56,3 +56,22 @@ def test_checking_a_name_imports_no_torch():
         "check_method_name('marsinfer'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_file_that_does_not_postpone_annotations(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\n"
+        "from pipeline.pruning.base import KEEP_ALL, PruningMethod, setting\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(PruningMethod):\n"
+        "    name = 'mine'\n"
+        "    heads: str = setting('mean', 'what of the heads')\n"
+        "    share: float = setting(0.5, 'share')\n"
+        "    window: int | None = setting(3, 'tokens')\n"
+        "    def select(self, layer, view, state):\n"
+        "        return KEEP_ALL\n"
+    )
+    made = make_method(f"{path}:Mine", {"heads": "max", "share": "0.25", "window": "none"})
+    assert (made.heads, made.share, made.window) == ("max", 0.25, None)
+    assert make_method(f"{path}:Mine", {"window": "7"}).window == 7
