@@ -303,10 +303,9 @@ def batch(
 
     settings = resolve(context)
     _check(log_format=log_format, dry_run=dry_run, show_prompt=show_prompt)
-    if verbose:
-        logging.getLogger("marsinfer").setLevel(logging.INFO)
-        if log_format == "text":
-            _print_settings(settings)
+    logging.getLogger("marsinfer").setLevel(logging.INFO if verbose else logging.NOTSET)
+    if verbose and log_format == "text":
+        _print_settings(settings)
     if dry_run:
         _print_dry_run(settings, as_json=as_json, quiet=quiet, log_format=log_format)
         return 0

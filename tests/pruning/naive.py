@@ -45,7 +45,7 @@ class Stored:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
-    def update(self, k, v, layer, *_):
+    def update(self, k, v, layer, *_, **__):  # releases differ in what else they pass
         if layer in self.keys:
             k, v = torch.cat((self.keys[layer], k), 2), torch.cat((self.values[layer], v), 2)
         self.keys[layer], self.values[layer] = k, v
