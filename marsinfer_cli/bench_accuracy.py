@@ -78,14 +78,11 @@ def accuracy(
     below dense, with the 95% interval of a bootstrap over documents.
     """
     from pipeline.bench.plot import check_plot
-    from pipeline.config import parse_count
-    from pipeline.quality.check_config import CheckConfig, parse_list
-    from pipeline.quality.needles import KINDS
+    from pipeline.quality.check_config import CheckConfig
 
     if plot is not None:
         check_plot(plot)
     variants = [variant for variant in parse_variants(methods, None) if variant.name != "dense"]
-    lengths = None if needle_lengths is None else parse_list("--needle-lengths", needle_lengths)
     config = CheckConfig(
         input=tuple(inputs or ()),
         text_column=text_column,
@@ -94,13 +91,7 @@ def accuracy(
         limit_per_task=limit_per_task,
         document_shard=document_shard,
         seed=seed,
-        suites=tuple(suite or ()),
-        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
-        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
-        needle_lengths=None
-        if lengths is None
-        else tuple(parse_count("--needle-lengths", length) for length in lengths),
-        needle_count=needle_count,
+        **options.suite_settings(suite, tasks, needle_kinds, needle_lengths, needle_count),
         max_new_tokens=max_new_tokens,
         model=model,
         dtype=dtype,

@@ -133,15 +133,11 @@ def calibrate(
     verified on documents that were not searched on. Exits with 5, and writes no profile, if nothing holds.
     """
     from pipeline.bench.plot import check_plot
-    from pipeline.config import parse_count
     from pipeline.quality.calibrate_config import CalibrateConfig
     from pipeline.quality.calibration_report import raise_unless_held
-    from pipeline.quality.check_config import parse_list
-    from pipeline.quality.needles import KINDS
 
     if plot is not None:
         check_plot(plot)
-    lengths = None if needle_lengths is None else parse_list("--needle-lengths", needle_lengths)
     config = CalibrateConfig(
         out=out,
         input=tuple(inputs or ()),
@@ -151,14 +147,8 @@ def calibrate(
         id_column=id_column,
         reference_column=reference_column,
         task_column=task_column,
-        suites=tuple(suite or ()),
+        **options.suite_settings(suite, tasks, needle_kinds, needle_lengths, needle_count),
         needles=needles,
-        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
-        needle_lengths=None
-        if lengths is None
-        else tuple(parse_count("--needle-lengths", length) for length in lengths),
-        needle_count=needle_count,
-        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
         document_shard=document_shard,
         limit=limit,
         seed=seed,

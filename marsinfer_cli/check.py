@@ -178,12 +178,10 @@ def check(
     with 5 where none of it is, and with 6 where more rows are needed to tell. Dense runs in the model's
     --dtype; --linear-dtype and --attention-dtype are the method's.
     """
-    from pipeline.config import parse_count, parse_settings
-    from pipeline.quality.check_config import CheckConfig, parse_list
-    from pipeline.quality.needles import KINDS
+    from pipeline.config import parse_settings
+    from pipeline.quality.check_config import CheckConfig
     from pipeline.quality.reports import as_dict, raise_verdict
 
-    lengths = parse_list("--needle-lengths", needle_lengths) if needle_lengths is not None else None
     config = CheckConfig(
         input=tuple(inputs or ()),
         text_column=text_column,
@@ -192,13 +190,7 @@ def check(
         id_column=id_column,
         reference_column=reference_column,
         task_column=task_column,
-        suites=tuple(suite or ()),
-        needle_kinds=KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
-        needle_lengths=None
-        if lengths is None
-        else tuple(parse_count("--needle-lengths", n) for n in lengths),
-        needle_count=needle_count,
-        tasks=() if tasks is None else tuple(parse_list("--tasks", tasks)),
+        **options.suite_settings(suite, tasks, needle_kinds, needle_lengths, needle_count),
         document_shard=document_shard,
         limit=limit,
         limit_per_task=limit_per_task,

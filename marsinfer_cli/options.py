@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -239,3 +239,27 @@ GpusPerWorker = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+
+
+def suite_settings(
+    suite: list[str] | None,
+    tasks: str | None,
+    needle_kinds: str | None,
+    needle_lengths: str | None,
+    needle_count: int,
+) -> dict[str, Any]:
+    """Fields of a check's or a calibration's configuration, from the flags of the panel `SUITES`."""
+    from pipeline.config import parse_count
+    from pipeline.quality.check_config import parse_list
+    from pipeline.quality.needles import KINDS
+
+    lengths = None if needle_lengths is None else parse_list("--needle-lengths", needle_lengths)
+    return {
+        "suites": tuple(suite or ()),
+        "tasks": () if tasks is None else tuple(parse_list("--tasks", tasks)),
+        "needle_kinds": KINDS if needle_kinds is None else tuple(parse_list("--needle-kinds", needle_kinds)),
+        "needle_lengths": None
+        if lengths is None
+        else tuple(parse_count("--needle-lengths", length) for length in lengths),
+        "needle_count": needle_count,
+    }
