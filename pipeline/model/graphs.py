@@ -140,10 +140,6 @@ class StepRunner:
         self._recorded: Recorded | None = None
         self._warm = 0
 
-    @property
-    def is_replaying(self) -> bool:
-        return self._recorded is not None
-
     def shrinks(self, live: int, rows: int, steps_left: int) -> bool:
         """Whether finished documents should leave the batch now; a replayed batch keeps its size a while."""
         if live == rows or self._recorded is None:
