@@ -36,7 +36,7 @@ Keep = Annotated[
     ),
 ]
 
-LINEARS_IN_FP8, ATTENTION_IN_FP8 = "fp8", "attention-fp8"  # among a method's settings in --methods
+LINEARS, ATTENTION_IN_FP8 = ("fp8", "mixed"), "attention-fp8"  # among a method's settings in --methods
 
 
 def read_documents(
@@ -106,13 +106,17 @@ def parse_variants(specs: str, keep: str | None) -> list[Variant]:
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     from pipeline.bench.variant import Variant
     from pipeline.config import parse_settings
+    from pipeline.errors import ConfigError
     from pipeline.pruning.registry import make_method
 
     if spec.startswith("@"):
         return _profile_variant(spec)
     parts = spec.split(":")
-    precisions = LINEARS_IN_FP8 in parts, ATTENTION_IN_FP8 in parts
-    parts = [part for part in parts if part not in (LINEARS_IN_FP8, ATTENTION_IN_FP8)]
+    linears = [part for part in parts if part in LINEARS]
+    if len(linears) > 1:
+        raise ConfigError(f"--methods {spec!r}: give fp8 or mixed, not both")
+    precisions = linears[0] if linears else "auto", ATTENTION_IN_FP8 in parts
+    parts = [part for part in parts if part not in (*LINEARS, ATTENTION_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
     return Variant(spec, method if settings or keep is None else method.with_keep(keep), *precisions)
@@ -126,8 +130,8 @@ def _profile_variant(spec: str) -> Variant:
 
     batch = load_profile(spec[1:]).batch
     method = make_method(batch["method"], batch["settings"])
-    precisions = (batch.get(name) == "fp8" for name in ("linear_dtype", "attention_dtype"))
-    return Variant(spec, method, *precisions)
+    in_fp8 = batch.get("attention_dtype") == "fp8"
+    return Variant(spec, method, batch.get("linear_dtype", "auto"), in_fp8)
 
 
 def parse_lengths(text: str) -> list[int]:

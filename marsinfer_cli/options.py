@@ -139,7 +139,8 @@ Dtype = Annotated[
 LinearDtype = Annotated[
     str,
     typer.Option(
-        help="auto (as --dtype), or fp8: all linear layers but the head, on a GPU that can.",
+        help="auto (as --dtype); on a GPU that can, fp8: all linear layers but the head; or mixed: most of"
+        " them, but neither for the prompt's end nor for short documents or the answer.",
         autocompletion=completion.one_of(LINEAR_DTYPES),
         rich_help_panel=MODEL,
     ),

@@ -18,7 +18,7 @@ GUARD = ("auto", "off")
 GROUP = ("auto", "off")
 ENGINES = ("local", "ray")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-LINEAR_DTYPES = ("auto", "fp8")
+LINEAR_DTYPES = ("auto", "fp8", "mixed")
 ATTENTION_DTYPES = ("auto", "fp8")
 ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
@@ -58,7 +58,7 @@ class BatchConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    linear_dtype: str = "auto"  # fp8: all linear layers but the head
+    linear_dtype: str = "auto"  # fp8: all linear layers but the head; mixed: most of a document's work
     attention: str = "auto"
     attention_dtype: str = "auto"  # fp8: queries, keys and values of the prefill
     rope_scaling: str | None = None  # yarn:FACTOR, or yarn:FACTOR:ORIGINAL

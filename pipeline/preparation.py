@@ -86,7 +86,7 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
-    if config.linear_dtype == "fp8" or method.ffn_in_fp8:
+    if config.linear_dtype != "auto" or method.ffn_in_fp8:
         model.check_fp8()
     return Preparation(
         config=config,

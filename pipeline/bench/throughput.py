@@ -100,7 +100,7 @@ def measure_throughput(
                 str(Path(folder) / "answers.jsonl"),
                 model=model,
                 method=variant.method,
-                linear_dtype="fp8" if variant.linears_in_fp8 else "auto",
+                linear_dtype=variant.linears,
                 group="off",  # else rows about one document might be answered by dense
                 note=note,
                 **options,

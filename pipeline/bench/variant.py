@@ -14,12 +14,12 @@ class Variant(NamedTuple):
 
     name: str
     method: PruningMethod
-    linears_in_fp8: bool = False
+    linears: str = "auto"  # of `LINEAR_DTYPES`
     attention_in_fp8: bool = False
 
     def use(self, model: LoadedModel) -> PruningMethod:
         """Set the model, which `prepare` has seen, to this variant's precisions; returns the method."""
-        model.adapter.linears_in_fp8 = self.linears_in_fp8
+        model.adapter.linears = self.linears
         model.attention = model.attentions[self.attention_in_fp8]
         return self.method
 
@@ -27,12 +27,10 @@ class Variant(NamedTuple):
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     """Make what some variant needs, and keep the rest for the others; raises ConfigError."""
     variants = list(variants)
-    model.adapter.use_fp8(
-        linears=any(variant.linears_in_fp8 for variant in variants),
-        ffn=any(variant.method.ffn_in_fp8 for variant in variants),
-        keep=True,
-    )
-    model.adapter.linears_in_fp8 = False
+    ffn = any(variant.method.ffn_in_fp8 for variant in variants)
+    for linears in dict.fromkeys(variant.linears for variant in variants):
+        model.adapter.use_linears(linears, ffn=ffn, keep=True)
+    model.adapter.linears = "auto"
     model.attentions.setdefault(False, model.attention)
     if any(variant.attention_in_fp8 for variant in variants) and True not in model.attentions:
         in_fp8, _ = attention_for("auto", model.device, model.dtype, model.shape, fp8=True)

@@ -63,13 +63,13 @@ def fp8_linears() -> Finding:
     """`--linear-dtype fp8` on a small model, against transformers in float32."""
     tried = subject("bfloat16")
     try:
-        tried.adapter.use_fp8(linears=True, ffn=False, keep=True)
+        tried.adapter.use_linears("fp8", keep=True)
     except ConfigError as error:
         return Finding(status="absent", text=str(error).removeprefix("fp8 cannot be used here: "))
     try:
         logits = tried.prefill(Dense()).logits_BV
     finally:
-        tried.adapter.use_fp8(linears=False, ffn=False)
+        tried.adapter.use_linears("auto")
     return _judged(distance(logits, stock_logits()), FP8_TOLERANCE, "transformers")
 
 

@@ -113,8 +113,8 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
     check()
     with nothing_to_lose():
         model = setup.model.load()
-    model.adapter.use_fp8(
-        linears=config.linear_dtype == "fp8",
+    model.adapter.use_linears(
+        config.linear_dtype,
         ffn=setup.method.ffn_in_fp8,
         keep=model is setup.model,  # who gave a loaded model may want its own precision later
     )

@@ -191,7 +191,7 @@ class DecoderAdapter:
             raise ModelError(f"attention scaling {scaling} is not supported (1/sqrt(head size) is)")
         with torch.no_grad():
             self._layers = [Layer(block) for block in self._decoder.layers]
-        self.linears_in_fp8 = False
+        self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
 
     @property
     def device(self) -> torch.device:
@@ -201,21 +201,31 @@ class DecoderAdapter:
     def dtype(self) -> torch.dtype:
         return self._decoder.embed_tokens.weight.dtype
 
-    def use_fp8(self, *, linears: bool, ffn: bool, keep: bool = False) -> None:
-        """Compute all linear layers in fp8, or make the FFN able to; `keep` keeps what is then not needed.
+    @property
+    def linears_in_fp8(self) -> bool:
+        """Whether all linear layers are, of all tokens."""
+        return self.linears == "fp8"
 
-        Raises ConfigError on a device that cannot.
+    def use_linears(self, linears: str, *, ffn: bool = False, keep: bool = False) -> None:
+        """Compute linear layers as `linears` says, one of `LINEAR_DTYPES`.
+
+        `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` those behind
+        attention and of the FFN, in a prefill, but for the tokens that it is told to keep. `ffn` makes the
+        FFN able to do both; `keep` keeps weights that are not needed any more. Raises ConfigError on a
+        device that cannot.
         """
-        if linears or ffn:
+        mixed = linears == "mixed"
+        if ffn or linears != "auto":
             check_fp8(self.device, self.dtype, self.shape)
-        self.linears_in_fp8 = linears
-        if not (linears or ffn):
-            return
         for layer in self._layers:
-            for projection in (layer.qkv, layer.output) if linears else ():
-                projection.quantise(keep=keep)
-            for projection in (layer.gate_up, layer.down):
-                projection.quantise(keep=keep or ffn)
+            if linears == "fp8":
+                layer.qkv.quantise(keep=keep)
+            if linears != "auto":
+                layer.output.quantise(keep=keep or mixed)
+            if ffn or linears != "auto":
+                layer.gate_up.quantise(keep=keep or mixed or ffn)
+                layer.down.quantise(keep=keep or mixed or ffn)
+        self.linears = linears
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """(T, D) start of the residual stream."""
@@ -251,16 +261,39 @@ class DecoderAdapter:
         rope_(k_TKd[:, :0], k_TKd, *rope)
         return k_TKd, v_TKd
 
-    def add_attention_(self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor) -> None:
-        """Add the projected outputs of the heads to the residual stream."""
+    def add_attention_(
+        self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor, kept: Tensor | None = None
+    ) -> None:
+        """Add the projected outputs of the heads to the residual stream.
+
+        `kept` are (W,) tokens that keep the model's dtype where `mixed` takes the others through fp8;
+        without it they all do.
+        """
         projection, mixed_TN = self._layers[layer].output, mixed_THd.flatten(1)
         if self.linears_in_fp8:
             hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
-        else:
+        elif kept is None:
             projection.add_to_(hidden_TD, mixed_TN)
+        else:
+            kept_WD = hidden_TD.index_select(0, kept)
+            projection.add_to_(kept_WD, mixed_TN.index_select(0, kept))
+            # all are computed and some then replaced: to gather the many others would cost more
+            hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
+            hidden_TD.index_copy_(0, kept, kept_WD)
 
-    def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
-        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
+    def add_feed_forward_(
+        self, layer: int, hidden_TD: Tensor, fp8: bool | None = None, kept: Tensor | None = None
+    ) -> None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default.
+
+        `kept` are (W,) tokens that keep the model's dtype where the others pass in fp8.
+        """
+        if kept is not None:
+            kept_WD = hidden_TD.index_select(0, kept)
+            self.add_feed_forward_(layer, kept_WD, fp8=False)
+            self.add_feed_forward_(layer, hidden_TD, fp8=True)
+            hidden_TD.index_copy_(0, kept, kept_WD)
+            return
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         weights = self._layers[layer]
         gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)

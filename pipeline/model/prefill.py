@@ -19,6 +19,7 @@ from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.parking import Parked
+from pipeline.model.precision import Kept, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
@@ -157,6 +158,7 @@ def run_layers(
     hidden_TD = begun.hidden_TD
     rope = adapter.rope(hidden_TD, positions_T)
     parked: Parked | None = None
+    kept = _kept(adapter, segments, pack)
     for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
@@ -169,7 +171,7 @@ def run_layers(
             mixed_THd, pairs_B = sparse_prefill(q_THd, k_TKd, v_TKd, segments, mass, attention.prefill)
         else:
             mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
-        adapter.add_attention_(layer, hidden_TD, mixed_THd)
+        adapter.add_attention_(layer, hidden_TD, mixed_THd, None if kept is None else kept.rows)
         view = LayerView(
             layer=layer,
             queries=q_THd,
@@ -189,24 +191,47 @@ def run_layers(
         if selection.blocks is not None:
             cache.settle(layer, selection.blocks)
         _store(cache, *stored, selection)
-        ffn = selection.live if selection.ffn is None else selection.ffn
-        if selection.ffn_fp8 is None:
-            feed_forward_(adapter, layer, hidden_TD, ffn)
-        else:
-            feed_forward_(adapter, layer, hidden_TD, ffn, fp8=False)
-            feed_forward_(adapter, layer, hidden_TD, selection.ffn_fp8, fp8=True)
+        ffn, ffn_fp8 = _feed_forward(adapter, layer, hidden_TD, selection, kept)
         counts = None if parked is None else parked.counts
-        work.count(view, ffn, selection.ffn_fp8, pairs_B=pairs_B, parked=counts)
-        work.mark(view, selection.live, ffn, selection.ffn_fp8)
+        work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, parked=counts)
+        work.mark(view, selection.live, ffn, ffn_fp8)
         if selection.live is not None:
             segments = surviving(segments, selection.live, selection.live_lengths)
             if selection.parks:
                 assert view.segments is pack.segments, "tokens have left before"
                 parked = Parked.of(pack.segments, segments, selection.live, hidden_TD, rope)
+            kept = _kept(adapter, segments, pack)
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
     return Survivors(hidden_TD=hidden_TD, positions_T=positions_T, segments=segments)
+
+
+def _kept(adapter: DecoderAdapter, segments: Segments, pack: Pack) -> Kept | None:
+    """The tokens, of those left, that keep the model's dtype beside others in fp8; None: all in one."""
+    lengths = pack.segments.lengths
+    return kept_of(segments, lengths, adapter.shape) if adapter.linears == "mixed" else None
+
+
+def _feed_forward(
+    adapter: DecoderAdapter, layer: int, hidden_TD: Tensor, selection: Selection, kept: Kept | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take the tokens selected through the network: those (None: all) by default, and those in fp8."""
+    ffn, ffn_fp8 = selection.live if selection.ffn is None else selection.ffn, selection.ffn_fp8
+    if ffn is not None and len(ffn) == len(hidden_TD):
+        ffn = None
+    if ffn_fp8 is None and kept is not None:
+        own, others = kept.split(ffn)
+        if ffn is None:
+            adapter.add_feed_forward_(layer, hidden_TD, kept=own)
+            return own, others
+        ffn, ffn_fp8 = own, others
+    if ffn_fp8 is None:
+        feed_forward_(adapter, layer, hidden_TD, ffn)
+    else:
+        feed_forward_(adapter, layer, hidden_TD, ffn, fp8=False)
+        feed_forward_(adapter, layer, hidden_TD, ffn_fp8, fp8=True)
+    return ffn, ffn_fp8
 
 
 def feed_forward_(

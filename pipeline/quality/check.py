@@ -146,7 +146,7 @@ def _prepare(
         for text in check_profile(config.profile, load_profile(config.profile), model):
             note(text)
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
-    if config.linear_dtype == "fp8" or method.ffn_in_fp8:
+    if config.linear_dtype != "auto" or method.ffn_in_fp8:
         check_fp8(model.device, model.dtype, model.shape)
     prompts = PromptBuilder(
         model.tokenizer,
@@ -259,7 +259,7 @@ def _variants(run: _Run) -> dict[str, Any]:
         "method": Variant(
             run.method.name,
             run.method,
-            linears_in_fp8=run.config.linear_dtype == "fp8",
+            linears=run.config.linear_dtype,
             attention_in_fp8=run.config.attention_dtype == "fp8",
         ),
     }

@@ -52,7 +52,7 @@ def make_profile(
     }
     batch = {
         "method": variant.method.name,
-        "linear_dtype": "fp8" if variant.linears_in_fp8 else "auto",
+        "linear_dtype": variant.linears,
         "attention_dtype": "fp8" if variant.attention_in_fp8 else "auto",
         "settings": asdict(variant.method),
     }

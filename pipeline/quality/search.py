@@ -137,7 +137,7 @@ class Search:
         """Milliseconds that it is expected to save on the best so far; of equals, the fastest."""
         predicted = cost.predict(
             self.scouted[candidate],
-            candidate.variant.linears_in_fp8,
+            candidate.variant.linears == "fp8",
             candidate.variant.attention_in_fp8,
         )
         bar = min((self._scouted_ms(trial, cost) for trial in self._within_bounds()), default=inf)
@@ -150,7 +150,7 @@ class Search:
         passes = self.scouted.get(trial.candidate)
         if passes is None:
             return inf
-        return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)
+        return cost.predict(passes, variant.linears == "fp8", variant.attention_in_fp8)
 
     def _dense_ms(self, cost: CostModel) -> float:
         ordered = sorted(self.dense, key=lambda score: score.prompt_tokens)

@@ -13,6 +13,7 @@ from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.cost import CostModel, Observation
 from pipeline.quality.evaluate import Case, Evaluated, evaluate_case
+from pipeline.quality.forced import Forced
 
 DRIFT_EVERY_S = 10.0
 NOISE = 0.05
@@ -64,24 +65,30 @@ class Workbench:
         linears = _can(
             model,
             [
-                Variant("fp8", Dense(), linears_in_fp8=True),
+                Variant("fp8", Dense(), linears="fp8"),
+                Variant("mixed", Dense(), linears="mixed"),
                 Variant("low", MarsInfer(low="fp8")),
             ],
         )
         attention = _can(model, [Variant("attention", Dense(), attention_in_fp8=True)])
         return cls(model=model, precisions=Precisions(linears=linears, attention=attention), check=check)
 
-    def run(self, variant: Variant, case: Case, *, first: bool = False) -> Evaluated:
-        """One case, prefilled alone. A `first` run may compile kernels, so that its time teaches nothing."""
+    def run(
+        self, variant: Variant, case: Case, *, first: bool = False, dense: Forced | None = None, top: int = 0
+    ) -> Evaluated:
+        """One case, prefilled alone. A `first` run may compile kernels, so that its time teaches nothing.
+
+        `dense` is to be diverged from, which has been run with some `top` tokens.
+        """
         self.check()
         document = case.document
         self.running = f"{variant.name} on {document.source.place}, {document.prompt_tokens:,} tokens,"
-        evaluated = evaluate_case(self.model, variant.use(self.model), case, top=0)
+        evaluated = evaluate_case(self.model, variant.use(self.model), case, dense=dense, top=top)
         if not first:
             self.observations.append(
                 Observation(
                     passes=evaluated.passes,
-                    linears_in_fp8=variant.linears_in_fp8,
+                    linears_in_fp8=variant.linears == "fp8",
                     attention_in_fp8=variant.attention_in_fp8,
                     ttft_ms=evaluated.score.ttft_ms,
                 )

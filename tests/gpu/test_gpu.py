@@ -273,18 +273,25 @@ def test_offloading_frees_the_device_after_a_pack_and_after_an_exception():
     assert run() == before
 
 
-def test_linear_layers_in_fp8_stay_close_and_tiers_count():
+def test_linear_layers_in_fp8_stay_close_and_tiers_count(monkeypatch):
     adapter = cuda_adapter("qwen2", torch.bfloat16)
     backend = backend_named("sdpa")
     pack = Pack.of([document(400), document(33, seed=1)], CUDA)
     full = prefill(adapter, backend, Dense(), pack).logits_BV
     tiers = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=8, prefix=8)
-    adapter.use_fp8(linears=True, ffn=True, keep=True)
+    adapter.use_linears("fp8", ffn=True, keep=True)
     for method in (Dense(), tiers):
         prefilled = prefill(adapter, backend, method, pack)
         assert torch.isfinite(prefilled.logits_BV).all()
     assert all(work.ffn_fp8_tokens > 0 for (layers,) in prefilled.by_document() for work in layers[1:])
     fp8 = prefill(adapter, backend, Dense(), pack).logits_BV
     assert 0 < (fp8 - full).norm() / full.norm() < 0.3
-    adapter.use_fp8(linears=False, ffn=False)
+    adapter.use_linears("mixed", keep=True)
+    # on a GPU documents as short as these gain nothing
+    assert torch.equal(prefill(adapter, backend, Dense(), pack).logits_BV, full)
+    monkeypatch.setattr("pipeline.model.precision.LEAST_WORK", 0)
+    mixed = prefill(adapter, backend, Dense(), pack)
+    assert 0 < (mixed.logits_BV - full).norm() < (fp8 - full).norm() / 2
+    assert [works[0].ffn_fp8_tokens for (works,) in mixed.by_document()] == [400 - 64, 0]
+    adapter.use_linears("auto")
     assert torch.equal(prefill(adapter, backend, Dense(), pack).logits_BV, full)

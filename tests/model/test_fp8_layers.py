@@ -8,8 +8,10 @@ from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
 
 from pipeline.errors import ConfigError
 from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer
 
 TIERS = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=6, prefix=4)
@@ -43,25 +45,80 @@ def distance(a, b):
 def test_linear_layers_in_fp8_stay_close(slow_cpu, sdpa, family):
     adapter = bf16_model(family)
     full = logits(adapter, sdpa).logits_BV
-    adapter.use_fp8(linears=True, ffn=False, keep=True)
+    adapter.use_linears("fp8", keep=True)
     assert 0 < distance(logits(adapter, sdpa).logits_BV, full) < 0.3
-    adapter.use_fp8(linears=False, ffn=False)
+    adapter.use_linears("auto")
     assert torch.equal(logits(adapter, sdpa).logits_BV, full)
 
 
 def test_without_keep_the_other_weights_are_given_up(slow_cpu, sdpa):
     adapter = bf16_model()
     before = sum(p.numel() for p in adapter.model.parameters())
-    adapter.use_fp8(linears=True, ffn=False)
+    adapter.use_linears("fp8")
     logits(adapter, sdpa)
     block = adapter.model.model.layers[0]
     assert block.mlp.up_proj.weight.numel() == block.self_attn.q_proj.weight.numel() == 0
     assert sum(p.numel() for p in adapter.model.parameters()) < before
 
 
+def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu, sdpa):
+    adapter = bf16_model("qwen2")
+    pack = pack_of(document(150), document(70, seed=1), document(40, seed=2))
+    full = prefill(adapter, sdpa, Dense(), pack).logits_BV
+    adapter.use_linears("fp8", keep=True)
+    in_fp8 = prefill(adapter, sdpa, Dense(), pack).logits_BV
+    adapter.use_linears("mixed", keep=True)
+    prefilled = prefill(adapter, sdpa, Dense(), pack, new_tokens=3)
+    near, far = (distance(x[:2], full[:2]) for x in (prefilled.logits_BV, in_fp8))
+    assert 0 < near < far / 2
+    # a document of at most the window is computed as without fp8
+    assert distance(prefilled.logits_BV[2], full[2]) < 1e-2
+    for (works,), length in zip(prefilled.by_document(), (150, 70, 40), strict=True):
+        assert {(work.ffn_tokens, work.ffn_fp8_tokens) for work in works} == {(length, max(0, length - 64))}
+    behind = continue_with(adapter, sdpa, prefilled.cache, [[1, 2]] * 3, prefilled.next_positions)
+    adapter.use_linears("auto")
+    plain = prefill(adapter, sdpa, Dense(), pack, new_tokens=3)
+    expected = continue_with(adapter, sdpa, plain.cache, [[1, 2]] * 3, plain.next_positions)
+    assert distance(behind[4:], expected[4:]) < 1e-2
+    assert 0 < distance(behind[:4], expected[:4]) < 0.2
+
+
+def test_mixed_keeps_short_documents_whatever_their_pack(slow_cpu, sdpa, monkeypatch):
+    monkeypatch.setattr("pipeline.model.precision.worthwhile", lambda length, *_: length >= 100)
+    adapter = bf16_model("qwen2")
+    long, short = document(150), document(90, seed=1)
+    full = prefill(adapter, sdpa, Dense(), pack_of(short)).logits_BV
+    adapter.use_linears("mixed", keep=True)
+    alone = prefill(adapter, sdpa, Dense(), pack_of(short))
+    packed = prefill(adapter, sdpa, Dense(), pack_of(long, short))
+    assert torch.equal(alone.logits_BV[0], full[0])
+    assert distance(packed.logits_BV[1], full[0]) < 1e-2
+    assert [works[0].ffn_fp8_tokens for (works,) in packed.by_document()] == [150 - 64, 0]
+
+
+@pytest.mark.parametrize("method", [MarsInfer(start_layer=1, eta=0.7), Mars(last_full=1, window=70, most=70)])
+def test_mixed_goes_with_methods_that_select(slow_cpu, sdpa, method):
+    adapter = bf16_model("qwen2")
+    full = logits(adapter, sdpa, method)
+    adapter.use_linears("mixed", keep=True)
+    mixed = logits(adapter, sdpa, method)
+    for (before,), (after,) in zip(full.by_document(), mixed.by_document(), strict=True):
+        assert [work.tokens for work in after] == [work.tokens for work in before]
+        assert all(work.ffn_fp8_tokens <= max(0, work.ffn_tokens - min(64, work.tokens)) for work in after)
+    assert any(work.ffn_fp8_tokens for (works,) in mixed.by_document() for work in works)
+    assert 0 < distance(mixed.logits_BV, full.logits_BV) < 0.3
+
+
+def test_mixed_keeps_both_forms_of_its_weights(slow_cpu, sdpa):
+    adapter = bf16_model()
+    before = sum(p.numel() for p in adapter.model.parameters())
+    adapter.use_linears("mixed")
+    assert sum(p.numel() for p in adapter.model.parameters()) == before
+
+
 def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
     adapter = bf16_model()
-    adapter.use_fp8(linears=False, ffn=True)
+    adapter.use_linears("auto", ffn=True)
     prefilled = logits(adapter, sdpa, TIERS)
     for passes in prefilled.by_document():
         first, *others = passes[0]
@@ -73,14 +130,14 @@ def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
 
 def test_all_tokens_in_the_high_tier_equal_dense(slow_cpu, sdpa):
     adapter = bf16_model()
-    adapter.use_fp8(linears=False, ffn=True)
+    adapter.use_linears("auto", ffn=True)
     everything = MarsInfer(low="fp8", start_layer=1, eta=1.0, eta_high=1.0)
     assert torch.equal(logits(adapter, sdpa, everything).logits_BV, logits(adapter, sdpa).logits_BV)
 
 
 def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_eta_1(slow_cpu, sdpa):
     adapter = bf16_model()
-    adapter.use_fp8(linears=False, ffn=True)
+    adapter.use_linears("auto", ffn=True)
     prefilled = logits(adapter, sdpa, MarsInfer(low="fp8", start_layer=0, eta=1.0))
     assert all(work.ffn_fp8_tokens == work.tokens for (layers,) in prefilled.by_document() for work in layers)
     assert all(work.scored_pairs == 0 for (layers,) in prefilled.by_document() for work in layers)
@@ -90,7 +147,7 @@ def test_weights_whose_sides_the_tensor_cores_do_not_take_are_refused(slow_cpu):
     sizes = {**SIZES, **FAMILY_SETTINGS["llama"], "intermediate_size": 100}
     adapter = DecoderAdapter(random_model("llama", sizes, device=torch.device("cpu"), dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match=r"the sides of its weights, .* 100, .* must divide by 16"):
-        adapter.use_fp8(linears=True, ffn=False)
+        adapter.use_linears("fp8")
     assert not adapter.linears_in_fp8
 
 
@@ -114,7 +171,7 @@ def test_a_device_that_cannot_is_refused_with_the_reason(refusal, fish, tmp_path
     for more in (["--linear-dtype", "fp8"], ["--set", "low=fp8"]):
         assert refusal(fish, tmp_path / "out.parquet", *flags, *more) == said
     assert refusal(fish, tmp_path / "out.parquet", *flags, "--linear-dtype", "int4") == (
-        "--linear-dtype 'int4': choose from auto, fp8"
+        "--linear-dtype 'int4': choose from auto, fp8, mixed"
     )
     assert refusal(fish, tmp_path / "out.parquet", *flags, "--attention-dtype", "fp8") == (
         "no attention backend works on cpu with fp8: fa3: needs a GPU"
