@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -18,9 +18,21 @@ from pipeline.quality.sensitivity import Sensitivity
 
 SPARSE = (None, 0.95, 0.9, 0.8)
 MOST_MARS_LAYERS = 8
+SPARED = (1 / 4, 1 / 2, 3 / 4)  # of the layers, which have the larger of two masses
+MASSES = ((1.0, 0.8), (0.95, 0.8), (0.95, 0.6))
 MARSINFER_RISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the rise that the budget seems to allow
 DEPTHS = (2 / 3, 1 / 2, 1 / 3)  # where methods begin that prune from some layer on
-Precision = tuple[bool, bool]  # linear layers, attention: in fp8
+WORTH = 1.05  # times as fast a precision must be as every more exact one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How the model's products are computed, and what became of dense on the cases that are searched on."""
+
+    linears: str = "auto"
+    attention_in_fp8: bool = False
+    drop: float = 0.0
+    speed_up: float = 1.0  # over dense in the model's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +61,11 @@ def describe(candidate: Candidate) -> str:
     """Method, settings and precisions in a line; a setting with a value a layer in short."""
     parts = [f"{name}={_short(value)}" for name, value in candidate.settings.items()]
     variant = candidate.variant
-    fp8 = [
-        n
-        for n, used in (("linears", variant.linears_in_fp8), ("attention", variant.attention_in_fp8))
-        if used
-    ]
-    return " ".join([variant.method.name, *parts, *(f"{name}:fp8" for name in fp8)])
+    if variant.linears != "auto":
+        parts.append(f"linears:{variant.linears}")
+    if variant.attention_in_fp8:
+        parts.append("attention:fp8")
+    return " ".join([variant.method.name, *parts])
 
 
 def _short(value: Any) -> str:
@@ -94,16 +105,19 @@ def drop_per_nat(rows: Sequence[Sensitivity]) -> float:
     return max(0.0, sum(row.nll_rise * row.drop for row in rising) / square) if square else 0.0
 
 
-def precisions_of(drops: Mapping[Precision, float], budget: float) -> list[Precision]:
-    """What to search with: the fastest alone if it costs nothing, else all within the budget, that first.
+def precisions_of(tried: Sequence[Precision], budget: float) -> list[Precision]:
+    """What to search with, the fastest first, which is alone if it costs nothing.
 
-    `drops` are those of dense runs, from the slowest precision, the model's own, to the fastest.
+    `tried` begins with the model's own and becomes less exact; one that is no faster than a more exact one,
+    or not within the budget, is not worth searching with.
     """
-    *_, fastest = drops
-    if drops[fastest] <= 0:
-        return [fastest]
-    own = next(iter(drops))
-    return [each for each in reversed(list(drops)) if each == own or drops[each] <= budget]
+    own, *others = tried
+    chosen = [own]
+    for each in others:
+        if each.drop <= budget and each.speed_up >= WORTH * chosen[-1].speed_up:
+            chosen.append(each)
+    chosen.reverse()
+    return chosen[:1] if chosen[0].drop <= 0 else chosen
 
 
 def make_candidates(found: Found, precisions: Sequence[Precision]) -> list[Candidate]:
@@ -113,10 +127,11 @@ def make_candidates(found: Found, precisions: Sequence[Precision]) -> list[Candi
         family[turn] for turn in range(max(map(len, families))) for family in families if turn < len(family)
     ]
     made: dict[Variant, Candidate] = {}
-    for (linears, attention), (family, axes, method, settings, drop) in product(precisions, ordered):
-        if method == "dense" and not settings and not (linears or attention):
+    for precision, (family, axes, method, settings, drop) in product(precisions, ordered):
+        linears, attention = precision.linears, precision.attention_in_fp8
+        if method == "dense" and not settings and linears == "auto" and not attention:
             continue
-        suffix = f"{'/linears' if linears else ''}{'/attention' if attention else ''}"
+        suffix = f"{'' if linears == 'auto' else '/' + linears}{'/attention' if attention else ''}"
         try:
             chosen = make_method(method, settings)
             chosen.plan(found.shape, (1,))
@@ -159,6 +174,18 @@ def _mars(found: Found) -> Iterator[Made]:
         drop = None if row is None else found.drop_of([row])
         axes = (float(depth - layer), _harsh(sparse))
         yield "mars", axes, "mars", {"last_full": layer, "sparse_attention": sparse}, drop
+
+
+def _mars_by_layer(found: Found) -> Iterator[Made]:
+    """Layers that feel block-sparse attention most have more of it computed than the others."""
+    probes = found.by_action("sparse")
+    ordered = sorted(probes, key=lambda layer: -probes[layer].divergence)
+    if len(_sparse(found)) < 2 or len(ordered) < found.shape.layers:
+        return
+    for spared, (mild, harsh) in product(SPARED, MASSES):
+        tender = ordered[: round(spared * len(ordered))]
+        masses = tuple(mild if layer in tender else harsh for layer in range(found.shape.layers))
+        yield "mars by layer", (1 - spared, 1 - mild, 1 - harsh), "mars", {"sparse_attention": masses}, None
 
 
 def _marsinfer(found: Found) -> Iterator[Made]:
@@ -219,4 +246,4 @@ def _published(found: Found) -> Iterator[Made]:
         yield f"{method} as published", (0.0,), method, {}, None
 
 
-FAMILIES = (_published, _dense, _mars, _marsinfer, _uniprefill, _sliminfer, _fastkv)
+FAMILIES = (_published, _dense, _mars, _mars_by_layer, _marsinfer, _uniprefill, _sliminfer, _fastkv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 
 from pipeline.bench.flops import Passes
 from pipeline.interrupts import nothing_to_lose
@@ -69,7 +70,7 @@ class Phases:
         dense = self._dense(searched)
         # needles can be far longer than the row of median length
         pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
-        rows = self._probe(searched, dense, pace_s)
+        rows = self._probe(searched, pace_s)
         search, count = self._search(searched, dense, rows)
         held_out, verifications = self._verify(search.trials, pace_s * VERIFY_RUNS + answer_s)
         cost = self.bench.cost_model()
@@ -119,7 +120,7 @@ class Phases:
     def _dense(self, cases: Sequence[Case]) -> list[CaseScore]:
         return [self.bench.run(DENSE, case).score for case in cases]
 
-    def _probe(self, cases: Sequence[Case], dense: Sequence[CaseScore], pace_s: float) -> list[Sensitivity]:
+    def _probe(self, cases: Sequence[Case], pace_s: float) -> list[Sensitivity]:
         actions = [each for each in ACTIONS if each != "fp8" or self.bench.precisions.linears]
         layers = range(self.bench.model.shape.layers)
         left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
@@ -129,7 +130,6 @@ class Phases:
         return measure_sensitivity(
             self.bench,
             [cases[place] for place in probed],
-            [dense[place] for place in probed],
             layers=layers,
             actions=actions,
             mass=self.config.mass,
@@ -165,16 +165,26 @@ class Phases:
 
     def _precisions(self, search: Search) -> list[Precision]:
         """Try dense in each precision that the device can; those worth searching with."""
-        drops: dict[Precision, float] = {(False, False): 0.0}
+        tried = [Precision()]
         can = self.bench.precisions
-        for linears, attention in ((False, True), (True, False), (True, True)):
-            if linears <= can.linears and attention <= can.attention:
-                candidate = _dense_candidate(linears, attention)
-                search.scout(candidate)
-                trial = search.try_out(candidate)
-                if trial is not None:
-                    drops[linears, attention] = trial.drop if trial.complete else float("inf")
-        return precisions_of(drops, self.bounds.main.value)
+        for linears, attention in product(("auto", "mixed", "fp8"), (False, True)):
+            if (linears, attention) == ("auto", False):
+                continue
+            if (linears != "auto" and not can.linears) or (attention and not can.attention):
+                continue
+            candidate = _dense_candidate(linears, attention)
+            search.scout(candidate)
+            trial = search.try_out(candidate)
+            if trial is not None and trial.complete:
+                tried.append(
+                    Precision(
+                        linears=linears,
+                        attention_in_fp8=attention,
+                        drop=trial.drop,
+                        speed_up=trial.speed_up,
+                    )
+                )
+        return precisions_of(tried, self.bounds.main.value)
 
     def _found(self, cases: Sequence[Case], dense: Sequence[CaseScore], rows: Sequence[Sensitivity]) -> Found:
         cost = self.bench.cost_model()
@@ -226,6 +236,6 @@ def saved_ms(row: Sensitivity, cost: CostModel) -> float:
     return statistics.fmean(map(saved, row.passes))
 
 
-def _dense_candidate(linears: bool, attention: bool) -> Candidate:
-    variant = DENSE._replace(linears_in_fp8=linears, attention_in_fp8=attention)
+def _dense_candidate(linears: str, attention: bool) -> Candidate:
+    variant = DENSE._replace(linears=linears, attention_in_fp8=attention)
     return Candidate(variant=variant, family=f"dense in fp8 {linears} {attention}", axes=(0.0,))

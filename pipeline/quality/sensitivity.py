@@ -30,11 +30,11 @@ from pipeline.pruning.base import (
     check_range,
     setting,
 )
-from pipeline.quality.evaluate import Case, CaseScore
-from pipeline.quality.workbench import Workbench
+from pipeline.quality.evaluate import TOP, Case, Evaluated
+from pipeline.quality.workbench import DENSE, Workbench
 from pipeline.records import Spans
 
-ACTIONS = ("skip", "fp8", "drop", "park")
+ACTIONS = ("skip", "fp8", "drop", "park", "sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class Probe(PruningMethod):
 
     `skip` keeps them from its feed-forward network, `fp8` takes them through it in fp8, `drop` lets them go
     before it for good. `park` lets all but the window go after the layer, however warm: later layers read
-    keys and values of the state in which they left.
+    keys and values of the state in which they left. `sparse` leaves tokens as they are and makes the layer's
+    attention block-sparse, with the mass for each block of queries.
     """
 
     name: ClassVar[str] = "probe"
@@ -66,6 +67,9 @@ class Probe(PruningMethod):
             raise ConfigError(f"layer={self.layer}, and the model has layers 0 to {shape.layers - 1}")
         return super().plan(shape, lengths)
 
+    def attention_mass(self, layer: int) -> float | None:
+        return self.mass if self.action == "sparse" and layer == self.layer and self.mass < 1 else None
+
     @property
     def ffn_in_fp8(self) -> bool:
         return self.action == "fp8"
@@ -74,7 +78,7 @@ class Probe(PruningMethod):
         return ((length - self.window, length),)
 
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
-        if layer != self.layer or (self.mass >= 1 and self.action != "park"):
+        if layer != self.layer or self.action == "sparse" or (self.mass >= 1 and self.action != "park"):
             return KEEP_ALL
         if self.action == "park":
             last = self.protected_mask(view).nonzero().flatten()
@@ -100,6 +104,7 @@ class Sensitivity:
     cases: int
     nll_rise: float  # nats a token
     nll_error: float  # its standard error; 0 of a single case
+    divergence: float  # KL from dense, nats a token
     drop: float  # of the share of right tokens, in points
     saved: float  # share of a dense prefill's operations
     passes: tuple[Passes, ...]  # of each case, for a cost model
@@ -108,7 +113,6 @@ class Sensitivity:
 def measure_sensitivity(
     bench: Workbench,
     cases: Sequence[Case],
-    dense: Sequence[CaseScore],
     *,
     layers: Sequence[int],
     actions: Sequence[str],
@@ -117,30 +121,26 @@ def measure_sensitivity(
 ) -> list[Sensitivity]:
     """Probe each layer with each action, while `within` says that there is time.
 
-    `dense` are the cases' scores under dense. Layers are taken in an order whose every beginning covers the
-    depth evenly, so that a lack of time leaves gaps and not an end; the result is sorted by layer.
+    Layers are taken in an order whose every beginning covers the depth evenly, so that a lack of time leaves
+    gaps and not an end; the result is sorted by layer.
     """
+    dense = [bench.run(DENSE, case, top=TOP) for case in cases]
     found: list[Sensitivity] = []
     for layer in spread(layers):
         for action in actions:
             if not within():
                 return sorted(found, key=lambda row: (row.layer, actions.index(row.action)))
             variant = Variant(f"{action} at {layer}", Probe(layer=layer, action=action, mass=mass))
-            runs = [bench.run(variant, case) for case in cases]
-            found.append(
-                _row(layer, action, [run.score for run in runs], dense, [run.passes for run in runs])
-            )
+            runs = [
+                bench.run(variant, case, dense=base.forced) for case, base in zip(cases, dense, strict=True)
+            ]
+            found.append(_row(layer, action, runs, dense))
     return sorted(found, key=lambda row: (row.layer, actions.index(row.action)))
 
 
-def _row(
-    layer: int,
-    action: str,
-    scores: Sequence[CaseScore],
-    dense: Sequence[CaseScore],
-    passes: Sequence[Passes],
-) -> Sensitivity:
-    pairs = list(zip(scores, dense, strict=True))
+def _row(layer: int, action: str, runs: Sequence[Evaluated], dense: Sequence[Evaluated]) -> Sensitivity:
+    scores = [run.score for run in runs]
+    pairs = [(score, base.score) for score, base in zip(scores, dense, strict=True)]
     rises = [(score.nll - base.nll) / score.tokens for score, base in pairs]
     return Sensitivity(
         layer=layer,
@@ -148,9 +148,10 @@ def _row(
         cases=len(pairs),
         nll_rise=statistics.fmean(rises),
         nll_error=statistics.stdev(rises) / sqrt(len(rises)) if len(rises) > 1 else 0.0,
+        divergence=statistics.fmean(score.divergence or 0.0 for score in scores),
         drop=100 * statistics.fmean((base.correct - score.correct) / score.tokens for score, base in pairs),
         saved=1 - statistics.fmean(score.flops_ratio for score in scores),
-        passes=tuple(passes),
+        passes=tuple(run.passes for run in runs),
     )
 
 

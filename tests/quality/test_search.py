@@ -19,6 +19,7 @@ from pipeline.quality.bounds import Bound, Bounds, holds
 from pipeline.quality.candidates import (
     Candidate,
     Found,
+    Precision,
     describe,
     drop_per_nat,
     greedy,
@@ -202,6 +203,7 @@ def sensitivity(layer, action, rise, saved=0.05):
         cases=4,
         nll_rise=rise,
         nll_error=0.0,
+        divergence=rise,
         drop=20 * rise,
         saved=saved,
         passes=(),
@@ -235,7 +237,7 @@ def test_layers_are_spared_by_rise_for_each_ms():
 
 def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
     rows = [sensitivity(layer, action, 0.01) for layer in range(8) for action in ("skip", "park")]
-    candidates = make_candidates(found_of(rows), [(False, False)])
+    candidates = make_candidates(found_of(rows), [Precision()])
     names = {candidate.variant.method.name for candidate in candidates}
     assert names == {"dense", "mars", "marsinfer", "uniprefill", "sliminfer", "fastkv", "gemfilter"}
     assert len({candidate.variant for candidate in candidates}) == len(candidates)
@@ -245,18 +247,49 @@ def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
     assert early.harsher(late)
     assert not late.harsher(early)
     # short prompts are not block-sparse whatever is asked
-    short = make_candidates(found_of(rows, longest=1000), [(False, False)])
+    short = make_candidates(found_of(rows, longest=1000), [Precision()])
     assert {c.variant.method.sparse_attention for c in short if c.family == "mars"} == {None}
-    in_fp8 = make_candidates(found_of(rows), [(True, False)])
+    in_fp8 = make_candidates(found_of(rows), [Precision(linears="fp8")])
     assert "dense linears:fp8" in {describe(candidate) for candidate in in_fp8}
 
 
+def tried(linears, attention, drop, speed_up):
+    return Precision(linears=linears, attention_in_fp8=attention, drop=drop, speed_up=speed_up)
+
+
 def test_precisions_that_cost_nothing_are_searched_alone():
-    own, attention, both = (False, False), (False, True), (True, True)
-    assert precisions_of({own: 0.0}, 1.0) == [own]
-    assert precisions_of({own: 0.0, attention: 0.5, both: -0.1}, 1.0) == [both]
-    assert precisions_of({own: 0.0, attention: 0.5, both: 0.2}, 1.0) == [both, attention, own]
-    assert precisions_of({own: 0.0, attention: 0.0, both: 3.0}, 1.0) == [attention, own]
+    own, attention = Precision(), tried("auto", True, 0.5, 1.1)
+    free, paid = (tried("fp8", True, drop, 1.3) for drop in (-0.1, 0.2))
+    assert precisions_of([own], 1.0) == [own]
+    assert precisions_of([own, attention, free], 1.0) == [free]
+    assert precisions_of([own, attention, paid], 1.0) == [paid, attention, own]
+    assert precisions_of([own, attention, tried("fp8", True, 3.0, 1.3)], 1.0) == [attention, own]
+
+
+def test_a_precision_hardly_faster_than_a_more_exact_one_is_not_searched_with():
+    own, mixed = Precision(), tried("mixed", False, 0.4, 1.2)
+    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.22)], 1.0) == [mixed, own]
+    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.4)], 1.0)[0].linears == "fp8"
+
+
+def test_layers_that_feel_sparse_attention_keep_more_of_it():
+    rows = [sensitivity(layer, "sparse", 0.1 if layer in (2, 5) else 0.001) for layer in range(8)]
+    candidates = make_candidates(found_of(rows), [Precision()])
+    by_layer = [c for c in candidates if c.family.startswith("mars by layer")]
+    assert {c.variant.method.sparse_attention for c in by_layer} >= {
+        tuple(mild if layer in (2, 5) else harsh for layer in range(8))
+        for mild, harsh in ((1.0, 0.8), (0.95, 0.8), (0.95, 0.6))
+    }
+    harsh, mild = (
+        next(c for c in by_layer if c.settings["sparse_attention"].count(0.8) == n and c.axes[1] == 0.0)
+        for n in (6, 2)
+    )
+    assert harsh.harsher(mild)
+    assert not mild.harsher(harsh)
+    # half of the layers probed say nothing of the others; short prompts are never block-sparse
+    for few in (found_of(rows[:4]), found_of(rows, longest=1000)):
+        made = make_candidates(few, [Precision()])
+        assert not any(c.family.startswith("mars by layer") for c in made)
 
 
 def test_a_device_that_slows_down_is_allowed_for():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.variant import Variant
 from pipeline.errors import ConfigError
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import prefill
@@ -44,14 +43,12 @@ CASES = [case_of(length, seed) for seed, length in enumerate((97, 180, 233))]
 
 
 def bench_of(adapter, sdpa):
-    bench = Workbench.of(loaded(adapter, sdpa))
-    dense = [bench.run(Variant("dense", Dense()), case).score for case in CASES]
-    return bench, dense
+    return Workbench.of(loaded(adapter, sdpa))
 
 
-def probed(bench, dense, **options):
+def probed(bench, **options):
     settings = {"layers": range(4), "actions": ACTIONS, "mass": 0.5, **options}
-    rows = measure_sensitivity(bench, CASES, dense, **settings)
+    rows = measure_sensitivity(bench, CASES, **settings)
     return {(row.layer, row.action): row for row in rows}
 
 
@@ -80,6 +77,16 @@ def test_a_probe_acts_at_its_layer_alone(sdpa, at, action):
             assert all(20 <= work.tokens < length for work in later)
 
 
+def test_a_sparse_probe_thins_the_attention_of_its_layer_alone(sdpa, monkeypatch):
+    monkeypatch.setattr("pipeline.kernels.sparse.SHORTEST", 1)
+    adapter, pack = tiny_model("qwen2"), pack_of(document(900, seed=1))
+    probe = prefill(adapter, sdpa, Probe(layer=2, action="sparse", mass=0.3), pack)
+    ((works,),) = probe.by_document()
+    assert [work.pairs is None for work in works] == [True, True, False, True]
+    assert works[2].pairs < 900 * 901 // 2
+    assert {(work.tokens, work.ffn_tokens) for work in works} == {(900, 900)}
+
+
 def test_a_probe_of_all_mass_is_dense(sdpa):
     adapter, pack = tiny_model("llama"), pack_of(document(90))
     dense = prefill(adapter, sdpa, Dense(), pack)
@@ -90,11 +97,13 @@ def test_a_probe_of_all_mass_is_dense(sdpa):
 def test_a_layer_that_adds_nothing_misses_nothing(sdpa):
     adapter = tiny_model("qwen2")
     adapter.model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    bench, dense = bench_of(adapter, sdpa)
-    rows = probed(bench, dense)
+    bench = bench_of(adapter, sdpa)
+    rows = probed(bench)
     assert rows[1, "skip"].nll_rise == rows[1, "skip"].nll_error == rows[1, "skip"].drop == 0
     assert rows[1, "skip"].cases == len(CASES)
+    assert rows[1, "skip"].divergence == pytest.approx(0, abs=1e-6)
     assert abs(rows[0, "skip"].nll_rise) > 1e-3
+    assert rows[0, "skip"].divergence > 1e-4
     # the last layer's feed-forward network matters to the last token alone, and none is left to park for
     for action in ACTIONS:
         assert rows[3, action].nll_rise == pytest.approx(0, abs=1e-6)
@@ -105,9 +114,9 @@ def test_a_layer_that_adds_nothing_misses_nothing(sdpa):
 
 
 def test_too_little_time_leaves_gaps_and_no_end(sdpa):
-    bench, dense = bench_of(tiny_model("qwen2"), sdpa)
+    bench = bench_of(tiny_model("qwen2"), sdpa)
     turns = iter(range(100))
-    rows = probed(bench, dense, actions=("skip",), within=lambda: next(turns) < 3)
+    rows = probed(bench, actions=("skip",), within=lambda: next(turns) < 3)
     assert sorted(layer for layer, _ in rows) == [0, 1, 3]
 
 
