@@ -141,7 +141,7 @@ def ttft(
     for length in wanted:
         pack = (
             real_documents(loaded, input, range(row, row + documents), text_column, question, length)
-            if input and loaded.tokenizer
+            if input
             else [random_document(loaded, length or 8192, number) for number in range(documents)]
         )
         ceilings.append(measure_ceilings(loaded, [document.prompt_tokens for document in pack]))

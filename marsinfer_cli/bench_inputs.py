@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 RandomWeights = Annotated[
     str | None,
     typer.Option(
-        help="Random weights instead: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.",
+        help="Random weights instead, as --model random:SHAPE: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny.",
         show_default="the weights of --model",
         rich_help_panel=MODEL,
     ),
@@ -84,12 +84,11 @@ def read_references(model: LoadedModel, documents: list[EncodedDocument], column
 
 
 def load(model: str, random_weights: str | None, *, dtype: str, device: str, attention: str) -> LoadedModel:
-    from pipeline.bench.shapes import random_loaded_model
     from pipeline.model.loading import load_model
+    from pipeline.model.random_weights import PREFIX
 
-    if random_weights:
-        return random_loaded_model(random_weights, dtype=dtype, device=device, attention=attention)
-    return load_model(model, dtype=dtype, device=device, attention=attention)
+    name = PREFIX + random_weights if random_weights else model
+    return load_model(name, dtype=dtype, device=device, attention=attention)
 
 
 def parse_variants(specs: str, keep: str | None) -> list[Variant]:

@@ -119,7 +119,8 @@ NeedleCount = Annotated[int, typer.Option(help="Needles of each kind.", rich_hel
 Model = Annotated[
     str,
     typer.Option(
-        help="Hub id, local folder, .gguf file, or smollm2-135m (embedded).",
+        help="Hub id, local folder, .gguf file, smollm2-135m (embedded), or random:SHAPE (for speed: its "
+        "weights are random and its answers noise).",
         autocompletion=completion.models,
         rich_help_panel=MODEL,
     ),

@@ -18,6 +18,7 @@ from pipeline.records import Answer
 class EngineTimes:
     """Where an engine's time went, in seconds; packs that failed and ran again are in none of them."""
 
+    load_s: float = 0.0  # of the weights
     warm_up_s: float = 0.0
     packs: int = 0
     prefill_s: float = 0.0  # until the first tokens were known: TTFT, pack by pack
@@ -41,9 +42,10 @@ class EngineTimes:
 
     @classmethod
     def together(cls, several: Iterable[EngineTimes]) -> Self:
-        """Of engines side by side: sums, but for the longest warm-up, and the first start and last end."""
+        """Of engines side by side: sums, but the longest load and warm-up, first start and last end."""
         all_times = list(several)
         return cls(
+            load_s=max((each.load_s for each in all_times), default=0.0),
             warm_up_s=max((each.warm_up_s for each in all_times), default=0.0),
             packs=sum(each.packs for each in all_times),
             prefill_s=sum(each.prefill_s for each in all_times),
@@ -194,6 +196,7 @@ class Summary(Tally):
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,
             "workers": self.workers,
+            "load_s": self.times.load_s,
             "warm_up_s": self.times.warm_up_s,
             "answering_s": self.times.span_s,
             "packs": self.times.packs,

@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from object_storage import bucket, s3_server  # noqa: F401
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from marsinfer_cli.app import run
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.prefill import Pack
+from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans
 
 SIZES: dict[str, Any] = {
@@ -99,24 +98,6 @@ def adapter(request: pytest.FixtureRequest) -> DecoderAdapter:
 @pytest.fixture
 def sdpa() -> SdpaAttention:
     return SdpaAttention()
-
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ChatML's markers, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pipeline.bench.ceilings import wait_for
 from pipeline.bench.flops import attention_flops
-from pipeline.bench.shapes import RANDOM_WEIGHTS
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, FP8_BACKENDS
 from pipeline.kernels.segments import Segments
 from pipeline.model.loading import attention_for
+from pipeline.model.random_weights import SHAPES
 from pipeline.model.shape import ModelShape
 
 IN_FP8 = "-fp8"
@@ -66,9 +66,9 @@ def attention_shape(
     name: str, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int | None = None
 ) -> ModelShape:
     """The heads of a published shape, or others; of its other dimensions attention knows nothing."""
-    if name not in RANDOM_WEIGHTS:
-        raise ConfigError(f"--shape {name!r}: choose from {', '.join(RANDOM_WEIGHTS)}")
-    settings = RANDOM_WEIGHTS[name][1]
+    if name not in SHAPES:
+        raise ConfigError(f"--shape {name!r}: choose from {', '.join(SHAPES)}")
+    settings = SHAPES[name][1]
     of_shape = settings["num_attention_heads"]
     width = head_dim or settings["hidden_size"] // of_shape
     heads, kv_heads = heads or of_shape, kv_heads or settings["num_key_value_heads"]

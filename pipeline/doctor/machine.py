@@ -111,7 +111,7 @@ def _free(folder: Path) -> Finding:
 def embedded() -> Finding:
     """The default model's weights, which come as a package."""
     from pipeline.errors import ModelError
-    from pipeline.model.loading import locate
+    from pipeline.model.files import locate
 
     try:
         path = locate("smollm2-135m").gguf

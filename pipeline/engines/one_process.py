@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
@@ -111,6 +112,7 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
 
     config = setup.config
     check()
+    started = time.perf_counter()
     with nothing_to_lose():
         model = setup.model.load()
     model.adapter.use_linears(
@@ -138,7 +140,10 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         check=check,
         note=note,
     )
-    if not engine.warm_up(LONGEST_WARM_UP_S):
+    loaded_s = engine.now() - started
+    warmed_up = engine.warm_up(LONGEST_WARM_UP_S)
+    engine.times.load_s = loaded_s
+    if not warmed_up:
         note(
             f"the warm-up was given up after {LONGEST_WARM_UP_S:g} s: "
             "the TTFT of the first packs may hold the rest of it"

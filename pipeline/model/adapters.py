@@ -322,8 +322,18 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 def random_model(
     family: str, settings: dict[str, Any], *, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with random weights, filled on the device without an initial copy on the host."""
+    """A model of these dimensions with random weights."""
     config = AutoConfig.for_model(family, **settings)
+    return with_random_weights(config, device=device, dtype=dtype, seed=seed)
+
+
+def with_random_weights(
+    config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> PreTrainedModel:
+    """A model of this configuration, its weights drawn on the device without an initial copy on the host.
+
+    The same seed gives the same weights on devices of one kind, in one dtype.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device).eval()

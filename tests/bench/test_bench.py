@@ -114,7 +114,7 @@ def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, c
     [
         (["--methods", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
         (["--baselines", "vllm"], "unknown baseline 'vllm'; baselines: transformers, transformers-cudnn"),
-        (["--random-weights", "gpt-5"], "--random-weights 'gpt-5': choose from qwen2-7b, "),
+        (["--random-weights", "gpt-5"], "model 'random:gpt-5': there is no such shape; shapes: qwen2-7b, "),
         (
             ["--baselines", "transformers-cudnn"],
             "baseline transformers-cudnn needs an NVIDIA GPU; leave it out",

@@ -75,7 +75,7 @@ def test_a_candidate_that_is_wrong_or_fails_shows_it():
             ["--backends", "fa4"],
             "unknown attention backend 'fa4'; backends: fa3, flash, cudnn, varlen, sdpa, fa3-fp8",
         ),
-        (["--shape", "gpt-5"], "--shape 'gpt-5': choose from qwen2-7b, llama-3.1-8b, qwen2.5-1.5b"),
+        (["--shape", "gpt-5"], "--shape 'gpt-5': choose from qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"),
         (["--kv-heads", "5"], "--heads 28 is no multiple of --kv-heads 5"),
         (["--packs", "4x8q"], "--packs '8q': give a whole number such as 8192, 32k or 1m"),
         (["--packs", "8+0"], "--packs '8+0': a pack has documents, and a document at least one token"),

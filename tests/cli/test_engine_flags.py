@@ -92,9 +92,14 @@ def test_the_line_of_a_run_with_workers(capfd):
 
 
 def test_times_of_engines_side_by_side():
-    first = EngineTimes(warm_up_s=2.0, packs=3, prefill_s=1.0, decode_s=0.5, began=10.0, ended=14.0)
-    second = EngineTimes(warm_up_s=1.0, packs=1, prefill_s=2.0, shared_s=0.5, began=11.0, ended=15.0)
+    first = EngineTimes(
+        load_s=3.0, warm_up_s=2.0, packs=3, prefill_s=1.0, decode_s=0.5, began=10.0, ended=14.0
+    )
+    second = EngineTimes(
+        load_s=4.0, warm_up_s=1.0, packs=1, prefill_s=2.0, shared_s=0.5, began=11.0, ended=15.0
+    )
     both = EngineTimes.together([first, second.mirrored(20.0).mirrored(20.0), EngineTimes()])
-    assert (both.warm_up_s, both.packs, both.prefill_s, both.shared_s) == (2.0, 4, 3.0, 0.5)
+    assert (both.load_s, both.warm_up_s, both.packs) == (4.0, 2.0, 4)
+    assert (both.prefill_s, both.shared_s) == (3.0, 0.5)
     assert both.span_s == 5.0
     assert EngineTimes.together([]).span_s == 0.0

@@ -214,18 +214,29 @@ def test_what_a_gpus_worker_refuses_is_said(call, source, tmp_path, cluster, cap
     assert said == "marsinfer: error: device 'cuda' is not there: torch sees 0 GPUs\n"
 
 
-def test_the_engines_are_measured(sharp_model_folder, cluster):
-    script = Path(__file__).parents[2] / "examples" / "engine_speed.py"
-    words = ["--documents", "12", "--words", "20", "--workers", "2", "--max-new-tokens", "2", "--no-local"]
-    words += ["--model", sharp_model_folder, "--ray-address", cluster.address, "--gpus-per-worker", "0"]
-    table = subprocess.run(
-        [sys.executable, script, *words], stdout=subprocess.PIPE, encoding="utf-8", check=True, timeout=60
+def test_the_engines_are_measured(cluster, monkeypatch):
+    """With random weights, which each worker draws for itself."""
+    checkout = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    flags = ["--model", "random:tiny", "--documents", "12", "--lengths", "100-300", "--workers", "2"]
+    flags += ["--methods", "sliminfer:budget=0.4/0.2/0.1", "--max-new-tokens", "2", "--no-local"]
+    flags += ["--ray-address", cluster.address, "--gpus-per-worker", "0"]
+    told = subprocess.run(
+        [sys.executable, checkout / "examples" / "engine_speed.py", *flags],
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+        timeout=60,
     ).stdout
-    head, row = (line.split() for line in table.splitlines())
-    assert head == ["engine", "seconds", "answering", "tokens/s", "errors"]
-    assert row[:2] == ["ray", "2"]
-    assert float(row[3]) < float(row[2])
-    assert (float(row[4]) > 0, row[5]) == (True, "0")
+    conditions, _, head, _, row = told.splitlines()
+    assert conditions.startswith("model random:tiny, device CPU, dtype float32, attention sdpa, ")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
+    run = dict(zip(*cells, strict=True))
+    assert (run["method"], run["engine"], run["errors"]) == ("sliminfer:budget=0.4/0.2/0.1", "ray 2", "0")
+    assert float(run["documents/s"]) > 0
+    assert run["of one worker"] == "-"  # which was not measured
+    assert 0 <= float(run["idle"].rstrip("%")) <= 100
+    assert 0 < float(run["load s"]) < float(run["run s"])
 
 
 def test_a_machine_that_is_gone_costs_no_row(batch, cluster, orders):

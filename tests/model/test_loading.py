@@ -12,7 +12,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.errors import ModelError
 from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
-from pipeline.model.loading import load_model, locate
+from pipeline.model.files import locate
+from pipeline.model.loading import load_model
 
 
 @pytest.fixture

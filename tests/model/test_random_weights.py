@@ -1,0 +1,84 @@
+"""Models of random weights, by name: the same in every process, and read by a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from marsinfer_cli.app import run
+from pipeline.errors import ModelError
+from pipeline.model.loading import load_model, open_model
+from pipeline.model.random_weights import SHAPES, byte_tokenizer
+
+
+def test_two_processes_would_draw_the_same_weights():
+    first, second = (load_model("random:tiny", device="cpu", dtype="bfloat16") for _ in range(2))
+    assert first.dtype == torch.bfloat16
+    pairs = zip(first.adapter.model.named_parameters(), second.adapter.model.named_parameters(), strict=True)
+    drawn = 0
+    for (name, weight), (_, other) in pairs:
+        assert torch.equal(weight, other), name
+        drawn += weight.dim() > 1 and weight.float().std() > 0.01
+    assert drawn == 7 * 28 + 2  # all matrices, those of the vocabulary included
+    assert (first.name, first.fingerprint) == ("random:tiny", second.fingerprint)
+
+
+def test_a_large_shape_is_told_without_its_weights():
+    model = open_model("random:qwen2-7b", device="cpu")
+    assert (model.shape.layers, model.shape.hidden, model.shape.vocab) == (28, 3584, 152064)
+    assert model.dtype == torch.float32
+    longer = open_model("random:qwen2-7b", device="cpu", rope_scaling="yarn:2")
+    assert longer.shape.context == 2 * model.shape.context
+    fingerprints = {open_model(f"random:{shape}", device="cpu").fingerprint for shape in SHAPES}
+    assert len(fingerprints) == len(SHAPES)
+    assert longer.fingerprint in fingerprints
+
+
+def test_an_unknown_shape_is_refused_with_those_there_are():
+    with pytest.raises(ModelError) as caught:
+        open_model("random:qwen2-70b", device="cpu")
+    assert str(caught.value) == (
+        "model 'random:qwen2-70b': there is no such shape; shapes: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_token_of_a_text_lies_beyond_the_vocabulary(shape):
+    tokenizer, vocab = byte_tokenizer(), SHAPES[shape][1]["vocab_size"]
+    assert max(tokenizer.get_vocab().values()) < vocab
+    text = "Ünï <code>\n\n𝄞"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode([*ids, vocab - 1, tokenizer.eos_token_id], skip_special_tokens=True) == text
+
+
+def test_a_batch_is_answered(tmp_path, capfd):
+    source, texts = tmp_path / "in.jsonl", ["a text of bytes " * n for n in (3, 20, 41)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--model", "random:tiny", "--device", "cpu", "--question", "what?", "--max-new-tokens", "5"]
+    flags += ["--method", "sliminfer", "--set", "budget=0.4,0.2,0.1", "--set", "block=16"]
+    tables = []
+    for name in ("first", "second"):
+        output = tmp_path / f"{name}.parquet"
+        assert run(["batch", str(source), str(output), *flags, "--quiet"]) == 0
+        tables.append(pq.read_table(output))
+    first, second = tables
+    assert first.column("status").to_pylist() == ["ok"] * 3
+    assert first.column("document_tokens").to_pylist() == [len(text) for text in texts]
+    assert all(ratio < 1 for ratio in first.column("flops_ratio").to_pylist())
+    assert first.column("answer").equals(second.column("answer"))
+    told = json.loads(first.schema.metadata[b"marsinfer"])
+    assert told["settings_that_decide"]["model"]["fingerprint"].startswith("random:")
+    assert run(["batch", str(source), str(tmp_path / "third.parquet"), *flags, "--dry-run"]) == 0
+    assert not (tmp_path / "third.parquet").exists()
+    capfd.readouterr()
+
+
+def test_bench_takes_the_shape_by_either_flag(capfd):
+    flags = ["--lengths", "40", "--methods", "dense", "--baselines", "none", "--repeats", "1", "--json"]
+    for words in (["--random-weights", "tiny"], ["--model", "random:tiny"]):
+        assert run(["bench", "ttft", *words, *flags, "--device", "cpu"]) == 0
+        assert json.loads(capfd.readouterr().out)["model"] == "random:tiny"
