@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.quality.bootstrap import Drop, Judgement, judge, paired_drop, parse_drop
@@ -40,6 +40,13 @@ class Verified:
     gate: str
     drop: Drop
     judgement: Judgement
+    one_row: float  # what a row more or less that is right changes the drop by
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the drop itself is; of needles so few that one is more than the bound, one may be lost."""
+        allowed = max(self.judgement.bound, self.one_row) if self.is_needles else self.judgement.bound
+        return self.drop.drop <= allowed + _SLACK
 
     @property
     def excess(self) -> float:
@@ -65,21 +72,24 @@ class Bounds:
         drops = {name: self._drop(name, *pair, resamples=1).drop for name, pair in parts.items()}
         return {self.main_name: 0.0, **drops}
 
-    def exceeded(self, drops: Mapping[str, float]) -> bool:
-        return any(drop > self.of(name).value + _SLACK for name, drop in drops.items())
+    def surely_exceeded(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> bool:
+        """Whether even the favourable end of some interval is beyond its bound: no mere chance."""
+        return any(each.judgement.verdict == "fail" for each in self.verify(dense, scores, resamples=1000))
 
     def hopeless(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], times: float) -> bool:
         """Whether the main drop is so many times its bound; needles alone are too few to tell."""
         return self.drops(dense, scores)[self.main_name] > times * self.main.value + _SLACK
 
     def verify(
-        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0
+        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0, resamples: int = 10_000
     ) -> list[Verified]:
         """Every gate, with its bootstrapped interval."""
         verified = []
         for name, pair in self._parts(dense, scores).items():
-            drop = self._drop(name, *pair, resamples=10_000, seed=seed)
-            verified.append(Verified(gate=name, drop=drop, judgement=judge(drop, self.of(name).value)))
+            drop, bound = self._drop(name, *pair, resamples=resamples, seed=seed), self.of(name)
+            one_row = 100 / drop.rows / (drop.dense if bound.relative and drop.dense else 1.0)
+            judgement = judge(drop, bound.value)
+            verified.append(Verified(gate=name, drop=drop, judgement=judgement, one_row=one_row))
         return verified
 
     def of(self, gate: str) -> Bound:
@@ -122,12 +132,8 @@ def score_of(score: CaseScore) -> float:
 
 def holds(verified: Sequence[Verified], *, accept_inconclusive: bool = False) -> bool:
     """Whether every gate passes; `accept_inconclusive` takes one whose own drop is within the bound."""
+    verdicts = ((gate.judgement.verdict, gate.is_within) for gate in verified)
     return all(
-        gate.judgement.verdict == "pass"
-        or (
-            accept_inconclusive
-            and gate.judgement.verdict == "inconclusive"
-            and gate.drop.drop <= gate.judgement.bound + _SLACK
-        )
-        for gate in verified
+        verdict == "pass" or (accept_inconclusive and verdict == "inconclusive" and within)
+        for verdict, within in verdicts
     )

@@ -180,7 +180,8 @@ def _mars_by_layer(found: Found) -> Iterator[Made]:
     """Layers that feel block-sparse attention most have more of it computed than the others."""
     probes = found.by_action("sparse")
     ordered = sorted(probes, key=lambda layer: -probes[layer].divergence)
-    if len(_sparse(found)) < 2 or len(ordered) < found.shape.layers:
+    felt = any(row.divergence for row in probes.values())
+    if len(_sparse(found)) < 2 or len(ordered) < found.shape.layers or not felt:
         return
     for spared, (mild, harsh) in product(SPARED, MASSES):
         tender = ordered[: round(spared * len(ordered))]

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from operator import attrgetter
 
 from pipeline.bench.flops import Passes
 from pipeline.interrupts import nothing_to_lose
@@ -26,14 +27,14 @@ from pipeline.quality.cases import Sides, by_length, make_cases, thin
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.emission import make_profile
-from pipeline.quality.evaluate import Case, CaseScore
-from pipeline.quality.search import Search, Trial, pareto
+from pipeline.quality.evaluate import TOP, Case, Evaluated
+from pipeline.quality.search import Search, Trial, pareto, within_bounds
 from pipeline.quality.sensitivity import ACTIONS, Sensitivity, measure_sensitivity
 from pipeline.quality.verification import Verification, Verifier
 from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
 
 # shares of the time after which each phase ends
-PROBED, SCOUTED, SEARCHED, DONE = 0.3, 0.45, 0.7, 0.98
+PROBED_SPARSE, PROBED, SCOUTED, SEARCHED, DONE = 0.18, 0.3, 0.45, 0.7, 0.98
 SEARCH_RUNS = 24  # candidates for which the number of cases should leave time
 VERIFY_RUNS = 4
 MOST_SEARCHED, MOST_HELD_OUT, MOST_PROBED = 48, 400, 8
@@ -67,7 +68,7 @@ class Phases:
             PROBED / 2,
         )
         began = self.clock.passed
-        dense = self._dense(searched)
+        dense = self._dense(searched, top=TOP)
         # needles can be far longer than the row of median length
         pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
         rows = self._probe(searched, pace_s)
@@ -86,7 +87,7 @@ class Phases:
             searched=len(searched),
             held_out=len(held_out),
             candidates=count,
-            dense_ttft_ms=statistics.fmean(score.ttft_ms for score in dense),
+            dense_ttft_ms=statistics.fmean(run.score.ttft_ms for run in dense),
             seconds=self.clock.passed,
         )
 
@@ -113,31 +114,47 @@ class Phases:
     def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
         return make_cases(self.bench.model, rows, self.config.max_new_tokens, self.bench.check, within)
 
-    def _drift(self, cases: Sequence[Case], dense: Sequence[CaseScore]) -> Drift:
+    def _drift(self, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Drift:
         (place,) = by_length(cases, 1)
-        return Drift(bench=self.bench, case=cases[place], ttft_ms=dense[place].ttft_ms, clock=self.clock)
+        return Drift(
+            bench=self.bench, case=cases[place], ttft_ms=dense[place].score.ttft_ms, clock=self.clock
+        )
 
-    def _dense(self, cases: Sequence[Case]) -> list[CaseScore]:
-        return [self.bench.run(DENSE, case).score for case in cases]
+    def _dense(self, cases: Sequence[Case], top: int = 0) -> list[Evaluated]:
+        return [self.bench.run(DENSE, case, top=top) for case in cases]
 
     def _probe(self, cases: Sequence[Case], pace_s: float) -> list[Sensitivity]:
-        actions = [each for each in ACTIONS if each != "fp8" or self.bench.precisions.linears]
+        """Block-sparse attention in the longest cases, which it is for; the rest in cases of all lengths."""
+        longest = sorted(cases, key=lambda case: -case.document.prompt_tokens)
+        ratio = longest[0].document.prompt_tokens / statistics.fmean(c.document.prompt_tokens for c in cases)
+        long = longest[: self._probed(PROBED_SPARSE, pace_s * ratio, 1)]
+        rows = self._probe_with(("sparse",), long, PROBED_SPARSE)
+        actions = [each for each in ACTIONS if each != "sparse"]
+        if not self.bench.precisions.linears:
+            actions.remove("fp8")
+        probed = [cases[place] for place in by_length(cases, self._probed(PROBED, pace_s, len(actions)))]
+        rows += self._probe_with(actions, probed, PROBED)
+        return sorted(rows, key=lambda row: (row.layer, ACTIONS.index(row.action)))
+
+    def _probed(self, share: float, pace_s: float, actions: int) -> int:
+        """How many cases all layers can be probed on until a share of the time has passed."""
+        left_s = max(0.0, share * self.clock.seconds - self.clock.passed)
+        return int(min(MOST_PROBED, max(1, left_s / pace_s / (self.bench.model.shape.layers * actions))))
+
+    def _probe_with(self, actions: Sequence[str], cases: Sequence[Case], share: float) -> list[Sensitivity]:
         layers = range(self.bench.model.shape.layers)
-        left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
-        each = int(min(MOST_PROBED, max(1, left_s / pace_s / (len(layers) * len(actions)))))
-        probed = by_length(cases, each)
-        self.tell(f"probing {len(layers)} layers on {len(probed)} rows")
+        self.tell(f"probing {len(layers)} layers on {len(cases)} rows: {', '.join(actions)}")
         return measure_sensitivity(
             self.bench,
-            [cases[place] for place in probed],
+            cases,
             layers=layers,
             actions=actions,
             mass=self.config.mass,
-            within=self.clock.before(PROBED),
+            within=self.clock.before(share),
         )
 
     def _search(
-        self, cases: Sequence[Case], dense: Sequence[CaseScore], rows: Sequence[Sensitivity]
+        self, cases: Sequence[Case], dense: Sequence[Evaluated], rows: Sequence[Sensitivity]
     ) -> tuple[Search, int]:
         """The search when it has ended, and how many candidates there were."""
 
@@ -149,7 +166,8 @@ class Phases:
         search = Search(
             bench=self.bench,
             cases=cases,
-            dense=dense,
+            dense=[run.score for run in dense],
+            forced=[run.forced for run in dense],
             bounds=self.bounds,
             note=self.note,
             progress=told,
@@ -186,9 +204,9 @@ class Phases:
                 )
         return precisions_of(tried, self.bounds.main.value)
 
-    def _found(self, cases: Sequence[Case], dense: Sequence[CaseScore], rows: Sequence[Sensitivity]) -> Found:
+    def _found(self, cases: Sequence[Case], dense: Sequence[Evaluated], rows: Sequence[Sensitivity]) -> Found:
         cost = self.bench.cost_model()
-        mean = statistics.fmean(map(score_of, dense))
+        mean = statistics.fmean(score_of(run.score) for run in dense)
         unit = 1 / mean if self.bounds.main.relative and mean else 1.0
         return Found(
             shape=self.bench.model.shape,
@@ -203,7 +221,8 @@ class Phases:
 
     def _verify(self, trials: Sequence[Trial], seconds_each: float) -> tuple[list[Case], list[Verification]]:
         """The cases held out, and what was verified on them, the last of which may hold."""
-        promising = pareto([trial for trial in trials if not trial.exceeds and trial.speed_up > 1])
+        faster = [trial for trial in within_bounds(trials, self.bounds.main.value) if trial.speed_up > 1]
+        promising = pareto(faster, by=attrgetter("divergence"))
         if not promising:
             return [], []
         count = self._fitting(DONE - SEARCHED, seconds_each, FEWEST_HELD_OUT, MOST_HELD_OUT)
@@ -212,7 +231,7 @@ class Phases:
         verifier = Verifier(
             bench=self.bench,
             cases=cases,
-            dense=self._dense(cases),
+            dense=[run.score for run in self._dense(cases)],
             bounds=self.bounds,
             accept_inconclusive=self.config.accept_inconclusive,
             seed=self.config.seed,

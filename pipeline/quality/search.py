@@ -3,6 +3,10 @@
 What is tried next promises most: the time that a cost model predicts it to save, times the chance that its
 loss is within the budget. That chance knows what milder and harsher kin have lost: none is expected to lose
 less than a milder one did, or more than a harsher one.
+
+On as few rows as a search can afford, small losses are chance: one needle, or three answers. How far a
+candidate's next tokens diverge from dense's is known far better, and what a divergence costs is learned from
+all that was tried. So a candidate is within the bounds if none is surely exceeded and its divergence agrees.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from operator import attrgetter
 
 from pipeline.bench.flops import Passes
 from pipeline.errors import MarsError, is_failure
@@ -18,6 +23,7 @@ from pipeline.quality.bounds import Bounds
 from pipeline.quality.candidates import Candidate, describe
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
+from pipeline.quality.forced import Forced
 from pipeline.quality.workbench import Workbench, slowdown
 
 HOPELESS = 5.0  # times the budget: after a third of the cases a candidate is given up
@@ -32,7 +38,8 @@ class Trial:
     candidate: Candidate
     scores: tuple[CaseScore, ...]
     drop: float  # in the unit of the main bound
-    exceeds: bool  # whether any bound is exceeded, that of needles included
+    divergence: float  # KL from dense, nats a token, mean over the cases
+    exceeds: bool  # whether any bound surely is exceeded, that of needles included
     ttft_ms: float  # dense's mean, divided by the speed-up
     speed_up: float  # over dense: the median over the same cases
     complete: bool = True
@@ -49,6 +56,7 @@ class Search:
     bench: Workbench
     cases: Sequence[Case]
     dense: Sequence[CaseScore]  # of the same cases
+    forced: Sequence[Forced | None]  # what dense predicted in them, to diverge from
     bounds: Bounds
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[Trial], None] = lambda trial: None
@@ -88,7 +96,8 @@ class Search:
         try:
             slower = self.drift()
             for place, case in enumerate(self.cases):
-                scores.append(self.bench.run(candidate.variant, case).score)
+                run = self.bench.run(candidate.variant, case, dense=self.forced[place])
+                scores.append(run.score)
                 if place + 1 == third and self.bounds.hopeless(self.dense[:third], scores, HOPELESS):
                     break
         except BaseException as error:
@@ -127,7 +136,8 @@ class Search:
             candidate=candidate,
             scores=tuple(scores),
             drop=drops[self.bounds.main_name],
-            exceeds=self.bounds.exceeded(drops),
+            divergence=statistics.fmean(score.divergence or 0.0 for score in scores),
+            exceeds=self.bounds.surely_exceeded(dense, scores),
             ttft_ms=ratio * statistics.fmean(score.ttft_ms for score in self.dense),
             speed_up=1 / ratio,
             complete=len(scores) == len(self.cases),
@@ -158,7 +168,7 @@ class Search:
         return cost.predict(dense_passes(cost.shape, length))
 
     def _within_bounds(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.complete and not trial.exceeds]
+        return within_bounds(self.trials, self.bounds.main.value)
 
     def _chance(self, candidate: Candidate) -> float:
         """That its drop is within the budget, from 0 to 1: a guess that falls as the expected drop grows."""
@@ -178,10 +188,22 @@ class Search:
         return any(not t.complete and candidate.harsher(t.candidate) for t in self.trials)
 
 
-def pareto(trials: Sequence[Trial]) -> list[Trial]:
-    """The complete trials than which no other is both as fast and as good, fastest first."""
+def drop_per_nat(trials: Sequence[Trial]) -> float:
+    """What a divergence of a nat costs, in the unit of the drops: a line through all trials and 0."""
+    square = sum(trial.divergence**2 for trial in trials)
+    return max(0.0, sum(trial.divergence * trial.drop for trial in trials) / square) if square else 0.0
+
+
+def within_bounds(trials: Sequence[Trial], budget: float) -> list[Trial]:
+    """Of all trials those that are not beyond a bound, nor expected to be by their divergence."""
+    slope = drop_per_nat(trials)
+    return [t for t in trials if t.complete and not t.exceeds and slope * t.divergence <= budget]
+
+
+def pareto(trials: Sequence[Trial], by: Callable[[Trial], float] = attrgetter("drop")) -> list[Trial]:
+    """The complete trials than which no other is both as fast and as good, by what is said; fastest first."""
     frontier: list[Trial] = []
-    for trial in sorted((t for t in trials if t.complete), key=lambda t: (t.ttft_ms, t.drop)):
-        if not frontier or trial.drop < frontier[-1].drop:
+    for trial in sorted((t for t in trials if t.complete), key=lambda t: (t.ttft_ms, by(t))):
+        if not frontier or by(trial) < by(frontier[-1]):
             frontier.append(trial)
     return frontier
