@@ -262,38 +262,18 @@ class DecoderAdapter:
         return k_TKd, v_TKd
 
     def add_attention_(
-        self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor, kept: Tensor | None = None
+        self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor, fp8: bool | None = None
     ) -> None:
-        """Add the projected outputs of the heads to the residual stream.
-
-        `kept` are (W,) tokens that keep the model's dtype where `mixed` takes the others through fp8;
-        without it they all do.
-        """
+        """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
+        fp8 = self.linears_in_fp8 if fp8 is None else fp8
         projection, mixed_TN = self._layers[layer].output, mixed_THd.flatten(1)
-        if self.linears_in_fp8:
+        if fp8:
             hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
-        elif kept is None:
-            projection.add_to_(hidden_TD, mixed_TN)
         else:
-            kept_WD = hidden_TD.index_select(0, kept)
-            projection.add_to_(kept_WD, mixed_TN.index_select(0, kept))
-            # all are computed and some then replaced: to gather the many others would cost more
-            hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
-            hidden_TD.index_copy_(0, kept, kept_WD)
+            projection.add_to_(hidden_TD, mixed_TN)
 
-    def add_feed_forward_(
-        self, layer: int, hidden_TD: Tensor, fp8: bool | None = None, kept: Tensor | None = None
-    ) -> None:
-        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default.
-
-        `kept` are (W,) tokens that keep the model's dtype where the others pass in fp8.
-        """
-        if kept is not None:
-            kept_WD = hidden_TD.index_select(0, kept)
-            self.add_feed_forward_(layer, kept_WD, fp8=False)
-            self.add_feed_forward_(layer, hidden_TD, fp8=True)
-            hidden_TD.index_copy_(0, kept, kept_WD)
-            return
+    def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         weights = self._layers[layer]
         gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)

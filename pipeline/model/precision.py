@@ -7,9 +7,9 @@ answer are kept, and by half again where queries, keys and values are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -25,21 +25,29 @@ LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more la
 class Kept:
     """Tokens of a pack that keep the model's dtype, and the others: some of both."""
 
-    ranges: tuple[tuple[int, int], ...]  # half-open, ascending, none empty
+    ranges: tuple[tuple[int, int], ...]  # half-open, ascending, none empty, with gaps between them
     total: int
     device: torch.device
 
     @cached_property
+    def parts(self) -> tuple[tuple[slice, bool], ...]:
+        """The pack in pieces, and whether each is computed in fp8.
+
+        They are few: who is not kept belongs to a document that is long.
+        """
+        cuts = sorted({0, self.total, *chain.from_iterable(self.ranges)})
+        starts = {start for start, _ in self.ranges}
+        return tuple((slice(start, end), start not in starts) for start, end in pairwise(cuts))
+
+    @cached_property
     def rows(self) -> Tensor:
         """(W,) ascending."""
-        return _rows(self.ranges, self.device)
+        return self._places(in_fp8=False)
 
     @cached_property
     def others(self) -> Tensor:
         """(T - W,) ascending."""
-        ends = [0, *(end for _, end in self.ranges)]
-        starts = [*(start for start, _ in self.ranges), self.total]
-        return _rows(zip(ends, starts, strict=True), self.device)
+        return self._places(in_fp8=True)
 
     @cached_property
     def _mask_T(self) -> Tensor:
@@ -54,6 +62,10 @@ class Kept:
         kept_C = self._mask_T.index_select(0, passes)
         return passes[kept_C], passes[~kept_C]
 
+    def _places(self, *, in_fp8: bool) -> Tensor:
+        chosen = [rows for rows, low in self.parts if low == in_fp8]
+        return torch.cat([torch.arange(rows.start, rows.stop, device=self.device) for rows in chosen])
+
 
 def kept_of(segments: Segments, lengths: tuple[int, ...], shape: ModelShape) -> Kept | None:
     """Each document's last `WINDOW` tokens, and all of those that are too short to gain; None if that is all.
@@ -61,11 +73,14 @@ def kept_of(segments: Segments, lengths: tuple[int, ...], shape: ModelShape) -> 
     `segments` are what is left of the documents, `lengths` how long they were: by that it is judged, so
     that a document is computed alike whatever its pack.
     """
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     for (start, end), length in zip(segments.ranges(), lengths, strict=True):
         first = max(start, end - WINDOW) if worthwhile(length, shape, segments.device) else start
-        if first < end:
-            ranges.append((first, end))
+        if first == end:
+            continue
+        if ranges and ranges[-1][1] == first:
+            first = ranges.pop()[0]
+        ranges.append((first, end))
     if sum(end - start for start, end in ranges) == segments.total:
         return None
     return Kept(tuple(ranges), segments.total, segments.device)
@@ -75,7 +90,3 @@ def worthwhile(length: int, shape: ModelShape, device: torch.device) -> bool:
     """Whether fp8 makes a document of so many tokens faster."""
     weights = shape.hidden * (shape.heads * shape.head_dim + 3 * shape.ffn)
     return length * weights >= LEAST_WORK or device.type != "cuda"
-
-
-def _rows(ranges: Iterator[tuple[int, int]] | tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(start, end, device=device) for start, end in ranges])

@@ -24,6 +24,8 @@ from pipeline.model.work import Work
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
 from pipeline.records import EncodedDocument, Spans
 
+_ALL = ((slice(None), None),)  # of a pack's tokens, in the precision of all linear layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
@@ -171,7 +173,8 @@ def run_layers(
             mixed_THd, pairs_B = sparse_prefill(q_THd, k_TKd, v_TKd, segments, mass, attention.prefill)
         else:
             mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
-        adapter.add_attention_(layer, hidden_TD, mixed_THd, None if kept is None else kept.rows)
+        for rows, fp8 in _ALL if kept is None else kept.parts:
+            adapter.add_attention_(layer, hidden_TD[rows], mixed_THd[rows], fp8)
         view = LayerView(
             layer=layer,
             queries=q_THd,
@@ -223,7 +226,8 @@ def _feed_forward(
     if ffn_fp8 is None and kept is not None:
         own, others = kept.split(ffn)
         if ffn is None:
-            adapter.add_feed_forward_(layer, hidden_TD, kept=own)
+            for rows, fp8 in kept.parts:
+                adapter.add_feed_forward_(layer, hidden_TD[rows], fp8)
             return own, others
         ffn, ffn_fp8 = own, others
     if ffn_fp8 is None:
