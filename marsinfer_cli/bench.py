@@ -54,7 +54,7 @@ def ttft(
         str,
         typer.Option(
             help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
-            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 computes linear layers in fp8.",
+            "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 and :mixed are --linear-dtype.",
             rich_help_panel=MEASURED,
         ),
     ] = "dense,marsinfer",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline import run_batch
+from pipeline.config import LINEAR_DTYPES
 from pipeline.errors import ConfigError
 from pipeline.model.loading import open_model
+from pipeline.model.shape import ModelShape
 from pipeline.profile import Profile, check_profile, length_note, load_profile, write_profile
 from pipeline.pruning.registry import make_method
 
@@ -50,6 +53,19 @@ def test_a_profile_comes_back(path, profile):
     assert read.batch == {**profile.batch, "settings": {**SETTINGS, "low": "none"}}
     method = make_method(read.batch["method"], read.batch["settings"])
     assert method == make_method("marsinfer", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "shipped", sorted(Path("examples/profiles").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_shipped_profiles_are_of_this_format_and_fit_their_models(shipped):
+    profile = load_profile(str(shipped))
+    method = make_method(profile.batch["method"], profile.batch["settings"])
+    method.plan(ModelShape(**profile.about["shape"]), (profile.about["lengths"]["max"],))
+    assert profile.batch["linear_dtype"] in LINEAR_DTYPES
+    gates = profile.about["measured"]["gates"]
+    assert all(gate["verdict"] in ("pass", "inconclusive") for gate in gates.values())
+    assert gates["token-accuracy"]["high"] <= 1
 
 
 def test_another_model_is_refused_and_another_device_noted(path, profile, model_folder, sharp_model_folder):

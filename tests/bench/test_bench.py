@@ -187,6 +187,8 @@ def test_offloading_is_measured_beside_a_cache_that_stays(model_folder, capfd):
         (["--kv-memory", "100B"], "600 tokens cannot run in 0.00 GB of --kv-memory: at least "),
         (["--method", "dense,sliminfer"], "unknown method 'dense,sliminfer'"),
         (["--method", "sliminfer:fp8"], "fp8 cannot be used here: "),
+        (["--method", "sliminfer:mixed"], "fp8 cannot be used here: "),
+        (["--method", "sliminfer:fp8:mixed"], "--methods 'sliminfer:fp8:mixed': give fp8 or mixed, not both"),
         (["--lengths", "0"], "--lengths '0': a prompt has at least one token"),
     ],
 )
