@@ -107,9 +107,9 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
     expected = [row.answer for row in engine.answer(documents())]
     slow, real = documents()[4].prompt_tokens, model.adapter.add_attention_
 
-    def add_attention_(layer, hidden, mixed):
+    def add_attention_(layer, hidden, mixed, fp8=None):
         time.sleep(0.4 if slow in lengths else 0)
-        real(layer, hidden, mixed)
+        real(layer, hidden, mixed, fp8)
 
     lengths = ()
     pack_of = local.Pack.of
