@@ -67,15 +67,14 @@ class Kept:
         return torch.cat([torch.arange(rows.start, rows.stop, device=self.device) for rows in chosen])
 
 
-def kept_of(segments: Segments, lengths: tuple[int, ...], shape: ModelShape) -> Kept | None:
+def kept_of(segments: Segments, shape: ModelShape) -> Kept | None:
     """Each document's last `WINDOW` tokens, and all of those that are too short to gain; None if that is all.
 
-    `segments` are what is left of the documents, `lengths` how long they were: by that it is judged, so
-    that a document is computed alike whatever its pack.
+    Each document, or what is left of it, is judged by itself, so that it is computed alike whatever its pack.
     """
     ranges: list[tuple[int, int]] = []
-    for (start, end), length in zip(segments.ranges(), lengths, strict=True):
-        first = max(start, end - WINDOW) if worthwhile(length, shape, segments.device) else start
+    for start, end in segments.ranges():
+        first = max(start, end - WINDOW) if worthwhile(end - start, shape, segments.device) else start
         if first == end:
             continue
         if ranges and ranges[-1][1] == first:

@@ -160,7 +160,7 @@ def run_layers(
     hidden_TD = begun.hidden_TD
     rope = adapter.rope(hidden_TD, positions_T)
     parked: Parked | None = None
-    kept = _kept(adapter, segments, pack)
+    kept = _kept(adapter, segments)
     for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
@@ -203,17 +203,16 @@ def run_layers(
             if selection.parks:
                 assert view.segments is pack.segments, "tokens have left before"
                 parked = Parked.of(pack.segments, segments, selection.live, hidden_TD, rope)
-            kept = _kept(adapter, segments, pack)
+            kept = _kept(adapter, segments)
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
     return Survivors(hidden_TD=hidden_TD, positions_T=positions_T, segments=segments)
 
 
-def _kept(adapter: DecoderAdapter, segments: Segments, pack: Pack) -> Kept | None:
-    """The tokens, of those left, that keep the model's dtype beside others in fp8; None: all in one."""
-    lengths = pack.segments.lengths
-    return kept_of(segments, lengths, adapter.shape) if adapter.linears == "mixed" else None
+def _kept(adapter: DecoderAdapter, segments: Segments) -> Kept | None:
+    """The tokens that keep the model's dtype beside others in fp8; None: all are in one precision."""
+    return kept_of(segments, adapter.shape) if adapter.linears == "mixed" else None
 
 
 def _feed_forward(

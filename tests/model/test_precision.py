@@ -21,7 +21,7 @@ def from_1000_tokens(monkeypatch):
 
 def test_the_ends_of_long_documents_and_all_of_short_ones_are_kept(from_1000_tokens):
     lengths = (1500, 200, 300, 2000, 1200)
-    kept = kept_of(Segments.of(lengths), lengths, SHAPE)
+    kept = kept_of(Segments.of(lengths), SHAPE)
     ends = [1500, 4000, 5200]
     assert kept.ranges == ((1500 - WINDOW, 2000), (4000 - WINDOW, 4000), (5200 - WINDOW, 5200))
     starts = [0, 2000, 4000]
@@ -35,13 +35,13 @@ def test_the_ends_of_long_documents_and_all_of_short_ones_are_kept(from_1000_tok
 
 
 def test_nothing_is_split_where_all_tokens_are_kept(from_1000_tokens):
-    assert kept_of(Segments.of((100, 900)), (100, 900), SHAPE) is None
-    # what is left of a long document may be no more than its end, and of another nothing
-    assert kept_of(Segments.of((WINDOW, 0)), (5000, 5000), SHAPE) is None
+    assert kept_of(Segments.of((100, 900)), SHAPE) is None
+    # what is left of a document may be no more than its end, or nothing
+    assert kept_of(Segments.of((WINDOW, 0)), SHAPE) is None
 
 
 def test_of_tokens_selected_those_are_kept_that_are(from_1000_tokens):
-    kept = kept_of(Segments.of((1100,)), (1100,), SHAPE)
+    kept = kept_of(Segments.of((1100,)), SHAPE)
     own, others = kept.split(torch.tensor([0, 5, 1035, 1036, 1099]))
     assert own.tolist() == [1036, 1099]
     assert others.tolist() == [0, 5, 1035]
