@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from marsinfer_cli.options import MEASURED, MODEL
+from pipeline.config import LINEAR_DTYPES
 
 if TYPE_CHECKING:
     from pipeline.bench.variant import Variant
@@ -36,7 +37,9 @@ Keep = Annotated[
     ),
 ]
 
-LINEARS, ATTENTION_IN_FP8 = ("fp8", "mixed"), "attention-fp8"  # among a method's settings in --methods
+# among a method's settings in --methods
+LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
+ATTENTION_IN_FP8 = "attention-fp8"
 
 
 def read_documents(

@@ -112,7 +112,7 @@ def _measure(
         graph_step_ms=statistics.median(replayed) if replayed else None,
         graph_answer_ms=statistics.median(run.answer_ms for run in graphed) if replayed else None,
         eager_answer_ms=statistics.median(run.answer_ms for run in eager),
-        weight_bytes=weight_bytes_read(model, linears_in_fp8=variant.linears == "fp8"),
+        weight_bytes=weight_bytes_read(model, linears_in_fp8=variant.linears_in_fp8),
         kv_bytes=_kv_bytes_read(model, prefilled, new_tokens),
         copy_bytes_per_second=copied,
         same_tokens=graphed[-1].answers == eager[-1].answers if replayed else None,

@@ -79,7 +79,7 @@ def measure_ttft(
     for variant in methods:
         runs[variant.name] = _method_run(model, pack, variant)
     answers = {variant.name: _answer_run(model, pack, variant, new_tokens) for variant in methods}
-    in_fp8 = {variant.name for variant in methods if variant.linears == "fp8"}
+    in_fp8 = {variant.name for variant in methods if variant.linears_in_fp8}
     times: dict[str, list[float]] = {name: [] for name in runs}
     to_the_end: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}

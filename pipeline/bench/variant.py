@@ -17,6 +17,11 @@ class Variant(NamedTuple):
     linears: str = "auto"  # of `LINEAR_DTYPES`
     attention_in_fp8: bool = False
 
+    @property
+    def linears_in_fp8(self) -> bool:
+        """Whether all linear layers are, of all tokens; what `mixed` takes through fp8 a prefill counts."""
+        return self.linears == "fp8"
+
     def use(self, model: LoadedModel) -> PruningMethod:
         """Set the model, which `prepare` has seen, to this variant's precisions; returns the method."""
         model.adapter.linears = self.linears

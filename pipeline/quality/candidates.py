@@ -100,9 +100,14 @@ class Found:
 
 def drop_per_nat(rows: Sequence[Sensitivity]) -> float:
     """Points of right tokens for a rise of the nll by a nat a token, as the probes show; never negative."""
-    rising = [row for row in rows if row.nll_rise > 0]
-    square = sum(row.nll_rise**2 for row in rising)
-    return max(0.0, sum(row.nll_rise * row.drop for row in rising) / square) if square else 0.0
+    return slope_through_zero((row.nll_rise, row.drop) for row in rows if row.nll_rise > 0)
+
+
+def slope_through_zero(points: Iterable[tuple[float, float]]) -> float:
+    """Of the line through 0 that is nearest to the points by least squares; never negative, 0 without any."""
+    pairs = list(points)
+    square = sum(x * x for x, _ in pairs)
+    return max(0.0, sum(x * y for x, y in pairs) / square) if square else 0.0
 
 
 def precisions_of(tried: Sequence[Precision], budget: float) -> list[Precision]:

@@ -127,7 +127,6 @@ def _prepare(
     check: Callable[[], None],
 ) -> _Run:
     method = make_method(config.method, config.settings) if method is None else method
-    from pipeline.model.adapters import check_fp8
     from pipeline.model.loading import open_model
     from pipeline.profile import check_profile, load_profile
     from pipeline.prompts import PromptBuilder
@@ -147,7 +146,7 @@ def _prepare(
             note(text)
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.linear_dtype != "auto" or method.ffn_in_fp8:
-        check_fp8(model.device, model.dtype, model.shape)
+        model.check_fp8()
     prompts = PromptBuilder(
         model.tokenizer,
         context=model.shape.context,

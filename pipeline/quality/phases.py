@@ -71,7 +71,7 @@ class Phases:
         dense = self._dense(searched, top=TOP)
         # needles can be far longer than the row of median length
         pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
-        rows = self._probe(searched, pace_s)
+        rows = self._probe(searched, dense, pace_s)
         search, count = self._search(searched, dense, rows)
         held_out, verifications = self._verify(search.trials, pace_s * VERIFY_RUNS + answer_s)
         cost = self.bench.cost_model()
@@ -123,17 +123,18 @@ class Phases:
     def _dense(self, cases: Sequence[Case], top: int = 0) -> list[Evaluated]:
         return [self.bench.run(DENSE, case, top=top) for case in cases]
 
-    def _probe(self, cases: Sequence[Case], pace_s: float) -> list[Sensitivity]:
+    def _probe(self, cases: Sequence[Case], dense: Sequence[Evaluated], pace_s: float) -> list[Sensitivity]:
         """Block-sparse attention in the longest cases, which it is for; the rest in cases of all lengths."""
-        longest = sorted(cases, key=lambda case: -case.document.prompt_tokens)
-        ratio = longest[0].document.prompt_tokens / statistics.fmean(c.document.prompt_tokens for c in cases)
-        long = longest[: self._probed(PROBED_SPARSE, pace_s * ratio, 1)]
-        rows = self._probe_with(("sparse",), long, PROBED_SPARSE)
+        lengths = [case.document.prompt_tokens for case in cases]
+        ran = list(zip(cases, dense, strict=True))
+        longest = sorted(range(len(cases)), key=lambda place: -lengths[place])
+        long = longest[: self._probed(PROBED_SPARSE, pace_s * max(lengths) / statistics.fmean(lengths), 1)]
+        rows = self._probe_with(("sparse",), [ran[place] for place in long], PROBED_SPARSE)
         actions = [each for each in ACTIONS if each != "sparse"]
         if not self.bench.precisions.linears:
             actions.remove("fp8")
-        probed = [cases[place] for place in by_length(cases, self._probed(PROBED, pace_s, len(actions)))]
-        rows += self._probe_with(actions, probed, PROBED)
+        probed = by_length(cases, self._probed(PROBED, pace_s, len(actions)))
+        rows += self._probe_with(actions, [ran[place] for place in probed], PROBED)
         return sorted(rows, key=lambda row: (row.layer, ACTIONS.index(row.action)))
 
     def _probed(self, share: float, pace_s: float, actions: int) -> int:
@@ -141,12 +142,16 @@ class Phases:
         left_s = max(0.0, share * self.clock.seconds - self.clock.passed)
         return int(min(MOST_PROBED, max(1, left_s / pace_s / (self.bench.model.shape.layers * actions))))
 
-    def _probe_with(self, actions: Sequence[str], cases: Sequence[Case], share: float) -> list[Sensitivity]:
+    def _probe_with(
+        self, actions: Sequence[str], ran: Sequence[tuple[Case, Evaluated]], share: float
+    ) -> list[Sensitivity]:
         layers = range(self.bench.model.shape.layers)
+        cases, dense = zip(*ran, strict=True)
         self.tell(f"probing {len(layers)} layers on {len(cases)} rows: {', '.join(actions)}")
         return measure_sensitivity(
             self.bench,
             cases,
+            dense,
             layers=layers,
             actions=actions,
             mass=self.config.mass,

@@ -20,7 +20,7 @@ from operator import attrgetter
 from pipeline.bench.flops import Passes
 from pipeline.errors import MarsError, is_failure
 from pipeline.quality.bounds import Bounds
-from pipeline.quality.candidates import Candidate, describe
+from pipeline.quality.candidates import Candidate, describe, slope_through_zero
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.forced import Forced
@@ -147,7 +147,7 @@ class Search:
         """Milliseconds that it is expected to save on the best so far; of equals, the fastest."""
         predicted = cost.predict(
             self.scouted[candidate],
-            candidate.variant.linears == "fp8",
+            candidate.variant.linears_in_fp8,
             candidate.variant.attention_in_fp8,
         )
         bar = min((self._scouted_ms(trial, cost) for trial in self._within_bounds()), default=inf)
@@ -160,7 +160,7 @@ class Search:
         passes = self.scouted.get(trial.candidate)
         if passes is None:
             return inf
-        return cost.predict(passes, variant.linears == "fp8", variant.attention_in_fp8)
+        return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)
 
     def _dense_ms(self, cost: CostModel) -> float:
         ordered = sorted(self.dense, key=lambda score: score.prompt_tokens)
@@ -190,8 +190,7 @@ class Search:
 
 def drop_per_nat(trials: Sequence[Trial]) -> float:
     """What a divergence of a nat costs, in the unit of the drops: a line through all trials and 0."""
-    square = sum(trial.divergence**2 for trial in trials)
-    return max(0.0, sum(trial.divergence * trial.drop for trial in trials) / square) if square else 0.0
+    return slope_through_zero((trial.divergence, trial.drop) for trial in trials)
 
 
 def within_bounds(trials: Sequence[Trial], budget: float) -> list[Trial]:

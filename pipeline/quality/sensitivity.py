@@ -30,8 +30,8 @@ from pipeline.pruning.base import (
     check_range,
     setting,
 )
-from pipeline.quality.evaluate import TOP, Case, Evaluated
-from pipeline.quality.workbench import DENSE, Workbench
+from pipeline.quality.evaluate import Case, Evaluated
+from pipeline.quality.workbench import Workbench
 from pipeline.records import Spans
 
 ACTIONS = ("skip", "fp8", "drop", "park", "sparse")
@@ -113,6 +113,7 @@ class Sensitivity:
 def measure_sensitivity(
     bench: Workbench,
     cases: Sequence[Case],
+    dense: Sequence[Evaluated],
     *,
     layers: Sequence[int],
     actions: Sequence[str],
@@ -121,10 +122,10 @@ def measure_sensitivity(
 ) -> list[Sensitivity]:
     """Probe each layer with each action, while `within` says that there is time.
 
-    Layers are taken in an order whose every beginning covers the depth evenly, so that a lack of time leaves
-    gaps and not an end; the result is sorted by layer.
+    `dense` are the cases under dense, with likeliest tokens to diverge from. Layers are taken in an order
+    whose every beginning covers the depth evenly, so that a lack of time leaves gaps and not an end; the
+    result is sorted by layer.
     """
-    dense = [bench.run(DENSE, case, top=TOP) for case in cases]
     found: list[Sensitivity] = []
     for layer in spread(layers):
         for action in actions:

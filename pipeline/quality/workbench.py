@@ -88,7 +88,7 @@ class Workbench:
             self.observations.append(
                 Observation(
                     passes=evaluated.passes,
-                    linears_in_fp8=variant.linears == "fp8",
+                    linears_in_fp8=variant.linears_in_fp8,
                     attention_in_fp8=variant.attention_in_fp8,
                     ttft_ms=evaluated.score.ttft_ms,
                 )

@@ -12,7 +12,7 @@ from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.quality.evaluate import Case
 from pipeline.quality.sensitivity import Probe, measure_sensitivity, spread
-from pipeline.quality.workbench import Workbench
+from pipeline.quality.workbench import DENSE, Workbench
 
 ACTIONS = ("skip", "drop", "park")
 
@@ -48,7 +48,8 @@ def bench_of(adapter, sdpa):
 
 def probed(bench, **options):
     settings = {"layers": range(4), "actions": ACTIONS, "mass": 0.5, **options}
-    rows = measure_sensitivity(bench, CASES, **settings)
+    dense = [bench.run(DENSE, case, top=20) for case in CASES]
+    rows = measure_sensitivity(bench, CASES, dense, **settings)
     return {(row.layer, row.action): row for row in rows}
 
 
