@@ -2,7 +2,7 @@
 
 Every function has two paths that compute the same: plain torch, and on a GPU a kernel of
 `triton_kernels`. Tensors need a contiguous last dimension; their other strides are free. A kernel keeps a
-whole row in registers, so rows may be up to 8192 wide; those of `silu_mul` are read in pieces.
+whole row in registers, so rows may be up to 8192 wide, and those of `silu_mul_quantized` 32768.
 Quantised rows are float8_e4m3fn with a float32 scale each: value = float8 * scale.
 
 Shape letters beside those of segments.py: F inner width of the FFN, N heads of either kind.
@@ -72,8 +72,12 @@ def silu_mul_quantized(gate_up_T2F: Tensor) -> Quantised:
         return quantize_rows(silu_mul(gate_up_T2F))
     out_TF, scale_T1 = _empty_fp8(gate_up_T2F, gate_up_T2F.shape[1] // 2)
     rows, width = out_TF.shape
+    first = max(1, _block(width) // 2)
     kernels.silu_mul_quantized_kernel[(rows,)](
-        gate_up_T2F, gate_up_T2F.stride(0), out_TF, scale_T1, width, BLOCK=4 * PIECE, num_warps=16
+        *(gate_up_T2F, gate_up_T2F.stride(0), out_TF, scale_T1, width),
+        FIRST=first,
+        REST=_block(max(1, width - first)),
+        num_warps=min(32, max(4, first // 512)),
     )
     return out_TF, scale_T1
 

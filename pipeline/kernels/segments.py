@@ -54,16 +54,25 @@ class Segments:
         return on_device(self.offsets, self.device, torch.int32)
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """The same in int64."""
+        return self.cu_seqlens.long()
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        """(B,) on the device."""
+        return self.bounds.diff()
+
+    @cached_property
     def document_T(self) -> Tensor:
         """(T,) which document each token belongs to."""
-        lengths = on_device(self.lengths, self.device)
         documents = torch.arange(len(self.lengths), device=self.device)
-        return torch.repeat_interleave(documents, lengths, output_size=self.total)
+        return torch.repeat_interleave(documents, self.lengths_B, output_size=self.total)
 
     @cached_property
     def index_in_document_T(self) -> Tensor:
         """(T,) each token's index within its document, counting the tokens that are left."""
-        starts = self.cu_seqlens[:-1].long()[self.document_T]
+        starts = self.bounds[:-1][self.document_T]
         return torch.arange(self.total, device=self.device) - starts
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -72,7 +81,7 @@ class Segments:
 
     def last_indices(self) -> Tensor:
         """(B,) index of each document's last token."""
-        return self.cu_seqlens[1:].long() - 1
+        return self.bounds[1:] - 1
 
     def padded(self, values_T: Tensor, fill: float) -> Tensor:
         """Lay a value per token out as (B, L), short documents filled up with `fill`."""
@@ -82,4 +91,4 @@ class Segments:
 
     def counts(self, indices: Tensor) -> Tensor:
         """(B,) how many of the ascending token `indices` lie in each document; stays on the device."""
-        return torch.searchsorted(indices, self.cu_seqlens.long()).diff()
+        return torch.searchsorted(indices, self.bounds).diff()

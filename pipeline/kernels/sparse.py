@@ -90,18 +90,22 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
     the last `WHOLE_ROWS`. Ties go to the earlier block.
     """
     heads, blocks = q_THd.shape[1], -(-len(q_THd) // BLOCK)
-    places_N = torch.arange(blocks, device=q_THd.device)
-    past_MN = places_N[None, :] <= places_N[:, None]
     if mass >= 1:
-        return _lists(past_MN.expand(heads, -1, -1))
-    shares_HMN = _block_shares(q_THd, k_TKd)
-    ordered, order = shares_HMN.sort(dim=-1, descending=True, stable=True)
-    wanted = (ordered.cumsum(-1) - ordered) < mass
-    kept_HMN = torch.zeros_like(wanted).scatter_(-1, order, wanted)
-    near_MN = past_MN & (places_N[None, :] >= places_N[:, None] - 1)
-    near_MN[:, 0] = True
-    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
-    return _lists((kept_HMN & past_MN) | near_MN)
+        return _lists(_past(blocks, q_THd.device).expand(heads, -1, -1))
+    masses_HRN = _log_masses(q_THd, k_TKd)
+    kernels = _kernels(q_THd)
+    if kernels is None:
+        return _plain_choice(masses_HRN, mass)
+    indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
+    counts = torch.empty(heads, blocks, dtype=torch.int32, device=q_THd.device)
+    kernels.choice_kernel[(blocks, heads)](
+        *(masses_HRN, masses_HRN.shape[1], blocks, indices, counts, mass),
+        PER_BLOCK=BLOCK // STRIDE,
+        WHOLE_ROWS=WHOLE_ROWS,
+        CAPACITY=max(16, _power_of_two(blocks)),
+        num_warps=4,
+    )
+    return BlockLists(indices, counts)
 
 
 def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
@@ -113,9 +117,11 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
     out_THd = torch.empty(tokens, heads, head_dim, dtype=q_THd.dtype, device=q_THd.device)
     rows = blocks.counts.shape[1]
     wide = q_THd.dtype == torch.float32
-    tile = 32 if wide else 128 if head_dim > 64 else 64
+    tile = 32 if wide else 64
     described = _described(q_THd, k_TKd, v_TKd, tile) if q_THd.is_cuda and not wide else None
     sources = described or (q_THd, k_TKd, v_TKd)
+    # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
+    compact = described is not None and head_dim > 64
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_THd, *out_THd.stride()[:2], blocks.indices, blocks.counts, blocks.indices.shape[2]),
@@ -128,24 +134,46 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
         DESCRIBED=described is not None,
         PRECISION="ieee" if wide else "tf32",
         num_warps=8,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide or head_dim > 64 else 3,
+        maxnreg=128 if compact else None,
     )
     return out_THd
 
 
 def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
-    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device."""
-    rows_M = torch.full((blocks.counts.shape[1],), BLOCK, dtype=torch.int64, device=blocks.counts.device)
-    rows_M[-1] = tokens - (len(rows_M) - 1) * BLOCK
-    whole_M = (blocks.counts.long() - 1).sum(0) * BLOCK * rows_M // len(blocks.counts)
-    return (whole_M + rows_M * (rows_M + 1) // 2).sum()
+    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device.
+
+    The last block of queries, which may be short, must attend to all keys.
+    """
+    heads, rows = blocks.counts.shape
+    before, last = rows - 1, tokens - (rows - 1) * BLOCK
+    within = before * BLOCK * (BLOCK + 1) // 2 + last * (last + 1) // 2
+    known = within + before * BLOCK * (last - BLOCK)  # the last one's blocks, less every other's own
+    return (blocks.counts[:, :-1].sum() * BLOCK**2 + known * heads) // heads
 
 
-def _block_shares(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
+def _plain_choice(masses_HRN: Tensor, mass: float) -> BlockLists:
+    """See `choose_blocks`."""
+    blocks = masses_HRN.shape[-1]
+    ordered, order = _block_shares(masses_HRN).sort(dim=-1, descending=True, stable=True)
+    wanted = (ordered.cumsum(-1) - ordered) < mass
+    kept_HMN = torch.zeros_like(wanted).scatter_(-1, order, wanted)
+    past_MN = _past(blocks, masses_HRN.device)
+    near_MN = past_MN & ~past_MN.tril(-2)
+    near_MN[:, 0] = True
+    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
+    return _lists((kept_HMN & past_MN) | near_MN)
+
+
+def _past(blocks: int, device: torch.device) -> Tensor:
+    """(M, N) the blocks of keys that a block of queries can attend to."""
+    return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+
+
+def _block_shares(masses_HRN: Tensor) -> Tensor:
     """(H, M, N) of each block of queries' attention the share that each block of keys gets, as estimated."""
-    shares_HRN = _log_masses(q_THd, k_TKd).softmax(-1)
     per_block = BLOCK // STRIDE
-    padded = pad(shares_HRN, (0, 0, 0, -shares_HRN.shape[1] % per_block))
+    padded = pad(masses_HRN.softmax(-1), (0, 0, 0, -masses_HRN.shape[1] % per_block))
     shares_HMN = padded.unflatten(1, (-1, per_block)).sum(2)
     return shares_HMN / shares_HMN.sum(-1, keepdim=True)
 
@@ -251,7 +279,11 @@ def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[
 
 def _width(head_dim: int) -> int:
     """The power of two, as Triton wants it, that holds a head."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, _power_of_two(head_dim))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _kernels(x: Tensor) -> Any | None:

@@ -81,20 +81,21 @@ def silu_mul_kernel(gate_up, stride, out, width, BLOCK: tl.constexpr):  # type: 
 
 
 @triton.jit
-def silu_mul_quantized_kernel(gate_up, stride, out, scales, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """See `fused.silu_mul_quantized`: a row is read twice, the second time from the cache."""
-    row, pieces = tl.program_id(0).to(tl.int64), (width + BLOCK - 1) // BLOCK
+def silu_mul_quantized_kernel(  # type: ignore[no-untyped-def]
+    gate_up, stride, out, scales, width, FIRST: tl.constexpr, REST: tl.constexpr
+):
+    """See `fused.silu_mul_quantized`: a program keeps a row in registers, in two parts to pad little."""
+    row = tl.program_id(0).to(tl.int64)
     start = gate_up + row * stride
-    largest = tl.full([BLOCK], 0, tl.int32)
-    for piece in range(pieces):
-        values = _gated(start, piece * BLOCK + tl.arange(0, BLOCK), width)
-        largest = tl.maximum(largest, _magnitude(values.to(tl.float32)))
-    scale = _scale_of(tl.reduce(largest, 0, _larger))
+    first_at, rest_at = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
+    first = _gated(start, first_at, width).to(tl.float32)
+    rest = _gated(start, rest_at, width).to(tl.float32)
+    largest = tl.reduce(_magnitude(first), 0, _larger), tl.reduce(_magnitude(rest), 0, _larger)
+    scale = _scale_of(tl.maximum(largest[0], largest[1]))
     tl.store(scales + row, scale)
-    for piece in range(pieces):
-        at = piece * BLOCK + tl.arange(0, BLOCK)
-        values = _gated(start, at, width).to(tl.float32) * tl.div_rn(1.0, scale)
-        tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(out + row * width + first_at, (first * inverse).to(out.dtype.element_ty), mask=first_at < width)
+    tl.store(out + row * width + rest_at, (rest * inverse).to(out.dtype.element_ty), mask=rest_at < width)
 
 
 @triton.jit

@@ -215,6 +215,56 @@ def antidiagonal_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def choice_kernel(  # type: ignore[no-untyped-def]
+    masses,
+    rows,
+    blocks,
+    indices,
+    counts,
+    mass,
+    PER_BLOCK: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    """See `sparse.choose_blocks`: each program chooses for one block of queries of one head.
+
+    `masses` is (heads, rows, blocks), the estimate of each strided query; `indices` (heads, blocks, blocks).
+    A block is wanted if those with larger shares do not reach `mass`; the smallest share of which that is
+    true is found by bisection, of the bits of positive floats, which are ordered as the floats are.
+    """
+    own, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.arange(0, CAPACITY)
+    row = own * PER_BLOCK + tl.arange(0, PER_BLOCK)
+    within = (row[:, None] < rows) & (block[None, :] < blocks)
+    places = masses + (head * rows + row[:, None]) * blocks + block[None, :]
+    weights = tl.load(places, mask=within, other=float("-inf"))
+    largest = tl.reduce(weights, 1, _larger)
+    lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of rows behind the last
+    weights = tl.exp(weights - lifted[:, None])
+    totals = tl.reduce(weights, 1, _sum)
+    shares = tl.reduce(weights / tl.where(totals == 0, 1.0, totals)[:, None], 0, _sum)
+    shares = shares / tl.reduce(shares, 0, _sum)
+
+    low, high = tl.full([], -1, tl.int32), tl.full([], 0x3F800000, tl.int32)  # of 1.0, above which is nothing
+    while high - low > 1:
+        middle = (low + high) // 2
+        above = tl.reduce(tl.where(shares > middle.to(tl.float32, bitcast=True), shares, 0.0), 0, _sum)
+        low, high = tl.where(above < mass, low, middle), tl.where(above < mass, middle, high)
+    least = high.to(tl.float32, bitcast=True)
+    above = tl.reduce(tl.where(shares > least, shares, 0.0), 0, _sum)
+    ties = (shares == least).to(tl.int32)
+    reached = above + (tl.associative_scan(ties, 0, _sum) - ties) * least
+    wanted = (shares > least) | ((ties > 0) & (reached < mass))
+    wanted = wanted | (block >= own - 1) | (block == 0) | (own >= blocks - WHOLE_ROWS)
+    kept = (wanted & (block <= own)).to(tl.int32)
+    count = tl.reduce(kept, 0, _sum)
+    listed = indices + (head * blocks + own) * blocks
+    tl.store(listed + tl.associative_scan(kept, 0, _sum) - kept, block, mask=kept > 0)
+    tl.store(listed + block, blocks, mask=(block >= count) & (block < blocks))
+    tl.store(counts + head * blocks + own, count)
+
+
+@triton.jit
 def _larger(a, b):  # type: ignore[no-untyped-def]
     return tl.maximum(a, b)
 

@@ -118,5 +118,5 @@ def _joined(
     index_T, document_T = whole.index_in_document_T, whole.document_T
     source_T = start_B[document_T] + torch.minimum(index_T, known_B[document_T] - 1)
     hidden_TD = shared.hidden_PD.index_select(0, source_T)
-    first_B = whole.cu_seqlens[:-1].long() + known_B
+    first_B = whole.bounds[:-1] + known_B
     return hidden_TD.index_copy_(0, first_B[behind.document_T] + behind.index_in_document_T, hidden_ND)

@@ -68,7 +68,7 @@ class Work:
         self.pairs_B.append(pairs_B)
         self.parked.append(parked or (0,) * len(view.segments))
         segments = view.segments
-        lengths_B = segments.cu_seqlens.long().diff()
+        lengths_B = segments.lengths_B
         fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
         self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
         self.ffn_fp8_B.append(fp8_B)
@@ -79,7 +79,7 @@ class Work:
         `of_prefix` says for each document of `segments` which of `shared` it begins with. Behind that all
         tokens passed everything.
         """
-        lengths_B = segments.cu_seqlens.long().diff()
+        lengths_B = segments.lengths_B
         none = (0,) * len(segments)
         for counts, pairs_G in zip(shared.kept, shared.pairs_B, strict=True):
             pairs_B = None

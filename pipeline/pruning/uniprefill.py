@@ -127,5 +127,5 @@ class UniPrefill(PruningMethod):
 
     def _block_of_token(self, segments: Segments, blocks: Segments) -> Tensor:
         """(T,) the block that each token is in, counted over the pack."""
-        first_block_B = blocks.cu_seqlens[:-1].long()
+        first_block_B = blocks.bounds[:-1]
         return first_block_B[segments.document_T] + segments.index_in_document_T // self.block

@@ -142,7 +142,25 @@ def test_a_block_that_matters_is_found(plain):
     k[512:640, 0] += 3.0
     blocks = choose_blocks(q, k, 0.3)
     assert blocks.indices[1, 10, : blocks.counts[1, 10]].tolist() == [0, 4, 9, 10]
-    assert sparse._block_shares(q, k)[1, 10, 4] > 0.5 > sparse._block_shares(q, k)[0, 10, 4]
+    shares = sparse._block_shares(sparse._log_masses(q, k))
+    assert shares[1, 10, 4] > 0.5 > shares[0, 10, 4]
+
+
+@pytest.mark.parametrize("tokens", [5, 300, 2440])
+@pytest.mark.parametrize("mass", [0.0, 0.4, 0.9, 0.9999999])
+def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
+    q, k, _ = qkv(tokens)
+    got = choose_blocks(q * 4, k, mass)
+    expected = sparse._plain_choice(sparse._log_masses(q * 4, k), mass)
+    assert torch.equal(got.counts, expected.counts)
+    assert torch.equal(got.indices, expected.indices)
+    assert mass == 0 or tokens < 2440 or got.counts.unique().numel() > 4
+
+
+def test_of_blocks_with_equal_shares_the_earlier_are_chosen(kernels):
+    q, k, _ = qkv(2048)
+    got = choose_blocks(torch.zeros_like(q), k, 0.5)
+    assert got.indices[0, 11, : got.counts[0, 11]].tolist() == [0, 1, 2, 3, 4, 5, 10, 11]
 
 
 def test_packs_of_long_and_short_documents(plain, monkeypatch):
@@ -178,6 +196,19 @@ def test_short_documents_go_to_dense_attention_unchanged():
     mixed, pairs = sparse_prefill(q, k, v, segments, 0.5, dense)
     assert torch.equal(mixed, dense(q, k, v, segments))
     assert pairs is None
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_the_host_never_waits():
+    segments = Segments.of((20_000,), DEVICE)
+    q, k, v = qkv(segments.total, 128, heads=12, kv_heads=2, dtype=torch.bfloat16)
+    sparse_prefill(q, k, v, segments, 0.5, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, pairs = sparse_prefill(q, k, v, segments, 0.5, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < pairs.item() < segments.total**2 / 2
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
