@@ -22,7 +22,7 @@ from pipeline.kernels.segments import Segments
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
-LEAST_WORK = 1 << 39  # squared tokens times width of all heads, likewise on a GPU
+LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise on a GPU
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 Prefill = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]

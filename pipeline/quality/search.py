@@ -1,8 +1,9 @@
 """Searching candidates for the fastest whose loss is within a budget, as far as the time goes.
 
-What is tried next promises most: the time that a cost model predicts it to save, times the chance that its
+What promises most is the aim: the time that a cost model predicts it to save, times the chance that its
 loss is within the budget. That chance knows what milder and harsher kin have lost: none is expected to lose
-less than a milder one did, or more than a harsher one.
+less than a milder one did, or more than a harsher one. Before an aim is tried its milder kin are, the mildest
+first: most methods that save much lose far too much, and their mildest settings tell.
 
 On as few rows as a search can afford, small losses are chance: one needle, or three answers. How far a
 candidate's next tokens diverge from dense's is known far better, and what a divergence costs is learned from
@@ -14,6 +15,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from math import inf
 from operator import attrgetter
 
@@ -82,10 +85,12 @@ class Search:
             waiting = [candidate for candidate in waiting if not self._known_to_fail(candidate)]
             if not waiting:
                 break
-            promises = {candidate: self._promise(candidate, cost) for candidate in waiting}
-            best = max(waiting, key=promises.__getitem__)
-            if promises[best][0] <= 0 and -promises[best][1] >= SLOWER * self._dense_ms(cost):
+            losses = [(trial, expected_drop(trial, self.trials)) for trial in self.trials]
+            promises = {candidate: self._promise(candidate, cost, losses) for candidate in waiting}
+            aim = max(waiting, key=promises.__getitem__)
+            if promises[aim][0] <= 0 and -promises[aim][1] >= SLOWER * self._dense_ms(cost):
                 break  # this one and all others
+            best = max(mildest(aim, waiting), key=promises.__getitem__)
             waiting.remove(best)
             self.try_out(best)
 
@@ -110,15 +115,24 @@ class Search:
         return trial
 
     def scout(self, candidate: Candidate) -> None:
-        """One run on the case of median length, which compiles what must be, and counts what is done."""
-        ordered = sorted(self.cases, key=lambda case: case.document.prompt_tokens)
+        """One run on the typical case, which compiles what must be, and counts what is done."""
         try:
-            run = self.bench.run(candidate.variant, ordered[len(ordered) // 2], first=True)
+            run = self.bench.run(candidate.variant, self.typical, first=True)
         except BaseException as error:
             if not self._leave_out(candidate, error):
                 raise
             return
         self.scouted[candidate] = run.passes
+
+    @cached_property
+    def typical(self) -> Case:
+        """Of its length and less are the cases that take dense half of its time.
+
+        By their number most may be short, and show nothing of what long prompts gain.
+        """
+        ran = sorted(zip(self.cases, self.dense, strict=True), key=lambda pair: pair[1].prompt_tokens)
+        passed = list(accumulate(score.ttft_ms for _, score in ran))
+        return next(case for (case, _), sum_ms in zip(ran, passed, strict=True) if sum_ms >= passed[-1] / 2)
 
     def _leave_out(self, candidate: Candidate, error: BaseException) -> bool:
         """Whether to go on without a candidate, which failed of itself; a wish to stop is another matter."""
@@ -143,7 +157,9 @@ class Search:
             complete=len(scores) == len(self.cases),
         )
 
-    def _promise(self, candidate: Candidate, cost: CostModel) -> tuple[float, float]:
+    def _promise(
+        self, candidate: Candidate, cost: CostModel, losses: Sequence[tuple[Trial, float]]
+    ) -> tuple[float, float]:
         """Milliseconds that it is expected to save on the best so far; of equals, the fastest."""
         predicted = cost.predict(
             self.scouted[candidate],
@@ -152,7 +168,7 @@ class Search:
         )
         bar = min((self._scouted_ms(trial, cost) for trial in self._within_bounds()), default=inf)
         saved = max(0.0, min(bar, self._dense_ms(cost)) - predicted)
-        return saved * self._chance(candidate), -predicted
+        return saved * self._chance(candidate, losses), -predicted
 
     def _scouted_ms(self, trial: Trial, cost: CostModel) -> float:
         """Predicted as the others are, on the one case that all were scouted on."""
@@ -163,19 +179,17 @@ class Search:
         return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)
 
     def _dense_ms(self, cost: CostModel) -> float:
-        ordered = sorted(self.dense, key=lambda score: score.prompt_tokens)
-        length = ordered[len(ordered) // 2].prompt_tokens
-        return cost.predict(dense_passes(cost.shape, length))
+        return cost.predict(dense_passes(cost.shape, self.typical.document.prompt_tokens))
 
     def _within_bounds(self) -> list[Trial]:
         return within_bounds(self.trials, self.bounds.main.value)
 
-    def _chance(self, candidate: Candidate) -> float:
+    def _chance(self, candidate: Candidate, losses: Sequence[tuple[Trial, float]]) -> float:
         """That its drop is within the budget, from 0 to 1: a guess that falls as the expected drop grows."""
         budget = max(self.bounds.main.value, LEAST_BUDGET)
         expected = candidate.drop if candidate.drop is not None else budget / 2
-        milder = [t.drop for t in self.trials if candidate.harsher(t.candidate)]
-        harsher = [t.drop for t in self.trials if t.candidate.harsher(candidate) and t.complete]
+        milder = [loss for trial, loss in losses if candidate.harsher(trial.candidate)]
+        harsher = [loss for trial, loss in losses if trial.candidate.harsher(candidate) and trial.complete]
         expected = min(max([expected, *milder]), min(harsher, default=inf))
         return 1 / (1 + max(0.0, expected / budget) ** 2)
 
@@ -191,6 +205,17 @@ class Search:
 def drop_per_nat(trials: Sequence[Trial]) -> float:
     """What a divergence of a nat costs, in the unit of the drops: a line through all trials and 0."""
     return slope_through_zero((trial.divergence, trial.drop) for trial in trials)
+
+
+def expected_drop(trial: Trial, trials: Sequence[Trial]) -> float:
+    """What its divergence should cost, by all trials; its own drop where none diverges."""
+    return drop_per_nat(trials) * trial.divergence if trial.divergence else trial.drop
+
+
+def mildest(candidate: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+    """Of the others those that `candidate` is harsher than, or is, and that are harsher than none of them."""
+    kin = [other for other in others if candidate.harsher(other)]
+    return [each for each in kin if all(other.harsher(each) for other in kin if each.harsher(other))]
 
 
 def within_bounds(trials: Sequence[Trial], budget: float) -> list[Trial]:

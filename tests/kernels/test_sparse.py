@@ -226,7 +226,7 @@ def test_on_a_gpu_it_must_pay():
         is_cuda = True
         shape = (0, 12, 128)
 
-    assert sparse.worthwhile(20_000, OnGpu)
-    assert not sparse.worthwhile(18_000, OnGpu)
-    assert sparse.worthwhile(18_000, torch.empty(0, 12, 128))
+    assert sparse.worthwhile(14_000, OnGpu)
+    assert not sparse.worthwhile(13_000, OnGpu)
+    assert sparse.worthwhile(13_000, torch.empty(0, 12, 128))
     assert not sparse.worthwhile(4_000, torch.empty(0, 12, 128))

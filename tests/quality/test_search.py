@@ -149,6 +149,24 @@ def test_the_hopeless_are_given_up_and_their_harsher_kin_spared():
     assert [run for run in bench.runs if run[0] in (0.1, 0.2)] == [(0.1, "4"), (0.2, "4")]
 
 
+def test_the_mildest_of_a_family_are_tried_first_and_go_no_further_than_they_hold():
+    bench = Bench(losses={0.1: 90, 0.2: 90, 0.3: 50, 0.4: 1, 0.5: 0})
+    search = searching(bench)
+    search.run(kin(0.2, 0.5, 0.1, 0.4, 0.3), lambda: True)
+    assert shares(search.trials) == [0.5, 0.4, 0.3]
+    assert [trial.complete for trial in search.trials] == [True, True, False]
+
+
+def test_the_typical_case_is_of_the_length_that_takes_the_time():
+    search = searching(Bench(losses={}), cases=9)
+    assert search.typical.id == "4"  # of 0 to 8, all of about the same length
+    long = Case(id="long", task="data", document_key="long", document=document(9000, seed=1), answer=(1,))
+    search = searching(Bench(losses={}), cases=9)
+    search.cases = [*search.cases, long]
+    search.dense = [*search.dense, score(long, 0, MS_OF_A_TOKEN * 9000 * SHAPE.layers)]
+    assert search.typical.id == "long"
+
+
 def test_the_time_is_kept():
     bench = Bench(losses={})
     clock = Clock(0.5, lambda: bench.seconds)
@@ -208,7 +226,8 @@ def test_a_loss_that_chance_hides_shows_in_the_divergence():
     # at 0.3 and 0.4 no answer changes on these rows, but at 0.3 the model is far from itself
     bench = Bench(losses={0.1: 60, 0.2: 30}, divergences={0.3: 0.2, 0.4: 0.005})
     search = searching(bench)
-    search.run(kin(0.1, 0.2, 0.3, 0.4, 0.5), lambda: True)
+    for candidate in kin(0.1, 0.2, 0.3, 0.4, 0.5):
+        search.try_out(candidate)
     found = {trial.candidate.variant.method.share: trial for trial in search.trials}
     assert found[0.3].drop == found[0.4].drop == 0
     assert not found[0.3].exceeds
