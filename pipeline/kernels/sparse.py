@@ -98,12 +98,13 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
         return _plain_choice(masses_HRN, mass)
     indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=q_THd.device)
+    capacity = max(16, _power_of_two(blocks))
     kernels.choice_kernel[(blocks, heads)](
         *(masses_HRN, masses_HRN.shape[1], blocks, indices, counts, mass),
         PER_BLOCK=BLOCK // STRIDE,
         WHOLE_ROWS=WHOLE_ROWS,
-        CAPACITY=max(16, _power_of_two(blocks)),
-        num_warps=4,
+        CAPACITY=capacity,
+        num_warps=min(16, max(4, capacity // 256)),
     )
     return BlockLists(indices, counts)
 
@@ -121,7 +122,7 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
     described = _described(q_THd, k_TKd, v_TKd, tile) if q_THd.is_cuda and not wide else None
     sources = described or (q_THd, k_TKd, v_TKd)
     # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
-    compact = described is not None and head_dim > 64
+    compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_THd, *out_THd.stride()[:2], blocks.indices, blocks.counts, blocks.indices.shape[2]),
@@ -135,7 +136,7 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
         PRECISION="ieee" if wide else "tf32",
         num_warps=8,
         num_stages=2 if wide or head_dim > 64 else 3,
-        maxnreg=128 if compact else None,
+        **compact,
     )
     return out_THd
 

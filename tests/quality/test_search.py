@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import document
 
-from pipeline.bench.flops import LayerWork
+from pipeline.bench.flops import LayerWork, passes_flops
 from pipeline.bench.variant import Variant
 from pipeline.errors import MarsError
 from pipeline.model.shape import ModelShape
@@ -26,12 +26,12 @@ from pipeline.quality.candidates import (
     make_candidates,
     precisions_of,
 )
-from pipeline.quality.cost import FEATURES, CostModel, dense_passes
+from pipeline.quality.cost import FEATURES, CostModel, Observation, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import Search, pareto, within_bounds
 from pipeline.quality.search import drop_per_nat as drop_per_nat_of_trials
 from pipeline.quality.sensitivity import Sensitivity
-from pipeline.quality.workbench import Clock, Drift
+from pipeline.quality.workbench import DENSE, Clock, Drift
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
 BOUNDS = Bounds(
@@ -304,6 +304,58 @@ def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
     assert {c.variant.method.sparse_attention for c in short if c.family == "mars"} == {None}
     in_fp8 = make_candidates(found_of(rows), [Precision(linears="fp8")])
     assert "dense linears:fp8" in {describe(candidate) for candidate in in_fp8}
+
+
+class Deep:
+    """A device on which dropping tokens and skipping FFNs lose much, and block-sparse attention little."""
+
+    shape = ModelShape(
+        layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=320, context=32768
+    )
+
+    def __init__(self):
+        self.observations = []
+        self.pairs = {0.95: 0.3, 0.9: 0.2, 0.8: 0.15}  # of all, by mass
+
+    def run(self, variant, case, *, first=False, dense=None):
+        method, tokens = variant.method, case.document.prompt_tokens
+        sparse = method.sparse_attention if not isinstance(method.sparse_attention, tuple) else None
+        passes = [
+            [
+                work._replace(pairs=int(self.pairs[sparse] * work.tokens**2 / 2))
+                if sparse and work.pairs is None
+                else work
+                for work in layers
+            ]
+            for layers in method.expected_passes(self.shape, tokens)
+        ]
+        mild = method.name == "dense" or (method.name == "mars" and method.last_full in (None, 26))
+        lost = 0 if mild else 2 if method.name == "fastkv" and method.layer >= 19 else 30
+        ttft_ms = passes_flops(self.shape, passes) / 6e11
+        self.observations.append(
+            Observation(passes=passes, linears_in_fp8=False, attention_in_fp8=False, ttft_ms=ttft_ms)
+        )
+        made = score(case, lost, ttft_ms, divergence=0.005 if mild else lost / 30)
+        return SimpleNamespace(score=made, passes=passes)
+
+    def cost_model(self):
+        return CostModel.fit(self.shape, self.observations)
+
+
+def test_one_mild_method_among_many_harsh_ones_is_found_soon():
+    device = Deep()
+    cases = [
+        Case(id=str(n), task="data", document_key=str(n), document=document(n, seed=n), answer=(1,))
+        for n in (5000, 6000, 7000, 8000, 9000, 30000)
+    ]
+    dense = [device.run(DENSE, each).score for each in cases]
+    search = Search(bench=device, cases=cases, dense=dense, forced=[None] * 6, bounds=BOUNDS)
+    candidates = make_candidates(found_of([], shape=device.shape, longest=30000), [Precision()])
+    search.run(candidates, lambda: len(search.trials) < 20)
+    best = pareto(within_bounds(search.trials, BOUNDS.main.value))[0]
+    assert best.name == "mars sparse_attention=0.8 last_full=26"
+    assert best.speed_up > 1.5
+    assert len(candidates) > 70
 
 
 def tried(linears, attention, drop, speed_up):
