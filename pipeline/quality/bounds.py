@@ -77,8 +77,13 @@ class Bounds:
         return any(each.judgement.verdict == "fail" for each in self.verify(dense, scores, resamples=1000))
 
     def hopeless(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], times: float) -> bool:
-        """Whether the main drop is so many times its bound; needles alone are too few to tell."""
-        return self.drops(dense, scores)[self.main_name] > times * self.main.value + _SLACK
+        """Whether the main drop is so many times its bound, and no mere chance; needles alone are too few."""
+        return any(
+            each.gate == self.main_name
+            and each.drop.drop > times * each.judgement.bound + _SLACK
+            and each.judgement.verdict == "fail"
+            for each in self.verify(dense, scores, resamples=1000)
+        )
 
     def verify(
         self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0, resamples: int = 10_000

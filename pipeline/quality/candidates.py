@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.bench.variant import Variant
 from pipeline.errors import ConfigError
@@ -23,6 +23,7 @@ MASSES = ((1.0, 0.8), (0.95, 0.8), (0.95, 0.6))
 MARSINFER_RISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the rise that the budget seems to allow
 DEPTHS = (2 / 3, 1 / 2, 1 / 3)  # where methods begin that prune from some layer on
 WORTH = 1.05  # times as fast a precision must be as every more exact one
+NOTHING = 0.2  # of the budget, which a precision may cost that all else is searched with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Precision:
 
     linears: str = "auto"
     attention_in_fp8: bool = False
-    drop: float = 0.0
+    drop: float = 0.0  # expected by its divergence
     speed_up: float = 1.0  # over dense in the model's own
 
 
@@ -98,20 +99,28 @@ class Found:
         return self.drop_per_nat * sum(max(0.0, row.nll_rise) for row in rows)
 
 
+class Cost(NamedTuple):
+    """What was seen of a cause and what it costs, in so many cases."""
+
+    cause: float
+    drop: float
+    cases: int
+
+
 def drop_per_nat(rows: Sequence[Sensitivity]) -> float:
     """Points of right tokens for a rise of the nll by a nat a token, as the probes show; never negative."""
-    return slope_through_zero((row.nll_rise, row.drop) for row in rows if row.nll_rise > 0)
+    return slope_through_zero(Cost(row.nll_rise, row.drop, row.cases) for row in rows if row.nll_rise > 0)
 
 
-def slope_through_zero(points: Iterable[tuple[float, float]]) -> float:
-    """Of the line through 0 that is nearest to the points by least squares; never negative, 0 without any."""
-    pairs = list(points)
-    square = sum(x * x for x, _ in pairs)
-    return max(0.0, sum(x * y for x, y in pairs) / square) if square else 0.0
+def slope_through_zero(costs: Iterable[Cost]) -> float:
+    """Drop for one of the cause: the line through 0 that is nearest, by least squares; never negative."""
+    seen = list(costs)
+    square = sum(cases * cause**2 for cause, _, cases in seen)
+    return max(0.0, sum(cases * cause * drop for cause, drop, cases in seen) / square) if square else 0.0
 
 
 def precisions_of(tried: Sequence[Precision], budget: float) -> list[Precision]:
-    """What to search with, the fastest first, which is alone if it costs nothing.
+    """What to search with, the fastest first, down to one that costs next to nothing.
 
     `tried` begins with the model's own and becomes less exact; one that is no faster than a more exact one,
     or not within the budget, is not worth searching with.
@@ -121,8 +130,8 @@ def precisions_of(tried: Sequence[Precision], budget: float) -> list[Precision]:
     for each in others:
         if each.drop <= budget and each.speed_up >= WORTH * chosen[-1].speed_up:
             chosen.append(each)
-    chosen.reverse()
-    return chosen[:1] if chosen[0].drop <= 0 else chosen
+    free = max(place for place, each in enumerate(chosen) if each is own or each.drop <= NOTHING * budget)
+    return list(reversed(chosen[free:]))
 
 
 def make_candidates(found: Found, precisions: Sequence[Precision]) -> list[Candidate]:

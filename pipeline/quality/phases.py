@@ -17,6 +17,7 @@ from pipeline.quality.calibrate_config import CalibrateConfig
 from pipeline.quality.calibration import Calibration
 from pipeline.quality.candidates import (
     Candidate,
+    Cost,
     Found,
     Precision,
     drop_per_nat,
@@ -28,7 +29,7 @@ from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.emission import make_profile
 from pipeline.quality.evaluate import TOP, Case, Evaluated
-from pipeline.quality.search import Search, Trial, pareto, within_bounds
+from pipeline.quality.search import Search, Trial, pareto
 from pipeline.quality.sensitivity import ACTIONS, Sensitivity, measure_sensitivity
 from pipeline.quality.verification import Verification, Verifier
 from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
@@ -73,7 +74,7 @@ class Phases:
         pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
         rows = self._probe(searched, dense, pace_s)
         search, count = self._search(searched, dense, rows)
-        held_out, verifications = self._verify(search.trials, pace_s * VERIFY_RUNS + answer_s)
+        held_out, verifications = self._verify(search, pace_s * VERIFY_RUNS + answer_s)
         cost = self.bench.cost_model()
         chosen = next((each for each in verifications if each.holds), None)
         return Calibration(
@@ -177,6 +178,7 @@ class Phases:
             note=self.note,
             progress=told,
             drift=self._drift(cases, dense),
+            probes=[Cost(row.divergence, self._unit(dense) * row.drop, row.cases) for row in rows],
         )
         precisions = self._precisions(search)
         candidates = make_candidates(self._found(cases, dense, rows), precisions)
@@ -203,7 +205,7 @@ class Phases:
                     Precision(
                         linears=linears,
                         attention_in_fp8=attention,
-                        drop=trial.drop,
+                        drop=trial.expected_drop(search.price),
                         speed_up=trial.speed_up,
                     )
                 )
@@ -211,22 +213,25 @@ class Phases:
 
     def _found(self, cases: Sequence[Case], dense: Sequence[Evaluated], rows: Sequence[Sensitivity]) -> Found:
         cost = self.bench.cost_model()
-        mean = statistics.fmean(score_of(run.score) for run in dense)
-        unit = 1 / mean if self.bounds.main.relative and mean else 1.0
         return Found(
             shape=self.bench.model.shape,
             longest=max(case.document.prompt_tokens for case in cases),
             rows=rows,
             mass=self.config.mass,
-            drop_per_nat=unit * drop_per_nat(rows),
+            drop_per_nat=self._unit(dense) * drop_per_nat(rows),
             budget=self.bounds.main.value,
             saved_ms=partial(saved_ms, cost=cost),
             fp8=self.bench.precisions.linears,
         )
 
-    def _verify(self, trials: Sequence[Trial], seconds_each: float) -> tuple[list[Case], list[Verification]]:
+    def _unit(self, dense: Sequence[Evaluated]) -> float:
+        """A point of the score in the unit of the main bound."""
+        mean = statistics.fmean(score_of(run.score) for run in dense)
+        return 1 / mean if self.bounds.main.relative and mean else 1.0
+
+    def _verify(self, search: Search, seconds_each: float) -> tuple[list[Case], list[Verification]]:
         """The cases held out, and what was verified on them, the last of which may hold."""
-        faster = [trial for trial in within_bounds(trials, self.bounds.main.value) if trial.speed_up > 1]
+        faster = [trial for trial in search.within_bounds() if trial.speed_up > 1]
         promising = pareto(faster, by=attrgetter("divergence"))
         if not promising:
             return [], []

@@ -23,7 +23,7 @@ from operator import attrgetter
 from pipeline.bench.flops import Passes
 from pipeline.errors import MarsError, is_failure
 from pipeline.quality.bounds import Bounds
-from pipeline.quality.candidates import Candidate, describe, slope_through_zero
+from pipeline.quality.candidates import Candidate, Cost, describe, slope_through_zero
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.forced import Forced
@@ -51,6 +51,10 @@ class Trial:
     def name(self) -> str:
         return describe(self.candidate)
 
+    def expected_drop(self, price: float) -> float:
+        """What its divergence should cost, at so much a nat; its own drop where it does not diverge."""
+        return price * self.divergence if self.divergence else self.drop
+
 
 @dataclass(kw_only=True)
 class Search:
@@ -64,6 +68,7 @@ class Search:
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[Trial], None] = lambda trial: None
     drift: Callable[[], float] = lambda: 1.0  # times slower the device is now than it was for `dense`
+    probes: Sequence[Cost] = ()  # divergences of the layers that were probed, and drops in the bound's unit
     trials: list[Trial] = field(default_factory=list)
     scouted: dict[Candidate, Passes] = field(default_factory=dict)
 
@@ -85,7 +90,8 @@ class Search:
             waiting = [candidate for candidate in waiting if not self._known_to_fail(candidate)]
             if not waiting:
                 break
-            losses = [(trial, expected_drop(trial, self.trials)) for trial in self.trials]
+            price = self.price
+            losses = [(trial, trial.expected_drop(price)) for trial in self.trials]
             promises = {candidate: self._promise(candidate, cost, losses) for candidate in waiting}
             aim = max(waiting, key=promises.__getitem__)
             if promises[aim][0] <= 0 and -promises[aim][1] >= SLOWER * self._dense_ms(cost):
@@ -123,6 +129,17 @@ class Search:
                 raise
             return
         self.scouted[candidate] = run.passes
+
+    @property
+    def price(self) -> float:
+        """What a divergence of a nat costs, in the unit of the drops: a line through 0, probes and trials."""
+        tried = (Cost(trial.divergence, trial.drop, len(trial.scores)) for trial in self.trials)
+        return slope_through_zero([*self.probes, *tried])
+
+    def within_bounds(self) -> list[Trial]:
+        """The trials that are not beyond a bound, nor expected to be by their divergence."""
+        price, budget = self.price, self.bounds.main.value
+        return [t for t in self.trials if t.complete and not t.exceeds and t.expected_drop(price) <= budget]
 
     @cached_property
     def typical(self) -> Case:
@@ -166,7 +183,7 @@ class Search:
             candidate.variant.linears_in_fp8,
             candidate.variant.attention_in_fp8,
         )
-        bar = min((self._scouted_ms(trial, cost) for trial in self._within_bounds()), default=inf)
+        bar = min((self._scouted_ms(trial, cost) for trial in self.within_bounds()), default=inf)
         saved = max(0.0, min(bar, self._dense_ms(cost)) - predicted)
         return saved * self._chance(candidate, losses), -predicted
 
@@ -180,9 +197,6 @@ class Search:
 
     def _dense_ms(self, cost: CostModel) -> float:
         return cost.predict(dense_passes(cost.shape, self.typical.document.prompt_tokens))
-
-    def _within_bounds(self) -> list[Trial]:
-        return within_bounds(self.trials, self.bounds.main.value)
 
     def _chance(self, candidate: Candidate, losses: Sequence[tuple[Trial, float]]) -> float:
         """That its drop is within the budget, from 0 to 1: a guess that falls as the expected drop grows."""
@@ -202,26 +216,10 @@ class Search:
         return any(not t.complete and candidate.harsher(t.candidate) for t in self.trials)
 
 
-def drop_per_nat(trials: Sequence[Trial]) -> float:
-    """What a divergence of a nat costs, in the unit of the drops: a line through all trials and 0."""
-    return slope_through_zero((trial.divergence, trial.drop) for trial in trials)
-
-
-def expected_drop(trial: Trial, trials: Sequence[Trial]) -> float:
-    """What its divergence should cost, by all trials; its own drop where none diverges."""
-    return drop_per_nat(trials) * trial.divergence if trial.divergence else trial.drop
-
-
 def mildest(candidate: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
     """Of the others those that `candidate` is harsher than, or is, and that are harsher than none of them."""
     kin = [other for other in others if candidate.harsher(other)]
     return [each for each in kin if all(other.harsher(each) for other in kin if each.harsher(other))]
-
-
-def within_bounds(trials: Sequence[Trial], budget: float) -> list[Trial]:
-    """Of all trials those that are not beyond a bound, nor expected to be by their divergence."""
-    slope = drop_per_nat(trials)
-    return [t for t in trials if t.complete and not t.exceeds and slope * t.divergence <= budget]
 
 
 def pareto(trials: Sequence[Trial], by: Callable[[Trial], float] = attrgetter("drop")) -> list[Trial]:

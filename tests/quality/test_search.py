@@ -18,6 +18,7 @@ from pipeline.pruning.fastkv import FastKV
 from pipeline.quality.bounds import Bound, Bounds, holds
 from pipeline.quality.candidates import (
     Candidate,
+    Cost,
     Found,
     Precision,
     describe,
@@ -28,8 +29,7 @@ from pipeline.quality.candidates import (
 )
 from pipeline.quality.cost import FEATURES, CostModel, Observation, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
-from pipeline.quality.search import Search, pareto, within_bounds
-from pipeline.quality.search import drop_per_nat as drop_per_nat_of_trials
+from pipeline.quality.search import Search, pareto
 from pipeline.quality.sensitivity import Sensitivity
 from pipeline.quality.workbench import DENSE, Clock, Drift
 
@@ -222,6 +222,15 @@ def test_one_needle_of_few_is_chance_but_not_two_nor_one_of_those_that_the_bound
     assert not holds(BOUNDS.verify(*needles_lost(3, of=100)), accept_inconclusive=True)
 
 
+def test_one_row_of_few_that_turns_is_no_reason_to_give_up():
+    rows = [case(number) for number in range(8)]
+    dense = [score(each, 0, 1.0) for each in rows]
+    one, four = ([score(each, 100 * (n < lost), 1.0) for n, each in enumerate(rows)] for lost in (1, 4))
+    assert BOUNDS.drops(dense, one) == {"agreement": 12.5}
+    assert not BOUNDS.hopeless(dense, one, times=5)
+    assert BOUNDS.hopeless(dense, four, times=5)
+
+
 def test_a_loss_that_chance_hides_shows_in_the_divergence():
     # at 0.3 and 0.4 no answer changes on these rows, but at 0.3 the model is far from itself
     bench = Bench(losses={0.1: 60, 0.2: 30}, divergences={0.3: 0.2, 0.4: 0.005})
@@ -231,12 +240,14 @@ def test_a_loss_that_chance_hides_shows_in_the_divergence():
     found = {trial.candidate.variant.method.share: trial for trial in search.trials}
     assert found[0.3].drop == found[0.4].drop == 0
     assert not found[0.3].exceeds
-    slope = drop_per_nat_of_trials(search.trials)
-    assert slope == pytest.approx(100, rel=0.2)
-    kept = within_bounds(search.trials, 1.0)
+    assert search.price == pytest.approx(100, rel=0.25)
+    kept = search.within_bounds()
     assert 0.4 in shares(kept)
     assert not {0.1, 0.2, 0.3} & set(shares(kept))
-    assert drop_per_nat_of_trials([]) == 0
+    # what was probed counts by its cases
+    search.probes = [Cost(0.3, 0.0, 900)]
+    assert search.price < 5
+    assert searching(bench).price == 0
 
 
 def test_an_inconclusive_drop_within_the_bound_is_taken_if_asked_for():
@@ -352,7 +363,7 @@ def test_one_mild_method_among_many_harsh_ones_is_found_soon():
     search = Search(bench=device, cases=cases, dense=dense, forced=[None] * 6, bounds=BOUNDS)
     candidates = make_candidates(found_of([], shape=device.shape, longest=30000), [Precision()])
     search.run(candidates, lambda: len(search.trials) < 20)
-    best = pareto(within_bounds(search.trials, BOUNDS.main.value))[0]
+    best = pareto(search.within_bounds())[0]
     assert best.name == "mars sparse_attention=0.8 last_full=26"
     assert best.speed_up > 1.5
     assert len(candidates) > 70
@@ -362,13 +373,15 @@ def tried(linears, attention, drop, speed_up):
     return Precision(linears=linears, attention_in_fp8=attention, drop=drop, speed_up=speed_up)
 
 
-def test_precisions_that_cost_nothing_are_searched_alone():
+def test_precisions_are_searched_down_to_one_that_costs_nothing():
     own, attention = Precision(), tried("auto", True, 0.5, 1.1)
-    free, paid = (tried("fp8", True, drop, 1.3) for drop in (-0.1, 0.2))
+    free, paid, dear = (tried("fp8", True, drop, 1.3) for drop in (0.1, 0.4, 3.0))
     assert precisions_of([own], 1.0) == [own]
     assert precisions_of([own, attention, free], 1.0) == [free]
     assert precisions_of([own, attention, paid], 1.0) == [paid, attention, own]
-    assert precisions_of([own, attention, tried("fp8", True, 3.0, 1.3)], 1.0) == [attention, own]
+    assert precisions_of([own, attention, dear], 1.0) == [attention, own]
+    mixed = tried("mixed", False, 0.05, 1.2)
+    assert precisions_of([own, attention, mixed, paid], 1.0) == [paid, mixed]
 
 
 def test_a_precision_hardly_faster_than_a_more_exact_one_is_not_searched_with():
