@@ -144,6 +144,11 @@ def raise_unless_held(result: Calibration) -> None:
             "nothing holds, so no profile is written: all that was verified lost far more than allowed, or "
             "the time ran out; give more --minutes or a larger --max-drop"
         )
+    if result.held_out:
+        raise GateFailed(
+            f"no profile is written: no time was left to verify any on the {result.held_out:,} rows held out; "
+            "give more --minutes, or fewer or shorter rows"
+        )
     raise GateFailed(f"nothing holds, so no profile is written: {_nothing_found(result.trials, result)}")
 
 
