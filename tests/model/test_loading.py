@@ -96,7 +96,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as read from the environment
     assert refusal("nobody/nothing").startswith("model 'nobody/nothing' cannot be had from the hub: ")
 
 
