@@ -16,6 +16,7 @@ from object_storage import bucket, s3_server  # noqa: F401
 from marsinfer_cli.app import run
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.loading import LoadedModel, load_model
 from pipeline.model.prefill import Pack
 from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans
@@ -110,6 +111,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharp_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with larger weights, so that what a method leaves out is missed."""
     return _saved(sharpened(_small_model()), tmp_path_factory.mktemp("sharp_model"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The embedded model, whose weights take seconds to load; nobody changes it."""
+    return load_model("smollm2-135m", device="cpu", dtype="float32")
 
 
 def _small_model() -> Any:

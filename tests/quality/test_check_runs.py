@@ -177,11 +177,6 @@ def test_dense_that_ran_elsewhere_gives_no_speed_up(config, model, tmp_path):
     assert speed_text(result).startswith(f"TTFT p50 {result.speed['method_ttft_p50_ms']:,.1f} ms; kept")
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return load_model("smollm2-135m", device="cpu", dtype="float32")
-
-
 def test_trained_weights_and_a_broken_setting(smollm2, tmp_path):
     rows = [json.loads(line) for line in LICENSES.open(encoding="utf-8")]
     short = [{**row, "text": row["text"][:800]} for row in rows]
