@@ -146,7 +146,7 @@ def raise_unless_held(result: Calibration) -> None:
         )
     if result.held_out:
         raise GateFailed(
-            f"no profile is written: no time was left to verify any on the {result.held_out:,} rows held out; "
+            f"no profile is written: no time was left to verify any on {result.held_out:,} rows held out; "
             "give more --minutes, or fewer or shorter rows"
         )
     raise GateFailed(f"nothing holds, so no profile is written: {_nothing_found(result.trials, result)}")
