@@ -146,8 +146,8 @@ def raise_unless_held(result: Calibration) -> None:
         )
     if result.held_out:
         raise GateFailed(
-            f"no profile is written: no time was left to verify any on {result.held_out:,} rows held out; "
-            "give more --minutes, or fewer or shorter rows"
+            "nothing holds, so no profile is written: no time was left to verify any on the "
+            f"{result.held_out:,} rows held out; give more --minutes"
         )
     raise GateFailed(f"nothing holds, so no profile is written: {_nothing_found(result.trials, result)}")
 
