@@ -146,7 +146,7 @@ def test_a_block_that_matters_is_found(plain):
     assert shares[1, 10, 4] > 0.5 > shares[0, 10, 4]
 
 
-@pytest.mark.parametrize("tokens", [5, 300, 2440])
+@pytest.mark.parametrize("tokens", [5, 300, 1300])
 @pytest.mark.parametrize("mass", [0.0, 0.4, 0.9, 0.9999999])
 def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
     q, k, _ = qkv(tokens)
@@ -154,7 +154,7 @@ def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
     expected = sparse._plain_choice(sparse._log_masses(q * 4, k), mass)
     assert torch.equal(got.counts, expected.counts)
     assert torch.equal(got.indices, expected.indices)
-    assert mass == 0 or tokens < 2440 or got.counts.unique().numel() > 4
+    assert mass == 0 or tokens < 1300 or got.counts.unique().numel() > 4
 
 
 def test_of_blocks_with_equal_shares_the_earlier_are_chosen(kernels):
