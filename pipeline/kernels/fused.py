@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, silu
 
-from pipeline.kernels.modules import kernels_for
+from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.segments import Segments
 
 FP8 = torch.float8_e4m3fn
@@ -42,7 +42,11 @@ def rope_(q_THd: Tensor, k_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
         return
     tokens, heads, head_dim = q_THd.shape
     kv_heads = k_TKd.shape[1]
-    blocks = {"HEADS": _block(heads), "KV_HEADS": _block(kv_heads), "HALF": _block(head_dim // 2)}
+    blocks = {
+        "HEADS": power_of_two(heads),
+        "KV_HEADS": power_of_two(kv_heads),
+        "HALF": power_of_two(head_dim // 2),
+    }
     kernels.rope_kernel[(tokens,)](
         *(q_THd, *q_THd.stride()[:2], heads),
         *(k_TKd, *k_TKd.stride()[:2], kv_heads),
@@ -72,11 +76,11 @@ def silu_mul_quantized(gate_up_T2F: Tensor) -> Quantised:
         return quantize_rows(silu_mul(gate_up_T2F))
     out_TF, scale_T1 = _empty_fp8(gate_up_T2F, gate_up_T2F.shape[1] // 2)
     rows, width = out_TF.shape
-    first = max(1, _block(width) // 2)
+    first = max(1, power_of_two(width) // 2)
     kernels.silu_mul_quantized_kernel[(rows,)](
         *(gate_up_T2F, gate_up_T2F.stride(0), out_TF, scale_T1, width),
         FIRST=first,
-        REST=_block(max(1, width - first)),
+        REST=power_of_two(max(1, width - first)),
         num_warps=min(32, max(4, first // 512)),
     )
     return out_TF, scale_T1
@@ -130,7 +134,7 @@ def quantize_heads(x_TNd: Tensor, segments: Segments, groups: int) -> Quantised:
     tokens, heads, head_dim = x_TNd.shape
     out_TNd = torch.empty(tokens, heads, head_dim, dtype=FP8, device=x_TNd.device)
     width = heads * head_dim
-    block = _block(width)
+    block = power_of_two(width)
     kernels.quantize_heads_kernel[(tokens,)](
         *(x_TNd, *x_TNd.stride()[:2], segments.document_T, scale_BK, out_TNd, width, head_dim),
         *(heads // groups * head_dim, groups),
@@ -155,7 +159,7 @@ def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
 def _launch(kernel: Any, out_TD: Tensor, *arguments: Any) -> None:
     """One program for each row of `out_TD`."""
     rows, width = out_TD.shape
-    block = _block(width)
+    block = power_of_two(width)
     kernel[(rows,)](*arguments, width, BLOCK=block, num_warps=_warps(block))
 
 
@@ -163,11 +167,6 @@ def _empty_fp8(like: Tensor, width: int) -> Quantised:
     rows, device = len(like), like.device
     values = torch.empty(rows, width, dtype=FP8, device=device)
     return values, torch.empty(rows, 1, dtype=torch.float32, device=device)
-
-
-def _block(width: int) -> int:
-    """The power of two, as Triton wants it, that holds `width`."""
-    return 1 << (width - 1).bit_length()
 
 
 def _warps(values: int) -> int:

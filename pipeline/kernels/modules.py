@@ -1,4 +1,4 @@
-"""Where the kernels are: in modules that can be imported only where Triton is."""
+"""Where the kernels are, in modules that can be imported only where Triton is, and the sizes they take."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import Tensor
 def kernels_for(x: Tensor, module: str) -> Any | None:
     """A module of this folder with kernels in Triton where they can run on this tensor, else None."""
     return _imported(module) if x.is_cuda else None
+
+
+def power_of_two(number: int, low: int = 1, high: int = 1 << 30) -> int:
+    """The least one that holds `number`, as Triton wants its blocks, within bounds."""
+    return min(max(low, 1 << (number - 1).bit_length()), high)
 
 
 @cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pipeline.kernels.modules import kernels_for
+from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
@@ -98,7 +98,7 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
         return _plain_choice(masses_HRN, mass)
     indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=q_THd.device)
-    capacity = max(16, _power_of_two(blocks))
+    capacity = power_of_two(blocks, 16)
     kernels.choice_kernel[(blocks, heads)](
         *(masses_HRN, masses_HRN.shape[1], blocks, indices, counts, mass),
         PER_BLOCK=BLOCK // STRIDE,
@@ -129,7 +129,7 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
         *(tokens, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
         WHOLE_ROWS=min(WHOLE_ROWS, rows),
         HEAD_DIM=head_dim,
-        WIDTH=_width(head_dim),
+        WIDTH=power_of_two(head_dim, 16),
         BLOCK=BLOCK,
         TILE=tile,
         DESCRIBED=described is not None,
@@ -199,7 +199,7 @@ def _log_masses(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
         *(heads // k_TKd.shape[1], scale / math.log(2)),
         STRIDE=STRIDE,
         HEAD_DIM=head_dim,
-        WIDTH=_width(head_dim),
+        WIDTH=power_of_two(head_dim, 16),
         BLOCK=BLOCK,
         TILE=tile,
         PRECISION="ieee" if wide else "tf32",
@@ -263,7 +263,7 @@ def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> T
 def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[Any, Any, Any] | None:
     """Tensor descriptors, which Hopper's copy engine loads tiles by; None where it cannot."""
     head_dim = q_THd.shape[2]
-    if head_dim != _width(head_dim) or torch.cuda.get_device_capability(q_THd.device) < (9, 0):
+    if head_dim != power_of_two(head_dim, 16) or torch.cuda.get_device_capability(q_THd.device) < (9, 0):
         return None
     try:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -276,15 +276,6 @@ def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[
             return None
         described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
     return described[0], described[1], described[2]
-
-
-def _width(head_dim: int) -> int:
-    """The power of two, as Triton wants it, that holds a head."""
-    return max(16, _power_of_two(head_dim))
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def _kernels(x: Tensor) -> Any | None:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.segments import Segments, on_device
 
 KEYS = 128  # of a block, which its program holds while it goes through the window
@@ -43,7 +44,7 @@ def window_attention(
     (tokens, heads, head_dim), kv_heads = q_THd.shape, k_TKd.shape[1]
     group, widest = heads // kv_heads, max(windows)  # as asked for: a short document compiles nothing anew
     keys, most_rows = _tile(q_THd.dtype, head_dim)
-    rows, joint_rows = (_power_of_two(count, FEWEST, most_rows) for count in (widest, group * widest))
+    rows, joint_rows = (power_of_two(count, FEWEST, most_rows) for count in (widest, group * widest))
     table, blocks, partials, queries = _table(segments, windows, keys)
     partial_logs, logs, sums_KT = (
         torch.empty(shape, dtype=torch.float32, device=q_THd.device)
@@ -53,7 +54,7 @@ def window_attention(
         *(q_THd, *q_THd.stride()[:2], k_TKd, *k_TKd.stride()[:2], head_dim, kv_heads, group),
         *(math.log2(math.e) / math.sqrt(head_dim), table, len(segments)),
     )
-    sizes = {"KEYS": keys, "DIM": _power_of_two(head_dim, FEWEST), "DOCUMENTS": DOCUMENTS, "num_stages": 2}
+    sizes = {"KEYS": keys, "DIM": power_of_two(head_dim, FEWEST), "DOCUMENTS": DOCUMENTS, "num_stages": 2}
     partial_sums_kernel[(blocks, kv_heads)](
         *(*inputs, partial_logs), **sizes, ROWS=joint_rows, num_warps=8 if joint_rows == ROWS else 4
     )
@@ -86,11 +87,6 @@ def _table(segments: Segments, windows: Sequence[int], keys: int) -> tuple[Tenso
     )
     columns = (firsts[:-1], segments.offsets[:-1], lengths, seen, partials[:-1], queries[:-1])
     return on_device(columns, segments.device, torch.int32), firsts[-1], partials[-1], queries[-1]
-
-
-def _power_of_two(number: int, low: int, high: int = 1 << 30) -> int:
-    """The least one that holds `number`, within bounds."""
-    return min(max(low, 1 << (number - 1).bit_length()), high)
 
 
 @triton.jit(do_not_specialize=["documents"])
