@@ -78,12 +78,11 @@ class Bounds:
 
     def hopeless(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], times: float) -> bool:
         """Whether the main drop is so many times its bound, and no mere chance; needles alone are too few."""
-        return any(
-            each.gate == self.main_name
-            and each.drop.drop > times * each.judgement.bound + _SLACK
-            and each.judgement.verdict == "fail"
-            for each in self.verify(dense, scores, resamples=1000)
-        )
+        rows = self._parts(dense, scores).get(self.main_name)
+        if rows is None:
+            return False
+        drop, bound = self._drop(self.main_name, *rows, resamples=1000), self.main.value
+        return drop.drop > times * bound + _SLACK and judge(drop, bound).verdict == "fail"
 
     def verify(
         self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0, resamples: int = 10_000

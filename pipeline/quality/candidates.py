@@ -130,7 +130,7 @@ def precisions_of(tried: Sequence[Precision], budget: float) -> list[Precision]:
     for each in others:
         if each.drop <= budget and each.speed_up >= WORTH * chosen[-1].speed_up:
             chosen.append(each)
-    free = max(place for place, each in enumerate(chosen) if each is own or each.drop <= NOTHING * budget)
+    free = max(place for place, each in enumerate(chosen) if each.drop <= NOTHING * budget)
     return list(reversed(chosen[free:]))
 
 

@@ -169,6 +169,7 @@ class Phases:
             drop = f"{trial.drop:.2f}{self.bounds.main.unit}"
             self.tell(f"{trial.name}: {trial.speed_up:.2f} times as fast, drop {drop}{given_up}")
 
+        unit = self._unit(dense)
         search = Search(
             bench=self.bench,
             cases=cases,
@@ -178,10 +179,10 @@ class Phases:
             note=self.note,
             progress=told,
             drift=self._drift(cases, dense),
-            probes=[Cost(row.divergence, self._unit(dense) * row.drop, row.cases) for row in rows],
+            probes=[Cost(row.divergence, unit * row.drop, row.cases) for row in rows],
         )
         precisions = self._precisions(search)
-        candidates = make_candidates(self._found(cases, dense, rows), precisions)
+        candidates = make_candidates(self._found(cases, rows, unit), precisions)
         tried = {trial.candidate.variant for trial in search.trials}
         candidates = [each for each in candidates if each.variant not in tried]
         self.tell(f"looking at {len(candidates)} candidates")
@@ -211,14 +212,14 @@ class Phases:
                 )
         return precisions_of(tried, self.bounds.main.value)
 
-    def _found(self, cases: Sequence[Case], dense: Sequence[Evaluated], rows: Sequence[Sensitivity]) -> Found:
+    def _found(self, cases: Sequence[Case], rows: Sequence[Sensitivity], unit: float) -> Found:
         cost = self.bench.cost_model()
         return Found(
             shape=self.bench.model.shape,
             longest=max(case.document.prompt_tokens for case in cases),
             rows=rows,
             mass=self.config.mass,
-            drop_per_nat=self._unit(dense) * drop_per_nat(rows),
+            drop_per_nat=unit * drop_per_nat(rows),
             budget=self.bounds.main.value,
             saved_ms=partial(saved_ms, cost=cost),
             fp8=self.bench.precisions.linears,

@@ -90,9 +90,7 @@ class Search:
             waiting = [candidate for candidate in waiting if not self._known_to_fail(candidate)]
             if not waiting:
                 break
-            price = self.price
-            losses = [(trial, trial.expected_drop(price)) for trial in self.trials]
-            promises = {candidate: self._promise(candidate, cost, losses) for candidate in waiting}
+            promises = self._promises(waiting, cost)
             aim = max(waiting, key=promises.__getitem__)
             if promises[aim][0] <= 0 and -promises[aim][1] >= SLOWER * self._dense_ms(cost):
                 break  # this one and all others
@@ -174,23 +172,23 @@ class Search:
             complete=len(scores) == len(self.cases),
         )
 
-    def _promise(
-        self, candidate: Candidate, cost: CostModel, losses: Sequence[tuple[Trial, float]]
-    ) -> tuple[float, float]:
-        """Milliseconds that it is expected to save on the best so far; of equals, the fastest."""
-        predicted = cost.predict(
-            self.scouted[candidate],
-            candidate.variant.linears_in_fp8,
-            candidate.variant.attention_in_fp8,
-        )
-        bar = min((self._scouted_ms(trial, cost) for trial in self.within_bounds()), default=inf)
-        saved = max(0.0, min(bar, self._dense_ms(cost)) - predicted)
-        return saved * self._chance(candidate, losses), -predicted
+    def _promises(
+        self, waiting: Sequence[Candidate], cost: CostModel
+    ) -> dict[Candidate, tuple[float, float]]:
+        """Of each the milliseconds that it is expected to save on the best so far; of equals, the fastest."""
+        price = self.price
+        losses = [(trial, trial.expected_drop(price)) for trial in self.trials]
+        within = (self._scouted_ms(trial.candidate, cost) for trial in self.within_bounds())
+        bar = min([self._dense_ms(cost), *within])
+        predicted = {candidate: self._scouted_ms(candidate, cost) for candidate in waiting}
+        return {
+            candidate: (max(0.0, bar - ms) * self._chance(candidate, losses), -ms)
+            for candidate, ms in predicted.items()
+        }
 
-    def _scouted_ms(self, trial: Trial, cost: CostModel) -> float:
-        """Predicted as the others are, on the one case that all were scouted on."""
-        variant = trial.candidate.variant
-        passes = self.scouted.get(trial.candidate)
+    def _scouted_ms(self, candidate: Candidate, cost: CostModel) -> float:
+        """Predicted on the one case that all were scouted on."""
+        variant, passes = candidate.variant, self.scouted.get(candidate)
         if passes is None:
             return inf
         return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,17 +20,12 @@ from pipeline.quality.candidates import (
     Cost,
     Found,
     Precision,
-    describe,
-    drop_per_nat,
-    greedy,
     make_candidates,
-    precisions_of,
 )
 from pipeline.quality.cost import FEATURES, CostModel, Observation, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import Search, pareto
-from pipeline.quality.sensitivity import Sensitivity
-from pipeline.quality.workbench import DENSE, Clock, Drift
+from pipeline.quality.workbench import DENSE, Clock
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
 BOUNDS = Bounds(
@@ -240,7 +234,7 @@ def test_a_loss_that_chance_hides_shows_in_the_divergence():
     found = {trial.candidate.variant.method.share: trial for trial in search.trials}
     assert found[0.3].drop == found[0.4].drop == 0
     assert not found[0.3].exceeds
-    assert search.price == pytest.approx(100, rel=0.25)
+    assert search.price == pytest.approx(78.94, rel=1e-3)  # 0.1 and 0.2 were given up after 3 of 9 cases
     kept = search.within_bounds()
     assert 0.4 in shares(kept)
     assert not {0.1, 0.2, 0.3} & set(shares(kept))
@@ -258,63 +252,6 @@ def test_an_inconclusive_drop_within_the_bound_is_taken_if_asked_for():
     assert verified[0].drop.drop == pytest.approx(0.45)
     assert not holds(verified)
     assert holds(verified, accept_inconclusive=True)
-
-
-def sensitivity(layer, action, rise, saved=0.05):
-    return Sensitivity(
-        layer=layer,
-        action=action,
-        cases=4,
-        nll_rise=rise,
-        nll_error=0.0,
-        divergence=rise,
-        drop=20 * rise,
-        saved=saved,
-        passes=(),
-    )
-
-
-def found_of(rows, **options):
-    settings = {
-        "shape": SHAPE,
-        "longest": 9000,
-        "mass": 0.9,
-        "drop_per_nat": 20.0,
-        "budget": 1.0,
-        "saved_ms": lambda row: row.saved * 100,
-        "fp8": False,
-        **options,
-    }
-    return Found(rows=rows, **settings)
-
-
-def test_layers_are_spared_by_rise_for_each_ms():
-    rises = [0.5, 0.2, 0.02, 0.01, 0.01, 0.0, -0.01, 0.0]
-    rows = [sensitivity(layer, "skip", rise) for layer, rise in enumerate(rises)]
-    assert drop_per_nat(rows) == pytest.approx(20)
-    levels = greedy(found_of(rows))
-    assert levels[0] == {5, 6, 7, 4} or levels[0] == {5, 6, 7, 3, 4}
-    assert all(mild < harsh for mild, harsh in pairwise(levels))
-    assert not any({0} & level for level in levels)
-    assert greedy(found_of(rows, saved_ms=lambda row: -1.0)) == []
-
-
-def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
-    rows = [sensitivity(layer, action, 0.01) for layer in range(8) for action in ("skip", "park")]
-    candidates = make_candidates(found_of(rows), [Precision()])
-    names = {candidate.variant.method.name for candidate in candidates}
-    assert names == {"dense", "mars", "marsinfer", "uniprefill", "sliminfer", "fastkv", "gemfilter"}
-    assert len({candidate.variant for candidate in candidates}) == len(candidates)
-    assert not any(describe(candidate) == "dense" for candidate in candidates)
-    mars = [candidate for candidate in candidates if candidate.family == "mars"]
-    early, late = (next(c for c in mars if c.settings["last_full"] == layer) for layer in (1, 6))
-    assert early.harsher(late)
-    assert not late.harsher(early)
-    # short prompts are not block-sparse whatever is asked
-    short = make_candidates(found_of(rows, longest=1000), [Precision()])
-    assert {c.variant.method.sparse_attention for c in short if c.family == "mars"} == {None}
-    in_fp8 = make_candidates(found_of(rows), [Precision(linears="fp8")])
-    assert "dense linears:fp8" in {describe(candidate) for candidate in in_fp8}
 
 
 class Deep:
@@ -361,7 +298,17 @@ def test_one_mild_method_among_many_harsh_ones_is_found_soon():
     ]
     dense = [device.run(DENSE, each).score for each in cases]
     search = Search(bench=device, cases=cases, dense=dense, forced=[None] * 6, bounds=BOUNDS)
-    candidates = make_candidates(found_of([], shape=device.shape, longest=30000), [Precision()])
+    found = Found(
+        shape=device.shape,
+        longest=30000,
+        rows=[],
+        mass=0.9,
+        drop_per_nat=20.0,
+        budget=BOUNDS.main.value,
+        saved_ms=lambda row: 0.0,
+        fp8=False,
+    )
+    candidates = make_candidates(found, [Precision()])
     search.run(candidates, lambda: len(search.trials) < 20)
     best = pareto(search.within_bounds())[0]
     assert best.name == "mars sparse_attention=0.8 last_full=26"
@@ -369,69 +316,8 @@ def test_one_mild_method_among_many_harsh_ones_is_found_soon():
     assert len(candidates) > 70
 
 
-def tried(linears, attention, drop, speed_up):
-    return Precision(linears=linears, attention_in_fp8=attention, drop=drop, speed_up=speed_up)
-
-
-def test_precisions_are_searched_down_to_one_that_costs_nothing():
-    own, attention = Precision(), tried("auto", True, 0.5, 1.1)
-    free, paid, dear = (tried("fp8", True, drop, 1.3) for drop in (0.1, 0.4, 3.0))
-    assert precisions_of([own], 1.0) == [own]
-    assert precisions_of([own, attention, free], 1.0) == [free]
-    assert precisions_of([own, attention, paid], 1.0) == [paid, attention, own]
-    assert precisions_of([own, attention, dear], 1.0) == [attention, own]
-    mixed = tried("mixed", False, 0.05, 1.2)
-    assert precisions_of([own, attention, mixed, paid], 1.0) == [paid, mixed]
-
-
-def test_a_precision_hardly_faster_than_a_more_exact_one_is_not_searched_with():
-    own, mixed = Precision(), tried("mixed", False, 0.4, 1.2)
-    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.22)], 1.0) == [mixed, own]
-    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.4)], 1.0)[0].linears == "fp8"
-
-
-def test_layers_that_feel_sparse_attention_keep_more_of_it():
-    rows = [sensitivity(layer, "sparse", 0.1 if layer in (2, 5) else 0.001) for layer in range(8)]
-    candidates = make_candidates(found_of(rows), [Precision()])
-    by_layer = [c for c in candidates if c.family.startswith("mars by layer")]
-    assert {c.variant.method.sparse_attention for c in by_layer} >= {
-        tuple(mild if layer in (2, 5) else harsh for layer in range(8))
-        for mild, harsh in ((1.0, 0.8), (0.95, 0.8), (0.95, 0.6))
-    }
-    harsh, mild = (
-        next(c for c in by_layer if c.settings["sparse_attention"].count(0.8) == n and c.axes[1] == 0.0)
-        for n in (6, 2)
-    )
-    assert harsh.harsher(mild)
-    assert not mild.harsher(harsh)
-    # half of the layers probed say nothing of the others; short prompts are never block-sparse
-    for few in (found_of(rows[:4]), found_of(rows, longest=1000)):
-        made = make_candidates(few, [Precision()])
-        assert not any(c.family.startswith("mars by layer") for c in made)
-
-
 def test_a_device_that_slows_down_is_allowed_for():
     bench = Bench(losses={})
     search = searching(bench, drift=lambda: 2.0)
     trial = search.try_out(*kin(0.8))
     assert trial.speed_up == pytest.approx(2 / 0.8, rel=0.01)
-
-
-@pytest.mark.parametrize(("factor", "told"), [(1.03, 1.0), (1.5, 1.5), (0.8, 0.8)])
-def test_drift_is_measured_now_and_then_and_noise_is_not_told(factor, told):
-    now = [0.0]
-    runs = []
-
-    def run(variant, case):
-        runs.append(variant.name)
-        return SimpleNamespace(score=score(case, 0, 20.0 * factor))
-
-    bench = SimpleNamespace(run=run)
-    drift = Drift(bench=bench, case=case(1), ttft_ms=20.0, clock=Clock(600, lambda: now[0]))
-    assert drift() == 1
-    assert runs == []
-    now[0] = 11.0
-    assert drift() == pytest.approx(told)
-    now[0] = 15.0
-    assert drift() == pytest.approx(told)
-    assert runs == ["dense"]
