@@ -93,7 +93,7 @@ def calibrate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SUITE",
+            metavar="NAME[:DIR]",
             help="leval:DIR or longbench:DIR; repeatable.",
             show_default="none",
             rich_help_panel=SUITES,

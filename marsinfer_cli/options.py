@@ -27,7 +27,7 @@ MEASURED, READING, PROMPTS, MODEL, METHOD, ANSWERS, SUITES, FILES, RUN, TRYING, 
 Suite = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="SUITE",
+        metavar="NAME[:DIR]",
         help="leval:DIR, longbench:DIR, or needles, hidden in DATA's documents, without DATA in the suites'; "
         "repeatable.",
         show_default="none",
