@@ -100,7 +100,7 @@ class Grouping:
         """The method's own sharing, where it has any, and the document without pruning."""
         from pipeline.pruning.dense import Dense
 
-        dense = Dense(sparse_attention=self.method.sparse_attention)
+        dense = Dense.attending_as(self.method, self.shape)
         own = Way(method=self.method, layers=self.method.shared_layers(self.shape))
         if own.layers == self.shape.layers:
             return (own,)

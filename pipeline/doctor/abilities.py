@@ -90,6 +90,7 @@ def sparse_attention() -> Finding:
     if not same >= SAME_BLOCKS:
         text = f"only {same:.0%} of the blocks chosen are those that the reference chooses"
         return Finding(status="broken", text=text, facts={"same_blocks": same})
+    assert blocks.indices is not None
     on_host = BlockLists(blocks.indices.cpu(), blocks.counts.cpu())
     expected = block_sparse_attention(q_host, k_host, v_host, on_host)
     off = distance(block_sparse_attention(q, k, v, blocks).cpu(), expected)
@@ -104,6 +105,7 @@ def _same_blocks(blocks: BlockLists, expected: BlockLists) -> float:
 
 def _as_masks(blocks: BlockLists) -> torch.Tensor:
     """(H, M, N) bool on the CPU: what is listed."""
+    assert blocks.indices is not None
     indices_HMN, counts_HM = blocks.indices.cpu().long(), blocks.counts.cpu()
     count = indices_HMN.shape[-1]
     # entries behind the last valid one are `count`: a column of its own, cut off again

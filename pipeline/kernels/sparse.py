@@ -8,14 +8,15 @@ tile once. Letters beside those of segments.py: M blocks of queries, N blocks of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.segments import Segments
 
@@ -25,62 +26,90 @@ SHORTEST = 4096  # tokens of a document, below which choosing costs what it save
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise on a GPU
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
-Prefill = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
-
 
 @dataclass(frozen=True)
 class BlockLists:
     """Of one document: the blocks of keys that each head's blocks of queries attend to."""
 
-    indices: (
-        Tensor  # (H, M, N) int32, ascending, of which the first `counts` are valid; the last is the row's own
-    )
+    # (H, M, N) int32, ascending, of which the first `counts` are valid; the last is the row's own. None: the
+    # first block, and before the row's own as many as `counts` says
+    indices: Tensor | None
     counts: Tensor  # (H, M) int32, at least 1
 
 
-def sparse_prefill(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, mass: float, dense: Prefill
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention within each document, (T, H, d), of long ones block-sparse, of short ones by `dense`.
+@dataclass(frozen=True)
+class SparsePrefill:
+    """Causal attention within each document of a pack, of long ones block-sparse, of short ones whole."""
 
-    `mass` is the share of the attention that the blocks chosen are to reach, as estimated. Also returns how
-    many query-key pairs were computed of each document, (B,) mean over heads, or None if all were.
-    """
-    long = [worthwhile(length, q_THd) for length in segments.lengths]
-    if not any(long):
-        return dense(q_THd, k_TKd, v_TKd, segments), None
-    short = [document for document, is_long in zip(segments.ranges(), long, strict=True) if not is_long]
-    of_short = iter(_together(q_THd, k_TKd, v_TKd, short, dense))
-    outputs: list[Tensor] = []
-    pairs: list[Tensor] = []
-    for is_long, (start, end) in zip(long, segments.ranges(), strict=True):
-        length = end - start
-        if is_long:
-            q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
-            blocks = choose_blocks(q, k, mass)
-            outputs.append(block_sparse_attention(q, k, v, blocks))
-            pairs.append(computed_pairs(blocks, length))
-        else:
-            outputs.append(next(of_short))
-            pairs.append(torch.full((), length * (length + 1) // 2, dtype=torch.int64, device=q_THd.device))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), torch.stack(pairs)
+    attention: AttentionBackend
+    segments: Segments
+    width: int  # of all query heads together
+
+    @cached_property
+    def long(self) -> tuple[bool, ...]:
+        """Of each document whether it is block-sparse."""
+        device = self.segments.device
+        return tuple(worthwhile(length, self.width, device) for length in self.segments.lengths)
+
+    @cached_property
+    def last(self) -> tuple[list[slice], DecodeSlots]:
+        """The tokens of long documents' last `WHOLE_ROWS` blocks, and what they attend to: everything."""
+        ranges = [each for each, is_long in zip(self.segments.ranges(), self.long, strict=True) if is_long]
+        lengths = [end - start for start, end in ranges]
+        first = [start + BLOCK * max(0, -(-(end - start) // BLOCK) - WHOLE_ROWS) for start, end in ranges]
+        asked = [slice(at, end) for at, (_, end) in zip(first, ranges, strict=True)]
+        starts = [start for start, _ in ranges]
+        counts = [rows.stop - rows.start for rows in asked]
+        slots = DecodeSlots.of(starts, lengths, self.segments.total, self.segments.device, counts)
+        return asked, slots
+
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, H, d), and how many query-key pairs were computed of each document: (B,) mean over heads.
+
+        None for all pairs. `mass` is the share of the attention that the blocks chosen are to reach, as
+        estimated; with 0 nothing is estimated, and only those are attended to that always are.
+        """
+        if not any(self.long):
+            return self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), None
+        ranges = self.segments.ranges()
+        short = [document for document, is_long in zip(ranges, self.long, strict=True) if not is_long]
+        of_short = iter(self._whole(q_THd, k_TKd, v_TKd, short))
+        outputs: list[Tensor] = []
+        pairs: list[Tensor] = []
+        for is_long, (start, end) in zip(self.long, ranges, strict=True):
+            length = end - start
+            if is_long:
+                q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
+                blocks = choose_blocks(q, k, mass)
+                outputs.append(block_sparse_attention(q, k, v, blocks, left_out=WHOLE_ROWS))
+                pairs.append(computed_pairs(blocks, length))
+            else:
+                outputs.append(next(of_short))
+                whole = length * (length + 1) // 2
+                pairs.append(torch.full((), whole, dtype=torch.int64, device=q_THd.device))
+        mixed_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        asked, slots = self.last
+        own_QHd = self.attention.decode(torch.cat([q_THd[rows] for rows in asked]), k_TKd, v_TKd, slots)
+        for rows, own in zip(asked, own_QHd.split(slots.queries), strict=True):
+            mixed_THd[rows] = own
+        return mixed_THd, torch.stack(pairs)
+
+    def _whole(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, documents: list[tuple[int, int]]
+    ) -> tuple[Tensor, ...]:
+        """Attention of some documents of the pack over all pairs, in one call."""
+        if not documents:
+            return ()
+        lengths = [end - start for start, end in documents]
+        q, k, v = (torch.cat([x[start:end] for start, end in documents]) for x in (q_THd, k_TKd, v_TKd))
+        return self.attention.prefill(q, k, v, Segments.of(lengths, q.device)).split(lengths)
 
 
-def worthwhile(length: int, q_THd: Tensor) -> bool:
+def worthwhile(length: int, width: int, device: torch.device) -> bool:
     """Whether choosing blocks saves more than it costs in a document of so many tokens."""
-    work = length * length * q_THd.shape[1] * q_THd.shape[2]
-    return length >= SHORTEST and (work >= LEAST_WORK or not q_THd.is_cuda)
-
-
-def _together(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, documents: list[tuple[int, int]], dense: Prefill
-) -> tuple[Tensor, ...]:
-    """Dense attention of some documents of a pack, in one call."""
-    if not documents:
-        return ()
-    lengths = [end - start for start, end in documents]
-    q, k, v = (torch.cat([x[start:end] for start, end in documents]) for x in (q_THd, k_TKd, v_TKd))
-    return dense(q, k, v, Segments.of(lengths, q.device)).split(lengths)
+    return length >= SHORTEST and (length * length * width >= LEAST_WORK or device.type != "cuda")
 
 
 def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
@@ -90,10 +119,15 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
     the last `WHOLE_ROWS`. Ties go to the earlier block.
     """
     heads, blocks = q_THd.shape[1], -(-len(q_THd) // BLOCK)
+    kernels = _kernels(q_THd)
     if mass >= 1:
         return _lists(_past(blocks, q_THd.device).expand(heads, -1, -1))
+    if mass <= 0:
+        near_MN = _near(blocks, q_THd.device)
+        if kernels is None:
+            return _lists(near_MN.expand(heads, -1, -1))
+        return BlockLists(None, near_MN.sum(-1, dtype=torch.int32).repeat(heads, 1))
     masses_HRN = _log_masses(q_THd, k_TKd)
-    kernels = _kernels(q_THd)
     if kernels is None:
         return _plain_choice(masses_HRN, mass)
     indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
@@ -109,14 +143,24 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
     return BlockLists(indices, counts)
 
 
-def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
-    """Causal attention of one document's queries to the keys in the blocks chosen, (T, H, d)."""
-    kernels = _kernels(q_THd)
-    if kernels is None:
-        return _plain(q_THd, k_TKd, v_TKd, blocks)
+def block_sparse_attention(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, left_out: int = 0
+) -> Tensor:
+    """Causal attention of one document's queries to the keys in the blocks chosen, (T, H, d).
+
+    What the last `left_out` blocks of queries get is not computed, and undefined.
+    """
     tokens, heads, head_dim = q_THd.shape
+    rows = max(0, blocks.counts.shape[1] - left_out)
+    kernels = _kernels(q_THd)
     out_THd = torch.empty(tokens, heads, head_dim, dtype=q_THd.dtype, device=q_THd.device)
-    rows = blocks.counts.shape[1]
+    if kernels is None:
+        done = _plain(q_THd[: rows * BLOCK], k_TKd, v_TKd, blocks)
+        out_THd[: len(done)] = done
+        return out_THd
+    if not rows:
+        return out_THd
+    indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
     wide = q_THd.dtype == torch.float32
     tile = 32 if wide else 64
     described = _described(q_THd, k_TKd, v_TKd, tile) if q_THd.is_cuda and not wide else None
@@ -125,9 +169,9 @@ def block_sparse_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: 
     compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
-        *(out_THd, *out_THd.stride()[:2], blocks.indices, blocks.counts, blocks.indices.shape[2]),
-        *(tokens, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
-        WHOLE_ROWS=min(WHOLE_ROWS, rows),
+        *(out_THd, *out_THd.stride()[:2], indices, blocks.counts, indices.shape[-1]),
+        *(tokens, rows, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
+        LISTED=blocks.indices is not None,
         HEAD_DIM=head_dim,
         WIDTH=power_of_two(head_dim, 16),
         BLOCK=BLOCK,
@@ -159,16 +203,21 @@ def _plain_choice(masses_HRN: Tensor, mass: float) -> BlockLists:
     ordered, order = _block_shares(masses_HRN).sort(dim=-1, descending=True, stable=True)
     wanted = (ordered.cumsum(-1) - ordered) < mass
     kept_HMN = torch.zeros_like(wanted).scatter_(-1, order, wanted)
-    past_MN = _past(blocks, masses_HRN.device)
-    near_MN = past_MN & ~past_MN.tril(-2)
-    near_MN[:, 0] = True
-    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
-    return _lists((kept_HMN & past_MN) | near_MN)
+    return _lists((kept_HMN & _past(blocks, masses_HRN.device)) | _near(blocks, masses_HRN.device))
 
 
 def _past(blocks: int, device: torch.device) -> Tensor:
     """(M, N) the blocks of keys that a block of queries can attend to."""
     return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+
+
+def _near(blocks: int, device: torch.device) -> Tensor:
+    """(M, N) the blocks of keys that a block of queries always attends to."""
+    past_MN = _past(blocks, device)
+    near_MN = past_MN & ~past_MN.tril(-2)
+    near_MN[:, 0] = True
+    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
+    return near_MN
 
 
 def _block_shares(masses_HRN: Tensor) -> Tensor:
@@ -239,25 +288,29 @@ def _lists(kept_HMN: Tensor) -> BlockLists:
 
 
 def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
-    """A block of queries at a time, through SDPA over the keys that each head has gathered for it."""
-    tokens, heads, head_dim = q_THd.shape
+    """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
+
+    The queries may be the first of the document's.
+    """
+    assert blocks.indices is not None
+    heads, head_dim = q_THd.shape[1:]
     group = heads // k_TKd.shape[1]
     k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
     within = torch.arange(BLOCK, device=q_THd.device)
     outputs = []
-    for row, start in enumerate(range(0, tokens, BLOCK)):
-        end = min(start + BLOCK, tokens)
+    for row, start in enumerate(range(0, len(q_THd), BLOCK)):
+        end = min(start + BLOCK, len(q_THd))
         most = int(blocks.counts[:, row].max())
         # entries behind a head's last block stand for one in the future: masked, and no place to read
         place_HC = (blocks.indices[:, row, :most, None] * BLOCK + within).flatten(1).long()
         seen_HQC = place_HC[:, None] <= torch.arange(start, end, device=q_THd.device)[:, None]
-        index_HCd = place_HC.clamp(max=tokens - 1)[..., None].expand(-1, -1, head_dim)
+        index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
         keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
         mixed = scaled_dot_product_attention(
             q_THd[start:end].transpose(0, 1), keys, values, attn_mask=seen_HQC
         )
         outputs.append(mixed.transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else q_THd
 
 
 def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[Any, Any, Any] | None:

@@ -29,10 +29,11 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     counts,
     capacity,
     tokens,
+    rows,
     heads,
     kv_heads,
     scale,
-    WHOLE_ROWS: tl.constexpr,
+    LISTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,28 +43,33 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 ):
     """See `sparse.block_sparse_attention`: each program attends with one block of queries of one head.
 
+    The first `rows` blocks of queries are computed. `indices` are read if `LISTED`, see `BlockLists`.
     `scale` is that of the scores times log2(e), since the softmax is in base 2. Of a row's blocks only the
     last can be that of the queries themselves: the others need no mask. Keys come in tiles of `TILE`, a part
     of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM).
     """
     PARTS: tl.constexpr = BLOCK // TILE
-    rows = (tokens + BLOCK - 1) // BLOCK
-    row, head, kv_head = _place(tl.program_id(0), rows, heads, kv_heads, WHOLE_ROWS)
+    row, head, kv_head = _place(tl.program_id(0), rows, heads, kv_heads)
     first_query = row * BLOCK
     queries = _tile(
         q, first_query, head, q_token_stride, q_head_stride, tokens, BLOCK, HEAD_DIM, WIDTH, DESCRIBED, True
     )
-    place = head.to(tl.int64) * rows + row
+    place = head.to(tl.int64) * ((tokens + BLOCK - 1) // BLOCK) + row
     listed = indices + place * capacity
-    unmasked = (tl.load(counts + place) - 1) * PARTS
+    count = tl.load(counts + place)
+    unmasked = (count - 1) * PARTS
 
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.full([BLOCK], 0.0, tl.float32)
     mixed = tl.full([BLOCK, WIDTH], 0.0, tl.float32)
-    block = tl.load(listed)
+    block = tl.load(listed) if LISTED else tl.full([], 0, tl.int32)
     for i in tl.range(0, unmasked):
         first = block * BLOCK + i % PARTS * TILE
-        block = tl.load(listed + (i + 1) // PARTS)  # an iteration early, so that no tile waits for its place
+        nth = (i + 1) // PARTS
+        if LISTED:
+            block = tl.load(listed + nth)  # an iteration early, so that no tile waits for its place
+        else:
+            block = tl.where(nth == 0, 0, row + 1 - count + nth)
         keys = _tile(
             k, first, kv_head, k_token_stride, k_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, False
         )
@@ -94,23 +100,16 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _place(program, rows, heads, kv_heads, WHOLE_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(program, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
     """Which row of blocks, head and key/value head a program takes.
 
-    The last rows, which attend to everything, come first, of all heads. Then one key/value head comes after
-    the other, so that its keys and values stay in the L2 cache; the later, longer rows of each first, and
-    beside each other the heads that share keys.
+    One key/value head comes after the other, so that its keys and values stay in the L2 cache; the later,
+    longer rows of each first, and beside each other the heads that share keys.
     """
     group = heads // kv_heads
-    if program < WHOLE_ROWS * heads:
-        row = rows - 1 - program // heads
-        head = program % heads
-    else:
-        rest = program - WHOLE_ROWS * heads
-        of_one = (rows - WHOLE_ROWS) * group
-        within = rest % of_one
-        row = rows - WHOLE_ROWS - 1 - within // group
-        head = rest // of_one * group + within % group
+    within = program % (rows * group)
+    row = rows - 1 - within // group
+    head = program // (rows * group) * group + within % group
     return row, head, head // group
 
 

@@ -14,7 +14,7 @@ from pipeline.bench.flops import LayerWork
 from pipeline.errors import MarsError
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
-from pipeline.kernels.sparse import sparse_prefill
+from pipeline.kernels.sparse import SparsePrefill
 from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import KvLimits, make_cache
@@ -160,7 +160,8 @@ def run_layers(
     hidden_TD = begun.hidden_TD
     rope = adapter.rope(hidden_TD, positions_T)
     parked: Parked | None = None
-    kept = _kept(adapter, segments)
+    kept, sparse = _kept(adapter, segments), _sparse(adapter, attention, segments)
+    masses = method.attention_masses(adapter.shape.layers)
     for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
         check()
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
@@ -169,8 +170,8 @@ def run_layers(
             stored = (*parked.keys_values(adapter, layer, k_TKd, v_TKd), parked.whole)
             mixed_THd = parked.attend(attention, q_THd, *stored[:2])
             pairs_B = parked.pairs_B()
-        elif (mass := method.attention_mass(layer)) is not None:
-            mixed_THd, pairs_B = sparse_prefill(q_THd, k_TKd, v_TKd, segments, mass, attention.prefill)
+        elif (mass := masses[layer]) is not None:
+            mixed_THd, pairs_B = sparse.attend(q_THd, k_TKd, v_TKd, mass)
         else:
             mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
         for rows, fp8 in _ALL if kept is None else kept.parts:
@@ -203,7 +204,7 @@ def run_layers(
             if selection.parks:
                 assert view.segments is pack.segments, "tokens have left before"
                 parked = Parked.of(pack.segments, segments, selection.live, hidden_TD, rope)
-            kept = _kept(adapter, segments)
+            kept, sparse = _kept(adapter, segments), _sparse(adapter, attention, segments)
             hidden_TD = hidden_TD.index_select(0, selection.live)
             positions_T = positions_T.index_select(0, selection.live)
             rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
@@ -213,6 +214,10 @@ def run_layers(
 def _kept(adapter: DecoderAdapter, segments: Segments) -> Kept | None:
     """The tokens that keep the model's dtype beside others in fp8; None: all are in one precision."""
     return kept_of(segments, adapter.shape) if adapter.linears == "mixed" else None
+
+
+def _sparse(adapter: DecoderAdapter, attention: AttentionBackend, segments: Segments) -> SparsePrefill:
+    return SparsePrefill(attention, segments, width=adapter.shape.heads * adapter.shape.head_dim)
 
 
 def _feed_forward(

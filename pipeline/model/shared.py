@@ -60,7 +60,7 @@ def prefill_beginnings(
     segments = Segments.of([len(part) for part in beginnings], adapter.device)
     spans = tuple(Spans(document=(0, n), question=(n, n)) for n in segments.lengths)
     pack = Pack(input_ids=ids, segments=segments, spans=spans)
-    dense = Dense(sparse_attention=method.sparse_attention)
+    dense = Dense.attending_as(method, adapter.shape)
     begun = Begun.afresh(adapter, pack, RaggedCache(0))
     outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=layers)
     assert isinstance(outcome, Survivors)

@@ -219,10 +219,13 @@ class PruningMethod(ABC):
         """
         return None
 
-    def attention_mass(self, layer: int) -> float | None:
-        """What block-sparse attention is to reach at `layer`; None where attention is to be whole."""
-        mass = at_layer(self.sparse_attention, layer)
-        return None if mass is None or mass >= 1 else mass
+    def attention_masses(self, layers: int) -> tuple[float | None, ...]:
+        """What block-sparse attention is to reach in each of a model's layers; None: it is to be whole.
+
+        With 0 each block of queries attends to itself, the block before it and the first.
+        """
+        masses = [at_layer(self.sparse_attention, layer) for layer in range(layers)]
+        return tuple(None if mass is None or mass >= 1 else mass for mass in masses)
 
     @abstractmethod
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:

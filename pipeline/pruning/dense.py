@@ -17,6 +17,13 @@ class Dense(PruningMethod):
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "the unpruned model"
 
+    @classmethod
+    def attending_as(cls, method: PruningMethod, shape: ModelShape) -> Self:
+        """No pruning, but attention as block-sparse as `method` makes it."""
+        masses = [1.0 if mass is None else mass for mass in method.attention_masses(shape.layers)]
+        same = len(set(masses)) == 1
+        return cls(sparse_attention=(None if masses[0] >= 1 else masses[0]) if same else tuple(masses))
+
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         return self
 

@@ -1,4 +1,4 @@
-"""Mars: block-sparse attention in every layer, and late layers for the end of the prompt alone."""
+"""Mars: block-sparse attention in every layer, local in late ones, the last for the prompt's end alone."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ from pipeline.pruning.base import (
 )
 from pipeline.records import Spans
 
+LOCAL_DEPTH = 2 / 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mars(PruningMethod):
-    """Block-sparse attention in every layer; the last layers compute the end of the prompt alone.
+    """Block-sparse attention in every layer, local in late ones; the last ones for the prompt's end alone.
 
     Source: this project. Block-sparse attention chooses its blocks as XAttention does (arXiv 2503.16428);
     keys and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without
     training.
 
     In documents of 4,096 tokens or more each head's blocks of queries attend to the blocks of keys that are
-    to reach `sparse_attention` of their attention. After layer `last_full` only the prompt's last tokens go
-    on, from the question on, if it stands behind the document, at least `window` and at most `most`. Of the
-    others later layers compute keys and values, from the hidden states that they stopped with, so that the
-    question still reads all of them. Keys and values of the layer after `last_full` are exact, so with the
-    last layer but one, the default, nothing is lost by stopping.
+    to reach `sparse_attention` of their attention. From layer `local_from` on they attend to themselves, the
+    block before and the first one, the attention sink: what a document's tokens have to tell each other is
+    told by then, and the prompt's last 129 to 256 tokens still read everything.
+
+    After layer `last_full` only the prompt's last tokens go on, from the question on, if it stands behind the
+    document, at least `window` and at most `most`. Of the others later layers compute keys and values, from
+    the hidden states that they stopped with, so that the question still reads all of them. Keys and values
+    of the layer after `last_full` are exact, so with the last layer but one, the default, nothing is lost by
+    stopping.
 
     No token is chosen by its importance: on the small models measured that cost more than it saved.
     """
@@ -48,6 +54,11 @@ class Mars(PruningMethod):
     sparse_attention: float | tuple[float, ...] | None = setting(
         0.9, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
     )
+    local_from: int | None = setting(
+        None,
+        "first layer whose block-sparse attention is local; by default at two thirds of the depth, "
+        "unless sparse_attention has a value a layer",
+    )
     last_full: int | None = setting(
         None, "last layer that computes all tokens, from 0; by default the last but one"
     )
@@ -56,6 +67,7 @@ class Mars(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("local_from", self.local_from, low=0)
         check_range("last_full", self.last_full, low=0)
         check_counts(window=self.window, most=self.most)
         if self.most < self.window:
@@ -68,6 +80,13 @@ class Mars(PruningMethod):
         if self.last_full >= depth:
             raise ConfigError(f"last_full={self.last_full}, and the model has layers 0 to {depth - 1}")
         return self.last_full
+
+    def attention_masses(self, layers: int) -> tuple[float | None, ...]:
+        first = self.local_from
+        if first is None:
+            first = layers if isinstance(self.sparse_attention, tuple) else round(LOCAL_DEPTH * layers)
+        masses = super().attention_masses(layers)
+        return tuple(mass if mass is None or layer < first else 0.0 for layer, mass in enumerate(masses))
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
         self.last_full_layer(shape.layers)

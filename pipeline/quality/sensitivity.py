@@ -67,8 +67,9 @@ class Probe(PruningMethod):
             raise ConfigError(f"layer={self.layer}, and the model has layers 0 to {shape.layers - 1}")
         return super().plan(shape, lengths)
 
-    def attention_mass(self, layer: int) -> float | None:
-        return self.mass if self.action == "sparse" and layer == self.layer and self.mass < 1 else None
+    def attention_masses(self, layers: int) -> tuple[float | None, ...]:
+        sparse = self.action == "sparse" and self.mass < 1
+        return tuple(self.mass if sparse and layer == self.layer else None for layer in range(layers))
 
     @property
     def ffn_in_fp8(self) -> bool:

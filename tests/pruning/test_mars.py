@@ -68,7 +68,7 @@ def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
     monkeypatch.setattr(sparse, "LEAST_WORK", 0)
     model = tiny_model("qwen3")
     pack = pack_of(document(900), document(60, seed=1))
-    prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2), pack)
+    prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2, local_from=3), pack)
     (of_long,), (of_short,) = prefilled.by_document()
     assert [work.pairs < 900 * 901 // 2 for work in of_long] == [True] * 4
     assert attention_ratio(model.shape, [of_long], 900) == pytest.approx(
@@ -78,6 +78,26 @@ def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
     everywhere = replace(SMALL, sparse_attention=(1.0, 0.2, 1.0, 1.0))
     (of_long,), _ = prefill(model, sdpa, everywhere, pack).by_document()
     assert [work.pairs is None for work in of_long] == [True, False, False, False]
+
+
+def test_late_layers_attend_to_what_is_near():
+    assert Mars().attention_masses(6) == (0.9, 0.9, 0.9, 0.9, 0.0, 0.0)
+    assert Mars(local_from=1).attention_masses(3) == (0.9, 0.0, 0.0)
+    assert Mars(local_from=3).attention_masses(3) == (0.9, 0.9, 0.9)
+    assert Mars(sparse_attention=(1.0, 0.8, 0.5)).attention_masses(3) == (None, 0.8, 0.5)
+    assert Mars(sparse_attention=(1.0, 0.8, 0.5), local_from=2).attention_masses(3) == (None, 0.8, 0.0)
+    assert Mars(sparse_attention=None).attention_masses(3) == (None, None, None)
+
+
+def test_local_layers_compute_few_pairs_but_all_of_the_prompts_end(sdpa, monkeypatch):
+    monkeypatch.setattr(sparse, "SHORTEST", 400)
+    model, doc = tiny_model("qwen3"), document(900)
+    local = Mars(last_full=2, local_from=0)
+    ((passes,),) = prefill(model, sdpa, local, pack_of(doc)).by_document()
+    rows, last = 7, 900 - 7 * sparse.BLOCK
+    near = rows * sparse.BLOCK * (sparse.BLOCK + 1) // 2 + last * (last + 1) // 2  # in the blocks themselves
+    before = 1 + 4 * 2 + 6  # blocks before each: one, two, and of the last but one all
+    assert passes[0].pairs == near + before * sparse.BLOCK**2 + last * rows * sparse.BLOCK
 
 
 @pytest.mark.parametrize(
