@@ -186,15 +186,27 @@ def block_sparse_attention(
 
 
 def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
-    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device.
+    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device."""
+    heads = blocks.counts.shape[0]
+    return (blocks.counts[:, :-1].sum() * BLOCK**2 + _ragged_pairs(tokens) * heads) // heads
+
+
+def local_pairs(tokens: int) -> int:
+    """The same with a mass of 0, on the host."""
+    rows = -(-tokens // BLOCK)
+    counts = [row + 1 if row >= rows - WHOLE_ROWS else min(row + 1, 3) for row in range(rows - 1)]
+    return sum(counts) * BLOCK**2 + _ragged_pairs(tokens)
+
+
+def _ragged_pairs(tokens: int) -> int:
+    """What is to be added to whole blocks of pairs, those of all rows but the last.
 
     The last block of queries, which may be short, must attend to all keys.
     """
-    heads, rows = blocks.counts.shape
-    before, last = rows - 1, tokens - (rows - 1) * BLOCK
+    before = -(-tokens // BLOCK) - 1
+    last = tokens - before * BLOCK
     within = before * BLOCK * (BLOCK + 1) // 2 + last * (last + 1) // 2
-    known = within + before * BLOCK * (last - BLOCK)  # the last one's blocks, less every other's own
-    return (blocks.counts[:, :-1].sum() * BLOCK**2 + known * heads) // heads
+    return within + before * BLOCK * (last - BLOCK)  # the last one's blocks, less every other's own
 
 
 def _plain_choice(masses_HRN: Tensor, mass: float) -> BlockLists:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import GateFailed
 from pipeline.quality.search import Trial, pareto
-from pipeline.quality.sensitivity import ACTIONS
+from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES
 
 if TYPE_CHECKING:
     from pipeline.quality.bounds import Verified
@@ -65,10 +65,14 @@ def _probed(result: Calibration) -> list[str]:
 
 
 def layer_rows(result: Calibration) -> list[tuple[str, ...]]:
-    """Cells under `layer_heads`: rises of the answers' nll with their standard errors, and time saved."""
+    """Cells under `layer_heads`: rises of the answers' nll with their standard errors, and time saved.
+
+    Of block-sparse attention, which is probed with several masses, with the one probed first.
+    """
     found = {
         (row.layer, row.action): (row, saved)
         for row, saved in zip(result.sensitivities, result.saved_ms, strict=True)
+        if row.action != "sparse" or row.mass == SPARSE_MASSES[0]
     }
     rows = []
     for layer in sorted({layer for layer, _ in found}):

@@ -18,8 +18,7 @@ from pipeline.quality.sensitivity import Sensitivity
 
 SPARSE = (None, 0.95, 0.9, 0.8)
 MOST_MARS_LAYERS = 8
-SPARED = (1 / 4, 1 / 2, 3 / 4)  # of the layers, which have the larger of two masses
-MASSES = ((1.0, 0.8), (0.95, 0.8), (0.95, 0.6))
+EXCHANGES = (1, 2, 4, 8, 16, 32)  # times what a pair costs in divergence with one mass, that it may cost
 MARSINFER_RISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the rise that the budget seems to allow
 DEPTHS = (2 / 3, 1 / 2, 1 / 3)  # where methods begin that prune from some layer on
 WORTH = 1.05  # times as fast a precision must be as every more exact one
@@ -191,16 +190,47 @@ def _mars(found: Found) -> Iterator[Made]:
 
 
 def _mars_by_layer(found: Found) -> Iterator[Made]:
-    """Layers that feel block-sparse attention most have more of it computed than the others."""
-    probes = found.by_action("sparse")
-    ordered = sorted(probes, key=lambda layer: -probes[layer].divergence)
-    felt = any(row.divergence for row in probes.values())
-    if len(_sparse(found)) < 2 or len(ordered) < found.shape.layers or not felt:
+    """Each layer's own mass: the layers' divergences add up, and so do the pairs that they compute."""
+    if len(_sparse(found)) < 2:
         return
-    for spared, (mild, harsh) in product(SPARED, MASSES):
-        tender = ordered[: round(spared * len(ordered))]
-        masses = tuple(mild if layer in tender else harsh for layer in range(found.shape.layers))
-        yield "mars by layer", (1 - spared, 1 - mild, 1 - harsh), "mars", {"sparse_attention": masses}, None
+    for level, masses in enumerate(exchanged(found)):
+        yield "mars by layer", (float(level),), "mars", {"sparse_attention": masses}, None
+
+
+def exchanged(found: Found) -> list[tuple[float, ...]]:
+    """Masses of all layers, ever harsher: each layer's is the one best at some price of a pair.
+
+    The price is told in divergence, from that of the largest mass with which all layers were probed on. A
+    larger mass is taken to diverge no more than a smaller one, which on few cases may look otherwise.
+    """
+    depth = found.shape.layers
+    probes: dict[float, dict[int, Sensitivity]] = {}
+    for row in found.rows:
+        if row.action == "sparse":
+            probes.setdefault(row.mass, {})[row.layer] = row
+    masses = sorted((mass for mass, rows in probes.items() if len(rows) == depth), reverse=True)
+    if not masses:
+        return []
+    first = probes[masses[0]].values()
+    diverged = sum(row.divergence for row in first)
+    saved = sum(1 - row.attended for row in first)
+    if diverged <= 0 or saved <= 0:
+        return []
+    levels = []
+    for factor in EXCHANGES:
+        price = factor * diverged / saved
+        levels.append(tuple(_best([probes[m][layer] for m in masses], price) for layer in range(depth)))
+    return list(dict.fromkeys(levels))
+
+
+def _best(rows: Sequence[Sensitivity], price: float) -> float:
+    """Of one layer's probes, ever harsher, the mass with the least divergence and price together."""
+    mass, least, diverged = 1.0, price, 0.0
+    for row in rows:
+        diverged = max(diverged, row.divergence)
+        if diverged + price * row.attended < least:
+            mass, least = row.mass, diverged + price * row.attended
+    return mass
 
 
 def _marsinfer(found: Found) -> Iterator[Made]:

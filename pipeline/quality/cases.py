@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.errors import InputError
 from pipeline.model.decode import StopRules
@@ -15,6 +16,8 @@ from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case
 from pipeline.quality.generate import generate
 from pipeline.tokenizing import stop_token_ids
+
+T = TypeVar("T")
 
 SEARCH_SHARE = 0.4  # of the documents
 
@@ -68,7 +71,16 @@ def by_length(cases: Sequence[Case], count: int) -> list[int]:
     return [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(count)]
 
 
-def _in_turn(tasks: dict[str, list[CheckRow]], count: int) -> list[CheckRow]:
+def longest_in_turn(cases: Sequence[Case], least: float, count: int) -> list[int]:
+    """Places of up to so many of the cases of at least so many tokens, tasks in turn, the longest first."""
+    tasks: dict[str, list[int]] = {}
+    for place in sorted(range(len(cases)), key=lambda place: -cases[place].document.prompt_tokens):
+        if cases[place].document.prompt_tokens >= least:
+            tasks.setdefault(cases[place].task, []).append(place)
+    return _in_turn(tasks, count)
+
+
+def _in_turn(tasks: dict[str, list[T]], count: int) -> list[T]:
     longest = max(map(len, tasks.values()), default=0)
     ordered = [rows[turn] for turn in range(longest) for rows in tasks.values() if turn < len(rows)]
     return ordered[:count]

@@ -21,6 +21,7 @@ from pipeline.bench.flops import (
     passes_flops,
     projections_flops,
 )
+from pipeline.kernels.sparse import local_pairs
 from pipeline.model.shape import ModelShape
 
 FEATURES = (
@@ -96,6 +97,7 @@ def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_
     whole = sum(attended_flops(shape, work) for work in works if work.pairs is None)
     sparse = [work for work in works if work.pairs is not None and not work.parked]
     parked = sum(attended_flops(shape, work) for work in works if work.pairs is not None and work.parked)
+    chosen = [work for work in sparse if work.pairs != local_pairs(work.tokens)]
     sparse_flops = sum(attended_flops(shape, work) for work in sparse)
     scoring = per_pair * sum(work.scored_pairs for work in works)
     in_fp8 = sum(fp8_tokens(passes, everywhere=linears_in_fp8)) * ffn_flops(shape)
@@ -109,7 +111,7 @@ def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_
             0 if attention_in_fp8 else whole,
             whole if attention_in_fp8 else 0,
             sparse_flops,
-            per_pair * sum(work.tokens**2 for work in sparse),
+            per_pair * sum(work.tokens**2 for work in chosen),
             parked,
             scoring,
             len(works),

@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from pipeline.bench.flops import Passes
 from pipeline.interrupts import nothing_to_lose
+from pipeline.kernels.sparse import SHORTEST
 from pipeline.model.loading import Model
 from pipeline.profile import Profile
 from pipeline.quality.bounds import score_of
@@ -24,21 +25,22 @@ from pipeline.quality.candidates import (
     make_candidates,
     precisions_of,
 )
-from pipeline.quality.cases import Sides, by_length, make_cases, thin
+from pipeline.quality.cases import Sides, by_length, longest_in_turn, make_cases, thin
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.emission import make_profile
 from pipeline.quality.evaluate import TOP, Case, Evaluated
 from pipeline.quality.search import Search, Trial, pareto
-from pipeline.quality.sensitivity import ACTIONS, Sensitivity, measure_sensitivity
+from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES, Sensitivity, measure_sensitivity
 from pipeline.quality.verification import Verification, Verifier
 from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
 
-# shares of the time after which each phase ends
+# shares of the time, behind the loading of the model, after which each phase ends
 PROBED_SPARSE, PROBED, SCOUTED, SEARCHED, DONE = 0.18, 0.3, 0.45, 0.7, 0.98
 SEARCH_RUNS = 24  # candidates for which the number of cases should leave time
 VERIFY_RUNS = 4
 MOST_SEARCHED, MOST_HELD_OUT, MOST_PROBED = 48, 400, 8
+LONG = 0.75  # of the longest prompt: such cases tell what block-sparse attention does
 FEWEST_SEARCHED, FEWEST_HELD_OUT = 3, 4
 
 
@@ -57,7 +59,8 @@ class Phases:
     ) -> None:
         with nothing_to_lose():
             self.bench: Workbench = Workbench.of(model.load(), check)
-        self.config, self.sides, self.clock, self.bounds = config, sides, clock, config.bounds()
+        self.config, self.sides, self.bounds = config, sides, config.bounds()
+        self.clock, self.whole_clock = clock.rest(), clock
         self.tell, self.note = tell, note
 
     def calibrate(self, data_hash: str) -> Calibration:
@@ -89,7 +92,7 @@ class Phases:
             held_out=len(held_out),
             candidates=count,
             dense_ttft_ms=statistics.fmean(run.score.ttft_ms for run in dense),
-            seconds=self.clock.passed,
+            seconds=self.whole_clock.passed,
         )
 
     def _pace(self) -> tuple[float, float]:
@@ -126,17 +129,20 @@ class Phases:
 
     def _probe(self, cases: Sequence[Case], dense: Sequence[Evaluated], pace_s: float) -> list[Sensitivity]:
         """Block-sparse attention in the longest cases, which it is for; the rest in cases of all lengths."""
-        lengths = [case.document.prompt_tokens for case in cases]
         ran = list(zip(cases, dense, strict=True))
-        longest = sorted(range(len(cases)), key=lambda place: -lengths[place])
-        long = longest[: self._probed(PROBED_SPARSE, pace_s * max(lengths) / statistics.fmean(lengths), 1)]
-        rows = self._probe_with(("sparse",), [ran[place] for place in long], PROBED_SPARSE)
+        rows: list[Sensitivity] = []
+        longest = max(case.document.prompt_tokens for case in cases)
+        mean = statistics.fmean(case.document.prompt_tokens for case in cases)
+        count = self._probed(PROBED_SPARSE, pace_s * longest / mean, len(SPARSE_MASSES))
+        long = [ran[place] for place in longest_in_turn(cases, LONG * longest, count)]
+        for mass in SPARSE_MASSES if longest >= SHORTEST else ():
+            rows += self._probe_with(("sparse",), long, PROBED_SPARSE, mass)
         actions = [each for each in ACTIONS if each != "sparse"]
         if not self.bench.precisions.linears:
             actions.remove("fp8")
         probed = by_length(cases, self._probed(PROBED, pace_s, len(actions)))
-        rows += self._probe_with(actions, [ran[place] for place in probed], PROBED)
-        return sorted(rows, key=lambda row: (row.layer, ACTIONS.index(row.action)))
+        rows += self._probe_with(actions, [ran[place] for place in probed], PROBED, self.config.mass)
+        return sorted(rows, key=lambda row: (row.layer, ACTIONS.index(row.action), -row.mass))
 
     def _probed(self, share: float, pace_s: float, actions: int) -> int:
         """How many cases all layers can be probed on until a share of the time has passed."""
@@ -144,18 +150,18 @@ class Phases:
         return int(min(MOST_PROBED, max(1, left_s / pace_s / (self.bench.model.shape.layers * actions))))
 
     def _probe_with(
-        self, actions: Sequence[str], ran: Sequence[tuple[Case, Evaluated]], share: float
+        self, actions: Sequence[str], ran: Sequence[tuple[Case, Evaluated]], share: float, mass: float
     ) -> list[Sensitivity]:
         layers = range(self.bench.model.shape.layers)
         cases, dense = zip(*ran, strict=True)
-        self.tell(f"probing {len(layers)} layers on {len(cases)} rows: {', '.join(actions)}")
+        self.tell(f"probing {len(layers)} layers on {len(cases)} rows: {', '.join(actions)} at {mass:g}")
         return measure_sensitivity(
             self.bench,
             cases,
             dense,
             layers=layers,
             actions=actions,
-            mass=self.config.mass,
+            mass=mass,
             within=self.clock.before(share),
         )
 

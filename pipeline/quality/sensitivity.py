@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pipeline.bench.flops import Passes
+from pipeline.bench.flops import LayerWork, Passes
 from pipeline.bench.variant import Variant
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
@@ -35,6 +35,7 @@ from pipeline.quality.workbench import Workbench
 from pipeline.records import Spans
 
 ACTIONS = ("skip", "fp8", "drop", "park", "sparse")
+SPARSE_MASSES = (0.9, 0.0, 0.95, 0.8, 0.6)  # with which `sparse` is worth probing, the most telling first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +103,14 @@ class Sensitivity:
 
     layer: int
     action: str
+    mass: float
     cases: int
     nll_rise: float  # nats a token
     nll_error: float  # its standard error; 0 of a single case
     divergence: float  # KL from dense, nats a token
     drop: float  # of the share of right tokens, in points
     saved: float  # share of a dense prefill's operations
+    attended: float  # of the layer's query-key pairs
     passes: tuple[Passes, ...]  # of each case, for a cost model
 
 
@@ -136,25 +139,33 @@ def measure_sensitivity(
             runs = [
                 bench.run(variant, case, dense=base.forced) for case, base in zip(cases, dense, strict=True)
             ]
-            found.append(_row(layer, action, runs, dense))
+            found.append(_row(layer, action, mass, runs, dense))
     return sorted(found, key=lambda row: (row.layer, actions.index(row.action)))
 
 
-def _row(layer: int, action: str, runs: Sequence[Evaluated], dense: Sequence[Evaluated]) -> Sensitivity:
+def _row(
+    layer: int, action: str, mass: float, runs: Sequence[Evaluated], dense: Sequence[Evaluated]
+) -> Sensitivity:
     scores = [run.score for run in runs]
     pairs = [(score, base.score) for score, base in zip(scores, dense, strict=True)]
     rises = [(score.nll - base.nll) / score.tokens for score, base in pairs]
     return Sensitivity(
         layer=layer,
         action=action,
+        mass=mass,
         cases=len(pairs),
         nll_rise=statistics.fmean(rises),
         nll_error=statistics.stdev(rises) / sqrt(len(rises)) if len(rises) > 1 else 0.0,
         divergence=statistics.fmean(score.divergence or 0.0 for score in scores),
         drop=100 * statistics.fmean((base.correct - score.correct) / score.tokens for score, base in pairs),
         saved=1 - statistics.fmean(score.flops_ratio for score in scores),
+        attended=statistics.fmean(_attended(run.passes[0][layer]) for run in runs),
         passes=tuple(run.passes for run in runs),
     )
+
+
+def _attended(work: LayerWork) -> float:
+    return 1.0 if work.pairs is None else work.pairs / (work.tokens * (work.tokens + 1) / 2)
 
 
 def spread(values: Sequence[int]) -> Iterator[int]:

@@ -36,6 +36,10 @@ class Clock:
     def left(self) -> float:
         return self.seconds - self.passed
 
+    def rest(self) -> Clock:
+        """The seconds that are left, beginning now."""
+        return Clock(max(0.0, self.left), self._now)
+
     def before(self, share: float) -> Callable[[], bool]:
         """A question to ask again and again: whether less than this share of the time has passed."""
         return lambda: self.passed < share * self.seconds
