@@ -83,7 +83,11 @@ def calibrate(
     task_column: options.TaskColumn = None,
     limit: Annotated[
         int,
-        typer.Option(metavar="N", help="First N rows of DATA and of each suite.", rich_help_panel=READING),
+        typer.Option(
+            metavar="N",
+            help="First N rows of DATA, and of each suite, tasks in turn.",
+            rich_help_panel=READING,
+        ),
     ] = 500,
     document_shard: options.DocumentShard = None,
     seed: Annotated[

@@ -39,7 +39,7 @@ def check(
         int | None,
         typer.Option(
             metavar="N",
-            help="First N rows of DATA and of each suite.",
+            help="First N rows of DATA, and of each suite, tasks in turn.",
             show_default="all rows",
             rich_help_panel=READING,
         ),

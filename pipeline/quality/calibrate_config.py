@@ -33,7 +33,7 @@ class CalibrateConfig:
     needle_kinds: tuple[str, ...] = KINDS
     needle_lengths: tuple[int, ...] | None = None
     needle_count: int = 20
-    limit: int = 500  # first rows of the input, and of each suite
+    limit: int = 500  # first rows of the input, and of each suite, tasks in turn
     document_shard: str | None = None  # I/N: of N parts of the documents, by their hash, the I-th
     tasks: tuple[str, ...] = ()  # of the suites and of the input; none: all
     seed: int = 0

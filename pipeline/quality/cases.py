@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pipeline.errors import InputError
 from pipeline.model.decode import StopRules
@@ -15,9 +14,8 @@ from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case
 from pipeline.quality.generate import generate
+from pipeline.quality.samples import in_turn
 from pipeline.tokenizing import stop_token_ids
-
-T = TypeVar("T")
 
 SEARCH_SHARE = 0.4  # of the documents
 
@@ -58,8 +56,8 @@ def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
         task = row.sample.task
         groups[task.startswith(NEEDLES)].setdefault(task, []).append(row)
     for_needles = count // 2 if groups[True] else 0
-    taken = {id(row) for row in _in_turn(groups[False], max(1, count - for_needles))}
-    taken |= {id(row) for row in _in_turn(groups[True], max(len(groups[True]), for_needles))}
+    taken = {id(row) for row in in_turn(groups[False], max(1, count - for_needles))}
+    taken |= {id(row) for row in in_turn(groups[True], max(len(groups[True]), for_needles))}
     return [row for row in rows if id(row) in taken]
 
 
@@ -77,13 +75,7 @@ def longest_in_turn(cases: Sequence[Case], least: float, count: int) -> list[int
     for place in sorted(range(len(cases)), key=lambda place: -cases[place].document.prompt_tokens):
         if cases[place].document.prompt_tokens >= least:
             tasks.setdefault(cases[place].task, []).append(place)
-    return _in_turn(tasks, count)
-
-
-def _in_turn(tasks: dict[str, list[T]], count: int) -> list[T]:
-    longest = max(map(len, tasks.values()), default=0)
-    ordered = [rows[turn] for turn in range(longest) for rows in tasks.values() if turn < len(rows)]
-    return ordered[:count]
+    return in_turn(tasks, count)
 
 
 def make_cases(

@@ -47,7 +47,7 @@ class CheckConfig:
     needle_kinds: tuple[str, ...] = KINDS
     needle_lengths: tuple[int, ...] | None = None  # None: those of NEEDLE_LENGTHS that the model can take
     needle_count: int = 20
-    limit: int | None = None  # first rows of the input, and of each suite
+    limit: int | None = None  # first rows of the input, and of each suite, tasks in turn
     limit_per_task: int | None = None
     document_shard: str | None = None  # I/N: of N parts of the documents, by their hash, the I-th
     tasks: tuple[str, ...] = ()  # of the suites and of the input; none: all

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pipeline.io import Columns, Source, open_source
 from pipeline.quality.check_config import NEEDLE_LENGTHS, CheckConfig
 from pipeline.quality.haystack import token_counter
 from pipeline.quality.needles import make_needles
-from pipeline.quality.samples import Sample, document_key, take
+from pipeline.quality.samples import Sample, document_key, first_in_turn, take
 from pipeline.quality.suites import load_suite
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
 
@@ -66,17 +66,15 @@ def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
         for record in islice(documents, config.limit):
             found = _sample(config, record)
             failed.append(found) if isinstance(found, str) else samples.append(found)
-    for suite in config.suite_names:
-        if suite.folder is not None:
-            samples += load_suite(suite)[: config.limit]
-    _check_tasks(config, samples)
-    samples = [sample for sample in samples if config.takes_document(sample.document_key)]
+    sources = [samples, *(load_suite(suite) for suite in config.suite_names if suite.folder is not None)]
+    _check_tasks(config, list(chain.from_iterable(sources)))
+    sources = [[each for each in own if config.takes_document(each.document_key)] for own in sources]
     needles: list[Sample] = []
     if config.has_needles:
-        needles = _needles(config, _haystacks(config, documents, samples), prompts)
-    asked = [sample for sample in samples if not config.tasks or sample.task in config.tasks]
-    samples = [*asked, *needles]
-    samples = take(samples, config.limit_per_task, config.seed)
+        haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
+        needles = _needles(config, haystacks, prompts)
+    asked = [first_in_turn(_asked(config, own), config.limit) for own in sources]
+    samples = take([*chain.from_iterable(asked), *needles], config.limit_per_task, config.seed)
     _refuse_twins(samples)
     rows: list[CheckRow] = []
     for number, sample in enumerate(samples):
@@ -165,6 +163,10 @@ def _check_tasks(config: CheckConfig, samples: Sequence[Sample]) -> None:
         raise ConfigError(
             f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; there are {', '.join(known) or 'none'}"
         )
+
+
+def _asked(config: CheckConfig, samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not config.tasks or sample.task in config.tasks]
 
 
 def _haystacks(config: CheckConfig, documents: Source | None, samples: Sequence[Sample]) -> list[str]:

@@ -8,9 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import ConfigError, InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,20 @@ def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -
         turns = [(turn, hashes[index], index) for own in documents.values() for turn, index in enumerate(own)]
         chosen += [index for _, _, index in sorted(turns)[:limit_per_task]]
     return [samples[index] for index in sorted(chosen)]
+
+
+def first_in_turn(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """At most `limit` samples, in their order: the first of each task, as evenly as there are any."""
+    tasks: defaultdict[str, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        tasks[sample.task].append(index)
+    return [samples[index] for index in sorted(in_turn(tasks, limit))]
+
+
+def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:
+    """The first of each group, then the second of each that has one, and so on up to so many."""
+    longest = max(map(len, groups.values()), default=0)
+    return [own[turn] for turn in range(longest) for own in groups.values() if turn < len(own)][:count]
 
 
 def jsonl_files(folder: str | Path) -> list[Path]:

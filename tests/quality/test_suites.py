@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import ConfigError, InputError
 from pipeline.quality.longbench import DATASETS
 from pipeline.quality.metrics import METRICS, score
+from pipeline.quality.samples import first_in_turn
 from pipeline.quality.suites import (
     Sample,
     SuiteName,
@@ -213,6 +214,16 @@ def test_take_spreads_over_documents_and_nests() -> None:
     assert take(samples, None) == take(samples, 500) == samples
     with pytest.raises(ConfigError, match="0 samples a task"):
         take(samples, 0)
+
+
+def test_a_limit_takes_tasks_in_turn() -> None:
+    samples = [
+        sample(task, f"document {n}", n)
+        for task, count in (("a", 5), ("b", 1), ("c", 3))
+        for n in range(count)
+    ]
+    assert [s.id for s in first_in_turn(samples, 5)] == ["a/0", "a/1", "b/0", "c/0", "c/1"]
+    assert first_in_turn(samples, 100) == first_in_turn(samples, None) == samples
 
 
 def test_parse_suite(tmp_path: Path) -> None:
