@@ -79,9 +79,9 @@ def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads
     assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("tokens", "left_out"), [(1, 0), (700, 0), (700, 2), (200, 2)])
+@pytest.mark.parametrize(("tokens", "left_out"), [(1, 0), (300, 0), (400, 2), (200, 2)])
 def test_blocks_that_are_not_listed(kernels, tokens, left_out):
-    q, k, v = qkv(tokens)
+    q, k, v = qkv(tokens, heads=1)
     got = block_sparse_attention(q, k, v, choose_blocks(q, k, 0.0), left_out=left_out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse, "_kernels", lambda x: None)
