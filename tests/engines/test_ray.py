@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import subprocess
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from marsinfer_cli.app import run
 from pipeline.batch import open_input
 from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError, ModelError
@@ -59,6 +60,15 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def expected(source, sharp_model_folder, tmp_path_factory):
+    """The rows of the local engine, where nothing dies."""
+    out = tmp_path_factory.mktemp("local") / "out.parquet"
+    model = ("--model", str(sharp_model_folder), "--method", LETHAL)
+    assert run(["batch", str(source), str(out), *FLAGS, *model]) == 0
+    return rows_of(out)
+
+
+@pytest.fixture(scope="module")
 def cluster():
     """Two machines of one CPU each as Ray sees it, the first with a GPU; the second's environment says so."""
     from ray.cluster_utils import Cluster
@@ -90,10 +100,13 @@ def batch(call, source, sharp_model_folder, tmp_path, monkeypatch, orders, capfd
         if "--profile" not in flags:
             flags = ("--method", LETHAL, "--set", f"orders={orders}", *flags)
         code = call(source, out, *FLAGS, *flags)
-        rows = [lasting(row) for row in pq.read_table(out).to_pylist()] if out.exists() else []
-        return code, rows, capfd.readouterr()
+        return code, rows_of(out) if out.exists() else [], capfd.readouterr()
 
     return batch
+
+
+def rows_of(path):
+    return [lasting(row) for row in pq.read_table(path).to_pylist()]
 
 
 def lasting(row):
@@ -164,8 +177,7 @@ def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp
     assert all(line.startswith("marsinfer: ") for line in said.err.splitlines()), said.err
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(batch, cluster, orders):
-    _, expected, _ = batch("local")
+def test_a_killed_worker_loses_and_doubles_nothing(batch, cluster, orders, expected):
     orders.write_text(json.dumps({"pack": 5}))
     code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address)
     assert not orders.exists()
@@ -175,8 +187,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(batch, cluster, orders):
     assert "worker_died" not in statuses(rows).values()
 
 
-def test_a_row_that_kills_its_worker_twice_is_an_error_row(batch, cluster, orders):
-    _, expected, _ = batch("local")
+def test_a_row_that_kills_its_worker_twice_is_an_error_row(batch, cluster, orders, expected):
     lengths = [row["prompt_tokens"] for row in expected if row["status"] == "ok" and not row["group_rows"]]
     deadly = next(n for n in sorted(lengths) if n > 200 and lengths.count(n) == 1)
     orders.write_text(json.dumps({"tokens": deadly}))
@@ -196,8 +207,7 @@ def test_a_row_that_kills_its_worker_twice_is_an_error_row(batch, cluster, order
     assert rows == expected
 
 
-def test_a_stopped_run_goes_on_with_another_engine(batch, cluster):
-    _, expected, _ = batch("local")
+def test_a_stopped_run_goes_on_with_another_engine(batch, cluster, expected):
     code, rows, said = batch("out", *RAY, "--ray-address", cluster.address, "--max-errors", "3")
     assert code == 4
     assert rows == []
@@ -214,20 +224,17 @@ def test_what_a_gpus_worker_refuses_is_said(call, source, tmp_path, cluster, cap
     assert said == "marsinfer: error: device 'cuda' is not there: torch sees 0 GPUs\n"
 
 
-def test_the_engines_are_measured(cluster, monkeypatch):
+def test_the_engines_are_measured(cluster, monkeypatch, capsys):
     """With random weights, which each worker draws for itself."""
     checkout = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    script = str(checkout / "examples" / "engine_speed.py")
     flags = ["--model", "random:tiny", "--documents", "12", "--lengths", "100-300", "--workers", "2"]
     flags += ["--methods", "sliminfer:budget=0.4/0.2/0.1", "--max-new-tokens", "2", "--no-local"]
     flags += ["--ray-address", cluster.address, "--gpus-per-worker", "0"]
-    told = subprocess.run(
-        [sys.executable, checkout / "examples" / "engine_speed.py", *flags],
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=True,
-        timeout=60,
-    ).stdout
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    runpy.run_path(script, run_name="__main__")
+    told = capsys.readouterr().out
     conditions, _, head, _, row = told.splitlines()
     assert conditions.startswith("model random:tiny, device CPU, dtype float32, attention sdpa, ")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
@@ -239,9 +246,8 @@ def test_the_engines_are_measured(cluster, monkeypatch):
     assert 0 < float(run["load s"]) < float(run["run s"])
 
 
-def test_a_machine_that_is_gone_costs_no_row(batch, cluster, orders):
+def test_a_machine_that_is_gone_costs_no_row(batch, cluster, orders, expected):
     """Last in this file: the second machine does not come back."""
-    _, expected, _ = batch("local")
     orders.write_text(json.dumps({"pack": 5, "node": "second"}))
     code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address)
     assert not orders.exists()
