@@ -243,11 +243,12 @@ def test_a_run_that_is_clearly_broken_stops_and_can_go_on(batch, tmp_path, capfd
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_path, number, code):
+def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_path, capfd, number, code):
     source = write_rows(tmp_path / "in.jsonl", [f"fish {n} " * 30 for n in range(200)])
-    words = [sys.executable, "-m", "marsinfer_cli", "batch", "--model", str(model_folder), *FLAGS, "--resume"]
+    files = [str(source), str(tmp_path / "out.parquet")]
+    words = ["batch", "--model", str(model_folder), *FLAGS, "--resume", *files]
     process = subprocess.Popen(
-        [*words, str(source), str(tmp_path / "out.parquet")],
+        [sys.executable, "-m", "marsinfer_cli", *words],
         stderr=subprocess.PIPE,
         encoding="utf-8",
         env=ONE_THREAD,
@@ -262,23 +263,21 @@ def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_
     assert process.returncode == code
     assert "--resume" in printed.splitlines()[-1]
     assert not (tmp_path / "out.parquet").exists()
-    done = subprocess.run(
-        [*words, str(source), str(tmp_path / "out.parquet"), "--json"], capture_output=True, env=ONE_THREAD
-    )
-    assert done.returncode == 0
-    assert 0 < json.loads(done.stdout)["documents"] < 200
+    assert run([*words, "--json"]) == 0
+    assert 0 < json.loads(capfd.readouterr().out)["documents"] < 200
     assert list(answers(tmp_path)) == [f"doc-{n}" for n in range(200)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, tmp_path, number, code):
+def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, model_folder, tmp_path, number, code):
     # run in a process of its own, in which loading never ends
     program = (
         "import sys, time, marsinfer_cli.app as app; from pipeline.model.loading import UnloadedModel; "
         "UnloadedModel.load = lambda self: (print('loading', flush=True), time.sleep(60)); "
         "sys.exit(app.run(sys.argv[1:]))"
     )
-    words = ["batch", *FLAGS, "--quiet", str(fish), str(tmp_path / "out.parquet")]
+    flags = ["--model", str(model_folder), *FLAGS, "--quiet"]
+    words = ["batch", *flags, str(fish), str(tmp_path / "out.parquet")]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words],
         stdout=subprocess.PIPE,
