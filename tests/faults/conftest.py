@@ -7,10 +7,15 @@ import pytest
 from faults.job import Job
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed")
+
+
 @pytest.fixture
-def make_job(model_folder, tmp_path):
+def make_job(model_folder, tmp_path, undisturbed):
     def make(*flags, rows=24):
-        return Job(model_folder, tmp_path, rows=rows, flags=flags)
+        return Job(model_folder, tmp_path, undisturbed, rows=rows, flags=flags)
 
     return make
 

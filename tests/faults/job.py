@@ -19,8 +19,9 @@ TOGETHER = ("--pack-tokens", "2k")
 class Job:
     """Rows in `in.jsonl`, answers to `out.parquet`; what a run prints on stderr is in `told`."""
 
-    def __init__(self, model, folder, *, rows, flags):
+    def __init__(self, model, folder, undisturbed, *, rows, flags):
         self.model, self.flags, self.rows = model, flags, rows
+        self.whole = undisturbed / f"{rows}{''.join(flags)}.parquet"
         self.source, self.output = folder / "in.jsonl", folder / "out.parquet"
         self.told = []
         words = random.Random(0)
@@ -59,10 +60,10 @@ class Job:
         return read(self.output)
 
     def undisturbed(self):
-        """The rows of a run of its own, left alone."""
-        path = self.source.with_name("undisturbed.parquet")
-        assert self.run(output=path) == 0, self.told
-        return read(path)
+        """The rows of a run of its own, left alone, which is the same one for all jobs that are alike."""
+        if not self.whole.exists():
+            assert self.run(output=self.whole) == 0, self.told
+        return read(self.whole)
 
     @property
     def journal(self):

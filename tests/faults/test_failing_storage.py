@@ -116,7 +116,7 @@ def run_on_ever_larger_disks(job, disk, options):
 @pytest.mark.parametrize(("flags", "step"), [(ALONE, 12), (TOGETHER, 4)], ids=["alone", "together"])
 def test_a_full_disk(make_job, disk, flags, step):
     sizes = ([f"size={size}k"] for size in range(8, 1000, step))
-    told = run_on_ever_larger_disks(make_job(*flags), disk, sizes)
+    told = run_on_ever_larger_disks(make_job(*flags, rows=12), disk, sizes)
     for what in (".out.parquet.journal cannot be used: ", "out.parquet cannot be written: "):
         assert any(what in line for line in told), what
 
@@ -146,12 +146,11 @@ def test_a_folder_that_is_removed_in_a_run(make_job, accident, tmp_path, what, p
 def test_an_old_output_stays_when_the_disk_is_full(make_job, disk):
     job = make_job(*ALONE)
     expected = job.undisturbed()
-    whole = job.source.with_name("undisturbed.parquet")
-    job.output = disk.make(f"size={whole.stat().st_size // KIB + 60}k") / "out.parquet"
-    shutil.copy(whole, job.output)
+    job.output = disk.make(f"size={job.whole.stat().st_size // KIB + 60}k") / "out.parquet"
+    shutil.copy(job.whole, job.output)
     assert job.run("--overwrite") == 8
     check_refusal(job.told)
-    assert job.output.read_bytes() == whole.read_bytes()
+    assert job.output.read_bytes() == job.whole.read_bytes()
     disk.grow()
     check_rows(job.resume(), expected)
     assert [row["ttft_ms"] for row in read(job.output)] != [row["ttft_ms"] for row in expected]
