@@ -52,7 +52,7 @@ class Mars(PruningMethod):
     source: ClassVar[str] = "this project; arXiv 2503.16428, arXiv 2410.03960"
 
     sparse_attention: float | tuple[float, ...] | None = setting(
-        0.9, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
+        0.95, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
     )
     local_from: int | None = setting(
         None,

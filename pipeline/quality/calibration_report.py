@@ -134,8 +134,13 @@ def raise_unless_held(result: Calibration) -> None:
     if tried:
         nearest = min(tried, key=lambda each: each.excess)
         gate = nearest.worst_gate
-        more = ""
-        if gate.judgement.rows_needed is not None:
+        more, unit = "", result.config.bounds().main.unit
+        if nearest.diverges:
+            more = (
+                f"; so few rows show little, and by its divergence from dense it should lose "
+                f"{nearest.expected_drop:.2f}{unit}"
+            )
+        elif gate.judgement.rows_needed is not None:
             more = (
                 f"; about {gate.judgement.rows_needed:,} rows would tell, or --accept-inconclusive takes it"
             )

@@ -43,6 +43,7 @@ class Candidate:
     family: str
     axes: tuple[float, ...]
     drop: float | None = None  # predicted, in the unit of the main bound, where probes say something
+    precision_drop: float = 0.0  # what dense is expected to lose in its precision, likewise
 
     def harsher(self, other: Candidate) -> bool:
         """Whether no axis is milder than `other`'s, in the same family; True of itself."""
@@ -151,7 +152,14 @@ def make_candidates(found: Found, precisions: Sequence[Precision]) -> list[Candi
         except ConfigError:
             continue  # the model is too shallow for this one
         variant = Variant(method, chosen, linears, attention)
-        made.setdefault(variant, Candidate(variant=variant, family=family + suffix, axes=axes, drop=drop))
+        candidate = Candidate(
+            variant=variant,
+            family=family + suffix,
+            axes=axes,
+            drop=drop,
+            precision_drop=max(0.0, precision.drop),
+        )
+        made.setdefault(variant, candidate)
     return list(made.values())
 
 

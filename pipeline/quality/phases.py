@@ -245,11 +245,14 @@ class Phases:
         count = self._fitting(DONE - SEARCHED, seconds_each, FEWEST_HELD_OUT, MOST_HELD_OUT)
         cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
         self.tell(f"verifying on {len(cases):,} rows held out")
+        dense = self._dense(cases, top=TOP)
         verifier = Verifier(
             bench=self.bench,
             cases=cases,
-            dense=[run.score for run in self._dense(cases)],
+            dense=[run.score for run in dense],
+            forced=[run.forced for run in dense],
             bounds=self.bounds,
+            price=search.price,
             accept_inconclusive=self.config.accept_inconclusive,
             seed=self.config.seed,
         )

@@ -199,7 +199,8 @@ class Search:
     def _chance(self, candidate: Candidate, losses: Sequence[tuple[Trial, float]]) -> float:
         """That its drop is within the budget, from 0 to 1: a guess that falls as the expected drop grows."""
         budget = max(self.bounds.main.value, LEAST_BUDGET)
-        expected = candidate.drop if candidate.drop is not None else budget / 2
+        own = candidate.drop if candidate.drop is not None else budget / 2
+        expected = own + candidate.precision_drop
         milder = [loss for trial, loss in losses if candidate.harsher(trial.candidate)]
         harsher = [loss for trial, loss in losses if trial.candidate.harsher(candidate) and trial.complete]
         expected = min(max([expected, *milder]), min(harsher, default=inf))

@@ -81,9 +81,9 @@ def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
 
 
 def test_late_layers_attend_to_what_is_near():
-    assert Mars().attention_masses(6) == (0.9, 0.9, 0.9, 0.9, 0.0, 0.0)
-    assert Mars(local_from=1).attention_masses(3) == (0.9, 0.0, 0.0)
-    assert Mars(local_from=3).attention_masses(3) == (0.9, 0.9, 0.9)
+    assert Mars().attention_masses(6) == (0.95, 0.95, 0.95, 0.95, 0.0, 0.0)
+    assert Mars(local_from=1).attention_masses(3) == (0.95, 0.0, 0.0)
+    assert Mars(local_from=3).attention_masses(3) == (0.95, 0.95, 0.95)
     assert Mars(sparse_attention=(1.0, 0.8, 0.5)).attention_masses(3) == (None, 0.8, 0.5)
     assert Mars(sparse_attention=(1.0, 0.8, 0.5), local_from=2).attention_masses(3) == (None, 0.8, 0.0)
     assert Mars(sparse_attention=None).attention_masses(3) == (None, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.quality.candidates import (
 from pipeline.quality.cost import FEATURES, CostModel, Observation, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import Search, pareto
+from pipeline.quality.verification import Verifier
 from pipeline.quality.workbench import DENSE, Clock
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
@@ -252,6 +253,80 @@ def test_an_inconclusive_drop_within_the_bound_is_taken_if_asked_for():
     assert verified[0].drop.drop == pytest.approx(0.45)
     assert not holds(verified)
     assert holds(verified, accept_inconclusive=True)
+
+
+class Lucky(Bench):
+    """What is lost is lost in every seventh case alone; dense is the share 1."""
+
+    def run(self, variant, case, *, first=False, dense=None):
+        share = getattr(variant.method, "share", 1.0)
+        ttft_ms = MS_OF_A_TOKEN * share * case.document.prompt_tokens * SHAPE.layers
+        lost = self.losses.get(share, 0) * (int(case.id) % 7 == 3)
+        made = score(case, lost, ttft_ms, divergence=self.divergences.get(share))
+        return SimpleNamespace(score=made, passes=[])
+
+
+@pytest.mark.parametrize(
+    ("divergence", "accept", "words"),
+    [(0.01, True, "holds"), (0.05, True, "diverges"), (0.01, False, "too few rows")],
+)
+def test_an_inconclusive_drop_is_not_taken_where_the_divergence_speaks_against_it(divergence, accept, words):
+    bench = Lucky(losses={0.5: 5}, divergences={0.5: divergence})
+    cases = [case(number) for number in range(21)]
+    dense = [bench.run(DENSE, each).score for each in cases]
+    verifier = Verifier(
+        bench=bench,
+        cases=cases,
+        dense=dense,
+        forced=[None] * 21,
+        bounds=BOUNDS,
+        price=50.0,
+        accept_inconclusive=accept,
+    )
+    trial = searching(bench).try_out(*kin(0.5))
+    (verification,) = verifier.run([trial], lambda: 100.0)
+    (gate,) = verification.gates
+    assert gate.judgement.verdict == "inconclusive"
+    assert gate.drop.drop == pytest.approx(5 / 7)
+    assert verification.expected_drop == pytest.approx(50 * divergence)
+    assert (verification.words, verification.holds) == (words, words == "holds")
+
+
+def test_a_conclusive_drop_is_taken_whatever_the_divergence():
+    bench = Lucky(losses={}, divergences={0.5: 9.0})
+    cases = [case(number) for number in range(21)]
+    dense = [bench.run(DENSE, each).score for each in cases]
+    settings = {"bench": bench, "cases": cases, "dense": dense, "forced": [None] * 21, "bounds": BOUNDS}
+    trial = searching(bench).try_out(*kin(0.5))
+    for accept in (True, False):
+        verifier = Verifier(**settings, price=50.0, accept_inconclusive=accept)
+        (verification,) = verifier.run([trial], lambda: 100.0)
+        assert verification.holds
+
+
+def test_a_precision_that_costs_something_leaves_less_for_what_is_searched_with_it():
+    search = searching(Bench(losses={}))
+    (free,) = kin(0.5)
+    paid = replace(free, precision_drop=0.9)
+    assert search._chance(paid, []) < search._chance(free, [])
+    (made,) = (
+        each
+        for each in make_candidates(
+            Found(
+                shape=SHAPE,
+                longest=1000,
+                rows=[],
+                mass=0.9,
+                drop_per_nat=1.0,
+                budget=1.0,
+                saved_ms=lambda row: 0.0,
+                fp8=False,
+            ),
+            [Precision(linears="fp8", drop=0.4)],
+        )
+        if each.family.startswith("gemfilter")
+    )
+    assert made.precision_drop == 0.4
 
 
 class Deep:
