@@ -1,7 +1,8 @@
 """What a prefill's time to first token is made of, learned from the prefills that a device has run.
 
-The time is a sum of operations of each kind at a rate of its own, and of what a layer costs however short the
-prompt is.
+The host launches kernels while the device computes, so the time is that of the slower of the two: so much a
+layer, however short the prompt is, or a sum of operations of each kind at a rate of its own. A sum of both
+would be wrong about long prompts, and put what is missing on whatever only they do.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ FEATURES = (
     "layers",
     "layers that select",
 )
+LAUNCHED = slice(FEATURES.index("layers"), None)  # of the features, what the host takes time for
+COMPUTED = slice(0, LAUNCHED.start)
+NEAR = 1.3  # times the least time a layer: runs that the host may well have held up
+ROUNDS = 10  # of telling those runs from the others, more than it ever takes
 OUTLIER = 5.0  # times the median error: runs that compiled a kernel, or were disturbed
 
 
@@ -51,7 +56,7 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Milliseconds as a sum over `FEATURES`."""
+    """Milliseconds as the larger of two sums over `FEATURES`: what is launched, and what is computed."""
 
     shape: ModelShape
     coefficients: np.ndarray  # (F,) milliseconds for each unit of a feature, none negative
@@ -67,12 +72,12 @@ class CostModel:
             [features(shape, o.passes, o.linears_in_fp8, o.attention_in_fp8) for o in observations]
         )
         measured_N = np.array([o.ttft_ms for o in observations])
-        coefficients = _non_negative(features_NF, measured_N)
-        errors_N = np.abs(features_NF @ coefficients / measured_N - 1)
+        coefficients = _fit(features_NF, measured_N)
+        errors_N = np.abs(_slower(features_NF, coefficients) / measured_N - 1)
         usual_N = errors_N <= max(OUTLIER * float(np.median(errors_N)), 1e-9)
         if not usual_N.all():
-            coefficients = _non_negative(features_NF[usual_N], measured_N[usual_N])
-            errors_N = np.abs(features_NF @ coefficients / measured_N - 1)
+            coefficients = _fit(features_NF[usual_N], measured_N[usual_N])
+            errors_N = np.abs(_slower(features_NF, coefficients) / measured_N - 1)
         return cls(
             shape=shape,
             coefficients=coefficients,
@@ -82,7 +87,8 @@ class CostModel:
 
     def predict(self, passes: Passes, linears_in_fp8: bool = False, attention_in_fp8: bool = False) -> float:
         """Milliseconds to the first token of one document that is prefilled alone."""
-        return float(features(self.shape, passes, linears_in_fp8, attention_in_fp8) @ self.coefficients)
+        own_F = features(self.shape, passes, linears_in_fp8, attention_in_fp8)
+        return float(_slower(own_F, self.coefficients))
 
 
 def dense_passes(shape: ModelShape, tokens: int) -> Passes:
@@ -125,10 +131,33 @@ def _selects(work: LayerWork) -> bool:
     return work.scored_pairs > 0 or work.ffn_tokens < work.tokens
 
 
+def _slower(features_NF: np.ndarray, coefficients_F: np.ndarray) -> np.ndarray:
+    """(N,) milliseconds, of launching or of computing."""
+    launching, computing = (features_NF[..., part] @ coefficients_F[part] for part in (LAUNCHED, COMPUTED))
+    return np.maximum(launching, computing)
+
+
+def _fit(features_NF: np.ndarray, measured_N: np.ndarray) -> np.ndarray:
+    """(F,) by turns: which runs the host held up, and what the two kinds of runs are made of."""
+    of_a_layer_N = measured_N / features_NF[:, FEATURES.index("layers")]
+    held_N = of_a_layer_N <= NEAR * np.quantile(of_a_layer_N, 0.02)
+    coefficients_F = np.zeros(len(FEATURES))
+    for _ in range(ROUNDS):
+        for runs_N, part in ((held_N, LAUNCHED), (~held_N, COMPUTED)):
+            coefficients_F[part] = _non_negative(features_NF[runs_N, part], measured_N[runs_N])
+        before_N = held_N
+        held_N = features_NF[:, LAUNCHED] @ coefficients_F[LAUNCHED] > (
+            features_NF[:, COMPUTED] @ coefficients_F[COMPUTED]
+        )
+        if (held_N == before_N).all():
+            break
+    return coefficients_F
+
+
 def _non_negative(features_NF: np.ndarray, measured_N: np.ndarray) -> np.ndarray:
     """(F,) by least squares of relative errors; columns that come out negative are dropped, one at a time."""
     relative_NF = features_NF / measured_N[:, None]
-    scale_F = np.abs(relative_NF).max(0)
+    scale_F = np.abs(relative_NF).max(0, initial=0.0)
     used = [int(column) for column in scale_F.nonzero()[0]]
     coefficients_F = np.zeros(features_NF.shape[1])
     while used:
