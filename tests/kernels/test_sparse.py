@@ -148,6 +148,12 @@ def test_more_mass_attends_to_more(plain):
     assert len(sets[3]) == 2 * 16 * 17 // 2
 
 
+@pytest.mark.parametrize("tokens", [1, 128, 300, 1000])
+def test_the_pairs_of_local_attention_are_known_beforehand(plain, tokens):
+    q, k, _ = qkv(tokens)
+    assert sparse.computed_pairs(choose_blocks(q, k, 0.0), tokens) == sparse.local_pairs(tokens)
+
+
 def test_a_block_that_matters_is_found(plain):
     q, k, _ = qkv(2000)
     q, k = q.clone(), k.clone()
