@@ -31,6 +31,7 @@ from pipeline.quality.workbench import Workbench, slowdown
 
 HOPELESS = 5.0  # times the budget: after a third of the cases a candidate is given up
 SLOWER = 1.5  # times dense's time: a prediction by which a candidate is surely slower
+TYPICAL = 0.75  # of dense's time: cases of the typical one's length and less take so much of it
 LEAST_BUDGET = 0.5  # in points or percent: what a prediction of the drop may be wrong by
 
 
@@ -141,13 +142,16 @@ class Search:
 
     @cached_property
     def typical(self) -> Case:
-        """Of its length and less are the cases that take dense half of its time.
+        """One of the longer ones, by the time that dense takes in all.
 
-        By their number most may be short, and show nothing of what long prompts gain.
+        By their number most may be short, and show nothing of what long prompts gain; so may those that take
+        the first half of the time, on a model so small that only the longest gain anything.
         """
         ran = sorted(zip(self.cases, self.dense, strict=True), key=lambda pair: pair[1].prompt_tokens)
         passed = list(accumulate(score.ttft_ms for _, score in ran))
-        return next(case for (case, _), sum_ms in zip(ran, passed, strict=True) if sum_ms >= passed[-1] / 2)
+        return next(
+            case for (case, _), sum_ms in zip(ran, passed, strict=True) if sum_ms >= TYPICAL * passed[-1]
+        )
 
     def _leave_out(self, candidate: Candidate, error: BaseException) -> bool:
         """Whether to go on without a candidate, which failed of itself; a wish to stop is another matter."""
