@@ -13,7 +13,9 @@ from pipeline.quality.calibrate import run_calibrate
 from pipeline.quality.calibrate_config import CalibrateConfig
 from pipeline.quality.calibration_report import raise_unless_held
 from pipeline.quality.samples import document_key
+from pipeline.quality.workbench import Clock
 
+STEP_S = 0.01  # about what a prefill of the tiny model takes
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]
 
 
@@ -97,6 +99,18 @@ def config_of(data, tmp_path, model, **more):
     return CalibrateConfig(**settings)
 
 
+def calibrated(config):
+    """By a clock that counts prefills and steps of answers: a busy machine does fewer of them in a second."""
+    done = 0
+
+    def check():
+        nonlocal done
+        done += 1
+
+    clock = Clock(config.minutes * 60, lambda: done * STEP_S)
+    return run_calibrate(config, clock=clock, check=check)
+
+
 def test_without_a_drop_what_holds_is_exact_or_nothing_is_written(data, tmp_path, sharp_model_folder):
     result = run_calibrate(config_of(data, tmp_path, sharp_model_folder, max_drop="0pt"))
     if result.profile is None:
@@ -117,7 +131,7 @@ def test_documents_held_out_are_never_searched_on(data, tmp_path, sharp_model_fo
     config = config_of(
         data, tmp_path, sharp_model_folder, max_drop="100pt", reference_column="right", minutes=0.3
     )
-    result = run_calibrate(config)
+    result = calibrated(config)
     searched = {score.document_key for trial in result.trials for score in trial.scores}
     held_out = {score.document_key for each in result.verifications for score in each.scores}
     assert searched
@@ -142,7 +156,7 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
         needle_lengths=(700,),
         needle_count=4,
     )
-    result = run_calibrate(config)
+    result = calibrated(config)
     tasks = {score.task for trial in result.trials if trial.complete for score in trial.scores}
     assert tasks == {"fish", "needles-single"}
     for verification in result.verifications:
