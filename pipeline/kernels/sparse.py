@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -191,6 +191,7 @@ def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
     return (blocks.counts[:, :-1].sum() * BLOCK**2 + _ragged_pairs(tokens) * heads) // heads
 
 
+@lru_cache(maxsize=4096)
 def local_pairs(tokens: int) -> int:
     """The same with a mass of 0, on the host."""
     rows = -(-tokens // BLOCK)
