@@ -90,6 +90,11 @@ class Mars(PruningMethod):
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
         self.last_full_layer(shape.layers)
+        if (self.local_from or 0) > shape.layers:
+            raise ConfigError(
+                f"local_from={self.local_from}, and the model has layers 0 to {shape.layers - 1}; "
+                f"with {shape.layers} none is local"
+            )
         return super().plan(shape, lengths)
 
     def shared_layers(self, shape: ModelShape) -> int:

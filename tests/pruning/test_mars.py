@@ -104,6 +104,7 @@ def test_local_layers_compute_few_pairs_but_all_of_the_prompts_end(sdpa, monkeyp
     ("settings", "message"),
     [
         ({"window": 0}, "window=0 is out of range: it must be at least 1"),
+        ({"local_from": -1}, "local_from=-1 is out of range: it must be at least 0"),
         ({"most": 8}, "most=8 is less than window=64"),
         ({"sparse_attention": 1.5}, "sparse_attention=1.5 is out of range: it must be between 0 and 1"),
     ],
@@ -118,6 +119,7 @@ def test_settings_that_do_not_fit(settings, message):
     ("settings", "message"),
     [
         ({"last_full": 9}, r"^last_full=9, and the model has layers 0 to 3$"),
+        ({"local_from": 5}, r"^local_from=5, and the model has layers 0 to 3; with 4 none is local$"),
         ({"sparse_attention": (0.9, 0.8)}, r"^sparse_attention has 2 values, and the model has 4 layers: "),
     ],
 )
