@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.engines.memory import Packer, activation_bytes
+from pipeline.engines.memory import Packer, running_bytes
 from pipeline.grouping import Group, Grouping, Way
 from pipeline.records import EncodedDocument
 
@@ -95,16 +95,16 @@ class GroupPacker:
         per_token = shape.kv_bytes_per_token(itemsize)
         documents = sum(beginnings)
         kept = documents * (way.layers * per_token + shape.hidden * itemsize)
-        active = activation_bytes(shape, itemsize)
         lengths = [prompt for _, prompt in rows]
         behind = replace(self.packer, method=way.method).planned_bytes(lengths)
-        behind += (self._running_tokens(way, rows) - sum(lengths)) * active
+        running = self._running_tokens(way, rows)
+        behind += running_bytes(shape, itemsize, running) - running_bytes(shape, itemsize, sum(lengths))
         # a method that stores less than it is given, in layers that are shared, has all of it at first
         stored = way.method.plan(shape, lengths).cache_tokens[: way.layers]
         behind += (
             sum(max(0, sum(lengths) + len(lengths) * new_tokens - tokens) for tokens in stored) * per_token
         )
-        return kept + max(documents * active, behind)
+        return kept + max(running_bytes(shape, itemsize, documents), behind)
 
     def running_tokens(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
         """Tokens of a chunk of rows that are in a layer at once, behind the documents."""

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.model.offload import KvLimits
-from pipeline.model.shape import ModelShape
+from pipeline.model.shape import PIECE_TOKENS, ModelShape
 from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
@@ -81,7 +81,7 @@ class Packer:
         """Bytes that a pack of prompts of these lengths needs: planned K/V, activations, logits."""
         logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * self.shape.heads * max(lengths)) * SCORE_BYTES
-        activations = sum(lengths) * activation_bytes(self.shape, self.itemsize)
+        activations = running_bytes(self.shape, self.itemsize, sum(lengths))
         return self.kv_bytes(lengths) + activations + logits + scores
 
     def kv_bytes(self, lengths: Sequence[int]) -> int:
@@ -113,20 +113,41 @@ def host_kv_bytes() -> int:
     return psutil.virtual_memory().available // 2
 
 
-def activation_bytes(shape: ModelShape, itemsize: int) -> int:
-    """Bytes a token needs while a layer runs, at the wider of its attention and its FFN.
+def running_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
+    """Bytes that so many tokens need while a layer runs, beside the keys and values that are stored."""
+    return tokens * activation_bytes(shape, itemsize) + piece_bytes(shape, itemsize, tokens)
 
-    Attention holds the residual, its norm, q, k and v of this layer and the one before, and both outputs.
-    The FFN holds gate, up and their product, the tokens gathered for it and their sum, and still q, k and v,
-    before and after their norms, and what attention made of them.
+
+def activation_bytes(shape: ModelShape, itemsize: int) -> int:
+    """Bytes each token needs while a layer runs, beside what a piece of them needs for a moment.
+
+    The residual stream as it entered the model, as it enters the layer, and of those that go on; queries and
+    what attention makes of them, by document and joined; keys and values, and those picked from them or
+    merged with others to be stored; RoPE, before and after tokens leave.
     """
-    attention = 4 * shape.hidden + (3 * shape.heads + 4 * shape.kv_heads) * shape.head_dim
-    ffn = 4 * shape.hidden + 3 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.ffn
+    heads = 3 * shape.heads + 4 * shape.kv_heads + 4
     one_head_scored = SCORING_QUERIES * shape.heads // shape.kv_heads * SCORE_BYTES
-    return max(attention, ffn) * itemsize + one_head_scored
+    return (3 * shape.hidden + heads * shape.head_dim) * itemsize + one_head_scored
+
+
+def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
+    """Bytes of what linear layers need for a moment, of as many of `tokens` as they run on at once.
+
+    Before attention that are the norm, the projection before its own norms, and the steps of RoPE. The FFN
+    holds the tokens gathered for it, their norm, gate, up and their product and the sum, and beside them, if
+    there is one piece only, still queries and keys before their norms.
+    """
+    qk = (shape.heads + shape.kv_heads) * shape.head_dim
+    before_attention = 3 * shape.hidden + 4 * qk
+    ffn = 4 * shape.hidden + qk + 3 * shape.ffn
+    return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
 
 
 def default_pack_tokens(shape: ModelShape, *, itemsize: int, device: torch.device) -> int:
     """Tokens of a pack when the user names none: what free memory holds, up to what a device needs."""
+    free = free_bytes(device)
     per_token = shape.layers * shape.kv_bytes_per_token(itemsize) + activation_bytes(shape, itemsize)
-    return max(1, min(MOST_PACK_TOKENS[device.type], free_bytes(device) // per_token))
+    tokens = free // (per_token + piece_bytes(shape, itemsize, 1))
+    if tokens >= PIECE_TOKENS:
+        tokens = (free - piece_bytes(shape, itemsize, PIECE_TOKENS)) // per_token
+    return max(1, min(MOST_PACK_TOKENS[device.type], tokens))

@@ -43,12 +43,15 @@ def fp8_linear(
     weight: Fp8Weight,
     bias_N: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    out_TN: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T + bias, (T, N), for any number of tokens: rows need no padding.
 
+    Written to `out_TN`, contiguous and of type `out_dtype`, if there is one.
     On a GPU `out_dtype` must be bfloat16, which is all that torch's row-wise scaling gives in every version.
     Fast accumulation keeps sums of products in the tensor cores' own precision, a little below float32.
     """
+    into: dict[str, Tensor] = {} if out_TN is None else {"out": out_TN}
     return torch._scaled_mm(
         x_fp8_TD,
         weight.quantised.t(),
@@ -57,6 +60,7 @@ def fp8_linear(
         bias=None if bias_N is None else bias_N.to(out_dtype),
         out_dtype=out_dtype,
         use_fast_accum=True,
+        **into,
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear
 from pipeline.kernels.fused import quantize_rows, rms_norm_quantized, rope_, silu_mul, silu_mul_quantized
-from pipeline.model.shape import ModelShape
+from pipeline.model.shape import PIECE_TOKENS, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -125,10 +125,21 @@ class Projection:
         for module, part in zip(modules, self.weight.split([len(w) for w in weights]), strict=True):
             module.weight = nn.Parameter(part, requires_grad=False)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """(T, N) in the model's dtype."""
+    def __call__(self, x_TD: Tensor, out_TN: Tensor | None = None) -> Tensor:
+        """(T, N) in the model's dtype; written to `out_TN` if there is one."""
         assert self.weight is not None, "these weights were given up for their fp8 form"
-        return linear(x_TD, self.weight, self.bias)
+        if out_TN is None:
+            return linear(x_TD, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x_TD, self.weight.t(), out=out_TN)
+        return torch.addmm(self.bias, x_TD, self.weight.t(), out=out_TN)
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        weight_ND = self.weight if self.fp8 is None else self.fp8.quantised
+        assert weight_ND is not None
+        return len(weight_ND)
 
     def part(self, outputs: slice) -> Projection:
         """Some of the outputs, as views of these weights."""
@@ -149,10 +160,10 @@ class Projection:
         assert self.weight is not None, "these weights were given up for their fp8 form"
         total_TN.addmm_(x_TD, self.weight.t())
 
-    def in_fp8(self, x_TD: Tensor, scale_T1: Tensor) -> Tensor:
-        """(T, N) in bfloat16 of a quantised input."""
+    def in_fp8(self, x_TD: Tensor, scale_T1: Tensor, out_TN: Tensor | None = None) -> Tensor:
+        """(T, N) in bfloat16 of a quantised input; written to `out_TN` if there is one."""
         assert self.fp8 is not None, "these weights were not quantised"
-        return fp8_linear(x_TD, scale_T1, self.fp8, self.bias)
+        return fp8_linear(x_TD, scale_T1, self.fp8, self.bias, out_TN=out_TN)
 
     def quantise(self, *, keep: bool) -> None:
         """Make the fp8 form; without `keep` the other one is given up."""
@@ -179,7 +190,11 @@ class Layer:
 
 
 class DecoderAdapter:
-    """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension."""
+    """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension.
+
+    Linear layers run on at most `piece_tokens` tokens at once: what is wider than the residual stream or
+    lives for one product is as large as a piece, however many tokens there are.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_config(model.config)
@@ -192,6 +207,7 @@ class DecoderAdapter:
         with torch.no_grad():
             self._layers = [Layer(block) for block in self._decoder.layers]
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
+        self.piece_tokens: int = PIECE_TOKENS
 
     @property
     def device(self) -> torch.device:
@@ -236,29 +252,19 @@ class DecoderAdapter:
         cos_1Td, sin_1Td = self._decoder.rotary_emb(hidden_TD, positions_T[None])
         return cos_1Td[0], sin_1Td[0]
 
+    def pieces(self, tokens: int) -> list[slice]:
+        """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size."""
+        size = max(1, -(-tokens // max(1, -(-tokens // self.piece_tokens))))
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
     def qkv(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE."""
-        weights, shape = self._layers[layer], self.shape
-        heads_TNd = self._normed(
-            hidden_TD, weights.input_norm, weights.qkv, fp8=self.linears_in_fp8
-        ).unflatten(-1, (-1, shape.head_dim))
-        q_THd, k_TKd, v_TKd = heads_TNd.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-        if weights.q_norm is not None:
-            q_THd, k_TKd = _norm(weights.q_norm, q_THd), _norm(weights.k_norm, k_TKd)
-        rope_(q_THd, k_TKd, *rope)
-        return q_THd, k_TKd, v_TKd
+        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.shape.heads)
 
     def keys_values(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
-        weights, shape = self._layers[layer], self.shape
-        outputs = slice(shape.heads * shape.head_dim, None)
-        heads_TNd = self._normed(
-            hidden_TD, weights.input_norm, weights.qkv.part(outputs), fp8=self.linears_in_fp8
-        ).unflatten(-1, (-1, shape.head_dim))
-        k_TKd, v_TKd = heads_TNd.split(shape.kv_heads, dim=1)
-        if weights.k_norm is not None:
-            k_TKd = _norm(weights.k_norm, k_TKd)
-        rope_(k_TKd[:, :0], k_TKd, *rope)
+        projection = self._layers[layer].qkv.part(slice(self.shape.heads * self.shape.head_dim, None))
+        _, k_TKd, v_TKd = self._heads(layer, hidden_TD, rope, projection, 0)
         return k_TKd, v_TKd
 
     def add_attention_(
@@ -266,32 +272,91 @@ class DecoderAdapter:
     ) -> None:
         """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        projection, mixed_TN = self._layers[layer].output, mixed_THd.flatten(1)
-        if fp8:
-            hidden_TD += projection.in_fp8(*quantize_rows(mixed_TN))
-        else:
-            projection.add_to_(hidden_TD, mixed_TN)
+        projection = self._layers[layer].output
+        for rows in self.pieces(len(hidden_TD)):
+            own_TD, mixed_TN = hidden_TD[rows], mixed_THd[rows].flatten(1)
+            if fp8:
+                own_TD += projection.in_fp8(*quantize_rows(mixed_TN))
+            else:
+                projection.add_to_(own_TD, mixed_TN)
 
     def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
         """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        weights = self._layers[layer]
-        gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
-        if fp8:
-            hidden_TD += weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
-        else:
-            weights.down.add_to_(hidden_TD, silu_mul(gate_up_T2F))
+        for rows in self.pieces(len(hidden_TD)):
+            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
         head: Any = self.model.lm_head
         return head(_norm(self._decoder.norm, hidden_BD)).float()
 
-    def _normed(self, hidden_TD: Tensor, norm: Any, projection: Projection, *, fp8: bool) -> Tensor:
-        """(T, N) a projection of the normed residual stream."""
+    def _heads(
+        self, layer: int, hidden_TD: Tensor, rope: Rope, projection: Projection, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
+        weights, tokens = self._layers[layer], len(hidden_TD)
+        if tokens <= self.piece_tokens:
+            return self._heads_of_piece(weights, hidden_TD, rope, projection, heads)
+        joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
+        for rows in self.pieces(tokens):
+            own_rope = rope[0][rows], rope[1][rows]
+            out_TN = joined_TN[rows]
+            made = self._heads_of_piece(weights, hidden_TD[rows], own_rope, projection, heads, out_TN)
+            if weights.k_norm is not None:  # queries and keys were not normed in place
+                for source_TNd, target_TNd in zip(made[:2], self._split(out_TN, heads)[:2], strict=True):
+                    target_TNd.copy_(source_TNd)
+        return self._split(joined_TN, heads)
+
+    def _heads_of_piece(
+        self,
+        weights: Layer,
+        hidden_TD: Tensor,
+        rope: Rope,
+        projection: Projection,
+        heads: int,
+        out_TN: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of few tokens; their projection is written to `out_TN` if there is one."""
+        heads_TN = self._normed(
+            hidden_TD, weights.input_norm, projection, fp8=self.linears_in_fp8, out_TN=out_TN
+        )
+        q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
+        if weights.k_norm is not None:
+            q_THd = _norm(weights.q_norm, q_THd) if heads else q_THd
+            k_TKd = _norm(weights.k_norm, k_TKd)
+        rope_(q_THd, k_TKd, *rope)
+        return q_THd, k_TKd, v_TKd
+
+    def _split(self, heads_TN: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of queries, keys and values."""
+        kv_heads = self.shape.kv_heads
+        heads_TNd = heads_TN.unflatten(-1, (-1, self.shape.head_dim))
+        q_THd, k_TKd, v_TKd = heads_TNd.split((heads, kv_heads, kv_heads), dim=1)
+        return q_THd, k_TKd, v_TKd
+
+    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:
+        """See `add_feed_forward_`, of few tokens."""
+        gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
         if fp8:
-            return projection.in_fp8(*rms_norm_quantized(hidden_TD, norm.weight, norm.variance_epsilon))
-        return projection(_norm(norm, hidden_TD))
+            hidden_TD += weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
+        else:
+            weights.down.add_to_(hidden_TD, silu_mul(gate_up_T2F))
+
+    def _normed(
+        self,
+        hidden_TD: Tensor,
+        norm: Any,
+        projection: Projection,
+        *,
+        fp8: bool,
+        out_TN: Tensor | None = None,
+    ) -> Tensor:
+        """(T, N) a projection of the normed residual stream; written to `out_TN` if there is one."""
+        if fp8:
+            quantised = rms_norm_quantized(hidden_TD, norm.weight, norm.variance_epsilon)
+            return projection.in_fp8(*quantised, out_TN)
+        return projection(_norm(norm, hidden_TD), out_TN)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

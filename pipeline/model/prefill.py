@@ -251,15 +251,17 @@ def feed_forward_(
 ) -> None:
     """Add the feed-forward network's output in place, for the tokens `passes` (None: all).
 
-    The network and its norm run on the gathered tokens alone; the rows of the others are not touched.
-    `fp8` says in which precision, None in that of all linear layers.
+    The network and its norm run on the gathered tokens alone, a piece at a time; the rows of the others are
+    not touched. `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
         adapter.add_feed_forward_(layer, hidden_TD, fp8)
-    elif len(passes):
-        chosen_CD = hidden_TD.index_select(0, passes)
+        return
+    for rows in adapter.pieces(len(passes)):
+        chosen_C = passes[rows]
+        chosen_CD = hidden_TD.index_select(0, chosen_C)
         adapter.add_feed_forward_(layer, chosen_CD, fp8)
-        hidden_TD.index_copy_(0, passes, chosen_CD)
+        hidden_TD.index_copy_(0, chosen_C, chosen_CD)
 
 
 def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# of a prefill that linear layers run on at once: enough to fill any device, and few enough that what is as
+# wide as the feed-forward network stays small beside what attention needs of a long document
+PIECE_TOKENS = 16384
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:

@@ -10,14 +10,21 @@ import pytest
 import torch
 from conftest import document, tiny_model
 
-from pipeline.engines import local
+from pipeline.engines import local, memory
 from pipeline.engines.local import LocalEngine
-from pipeline.engines.memory import Packer, activation_bytes, default_pack_tokens
+from pipeline.engines.memory import (
+    Packer,
+    activation_bytes,
+    default_pack_tokens,
+    piece_bytes,
+    running_bytes,
+)
 from pipeline.errors import Interrupted, MarsError
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
+from pipeline.model.shape import PIECE_TOKENS
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
 
@@ -246,7 +253,7 @@ def test_planned_bytes_grow_with_tokens_and_documents(model):
     kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
     logits = shape.vocab * 8
     scores = 12 * 64 * shape.heads  # a token of the longest document
-    assert planned([100]) == 110 * kv + 100 * (activation_bytes(shape, 4) + scores) + logits
+    assert planned([100]) == 110 * kv + running_bytes(shape, 4, 100) + 100 * scores + logits
     assert planned([50, 50]) == planned([100]) + 10 * kv + logits - 50 * scores
 
 
@@ -257,3 +264,19 @@ def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):
     assert 1 < default_pack_tokens(shape, itemsize=4, device=cpu) < 1_000
     monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 0)
     assert default_pack_tokens(shape, itemsize=4, device=cpu) == 1
+
+
+def test_what_is_wide_is_planned_for_a_piece_and_the_rest_for_every_token(model, monkeypatch):
+    shape = model.adapter.shape
+    piece = PIECE_TOKENS
+    a_token, wide = activation_bytes(shape, 4), piece_bytes(shape, 4, 1)
+    assert wide >= (3 * shape.ffn + shape.hidden) * 4
+    assert running_bytes(shape, 4, piece) == piece * (a_token + wide)
+    assert running_bytes(shape, 4, 8 * piece) == 8 * piece * a_token + piece * wide
+    # a pack as large as memory allows is planned to fill it, in one piece or in several
+    monkeypatch.setitem(memory.MOST_PACK_TOKENS, "cpu", 10**9)
+    kv = shape.layers * shape.kv_bytes_per_token(4)
+    for tokens in (piece // 2, piece, piece + 1, 5 * piece):
+        needed = tokens * kv + running_bytes(shape, 4, tokens)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, needed=needed: needed)
+        assert default_pack_tokens(shape, itemsize=4, device=torch.device("cpu")) == tokens

@@ -1,0 +1,116 @@
+"""Linear layers a few tokens at a time: the same results, and memory that the widest of them do not fill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, sharpened, tiny_model
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.doctor.selftest import small
+from pipeline.engines import memory
+from pipeline.engines.memory import Packer
+from pipeline.model import adapters
+from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.prefill import prefill
+from pipeline.pruning.dense import Dense
+from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.pruning.registry import method_names
+
+PIECE = 7
+
+
+def documents():
+    return [document(60), document(9, seed=1), document(33, seed=2)]
+
+
+def both(adapter, sdpa, method, given=None):
+    """The same pack in one piece, and in pieces of a few tokens."""
+    pack = pack_of(*(given or documents()))
+    whole = prefill(adapter, sdpa, method, pack, new_tokens=2)
+    adapter.piece_tokens = PIECE
+    return whole, prefill(adapter, sdpa, method, pack, new_tokens=2)
+
+
+def assert_same(whole, pieced, tolerance=1e-4):
+    assert (whole.logits_BV - pieced.logits_BV).abs().max() <= tolerance
+    assert whole.by_document() == pieced.by_document()
+    for kind in ("keys", "values"):
+        pairs = zip(getattr(whole.cache, kind), getattr(pieced.cache, kind), strict=True)
+        assert all((a - b).abs().max() <= tolerance for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_pieces_change_nothing(adapter, sdpa, name):
+    assert_same(*both(adapter, sdpa, small(name)))
+
+
+def test_the_largest_matrix_products_are_of_a_piece(sdpa, monkeypatch):
+    adapter, seen = tiny_model("qwen3"), []
+    real = adapters._norm
+    monkeypatch.setattr(adapters, "_norm", lambda module, x: seen.append(len(x)) or real(module, x))
+    adapter.piece_tokens = PIECE
+    prefill(adapter, sdpa, Dense(), pack_of(*documents()))
+    assert max(seen) == PIECE
+    seen.clear()
+    prefill(adapter, sdpa, MarsInfer(share=0.5, start_layer=0, window=5, prefix=4), pack_of(*documents()))
+    assert max(seen) == PIECE
+
+
+def test_what_fits_a_piece_is_computed_as_ever(sdpa):
+    adapter = tiny_model("qwen2")
+    whole = prefill(adapter, sdpa, Dense(), pack_of(document(60)))
+    adapter.piece_tokens = 60
+    assert torch.equal(prefill(adapter, sdpa, Dense(), pack_of(document(60))).logits_BV, whole.logits_BV)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(0, []), (7, [7]), (8, [4, 4]), (20, [7, 7, 6]), (22, [6, 6, 6, 4]), (1, [1])]
+)
+def test_pieces_are_few_and_of_like_size(tokens, sizes):
+    adapter = tiny_model("llama")
+    adapter.piece_tokens = PIECE
+    pieces = adapter.pieces(tokens)
+    assert [piece.stop - piece.start for piece in pieces] == sizes
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(tokens))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("linears", ["fp8", "mixed"])
+def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
+    monkeypatch.setattr("pipeline.model.adapters.fp8_available", lambda device: None)
+    settings = {**SIZES, **FAMILY_SETTINGS[family]}
+    model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
+    adapter = DecoderAdapter(sharpened(model))
+    adapter.use_linears(linears, ffn=True, keep=True)
+    method = MarsInfer(low="fp8", start_layer=2, eta=1.0, eta_high=0.0, window=6, prefix=4)
+    whole, pieced = both(adapter, sdpa, method, [document(150), document(70, seed=1)])
+    assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.05 * whole.logits_BV.norm()
+
+
+@pytest.mark.parametrize("piece", [1 << 14, 100])
+@pytest.mark.parametrize("name", method_names())
+def test_planned_bytes_bound_what_a_prefill_takes(sdpa, monkeypatch, name, piece):
+    """Of a model whose feed-forward network is wide, as real ones' are."""
+    monkeypatch.setitem(SIZES, "intermediate_size", 512)
+    monkeypatch.setattr(memory, "PIECE_TOKENS", piece)
+    adapter, method = tiny_model("qwen3"), small(name)
+    adapter.piece_tokens = piece
+    packer = Packer.on(adapter.device, method, adapter.shape, itemsize=4, new_tokens=2, pack_tokens=None)
+    lengths = (1500, 400, 900)
+    given = pack_of(*(document(length, seed=length) for length in lengths))
+    peak = peak_bytes(lambda: prefill(adapter, sdpa, method, given, new_tokens=2))
+    planned = packer.planned_bytes(lengths)
+    assert planned / 4 < peak <= planned
+
+
+def peak_bytes(run):
+    run()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    held = highest = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
