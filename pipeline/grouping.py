@@ -8,7 +8,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from pipeline.bench.flops import LayerWork, layer_flops, passes_flops
+from pipeline.bench.flops import LayerWork, dense_work, layer_flops, passes_flops
 from pipeline.model.shape import ModelShape
 from pipeline.records import EncodedDocument
 
@@ -114,7 +114,9 @@ class Grouping:
         known = [each for each in passes if each is not None]
         if len(known) < len(passes):
             return None
-        document = layers * layer_flops(self.shape, LayerWork(shared_tokens, shared_tokens))
+        whole = LayerWork(shared_tokens, shared_tokens)
+        shared = [whole] * layers if layers < self.shape.layers else dense_work(layers, shared_tokens)
+        document = sum(layer_flops(self.shape, work) for work in shared)
         return sum(passes_flops(self.shape, each) for each in known) - (len(lengths) - 1) * document
 
     def _told(self, way: Way) -> str:

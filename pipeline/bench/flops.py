@@ -15,12 +15,13 @@ from pipeline.model.shape import ModelShape
 class LayerWork(NamedTuple):
     """What one layer did with one document."""
 
-    tokens: int  # entered: projections and attention
+    tokens: int  # entered: keys and values at least, else the other projections and attention too
     ffn_tokens: int  # passed the feed-forward network
     scored_pairs: int = 0  # query-key pairs recomputed for scoring
     ffn_fp8_tokens: int = 0  # of the FFN tokens, those that the method sent through it in fp8
     pairs: int | None = None  # query-key pairs that attention computed, mean over heads; None: causal, all
     parked: int = 0  # tokens beside those that entered, of which only keys and values were computed
+    last_only: bool = False  # so it was with those that entered, but for the document's last one
 
 
 Passes = Sequence[Sequence[LayerWork]]  # of one document, each pass's layers
@@ -37,9 +38,10 @@ def layer_flops(shape: ModelShape, work: LayerWork) -> int:
 
 
 def projections_flops(shape: ModelShape, work: LayerWork) -> int:
-    """Projections of the tokens that entered a layer, and keys and values of those that are parked."""
-    of_parked = 2 * shape.hidden * shape.head_dim * 2 * shape.kv_heads
-    return work.tokens * projection_flops(shape) + work.parked * of_parked
+    """Keys and values of all tokens, queries and the output projection of those that attended."""
+    a_head = 2 * shape.hidden * shape.head_dim
+    attended = min(1, work.tokens) if work.last_only else work.tokens
+    return a_head * 2 * (attended * shape.heads + (work.tokens + work.parked) * shape.kv_heads)
 
 
 def attended_flops(shape: ModelShape, work: LayerWork) -> int:
@@ -49,18 +51,34 @@ def attended_flops(shape: ModelShape, work: LayerWork) -> int:
 
 def attended_pairs(work: LayerWork) -> int:
     """Query-key pairs of a layer's attention, mean over the heads."""
+    if work.last_only:
+        return work.tokens + work.parked
     return work.tokens * (work.tokens + 1) // 2 if work.pairs is None else work.pairs
+
+
+def kept_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
+    """Of a prompt's `length` tokens, those that entered a layer, mean over layers."""
+    return sum(work.tokens for layers in passes for work in layers) / (shape.layers * length)
+
+
+def ffn_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
+    """Of the tokens that dense sends through its FFNs for a prompt of `length`, those that passed them."""
+    passed = sum(work.ffn_tokens for layers in passes for work in layers)
+    return passed / sum(work.ffn_tokens for work in dense_work(shape.layers, length))
 
 
 def attention_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
     """Of the pairs that dense attention computes for a prompt of `length` tokens, those that were."""
     computed = sum(attended_pairs(work) for layers in passes for work in layers)
-    return computed / (shape.layers * (length * (length + 1) // 2))
+    return computed / sum(map(attended_pairs, dense_work(shape.layers, length)))
 
 
-def projection_flops(shape: ModelShape) -> int:
-    """Q, K, V and output projections of one token in one layer."""
-    return 2 * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+def dense_work(layers: int, length: int) -> list[LayerWork]:
+    """An unpruned prefill of `length` tokens: of the last layer nothing is read but the last token.
+
+    And keys and values, so those are computed of all tokens.
+    """
+    return [LayerWork(length, length)] * (layers - 1) + [LayerWork(length, 1, last_only=True)]
 
 
 def ffn_flops(shape: ModelShape) -> int:
@@ -79,7 +97,7 @@ def prefill_flops(
     ffn_tokens: Sequence[int],
     scored_pairs: Sequence[int] | None = None,
 ) -> int:
-    """Operations of one document's prefill, from the tokens of each layer; with the last token's logits."""
+    """Operations of a prefill that computes all of each layer's tokens; with the last token's logits."""
     pairs = scored_pairs or [0] * shape.layers
     return passes_flops(shape, [[LayerWork(*work) for work in zip(tokens, ffn_tokens, pairs, strict=True)]])
 
@@ -114,4 +132,4 @@ def passes_flops(shape: ModelShape, passes: Passes) -> int:
 
 def dense_flops(shape: ModelShape, length: int) -> int:
     """Operations of an unpruned prefill of `length` tokens."""
-    return prefill_flops(shape, [length] * shape.layers, [length] * shape.layers)
+    return passes_flops(shape, [dense_work(shape.layers, length)])

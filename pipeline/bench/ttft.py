@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from pipeline.bench.ceilings import Ceilings
-from pipeline.bench.flops import dense_flops, layer_tokens, passes_flops
+from pipeline.bench.flops import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
 from pipeline.model.decode import StopRules, greedy_answers
@@ -40,7 +40,7 @@ class Measurement:
     repeats: int
     documents: int = 1
     peak_bytes: int | None  # of the device's allocator; None on the CPU
-    ffn_ratio: float | None = None  # share of tokens through the FFN, mean over layers
+    ffn_ratio: float | None = None  # tokens through FFNs, of dense
     flops_ratio: float | None = None  # operations done, of dense
     tflops_per_second: float | None = None
     kv_bytes: int | None = None
@@ -216,27 +216,31 @@ def _work(
     lengths, by_document = prefilled.lengths, prefilled.by_document()
     done = sum(passes_flops(shape, passes) for passes in by_document)
     kept, ffn = zip(*map(layer_tokens, by_document), strict=True)
-    ffn_shares = _mean_shares(ffn, lengths)
+    dense = [layer_tokens([dense_work(shape.layers, length)]) for length in lengths]
+    kept_shares, ffn_shares = (
+        _mean_shares(own, of_dense)
+        for own, of_dense in zip((kept, ffn), zip(*dense, strict=True), strict=True)
+    )
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
     dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
     return {
         "flops": done,
         "flops_ratio": done / sum(dense_flops(shape, length) for length in lengths),
         "floor_ms": sum(floors) if floors else None,
-        "ffn_ratio": statistics.mean(ffn_shares),
+        "ffn_ratio": statistics.mean(
+            ffn_ratio(shape, passes, length) for passes, length in zip(by_document, lengths, strict=True)
+        ),
         "kv_bytes": prefilled.cache.nbytes,
         "kv_ratio": prefilled.cache.nbytes / dense_kv,
         "ffn_share_by_layer": tuple(round(share, 4) for share in ffn_shares),
-        "kept_share_by_layer": tuple(round(share, 4) for share in _mean_shares(kept, lengths)),
+        "kept_share_by_layer": tuple(round(share, 4) for share in kept_shares),
     }
 
 
-def _mean_shares(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[float]:
-    """Of each layer, the mean over documents of the share of the prompt in `tokens`, a list a document."""
-    by_layer = zip(*tokens, strict=True)
-    return [
-        statistics.mean(n / length for n, length in zip(layer, lengths, strict=True)) for layer in by_layer
-    ]
+def _mean_shares(tokens: Sequence[Sequence[int]], of_dense: Sequence[Sequence[int]]) -> list[float]:
+    """Of each layer, the mean over documents of what share of dense's the `tokens` are, a list a document."""
+    by_layer = zip(zip(*tokens, strict=True), zip(*of_dense, strict=True), strict=True)
+    return [statistics.mean(n / most for n, most in zip(*layer, strict=True)) for layer in by_layer]
 
 
 def _measurement(

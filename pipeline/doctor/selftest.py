@@ -16,7 +16,7 @@ from pipeline.pruning.registry import make_method
 # with which a method prunes documents as short as these; "*" for every method that is not named
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
-    "fastkv": {"share": "0.5", "kv_share": "0.3", "window": "4"},
+    "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
     "gemfilter": {"keep": "7"},
     "mars": {"last_full": "1", "window": "6"},
     "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},

@@ -13,7 +13,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from pipeline.bench.flops import attention_ratio, dense_flops, fp8_tokens, layer_tokens, passes_flops
+from pipeline.bench.flops import (
+    attention_ratio,
+    dense_flops,
+    ffn_ratio,
+    fp8_tokens,
+    kept_ratio,
+    layer_tokens,
+    passes_flops,
+)
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.grouped import Shared, answer_groups, rehearse_group
 from pipeline.engines.keeping import keep_selection
@@ -251,9 +259,8 @@ class LocalEngine:
             row = self._row(document)
             row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
             row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=self.model.adapter.linears_in_fp8)
-            everywhere = shape.layers * document.prompt_tokens
-            row.kept_ratio = sum(row.kept_tokens) / everywhere
-            row.ffn_ratio = sum(row.ffn_tokens) / everywhere
+            row.kept_ratio = kept_ratio(shape, passes, document.prompt_tokens)
+            row.ffn_ratio = ffn_ratio(shape, passes, document.prompt_tokens)
             row.attention_ratio = attention_ratio(shape, passes, document.prompt_tokens)
             row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
             row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(self.itemsize)

@@ -21,13 +21,15 @@ def continue_with(
     tokens: Sequence[Sequence[int]],
     first_positions: Sequence[int],
     check: Callable[[], None] = lambda: None,
+    last_only: bool = False,
 ) -> Tensor:
     """Run `tokens`, at least one of each document, through the layers that the cache has, and into it.
 
     `first_positions` are those of each document's first token. Returns the last layer's residual stream,
     (N, D), document by document: `adapter.logits` of that of the model's last layer predicts the tokens that
     follow each. The cache must be one that keeps all its blocks on the device, with room for the tokens.
-    `check` is called before every layer, and may raise.
+    `check` is called before every layer, and may raise. With `last_only` the last layer computes, beyond keys
+    and values, each document's last token alone, and that is returned: (B, D).
     """
     device = adapter.device
     asked = Segments.of([len(part) for part in tokens], device)
@@ -39,7 +41,14 @@ def continue_with(
         check()
         at, places_N = places[id(cache.slots[layer])]
         keys, values = cache.keys[layer], cache.values[layer]
-        q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)
+        if last_only and layer == len(cache.slots) - 1:
+            k_NKd, v_NKd = adapter.keys_values(layer, hidden_ND, rope)
+            last_B = asked.last_indices()
+            hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
+            q_NHd, _, _ = adapter.qkv(layer, hidden_ND, rope)
+            at = DecodeSlots.of(at.starts, at.used, len(keys), device)
+        else:
+            q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         adapter.add_attention_(layer, hidden_ND, attention.decode(q_NHd, keys, values, at))

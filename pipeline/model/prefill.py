@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipeline.bench.flops import LayerWork
 from pipeline.errors import MarsError
-from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import SparsePrefill
-from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.adapters import DecoderAdapter, Rope
 from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.parking import Parked
@@ -65,11 +65,12 @@ class Begun:
 
 @dataclass(frozen=True, kw_only=True)
 class Survivors:
-    """The tokens that are left of a pack after some layers."""
+    """The tokens that are left of a pack after some layers; after the model's last, one of each document."""
 
     hidden_TD: Tensor
     positions_T: Tensor
     segments: Segments
+    whole: bool  # none has been dropped
 
 
 @dataclass(kw_only=True)
@@ -134,9 +135,9 @@ def prefill(
             assert outcome.restart is not None
             pack, begun = pack.only(outcome.restart), None
             continue
-        _check_last_token(method, outcome.positions_T, outcome.segments, pack.segments)
+        _check_last_token(method, outcome, pack.segments)
         return Prefilled(
-            logits_BV=adapter.logits(outcome.hidden_TD.index_select(0, outcome.segments.last_indices())),
+            logits_BV=adapter.logits(outcome.hidden_TD),
             cache=begun.cache,
             passes=passes,
             lengths=lengths,
@@ -154,61 +155,184 @@ def run_layers(
     check: Callable[[], None],
     stop: int | None = None,
 ) -> Survivors | Selection:
-    """From `begun` through the layers before `stop` (None: all), or the selection that asks to begin anew."""
-    cache, work, segments = begun.cache, begun.work, pack.segments
-    positions_T = segments.index_in_document_T
-    hidden_TD = begun.hidden_TD
-    rope = adapter.rope(hidden_TD, positions_T)
-    parked: Parked | None = None
-    kept, sparse = _kept(adapter, segments), _sparse(adapter, attention, segments)
-    masses = method.attention_masses(adapter.shape.layers)
+    """From `begun` through the layers before `stop`, or the selection that asks to begin anew.
+
+    Without `stop` the run goes to the end, and nothing but each prompt's last token is read behind it: the
+    model's last layer computes keys and values of all tokens, and beyond that, unless `method` is to see it,
+    the last token alone.
+    """
+    run = _Run.of(adapter, attention, method, pack, state, begun)
+    last = adapter.shape.layers - 1
     for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
         check()
-        q_THd, k_TKd, v_TKd = adapter.qkv(layer, hidden_TD, rope)
-        stored, pairs_B = (k_TKd, v_TKd, segments), None
-        if parked is not None:
-            stored = (*parked.keys_values(adapter, layer, k_TKd, v_TKd), parked.whole)
-            mixed_THd = parked.attend(attention, q_THd, *stored[:2])
-            pairs_B = parked.pairs_B()
-        elif (mass := masses[layer]) is not None:
-            mixed_THd, pairs_B = sparse.attend(q_THd, k_TKd, v_TKd, mass)
-        else:
-            mixed_THd = attention.prefill(q_THd, k_TKd, v_TKd, segments)
-        for rows, fp8 in _ALL if kept is None else kept.parts:
-            adapter.add_attention_(layer, hidden_TD[rows], mixed_THd[rows], fp8)
-        view = LayerView(
-            layer=layer,
-            queries=q_THd,
-            keys=k_TKd,
-            values=v_TKd,
-            hidden=hidden_TD,
-            positions=positions_T,
-            segments=segments,
-            lengths=pack.segments.lengths,
-            spans=pack.spans,
+        ends = stop is None and layer == last
+        if ends and not method.needs_last_layer(adapter.shape):
+            run.end(layer)
+            continue
+        restart = run.layer(layer, ends=ends)
+        if restart is not None:
+            return restart
+    return Survivors(
+        hidden_TD=run.hidden_TD, positions_T=run.positions_T, segments=run.segments, whole=run.whole
+    )
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A pack between two layers of a pass: what is left of its tokens."""
+
+    adapter: DecoderAdapter
+    attention: AttentionBackend
+    method: PruningMethod
+    pack: Pack
+    state: Any
+    cache: RaggedCache
+    work: Work
+    hidden_TD: Tensor
+    positions_T: Tensor
+    segments: Segments
+    rope: Rope
+    masses: tuple[float | None, ...]
+    kept: Kept | None
+    sparse: SparsePrefill
+    parked: Parked | None = None
+    whole: bool = True  # no token has left
+
+    @classmethod
+    def of(
+        cls,
+        adapter: DecoderAdapter,
+        attention: AttentionBackend,
+        method: PruningMethod,
+        pack: Pack,
+        state: Any,
+        begun: Begun,
+    ) -> _Run:
+        positions_T = pack.segments.index_in_document_T
+        return cls(
+            adapter=adapter,
+            attention=attention,
+            method=method,
+            pack=pack,
+            state=state,
+            cache=begun.cache,
+            work=begun.work,
+            hidden_TD=begun.hidden_TD,
+            positions_T=positions_T,
+            segments=pack.segments,
+            rope=adapter.rope(begun.hidden_TD, positions_T),
+            masses=method.attention_masses(adapter.shape.layers),
+            kept=_kept(adapter, pack.segments),
+            sparse=_sparse(adapter, attention, pack.segments),
         )
-        selection = method.select(layer, view, state)
+
+    def layer(self, layer: int, *, ends: bool) -> Selection | None:
+        """Run a layer over all tokens that are left; the selection, if it asks to begin anew.
+
+        If it `ends` the run, of the tokens that `select` sends through the FFN only each prompt's last does
+        pass it, and goes on.
+        """
+        adapter, work = self.adapter, self.work
+        q_THd, k_TKd, v_TKd = adapter.qkv(layer, self.hidden_TD, self.rope)
+        mixed_THd, stored, pairs_B = self._attend(layer, q_THd, k_TKd, v_TKd)
+        for rows, fp8 in _ALL if self.kept is None else self.kept.parts:
+            adapter.add_attention_(layer, self.hidden_TD[rows], mixed_THd[rows], fp8)
+        view = self._view(layer, q_THd, k_TKd, v_TKd)
+        selection = self.method.select(layer, view, self.state)
         if selection.restart is not None:
             work.count(view, view.all_indices[:0])
             work.mark(view, selection.restart, view.all_indices[:0], None)
             return selection
         if selection.blocks is not None:
-            cache.settle(layer, selection.blocks)
-        _store(cache, *stored, selection)
-        ffn, ffn_fp8 = _feed_forward(adapter, layer, hidden_TD, selection, kept)
-        counts = None if parked is None else parked.counts
+            self.cache.settle(layer, selection.blocks)
+        _store(self.cache, *stored, selection)
+        read = self._last_tokens() if ends else None
+        ffn, ffn_fp8 = _feed_forward(adapter, layer, self.hidden_TD, selection, self.kept, read)
+        counts = None if self.parked is None else self.parked.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, parked=counts)
         work.mark(view, selection.live, ffn, ffn_fp8)
         if selection.live is not None:
-            segments = surviving(segments, selection.live, selection.live_lengths)
-            if selection.parks:
-                assert view.segments is pack.segments, "tokens have left before"
-                parked = Parked.of(pack.segments, segments, selection.live, hidden_TD, rope)
-            kept, sparse = _kept(adapter, segments), _sparse(adapter, attention, segments)
-            hidden_TD = hidden_TD.index_select(0, selection.live)
-            positions_T = positions_T.index_select(0, selection.live)
-            rope = (rope[0].index_select(0, selection.live), rope[1].index_select(0, selection.live))
-    return Survivors(hidden_TD=hidden_TD, positions_T=positions_T, segments=segments)
+            self._go_on(selection.live, selection.live_lengths, parks=selection.parks and not ends)
+        if ends:
+            self._keep(self._last_tokens(), _singles(self.segments))
+        return None
+
+    def end(self, layer: int) -> None:
+        """Run the model's last layer for what is read of it: keys and values, and each prompt's last token.
+
+        The last token reads everything, also under block-sparse attention, and is always in the model's
+        dtype where only some tokens are.
+        """
+        adapter, segments = self.adapter, self.segments
+        last_B = self._last_tokens()
+        k_TKd, v_TKd = adapter.keys_values(layer, self.hidden_TD, self.rope)
+        counts = None
+        if self.parked is not None:
+            k_TKd, v_TKd = self.parked.keys_values(adapter, layer, k_TKd, v_TKd)
+            segments, counts = self.parked.whole, self.parked.counts
+        self.cache.store(k_TKd, v_TKd, segments)
+        self.work.count_end(self.segments, last_B, counts)
+        self._keep(last_B, _singles(segments))
+        q_BHd, _, _ = adapter.qkv(layer, self.hidden_TD, self.rope)
+        slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, segments.device)
+        mixed_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots)
+        adapter.add_attention_(layer, self.hidden_TD, mixed_BHd)
+        adapter.add_feed_forward_(layer, self.hidden_TD)
+
+    def _attend(
+        self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Segments], Tensor | None]:
+        """(T, H, d), what there is to be stored, and (B,) query-key pairs; None for all causal ones."""
+        if self.parked is not None:
+            keys, values = self.parked.keys_values(self.adapter, layer, k_TKd, v_TKd)
+            mixed_THd = self.parked.attend(self.attention, q_THd, keys, values)
+            return mixed_THd, (keys, values, self.parked.whole), self.parked.pairs_B()
+        stored = (k_TKd, v_TKd, self.segments)
+        if (mass := self.masses[layer]) is None:
+            return self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored, None
+        mixed_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
+        return mixed_THd, stored, pairs_B
+
+    def _view(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
+        return LayerView(
+            layer=layer,
+            queries=q_THd,
+            keys=k_TKd,
+            values=v_TKd,
+            hidden=self.hidden_TD,
+            positions=self.positions_T,
+            segments=self.segments,
+            lengths=self.pack.segments.lengths,
+            spans=self.pack.spans,
+        )
+
+    def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, parks: bool) -> None:
+        """Leave behind, or park, all but the tokens `live_C`."""
+        segments = surviving(self.segments, live_C, lengths)
+        if parks:
+            assert self.segments is self.pack.segments, "tokens have left before"
+            self.parked = Parked.of(self.pack.segments, segments, live_C, self.hidden_TD, self.rope)
+        self.whole = False
+        self._keep(live_C, segments)
+        self.kept = _kept(self.adapter, self.segments)
+        self.sparse = _sparse(self.adapter, self.attention, self.segments)
+
+    def _keep(self, live_C: Tensor, segments: Segments) -> None:
+        self.segments = segments
+        self.hidden_TD = self.hidden_TD.index_select(0, live_C)
+        self.positions_T = self.positions_T.index_select(0, live_C)
+        self.rope = (self.rope[0].index_select(0, live_C), self.rope[1].index_select(0, live_C))
+
+    def _last_tokens(self) -> Tensor:
+        """(B,) places of the last token that is left of each document."""
+        if min(self.segments.lengths) == 0:
+            raise _dropped(self.method)
+        return self.segments.last_indices()
+
+
+def _singles(segments: Segments) -> Segments:
+    """As many documents, of one token each."""
+    return Segments.of((1,) * len(segments), segments.device)
 
 
 def _kept(adapter: DecoderAdapter, segments: Segments) -> Kept | None:
@@ -221,10 +345,21 @@ def _sparse(adapter: DecoderAdapter, attention: AttentionBackend, segments: Segm
 
 
 def _feed_forward(
-    adapter: DecoderAdapter, layer: int, hidden_TD: Tensor, selection: Selection, kept: Kept | None
+    adapter: DecoderAdapter,
+    layer: int,
+    hidden_TD: Tensor,
+    selection: Selection,
+    kept: Kept | None,
+    read_B: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take the tokens selected through the network: those (None: all) by default, and those in fp8."""
+    """Take the tokens selected through the network: those (None: all) by default, and those in fp8.
+
+    Of them only `read_B`, if that is given: what becomes of the others is not read.
+    """
     ffn, ffn_fp8 = selection.live if selection.ffn is None else selection.ffn, selection.ffn_fp8
+    if read_B is not None:
+        ffn = read_B if ffn is None else ffn[torch.isin(ffn, read_B)]
+        ffn_fp8 = None if ffn_fp8 is None else ffn_fp8[torch.isin(ffn_fp8, read_B)]
     if ffn is not None and len(ffn) == len(hidden_TD):
         ffn = None
     if ffn_fp8 is None and kept is not None:
@@ -285,11 +420,12 @@ def _store(
         cache.store(k_TKd.gather(0, index_CKd), v_TKd.gather(0, index_CKd), stored)
 
 
-def _check_last_token(
-    method: PruningMethod, positions_T: Tensor, segments: Segments, original: Segments
-) -> None:
-    if segments is original:
+def _check_last_token(method: PruningMethod, survivors: Survivors, original: Segments) -> None:
+    if survivors.whole:
         return
-    last = positions_T[segments.last_indices()].tolist() if min(segments.lengths) else []
-    if last != [length - 1 for length in original.lengths]:
-        raise MarsError(f"method {method.name} dropped a prompt's last token, which predicts the answer")
+    if survivors.positions_T.tolist() != [length - 1 for length in original.lengths]:
+        raise _dropped(method)
+
+
+def _dropped(method: PruningMethod) -> MarsError:
+    return MarsError(f"method {method.name} dropped a prompt's last token, which predicts the answer")

@@ -31,7 +31,7 @@ class Beginnings:
 
     segments: Segments
     layers: list[tuple[Tensor, Tensor]]  # keys and values (P, K, d) of each layer that is shared
-    hidden_PD: Tensor  # the residual stream behind the last of them
+    hidden_PD: Tensor  # the residual stream behind the last of them; of no use behind the model's last layer
     work: Work
 
     def flops(self, adapter: DecoderAdapter) -> list[int]:
@@ -62,7 +62,9 @@ def prefill_beginnings(
     pack = Pack(input_ids=ids, segments=segments, spans=spans)
     dense = Dense.attending_as(method, adapter.shape)
     begun = Begun.afresh(adapter, pack, RaggedCache(0))
-    outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=layers)
+    # behind all layers no row reads more of a document than its keys and values
+    stop = layers if layers < adapter.shape.layers else None
+    outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=stop)
     assert isinstance(outcome, Survivors)
     pairs = list(zip(begun.cache.keys, begun.cache.values, strict=True))
     return Beginnings(segments=segments, layers=pairs, hidden_PD=outcome.hidden_TD, work=begun.work)
@@ -91,16 +93,17 @@ def prefill_behind(
     places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
     cache.share(shared.layers, places, pack.segments)
     asked = [document.input_ids[n:].tolist() for document, n in zip(documents, known, strict=True)]
-    hidden_ND = continue_with(adapter, attention, cache, asked, known, check)
+    ends = len(shared.layers) == adapter.shape.layers
+    hidden_ND = continue_with(adapter, attention, cache, asked, known, check, last_only=ends)
     work = Work()
     work.count_behind(shared.work, pack.segments, of_prefix)
     behind = Segments.of([len(part) for part in asked], adapter.device)
-    if len(shared.layers) < adapter.shape.layers:
+    if not ends:
         hidden_TD = _joined(shared, places, hidden_ND, behind, pack.segments)
         begun = Begun(layers=len(shared.layers), hidden_TD=hidden_TD, cache=cache, work=work)
         return prefill(adapter, attention, method, pack, new_tokens, check, begun=begun)
     return Prefilled(
-        logits_BV=adapter.logits(hidden_ND.index_select(0, behind.last_indices())),
+        logits_BV=adapter.logits(hidden_ND),
         cache=cache,
         passes=[work],
         lengths=pack.segments.lengths,

@@ -26,6 +26,7 @@ class Work:
         default_factory=list
     )  # those of attention, where not all causal ones
     parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+    last_only: list[bool] = field(default_factory=list)  # so did all but each document's last token
     marks: list[Tensor] | None = None  # (T,) uint8 of the tokens that entered, where they are asked for
 
     def ffn(self) -> list[list[int]]:
@@ -36,14 +37,21 @@ class Work:
         """Of each layer and document."""
         fp8 = torch.stack(self.ffn_fp8_B).tolist()
         pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
-        columns = zip(self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, strict=True)
+        last_only = [[flag] * len(self.kept[0]) for flag in self.last_only]
+        columns = zip(
+            self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, last_only, strict=True
+        )
         return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
 
     def mark(self, view: LayerView, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
         """Note, if that is asked for, who goes on and who passed the feed-forward network (None: all)."""
         if self.marks is None:
             return
-        marks_T = torch.zeros(view.segments.total, dtype=torch.uint8, device=view.hidden.device)
+        self._mark(view.segments, live, ffn, fp8)
+
+    def _mark(self, segments: Segments, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
+        assert self.marks is not None
+        marks_T = torch.zeros(segments.total, dtype=torch.uint8, device=segments.device)
         marks_T[slice(None) if live is None else live] |= LIVE
         marks_T[slice(None) if ffn is None else ffn] |= FFN
         if fp8 is not None:
@@ -72,16 +80,36 @@ class Work:
         fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
         self.ffn_B.append(fp8_B + (lengths_B if ffn is None else segments.counts(ffn)))
         self.ffn_fp8_B.append(fp8_B)
+        self.last_only.append(False)
+
+    def count_end(self, segments: Segments, last_B: Tensor, parked: tuple[int, ...] | None) -> None:
+        """Add and mark the model's last layer, of which only the tokens `last_B` were computed to the end."""
+        self._count_last_only(segments, parked or (0,) * len(segments))
+        if self.marks is not None:
+            self._mark(segments, last_B, last_B, None)
+
+    def _count_last_only(self, segments: Segments, parked: tuple[int, ...]) -> None:
+        self.kept.append(segments.lengths)
+        self.scored_pairs.append((0,) * len(segments))
+        self.pairs_B.append(None)
+        self.parked.append(parked)
+        self.ffn_B.append(torch.ones_like(segments.lengths_B))
+        self.ffn_fp8_B.append(torch.zeros_like(segments.lengths_B))
+        self.last_only.append(True)
 
     def count_behind(self, shared: Work, segments: Segments, of_prefix: Sequence[int]) -> None:
         """Add the layers of `shared`, for documents whose first tokens it has counted, whole.
 
         `of_prefix` says for each document of `segments` which of `shared` it begins with. Behind that all
-        tokens passed everything.
+        tokens passed everything, as far as those before them did.
         """
         lengths_B = segments.lengths_B
         none = (0,) * len(segments)
-        for counts, pairs_G in zip(shared.kept, shared.pairs_B, strict=True):
+        layers = zip(shared.kept, shared.pairs_B, shared.last_only, strict=True)
+        for counts, pairs_G, last_only in layers:
+            if last_only:
+                self._count_last_only(segments, none)
+                continue
             pairs_B = None
             if pairs_G is not None:
                 known = [counts[g] for g in of_prefix]
@@ -94,6 +122,7 @@ class Work:
             self.parked.append(none)
             self.ffn_B.append(lengths_B)
             self.ffn_fp8_B.append(torch.zeros_like(lengths_B))
+            self.last_only.append(False)
 
 
 def _causal(tokens: int) -> int:

@@ -7,7 +7,8 @@ are ascending, unique, and count the tokens that entered the layer.
 
 Laws, checked by the tests for every registered method: what `protected` names survives; full settings keep
 everything and equal `dense` through the real gather; a pack gives what its documents give alone; a run
-leaves no trace in the next; `select` writes nothing but its state; planned bytes bound the real ones.
+leaves no trace in the next; `select` writes nothing but its state; planned bytes bound the real ones; who
+need not see the last layer gives the same when asked there.
 """
 
 from __future__ import annotations
@@ -203,6 +204,15 @@ class PruningMethod(ABC):
         """The mutable state of one pack's prefill, handed to every `select`."""
         return None
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        """Whether `select` must be asked at the model's last layer; it may look at all of it there.
+
+        Nothing behind that layer reads any token but each prompt's last, which is all that passes its FFN. So
+        False claims that `select` would store every token there, and would take the last one through the FFN
+        without naming it in `ffn_fp8`: then queries and attention, too, are computed of it alone.
+        """
+        return True
+
     def shared_layers(self, shape: ModelShape) -> int:
         """How many leading layers do the same with a document whatever question stands behind it.
 
@@ -218,6 +228,13 @@ class PruningMethod(ABC):
         how many tokens are kept, it is `ASSUMED_SHARE` of them.
         """
         return None
+
+    def to_the_end(self, shape: ModelShape, layers: Sequence[LayerWork]) -> list[LayerWork]:
+        """A pass through all layers as it would be, but of the model's last one only what is read of it."""
+        *before, last = layers
+        if self.needs_last_layer(shape):
+            return [*before, last._replace(ffn_tokens=min(1, last.ffn_tokens))]
+        return [*before, last._replace(ffn_tokens=1, pairs=None, last_only=True)]
 
     def attention_masses(self, layers: int) -> tuple[float | None, ...]:
         """What block-sparse attention is to reach in each of a model's layers; None: it is to be whole.
@@ -302,7 +319,7 @@ class ScoredMethod(PruningMethod):
 
 
 def whole_layers(count: int, length: int) -> list[LayerWork]:
-    """Layers that compute all tokens of a prompt."""
+    """Layers that compute all tokens of a prompt; see `to_the_end` for a model's last one."""
     return [LayerWork(length, length)] * count
 
 

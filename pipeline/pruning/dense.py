@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pipeline.bench.flops import Passes
+from pipeline.bench.flops import Passes, dense_work
 from pipeline.model.shape import ModelShape
-from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection, whole_layers
+from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,14 @@ class Dense(PruningMethod):
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         return self
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return False
+
     def shared_layers(self, shape: ModelShape) -> int:
         return shape.layers
 
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
-        return [whole_layers(shape.layers, length)]
+        return [dense_work(shape.layers, length)]
 
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         return KEEP_ALL

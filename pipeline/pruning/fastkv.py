@@ -79,6 +79,9 @@ class FastKV(PruningMethod):
         tokens = (stored,) * (drop + 1) + (late,) * (shape.layers - drop - 1)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=tokens)
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return self.kv_share < 1 or self.drop_layer(shape.layers) == shape.layers - 1
+
     def shared_layers(self, shape: ModelShape) -> int:
         # which keys and values a layer stores is the question's to say, unless it stores all
         return self.drop_layer(shape.layers) if self.kv_share >= 1 else 0
@@ -86,7 +89,8 @@ class FastKV(PruningMethod):
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
         whole = self.drop_layer(shape.layers) + 1
         kept = self._count(self.share, length, length)
-        return [whole_layers(whole, length) + whole_layers(shape.layers - whole, kept)]
+        layers = whole_layers(whole, length) + whole_layers(shape.layers - whole, kept)
+        return [self.to_the_end(shape, layers)]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((length - self.window, length),)

@@ -97,6 +97,9 @@ class Mars(PruningMethod):
             )
         return super().plan(shape, lengths)
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return False  # who stops there has given its keys and values, and is read by nobody
+
     def shared_layers(self, shape: ModelShape) -> int:
         return self.last_full_layer(shape.layers)
 
@@ -105,7 +108,8 @@ class Mars(PruningMethod):
         parked = length - live
         pairs = length * (length + 1) // 2 - parked * (parked + 1) // 2
         late = LayerWork(live, live, pairs=pairs, parked=parked)
-        return [whole_layers(whole, length) + [late] * (shape.layers - whole)]
+        layers = whole_layers(whole, length) + [late] * (shape.layers - whole)
+        return [self.to_the_end(shape, layers)]
 
     def window_of(self, length: int, spans: Spans) -> int:
         """How many tokens at the end of a prompt of `length` go on."""

@@ -86,13 +86,17 @@ class MarsInfer(ScoredMethod):
     def ffn_in_fp8(self) -> bool:
         return self.low is not None
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return self.ffn_in_fp8 and self.start_layer < shape.layers  # it says in which precision
+
     def shared_layers(self, shape: ModelShape) -> int:
         return min(self.start_layer, shape.layers)
 
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
         first = self.shared_layers(shape)
         kept = [round(self._expected_share(layer) * length) for layer in range(first, shape.layers)]
-        return [whole_layers(first, length) + [LayerWork(length, tokens) for tokens in kept]]
+        layers = whole_layers(first, length) + [LayerWork(length, tokens) for tokens in kept]
+        return [self.to_the_end(shape, layers)]
 
     def score(self, layer: int, view: LayerView) -> Tensor:
         return view.window_importance(self.window)

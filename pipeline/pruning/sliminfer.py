@@ -120,12 +120,16 @@ class SlimInfer(PruningMethod):
         rescoring = Rescoring(layers=layers, block=self.block, gamma=self.gamma)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=tuple(tokens), rescoring=rescoring)
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return shape.layers - 1 in self.pruning_layers(shape.layers)
+
     def shared_layers(self, shape: ModelShape) -> int:
         return self.pruning_layers(shape.layers)[0]
 
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
         stored = self.plan(shape, (length,)).cache_tokens
-        return [[LayerWork(*counts) for counts in zip((length, *stored[:-1]), stored, strict=True)]]
+        layers = [LayerWork(*counts) for counts in zip((length, *stored[:-1]), stored, strict=True)]
+        return [self.to_the_end(shape, layers)]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.block), ((length - 1) // self.block * self.block, length))

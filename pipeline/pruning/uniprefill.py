@@ -81,6 +81,9 @@ class UniPrefill(PruningMethod):
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         return replace(self, share=shares)
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return self._drops_at(shape.layers - 1) and (self.share is not None or self.p < 1)
+
     def shared_layers(self, shape: ModelShape) -> int:
         return min(self.first_layer, shape.layers)
 
@@ -93,7 +96,7 @@ class UniPrefill(PruningMethod):
                 assumed = 1.0 if self.p >= 1 else ASSUMED_SHARE
                 alive = min(alive, round(length * (assumed if share is None else share)))
             layers.append(LayerWork(entered, alive))
-        return [layers]
+        return [self.to_the_end(shape, layers)]
 
     def begin(self, plan: Plan) -> tuple[int, ...]:
         return plan.lengths

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.bench.flops import layer_tokens
+from pipeline.bench.flops import dense_work, layer_tokens
 from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.memory import Packer
 from pipeline.model.decode import StopRules
@@ -139,9 +139,12 @@ def _alone(model: LoadedModel, method: PruningMethod, document: EncodedDocument)
 
 
 def _work(model: LoadedModel, prefilled: Prefilled) -> tuple[list[float], list[float], float]:
-    """Shares of the prompt that entered each layer and passed its FFN, and of dense K/V that are stored."""
+    """Of dense's tokens in each layer those that entered it and passed its FFN; of dense K/V those stored."""
     (length,), (passes,) = prefilled.lengths, prefilled.by_document()
-    kept, ffn = layer_tokens(passes)
+    dense = layer_tokens([dense_work(model.shape.layers, length)])
     stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
-    shares = ([tokens / length for tokens in counts] for counts in (kept, ffn))
-    return next(shares), next(shares), stored / (length * model.shape.layers)
+    kept, ffn = (
+        [n / most for n, most in zip(own, of_dense, strict=True)]
+        for own, of_dense in zip(layer_tokens(passes), dense, strict=True)
+    )
+    return kept, ffn, stored / (length * model.shape.layers)

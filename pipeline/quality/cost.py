@@ -17,6 +17,7 @@ from pipeline.bench.flops import (
     LayerWork,
     Passes,
     attended_flops,
+    dense_work,
     ffn_flops,
     fp8_tokens,
     passes_flops,
@@ -32,7 +33,7 @@ FEATURES = (
     "attention in fp8",
     "block-sparse attention",
     "choosing its blocks",
-    "attention over parked tokens",
+    "attention of the last tokens alone",
     "scoring",
     "layers",
     "layers that select",
@@ -93,16 +94,18 @@ class CostModel:
 
 def dense_passes(shape: ModelShape, tokens: int) -> Passes:
     """What a dense prefill of so many tokens does."""
-    return [[LayerWork(tokens, tokens)] * shape.layers]
+    return [dense_work(shape.layers, tokens)]
 
 
 def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_in_fp8: bool) -> np.ndarray:
     """(F,) operations of each kind, and counts of layers, of one document's prefill."""
     works = [work for layers in passes for work in layers]
     per_pair = 2 * shape.heads * shape.head_dim
-    whole = sum(attended_flops(shape, work) for work in works if work.pairs is None)
-    sparse = [work for work in works if work.pairs is not None and not work.parked]
-    parked = sum(attended_flops(shape, work) for work in works if work.pairs is not None and work.parked)
+    few = [work for work in works if work.last_only or (work.pairs is not None and work.parked)]
+    parked = sum(attended_flops(shape, work) for work in few)
+    many = [work for work in works if not work.last_only]
+    whole = sum(attended_flops(shape, work) for work in many if work.pairs is None)
+    sparse = [work for work in many if work.pairs is not None and not work.parked]
     chosen = [work for work in sparse if work.pairs != local_pairs(work.tokens)]
     sparse_flops = sum(attended_flops(shape, work) for work in sparse)
     scoring = per_pair * sum(work.scored_pairs for work in works)
@@ -128,7 +131,7 @@ def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_
 
 
 def _selects(work: LayerWork) -> bool:
-    return work.scored_pairs > 0 or work.ffn_tokens < work.tokens
+    return work.scored_pairs > 0 or (work.ffn_tokens < work.tokens and not work.last_only)
 
 
 def _slower(features_NF: np.ndarray, coefficients_F: np.ndarray) -> np.ndarray:

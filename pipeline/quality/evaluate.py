@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.bench.flops import Passes, attention_ratio, dense_flops, layer_tokens, passes_flops
+from pipeline.bench.flops import (
+    Passes,
+    attention_ratio,
+    dense_flops,
+    ffn_ratio,
+    kept_ratio,
+    passes_flops,
+)
 from pipeline.bench.variant import Variant
 from pipeline.engines.memory import Packer
 from pipeline.model.loading import LoadedModel
@@ -46,7 +53,7 @@ class CaseScore:
     nll: float  # sum over the tokens, in nats
     ttft_ms: float
     kept_ratio: float  # of the prompt, mean over layers
-    ffn_ratio: float
+    ffn_ratio: float  # tokens that passed FFNs, over those of a dense prefill
     attention_ratio: float  # query-key pairs of this prefill over those of a dense one
     flops_ratio: float  # operations of this prefill over a dense one's
     kv_ratio: float  # of the keys and values that dense stores
@@ -117,7 +124,6 @@ def _score(
     dense: Forced | None,
 ) -> CaseScore:
     shape, length = model.shape, case.document.prompt_tokens
-    entered, ffn = layer_tokens(passes)
     return CaseScore(
         id=case.id,
         task=case.task,
@@ -127,8 +133,8 @@ def _score(
         correct=int(np.sum(forced.choices == case.answer)),
         nll=float(-forced.logprobs.astype(np.float64).sum()),
         ttft_ms=ttft_ms,
-        kept_ratio=sum(entered) / (shape.layers * length),
-        ffn_ratio=sum(ffn) / (shape.layers * length),
+        kept_ratio=kept_ratio(shape, passes, length),
+        ffn_ratio=ffn_ratio(shape, passes, length),
         attention_ratio=attention_ratio(shape, passes, length),
         flops_ratio=passes_flops(shape, passes) / dense_flops(shape, length),
         kv_ratio=stored / (shape.layers * length),

@@ -76,6 +76,9 @@ class Probe(PruningMethod):
     def ffn_in_fp8(self) -> bool:
         return self.action == "fp8"
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return False  # no action touches the last token, and nothing reads what becomes of the others there
+
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((length - self.window, length),)
 
@@ -165,7 +168,9 @@ def _row(
 
 
 def _attended(work: LayerWork) -> float:
-    return 1.0 if work.pairs is None else work.pairs / (work.tokens * (work.tokens + 1) / 2)
+    if work.last_only or work.pairs is None:
+        return 1.0
+    return work.pairs / (work.tokens * (work.tokens + 1) / 2)
 
 
 def spread(values: Sequence[int]) -> Iterator[int]:

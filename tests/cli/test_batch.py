@@ -59,7 +59,9 @@ def test_every_row_gets_an_answer_with_its_statistics(batch, parquet, tmp_path, 
         assert row["kept_tokens"] == [row["prompt_tokens"]] * 4
         assert row["ffn_tokens"][0] == row["prompt_tokens"]
         assert row["attention_ratio"] == 1
-        assert row["ffn_ratio"] == pytest.approx(sum(row["ffn_tokens"]) / sum(row["kept_tokens"]))
+        assert row["ffn_tokens"][-1] == 1
+        of_dense = 3 * row["prompt_tokens"] + 1
+        assert row["ffn_ratio"] == pytest.approx(sum(row["ffn_tokens"]) / of_dense)
         assert row["kv_bytes"] == 4 * row["prompt_tokens"] * 2 * 2 * 16 * 4
     assert rows[0]["ffn_ratio"] < 1
     assert rows[0]["flops_ratio"] < 1

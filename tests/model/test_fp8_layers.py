@@ -73,7 +73,8 @@ def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu
     assert 0 < near < far / 2
     # a document of at most the window is computed as without fp8
     assert distance(prefilled.logits_BV[2], full[2]) < 1e-2
-    for (works,), length in zip(prefilled.by_document(), (150, 70, 40), strict=True):
+    for ((*works, last),), length in zip(prefilled.by_document(), (150, 70, 40), strict=True):
+        assert (last.ffn_tokens, last.ffn_fp8_tokens) == (1, 0)
         assert {(work.ffn_tokens, work.ffn_fp8_tokens) for work in works} == {(length, max(0, length - 64))}
     behind = continue_with(adapter, sdpa, prefilled.cache, [[1, 2]] * 3, prefilled.next_positions)
     adapter.use_linears("auto")
@@ -121,7 +122,8 @@ def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
     adapter.use_linears("auto", ffn=True)
     prefilled = logits(adapter, sdpa, TIERS)
     for passes in prefilled.by_document():
-        first, *others = passes[0]
+        first, *others, last = passes[0]
+        assert (last.tokens, last.ffn_tokens, last.ffn_fp8_tokens) == (first.tokens, 1, 0)
         assert first.ffn_fp8_tokens == 0
         assert first.ffn_tokens == first.tokens
         for work in others:
@@ -139,7 +141,9 @@ def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_
     adapter = bf16_model()
     adapter.use_linears("auto", ffn=True)
     prefilled = logits(adapter, sdpa, MarsInfer(low="fp8", start_layer=0, eta=1.0))
-    assert all(work.ffn_fp8_tokens == work.tokens for (layers,) in prefilled.by_document() for work in layers)
+    for ((*layers, last),) in prefilled.by_document():
+        assert all(work.ffn_fp8_tokens == work.tokens for work in layers)
+        assert last.ffn_fp8_tokens == last.ffn_tokens == 1
     assert all(work.scored_pairs == 0 for (layers,) in prefilled.by_document() for work in layers)
 
 

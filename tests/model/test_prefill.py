@@ -97,7 +97,7 @@ def test_dropped_tokens_leave_the_later_layers_and_keep_their_positions(sdpa):
     method = DropHalf()
     together = prefill(adapter, sdpa, method, pack_of(*documents), new_tokens=2)
     assert together.work.kept == [(60, 33), (60, 33), (34, 21), (34, 21)]
-    assert together.work.ffn() == [[60, 33], [34, 21], [34, 21], [34, 21]]
+    assert together.work.ffn() == [[60, 33], [34, 21], [34, 21], [1, 1]]
     # K/V of the pruning layer are those of all tokens that entered it
     assert together.cache.prompt_tokens() == [[60, 33], [60, 33], [34, 21], [34, 21]]
     expected = drop_half_reference(adapter, documents[0])

@@ -100,8 +100,10 @@ def test_block_sparse_attention_is_shared_at_no_loss(sdpa, monkeypatch):
         mine, other = (prefilled.cache.keys[layer][:before] for prefilled in (together, whole))
         assert (mine - other).abs().max() < 1e-4
     assert (whole.cache.keys[-1][:before] - exact.cache.keys[-1][:before]).abs().max() > 1e-2
-    for mine, other, all_pairs in zip(*(pairs_of(p) for p in (together, whole, exact)), strict=True):
+    *pairs, last = zip(*(pairs_of(p) for p in (together, whole, exact)), strict=True)
+    for mine, other, all_pairs in pairs:
         assert other <= mine < all_pairs
+    assert last == (450, 450, 450)
 
 
 def pairs_of(prefilled):

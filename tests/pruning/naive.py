@@ -159,8 +159,13 @@ def by_document(view, indices):
 
 def assert_same(trace: Trace, watched: Watched, prefilled, b: int) -> None:
     """Document `b` of a pack went the way of its trace: tokens, stored keys and values, logits."""
-    assert [layer[b] for layer in watched.entered] == trace.entered
-    assert [layer[b] for layer in watched.ffn] == trace.ffn
+    asked = prefilled.work.last_only.count(False)  # a method may not care what the last layer does
+    assert asked in (len(trace.entered), len(trace.entered) - 1)
+    assert [layer[b] for layer in watched.entered] == trace.entered[:asked]
+    assert [layer[b] for layer in watched.ffn] == trace.ffn[:asked]
+    assert [layer[b] for layer in prefilled.work.kept] == list(map(len, trace.entered))
+    # whatever passes the last layer's FFN, the last token's alone is read
+    assert [layer[b] for layer in prefilled.work.ffn()] == [*map(len, trace.ffn[:-1]), 1]
     assert (prefilled.logits_BV[b] - trace.logits).abs().max() <= 1e-4
     cache = prefilled.cache
     for layer, slots in enumerate(cache.slots):

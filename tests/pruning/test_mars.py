@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.flops import attention_ratio
+from pipeline.bench.flops import attended_pairs, attention_ratio
 from pipeline.errors import ConfigError
 from pipeline.kernels import sparse
 from pipeline.model.prefill import prefill
@@ -50,8 +49,8 @@ def test_by_default_short_documents_lose_nothing(sdpa):
     assert (dense.logits_BV - late.logits_BV).abs().max() < 1e-4
     for ours, theirs in zip(late.cache.keys, dense.cache.keys, strict=True):
         assert (ours - theirs).abs().max() < 1e-4
-    assert late.work.ffn()[-1] == [8, 8]
-    assert late.work.ffn()[:-1] == dense.work.ffn()[:-1]
+    assert late.work.kept[-1] == (8, 8)
+    assert late.work.ffn() == dense.work.ffn()
 
 
 def test_stopping_earlier_keeps_what_was_read_within_reach(sdpa):
@@ -70,14 +69,16 @@ def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
     pack = pack_of(document(900), document(60, seed=1))
     prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2, local_from=3), pack)
     (of_long,), (of_short,) = prefilled.by_document()
-    assert [work.pairs < 900 * 901 // 2 for work in of_long] == [True] * 4
-    assert attention_ratio(model.shape, [of_long], 900) == pytest.approx(
-        statistics.mean(work.pairs / (900 * 901 / 2) for work in of_long)
-    )
+    *before, last = of_long
+    assert [work.pairs < 900 * 901 // 2 for work in before] == [True] * 3
+    assert (last.last_only, attended_pairs(last)) == (True, 900)
+    computed, whole = sum(work.pairs for work in before) + 900, 3 * (900 * 901 // 2) + 900
+    assert attention_ratio(model.shape, [of_long], 900) == pytest.approx(computed / whole)
     assert [work.pairs for work in of_short[:2]] == [60 * 61 // 2] * 2
     everywhere = replace(SMALL, sparse_attention=(1.0, 0.2, 1.0, 1.0))
     (of_long,), _ = prefill(model, sdpa, everywhere, pack).by_document()
-    assert [work.pairs is None for work in of_long] == [True, False, False, False]
+    assert [work.pairs is None for work in of_long] == [True, False, False, True]
+    assert [work.last_only for work in of_long] == [False, False, False, True]
 
 
 def test_late_layers_attend_to_what_is_near():

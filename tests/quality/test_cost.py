@@ -87,7 +87,7 @@ def test_what_was_never_seen_costs_nothing(planted):
     ]
     model = CostModel.fit(SHAPE, runs)
     assert model.relative_error < 1e-6
-    unseen = [FEATURES.index(name) for name in ("scoring", "attention over parked tokens")]
+    unseen = [FEATURES.index(name) for name in ("scoring", "block-sparse attention")]
     assert not model.coefficients[unseen].any()
     assert CostModel.fit(SHAPE, []).predict(dense_passes(SHAPE, 100)) == 0
 

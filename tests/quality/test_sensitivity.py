@@ -62,6 +62,9 @@ def test_a_probe_acts_at_its_layer_alone(sdpa, at, action):
     probe = prefill(adapter, sdpa, Probe(layer=at, action=action, mass=0.4, window=20), pack)
     for (before,), (after,) in zip(dense.by_document(), probe.by_document(), strict=True):
         assert after[:at] == before[:at]
+        if at == 3:  # of the last layer nothing is read that a probe touches
+            assert after == before
+            continue
         length = before[0].tokens
         assert after[at].tokens == length
         later = after[at + 1 :]
@@ -85,7 +88,7 @@ def test_a_sparse_probe_thins_the_attention_of_its_layer_alone(sdpa, monkeypatch
     ((works,),) = probe.by_document()
     assert [work.pairs is None for work in works] == [True, True, False, True]
     assert works[2].pairs < 900 * 901 // 2
-    assert {(work.tokens, work.ffn_tokens) for work in works} == {(900, 900)}
+    assert [(work.tokens, work.ffn_tokens) for work in works] == [(900, 900)] * 3 + [(900, 1)]
 
 
 def test_a_probe_of_all_mass_is_dense(sdpa):
