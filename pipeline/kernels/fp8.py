@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Fp8Weight:
         quantised_ND = torch.empty(outputs, inputs, dtype=FP8, device=weight_ND.device)
         scale_1N = torch.empty(1, outputs, dtype=torch.float32, device=weight_ND.device)
         rows = max(1, VALUES_AT_ONCE // inputs)
+        _one(weight_ND.device)  # now: made while a CUDA graph is captured, it would be lost with the graph
         for start in range(0, outputs, rows):
             part = slice(start, start + rows)
             values, scale = quantize_rows(weight_ND[part])
@@ -62,6 +64,29 @@ def fp8_linear(
         use_fast_accum=True,
         **into,
     )
+
+
+def fp8_product(x_fp8_TD: Tensor, weight: Fp8Weight) -> Tensor:
+    """x @ weight.T in bfloat16, (T, N), without the scales of either, for whoever applies them later.
+
+    Of few rows torch computes this faster than `fp8_linear`. No sum overflows: 448 * 448 * D is far from
+    bfloat16's largest number.
+    """
+    one = _one(x_fp8_TD.device)
+    return torch._scaled_mm(
+        x_fp8_TD,
+        weight.quantised.t(),
+        scale_a=one,
+        scale_b=one,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    """A scale for a whole matrix."""
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def fp8_available(device: torch.device, *, slow_cpu: bool = False) -> str | None:

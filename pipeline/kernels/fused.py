@@ -52,7 +52,7 @@ def rope_(q_THd: Tensor, k_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
         *(k_TKd, *k_TKd.stride()[:2], kv_heads),
         *(cos_Td, cos_Td.stride(0), sin_Td, sin_Td.stride(0), head_dim // 2),
         **blocks,
-        num_warps=_warps(2 * blocks["HEADS"] * blocks["HALF"]),
+        num_warps=warps_for(2 * blocks["HEADS"] * blocks["HALF"]),
     )
 
 
@@ -74,16 +74,7 @@ def silu_mul_quantized(gate_up_T2F: Tensor) -> Quantised:
     kernels = _kernels(gate_up_T2F)
     if kernels is None:
         return quantize_rows(silu_mul(gate_up_T2F))
-    out_TF, scale_T1 = _empty_fp8(gate_up_T2F, gate_up_T2F.shape[1] // 2)
-    rows, width = out_TF.shape
-    first = max(1, power_of_two(width) // 2)
-    kernels.silu_mul_quantized_kernel[(rows,)](
-        *(gate_up_T2F, gate_up_T2F.stride(0), out_TF, scale_T1, width),
-        FIRST=first,
-        REST=power_of_two(max(1, width - first)),
-        num_warps=min(32, max(4, first // 512)),
-    )
-    return out_TF, scale_T1
+    return launch_silu_mul(kernels, gate_up_T2F)
 
 
 def quantize_rows(x_TD: Tensor) -> Quantised:
@@ -93,8 +84,8 @@ def quantize_rows(x_TD: Tensor) -> Quantised:
         values_TD = x_TD.float()
         scale_T1 = (values_TD.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=SMALLEST_SCALE)
         return (values_TD * (1 / scale_T1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale_T1
-    out_TD, scale_T1 = _empty_fp8(x_TD, x_TD.shape[1])
-    _launch(kernels.quantize_rows_kernel, out_TD, x_TD, x_TD.stride(0), out_TD, scale_T1)
+    out_TD, scale_T1 = empty_fp8(x_TD, x_TD.shape[1])
+    launch_rows(kernels.quantize_rows_kernel, out_TD, x_TD, x_TD.stride(0), out_TD, scale_T1)
     return out_TD, scale_T1
 
 
@@ -103,8 +94,8 @@ def rms_norm_quantized(x_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     kernels = _kernels(x_TD)
     if kernels is None:
         return quantize_rows(rms_norm(x_TD, weight_D.shape, weight_D, eps))
-    out_TD, scale_T1 = _empty_fp8(x_TD, x_TD.shape[1])
-    _launch(kernels.rms_norm_kernel, out_TD, x_TD, x_TD.stride(0), weight_D, eps, out_TD, scale_T1)
+    out_TD, scale_T1 = empty_fp8(x_TD, x_TD.shape[1])
+    launch_rows(kernels.rms_norm_kernel, out_TD, x_TD, x_TD.stride(0), weight_D, eps, out_TD, scale_T1)
     return out_TD, scale_T1
 
 
@@ -139,7 +130,7 @@ def quantize_heads(x_TNd: Tensor, segments: Segments, groups: int) -> Quantised:
         *(x_TNd, *x_TNd.stride()[:2], segments.document_T, scale_BK, out_TNd, width, head_dim),
         *(heads // groups * head_dim, groups),
         BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=warps_for(block),
     )
     return out_TNd, scale_BK
 
@@ -156,19 +147,40 @@ def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
     x_TNd.copy_(values_TNd * cos_Td.float()[:, None] + turned_TNd * sin_Td.float()[:, None])
 
 
-def _launch(kernel: Any, out_TD: Tensor, *arguments: Any) -> None:
-    """One program for each row of `out_TD`."""
+def launch_silu_mul(
+    kernels: Any,
+    gate_up_T2F: Tensor,
+    row_scale_T1: Tensor | None = None,
+    scale_1N: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Quantised:
+    """See `step.Product` for what a product may lack."""
+    out_TF, scale_T1 = empty_fp8(gate_up_T2F, gate_up_T2F.shape[1] // 2)
+    rows, width = out_TF.shape
+    first = max(1, power_of_two(width) // 2)
+    kernels.silu_mul_quantized_kernel[(rows,)](
+        *(gate_up_T2F, gate_up_T2F.stride(0), row_scale_T1, scale_1N, bias_N, out_TF, scale_T1, width),
+        FIRST=first,
+        REST=power_of_two(max(1, width - first)),
+        num_warps=min(32, max(4, first // 512)),
+    )
+    return out_TF, scale_T1
+
+
+def launch_rows(kernel: Any, out_TD: Tensor, *arguments: Any) -> None:
+    """One program for each row of `out_TD`, whose width is the last argument."""
     rows, width = out_TD.shape
     block = power_of_two(width)
-    kernel[(rows,)](*arguments, width, BLOCK=block, num_warps=_warps(block))
+    kernel[(rows,)](*arguments, width, BLOCK=block, num_warps=warps_for(block))
 
 
-def _empty_fp8(like: Tensor, width: int) -> Quantised:
+def empty_fp8(like: Tensor, width: int) -> Quantised:
+    """Room for as many quantised rows as `like` has."""
     rows, device = len(like), like.device
     values = torch.empty(rows, width, dtype=FP8, device=device)
     return values, torch.empty(rows, 1, dtype=torch.float32, device=device)
 
 
-def _warps(values: int) -> int:
+def warps_for(values: int) -> int:
     """16 values a thread, within what leaves room for several programs on a multiprocessor."""
     return max(4, min(16, values // 512))

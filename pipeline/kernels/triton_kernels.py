@@ -69,27 +69,110 @@ def _rotate(start, head_stride, heads, cosines, sines, half, HEADS: tl.constexpr
     second = tl.load(seconds, mask=inside).to(tl.float32)
     cosines, sines = cosines[None, :], sines[None, :]
     tl.debug_barrier()  # where several threads hold the same value, all are to read before one writes
-    tl.store(firsts, (first * cosines - second * sines).to(start.dtype.element_ty), mask=inside)
-    tl.store(seconds, (second * cosines + first * sines).to(start.dtype.element_ty), mask=inside)
+    _store_turned(firsts, first, second, cosines, sines, half, inside)
+
+
+@triton.jit
+def rope_and_store_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    stride,
+    row_scales,
+    column_scales,
+    bias,
+    cos,
+    cos_stride,
+    sin,
+    sin_stride,
+    keys,
+    keys_slot_stride,
+    keys_head_stride,
+    values,
+    values_slot_stride,
+    values_head_stride,
+    places,
+    group,
+    half,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """See `step.rope_and_store_`: each program does one key head of a token, its values and its queries."""
+    token, kv_head, kv_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    head, at = tl.arange(0, GROUP)[:, None], tl.arange(0, HALF)[None, :]
+    inside, within = at < half, (head < group) & (at < half)
+    of_queries = (kv_head * group + head) * (2 * half) + at
+    of_keys = (kv_heads * group + kv_head) * (2 * half) + at
+    of_values = of_keys + kv_heads * (2 * half)
+
+    # all is read before anything is written: so reads wait together, and where several threads hold the same
+    # query, none of them reads what another has turned
+    place = tl.load(places + token)
+    cosines = tl.load(cos + token * cos_stride + at, mask=inside).to(tl.float32)
+    sines = tl.load(sin + token * sin_stride + at, mask=inside).to(tl.float32)
+    q_first = _completed(qkv, stride, row_scales, column_scales, bias, token, of_queries, within)
+    q_second = _completed(qkv, stride, row_scales, column_scales, bias, token, of_queries + half, within)
+    k_first = _completed(qkv, stride, row_scales, column_scales, bias, token, of_keys, inside)
+    k_second = _completed(qkv, stride, row_scales, column_scales, bias, token, of_keys + half, inside)
+    v_first = _completed(qkv, stride, row_scales, column_scales, bias, token, of_values, inside)
+    v_second = _completed(qkv, stride, row_scales, column_scales, bias, token, of_values + half, inside)
+    tl.debug_barrier()
+
+    q_to = qkv + token * stride + of_queries
+    k_to = keys + place * keys_slot_stride + kv_head * keys_head_stride + at
+    v_to = values + place * values_slot_stride + kv_head * values_head_stride + at
+    _store_turned(q_to, q_first, q_second, cosines, sines, half, within)
+    _store_turned(k_to, k_first, k_second, cosines, sines, half, inside)
+    tl.store(v_to, v_first.to(values.dtype.element_ty), mask=inside)
+    tl.store(v_to + half, v_second.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_turned(firsts, first, second, cosines, sines, half, inside):  # type: ignore[no-untyped-def]
+    dtype: tl.constexpr = firsts.dtype.element_ty
+    tl.store(firsts, (first * cosines - second * sines).to(dtype), mask=inside)
+    tl.store(firsts + half, (second * cosines + first * sines).to(dtype), mask=inside)
+
+
+@triton.jit
+def _completed(product, stride, row_scales, column_scales, bias, row, columns, inside):  # type: ignore[no-untyped-def]
+    """Values of a row of `step.Product` in float32, zeros where not `inside`; what it lacks is None."""
+    values = tl.load(product + row * stride + columns, mask=inside, other=0).to(tl.float32)
+    if row_scales is not None:
+        scales = tl.load(row_scales + row) * tl.load(column_scales + columns, mask=inside, other=0)
+        values = values * scales
+    if bias is not None:
+        values = values + tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
+    return values
 
 
 @triton.jit
 def silu_mul_kernel(gate_up, stride, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """See `fused.silu_mul`: each program does a piece of one row."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + row * width + at, _gated(gate_up + row * stride, at, width), mask=at < width)
+    gated = _gated(gate_up, stride, None, None, None, row, at, width)
+    tl.store(out + row * width + at, gated, mask=at < width)
 
 
 @triton.jit
 def silu_mul_quantized_kernel(  # type: ignore[no-untyped-def]
-    gate_up, stride, out, scales, width, FIRST: tl.constexpr, REST: tl.constexpr
+    gate_up,
+    stride,
+    row_scales,
+    column_scales,
+    bias,
+    out,
+    scales,
+    width,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """See `fused.silu_mul_quantized`: a program keeps a row in registers, in two parts to pad little."""
+    """See `fused.silu_mul_quantized`: a program keeps a row in registers, in two parts to pad little.
+
+    Of `step.product_silu_mul_quantized`, `gate_up` lacks its scales, and may lack a bias.
+    """
     row = tl.program_id(0).to(tl.int64)
-    start = gate_up + row * stride
     first_at, rest_at = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
-    first = _gated(start, first_at, width).to(tl.float32)
-    rest = _gated(start, rest_at, width).to(tl.float32)
+    first = _gated(gate_up, stride, row_scales, column_scales, bias, row, first_at, width).to(tl.float32)
+    rest = _gated(gate_up, stride, row_scales, column_scales, bias, row, rest_at, width).to(tl.float32)
     largest = tl.maximum(tl.reduce(_magnitude(first), 0, _larger), tl.reduce(_magnitude(rest), 0, _larger))
     scale = _scale_of(largest)
     tl.store(scales + row, scale)
@@ -99,10 +182,11 @@ def silu_mul_quantized_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gated(start, at, width):  # type: ignore[no-untyped-def]
-    gate = tl.load(start + at, mask=at < width, other=0).to(tl.float32)
-    up = tl.load(start + width + at, mask=at < width, other=0).to(tl.float32)
-    return (gate / (1 + tl.exp(-gate)) * up).to(start.dtype.element_ty)
+def _gated(gate_up, stride, row_scales, column_scales, bias, row, at, width):  # type: ignore[no-untyped-def]
+    inside = at < width
+    gate = _completed(gate_up, stride, row_scales, column_scales, bias, row, at, inside)
+    up = _completed(gate_up, stride, row_scales, column_scales, bias, row, width + at, inside)
+    return (gate / (1 + tl.exp(-gate)) * up).to(gate_up.dtype.element_ty)
 
 
 @triton.jit
@@ -141,10 +225,48 @@ def rms_norm_kernel(x, stride, weight, eps, out, scales, width, BLOCK: tl.conste
     """See `fused.rms_norm_quantized`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < width
-    values = tl.load(x + row * stride + at, mask=inside, other=0).to(tl.float32)
+    values = tl.load(x + row * stride + at, mask=inside, other=0)
+    weights = tl.load(weight + at, mask=inside, other=0)
+    _store_normed(out, scales, row, at, values, weights, eps, width)
+
+
+@triton.jit
+def add_kernel(  # type: ignore[no-untyped-def]
+    total,
+    total_stride,
+    product,
+    stride,
+    row_scales,
+    column_scales,
+    bias,
+    weight,
+    eps,
+    out,
+    scales,
+    width,
+    BLOCK: tl.constexpr,
+):
+    """See `step.add_product_`, and `step.add_product_normed_`, which alone has a `weight`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = at < width
+    added = _completed(product, stride, row_scales, column_scales, bias, row, at, inside)
+    before = tl.load(total + row * total_stride + at, mask=inside, other=0).to(tl.float32)
+    if weight is not None:
+        weights = tl.load(weight + at, mask=inside, other=0)
+    after = (before + added).to(total.dtype.element_ty)
+    tl.debug_barrier()  # where several threads hold the same value, all are to read before one writes
+    tl.store(total + row * total_stride + at, after, mask=inside)
+    if weight is not None:
+        _store_normed(out, scales, row, at, after, weights, eps, width)
+
+
+@triton.jit
+def _store_normed(out, scales, row, at, x, weights, eps, width):  # type: ignore[no-untyped-def]
+    """RMSNorm of a row `x`, rounded to its type, then quantised; beyond `width` it must be zero."""
+    values = x.to(tl.float32)
     mean = tl.reduce(values * values, 0, _sum) / width
-    scaled = values * tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0).to(tl.float32)
-    _store_row(out, scales, row, at, scaled.to(x.dtype.element_ty), width)
+    scaled = values * tl.rsqrt(mean + eps) * weights.to(tl.float32)
+    _store_row(out, scales, row, at, scaled.to(x.dtype), width)
 
 
 @triton.jit

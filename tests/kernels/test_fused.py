@@ -9,30 +9,29 @@ import math
 
 import pytest
 import torch
+from kernel_cases import (
+    DEVICE,
+    EPS,
+    EXACT,
+    GPU,
+    TOLERANCES,
+    TYPES,
+    as_columns_of_wider,
+    assert_same_rows,
+    codes,
+    dequantised,
+    norm64,
+    normal,
+    rounding_to_nearest,
+    silu64,
+)
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pipeline.kernels import fused, reference
 from pipeline.kernels.segments import Segments
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-EPS = 1e-6
-EXACT = 1 if GPU else 0  # on a GPU torch divides by a number through its reciprocal, once rounded more
 SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
-TYPES = [torch.float32, torch.bfloat16]
-TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
-TOLERANCES = {  # float32 sums in another order; bfloat16 is one step where that moves it over a tie
-    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
-    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6},
-}
-
-
-def rounding_to_nearest(values, source, target, _):
-    """As a GPU converts; the interpreter would truncate, and lose the carry into float8's exponent."""
-    source, target = TORCH_TYPES[source.name], TORCH_TYPES[target.name]
-    converted = torch.from_numpy(values.copy()).view(source).to(target)
-    return converted.view({1: torch.uint8, 2: torch.uint16, 4: torch.float32}[target.itemsize]).numpy()
 
 
 @pytest.fixture
@@ -55,51 +54,6 @@ def plain(function, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "_kernels", lambda x: None)
         return function(*(a.clone() if torch.is_tensor(a) else a for a in arguments))
-
-
-def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed + math.prod(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
-
-
-def as_columns_of_wider(x):
-    """The same values with other strides, and the wider tensor that they lie in."""
-    wider = torch.full((len(x), x.shape[1] + 13), 7.0, dtype=x.dtype, device=x.device)
-    wider[:, 5 : 5 + x.shape[1]] = x
-    return wider[:, 5 : 5 + x.shape[1]], wider
-
-
-def codes(fp8):
-    """Float8 as integers in the order of the values; NaN apart."""
-    bits = fp8.view(torch.uint8).int()
-    ordered = torch.where(bits < 128, bits, 128 - bits)
-    return torch.where((bits & 127) == 127, 10_000, ordered)
-
-
-def assert_same_rows(actual, expected, dtype, steps=1):
-    """`steps` of float8 where a normed value may differ in its last bit, 0 for equal bytes and scales."""
-    (values, scale), (values_wanted, scale_wanted) = actual, expected
-    assert values.dtype == torch.float8_e4m3fn
-    assert values.shape == values_wanted.shape
-    assert scale.shape == (len(values), 1)
-    assert (codes(values) - codes(values_wanted)).abs().max() <= steps
-    tolerance = TOLERANCES[dtype] if steps else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(scale, scale_wanted, equal_nan=True, **tolerance)
-
-
-def dequantised(rows):
-    values, scale = rows
-    return values.double() * scale.double()
-
-
-def norm64(x, weight):
-    x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-
-
-def silu64(gate_up):
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    return gate / (1 + (-gate).exp()) * up
 
 
 class TestPlain:
