@@ -7,6 +7,7 @@ Supported families are an allow-list, each tested against stock transformers on 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
-from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear
-from pipeline.kernels.fused import quantize_rows, rms_norm_quantized, rope_, silu_mul, silu_mul_quantized
+from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear, fp8_product
+from pipeline.kernels.fused import (
+    Quantised,
+    quantize_rows,
+    rms_norm_quantized,
+    rope_,
+    silu_mul,
+    silu_mul_quantized,
+)
+from pipeline.kernels.step import (
+    Product,
+    add_product_,
+    add_product_normed_,
+    has_kernels,
+    product_silu_mul_quantized,
+    rope_and_store_,
+)
 from pipeline.model.shape import PIECE_TOKENS, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+STEP_ROWS = 256  # up to which fp8 products are faster without their scales
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (T, d) each
 
@@ -165,6 +182,12 @@ class Projection:
         assert self.fp8 is not None, "these weights were not quantised"
         return fp8_linear(x_TD, scale_T1, self.fp8, self.bias, out_TN=out_TN)
 
+    def unscaled(self, x: Quantised) -> Product:
+        """(T, N) of a quantised input, without the scales and the bias."""
+        assert self.fp8 is not None, "these weights were not quantised"
+        x_TD, scale_T1 = x
+        return Product(fp8_product(x_TD, self.fp8), scale_T1, self.fp8.scale, self.bias)
+
     def quantise(self, *, keep: bool) -> None:
         """Make the fp8 form; without `keep` the other one is given up."""
         if self.fp8 is None:
@@ -286,10 +309,78 @@ class DecoderAdapter:
         for rows in self.pieces(len(hidden_TD)):
             self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8)
 
+    def step_layer_(
+        self,
+        layer: int,
+        hidden_BD: Tensor,
+        rope: Rope,
+        keys_SKd: Tensor,
+        values_SKd: Tensor,
+        places_B: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        normed: Quantised | None = None,
+    ) -> Quantised | None:
+        """Run a layer for one new token of each row, on the residual stream in place.
+
+        The tokens' keys and values go to the slots `places_B`, and then `attend` mixes values for their
+        queries, (B, H, d) both. Where that saves a kernel the layer also norms its result for the next one:
+        what is returned may be given to it as `normed`, if the stream is left as it is in between.
+        """
+        weights = self._layers[layer]
+        if not self._steps_by_kernels(weights, hidden_BD):
+            q_BHd, k_BKd, v_BKd = self.qkv(layer, hidden_BD, rope)
+            keys_SKd.index_copy_(0, places_B, k_BKd)
+            values_SKd.index_copy_(0, places_B, v_BKd)
+            self.add_attention_(layer, hidden_BD, attend(q_BHd))
+            self.add_feed_forward_(layer, hidden_BD)
+            return None
+
+        def mixed(qkv: Product) -> Tensor:
+            return attend(rope_and_store_(qkv, *rope, keys_SKd, values_SKd, places_B))
+
+        if self.linears_in_fp8:
+            return self._step_in_fp8_(layer, hidden_BD, mixed, normed)
+        qkv_BN = weights.qkv(_norm(weights.input_norm, hidden_BD))
+        self.add_attention_(layer, hidden_BD, mixed(Product(qkv_BN)))
+        self.add_feed_forward_(layer, hidden_BD)
+        return None
+
+    def _steps_by_kernels(self, weights: Layer, hidden_BD: Tensor) -> bool:
+        """Whether a step can run as the kernels for it want: in bfloat16, without norms of single heads."""
+        few = len(hidden_BD) <= STEP_ROWS or not self.linears_in_fp8
+        plain = hidden_BD.dtype == torch.bfloat16 and weights.q_norm is None
+        return few and plain and has_kernels(hidden_BD)
+
+    def _step_in_fp8_(
+        self,
+        layer: int,
+        hidden_BD: Tensor,
+        mixed: Callable[[Product], Tensor],
+        normed: Quantised | None,
+    ) -> Quantised | None:
+        """`step_layer_` with products whose scales are applied by the kernels between them."""
+        weights, last = self._layers[layer], layer + 1 == len(self._layers)
+        if normed is None:
+            normed = rms_norm_quantized(hidden_BD, *_weight_and_eps(weights.input_norm))
+        mixed_BHd = mixed(weights.qkv.unscaled(normed))
+        attended = weights.output.unscaled(quantize_rows(mixed_BHd.flatten(1)))
+        normed = add_product_normed_(hidden_BD, attended, *_weight_and_eps(weights.ffn_norm))
+        gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
+        fed_forward = weights.down.unscaled(gated)
+        if last:
+            add_product_(hidden_BD, fed_forward)
+            return None
+        following = self._layers[layer + 1].input_norm
+        return add_product_normed_(hidden_BD, fed_forward, *_weight_and_eps(following))
+
+    def head(self, hidden_BD: Tensor) -> Tensor:
+        """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
+        head: Any = self.model.lm_head
+        return head(_norm(self._decoder.norm, hidden_BD))
+
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
-        head: Any = self.model.lm_head
-        return head(_norm(self._decoder.norm, hidden_BD)).float()
+        return self.head(hidden_BD).float()
 
     def _heads(
         self, layer: int, hidden_TD: Tensor, rope: Rope, projection: Projection, heads: int
@@ -362,6 +453,10 @@ class DecoderAdapter:
 def _norm(module: Any, x: Tensor) -> Tensor:
     """RMSNorm in torch's single fused kernel; the modules' own forward makes six passes over memory."""
     return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _weight_and_eps(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
 
 
 def random_model(
