@@ -172,6 +172,15 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = None,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rows that are decoded together, at most; a kill costs no more than these.",
+            show_default="256 on a GPU, 16 on a CPU",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(

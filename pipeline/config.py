@@ -82,6 +82,7 @@ class BatchConfig:
     workers: str = "all"  # or a count
     gpus_per_worker: int | None = None  # 0 or 1; None: 1 where there are GPUs
     pack_tokens: int | None = None  # None: from free memory
+    in_flight: int | None = None  # rows that are decoded together; None: 256 on a GPU, 16 on a CPU
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which blocks of them are offloaded
     group: str = "auto"  # rows about the same document: answered together where that is cheaper
     sort_by_document: bool = False  # so that such rows are near each other, wherever they stand
@@ -91,7 +92,7 @@ class BatchConfig:
     resume: bool = False
     retry_errors: bool = False
     max_errors: str | None = None  # a count, or a share of the finished rows as P%
-    row_timeout: float | None = None  # seconds a row may take in its pack
+    row_timeout: float | None = None  # seconds a row may take: its pack's prefill, and its own steps
 
     def __post_init__(self) -> None:
         check_choice("--on-overlong", self.on_overlong, ON_OVERLONG)
@@ -110,7 +111,7 @@ class BatchConfig:
             raise ConfigError("--combine-template needs --on-overlong split")
         if self.rope_scaling is not None:
             parse_rope_scaling(self.rope_scaling)
-        for flag in ("pack_tokens", "kv_memory", "limit", "sample"):
+        for flag in ("pack_tokens", "in_flight", "kv_memory", "limit", "sample"):
             value = getattr(self, flag)
             if value is not None:
                 check_at_least(f"--{flag.replace('_', '-')}", value, 1)

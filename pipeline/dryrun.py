@@ -274,6 +274,7 @@ def _packer(run: Preparation) -> Packer:
         new_tokens=run.config.max_new_tokens,
         pack_tokens=run.config.pack_tokens,
         kv_memory=run.config.kv_memory,
+        in_flight=run.config.in_flight,
     )
 
 

@@ -7,23 +7,17 @@ not like them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from pipeline.profile import FAR_BEYOND, Profile
-from pipeline.records import Answer, Answered, EncodedDocument
+from pipeline.records import Answer, EncodedDocument
 
 # how much of a document a method worked on, in layers, feed-forward networks and attention
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio")
 DENSE = "dense"
 SLACK = 0.1  # of what is left to all of it, beyond the most that was verified
-
-
-class Answering(Protocol):
-    """What answers documents, as `LocalEngine` does."""
-
-    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,40 +85,3 @@ def spoken_for(tasks: Iterable[str], scores: Iterable[Any]) -> dict[str, Any]:
         for name in SHARES:
             most[name][octave] = max(most[name].get(octave, 0.0), round(getattr(score, name), 4))
     return {"tasks": sorted(set(tasks)), **most}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guarded:
-    """A method's engine, and a dense one beside it for what the guard takes from it."""
-
-    guard: Guard
-    pruned: Answering
-    dense: Answering
-
-    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]:
-        """Each document once. What runs again waited, in `queue_ms`, for its first run to end."""
-        reasons = {id(document): self.guard.before(document) for document in documents}
-        trusted = [document for document in documents if reasons[id(document)] is None]
-        for pack, answers in self.pruned.answers(trusted):
-            again = {
-                id(document): reason
-                for document, answer in zip(pack, answers, strict=True)
-                if (reason := self.guard.after(answer)) is not None
-            }
-            dense = self._dense([document for document in pack if id(document) in again], again.__getitem__)
-            made = {id(document): answer for part in dense for document, answer in zip(*part, strict=True)}
-            yield Answered(
-                pack, [made.get(id(document), answer) for document, answer in zip(pack, answers, strict=True)]
-            )
-        others = [document for document in documents if reasons[id(document)] is not None]
-        yield from self._dense(others, lambda key: str(reasons[key]))
-
-    def _dense(
-        self, documents: Sequence[EncodedDocument], reason: Callable[[int], str]
-    ) -> Iterator[Answered]:
-        if not documents:
-            return
-        for pack, answers in self.dense.answers(documents):
-            for document, answer in zip(pack, answers, strict=True):
-                answer.guard = reason(id(document))
-            yield Answered(pack, answers)

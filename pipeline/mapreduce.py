@@ -1,20 +1,19 @@
 """Rows that are answered in parts: each part alone, then their answers combined, until one is left.
 
-All rows of a window go through this together, step by step, so that a pack holds prompts of many rows. A
-combination takes neighbouring answers, as many as its prompt has room for, and at least two, so that each
+A combination takes neighbouring answers, as many as its prompt has room for, and at least two, so that each
 step leaves fewer; where no two fit, the row has failed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from pipeline.errors import MarsError, RowError, is_failure
-from pipeline.records import Answer, Document, EncodedDocument, PartAnswer
+from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer
 from pipeline.splitting import SplitDocument, Splitter, groups_that_fit
 
 # the user's message where the model has a chat template, and what takes the place of both where it has none
@@ -41,39 +40,38 @@ COMBINE_AS_TEXT = "{% if system %}\n{{ system }}\n\n{% endif %}\n" + COMBINE + "
 
 
 class Reduction:
-    """The split rows of a window: hand out `prompts`, `take` their answers, until there are no more."""
+    """The split rows of a run: `add` them, hand out `prompts` and `take` answers until there are no more."""
 
-    def __init__(self, documents: Iterable[SplitDocument], splitter: Splitter | None, method: str) -> None:
+    def __init__(self, splitter: Splitter | None, method: str) -> None:
+        self._splitter, self._method = splitter, method
         self._owners: dict[int, tuple[_SplitRow, _Step]] = {}  # by id of the prompt, which the step holds
         self._next: list[EncodedDocument] = []
-        for document in documents:
-            assert splitter is not None, "a document was split without a splitter"
-            row = _SplitRow(document, splitter, method)
-            self._register(row, row.steps)
+
+    def add(self, document: SplitDocument) -> None:
+        """Take in a row that is to be answered in parts."""
+        assert self._splitter is not None, "a document was split without a splitter"
+        row = _SplitRow(document, self._splitter, self._method)
+        self._register(row, row.steps)
 
     def prompts(self) -> list[EncodedDocument]:
-        """The prompts of the next step of all rows, each given once; none when all rows are done."""
+        """Prompts that are to be answered next, each given once."""
         prompts, self._next = self._next, []
         return prompts
 
-    def take(self, pack: Sequence[EncodedDocument], answers: Sequence[Answer]) -> list[Answer]:
-        """The rows that are complete with the answers of this pack, those that were not split included."""
-        complete = []
-        for prompt, answer in zip(pack, answers, strict=True):
-            if id(prompt) not in self._owners:
-                complete.append(answer)
-                continue
-            row, step = self._owners.pop(id(prompt))
-            step.answer = answer
-            row.waiting -= 1
-            if row.waiting:
-                continue
-            steps = row.combinations()
-            if steps:
-                self._register(row, steps)
-            else:
-                complete.append(row.as_answer())
-        return complete
+    def take(self, answered: Answered) -> Answer | None:
+        """The row that is complete with this answer, be it to a row that was not split; None if none is."""
+        if id(answered.document) not in self._owners:
+            return answered.answer
+        row, step = self._owners.pop(id(answered.document))
+        step.answer, step.started = answered.answer, answered.started
+        row.waiting -= 1
+        if row.waiting:
+            return None
+        steps = row.combinations()
+        if not steps:
+            return row.as_answer()
+        self._register(row, steps)
+        return None
 
     def _register(self, row: _SplitRow, steps: Sequence[_Step]) -> None:
         for step in steps:
@@ -93,6 +91,7 @@ class _Step:
     parts: range  # of the document, from 0, that its answer speaks of
     prompt: EncodedDocument | None  # None: a part of white space
     answer: Answer | None = None
+    started: float = 0.0  # when the prefill of its pack began, by time.perf_counter()
 
     @property
     def text(self) -> str:
@@ -106,13 +105,6 @@ class _Step:
         """The answer under the numbers of its parts, from 1."""
         first, last = self.parts.start + 1, self.parts.stop
         return f"Part {first}:\n{self.text}" if first == last else f"Parts {first} to {last}:\n{self.text}"
-
-    @property
-    def started(self) -> float:
-        """When the prefill of its pack began, by time.perf_counter()."""
-        assert self.prompt is not None
-        assert self.answer is not None
-        return self.prompt.ready_at + (self.answer.queue_ms or 0.0) / 1e3
 
 
 class _SplitRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -171,7 +170,10 @@ class Answer:
 
 
 class Answered(NamedTuple):
-    """Documents of a pack, or of a part of one, and the answer to each."""
+    """A document, and its answer or its error row."""
 
-    documents: Sequence[EncodedDocument]
-    answers: list[Answer]
+    document: EncodedDocument
+    answer: Answer
+    # when its prefill began, that of what it shares with others included, by time.perf_counter(); of an error
+    # row perhaps 0
+    started: float = 0.0

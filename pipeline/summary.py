@@ -23,16 +23,20 @@ class EngineTimes:
     packs: int = 0
     prefill_s: float = 0.0  # until the first tokens were known: TTFT, pack by pack
     shared_s: float = 0.0  # of prefill_s, documents that several rows shared
-    decode_s: float = 0.0  # from there to the last token of each pack
+    decode_s: float = 0.0  # in steps, during which no prefill runs
     began: float | None = None  # the first pack, by time.perf_counter()
-    ended: float | None = None  # the last pack's last token
+    ended: float | None = None  # the last first token or step
 
-    def add(self, started: float, first_at: float, finished_at: float) -> None:
-        """Count a pack, from its start by way of its first tokens to its last one."""
+    def add_prefill(self, started: float, first_at: float) -> None:
+        """Count a pack, from its start to its first tokens."""
         self.packs += 1
         self.prefill_s += first_at - started
-        self.decode_s += finished_at - first_at
-        self.began, self.ended = self.began or started, finished_at
+        self.began, self.ended = self.began or started, first_at
+
+    def add_decode(self, seconds: float, ended: float) -> None:
+        """Count steps that have ended."""
+        self.decode_s += seconds
+        self.ended = max(self.ended or ended, ended)
 
     def add_shared(self, started: float, ended: float) -> None:
         """Count the prefill of what the rows of later packs share."""

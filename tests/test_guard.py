@@ -11,10 +11,10 @@ import pytest
 from conftest import document
 
 from marsinfer_cli.app import run
-from pipeline.guard import SHARES, Guard, Guarded, spoken_for
+from pipeline.guard import SHARES, Guard, spoken_for
 from pipeline.model.loading import open_model
 from pipeline.profile import Profile, write_profile
-from pipeline.records import Answer, Answered
+from pipeline.records import Answer
 
 SETTINGS = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
 ROWS = [
@@ -70,41 +70,6 @@ def test_tasks_and_lengths_are_told_beforehand():
     asked = replace(plain, source=replace(plain.source, task="summary"))
     assert guard.before(asked) == "task: the profile was not calibrated on 'summary'"
     assert str(guard.before(document(301))).startswith("length: 301 tokens are far beyond the 200 ")
-
-
-class Recorder:
-    """Answers documents two at a time, and says which it was given."""
-
-    def __init__(self, method, shares):
-        self.method, self.shares, self.given = method, shares, []
-
-    def answers(self, documents):
-        self.given += documents
-        for start in range(0, len(documents), 2):
-            pack = documents[start : start + 2]
-            lengths = [each.prompt_tokens for each in pack]
-            yield Answered(pack, [answer(n, self.method, ffn_ratio=self.shares[n]) for n in lengths])
-
-
-def test_flat_documents_run_again_and_keep_their_places():
-    documents = [document(length) for length in (100, 101, 102, 400)]
-    pruned = Recorder("marsinfer", {100: 0.4, 101: 0.9, 102: 0.4})
-    dense = Recorder("dense", dict.fromkeys((101, 400), 1.0))
-    guard = guard_of({"guard": spoken_for([], [scored(100)]), "lengths": {"max": 110}})
-    found = {}
-    for pack, answers in Guarded(guard=guard, pruned=pruned, dense=dense).answers(documents):
-        for each, made in zip(pack, answers, strict=True):
-            assert each.prompt_tokens == made.prompt_tokens
-            assert each.prompt_tokens not in found
-            found[each.prompt_tokens] = (made.method, (made.guard or "").partition(":")[0])
-    assert found == {
-        100: ("marsinfer", ""),
-        101: ("dense", "flat attention"),
-        102: ("marsinfer", ""),
-        400: ("dense", "length"),
-    }
-    assert [d.prompt_tokens for d in pruned.given] == [100, 101, 102]
-    assert [d.prompt_tokens for d in dense.given] == [101, 400]
 
 
 @pytest.fixture

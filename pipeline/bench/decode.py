@@ -14,7 +14,7 @@ import torch
 from pipeline.bench.ceilings import wait_for
 from pipeline.bench.inputs import random_document
 from pipeline.bench.variant import Variant, prepare
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
@@ -99,7 +99,6 @@ def _measure(
     runs: dict[bool, list[_Run]] = {False: [], True: []}
     for _turn in range(repeats + 1):  # the first turn warms up
         for graphs, done in runs.items():
-            prefilled.cache.rewind()
             done.append(_run(model, prefilled, new_tokens, graphs))
     eager, graphed = runs[False][1:], runs[True][1:]
     replayed = [ms for run in graphed for ms in run.replayed_ms]
@@ -132,8 +131,8 @@ def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool
 
     rules = StopRules(max_new_tokens=new_tokens)
     wait_for(model.device)
-    generated = greedy_answers(
-        model.adapter, model.attention, prefilled, rules, check, graphs=graphs, stats=stats
+    generated = decode(
+        model.adapter, model.attention, prefilled, rules, check=check, graphs=graphs, stats=stats
     )
     check()
     steps = [(later - earlier) * 1e3 for earlier, later in pairwise(times)]

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.bench.ceilings import wait_for
 from pipeline.errors import ConfigError, RowError
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, Prefilled, prefill
@@ -128,7 +128,7 @@ def _run(
         raise ConfigError(str(error)) from error
     first_at = _now(model.device)
     rules = StopRules(max_new_tokens=new_tokens)
-    (generated,) = greedy_answers(model.adapter, model.attention, prefilled, rules)
+    (generated,) = decode(model.adapter, model.attention, prefilled, rules)
     ended = _now(model.device)
     run = _Run(
         ttft_ms=(first_at - started) * 1e3,

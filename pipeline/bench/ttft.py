@@ -15,7 +15,7 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.flops import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
@@ -131,7 +131,7 @@ def _answer_run(model: LoadedModel, pack: Pack, variant: Variant, new_tokens: in
     def run() -> None:
         method = variant.use(model)
         prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
-        greedy_answers(model.adapter, model.attention, prefilled, rules)
+        decode(model.adapter, model.attention, prefilled, rules)
 
     return run
 

@@ -10,7 +10,7 @@ from pipeline.doctor.tiny import device, distance, stock_logits, subject
 from pipeline.errors import ConfigError
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats, recorder_for
 from pipeline.model.loading import attention_for, pick_dtype
 from pipeline.pruning.dense import Dense
@@ -121,15 +121,15 @@ def cuda_graphs() -> Finding:
         return Finding(status="absent", text="need a GPU")
     tried = subject()
     prefilled = tried.prefill(Dense(), NEW_TOKENS)
-    if recorder_for(target, tried.attention, prefilled.cache) is None:
+    if recorder_for(target, tried.attention) is None:
         text = f"need FlashAttention-3, and attention is {tried.attention.name}: each kernel is launched"
         return Finding(status="absent", text=text)
     stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)
-    replayed = greedy_answers(*tried, prefilled, rules, stats=stats)
+    replayed = decode(*tried, prefilled, rules, stats=stats)
     if not stats.replayed_steps:
         text = f"a step could not be captured, so each kernel is launched: {stats.failure}"
         return Finding(status="note", text=text)
-    launched = greedy_answers(*tried, tried.prefill(Dense(), NEW_TOKENS), rules, graphs=False)
+    launched = decode(*tried, tried.prefill(Dense(), NEW_TOKENS), rules, graphs=False)
     if [answer.tokens for answer in replayed] != [answer.tokens for answer in launched]:
         return Finding(status="broken", text="replayed steps give other tokens than launched ones")
     return Finding(status="ok", text=f"{stats.replayed_steps} steps replayed, the same tokens as launched")

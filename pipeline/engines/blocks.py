@@ -18,7 +18,8 @@ from pipeline.packing import WINDOW_DOCUMENTS
 from pipeline.records import Answer, EncodedDocument, Row, RowFailure
 from pipeline.splitting import SplitDocument
 
-PACKS_A_BLOCK = 4  # few, so that what a dead worker leaves is soon done again; many, so that packs are full
+# few, so that what a dead worker leaves is soon done again; more than one, so that batches are full
+BATCHES_A_BLOCK = 2
 
 Unit = list[Item]  # rows that stay together
 Key = tuple[int, int | None]

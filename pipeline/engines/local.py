@@ -1,61 +1,46 @@
-"""Answers packs of documents in this process, on one device."""
+"""Answers documents in this process, on one device: prefilled in packs, and decoded as one batch."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 
-from pipeline.bench.flops import (
-    attention_ratio,
-    dense_flops,
-    ffn_ratio,
-    fp8_tokens,
-    kept_ratio,
-    layer_tokens,
-    passes_flops,
-)
-from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.grouped import Shared, answer_groups, rehearse_group
-from pipeline.engines.keeping import keep_selection
+from pipeline.engines.answering import Failure, add_answer, describe, failed, memory_message
+from pipeline.engines.clock import DecodeClock
+from pipeline.engines.grouped import Prefix
+from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.memory import Packer
+from pipeline.engines.prefilling import Check, PrefilledPack, Prefiller
+from pipeline.engines.scheduler import Room, Scheduler
+from pipeline.engines.table import Running, Table
 from pipeline.errors import MarsError, RowError, is_failure
-from pipeline.grouping import Group, Way
-from pipeline.model.decode import Generated, StopRules, decode
-from pipeline.model.graphs import FEWEST_STEPS, WARM_UP_STEPS
+from pipeline.guard import Guard
+from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
-from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.model.sampling import Sampler, Sampling
+from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, Answered, EncodedDocument, Row, Spans
+from pipeline.records import Answer, Answered, EncodedDocument
 from pipeline.summary import EngineTimes
 
-# of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
-WARM_UP_TOKENS = {"cpu": 64, "cuda": 4096}
-SHORT_WARM_UP_TOKENS = 64
-# of an answer that is long enough for its steps to be captured as a CUDA graph, and replayed a few times
-WARM_UP_NEW_TOKENS = {"cpu": 2, "cuda": 1 + WARM_UP_STEPS + FEWEST_STEPS + 3}
-LONGEST_WARM_UP_S = 60.0
+# tokens of a part of a pack that use a device well: fewer wait until more rows have left
+WORTHWHILE_TOKENS = {"cpu": 1, "cuda": 8192}
+FEWEST_PIECE_TOKENS = 1024  # of the pieces of a prefill, which become smaller where memory runs out
 
 T = TypeVar("T")
 
 
-class Failure(NamedTuple):
-    """Why rows could not be answered, as their columns `error_type` and `error_message` say it."""
-
-    kind: str
-    message: str
-
-
 class LocalEngine:
-    """One loaded model with one method: documents in, answers out, failures as rows."""
+    """One loaded model with one method: documents in, answers out, failures as rows.
+
+    `add` documents, and call `advance` while the engine `is_busy`. Rows come and go one by one: each leaves
+    when its answer ends, and others take its place.
+    """
 
     def __init__(
         self,
@@ -67,116 +52,301 @@ class LocalEngine:
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
+        in_flight: int | None = None,
         group: bool = False,
+        guard: Guard | None = None,
         save_selection: bool = False,
-        check: Callable[[], None] = lambda: None,
+        check: Check = lambda: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """With `group`, rows about the same document are answered together where that is cheaper."""
-        self.model, self.method, self.rules, self.sampling = model, method, rules, sampling
-        self.row_timeout, self.check, self.note = row_timeout, check, note
-        self.save_selection = save_selection
-        self.times = EngineTimes()
-        shape, self.itemsize = model.adapter.shape, model.adapter.dtype.itemsize
-        self.packer = Packer.on(
+        """With `group`, rows about the same document are answered together where that is cheaper.
+
+        What `guard` does not speak for is answered by dense. `in_flight` bounds the rows that are decoded at
+        once. `check` is called often, between layers too; what it raises ends the run.
+        """
+        self.model, self.rules, self.sampling = model, rules, sampling
+        self.row_timeout, self.check, self._note = row_timeout, check, note
+        packer = Packer.on(
             model.device,
             method,
-            shape,
-            itemsize=self.itemsize,
+            model.adapter.shape,
+            itemsize=model.adapter.dtype.itemsize,
             new_tokens=rules.max_new_tokens,
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
+            in_flight=in_flight,
         )
-        self._noted: set[Way] = set()
-        self._groups = group
-
-    def beside(self, method: PruningMethod) -> LocalEngine:
-        """An engine of the same model and settings, and the same account of times, with another method."""
-        engine = copy(self)
-        engine.method = method
-        engine.packer = replace(self.packer, method=method, kv_memory=None)
-        return engine
+        self.packs = JobPacker(packer=packer, grouped=group, guard=guard, note=note)
+        self.times, self.stats = EngineTimes(), DecodeStats()
+        self._clock = DecodeClock()
+        self._scheduler: Scheduler[Job] = Scheduler(
+            in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
+        )
+        self._prefiller = Prefiller(
+            model=model,
+            sampling=sampling,
+            new_tokens=rules.max_new_tokens,
+            save_selection=save_selection,
+            now=self.now,
+        )
+        self._prefix: Prefix | None = None  # of the group whose rows are being prefilled
+        self._table: Table | None = None  # made for the first row that is decoded
 
     @property
-    def group_packer(self) -> GroupPacker:
-        return GroupPacker(packer=self.packer)
+    def packer(self) -> Packer:
+        """What the device's memory allows."""
+        return self.packs.packer
 
-    def warm_up(self, limit_s: float) -> bool:
-        """Load kernels and libraries with throw-away documents, so that no row's TTFT pays for it.
+    @packer.setter
+    def packer(self, packer: Packer) -> None:
+        self.packs.packer = packer
 
-        A short document, then, on a GPU, one of the length of a usual pack, whose decode steps are captured.
-        Whether all ran: after `limit_s` seconds the warm-up is given up, between two layers.
-        """
-        started = time.perf_counter()
+    @property
+    def method(self) -> PruningMethod:
+        return self.packs.method
 
-        def check() -> None:
-            self.check()
-            if time.perf_counter() - started > limit_s:
-                raise RowError("timeout", f"the warm-up took longer than {limit_s:g} s")
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are rows that are not answered."""
+        return bool(self._scheduler or self._running)
 
-        kind = self.model.device.type
-        new_tokens = min(self.rules.max_new_tokens, WARM_UP_NEW_TOKENS[kind])
-        room = self.model.adapter.shape.context - new_tokens
-        # packs of one token mean one document at a time, of whatever length
-        usual = self.packer.pack_tokens if self.packer.pack_tokens > 1 else WARM_UP_TOKENS[kind]
-        short = min(room, SHORT_WARM_UP_TOKENS)
-        longest = max(short, min(room, usual, WARM_UP_TOKENS[kind]))
-        # whatever the answers say, they go on: an early stop would leave nothing to capture
-        rules = StopRules(max_new_tokens=new_tokens)
-        ran = True
-        for length in sorted({short, longest}):
-            # not under the row's time limit: loading kernels takes as long as it takes
-            ran = ran and self._rehearse(length, rules, check)
-        self.times = EngineTimes(warm_up_s=self.now() - started)
-        return ran
+    @property
+    def wants_more(self) -> bool:
+        """Whether the documents that wait may soon be too few to fill the batch."""
+        return self._scheduler.tokens < 2 * self.packer.pack_tokens
 
-    def _rehearse(self, length: int, rules: StopRules, check: Callable[[], None]) -> bool:
-        """Answer a document of so many tokens; False where there was no time for it."""
-        ids = np.arange(length, dtype=np.int64) % self.model.adapter.shape.vocab
-        spans = Spans(document=(0, length), question=(length, length))
-        document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
-        try:
-            self._answer([document], rules, check)
-            if self._groups and self.model.device.type == "cuda":
-                rehearse_group(self, ids, check)
-        except RowError as error:  # where even this exceeds --kv-memory, say, the rows will say so
-            return error.kind != "timeout"
-        except torch.OutOfMemoryError:  # likewise
-            pass
+    def add(self, documents: Sequence[EncodedDocument]) -> None:
+        """Let documents wait for their turn, behind those that were added before."""
+        self._scheduler.add(self.packs.packs(documents))
+
+    def answer(self, documents: Sequence[EncodedDocument]) -> list[Answer]:
+        """Answers to these documents, in their order, once no other is left."""
+        self.add(documents)
+        made: dict[int, Answer] = {}
+        while self.is_busy:
+            made |= {id(document): answer for document, answer, _ in self.advance()}
+        return [made[id(document)] for document in documents]
+
+    def advance(self) -> list[Answered]:
+        """Prefill a pack, or queue a decode step: rows that ended meanwhile, often none."""
+        running = len(self._running)
+        free = self.packer.store_slots if self._table is None else self._table.free
+        pack = self._scheduler.next(Room(running=running, slots=free))
+        if pack is None:
+            return self._step() if running else []
+        ended = self._settle()
+        if pack.alone:
+            return [*ended, *self._answer_alone(pack.rows[0].row)]
+        return [*ended, *self._admit([waiting.row for waiting in pack.rows])]
+
+    # prefill
+
+    def _admit(self, jobs: Sequence[Job]) -> list[Answered]:
+        """Prefill a pack and let its rows into the batch; returns those that end with their first token."""
+        group = jobs[0].group
+        if group is None or not self._prefix or self._prefix.pack is not group:
+            self._prefix = None
+        if group is not None and self._prefix is None:
+            self._prefix = self._prefixed(jobs)
+            if self._prefix is None:
+                return []
+        prefix = self._prefix
+        shared_s = 0.0 if prefix is None else prefix.seconds
+        made = self.attempt(partial(self._prefill, jobs, prefix), jobs[0].document, shared_s)
+        if isinstance(made, Failure):
+            made = self._again(jobs, made)
+        following = self._scheduler.first
+        if following is None or following.rows[0].row.group is not group:
+            self._prefix = None  # its keys and values, before others need the memory
+        return made
+
+    def _prefixed(self, jobs: Sequence[Job]) -> Prefix | None:
+        """What a group's rows share, prefilled; if it cannot be, all of them wait in other packs."""
+        group, started = jobs[0].group, self.now()
+        assert group is not None
+        made = self.attempt(partial(Prefix.of, group, self.model, self.now), group.groups[0].rows[0])
+        if isinstance(made, Prefix):
+            self.times.add_shared(started, started + made.seconds)
+            return made
+        others = self._scheduler.remove(lambda pack: pack.rows[0].row.group is group)
+        rows = [*jobs, *(waiting.row for pack in others for waiting in pack.rows)]
+        self._scheduler.put_back(self.packs.regrouped(group, rows))
+        return None
+
+    def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
+        pack = self._prefiller.run(jobs, self.packs, check, prefix=prefix)
+        running = self._begun(pack)
+        again = [self.packs.not_trusted(row.job, row.answer) for row in running]
+        for row, token, dense in zip(running, pack.tokens, again, strict=True):
+            if dense is None:
+                row.take(token, self.rules)
+        ended = [row for row in running if row.finish_reason is not None]
+        joining = [
+            b
+            for b, (row, dense) in enumerate(zip(running, again, strict=True))
+            if row.finish_reason is None and dense is None
+        ]
+        if joining:
+            self._open_table().join([running[b] for b in joining], joining, pack)
+        # nothing that follows can fail: a pack that does runs again, with rows that have joined
+        self.times.add_prefill(pack.started, pack.first_at)
+        self._scheduler.put_back(self.packs.packed([dense for dense in again if dense is not None]))
+        return [self._finish(row) for row in ended]
+
+    def _begun(self, pack: PrefilledPack) -> list[Running]:
+        return [
+            Running(
+                job=job,
+                answer=row,
+                began=pack.began,
+                first_at=pack.first_at,
+                joined_s=self._clock.seconds,
+            )
+            for job, row in zip(pack.jobs, pack.rows, strict=True)
+        ]
+
+    def _again(self, jobs: Sequence[Job], failure: Failure) -> list[Answered]:
+        """After a prefill that failed: smaller pieces, smaller packs, and at last the culprit alone."""
+        adapter = self.model.adapter
+        piece = min(adapter.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
+        if failure.kind == "out_of_memory" and piece >= FEWEST_PIECE_TOKENS:
+            adapter.piece_tokens = piece
+            self._scheduler.put_back(self.packs.waiting(jobs))
+        elif len(jobs) > 1:
+            self._scheduler.put_back(self.packs.halves(jobs))
+        elif failure.kind == "out_of_memory":
+            in_group = jobs[0].group is not None
+            own = self.packs.on_its_own(jobs[0])
+            self._scheduler.put_back(self.packs.waiting([own], alone=not in_group))
         else:
-            return True
-        self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
-        return True
+            return [self._failed(jobs[0], failure)]
+        return []
 
-    def answers(self, documents: Sequence[EncodedDocument]) -> Iterator[Answered]:
-        """Answers to all documents of a window, a pack or a part of one at a time, in no order."""
-        groups, alone = self.group_packer.split(documents) if self._groups else ([], documents)
-        for pack in self.packer.packs(alone):
-            yield Answered(pack, self.answer(pack))
-        for group in groups:
-            self._note_way(group)
-        for group_pack in self.group_packer.packs(groups):
-            yield from answer_groups(self, group_pack)
+    # decoding
 
-    def answer(self, pack: Sequence[EncodedDocument]) -> list[Answer]:
-        """Answers in the pack's order. A pack that fails is halved until the culprit stands alone."""
-        if len(pack) == 1 and self.model.device.type == "cpu":
-            needed = self.packer.planned_bytes([pack[0].prompt_tokens])
-            if needed > self.packer.max_bytes:  # the system would kill the process, with no error to catch
-                return [self.failed(pack[0], Failure("out_of_memory", self._memory_message(pack[0])))]
-        run = partial(self._answer, pack, self.rules)
-        answers = self.attempt(run, pack[0])
-        if isinstance(answers, list):
-            return answers
-        if len(pack) == 1:
+    @property
+    def _running(self) -> Sequence[Running]:
+        return () if self._table is None else self._table.rows
+
+    def _step(self) -> list[Answered]:
+        """Queue one step for all rows; those that have ended or taken too long leave."""
+        self.check()
+        assert self._table is not None
+        self._clock.start()
+        ended = self._decode(self._table.decoder.step)
+        if not self._running:
+            self._pause()
+        return ended
+
+    def _settle(self) -> list[Answered]:
+        """Wait for the steps that are on their way, so that a prefill has the device to itself."""
+        ended = [] if self._table is None else self._decode(self._table.decoder.drain)
+        self._pause()
+        return ended
+
+    def _pause(self) -> None:
+        if decoded_s := self._clock.stop():
+            self.times.add_decode(decoded_s, time.perf_counter())
+
+    def _decode(self, act: Callable[[], list[Generated]]) -> list[Answered]:
+        """Rows that end by `act`. If it fails all begin anew, each alone, which shows whose fault it is."""
+        rows = list(self._running)
+        if not rows:
+            return []
+        made = self.attempt(lambda check: act(), rows[0].job.document)
+        if isinstance(made, Failure):
+            self._close_table()
+            self._scheduler.put_back(self.packs.waiting([row.job for row in rows], alone=True))
+            self._note(f"a decode step failed ({made.message}): its {len(rows):,} rows run again, each alone")
+            return []
+        ended = [row for row in rows if row.finish_reason is not None]
+        return [self._finish(row) for row in ended + self._too_late()]
+
+    def _too_late(self) -> list[Running]:
+        """Rows that took longer than a row may, by their prefill and the steps that they took part in."""
+        if self.row_timeout is None or self._table is None:
+            return []
+        now = self._clock.seconds
+        late = [
+            row
+            for row in self._running
+            if row.finish_reason is None and row.first_at - row.began + now - row.joined_s > self.row_timeout
+        ]
+        for row in late:
+            row.finish_reason, row.finished_at = "timeout", time.perf_counter()
+        self._table.decoder.leave(late)
+        return late
+
+    def _finish(self, row: Running) -> Answered:
+        """The output row of one that has ended, whose part of the store is free again."""
+        if row.extent is not None:
+            assert self._table is not None
+            self._table.leave(row)
+        if row.finish_reason == "not_finite":
+            error = RowError("not_finite", NOT_FINITE_MESSAGE)
+            return self._failed(row.job, self._describe(error, row.job.document))
+        if row.finish_reason == "timeout":
+            return self._failed(row.job, self._describe(self._timeout(), row.job.document))
+        wall_s = row.finished_at - row.first_at
+        decoding_s = min(self._clock.seconds - row.joined_s, wall_s)
+        row.answer.decode_ms = decoding_s * 1e3
+        # and then it waited while others were prefilled
+        row.answer.queue_ms = (row.answer.queue_ms or 0.0) + (wall_s - decoding_s) * 1e3
+        row.answer.kv_host_bytes, row.answer.kv_swapped_bytes = 0, 0
+        return self._written(row.job, row.answer, row, row.began)
+
+    def _written(self, job: Job, answer: Answer, generated: Generated, began: float) -> Answered:
+        """The row with its answer; a fault of the tokenizer costs its row alone."""
+        write = partial(add_answer, answer, generated, self.rules, self.model)
+        made = self.attempt(lambda check: write(), job.document)
+        return self._failed(job, made) if isinstance(made, Failure) else Answered(job.document, answer, began)
+
+    # rows that run alone
+
+    def _answer_alone(self, job: Job) -> list[Answered]:
+        """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
+        self._close_table()
+        packer = self.packs.of(job.method)
+        needed = packer.planned_bytes([job.document.prompt_tokens])
+        if self.model.device.type == "cpu" and needed > packer.all_bytes:
+            # the system would kill the process, with no error to catch
+            message = memory_message(job.document, packer, str(self.model.device))
+            return [self._failed(job, Failure("out_of_memory", message))]
+        run = partial(self._run_alone, job)
+        made = self.attempt(run, job.document)
+        if isinstance(made, Failure) and made.kind == "out_of_memory":
             # a second time, in memory that the larger packs before it no longer hold in pieces
-            again = self.attempt(run, pack[0]) if answers.kind == "out_of_memory" else answers
-            return again if isinstance(again, list) else [self.failed(pack[0], answers)]
-        half = len(pack) // 2
-        return [*self.answer(pack[:half]), *self.answer(pack[half:])]
+            made = self.attempt(run, job.document)
+        return [self._failed(job, made)] if isinstance(made, Failure) else made
+
+    def _run_alone(self, job: Job, check: Check) -> list[Answered]:
+        pack = self._prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
+        (answer,) = pack.rows
+        dense = self.packs.not_trusted(job, answer)
+        if dense is not None:
+            self._scheduler.put_back(self.packs.packed([dense]))
+            return []
+        (generated,) = decode(
+            self.model.adapter,
+            self.model.attention,
+            pack.prefilled,
+            self.rules,
+            sampling=self.sampling,
+            uniforms=pack.uniforms,
+            first=pack.tokens,
+            check=check,
+            stats=self.stats,
+        )
+        answer.decode_ms = (generated.finished_at - pack.first_at) * 1e3
+        answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
+        self.times.add_prefill(pack.started, pack.first_at)
+        self.times.add_decode(generated.finished_at - pack.first_at, generated.finished_at)
+        return [self._written(job, answer, generated, pack.began)]
+
+    # what goes wrong
 
     def attempt(
-        self, run: Callable[[Callable[[], None]], T], document: EncodedDocument, taken_s: float = 0.0
+        self, run: Callable[[Check], T], document: EncodedDocument, taken_s: float = 0.0
     ) -> T | Failure:
         """What `run` makes, given the check between its steps; or what went wrong, with the memory freed.
 
@@ -193,135 +363,50 @@ class LocalEngine:
         self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
         return failure
 
+    def _describe(self, error: BaseException, document: EncodedDocument) -> Failure:
+        return describe(error, document, self.packer, str(self.model.device))
+
+    def _failed(self, job: Job, failure: Failure) -> Answered:
+        answer = failed(job.document, job.method.name, failure)
+        answer.guard = job.guard
+        return Answered(job.document, answer)
+
+    def _check(self, started: float) -> None:
+        """Called between layers: give up a prefill that takes longer than one row may."""
+        self.check()
+        if self.row_timeout is not None and time.perf_counter() - started > self.row_timeout:
+            raise self._timeout()
+
+    def _timeout(self) -> RowError:
+        return RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
+
+    # memory and time
+
+    def prepare(self, usable_bytes: int) -> str:
+        """Divide the device's memory anew, take what the store needs, and capture steps of all sizes.
+
+        Returns what to tell the user of it.
+        """
+        self.packer = self.packer.within(usable_bytes)
+        return self._open_table().prepare()
+
+    def _open_table(self) -> Table:
+        if self._table is None:
+            self._table = Table.of(self.model, self.packer, self.rules, self.sampling, self.stats)
+        return self._table
+
+    def _close_table(self) -> None:
+        """Give the store's memory up, and with it all rows that are in it."""
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+            self._free()
+
     def _free(self) -> None:
-        """Give back the memory of a pack that failed."""
+        """Give back the memory of what failed or has ended."""
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _answer(
-        self, documents: Sequence[EncodedDocument], rules: StopRules, check: Callable[[], None]
-    ) -> list[Answer]:
-        adapter, attention = self.model.adapter, self.model.attention
-        started = self.now()
-        pack = Pack.of(documents, self.model.device)
-        limits = self.packer.limits
-        prefilled = prefill(
-            adapter,
-            attention,
-            self.method,
-            pack,
-            rules.max_new_tokens,
-            check,
-            limits,
-            marks=self.save_selection,
-        )
-        return self.generate(documents, prefilled, started, rules, check)
-
-    def generate(
-        self,
-        documents: Sequence[EncodedDocument],
-        prefilled: Prefilled,
-        started: float,
-        rules: StopRules,
-        check: Callable[[], None],
-        shared: Shared | None = None,
-    ) -> list[Answer]:
-        """Answers to prompts whose prefill was `started` and is queued, behind what is `shared`."""
-        shared_ms = 0.0 if shared is None else shared.ms
-        prefill_ms = (self.now() - started) * 1e3 + shared_ms
-        sampler = Sampler(self.sampling, [document.source.draw_number for document in documents])
-        first_tokens = sampler.draw(prefilled.logits_BV, range(len(documents)))
-        first_at = self.now()
-        rows = self._statistics(documents, prefilled)
-        adapter, attention = self.model.adapter, self.model.attention
-        generated = decode(adapter, attention, prefilled, first_tokens, sampler, rules, check)
-        for row, document, tokens in zip(rows, documents, generated, strict=True):
-            row.queue_ms = (started - document.ready_at) * 1e3 - shared_ms
-            row.prefill_ms = prefill_ms
-            row.ttft_ms = (first_at - started) * 1e3 + shared_ms
-            row.decode_ms = (tokens.finished_at - first_at) * 1e3
-            row.pack_documents, row.pack_tokens = len(documents), sum(prefilled.lengths)
-            row.kv_host_bytes, row.kv_swapped_bytes = prefilled.cache.traffic()
-            self._finish(row, tokens)
-        if shared is not None:
-            self._tell_shared(rows, shared)
-        elif self.save_selection:
-            keep_selection(rows, documents, prefilled, self.model)
-        self.times.add(started, first_at, max(tokens.finished_at for tokens in generated))
-        return rows
-
-    def _statistics(self, documents: Sequence[EncodedDocument], prefilled: Prefilled) -> list[Answer]:
-        shape = self.model.adapter.shape
-        stored = prefilled.cache.prompt_tokens()
-        rows = []
-        for b, (document, passes) in enumerate(zip(documents, prefilled.by_document(), strict=True)):
-            row = self._row(document)
-            row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
-            row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=self.model.adapter.linears_in_fp8)
-            row.kept_ratio = kept_ratio(shape, passes, document.prompt_tokens)
-            row.ffn_ratio = ffn_ratio(shape, passes, document.prompt_tokens)
-            row.attention_ratio = attention_ratio(shape, passes, document.prompt_tokens)
-            row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
-            row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(self.itemsize)
-            rows.append(row)
-        return rows
-
-    def _tell_shared(self, rows: Sequence[Answer], shared: Shared) -> None:
-        """Say what rows share; of its operations each counts an equal part as its own."""
-        shape = self.model.adapter.shape
-        for row, flops, count in zip(rows, shared.flops, shared.group_rows, strict=True):
-            row.method, row.shared_ms, row.group_rows = shared.method, shared.ms, count
-            row.pack_tokens = shared.pack_tokens
-            assert row.flops_ratio is not None
-            assert row.prompt_tokens is not None
-            row.flops_ratio -= flops * (1 - 1 / count) / dense_flops(shape, row.prompt_tokens)
-
-    def _note_way(self, group: Group) -> None:
-        """Say once how rows are answered together, and why in this way."""
-        if group.way not in self._noted:
-            self._noted.add(group.way)
-            self.note(f"rows about the same document are answered together (--group auto); {group.reason}")
-
-    def _row(self, document: EncodedDocument) -> Answer:
-        row = Answer.begin(document.source, self.method.name)
-        row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
-        row.truncated_tokens, row.tokenize_ms = document.truncated_tokens, document.tokenize_ms
-        return row
-
-    def _finish(self, row: Answer, generated: Generated) -> None:
-        text = self.model.tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        found = [text.index(stop) for stop in self.rules.texts if stop in text]
-        row.answer = text[: min(found)] if found else text
-        row.new_tokens = len(generated.tokens)
-        row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
-
-    def failed(self, document: EncodedDocument, failure: Failure) -> Answer:
-        """The error row of a document."""
-        row = self._row(document)
-        row.status, (row.error_type, row.error_message) = "error", failure
-        return row
-
-    def _describe(self, error: BaseException, document: EncodedDocument) -> Failure:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return Failure("out_of_memory", self._memory_message(document))
-        if isinstance(error, RowError):
-            return Failure(error.kind, f"{document.source.place}: {error}")
-        return Failure("internal", f"{document.source.place}: {type(error).__name__}: {error}")
-
-    def _memory_message(self, document: EncodedDocument) -> str:
-        needed = self.packer.planned_bytes([document.prompt_tokens])
-        return (
-            f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
-            f"{self.model.device} and {self.packer.max_bytes / 1e9:.1f} GB are usable; "
-            "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
-        )
-
-    def _check(self, started: float) -> None:
-        """Called between layers and steps: give up a pack that takes longer than one row may."""
-        self.check()
-        if self.row_timeout is not None and time.perf_counter() - started > self.row_timeout:
-            raise RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
 
     def now(self) -> float:
         """Seconds, after all work on the device has ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import psutil
@@ -12,12 +12,19 @@ import torch
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.model.offload import KvLimits
 from pipeline.model.shape import PIECE_TOKENS, ModelShape
+from pipeline.model.store import slots_needed
 from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
-MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 65536}
+MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
+# rows decoded together when the user names no number: more cost a CPU more than they save
+IN_FLIGHT = {"cpu": 16, "cuda": 256}
+# of a document for whose prefill memory is set aside, if that leaves enough for the store: what is longer
+# runs alone, without the store
+LONGEST_BESIDE_STORE = 131_072
+PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
 SCORING_QUERIES = 64  # about as many as methods observe
 SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
@@ -27,12 +34,15 @@ USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocator
 class Packer:
     """Documents to packs, each within the tokens and bytes that there are for one method on one device."""
 
+    device: torch.device
     method: PruningMethod
     shape: ModelShape
     itemsize: int
     new_tokens: int
     pack_tokens: int
-    max_bytes: int
+    max_bytes: int  # that a prefill may take beside the store
+    store_bytes: int = 0  # of keys and values of the rows that are decoded
+    in_flight: int = 1  # rows that are decoded together, at most
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
@@ -47,18 +57,69 @@ class Packer:
         new_tokens: int,
         pack_tokens: int | None,
         kv_memory: int | None = None,
+        in_flight: int | None = None,
     ) -> Self:
-        """With what is free on the device now; raises ConfigError for settings that do not fit the model."""
+        """With what is free on the device now; raises ConfigError for settings that do not fit the model.
+
+        `in_flight` is as the user gives it, or 0 where prefills are all that is to be done.
+        """
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
-        return cls(
+        whole = cls(
+            device=device,
             method=method,
             shape=shape,
             itemsize=itemsize,
             new_tokens=new_tokens,
             pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
-            max_bytes=free_bytes(device),
+            max_bytes=0,
+            in_flight=_in_flight(in_flight, pack_tokens, device),
             kv_memory=kv_memory,
             host_bytes=host_kv_bytes(),
+        )
+        return whole.within(free_bytes(device))
+
+    def within(self, usable: int) -> Self:
+        """The same with so many bytes, divided between the store and the prefills beside it."""
+        tokens = max(self.pack_tokens, min(self.shape.context, LONGEST_BESIDE_STORE))
+        while tokens > 1 and self.planned_bytes([tokens]) > PREFILL_SHARE * usable:
+            tokens //= 2
+        longest = slots_needed([self.shape.context] * self.shape.layers, self.new_tokens, self.device)
+        most = [usable - self.planned_bytes([tokens]), self.in_flight * longest * self.slot_bytes]
+        store = max(0, min([*most, self.kv_memory] if self.kv_memory is not None else most))
+        # what the store does not take, prefills may
+        return replace(self, max_bytes=usable - store, store_bytes=store)
+
+    @property
+    def all_bytes(self) -> int:
+        """What a prefill may take when there is no store."""
+        return self.max_bytes + self.store_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a token's keys and values in one layer."""
+        return self.shape.kv_bytes_per_token(self.itemsize)
+
+    @property
+    def store_slots(self) -> int:
+        """Of all rows that are decoded together."""
+        return self.store_bytes // self.slot_bytes
+
+    @property
+    def batch_tokens(self) -> int:
+        """Prompt tokens that the store holds, or a pack where that is more."""
+        return max(self.pack_tokens, self.store_slots // self.shape.layers)
+
+    def slots(self, prompt_tokens: int) -> int:
+        """Slots that a row may need in the store; how many it needs is known after its prefill."""
+        stored = self.method.plan(self.shape, (prompt_tokens,)).cache_tokens
+        return slots_needed(stored, self.new_tokens, self.device)
+
+    def runs_alone(self, prompt_tokens: int) -> bool:
+        """Whether a document is too large to run beside others: its prefill, or its keys and values."""
+        return (
+            self.planned_bytes([prompt_tokens]) > self.max_bytes
+            or self.slots(prompt_tokens) > self.store_slots
+            or not self._may_share([prompt_tokens])
         )
 
     @property
@@ -95,6 +156,13 @@ class Packer:
             return True
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
         return planned <= self.kv_memory
+
+
+def _in_flight(wanted: int | None, pack_tokens: int | None, device: torch.device) -> int:
+    """How many rows are decoded together; with packs of one token one row runs from start to end."""
+    if wanted is None:
+        return 1 if pack_tokens == 1 else IN_FLIGHT[device.type]
+    return min(wanted, 1) if pack_tokens == 1 else wanted
 
 
 def free_bytes(device: torch.device) -> int:

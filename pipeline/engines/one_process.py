@@ -1,4 +1,4 @@
-"""The local engine: rows are answered in this process, one window after the other."""
+"""The local engine: rows are answered in this process, as they are read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.guard import Answering, Guard, Guarded
+from pipeline.engines.outgoing import MOST_ROWS, Outgoing
+from pipeline.errors import MarsError
 from pipeline.intake import Item
 from pipeline.interrupts import nothing_to_lose
 from pipeline.mapreduce import Reduction
-from pipeline.records import Answer, EncodedDocument, RowFailure
+from pipeline.records import Answer, EncodedDocument
 from pipeline.splitting import SplitDocument
 from pipeline.summary import EngineTimes
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
     from pipeline.preparation import Setup
 
-WORTH_A_NOTE_S = 1.0  # of warming up, below which nobody wonders what the run is doing
+PATIENCE_S = 0.002  # for rows to be read, while others are being answered
 
 
 class Engine(Protocol):
@@ -28,7 +29,7 @@ class Engine(Protocol):
     patience_s: float | None  # how long it waits for a window before it is given None; None: however long
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
-        """Answers of all rows, a pack or a part of one at a time, in no order; a list may be empty."""
+        """Answers of all rows, some at a time, in no order; a list may be empty."""
         ...
 
     @property
@@ -45,7 +46,7 @@ class Engine(Protocol):
 class OneProcess:
     """The engine of this process, on one device."""
 
-    patience_s: float | None = None
+    patience_s: float | None = PATIENCE_S
     workers: int | None = None
 
     def __init__(self, setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> None:
@@ -53,9 +54,7 @@ class OneProcess:
         self._engine = cache(partial(start_engine, setup, check, note))
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
-        for window in windows:
-            if window is not None:
-                yield from answer_window(self._engine, window, self._setup)
+        yield from answer_windows(self._engine, windows, self._setup)
         if self._started:
             for text in last_notes(self._engine()):
                 self._note(text)
@@ -75,37 +74,56 @@ def last_notes(engine: LocalEngine) -> Iterator[str]:
         yield f"decoded without CUDA graphs: {engine.model.attention.capture_failure}"
 
 
-def answer_window(
-    engine: Callable[[], LocalEngine], window: Sequence[Item], setup: Setup
+def answer_windows(
+    engine: Callable[[], LocalEngine], windows: Iterable[Sequence[Item] | None], setup: Setup
 ) -> Iterator[list[Answer]]:
-    """Answers of one window's rows, pack by pack; failures last, lest their share look too large.
+    """Answers to the rows of all windows, each a short while after it is there.
 
-    A pack of nothing but parts of rows may complete none: then it yields an empty list.
+    The next window is taken in when few documents wait, while others are being answered. A window's failures
+    come behind its other rows, lest their share look too large. `engine` is called for the first row with a
+    prompt.
     """
-    split = [item for item in window if isinstance(item, SplitDocument)]
-    reduction = Reduction(split, setup.splitter, setup.method.name)
-    waiting = [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
-    while waiting:
-        for documents, answers in guarded(engine(), setup.guard).answers(waiting):
-            yield reduction.take(documents, answers)
-        waiting = reduction.prompts()
-    failures = [item for item in window if isinstance(item, RowFailure)]
-    if failures:
-        yield [Answer.from_failure(failure, setup.method.name) for failure in failures]
+    reduction = Reduction(setup.splitter, setup.method.name)
+    outgoing = Outgoing(setup.method.name)
+    incoming, is_more = iter(windows), True
+    started: LocalEngine | None = None
+    while is_more or (started is not None and started.is_busy):
+        while is_more and (started is None or started.wants_more):
+            window = next(incoming, ())
+            if window is None:  # none is read yet
+                break
+            is_more = bool(window)
+            outgoing.expect(window)
+            prompts = _prompts(window, reduction)
+            if prompts:
+                started = started or engine()
+                # no more than a kill costs anyway
+                outgoing.most_rows = min(MOST_ROWS, started.packer.in_flight)
+                started.add(prompts)
+        try:
+            for answered in started.advance() if started is not None else ():
+                outgoing.put(reduction.take(answered))
+        except MarsError:  # which ends the run: an interrupt, say
+            yield from outgoing.rest()
+            raise
+        if started is not None:
+            started.add(reduction.prompts())
+        yield from outgoing.due()
+    yield from outgoing.rest()
 
 
-def guarded(engine: LocalEngine, guard: Guard | None) -> Answering:
-    """The engine, with a dense one beside it where there is a guard."""
-    if guard is None:
-        return engine
-    from pipeline.pruning.dense import Dense
-
-    return Guarded(guard=guard, pruned=engine, dense=engine.beside(Dense()))
+def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocument]:
+    """What is to be answered of a window at first."""
+    for item in window:
+        if isinstance(item, SplitDocument):
+            reduction.add(item)
+    return [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
 
 
 def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> LocalEngine:
     """Load the weights and warm up, and note how long that took where it took long."""
-    from pipeline.engines.local import LONGEST_WARM_UP_S, LocalEngine
+    from pipeline.engines.local import LocalEngine
+    from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
     from pipeline.model.decode import StopRules
     from pipeline.model.sampling import Sampling
     from pipeline.tokenizing import stop_token_ids
@@ -134,20 +152,15 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
+        in_flight=config.in_flight,
         # marks are kept of rows that run on their own alone
         group=config.group == "auto" and not config.save_selection,
+        guard=setup.guard,
         save_selection=config.save_selection,
         check=check,
         note=note,
     )
     loaded_s = engine.now() - started
-    warmed_up = engine.warm_up(LONGEST_WARM_UP_S)
+    warm_up(engine, LONGEST_WARM_UP_S, note)
     engine.times.load_s = loaded_s
-    if not warmed_up:
-        note(
-            f"the warm-up was given up after {LONGEST_WARM_UP_S:g} s: "
-            "the TTFT of the first packs may hold the rest of it"
-        )
-    elif engine.times.warm_up_s >= WORTH_A_NOTE_S:
-        note(f"warmed up in {engine.times.warm_up_s:.1f} s")
     return engine

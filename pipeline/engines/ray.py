@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from pipeline.engines.blocks import PACKS_A_BLOCK, Backlog, Block, Opened, moved
+from pipeline.engines.blocks import BATCHES_A_BLOCK, Backlog, Block, Opened, moved
 from pipeline.engines.ray_cluster import RayCluster, got
 from pipeline.engines.ray_worker import Started, Told
 from pipeline.errors import MarsError
@@ -153,7 +153,7 @@ class RayEngine:
 
     def _started(self, seat: _Seat, started: Started) -> None:
         seat.starting, seat.node, seat.failed_starts = None, started.node, 0
-        self._block_tokens = PACKS_A_BLOCK * started.pack_tokens
+        self._block_tokens = BATCHES_A_BLOCK * started.batch_tokens
 
     def _told(self, seat: _Seat, told: Told) -> Iterator[list[Answer]]:
         block = seat.block

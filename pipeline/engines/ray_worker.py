@@ -11,7 +11,7 @@ import ray
 
 from pipeline.config import BatchConfig
 from pipeline.engines.blocks import Unit, moved, rows_of
-from pipeline.engines.one_process import answer_window, last_notes, start_engine
+from pipeline.engines.one_process import answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
 from pipeline.preparation import Setup, open_configured
 from pipeline.records import Answer
@@ -26,7 +26,7 @@ class Started(NamedTuple):
     """A worker that is ready for rows."""
 
     node: str  # its address
-    pack_tokens: int
+    batch_tokens: int  # of prompts that it can work on at once
 
 
 class Told(NamedTuple):
@@ -85,7 +85,7 @@ class Worker:
             raise type(error)(f"on {node}: {error}") from error
         self._share_memory(engine)
         self._ready = setup, engine
-        return Started(node, engine.packer.pack_tokens)
+        return Started(node, engine.packer.batch_tokens)
 
     def _open(self, setup: Setup, fingerprint: str) -> UnloadedModel:
         dtype = str(setup.model.dtype).removeprefix("torch.")
@@ -103,7 +103,7 @@ class Worker:
         (setup, engine), now = self._ready, time.perf_counter()
         here = [[moved(item, now) for item in unit] for unit in units]
         for items in here if apart else [list(rows_of(here))]:
-            for answers in answer_window(lambda: engine, items, setup):
+            for answers in answer_windows(lambda: engine, [items], setup):
                 yield self._told(engine, answers)
         self._notes += last_notes(engine)
         yield self._told(engine, [], is_last=True)
@@ -122,4 +122,5 @@ class Worker:
             packer,
             host_bytes=packer.host_bytes // shares,
             max_bytes=packer.max_bytes if self._gpus else packer.max_bytes // shares,
+            store_bytes=packer.store_bytes if self._gpus else packer.store_bytes // shares,
         )

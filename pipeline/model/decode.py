@@ -1,20 +1,33 @@
-"""Generating the answers of a prefilled pack, all documents together, a token a step."""
+"""Generating answers, all rows of a batch together, a token a step; rows come and go between steps.
+
+On a GPU the host does not wait for a step before it queues the next one: it sees the tokens of a step while
+the next one runs, so that a row that stops takes part in one step more, whose token is thrown away. A row
+that has all its tokens is known to end without looking, and takes part in none.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from pipeline.errors import RowError
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.segments import on_device
 from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.cache import NextSlots, RaggedCache
-from pipeline.model.graphs import DecodeStats, StepOutput, StepRunner, recorder_for
+from pipeline.model.batch import DecodeBatch, Seat
+from pipeline.model.cache import KeysValues, RaggedCache
+from pipeline.model.graphs import DecodeStats, StepRunner, recorder_for
 from pipeline.model.prefill import Prefilled
-from pipeline.model.sampling import Sampler, Sampling, finite_tokens, most_likely
+from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
+from pipeline.model.store import Extent, KvStore, slots_needed
+
+NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
+LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +55,169 @@ class StopRules:
         return any(text in tail for text in self.texts)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Generated:
-    """One document's answer in tokens, without the stop token."""
+    """One row's answer in tokens, without the stop token, while it grows and when it is done."""
 
     tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # as `StopRules.reason` says it, or `not_finite`
     finished_at: float = 0.0  # time.perf_counter()
+    queued: int = 1  # tokens that are there or will be: that of the prefill, and one for each step queued
+
+    def take(self, token: int, rules: StopRules) -> None:
+        """Add a token, and end the answer where it ends."""
+        if token == NOT_FINITE:
+            self.finish_reason, self.finished_at = "not_finite", time.perf_counter()
+            return
+        self.tokens.append(token)
+        self.finish_reason = rules.reason(self.tokens)
+        if self.finish_reason is None:
+            return
+        self.finished_at = time.perf_counter()
+        if self.finish_reason == "stop":
+            self.tokens.pop()
+
+
+class _Queued(NamedTuple):
+    """A step on its way: whose tokens it makes, and where they will be on the host."""
+
+    rows: list[Generated]
+    tokens: Tensor
+    done: torch.cuda.Event | None
+
+
+class Decoder:
+    """A batch of growing answers over one `kv`, which holds the keys and values of its rows."""
+
+    def __init__(
+        self,
+        adapter: DecoderAdapter,
+        attention: AttentionBackend,
+        kv: KeysValues,
+        *,
+        rules: StopRules,
+        sampling: Sampling,
+        capacity: int,
+        longest: int,
+        graphs: bool = True,
+        stats: DecodeStats | None = None,
+        late: int | None = None,
+    ) -> None:
+        """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`."""
+        self.rules, self.stats = rules, stats or DecodeStats()
+        self._batch = DecodeBatch(
+            adapter,
+            attention,
+            kv,
+            capacity=capacity,
+            longest=longest,
+            sampling=sampling,
+            new_tokens=rules.max_new_tokens,
+        )
+        captured = graphs and kv.on_device_alone
+        self._runner = StepRunner(
+            self._batch.step,
+            recorder_for(adapter.device, attention) if captured else None,
+            attention,
+            self.stats,
+        )
+        self._pads = kv.has_spare_slot
+        self._late = LATE[adapter.device.type] if late is None else late
+        self.rows: list[Generated] = []  # those that take part in the next step, by their columns
+        self._pending: deque[_Queued] = deque()
+
+    def prepare(self) -> int:
+        """Capture the steps of all sizes; returns how many there are."""
+        return self._runner.prepare(self._batch.capacity)
+
+    @property
+    def capacity(self) -> int:
+        return self._batch.capacity
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether answers grow, or tokens are on their way."""
+        return bool(self.rows or self._pending)
+
+    def join(self, rows: Sequence[Generated], seats: Sequence[Seat], uniforms: Sequence[Tensor] = ()) -> None:
+        """Add rows that have their first token, and are to have more."""
+        self._batch.join(seats, [row.tokens[-1] for row in rows], uniforms)
+        self.rows += rows
+
+    def leave(self, gone: Sequence[Generated]) -> None:
+        """Go on without these rows."""
+        out = {id(row) for row in gone}
+        columns = [column for column, row in enumerate(self.rows) if id(row) not in out]
+        if len(columns) < len(self.rows):
+            self._batch.keep(columns)
+            self.rows = [self.rows[column] for column in columns]
+
+    def moved(self, starts: Sequence[Sequence[int]]) -> None:
+        """Learn where the tokens of the rows lie now, each by layer."""
+        self._batch.keep(range(len(self.rows)), starts)
+
+    def step(self) -> list[Generated]:
+        """Queue a step for the rows that there are, and look at the oldest one on its way if it is time.
+
+        Returns the rows that ended, which have left.
+        """
+        if self.rows:
+            self._queue()
+        if len(self._pending) > (self._late if self.rows else 0):
+            return self._look()
+        return []
+
+    def drain(self) -> list[Generated]:
+        """Look at all steps that are on their way; returns the rows that ended."""
+        ended: list[Generated] = []
+        while self._pending:
+            ended += self._look()
+        return ended
+
+    def _queue(self) -> None:
+        batch, count = self._batch, len(self.rows)
+        columns = self._runner.columns(count, batch.capacity) if self._pads else count
+        most = self.rules.max_new_tokens
+        self._runner.run(columns, most - min(row.queued for row in self.rows))
+        batch.count()
+        self._pending.append(_Queued(self.rows.copy(), *_to_host(batch.next_C[:count])))
+        for row in self.rows:
+            row.queued += 1
+        self.leave([row for row in self.rows if row.queued >= most])
+
+    def _look(self) -> list[Generated]:
+        queued = self._pending.popleft()
+        if queued.done is not None:
+            queued.done.synchronize()
+        going = [row for row in queued.rows if row.finish_reason is None]
+        for row, token in zip(queued.rows, queued.tokens.tolist(), strict=True):
+            if row.finish_reason is None:
+                row.take(token, self.rules)
+        ended = [row for row in going if row.finish_reason is not None]
+        self.leave(ended)
+        return ended
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._runner.close()
+
+
+def _to_host(tokens_B: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Tokens on their way to the host, behind the step that makes them."""
+    if not tokens_B.is_cuda:
+        return tokens_B.clone(), None
+    host = torch.empty(tokens_B.shape, dtype=tokens_B.dtype, pin_memory=True)
+    host.copy_(tokens_B, non_blocking=True)
+    return host, torch.cuda.current_stream(tokens_B.device).record_event()
+
+
+@torch.inference_mode()
+def first_tokens(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[Tensor]) -> list[int]:
+    """The first token of each prompt, `NOT_FINITE` among them; waits for the device."""
+    uniform_B = None
+    if not sampling.is_greedy:
+        uniform_B = torch.stack([row[0] for row in uniforms]).to(logits_BV.device)
+    return next_tokens(logits_BV, sampling, uniform_B).tolist()
 
 
 @torch.inference_mode()
@@ -56,155 +225,77 @@ def decode(
     adapter: DecoderAdapter,
     attention: AttentionBackend,
     prefilled: Prefilled,
-    first_tokens: Sequence[int],
-    sampler: Sampler,
     rules: StopRules,
-    check: Callable[[], None] = lambda: None,
     *,
+    sampling: Sampling | None = None,
+    uniforms: Sequence[Tensor] = (),
+    first: Sequence[int] | None = None,
+    check: Callable[[], None] = lambda: None,
     graphs: bool = True,
     stats: DecodeStats | None = None,
+    late: int | None = None,
 ) -> list[Generated]:
-    """Go on from each document's first token until its stop rule.
+    """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
-    Finished documents leave the batch, at once or, where steps are replayed as CUDA graphs (which `graphs`
-    allows), when it pays. `check` is called before every step, and may raise to give the pack up.
+    Of answers that are drawn `uniforms` has each row's numbers, by default those of rows 0, 1, ... `first`
+    are the first tokens, if they have been chosen. `check` is called before every step, and may raise to give
+    the pack up. Raises RowError where the model's output is not finite.
     """
-    assert rules.max_new_tokens <= prefilled.cache.new_tokens + 1, "the cache has no room for the answers"
-    answers = [Generated() for _ in prefilled.lengths]
-    batch = DecodeBatch(adapter, attention, prefilled.cache)
-    recorder = recorder_for(adapter.device, attention, prefilled.cache) if graphs else None
-    runner = StepRunner(batch.step, recorder, attention, stats or DecodeStats())
-    rows, live = list(range(len(answers))), list(range(len(answers)))  # documents; rows of those that go on
-    tokens = list(first_tokens)
+    sampling = sampling or Sampling()
+    count = len(prefilled.lengths)
+    if not sampling.is_greedy and not uniforms:
+        uniforms = [sampling.uniforms(row, rules.max_new_tokens) for row in range(count)]
+    if first is None:
+        first = first_tokens(prefilled.logits_BV, sampling, uniforms)
+    answers = [Generated() for _ in range(count)]
+    for answer, token in zip(answers, first, strict=True):
+        answer.take(token, rules)
+    kv, starts = _rows_in(prefilled.cache, adapter, rules.max_new_tokens)
+    used = [prefilled.cache.used(b) for b in range(count)]
+    decoder = Decoder(
+        adapter,
+        attention,
+        kv,
+        rules=rules,
+        sampling=sampling,
+        capacity=count,
+        longest=max(map(max, used)) + rules.max_new_tokens,
+        graphs=graphs,
+        stats=stats,
+        late=late,
+    )
+    live = [b for b, answer in enumerate(answers) if answer.finish_reason is None]
+    seats = [Seat(starts=starts[b], used=used[b], position=prefilled.next_positions[b]) for b in live]
     try:
-        while True:
-            for row, token in zip(live, tokens, strict=True):
-                _take(answers[rows[row]], token, rules)
-            finished = [row for row in live if answers[rows[row]].finish_reason is not None]
-            live = [row for row in live if answers[rows[row]].finish_reason is None]
-            if not live:
-                return answers
+        if live:
+            decoder.join([answers[b] for b in live], seats, [uniforms[b] for b in live] if uniforms else ())
+        while decoder.is_busy and not _any_not_finite(answers):
             check()
-            steps_left = rules.max_new_tokens - min(len(answers[rows[row]].tokens) for row in live)
-            if batch.is_empty or runner.shrinks(len(live), len(rows), steps_left):
-                runner.restart()
-                prefilled.cache.keep(live)
-                rows, live = [rows[row] for row in live], list(range(len(live)))
-                batch.fill(
-                    [answers[b].tokens[-1] for b in rows],
-                    # counting the prompt as it was, not the tokens that a method left in the cache
-                    [prefilled.next_positions[b] + len(answers[b].tokens) - 1 for b in rows],
-                )
-            elif finished:
-                batch.park(finished)
-            # no name for the output: a graph's memory is free only when nothing holds its tensors
-            tokens = _draw(runner.run(steps_left), sampler, rows, live, batch)
-            batch.count()
+            decoder.step()
     finally:
-        runner.close()
+        decoder.close()
+    if _any_not_finite(answers):
+        raise RowError("not_finite", NOT_FINITE_MESSAGE)
+    return answers
 
 
-def greedy_answers(
-    adapter: DecoderAdapter,
-    attention: AttentionBackend,
-    prefilled: Prefilled,
-    rules: StopRules,
-    check: Callable[[], None] = lambda: None,
-    *,
-    graphs: bool = True,
-    stats: DecodeStats | None = None,
-) -> list[Generated]:
-    """The most likely token at each step, from the prompts' end on."""
-    documents = range(len(prefilled.lengths))
-    sampler = Sampler(Sampling(), documents)
-    first = sampler.draw(prefilled.logits_BV, documents)
-    return decode(adapter, attention, prefilled, first, sampler, rules, check, graphs=graphs, stats=stats)
+def _any_not_finite(answers: Sequence[Generated]) -> bool:
+    return any(answer.finish_reason == "not_finite" for answer in answers)
 
 
-class DecodeBatch:
-    """The documents that take a step together. What `step` works on stays at its place on the device."""
+def _rows_in(
+    cache: RaggedCache, adapter: DecoderAdapter, new_tokens: int
+) -> tuple[KeysValues, list[list[int]]]:
+    """Where rows of a prefill are decoded, and where each begins there, by layer.
 
-    def __init__(self, adapter: DecoderAdapter, attention: AttentionBackend, cache: RaggedCache) -> None:
-        self._adapter, self._attention, self._cache = adapter, attention, cache
-        self._next: NextSlots | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return self._next is None
-
-    @property
-    def next(self) -> NextSlots:
-        assert self._next is not None, "an empty batch"
-        return self._next
-
-    def fill(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
-        """Take the cache's documents, with the newest token of each and its position."""
-        self._next = NextSlots(self._cache)
-        self.tokens_B = on_device(tokens, self._adapter.device)
-        self.positions_B = on_device(positions, self._adapter.device)
-
-    def step(self) -> StepOutput:
-        """Run the newest tokens through the model and into the cache, and go on to the most likely ones.
-
-        Reads nothing of the host that changes between steps, if the attention is capturable.
-        """
-        adapter, cache = self._adapter, self._cache
-        hidden_BD = adapter.embed(self.tokens_B)
-        rope = adapter.rope(hidden_BD, self.positions_B)
-        for layer in range(adapter.shape.layers):
-            slots, places_B = self.next.at(layer)
-            keys, values = cache.keys[layer], cache.values[layer]
-            q_BHd, k_BKd, v_BKd = adapter.qkv(layer, hidden_BD, rope)
-            cache.ready(layer)
-            keys.index_copy_(0, places_B, k_BKd)
-            values.index_copy_(0, places_B, v_BKd)
-            mixed_BHd = self._attention.decode(q_BHd, keys, values, slots)
-            cache.observe(layer, q_BHd)
-            adapter.add_attention_(layer, hidden_BD, mixed_BHd)
-            adapter.add_feed_forward_(layer, hidden_BD)
-        logits_BV = adapter.logits(hidden_BD)
-        greedy_B = most_likely(logits_BV)
-        # rows are looked up by their tokens, those of documents that have finished too: -1 would be no row
-        torch.clamp(greedy_B, min=0, out=self.tokens_B)
-        self.positions_B.add_(1)
-        self.next.advance_()
-        return StepOutput(logits_BV=logits_BV, greedy_B=greedy_B)
-
-    def count(self) -> None:
-        """Let the host's numbers follow a step."""
-        self._cache.advance()
-        self.next.advance_host()
-
-    def feed(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Go on with other tokens than the most likely ones."""
-        device = self._adapter.device
-        self.tokens_B.index_copy_(0, on_device(rows, device), on_device(tokens, device))
-
-    def park(self, rows: Sequence[int]) -> None:
-        """Leave finished documents where they are, at next to no cost."""
-        self.next.park(rows)
-
-
-def _draw(
-    output: StepOutput, sampler: Sampler, rows: Sequence[int], live: Sequence[int], batch: DecodeBatch
-) -> list[int]:
-    """The tokens of the rows that go on; greedy ones need one copy of B numbers to the host."""
-    if sampler.is_greedy:
-        tokens = output.greedy_B.tolist()
-        return finite_tokens([tokens[row] for row in live])
-    logits_BV = output.logits_BV
-    if len(live) < len(rows):
-        logits_BV = logits_BV.index_select(0, on_device(live, logits_BV.device))
-    tokens = sampler.draw(logits_BV, [rows[row] for row in live])
-    batch.feed(live, tokens)
-    return tokens
-
-
-def _take(answer: Generated, token: int, rules: StopRules) -> None:
-    answer.tokens.append(token)
-    answer.finish_reason = rules.reason(answer.tokens)
-    if answer.finish_reason is None:
-        return
-    answer.finished_at = time.perf_counter()
-    if answer.finish_reason == "stop":
-        answer.tokens.pop()
+    A single one stays where it is; several go where a batch can be padded.
+    """
+    count = len(cache.prompt_tokens()[0])
+    if count == 1:
+        assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
+        return cache, [cache.starts(0)]
+    by_row = list(zip(*cache.prompt_tokens(), strict=True))
+    slots = sum(slots_needed(layers, new_tokens, adapter.device) for layers in by_row)
+    store = KvStore(slots, adapter.shape, dtype=adapter.dtype, device=adapter.device)
+    extents: list[Extent] = store.adopt(cache, new_tokens)
+    return store, [extent.starts for extent in extents]

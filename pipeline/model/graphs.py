@@ -1,40 +1,35 @@
-"""Replaying a decode step as a CUDA graph: from Python, its kernels take longer to launch than to run."""
+"""Replaying a decode step as a CUDA graph: from Python, its kernels take longer to launch than to run.
+
+A graph is captured for each of a few batch sizes, all in one pool of memory; a batch of another size is
+padded to the next of them.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.cache import RaggedCache
 
-WARM_UP_STEPS = 2  # run eagerly for each batch: they load its kernels, which a capture must not do
+WARM_UP_STEPS = 2  # run eagerly for each size: they load its kernels, which a capture must not do
 FEWEST_STEPS = 8  # that a capture, which takes about as long as three eager steps, must be good for
-# of the rows that still answer, at or below which a smaller batch is captured. A row that has finished costs
-# little (see NextSlots.park), a capture with the steps before it as much as some twenty replayed steps
-SHRINK_SHARE = 0.25
 FREE_BYTES = 1 << 30  # on the device, below which cached memory is given back before a capture
+# a third of a batch's columns at most pad it; below 8 all cost the same
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LARGE_STEP = 256  # between the sizes of larger batches
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutput:
-    """What a step leaves on the device; a replayed one overwrites that of the step before."""
-
-    logits_BV: Tensor  # float32
-    greedy_B: Tensor  # the most likely tokens, -1 where the logits are not finite
-
-
-Step = Callable[[], StepOutput]
+Step = Callable[[int], None]  # by the number of columns
 
 
 @dataclass(kw_only=True)
 class DecodeStats:
-    """How the steps of a pack were run."""
+    """How steps were run."""
 
     eager_steps: int = 0
     replayed_steps: int = 0
@@ -45,7 +40,7 @@ class DecodeStats:
 class Recorded(Protocol):
     """A step that can be repeated."""
 
-    def replay(self) -> StepOutput: ...
+    def replay(self) -> None: ...
 
     def close(self) -> None:
         """Free what the step holds on the device."""
@@ -54,16 +49,15 @@ class Recorded(Protocol):
 class Recorder(Protocol):
     """Makes recorded steps."""
 
-    def warm_up(self, step: Step) -> StepOutput:
+    def warm_up(self, step: Callable[[], None]) -> None:
         """Run the step as it will be recorded."""
 
-    def record(self, step: Step) -> Recorded: ...
+    def record(self, step: Callable[[], None]) -> Recorded: ...
 
 
-def recorder_for(device: torch.device, attention: AttentionBackend, kv: RaggedCache) -> Recorder | None:
-    """None where steps cannot be captured: without a GPU, or where a step waits for or reads the host."""
-    # an offloaded cache swaps blocks between layers, by what the host decides
-    if device.type != "cuda" or not attention.capturable or type(kv) is not RaggedCache:
+def recorder_for(device: torch.device, attention: AttentionBackend) -> Recorder | None:
+    """None where steps cannot be captured: without a GPU, or with attention that reads the host."""
+    if device.type != "cuda" or not attention.capturable:
         return None
     return None if attention.capture_failure else CudaRecorder(device)
 
@@ -74,112 +68,119 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _capture_stream(device)
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool()
 
-    def warm_up(self, step: Step) -> StepOutput:
-        # on the stream of the capture, so that the libraries' workspaces there lie outside the graph's pool
+    def warm_up(self, step: Callable[[], None]) -> None:
+        # on the stream of the capture, so that the libraries' workspaces there lie outside the graphs' pool
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
-                return step()
+                step()
         finally:
             current.wait_stream(self._stream)
 
-    def record(self, step: Step) -> StepGraph:
+    def record(self, step: Callable[[], None]) -> StepGraph:
         if torch.cuda.mem_get_info(self._device)[0] < FREE_BYTES:
             torch.cuda.empty_cache()  # which the allocator cannot do in the middle of a capture
-        return StepGraph(step, self._device, self._stream)
+        return StepGraph(step, self._stream, self._pool)
 
 
 class StepGraph:
-    """One captured step. Capturing runs nothing: neither counters nor cache move."""
+    """One captured step. Capturing runs nothing: neither counts nor keys and values move."""
 
-    def __init__(self, step: Step, device: torch.device, stream: torch.cuda.Stream) -> None:
+    def __init__(self, step: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._output: StepOutput | None = None
-        with torch.cuda.device(device):
-            self._pool: torch.cuda.MemPool | None = torch.cuda.MemPool()
+        self._pool = pool  # which gives its memory back with its last graph
         try:
             self._capture(step, stream)
         except BaseException:
             self.close()
             raise
 
-    def _capture(self, step: Step, stream: torch.cuda.Stream) -> None:
-        assert self._pool is not None
+    def _capture(self, step: Callable[[], None], stream: torch.cuda.Stream) -> None:
         pool: Any = self._pool.id
         # not torch.cuda.graph, which first gives all cached memory back: the next prefill would wait for it
         with torch.cuda.stream(stream):
             # other threads, which prepare documents, may do as they like meanwhile
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                self._output = step()
+                step()
             finally:
                 self._graph.capture_end()
 
-    def replay(self) -> StepOutput:
-        assert self._output is not None, "a closed graph"
+    def replay(self) -> None:
+        assert self._pool is not None, "a closed graph"
         self._graph.replay()
-        return self._output
 
     def close(self) -> None:
-        # the pool gives its memory back with its last reference, once nothing lies in it
-        self._output = None
         self._graph.reset()
         self._pool = None
 
 
 class StepRunner:
-    """Runs the steps of one pack, eagerly at first and by replay where that pays."""
+    """Runs steps, eagerly at first and by replay where that pays."""
 
     def __init__(
         self, step: Step, recorder: Recorder | None, attention: AttentionBackend, stats: DecodeStats
     ) -> None:
         self._step, self._recorder = step, recorder
         self._attention, self._stats = attention, stats
-        self._recorded: Recorded | None = None
-        self._warm = 0
+        self._recorded: dict[int, Recorded] = {}
+        self._warm: Counter[int] = Counter()
 
-    def shrinks(self, live: int, rows: int, steps_left: int) -> bool:
-        """Whether finished documents should leave the batch now; a replayed batch keeps its size a while."""
-        if live == rows or self._recorded is None:
-            return live < rows
-        return live <= SHRINK_SHARE * rows and steps_left >= FEWEST_STEPS + WARM_UP_STEPS
+    def prepare(self, most_rows: int) -> int:
+        """Capture steps of all sizes of up to `most_rows` columns, the largest first; returns how many."""
+        sizes = {self.columns(rows, most_rows) for rows in range(1, most_rows + 1)}
+        for size in sorted(sizes, reverse=True):
+            if self._recorder is None:
+                break
+            for _ in range(WARM_UP_STEPS):
+                self._recorder.warm_up(partial(self._step, size))
+            self._record(self._recorder, size)
+        return len(self._recorded)
 
-    def run(self, steps_left: int) -> StepOutput:
+    def columns(self, rows: int, capacity: int) -> int:
+        """How many columns a step for so many rows runs: more where that is the size of a graph."""
+        return rows if self._recorder is None else min(padded(rows), capacity)
+
+    def run(self, columns: int, steps_left: int) -> None:
         """The next step of at most `steps_left`."""
-        if self._recorder is not None and self._recorded is None:
-            if self._warm < WARM_UP_STEPS:
-                self._warm += 1
+        if self._recorder is not None and columns not in self._recorded:
+            if self._warm[columns] < WARM_UP_STEPS:
+                self._warm[columns] += 1
                 self._stats.eager_steps += 1
-                return self._recorder.warm_up(self._step)
+                return self._recorder.warm_up(partial(self._step, columns))
             if steps_left >= FEWEST_STEPS:
-                self._record(self._recorder)
-        if self._recorded is None:
+                self._record(self._recorder, columns)
+        recorded = self._recorded.get(columns)
+        if recorded is None:
             self._stats.eager_steps += 1
-            return self._step()
+            return self._step(columns)
         self._stats.replayed_steps += 1
-        return self._recorded.replay()
-
-    def restart(self) -> None:
-        """Begin anew, with another batch."""
-        self._warm = 0
-        self.close()
+        return recorded.replay()
 
     def close(self) -> None:
-        recorded, self._recorded = self._recorded, None
-        if recorded is not None:
-            recorded.close()
+        recorded, self._recorded = self._recorded, {}
+        for each in recorded.values():
+            each.close()
 
-    def _record(self, recorder: Recorder) -> None:
+    def _record(self, recorder: Recorder, columns: int) -> None:
         try:
-            self._recorded = recorder.record(self._step)
+            self._recorded[columns] = recorder.record(partial(self._step, columns))
             self._stats.captures += 1
         except (RuntimeError, TypeError, ValueError) as error:
             self._recorder = None
             self._stats.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            if not _ran_out_of_memory(error):  # another pack may need less; other reasons stay
+            if not _ran_out_of_memory(error):  # another batch may need less; other reasons stay
                 self._attention.capture_failure = self._stats.failure
+
+
+def padded(rows: int) -> int:
+    """The smallest size of a graph that holds so many rows."""
+    at = bisect_left(SIZES, rows)
+    return SIZES[at] if at < len(SIZES) else -(-rows // LARGE_STEP) * LARGE_STEP
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

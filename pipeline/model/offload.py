@@ -266,8 +266,11 @@ class OffloadedCache(RaggedCache):
             if other.pending is not None and (other.pending[1] is None or other.pending[1].query()):
                 self._decide(other)
 
-    def advance(self, tokens: Sequence[int] | None = None) -> None:
-        super().advance(tokens)
+    @property
+    def on_device_alone(self) -> bool:
+        return False  # blocks are swapped between layers, by what the host decides
+
+    def stepped(self) -> None:
         self.counts.steps += 1
         for stage in self._stages:
             if stage.pending is not None:

@@ -1,14 +1,17 @@
-"""Choosing the next token: greedy, or by temperature and top-p with a seed of each row's own."""
+"""Choosing the next token: greedy, or by temperature and top-p with a seed of each row's own.
+
+Tokens are chosen on the device, and nothing here waits for it. Letters: B rows, V vocabulary, N new tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import RowError
+NOT_FINITE = -1  # in place of a token
+ROWS_AT_ONCE = 32  # of those that draw: each step of a draw takes a float32 of the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,53 +22,53 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-
-class Sampler:
-    """Draws for the documents of one pack. A row's draws depend on the seed and its row number alone."""
-
-    def __init__(self, settings: Sampling, rows: Sequence[int]) -> None:
-        self.settings = settings
-        self.generators = [_generator(settings.seed, row) for row in rows]
-
     @property
     def is_greedy(self) -> bool:
-        return self.settings.temperature == 0
+        return self.temperature == 0
 
-    def draw(self, logits_BV: Tensor, documents: Sequence[int]) -> list[int]:
-        """The next token of each of the pack's `documents`, which are the batch at hand.
+    def uniforms(self, row: int, tokens: int) -> Tensor:
+        """(N,) numbers in [0, 1) for a row's draws: they depend on the seed and the row's number alone."""
+        # mixed, so that seeds 0 and 1 do not share the streams of neighbouring rows
+        seed = (self.seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9) % 2**63
+        return torch.rand(tokens, generator=torch.Generator().manual_seed(seed))
 
-        Raises RowError when the model's output is not finite, rather than answer with nonsense.
-        """
-        greedy = finite_tokens(most_likely(logits_BV).tolist())
-        if self.is_greedy:
-            return greedy
-        # one number a row from the host, then inversion on the device: packing changes no draw
-        draws = [torch.rand((), generator=self.generators[b]).item() for b in documents]
-        uniform_B = torch.tensor(draws, device=logits_BV.device)
-        probabilities_BV = (logits_BV / self.settings.temperature).softmax(-1)
-        ordered_BV, tokens_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-        mass_BV = ordered_BV.cumsum(-1)
-        outside_BV = mass_BV - ordered_BV >= self.settings.top_p
-        mass_BV = ordered_BV.masked_fill(outside_BV, 0).cumsum(-1)
-        target_B1 = (uniform_B * mass_BV[:, -1])[:, None]
-        chosen_B1 = (mass_BV <= target_B1).sum(-1, keepdim=True)
-        kept_B1 = (~outside_BV).sum(-1, keepdim=True)
-        return tokens_BV.gather(1, torch.minimum(chosen_B1, kept_B1 - 1)).flatten().tolist()
+
+def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
+    """(B,) tokens, `NOT_FINITE` where the model's output is; greedy ones need no `uniform_B`."""
+    greedy_B = most_likely(logits_BV)
+    if sampling.is_greedy:
+        return greedy_B
+    assert uniform_B is not None, "draws need a number for each row"
+    drawn = [
+        _draw(logits_BV[start : start + ROWS_AT_ONCE], uniform_B[start : start + ROWS_AT_ONCE], sampling)
+        for start in range(0, len(logits_BV), ROWS_AT_ONCE)
+    ]
+    return torch.where(greedy_B == NOT_FINITE, greedy_B, torch.cat(drawn))
 
 
 def most_likely(logits_BV: Tensor) -> Tensor:
-    """(B,) the greedy tokens, on the device; -1 where the model's output is not finite."""
+    """(B,) the greedy tokens; `NOT_FINITE` where the model's output is not."""
     best_B, token_B = logits_BV.max(-1)
-    return token_B.masked_fill(~best_B.isfinite(), -1)
+    return token_B.masked_fill(~best_B.isfinite(), NOT_FINITE)
 
 
-def finite_tokens(tokens: list[int]) -> list[int]:
-    """The tokens of `most_likely`, on the host; raises RowError where one is -1."""
-    if -1 in tokens:
-        raise RowError("not_finite", "the model's output is not finite; try another --dtype or --attention")
-    return tokens
+def _draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
+    """Inversion: the first token at which the mass of those up to it exceeds the row's number.
+
+    They are taken in the order of the vocabulary, or with top-p, which must sort them, the likely ones first.
+    """
+    mass_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p >= 1:
+        return _inverted(mass_BV.cumsum(-1), uniform_B)
+    ordered_BV, tokens_BV = mass_BV.sort(dim=-1, descending=True, stable=True)
+    outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= sampling.top_p
+    chosen_B = _inverted(ordered_BV.masked_fill(outside_BV, 0).cumsum(-1), uniform_B)
+    return tokens_BV.gather(1, chosen_B[:, None]).flatten()
 
 
-def _generator(seed: int, row: int) -> torch.Generator:
-    # mixed, so that seeds 0 and 1 do not share the streams of neighbouring rows
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9) % 2**63)
+def _inverted(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """(B,) where a cumulated mass, of whatever total, first exceeds its share `uniform_B`."""
+    total_B = mass_BV[:, -1]
+    # a product may be rounded up to the total, beyond which no token lies
+    target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    return (mass_BV <= target_B[:, None]).sum(-1)

@@ -110,6 +110,7 @@ def _packs(
         itemsize=model.dtype.itemsize,
         new_tokens=new_tokens,
         pack_tokens=None,
+        in_flight=0,
     ).packs(documents)
 
 

@@ -84,7 +84,13 @@ def evaluate(
     method = variant.use(model)
     # a case that cannot fit, or a setting that does not fit the model's depth, should fail before it runs
     Packer.on(
-        model.device, method, model.shape, itemsize=model.dtype.itemsize, new_tokens=0, pack_tokens=None
+        model.device,
+        method,
+        model.shape,
+        itemsize=model.dtype.itemsize,
+        new_tokens=0,
+        pack_tokens=None,
+        in_flight=0,
     )
     for place, case in enumerate(cases):
         check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.base import PruningMethod
@@ -36,5 +36,5 @@ def generate(
     pack = Pack.of(documents, model.device)
     prefilled = prefill(model.adapter, model.attention, method, pack, rules.max_new_tokens, check)
     first = prefilled.logits_BV.argmax(-1).tolist()
-    answers = greedy_answers(model.adapter, model.attention, prefilled, rules, check)
+    answers = decode(model.adapter, model.attention, prefilled, rules, first=first, check=check)
     return [GreedyAnswer(tokens=a.tokens, first=token) for a, token in zip(answers, first, strict=True)]

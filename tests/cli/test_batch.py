@@ -273,10 +273,10 @@ def test_usage_errors_are_one_line(capfd):
 def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, monkeypatch, capfd):
     from pipeline.engines.local import LocalEngine
 
-    def interrupted(self, pack):
+    def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalEngine, "answer", interrupted)
+    monkeypatch.setattr(LocalEngine, "advance", interrupted)
     assert batch(parquet, tmp_path / "out.parquet", *COLUMNS) == 130
     assert capfd.readouterr().err == "marsinfer: error: interrupted; no row of this run was answered\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
@@ -285,9 +285,9 @@ def test_an_interrupt_says_so_and_leaves_no_output(batch, parquet, tmp_path, mon
 @pytest.mark.parametrize(
     ("constant", "seconds", "note"),
     [
-        ("pipeline.engines.one_process.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
+        ("pipeline.engines.warm_up.WORTH_A_NOTE_S", 0.0, r"warmed up in \d+\.\d s"),
         (
-            "pipeline.engines.local.LONGEST_WARM_UP_S",
+            "pipeline.engines.warm_up.LONGEST_WARM_UP_S",
             0.0,
             "the warm-up was given up after 0 s: the TTFT of the first packs may hold the rest of it",
         ),
@@ -312,7 +312,7 @@ def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, m
 
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": f"fish {n:03}"}) + "\n" for n in range(40)))
-    second_was_read, cut, answer = threading.Event(), pipeline_batch.windows, LocalEngine.answer
+    second_was_read, cut, advance = threading.Event(), pipeline_batch.windows, LocalEngine.advance
     read_in_time = []
 
     def windows(items, size):
@@ -321,12 +321,12 @@ def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, m
                 second_was_read.set()
             yield window
 
-    def answer_once_it_was(self, pack):
+    def advance_once_it_was(self):
         read_in_time.append(second_was_read.wait(10))
-        return answer(self, pack)
+        return advance(self)
 
     monkeypatch.setattr(pipeline_batch, "windows", windows)
-    monkeypatch.setattr(LocalEngine, "answer", answer_once_it_was)
+    monkeypatch.setattr(LocalEngine, "advance", advance_once_it_was)
     expected = []
     summary = pipeline_batch.run_batch(
         str(source),

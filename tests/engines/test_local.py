@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import document, tiny_model
 
-from pipeline.engines import local, memory
+from pipeline.engines import memory, prefilling, warm_up
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import (
     Packer,
@@ -50,16 +49,16 @@ def documents():
     return [document(20 + row, seed=row, row=row) for row in range(7)]
 
 
-def failing_on(row, error, monkeypatch):
+def failing_on(row, error, monkeypatch, module=prefilling):
     """A prefill that fails whenever a given document is in the pack."""
-    real, culprit = local.prefill, document(20 + row, seed=row, row=row).prompt_tokens
+    real, culprit = module.prefill, document(20 + row, seed=row, row=row).prompt_tokens
 
     def prefill(adapter, attention, method, pack, *options, **more):
         if culprit in pack.segments.lengths:
             raise error
         return real(adapter, attention, method, pack, *options, **more)
 
-    monkeypatch.setattr(local, "prefill", prefill)
+    monkeypatch.setattr(module, "prefill", prefill)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_an_out_of_memory_row_says_how_much_it_needs(model, monkeypatch):
 
 def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
     engine = engine_for(model)
-    engine.packer = replace(engine.packer, max_bytes=engine.packer.planned_bytes([22]))
+    engine.packer = engine.packer.within(engine.packer.planned_bytes([22]))
     rows = [engine.answer([doc])[0] for doc in documents()]
     assert [row.status for row in rows] == ["ok"] * 3 + ["error"] * 4
     assert {row.error_type for row in rows[3:]} == {"out_of_memory"}
@@ -115,11 +114,11 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
     slow, real = documents()[4].prompt_tokens, model.adapter.add_attention_
 
     def add_attention_(layer, hidden, mixed, fp8=None):
-        time.sleep(0.4 if slow in lengths else 0)
+        time.sleep(0.4 if slow in lengths and len(hidden) > len(documents()) else 0)  # not in decode steps
         real(layer, hidden, mixed, fp8)
 
     lengths = ()
-    pack_of = local.Pack.of
+    pack_of = prefilling.Pack.of
 
     def remember(docs, device):
         nonlocal lengths
@@ -127,7 +126,7 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
         lengths = pack.segments.lengths
         return pack
 
-    monkeypatch.setattr(local.Pack, "of", remember)
+    monkeypatch.setattr(prefilling.Pack, "of", remember)
     model.adapter.add_attention_ = add_attention_
     engine.row_timeout = 0.3
     rows = engine.answer(documents())
@@ -140,20 +139,20 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
 def test_the_warm_up_is_not_under_the_time_limit_of_a_row(model):
     engine = engine_for(model)
     engine.row_timeout = 1e-9
-    assert engine.warm_up(60)
+    assert warm_up.warm_up(engine, 60)
     assert engine.answer(documents()[:1])[0].error_type == "timeout"
 
 
 def warm_up_lengths(engine, monkeypatch):
     """Tokens of each document that warms up, and of its answer."""
-    seen, real = [], local.prefill
+    seen, real = [], warm_up.prefill
 
     def prefill(adapter, attention, method, pack, new_tokens, *options, **more):
         seen.append((*pack.segments.lengths, new_tokens))
         return real(adapter, attention, method, pack, new_tokens, *options, **more)
 
-    monkeypatch.setattr(local, "prefill", prefill)
-    assert engine.warm_up(60)
+    monkeypatch.setattr(warm_up, "prefill", prefill)
+    assert warm_up.warm_up(engine, 60)
     return seen
 
 
@@ -169,8 +168,8 @@ def warm_up_lengths(engine, monkeypatch):
     ],
 )
 def test_a_document_as_long_as_a_pack_warms_up(model, monkeypatch, pack_tokens, longest, expected):
-    monkeypatch.setitem(local.WARM_UP_TOKENS, "cpu", longest)
-    monkeypatch.setitem(local.WARM_UP_NEW_TOKENS, "cpu", 14)
+    monkeypatch.setitem(warm_up.WARM_UP_TOKENS, "cpu", longest)
+    monkeypatch.setattr(warm_up, "WARM_UP_NEW_TOKENS", 14)
     rules = StopRules(max_new_tokens=12, token_ids=frozenset(range(256)))
     engine = LocalEngine(model, Dense(), rules=rules, sampling=Sampling(), pack_tokens=pack_tokens)
     steps = []
@@ -184,7 +183,7 @@ def test_a_document_as_long_as_a_pack_warms_up(model, monkeypatch, pack_tokens, 
 
 def test_a_warm_up_without_end_is_given_up_between_layers(model):
     engine = engine_for(model)
-    assert not engine.warm_up(limit_s=0)
+    assert not warm_up.warm_up(engine, limit_s=0)
     assert engine.answer(documents()[:1])[0].status == "ok"
 
 
@@ -195,14 +194,14 @@ def test_a_warm_up_can_be_interrupted(model):
     engine = engine_for(model)
     engine.check = check
     with pytest.raises(Interrupted):
-        engine.warm_up(60)
+        warm_up.warm_up(engine, 60)
 
 
 def test_a_warm_up_that_fits_no_memory_leaves_it_to_the_rows(model, monkeypatch):
     engine = engine_for(model)
     with monkeypatch.context() as patched:
-        failing_on(44, torch.OutOfMemoryError("CUDA out of memory"), patched)  # of 64 tokens
-        assert engine.warm_up(60)
+        failing_on(44, torch.OutOfMemoryError("CUDA out of memory"), patched, warm_up)  # of 64 tokens
+        assert warm_up.warm_up(engine, 60)
     assert engine.answer(documents()[:1])[0].status == "ok"
 
 
@@ -212,7 +211,7 @@ def test_the_engine_knows_where_its_time_went(model):
     times = engine.times
     assert times.packs == 2
     assert times.prefill_s == pytest.approx(sum(pack[0].ttft_ms for pack in rows) / 1e3)
-    assert times.decode_s == pytest.approx(sum(max(row.decode_ms for row in pack) for pack in rows) / 1e3)
+    assert times.decode_s >= sum(max(row.decode_ms for row in pack) for pack in rows) / 1e3
     assert times.prefill_s + times.decode_s < times.span_s
 
 

@@ -14,6 +14,7 @@ METHOD = f"{Path(__file__).with_name('faulty_method.py')}:Faulty"
 SETTINGS = ["start_layer=1", "window=8", "prefix=8", "eta=0.8"]
 ALONE = ("--pack-tokens", "1")  # answers do not depend on what other rows are in a pack
 TOGETHER = ("--pack-tokens", "2k")
+A_FEW = (*TOGETHER, "--in-flight", "6")  # some rows have ended before the last ones are prefilled
 
 
 class Job:

@@ -13,11 +13,13 @@ import pipeline.model.decode as decode_module
 from pipeline.errors import ConfigError, RowError
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.batch import Seat
+from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampler, Sampling
+from pipeline.model.sampling import Sampling
+from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,6 +32,7 @@ METHODS = {
 }
 LENGTHS = (400, 33, 490, 120, 210, 77, 300, 61)
 ENDS = {1: [60], 3: [60, 15, 33], 8: [60, 12, 14, 60, 16, 18, 20, 22]}  # the last: two of eight remain
+CAPTURES = {1: 1, 3: 3, 8: 3}  # of 3, 2 and 1 columns, which are all that there are; of 8, 4 and 2
 
 
 class Again:
@@ -76,15 +79,21 @@ def cuda_adapter(family="qwen2"):
     return DecoderAdapter(model)
 
 
-def answers(adapter, attention, method, rules, *, rows=8, check=lambda: None, limits=None, **sampling):
-    """Tokens of each document, and how the steps were run."""
-    new_tokens = rules.max_new_tokens
+def prefilled_pack(adapter, attention, method, rows, new_tokens, limits=None):
     pack = Pack.of([document(n, seed=n, row=row) for row, n in enumerate(LENGTHS[:rows])], CUDA)
     chosen = make_method(method, METHODS[method])
-    prefilled = prefill(adapter, attention, chosen, pack, new_tokens, limits=limits)
-    sampler, stats = Sampler(Sampling(**sampling), range(rows)), DecodeStats()
-    first = sampler.draw(prefilled.logits_BV, range(rows))
-    generated = decode(adapter, attention, prefilled, first, sampler, rules, check, stats=stats)
+    return prefill(adapter, attention, chosen, pack, new_tokens, limits=limits)
+
+
+def answers(
+    adapter, attention, method, rules, *, rows=8, check=lambda: None, limits=None, late=None, **sampling
+):
+    """Tokens of each document, and how the steps were run."""
+    prefilled = prefilled_pack(adapter, attention, method, rows, rules.max_new_tokens, limits)
+    chosen, stats = Sampling(**sampling), DecodeStats()
+    generated = decode(
+        adapter, attention, prefilled, rules, sampling=chosen, check=check, stats=stats, late=late
+    )
     return [answer.tokens for answer in generated], stats
 
 
@@ -97,7 +106,7 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch,
     ends = ENDS[rows]
     replayed, stats = answers(adapter, fa3, method, EndAt(ends), rows=rows)
     assert stats.failure is None
-    assert stats.captures == (2 if rows == 8 else 1)
+    assert stats.captures == CAPTURES[rows]
     assert stats.replayed_steps == max(ends) - 1 - stats.captures * WARM_UP_STEPS
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python, _ = answers(adapter, fa3, method, EndAt(ends), rows=rows)
@@ -106,24 +115,76 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch,
     assert len({token for tokens in replayed for token in tokens}) > 1  # not vacuous
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_document_gives_the_tokens_of_plain_decoding(fa3, monkeypatch, method):
+def test_one_document_gives_the_tokens_of_plain_decoding(fa3, monkeypatch, method, late):
     """Alone, no batch changes its size, so that not even the sums' order differs."""
     adapter = cuda_adapter()
-    replayed, stats = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1)
+    replayed, stats = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1, late=late)
     assert stats.replayed_steps > 0
     monkeypatch.setattr(decode_module, "recorder_for", lambda *_: None)
-    plain, without = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1)
+    plain, without = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1, late=0)
     assert without.replayed_steps == 0
     assert replayed == plain
 
 
-def test_sampled_tokens_are_fed_to_the_graph(fa3, monkeypatch):
-    adapter, settings = cuda_adapter(), {"temperature": 1.5, "top_p": 0.9, "seed": 3}
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
+    adapter, settings = cuda_adapter(), {"temperature": 1.5, "top_p": top_p, "seed": 3}
     replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)
     assert stats.replayed_steps > 0
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
     assert answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)[0] == replayed
+    other_seed, _ = answers(adapter, fa3, "dense", EndAt(ENDS[8]), **{**settings, "seed": 4})
+    assert other_seed != replayed
+
+
+def answers_of_prepared_steps(adapter, attention, method, rules):
+    """Rows of a store let in two at a time, with a few steps in between; and how the steps were run."""
+    prefilled = prefilled_pack(adapter, attention, method, 8, 0)
+    by_row = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
+    slots = sum(slots_needed(layers, rules.max_new_tokens, CUDA) for layers in by_row)
+    store = KvStore(slots, adapter.shape, dtype=adapter.dtype, device=CUDA)
+    extents, stats = store.adopt(prefilled.cache, rules.max_new_tokens), DecodeStats()
+    decoder = Decoder(
+        adapter,
+        attention,
+        store,
+        rules=rules,
+        sampling=Sampling(),
+        capacity=8,
+        longest=max(LENGTHS) + rules.max_new_tokens,
+        stats=stats,
+    )
+    assert decoder.prepare() == 4  # of 8, 4, 2 and 1 columns
+    rows = [Generated() for _ in by_row]
+    for row, token in zip(rows, first_tokens(prefilled.logits_BV, Sampling(), ()), strict=True):
+        row.take(token, rules)
+    for first in range(0, 8, 2):
+        pair = range(first, first + 2)
+        seats = [
+            Seat(starts=extents[b].starts, used=extents[b].stored, position=prefilled.next_positions[b])
+            for b in pair
+        ]
+        decoder.join([rows[b] for b in pair], seats)
+        for _step in range(3):
+            decoder.step()
+    while decoder.is_busy:
+        decoder.step()
+    decoder.close()
+    return [row.tokens for row in rows], stats
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_captured_beforehand_serve_rows_that_come_and_go(fa3, monkeypatch, method):
+    adapter = cuda_adapter()
+    replayed, stats = answers_of_prepared_steps(adapter, fa3, method, EndAt(ENDS[8]))
+    assert (stats.eager_steps, stats.failure) == (0, None)
+    assert stats.replayed_steps > 59
+    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    from_python, _ = answers_of_prepared_steps(adapter, fa3, method, EndAt(ENDS[8]))
+    assert replayed == from_python
+    assert [len(tokens) for tokens in replayed] == ENDS[8]
 
 
 def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):
@@ -144,7 +205,7 @@ def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):
     before = settled()
     for _turn in range(3):
         _, stats = answers(adapter, fa3, "dense", rules(ENDS[8]))
-        assert stats.captures == 2
+        assert stats.captures == CAPTURES[8]
         assert settled() == before
     with pytest.raises(RowError, match="in the middle"):
         answers(adapter, fa3, "dense", StopRules(max_new_tokens=60), check=give_up)
@@ -195,7 +256,7 @@ def test_a_failed_capture_leaves_the_allocator_in_order(fa3):
     adapter = cuda_adapter()
     answers(adapter, Waits(), "dense", StopRules(max_new_tokens=30), rows=3)
     replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[3]), rows=3)
-    assert stats.captures == 1
+    assert stats.captures == CAPTURES[3]
     assert [len(tokens) for tokens in replayed] == ENDS[3]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -213,15 +274,15 @@ def test_a_failed_capture_leaves_the_allocator_in_order(fa3):
 def test_running_out_of_memory_while_capturing_is_decoded_from_python(fa3, monkeypatch):
     adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
     expected, _ = answers(adapter, fa3, "dense", rules, rows=1)
-    real = DecoderAdapter.logits
+    real = DecoderAdapter.head
 
-    def logits(self, hidden_BD):
+    def head(self, hidden_BD):
         if torch.cuda.is_current_stream_capturing():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, hidden_BD)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DecoderAdapter, "logits", logits)
+        patched.setattr(DecoderAdapter, "head", head)
         got, stats = answers(adapter, fa3, "dense", rules, rows=1)
     assert got == expected
     assert stats.failure == "OutOfMemoryError: CUDA out of memory"

@@ -18,7 +18,6 @@ from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import Copier, KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampler, Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.pruning.registry import make_method
@@ -106,9 +105,7 @@ def test_dense_in_fp32_gives_the_logits_and_tokens_of_stock_transformers(family)
     with torch.inference_mode():
         stock = adapter.model(ids).logits[0, -1]
     assert (prefilled.logits_BV[0] - stock).abs().max() < 1e-3
-    sampler = Sampler(Sampling(), [0])
-    first = sampler.draw(prefilled.logits_BV, [0])
-    answer = decode(adapter, backend, prefilled, first, sampler, StopRules(max_new_tokens=8))[0].tokens
+    answer = decode(adapter, backend, prefilled, StopRules(max_new_tokens=8))[0].tokens
     mask = torch.ones_like(ids)
     assert (
         answer
@@ -141,9 +138,7 @@ def test_what_memory_held_before_does_not_reach_an_answer(name):
 
     def answer():
         prefilled = prefill(adapter, backend, Dense(), Pack.of([doc], CUDA), new_tokens=40)
-        sampler = Sampler(Sampling(), [0])
-        first = sampler.draw(prefilled.logits_BV, [0])
-        return decode(adapter, backend, prefilled, first, sampler, StopRules(max_new_tokens=40))[0].tokens
+        return decode(adapter, backend, prefilled, StopRules(max_new_tokens=40))[0].tokens
 
     expected = answer()
     torch.cuda.empty_cache()
@@ -178,12 +173,9 @@ METHODS = {
 }
 
 
-def answer_of(adapter, backend, prefilled, new_tokens):
-    documents = range(len(prefilled.lengths))
-    sampler = Sampler(Sampling(), list(documents))
-    first = sampler.draw(prefilled.logits_BV, documents)
+def answer_of(adapter, backend, prefilled, new_tokens, late=None):
     rules = StopRules(max_new_tokens=new_tokens)
-    return [generated.tokens for generated in decode(adapter, backend, prefilled, first, sampler, rules)]
+    return [generated.tokens for generated in decode(adapter, backend, prefilled, rules, late=late)]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -230,13 +222,16 @@ def test_with_every_block_active_an_offloaded_cache_answers_as_one_that_stays(na
 
 
 def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
-    """Delays of the copying and of the computing stream, drawn anew for each copy and each layer."""
+    """Delays of the copying and of the computing stream, drawn anew for each copy and each layer.
+
+    Also where tokens are looked at while the next step is on its way, and where they are not.
+    """
     method, adapter, pack, limits = offloading(0.55, gamma=1.0)
     backend = backend_named("sdpa", sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
     synchronous = prefill(adapter, backend, method, pack, 40, limits=replace(limits, synchronous=True))
     expected = answer_of(adapter, backend, synchronous, 40)
     assert synchronous.cache.counts.swaps > 10
-    real_copy, real_qkv = Copier.copy, adapter.qkv
+    real_copy, real_qkv, real_step = Copier.copy, adapter.qkv, adapter.step_layer_
     random = np.random.default_rng(0)
 
     def slow_copy(self, target, source):
@@ -244,15 +239,27 @@ def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
             torch.cuda._sleep(int(random.integers(0, 200_000)) * int(random.integers(0, 2)))
         real_copy(self, target, source)
 
-    def slow_qkv(*arguments):
+    def delay():
         torch.cuda._sleep(int(random.integers(0, 2_000_000)) * int(random.integers(0, 2)))
+
+    def slow_qkv(*arguments):  # of a prefill, and of a step without kernels of its own
+        delay()
         return real_qkv(*arguments)
+
+    def slow_step(layer, hidden, rope, keys, values, places, attend, normed=None):
+        def slow_attend(q):
+            delay()
+            return attend(q)
+
+        delay()
+        return real_step(layer, hidden, rope, keys, values, places, slow_attend, normed)
 
     monkeypatch.setattr(Copier, "copy", slow_copy)
     monkeypatch.setattr(adapter, "qkv", slow_qkv)
-    for _turn in range(5):
+    monkeypatch.setattr(adapter, "step_layer_", slow_step)
+    for turn in range(6):
         prefilled = prefill(adapter, backend, method, pack, 40, limits=limits)
-        assert answer_of(adapter, backend, prefilled, 40) == expected
+        assert answer_of(adapter, backend, prefilled, 40, late=turn % 2) == expected
         assert prefilled.cache.counts.swaps == synchronous.cache.counts.swaps
 
 

@@ -10,7 +10,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from pipeline.errors import ConfigError
 from pipeline.kernels.attention import choose_attention
 from pipeline.model.adapters import DecoderAdapter, random_model
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.shared import prefill_beginnings, prefill_behind
@@ -82,8 +82,8 @@ def test_in_fp32_it_equals_the_prefill_of_each_prompt(name, family):
     assert (together.logits_BV - whole.logits_BV).abs().max() < 1e-3
     assert together.by_document() == whole.by_document()
     rules = StopRules(max_new_tokens=9)
-    expected = [answer.tokens for answer in greedy_answers(adapter, backend, whole, rules)]
-    assert [answer.tokens for answer in greedy_answers(adapter, backend, together, rules)] == expected
+    expected = [answer.tokens for answer in decode(adapter, backend, whole, rules)]
+    assert [answer.tokens for answer in decode(adapter, backend, together, rules)] == expected
 
 
 @pytest.mark.parametrize("backend_name", ["fa3", "flash", "cudnn", "varlen", "sdpa"])
@@ -105,8 +105,8 @@ def test_answers_from_graphs_are_those_from_python(name):
     adapter, method = cuda_adapter("qwen2", torch.bfloat16), make_method(name, METHODS[name])
     rules, stats = StopRules(max_new_tokens=40), DecodeStats()
     together = grouped(adapter, backend, method, 40)
-    replayed = [answer.tokens for answer in greedy_answers(adapter, backend, together, rules, stats=stats)]
+    replayed = [answer.tokens for answer in decode(adapter, backend, together, rules, stats=stats)]
     together = grouped(adapter, backend, method, 40)
-    eager = [answer.tokens for answer in greedy_answers(adapter, backend, together, rules, graphs=False)]
+    eager = [answer.tokens for answer in decode(adapter, backend, together, rules, graphs=False)]
     assert stats.captures == 1
     assert replayed == eager

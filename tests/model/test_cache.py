@@ -1,18 +1,22 @@
-"""The ragged cache: where documents lie, growing, and forgetting."""
+"""The ragged cache: where documents lie, what it counts, and where the next tokens go."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from conftest import tiny_model
 
 from pipeline.kernels.segments import Segments
-from pipeline.model.cache import NextSlots, RaggedCache
+from pipeline.model.batch import DecodeBatch, Seat
+from pipeline.model.cache import RaggedCache
 
 
-def stored(lengths=(3, 2), new_tokens=2):
+def stored(lengths=(3, 2), new_tokens=2, layers=1):
     segments = Segments.of(lengths)
     keys = torch.arange(1.0, segments.total + 1)[:, None, None]
     cache = RaggedCache(new_tokens)
-    cache.store(keys, -keys, segments)
+    for _layer in range(layers):
+        cache.store(keys, -keys, segments)
     return cache
 
 
@@ -21,47 +25,69 @@ def test_each_document_has_room_of_its_own_and_the_room_is_zero():
     assert cache.keys[0].flatten().tolist() == [1, 2, 3, 0, 0, 4, 5, 0, 0]
     assert cache.values[0].flatten().tolist() == [-1, -2, -3, 0, 0, -4, -5, 0, 0]
     assert (cache.slots[0].starts, cache.slots[0].used) == ([0, 5], [3, 2])
+    assert [(cache.starts(b), cache.used(b)) for b in (0, 1)] == [([0], [3]), ([5], [2])]
 
 
-def test_the_next_slot_moves_and_forgotten_documents_leave_no_gap():
-    cache = stored()
-    assert next_places(cache) == [3, 7]
-    cache.advance()
-    assert next_places(cache) == [4, 8]
-    cache.keep([1])
-    assert next_places(cache) == [8]
-    cache.rewind()
-    assert next_places(cache) == [3, 7]
+def batch_of(cache):
+    """A batch of the cache's documents, which have one token each that is to be stored next."""
+    adapter = tiny_model("llama")
+    documents = range(len(cache.slots[0].used))
+    batch = DecodeBatch(adapter, None, cache, capacity=len(documents), longest=9)
+    seats = [Seat(starts=cache.starts(b), used=cache.used(b), position=7 + b) for b in documents]
+    batch.join(seats, [40 + b for b in documents])
+    return batch
 
 
-def next_places(cache):
-    return NextSlots(cache).at(0)[1].tolist()
+def step(batch, monkeypatch):
+    """A step of which nothing is computed: the counts alone move."""
+    with monkeypatch.context() as patched:
+        patched.setattr(batch._adapter, "step_layer_", lambda *_: None)
+        patched.setattr(batch, "_slots", lambda *_: None)
+        batch.step(batch.rows)
+    batch.count()
 
 
-def test_the_counts_of_device_and_host_move_alike_and_stop_at_the_room():
-    cache = stored(new_tokens=3)
-    following = NextSlots(cache)
-    slots, places = following.at(0)
-    seen = []
-    for _step in range(5):
+def next_places(batch):
+    """The same in every layer."""
+    places = batch._places_dev[:, : batch.rows]
+    assert (places == places[0]).all()
+    return places[0].tolist()
+
+
+def test_the_next_slot_moves_and_documents_that_leave_make_no_gap(monkeypatch):
+    batch = batch_of(stored(layers=4))
+    assert next_places(batch) == [3, 7]
+    step(batch, monkeypatch)
+    assert next_places(batch) == [4, 8]
+    batch.keep([1])
+    assert next_places(batch) == [8]
+    assert batch._position_dev.tolist() == [9, 0]
+
+
+def test_the_counts_of_device_and_host_move_alike(monkeypatch):
+    batch, seen = batch_of(stored(new_tokens=3, layers=4)), []
+    for _step in range(3):
+        slots = batch._slots(0, 2)
         assert slots.used == slots.used_B.tolist()
-        assert slots.longest == 6
-        seen.append((slots.used, places.tolist()))
-        following.advance_()
-        following.advance_host()
-    assert seen[:3] == [([4, 3], [3, 8]), ([5, 4], [4, 9]), ([6, 5], [5, 10])]
-    assert seen[3:] == [([6, 5], [5, 10])] * 2
+        assert list(slots.starts) == slots.bounds_B1[:2].tolist()
+        assert slots.longest == 9
+        seen.append((slots.used, next_places(batch)))
+        step(batch, monkeypatch)
+    assert seen == [([4, 3], [3, 8]), ([5, 4], [4, 9]), ([6, 5], [5, 10])]
 
 
-def test_a_parked_document_stays_in_its_first_slot():
-    following = NextSlots(stored(new_tokens=4))
-    slots, places = following.at(0)
-    following.park([1])
+def test_a_column_of_nobody_stays_in_the_first_slot(monkeypatch):
+    batch = batch_of(stored(new_tokens=4, layers=4))
+    batch.keep([0])
     for count in (4, 5):
+        slots = batch._slots(0, 2)
         assert (slots.used, slots.used_B.tolist()) == ([count, 1], [count, 1])
-        assert places.tolist() == [count - 1, 7]
-        following.advance_()
-        following.advance_host()
+        assert batch._places_dev[0].tolist() == [count - 1, 0]
+        with monkeypatch.context() as patched:
+            patched.setattr(batch, "_slots", lambda *_: None)
+            patched.setattr(batch._adapter, "step_layer_", lambda *_: None)
+            batch.step(2)
+        batch.count()
 
 
 def test_layers_of_the_same_tokens_share_their_slots_and_others_do_not():
@@ -71,7 +97,16 @@ def test_layers_of_the_same_tokens_share_their_slots_and_others_do_not():
         keys = torch.ones(segments.total, 1, 1)
         cache.store(keys, keys, segments)
     assert len(cache.distinct_slots()) == 2
-    cache.advance()
+    cache.advance([1, 1])
     assert [slots.used for slots in cache.slots] == [[4, 3], [4, 3], [2, 3]]
+    assert [cache.used(b) for b in (0, 1)] == [[4, 4, 2], [3, 3, 3]]
+    assert [cache.starts(b) for b in (0, 1)] == [[0, 0, 0], [5, 5, 3]]
     assert cache.prompt_tokens() == [[3, 2], [3, 2], [1, 2]]
     assert cache.nbytes == 4 * 2 * (9 + 9 + 7)
+
+
+def test_a_batch_takes_no_more_rows_than_it_has_columns():
+    cache = stored(layers=4)
+    batch = batch_of(cache)
+    with pytest.raises(AssertionError, match="more rows than the batch has columns"):
+        batch.join([Seat(starts=cache.starts(0), used=cache.used(0), position=3)], [1])

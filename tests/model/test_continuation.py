@@ -9,8 +9,9 @@ from conftest import document, pack_of, tiny_model
 from pipeline.kernels import reference
 from pipeline.kernels.attention import DecodeSlots
 from pipeline.kernels.segments import Segments
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.continuation import continue_with
-from pipeline.model.decode import DecodeBatch
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
@@ -41,20 +42,37 @@ def test_it_equals_the_whole_text_in_one_forward(adapter, sdpa):
         ("gemfilter", {"keep": "7"}),
     ],
 )
-def test_it_equals_steps_of_one_token_where_layers_hold_different_tokens(name, settings, sdpa):
+def test_it_equals_steps_of_one_token_where_layers_hold_different_tokens(name, settings, sdpa, monkeypatch):
     model, method = tiny_model("qwen3"), make_method(name, settings)
     together = prefill(model, sdpa, method, pack_of(*documents()), new_tokens=8)
     hidden = continue_with(model, sdpa, together.cache, ANSWERS, together.next_positions)
     parts = model.logits(hidden).split([len(answer) for answer in ANSWERS])
     for doc, answer, logits in zip(documents(), ANSWERS, parts, strict=True):
         alone = prefill(model, sdpa, method, pack_of(doc), new_tokens=8)
-        batch = DecodeBatch(model, sdpa, alone.cache)
-        for n, token in enumerate(answer):
-            batch.fill([token], [alone.next_positions[0] + n])
-            with torch.inference_mode():
-                step = batch.step().logits_BV[0]
-            batch.count()
+        steps = steps_of_one_token(model, sdpa, alone, answer, monkeypatch)
+        for n, step in enumerate(steps):
             assert (step - logits[n]).abs().max() < 1e-3
+
+
+def steps_of_one_token(model, sdpa, prefilled, answer, monkeypatch):
+    """The logits that decode steps make of each of an answer's tokens, whatever they would choose."""
+    cache, seen, head = prefilled.cache, [], DecoderAdapter.head
+
+    def watched(adapter, hidden):
+        seen.append(head(adapter, hidden)[0])
+        return seen[-1][None]
+
+    monkeypatch.setattr(DecoderAdapter, "head", watched)
+    batch = DecodeBatch(model, sdpa, cache, capacity=1, longest=100)
+    seat = Seat(starts=cache.starts(0), used=cache.used(0), position=prefilled.next_positions[0])
+    batch.join([seat], [answer[0]])
+    for token in answer:
+        batch.tokens_C.fill_(token)
+        batch.step(1)
+        batch.count()
+    monkeypatch.setattr(DecoderAdapter, "head", head)
+    assert len(seen) == len(answer)
+    return seen
 
 
 def test_it_can_be_continued(sdpa):

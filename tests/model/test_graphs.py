@@ -1,4 +1,4 @@
-"""Decode steps on static tensors, as a graph replays them, against a plain loop over host numbers."""
+"""Decode steps on static tensors, as graphs replay them, against a plain loop over host numbers."""
 
 from __future__ import annotations
 
@@ -7,53 +7,31 @@ from itertools import count
 import pytest
 import torch
 from conftest import document, pack_of, tiny_model
+from decode_steps import METHODS, EagerRecorder, EndAt
 
 import pipeline.model.decode as decode_module
 from pipeline.errors import RowError
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.cache import NextSlots, RaggedCache
-from pipeline.model.decode import DecodeBatch, StopRules, decode
-from pipeline.model.graphs import FEWEST_STEPS, WARM_UP_STEPS, DecodeStats, recorder_for
+from pipeline.model.batch import DecodeBatch
+from pipeline.model.cache import RaggedCache
+from pipeline.model.decode import StopRules, decode
+from pipeline.model.graphs import (
+    FEWEST_STEPS,
+    SIZES,
+    WARM_UP_STEPS,
+    DecodeStats,
+    StepRunner,
+    padded,
+    recorder_for,
+)
+from pipeline.model.offload import OffloadedCache
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampler, Sampling
+from pipeline.model.sampling import NOT_FINITE, Sampling
+from pipeline.model.store import KvStore
 from pipeline.pruning.registry import make_method
 
 NEW_TOKENS = 40
-METHODS = {
-    "dense": {},
-    "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},
-    "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
-}
 LENGTHS = (61, 130, 40, 97, 55, 72, 48, 83)
-
-
-class Again:
-    """Repeats a step by running it, on the tensors it was given at first."""
-
-    def __init__(self, step):
-        self.step, self.closed = step, False
-
-    def replay(self):
-        assert not self.closed
-        return self.step()
-
-    def close(self):
-        self.closed = True
-
-
-class EagerRecorder:
-    def __init__(self, error=None):
-        self.error, self.recorded = error, []
-
-    def warm_up(self, step):
-        return step()
-
-    def record(self, step):
-        if self.error is not None:
-            raise self.error
-        self.recorded.append(Again(step))
-        return self.recorded[-1]
 
 
 @pytest.fixture
@@ -61,6 +39,12 @@ def recorder(monkeypatch):
     made = EagerRecorder()
     monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
     return made
+
+
+@pytest.fixture(params=[0, 1])
+def late(request):
+    """How many steps are queued before tokens are looked at."""
+    return request.param
 
 
 def prefilled_pack(adapter, method="dense", lengths=LENGTHS, new_tokens=NEW_TOKENS):
@@ -74,14 +58,10 @@ def stop_rules(token_ids=(), new_tokens=NEW_TOKENS):
     return StopRules(max_new_tokens=new_tokens, token_ids=frozenset(token_ids))
 
 
-def answers(adapter, prefilled, rules, *, sampling=None, check=lambda: None, graphs=True):
+def answers(adapter, prefilled, rules, **options):
     """The tokens of each document, and how the steps were run."""
-    documents, stats = range(len(prefilled.lengths)), DecodeStats()
-    sampler = Sampler(sampling or Sampling(), documents)
-    first = sampler.draw(prefilled.logits_BV, documents)
-    generated = decode(
-        adapter, SdpaAttention(), prefilled, first, sampler, rules, check, graphs=graphs, stats=stats
-    )
+    stats = DecodeStats()
+    generated = decode(adapter, SdpaAttention(), prefilled, rules, stats=stats, **options)
     return [(answer.tokens, answer.finish_reason) for answer in generated], stats
 
 
@@ -129,120 +109,143 @@ def rules_with_different_stops(adapter, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_static_steps_give_the_tokens_of_the_plain_loop(adapter, recorder, method):
+def test_static_steps_give_the_tokens_of_the_plain_loop(adapter, recorder, method, late):
     rules, ends = rules_with_different_stops(adapter, method)
     assert len(set(ends)) > 2  # not vacuous: documents end at different steps
     expected = naive_answers(adapter, prefilled_pack(adapter, method), rules)
-    got, stats = answers(adapter, prefilled_pack(adapter, method), rules)
+    got, stats = answers(adapter, prefilled_pack(adapter, method), rules, late=late)
     assert got == expected
     assert stats.replayed_steps > 0
     assert all(made.closed for made in recorder.recorded)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_recorder_the_tokens_are_the_same(adapter, method):
+def test_without_a_recorder_the_tokens_are_the_same(adapter, method, late):
     rules, _ = rules_with_different_stops(adapter, method)
     expected = naive_answers(adapter, prefilled_pack(adapter, method), rules)
-    got, stats = answers(adapter, prefilled_pack(adapter, method), rules)
+    got, stats = answers(adapter, prefilled_pack(adapter, method), rules, late=late)
     assert got == expected
     assert (stats.replayed_steps, stats.captures) == (0, 0)
 
 
-class EndAt:
-    """Stop rules by the number of tokens, of each document its own."""
+@pytest.mark.parametrize("method", METHODS)
+def test_one_document_is_decoded_where_it_was_prefilled(adapter, recorder, method, late, monkeypatch):
+    def never(*_):
+        raise AssertionError("copied to a store")
 
-    def __init__(self, ends):
-        self.ends, self.max_new_tokens, self._of = ends, max(ends), {}
+    monkeypatch.setattr(KvStore, "adopt", never)
+    prefilled = prefilled_pack(adapter, method, lengths=LENGTHS[:1])
+    expected = naive_answers(adapter, prefilled, stop_rules())
+    assert answers(adapter, prefilled, stop_rules(), late=late)[0] == expected
+    assert recorder.recorded
 
-    def reason(self, tokens):
-        document = self._of.setdefault(id(tokens), len(self._of))
-        return "length" if len(tokens) >= self.ends[document] else None
 
+def ends_and_columns(monkeypatch, ends, late=0):
+    """Documents that end after so many tokens; of each step how many rows there were, and columns."""
+    adapter, rows, columns = tiny_model("llama"), [], []
+    real = DecodeBatch.step
 
-def ends_and_batches(monkeypatch, ends):
-    """Documents that end after so many tokens; the sizes of the batches that were made."""
-    adapter, sizes, parked = tiny_model("llama"), [], []
-    real_fill, real_park = DecodeBatch.fill, DecodeBatch.park
+    def step(self, count):
+        rows.append(self.rows)
+        columns.append(count)
+        assert_places_of_its_own(self, count)
+        real(self, count)
 
-    def fill(self, tokens, positions):
-        sizes.append(len(tokens))
-        real_fill(self, tokens, positions)
-
-    def park(self, rows):
-        parked.extend(rows)
-        real_park(self, rows)
-
-    monkeypatch.setattr(DecodeBatch, "fill", fill)
-    monkeypatch.setattr(DecodeBatch, "park", park)
     lengths = LENGTHS[: len(ends)]
     whole = naive_answers(adapter, prefilled_pack(adapter, lengths=lengths), stop_rules())
-    got, stats = answers(adapter, prefilled_pack(adapter, lengths=lengths), EndAt(ends))
+    with monkeypatch.context() as patched:
+        patched.setattr(DecodeBatch, "step", step)
+        got, stats = answers(adapter, prefilled_pack(adapter, lengths=lengths), EndAt(ends), late=late)
     assert [tokens for tokens, _ in got] == [
         tokens[:end] for (tokens, _), end in zip(whole, ends, strict=True)
     ]
-    return sizes, parked, stats
+    return rows, columns, stats
 
 
-def test_finished_documents_idle_until_a_smaller_batch_pays(recorder, monkeypatch):
-    sizes, parked, stats = ends_and_batches(monkeypatch, [10, 12, 12, 14, 16, 18, 40, 40])
-    assert sizes == [8, 2]  # six of eight had to end
-    assert parked == [0, 1, 2, 3, 4]
+def assert_places_of_its_own(batch, columns):
+    """Every row's next token goes to a slot of its own, that of a column that pads to the one of nobody."""
+    for layer, places in enumerate(batch._places_dev[:, :columns].tolist()):
+        for column, place in enumerate(places):
+            if column >= batch.rows:
+                assert place == 0
+                continue
+            start, used = (counts[layer, column] for counts in (batch._starts_LC, batch._used_LC))
+            assert place == start + used - 1
+            (extent,) = [
+                extent
+                for extent in batch._kv._rows.values()
+                if extent.start <= place < extent.start + extent.size
+            ]
+            assert start == extent.starts[layer]
+            following = [*extent.starts[1:], extent.start + extent.size]
+            assert start + extent.stored[layer] <= place < following[layer]
+
+
+def test_rows_that_have_ended_leave_and_batches_are_padded(recorder, monkeypatch, late):
+    ends = [10, 12, 12, 14, 16, 18, 40, 40]
+    rows, columns, stats = ends_and_columns(monkeypatch, ends, late)
+    # that an answer has all its tokens is known without looking
+    steps = [min(end - 1 + late, 39) for end in ends]
+    assert rows == [sum(n >= step for n in steps) for step in range(1, 40)]
+    assert columns == [padded(n) for n in rows]
+    assert set(columns) == {8, 4, 2}
     assert stats == DecodeStats(
-        eager_steps=2 * WARM_UP_STEPS, replayed_steps=39 - 2 * WARM_UP_STEPS, captures=2
+        eager_steps=3 * WARM_UP_STEPS, replayed_steps=39 - 3 * WARM_UP_STEPS, captures=3
     )
+    assert all(made.closed for made in recorder.recorded)
 
 
-def test_no_smaller_batch_is_made_for_the_last_few_steps(recorder, monkeypatch):
-    late = 40 - FEWEST_STEPS
-    sizes, parked, stats = ends_and_batches(monkeypatch, [late] * 7 + [40])
-    assert sizes == [8]
-    assert parked == list(range(7))
+def test_a_size_that_comes_again_is_not_captured_again():
+    """Whatever sizes come in between."""
+    made, ran = EagerRecorder(), []
+    runner = StepRunner(ran.append, made, SdpaAttention(), stats := DecodeStats())
+    for columns in (4, 4, 4, 2, 4, 2, 2, 4):
+        runner.run(columns, 100)
+    assert ran == [4, 4, 4, 2, 4, 2, 2, 4]
+    assert stats == DecodeStats(eager_steps=4, replayed_steps=4, captures=2)
+    runner.close()
+    assert [again.closed for again in made.recorded] == [True, True]
+
+
+def test_no_size_is_captured_for_the_last_few_steps(recorder, monkeypatch):
+    ends = [40 - FEWEST_STEPS] * 7 + [40]
+    _, columns, stats = ends_and_columns(monkeypatch, ends)
+    assert columns == [8] * (39 - FEWEST_STEPS) + [1] * FEWEST_STEPS
     assert stats.captures == 1
 
 
-def test_documents_that_finish_before_the_capture_leave_at_once(recorder, monkeypatch):
-    sizes, _, stats = ends_and_batches(monkeypatch, [1, 2, 40])
-    assert sizes == [2, 1]
+def test_a_document_that_ends_with_its_first_token_takes_no_step(recorder, monkeypatch, late):
+    rows, columns, stats = ends_and_columns(monkeypatch, [1, 2, 40], late)
+    assert rows == columns == [2] * (1 + late) + [1] * (38 - late)
     assert stats.captures == 1
 
 
-def test_few_steps_are_not_captured(recorder, monkeypatch):
-    _, _, stats = ends_and_batches(monkeypatch, [WARM_UP_STEPS + FEWEST_STEPS] * 2)
+def test_few_steps_are_not_captured(recorder, monkeypatch, late):
+    _, _, stats = ends_and_columns(monkeypatch, [WARM_UP_STEPS + FEWEST_STEPS] * 2, late)
     assert (stats.captures, stats.replayed_steps) == (0, 0)
-    _, _, stats = ends_and_batches(monkeypatch, [WARM_UP_STEPS + FEWEST_STEPS + 1] * 2)
+    _, _, stats = ends_and_columns(monkeypatch, [WARM_UP_STEPS + FEWEST_STEPS + 1] * 2, late)
     assert (stats.captures, stats.replayed_steps) == (1, FEWEST_STEPS)
 
 
-def test_no_count_passes_its_document_s_room(recorder, monkeypatch):
-    """Also while finished documents idle; every step's places lie within their own documents."""
-    seen = count()
-    real = NextSlots._fit_
-
-    def fit(self):
-        real(self)
-        next(seen)
-        assert (self.used_GB <= self.room_GB).all()
-        for group, slots in enumerate(self._distinct):
-            starts, ends = slots.bounds_B1[:-1], slots.bounds_B1[1:]
-            places = self.places_GB[group]
-            assert ((places >= starts) & (places < ends)).all()
-
-    monkeypatch.setattr(NextSlots, "_fit_", fit)
-    ends_and_batches(monkeypatch, [12, 13, 14, 40])
-    assert next(seen) > 39
+def test_every_step_writes_where_its_rows_have_room(recorder, monkeypatch, late):
+    """Also those of rows that have ended, which is not known yet."""
+    rows, _, _ = ends_and_columns(monkeypatch, [12, 13, 14, 39, 40], late)
+    assert len(rows) == 39
+    assert rows[-1] == 1 + late  # the row that ends one token before the last
 
 
-def test_sampling_does_not_depend_on_idle_rows(recorder):
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_sampling_does_not_depend_on_how_batches_are_padded(recorder, late, top_p):
     adapter = tiny_model("qwen2")
-    sampling = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    sampling = Sampling(temperature=1.5, top_p=top_p, seed=3)
     ends = [10, 40, 15, 40]
 
-    def run(graphs):
+    def run(**options):
         prefilled = prefilled_pack(adapter, lengths=LENGTHS[:4])
-        return answers(adapter, prefilled, EndAt(ends), sampling=sampling, graphs=graphs)
+        return answers(adapter, prefilled, EndAt(ends), sampling=sampling, **options)
 
-    (with_idle, stats), (without, eager) = run(True), run(False)
-    assert with_idle == without
+    (replayed, stats), (plain, eager) = run(late=late), run(late=0, graphs=False)
+    assert replayed == plain
     assert stats.replayed_steps > 0 == eager.replayed_steps
 
 
@@ -250,24 +253,22 @@ def test_sampling_does_not_depend_on_idle_rows(recorder):
     ("error", "remembered"),
     [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError("not permitted"), True)],
 )
-def test_a_failed_capture_is_recorded_and_decoding_goes_on(recorder, error, remembered):
+def test_a_failed_capture_is_recorded_and_decoding_goes_on(recorder, error, remembered, late):
     recorder.error = error
     adapter, attention = tiny_model("llama"), SdpaAttention()
     expected = naive_answers(adapter, prefilled_pack(adapter), stop_rules())
     prefilled, stats = prefilled_pack(adapter), DecodeStats()
-    sampler = Sampler(Sampling(), range(8))
-    first = sampler.draw(prefilled.logits_BV, range(8))
-    got = decode(adapter, attention, prefilled, first, sampler, stop_rules(), stats=stats)
+    got = decode(adapter, attention, prefilled, stop_rules(), stats=stats, late=late)
     assert [(answer.tokens, answer.finish_reason) for answer in got] == expected
     assert stats.failure == f"{type(error).__name__}: {error}"
     assert (stats.captures, stats.replayed_steps) == (0, 0)
     assert attention.capture_failure == (stats.failure if remembered else None)
 
 
-def test_the_check_is_called_before_every_step_and_may_give_up(recorder):
+def test_the_check_is_called_before_every_step_and_may_give_up(recorder, late):
     adapter, calls = tiny_model("llama"), count()
-    answers(adapter, prefilled_pack(adapter), stop_rules(), check=lambda: next(calls))
-    assert next(calls) == NEW_TOKENS - 1
+    answers(adapter, prefilled_pack(adapter), stop_rules(), check=lambda: next(calls), late=late)
+    assert next(calls) == NEW_TOKENS - 1 + late  # and before what is looked at when no step is left
 
     steps = count()
 
@@ -276,45 +277,101 @@ def test_the_check_is_called_before_every_step_and_may_give_up(recorder):
             raise RowError("timeout", "too long")
 
     with pytest.raises(RowError, match="too long"):
-        answers(adapter, prefilled_pack(adapter), stop_rules(), check=give_up)
+        answers(adapter, prefilled_pack(adapter), stop_rules(), check=give_up, late=late)
     assert len(recorder.recorded) == 2
     assert all(made.closed for made in recorder.recorded)
 
 
-def test_output_that_is_not_finite_fails_its_pack_but_not_that_of_an_idle_row(recorder, monkeypatch):
-    adapter, real, steps = tiny_model("llama"), DecoderAdapter.logits, count()
+def test_output_that_is_not_finite_fails_its_pack_but_not_that_of_nobody(recorder, monkeypatch, late):
+    """What pads the batch, and the step that a row takes after its end, may make anything."""
+    adapter, real, steps = tiny_model("llama"), DecodeBatch._choose_, count(1)
+    ends, at = [10] + [40] * 4, 10  # the first row has its tenth token by the ninth step
 
-    def logits(self, hidden):
-        values = real(self, hidden)
-        if next(steps) > 15:
-            values[0] = float("nan")
-        return values
+    def choose(self, logits, columns, spoilt=()):
+        logits[self.rows :] = float("nan")
+        step = next(steps)
+        logits[[column for n, column in spoilt if n == step]] = float("nan")
+        real(self, logits, columns)
+        assert self.next_C[self.rows : columns].eq(NOT_FINITE).all()
+        assert self.tokens_C.ge(0).all()  # they are looked up in the next step
 
-    expected = naive_answers(adapter, prefilled_pack(adapter), stop_rules())
-    prefilled = [prefilled_pack(adapter) for _ in range(2)]
-    monkeypatch.setattr(DecoderAdapter, "logits", logits)
-    got, _ = answers(adapter, prefilled[0], EndAt([10] + [40] * 7))
+    lengths = LENGTHS[:5]
+    expected = naive_answers(adapter, prefilled_pack(adapter, lengths=lengths), stop_rules())
+    prefilled = [prefilled_pack(adapter, lengths=lengths) for _ in range(2)]
+    after_the_end = ((at, 0),) if late else ()
+    with monkeypatch.context() as patched:
+        patched.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, after_the_end))
+        got, _ = answers(adapter, prefilled[0], EndAt(ends), late=late)
     assert [tokens for tokens, _ in got] == [expected[0][0][:10], *(tokens for tokens, _ in expected[1:])]
+    steps = count(1)
+    monkeypatch.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, ((15, 2),)))
     with pytest.raises(RowError, match="not finite"):
-        answers(adapter, prefilled[1], stop_rules())
+        answers(adapter, prefilled[1], stop_rules(), late=late)
+    assert next(steps) == 15 + 1 + late  # given up at once
 
 
-def test_only_a_plain_cache_on_a_gpu_with_a_capturable_backend_is_recorded():
-    class Offloading(RaggedCache):
-        pass
+def test_a_prefill_whose_output_is_not_finite_is_given_up(late):
+    adapter = tiny_model("llama")
+    prefilled = prefilled_pack(adapter, lengths=LENGTHS[:2])
+    with torch.inference_mode():
+        prefilled.logits_BV[1] = float("nan")
+    with pytest.raises(RowError, match="not finite"):
+        answers(adapter, prefilled, stop_rules(), late=late)
 
+
+def test_only_a_gpu_with_a_capturable_backend_is_recorded():
     class Capturable(SdpaAttention):
         capturable = True
 
-    assert recorder_for(torch.device("cpu"), Capturable(), RaggedCache(1)) is None
-    assert recorder_for(torch.device("cuda", 0), SdpaAttention(), RaggedCache(1)) is None
-    assert recorder_for(torch.device("cuda", 0), Capturable(), Offloading(1)) is None
+    assert recorder_for(torch.device("cpu"), Capturable()) is None
+    assert recorder_for(torch.device("cuda", 0), SdpaAttention()) is None
     failed = Capturable()
     failed.capture_failure = "RuntimeError: not permitted"
-    assert recorder_for(torch.device("cuda", 0), failed, RaggedCache(1)) is None
+    assert recorder_for(torch.device("cuda", 0), failed) is None
 
 
-def test_a_cache_without_room_for_the_answers_is_an_error_of_the_caller():
+def test_steps_over_a_cache_that_needs_the_host_are_not_recorded(recorder, late):
+    class Offloading(RaggedCache):
+        on_device_alone = OffloadedCache.on_device_alone
+
+    assert RaggedCache(1).on_device_alone
+    adapter = tiny_model("llama")
+    prefilled = prefilled_pack(adapter, lengths=LENGTHS[:1])
+    expected = naive_answers(adapter, prefilled, stop_rules())
+    prefilled.cache.__class__ = Offloading
+    got, stats = answers(adapter, prefilled, stop_rules(), late=late)
+    assert got == expected
+    assert stats == DecodeStats(eager_steps=39)
+    assert recorder.recorded == []
+
+
+def test_a_cache_without_room_for_the_answer_is_an_error_of_the_caller():
     adapter = tiny_model("llama")
     with pytest.raises(AssertionError, match="no room"):
-        answers(adapter, prefilled_pack(adapter, new_tokens=5), stop_rules())
+        answers(adapter, prefilled_pack(adapter, lengths=LENGTHS[:1], new_tokens=5), stop_rules())
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 100, 256, 700])
+def test_all_sizes_are_captured_beforehand_the_largest_first(most):
+    made, ran = EagerRecorder(), []
+    runner = StepRunner(ran.append, made, SdpaAttention(), stats := DecodeStats())
+    needed = {runner.columns(rows, most) for rows in range(1, most + 1)}
+    assert max(needed) == most
+    assert len(needed) <= len(SIZES) + 1
+    assert runner.prepare(most) == len(needed)
+    assert ran == [size for size in sorted(needed, reverse=True) for _ in range(WARM_UP_STEPS)]
+    for rows in range(1, most + 1):
+        runner.run(runner.columns(rows, most), 1)
+    assert stats == DecodeStats(replayed_steps=most, captures=len(needed))
+
+
+def test_nothing_is_captured_beforehand_where_nothing_can_be():
+    runner = StepRunner(lambda columns: None, None, SdpaAttention(), DecodeStats())
+    assert runner.prepare(8) == 0
+    assert [runner.columns(rows, 8) for rows in (1, 3, 7)] == [1, 3, 7]
+
+
+def test_a_third_of_a_large_batch_at_most_pads_it():
+    assert [padded(size) for size in SIZES] == list(SIZES)
+    for rows in range(8, 3 * SIZES[-1]):
+        assert 0 <= padded(rows) - rows < padded(rows) / 3

@@ -18,7 +18,6 @@ from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampler, Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.sliminfer import SlimInfer
 
@@ -41,10 +40,8 @@ def limits(device_bytes, host_bytes=1 << 30):
     return KvLimits(device_bytes=device_bytes, host_bytes=host_bytes)
 
 
-def answer(model, sdpa, prefilled):
-    sampler = Sampler(Sampling(), [0])
-    first = sampler.draw(prefilled.logits_BV, [0])
-    (generated,) = decode(model, sdpa, prefilled, first, sampler, StopRules(max_new_tokens=NEW_TOKENS))
+def answer(model, sdpa, prefilled, late=0):
+    (generated,) = decode(model, sdpa, prefilled, StopRules(max_new_tokens=NEW_TOKENS), late=late)
     return generated.tokens
 
 
@@ -55,8 +52,11 @@ def offloaded(model, sdpa, doc, share, method=METHOD):
     return prefilled
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("length", [128, 131, 40])
-def test_with_every_block_active_the_answer_is_that_without_offloading(model, sdpa, monkeypatch, length):
+def test_with_every_block_active_the_answer_is_that_without_offloading(
+    model, sdpa, monkeypatch, length, late
+):
     """All K/V make the way to the host and back; not a bit changes."""
     doc = document(length)
     plain = prefill(model, sdpa, METHOD, pack_of(doc), NEW_TOKENS)
@@ -68,7 +68,7 @@ def test_with_every_block_active_the_answer_is_that_without_offloading(model, sd
 
     monkeypatch.setattr(prefill_module, "make_cache", always_offload)
     moved = prefill(model, sdpa, METHOD, pack_of(doc), NEW_TOKENS)
-    assert answer(model, sdpa, moved) == expected
+    assert answer(model, sdpa, moved, late) == expected
     for layer in range(model.shape.layers):
         assert torch.equal(moved.cache.keys[layer], plain.cache.keys[layer])
         assert torch.equal(moved.cache.values[layer], plain.cache.values[layer])
@@ -156,13 +156,17 @@ def naive_answer(model, sdpa, doc, share, gamma):
     return tokens, swaps
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize(("length", "share", "gamma"), [(256, 0.6, 0.9), (203, 0.5, 1.0), (203, 0.7, 0.5)])
-def test_swapped_blocks_give_the_answer_of_a_cache_that_holds_them_all(model, sdpa, length, share, gamma):
+def test_swapped_blocks_give_the_answer_of_a_cache_that_holds_them_all(
+    model, sdpa, length, share, gamma, late
+):
     doc = document(length, seed=5)
     expected, swaps = naive_answer(model, sdpa, doc, share, gamma)
     prefilled = offloaded(model, sdpa, doc, share, replace(METHOD, gamma=gamma))
-    assert answer(model, sdpa, prefilled) == expected
+    assert answer(model, sdpa, prefilled, late) == expected
     traffic = prefilled.cache.counts
+    assert traffic.steps == NEW_TOKENS - 1
     assert traffic.swaps == swaps
     assert traffic.decisions == 3 * (NEW_TOKENS - 1)
     assert gamma < 0.9 or swaps > 0  # not vacuous

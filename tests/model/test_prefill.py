@@ -8,7 +8,7 @@ from conftest import document, pack_of, tiny_model
 
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampler, Sampling
+from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
@@ -49,17 +49,18 @@ def test_a_pack_gives_each_document_alone(adapter, sdpa, method):
         assert [row[b] for row in together.work.ffn()] == [row[0] for row in alone.work.ffn()]
 
 
-def answer(adapter, sdpa, documents, method, max_new_tokens, **sampling):
+def answer(adapter, sdpa, documents, method, max_new_tokens, late=0, **settings):
     prefilled = prefill(adapter, sdpa, method, pack_of(*documents), new_tokens=max_new_tokens)
-    sampler = Sampler(Sampling(**sampling), [doc.source.row for doc in documents])
-    first = sampler.draw(prefilled.logits_BV, range(len(documents)))
-    rules = StopRules(max_new_tokens=max_new_tokens)
-    return [g.tokens for g in decode(adapter, sdpa, prefilled, first, sampler, rules)]
+    sampling, rules = Sampling(**settings), StopRules(max_new_tokens=max_new_tokens)
+    uniforms = [sampling.uniforms(doc.source.row, max_new_tokens) for doc in documents]
+    generated = decode(adapter, sdpa, prefilled, rules, sampling=sampling, uniforms=uniforms, late=late)
+    return [g.tokens for g in generated]
 
 
-def test_greedy_decode_gives_the_tokens_of_generate(adapter, sdpa):
+@pytest.mark.parametrize("late", [0, 1])
+def test_greedy_decode_gives_the_tokens_of_generate(adapter, sdpa, late):
     documents = [document(61), document(23, seed=1)]
-    answers = answer(adapter, sdpa, documents, Dense(), 12)
+    answers = answer(adapter, sdpa, documents, Dense(), 12, late)
     for doc, tokens in zip(documents, answers, strict=True):
         ids = torch.from_numpy(doc.input_ids)[None]
         stock = adapter.model.generate(
@@ -68,11 +69,12 @@ def test_greedy_decode_gives_the_tokens_of_generate(adapter, sdpa):
         assert tokens == stock[0, ids.shape[1] :].tolist()
 
 
-def test_sampling_draws_do_not_depend_on_the_pack(sdpa):
+@pytest.mark.parametrize("late", [0, 1])
+def test_sampling_draws_do_not_depend_on_the_pack(sdpa, late):
     adapter = tiny_model("qwen2")
     documents = [document(30 + row, seed=row, row=row) for row in range(4)]
     settings = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
-    together = answer(adapter, sdpa, documents, Dense(), 8, **settings)
+    together = answer(adapter, sdpa, documents, Dense(), 8, late, **settings)
     alone = [answer(adapter, sdpa, [doc], Dense(), 8, **settings)[0] for doc in documents]
     assert together == alone
     other_seed = answer(adapter, sdpa, documents, Dense(), 8, **{**settings, "seed": 4})
@@ -121,13 +123,14 @@ def drop_half_reference(adapter, doc):
         return adapter.model.lm_head(decoder.norm(hidden))[0, -1]
 
 
-def test_decoding_after_a_drop_goes_on_from_the_original_position(sdpa):
+@pytest.mark.parametrize("late", [0, 1])
+def test_decoding_after_a_drop_goes_on_from_the_original_position(sdpa, late):
     adapter = tiny_model("llama")
     doc = document(60)
     prefilled = prefill(adapter, sdpa, DropHalf(), pack_of(doc), new_tokens=3)
     seen = []
     real = adapter.rope
     adapter.rope = lambda hidden, positions: seen.append(positions.tolist()) or real(hidden, positions)
-    sampler = Sampler(Sampling(), [0])
-    decode(adapter, sdpa, prefilled, [5], sampler, StopRules(max_new_tokens=3))
+    (generated,) = decode(adapter, sdpa, prefilled, StopRules(max_new_tokens=3), first=[5], late=late)
+    assert (generated.tokens[0], len(generated.tokens)) == (5, 3)
     assert seen == [[60], [61]]

@@ -9,7 +9,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, tiny_model
 from pipeline.bench.flops import LayerWork, attended_pairs, layer_flops
 from pipeline.errors import Interrupted
 from pipeline.kernels import sparse
-from pipeline.model.decode import StopRules, greedy_answers
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill
 from pipeline.model.shared import prefill_beginnings, prefill_behind
 from pipeline.pruning.dense import Dense
@@ -72,8 +72,8 @@ def test_it_equals_the_prefill_of_each_prompt(name, family, sdpa):
     assert together.cache.prompt_tokens() == whole.cache.prompt_tokens()
     assert together.by_document() == whole.by_document()
     rules = StopRules(max_new_tokens=7)
-    expected = [answer.tokens for answer in greedy_answers(model, sdpa, whole, rules)]
-    assert [answer.tokens for answer in greedy_answers(model, sdpa, together, rules)] == expected
+    expected = [answer.tokens for answer in decode(model, sdpa, whole, rules)]
+    assert [answer.tokens for answer in decode(model, sdpa, together, rules)] == expected
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 

@@ -12,7 +12,6 @@ from conftest import pack_of
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampler, Sampling
 from pipeline.prompts import PromptBuilder
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
@@ -56,12 +55,10 @@ def test_the_file_says_what_the_loaded_model_does(smollm2):
 def test_dense_gives_the_logits_and_the_answer_of_transformers(smollm2, documents, dense):
     model = smollm2.adapter.model
     assert documents[0].prompt_tokens > 4000
-    sampler = Sampler(Sampling(), [0, 1])
-    first = sampler.draw(dense.logits_BV, [0, 1])
     rules = StopRules(
         max_new_tokens=NEW_TOKENS, token_ids=stop_token_ids(smollm2.tokenizer, smollm2.generation_config)
     )
-    answers = decode(smollm2.adapter, smollm2.attention, dense, first, sampler, rules)
+    answers = decode(smollm2.adapter, smollm2.attention, dense, rules)
     for b, document in enumerate(documents):
         ids = torch.from_numpy(document.input_ids)[None]
         with torch.inference_mode():

@@ -6,7 +6,7 @@ import pytest
 from prompt_parts import builder, byte_tokenizer, document, span_text
 
 from pipeline.mapreduce import COMBINE, COMBINE_AS_TEXT, Reduction
-from pipeline.records import Answer
+from pipeline.records import Answer, Answered
 from pipeline.splitting import SplitDocument, Splitter
 
 TEMPLATE = "<{{ document }}>{{ question }}?"
@@ -39,16 +39,24 @@ def reply(prompt, text, **values):
     return answer
 
 
+def answered(prompt, answer):
+    """As the engine hands it on: its prefill began when it had waited."""
+    return Answered(prompt, answer, prompt.ready_at + answer.queue_ms / 1e3)
+
+
 def run(cutter, *documents, answer, pack=3):
     """All rows to their end, in packs of a few; the rows, and the prompts of each step."""
     found = [cutter.encode(each) for each in documents]
     assert all(isinstance(each, SplitDocument) for each in found)
-    reduction, rows, steps = Reduction(found, cutter, "dense"), [], []
+    reduction, rows, steps = Reduction(cutter, "dense"), [], []
+    for each in found:
+        reduction.add(each)
     while waiting := reduction.prompts():
         steps.append(waiting)
         for start in range(0, len(waiting), pack):
             some = waiting[start : start + pack]
-            rows += reduction.take(some, [answer(prompt) for prompt in some])
+            taken = [reduction.take(answered(prompt, answer(prompt))) for prompt in some]
+            rows += [row for row in taken if row is not None]
         assert len(steps) < 50
     return rows, steps
 
@@ -109,10 +117,10 @@ def test_rows_are_combined_together_and_end_on_their_own():
 def test_rows_that_were_not_split_pass_through():
     cutter = splitter()
     whole = cutter.encode(document("short", "w"))
-    reduction = Reduction([], None, "dense")
+    reduction = Reduction(None, "dense")
     assert reduction.prompts() == []
     answer = reply(whole, "yes")
-    (row,) = reduction.take([whole], [answer])
+    row = reduction.take(answered(whole, answer))
     assert row is answer
     assert row.parts is None
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pipeline.model.decode import StopRules, decode
-from pipeline.model.sampling import Sampler, Sampling
 
 
 @dataclass
@@ -124,11 +123,8 @@ def naive_decode(adapter, trace: Trace, position: int, new_tokens: int) -> list[
 
 def generated(adapter, attention, prefilled, new_tokens: int) -> list[list[int]]:
     """Greedy tokens of each document, by the code under test."""
-    documents = range(len(prefilled.lengths))
-    sampler = Sampler(Sampling(), documents)
-    first = sampler.draw(prefilled.logits_BV, documents)
     rules = StopRules(max_new_tokens=new_tokens)
-    return [answer.tokens for answer in decode(adapter, attention, prefilled, first, sampler, rules)]
+    return [answer.tokens for answer in decode(adapter, attention, prefilled, rules)]
 
 
 class Watched:

@@ -1,0 +1,116 @@
+"""What an output row says: of a prefill, of an answer, and of what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pipeline.bench.flops import (
+    attention_ratio,
+    dense_flops,
+    ffn_ratio,
+    fp8_tokens,
+    kept_ratio,
+    layer_tokens,
+    passes_flops,
+)
+from pipeline.engines.grouped import Shared
+from pipeline.engines.memory import Packer
+from pipeline.errors import RowError
+from pipeline.model.decode import Generated, StopRules
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Prefilled
+from pipeline.records import Answer, EncodedDocument
+
+
+class Failure(NamedTuple):
+    """Why rows could not be answered, as their columns `error_type` and `error_message` say it."""
+
+    kind: str
+    message: str
+
+
+def row_of(document: EncodedDocument, method: str) -> Answer:
+    """A document's row without an answer."""
+    row = Answer.begin(document.source, method)
+    row.document_tokens, row.prompt_tokens = document.document_tokens, document.prompt_tokens
+    row.truncated_tokens, row.tokenize_ms = document.truncated_tokens, document.tokenize_ms
+    return row
+
+
+def failed(document: EncodedDocument, method: str, failure: Failure) -> Answer:
+    """The error row of a document."""
+    row = row_of(document, method)
+    row.status, (row.error_type, row.error_message) = "error", failure
+    return row
+
+
+def prefilled_rows(
+    documents: Sequence[EncodedDocument],
+    method: str,
+    prefilled: Prefilled,
+    model: LoadedModel,
+    shared: Shared | None,
+) -> list[Answer]:
+    """The documents' rows with what their prefill came to, times left out."""
+    shape = model.adapter.shape
+    stored = prefilled.cache.prompt_tokens()
+    rows = []
+    for b, (document, passes) in enumerate(zip(documents, prefilled.by_document(), strict=True)):
+        row = row_of(document, method)
+        row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
+        row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=model.adapter.linears_in_fp8)
+        row.kept_ratio = kept_ratio(shape, passes, document.prompt_tokens)
+        row.ffn_ratio = ffn_ratio(shape, passes, document.prompt_tokens)
+        row.attention_ratio = attention_ratio(shape, passes, document.prompt_tokens)
+        row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
+        row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(
+            model.adapter.dtype.itemsize
+        )
+        row.pack_documents, row.pack_tokens = len(documents), sum(prefilled.lengths)
+        rows.append(row)
+    if shared is not None:
+        _tell_shared(rows, shared, model)
+    return rows
+
+
+def _tell_shared(rows: Sequence[Answer], shared: Shared, model: LoadedModel) -> None:
+    """Say what rows share; of its operations each counts an equal part as its own."""
+    shape = model.adapter.shape
+    for row, flops, count in zip(rows, shared.flops, shared.group_rows, strict=True):
+        row.method, row.shared_ms, row.group_rows = shared.method, shared.ms, count
+        row.pack_tokens = shared.pack_tokens
+        assert row.flops_ratio is not None
+        assert row.prompt_tokens is not None
+        row.flops_ratio -= flops * (1 - 1 / count) / dense_flops(shape, row.prompt_tokens)
+
+
+def add_answer(row: Answer, generated: Generated, rules: StopRules, model: LoadedModel) -> None:
+    """Write an answer that has ended into its row, as text and in numbers."""
+    text = model.tokenizer.decode(generated.tokens, skip_special_tokens=True)
+    found = [text.index(stop) for stop in rules.texts if stop in text]
+    row.answer = text[: min(found)] if found else text
+    row.new_tokens = len(generated.tokens)
+    row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
+
+
+def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> Failure:
+    """What to say in a row whose prompt, or a pack with it, raised this error."""
+    place = document.source.place
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Failure("out_of_memory", memory_message(document, packer, device))
+    if isinstance(error, RowError):
+        return Failure(error.kind, f"{place}: {error}")
+    return Failure("internal", f"{place}: {type(error).__name__}: {error}")
+
+
+def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
+    """How much memory a document needs, how much there is, and what to do."""
+    needed = packer.planned_bytes([document.prompt_tokens])
+    return (
+        f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
+        f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
+        "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
+    )

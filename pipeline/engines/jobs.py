@@ -1,0 +1,145 @@
+"""What is to be done for each document, and the packs in which it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.engines.group_packs import GroupPack, GroupPacker
+from pipeline.engines.memory import Packer
+from pipeline.engines.scheduler import Waiting, WaitingPack
+from pipeline.grouping import Group, Way
+from pipeline.guard import Guard
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.dense import Dense
+from pipeline.records import Answer, EncodedDocument
+
+Packs = list[WaitingPack["Job"]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A document and how it is to be answered."""
+
+    document: EncodedDocument
+    method: PruningMethod
+    guard: str | None = None  # why the method is dense, where a guard chose it
+    group: GroupPack | None = None  # with which it is answered, behind the document of
+    number: int = 0  # this of its groups
+
+
+@dataclass(kw_only=True)
+class JobPacker:
+    """Documents to packs of jobs, within the memory that there is."""
+
+    packer: Packer  # for the run's method
+    grouped: bool = False  # rows about the same document are answered together where that is cheaper
+    guard: Guard | None = None
+    note: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self._noted: set[Way] = set()
+
+    @property
+    def method(self) -> PruningMethod:
+        return self.packer.method
+
+    @property
+    def groups(self) -> GroupPacker:
+        return GroupPacker(packer=self.packer)
+
+    def of(self, method: PruningMethod) -> Packer:
+        """The packer of jobs with this method."""
+        if method is self.method:
+            return self.packer
+        return replace(self.packer, method=method, kv_memory=None)
+
+    def packs(self, documents: Sequence[EncodedDocument]) -> Packs:
+        """Packs of documents that have just come, those that the guard does not trust last."""
+        guard = self.guard
+        reasons = [None if guard is None else guard.before(document) for document in documents]
+        pairs = list(zip(documents, reasons, strict=True))
+        trusted = [document for document, reason in pairs if reason is None]
+        groups, alone = self.groups.split(trusted) if self.grouped else ([], trusted)
+        for group in groups:
+            self._note_way(group)
+        chunks = [chunk for pack in self.groups.packs(groups) for chunk in self.chunks(pack)]
+        others = [self.dense(document, reason) for document, reason in pairs if reason is not None]
+        return [
+            *self.packed([Job(document=document, method=self.method) for document in alone]),
+            *chunks,
+            *self.packed(others),
+        ]
+
+    def dense(self, document: EncodedDocument, reason: str) -> Job:
+        """A document that a guard has answered without pruning."""
+        return Job(document=document, method=Dense(), guard=reason)
+
+    def not_trusted(self, job: Job, answer: Answer) -> Job | None:
+        """The dense job in place of one whose prefill shows that its profile does not speak for it."""
+        if self.guard is None or job.guard is not None:
+            return None
+        reason = self.guard.after(answer)
+        return None if reason is None else self.dense(job.document, reason)
+
+    def packed(self, jobs: Sequence[Job]) -> Packs:
+        """Jobs of one method, without groups, put together by their lengths."""
+        if not jobs:
+            return []
+        by_document = {id(job.document): job for job in jobs}
+        return [
+            waiting
+            for pack in self.of(jobs[0].method).packs([job.document for job in jobs])
+            for waiting in self.waiting([by_document[id(document)] for document in pack])
+        ]
+
+    def chunks(self, pack: GroupPack) -> Packs:
+        """A pack of groups in as many parts as its prefill needs."""
+        method = pack.way.method
+        return [
+            waiting
+            for chunk in self.groups.chunks(pack)
+            for waiting in self.waiting(
+                [Job(document=row, method=method, group=pack, number=number) for number, row in chunk]
+            )
+        ]
+
+    def waiting(self, jobs: Sequence[Job], *, alone: bool = False) -> Packs:
+        """A pack of these jobs, and one for each that must run alone, or for all if that is asked for.
+
+        A row that runs alone does so without its group.
+        """
+        packer = self.of(jobs[0].method)
+        together: list[Waiting[Job]] = []
+        apart: Packs = []
+        for job in jobs:
+            tokens = job.document.prompt_tokens
+            if alone or packer.runs_alone(tokens):
+                waiting = Waiting(row=self.on_its_own(job), slots=0, tokens=tokens)
+                apart.append(WaitingPack(rows=(waiting,), alone=True))
+            else:
+                together.append(Waiting(row=job, slots=packer.slots(tokens), tokens=tokens))
+        return [*([WaitingPack(rows=tuple(together))] if together else []), *apart]
+
+    def on_its_own(self, job: Job) -> Job:
+        """The same job without its group."""
+        return job if job.group is None else Job(document=job.document, method=self.method)
+
+    def halves(self, jobs: Sequence[Job]) -> Packs:
+        """Two packs in place of one that failed."""
+        half = len(jobs) // 2
+        return [*self.waiting(jobs[:half]), *self.waiting(jobs[half:])]
+
+    def regrouped(self, pack: GroupPack, jobs: Sequence[Job]) -> Packs:
+        """In place of groups whose documents cannot be prefilled: halves of them, or each row on its own."""
+        if len(pack.groups) == 1:
+            return self.packed([self.on_its_own(job) for job in jobs])
+        half = len(pack.groups) // 2
+        parts = (pack.groups[:half], pack.groups[half:])
+        return [chunk for groups in parts for chunk in self.chunks(GroupPack(groups=groups))]
+
+    def _note_way(self, group: Group) -> None:
+        """Say once how rows are answered together, and why in this way."""
+        if group.way not in self._noted:
+            self._noted.add(group.way)
+            self.note(f"rows about the same document are answered together (--group auto); {group.reason}")

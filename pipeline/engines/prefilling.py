@@ -1,0 +1,106 @@
+"""Prefilling the rows of a pack: on their own, or behind documents that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.engines.answering import prefilled_rows
+from pipeline.engines.grouped import Prefix
+from pipeline.engines.jobs import Job, JobPacker
+from pipeline.engines.keeping import keep_selection
+from pipeline.model.decode import first_tokens
+from pipeline.model.loading import LoadedModel
+from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.sampling import Sampling
+from pipeline.records import Answer
+
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefilledPack:
+    """Rows that have their first tokens; lists have a value a row. Times are those of time.perf_counter()."""
+
+    jobs: Sequence[Job]
+    prefilled: Prefilled
+    rows: list[Answer]
+    tokens: list[int]  # the first one of each, or NOT_FINITE
+    uniforms: list[torch.Tensor]  # what the rows draw by; empty where they are greedy
+    started: float
+    began: float  # the same, before what the rows share with others
+    first_at: float  # when the first tokens were known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefiller:
+    """How packs of jobs are prefilled in a run."""
+
+    model: LoadedModel
+    sampling: Sampling
+    new_tokens: int
+    save_selection: bool
+    now: Callable[[], float]  # the time once the device has done what was queued
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        packs: JobPacker,
+        check: Check,
+        *,
+        room: int = 0,
+        prefix: Prefix | None = None,
+    ) -> PrefilledPack:
+        """Prefill jobs of one method, behind `prefix` if they have one.
+
+        With `room` for so many new tokens the pack is to stay where it is, and its keys and values may be
+        offloaded; without, it is to move to the store.
+        """
+        started = self.now()
+        documents = [job.document for job in jobs]
+        shared, shared_s = None, 0.0
+        if prefix is None:
+            limits = packs.of(jobs[0].method).limits if room else None
+            prefilled = prefill(
+                self.model.adapter,
+                self.model.attention,
+                jobs[0].method,
+                Pack.of(documents, self.model.device),
+                room,
+                check,
+                limits,
+                marks=self.save_selection,
+            )
+        else:
+            chunk = [(job.number, job.document) for job in jobs]
+            prefilled = prefix.prefill(self.model, chunk, check)
+            shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
+        prefilled_at = self.now()
+        uniforms = self._uniforms(jobs)
+        tokens = first_tokens(prefilled.logits_BV, self.sampling, uniforms)
+        first_at, began = self.now(), started - shared_s
+        rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
+        for job, row in zip(jobs, rows, strict=True):
+            row.guard = job.guard
+            row.queue_ms = (began - job.document.ready_at) * 1e3
+            row.prefill_ms = (prefilled_at - began) * 1e3
+            row.ttft_ms = (first_at - began) * 1e3
+        if self.save_selection and prefix is None:
+            keep_selection(rows, documents, prefilled, self.model)
+        return PrefilledPack(
+            jobs=jobs,
+            prefilled=prefilled,
+            rows=rows,
+            tokens=tokens,
+            uniforms=uniforms,
+            started=started,
+            began=began,
+            first_at=first_at,
+        )
+
+    def _uniforms(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
+        if self.sampling.is_greedy:
+            return []
+        return [self.sampling.uniforms(job.document.source.draw_number, self.new_tokens) for job in jobs]

@@ -1,0 +1,128 @@
+"""The rows that are being decoded: their part of the store, and their place in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from pipeline.engines.jobs import Job
+from pipeline.engines.memory import Packer
+from pipeline.engines.prefilling import PrefilledPack
+from pipeline.model.batch import Seat
+from pipeline.model.decode import Decoder, Generated, StopRules
+from pipeline.model.graphs import DecodeStats
+from pipeline.model.loading import LoadedModel
+from pipeline.model.sampling import Sampling
+from pipeline.model.store import Extent, KvStore
+from pipeline.records import Answer
+
+SMALLER = 0.9  # what is tried next where the memory for the store is not there
+SMALLEST = 0.5
+
+
+@dataclass(kw_only=True, eq=False)
+class Running(Generated):
+    """A row that is being answered."""
+
+    job: Job
+    answer: Answer
+    began: float  # time.perf_counter() when its prefill began, that of what it shares included
+    first_at: float  # the same when its first token was known
+    joined_s: float  # what the clock of decoding said then
+    extent: Extent | None = None  # of the store
+
+
+class Table:
+    """A store and the batch of its rows."""
+
+    def __init__(self, store: KvStore, decoder: Decoder, device: torch.device) -> None:
+        self.decoder = decoder
+        self._store, self._device = store, device
+        self._rows: dict[int, Running] = {}  # by id: also those that have all their tokens on their way
+
+    @classmethod
+    def of(
+        cls, model: LoadedModel, packer: Packer, rules: StopRules, sampling: Sampling, stats: DecodeStats
+    ) -> Self:
+        """As large as planned, or as there is memory for after all; raises torch.OutOfMemoryError."""
+        store = _store(model, packer.store_slots)
+        decoder = Decoder(
+            model.adapter,
+            model.attention,
+            store,
+            rules=rules,
+            sampling=sampling,
+            capacity=packer.in_flight,
+            longest=model.adapter.shape.context + rules.max_new_tokens,
+            stats=stats,
+        )
+        return cls(store, decoder, model.device)
+
+    @property
+    def rows(self) -> Sequence[Running]:
+        return list(self._rows.values())
+
+    @property
+    def free(self) -> int:
+        """Slots of the store."""
+        return self._store.free
+
+    def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
+        """Take in rows of a prefilled pack, where they have `places`, with all that others may need."""
+        new_tokens, moves = self.decoder.rules.max_new_tokens, self._store.moves
+        extents = self._store.adopt(pack.prefilled.cache, new_tokens)
+        if self._store.moves > moves:
+            self.decoder.moved([self._starts(row) for row in self.decoder.rows])
+        for b, extent in enumerate(extents):
+            if b not in places:  # its prefill may have made NaN
+                self._store.release(extent, wipe=True)
+        positions = pack.prefilled.next_positions
+        seats = [
+            Seat(starts=extents[b].starts, used=extents[b].stored, position=positions[b]) for b in places
+        ]
+        self.decoder.join(rows, seats, [pack.uniforms[b] for b in places] if pack.uniforms else ())
+        for row, b in zip(rows, places, strict=True):
+            row.extent = extents[b]
+            self._rows[id(row)] = row
+
+    def _starts(self, row: Generated) -> list[int]:
+        extent = self._rows[id(row)].extent
+        assert extent is not None
+        return extent.starts
+
+    def leave(self, row: Running) -> None:
+        """Give back what a row has of the store."""
+        assert row.extent is not None
+        self._store.release(row.extent, wipe=row.finish_reason == "not_finite")
+        row.extent = None
+        del self._rows[id(row)]
+
+    def prepare(self) -> str:
+        """Capture the steps of all batch sizes; returns what to tell of the memory that is taken."""
+        before = torch.cuda.mem_get_info(self._device)[0]
+        sizes = self.decoder.prepare()
+        taken = before - torch.cuda.mem_get_info(self._device)[0]
+        return (
+            f"{self._store.nbytes / 1e9:.1f} GB for keys and values of up to {self.decoder.capacity:,} rows, "
+            f"{taken / 1e9:.2f} GB for graphs of {sizes} batch sizes"
+        )
+
+    def close(self) -> None:
+        """Free the graphs, and forget the rows."""
+        self.decoder.close()
+        self._rows.clear()
+
+
+def _store(model: LoadedModel, slots: int) -> KvStore:
+    share, adapter = 1.0, model.adapter
+    while True:
+        try:
+            return KvStore(int(slots * share), adapter.shape, dtype=adapter.dtype, device=model.device)
+        except torch.OutOfMemoryError:
+            share *= SMALLER
+            if share < SMALLEST:
+                raise
+        torch.cuda.empty_cache()

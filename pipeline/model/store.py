@@ -1,0 +1,144 @@
+"""Keys and values of all rows that are being decoded, in one pool that lives as long as the run.
+
+A row has one extent of the pool; in it lie the slots of each layer one after the other, however many tokens
+of the prompt a method has left in that layer. Letters: S slots of the pool, L layers, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.kernels.segments import on_device
+from pipeline.model.cache import KeysValues, RaggedCache
+from pipeline.model.extents import Extents
+from pipeline.model.shape import ModelShape
+
+# Attention kernels load tiles of keys and values that may reach beyond a row's last slot, and multiply by
+# zero what they mask: a NaN there would reach the row's answer. FlashAttention-3 was seen to read fewer than
+# 176 slots further. Generated tokens, whose values may be NaN, lie further behind their range's first slot.
+# torch's own attention, which is all that a CPU has, reads what it is given and no more.
+OVERSHOOT = {"cpu": 0, "cuda": 256}
+MOVED_AT_ONCE = 1 << 16  # slots of an extent that slides, which bounds the memory that it takes
+
+
+@dataclass(kw_only=True, eq=False)
+class Extent:
+    """A row's part of the pool."""
+
+    start: int  # changes when the pool is compacted
+    offsets: tuple[int, ...]  # of each layer's first token
+    stored: tuple[int, ...]  # prompt tokens of each layer
+    size: int
+
+    @property
+    def starts(self) -> list[int]:
+        """Of each layer, the slot of the first token."""
+        return [self.start + offset for offset in self.offsets]
+
+
+def slots_needed(stored: Sequence[int], new_tokens: int, device: torch.device) -> int:
+    """Slots of a row with so many prompt tokens in each layer, and room for `new_tokens` more in each."""
+    return sum(max(tokens, OVERSHOOT[device.type]) + new_tokens for tokens in stored)
+
+
+class KvStore(KeysValues):
+    """The pool, and whose its parts are."""
+
+    has_spare_slot = True
+    moves = 0  # how often rows have been moved, after which their starts are others
+
+    def __init__(self, slots: int, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Of `slots` for rows, behind those of nobody.
+
+        On a GPU the memory is taken here, on a CPU when rows first write to it.
+        """
+        self._overshoot = OVERSHOOT[device.type]
+        first = max(1, self._overshoot)
+        total = first + slots
+        self._pool = [_zeros((total, shape.kv_heads, shape.head_dim), dtype, device) for _ in range(2)]
+        self._extents = Extents(first, total)
+        self._rows: dict[int, Extent] = {}  # by their starts
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._pool[0], self._pool[1]
+
+    @property
+    def free(self) -> int:
+        """Slots that rows can have, wherever they lie."""
+        return self._extents.free
+
+    @property
+    def size(self) -> int:
+        """Slots of all rows together."""
+        return self._extents.size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._pool)
+
+    @torch.inference_mode()
+    def adopt(self, cache: RaggedCache, new_tokens: int) -> list[Extent]:
+        """Copy a prefilled pack's keys and values: of each document its extent, with room for `new_tokens`.
+
+        There must be as many free slots; rows that are there already may be moved.
+        """
+        stored = list(zip(*cache.prompt_tokens(), strict=True))  # of each document, by layer
+        extents = [self._take(layers, new_tokens) for layers in stored]
+        starts_LB = on_device(list(zip(*(extent.starts for extent in extents), strict=True)), cache.device)
+        for layer, slots in enumerate(cache.slots):
+            segments = slots.segments
+            places_T = starts_LB[layer][segments.document_T] + segments.index_in_document_T
+            for pool, source in zip(self._pool, cache.buffers(layer), strict=True):
+                pool.index_copy_(0, places_T, source if not slots.new_tokens else source[slots.prompt_T])
+        return extents
+
+    @torch.inference_mode()
+    def release(self, extent: Extent, *, wipe: bool = False) -> None:
+        """Give a row's slots back, and with `wipe` what is in them: NaN must not outlive its row."""
+        del self._rows[extent.start]
+        self._extents.give_back(extent.start)
+        if wipe:
+            for pool in self._pool:
+                pool[extent.start : extent.start + extent.size].zero_()
+
+    def _take(self, stored: Sequence[int], new_tokens: int) -> Extent:
+        rooms = [max(tokens, self._overshoot) + new_tokens for tokens in stored]
+        size = sum(rooms)
+        start = self._extents.take(size)
+        if start is None:
+            self._compact()
+            start = self._extents.take(size)
+        assert start is not None, "the store has no room for a row that was let in"
+        firsts = (0, *accumulate(rooms[:-1]))
+        offsets = tuple(
+            first + max(0, self._overshoot - tokens) for first, tokens in zip(firsts, stored, strict=True)
+        )
+        extent = Extent(start=start, offsets=offsets, stored=tuple(stored), size=size)
+        self._rows[start] = extent
+        return extent
+
+    def _compact(self) -> None:
+        self.moves += 1
+        for move in self._extents.compact():
+            for done in range(0, move.size, MOVED_AT_ONCE):
+                count = min(MOVED_AT_ONCE, move.size - done)
+                for pool in self._pool:  # through a copy: the two places may overlap
+                    part = pool[move.start + done : move.start + done + count].clone()
+                    pool[move.to + done : move.to + done + count] = part
+            extent = self._rows.pop(move.start)
+            extent.start = move.to
+            self._rows[move.to] = extent
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU from pages that the system provides when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = shape[0] * shape[1] * shape[2]
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(shape)
