@@ -59,7 +59,7 @@ def run_batch(
     `BatchConfig`, which are the command's flags. `model` may be a model that `load_model` returned, `method`
     a method object; without one it is that of `profile`, with its settings and precisions, or else marsinfer.
 
-    `progress` is called after every pack with the running summary, `note` with what a user should know,
+    `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
     `check` often, between layers too: it may raise to end the run.
 
     Returns the summary: counts of rows and tokens, `seconds`, percentiles of TTFT in milliseconds; its

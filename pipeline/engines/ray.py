@@ -3,7 +3,7 @@
 Ray makes the workers, places them, makes them again after a death, and moves rows and answers. The rows are
 read, known ones left out and the others tokenized in this process, as by the local engine: only one that sees
 all rows, in their order, can number them, and tell ids that come twice and rows that are done. From here each
-worker is given a block when it has none, and sends back its answers pack by pack.
+worker is given a block when it has none, and sends back its answers as they come.
 
 Ray Data would read in many places, and of a block that kills its worker it knows two things to do: to give it
 up, or to try for ever. Here it runs again, in parts, until the row to blame is known: that is an error row.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import document, tiny_model
 
-from pipeline.engines import memory, prefilling, warm_up
+from pipeline.engines import local, memory, prefilling, warm_up
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import (
     Packer,
@@ -20,7 +21,7 @@ from pipeline.engines.memory import (
 )
 from pipeline.errors import Interrupted, MarsError
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import StopRules
+from pipeline.model.decode import Decoder, StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.model.shape import PIECE_TOKENS
@@ -279,3 +280,90 @@ def test_what_is_wide_is_planned_for_a_piece_and_the_rest_for_every_token(model,
         needed = tokens * kv + running_bytes(shape, 4, tokens)
         monkeypatch.setattr(memory, "free_bytes", lambda device, needed=needed: needed)
         assert default_pack_tokens(shape, itemsize=4, device=torch.device("cpu")) == tokens
+
+
+class SetClock:
+    """The clock of decoding, which goes on by a second a step."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def start(self):
+        self.seconds += 1.0
+
+    def stop(self):
+        return 0.0
+
+
+@pytest.mark.parametrize(("limit", "status"), [(4.5, "ok"), (3.5, "error")])
+def test_the_time_limit_of_a_row_counts_its_own_steps(model, limit, status):
+    engine = LocalEngine(
+        model, Dense(), rules=StopRules(max_new_tokens=6), sampling=Sampling(), in_flight=2, pack_tokens=30
+    )
+    engine._clock, engine.row_timeout = SetClock(), limit
+    for row in documents():
+        engine.add([row])
+    rows = []
+    while engine.is_busy:
+        rows += [answer for _, answer, _ in engine.advance()]
+    assert {row.status for row in rows} == {status}  # each takes five steps, and is looked at after four
+    assert len(rows) == 7
+    assert engine._clock.seconds > 3 * limit  # of all rows together
+    if status == "error":
+        assert {row.error_type for row in rows} == {"timeout"}
+        assert rows[0].error_message == "row 0: not answered within --row-timeout 3.5 s"
+
+
+def test_a_step_that_fails_has_its_rows_run_again_and_says_so(model, monkeypatch):
+    notes = []
+    engine = LocalEngine(
+        model, Dense(), rules=StopRules(max_new_tokens=3), sampling=Sampling(), note=notes.append
+    )
+    expected = [row.answer for row in engine.answer(documents())]
+    calls, real = [], Decoder.step
+
+    def step(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("bad luck")
+        return real(self)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    rows = engine.answer(documents())
+    assert [row.answer for row in rows] == expected
+    assert {row.pack_documents for row in rows} == {1}
+    assert notes == ["a decode step failed (row 6: RuntimeError: bad luck): its 7 rows run again, each alone"]
+
+
+def test_memory_that_runs_out_makes_pieces_smaller_before_packs(model, monkeypatch):
+    monkeypatch.setattr(local, "FEWEST_PIECE_TOKENS", 20)
+    monkeypatch.setattr(model.adapter, "piece_tokens", 10_000)
+    engine = engine_for(model)
+    expected = [row.answer for row in engine.answer(documents())]
+    real, sizes = prefilling.prefill, []
+
+    def prefill(adapter, attention, method, pack, *options, **more):
+        sizes.append((len(pack.segments), adapter.piece_tokens))
+        if adapter.piece_tokens > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(adapter, attention, method, pack, *options, **more)
+
+    monkeypatch.setattr(prefilling, "prefill", prefill)
+    assert [row.answer for row in engine.answer(documents())] == expected
+    total = sum(row.prompt_tokens for row in documents())
+    assert sizes == [(7, 10_000), (7, total // 2), (7, total // 4)]
+
+
+def test_the_times_of_a_row_add_up_to_its_way_through_the_engine(model):
+    engine = LocalEngine(
+        model, Dense(), rules=StopRules(max_new_tokens=5), sampling=Sampling(), in_flight=2, pack_tokens=30
+    )
+    began = time.perf_counter()
+    given = [replace(row, ready_at=began) for row in documents()]
+    rows = engine.answer(given)
+    took_ms = (time.perf_counter() - began) * 1e3
+    for row in rows:
+        assert min(row.queue_ms, row.ttft_ms, row.decode_ms) >= 0
+        assert row.queue_ms + row.ttft_ms + row.decode_ms <= took_ms
+    assert max(row.queue_ms for row in rows) > max(row.ttft_ms for row in rows)  # five waited for two
+    assert engine.times.prefill_s + engine.times.decode_s <= engine.times.span_s
