@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pipeline.model.loading import LoadedModel
-from pipeline.model.prefill import Prefilled, Work
+from pipeline.model.prefill import Prefilled
+from pipeline.model.work import Work
 from pipeline.pieces import token_pieces
 from pipeline.records import Answer, EncodedDocument
 from pipeline.tiers import FFN, FP8, pack_layer

@@ -30,7 +30,7 @@ class Started(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a worker sends after a pack, or after its last one."""
+    """What a worker sends from time to time, or after its last row."""
 
     answers: list[Answer]
     notes: list[str]
@@ -98,7 +98,7 @@ class Worker:
         return model
 
     def answer(self, units: list[Unit], *, apart: bool) -> Iterator[Told]:
-        """Answers of a block, some at a time; with `apart`, unit by unit. Of the rows, `ready_at` is an age."""
+        """Answers of a block; with `apart`, unit by unit. Of the rows, `ready_at` is an age."""
         assert self._ready is not None
         (setup, engine), now = self._ready, time.perf_counter()
         here = [[moved(item, now) for item in unit] for unit in units]

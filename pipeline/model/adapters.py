@@ -1,6 +1,6 @@
 """The only file that touches transformers' internals: its decoder layers, opened up into their parts.
 
-The forward pass of a layer is ours (see prefill.py); the weights and modules are transformers'.
+The forward pass of a layer is ours (see layers.py); the weights and modules are transformers'.
 Supported families are an allow-list, each tested against stock transformers on small configurations.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
-from pipeline.kernels.fp8 import MULTIPLE, Fp8Weight, fp8_available, fp8_linear, fp8_product
+from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.kernels.fused import (
     Quantised,
     quantize_rows,
@@ -34,6 +34,7 @@ from pipeline.kernels.step import (
     product_silu_mul_quantized,
     rope_and_store_,
 )
+from pipeline.model.projection import Projection
 from pipeline.model.shape import PIECE_TOKENS, ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -121,82 +122,6 @@ def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> No
         reason = f"its products are bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
     if reason is not None:
         raise ConfigError(f"fp8 cannot be used here: {reason}")
-
-
-class Projection:
-    """Linear layers that read the same input, as one: their weights lie end to end in one tensor (N, D).
-
-    The model's own modules become views of it, so that nothing is held twice.
-    """
-
-    def __init__(self, *modules: nn.Linear) -> None:
-        for module in modules:
-            # subclasses too: those of quantisers compute something else from their weights
-            if type(module) is not nn.Linear:
-                raise ModelError(f"layers of type {type(module).__name__} are not supported (plain ones are)")
-        self._modules = modules
-        weights, biases = [m.weight.data for m in modules], [m.bias for m in modules]
-        self.weight: Tensor | None = weights[0] if len(modules) == 1 else torch.cat(weights)
-        self.bias: Tensor | None = None if biases[0] is None else torch.cat([b.data for b in biases])
-        self.fp8: Fp8Weight | None = None
-        for module, part in zip(modules, self.weight.split([len(w) for w in weights]), strict=True):
-            module.weight = nn.Parameter(part, requires_grad=False)
-
-    def __call__(self, x_TD: Tensor, out_TN: Tensor | None = None) -> Tensor:
-        """(T, N) in the model's dtype; written to `out_TN` if there is one."""
-        assert self.weight is not None, "these weights were given up for their fp8 form"
-        if out_TN is None:
-            return linear(x_TD, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mm(x_TD, self.weight.t(), out=out_TN)
-        return torch.addmm(self.bias, x_TD, self.weight.t(), out=out_TN)
-
-    @property
-    def outputs(self) -> int:
-        """N."""
-        weight_ND = self.weight if self.fp8 is None else self.fp8.quantised
-        assert weight_ND is not None
-        return len(weight_ND)
-
-    def part(self, outputs: slice) -> Projection:
-        """Some of the outputs, as views of these weights."""
-        view = object.__new__(Projection)
-        view._modules = ()
-        view.weight = None if self.weight is None else self.weight[outputs]
-        view.bias = None if self.bias is None else self.bias[outputs]
-        view.fp8 = (
-            None if self.fp8 is None else Fp8Weight(self.fp8.quantised[outputs], self.fp8.scale[:, outputs])
-        )
-        return view
-
-    def add_to_(self, total_TN: Tensor, x_TD: Tensor) -> None:
-        """Add the output in place: the product's own sum is its last step, so nothing is written twice."""
-        if self.bias is not None:
-            total_TN += self(x_TD)
-            return
-        assert self.weight is not None, "these weights were given up for their fp8 form"
-        total_TN.addmm_(x_TD, self.weight.t())
-
-    def in_fp8(self, x_TD: Tensor, scale_T1: Tensor, out_TN: Tensor | None = None) -> Tensor:
-        """(T, N) in bfloat16 of a quantised input; written to `out_TN` if there is one."""
-        assert self.fp8 is not None, "these weights were not quantised"
-        return fp8_linear(x_TD, scale_T1, self.fp8, self.bias, out_TN=out_TN)
-
-    def unscaled(self, x: Quantised) -> Product:
-        """(T, N) of a quantised input, without the scales and the bias."""
-        assert self.fp8 is not None, "these weights were not quantised"
-        x_TD, scale_T1 = x
-        return Product(fp8_product(x_TD, self.fp8), scale_T1, self.fp8.scale, self.bias)
-
-    def quantise(self, *, keep: bool) -> None:
-        """Make the fp8 form; without `keep` the other one is given up."""
-        if self.fp8 is None:
-            assert self.weight is not None
-            self.fp8 = Fp8Weight.of(self.weight)
-        if not keep and self.weight is not None:
-            for module in self._modules:
-                module.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
-            self.weight = None
 
 
 class Layer:

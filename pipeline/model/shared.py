@@ -18,7 +18,8 @@ from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.continuation import continue_with
-from pipeline.model.prefill import Begun, Pack, Prefilled, Survivors, prefill, run_layers
+from pipeline.model.layers import Begun, Pack, Survivors, run_layers
+from pipeline.model.prefill import Prefilled, prefill
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.kernels.fp8 import fp8_available
-from pipeline.model import adapters
+from pipeline.model import adapters, projection
 from pipeline.model.adapters import DecoderAdapter, random_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,9 +80,9 @@ def cuda_adapter(family, linears="auto"):
         if parameter.dim() == 1:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     for layer in adapter._layers:  # biases lie joined besides
-        for projection in (layer.qkv, layer.output, layer.gate_up, layer.down):
-            if projection.bias is not None:
-                projection.bias.normal_(std=0.3)
+        for part in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            if part.bias is not None:
+                part.bias.normal_(std=0.3)
     if linears == "fp8" and (reason := fp8_available(CUDA)):
         pytest.skip(reason)
     adapter.use_linears(linears, keep=True)
@@ -119,9 +119,9 @@ def test_in_bf16_it_agrees_with_the_separate_operations(monkeypatch, family, row
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_in_fp8_it_is_as_near_to_bf16_as_the_separate_operations(monkeypatch, family, rows):
     adapter = cuda_adapter(family, "fp8")
-    step, calls, product = Step(adapter, rows), [], adapters.fp8_product
+    step, calls, product = Step(adapter, rows), [], projection.fp8_product
     row_wise = separately(monkeypatch, step)
-    monkeypatch.setattr(adapters, "fp8_product", lambda *x: calls.append(x) or product(*x))
+    monkeypatch.setattr(projection, "fp8_product", lambda *x: calls.append(x) or product(*x))
     results = step.results()
     assert len(calls) == 4 * SIZES["num_hidden_layers"]
     adapter.use_linears("auto")

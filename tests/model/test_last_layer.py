@@ -25,7 +25,7 @@ from pipeline.doctor.selftest import full, small
 from pipeline.errors import MarsError
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model import prefill as module
+from pipeline.model import layers as module
 from pipeline.model.prefill import prefill
 from pipeline.pruning.base import KEEP_ALL, PruningMethod, Selection
 from pipeline.pruning.dense import Dense

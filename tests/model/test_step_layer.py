@@ -8,7 +8,7 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened, tiny_model
 from kernel_cases import rounding_to_nearest
 
 from pipeline.kernels import fused, step
-from pipeline.model import adapters
+from pipeline.model import adapters, projection
 from pipeline.model.adapters import STEP_ROWS, DecoderAdapter, random_model
 from pipeline.model.sampling import most_likely
 
@@ -114,8 +114,8 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def row_wise_products(monkeypatch):
     """How often such a product was computed."""
-    calls, real = [], adapters.fp8_linear
-    monkeypatch.setattr(adapters, "fp8_linear", lambda *a, **more: calls.append(a) or real(*a, **more))
+    calls, real = [], projection.fp8_linear
+    monkeypatch.setattr(projection, "fp8_linear", lambda *a, **more: calls.append(a) or real(*a, **more))
     return calls
 
 
