@@ -20,17 +20,20 @@ from pathlib import Path
 from conftest import SIZES, byte_tokenizer, random_model
 
 
-def stub_answers(engine, documents, rules, check):
-    """What the engine would return, without having run the model."""
+def stub_answers(engine, jobs):
+    """What the engine would return of a pack, without having run the model."""
+    from pipeline.engines.answering import row_of
+    from pipeline.records import Answered
+
     layers = engine.model.adapter.shape.layers
-    rows = []
-    for document in documents:
-        row = engine._row(document)
+    answered = []
+    for job in jobs:
+        document, row = job.document, row_of(job.document, job.method.name)
         row.answer, row.finish_reason, row.new_tokens = "stub", "length", 4
         row.kept_tokens = row.ffn_tokens = [document.prompt_tokens] * layers
         row.prefill_ms = row.ttft_ms = row.decode_ms = row.queue_ms = 1.0
-        rows.append(row)
-    return rows
+        answered.append(Answered(document, row))
+    return answered
 
 
 def run(count: int, *, in_workers: bool) -> None:
@@ -41,7 +44,7 @@ def run(count: int, *, in_workers: bool) -> None:
 
     options = {"engine": "ray", "workers": "2", "gpus_per_worker": 0, "max_new_tokens": 1}
     if not in_workers:
-        options, LocalEngine._answer = {}, stub_answers
+        options, LocalEngine._admit = {}, stub_answers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {**SIZES, "vocab_size": 320, "max_position_embeddings": 1024}
