@@ -131,11 +131,20 @@ class JobPacker:
         return [*self.waiting(jobs[:half]), *self.waiting(jobs[half:])]
 
     def regrouped(self, pack: GroupPack, jobs: Sequence[Job]) -> Packs:
-        """In place of groups whose documents cannot be prefilled: halves of them, or each row on its own."""
-        if len(pack.groups) == 1:
+        """In place of groups whose documents cannot be prefilled: halves of them, or each row on its own.
+
+        `jobs` are those of the pack's rows that are not answered yet.
+        """
+        open_rows = {id(job.document) for job in jobs}
+        left = [
+            replace(group, rows=rows)
+            for group in pack.groups
+            if (rows := tuple(row for row in group.rows if id(row) in open_rows))
+        ]
+        if len(left) == 1:
             return self.packed([self.on_its_own(job) for job in jobs])
-        half = len(pack.groups) // 2
-        parts = (pack.groups[:half], pack.groups[half:])
+        half = len(left) // 2
+        parts = (tuple(left[:half]), tuple(left[half:]))
         return [chunk for groups in parts for chunk in self.chunks(GroupPack(groups=groups))]
 
     def _note_way(self, group: Group) -> None:

@@ -289,3 +289,16 @@ def test_a_group_can_be_rehearsed(model):
 def test_documents_that_may_be_offloaded_are_not_shared(model):
     answers = answered(engine_for(model, make_method("sliminfer", SLIM), kv_memory=10**9))
     assert {row.group_rows for row in answers} == {None}
+
+
+def test_rows_that_are_answered_are_left_out_when_their_groups_are_put_together_anew(model):
+    packs = engine_for(model).packs
+    groups, _ = packs.groups.split(rows())
+    (pack,) = packs.groups.packs(groups)
+    assert len(pack.groups) > 1
+    jobs = [waiting.row for chunk in packs.chunks(pack) for waiting in chunk.rows]
+    for answered_rows in range(len(jobs)):
+        left = jobs[answered_rows:]
+        found = [waiting.row.document for chunk in packs.regrouped(pack, left) for waiting in chunk.rows]
+        assert {id(row) for row in found} == {id(job.document) for job in left}
+        assert len(found) == len(left)
