@@ -14,7 +14,8 @@ of your own is a class like those in pipeline/pruning/, whose contract is in pip
 Whatever a user can act on is raised as a `MarsError`, whose kinds are in pipeline/errors.py. Tokens are those
 of the model's tokenizer, times in milliseconds (`..._ms`) or seconds (`..._s`), sizes in bytes.
 
-Names are loaded on first use, so that importing the package costs nothing.
+Names are loaded on first use, so that importing the package costs nothing. `__version__` is that of the
+installed package.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from pipeline.model.loading import load_model
     from pipeline.pruning.registry import make_method
 
+    __version__: str
+
 _WHERE = {
     "BatchConfig": "pipeline.config",
     "MarsError": "pipeline.errors",
@@ -40,10 +43,12 @@ __all__ = ["BatchConfig", "MarsError", "load_model", "make_method", "run_batch"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of the installed package
+        return import_module("importlib.metadata").version("marsinfer")
     if name not in _WHERE:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -7,6 +7,7 @@ import json
 import pydoc
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -21,6 +22,15 @@ def test_importing_the_package_imports_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert not {"torch", "numpy", "pyarrow", "transformers"} & set(json.loads(done.stdout))
     assert set(pipeline.__all__) <= set(dir(pipeline))
+
+
+def test_the_version_is_that_of_the_package_and_imports_nothing_heavy():
+    code = "import json, sys, pipeline; print(json.dumps([pipeline.__version__, sorted(sys.modules)]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    told, modules = json.loads(done.stdout)
+    assert told == version("marsinfer")
+    assert not {"torch", "numpy", "pyarrow", "transformers", "typer"} & set(modules)
+    assert "__version__" in dir(pipeline)
 
 
 @pytest.mark.parametrize("name", pipeline.__all__)

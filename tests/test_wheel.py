@@ -73,10 +73,20 @@ def test_the_wheel_holds_the_templates_of_pages(wheel: Path) -> None:
         assert sorted(templates - set(archive.namelist())) == []
 
 
+def test_the_wheel_says_that_it_has_types(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"{name}/py.typed" for name in PACKAGES} <= set(archive.namelist())
+
+
 def test_the_installed_command_lists_its_commands(environment: Path, tmp_path: Path) -> None:
     printed = run(environment / "bin" / "marsinfer", "--help", cwd=tmp_path).split()
     assert "batch" in printed
     assert "methods" in printed
+
+
+def test_the_installed_package_tells_its_version(wheel: Path, environment: Path, tmp_path: Path) -> None:
+    code = "import pipeline; print(pipeline.__version__)"
+    assert run(environment / "bin" / "python", "-c", code, cwd=tmp_path).strip() == wheel.name.split("-")[1]
 
 
 def test_the_installed_modules_are_not_those_of_the_checkout(environment: Path, tmp_path: Path) -> None:
