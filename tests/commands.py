@@ -1,6 +1,6 @@
-"""All commands with their flags, as Typer built them; and the README's section of flags, made from them.
+"""All commands with their flags, as Typer built them; and the guide to all flags, made from them.
 
-python tests/commands.py writes that section anew.
+python tests/commands.py writes the tables of examples/guides/flags.md anew.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ import typer
 
 from marsinfer_cli.app import app
 
-README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parents[1] / "examples" / "guides" / "flags.md"
 BEGINNING = "<!-- made by: python tests/commands.py -->\n"
 END = "<!-- end of what is made -->\n"
 OF_TYPER = ("--help", "--install-completion", "--show-completion")
 
 
 def commands() -> dict[str, Any]:
-    """Every command that does something, by its words behind `marsinfer`."""
+    """Every command that does something, by its words behind `marsinfer`, but for hidden ones."""
     return dict(_below(typer.main.get_command(app), ()))
 
 
 def _below(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for name, each in getattr(command, "commands", {}).items():
-        yield from _below(each, (*words, name))
+        if not getattr(each, "hidden", False):
+            yield from _below(each, (*words, name))
     if not hasattr(command, "commands"):
         yield " ".join(words), command
 
 
 def options(command: Any) -> list[Any]:
-    """Its own flags, without those that Typer gives to all."""
+    """Its own flags, without hidden ones and those that Typer gives to all."""
     named = [each for each in command.params if each.param_type_name == "option"]
-    return [each for each in named if each.opts[0] not in OF_TYPER]
+    return [each for each in named if each.opts[0] not in OF_TYPER and not getattr(each, "hidden", False)]
 
 
 def default_of(option: Any) -> str | None:
@@ -47,29 +48,43 @@ def default_of(option: Any) -> str | None:
 
 
 def reference() -> str:
-    """The flags of every command by panel, with metavariables and defaults."""
-    blocks = []
-    for words, command in commands().items():
-        arguments = [each.metavar for each in command.params if each.param_type_name == "argument"]
-        panels: dict[str, list[str]] = {}
-        for option in options(command):
-            panels.setdefault(option.rich_help_panel, []).append(_shown(option))
-        heading = " ".join(("marsinfer", words, *arguments))
-        lines = [f"- {panel}: {', '.join(shown)}" for panel, shown in panels.items()]
-        blocks.append("\n".join((f"**`{heading}`**\n", *lines)))
-    return "\n\n".join(blocks) + "\n"
+    """A section a command: its line of words, what it does, and a table of its flags for each panel."""
+    return "\n".join(_section(words, command) for words, command in commands().items())
 
 
-def _shown(option: Any) -> str:
-    metavar = f" {option.metavar}" if option.metavar else ""
-    default = default_of(option)
-    return f"`{option.opts[0]}{metavar}`" + ("" if default is None else f" ({default})")
+def _section(words: str, command: Any) -> str:
+    arguments = [each.metavar for each in command.params if each.param_type_name == "argument"]
+    line = " ".join(("marsinfer", words, *arguments))
+    panels: dict[str, list[str]] = {}
+    for option in options(command):
+        panels.setdefault(option.rich_help_panel, []).append(_row(option))
+    does = _escaped(" ".join(command.help.partition("\n\n")[0].split()))
+    blocks = [f"## marsinfer {words}\n", f"    {line}\n", f"{does}\n"]
+    for panel, rows in panels.items():
+        blocks += [f"**{panel}**\n", "| flag | default | what it does |", "|---|---|---|", *rows, ""]
+    return "\n".join(blocks)
 
 
-def in_readme() -> str:
-    return README.read_text(encoding="utf-8").partition(BEGINNING)[2].partition(END)[0]
+def _row(option: Any) -> str:
+    """Flag, default and help; a switch that is on is given by the name that turns it off, beside its own."""
+    names = " / ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    if option.metavar:
+        names = f"{names[:-1]} {option.metavar}`"
+    cells = (names, default_of(option) or "off", option.help)
+    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that a table's cell shows as it is; what stands between backticks is code already."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("<", "&lt;").replace("*", "\\*") for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
+
+
+def in_guide() -> str:
+    return GUIDE.read_text(encoding="utf-8").partition(BEGINNING)[2].partition(END)[0]
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGINNING)
-    README.write_text(before + BEGINNING + reference() + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, rest = GUIDE.read_text(encoding="utf-8").partition(BEGINNING)
+    GUIDE.write_text(before + BEGINNING + reference() + END + rest.partition(END)[2], encoding="utf-8")
