@@ -23,8 +23,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.config import parse_count
 from pipeline.model.loading import open_model
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.parse import parse_count
 
 LICENSES = Path(__file__).with_name("licenses.jsonl")
 QUESTION = "What is this about?"
@@ -38,7 +39,7 @@ def write_documents(path: Path, count: int, lengths: tuple[int, int], model: str
     """As many documents as `count`, their lengths drawn evenly from a range in tokens of the model."""
     texts = [json.loads(line)["text"] for line in LICENSES.read_text(encoding="utf-8").splitlines()]
     words = " ".join(dict.fromkeys(texts)).split()
-    tokenizer = open_model(model, device="cpu").tokenizer
+    tokenizer = open_model(ModelSettings(model=model, device="cpu")).tokenizer
     words_a_token = len(words) / len(tokenizer(" ".join(words), verbose=False)["input_ids"])
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:

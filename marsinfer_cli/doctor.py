@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from marsinfer_cli import options
+from marsinfer_cli.signature import takes
 from pipeline.errors import MarsError
+from pipeline.settings.console import DoctorSwitches
 
 if TYPE_CHECKING:
     from pipeline.doctor.examine import Examination
@@ -15,18 +16,16 @@ STYLES = {"ok": "green", "absent": "dim", "note": "yellow", "broken": "bold red"
 WORDS = {"ok": "ok", "absent": "-", "note": "note", "broken": "BROKEN"}
 
 
-def doctor(
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-) -> None:
+@takes(DoctorSwitches)
+def doctor(switches: DoctorSwitches) -> None:
     """Say what is installed, what this machine can run and why not more, and test that it runs right.
 
     Exits with 1 where something is broken: a package that cannot be imported, a backend or a method whose
     results are wrong. What is not there, such as a GPU, is no fault. Takes some seconds, more on a GPU that
     has to compile its kernels first.
     """
-    result = _run(quiet=quiet)
-    if as_json:
+    result = _run(quiet=switches.quiet)
+    if switches.as_json:
         print(json.dumps(result.as_dict()))
     else:
         _print(result)

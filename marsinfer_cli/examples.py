@@ -12,14 +12,12 @@ EXAMPLES = {
     "methods": "marsinfer methods marsinfer",
     "doctor": "marsinfer doctor --json > doctor.json",
     "bench ttft": "marsinfer bench ttft --methods dense,marsinfer:share=0.5 --lengths 8k,32k "
-    "--random-weights qwen2-7b",
+    "--model random:qwen2-7b",
     "bench batch": "marsinfer bench batch contracts.parquet --method marsinfer --limit 200",
     "bench attention": "marsinfer bench attention --shape llama-3.1-8b --packs '32k;4x8k'",
-    "bench offload": "marsinfer bench offload --lengths 128k --kv-memory 4GiB --random-weights llama-3.1-8b",
-    "bench decode": "marsinfer bench decode --documents 8 --lengths 32k --random-weights qwen2-7b",
+    "bench offload": "marsinfer bench offload --lengths 128k --kv-memory 4GiB --model random:llama-3.1-8b",
+    "bench decode": "marsinfer bench decode --documents 8 --lengths 32k --model random:qwen2-7b",
     "bench accuracy": "marsinfer bench accuracy --suite leval:leval --methods mars,marsinfer:eta=0.99",
-    "bench agreement": "marsinfer bench agreement contracts.parquet --methods dense,marsinfer:eta=0.9 "
-    "--limit 20",
 }
 
 

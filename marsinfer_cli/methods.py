@@ -5,32 +5,23 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from marsinfer_cli import completion, options
+from marsinfer_cli.signature import takes
+from pipeline.settings.console import MethodsSwitches
 
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 
-def methods(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME]",
-            help="Tell all about one method, its parameters too.",
-            autocompletion=completion.methods,
-        ),
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
+@takes(MethodsSwitches)
+def methods(switches: MethodsSwitches) -> None:
     """List the pruning methods, or tell what one does and what can be set."""
     from pipeline.pruning.registry import method_class, method_names
 
+    name = switches.name
     described = [_describe(method_class(each)) for each in ([name] if name else method_names())]
-    if as_json:
+    if switches.as_json:
         print(json.dumps(described[0] if name else described))
     elif name:
         _print_method(described[0])

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from marsinfer_cli.events import print_event
-from pipeline.config import BatchConfig
+from pipeline.settings.run import BatchConfig
 from pipeline.summary import Summary, Tally
 
 PLAIN_EVERY_S = 10.0

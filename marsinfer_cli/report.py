@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from marsinfer_cli.options import FILES
-from pipeline.errors import ConfigError
+from marsinfer_cli.signature import takes
+from pipeline.settings.console import ReportSwitches
 
 
-def report(
-    outputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="OUTPUT...",
-            help="Outputs of batch, or unfinished ones, whose journal is read; of two, rows are compared.",
-        ),
-    ],
-    html: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a page that needs no network; replaces FILE.",
-            show_default="tables in the terminal",
-            rich_help_panel=FILES,
-        ),
-    ] = None,
-    row: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="One row's pruning map, by id or number, of a run with --save-selection.",
-            show_default="all rows",
-            rich_help_panel=FILES,
-        ),
-    ] = None,
-    open: Annotated[
-        bool, typer.Option("--open", help="Show the page of --html in a browser.", rich_help_panel=FILES)
-    ] = False,
-) -> None:
+@takes(ReportSwitches)
+def report(switches: ReportSwitches) -> None:
     """Report on one output of batch or more: times, shares by layer, errors; two of them row by row."""
     from pipeline.report.page import check_page, write_page
     from pipeline.report.reading import opened
 
-    if open and html is None:
-        raise ConfigError("--open shows the page of --html FILE: give that too")
-    if row is not None and len(outputs) != 1:
-        raise ConfigError("--row takes one output, in which that row is")
+    outputs, row, html = list(switches.outputs), switches.row, switches.html
     if html is not None:
         check_page(html, outputs)
         if row is None:
@@ -60,7 +26,7 @@ def report(
     if html is None or page is None:
         return
     write_page(html, page)
-    if open:
+    if switches.open:
         import webbrowser
 
         webbrowser.open(Path(html).resolve().as_uri())

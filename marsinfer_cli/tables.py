@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pipeline.bench.ttft import Measurement
     from pipeline.model.loading import LoadedModel
     from pipeline.quality.accuracy import Accuracy
-    from pipeline.quality.agreement import Agreement
     from pipeline.quality.bootstrap import Drop
 
 
@@ -122,27 +121,6 @@ def print_decode_table(conditions: dict[str, Any], results: list[DecodeMeasureme
     for result in results:
         if result.capture_failure:
             print(f"\n{result.variant}: decoded without graphs: {result.capture_failure}")
-
-
-def print_agreement_table(conditions: dict[str, Any], results: list[Agreement]) -> None:
-    _print_conditions(conditions)
-    dense = next((result for result in results if result.variant == "dense"), None)
-    _print_rows(
-        [
-            {
-                "variant": result.variant,
-                "agreement": _share(result.agreement),
-                "first tokens": _share(result.first_tokens),
-                "tokens compared": f"{result.tokens:,}",
-                "TTFT p50 ms": f"{result.ttft_ms:,.1f}",
-                "speed-up": f"{dense.ttft_ms / result.ttft_ms:.3f}" if dense else "-",
-                "K/V of dense": _share(result.kv_ratio),
-            }
-            for result in results
-        ]
-    )
-    for result in results:
-        _print_by_layer(result.variant, result.kept_share_by_layer, result.ffn_share_by_layer)
 
 
 def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy], long_tokens: int) -> None:

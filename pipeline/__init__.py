@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.batch import run_batch
-    from pipeline.config import BatchConfig
     from pipeline.errors import MarsError
     from pipeline.model.loading import load_model
     from pipeline.pruning.registry import make_method
+    from pipeline.settings.run import BatchConfig
 
     __version__: str
 
 _WHERE = {
-    "BatchConfig": "pipeline.config",
+    "BatchConfig": "pipeline.settings.run",
     "MarsError": "pipeline.errors",
     "load_model": "pipeline.model.loading",
     "make_method": "pipeline.pruning.registry",

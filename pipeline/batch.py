@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from pipeline.config import BatchConfig, parse_max_errors
-from pipeline.config_file import DEFAULT_METHOD
 from pipeline.engines.one_process import Engine, OneProcess
 from pipeline.errors import ConfigError, TooManyErrors
 from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
@@ -21,8 +19,10 @@ from pipeline.io.writing import check_output
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
-from pipeline.profile import above_profile
 from pipeline.pruning.registry import make_method
+from pipeline.settings.parse import parse_max_errors
+from pipeline.settings.run import BatchConfig
+from pipeline.settings.sources import renewed, with_profile
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -69,20 +69,19 @@ def run_batch(
     writes the same output, StorageError where it cannot be written, TooManyErrors by `max_errors`. After a
     MarsError the finished rows are in the journal, from which `resume=True` goes on.
     """
+    options = renewed(BatchConfig, options, note)
     options["model"] = model if isinstance(model, str) else model.name
-    if method is None:
-        options = above_profile(options)
-        method = str(options.get("method", DEFAULT_METHOD))
     if isinstance(method, str):
         options["method"] = method
-    else:
+    elif method is not None:
         options["method"] = f"{type(method).__module__}:{type(method).__qualname__}"
         options["settings"] = asdict(method)
-        if options.get("sparse_attention") is not None:
-            raise ConfigError("sparse_attention goes with a method's name: set it in the method object")
-    inputs = (input,) if isinstance(input, str) else tuple(map(str, input))
-    config = BatchConfig(input=inputs, output=str(output), **options)
-    chosen = make_method(config.method, config.method_settings) if isinstance(method, str) else method
+    else:
+        options = with_profile(options)
+    options["input"] = (input,) if isinstance(input, str) else tuple(map(str, input))
+    config = BatchConfig(output=str(output), **options)
+    if method is None or isinstance(method, str):
+        method = make_method(config.method, config.settings)
     check_output(config.output, (), config.overwrite or config.resume)
     if config.engine == "ray" and not isinstance(model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
@@ -90,7 +89,7 @@ def run_batch(
         source = open_input(config)
         for text in source.notes:
             note(text)
-        run = prepare(config, source, model if cluster is None else cluster.open_model(config), chosen)
+        run = prepare(config, source, model if cluster is None else cluster.open_model(config), method)
         for text in run.notes:
             note(text)
         engine = OneProcess(run, check, note) if cluster is None else cluster.engine(run, note)

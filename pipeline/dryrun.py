@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.bench.flops import dense_flops
-from pipeline.config import BatchConfig
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError
@@ -22,6 +21,7 @@ from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
+from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument
 from pipeline.summary import Tally
 
@@ -260,7 +260,7 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
 
 
 def _prepare(config: BatchConfig) -> Preparation:
-    method = make_method(config.method, config.method_settings)
+    method = make_method(config.method, config.settings)
     return prepare(config, open_rows(config), config.model, method)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError, MarsError, RowError, is_failure
-from pipeline.io import Columns, Source, open_source, parse_keep_columns
+from pipeline.io import Columns, Keep, Source, open_source, parse_keep_columns
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.settings.data import DataSettings
+from pipeline.settings.prompts import PromptSettings, SplitSettings
+from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument, Splitter
 
 if TYPE_CHECKING:
     from pipeline.io.journal import Journal
+    from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
 
 Record = Document | RowFailure
@@ -23,33 +26,41 @@ Item = EncodedDocument | SplitDocument | RowFailure
 
 def open_rows(config: BatchConfig) -> Source:
     """The input of a run, checked and opened."""
-    columns = Columns(
-        text=config.text_column,
-        question=config.question_column,
-        questions=config.questions_column,
-        fixed_question=config.question,
-        id=config.id_column,
-        task=config.task_column,
-        keep=parse_keep_columns(config.keep_columns) if config.keep_columns else None,
+    keep = parse_keep_columns(config.keep_columns) if config.keep_columns else None
+    return open_source(config.input, columns_of(config, keep), config.output)
+
+
+def columns_of(data: DataSettings, keep: Mapping[str, str | None] | Keep | None) -> Columns:
+    """The columns of the input by what they are for; `keep` as in `Columns`."""
+    return Columns(
+        text=data.text_column,
+        question=data.question_column,
+        questions=data.questions_column,
+        fixed_question=data.question,
+        id=data.id_column,
+        task=data.task_column,
+        keep=keep,
     )
-    return open_source(config.input, columns, config.output)
 
 
-def make_prompts(config: BatchConfig, tokenizer: Any, context: int) -> PromptBuilder:
-    """The prompts of a run, for a model with this tokenizer and `context` tokens."""
+def make_prompts(
+    settings: PromptSettings, model: Model, max_new_tokens: int, *, longest: int | None = None
+) -> PromptBuilder:
+    """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes."""
     from pipeline.prompts import PromptBuilder
 
+    context = model.shape.context
     return PromptBuilder(
-        tokenizer,
-        context=context,
-        max_new_tokens=config.max_new_tokens,
-        system=config.system,
-        template=config.template_text(),
-        on_overlong=config.on_overlong,
+        model.tokenizer,
+        context=context if longest is None else min(longest, context),
+        max_new_tokens=max_new_tokens,
+        system=settings.system,
+        template=settings.template_text(),
+        on_overlong=settings.on_overlong,
     )
 
 
-def make_splitter(config: BatchConfig, prompts: PromptBuilder) -> Splitter | None:
+def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | None:
     """How a run with such prompts cuts over-long documents, if it does."""
     from pipeline.mapreduce import COMBINE, COMBINE_AS_TEXT
     from pipeline.tokenizing import chat_source

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError
 from pipeline.intake import Item, Record, encode_rows, make_prompts, make_splitter
 from pipeline.io import Source, output_schema
 from pipeline.io.sorting import by_document
 from pipeline.provenance import deciding_settings, describe_run
 from pipeline.reading import Reading
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,11 +79,11 @@ class Preparation(Setup):
 def prepare(config: BatchConfig, source: Source, model: str | Model, method: PruningMethod) -> Preparation:
     """Raises ConfigError or ModelError for what cannot work, before any row or weight is read."""
     if isinstance(model, str):
-        model = open_configured(config)
+        model = open_for_run(config)
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
     profile, guard, notes = _profiled(config, model, method)
-    prompts = make_prompts(config, model.tokenizer, model.shape.context)
+    prompts = make_prompts(config, model, config.max_new_tokens)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
@@ -101,22 +102,11 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
     )
 
 
-def open_configured(
-    config: BatchConfig, *, dtype: str | None = None, device: str | None = None
-) -> UnloadedModel:
-    """The model that a configuration names; `dtype` and `device` stand above it."""
+def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
+    """The model of a run; `elsewhere` are the dtype and device that stand above the configuration's."""
     from pipeline.model.loading import open_model
 
-    return open_model(
-        config.model,
-        dtype=dtype or config.dtype,
-        device=device or config.device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attention,
-        attention_dtype=config.attention_dtype,
-        rope_scaling=config.rope_scaling,
-    )
+    return open_model(ModelSettings.of(config, **elsewhere), attention_dtype=config.attention_dtype)
 
 
 def _profiled(
@@ -126,7 +116,6 @@ def _profiled(
     from pipeline.guard import Guard
     from pipeline.profile import check_profile, load_profile
     from pipeline.pruning.dense import Dense
-    from pipeline.pruning.registry import make_method
 
     if config.profile is None:
         return None, None, ()
@@ -134,7 +123,7 @@ def _profiled(
     notes = check_profile(config.profile, profile, model)
     if config.guard == "off" or isinstance(method, Dense):
         return profile, None, tuple(notes)
-    if method != make_method(profile.batch["method"], profile.batch["settings"]):
+    if not profile.is_of(config, method):
         notes.append("other settings stand above the profile's, which was not verified with them: no guard")
         return profile, None, tuple(notes)
     return profile, Guard.of(profile), tuple(notes)

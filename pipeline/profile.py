@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config_file import merge
 from pipeline.errors import ConfigError
 from pipeline.io.whole_file import writing
+from pipeline.pruning.registry import make_method
+from pipeline.settings.method import MethodSettings
+from pipeline.settings.option import settings_of
 from pipeline.toml import toml_of
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
+    from pipeline.pruning.base import PruningMethod
 
 FORMAT = 1
 FAR_BEYOND = 1.5  # times the longest prompt that was calibrated on
-BATCH_KEYS = ("method", "linear-dtype", "attention-dtype", "settings")
+BATCH_KEYS = tuple(
+    each.name.replace("_", "-") for each in settings_of(MethodSettings) if each.about.in_profile
+)
 _REQUIRED = ("model", "fingerprint", "device", "dtype")
 
 
@@ -32,6 +37,13 @@ class Profile:
 
     about: Mapping[str, Any]  # the table [profile]
     batch: Mapping[str, Any]  # fields of a batch configuration: method, settings, linear and attention dtype
+
+    def is_of(self, config: MethodSettings, method: PruningMethod) -> bool:
+        """Whether a run with this configuration does what was verified, and nothing stands above it."""
+        precisions = ("linear_dtype", "attention_dtype")
+        return method == make_method(self.batch["method"], self.batch["settings"]) and all(
+            getattr(config, name) == self.batch.get(name, "auto") for name in precisions
+        )
 
     @property
     def longest(self) -> int | None:
@@ -68,12 +80,6 @@ def load_profile(path: str) -> Profile:
     return Profile(about=about, batch=_batch(path, batch))
 
 
-def above_profile(settings: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a `BatchConfig`, with those of the profile that they name, if any, where they say nothing."""
-    path = settings.get("profile")
-    return settings if path is None else merge(load_profile(path).batch, settings)
-
-
 def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [key for key in table if key not in BATCH_KEYS]
     if unknown or not isinstance(table.get("method"), str):
@@ -105,8 +111,14 @@ def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
     dtype = str(model.dtype).removeprefix("torch.")
     if about["dtype"] != dtype:
         notes.append(f"the profile was calibrated in {about['dtype']}, and this run is in {dtype}")
-    if model.rope_scaling is not None:
-        notes.append(f"the profile was calibrated without --rope-scaling {model.rope_scaling}")
+    then = about.get("rope_scaling")
+    if model.rope_scaling != then:
+        notes.append(
+            f"the profile was calibrated without --rope-scaling {model.rope_scaling}"
+            if then is None
+            else f"the profile was calibrated with --rope-scaling {then}, and this run has "
+            + (model.rope_scaling or "none")
+        )
     return notes
 
 

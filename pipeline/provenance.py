@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import BatchConfig
+from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
     from pipeline.guard import Guard

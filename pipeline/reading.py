@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.config import BatchConfig
 from pipeline.records import Document, RowFailure
 from pipeline.selection import most_rows, select_rows, selected_rows
+from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
     from pipeline.io import Source

@@ -12,14 +12,15 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from pipeline.config import BatchConfig, parse_shard
 from pipeline.errors import ConfigError
 from pipeline.records import Document, RowFailure
+from pipeline.settings.data import DataSettings
+from pipeline.settings.parse import parse_shard
 
 Record = Document | RowFailure
 
 
-def select_rows(source: Iterable[Record], config: BatchConfig, total_rows: int | None) -> Iterator[Record]:
+def select_rows(source: Iterable[Record], config: DataSettings, total_rows: int | None) -> Iterator[Record]:
     """The rows of `source` that `config` asks for, in their order and with their own row numbers.
 
     Raises ConfigError for a sample of an input that can be read only once.
@@ -33,33 +34,33 @@ def select_rows(source: Iterable[Record], config: BatchConfig, total_rows: int |
     return islice(rows, config.limit)
 
 
-def selected_rows(config: BatchConfig, total_rows: int | None) -> int | None:
+def selected_rows(config: DataSettings, total_rows: int | None) -> int | None:
     """How many rows `select_rows` will yield, where that is known before reading."""
     count = _rows_of_shard(config, total_rows)
     most = most_rows(config)
     return count if count is None or most is None else min(count, most)
 
 
-def most_rows(config: BatchConfig) -> int | None:
+def most_rows(config: DataSettings) -> int | None:
     """The number that `select_rows` will not exceed, however many rows there are; None without a bound."""
     return min((bound for bound in (config.sample, config.limit) if bound is not None), default=None)
 
 
-def _shard(source: Iterable[Record], config: BatchConfig) -> Iterator[Record]:
+def _shard(source: Iterable[Record], config: DataSettings) -> Iterator[Record]:
     if config.shard is None:
         return iter(source)
     part, parts = parse_shard(config.shard)
     return (record for record in source if record.source.row % parts == part - 1)
 
 
-def _rows_of_shard(config: BatchConfig, total_rows: int | None) -> int | None:
+def _rows_of_shard(config: DataSettings, total_rows: int | None) -> int | None:
     if total_rows is None or config.shard is None:
         return total_rows
     part, parts = parse_shard(config.shard)
     return len(range(part - 1, total_rows, parts))
 
 
-def _count(source: Iterable[Record], config: BatchConfig) -> int:
+def _count(source: Iterable[Record], config: DataSettings) -> int:
     pipes = [path for path in getattr(source, "files", ()) if not path.is_file()]
     if isinstance(source, Iterator) or pipes:
         name = str(pipes[0]) if pipes else "the input"

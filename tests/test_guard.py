@@ -15,6 +15,7 @@ from pipeline.guard import SHARES, Guard, spoken_for
 from pipeline.model.loading import open_model
 from pipeline.profile import Profile, write_profile
 from pipeline.records import Answer
+from pipeline.settings.model import ModelSettings
 
 SETTINGS = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
 ROWS = [
@@ -90,7 +91,7 @@ def batch(tmp_path, sharp_model_folder):
 @pytest.fixture
 def profile(tmp_path, sharp_model_folder):
     def write(name="p", **guard):
-        model = open_model(str(sharp_model_folder), device="cpu")
+        model = open_model(ModelSettings(model=str(sharp_model_folder), device="cpu"))
         about = {
             "format": 1,
             "model": model.name,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import BatchConfig
 from pipeline.intake import open_rows
 from pipeline.model.loading import UnloadedModel, load_model, open_model
 from pipeline.preparation import prepare
 from pipeline.provenance import describe_run
 from pipeline.pruning.registry import make_method
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.run import BatchConfig
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def prepared(config, model):
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_weights_change_nothing_that_decides_or_is_told(config, dtype):
     names = {"dtype": dtype, "device": "cpu"}
-    unloaded = open_model(config.model, **names)
+    unloaded = open_model(ModelSettings(model=config.model, **names))
     models = [unloaded, unloaded.load(), load_model(config.model, **names)]
     runs = [prepared(config, model) for model in models]
     first, *others = (run.decides() for run in runs)

@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 from pipeline import run_batch
-from pipeline.config import LINEAR_DTYPES
 from pipeline.errors import ConfigError
 from pipeline.model.loading import open_model
 from pipeline.model.shape import ModelShape
 from pipeline.profile import Profile, check_profile, length_note, load_profile, write_profile
 from pipeline.pruning.registry import make_method
+from pipeline.settings.method import LINEAR_DTYPES
+from pipeline.settings.model import ModelSettings
 
 SETTINGS = {"eta": (0.9, 1.0, 0.5, 1.0), "start_layer": 0, "low": None, "sparse_attention": 0.9}
 
 
 @pytest.fixture
 def profile(model_folder):
-    model = open_model(str(model_folder), device="cpu")
+    model = open_model(ModelSettings(model=str(model_folder), device="cpu"))
     about = {
         "format": 1,
         "model": model.name,
@@ -69,7 +70,7 @@ def test_the_shipped_profiles_are_of_this_format_and_fit_their_models(shipped):
 
 
 def test_another_model_is_refused_and_another_device_noted(path, profile, model_folder, sharp_model_folder):
-    model = open_model(str(model_folder), device="cpu")
+    model = open_model(ModelSettings(model=str(model_folder), device="cpu"))
     assert check_profile("p", profile, model) == []
     elsewhere = replace(profile, about={**profile.about, "device": "NVIDIA H200", "dtype": "bfloat16"})
     device, dtype = check_profile("p", elsewhere, model)

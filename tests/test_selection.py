@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError
 from pipeline.io import Columns, open_source
 from pipeline.records import Document, Row
 from pipeline.selection import select_rows, selected_rows
+from pipeline.settings.run import BatchConfig
 
 
 def config(**options):

@@ -1,11 +1,18 @@
-"""Prompts of random tokens, whose speed is that of any other of their length."""
+"""Prompts to be timed: of random tokens, whose speed is that of any other, and of real documents."""
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
+from pipeline.errors import InputError, RowError
+from pipeline.intake import make_prompts
+from pipeline.io import Columns, open_source
 from pipeline.model.loading import LoadedModel
-from pipeline.records import EncodedDocument, Row, Spans
+from pipeline.records import EncodedDocument, Row, RowFailure, Spans
+from pipeline.settings.data import TextSettings
+from pipeline.settings.prompts import PromptSettings
 
 
 def random_document(model: LoadedModel, length: int, row: int = 0) -> EncodedDocument:
@@ -13,3 +20,29 @@ def random_document(model: LoadedModel, length: int, row: int = 0) -> EncodedDoc
     ids = np.random.default_rng(row).integers(0, model.shape.vocab, length)
     spans = Spans(document=(0, length), question=(length, length))
     return EncodedDocument(source=Row(row=row, id=str(row), place="random"), input_ids=ids, spans=spans)
+
+
+def real_documents(
+    model: LoadedModel,
+    path: str,
+    rows: range,
+    text: TextSettings,
+    prompts: PromptSettings,
+    length: int | None,
+) -> list[EncodedDocument]:
+    """The prompts of these rows of a file, with `length` cut in their middle to so many tokens."""
+    if length is not None:
+        prompts = PromptSettings.of(prompts, on_overlong="truncate-middle")
+    builder = make_prompts(prompts, model, 0, longest=length)
+    source = open_source([path], Columns(text=text.text_column, fixed_question=text.question))
+    encoded = []
+    for document in islice(source, rows.start, rows.stop):
+        if isinstance(document, RowFailure):
+            raise InputError(document.message)
+        try:
+            encoded.append(builder.encode(document))
+        except RowError as error:
+            raise InputError(f"{document.source.place}: {error}") from error
+    if len(encoded) < len(rows):
+        raise InputError(f"{path} has no row {rows.start + len(encoded)}")
+    return encoded

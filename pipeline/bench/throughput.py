@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ class Throughput:
 def measure_throughput(
     model: LoadedModel,
     variant: Variant,
-    input: str,
+    input: str | Sequence[str],
     *,
     note: Callable[[str], None] = lambda text: None,
     **options: Any,
@@ -110,7 +110,8 @@ def measure_throughput(
     times = summary.times
     if not times.packs:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.errors.most_common(3))
-        raise InputError(f"{input} has no row that was answered" + (f" ({kinds})" if kinds else ""))
+        named = input if isinstance(input, str) else ", ".join(input)
+        raise InputError(f"{named} has no row that was answered" + (f" ({kinds})" if kinds else ""))
     return Throughput(
         variant=variant.name,
         documents=summary.status["ok"],

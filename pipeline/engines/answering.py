@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from pipeline.errors import RowError
 from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
+from pipeline.model.sampling import Sampling
 from pipeline.records import Answer, EncodedDocument
+from pipeline.settings.answers import AnswerSettings, SamplingSettings
+from pipeline.tokenizing import stop_token_ids
 
 
 class Failure(NamedTuple):
@@ -87,11 +91,31 @@ def _tell_shared(rows: Sequence[Answer], shared: Shared, model: LoadedModel) -> 
         row.flops_ratio -= flops * (1 - 1 / count) / dense_flops(shape, row.prompt_tokens)
 
 
+def rules_of(settings: AnswerSettings, model: LoadedModel) -> StopRules:
+    """Where the answers of a model end."""
+    return StopRules(
+        max_new_tokens=settings.max_new_tokens,
+        token_ids=stop_token_ids(model.tokenizer, model.generation_config),
+        texts=settings.stop,
+        decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
+    )
+
+
+def sampling_of(settings: SamplingSettings) -> Sampling:
+    """How the tokens of answers are drawn."""
+    return Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+
+
+def answer_text(tokens: Sequence[int], rules: StopRules, model: LoadedModel) -> str:
+    """An answer that has ended, up to the first stop text in it."""
+    text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    found = [text.index(stop) for stop in rules.texts if stop in text]
+    return text[: min(found)] if found else text
+
+
 def add_answer(row: Answer, generated: Generated, rules: StopRules, model: LoadedModel) -> None:
     """Write an answer that has ended into its row, as text and in numbers."""
-    text = model.tokenizer.decode(generated.tokens, skip_special_tokens=True)
-    found = [text.index(stop) for stop in rules.texts if stop in text]
-    row.answer = text[: min(found)] if found else text
+    row.answer = answer_text(generated.tokens, rules, model)
     row.new_tokens = len(generated.tokens)
     row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
 

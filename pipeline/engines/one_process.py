@@ -122,11 +122,9 @@ def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocume
 
 def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> LocalEngine:
     """Load the weights and warm up, and note how long that took where it took long."""
+    from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
-    from pipeline.model.decode import StopRules
-    from pipeline.model.sampling import Sampling
-    from pipeline.tokenizing import stop_token_ids
 
     config = setup.config
     check()
@@ -138,17 +136,11 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         ffn=setup.method.ffn_in_fp8,
         keep=model is setup.model,  # who gave a loaded model may want its own precision later
     )
-    rules = StopRules(
-        max_new_tokens=config.max_new_tokens,
-        token_ids=stop_token_ids(model.tokenizer, model.generation_config),
-        texts=config.stop,
-        decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
-    )
     engine = LocalEngine(
         model,
         setup.method,
-        rules=rules,
-        sampling=Sampling(temperature=config.temperature, top_p=config.top_p, seed=config.seed),
+        rules=rules_of(config, model),
+        sampling=sampling_of(config),
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,

@@ -14,11 +14,12 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from pipeline.config import BatchConfig, parse_workers
 from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import SIGNALS
 from pipeline.model.loading import UnloadedModel
-from pipeline.preparation import Preparation, Setup, open_configured
+from pipeline.preparation import Preparation, Setup, open_for_run
+from pipeline.settings.parse import parse_workers
+from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
     from pipeline.engines.ray import RayEngine
@@ -66,7 +67,7 @@ def distant_model(config: BatchConfig, facts: ModelFacts) -> DistantModel:
     """The model of a configuration, for the GPU that the facts are of; its files are read here."""
     import torch
 
-    here = open_configured(config, dtype=facts.dtype, device="cpu")
+    here = open_for_run(config, dtype=facts.dtype, device="cpu")
     values = {field.name: getattr(here, field.name) for field in fields(here)}
     return DistantModel(**values | {"device": torch.device("cuda")}, facts=facts)
 
@@ -177,7 +178,7 @@ class RayCluster:
     def open_model(self, config: BatchConfig) -> UnloadedModel:
         """The model as the workers will have it, its weights not loaded."""
         if not self.gpus_per_worker:
-            return open_configured(config, device="cpu")
+            return open_for_run(config, device="cpu")
         self.places()
         import ray
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 
-from pipeline.config import BatchConfig
 from pipeline.engines.blocks import Unit, moved, rows_of
 from pipeline.engines.one_process import answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
-from pipeline.preparation import Setup, open_configured
+from pipeline.preparation import Setup, open_for_run
 from pipeline.records import Answer
+from pipeline.settings.run import BatchConfig
 from pipeline.summary import EngineTimes
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ModelFacts:
 
 def model_facts(config: BatchConfig) -> ModelFacts:
     """Raises ConfigError or ModelError, as opening the model does; loads no weights."""
-    model = open_configured(config, device="cuda")
+    model = open_for_run(config, device="cuda")
     try:
         model.check_fp8()
         refused = None
@@ -89,7 +89,7 @@ class Worker:
 
     def _open(self, setup: Setup, fingerprint: str) -> UnloadedModel:
         dtype = str(setup.model.dtype).removeprefix("torch.")
-        model = open_configured(setup.config, dtype=dtype, device="cuda" if self._gpus else "cpu")
+        model = open_for_run(setup.config, dtype=dtype, device="cuda" if self._gpus else "cpu")
         if model.fingerprint != fingerprint:
             raise ModelError(
                 f"{model.name} ({model.fingerprint[:20]}) is not the model of this run ({fingerprint[:20]}):"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.kernels.fused import (
@@ -36,6 +35,7 @@ from pipeline.kernels.step import (
 )
 from pipeline.model.projection import Projection
 from pipeline.model.shape import PIECE_TOKENS, ModelShape
+from pipeline.settings.parse import parse_rope_scaling
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

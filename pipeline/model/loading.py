@@ -21,6 +21,7 @@ from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, sha
 from pipeline.model.files import locate
 from pipeline.model.random_weights import PREFIX, RandomWeights
 from pipeline.model.shape import ModelShape
+from pipeline.settings.model import ModelSettings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -177,54 +178,28 @@ def attention_for(
     )
 
 
-def load_model(
-    model: str = "smollm2-135m",
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    attention: str = "auto",
-    attention_dtype: str = "auto",
-    rope_scaling: str | None = None,
-) -> LoadedModel:
+def load_model(model: str = "smollm2-135m", *, attention_dtype: str = "auto", **options: Any) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
-    `dtype` is auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu,
-    cuda or cuda:N; `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto
-    for the fastest that passes a trial on the device; `attention_dtype` fp8 prefills in float8 where one can.
+    `options` are the other fields of `ModelSettings`, which are flags of the commands: `dtype` is auto
+    (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu, cuda or cuda:N;
+    `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto for the fastest
+    that passes a trial on the device; `attention_dtype` fp8 prefills in float8 where one can.
     `trust_remote_code` lets a folder run code that it brings. `rope_scaling` is as `--rope-scaling`.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
     too large for the device, ConfigError for a device, dtype or backend that is not there.
     """
-    return open_model(
-        model,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        attention=attention,
-        attention_dtype=attention_dtype,
-        rope_scaling=rope_scaling,
-    ).load()
+    return open_model(ModelSettings(model=model, **options), attention_dtype=attention_dtype).load()
 
 
-def open_model(
-    model: str,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    attention: str = "auto",
-    attention_dtype: str = "auto",
-    rope_scaling: str | None = None,
-) -> UnloadedModel:
+def open_model(settings: ModelSettings, *, attention_dtype: str = "auto") -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
-    target = pick_device(device)
-    torch_dtype = pick_dtype(dtype, target)
-    source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
+    target = pick_device(settings.device)
+    torch_dtype = pick_dtype(settings.dtype, target)
+    source = find_source(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
     with _quiet():
         config = source.config()
         check_config(config)
@@ -232,12 +207,12 @@ def open_model(
             source=source,
             config=config,
             tokenizer=source.tokenizer(),
-            shape=shape_of(_scaled(config, rope_scaling)),
+            shape=shape_of(_scaled(config, settings.rope_scaling)),
             device=target,
             dtype=torch_dtype,
-            wanted_attention=attention,
+            wanted_attention=settings.attention,
             attention_in_fp8=attention_dtype == "fp8",
-            rope_scaling=rope_scaling,
+            rope_scaling=settings.rope_scaling,
         )
 
 

@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.bench.variant import Variant, prepare
-from pipeline.errors import ConfigError
+from pipeline.engines.answering import rules_of
+from pipeline.intake import make_prompts
 from pipeline.model.loading import LoadedModel
-from pipeline.prompts import PromptBuilder
 from pipeline.quality.bootstrap import Drop, paired_drop
 from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.cases import make_cases
-from pipeline.quality.check_config import CheckConfig
 from pipeline.quality.check_rows import read_rows
 from pipeline.quality.evaluate import Case, CaseScore, evaluate
 from pipeline.quality.forced import Forced
 from pipeline.quality.workbench import DENSE, slowdown
+from pipeline.settings.rows import RowSettings
 
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
 
@@ -144,18 +144,14 @@ def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]
     return {length: statistics.median(ratios[length]) for length in sorted(ratios)}
 
 
-def read_cases(config: CheckConfig, model: LoadedModel) -> tuple[list[Case], tuple[str, ...]]:
+def read_cases(
+    config: RowSettings, model: LoadedModel, check: Callable[[], None] = lambda: None
+) -> tuple[list[Case], tuple[str, ...]]:
     """The rows that `config` names, as `check` reads them, and why others were left out.
 
-    Raises ConfigError for rows without right answers, and what `read_rows` does.
+    A row without a right answer has dense's own, which is generated here. Raises what `read_rows` does.
     """
-    if not config.has_references:
-        raise ConfigError("nothing to hold answers against: give --suite, or DATA with --reference-column")
-    prompts = PromptBuilder(
-        model.tokenizer,
-        context=model.shape.context,
-        max_new_tokens=config.max_new_tokens,
-        on_overlong="truncate-middle",
-    )
-    rows = read_rows(config, prompts)
-    return make_cases(model, rows.rows, config.max_new_tokens), rows.left_out
+    rows = read_rows(config, make_prompts(config, model, config.max_new_tokens))
+    prepare(model, [DENSE])
+    DENSE.use(model)
+    return make_cases(model, rows.rows, rules_of(config, model), check), rows.left_out

@@ -7,17 +7,13 @@ are not independent, so documents are resampled rather than rows.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import ConfigError
-
 Verdict = Literal["pass", "fail", "inconclusive"]
-_BOUND = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)")
 _SLACK = 1e-9  # for the last bits of sums, in points or percent
 _DRAWN_AT_ONCE = 1 << 21  # entries of the matrix of drawn clusters
 
@@ -120,19 +116,6 @@ def judge(drop: Drop, bound: float) -> Judgement:
         return Judgement(verdict="inconclusive", bound=bound)
     needed = math.ceil(drop.rows * (half_width / distance) ** 2)
     return Judgement(verdict="inconclusive", bound=bound, rows_needed=max(needed, drop.rows + 1))
-
-
-def parse_drop(text: str, flag: str = "--max-drop") -> tuple[float, bool]:
-    """`1pt`, points of the score, as (1.0, False); `1%`, percent of dense's score, as (1.0, True)."""
-    found = _BOUND.fullmatch(text.strip())
-    if found is None:
-        raise ConfigError(
-            f"{flag} {text!r}: write a number and unit, 1pt (points of the score) or 1% (of dense's score)"
-        )
-    value = float(found.group(1))
-    if value > 100:
-        raise ConfigError(f"{flag} {text!r}: must be from 0 to 100")
-    return value, found.group(2) == "%"
 
 
 def _checked(

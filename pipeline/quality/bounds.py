@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.quality.bootstrap import Drop, Judgement, judge, paired_drop, parse_drop
+from pipeline.quality.bootstrap import Drop, Judgement, judge, paired_drop
 from pipeline.quality.evaluate import CaseScore
+from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.parse import parse_drop
 
 NEEDLES = "needles-"  # the beginning of the tasks that are gates of their own
 _SLACK = 1e-9
@@ -66,6 +68,15 @@ class Bounds:
     needles: Bound
     main_name: str  # the score of the rows: token accuracy, or agreement with dense
 
+    @classmethod
+    def of(cls, config: CalibrateConfig) -> Bounds:
+        """Those that a calibration is given."""
+        return cls(
+            main=Bound.of(str(config.max_drop), "--max-drop"),
+            needles=Bound.of(config.needle_drop, "--needle-drop"),
+            main_name="token accuracy" if config.has_references else "agreement",
+        )
+
     def drops(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, float]:
         """Of each gate; the main one is there even without rows, with 0."""
         parts = self._parts(dense, scores)
@@ -90,13 +101,13 @@ class Bounds:
         """Every gate, with its bootstrapped interval."""
         verified = []
         for name, pair in self._parts(dense, scores).items():
-            drop, bound = self._drop(name, *pair, resamples=resamples, seed=seed), self.of(name)
+            drop, bound = self._drop(name, *pair, resamples=resamples, seed=seed), self.bound_of(name)
             one_row = 100 / drop.rows / (drop.dense if bound.relative and drop.dense else 1.0)
             judgement = judge(drop, bound.value)
             verified.append(Verified(gate=name, drop=drop, judgement=judgement, one_row=one_row))
         return verified
 
-    def of(self, gate: str) -> Bound:
+    def bound_of(self, gate: str) -> Bound:
         return self.needles if gate.startswith(NEEDLES) else self.main
 
     def _parts(
@@ -123,7 +134,7 @@ class Bounds:
             [score_of(score) for score in dense],
             [score_of(score) for score in scores],
             clusters=[score.document_key for score in scores],
-            relative=self.of(gate).relative,
+            relative=self.bound_of(gate).relative,
             resamples=resamples,
             seed=seed,
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MarsError, is_failure
-from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.intake import make_prompts
+from pipeline.settings.calibrate import CalibrateConfig
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
@@ -37,6 +37,7 @@ def run_calibrate(
     before every prefill and between the steps of generated answers, and may raise to end all. Raises
     MarsError; that nothing holds is no error but a result without a profile.
     """
+    from pipeline.model.loading import open_model
     from pipeline.profile import write_profile
     from pipeline.quality.cases import split
     from pipeline.quality.check_rows import data_hash
@@ -46,7 +47,7 @@ def run_calibrate(
     clock = clock or Clock(config.minutes * 60)
     tell = _teller(progress, clock)
     tell("reading and tokenizing")
-    model = model or _open(config)
+    model = model or open_model(config)
     rows = _read(config, model, note)
     sides = split(rows, str(config.seed))
     tell("loading the model")
@@ -61,7 +62,7 @@ def run_calibrate(
             raise
         raise MarsError(f"{run.bench.running} fails: {type(error).__name__}: {error}") from error
     if result.profile is not None:
-        write_profile(Path(config.out), result.profile)
+        write_profile(config.profile_file, result.profile)
     return result
 
 
@@ -69,33 +70,12 @@ def _teller(progress: Progress, clock: Clock) -> Callable[[str], None]:
     return lambda text: progress(text, max(0.0, clock.left))
 
 
-def _open(config: CalibrateConfig) -> Model:
-    from pipeline.model.loading import open_model
-
-    return open_model(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attention,
-    )
-
-
 def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) -> list[CheckRow]:
-    from pipeline.prompts import PromptBuilder
     from pipeline.quality.check_rows import read_rows
 
     rows: list[CheckRow] = []
-    for each in config.data_configs():
-        prompts = PromptBuilder(
-            model.tokenizer,
-            context=model.shape.context,
-            max_new_tokens=config.max_new_tokens,
-            system=config.system,
-            template=each.template_text(),
-            on_overlong="truncate-middle",
-        )
+    prompts = make_prompts(config, model, config.max_new_tokens)
+    for each in config.row_settings():
         found = read_rows(each, prompts)
         rows += found.rows
         for message in found.left_out:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.settings.calibrate import CalibrateConfig
 
 if TYPE_CHECKING:
     from pipeline.profile import Profile
+    from pipeline.quality.bounds import Bounds
     from pipeline.quality.cost import CostModel
     from pipeline.quality.search import Trial
     from pipeline.quality.sensitivity import Sensitivity
@@ -31,6 +32,13 @@ class Calibration:
     candidates: int
     dense_ttft_ms: float  # mean over the cases searched on
     seconds: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """What was allowed to be lost."""
+        from pipeline.quality.bounds import Bounds
+
+        return Bounds.of(self.config)
 
     @property
     def chosen(self) -> Verification | None:

@@ -15,7 +15,7 @@ def save_frontier(path: str, result: Calibration) -> None:
     """Draw all trials that were run to the end, the frontier joined. ConfigError if it cannot be saved."""
     from matplotlib.figure import Figure
 
-    bounds = result.config.bounds()
+    bounds = result.bounds
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     complete = [trial for trial in result.trials if trial.complete]

@@ -28,7 +28,7 @@ def frontier(result: Calibration) -> list[Trial]:
 def frontier_rows(result: Calibration) -> list[tuple[str, ...]]:
     """Cells under `HEADS`; what was not verified has no drop there."""
     verified = {id(each.trial): each for each in result.verifications}
-    unit = result.config.bounds().main.unit
+    unit = result.bounds.main.unit
     rows: list[tuple[str, ...]] = [
         ("dense", f"0.00{unit}", f"{result.dense_ttft_ms:,.1f} ms", "1.00", "-", "-", "-")
     ]
@@ -113,7 +113,7 @@ def lines(result: Calibration) -> list[str]:
 
 
 def gate_text(gate: Verified, result: Calibration) -> str:
-    bound = result.config.bounds().of(gate.gate)
+    bound = result.bounds.bound_of(gate.gate)
     drop = gate.drop
     return (
         f"{gate.gate} dropped by {drop.drop + 0:.2f}{bound.unit} ({drop.low + 0:.2f} to {drop.high + 0:.2f} "
@@ -123,7 +123,7 @@ def gate_text(gate: Verified, result: Calibration) -> str:
 
 
 def score_name(result: Calibration) -> str:
-    return result.config.bounds().main_name
+    return result.bounds.main_name
 
 
 def raise_unless_held(result: Calibration) -> None:
@@ -134,7 +134,7 @@ def raise_unless_held(result: Calibration) -> None:
     if tried:
         nearest = min(tried, key=lambda each: each.excess)
         gate = nearest.worst_gate
-        more, unit = "", result.config.bounds().main.unit
+        more, unit = "", result.bounds.main.unit
         if nearest.diverges:
             more = (
                 f"; so few rows show little, and by its divergence from dense it should lose "
@@ -166,7 +166,7 @@ def _nothing_found(trials: Sequence[Trial], result: Calibration) -> str:
     if not faster:
         return "no settings that were tried to the end are faster than dense here"
     best = min(faster, key=lambda trial: trial.drop)
-    unit = result.config.bounds().main.unit
+    unit = result.bounds.main.unit
     return (
         f"the mildest of the {len(faster):,} settings that are faster than dense, {best.name}, lost "
         f"{best.drop + 0:.2f}{unit} on the {result.searched:,} rows searched on, or needles"

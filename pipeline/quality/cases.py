@@ -15,7 +15,6 @@ from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case
 from pipeline.quality.generate import generate
 from pipeline.quality.samples import in_turn
-from pipeline.tokenizing import stop_token_ids
 
 SEARCH_SHARE = 0.4  # of the documents
 
@@ -81,17 +80,15 @@ def longest_in_turn(cases: Sequence[Case], least: float, count: int) -> list[int
 def make_cases(
     model: LoadedModel,
     rows: Sequence[CheckRow],
-    max_new_tokens: int,
+    rules: StopRules,
     check: Callable[[], None] = lambda: None,
     within: Callable[[], bool] = lambda: True,
 ) -> list[Case]:
-    """Rows with their right answers; one without has dense's own greedy answer, which is generated here.
+    """Rows with their right answers; one without has dense's own greedy answer, which is generated here
+    and ends by `rules`.
 
     Rows whose answer would have to be generated when there is no more time are left out.
     """
-    rules = StopRules(
-        max_new_tokens=max_new_tokens, token_ids=stop_token_ids(model.tokenizer, model.generation_config)
-    )
     cases: list[Case] = []
     for row in rows:
         answer = row.reference

@@ -12,12 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.intake import make_prompts
 from pipeline.interrupts import nothing_to_lose
 from pipeline.provenance import PACKAGES
 from pipeline.pruning.registry import make_method
 from pipeline.quality.bootstrap import Verdict
-from pipeline.quality.check_config import CheckConfig
 from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds, verdict_of
+from pipeline.settings.check import CheckConfig
 from pipeline.summary import Tally
 
 if TYPE_CHECKING:
@@ -61,13 +62,23 @@ class _Run:
     check: Callable[[], None]
 
     def dense_decides(self) -> dict[str, Any]:
-        """The settings of which each can change a result of the dense side."""
+        """The settings of which each can change a result of the dense side.
+
+        Those that are seldom set are named only where they are, so that a file of a version that did not
+        know them still fits.
+        """
+        config = self.config
+        scaled = {} if self.model.rope_scaling is None else {"rope_scaling": self.model.rope_scaling}
+        stops = {"stop": list(config.stop)} if config.stop else {}
+        drawn = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
         return {
-            "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype)},
+            "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype), **scaled},
             "template_sha256": self.prompts.template_hash,
-            "max_new_tokens": self.config.max_new_tokens,
-            "forced": "references" if self.config.has_references else "dense answers",
-            "generate": self.config.generate,
+            "max_new_tokens": config.max_new_tokens,
+            "forced": "references" if config.has_references else "dense answers",
+            "generate": config.generate,
+            **stops,
+            **({"sampling": drawn} if config.generate and config.temperature else {}),
         }
 
     def decides(self) -> dict[str, Any]:
@@ -103,10 +114,8 @@ def run_check(
     from pipeline.quality.reports import write_reports
 
     run = _prepare(config, model, method, note, progress, check)
-    keeps = config.json is not None and config.json != "-"
-    journal = (
-        Journal(journal_path(Path(str(config.json))), run.decides(), resume=config.resume) if keeps else None
-    )
+    file = config.result_file
+    journal = None if file is None else Journal(journal_path(file), run.decides(), resume=config.resume)
     with journal if journal is not None else nullcontext():
         if journal is not None and journal.resumed:
             note(f"resuming: {journal.resumed:,} results are done")
@@ -129,32 +138,20 @@ def _prepare(
     method = make_method(config.method, config.settings) if method is None else method
     from pipeline.model.loading import open_model
     from pipeline.profile import check_profile, load_profile
-    from pipeline.prompts import PromptBuilder
     from pipeline.quality.check_rows import read_rows
 
     if model is None:
-        model = open_model(
-            config.model,
-            dtype=config.dtype,
-            device=config.device,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            attention=config.attention,
-        )
+        model = open_model(config)
     if config.profile is not None:
-        for text in check_profile(config.profile, load_profile(config.profile), model):
+        profile = load_profile(config.profile)
+        for text in check_profile(config.profile, profile, model):
             note(text)
+        if not profile.is_of(config, method):
+            note("other settings stand above the profile's: it is not the profile that is checked")
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.linear_dtype != "auto" or method.ffn_in_fp8:
         model.check_fp8()
-    prompts = PromptBuilder(
-        model.tokenizer,
-        context=model.shape.context,
-        max_new_tokens=config.max_new_tokens,
-        system=config.system,
-        template=config.template_text(),
-        on_overlong="truncate-middle",
-    )
+    prompts = make_prompts(config, model, config.max_new_tokens)
     rows = read_rows(config, prompts)
     check_scorer(config, rows.rows)
     for message in rows.left_out:
@@ -216,18 +213,15 @@ def _run_side(
     tally: Tally,
 ) -> None:
     """Add a result to `found` for each of the rows that are pending."""
-    from pipeline.model.decode import StopRules
+    from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.quality.row_results import Side
-    from pipeline.tokenizing import stop_token_ids
 
     side = Side(
         model=model,
         variant=_variants(run)[name],
-        rules=StopRules(
-            max_new_tokens=run.config.max_new_tokens,
-            token_ids=stop_token_ids(model.tokenizer, model.generation_config),
-        ),
+        rules=rules_of(run.config, model),
         generates=run.config.generate,
+        sampling=sampling_of(run.config),
         check=run.check,
     )
     for result in side.run(pending, None if name == "dense" else dense):

@@ -5,25 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
-from pipeline.io import Columns, Source, open_source
-from pipeline.quality.check_config import NEEDLE_LENGTHS, CheckConfig
+from pipeline.intake import columns_of
+from pipeline.io import Source, open_source
 from pipeline.quality.haystack import token_counter
 from pipeline.quality.needles import make_needles
-from pipeline.quality.samples import Sample, document_key, first_in_turn, take
+from pipeline.quality.samples import Sample, document_key, first_in_turn, part_of, take
 from pipeline.quality.suites import load_suite
+from pipeline.reading import each_question
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.selection import select_rows
+from pipeline.settings.parse import parse_shard
+from pipeline.settings.rows import RowSettings
 
 if TYPE_CHECKING:
     from pipeline.prompts import PromptBuilder
 
+NEEDLE_LENGTHS = (8192, 16384, 30720)  # those that the context holds
 METRIC = "token_f1"  # of the user's own references
 HAYSTACK_CHARACTERS = 64 << 20  # of the user's documents, enough variety for any needles
 
@@ -57,18 +62,18 @@ def data_hash(rows: Sequence[CheckRow]) -> str:
     return hashlib.sha256("\n".join(row.row_hash for row in rows).encode()).hexdigest()
 
 
-def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
+def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     """Read and tokenize everything. Raises InputError if more than half of it has to be left out."""
     samples: list[Sample] = []
     failed: list[str] = []
     documents = _open(config)
     if documents is not None and config.asks_rows:
-        for record in islice(documents, config.limit):
+        for record in _records(config, documents):
             found = _sample(config, record)
             failed.append(found) if isinstance(found, str) else samples.append(found)
     sources = [samples, *(load_suite(suite) for suite in config.suite_names if suite.folder is not None)]
     _check_tasks(config, list(chain.from_iterable(sources)))
-    sources = [[each for each in own if config.takes_document(each.document_key)] for own in sources]
+    sources = [[each for each in own if _takes(config, each.document_key)] for own in sources]
     needles: list[Sample] = []
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
@@ -88,29 +93,35 @@ def read_rows(config: CheckConfig, prompts: PromptBuilder) -> CheckRows:
     return CheckRows(rows=tuple(rows), left_out=tuple(failed))
 
 
-def _open(config: CheckConfig) -> Source | None:
+def _open(config: RowSettings) -> Source | None:
     if not config.input:
         return None
     if config.has_needles and "-" in config.input:
-        raise ConfigError("--suite needles reads DATA twice: save the standard input to a file")
-    asks = config.asks_rows
-    columns = Columns(
-        text=config.text_column,
-        question=config.question_column if asks else None,
-        fixed_question=config.question if asks else None,
-        id=config.id_column if asks else None,
-        keep=dict.fromkeys(_kept(config)),
-    )
+        raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
+    columns = replace(columns_of(config, dict.fromkeys(_kept(config))), task=None)
     return open_source(config.input, columns)
 
 
-def _kept(config: CheckConfig) -> list[str]:
+def _records(config: RowSettings, source: Source) -> Iterator[Document | RowFailure]:
+    """The rows of the input that are asked for, a record for each question."""
+    return chain.from_iterable(map(each_question, select_rows(source, config, source.total_rows)))
+
+
+def _takes(config: RowSettings, key: str) -> bool:
+    """Whether the document with this key is in the shard of documents."""
+    if config.document_shard is None:
+        return True
+    part, parts = parse_shard(config.document_shard, "--document-shard")
+    return part_of(key, parts) == part - 1
+
+
+def _kept(config: RowSettings) -> list[str]:
     """The columns that are read beside text, question and id."""
     names = (config.reference_column, config.task_column)
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def _sample(config: CheckConfig, record: Document | RowFailure) -> Sample | str:
+def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
     """A row of the data, or why it is left out."""
     if isinstance(record, RowFailure):
         return record.message
@@ -136,7 +147,7 @@ def _sample(config: CheckConfig, record: Document | RowFailure) -> Sample | str:
     )
 
 
-def _cell(config: CheckConfig, source: Row, column: str) -> Any:
+def _cell(config: RowSettings, source: Row, column: str) -> Any:
     assert source.passthrough is not None
     # by place: a column that has the name of one of batch's output is renamed
     return source.passthrough.column(_kept(config).index(column))[0].as_py()
@@ -155,7 +166,7 @@ def _references(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _check_tasks(config: CheckConfig, samples: Sequence[Sample]) -> None:
+def _check_tasks(config: RowSettings, samples: Sequence[Sample]) -> None:
     """Raises ConfigError if a task that is asked for is none's."""
     known = dict.fromkeys(sample.task for sample in samples)
     unknown = next((task for task in config.tasks if task not in known), None)
@@ -165,15 +176,15 @@ def _check_tasks(config: CheckConfig, samples: Sequence[Sample]) -> None:
         )
 
 
-def _asked(config: CheckConfig, samples: Sequence[Sample]) -> list[Sample]:
+def _asked(config: RowSettings, samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if not config.tasks or sample.task in config.tasks]
 
 
-def _haystacks(config: CheckConfig, documents: Source | None, samples: Sequence[Sample]) -> list[str]:
+def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> list[str]:
     """Documents to hide needles in: those of the input, or without one the suites', each once."""
     if documents is not None:
-        rows = (row for row in islice(documents, config.limit) if isinstance(row, Document))
-        found: Iterable[str] = (row.text for row in rows if config.takes_document(document_key(row.text)))
+        rows = (row for row in _records(config, documents) if isinstance(row, Document))
+        found: Iterable[str] = (row.text for row in rows if _takes(config, document_key(row.text)))
     else:
         found = {sample.document_key: sample.text for sample in samples}.values()
     texts, left = [], HAYSTACK_CHARACTERS
@@ -187,7 +198,7 @@ def _haystacks(config: CheckConfig, documents: Source | None, samples: Sequence[
     return texts
 
 
-def _needles(config: CheckConfig, texts: Sequence[str], prompts: PromptBuilder) -> list[Sample]:
+def _needles(config: RowSettings, texts: Sequence[str], prompts: PromptBuilder) -> list[Sample]:
     longest = prompts.limit
     lengths = config.needle_lengths
     if lengths is None:
@@ -219,7 +230,7 @@ def _place(sample: Sample) -> str:
     return str(sample.facets.get("place", f"{sample.task} {sample.id}"))
 
 
-def _encode(config: CheckConfig, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
+def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
     source = Row(row=number, id=sample.id, place=_place(sample))
     try:
         document = prompts.encode(Document(source=source, text=sample.text, question=sample.question or None))

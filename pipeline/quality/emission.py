@@ -15,9 +15,9 @@ from pipeline.model.loading import LoadedModel
 from pipeline.profile import FORMAT, Profile
 from pipeline.provenance import PACKAGES
 from pipeline.quality.bounds import NEEDLES, Bounds, Verified
-from pipeline.quality.calibrate_config import CalibrateConfig
 from pipeline.quality.evaluate import Case
 from pipeline.quality.verification import Verification
+from pipeline.settings.calibrate import CalibrateConfig
 
 
 def make_profile(
@@ -38,7 +38,8 @@ def make_profile(
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "data_sha256": data_hash,
-        "objective": config.objective,
+        "objective": "ttft",
+        **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
         "shape": asdict(model.shape),
         "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
         "measured": {
@@ -61,7 +62,7 @@ def make_profile(
 
 def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
     """The tasks that were told apart; needles are none that a user asks for."""
-    if config.task_column is None and not config.suites:
+    if config.task_column is None and not config.row_suites:
         return []
     return [case.task for case in cases if not case.task.startswith(NEEDLES)]
 
@@ -69,7 +70,7 @@ def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
 def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:
     drop = gate.drop
     return {
-        "bound": str(bounds.of(gate.gate)),
+        "bound": str(bounds.bound_of(gate.gate)),
         "verdict": gate.judgement.verdict,
         "dense": round(drop.dense, 6),
         "method": round(drop.method, 6),

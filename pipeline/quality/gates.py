@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
 from pipeline.quality.bootstrap import Drop, Judgement, Verdict, judge, paired_drop
-from pipeline.quality.check_config import FORCED_METRICS, CheckConfig
 from pipeline.quality.check_rows import CheckRow, tasks_of
 from pipeline.quality.metrics import score as score_text
 from pipeline.quality.row_results import RowResult
+from pipeline.settings.check import CheckConfig
+from pipeline.settings.gate import FORCED_METRICS
 
 ALL = "all"
 SCORERS = {

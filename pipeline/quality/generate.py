@@ -1,19 +1,20 @@
-"""Greedy answers under one method, in tokens."""
+"""Answers under one method, in tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode import StopRules, decode, first_tokens
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, prefill
+from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GreedyAnswer:
+class GeneratedAnswer:
     """One document's answer."""
 
     tokens: list[int]  # without the stop token
@@ -31,10 +32,26 @@ def generate(
     documents: Sequence[EncodedDocument],
     rules: StopRules,
     check: Callable[[], None] = lambda: None,
-) -> list[GreedyAnswer]:
-    """Answer one pack. `check` is called between layers and steps, and may raise to give up."""
+    sampling: Sampling | None = None,
+) -> list[GeneratedAnswer]:
+    """Answer one pack, greedily without `sampling`, whose draws depend on the rows' numbers.
+
+    `check` is called between layers and steps, and may raise to give up.
+    """
+    sampling = sampling or Sampling()
+    rows = [] if sampling.is_greedy else [document.source.row for document in documents]
+    uniforms = [sampling.uniforms(row, rules.max_new_tokens) for row in rows]
     pack = Pack.of(documents, model.device)
     prefilled = prefill(model.adapter, model.attention, method, pack, rules.max_new_tokens, check)
-    first = prefilled.logits_BV.argmax(-1).tolist()
-    answers = decode(model.adapter, model.attention, prefilled, rules, first=first, check=check)
-    return [GreedyAnswer(tokens=a.tokens, first=token) for a, token in zip(answers, first, strict=True)]
+    first = first_tokens(prefilled.logits_BV, sampling, uniforms)
+    answers = decode(
+        model.adapter,
+        model.attention,
+        prefilled,
+        rules,
+        sampling=sampling,
+        uniforms=uniforms,
+        first=first,
+        check=check,
+    )
+    return [GeneratedAnswer(tokens=a.tokens, first=token) for a, token in zip(answers, first, strict=True)]

@@ -12,9 +12,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.quality.haystack import Pool, TokenCounter
 from pipeline.quality.samples import Sample, document_key
+from pipeline.settings.suite import NEEDLE_KINDS, check_needle_kind
 
 FRAME_TOKENS = 300  # kept free of the length: chat template, question and answer
 DISTRACTORS = 40  # other keys of `multi-key`
@@ -58,9 +59,9 @@ def make_needles(
 ) -> list[Sample]:
     """`count` samples of each kind, spread evenly over `lengths` and depths; the task is `needles-KIND`.
 
-    `kinds` are all of `KINDS` unless given. `lengths` are tokens of a whole prompt: haystack and needles have
-    at most `FRAME_TOKENS` less, as counted by `count_tokens`, sentence by sentence. Each haystack begins at
-    another sentence of `texts`; behind their last sentence comes the first. Of long texts only as many are
+    `kinds` are all that there are unless given. `lengths` are tokens of a whole prompt: haystack and needles
+    have at most `FRAME_TOKENS` less, as counted by `count_tokens`, sentence by sentence. Each haystack begins
+    at another sentence of `texts`; behind their last sentence comes the first. Of long texts only as many are
     used as a good variety needs.
 
     A sample has the facets `kind`, `length`, `depth`, and `tokens` of the document. The depth, from 0 to 1,
@@ -70,7 +71,7 @@ def make_needles(
     Raises `ConfigError` for an unknown kind and for a length without room for the needles, and `InputError`
     for texts with nothing in them.
     """
-    kinds = KINDS if kinds is None else kinds
+    kinds = NEEDLE_KINDS if kinds is None else kinds
     _check(kinds, lengths, count)
     pool = Pool.of(texts, _POOL_CHARACTERS * max(lengths), count_tokens, random.Random(f"{seed}/pool"))
     samples = []
@@ -96,17 +97,9 @@ def make_needles(
     return samples
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
-    """Raise `ConfigError` for a kind that there is not."""
-    for kind in kinds:
-        if kind not in _KINDS:
-            known = ", ".join(_KINDS)
-            hint = did_you_mean(kind, _KINDS)
-            raise ConfigError(f"unknown kind of needles {kind!r}{hint}; known are {known}")
-
-
 def _check(kinds: Sequence[str], lengths: Sequence[int], count: int) -> None:
-    check_kinds(kinds)
+    for kind in kinds:
+        check_needle_kind(kind)
     if not kinds or not lengths:
         raise ConfigError("needles need at least one kind and one length")
     if min(lengths) <= FRAME_TOKENS:
@@ -261,11 +254,10 @@ def _unused(draw: Callable[[], str], words: frozenset[str], count: int) -> list[
     return list(found)
 
 
+# of all of `NEEDLE_KINDS`
 _KINDS: dict[str, Callable[[random.Random, frozenset[str]], _Puzzle]] = {
     "single": _single,
     "multi-key": _multi_key,
     "multi-value": _multi_value,
     "tracking": _tracking,
 }
-
-KINDS = tuple(_KINDS)

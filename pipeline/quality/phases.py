@@ -9,12 +9,12 @@ from itertools import product
 from operator import attrgetter
 
 from pipeline.bench.flops import Passes
+from pipeline.engines.answering import rules_of
 from pipeline.interrupts import nothing_to_lose
 from pipeline.kernels.sparse import SHORTEST
 from pipeline.model.loading import Model
 from pipeline.profile import Profile
-from pipeline.quality.bounds import score_of
-from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.quality.bounds import Bounds, score_of
 from pipeline.quality.calibration import Calibration
 from pipeline.quality.candidates import (
     Candidate,
@@ -34,6 +34,7 @@ from pipeline.quality.search import Search, Trial, pareto
 from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES, Sensitivity, measure_sensitivity
 from pipeline.quality.verification import Verification, Verifier
 from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
+from pipeline.settings.calibrate import CalibrateConfig
 
 # shares of the time, behind the loading of the model, after which each phase ends
 PROBED_SPARSE, PROBED, SCOUTED, SEARCHED, DONE = 0.18, 0.3, 0.45, 0.7, 0.98
@@ -59,7 +60,7 @@ class Phases:
     ) -> None:
         with nothing_to_lose():
             self.bench: Workbench = Workbench.of(model.load(), check)
-        self.config, self.sides, self.bounds = config, sides, config.bounds()
+        self.config, self.sides, self.bounds = config, sides, Bounds.of(config)
         self.clock, self.whole_clock = clock.rest(), clock
         self.tell, self.note = tell, note
 
@@ -116,7 +117,9 @@ class Phases:
         return self._make(chosen, self.clock.before(until))
 
     def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
-        return make_cases(self.bench.model, rows, self.config.max_new_tokens, self.bench.check, within)
+        return make_cases(
+            self.bench.model, rows, rules_of(self.config, self.bench.model), self.bench.check, within
+        )
 
     def _drift(self, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Drift:
         (place,) = by_length(cases, 1)

@@ -131,8 +131,8 @@ def as_dict(result: CheckResult) -> dict[str, Any]:
 def write_reports(result: CheckResult) -> None:
     """The files that were asked for. Raises StorageError."""
     config = result.config
-    if config.json is not None and config.json != "-":
-        with writing(Path(config.json)) as path:
+    if config.result_file is not None:
+        with writing(config.result_file) as path:
             path.write_text(
                 json.dumps(as_dict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
 
 from pipeline.bench.variant import Variant
+from pipeline.engines.answering import answer_text
 from pipeline.errors import MarsError, is_failure
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
+from pipeline.model.sampling import Sampling
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case, CaseScore, evaluate
 from pipeline.quality.forced import Forced
@@ -73,6 +75,7 @@ class Side:
     variant: Variant
     rules: StopRules
     generates: bool  # answers to be scored against references
+    sampling: Sampling = field(default_factory=Sampling)  # of these answers; what is forced is greedy
     check: Callable[[], None] = lambda: None
 
     def run(
@@ -118,10 +121,11 @@ class Side:
             asked.answer = row.reference if dense is None else dense[row.sample.id].answer
             if self.generates or not asked.answer:
                 method = self.variant.use(self.model)
-                (greedy,) = generate(self.model, method, [row.document], self.rules, self.check)
-                asked.answer = asked.answer or tuple(greedy.not_empty)
+                sampling = self.sampling if self.generates else None
+                (own,) = generate(self.model, method, [row.document], self.rules, self.check, sampling)
+                asked.answer = asked.answer or tuple(own.not_empty)
                 if self.generates:
-                    asked.generated = self.model.tokenizer.decode(greedy.tokens, skip_special_tokens=True)
+                    asked.generated = answer_text(own.tokens, self.rules, self.model)
             yield Case(
                 id=row.sample.id,
                 task=row.sample.task,

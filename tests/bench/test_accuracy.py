@@ -110,9 +110,38 @@ def test_a_profile_is_a_variant(measure, tmp_path, capfd):
     assert profile["shares"]["ffn_ratio"] < 1
 
 
-def test_without_right_answers_nothing_can_be_told(sharp_model_folder, tmp_path, capfd):
+def test_without_right_answers_methods_are_held_against_denses_own(sharp_model_folder, tmp_path, capfd):
     path = tmp_path / "in.jsonl"
-    path.write_text('{"text": "fish", "ask": "what?"}\n')
-    flags = ["--question-column", "ask", "--model", str(sharp_model_folder)]
-    assert run(["bench", "accuracy", str(path), *flags]) == 2
-    assert "needs references: give --reference-column or a --suite" in capfd.readouterr().err
+    lines = [json.dumps({"text": f"fish {n} " * 40, "ask": "how many?"}) for n in range(3)]
+    path.write_text("\n".join([*lines, "not json"]))
+    method = "gemfilter:layer=1:keep=5"
+    flags = ["--model", str(sharp_model_folder), "--question-column", "ask", "--methods", method]
+    assert run(["bench", "accuracy", str(path), *flags, "--max-new-tokens", "8", "--json"]) == 0
+    printed = capfd.readouterr()
+    assert "left out: in.jsonl line 4 is not JSON" in printed.err
+    report = json.loads(printed.out)
+    dense, pruned = (result["groups"][0] for result in report["results"])
+    assert (report["rows"], report["held against"]) == (3, "dense's own answers")
+    assert (dense["token_accuracy"], dense["found"]) == (1, 1)
+    assert pruned["token_accuracy"] < 1
+    # the command of the version before, with its flag for the length
+    assert run(["bench", "agreement", str(path), *flags, "--new-tokens", "8", "--json"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err.count("note: --new-tokens is now --max-new-tokens; ") == 1
+    assert "note: bench agreement is now bench accuracy; " in printed.err
+    for ours, theirs in zip(report["results"], json.loads(printed.out)["results"], strict=True):
+        assert ours["groups"][0]["token_drop"] == theirs["groups"][0]["token_drop"]
+
+
+@pytest.mark.parametrize("column", ["right", "answer"])  # the second has the name of one of batch's output
+def test_a_row_without_a_right_answer_is_left_out(model_folder, tmp_path, capfd, column):
+    source = tmp_path / "docs.jsonl"
+    rows = [{"text": f"fish {n} " * 40, column: right} for n, right in enumerate(["none", "all", ""])]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--question", "q", "--reference-column", column, "--methods", "dense", "--json"]
+    assert run(["bench", "accuracy", str(source), "--model", str(model_folder), *flags]) == 0
+    printed = capfd.readouterr()
+    assert f"line 3: no reference in column {column!r}" in printed.err
+    (dense,) = json.loads(printed.out)["results"]
+    assert dense["groups"][0]["rows"] == 2
+    assert dense["groups"][0]["token_accuracy"] < 1

@@ -117,7 +117,7 @@ def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, c
     [
         (["--methods", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
         (["--baselines", "vllm"], "unknown baseline 'vllm'; baselines: transformers, transformers-cudnn"),
-        (["--random-weights", "gpt-5"], "model 'random:gpt-5': there is no such shape; shapes: qwen2-7b, "),
+        (["--model", "random:gpt-5"], "model 'random:gpt-5': there is no such shape; shapes: qwen2-7b, "),
         (
             ["--baselines", "transformers-cudnn"],
             "baseline transformers-cudnn needs an NVIDIA GPU; leave it out",
@@ -219,36 +219,3 @@ def test_decode_steps_are_measured_beside_the_bytes_they_read(model_folder, capf
         assert result["graph_step_ms"] is result["same_tokens"] is None  # a CPU captures nothing
     assert run(["bench", "decode", "--model", str(model_folder), *flags, "--repeats", "1"]) == 0
     assert "| 3 | 600 | dense |" in capfd.readouterr().out
-
-
-def test_dense_agrees_with_itself_and_a_pruned_model_less(model_folder, tmp_path, capfd):
-    source = tmp_path / "docs.jsonl"
-    lines = [json.dumps({"text": f"fish {n} " * 40, "ask": "how many?"}) for n in range(3)]
-    source.write_text("\n".join([*lines, "not json"]))
-    methods = "dense,gemfilter:layer=1:keep=5"
-    flags = ["--question-column", "ask", "--methods", methods, "--new-tokens", "8"]
-    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags, "--json"]) == 0
-    printed = capfd.readouterr()
-    assert "left out: docs.jsonl line 4 is not JSON" in printed.err.replace(": is", " is")
-    report = json.loads(printed.out)
-    dense, pruned = report["results"]
-    assert (report["documents"], report["left out"]) == (3, 1)
-    assert (dense["agreement"], dense["first_tokens"], dense["tokens"]) == (1, 1, 24)
-    assert pruned["agreement"] < 1
-    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
-    assert "| dense | 100.0% | 100.0% | 24 |" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("column", ["right", "answer"])  # the second has the name of one of batch's output
-def test_methods_are_compared_with_references_where_there_are_some(model_folder, tmp_path, capfd, column):
-    source = tmp_path / "docs.jsonl"
-    rows = [{"text": f"fish {n} " * 40, column: "none at all"} for n in range(2)]
-    source.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--reference-column", column, "--methods", "dense", "--new-tokens", "4", "--json"]
-    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 0
-    (dense,) = json.loads(capfd.readouterr().out)["results"]
-    assert dense["tokens"] == 8  # a byte is a token, cut at --new-tokens
-    assert dense["agreement"] < 1
-    source.write_text(json.dumps({"text": "fish", column: ""}))
-    assert run(["bench", "agreement", str(source), "--model", str(model_folder), *flags]) == 2
-    assert f"line 1: its reference in column {column!r} is empty" in capfd.readouterr().err

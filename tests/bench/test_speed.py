@@ -9,7 +9,7 @@ import torch
 from conftest import document, tiny_model
 
 from marsinfer_cli.app import run
-from marsinfer_cli.bench_inputs import parse_packs
+from marsinfer_cli.variants import parse_packs
 from pipeline.bench.attention import Candidate, attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.flops import LayerWork, attention_flops, dense_flops, dense_work, passes_flops

@@ -210,7 +210,7 @@ def refused(batch, parquet, tmp_path, capfd):
         (["--sparse-attention", "1.5"], "--sparse-attention 1.5: must be between 0 and 1"),
         (
             ["--sparse-attention", "0.9", "--set", "sparse_attention=0.8"],
-            "--sparse-attention and --set sparse_attention exclude each other",
+            "--sparse-attention and --set sparse_attention=MASS exclude each other: they are one setting",
         ),
         (["--question", "x"], "--question and --question-column exclude each other"),
         (["--prompt-template", "gone.jinja"], "--prompt-template gone.jinja cannot be read: "),

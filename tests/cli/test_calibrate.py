@@ -10,10 +10,10 @@ import pytest
 
 from marsinfer_cli.app import run
 from pipeline.quality.calibrate import run_calibrate
-from pipeline.quality.calibrate_config import CalibrateConfig
 from pipeline.quality.calibration_report import raise_unless_held
 from pipeline.quality.samples import document_key
 from pipeline.quality.workbench import Clock
+from pipeline.settings.calibrate import CalibrateConfig
 
 STEP_S = 0.01  # about what a prefill of the tiny model takes
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]
@@ -151,7 +151,7 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
         sharp_model_folder,
         max_drop="100pt",
         needle_drop="100pt",
-        needles=True,
+        suite=("needles",),
         needle_kinds=("single",),
         needle_lengths=(700,),
         needle_count=4,
@@ -187,9 +187,10 @@ def test_a_plot(flags, tmp_path):
     [
         (["--max-drop", "1"], "--max-drop '1': write a number and unit, 1pt (points of the score) or 1%"),
         (["--needle-drop", "x"], "--needle-drop 'x': write a number and unit"),
-        (["--objective", "memory"], "--objective 'memory': choose from ttft"),
+        (["--objective", "memory"], "--objective 'memory': TTFT is all that calibrate can make least"),
         (["--minutes", "0"], "--minutes 0.0: must be above 0 and at most 1440"),
-        (["--suite", "needles"], "--suite needles: calibrate hides them beside other rows, by --needles"),
+        (["--suite", "needles", "--suite", "needles"], "--suite needles is given twice"),
+        (["--on-overlong", "split"], "--on-overlong split: each prompt is measured by itself"),
         (["--mass", "1.5"], "--mass 1.5: must be between 0 and 1"),
     ],
 )

@@ -68,20 +68,20 @@ REFERENCES = [*ASK, "--reference-column", "right"]
 def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd):
     from pipeline.model.loading import open_model
     from pipeline.profile import Profile, write_profile
+    from pipeline.settings.model import ModelSettings
 
-    model = open_model(str(sharp_model_folder), device="cpu")
+    model = open_model(ModelSettings(model=str(sharp_model_folder), device="cpu"))
     about = {"format": 1, "model": model.name, "device": "NVIDIA H200", "dtype": "float32"}
     batch = {"method": "marsinfer", "settings": {"eta": 0.3, "start_layer": 0, "prefix": 0, "window": 1}}
     path, result = tmp_path / "p.toml", tmp_path / "result.json"
     write_profile(path, Profile(about={**about, "fingerprint": model.fingerprint}, batch=batch))
-    asked = [data, *ASK, "--json", result]
+    asked = [data, *ASK, "--out", result]
     assert check(*asked, "--profile", path) == check(*asked, "--method", "marsinfer", *BROKEN) == 5
     assert capfd.readouterr().err.count("note: the profile was calibrated on NVIDIA H200, and this is ") == 1
     assert json.loads(result.read_text())["gates"][0]["low"] > 1
-    assert check(*asked, "--profile", path, "--set", "eta=1") == 2
-    assert capfd.readouterr().err == (
-        "marsinfer: error: --profile says method, settings and precisions: leave their flags out\n"
-    )
+    assert check(*asked, "--profile", path, "--set", "eta=1") == 0
+    told = capfd.readouterr().err
+    assert "note: other settings stand above the profile's: it is not the profile that is checked\n" in told
     write_profile(path, Profile(about={**about, "fingerprint": "files:other"}, batch=batch))
     assert check(*asked, "--profile", path) == 2
     assert "calibrate this model, or leave the profile out" in capfd.readouterr().err
@@ -89,7 +89,7 @@ def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model
 
 def test_dense_against_dense_drops_by_nothing(check, data, tmp_path, capfd):
     result = tmp_path / "result.json"
-    assert check(data, *REFERENCES, "--method", "dense", "--max-drop", "0pt", "--json", result) == 0
+    assert check(data, *REFERENCES, "--method", "dense", "--max-drop", "0pt", "--out", result) == 0
     printed = capfd.readouterr()
     assert printed.err == ""
     assert "token-accuracy, at most 0pt below dense" in printed.out
@@ -105,7 +105,7 @@ def test_dense_against_dense_drops_by_nothing(check, data, tmp_path, capfd):
 
 
 def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
-    files = {name: tmp_path / f"result.{name}" for name in ("json", "junit", "markdown")}
+    files = {name: tmp_path / f"result.{name}" for name in ("out", "junit", "markdown")}
     reports = [word for name, path in files.items() for word in (f"--{name}", str(path))]
     files["markdown"].write_text("# Summary\n\n")
     assert check(data, *ASK, *BROKEN, "--max-drop", "20pt", *reports) == 5
@@ -116,7 +116,7 @@ def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
     assert "TTFT p50 " in printed.out
     assert "kept of dense: FFN " in printed.out
 
-    found = json.loads(files["json"].read_text())
+    found = json.loads(files["out"].read_text())
     assert (found["verdict"], found["metric"], found["max_drop"]) == ("fail", "agreement", "20pt")
     assert line == f"marsinfer: error: {found['message']}"
     assert found["gates"][0]["low"] > 20
@@ -142,7 +142,7 @@ def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
 def test_a_bound_within_the_interval_is_inconclusive(check, data, tmp_path, capfd):
     junit = tmp_path / "gates.xml"
     flags = [*ASK, *BROKEN, "--baseline", tmp_path / "dense.parquet"]
-    assert check(data, *flags, "--max-drop", "1pt", "--json", "-") == 5
+    assert check(data, *flags, "--max-drop", "1pt", "--out", "-") == 5
     (gate,) = json.loads(capfd.readouterr().out)["gates"]
     bound = f"{(gate['drop'] + gate['high']) / 2:.2f}pt"
     assert check(data, *flags, "--max-drop", bound, "--junit", junit) == 6
@@ -158,7 +158,7 @@ def test_a_bound_within_the_interval_is_inconclusive(check, data, tmp_path, capf
 
 def test_each_task_can_be_a_gate(check, data, tmp_path, capfd):
     junit = tmp_path / "gates.xml"
-    flags = ["--task-column", "kind", "--per-task", "--method", "dense", "--junit", junit, "--json", "-"]
+    flags = ["--task-column", "kind", "--per-task", "--method", "dense", "--junit", junit, "--out", "-"]
     assert check(data, *REFERENCES, *flags) == 0
     gates = json.loads(capfd.readouterr().out)["gates"]
     assert [(gate["task"], gate["rows"], gate["decides"]) for gate in gates] == [
@@ -173,7 +173,7 @@ def test_each_task_can_be_a_gate(check, data, tmp_path, capfd):
 
 
 def test_answers_are_generated_and_scored(check, data, capfd):
-    flags = ["--generate", "--metric", "token-f1", "--method", "dense", "--json", "-", "--limit", "3"]
+    flags = ["--generate", "--metric", "token-f1", "--method", "dense", "--out", "-", "--limit", "3"]
     assert check(data, *REFERENCES, *flags) == 0
     found = json.loads(capfd.readouterr().out)
     assert all(row["answer"]["dense"] == row["answer"]["method"] for row in found["rows"])
@@ -181,7 +181,7 @@ def test_answers_are_generated_and_scored(check, data, capfd):
 
 
 def test_nll_is_held_against_a_share_of_denses(check, data, capfd):
-    flags = ["--metric", "nll", "--method", "dense", "--json", "-", "--limit", "3"]
+    flags = ["--metric", "nll", "--method", "dense", "--out", "-", "--limit", "3"]
     assert check(data, *REFERENCES, *flags) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["max_drop"], found["gates"][0]["unit"], found["gates"][0]["drop"]) == (
@@ -193,7 +193,7 @@ def test_nll_is_held_against_a_share_of_denses(check, data, capfd):
 
 def test_needles_are_hidden_in_the_data(check, data, capfd):
     flags = ["--suite", "needles", "--needle-kinds", "single,tracking", "--needle-count", "2"]
-    assert check(data, *flags, "--needle-lengths", "900", "--method", "dense", "--json", "-") == 0
+    assert check(data, *flags, "--needle-lengths", "900", "--method", "dense", "--out", "-") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["metric"] == "found"
     assert [gate["task"] for gate in found["gates"]] == ["needles-single", "needles-tracking", "all"]
@@ -211,7 +211,7 @@ def test_suites_of_files_need_no_data(check, tmp_path, capfd):
         {"input": "long words " * 200, "instructions": ["Why?"], "outputs": ["none"], "evaluation": "f1"},
     ]
     (tmp_path / "made_up.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert check("--suite", f"leval:{tmp_path}", "--method", "dense", "--json", "-") == 0
+    assert check("--suite", f"leval:{tmp_path}", "--method", "dense", "--out", "-") == 0
     found = json.loads(capfd.readouterr().out)
     assert [gate["task"] for gate in found["gates"]] == ["made_up"]
     assert found["counts"]["truncated_rows"] == 1
@@ -220,7 +220,7 @@ def test_suites_of_files_need_no_data(check, tmp_path, capfd):
 
 def test_a_baseline_takes_the_place_of_dense(check, data, tmp_path, capfd):
     baseline = tmp_path / "dense.parquet"
-    flags = [*REFERENCES, *BROKEN, "--max-drop", "99pt", "--json", "-", "--baseline", baseline]
+    flags = [*REFERENCES, *BROKEN, "--max-drop", "99pt", "--out", "-", "--baseline", baseline]
     assert check(data, *flags) == 0
     first = json.loads(capfd.readouterr().out)
     written = baseline.stat().st_mtime_ns
@@ -264,7 +264,7 @@ def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
     lines = [json.dumps(row) for row in ROWS[:3]]
     lines += ["{broken", json.dumps({**ROWS[3], "right": None})]
     path.write_text("\n".join(lines) + "\n")
-    assert check(path, *REFERENCES, "--method", "dense", "--json", "-") == 0
+    assert check(path, *REFERENCES, "--method", "dense", "--out", "-") == 0
     printed = capfd.readouterr()
     found = json.loads(printed.out)
     assert (found["counts"]["rows"], found["counts"]["left_out"]) == (3, 2)
@@ -286,7 +286,7 @@ REFUSED = [
     (["--metric", "accuracy"], "--metric 'accuracy': choose from token-accuracy, nll, "),
     (["--metric", "rouge-l"], "--metric rouge-l needs generated answers: add --generate"),
     (["--metric", "nll", "--max-drop", "1pt"], "--max-drop 1pt: nll has no points"),
-    (["--resume"], "--resume needs --json FILE: "),
+    (["--resume"], "--resume needs --out FILE: "),
     (["--overwrite-baseline"], "--overwrite-baseline needs --baseline FILE"),
     (["--method", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
     (["--limit", "0"], "--limit 0: must be a whole number of at least 1"),
@@ -300,13 +300,13 @@ def test_flags_that_cannot_work(refusal, data, flags, message):
 
 
 def test_data_that_cannot_work(refusal, data, tmp_path):
-    assert refusal() == "nothing to check: give DATA or --suite leval:DIR or longbench:DIR"
+    assert refusal() == "nothing to check: give INPUT or --suite leval:DIR or longbench:DIR"
     assert refusal(data).startswith("no question: give --question TEXT")
     assert refusal(data, *ASK, "--generate").startswith("--generate scores answers against references")
     assert refusal(data, *ASK, "--metric", "found").startswith("--metric found needs references")
-    assert refusal(data, *ASK, "--suite", "needles").startswith("--question-column is of DATA's own rows")
+    assert refusal(data, *ASK, "--suite", "needles").startswith("--question-column is of INPUT's own rows")
     assert refusal("--suite", "needles").startswith(
-        "--suite needles hides them in documents: give DATA, or another suite"
+        "--suite needles hides them in documents: give INPUT, or another suite"
     )
     assert refusal("--suite", f"leval:{tmp_path}/gone").startswith(f"suite 'leval:{tmp_path}/gone'")
     assert refusal(data, *ASK, "--reference-column", "write").startswith(

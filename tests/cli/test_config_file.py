@@ -11,8 +11,9 @@ from dataclasses import fields
 import pytest
 
 from marsinfer_cli.batch import batch
-from pipeline.config import BatchConfig, parse_max_errors
-from pipeline.config_file import read_config, to_toml
+from pipeline.settings.parse import parse_max_errors
+from pipeline.settings.run import BatchConfig
+from pipeline.settings.sources import read_config, to_toml
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_missing_argument_says_where_it_can_stand(refusal, file):
     ("text", "message"),
     [
         ("max_new_token = 1", "unknown key 'max_new_token' (did you mean 'max_new_tokens'?)"),
-        ("zzz = 1", "unknown key 'zzz'; known are input, output, text_column, "),
+        ("zzz = 1", "unknown key 'zzz'; known are text_column, question, "),
         ("seed = 1\nmax-new-tokens = '1'", "max-new-tokens = '1': must be a whole number"),
         ("max_new_tokens = true", "max_new_tokens = True: must be a whole number"),
         ("overwrite = 1", "overwrite = 1: must be true or false"),

@@ -16,12 +16,13 @@ import pytest
 
 from marsinfer_cli.app import run
 from pipeline.batch import open_input
-from pipeline.config import BatchConfig
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model.loading import open_model
 from pipeline.preparation import prepare
 from pipeline.profile import Profile, write_profile
 from pipeline.pruning.dense import Dense
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.run import BatchConfig
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
@@ -155,7 +156,7 @@ def prepared(source, model, **options):
 
 
 def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp_path):
-    model = open_model(str(sharp_model_folder), device="cpu")
+    model = open_model(ModelSettings(model=str(sharp_model_folder), device="cpu"))
     about = {"format": 1, "model": model.name, "fingerprint": model.fingerprint, "device": "CPU"}
     about |= {"dtype": "float32", "lengths": {"max": 10_000}, "guard": {"tasks": ["a"]}}
     profile = tmp_path / "profile.toml"

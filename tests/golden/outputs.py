@@ -25,9 +25,10 @@ from pipeline.model.loading import open_model
 from pipeline.profile import write_profile
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.bootstrap import judge, paired_drop
-from pipeline.quality.bounds import Verified
-from pipeline.quality.calibrate_config import CalibrateConfig
+from pipeline.quality.bounds import Bounds, Verified
 from pipeline.quality.emission import make_profile
+from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.model import ModelSettings
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"
 CHECK = f"check in.jsonl {RUN} --reference-column answer --task-column task --max-drop 100pt"
@@ -36,7 +37,7 @@ RUNS = {
     "batch with --save-selection": f"batch in.jsonl selection.parquet {RUN} --save-selection",
     "batch to JSONL": f"batch in.jsonl out.jsonl {RUN}",
     "batch --dry-run": f"batch in.jsonl none.parquet {RUN} --dry-run --json",
-    "check": f"{CHECK} --json result.json --baseline dense.parquet",
+    "check": f"{CHECK} --out result.json --baseline dense.parquet",
 }
 JSON_TYPES = {
     type(None): "null",
@@ -93,7 +94,7 @@ def metadata(folder: Path, printed: dict[str, str]) -> dict[str, Any]:
         "out.jsonl.run.json of batch": types({**sidecar, "marsinfer": {}, "columns": {}}),
         "summary of batch --json": types(json.loads(printed["batch"])),
         "batch --dry-run --json": types(json.loads(printed["batch --dry-run"])),
-        "check --json": types(json.loads((folder / "result.json").read_text(encoding="utf-8"))),
+        "check --out": types(json.loads((folder / "result.json").read_text(encoding="utf-8"))),
         "Arrow metadata `marsinfer_baseline` of check": types(json.loads(baseline[b"marsinfer_baseline"])),
         "profile of calibrate": types(tomllib.loads((folder / "profile.toml").read_text(encoding="utf-8"))),
     }
@@ -126,7 +127,7 @@ def write_a_profile(path: Path) -> None:
     config = CalibrateConfig(
         input=("in.jsonl",), question_column="question", task_column="task", out=str(path), overwrite=True
     )
-    bounds = config.bounds()
+    bounds = Bounds.of(config)
     drop = paired_drop([1.0, 1.0], [1.0, 0.5], clusters=["a", "b"], relative=bounds.main.relative)
     gate = Verified(gate="agreement", drop=drop, judgement=judge(drop, bounds.main.value), one_row=0.5)
     shares = {"kept_ratio": 1.0, "ffn_ratio": 0.5, "attention_ratio": 1.0}
@@ -139,5 +140,5 @@ def write_a_profile(path: Path) -> None:
         speed_up=2.0,
     )
     case: Any = SimpleNamespace(task="place", document=SimpleNamespace(prompt_tokens=200))
-    model: Any = open_model("random:tiny", device="cpu", dtype="float32")
+    model: Any = open_model(ModelSettings(model="random:tiny", device="cpu", dtype="float32"))
     write_profile(path, make_profile(config, model, bounds, chosen, [case], "0" * 64))

@@ -27,7 +27,7 @@ BATCH = {
 UNFINISHED = f"batch in.jsonl unfinished.parquet {PLAIN} --pack-tokens 1 --in-flight 1"
 DONE_OF_UNFINISHED = 2
 CHECK = f"check in.jsonl {PLAIN} --reference-column answer --max-drop 100pt --method marsinfer --set eta=0.9"
-UNFINISHED_CHECK = f"{CHECK} --json result.json"
+UNFINISHED_CHECK = f"{CHECK} --out result.json"
 DONE_OF_CHECK = 4  # all three of dense, and one of the method
 BASELINE = f"{CHECK} --baseline dense.parquet"
 # many settings, of every kind of value; their TOML is settings.toml

@@ -12,6 +12,7 @@ from marsinfer_cli.app import run
 from pipeline.errors import ModelError
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.random_weights import SHAPES, byte_tokenizer
+from pipeline.settings.model import ModelSettings
 
 
 def test_two_processes_would_draw_the_same_weights():
@@ -27,19 +28,21 @@ def test_two_processes_would_draw_the_same_weights():
 
 
 def test_a_large_shape_is_told_without_its_weights():
-    model = open_model("random:qwen2-7b", device="cpu")
+    model = open_model(ModelSettings(model="random:qwen2-7b", device="cpu"))
     assert (model.shape.layers, model.shape.hidden, model.shape.vocab) == (28, 3584, 152064)
     assert model.dtype == torch.float32
-    longer = open_model("random:qwen2-7b", device="cpu", rope_scaling="yarn:2")
+    longer = open_model(ModelSettings(model="random:qwen2-7b", device="cpu", rope_scaling="yarn:2"))
     assert longer.shape.context == 2 * model.shape.context
-    fingerprints = {open_model(f"random:{shape}", device="cpu").fingerprint for shape in SHAPES}
+    fingerprints = {
+        open_model(ModelSettings(model=f"random:{shape}", device="cpu")).fingerprint for shape in SHAPES
+    }
     assert len(fingerprints) == len(SHAPES)
     assert longer.fingerprint in fingerprints
 
 
 def test_an_unknown_shape_is_refused_with_those_there_are():
     with pytest.raises(ModelError) as caught:
-        open_model("random:qwen2-70b", device="cpu")
+        open_model(ModelSettings(model="random:qwen2-70b", device="cpu"))
     assert str(caught.value) == (
         "model 'random:qwen2-70b': there is no such shape; shapes: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"
     )

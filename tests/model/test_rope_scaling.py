@@ -11,12 +11,13 @@ from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, sharpened
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import run_batch
-from pipeline.config import parse_rope_scaling
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model.adapters import random_model, with_rope_scaling
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.parse import parse_rope_scaling
 
 PLAIN = {**FAMILY_SETTINGS, "llama": {}}  # the tests' llama has llama3's scaling
 
@@ -63,7 +64,7 @@ def test_the_logits_are_those_of_stock_transformers(folder, sdpa, tmp_path, spec
 
 
 def test_what_is_said_before_the_weights_are_loaded(model_folder):
-    unloaded = open_model(str(model_folder), device="cpu", rope_scaling="yarn:2")
+    unloaded = open_model(ModelSettings(model=str(model_folder), device="cpu", rope_scaling="yarn:2"))
     assert unloaded.shape.context == 2048
     assert unloaded.config.max_position_embeddings == 1024
     loaded = unloaded.load()

@@ -16,6 +16,7 @@ from pipeline.prompts import PromptBuilder
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.records import Document, Row
+from pipeline.settings.model import ModelSettings
 from pipeline.tokenizing import stop_token_ids
 
 LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
@@ -47,7 +48,7 @@ def dense(smollm2, documents):
 
 
 def test_the_file_says_what_the_loaded_model_does(smollm2):
-    unloaded = open_model("smollm2-135m", device="cpu", dtype="float32")
+    unloaded = open_model(ModelSettings(model="smollm2-135m", device="cpu", dtype="float32"))
     for name in ("name", "shape", "fingerprint", "dtype", "device", "attention_refused"):
         assert getattr(unloaded, name) == getattr(smollm2, name)
 

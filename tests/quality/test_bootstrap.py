@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.quality.bootstrap import Drop, judge, paired_drop, parse_drop
+from pipeline.quality.bootstrap import Drop, judge, paired_drop
+from pipeline.settings.parse import parse_drop
 
 
 def drop_of(drop: float, low: float, high: float, rows: int = 100) -> Drop:

@@ -13,8 +13,8 @@ from pipeline.errors import ConfigError, MarsError
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense
 from pipeline.quality.check import run_check
-from pipeline.quality.check_config import CheckConfig
 from pipeline.quality.reports import as_dict, speed_text
+from pipeline.settings.check import CheckConfig
 
 LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
 BROKEN = {"eta": 0.3, "start_layer": 0, "prefix": 0, "window": 1}

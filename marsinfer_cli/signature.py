@@ -1,0 +1,162 @@
+"""Commands whose arguments and flags are the fields of settings, and what a call makes of them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from marsinfer_cli import completion
+from marsinfer_cli.events import print_event
+from pipeline.errors import ConfigError
+from pipeline.settings.method import MethodSettings
+from pipeline.settings.option import PANELS, Renamed, Setting, Settings, renamed_of, settings_of
+from pipeline.settings.sources import merge, read_config, read_environment, taken, with_profile
+
+Body = Callable[..., Any]
+OFFERED = {"methods": completion.methods, "models": completion.models}
+
+
+def takes(*classes: type[Settings]) -> Callable[[Body], Body]:
+    """A command that is given one object of each class: what the user set of their fields, and defaults."""
+
+    def decorate(body: Body) -> Body:
+        def command(context: typer.Context, **_: Any) -> Any:
+            return body(*resolve(context, classes))
+
+        parameters = list(_parameters(classes))
+        command.__name__, command.__doc__ = body.__name__, body.__doc__
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameters(classes: Sequence[type[Settings]]) -> Iterator[inspect.Parameter]:
+    """What Typer makes arguments and flags of."""
+    yield _parameter("context", typer.Context, inspect.Parameter.empty)
+    every = {each.name: each for cls in classes for each in settings_of(cls)}
+    renamed = {each.name: each for cls in classes for each in renamed_of(cls) if each.name not in every}
+    for each in sorted(every.values(), key=_place):
+        yield _parameter(each.name, _annotated(each), _default(each))
+    for old in renamed.values():
+        yield _parameter(old.name, _hidden(old), None if old.kind.flag_type is not bool else False)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
+
+
+def _place(setting: Setting) -> int:
+    """Arguments first, then panel by panel."""
+    return -1 if setting.about.panel is None else PANELS.index(setting.about.panel)
+
+
+def _annotated(setting: Setting) -> Any:
+    about, kind = setting.about, setting.kind.flag_type
+    optional = kind if kind is bool else kind | None
+    if about.panel is None:
+        argument = typer.Argument(
+            metavar=about.metavar, help=about.help, autocompletion=_completion(setting), show_default=False
+        )
+        return Annotated[optional, argument]
+    names = f"{setting.flag}/--no-{setting.flag[2:]}" if setting.default is True else setting.flag
+    option = typer.Option(
+        names,
+        metavar=about.metavar,
+        help=about.help,
+        autocompletion=_completion(setting),
+        show_default=True if _default(setting) is not None else setting.shown_default,
+        rich_help_panel=about.panel,
+    )
+    return Annotated[optional, option]
+
+
+def _hidden(old: Renamed) -> Any:
+    kind = old.kind.flag_type
+    option = typer.Option(old.flag, metavar=old.metavar, help=f"Now {old.now}.", hidden=True)
+    return Annotated[kind if kind is bool else kind | None, option]
+
+
+def _default(setting: Setting) -> Any:
+    """What Typer shows as the default, if a value of the setting says it: nothing is read from there."""
+    kind, default = setting.kind.flag_type, setting.default
+    if isinstance(default, str | int | float):
+        return default if isinstance(default, kind) else setting.kind.shown(default)
+    return None
+
+
+def _completion(setting: Setting) -> completion.Complete | None:
+    if setting.about.choices is not None:
+        return completion.one_of(setting.about.choices)
+    return None if setting.about.offered is None else OFFERED[setting.about.offered]
+
+
+def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[Settings]:
+    """One object of each class: a flag stands over the environment, `--config`, `--profile`, the default."""
+    given = {name: value for name, value in context.params.items() if _was_given(context, name)}
+    notes: list[str] = []
+    path = given.get("config")
+    is_configured = any(each.about.in_file for cls in classes for each in settings_of(cls))
+    file = read_config(path) if path is not None else {}
+    environment = read_environment(os.environ) if is_configured else {}
+    made = []
+    for cls in classes:
+        flags = _flags(cls, given)
+        words = _words(cls, flags)
+        values = merge(*(taken(cls, layer, notes.append) for layer in (file, environment, flags)))
+        if words is not None:
+            values |= _places(words, values, path)
+        made.append(cls(**(with_profile(values) if issubclass(cls, MethodSettings) else values)))
+    # once all is known to be right: what is refused is told in one line
+    for note in dict.fromkeys(notes):
+        if given.get("log_format") == "json":
+            print_event("note", message=note)
+        else:
+            typer.echo(f"marsinfer: note: {note}", err=True)
+    return made
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    # by name: Typer brings a copy of Click, whose enum is not the installed package's
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _flags(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says, by the names of fields, and by those of the version before."""
+    known: dict[str, Setting | Renamed] = {each.name: each for each in renamed_of(cls)}
+    known |= {each.name: each for each in settings_of(cls)}
+    return {name: known[name].kind.of_flag(known[name].flag, given[name]) for name in given if name in known}
+
+
+def _words(cls: type[Settings], flags: dict[str, Any]) -> list[str] | None:
+    """The words that name input and output, taken out of `flags`; None for a class that has no output."""
+    if "output" not in {each.name for each in settings_of(cls)}:
+        return None
+    last = flags.pop("output", None)
+    return [*flags.pop("input", ()), *([] if last is None else [last])]
+
+
+def _places(words: list[str], file: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """INPUT and OUTPUT; one word alone is the one that the file lacks."""
+    if len(words) > 1:
+        return {"input": tuple(words[:-1]), "output": words[-1]}
+    lacking = [name for name in ("input", "output") if name not in file]
+    if len(words) == 1 and not lacking:
+        # to guess could overwrite what was meant to be read
+        raise ConfigError(
+            f"--config {path} names input and output, and {words[0]!r} could replace either: "
+            "give both or neither"
+        )
+    if len(lacking) > len(words):
+        missing = lacking[len(words)]
+        shown = "INPUT..." if missing == "input" else "OUTPUT"
+        remedy = f"give it, or a line '{missing} = ...' in {path}" if path else "give it, or --config FILE"
+        raise ConfigError(f"Missing argument '{shown}': {remedy}")
+    return {lacking[0]: (words[0],) if lacking[0] == "input" else words[0]} if words else {}

@@ -1,0 +1,98 @@
+"""What the commands of `marsinfer bench` measure, from text: variants, lengths, packs, shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.settings.method import LINEAR_DTYPES
+
+if TYPE_CHECKING:
+    from pipeline.bench.variant import Variant
+
+# among a method's settings in --methods
+LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
+ATTENTION_IN_FP8 = "attention-fp8"
+
+
+def parse_variants(specs: str, keep: str | None) -> list[Variant]:
+    from pipeline.errors import ConfigError
+
+    shares = parse_shares(keep) if keep else None
+    names = [spec.strip() for spec in specs.split(",")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--methods names {twice!r} twice")
+    return [parse_variant(name, shares) for name in names]
+
+
+def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
+    from pipeline.bench.variant import Variant
+    from pipeline.errors import ConfigError
+    from pipeline.pruning.registry import make_method
+    from pipeline.settings.parse import parse_settings
+
+    if spec.startswith("@"):
+        return _profile_variant(spec)
+    parts = spec.split(":")
+    linears = [part for part in parts if part in LINEARS]
+    if len(linears) > 1:
+        raise ConfigError(f"--methods {spec!r}: give fp8 or mixed, not both")
+    precisions = linears[0] if linears else "auto", ATTENTION_IN_FP8 in parts
+    parts = [part for part in parts if part not in (*LINEARS, ATTENTION_IN_FP8)]
+    settings = [part.replace("/", ",") for part in parts if "=" in part]
+    method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
+    return Variant(spec, method if settings or keep is None else method.with_keep(keep), *precisions)
+
+
+def _profile_variant(spec: str) -> Variant:
+    """`@FILE`: the settings and precisions of a profile."""
+    from pipeline.bench.variant import Variant
+    from pipeline.profile import load_profile
+    from pipeline.pruning.registry import make_method
+
+    batch = load_profile(spec[1:]).batch
+    method = make_method(batch["method"], batch["settings"])
+    in_fp8 = batch.get("attention_dtype") == "fp8"
+    return Variant(spec, method, batch.get("linear_dtype", "auto"), in_fp8)
+
+
+def parse_lengths(text: str) -> list[int]:
+    from pipeline.errors import ConfigError
+    from pipeline.settings.parse import parse_count
+
+    lengths = [parse_count("--lengths", part) for part in text.split(",")]
+    if not all(lengths):
+        raise ConfigError(f"--lengths {text!r}: a prompt has at least one token")
+    return lengths
+
+
+def parse_packs(text: str) -> dict[str, list[int]]:
+    """Packs such as `8k;4x8k;16k+8k+5k`: of each as written, the lengths of its documents."""
+    from pipeline.errors import ConfigError
+    from pipeline.settings.parse import parse_count
+
+    packs: dict[str, list[int]] = {}
+    for pack in text.replace(";", " ").split():
+        lengths: list[int] = []
+        for part in pack.split("+"):
+            count, times, length = part.rpartition("x")
+            repeats = parse_count("--packs", count) if times else 1
+            lengths += [parse_count("--packs", length)] * repeats
+        if not lengths or not all(lengths):
+            raise ConfigError(f"--packs {pack!r}: a pack has documents, and a document at least one token")
+        packs[pack] = lengths
+    if not packs:
+        raise ConfigError(f"--packs {text!r}: name a pack, such as 32k, 4x8k or 16k+8k+5k")
+    return packs
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    from pipeline.errors import ConfigError
+
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--keep {text!r}: give shares such as 0.25,0.125,0.0625") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--keep {text!r}: a share is above 0 and at most 1")
+    return shares

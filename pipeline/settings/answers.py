@@ -1,0 +1,44 @@
+"""How answers are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+from pipeline.settings.data import SeedSettings
+from pipeline.settings.option import ANSWERS, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings(SeedSettings):
+    """Where an answer ends."""
+
+    max_new_tokens: int = option(
+        128,
+        help="Longest answer, and longest part of a right answer, in tokens.",
+        least=1,
+        panel=ANSWERS,
+    )
+    stop: tuple[str, ...] = option(
+        (), help="Text that ends an answer; repeatable.", shown_default="none", panel=ANSWERS
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise ConfigError("--stop takes a text that is not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(AnswerSettings):
+    """How tokens are drawn, where answers are generated and not forced."""
+
+    temperature: float = option(0.0, help="0 is greedy.", least=0, most=100, panel=ANSWERS)
+    top_p: float = option(
+        1.0,
+        help="Nucleus sampling's share of probability.",
+        least=0,
+        most=1,
+        above_least=True,
+        panel=ANSWERS,
+    )

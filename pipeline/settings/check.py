@@ -1,0 +1,96 @@
+"""Every setting of a check, tested in one place before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.settings.answers import SamplingSettings
+from pipeline.settings.gate import GENERATED_METRICS, GateSettings
+from pipeline.settings.method import MethodSettings
+from pipeline.settings.parse import NEEDLES, parse_drop
+from pipeline.settings.rows import RowSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
+    """The settings of `marsinfer check`, named as its flags. Raises ConfigError for one that cannot work."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_data()
+        self._check_metric()
+        self._check_files()
+
+    @property
+    def gate_metric(self) -> str:
+        if self.metric is not None:
+            return self.metric
+        if not self.has_references:
+            return "agreement"
+        return "found" if set(self.suite) == {NEEDLES} and not self.asks_rows else "token-accuracy"
+
+    @property
+    def bound(self) -> tuple[float, bool]:
+        """The largest drop allowed: points of the score and False, or percent of dense's and True."""
+        default = "1%" if self.gate_metric == "nll" else "1pt"
+        return parse_drop(default if self.max_drop is None else self.max_drop)
+
+    @property
+    def bound_text(self) -> str:
+        value, relative = self.bound
+        return f"{value:g}{'%' if relative else 'pt'}"
+
+    @property
+    def result_file(self) -> Path | None:
+        """Where the result goes as JSON, and beside it finished rows; None where it is only printed."""
+        return None if self.out in (None, "-") else Path(str(self.out))
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values; `metric` and `max_drop` as they were understood."""
+        return {**super().resolved(), "metric": self.gate_metric, "max_drop": self.bound_text}
+
+    def _check_metric(self) -> None:
+        if self.generate and not self.has_references:
+            raise ConfigError(
+                "--generate scores answers against references: give --reference-column or a --suite"
+            )
+        if self.gate_metric in GENERATED_METRICS and not self.generate:
+            raise ConfigError(f"--metric {self.metric} needs generated answers: add --generate")
+        if self.gate_metric in ("token-accuracy", "nll", "found") and not self.has_references:
+            raise ConfigError(
+                f"--metric {self.metric} needs references: give --reference-column or a --suite"
+            )
+        if self.gate_metric == "nll" and not self.bound[1]:
+            raise ConfigError(f"--max-drop {self.max_drop}: nll has no points; give % of dense's, as in 1%")
+
+    def _check_files(self) -> None:
+        if self.overwrite_baseline and self.baseline is None:
+            raise ConfigError("--overwrite-baseline needs --baseline FILE")
+        if self.resume and self.result_file is None:
+            raise ConfigError("--resume needs --out FILE: finished rows are kept beside that file")
+        named: dict[Path, str] = {}
+        for name in ("out", "junit", "markdown", "baseline"):
+            path = getattr(self, name)
+            if path is None or (name == "out" and path == "-"):
+                continue
+            check_place(f"--{name}", Path(path))
+            real = Path(path).resolve()
+            if real in named:
+                raise ConfigError(f"--{name} and {named[real]} name one file, {path}")
+            named[real] = f"--{name}"
+        for path in self.input:
+            if (given := named.get(Path(path).resolve())) is not None:
+                raise ConfigError(f"{given} {path} is the input; name another file")
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Raise ConfigError or StorageError for a file that cannot be written there."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(
+            f"{flag} {path} cannot be written: there is no folder {path.parent}; make it first"
+        )

@@ -1,0 +1,111 @@
+"""Which rows are read, and which of their columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from pipeline.errors import ConfigError
+from pipeline.settings.option import ANSWERS, READING, Settings, option
+from pipeline.settings.parse import parse_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings):
+    """Of all that is drawn."""
+
+    seed: int = option(
+        0,
+        help="Seed of all draws: answers (with each row's number), rows, needles, intervals.",
+        least=0,
+        panel=ANSWERS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """Where a document's text is, and one question to all of them."""
+
+    text_column: str = option("text", help="Column of the document.", panel=READING)
+    question: str | None = option(
+        None, help="One question for all rows.", shown_default="none", panel=READING
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(TextSettings, SeedSettings):
+    """Rows of documents and what is asked of them.
+
+    `input` are files, globs, folders or URLs; `shard` is text such as 2/8; `sample` and `limit` are rows.
+    """
+
+    input: tuple[str, ...] = option(
+        (),
+        metavar="INPUT...",
+        help="Files, globs, folders or URLs of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
+        "- is JSONL from stdin.",
+        in_environment=False,
+    )
+    question_column: str | None = option(
+        None, help="Column of the question.", shown_default="none", panel=READING
+    )
+    questions_column: str | None = option(
+        None,
+        help="Column of a list of questions, each of which gets an answer row.",
+        shown_default="none",
+        panel=READING,
+    )
+    id_column: str | None = option(
+        None, help="Column of the id.", shown_default="file and row number", panel=READING
+    )
+    task_column: str | None = option(
+        None,
+        help="Column of the kind of task, which profiles and the tables of check tell apart.",
+        shown_default="none",
+        panel=READING,
+    )
+    shard: str | None = option(
+        None,
+        metavar="I/N",
+        help="Every N-th row, from the I-th on.",
+        shown_default="all rows",
+        check=parse_shard,
+        panel=READING,
+    )
+    sample: int | None = option(
+        None,
+        metavar="N",
+        help="N rows drawn with --seed (of the shard).",
+        shown_default="all rows",
+        least=1,
+        panel=READING,
+    )
+    limit: int | None = option(
+        None,
+        metavar="N",
+        help="First N rows (of shard and sample); of a suite, tasks in turn.",
+        shown_default="all rows",
+        least=1,
+        panel=READING,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for first, second in combinations(("question", "question_column", "questions_column"), 2):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                flags = (f"--{name.replace('_', '-')}" for name in (first, second))
+                raise ConfigError(f"{' and '.join(flags)} exclude each other")
+        if self.question is not None and not self.question.strip():
+            raise ConfigError("--question is empty")
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a question is named, for all rows or in a column."""
+        asked = (self.question, self.question_column, self.questions_column)
+        return any(each is not None for each in asked)
+
+
+NO_QUESTION = (
+    "no question: give --question TEXT for all rows, --question-column NAME, "
+    "or a --prompt-template FILE that says what to do with each document"
+)

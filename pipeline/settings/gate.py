@@ -1,0 +1,159 @@
+"""What is measured against dense and may be lost, and the files of the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+from pipeline.settings.kinds import SWITCH, TEXT
+from pipeline.settings.option import ANSWERS, FILES, GATE, RUN, SOUGHT, Renamed, Settings, option
+from pipeline.settings.parse import NEEDLES, parse_drop
+
+# of a gate's metric: the name of its measure; the first four need no generated answer
+FORCED_METRICS = ("token-accuracy", "nll", "found", "agreement")
+GENERATED_METRICS = ("score", "exact-match", "token-f1", "rouge-l", "edit-similarity", "choice")
+METRICS = FORCED_METRICS + GENERATED_METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropSettings(Settings):
+    """The bound of a gate, and where the result goes."""
+
+    max_drop: str | None = option(
+        None,
+        metavar="Npt|N%",
+        help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's; "
+        "nll takes %, of its rise.",
+        shown_default="1pt, 1% for nll",
+        check=parse_drop,
+        panel=GATE,
+    )
+    out: str | None = option(
+        None,
+        metavar="FILE",
+        help="The result: check's as JSON (- prints it; finished rows are kept beside the file), "
+        "calibrate's profile as TOML.",
+        shown_default="none",
+        in_environment=False,
+        panel=FILES,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeSettings(Settings):
+    """Going on with what was stopped."""
+
+    resume: bool = option(
+        False, help="Go on with a run that was stopped, or with a published output.", panel=RUN
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverwriteSettings(Settings):
+    """Replacing what is there."""
+
+    overwrite: bool = option(False, help="Replace an output that exists.", panel=RUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings(DropSettings, ResumeSettings):
+    """What `marsinfer check` decides by, and writes."""
+
+    renamed = (
+        Renamed(
+            name="json",
+            kind=TEXT,
+            now="--out FILE",
+            values=lambda path: {"out": path},
+            metavar="FILE",
+        ),
+    )
+
+    generate: bool = option(
+        False, help="Also generate answers, and score them against the references.", panel=ANSWERS
+    )
+    metric: str | None = option(
+        None,
+        help="token-accuracy: share of a reference's tokens that are predicted (the default with "
+        "references); nll: nats a token; found: all tokens predicted (the default of needles alone); "
+        "agreement: share of the tokens at which dense chooses the same (the default without "
+        "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
+        "edit-similarity, choice. All are means over rows.",
+        shown_default="by the rows",
+        choices=METRICS,
+        panel=GATE,
+    )
+    per_task: bool = option(False, help="Each task is a gate of its own; the worst decides.", panel=GATE)
+    baseline: str | None = option(
+        None,
+        metavar="FILE",
+        help="Parquet file of dense's results: made if it is not there, else used instead of running.",
+        shown_default="none",
+        panel=FILES,
+    )
+    overwrite_baseline: bool = option(False, help="Make the baseline anew.", panel=FILES)
+    junit: str | None = option(
+        None, metavar="FILE", help="Gates as JUnit XML.", shown_default="none", panel=FILES
+    )
+    markdown: str | None = option(
+        None,
+        metavar="FILE",
+        help="Tables as Markdown, added to the end of FILE.",
+        shown_default="none",
+        panel=FILES,
+    )
+
+
+def _objective(name: str) -> dict[str, object]:
+    if name != "ttft":
+        raise ConfigError(f"--objective {name!r}: TTFT is all that calibrate can make least")
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoughtSettings(DropSettings, OverwriteSettings):
+    """What `marsinfer calibrate` looks for."""
+
+    renamed = (
+        Renamed(
+            name="needles",
+            kind=SWITCH,
+            now="--suite needles",
+            values=lambda wanted: {"suite": (NEEDLES,)} if wanted else {},
+        ),
+        Renamed(
+            name="objective",
+            kind=TEXT,
+            now="left out: TTFT is what is made least",
+            values=_objective,
+            metavar="ttft",
+        ),
+    )
+
+    needle_drop: str = option(
+        "2pt",
+        metavar="Npt|N%",
+        help="With --suite needles: largest drop of the share of each kind that is found.",
+        check=parse_drop,
+        panel=SOUGHT,
+    )
+    minutes: float = option(
+        10.0,
+        help="Longest time in all; more time, more rows.",
+        least=0,
+        most=24 * 60,
+        above_least=True,
+        panel=SOUGHT,
+    )
+    mass: float = option(
+        0.9,
+        help="Attention mass; what each layer makes of tokens outside it is probed.",
+        least=0,
+        most=1,
+        panel=SOUGHT,
+    )
+    accept_inconclusive: bool = option(
+        False,
+        help="Also take settings whose measured drop is within the bound, but not all of its interval.",
+        panel=SOUGHT,
+    )

@@ -1,0 +1,76 @@
+"""The pruning method, its parameters, and the precision of what it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.pruning.registry import check_method_name
+from pipeline.settings.kinds import NUMBER, PARAMETERS
+from pipeline.settings.option import METHOD, MODEL, Renamed, Settings, option
+from pipeline.settings.parse import check_between
+
+LINEAR_DTYPES = ("auto", "fp8", "mixed")
+ATTENTION_DTYPES = ("auto", "fp8")
+
+
+def _sparse_attention(mass: float) -> dict[str, Any]:
+    check_between("--sparse-attention", mass, 0, 1)
+    return {"settings": {"sparse_attention": mass}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(Settings):
+    """A method by name; `settings` are its parameters, as numbers or as text."""
+
+    renamed = (
+        Renamed(
+            name="sparse_attention",
+            kind=NUMBER,
+            now="--set sparse_attention=MASS",
+            values=_sparse_attention,
+            metavar="MASS",
+        ),
+    )
+
+    method: str = option(
+        "marsinfer",
+        help="Name (see `marsinfer methods`) or FILE.py:Class.",
+        offered="methods",
+        check=lambda name, flag: check_method_name(name),
+        in_profile=True,
+        panel=METHOD,
+    )
+    settings: Mapping[str, Any] = option(
+        factory=dict,
+        flag="--set",
+        help="A method's parameter as NAME=VALUE; repeatable.",
+        shown_default="the method's own",
+        kind=PARAMETERS,
+        in_environment=False,
+        in_profile=True,
+        panel=METHOD,
+    )
+    profile: str | None = option(
+        None,
+        metavar="FILE",
+        help="Method, settings and precisions as calibrate found them; all other places stand above.",
+        shown_default="none",
+        panel=METHOD,
+    )
+    linear_dtype: str = option(
+        "auto",
+        help="auto (as --dtype); on a GPU that can, fp8: all linear layers but the head; or mixed: most of"
+        " them, but neither for the prompt's end nor for short documents or the answer.",
+        choices=LINEAR_DTYPES,
+        in_profile=True,
+        panel=MODEL,
+    )
+    attention_dtype: str = option(
+        "auto",
+        help="auto (as --dtype), or fp8: attention of the prefill, with FlashAttention-3.",
+        choices=ATTENTION_DTYPES,
+        in_profile=True,
+        panel=MODEL,
+    )

@@ -1,0 +1,183 @@
+"""Texts of settings as values, and values held against what they may be. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError, did_you_mean
+
+
+def read_template(path: str | None, flag: str = "--prompt-template") -> str | None:
+    """The text of the prompt template in a file that this flag names."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error}") from error
+
+
+def parse_settings(pairs: Sequence[str], flag: str = "--set") -> dict[str, str]:
+    """`["eta=0.95", "window=50"]` as a mapping; the method converts the values."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ConfigError(f"{flag} {pair!r}: write it as NAME=VALUE, for example --set eta=0.95")
+        settings[name.strip()] = value.strip()
+    return settings
+
+
+def parse_count(flag: str, text: str) -> int:
+    """A count that may end in k or m, in thousands and millions of 1,024: `32k` is 32,768."""
+    digits, factor = text.strip().lower(), 1
+    if digits and digits[-1] in "km":
+        factor = 1024 if digits[-1] == "k" else 1024 * 1024
+        digits = digits[:-1]
+    if not digits.isdecimal():
+        raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
+    return int(digits) * factor
+
+
+def parse_rope_scaling(text: str, flag: str = "--rope-scaling") -> tuple[float, int | None]:
+    """`yarn:4` as (4.0, None); `yarn:4:32768` as (4.0, 32768), the context that the model was trained on."""
+    found = re.fullmatch(r"yarn:(\d+(?:\.\d+)?)(?::(\d+k?))?", text.strip().lower())
+    if found is None:
+        raise ConfigError(
+            f"{flag} {text!r}: write it as yarn:FACTOR or yarn:FACTOR:ORIGINAL, for example yarn:4"
+        )
+    factor = float(found[1])
+    if factor <= 1:
+        raise ConfigError(f"{flag} {text!r}: the factor must be above 1")
+    original = None if found[2] is None else parse_count(flag, found[2])
+    if original == 0:
+        raise ConfigError(f"{flag} {text!r}: the original context must be at least 1 token")
+    return factor, original
+
+
+_BYTES = {"": 1, "b": 1}
+_BYTES |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_BYTES |= {f"{letter}{tail}": 1024**power for power, letter in enumerate("kmgt", 1) for tail in ("", "ib")}
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size such as `1GiB`, `1.5G` (both in powers of 1,024) or `800MB` (in powers of 1,000)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    size = int(float(found[1]) * _BYTES[found[2]]) if found and found[2] in _BYTES else 0
+    if size < 1:
+        raise ConfigError(f"{flag} {text!r}: give a size such as 1GiB or 800MB")
+    return size
+
+
+def parse_shard(text: str, flag: str = "--shard") -> tuple[int, int]:
+    """`2/8` as (2, 8): the second of eight parts."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
+        raise ConfigError(f"{flag} {text!r}: write it as I/N, for example 1/4 for the first of four parts")
+    chosen, count = int(part), int(parts)
+    if not 1 <= chosen <= count:
+        raise ConfigError(f"{flag} {text!r}: the part must be between 1 and {count}")
+    return chosen, count
+
+
+def parse_workers(text: str, flag: str = "--workers") -> int | None:
+    """`4` as 4, `all` as None."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{flag} {text!r}: give a number of at least 1, or all")
+    return int(text)
+
+
+def parse_max_errors(text: str, flag: str = "--max-errors") -> tuple[float, bool]:
+    """`20` as (20.0, False), a count of rows; `5%` as (5.0, True), per cent of the finished rows."""
+    digits = str(text).strip()
+    is_share = digits.endswith("%")
+    digits = digits.removesuffix("%").strip()
+    if not (re.fullmatch(r"\d+(\.\d+)?", digits) if is_share else digits.isdecimal()):
+        raise ConfigError(f"{flag} {text!r}: give a number of rows such as 20, or a share such as 5%")
+    if is_share and float(digits) > 100:
+        raise ConfigError(f"{flag} {text!r}: a share is at most 100%")
+    return float(digits), is_share
+
+
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is none of these."""
+    if value not in choices:
+        raise ConfigError(f"{flag} {value!r}: choose from {', '.join(choices)}")
+
+
+def check_at_least(flag: str, value: int, low: int) -> None:
+    """Raise ConfigError for what is no whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{flag} {value}: must be a whole number of at least {low}")
+
+
+def check_between(flag: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise ConfigError for a number outside of these bounds."""
+    if not (low < value <= high if open_low else low <= value <= high):
+        bounds = f"above {low} and at most {high}" if open_low else f"between {low} and {high}"
+        raise ConfigError(f"{flag} {value}: must be {bounds}")
+
+
+_DROP = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)")
+
+
+def parse_drop(text: str, flag: str = "--max-drop") -> tuple[float, bool]:
+    """`1pt`, points of the score, as (1.0, False); `1%`, percent of dense's score, as (1.0, True)."""
+    found = _DROP.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(
+            f"{flag} {text!r}: write a number and unit, 1pt (points of the score) or 1% (of dense's score)"
+        )
+    value = float(found.group(1))
+    if value > 100:
+        raise ConfigError(f"{flag} {text!r}: must be from 0 to 100")
+    return value, found.group(2) == "%"
+
+
+def parse_list(flag: str, text: str) -> tuple[str, ...]:
+    """`a,b` as ("a", "b")."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise ConfigError(f"{flag} {text!r}: write values with commas between them")
+    return parts
+
+
+NEEDLES = "needles"
+SUITES = ("leval", "longbench")  # that lie in a folder
+_FORMS = "leval:DIR, longbench:DIR or needles"
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteName:
+    """A suite that a user named; `folder` is None for needles, which are hidden in the user's documents."""
+
+    kind: str  # leval, longbench or needles
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.folder is None else f"{self.kind}:{self.folder}"
+
+
+def parse_suite(text: str) -> SuiteName:
+    """`leval:DIR`, `longbench:DIR` or `needles`. Raises `ConfigError`."""
+    kind, colon, folder = text.partition(":")
+    if kind == NEEDLES:
+        if colon:
+            raise ConfigError(
+                f"suite {text!r}: needles takes no folder; it hides them in the input's documents"
+            )
+        return SuiteName(NEEDLES)
+    if kind not in SUITES:
+        hint = did_you_mean(kind.lower(), [*SUITES, NEEDLES])
+        raise ConfigError(f"unknown suite {text!r}{hint}; write {_FORMS}")
+    if not folder.strip():
+        raise ConfigError(f"suite {text!r}: name the folder of its files, as {kind}:DIR")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"suite {text!r}: {path} is {'not a folder' if path.exists() else 'not there'}")
+    return SuiteName(kind, path)

@@ -1,0 +1,66 @@
+"""How documents become prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+from pipeline.settings.option import PROMPTS, Settings, option
+from pipeline.settings.parse import read_template
+
+ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """The prompt around a document, and what becomes of one that exceeds the context."""
+
+    system: str | None = option(None, help="System message.", shown_default="none", panel=PROMPTS)
+    prompt_template: str | None = option(
+        None,
+        metavar="FILE",
+        help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}.",
+        shown_default="the model's chat template",
+        panel=PROMPTS,
+    )
+    on_overlong: str = option(
+        "error",
+        help="What to do with a document over the context: error, skip, split (answer in parts, then "
+        "combine), truncate-left, truncate-right, truncate-middle.",
+        choices=ON_OVERLONG,
+        panel=PROMPTS,
+    )
+
+    def template_text(self) -> str | None:
+        """The prompt template's text, read from its file."""
+        return read_template(self.prompt_template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(PromptSettings):
+    """How a document over the context is answered in parts, which only a run does that decodes them."""
+
+    split_overlap: int = option(
+        128,
+        metavar="TOKENS",
+        help="With --on-overlong split: what a part shares with the one before.",
+        least=0,
+        panel=PROMPTS,
+    )
+    combine_template: str | None = option(
+        None,
+        metavar="FILE",
+        help="With --on-overlong split: Jinja prompt that combines the answers of parts, which are its "
+        "{{ document }}.",
+        shown_default="one of ours",
+        panel=PROMPTS,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine_template is not None and self.on_overlong != "split":
+            raise ConfigError("--combine-template needs --on-overlong split")
+
+    def combine_text(self) -> str | None:
+        """The text of the template that combines the answers of parts, read from its file."""
+        return read_template(self.combine_template, "--combine-template")

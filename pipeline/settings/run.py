@@ -1,0 +1,215 @@
+"""How a batch runs and is written, and its whole configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+from pipeline.settings.answers import SamplingSettings
+from pipeline.settings.data import NO_QUESTION, DataSettings
+from pipeline.settings.gate import OverwriteSettings, ResumeSettings
+from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
+from pipeline.settings.method import MethodSettings
+from pipeline.settings.model import ModelSettings
+from pipeline.settings.option import METHOD, READING, RUN, Settings, option
+from pipeline.settings.parse import parse_max_errors, parse_workers
+from pipeline.settings.prompts import SplitSettings
+
+ORDERS = ("input", "completion")
+GUARD = ("auto", "off")
+GROUP = ("auto", "off")
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """Where rows are answered: in this process, or by workers on as many GPUs and machines as there are."""
+
+    engine: str = option(
+        "local",
+        help="local (this process, one device) or ray (workers, each with a model).",
+        choices=ENGINES,
+        panel=RUN,
+    )
+    ray_address: str | None = option(
+        None,
+        metavar="HOST:PORT",
+        help="With --engine ray: the cluster that this machine belongs to, or auto, which finds it.",
+        shown_default="a Ray of the run's own, here",
+        panel=RUN,
+    )
+    workers: str = option(
+        "all",
+        metavar="N|all",
+        help="With --engine ray: how many; all is one for each GPU, or CPU core where there is none.",
+        kind=TEXT_OR_WHOLE,
+        panel=RUN,
+    )
+    gpus_per_worker: int | None = option(
+        None,
+        metavar="1|0",
+        help="With --engine ray: a GPU for each worker, or a CPU core.",
+        shown_default="1 where there are GPUs",
+        panel=RUN,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "local":
+            given = (self.ray_address, self.gpus_per_worker, None if self.workers == "all" else self.workers)
+            for flag, value in zip(("--ray-address", "--gpus-per-worker", "--workers"), given, strict=True):
+                if value is not None:
+                    raise ConfigError(f"{flag} needs --engine ray")
+            return
+        parse_workers(self.workers)
+        if self.gpus_per_worker not in (None, 0, 1):
+            raise ConfigError(f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1")
+        if self.ray_address is not None and "://" in self.ray_address:
+            raise ConfigError(
+                f"--ray-address {self.ray_address!r}: give HOST:PORT or auto, on a machine of the cluster"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvSettings(Settings):
+    """Where keys and values are. `kv_memory` is in bytes."""
+
+    kv_memory: int | None = option(
+        None,
+        metavar="BYTES",
+        help="Keys and values on the device, e.g. 4GiB; sliminfer offloads what exceeds it to the host.",
+        shown_default="no bound",
+        kind=BYTES,
+        least=1,
+        panel=RUN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings(KvSettings):
+    """What is on the device at once. `pack_tokens` are tokens, `in_flight` rows."""
+
+    pack_tokens: int | None = option(
+        None,
+        help="Prompt tokens a pack, e.g. 32k; 1 runs one document at a time, for clean TTFT.",
+        shown_default="from free memory",
+        kind=COUNT,
+        least=1,
+        panel=RUN,
+    )
+    in_flight: int | None = option(
+        None,
+        metavar="N",
+        help="Rows that are decoded together, at most; a kill costs no more than these.",
+        shown_default="256 on a GPU, 16 on a CPU",
+        least=1,
+        panel=RUN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSettings):
+    """All that only a run has which writes answers. `row_timeout` is in seconds."""
+
+    output: str = option(
+        metavar="OUTPUT",
+        help="A file, or an s3:// or gs:// URL: .parquet, .arrow, .arrows or .jsonl.",
+        in_environment=False,
+    )
+    keep_columns: str | None = option(
+        None,
+        help="Columns to pass through, as name:type,name:type.",
+        shown_default="all",
+        panel=READING,
+    )
+    guard: str = option(
+        "auto",
+        help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
+        "attention), off.",
+        choices=GUARD,
+        panel=METHOD,
+    )
+    group: str = option(
+        "auto",
+        help="Rows about the same document: auto (together, its K/V computed once, where that is "
+        "cheaper), off.",
+        choices=GROUP,
+        panel=RUN,
+    )
+    sort_by_document: bool = option(
+        False,
+        help="Read all rows first and put those about the same document together, on disk.",
+        panel=RUN,
+    )
+    order: str = option(
+        "input", help="Rows of the output: input (order) or completion.", choices=ORDERS, panel=RUN
+    )
+    save_selection: bool = option(
+        False,
+        help="Store which tokens each layer kept, with the prompt's text, for report --row.",
+        panel=RUN,
+    )
+    retry_errors: bool = option(False, help="With --resume: run rows that failed again.", panel=RUN)
+    max_errors: str | None = option(
+        None,
+        metavar="N|P%",
+        help="Stop after more row errors than N, or than P% of the finished rows.",
+        shown_default="no bound",
+        kind=TEXT_OR_WHOLE,
+        check=parse_max_errors,
+        panel=RUN,
+    )
+    row_timeout: float | None = option(
+        None,
+        metavar="SECONDS",
+        help="A row that takes longer is an error; the rest of its pack runs again.",
+        shown_default="no bound",
+        panel=RUN,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_selection and self.output.lower().endswith(".jsonl"):
+            raise ConfigError(f"--save-selection writes bytes, which {self.output} cannot hold: use .parquet")
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "--resume and --overwrite exclude each other: one continues what the other drops"
+            )
+        if self.retry_errors and not self.resume:
+            raise ConfigError(
+                "--retry-errors needs --resume: it runs the failed rows of an earlier run again"
+            )
+        if self.row_timeout is not None and not self.row_timeout > 0:
+            raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(DataSettings, SplitSettings, ModelSettings, MethodSettings, SamplingSettings, RunSettings):
+    """The settings of `marsinfer batch`, named as its flags, whose --help explains them.
+
+    `input` are files, globs, folders or URLs, `output` a file or a URL; a question comes from `question`,
+    `question_column` or a `prompt_template`. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows
+    (`limit`, `sample`), `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8,
+    `max_errors` text such as 20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+
+    Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "ray":
+            self._check_devices()
+        if not self.input:
+            raise ConfigError("no input: give a file, a glob or a folder")
+        if not self.is_asked and self.prompt_template is None:
+            raise ConfigError(NO_QUESTION)
+
+    def _check_devices(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"--device {self.device!r}: Ray gives each worker its GPU; choose from auto, cpu, cuda"
+            )
+        if (self.device, self.gpus_per_worker) in (("cpu", 1), ("cuda", 0)):
+            raise ConfigError(
+                f"--device {self.device} and --gpus-per-worker {self.gpus_per_worker} exclude each other"
+            )

@@ -1,0 +1,171 @@
+"""Where settings come from: flag over environment over `--config` file over `--profile` over default."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.settings.gate import GateSettings, SoughtSettings
+from pipeline.settings.method import MethodSettings
+from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
+from pipeline.settings.run import BatchConfig
+from pipeline.settings.suite import SuiteSettings
+from pipeline.toml import toml_key, toml_value
+
+PREFIX = "MARSINFER_"
+# together they have every setting that a file or the environment may hold
+CONFIGURED = (BatchConfig, SuiteSettings, GateSettings, SoughtSettings)
+# of these, what a stronger place sets takes back what a weaker one has set for the other
+EXCLUSIVE = (
+    ("question", "question_column"),
+    ("question", "questions_column"),
+    ("question_column", "questions_column"),
+    ("resume", "overwrite"),
+)
+Note = Callable[[str], None]
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from several places, weakest first."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _take_back(merged, layer)
+        parameters = {**merged.get("settings", {}), **layer.get("settings", {})}
+        merged |= layer
+        if parameters:
+            merged["settings"] = parameters
+    return merged
+
+
+def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for pair in EXCLUSIVE:
+        for name, other in (pair, pair[::-1]):
+            if layer.get(name) and other not in layer:
+                merged.pop(other, None)
+    if "method" in layer and layer["method"] != merged.get("method", default_method()):
+        merged.pop("settings", None)  # another method's parameters
+
+
+def default_method() -> str:
+    """The method where none is named."""
+    return str(next(each.default for each in settings_of(MethodSettings) if each.name == "method"))
+
+
+def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with those of the profile that they name, if any, where they say nothing."""
+    from pipeline.profile import load_profile
+
+    path = values.get("profile")
+    return dict(values) if path is None else merge(load_profile(path).batch, values)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings of a TOML file, of whatever command; `path` may also be a pipe.
+
+    Raises ConfigError with the file's name.
+    """
+    place, known = f"--config {path}", _known()
+    values: dict[str, Any] = {}
+    for key, value in _toml(place, path).items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{place}: unknown key {key!r}{_hint(name)}")
+        if name in values:
+            raise ConfigError(f"{place}: {name} is set twice, with dashes and with underscores")
+        values[name] = known[name].kind.of_toml(f"{place}: {key}", value)
+    return values
+
+
+def _toml(place: str, path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{place} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place} is not UTF-8 at byte {error.start}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{place} is no TOML: {error}") from error
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings named `MARSINFER_*`, of whatever command.
+
+    A name that resembles a setting's is refused as a slip; any other is somebody else's, as are those that
+    a container platform derives from a service called marsinfer.
+    """
+    known = _known()
+    values = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name in known:
+            values[name] = _of_environment(variable, known[name], text)
+        elif close := get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ConfigError(f"{variable} is no setting; did you mean {PREFIX}{close[0].upper()}?")
+    return values
+
+
+def _of_environment(variable: str, known: Setting | Renamed, text: str) -> Any:
+    if isinstance(known, Setting) and not known.about.in_environment:
+        raise ConfigError(
+            f"{variable}: {known.name} cannot be set by the environment; give it as an argument"
+        )
+    return known.kind.of_text(variable, text)
+
+
+def _known() -> dict[str, Setting | Renamed]:
+    """All that a file may hold, with names of the version before."""
+    known: dict[str, Setting | Renamed] = {each.name: each for cls in CONFIGURED for each in renamed_of(cls)}
+    every = (each for cls in CONFIGURED for each in settings_of(cls))
+    return known | {each.name: each for each in every if each.about.in_file}
+
+
+def taken(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:
+    """Of settings of whatever command those that `wanted` takes, under their names of today."""
+    names = {each.name for each in settings_of(wanted)}
+    current = renewed(wanted, values, note)
+    return {name: value for name, value in current.items() if name in names}
+
+
+def renewed(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:
+    """Settings under their names of today; `note` is told of each that had one of the version before."""
+    names = {each.name for each in settings_of(wanted)}
+    old = [each for each in renamed_of(wanted) if each.name in values and each.name not in names]
+    current = {name: value for name, value in values.items() if name not in {each.name for each in old}}
+    for each in old:
+        note(each.note)
+        for name, value in each.values(values[each.name]).items():
+            current[name] = _joined(each, current.get(name), value)
+    return current
+
+
+def _joined(old: Renamed, now: Any, value: Any) -> Any:
+    """What a name of the version before stands for, beside what is given under the name of today."""
+    if isinstance(value, tuple):  # may be given again and again
+        return (*(now or ()), *value)
+    if now is None or (isinstance(now, Mapping) and not set(now) & set(value)):
+        return {**(now or {}), **value} if isinstance(value, Mapping) else value
+    raise ConfigError(f"{old.flag} and {old.now} exclude each other: they are one setting")
+
+
+def to_toml(config: Settings) -> str:
+    """A configuration in the form that `read_config` reads; settings without a value are left out."""
+    values = {
+        each.name: getattr(config, each.name) for each in settings_of(type(config)) if each.about.in_file
+    }
+    parameters = values.pop("settings", {})
+    lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if value is not None]
+    lines += ["", "[settings]"] if parameters else []
+    lines += [f"{toml_key(name)} = {toml_value(value)}" for name, value in parameters.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _hint(name: str) -> str:
+    known = [name for name, each in _known().items() if isinstance(each, Setting)]
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; known are {', '.join(known)}"
