@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import pydoc
@@ -49,3 +50,18 @@ def test_what_can_be_raised_is_said(name):
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'run_batches'"):
         pipeline.run_batches  # noqa: B018
+
+
+def test_a_run_gives_back_what_it_held_beside_the_model(fish, tmp_path, model_folder):
+    """Else the next run of the same process finds a device that is nearly full."""
+    from pipeline.model.store import KvStore
+
+    options = {"text_column": "body", "question_column": "ask", "max_new_tokens": 3, "device": "cpu"}
+    gc.collect()
+    gc.disable()  # nothing is to be freed by chance
+    try:
+        before = sum(isinstance(each, KvStore) for each in gc.get_objects())
+        pipeline.run_batch(str(fish), str(tmp_path / "out.jsonl"), model=str(model_folder), **options)
+        assert sum(isinstance(each, KvStore) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()

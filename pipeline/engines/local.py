@@ -390,6 +390,10 @@ class LocalEngine:
         self.packer = self.packer.within(usable_bytes)
         return self._open_table().prepare()
 
+    def close(self) -> None:
+        """Give back what is held beside the model: another run of this process would find too little."""
+        self._close_table()
+
     def _open_table(self) -> Table:
         if self._table is None:
             self._table = Table.of(self.model, self.packer, self.rules, self.sampling, self.stats)

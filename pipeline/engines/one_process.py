@@ -54,10 +54,14 @@ class OneProcess:
         self._engine = cache(partial(start_engine, setup, check, note))
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
-        yield from answer_windows(self._engine, windows, self._setup)
-        if self._started:
-            for text in last_notes(self._engine()):
-                self._note(text)
+        try:
+            yield from answer_windows(self._engine, windows, self._setup)
+            if self._started:
+                for text in last_notes(self._engine()):
+                    self._note(text)
+        finally:
+            if self._started:
+                self._engine().close()
 
     @property
     def times(self) -> EngineTimes:
