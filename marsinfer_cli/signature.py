@@ -14,7 +14,14 @@ from marsinfer_cli.events import print_event
 from pipeline.errors import ConfigError
 from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import PANELS, Renamed, Setting, Settings, renamed_of, settings_of
-from pipeline.settings.sources import merge, read_config, read_environment, taken, with_profile
+from pipeline.settings.sources import (
+    from_elsewhere,
+    merge,
+    read_config,
+    read_environment,
+    taken,
+    with_profile,
+)
 
 Body = Callable[..., Any]
 OFFERED = {"methods": completion.methods, "models": completion.models}
@@ -109,7 +116,8 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
     for cls in classes:
         flags = _flags(cls, given)
         words = _words(cls, flags)
-        values = merge(*(taken(cls, layer, notes.append) for layer in (file, environment, flags)))
+        elsewhere = (from_elsewhere(cls, layer, notes.append) for layer in (file, environment))
+        values = merge(*elsewhere, taken(cls, flags, notes.append))
         if words is not None:
             values |= _places(words, values, path)
         made.append(cls(**(with_profile(values) if issubclass(cls, MethodSettings) else values)))

@@ -20,6 +20,8 @@ class CalibrateConfig(
 ):
     """The settings of `marsinfer calibrate`, named as its flags. Raises ConfigError for what cannot work."""
 
+    on_command_line_alone = ("overwrite",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None:

@@ -18,6 +18,8 @@ from pipeline.settings.rows import RowSettings
 class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
     """The settings of `marsinfer check`, named as its flags. Raises ConfigError for one that cannot work."""
 
+    on_command_line_alone = ("resume",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_data()

@@ -123,6 +123,8 @@ class Settings:
     """What groups and configurations have in common. A new one raises ConfigError for what cannot work."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
+    # what a file or the environment says of these is meant for another command
+    on_command_line_alone: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **more: Any) -> None:
         """`defaults` stand for those of the groups, in this configuration alone."""

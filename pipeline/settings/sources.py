@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings.gate import GateSettings, SoughtSettings
 from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
+from pipeline.settings.parse import NEEDLES
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.suite import SuiteSettings
 from pipeline.toml import toml_key, toml_value
@@ -46,8 +47,17 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
         for name, other in (pair, pair[::-1]):
             if layer.get(name) and other not in layer:
                 merged.pop(other, None)
+    if layer.get("suite") and "reference_column" not in {**merged, **layer}:
+        _take_back_rows(merged, layer)
     if "method" in layer and layer["method"] != merged.get("method", default_method()):
         merged.pop("settings", None)  # another method's parameters
+
+
+def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """A suite takes the place of rows that a weaker place names; needles that of their questions."""
+    rows = ("question", "question_column", "questions_column", "id_column", "task_column")
+    for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
+        merged.pop(name, None)
 
 
 def default_method() -> str:
@@ -123,6 +133,12 @@ def _known() -> dict[str, Setting | Renamed]:
     known: dict[str, Setting | Renamed] = {each.name: each for cls in CONFIGURED for each in renamed_of(cls)}
     every = (each for cls in CONFIGURED for each in settings_of(cls))
     return known | {each.name: each for each in every if each.about.in_file}
+
+
+def from_elsewhere(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:
+    """Of the settings of a file or the environment those that `wanted` takes from there."""
+    current = taken(wanted, values, note)
+    return {name: value for name, value in current.items() if name not in wanted.on_command_line_alone}
 
 
 def taken(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.settings.model import ModelSettings
 from pipeline.settings.option import MODEL, PANELS, Settings, option, settings_of
 from pipeline.settings.prompts import PromptSettings
 from pipeline.settings.run import BatchConfig
-from pipeline.settings.sources import CONFIGURED, read_config, read_environment, taken
+from pipeline.settings.sources import CONFIGURED, from_elsewhere, merge, read_config, read_environment, taken
 
 CONFIGS = (BatchConfig, CheckConfig, CalibrateConfig, AccuracyConfig, ThroughputConfig)
 # what a command's configuration says of a default that another has otherwise
@@ -179,6 +179,23 @@ def test_one_file_serves_several_commands(tmp_path):
     assert calibration.needle_kinds == ("single", "tracking")
     assert calibration.needle_lengths == (8192, 512)
     assert "order" not in taken(CheckConfig, values, print)
+
+
+def test_a_nightly_file_does_not_stand_in_the_way_of_a_check(tmp_path):
+    night = {"input": ("in.jsonl",), "question_column": "q", "id_column": "id", "seed": 1, "resume": True}
+    night |= {"overwrite": True}
+    assert "resume" not in from_elsewhere(CheckConfig, night, print)
+    assert "overwrite" not in from_elsewhere(CalibrateConfig, night, print)
+    assert from_elsewhere(BatchConfig, night, print) == night
+    suite = f"leval:{tmp_path}"
+    rows = from_elsewhere(CheckConfig, night, print)
+    # a suite takes the place of the file's rows, needles are hidden in their documents
+    assert merge(rows, {"suite": (suite,)}) == {"seed": 1, "suite": (suite,)}
+    assert merge(rows, {"suite": ("needles",)}) == {"input": ("in.jsonl",), "seed": 1, "suite": ("needles",)}
+    asked = {"suite": (suite,), "reference_column": "answer"}
+    assert merge(rows, asked) == {**rows, **asked}
+    for given in ({"suite": (suite,)}, {"suite": ("needles",)}, asked, {}):
+        assert CheckConfig(**merge(rows, given)).seed == 1
 
 
 def test_the_environment_holds_lists_and_sizes():
