@@ -19,7 +19,7 @@ def check(config: CheckConfig, switches: CheckSwitches) -> None:
 
     Exits with 0 where all of the drop's 95% interval, of a bootstrap over documents, is within the bound,
     with 5 where none of it is, and with 6 where more rows are needed to tell. Dense runs in the model's
-    --dtype; --linear-dtype and --attention-dtype are the method's.
+    --dtype; --linear-dtype is the method's.
     """
     from pipeline.quality.reports import as_dict, raise_verdict
 

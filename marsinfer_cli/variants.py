@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.settings.method import LINEAR_DTYPES
+from pipeline.settings.method import LINEAR_DTYPES, NO_FP8_ATTENTION
 
 if TYPE_CHECKING:
     from pipeline.bench.variant import Variant
 
 # among a method's settings in --methods
 LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
-ATTENTION_IN_FP8 = "attention-fp8"
+ATTENTION_IN_FP8 = "attention-fp8"  # of the version before
 
 
 def parse_variants(specs: str, keep: str | None) -> list[Variant]:
@@ -37,23 +37,27 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     linears = [part for part in parts if part in LINEARS]
     if len(linears) > 1:
         raise ConfigError(f"--methods {spec!r}: give fp8 or mixed, not both")
-    precisions = linears[0] if linears else "auto", ATTENTION_IN_FP8 in parts
-    parts = [part for part in parts if part not in (*LINEARS, ATTENTION_IN_FP8)]
+    if ATTENTION_IN_FP8 in parts:
+        raise ConfigError(f"--methods {spec!r}: {NO_FP8_ATTENTION}")
+    parts = [part for part in parts if part not in LINEARS]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
-    return Variant(spec, method if settings or keep is None else method.with_keep(keep), *precisions)
+    return Variant(
+        spec,
+        method if settings or keep is None else method.with_keep(keep),
+        linears[0] if linears else "auto",
+    )
 
 
 def _profile_variant(spec: str) -> Variant:
-    """`@FILE`: the settings and precisions of a profile."""
+    """`@FILE`: the settings and the precision of a profile."""
     from pipeline.bench.variant import Variant
     from pipeline.profile import load_profile
     from pipeline.pruning.registry import make_method
 
     batch = load_profile(spec[1:]).batch
     method = make_method(batch["method"], batch["settings"])
-    in_fp8 = batch.get("attention_dtype") == "fp8"
-    return Variant(spec, method, batch.get("linear_dtype", "auto"), in_fp8)
+    return Variant(spec, method, batch.get("linear_dtype", "auto"))
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -106,7 +106,7 @@ def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
     """The model of a run; `elsewhere` are the dtype and device that stand above the configuration's."""
     from pipeline.model.loading import open_model
 
-    return open_model(ModelSettings.of(config, **elsewhere), attention_dtype=config.attention_dtype)
+    return open_model(ModelSettings.of(config, **elsewhere))
 
 
 def _profiled(

@@ -17,6 +17,7 @@ from pipeline.io.whole_file import writing
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import settings_of
+from pipeline.settings.sources import renewed
 from pipeline.toml import toml_of
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ class Profile:
 
     def is_of(self, config: MethodSettings, method: PruningMethod) -> bool:
         """Whether a run with this configuration does what was verified, and nothing stands above it."""
-        precisions = ("linear_dtype", "attention_dtype")
-        return method == make_method(self.batch["method"], self.batch["settings"]) and all(
-            getattr(config, name) == self.batch.get(name, "auto") for name in precisions
-        )
+        same_precision = config.linear_dtype == self.batch.get("linear_dtype", "auto")
+        return same_precision and method == make_method(self.batch["method"], self.batch["settings"])
 
     @property
     def longest(self) -> int | None:
@@ -81,7 +80,7 @@ def load_profile(path: str) -> Profile:
 
 
 def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = [key for key in table if key not in BATCH_KEYS]
+    unknown = [key for key in table if key not in (*BATCH_KEYS, "attention-dtype")]
     if unknown or not isinstance(table.get("method"), str):
         what = f"unknown key {unknown[0]!r}" if unknown else "no method"
         raise ConfigError(f"--profile {path}: {what} in [batch]; a profile holds {', '.join(BATCH_KEYS)}")
@@ -91,7 +90,11 @@ def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in table.get("settings", {}).items()
     }
-    return {**{key.replace("-", "_"): table[key] for key in table if key != "settings"}, "settings": settings}
+    values = {key.replace("-", "_"): value for key, value in table.items()} | {"settings": settings}
+    try:
+        return renewed(MethodSettings, values, lambda note: None)
+    except ConfigError as error:
+        raise ConfigError(f"--profile {path}: {error}") from error
 
 
 def check_profile(path: str, profile: Profile, model: Model) -> list[str]:

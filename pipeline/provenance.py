@@ -40,7 +40,7 @@ def deciding_settings(
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype),
             "linear_dtype": config.linear_dtype,
-            "attention_dtype": config.attention_dtype,
+            "attention_dtype": "auto",  # which was a setting once, so that outputs of then go on
             "rope_scaling": model.rope_scaling,
         },
         "method": {"name": method.name, "settings": asdict(method)},

@@ -139,7 +139,8 @@ def test_settings_of_before_are_those_of_their_output(before):
     made_with = taken(BatchConfig, made_with, lambda text: None)  # under the names of today
     assert json.loads(json.dumps(config.resolved())).items() >= made_with.items()
     lines = Path("settings.toml").read_text(encoding="utf-8").splitlines()
-    assert set(lines) - set(to_toml(config).splitlines()) == set()  # a later version may have more
+    gone = {'attention_dtype = "auto"'}  # of which there is no other any more
+    assert set(lines) - set(to_toml(config).splitlines()) == gone  # a later version may have more
     _, told = record.call("batch --config settings.toml --resume --quiet")
     assert told.endswith("nothing new: every row was done; many.parquet stays as it is\n")
 

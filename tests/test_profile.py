@@ -35,7 +35,6 @@ def profile(model_folder):
     batch = {
         "method": "marsinfer",
         "linear_dtype": "auto",
-        "attention_dtype": "auto",
         "settings": SETTINGS,
     }
     return Profile(about=about, batch=batch)

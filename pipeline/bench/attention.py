@@ -15,14 +15,13 @@ from pipeline.bench.ceilings import wait_for
 from pipeline.bench.flops import attention_flops
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
-from pipeline.kernels.attention import BACKENDS, FP8_BACKENDS
+from pipeline.kernels.attention import BACKENDS
 from pipeline.kernels.segments import Segments
 from pipeline.model.loading import attention_for
 from pipeline.model.random_weights import SHAPES
 from pipeline.model.shape import ModelShape
 
-IN_FP8 = "-fp8"
-CANDIDATES = (*BACKENDS, *(f"{name}{IN_FP8}" for name in FP8_BACKENDS))
+CANDIDATES = tuple(BACKENDS)
 
 TRIAL_LENGTHS = (331, 64, 129)  # against the reference, which holds whole matrices in float64
 SHORTEST_TURN_S = 0.02  # calls are timed in runs that last so long: one is short beside a wait for the device
@@ -89,10 +88,9 @@ def available(
     refused: dict[str, str] = {}
     for name in dict.fromkeys(names):
         try:
-            plain = name.removesuffix(IN_FP8)
-            backend, _others = attention_for(plain, device, dtype, shape, fp8=plain != name)
+            backend, _others = attention_for(name, device, dtype, shape)
         except ConfigError as error:
-            refused[name] = str(error).rpartition(f" {plain}: ")[2]
+            refused[name] = str(error).rpartition(f" {name}: ")[2]
         else:
             found.append(Candidate(name, backend.prefill))
     return found, refused

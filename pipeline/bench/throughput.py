@@ -15,7 +15,7 @@ from torch.autograd.profiler import profile
 
 from pipeline.batch import run_batch
 from pipeline.bench.ceilings import wait_for
-from pipeline.bench.variant import Variant, prepare
+from pipeline.bench.variant import Variant
 from pipeline.errors import InputError
 from pipeline.model.loading import LoadedModel
 from pipeline.summary import Summary
@@ -88,10 +88,6 @@ def measure_throughput(
     On a GPU twice: the second time under the profiler, for the idle share alone. InputError where no row
     is answered.
     """
-
-    if variant.attention_in_fp8:
-        prepare(model, [variant])
-        variant.use(model)
 
     def run(note: Callable[[str], None] = lambda text: None) -> Summary:
         with tempfile.TemporaryDirectory(prefix="marsinfer-bench-") as folder:

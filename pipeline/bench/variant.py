@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.model.loading import LoadedModel, attention_for
+from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
 
 
@@ -15,7 +15,6 @@ class Variant(NamedTuple):
     name: str
     method: PruningMethod
     linears: str = "auto"  # of `LINEAR_DTYPES`
-    attention_in_fp8: bool = False
 
     @property
     def linears_in_fp8(self) -> bool:
@@ -23,9 +22,8 @@ class Variant(NamedTuple):
         return self.linears == "fp8"
 
     def use(self, model: LoadedModel) -> PruningMethod:
-        """Set the model, which `prepare` has seen, to this variant's precisions; returns the method."""
+        """Set the model, which `prepare` has seen, to this variant's precision; returns the method."""
         model.adapter.linears = self.linears
-        model.attention = model.attentions[self.attention_in_fp8]
         return self.method
 
 
@@ -36,7 +34,3 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     for linears in dict.fromkeys(variant.linears for variant in variants):
         model.adapter.use_linears(linears, ffn=ffn, keep=True)
     model.adapter.linears = "auto"
-    model.attentions.setdefault(False, model.attention)
-    if any(variant.attention_in_fp8 for variant in variants) and True not in model.attentions:
-        in_fp8, _ = attention_for("auto", model.device, model.dtype, model.shape, fp8=True)
-        model.attentions[True] = in_fp8

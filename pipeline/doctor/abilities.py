@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.bench.attention import IN_FP8, attention_shape, available
+from pipeline.bench.attention import attention_shape, available
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.tiny import device, distance, stock_logits, subject
 from pipeline.errors import ConfigError
@@ -28,11 +28,10 @@ NEW_TOKENS = 40  # enough for a decode step to be captured, and replayed
 def attention(name: str) -> Finding:
     """One backend, by the trial that `--attention auto` makes too, on the heads of a 7B model."""
     target, shape = device(), attention_shape("qwen2-7b")
-    in_fp8 = name.endswith(IN_FP8)
-    dtype = torch.bfloat16 if in_fp8 else pick_dtype("auto", target)
+    dtype = pick_dtype("auto", target)
     found, refused = available([name], shape, device=target, dtype=dtype)
     if found:
-        chosen = attention_for("auto", target, dtype, shape, fp8=in_fp8)[0].name == name
+        chosen = attention_for("auto", target, dtype, shape)[0].name == name
         return Finding(
             status="ok", text=f"agrees with the reference in {_named(dtype)}{TAKEN if chosen else ''}"
         )

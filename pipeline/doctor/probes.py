@@ -37,7 +37,7 @@ def all_probes() -> tuple[Probe, ...]:
     probes.append(Probe(group=MODEL, name="smollm2-135m", where=machine + "embedded"))
     probes += [
         Probe(group=ATTENTION, name=name, where=abilities + "attention", arguments=(name,))
-        for name in ("fa3", "flash", "cudnn", "varlen", "sdpa", "fa3-fp8")
+        for name in ("fa3", "flash", "cudnn", "varlen", "sdpa")
     ]
     probes += [
         Probe(group=PRECISION, name=name, where=abilities + "precision", arguments=(name,))

@@ -22,11 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
-from pipeline.kernels.fused import centred_keys, quantize_heads
 from pipeline.kernels.segments import Segments, on_device
 
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
-FP8_TOLERANCE = 0.1  # the same in fp8, which keeps 3 bits of a mantissa
 
 
 class AttentionUnavailable(Exception):
@@ -200,41 +198,6 @@ class Flash3Attention(FlashAttention):
         )
 
 
-class Flash3Fp8Attention(Flash3Attention):
-    """The same with queries, keys and values of the prefill in fp8; keys and values are stored as they come.
-
-    A scale for each document and key/value head. Softmax does not change when one vector is taken off all
-    keys of a head: without their mean, which is large in some models, they lose less by rounding (as in
-    SageAttention, arXiv 2410.02367).
-    """
-
-    name = "fa3-fp8"
-
-    def __init__(self) -> None:
-        super().__init__()
-        if not hasattr(torch, "float8_e4m3fn"):
-            raise AttentionUnavailable("this torch has no float8_e4m3fn")
-
-    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
-        bounds, longest, kv_heads = segments.cu_seqlens, segments.longest, k_TKd.shape[1]
-        keys = centred_keys(k_TKd, segments)
-        quantised = [quantize_heads(x, segments, kv_heads) for x in (q_THd, keys, v_TKd)]
-        (q_fp8, q_scale), (k_fp8, k_scale), (v_fp8, v_scale) = quantised
-        return self._call(
-            q_fp8,
-            k_fp8,
-            v_fp8,
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            q_descale=q_scale,
-            k_descale=k_scale,
-            v_descale=v_scale,
-            causal=True,
-        ).to(q_THd.dtype)
-
-
 # fastest first: the order in which `auto` tries them on a GPU
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "fa3": Flash3Attention,
@@ -243,8 +206,6 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "varlen": VarlenAttention,
     "sdpa": SdpaAttention,
 }
-# those that can prefill in fp8, under the same names
-FP8_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"fa3": Flash3Fp8Attention}
 
 
 def choose_attention(
@@ -255,39 +216,31 @@ def choose_attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    fp8: bool = False,
 ) -> tuple[AttentionBackend, dict[str, str]]:
     """The backend to use, and for each faster one why it was not taken.
 
-    `wanted` is a name of `BACKENDS` or `auto`; with `fp8` only those count that can prefill in it. A backend
-    is taken only after a small trial on the device agrees with the reference. Raises ConfigError when none
-    does, or the one asked for by name does not.
+    `wanted` is a name of `BACKENDS` or `auto`. A backend is taken only after a small trial on the device
+    agrees with the reference. Raises ConfigError when none does, or the one asked for by name does not.
     """
-    backends = FP8_BACKENDS if fp8 else BACKENDS
-    candidates = list(backends) if wanted == "auto" else [wanted]
-    tolerance = FP8_TOLERANCE if fp8 else TOLERANCE
+    candidates = list(BACKENDS) if wanted == "auto" else [wanted]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     refused: dict[str, str] = {}
     for name in candidates:
         try:
-            if name not in backends:
-                raise AttentionUnavailable("cannot compute in fp8")
             if device.type == "cpu" and name != "sdpa":
                 raise AttentionUnavailable("needs a GPU")
-            backend = backends[name]()
-            _try_once(backend, tolerance, device=device, dtype=dtype, **sizes)
+            backend = BACKENDS[name]()
+            _try_once(backend, device=device, dtype=dtype, **sizes)
         except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
             refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
             return backend, refused
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    precision = "fp8" if fp8 else str(dtype)
-    raise ConfigError(f"no attention backend works on {device} with {precision}: {reasons}")
+    raise ConfigError(f"no attention backend works on {device} with {dtype}: {reasons}")
 
 
 def _try_once(
     backend: AttentionBackend,
-    tolerance: float,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -301,14 +254,14 @@ def _try_once(
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     expected = reference.causal_attention(q, k, v, segments)
     last = segments.last_indices()
-    _compare(backend.prefill(q, k, v, segments), expected, tolerance, "prefill")
+    _compare(backend.prefill(q, k, v, segments), expected, "prefill")
     slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
-    _compare(backend.decode(q[last], k, v, slots), expected[last], TOLERANCE, "decode")
+    _compare(backend.decode(q[last], k, v, slots), expected[last], "decode")
 
 
-def _compare(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+def _compare(got: Tensor, expected: Tensor, what: str) -> None:
     error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
-    if not error <= tolerance:
+    if not error <= TOLERANCE:
         raise AttentionUnavailable(f"its {what} is off by {error:.3g} on a trial")
 
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, silu
 
 from pipeline.kernels.modules import kernels_for, power_of_two
-from pipeline.kernels.segments import Segments
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -97,42 +95,6 @@ def rms_norm_quantized(x_TD: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     out_TD, scale_T1 = empty_fp8(x_TD, x_TD.shape[1])
     launch_rows(kernels.rms_norm_kernel, out_TD, x_TD, x_TD.stride(0), weight_D, eps, out_TD, scale_T1)
     return out_TD, scale_T1
-
-
-def centred_keys(k_TKd: Tensor, segments: Segments) -> Tensor:
-    """Keys without the mean of their document and head, (T, K, d): attention to them is the same."""
-    centred_TKd = torch.empty_like(k_TKd, memory_format=torch.contiguous_format)
-    for start, end in segments.ranges():
-        part = k_TKd[start:end]
-        centred_TKd[start:end] = part - part.mean(0, keepdim=True, dtype=torch.float32).to(part.dtype)
-    return centred_TKd
-
-
-def quantize_heads(x_TNd: Tensor, segments: Segments, groups: int) -> Quantised:
-    """Float8 heads (T, N, d), with a scale for each document and each of `groups` runs of heads, (B, groups).
-
-    The largest magnitude of each becomes 448.
-    """
-    parts = [x_TNd[start:end].unflatten(1, (groups, -1)) for start, end in segments.ranges()]
-    largest_BK = torch.stack([vector_norm(x, float("inf"), (0, 2, 3), dtype=torch.float32) for x in parts])
-    scale_BK = (largest_BK / FP8_MAX).clamp(min=SMALLEST_HEAD_SCALE)
-    kernels = _kernels(x_TNd)
-    if kernels is None:
-        values_TNd = (
-            x_TNd.float().unflatten(1, (groups, -1)) * (1 / scale_BK)[segments.document_T][..., None, None]
-        )
-        return values_TNd.clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(1, 2), scale_BK
-    tokens, heads, head_dim = x_TNd.shape
-    out_TNd = torch.empty(tokens, heads, head_dim, dtype=FP8, device=x_TNd.device)
-    width = heads * head_dim
-    block = power_of_two(width)
-    kernels.quantize_heads_kernel[(tokens,)](
-        *(x_TNd, *x_TNd.stride()[:2], segments.document_T, scale_BK, out_TNd, width, head_dim),
-        *(heads // groups * head_dim, groups),
-        BLOCK=block,
-        num_warps=warps_for(block),
-    )
-    return out_TNd, scale_BK
 
 
 def _kernels(x: Tensor) -> Any | None:

@@ -197,30 +197,6 @@ def quantize_rows_kernel(x, stride, out, scales, width, BLOCK: tl.constexpr):  #
 
 
 @triton.jit
-def quantize_heads_kernel(  # type: ignore[no-untyped-def]
-    x,
-    token_stride,
-    head_stride,
-    documents,
-    scales,
-    out,
-    width,
-    head_dim,
-    group_width,
-    groups,
-    BLOCK: tl.constexpr,
-):
-    """See `fused.quantize_heads`: each program quantises all heads of one token."""
-    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = at < width
-    scale_at = scales + tl.load(documents + token) * groups + at // group_width
-    scale = tl.load(scale_at, mask=inside, other=1.0)
-    values_at = x + token * token_stride + at // head_dim * head_stride + at % head_dim
-    values = tl.load(values_at, mask=inside, other=0).to(tl.float32) * tl.div_rn(1.0, scale)
-    tl.store(out + token * width + at, values.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def rms_norm_kernel(x, stride, weight, eps, out, scales, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """See `fused.rms_norm_quantized`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

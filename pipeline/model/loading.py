@@ -61,7 +61,6 @@ class LoadedModel:
     fingerprint: str  # as its source tells it: of files, of a revision on the hub, or of a random draw
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
-    attentions: dict[bool, AttentionBackend] = field(default_factory=dict)  # by: in fp8; to change between
 
     @property
     def shape(self) -> ModelShape:
@@ -102,7 +101,6 @@ class UnloadedModel:
     device: torch.device
     dtype: torch.dtype
     wanted_attention: str
-    attention_in_fp8: bool = False
     rope_scaling: str | None = None
 
     @property
@@ -124,9 +122,7 @@ class UnloadedModel:
     @cached_property
     def _attention(self) -> tuple[AttentionBackend, dict[str, str]]:
         with _quiet():
-            return attention_for(
-                self.wanted_attention, self.device, self.dtype, self.shape, fp8=self.attention_in_fp8
-            )
+            return attention_for(self.wanted_attention, self.device, self.dtype, self.shape)
 
     @property
     def attention_name(self) -> str:
@@ -164,7 +160,7 @@ Model = UnloadedModel | LoadedModel
 
 
 def attention_for(
-    wanted: str, device: torch.device, dtype: torch.dtype, shape: ModelShape, *, fp8: bool = False
+    wanted: str, device: torch.device, dtype: torch.dtype, shape: ModelShape
 ) -> tuple[AttentionBackend, dict[str, str]]:
     """`choose_attention` for a model of this shape."""
     return choose_attention(
@@ -174,26 +170,25 @@ def attention_for(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        fp8=fp8,
     )
 
 
-def load_model(model: str = "smollm2-135m", *, attention_dtype: str = "auto", **options: Any) -> LoadedModel:
+def load_model(model: str = "smollm2-135m", **options: Any) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
     `options` are the other fields of `ModelSettings`, which are flags of the commands: `dtype` is auto
     (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu, cuda or cuda:N;
     `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto for the fastest
-    that passes a trial on the device; `attention_dtype` fp8 prefills in float8 where one can.
-    `trust_remote_code` lets a folder run code that it brings. `rope_scaling` is as `--rope-scaling`.
+    that passes a trial on the device; `trust_remote_code` lets a folder run code that it brings.
+    `rope_scaling` is as `--rope-scaling`.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
     too large for the device, ConfigError for a device, dtype or backend that is not there.
     """
-    return open_model(ModelSettings(model=model, **options), attention_dtype=attention_dtype).load()
+    return open_model(ModelSettings(model=model, **options)).load()
 
 
-def open_model(settings: ModelSettings, *, attention_dtype: str = "auto") -> UnloadedModel:
+def open_model(settings: ModelSettings) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(settings.device)
     torch_dtype = pick_dtype(settings.dtype, target)
@@ -211,7 +206,6 @@ def open_model(settings: ModelSettings, *, attention_dtype: str = "auto") -> Unl
             device=target,
             dtype=torch_dtype,
             wanted_attention=settings.attention,
-            attention_in_fp8=attention_dtype == "fp8",
             rope_scaling=settings.rope_scaling,
         )
 

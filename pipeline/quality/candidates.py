@@ -30,7 +30,6 @@ class Precision:
     """How the model's products are computed, and what became of dense on the cases that are searched on."""
 
     linears: str = "auto"
-    attention_in_fp8: bool = False
     drop: float = 0.0  # expected by its divergence
     speed_up: float = 1.0  # over dense in the model's own
 
@@ -64,8 +63,6 @@ def describe(candidate: Candidate) -> str:
     variant = candidate.variant
     if variant.linears != "auto":
         parts.append(f"linears:{variant.linears}")
-    if variant.attention_in_fp8:
-        parts.append("attention:fp8")
     return " ".join([variant.method.name, *parts])
 
 
@@ -142,16 +139,16 @@ def make_candidates(found: Found, precisions: Sequence[Precision]) -> list[Candi
     ]
     made: dict[Variant, Candidate] = {}
     for precision, (family, axes, method, settings, drop) in product(precisions, ordered):
-        linears, attention = precision.linears, precision.attention_in_fp8
-        if method == "dense" and not settings and linears == "auto" and not attention:
+        linears = precision.linears
+        if method == "dense" and not settings and linears == "auto":
             continue
-        suffix = f"{'' if linears == 'auto' else '/' + linears}{'/attention' if attention else ''}"
+        suffix = "" if linears == "auto" else f"/{linears}"
         try:
             chosen = make_method(method, settings)
             chosen.plan(found.shape, (1,))
         except ConfigError:
             continue  # the model is too shallow for this one
-        variant = Variant(method, chosen, linears, attention)
+        variant = Variant(method, chosen, linears)
         candidate = Candidate(
             variant=variant,
             family=family + suffix,

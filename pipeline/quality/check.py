@@ -87,7 +87,7 @@ class _Run:
             **self.dense_decides(),
             "method": {"name": self.method.name, "settings": asdict(self.method)},
             "linear_dtype": self.config.linear_dtype,
-            "attention_dtype": self.config.attention_dtype,
+            "attention_dtype": "auto",  # as in the settings that decide a run
         }
 
 
@@ -253,7 +253,6 @@ def _variants(run: _Run) -> dict[str, Any]:
             run.method.name,
             run.method,
             linears=run.config.linear_dtype,
-            attention_in_fp8=run.config.attention_dtype == "fp8",
         ),
     }
 

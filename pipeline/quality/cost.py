@@ -30,7 +30,6 @@ FEATURES = (
     "matrix products",
     "matrix products in fp8",
     "attention",
-    "attention in fp8",
     "block-sparse attention",
     "choosing its blocks",
     "attention of the last tokens alone",
@@ -51,7 +50,6 @@ class Observation:
 
     passes: Passes
     linears_in_fp8: bool
-    attention_in_fp8: bool
     ttft_ms: float
 
 
@@ -69,9 +67,7 @@ class CostModel:
         """Least squares of relative errors, outliers left out; without observations it predicts 0."""
         if not observations:
             return cls(shape=shape, coefficients=np.zeros(len(FEATURES)), relative_error=0.0, observations=0)
-        features_NF = np.stack(
-            [features(shape, o.passes, o.linears_in_fp8, o.attention_in_fp8) for o in observations]
-        )
+        features_NF = np.stack([features(shape, o.passes, o.linears_in_fp8) for o in observations])
         measured_N = np.array([o.ttft_ms for o in observations])
         coefficients = _fit(features_NF, measured_N)
         errors_N = np.abs(_slower(features_NF, coefficients) / measured_N - 1)
@@ -86,9 +82,9 @@ class CostModel:
             observations=len(observations),
         )
 
-    def predict(self, passes: Passes, linears_in_fp8: bool = False, attention_in_fp8: bool = False) -> float:
+    def predict(self, passes: Passes, linears_in_fp8: bool = False) -> float:
         """Milliseconds to the first token of one document that is prefilled alone."""
-        own_F = features(self.shape, passes, linears_in_fp8, attention_in_fp8)
+        own_F = features(self.shape, passes, linears_in_fp8)
         return float(_slower(own_F, self.coefficients))
 
 
@@ -97,7 +93,7 @@ def dense_passes(shape: ModelShape, tokens: int) -> Passes:
     return [dense_work(shape.layers, tokens)]
 
 
-def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_in_fp8: bool) -> np.ndarray:
+def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool) -> np.ndarray:
     """(F,) operations of each kind, and counts of layers, of one document's prefill."""
     works = [work for layers in passes for work in layers]
     per_pair = 2 * shape.heads * shape.head_dim
@@ -117,8 +113,7 @@ def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool, attention_
         [
             matrices,
             in_fp8,
-            0 if attention_in_fp8 else whole,
-            whole if attention_in_fp8 else 0,
+            whole,
             sparse_flops,
             per_pair * sum(work.tokens**2 for work in chosen),
             parked,

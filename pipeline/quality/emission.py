@@ -54,7 +54,6 @@ def make_profile(
     batch = {
         "method": variant.method.name,
         "linear_dtype": variant.linears,
-        "attention_dtype": "fp8" if variant.attention_in_fp8 else "auto",
         "settings": asdict(variant.method),
     }
     return Profile(about=about, batch=batch)

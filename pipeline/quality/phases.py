@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from operator import attrgetter
 
 from pipeline.bench.flops import Passes
@@ -141,7 +140,7 @@ class Phases:
         for mass in SPARSE_MASSES if longest >= SHORTEST else ():
             rows += self._probe_with(("sparse",), long, PROBED_SPARSE, mass)
         actions = [each for each in ACTIONS if each != "sparse"]
-        if not self.bench.precisions.linears:
+        if not self.bench.fp8:
             actions.remove("fp8")
         probed = by_length(cases, self._probed(PROBED, pace_s, len(actions)))
         rows += self._probe_with(actions, [ran[place] for place in probed], PROBED, self.config.mass)
@@ -201,20 +200,14 @@ class Phases:
     def _precisions(self, search: Search) -> list[Precision]:
         """Try dense in each precision that the device can; those worth searching with."""
         tried = [Precision()]
-        can = self.bench.precisions
-        for linears, attention in product(("auto", "mixed", "fp8"), (False, True)):
-            if (linears, attention) == ("auto", False):
-                continue
-            if (linears != "auto" and not can.linears) or (attention and not can.attention):
-                continue
-            candidate = _dense_candidate(linears, attention)
+        for linears in ("mixed", "fp8") if self.bench.fp8 else ():
+            candidate = _dense_candidate(linears)
             search.scout(candidate)
             trial = search.try_out(candidate)
             if trial is not None and trial.complete:
                 tried.append(
                     Precision(
                         linears=linears,
-                        attention_in_fp8=attention,
                         drop=trial.expected_drop(search.price),
                         speed_up=trial.speed_up,
                     )
@@ -231,7 +224,7 @@ class Phases:
             drop_per_nat=unit * drop_per_nat(rows),
             budget=self.bounds.main.value,
             saved_ms=partial(saved_ms, cost=cost),
-            fp8=self.bench.precisions.linears,
+            fp8=self.bench.fp8,
         )
 
     def _unit(self, dense: Sequence[Evaluated]) -> float:
@@ -278,6 +271,6 @@ def saved_ms(row: Sensitivity, cost: CostModel) -> float:
     return statistics.fmean(map(saved, row.passes))
 
 
-def _dense_candidate(linears: str, attention: bool) -> Candidate:
-    variant = DENSE._replace(linears=linears, attention_in_fp8=attention)
-    return Candidate(variant=variant, family=f"dense in fp8 {linears} {attention}", axes=(0.0,))
+def _dense_candidate(linears: str) -> Candidate:
+    variant = DENSE._replace(linears=linears)
+    return Candidate(variant=variant, family=f"dense in {linears}", axes=(0.0,))

@@ -195,7 +195,7 @@ class Search:
         variant, passes = candidate.variant, self.scouted.get(candidate)
         if passes is None:
             return inf
-        return cost.predict(passes, variant.linears_in_fp8, variant.attention_in_fp8)
+        return cost.predict(passes, variant.linears_in_fp8)
 
     def _dense_ms(self, cost: CostModel) -> float:
         return cost.predict(dense_passes(cost.shape, self.typical.document.prompt_tokens))

@@ -45,20 +45,12 @@ class Clock:
         return lambda: self.passed < share * self.seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precisions:
-    """What the device can compute in fp8."""
-
-    linears: bool
-    attention: bool
-
-
 @dataclass(kw_only=True)
 class Workbench:
     """A model prepared for all variants that its device can run."""
 
     model: LoadedModel
-    precisions: Precisions
+    fp8: bool  # whether its device can compute linear layers in fp8
     check: Callable[[], None] = lambda: None  # called before every run, and may raise to end all
     observations: list[Observation] = field(default_factory=list)
     running: str = "the first run"  # for messages: the variant and the row
@@ -74,8 +66,7 @@ class Workbench:
                 Variant("low", MarsInfer(low="fp8")),
             ],
         )
-        attention = _can(model, [Variant("attention", Dense(), attention_in_fp8=True)])
-        return cls(model=model, precisions=Precisions(linears=linears, attention=attention), check=check)
+        return cls(model=model, fp8=linears, check=check)
 
     def run(
         self, variant: Variant, case: Case, *, first: bool = False, dense: Forced | None = None, top: int = 0
@@ -93,7 +84,6 @@ class Workbench:
                 Observation(
                     passes=evaluated.passes,
                     linears_in_fp8=variant.linears_in_fp8,
-                    attention_in_fp8=variant.attention_in_fp8,
                     ttft_ms=evaluated.score.ttft_ms,
                 )
             )

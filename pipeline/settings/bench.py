@@ -191,7 +191,7 @@ class KernelConfig(DeviceSettings, RepeatSettings):
     )
     backends: str = option(
         "auto",
-        help="Comma-separated: fa3, flash, cudnn, varlen, sdpa, fa3-fp8; auto takes them all.",
+        help="Comma-separated: fa3, flash, cudnn, varlen, sdpa; auto takes them all.",
         panel=MEASURED,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pipeline.errors import ConfigError
 from pipeline.settings.kinds import SWITCH, TEXT
@@ -59,7 +60,7 @@ class OverwriteSettings(Settings):
 class GateSettings(DropSettings, ResumeSettings):
     """What `marsinfer check` decides by, and writes."""
 
-    renamed = (
+    renamed: ClassVar[tuple[Renamed, ...]] = (
         Renamed(
             name="json",
             kind=TEXT,
@@ -114,7 +115,7 @@ def _objective(name: str) -> dict[str, object]:
 class SoughtSettings(DropSettings, OverwriteSettings):
     """What `marsinfer calibrate` looks for."""
 
-    renamed = (
+    renamed: ClassVar[tuple[Renamed, ...]] = (
         Renamed(
             name="needles",
             kind=SWITCH,

@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import document, tiny_model
 
 from marsinfer_cli.app import run
 from pipeline.bench.flops import dense_flops, prefill_flops
-from pipeline.bench.ttft import Measurement, measure_ttft, saving_reached
-from pipeline.bench.variant import Variant
-from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.loading import LoadedModel
+from pipeline.bench.ttft import Measurement, saving_reached
 from pipeline.model.shape import ModelShape
-from pipeline.pruning.dense import Dense
 
 SHAPE = ModelShape(layers=2, hidden=8, ffn=16, heads=4, kv_heads=2, head_dim=2, vocab=10, context=64)
 
@@ -52,29 +47,6 @@ def test_the_saving_is_compared_with_what_the_operations_predict():
     dense = measurement(100.0, 1.0)
     assert saving_reached(measurement(85.0, 0.8), dense) == pytest.approx(0.75)
     assert saving_reached(dense, dense) is None
-
-
-def test_each_variant_runs_with_its_own_attention():
-    class Counting(SdpaAttention):
-        calls = 0
-
-        def prefill(self, q, k, v, segments):
-            self.calls += 1
-            return super().prefill(q, k, v, segments)
-
-    plain, in_fp8 = Counting(), Counting()
-    model = LoadedModel(
-        adapter=tiny_model("llama"),
-        tokenizer=None,
-        attention=plain,
-        generation_config=None,
-        name="tiny",
-        fingerprint="random",
-        attentions={False: plain, True: in_fp8},
-    )
-    variants = [Variant("a", Dense(), attention_in_fp8=True), Variant("b", Dense())]
-    measure_ttft(model, [document(20)], variants, repeats=2, new_tokens=2)
-    assert plain.calls == in_fp8.calls > 0
 
 
 def test_ttft_measures_each_variant_in_one_run(model_folder, capfd):

@@ -35,9 +35,7 @@ def test_attention_is_measured_on_every_pack_and_what_is_missing_is_named(capfd)
     assert run(["bench", "attention", *flags, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["heads"], report["kv_heads"], report["head_dim"]) == (4, 2, 16)
-    assert report["not_available"] == dict.fromkeys(
-        ("fa3", "flash", "cudnn", "varlen", "fa3-fp8"), "needs a GPU"
-    )
+    assert report["not_available"] == dict.fromkeys(("fa3", "flash", "cudnn", "varlen"), "needs a GPU")
     (sdpa,) = report["results"]
     assert 0 < sdpa["relative_error"] < 1e-5
     assert [(rate["documents"], rate["tokens"]) for rate in sdpa["rates"]] == [(1, 64), (4, 52)]
@@ -73,7 +71,7 @@ def test_a_candidate_that_is_wrong_or_fails_shows_it():
     [
         (
             ["--backends", "fa4"],
-            "unknown attention backend 'fa4'; backends: fa3, flash, cudnn, varlen, sdpa, fa3-fp8",
+            "unknown attention backend 'fa4'; backends: fa3, flash, cudnn, varlen, sdpa",
         ),
         (["--shape", "gpt-5"], "--shape 'gpt-5': choose from qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"),
         (["--kv-heads", "5"], "--heads 28 is no multiple of --kv-heads 5"),

@@ -54,11 +54,3 @@ def test_a_backend_that_is_wrong_on_the_trial_is_refused(monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "sdpa", Acausal)
     with pytest.raises(ConfigError, match=r"sdpa: its prefill is off by"):
         choose_attention("sdpa", device=torch.device("cpu"), dtype=torch.float32, **SIZES)
-
-
-def test_attention_in_fp8_is_not_replaced_by_another_precision():
-    options = {"device": torch.device("cpu"), "dtype": torch.float32, **SIZES, "fp8": True}
-    with pytest.raises(ConfigError, match=r"works on cpu with fp8: fa3: needs a GPU$"):
-        choose_attention("auto", **options)
-    with pytest.raises(ConfigError, match=r"works on cpu with fp8: sdpa: cannot compute in fp8$"):
-        choose_attention("sdpa", **options)

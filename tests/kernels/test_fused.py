@@ -28,8 +28,7 @@ from kernel_cases import (
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pipeline.kernels import fused, reference
-from pipeline.kernels.segments import Segments
+from pipeline.kernels import fused
 
 SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
 
@@ -209,39 +208,3 @@ def test_wide_rows_on_a_gpu(width):
         weight = normal(width, dtype=torch.bfloat16)
         wanted = plain(fused.rms_norm_quantized, x[:, :width], weight, EPS)
         assert_same_rows(fused.rms_norm_quantized(x[:, :width], weight, EPS), wanted, torch.bfloat16)
-
-
-@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 8), (3, 3, 24), (6, 1, 5)])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_heads_are_quantised_with_a_scale_for_each_document_and_group(kernels, heads, groups, width, dtype):
-    segments = Segments.of((5, 1, 9), DEVICE)
-    wider = normal(15, heads + 2, width, dtype=dtype)
-    x = wider[:, 1:-1]
-    values, scale = fused.quantize_heads(x, segments, groups)
-    assert values.shape == x.shape
-    assert scale.shape == (3, groups)
-    for b, (start, end) in enumerate(segments.ranges()):
-        part = x[start:end].float().unflatten(1, (groups, -1))
-        expected = part.abs().amax((0, 2, 3)) / fused.FP8_MAX
-        assert torch.allclose(scale[b], expected, rtol=1e-6)
-        restored = values[start:end].float().unflatten(1, (groups, -1)) * scale[b][:, None, None]
-        assert ((restored - part).abs() <= part.abs() * 2**-4 + scale[b][:, None, None] * 2**-9).all()
-    plain_values, plain_scale = plain(fused.quantize_heads, x, segments, groups)
-    assert torch.equal(scale, plain_scale)
-    assert (codes(values) - codes(plain_values)).abs().max() <= EXACT
-
-
-def test_documents_of_zeros_are_quantised_to_zeros(kernels):
-    values, scale = fused.quantize_heads(torch.zeros(4, 2, 8, device=DEVICE), Segments.of((1, 3), DEVICE), 2)
-    assert (values.float() == 0).all()
-    assert torch.isfinite(1 / scale).all()
-
-
-def test_attention_to_centred_keys_is_the_same():
-    segments = Segments.of((30, 1, 17), DEVICE)
-    q, k, v = (normal(48, n, 8, seed=n) for n in (4, 2, 2))
-    k += 5 * normal(1, 2, 8, seed=9)
-    centred = fused.centred_keys(k, segments)
-    assert centred.abs().max() < 0.7 * k.abs().max()
-    got, expected = (reference.causal_attention(q, keys, v, segments) for keys in (centred, k))
-    assert (got - expected).abs().max() < 1e-5

@@ -80,25 +80,24 @@ def test_candidates_of_every_method_fit_the_model_and_know_their_kin():
     assert "dense linears:fp8" in {describe(candidate) for candidate in in_fp8}
 
 
-def tried(linears, attention, drop, speed_up):
-    return Precision(linears=linears, attention_in_fp8=attention, drop=drop, speed_up=speed_up)
+def tried(linears, drop, speed_up):
+    return Precision(linears=linears, drop=drop, speed_up=speed_up)
 
 
 def test_precisions_are_searched_down_to_one_that_costs_nothing():
-    own, attention = Precision(), tried("auto", True, 0.5, 1.1)
-    free, paid, dear = (tried("fp8", True, drop, 1.3) for drop in (0.1, 0.4, 3.0))
+    own, mixed = Precision(), tried("mixed", 0.5, 1.1)
+    free, paid, dear = (tried("fp8", drop, 1.3) for drop in (0.1, 0.4, 3.0))
     assert precisions_of([own], 1.0) == [own]
-    assert precisions_of([own, attention, free], 1.0) == [free]
-    assert precisions_of([own, attention, paid], 1.0) == [paid, attention, own]
-    assert precisions_of([own, attention, dear], 1.0) == [attention, own]
-    mixed = tried("mixed", False, 0.05, 1.2)
-    assert precisions_of([own, attention, mixed, paid], 1.0) == [paid, mixed]
+    assert precisions_of([own, mixed, free], 1.0) == [free]
+    assert precisions_of([own, mixed, paid], 1.0) == [paid, mixed, own]
+    assert precisions_of([own, mixed, dear], 1.0) == [mixed, own]
+    assert precisions_of([own, tried("mixed", 0.05, 1.2), paid], 1.0) == [paid, tried("mixed", 0.05, 1.2)]
 
 
 def test_a_precision_hardly_faster_than_a_more_exact_one_is_not_searched_with():
-    own, mixed = Precision(), tried("mixed", False, 0.4, 1.2)
-    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.22)], 1.0) == [mixed, own]
-    assert precisions_of([own, mixed, tried("fp8", False, 0.2, 1.4)], 1.0)[0].linears == "fp8"
+    own, mixed = Precision(), tried("mixed", 0.4, 1.2)
+    assert precisions_of([own, mixed, tried("fp8", 0.2, 1.22)], 1.0) == [mixed, own]
+    assert precisions_of([own, mixed, tried("fp8", 0.2, 1.4)], 1.0)[0].linears == "fp8"
 
 
 def test_layers_that_feel_sparse_attention_keep_more_of_it():

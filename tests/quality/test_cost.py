@@ -24,23 +24,23 @@ def layer(rng, tokens):
     ][kind]
 
 
-def planted_ms(passes, coefficients, linears=False, attention=False):
+def planted_ms(passes, coefficients, linears=False):
     """The host launches while the device computes."""
-    counts = features(SHAPE, passes, linears, attention) * coefficients
+    counts = features(SHAPE, passes, linears) * coefficients
     return float(max(counts[-2:].sum(), counts[:-2].sum()))
 
 
 def observed(rng, coefficients, disturb=lambda ms: ms):
     tokens = int(rng.integers(100, 40_000))
     passes = [[layer(rng, tokens) for _ in range(int(rng.integers(1, 7)))]]
-    linears, attention = bool(rng.integers(2)), bool(rng.integers(2))
-    ms = planted_ms(passes, coefficients, linears, attention)
-    return Observation(passes=passes, linears_in_fp8=linears, attention_in_fp8=attention, ttft_ms=disturb(ms))
+    linears = bool(rng.integers(2))
+    ms = planted_ms(passes, coefficients, linears)
+    return Observation(passes=passes, linears_in_fp8=linears, ttft_ms=disturb(ms))
 
 
 @pytest.fixture
 def planted():
-    rates = [2e-9, 1e-9, 4e-9, 2e-9, 5e-9, 1e-11, 8e-9, 6e-9, 25.0, 10.0]
+    rates = [2e-9, 1e-9, 4e-9, 5e-9, 1e-11, 8e-9, 6e-9, 25.0, 10.0]
     assert len(rates) == len(FEATURES)
     return np.array(rates)
 
@@ -60,7 +60,7 @@ def test_runs_that_compiled_a_kernel_do_not_spoil_it(planted):
     runs += [observed(rng, planted, lambda ms: ms + 900) for _ in range(5)]
     model = CostModel.fit(SHAPE, runs)
     clean = [observed(rng, planted) for _ in range(30)]
-    off = [model.predict(o.passes, o.linears_in_fp8, o.attention_in_fp8) / o.ttft_ms - 1 for o in clean]
+    off = [model.predict(o.passes, o.linears_in_fp8) / o.ttft_ms - 1 for o in clean]
     assert np.median(np.abs(off)) < 0.02
     assert model.relative_error < 0.04
 
@@ -80,7 +80,6 @@ def test_what_was_never_seen_costs_nothing(planted):
         Observation(
             passes=(passes := dense_passes(SHAPE, int(tokens))),
             linears_in_fp8=False,
-            attention_in_fp8=False,
             ttft_ms=planted_ms(passes, planted),
         )
         for tokens in rng.integers(100, 30_000, 8)
@@ -110,7 +109,6 @@ def test_short_prompts_that_wait_for_launches_say_nothing_of_long_ones(planted):
             Observation(
                 passes=passes,
                 linears_in_fp8=False,
-                attention_in_fp8=False,
                 ttft_ms=planted_ms(passes, planted) * rng.uniform(0.98, 1.02),
             )
             for passes in runs
