@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import typer.main
+from kernel_cases import kernels  # noqa: F401
 from object_storage import bucket, s3_server  # noqa: F401
 
 from marsinfer_cli.app import run

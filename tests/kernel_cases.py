@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pytest
 import torch
+
+from pipeline.kernels import fused, step
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -23,6 +27,40 @@ def rounding_to_nearest(values, source, target, _):
     source, target = TORCH_TYPES[source.name], TORCH_TYPES[target.name]
     converted = torch.from_numpy(values.copy()).view(source).to(target)
     return converted.view({1: torch.uint8, 2: torch.uint16, 4: torch.float32}[target.itemsize]).numpy()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has the public functions of `fused` and `step` launch their kernels, which `plain` undoes."""
+    if GPU:
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    from pipeline.kernels import triton_kernels
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
+    for module in (fused, step):
+        monkeypatch.setattr(module, "_kernels", lambda x: triton_kernels)
+
+
+def plain(function, *arguments):
+    """The function's path in plain torch, which may write to the arguments as its kernel does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fused, step):
+            patch.setattr(module, "_kernels", lambda x: None)
+        return function(*arguments)
+
+
+def reduce_by_halves(reduction, inputs):
+    """A reduction of the interpreter along one axis, in few calls: its own takes one for every element."""
+    (values,) = inputs
+    data = values.handle.data
+    while data.shape[reduction.axis] > 1:
+        halves = (reduction.to_tensor(half, values.dtype) for half in np.split(data, 2, reduction.axis))
+        data = reduction.combine_fn.fn(*halves).handle.data
+    return [reduction.to_tensor(data.squeeze(reduction.axis), values.dtype)]
 
 
 def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):

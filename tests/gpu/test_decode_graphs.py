@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document
+from decode_steps import EndAt
 
 import pipeline.model.decode as decode_module
 from pipeline.errors import ConfigError, RowError
@@ -48,17 +49,6 @@ class Again:
 class FromPython(CudaRecorder):
     def record(self, step):
         return Again(step)
-
-
-class EndAt:
-    """Stop rules by the number of tokens, of each document its own."""
-
-    def __init__(self, ends):
-        self.ends, self.max_new_tokens, self._of = ends, max(ends), {}
-
-    def reason(self, tokens):
-        document = self._of.setdefault(id(tokens), len(self._of))
-        return "length" if len(tokens) >= self.ends[document] else None
 
 
 @pytest.fixture

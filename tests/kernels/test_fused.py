@@ -22,7 +22,7 @@ from kernel_cases import (
     dequantised,
     norm64,
     normal,
-    rounding_to_nearest,
+    plain,
     silu64,
 )
 from torch.nn.functional import rms_norm
@@ -31,28 +31,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from pipeline.kernels import fused
 
 SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Has the public functions launch their kernels, which `plain` undoes."""
-    if GPU:
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
-    pytest.importorskip("triton")
-    from triton.runtime import interpreter
-
-    from pipeline.kernels import triton_kernels
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
-    monkeypatch.setattr(fused, "_kernels", lambda x: triton_kernels)
-
-
-def plain(function, *arguments):
-    """The function's path in plain torch, on copies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_kernels", lambda x: None)
-        return function(*(a.clone() if torch.is_tensor(a) else a for a in arguments))
 
 
 class TestPlain:
@@ -167,9 +145,7 @@ def test_plain_rope_equals_that_of_transformers(shape):
     _, q, k, cos, sin = rotary_inputs(*shape, torch.float32)
     expected = apply_rotary_pos_emb(q, k, cos, sin)
     plain_q, plain_k = q.clone(), k.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_kernels", lambda x: None)
-        fused.rope_(plain_q, plain_k, cos, sin)
+    plain(fused.rope_, plain_q, plain_k, cos, sin)
     assert torch.equal(plain_q, expected[0])
     assert torch.equal(plain_k, expected[1])
 

@@ -5,9 +5,9 @@ The kernels of window scoring run in Triton's interpreter, or on a GPU if there 
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import reference, scoring
 from pipeline.kernels.scoring import window_importance, window_importance_by_head
@@ -43,17 +43,8 @@ def with_kernels(monkeypatch):
         is_bfloat16 = factor.dtype.scalar == interpreter.tl.bfloat16
         return builder.create_fp_ext(factor, interpreter.tl.float32) if is_bfloat16 else factor
 
-    def by_halves(self, inputs):
-        """The reduction along one axis in few calls for all other places, not element by element."""
-        (values,) = inputs
-        data = values.handle.data
-        while data.shape[self.axis] > 1:
-            halves = (self.to_tensor(half, values.dtype) for half in np.split(data, 2, self.axis))
-            data = self.combine_fn.fn(*halves).handle.data
-        return [self.to_tensor(data.squeeze(self.axis), values.dtype)]
-
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_float32)
-    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", by_halves)
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     monkeypatch.setattr(scoring, "_kernels", lambda x: triton_scoring)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import reference, sparse
 from pipeline.kernels.attention import SdpaAttention, choose_attention
@@ -21,8 +22,11 @@ def kernels(monkeypatch):
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
     pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
     from pipeline.kernels import triton_sparse
 
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
 
 

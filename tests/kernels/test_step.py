@@ -21,7 +21,7 @@ from kernel_cases import (
     dequantised,
     norm64,
     normal,
-    rounding_to_nearest,
+    plain,
     silu64,
 )
 
@@ -32,30 +32,6 @@ from pipeline.kernels.step import Product
 KINDS = ["whole", "biased", "scaled", "scaled, biased"]
 SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
 HEADS = [(1, 1, 1, 24), (3, 4, 2, 24), (4, 3, 3, 80), (2, 7, 1, 128), (2, 6, 2, 100)]
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Has the public functions launch their kernels, which `plain` undoes."""
-    if GPU:
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
-    pytest.importorskip("triton")
-    from triton.runtime import interpreter
-
-    from pipeline.kernels import triton_kernels
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
-    for module in (fused, step):
-        monkeypatch.setattr(module, "_kernels", lambda x: triton_kernels)
-
-
-def plain(function, *arguments):
-    """The function's path in plain torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (fused, step):
-            patch.setattr(module, "_kernels", lambda x: None)
-        return function(*arguments)
 
 
 def product(rows, width, dtype, kind, seed=0):
