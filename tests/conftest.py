@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,19 @@ from kernel_cases import kernels  # noqa: F401
 from object_storage import bucket, s3_server  # noqa: F401
 
 from marsinfer_cli.app import run
+from pipeline.engines import warm_up
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.adapters import DecoderAdapter, random_model
 from pipeline.model.loading import LoadedModel, load_model
 from pipeline.model.prefill import Pack
 from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans
+
+with suppress(ImportError):  # for tests/gpu alone it need not be there
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("unhurried")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -58,6 +68,14 @@ def one_command_line() -> Iterator[None]:
     """Typer would build all commands anew at each call, for longer than many a tiny model runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_note_of_a_slow_warm_up() -> Iterator[None]:
+    """On a busy machine the smallest warm-up may take so long that a run says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_up, "WORTH_A_NOTE_S", math.inf)
         yield
 
 
@@ -105,6 +123,25 @@ def pack_of(*documents: EncodedDocument) -> Pack:
 @pytest.fixture(params=sorted(FAMILY_SETTINGS))
 def adapter(request: pytest.FixtureRequest) -> DecoderAdapter:
     return tiny_model(request.param)
+
+
+class SetClock:
+    """Seconds that pass only when a test says so, and `tick` at every look."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 100.0, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
+    """In place of time.perf_counter, by which engines measure."""
+    made = SetClock()
+    monkeypatch.setattr(time, "perf_counter", made)
+    return made
 
 
 @pytest.fixture

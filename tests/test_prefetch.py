@@ -41,11 +41,13 @@ def test_the_producer_stays_within_its_depth():
 
 
 def test_closing_stops_the_thread():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     items = ahead(iter(int, 1), depth=2)
     next(items)
+    (producer,) = set(threading.enumerate()) - before
     items.close()
-    assert threading.active_count() == before
+    producer.join(300)  # which closing does not wait for without end
+    assert not producer.is_alive()
 
 
 @pytest.fixture

@@ -322,7 +322,7 @@ def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, m
             yield window
 
     def advance_once_it_was(self):
-        read_in_time.append(second_was_read.wait(10))
+        read_in_time.append(second_was_read.wait(300))
         return advance(self)
 
     monkeypatch.setattr(pipeline_batch, "windows", windows)

@@ -9,13 +9,16 @@ import tomllib
 import pytest
 
 from marsinfer_cli.app import run
+from pipeline.bench.flops import passes_flops
+from pipeline.quality import calibrate as calibrate_module
+from pipeline.quality import evaluate
 from pipeline.quality.calibrate import run_calibrate
 from pipeline.quality.calibration_report import raise_unless_held
 from pipeline.quality.samples import document_key
 from pipeline.quality.workbench import Clock
 from pipeline.settings.calibrate import CalibrateConfig
 
-STEP_S = 0.01  # about what a prefill of the tiny model takes
+STEP_S = 0.03  # that a prefill or a step of an answer counts as
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]
 
 
@@ -29,6 +32,20 @@ def rows_of(count, words=120, seed=0):
         }
         for number in range(count)
     ]
+
+
+@pytest.fixture(autouse=True)
+def set_times(monkeypatch):
+    """A prefill takes as long as its operations say, and the command's time is that of `calibrated`."""
+    real = evaluate.score_answers
+
+    def score_answers(model, *arguments, **options):
+        results, prefilled, _ = real(model, *arguments, **options)
+        flops = sum(passes_flops(model.shape, passes) for passes in prefilled.by_document())
+        return results, prefilled, flops / 1e6
+
+    monkeypatch.setattr(evaluate, "score_answers", score_answers)
+    monkeypatch.setattr(calibrate_module, "run_calibrate", calibrated)
 
 
 @pytest.fixture
@@ -99,20 +116,21 @@ def config_of(data, tmp_path, model, **more):
     return CalibrateConfig(**settings)
 
 
-def calibrated(config):
+def calibrated(config, check=lambda: None, **options):
     """By a clock that counts prefills and steps of answers: a busy machine does fewer of them in a second."""
     done = 0
 
-    def check():
+    def counted():
         nonlocal done
         done += 1
+        check()
 
     clock = Clock(config.minutes * 60, lambda: done * STEP_S)
-    return run_calibrate(config, clock=clock, check=check)
+    return run_calibrate(config, clock=clock, check=counted, **options)
 
 
 def test_without_a_drop_what_holds_is_exact_or_nothing_is_written(data, tmp_path, sharp_model_folder):
-    result = run_calibrate(config_of(data, tmp_path, sharp_model_folder, max_drop="0pt"))
+    result = calibrated(config_of(data, tmp_path, sharp_model_folder, max_drop="0pt"))
     if result.profile is None:
         with pytest.raises(Exception, match="nothing holds, so no profile is written") as refused:
             raise_unless_held(result)

@@ -6,19 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
+from forked import SAVED, Forked, held_run, load_for_ever
 
 from marsinfer_cli.app import run
 from pipeline import load_model, run_batch
 from pipeline.io import Source, journal
 from pipeline.model.loading import UnloadedModel
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads fight where the tests run side by side
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
 
 
@@ -244,52 +241,29 @@ def test_a_run_that_is_clearly_broken_stops_and_can_go_on(batch, tmp_path, capfd
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_path, capfd, number, code):
-    source = write_rows(tmp_path / "in.jsonl", [f"fish {n} " * 30 for n in range(200)])
+    source = write_rows(tmp_path / "in.jsonl", [f"fish {n} " * 30 for n in range(24)])
     files = [str(source), str(tmp_path / "out.parquet")]
     words = ["batch", "--model", str(model_folder), *FLAGS, "--resume", *files]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marsinfer_cli", *words],
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=ONE_THREAD,
-    )
-    part = tmp_path / ".out.parquet.journal" / "part-0001"
-    deadline = time.monotonic() + 60
-    while not (part.exists() and part.stat().st_size > 20_000):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=10)
-    assert process.returncode == code
-    assert "--resume" in printed.splitlines()[-1]
+    with held_run(words, tmp_path / "printed") as process:
+        process.signal(number)
+        assert process.wait(300) == code
+    assert "--resume" in process.printed().splitlines()[-1]
     assert not (tmp_path / "out.parquet").exists()
     assert run([*words, "--json"]) == 0
-    assert 0 < json.loads(capfd.readouterr().out)["documents"] < 200
-    assert list(answers(tmp_path)) == [f"doc-{n}" for n in range(200)]
+    assert 0 < json.loads(capfd.readouterr().out)["documents"] <= 24 - SAVED
+    assert list(answers(tmp_path)) == [f"doc-{n}" for n in range(24)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, model_folder, tmp_path, number, code):
-    # run in a process of its own, in which loading never ends
-    program = (
-        "import sys, time, marsinfer_cli.app as app; from pipeline.model.loading import UnloadedModel; "
-        "UnloadedModel.load = lambda self: (print('loading', flush=True), time.sleep(60)); "
-        "sys.exit(app.run(sys.argv[1:]))"
-    )
     flags = ["--model", str(model_folder), *FLAGS, "--quiet"]
     words = ["batch", *flags, str(fish), str(tmp_path / "out.parquet")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    assert process.stdout.readline() == "loading\n"
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=10)
+    process = Forked(words, tmp_path / "printed", load_for_ever)
+    assert process.heard() == "loading"
+    process.signal(number)
     message = "marsinfer: error: interrupted; no row of this run was answered\n"
-    assert (process.returncode, printed) == (code, message)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert (process.wait(300), process.printed()) == (code, message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "printed"]
 
 
 def test_a_second_run_finds_the_output_locked(batch, fish, tmp_path, capfd):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,8 +141,21 @@ def test_an_installed_package_that_cannot_be_imported_is_broken(tmp_path, monkey
     )
 
 
-def test_probes_that_fail_are_findings_and_the_others_run(probed):
-    result = examine(probed("fails", "fine", "aborts", "leaves", "fine", "hangs", "fine"), timeout_s=2)
+@pytest.fixture
+def hurried(monkeypatch):
+    """Gives the probe that hangs up at once, and all others time, however busy the machine is."""
+    begun = []
+
+    class Said(queue.Queue):
+        def get(self, timeout):
+            return super().get(timeout=0.1 if (timeout, *begun[-1:]) == (2, "hangs") else 300)
+
+    monkeypatch.setattr(examination, "queue", SimpleNamespace(Queue=Said, Empty=queue.Empty))
+    return lambda probes: examine(probes, progress=lambda probe: begun.append(probe.name), timeout_s=2)
+
+
+def test_probes_that_fail_are_findings_and_the_others_run(probed, hurried):
+    result = hurried(probed("fails", "fine", "aborts", "leaves", "fine", "hangs", "fine"))
     assert [(finding.status, finding.text) for _, finding in result.findings] == [
         ("broken", "LookupError: nothing there"),
         ("ok", "fine"),

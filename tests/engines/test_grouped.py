@@ -249,13 +249,13 @@ def test_documents_without_memory_together_are_halved_and_one_is_not_shared(mode
     assert [row.group_rows for row in answers] == [None, 2, None, None, None, 2, None, None]
 
 
-def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch):
+def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch, clock):
     expected = answered(engine_for(model))
     real = grouped.prefill_behind
 
     def slow(adapter, attention, method, shared, given, numbers, new_tokens, check):
         def slow_check():
-            time.sleep(0.2 if any(row.prompt_tokens == 209 for row in given) else 0)
+            clock.now += 0.2 if any(row.prompt_tokens == 209 for row in given) else 0
             check()
 
         return real(adapter, attention, method, shared, given, numbers, new_tokens, slow_check)
@@ -267,12 +267,12 @@ def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch):
     assert texts(answers)[1:] == texts(expected)[1:]
 
 
-def test_time_that_is_shared_counts_for_each_row(model, monkeypatch):
+def test_time_that_is_shared_counts_for_each_row(model, monkeypatch, clock):
     real = grouped.prefill_beginnings
 
     def slow(*arguments):
         made = real(*arguments)
-        time.sleep(0.4)  # after the last check of the document's own prefill
+        clock.now += 0.4  # after the last check of the document's own prefill
         return made
 
     monkeypatch.setattr(grouped, "prefill_beginnings", slow)

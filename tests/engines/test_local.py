@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -109,13 +108,13 @@ def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
     assert {row.error_type for row in rows[3:]} == {"out_of_memory"}
 
 
-def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypatch):
+def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypatch, clock):
     engine = engine_for(model)
     expected = [row.answer for row in engine.answer(documents())]
     slow, real = documents()[4].prompt_tokens, model.adapter.add_attention_
 
     def add_attention_(layer, hidden, mixed, fp8=None):
-        time.sleep(0.4 if slow in lengths and len(hidden) > len(documents()) else 0)  # not in decode steps
+        clock.now += 0.4 if slow in lengths and len(hidden) > len(documents()) else 0  # not in decode steps
         real(layer, hidden, mixed, fp8)
 
     lengths = ()
@@ -282,7 +281,7 @@ def test_what_is_wide_is_planned_for_a_piece_and_the_rest_for_every_token(model,
         assert default_pack_tokens(shape, itemsize=4, device=torch.device("cpu")) == tokens
 
 
-class SetClock:
+class StepClock:
     """The clock of decoding, which goes on by a second a step."""
 
     def __init__(self):
@@ -300,7 +299,7 @@ def test_the_time_limit_of_a_row_counts_its_own_steps(model, limit, status):
     engine = LocalEngine(
         model, Dense(), rules=StopRules(max_new_tokens=6), sampling=Sampling(), in_flight=2, pack_tokens=30
     )
-    engine._clock, engine.row_timeout = SetClock(), limit
+    engine._clock, engine.row_timeout = StepClock(), limit
     for row in documents():
         engine.add([row])
     rows = []
@@ -354,14 +353,15 @@ def test_memory_that_runs_out_makes_pieces_smaller_before_packs(model, monkeypat
     assert sizes == [(7, 10_000), (7, total // 2), (7, total // 4)]
 
 
-def test_the_times_of_a_row_add_up_to_its_way_through_the_engine(model):
+def test_the_times_of_a_row_add_up_to_its_way_through_the_engine(model, clock):
+    clock.tick = 1e-3  # each look at it: a real one may stand still for a row, and run for the next
     engine = LocalEngine(
         model, Dense(), rules=StopRules(max_new_tokens=5), sampling=Sampling(), in_flight=2, pack_tokens=30
     )
-    began = time.perf_counter()
+    began = clock()
     given = [replace(row, ready_at=began) for row in documents()]
     rows = engine.answer(given)
-    took_ms = (time.perf_counter() - began) * 1e3
+    took_ms = (clock() - began) * 1e3
     for row in rows:
         assert min(row.queue_ms, row.ttft_ms, row.decode_ms) >= 0
         assert row.queue_ms + row.ttft_ms + row.decode_ms <= took_ms

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from conftest import document
 
 from pipeline.engines import outgoing
 from pipeline.engines.outgoing import Outgoing
 from pipeline.records import Answer, Row, RowFailure
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that is set by hand."""
-
-    class Clock:
-        now = 100.0
-
-    monkeypatch.setattr(outgoing.time, "perf_counter", lambda: Clock.now)
-    return Clock
 
 
 def failure(row):

@@ -210,7 +210,7 @@ def test_one_thread_may_ask_while_another_appends(tmp_path):
     with start(path) as journal, ThreadPoolExecutor() as pool:
         reading = pool.submit(reader, journal)
         for _ in range(500):
-            journal.append([answer(asked.get(timeout=30))])
+            journal.append([answer(asked.get(timeout=300))])
         reading.result()
         journal.publish()
     assert ids(path) == numbered(500)

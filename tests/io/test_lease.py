@@ -69,10 +69,11 @@ def test_the_holder_is_named_and_nothing_stays(output, bucket):
     assert objects(bucket) == []
 
 
-def test_a_holder_elsewhere_is_believed_for_as_long_as_its_lease(output, bucket):
-    lock_of(output, **elsewhere(lease.LEASE_S - 20))
+def test_a_holder_elsewhere_is_believed_for_as_long_as_its_lease(output, bucket, monkeypatch):
+    monkeypatch.setattr(lease, "LEASE_S", 6000.0)  # which a slow test does not outlast
+    lock_of(output, **elsewhere(lease.LEASE_S - 1000))
     assert refusal(output).endswith(
-        "; wait for it, or name another output (if it is gone, its lock lapses in 10 minutes)"
+        "; wait for it, or name another output (if it is gone, its lock lapses in 100 minutes)"
     )
     lock_of(output, **elsewhere(lease.LEASE_S + 1))
     with lock_output(output):
@@ -168,17 +169,15 @@ def test_it_is_refreshed(output, bucket, monkeypatch):
         return json.loads(place_of(f"{bucket}/{NAME}").read_bytes())["refreshed"]
 
     with lock_output(output) as lock:
-        first, deadline = refreshed(), time.monotonic() + 10
+        first, deadline = refreshed(), time.monotonic() + 300
         while refreshed() == first:
             assert time.monotonic() < deadline
         lock.check()
         lock_of(output, 2, **elsewhere(0))
         while not lock._is_lost:
             assert time.monotonic() < deadline
-        assert not lock._thread.join(5)
-        last = refreshed()
-        time.sleep(0.2)
-        assert refreshed() == last
+        lock._thread.join(300)
+        assert not lock._thread.is_alive()
 
 
 def test_storage_that_ignores_the_condition_is_refused(output, bucket, monkeypatch):

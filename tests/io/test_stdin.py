@@ -91,7 +91,7 @@ def test_a_reader_that_waits_does_not_hold_up_the_end_of_the_process():
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(b'{"text": "a"}\n')
     process.stdin.flush()
-    ended = threading.Timer(20, process.kill)
+    ended = threading.Timer(300, process.kill)
     ended.start()
     assert process.wait() == 0
     ended.cancel()

@@ -202,6 +202,6 @@ def test_groups(sizes, room, groups):
 @pytest.mark.parametrize("text", ["." * 150_000, "\n \r" * 50_000 + "x", "\"'" * 75_000, ".\"')" * 40_000])
 def test_no_text_makes_cutting_slow(text):
     cut = TokenizedText(text, np.arange(len(text)))
-    began = time.perf_counter()
+    began = time.process_time()  # which other processes do not use up
     assert len(list(cut_parts(cut, room=4000, overlap=100, encode=lambda part: None))) < 200
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

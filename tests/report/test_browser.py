@@ -30,7 +30,7 @@ def chromium(page, *flags, profile):
         page.as_uri(),
     ]
     done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=True
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=900, check=True
     )
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
