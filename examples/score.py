@@ -1,8 +1,8 @@
 """Score answers: python examples/score.py REFERENCES.jsonl OUTPUT.parquet [OUTPUT.parquet ...]
 
-References are JSON lines with `id` and `reference`; outputs are Parquet files written by `marsinfer batch`.
-A row whose status is not `ok` scores 0. TTFT and both ratios are over the answered rows; the ratios are means
-weighted by prompt tokens.
+References are JSON lines with `id` and `reference`; outputs are Parquet files written by `marsinfer batch`,
+or folders of them, whose rows count as those of one output. A row whose status is not `ok` scores 0. TTFT and
+both ratios are over the answered rows; the ratios are means weighted by prompt tokens.
 """
 
 import json
@@ -70,16 +70,22 @@ def read_references(path: Path) -> dict[str, str]:
 
 def read_output(path: Path, references: dict[str, str]) -> dict[str, dict]:
     """The row of each referenced id; rows of other ids are left out."""
-    with pq.ParquetFile(path) as file:
-        if absent := [name for name in COLUMNS if name not in file.schema_arrow.names]:
-            raise ValueError(f"{path}: no column {', '.join(absent)}; is it an output of `marsinfer batch`?")
-        rows = file.read(columns=COLUMNS).to_pylist()
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    rows = [row for file in files for row in read_rows(file)]
     found = Counter(str(row["id"]) for row in rows)
     if missing := [key for key in references if not found[key]]:
         raise ValueError(f"{path}: no row with the id {', '.join(missing)}")
     if repeated := [key for key in references if found[key] > 1]:
         raise ValueError(f"{path}: more than one row with the id {', '.join(repeated)}")
     return {str(row["id"]): row for row in rows if str(row["id"]) in references}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The columns that scores are made of."""
+    with pq.ParquetFile(path) as file:
+        if absent := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+            raise ValueError(f"{path}: no column {', '.join(absent)}; is it an output of `marsinfer batch`?")
+        return file.read(columns=COLUMNS).to_pylist()
 
 
 def name_outputs(outputs: list[dict[str, dict]], paths: list[str]) -> list[str]:

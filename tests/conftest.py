@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,10 +25,13 @@ from marsinfer_cli.app import run
 from pipeline.engines import warm_up
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.adapters import DecoderAdapter, random_model
-from pipeline.model.loading import LoadedModel, load_model
 from pipeline.model.prefill import Pack
 from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans
+
+# the models are too small for more threads, and tests that run side by side would contend for the cores
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 with suppress(ImportError):  # for tests/gpu alone it need not be there
     from hypothesis import HealthCheck, settings
@@ -61,6 +66,16 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
 }
+
+
+def pytest_collection_finish() -> None:
+    """Engines collect garbage often, and need not look each time at what thousands of tests hold."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -159,12 +174,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharp_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with larger weights, so that what a method leaves out is missed."""
     return _saved(sharpened(_small_model()), tmp_path_factory.mktemp("sharp_model"))
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> LoadedModel:
-    """The embedded model, whose weights take seconds to load; nobody changes it."""
-    return load_model("smollm2-135m", device="cpu", dtype="float32")
 
 
 def _small_model() -> Any:

@@ -5,23 +5,21 @@ MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/faults/test_k
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import os
 import random
-import subprocess
-import sys
 import time
+from contextlib import redirect_stdout
 
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked
 
 from marsinfer_cli.app import run
 
 KILLS = int(os.environ.get("MARSINFER_KILLS", "3"))
-ROWS = int(os.environ.get("MARSINFER_KILL_ROWS", "120"))
-COMMAND = [sys.executable, "-m", "marsinfer_cli"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the model is too small for more
+ROWS = int(os.environ.get("MARSINFER_KILL_ROWS", "60"))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +53,10 @@ def undisturbed(command, name, *flags):
     """Its rows, the seconds of the whole run, and those of its packs alone."""
     words, path = command(name, *flags)
     began = time.monotonic()
-    command_line = [*COMMAND, *words, "--json"]
-    told = subprocess.run(command_line, check=True, env=ONE_THREAD, stdout=subprocess.PIPE).stdout
+    with redirect_stdout(io.StringIO()) as told:
+        assert run([*words, "--json"]) == 0
     seconds = time.monotonic() - began
-    return pq.read_table(path).to_pylist(), seconds, json.loads(told)["answering_s"]
+    return pq.read_table(path).to_pylist(), seconds, json.loads(told.getvalue())["answering_s"]
 
 
 def killed(command, name, seconds, answering_s, *flags):
@@ -70,26 +68,18 @@ def killed(command, name, seconds, answering_s, *flags):
     words, path = command(name, *flags)
     moments = random.Random(1)
     for number in range(KILLS):
-        process = subprocess.Popen([*COMMAND, *words], env=ONE_THREAD)
+        process = Forked(words, path.with_suffix(".printed"))
         if number % 4 == 0:
-            wait(process, moments.uniform(0.3, seconds))
+            code = process.wait(moments.uniform(0, seconds))
         else:
             before = journal_bytes(path)
-            while process.poll() is None and journal_bytes(path) == before:
-                time.sleep(0.002)
-            wait(process, moments.uniform(0, answering_s / KILLS))
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        else:
-            assert process.returncode == 0
+            while process.wait(0.002) is None and journal_bytes(path) == before:
+                pass
+            code = process.wait(moments.uniform(0, answering_s / KILLS))
+        assert code in (None, 0), process.printed()
+        process.kill()
     assert run(words) == 0
     return pq.read_table(path).to_pylist()
-
-
-def wait(process, seconds):
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
 
 
 def journal_bytes(path):

@@ -1,10 +1,13 @@
-"""The script examples/score.py, run as a user runs it."""
+"""The script examples/score.py: once as a user runs it, else within this process."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,7 +101,31 @@ def write_output(path: Path, method: str, rows: list[dict]) -> Path:
     return path
 
 
-def score(*arguments: object) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    """How the script ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Score = Callable[..., Done]
+
+
+@pytest.fixture
+def score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Score:
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def score(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return Done(ended.value.code, *capsys.readouterr())
+
+    return score
+
+
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "300", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
@@ -114,7 +141,7 @@ def test_scores_of_two_outputs(tmp_path: Path, references: Path) -> None:
     dense = write_output(tmp_path / "dense.parquet", "dense", DENSE)
     pruned = write_output(tmp_path / "pruned.parquet", "marsinfer", PRUNED)
 
-    done = score(references, dense, pruned)
+    done = in_a_process(references, dense, pruned)
 
     assert done.stderr == ""
     assert done.returncode == 0
@@ -128,35 +155,47 @@ def test_scores_of_two_outputs(tmp_path: Path, references: Path) -> None:
     assert cells(done.stdout, "d") == [["NOTICE", "NOTICE", "(skipped)"]]
 
 
-def test_two_outputs_of_one_method_are_told_apart(tmp_path: Path, references: Path) -> None:
+def test_a_folder_of_outputs_is_one_output(tmp_path: Path, references: Path, score: Score) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    for number, row in enumerate(DENSE):
+        write_output(folder / f"{number}.parquet", "dense", [row])
+    whole = score(references, write_output(tmp_path / "dense.parquet", "dense", DENSE))
+    assert score(references, folder) == whole
+    (folder / "2.parquet").unlink()
+    done = score(references, folder)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"score: {folder}: no row with the id c\n")
+
+
+def test_two_outputs_of_one_method_are_told_apart(tmp_path: Path, references: Path, score: Score) -> None:
     one, two = (write_output(tmp_path / name, "dense", DENSE) for name in ("one.parquet", "two.parquet"))
     done = score(references, one, two)
     assert done.returncode == 0
     assert len(cells(done.stdout, f"dense ({one})")) == len(cells(done.stdout, f"dense ({two})")) == 1
 
 
-def test_an_output_without_any_answer(tmp_path: Path, references: Path) -> None:
+def test_an_output_without_any_answer(tmp_path: Path, references: Path, score: Score) -> None:
     failed = [{"id": key, "status": "error"} for key in REFERENCES]
     done = score(references, write_output(tmp_path / "failed.parquet", "dense", failed))
     assert done.returncode == 0
     assert cells(done.stdout, "dense") == [["4", "4", "0.000", "0.000", "-", "-", "-", "-"]]
 
 
-def test_a_missing_id_is_refused(tmp_path: Path, references: Path) -> None:
+def test_a_missing_id_is_refused(tmp_path: Path, references: Path, score: Score) -> None:
     output = write_output(tmp_path / "short.parquet", "dense", DENSE[:2])
     done = score(references, output)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"score: {output}: no row with the id c, d\n"
 
 
-def test_a_repeated_id_is_refused(tmp_path: Path, references: Path) -> None:
+def test_a_repeated_id_is_refused(tmp_path: Path, references: Path, score: Score) -> None:
     output = write_output(tmp_path / "long.parquet", "dense", [*DENSE, DENSE[0]])
     done = score(references, output)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"score: {output}: more than one row with the id a\n"
 
 
-def test_a_file_without_the_columns_is_refused(tmp_path: Path, references: Path) -> None:
+def test_a_file_without_the_columns_is_refused(tmp_path: Path, references: Path, score: Score) -> None:
     output = tmp_path / "other.parquet"
     pq.write_table(pa.table({"id": ["a"], "answer": ["30 days"], "status": ["ok"], "ttft_ms": [1.0]}), output)
     done = score(references, output)
@@ -166,7 +205,9 @@ def test_a_file_without_the_columns_is_refused(tmp_path: Path, references: Path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not parquet"])
-def test_an_unreadable_output_is_one_line(tmp_path: Path, references: Path, content: bytes | None) -> None:
+def test_an_unreadable_output_is_one_line(
+    tmp_path: Path, references: Path, content: bytes | None, score: Score
+) -> None:
     output = tmp_path / "broken.parquet"
     if content is not None:
         output.write_bytes(content)
@@ -185,7 +226,9 @@ def test_an_unreadable_output_is_one_line(tmp_path: Path, references: Path, cont
         ('{"id": "a", "reference": "x"}', "line 8: the id 'a' stands there twice"),
     ],
 )
-def test_a_bad_reference_is_refused(tmp_path: Path, references: Path, line: str, message: str) -> None:
+def test_a_bad_reference_is_refused(
+    tmp_path: Path, references: Path, line: str, message: str, score: Score
+) -> None:
     output = write_output(tmp_path / "dense.parquet", "dense", DENSE)
     with references.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -193,7 +236,7 @@ def test_a_bad_reference_is_refused(tmp_path: Path, references: Path, line: str,
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"score: {references} {message}\n")
 
 
-def test_usage() -> None:
+def test_usage(score: Score) -> None:
     done = score()
     assert done.returncode == 2
     assert done.stderr.startswith("score: usage: python examples/score.py")
