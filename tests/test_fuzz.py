@@ -35,6 +35,8 @@ from hypothesis import strategies as st
 
 from marsinfer_cli.app import run
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("MARSINFER_FUZZ", "200"))
 LONGEST_S = 20  # of the processor's time, which does not pass faster on a busy machine
 OUTPUTS = (".parquet", ".arrow", ".arrows", ".jsonl")

@@ -95,6 +95,7 @@ def test_every_exit_code_of_an_error_is_in_the_table():
     assert {0, 3, 130, 143} | codes == table
 
 
+@pytest.mark.slow
 def test_the_methods_are_as_printed():
     environment = {**os.environ, "COLUMNS": "100"}
     command = [sys.executable, "-m", "marsinfer_cli", "methods"]

@@ -46,6 +46,7 @@ def results(capfd):
     return json.loads(capfd.readouterr().out)
 
 
+@pytest.mark.slow
 def test_dense_loses_nothing_full_settings_neither_and_broken_ones_do(measure, capfd, tmp_path):
     methods = f"marsinfer:eta=1,{BROKEN}"
     plot = tmp_path / "drops.png"

@@ -105,6 +105,7 @@ def test_bench_refuses_what_cannot_be_measured(model_folder, capfd, flags, messa
     assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")
 
 
+@pytest.mark.slow
 def test_fixed_shares_go_to_the_methods_without_settings(model_folder, capfd):
     methods = (
         "dense,sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2,uniprefill:first_layer=1,fastkv,gemfilter"
@@ -126,6 +127,7 @@ def test_fixed_shares_go_to_the_methods_without_settings(model_folder, capfd):
         assert (result["kv_ratio"] < 1) == (name not in ("dense", "uniprefill"))
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn(model_folder, tmp_path, capfd):
     pytest.importorskip("matplotlib")
     for lengths in ("64", "64,128"):
@@ -173,6 +175,7 @@ def test_offloading_refuses_what_cannot_be_measured(model_folder, capfd, flags, 
     assert capfd.readouterr().err.startswith(f"marsinfer: error: {message}")
 
 
+@pytest.mark.slow
 def test_decode_steps_are_measured_beside_the_bytes_they_read(model_folder, capfd):
     method = "sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2"
     flags = ["--lengths", "200", "--documents", "3", "--methods", f"dense,{method}", "--new-tokens", "6"]

@@ -156,6 +156,7 @@ def source(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_ttft_takes_consecutive_rows_of_a_file(model_folder, source, capfd):
     flags = ["--input", str(source), "--methods", "dense", "--repeats", "1", "--json"]
     given = ["bench", "ttft", "--model", str(model_folder), *flags]

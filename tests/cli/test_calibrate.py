@@ -74,6 +74,7 @@ def calibrate(*words):
     return run(["calibrate", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_profile_is_found_with_which_batch_runs(flags, data, tmp_path, sharp_model_folder, capfd):
     assert calibrate(*flags, "--max-drop", "100pt", "--minutes", "0.2") == 0
     printed = capfd.readouterr()
@@ -129,6 +130,7 @@ def calibrated(config, check=lambda: None, **options):
     return run_calibrate(config, clock=clock, check=counted, **options)
 
 
+@pytest.mark.slow
 def test_without_a_drop_what_holds_is_exact_or_nothing_is_written(data, tmp_path, sharp_model_folder):
     result = calibrated(config_of(data, tmp_path, sharp_model_folder, max_drop="0pt"))
     if result.profile is None:
@@ -141,6 +143,7 @@ def test_without_a_drop_what_holds_is_exact_or_nothing_is_written(data, tmp_path
         assert (gate.drop.drop, gate.drop.high) == (0, 0)
 
 
+@pytest.mark.slow
 def test_documents_held_out_are_never_searched_on(data, tmp_path, sharp_model_folder):
     # two questions about each document, which must stay on one side
     rows = rows_of(10)
@@ -160,6 +163,7 @@ def test_documents_held_out_are_never_searched_on(data, tmp_path, sharp_model_fo
     assert {score.tokens for trial in result.trials for score in trial.scores} == {5}  # of the references
 
 
+@pytest.mark.slow
 def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
     sentences = [{**row, "text": row["text"].replace(" sea ", " sea. ")} for row in rows_of(10)]
     data.write_text("".join(json.dumps(row) + "\n" for row in sentences))
@@ -190,6 +194,7 @@ def test_nothing_that_holds_ends_with_5(flags, tmp_path, capfd):
     assert not (tmp_path / "p.toml").exists()
 
 
+@pytest.mark.slow
 def test_a_plot(flags, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "frontier.png"

@@ -65,6 +65,7 @@ ASK = ["--question-column", "ask", "--id-column", "doc"]
 REFERENCES = [*ASK, "--reference-column", "right"]
 
 
+@pytest.mark.slow
 def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd):
     from pipeline.model.loading import open_model
     from pipeline.profile import Profile, write_profile
@@ -232,6 +233,7 @@ def test_a_baseline_takes_the_place_of_dense(check, data, tmp_path, capfd):
     assert check(data, *flags, "--limit", "3") == 0  # fewer rows than it has
 
 
+@pytest.mark.slow
 def test_a_baseline_of_something_else_is_refused(check, refusal, data, tmp_path, capfd):
     baseline = tmp_path / "dense.parquet"
     flags = [*REFERENCES, "--method", "dense", "--baseline", baseline]

@@ -73,6 +73,7 @@ def completed(line, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_methods_and_flags_are_completed():
     assert completed("marsinfer batch --method ") == method_names()
     assert completed("marsinfer methods mar") == ["mars", "marsinfer"]

@@ -52,6 +52,7 @@ def test_a_document_that_cannot_fit_is_an_error_row(call, documents, tmp_path):
     assert "cannot run in 0.00 GB of --kv-memory: at least" in rows[0]["error_message"]
 
 
+@pytest.mark.slow
 def test_a_bound_that_nothing_fits_makes_error_rows(call, documents, tmp_path):
     rows = answered(call, documents, tmp_path / "out.parquet", "--kv-memory", "1")
     assert {(row["status"], row["error_type"]) for row in rows} == {("error", "kv_memory")}

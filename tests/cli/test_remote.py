@@ -37,6 +37,7 @@ def rows_of(data):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_from_bucket_to_bucket_is_resumed(
     call, model_folder, documents, tmp_path, bucket, monkeypatch, capfd
 ):
@@ -65,6 +66,7 @@ def test_a_killed_run_from_bucket_to_bucket_is_resumed(
     assert answered == rows_of((tmp_path / "out.parquet").read_bytes())
 
 
+@pytest.mark.slow
 def test_storage_that_fails_is_exit_code_8(call, documents, bucket, capfd, s3_server, monkeypatch):
     _, remote = documents
     from pipeline.io.mirror import Mirror

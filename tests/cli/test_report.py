@@ -81,6 +81,7 @@ def test_a_page_of_one_output_escapes_all_that_it_tells(report, evil, tmp_path):
     assert page.tags.count("svg") == 7
 
 
+@pytest.mark.slow
 def test_a_page_of_two_outputs_tells_rows_side_by_side(report, evil, tmp_path):
     other = write(
         tmp_path / "other.jsonl", [answered(n, answer="plain", id=f"{EVIL} {n}") for n in range(20)]
@@ -108,6 +109,7 @@ def test_a_page_of_three_outputs_overlays_them(report, tmp_path):
     assert "No dense run" not in "".join(page.texts)
 
 
+@pytest.mark.slow
 def test_a_dense_run_is_asked_for_where_its_line_is_missing(report, tmp_path):
     html = tmp_path / "page.html"
     assert report(write(tmp_path / "out.parquet", [answered(n) for n in range(9)]), "--html", html)[0] == 0
@@ -144,6 +146,7 @@ def test_tables_in_the_terminal(report, tmp_path):
     assert re.search(r"0-2 .* 100.0% .* 100.0%", out), "layers that look the same are one row"
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_has_a_page_that_says_so(report, tmp_path):
     path, html = tmp_path / "out.parquet", tmp_path / "page.html"
     with Journal.open(path, schema_of(), {"method": {"name": "slim"}}, resume=True) as journal:
@@ -173,6 +176,7 @@ def test_a_row_has_its_pruning_map(report, tmp_path):
     assert re.search(r"layer 1 .* 0 ", out)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_shown_as_far_as_the_page_may_grow(report, tmp_path):
     tokens = 150_000
     random = np.random.default_rng(0)
@@ -224,6 +228,7 @@ def test_a_selection_that_is_damaged_is_refused(report, tmp_path):
     assert "no selection of a layer" in err
 
 
+@pytest.mark.slow
 def test_a_page_is_replaced_but_never_an_input(report, tmp_path):
     path = write(tmp_path / "out.parquet", [answered(0)])
     html = tmp_path / "page.html"
@@ -250,6 +255,7 @@ def test_a_page_needs_matplotlib_and_a_map_and_tables_do_not(report, tmp_path, m
     assert report(path)[0] == 0
 
 
+@pytest.mark.slow
 def test_open_shows_the_page(report, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("webbrowser.open", shown.append)
@@ -258,6 +264,7 @@ def test_open_shows_the_page(report, tmp_path, monkeypatch):
     assert shown == [(tmp_path / "page.html").as_uri()]
 
 
+@pytest.mark.slow
 def test_a_sidecar_that_is_damaged_costs_the_configuration_alone(report, tmp_path):
     path = write(tmp_path / "out.jsonl", [answered(0)])
     sidecar_path(path).write_text("{")

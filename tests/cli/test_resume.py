@@ -226,6 +226,7 @@ def test_the_second_row_of_an_id_is_an_error_that_names_both(batch, tmp_path):
     assert "row 0" in rows[1]["error_message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bound", "code"), [("2", 4), ("3", 0), ("40%", 4), ("60%", 0)])
 def test_a_run_that_is_clearly_broken_stops_and_can_go_on(batch, tmp_path, capfd, bound, code):
     texts = ["x" * 3000 if (n % 2 and n < 6) or n >= 26 else f"fish {n}" for n in range(40)]

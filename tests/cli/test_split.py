@@ -105,6 +105,7 @@ def test_long_documents_are_answered_part_by_part(batch, documents, tmp_path, te
     assert (whole["answer"], whole["prompt_tokens"]) == (first["answer"], first["prompt_tokens"])
 
 
+@pytest.mark.slow
 def test_packing_changes_no_answer(batch, documents, tmp_path):
     answers = []
     for n, pack_tokens in enumerate(("1", "2k")):
@@ -127,6 +128,7 @@ def test_the_template_and_the_overlap_of_our_own(tmp_path, short_model):
     assert (row["status"], row["answer"]) == ("ok", row["parts"][-1]["answer"])
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_fit_are_an_error_row(batch, tmp_path):
     source = write(tmp_path / "in.jsonl", [SENTENCES[:2000], "one fish"])
     assert batch(source, "--max-new-tokens", 300) == 0
@@ -137,6 +139,7 @@ def test_answers_that_do_not_fit_are_an_error_row(batch, tmp_path):
     assert short["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["out_of_memory", "runtime_error"])
 def test_a_part_that_fails(batch, tmp_path, monkeypatch, kind):
     source = write(tmp_path / "in.jsonl", ["a" * 400 + "\n\n" + "b" * 200, "one fish"])
@@ -157,6 +160,7 @@ def test_a_part_that_fails(batch, tmp_path, monkeypatch, kind):
     assert rows_of(tmp_path)[0]["answer"] == whole["answer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
 def test_resume(batch, documents, tmp_path, short_model, template, capfd, name):
     assert batch(documents, out=f"whole-{name}") == 0
@@ -204,6 +208,7 @@ def test_resume(batch, documents, tmp_path, short_model, template, capfd, name):
     assert resumed.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_parts(batch, documents, tmp_path, capfd):
     assert batch(documents, "--dry-run") == 0
     printed = capfd.readouterr().out

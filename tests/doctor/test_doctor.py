@@ -68,6 +68,7 @@ def whole():
     return examine()
 
 
+@pytest.mark.slow
 def test_nothing_is_broken_here_and_everything_was_looked_at(whole):
     assert [(probe.name, finding.text) for probe, finding in whole.broken] == []
     names = {group: [p.name for p, _ in whole.findings if p.group == group] for group in probes.GROUPS}
@@ -77,12 +78,14 @@ def test_nothing_is_broken_here_and_everything_was_looked_at(whole):
     assert all(finding.text and "\n" not in finding.text for _, finding in whole.findings)
 
 
+@pytest.mark.slow
 def test_the_self_test_prunes_and_equals_dense(whole):
     facts = {probe.name: finding.facts for probe, finding in whole.findings if probe.group == "self-test"}
     assert all(each["off"] <= each["tolerance"] for each in facts.values())
     assert all(0.2 < each["ffn_share"] < 0.95 for name, each in facts.items() if name != "dense")
 
 
+@pytest.mark.slow
 def test_the_keys_of_the_json_are_those_that_bug_reports_are_read_by(whole):
     told = json.loads(json.dumps(whole.as_dict()))
     assert set(told) == {"format", "ok", "checks"}
@@ -99,6 +102,7 @@ def test_the_keys_of_the_json_are_those_that_bug_reports_are_read_by(whole):
     assert set(facts["precisions", "float32"]) == {"off", "tolerance"}
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_was_found(whole, monkeypatch, capfd):
     monkeypatch.setattr(examination, "examine", lambda **_: whole)
     assert run(["doctor", "--quiet"]) == 0

@@ -24,6 +24,8 @@ from pipeline.model.store import slots_needed
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import method_names
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROWS, NEW_TOKENS = 12, 10
 STOPS = StopRules(max_new_tokens=NEW_TOKENS, token_ids=frozenset(range(0, 256, 11)))

@@ -146,6 +146,7 @@ def test_shared_time_and_work_are_told_apart(model):
     assert engine.times.prefill_s + engine.times.decode_s < engine.times.span_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("dense", {}), ("sliminfer", SLIM)])
 @pytest.mark.parametrize("pack_tokens", [1, 30, 300, 600])
 def test_groups_are_cut_into_chunks_of_the_packs_size(model, name, settings, pack_tokens):
@@ -159,6 +160,7 @@ def test_groups_are_cut_into_chunks_of_the_packs_size(model, name, settings, pac
         assert {row.pack_documents for row in answers} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"), [("dense", {}), ("sliminfer", SLIM), ("gemfilter", {"layer": "5", "keep": "9"})]
 )
@@ -230,6 +232,7 @@ def test_a_row_that_fails_costs_its_group_nothing(model, monkeypatch):
     assert [texts(answers)[row] for row in others] == [texts(expected)[row] for row in others]
 
 
+@pytest.mark.slow
 def test_rows_without_memory_beside_their_document_are_answered_on_their_own(model, monkeypatch):
     expected = answered(engine_for(model))
     error = torch.OutOfMemoryError("CUDA out of memory")
@@ -267,6 +270,7 @@ def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch, c
     assert texts(answers)[1:] == texts(expected)[1:]
 
 
+@pytest.mark.slow
 def test_time_that_is_shared_counts_for_each_row(model, monkeypatch, clock):
     real = grouped.prefill_beginnings
 

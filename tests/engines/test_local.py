@@ -61,6 +61,7 @@ def failing_on(row, error, monkeypatch, module=prefilling):
     monkeypatch.setattr(module, "prefill", prefill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ValueError("bad luck"), "internal")],

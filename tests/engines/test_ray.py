@@ -24,7 +24,10 @@ from pipeline.pruning.dense import Dense
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.run import BatchConfig
 
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 
 LETHAL = f"{Path(__file__).with_name('lethal_method.py')}:Lethal"
 # of when, and beside what, a row was answered

@@ -10,6 +10,8 @@ from pipeline.engines.table import Running
 from pipeline.model.decode import Decoder
 from pipeline.tokenizing import Codec
 
+pytestmark = pytest.mark.slow
+
 CULPRIT = 17
 FAILURES = [
     ("out_of_memory", "out_of_memory"),

@@ -10,6 +10,8 @@ import pytest
 
 from faults.job import ALONE, TOGETHER, check_refusal, check_rows, read
 
+pytestmark = pytest.mark.slow
+
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 KIB = 1 << 10
 FILE_SIZES = [0, 2, 8, 16, 40, 10_000]  # KiB

@@ -18,6 +18,8 @@ from forked import Forked
 
 from marsinfer_cli.app import run
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("MARSINFER_KILLS", "3"))
 ROWS = int(os.environ.get("MARSINFER_KILL_ROWS", "60"))
 

@@ -8,6 +8,8 @@ import pytest
 
 from faults.job import ALONE, check_refusal, check_rows, read
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys
 from pipeline.io.lock import OutputLock

@@ -9,6 +9,8 @@ import pytest
 from faults.job import A_FEW, ALONE, check_rows, read
 from pipeline.io.chunks import HEADER, MAGIC, scan_part
 
+pytestmark = pytest.mark.slow
+
 TEARS = int(os.environ.get("MARSINFER_TEARS", "12"))
 
 

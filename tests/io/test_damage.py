@@ -253,6 +253,7 @@ def test_an_arrow_stream_cut_short_keeps_its_whole_batches(tmp_path):
     assert last.message.endswith(REWRITE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
 def test_compressed_lines_cut_short_keep_what_was_before(tmp_path, suffix, compress):
     lines = [json.dumps({"text": f"{i * 7919 % 100003} line"}).encode() + b"\n" for i in range(20_000)]

@@ -199,6 +199,7 @@ def test_errors_are_retried_on_demand_and_skipped_rows_are_not(tmp_path):
     assert [row["status"] for row in read(path)] == ["ok", "ok", "skipped"]
 
 
+@pytest.mark.slow
 def test_one_thread_may_ask_while_another_appends(tmp_path):
     path = tmp_path / "out.parquet"
     asked = queue.Queue()

@@ -63,6 +63,7 @@ def sidecar(tmp_path):
     return tmp_path / "out.jsonl.run.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_bytes", [1, 4 << 20])
 def test_all_that_json_gives_back_is_taken_over(path, tmp_path, monkeypatch, group_bytes):
     monkeypatch.setattr(published, "LINES_GROUP_ROWS", 40)

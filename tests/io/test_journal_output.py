@@ -25,6 +25,8 @@ from journal_runs import (
 from pipeline.errors import ConfigError, Interrupted, StorageError
 from pipeline.io.journal import journal_folder
 
+pytestmark = pytest.mark.slow
+
 RICH = pa.schema(
     [
         ("category", pa.dictionary(pa.int8(), pa.string())),

@@ -79,6 +79,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [b"", b'{"pid": 1', b"\xff\x00", b"[]", b'{"pid": "x"}', b"{}"])
 def test_garbage_in_the_file_does_not_matter(tmp_path, hold, garbage):
     path = tmp_path / "out.parquet"

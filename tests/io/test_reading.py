@@ -215,6 +215,7 @@ def test_total_rows_is_exact_or_none(tmp_path):
     assert open_source([tmp_path], Columns()).total_rows is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "t.arrows", "t.jsonl", "t.jsonl.gz", "t.jsonl.zst"])
 def test_fraction_read_grows_from_nothing_to_all(tmp_path, name):
     compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get((tmp_path / name).suffix, bytes)
@@ -274,6 +275,7 @@ def test_parquet_is_not_read_by_whole_column_chunks(tmp_path):
     assert most < 25_000_000, "the one row group has 40 MB"
 
 
+@pytest.mark.slow
 def test_few_very_long_documents_are_read_at_a_time(tmp_path):
     table = pa.table({"text": [os.urandom(2_000_000).hex() for _ in range(24)]})
     pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False, write_batch_size=1)

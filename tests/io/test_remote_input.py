@@ -22,6 +22,8 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.io import Columns, open_source, remote
 from pipeline.records import Document
 
+pytestmark = pytest.mark.slow
+
 TABLE = pa.table({"text": [f"text {i} " * 20 for i in range(300)], "year": list(range(300))})
 LINES = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist()).encode()
 

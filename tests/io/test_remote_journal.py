@@ -15,6 +15,8 @@ from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
 from pipeline.io.remote import place_of
 
+pytestmark = pytest.mark.slow
+
 JOURNAL = ".out.parquet.journal"
 FIRST = f"{JOURNAL}/part-0001-000000000000"
 
@@ -61,6 +63,7 @@ def fetched(output, tmp_path):
     return [(row["row"], row["id"]) for row in read(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_killed_run_is_continued_and_then_extended(bucket, tmp_path, scratch, extension):
     output = f"{bucket}/deep/out{extension}"

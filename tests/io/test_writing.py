@@ -230,6 +230,7 @@ def test_parquet_has_groups_of_ten_thousand_rows_however_written(tmp_path):
     assert metadata.row_group(0).column(0).compression == "ZSTD"
 
 
+@pytest.mark.slow
 def test_long_answers_make_smaller_groups(tmp_path):
     path = tmp_path / "out.parquet"
     write(path, [Answer(id=str(i), row=i, answer="x" * (20 << 20)) for i in range(6)])

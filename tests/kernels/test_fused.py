@@ -30,7 +30,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pipeline.kernels import fused
 
-SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
+SHAPES = [
+    (1, 1),
+    (3, 24),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(5, 100), (1, 257), (2, 448)]),
+]
 
 
 class TestPlain:
@@ -109,6 +113,7 @@ def test_kernels_treat_extremes_as_plain_torch(kernels, value, dtype):
         assert_same_rows(function(*arguments), plain(function, *arguments), dtype)
 
 
+@pytest.mark.slow
 def test_each_step_is_rounded_before_the_next(kernels):
     """Without that a good part of the bytes would differ from those of the separate steps."""
     dtype = torch.bfloat16

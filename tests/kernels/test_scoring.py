@@ -48,7 +48,7 @@ def with_kernels(monkeypatch):
     monkeypatch.setattr(scoring, "_kernels", lambda x: triton_scoring)
 
 
-@pytest.fixture(params=[without_kernels, with_kernels])
+@pytest.fixture(params=[without_kernels, pytest.param(with_kernels, marks=pytest.mark.slow)])
 def either_path(request, monkeypatch):
     request.param(monkeypatch)
 
@@ -73,7 +73,7 @@ def assert_scores(q, k, segments, window, heads="mean", atol=1e-6):
 
 
 @pytest.mark.parametrize("heads", ["mean", "max"])
-@pytest.mark.parametrize("lengths", [(1,), (7, 50, 3), (129, 64, 65)])
+@pytest.mark.parametrize("lengths", [(1,), (7, 50, 3), pytest.param((129, 64, 65), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_window_importance_equals_the_reference(either_path, lengths, dtype, heads):
     segments = Segments.of(lengths, DEVICE)
@@ -86,12 +86,13 @@ def test_window_importance_equals_the_reference(either_path, lengths, dtype, hea
 
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (4, 4, 80), (7, 1, 100), (6, 3, 128), (2, 1, 160)])
-@pytest.mark.parametrize("window", [1, 4, 66])
+@pytest.mark.parametrize("window", [1, 4, pytest.param(66, marks=pytest.mark.slow)])
 def test_heads_and_windows_of_any_size(either_path, shape, window, heads):
     segments = Segments.of((70, 1, 133), DEVICE)
     assert_scores(*queries_and_keys(segments, *shape), segments, window, heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_each_document_may_have_a_window_of_its_own(either_path, dtype, heads):
@@ -116,6 +117,7 @@ def test_scores_by_head_have_the_windows_too(either_path):
         torch.testing.assert_close(scores_KT[head].double(), expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sharp_attention_and_keys_out_of_sight(either_path):
     """Products of hundreds: no weight overflows, and a block that a query does not see makes no NaN."""
     segments = Segments.of((300,), DEVICE)
@@ -123,6 +125,7 @@ def test_sharp_attention_and_keys_out_of_sight(either_path):
     assert_scores(q * 10, k * 10, segments, 256, "max", atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_documents_than_a_program_looks_through_at_a_time(monkeypatch):
     with_kernels(monkeypatch)
     pytest.importorskip("triton")

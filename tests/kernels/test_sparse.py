@@ -169,7 +169,7 @@ def test_a_block_that_matters_is_found(plain):
     assert shares[1, 10, 4] > 0.5 > shares[0, 10, 4]
 
 
-@pytest.mark.parametrize("tokens", [5, 300, 1300])
+@pytest.mark.parametrize("tokens", [5, 300, pytest.param(1300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mass", [0.4, 0.9, 0.9999999])
 def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
     q, k, _ = qkv(tokens)
@@ -180,6 +180,7 @@ def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
     assert tokens < 1300 or got.counts.unique().numel() > 4
 
 
+@pytest.mark.slow
 def test_of_blocks_with_equal_shares_the_earlier_are_chosen(kernels):
     q, k, _ = qkv(2048)
     got = choose_blocks(torch.zeros_like(q), k, 0.5)

@@ -30,7 +30,11 @@ from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.step import Product
 
 KINDS = ["whole", "biased", "scaled", "scaled, biased"]
-SHAPES = [(1, 1), (3, 24), (5, 100), (1, 257), (2, 448)]
+SHAPES = [
+    (1, 1),
+    (3, 24),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(5, 100), (1, 257), (2, 448)]),
+]
 HEADS = [(1, 1, 1, 24), (3, 4, 2, 24), (4, 3, 3, 80), (2, 7, 1, 128), (2, 6, 2, 100)]
 
 
@@ -102,6 +106,7 @@ def test_heads_are_turned_and_stored_and_nothing_else_is_written(kernels, shape,
     assert (values[others] == 6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", HEADS)
 def test_without_scales_the_kernel_gives_the_bytes_of_the_separate_steps(kernels, shape, dtype):
@@ -160,6 +165,7 @@ class TestRows:
         assert ((dequantised(actual) - exact).abs() <= exact.abs() / 12 + peaks / 448 / 512 + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_each_step_is_rounded_before_the_next(kernels, dtype):

@@ -21,6 +21,8 @@ from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 14
 LENGTHS = (61, 23, 40, 97, 55, 12, 48, 83, 30, 71)
 SAMPLINGS = {

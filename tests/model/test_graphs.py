@@ -30,6 +30,8 @@ from pipeline.model.sampling import NOT_FINITE, Sampling
 from pipeline.model.store import KvStore
 from pipeline.pruning.registry import make_method
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 40
 LENGTHS = (61, 130, 40, 97, 55, 72, 48, 83)
 

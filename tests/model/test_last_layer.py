@@ -37,6 +37,8 @@ from pipeline.pruning.registry import make_method, method_names
 from pipeline.pruning.sliminfer import SlimInfer
 from pipeline.pruning.uniprefill import UniPrefill
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (120, 9, 64)
 # settings with which the last of four layers does nothing of its own
 EASY = {

@@ -21,6 +21,8 @@ from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.sliminfer import SlimInfer
 
+pytestmark = pytest.mark.slow
+
 BLOCK, UNIT = 8, 2
 SETTINGS = {"layers": (1, 2, 3), "budget": (0.7, 0.5, 0.3), "block": BLOCK, "unit": UNIT}
 METHOD = SlimInfer(**SETTINGS)

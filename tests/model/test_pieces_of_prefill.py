@@ -17,6 +17,8 @@ from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.pruning.registry import method_names
 
+pytestmark = pytest.mark.slow
+
 PIECE = 7
 
 

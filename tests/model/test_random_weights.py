@@ -80,6 +80,7 @@ def test_a_batch_is_answered(tmp_path, capfd):
     capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_bench_takes_the_shape_by_either_flag(capfd):
     flags = ["--lengths", "40", "--methods", "dense", "--baselines", "none", "--repeats", "1", "--json"]
     for words in (["--random-weights", "tiny"], ["--model", "random:tiny"]):

@@ -27,6 +27,8 @@ from pipeline.records import Document, Row
 from pipeline.settings.model import ModelSettings
 from pipeline.tokenizing import stop_token_ids
 
+pytestmark = pytest.mark.slow
+
 LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
 NEW_TOKENS = 6
 PIECE_TOKENS = 300

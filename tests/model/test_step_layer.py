@@ -165,6 +165,7 @@ def test_fp8_products_without_scales_are_near_those_with_them(
     assert_equal(Run(adapter, rows, forgetting_the_norm), run)
 
 
+@pytest.mark.slow
 def test_the_kernels_are_given_what_they_want(fp8_adapter, as_on_a_gpu, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
     pytest.importorskip("triton")

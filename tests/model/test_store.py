@@ -155,6 +155,7 @@ class Watched(Extents):
         return moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved_at_once", [1, 7, 1 << 16])
 @pytest.mark.parametrize("few", [0, 4])
 @pytest.mark.parametrize("seed", range(3))

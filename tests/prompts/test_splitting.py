@@ -65,6 +65,7 @@ def texts_of(found, text):
     return [text[part.start : part.end] for part in found.parts]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(texts, st.sampled_from(sorted(TOKENIZERS)), st.integers(16, 60), st.data())
 def test_parts_cover_the_document_in_order_and_fit(text, name, room, data):

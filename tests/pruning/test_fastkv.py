@@ -62,6 +62,7 @@ def traces(adapter, settings):
     return [naive_prefill(adapter, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_tokens_go_on_and_each_head_stores_its_own(adapter, sdpa, settings):
     watched = Watched(FastKV(**settings))

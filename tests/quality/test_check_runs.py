@@ -70,6 +70,7 @@ def without_times(result):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_references", [False, True])
 @pytest.mark.parametrize("finished", [1, 4, 6, 9])
 def test_a_check_that_was_stopped_goes_on(config, model, journal, finished, with_references):
