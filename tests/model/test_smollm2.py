@@ -22,8 +22,8 @@ from pipeline.prompts import PromptBuilder
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.check import run_check
-from pipeline.settings.check import CheckConfig
 from pipeline.records import Document, Row
+from pipeline.settings.check import CheckConfig
 from pipeline.settings.model import ModelSettings
 from pipeline.tokenizing import stop_token_ids
 
