@@ -46,9 +46,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, (T, d) each
 
 def check_config(config: PreTrainedConfig) -> None:
     """Raise ModelError, before any weight is loaded, for a model this file cannot open."""
-    family = config.model_type
-    if family not in FAMILIES:
-        raise ModelError(f"model family {family!r} is not supported; families: {', '.join(FAMILIES)}")
+    check_family(config.model_type)
     activation = getattr(config, "hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"activation {activation!r} is not supported (silu is)")
@@ -58,6 +56,18 @@ def check_config(config: PreTrainedConfig) -> None:
         # documents would change each other
         raise ModelError(f"RoPE type {rope_type!r} is not supported; types: {', '.join(ROPE_TYPES)}")
 
+    factor = getattr(config, "rope_parameters", {}).get("factor", 1.0) if rope_type != "default" else 1.0
+    if not isinstance(factor, (int, float)) or factor < 1:
+        raise ModelError(
+            f"RoPE type {rope_type!r} has the factor {factor!r}, and it must be a number from 1 on"
+        )
+
+
+def check_family(family: str) -> None:
+    """Raise ModelError for a `model_type` this file cannot open."""
+    if family not in FAMILIES:
+        raise ModelError(f"model family {family!r} is not supported; families: {', '.join(FAMILIES)}")
+
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """The model's dimensions; a sliding attention window caps the context, below which it changes nothing."""
@@ -65,6 +75,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     layer_types = getattr(config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else True
     window = getattr(config, "sliding_window", None) if slides else None
+    context = _context(config)
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -73,8 +84,23 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         vocab=config.vocab_size,
-        context=min(config.max_position_embeddings, window or config.max_position_embeddings),
+        context=min(context, window or context),
     )
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """The longest sequence that the configuration's RoPE is made for.
+
+    With YaRN this is what the factor makes of the original context. Model cards tell to add the scaling and
+    to leave max_position_embeddings as it was; where it is the longer one already, it stands. The other types
+    leave it to max_position_embeddings: Llama 3's is no product of its parameters, and of a linear factor
+    nobody can say whether it is in it already.
+    """
+    own: int = config.max_position_embeddings
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") != "yarn":
+        return own
+    return max(own, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
 
 
 def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
@@ -86,11 +112,11 @@ def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
     """
     factor, original = parse_rope_scaling(spec)
     parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind != "default" or "rope_theta" not in parameters:
+    if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
         raise ModelError(
-            f"--rope-scaling {spec}: the model's configuration scales its RoPE already (type {kind!r}), and"
-            " the two cannot be combined; leave the flag out, or edit the configuration"
+            f"--rope-scaling {spec}: the model's configuration scales its RoPE already"
+            f" ({_scaling_in_words(config)}), and the two cannot be combined; leave the flag out, or take the"
+            " scaling out of the configuration"
         )
     own = config.max_position_embeddings
     if original is not None and original > own:
@@ -110,6 +136,16 @@ def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
             " give a larger factor, or leave the flag out where a sliding attention window is the limit"
         )
     return scaled
+
+
+def _scaling_in_words(config: PreTrainedConfig) -> str:
+    """As `yarn, factor 4 over 32,768 tokens: a context of 131,072`."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    factor, original = parameters.get("factor"), parameters.get("original_max_position_embeddings")
+    words = str(parameters.get("rope_type", "a type without rope_theta"))
+    words += f", factor {factor:g}" if factor else ""
+    words += f" over {original:,} tokens" if original else ""
+    return f"{words}: a context of {shape_of(config).context:,}"
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> None:
@@ -399,20 +435,45 @@ def with_random_weights(
 
     The same seed gives the same weights on devices of one kind, in one dtype.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to_empty(device=device).eval()
     generator = torch.Generator(device=device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            if parameter.dim() == 1 and not name.endswith("bias"):
-                nn.init.ones_(parameter)
-            else:
-                parameter.normal_(std=0.02, generator=generator)
+
+    def draw(name: str, parameter: Tensor) -> None:
+        if parameter.dim() == 1 and not name.endswith("bias"):
+            nn.init.ones_(parameter)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+
+    return with_weights(config, draw, device=device, dtype=dtype)
+
+
+def with_weights(
+    config: PreTrainedConfig,
+    write: Callable[[str, Tensor], None],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
+    model = _without_weights(config, dtype).to_empty(device=device).eval()
     # the inverse frequencies are buffers that no checkpoint holds: to_empty left garbage there
     rotary = type(model.model.rotary_emb)(config).to(device)
     model.model.rotary_emb = rotary
     model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            write(name, parameter)
     if not torch.isfinite(rotary.inv_freq).all():
-        raise ModelError("random weights: the rotary frequencies are not finite")
+        raise ModelError("the rotary frequencies of this configuration are not finite")
     return model
+
+
+def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that `with_weights` asks for, by its name."""
+    model = _without_weights(config, torch.float32)
+    model.tie_weights()
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

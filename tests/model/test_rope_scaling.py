@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import run_batch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.model.adapters import random_model, with_rope_scaling
+from pipeline.model.adapters import check_config, random_model, shape_of, with_rope_scaling
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -71,6 +71,65 @@ def test_what_is_said_before_the_weights_are_loaded(model_folder):
     assert (loaded.shape.context, loaded.fingerprint) == (2048, unloaded.fingerprint)
 
 
+def context(**settings):
+    return shape_of(AutoConfig.for_model("qwen2", **{**SIZES, **settings})).context
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def test_yarn_in_the_configuration_extends_the_context(folder, sdpa, tmp_path):
+    shutil.copytree(folder, tmp_path / "by_hand")
+    stock_model = by_hand(tmp_path / "by_hand", **YARN)
+    model = load_model(str(tmp_path / "by_hand"), device="cpu")
+    flagged = load_model(str(folder), device="cpu", rope_scaling="yarn:4")
+    assert model.shape == flagged.shape
+    assert model.shape.context == 512
+    doc = document(500)
+    ours = prefill(model.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0]
+    with torch.inference_mode():
+        stock = stock_model(torch.from_numpy(doc.input_ids)[None]).logits[0, -1]
+    assert (ours - stock).abs().max() <= 1e-4
+    assert torch.equal(ours, prefill(flagged.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "scaling", "expected"),
+    [
+        (128, {"type": "yarn", **YARN}, 512),  # as the cards of Qwen2.5 say
+        (128, {"rope_type": "yarn", **YARN}, 512),
+        (128, {"rope_type": "yarn", "factor": 2.5}, 320),  # over max_position_embeddings
+        (160, {"rope_type": "yarn", **YARN}, 512),  # as those of Qwen3, which has some more
+        (512, {"rope_type": "yarn", **YARN}, 512),  # said already
+        (600, {"rope_type": "yarn", **YARN}, 600),
+        (128, {"rope_type": "linear", "factor": 4.0}, 128),  # nobody can say whether the factor is in it
+        (128, FAMILY_SETTINGS["llama"]["rope_parameters"], 128),
+    ],
+)
+def test_contexts_of_configurations_that_scale(own, scaling, expected):
+    assert context(max_position_embeddings=own, rope_scaling=dict(scaling)) == expected
+    new_form = {"rope_theta": 1e4, "rope_type": scaling.get("type"), **scaling}
+    assert context(max_position_embeddings=own, rope_parameters=new_form) == expected
+
+
+def test_a_sliding_window_caps_an_extended_context():
+    config = AutoConfig.for_model(
+        "mistral", **SIZES, sliding_window=200, rope_scaling={"rope_type": "yarn", **YARN}
+    )
+    assert shape_of(config).context == 200
+
+
+@pytest.mark.parametrize("factor", [0.5, "4", None])
+def test_factors_that_are_none_are_refused(factor):
+    config = AutoConfig.for_model("qwen2", **SIZES)
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, **YARN, "factor": factor}
+    with pytest.raises(ModelError) as caught:
+        check_config(config)
+    assert str(caught.value) == (
+        f"RoPE type 'yarn' has the factor {factor!r}, and it must be a number from 1 on"
+    )
+
+
 def refusal(family, spec, **settings):
     config = AutoConfig.for_model(family, **{**SIZES, **settings})
     with pytest.raises(ModelError) as caught:
@@ -80,8 +139,17 @@ def refusal(family, spec, **settings):
 
 def test_models_that_scale_already_are_refused():
     assert refusal("llama", "yarn:4", **FAMILY_SETTINGS["llama"]) == (
-        "--rope-scaling yarn:4: the model's configuration scales its RoPE already (type 'llama3'), and the"
-        " two cannot be combined; leave the flag out, or edit the configuration"
+        "--rope-scaling yarn:4: the model's configuration scales its RoPE already (llama3, factor 4 over"
+        " 128 tokens: a context of 512), and the two cannot be combined; leave the flag out, or take the"
+        " scaling out of the configuration"
+    )
+
+
+def test_yarn_beside_yarn_is_refused():
+    assert refusal("qwen2", "yarn:2", rope_scaling={"type": "yarn", **YARN}, max_position_embeddings=128) == (
+        "--rope-scaling yarn:2: the model's configuration scales its RoPE already (yarn, factor 4 over 128"
+        " tokens: a context of 512), and the two cannot be combined; leave the flag out, or take the scaling"
+        " out of the configuration"
     )
 
 
