@@ -112,12 +112,14 @@ def embedded() -> Finding:
     """The default model's weights, which come as a package."""
     from pipeline.errors import ModelError
     from pipeline.model.files import locate
+    from pipeline.model.gguf import GgufFiles
 
     try:
-        path = locate("smollm2-135m").gguf
+        source = locate("smollm2-135m")
     except ModelError as error:
         return Finding(status="absent", text=str(error), facts={"path": None})
-    assert path is not None
+    assert isinstance(source, GgufFiles)
+    path = source.path
     size = path.stat().st_size
     facts = {"path": str(path), "size_bytes": size}
     try:

