@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, MarsError, RowError, is_failure
@@ -44,9 +45,17 @@ def columns_of(data: DataSettings, keep: Mapping[str, str | None] | Keep | None)
 
 
 def make_prompts(
-    settings: PromptSettings, model: Model, max_new_tokens: int, *, longest: int | None = None
+    settings: PromptSettings,
+    model: Model,
+    max_new_tokens: int,
+    *,
+    longest: int | None = None,
+    now: datetime | None = None,
 ) -> PromptBuilder:
-    """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes."""
+    """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
+
+    `now` is the moment whose date a chat template prints, the present where it is None.
+    """
     from pipeline.prompts import PromptBuilder
 
     context = model.shape.context
@@ -57,13 +66,15 @@ def make_prompts(
         system=settings.system,
         template=settings.template_text(),
         on_overlong=settings.on_overlong,
+        vocab=model.shape.vocab,
+        now=now or datetime.now(),
     )
 
 
 def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | None:
     """How a run with such prompts cuts over-long documents, if it does."""
+    from pipeline.chat import chat_source
     from pipeline.mapreduce import COMBINE, COMBINE_AS_TEXT
-    from pipeline.tokenizing import chat_source
 
     if config.on_overlong != "split":
         return None

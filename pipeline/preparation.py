@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.intake import Item, Record, encode_rows, make_prompts, make_splitter
 from pipeline.io import Source, output_schema
 from pipeline.io.sorting import by_document
-from pipeline.provenance import deciding_settings, describe_run
+from pipeline.provenance import deciding_settings, describe_run, moment_of
 from pipeline.reading import Reading
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.run import BatchConfig
@@ -83,7 +83,7 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
     profile, guard, notes = _profiled(config, model, method)
-    prompts = make_prompts(config, model, config.max_new_tokens)
+    prompts, splitter = _prompts(config, model)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
@@ -95,11 +95,27 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         model=model,
         method=method,
         prompts=prompts,
-        splitter=make_splitter(config, prompts),
+        splitter=splitter,
         profile=profile,
         guard=guard,
         notes=notes,
     )
+
+
+def _prompts(config: BatchConfig, model: Model) -> tuple[PromptBuilder, Splitter | None]:
+    """The run's prompts, which print the date of the run that it resumes, if they print any."""
+    from pipeline.chat import parse_moment
+    from pipeline.io.resumed import begun_with
+
+    prompts = make_prompts(config, model, config.max_new_tokens)
+    splitter = make_splitter(config, prompts)
+    if not (config.resume and moment_of(prompts, splitter)):
+        return prompts, splitter
+    then = (begun_with(config.output) or {}).get("date")
+    if then is None:
+        return prompts, splitter
+    prompts = make_prompts(config, model, config.max_new_tokens, now=parse_moment(then))
+    return prompts, make_splitter(config, prompts)
 
 
 def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:

@@ -45,6 +45,7 @@ def deciding_settings(
         },
         "method": {"name": method.name, "settings": asdict(method)},
         "template_sha256": prompts.template_hash,
+        **({} if (moment := moment_of(prompts, splitter)) is None else {"date": moment}),
         "on_overlong": config.on_overlong,
         "split": None
         if splitter is None
@@ -56,6 +57,11 @@ def deciding_settings(
         "guard": None if guard is None else guard.as_dict(),
         "group": None if method.name == "dense" else config.group,
     }
+
+
+def moment_of(prompts: PromptBuilder, splitter: Splitter | None = None) -> str | None:
+    """The date that the prompts of a run print, if any of them does: it stays, however long the run takes."""
+    return prompts.moment or (None if splitter is None else splitter.combine.moment)
 
 
 def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,30 @@
-"""Texts to tokens: user text that cannot turn into control tokens, layouts of templates, stop tokens."""
+"""Texts to tokens: prompts as transformers tokenizes them, in which user text is never a control token.
+
+A prompt is tokenized whole. Where user text would be a control token, its texts are tokenized one by one,
+the template's own with control tokens parsed and user text without, so that a document that says `<|im_end|>`
+ends no turn.
+"""
 
 from __future__ import annotations
 
 import copy
-import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from pipeline.errors import ModelError, RowError
-from pipeline.records import Spans
+from pipeline.templates import RENDER_ERRORS, SENTINELS
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-SENTINELS = {name: f"Mars{name.title()}Sentinel7c1e49" for name in ("document", "question", "system")}
-RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+Segment = tuple[str | None, str]  # the name of a user text, or none for a template's own, and the text
 _ANCHORS = ("\n", "a", ".")  # several, because a text may merge with the one before it
 
 
@@ -35,22 +40,24 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Any) -
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The added token that the chat template writes right behind an assistant's message, if it writes one."""
-    sentinel = SENTINELS["document"]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": sentinel}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except RENDER_ERRORS:  # no chat template, or one for prompts only: the other sources remain
-        return None
-    tail = text.partition(sentinel)[2].lstrip()
-    ids = tokenizer.encode(tail, add_special_tokens=False, split_special_tokens=False)
+    tail = _behind_answer(tokenizer, in_parts=False) or _behind_answer(tokenizer, in_parts=True)
+    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False, split_special_tokens=False)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def chat_source(tokenizer: PreTrainedTokenizerFast) -> str:
+def _behind_answer(tokenizer: PreTrainedTokenizerFast, *, in_parts: bool) -> str:
+    """What the chat template writes behind an assistant's message, given as a text or as a list of parts."""
+    sentinel = SENTINELS["document"]
+    texts = {"user": "a", "assistant": sentinel}
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+        for role, text in texts.items()
+    ]
     try:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    except ValueError:  # several by name, none of them the default
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except RENDER_ERRORS:  # no chat template, or one for prompts only: the other sources remain
         return ""
+    return text.partition(sentinel)[2]
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerFast, rendered: str) -> list[int]:
@@ -75,73 +82,154 @@ def _control_ids(tokenizer: PreTrainedTokenizerFast, sources: list[str]) -> froz
     return frozenset(token for token, name in names.items() if len(name.strip()) > 1 and token not in unknown)
 
 
+@dataclass(slots=True)
+class Prompt:
+    """Tokens of a prompt, and where its user texts stand in them: of each the first and the one behind."""
+
+    ids: list[int]
+    spans: dict[str, tuple[int, int]]
+
+    def cut_document(self, kept: list[int]) -> None:
+        """Put these tokens in the document's place."""
+        start, end = self.spans["document"]
+        gone = end - start - len(kept)
+        self.ids = self.ids[:start] + kept + self.ids[end:]
+        for name, (a, b) in self.spans.items():
+            if a >= end:
+                self.spans[name] = a - gone, b - gone
+        self.spans["document"] = start, end - gone
+
+    def others(self) -> Iterator[int]:
+        """The tokens outside user texts."""
+        at = 0
+        for start, end in self.spans.values():
+            yield from self.ids[at:start]
+            at = end
+        yield from self.ids[at:]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One rendered template: token ids of the instruction, and the names of the user texts between them."""
+    """One form of the prompt: token ids of the instruction, and the names of the user texts between them."""
 
+    bos: list[int]  # the first of the parts
     parts: tuple[list[int] | str, ...]
-    leading: str | None  # the user text that the rendered prompt begins with, if it does
+    leading: str | None  # the user text that the prompt begins with, if it does
+    control_tokens: list[int]  # of the template, in their order
 
     @property
     def fixed_tokens(self) -> int:
         return sum(len(part) for part in self.parts if not isinstance(part, str))
 
-    def fill(self, texts: dict[str, list[int]]) -> tuple[np.ndarray, Spans]:
-        ids: list[int] = []
-        spans: dict[str, tuple[int, int]] = {}
+    def fill(self, texts: Mapping[str, list[int]]) -> Prompt:
+        prompt = Prompt([], {})
         for part in self.parts:
-            start = len(ids)
-            ids += texts[part] if isinstance(part, str) else part
+            start = len(prompt.ids)
+            prompt.ids += texts[part] if isinstance(part, str) else part
             if isinstance(part, str):
-                spans[part] = (start, len(ids))
-        end = spans["document"][1]
-        spans.setdefault("question", (end, end))
-        return np.array(ids, dtype=np.int64), Spans(document=spans["document"], question=spans["question"])
+                prompt.spans[part] = (start, len(prompt.ids))
+        return prompt
 
 
 class Codec:
-    """A private copy of the tokenizer's backend: settings that others change on theirs cannot reach it."""
+    """Private copies of the tokenizer's backend: settings that others change on theirs cannot reach them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sources: list[str]) -> None:
-        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._parsing = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._parsing.no_truncation()
+        self._parsing.no_padding()
+        self._parsing.encode_special_tokens = False
         self._control_ids = _control_ids(tokenizer, sources)
+        # special tokens that a text may turn into, but not by spelling them, such as the unknown one
+        self._unspelled = tuple(
+            token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and number not in self._control_ids and len(token.content.strip()) > 1
+        )
         self._anchors: dict[str, list[int]] = {}
         if not any(self._joins(anchors) for anchors in (("",), _ANCHORS)):
             raise ModelError(f"the tokenizer {type(tokenizer).__name__} does not decode to the text encoded")
 
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The backend that parses no special tokens, copied only if a text needs it, as that takes long."""
+        backend = copy.deepcopy(self._parsing)
+        backend.encode_special_tokens = True
+        return backend
+
     def _joins(self, anchors: tuple[str, ...]) -> bool:
         """Whether texts encoded on their own decode to the joined one (some begin each with a space)."""
-        self._anchors = {text: self._backend.encode(text, add_special_tokens=False).ids for text in anchors}
+        self._anchors = {text: self._parsing.encode(text, add_special_tokens=False).ids for text in anchors}
         try:
             ids = [
-                *self._encode("ab", True)[0],
-                *self._encode(" c", False)[0],
-                *self._encode("d e", False)[0],
+                *self._encode("ab", True, self._parsing)[0],
+                *self._encode(" c", False, self._parsing)[0],
+                *self._encode("d e", False, self._parsing)[0],
             ]
         except RowError:
             return False
-        return self._backend.decode(ids, skip_special_tokens=False).removeprefix(" ") == "ab cd e"
+        return self._parsing.decode(ids, skip_special_tokens=False).removeprefix(" ") == "ab cd e"
 
-    def layout(self, rendered: str, system: str, bos: list[int]) -> Layout:
-        """Cut a rendered template at its sentinels and tokenize what is the same for every row."""
-        names = {sentinel: name for name, sentinel in SENTINELS.items()}
-        pieces = [piece for piece in re.split(f"({'|'.join(names)})", rendered) if piece]
+    def layout(self, segments: Sequence[Segment], bos: list[int]) -> Layout:
+        """Tokenize what is the same for every row, a system message included."""
         parts: list[list[int] | str] = [bos]
-        for index, piece in enumerate(pieces):
-            name = names.get(piece)
-            self._backend.encode_special_tokens = name is not None
+        control_tokens: list[int] = []
+        for index, (name, text) in enumerate(segments):
             if name is None:
-                parts.append(self._encode(piece, index == 0)[0])
+                ids = self._encode(text, index == 0, self._parsing)[0]
+                control_tokens += [token for token in ids if token in self._control_ids]
+                parts.append(ids)
             else:
-                parts.append(self.user(system, index == 0) if name == "system" else name)
-        self._backend.encode_special_tokens = True
-        return Layout(tuple(parts), names.get(pieces[0]))
+                parts.append(self.user(text, index == 0) if name == "system" else name)
+        return Layout(bos, tuple(parts), segments[0][0], control_tokens)
+
+    def prompt(self, layout: Layout, segments: Sequence[Segment]) -> Prompt:
+        """The prompt of these texts, tokenized whole unless user text would then be a control token."""
+        prompt = self._whole(segments)
+        if prompt is None or not self._has_only(prompt, layout.control_tokens):
+            texts = {name: self.user(text, layout.leading == name) for name, text in segments if name}
+            return layout.fill(texts)
+        skip = len(layout.bos)
+        spans = {name: (start + skip, end + skip) for name, (start, end) in prompt.spans.items()}
+        return Prompt(layout.bos + prompt.ids, spans)
+
+    def _has_only(self, prompt: Prompt, control_tokens: list[int]) -> bool:
+        """Whether these are the prompt's control tokens, and none of them stands in a user text."""
+        if not all(self._control_ids.isdisjoint(prompt.ids[a:b]) for a, b in prompt.spans.values()):
+            return False
+        return [token for token in prompt.others() if token in self._control_ids] == control_tokens
+
+    def _whole(self, segments: Sequence[Segment]) -> Prompt | None:
+        """All texts as one; a token that a user text shares with the template counts to the user text."""
+        if any(self._spells(text) for name, text in segments if name):
+            return None
+        encoding = _encoded(self._parsing, "".join(text for _, text in segments))
+        ids = encoding.ids
+        spans: dict[str, tuple[int, int]] = {}
+        end = place = 0
+        for name, text in segments:
+            start, place = place, place + len(text)
+            if name is not None:
+                first = max(end, _first_behind(encoding, start))  # the text before may share the token
+                end = max(first, _first_from(encoding, place))
+                # the template's own, which may swallow white space beside them
+                if first < end and ids[first] in self._control_ids and _offsets(encoding, first)[0] < start:
+                    first += 1
+                if first < end and ids[end - 1] in self._control_ids:
+                    end -= _offsets(encoding, end - 1)[1] > place
+                spans[name] = first, end
+        return Prompt(ids, spans)
+
+    def _spells(self, text: str) -> bool:
+        return any(content in text for content in self._unspelled)
 
     def user(self, text: str, leading: bool) -> list[int]:
-        """Tokens of user text, encoded in pieces where it would become a control token."""
-        ids, encoding, anchor = self._encode(text, leading)
+        """Tokens of user text alone, encoded in pieces where it would become a control token."""
+        if not self._spells(text):
+            ids, *_ = self._encode(text, leading, self._parsing)
+            if self._control_ids.isdisjoint(ids):
+                return ids
+        ids, encoding, anchor = self._encode(text, leading, self._plain)
         if self._control_ids.isdisjoint(ids):
             return ids
         offsets = encoding.offsets[len(encoding.offsets) - len(ids) :]
@@ -157,19 +245,42 @@ class Codec:
         Tokens that share a character share its place. Of text that would become control tokens, and of where
         the text meets the one before it, these can differ from the tokens of a prompt.
         """
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        encoding = _encoded(self._parsing, text)
+        if self._spells(text) or not self._control_ids.isdisjoint(encoding.ids):
+            encoding = _encoded(self._plain, text)
+        offsets = encoding.offsets
         starts_T = np.fromiter((start for start, _ in offsets), np.int64, len(offsets))
         starts_T[:1] = 0  # whatever a normaliser took away in front
         return np.maximum.accumulate(starts_T)
 
-    def _encode(self, text: str, leading: bool) -> tuple[list[int], Encoding, str]:
+    def _encode(self, text: str, leading: bool, backend: Tokenizer) -> tuple[list[int], Encoding, str]:
         """Token ids, with a space in front only if they begin the prompt; their encoding; its anchor."""
         for anchor, anchor_ids in ({"": []} if leading else self._anchors).items():
-            try:
-                encoding = self._backend.encode(anchor + text, add_special_tokens=False)
-            except (TypeError, UnicodeError) as error:
-                raise RowError("bad_text", "the text is not valid Unicode (a lone surrogate)") from error
+            encoding = _encoded(backend, anchor + text)
             ids, skip = encoding.ids, len(anchor_ids)
             if ids[:skip] == anchor_ids:
                 return ids[skip:], encoding, anchor
         raise RowError("bad_text", "the tokenizer does not split the text from the one before it")
+
+
+def _encoded(backend: Tokenizer, text: str) -> Encoding:
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeError) as error:
+        raise RowError("bad_text", "the text is not valid Unicode (a lone surrogate)") from error
+
+
+def _first_behind(encoding: Encoding, place: int) -> int:
+    """The first token that ends behind this character's beginning."""
+    return bisect_right(range(len(encoding)), place, key=lambda token: _offsets(encoding, token)[1])
+
+
+def _first_from(encoding: Encoding, place: int) -> int:
+    """The first token that begins at this character or later."""
+    return bisect_left(range(len(encoding)), place, key=lambda token: _offsets(encoding, token)[0])
+
+
+def _offsets(encoding: Encoding, token: int) -> tuple[int, int]:
+    offsets = encoding.token_to_chars(token)
+    assert offsets is not None, "a token that is of no text"
+    return offsets

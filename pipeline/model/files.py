@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.errors import ModelError
 from pipeline.model.gguf import GgufFiles
 from pipeline.model.names import EMBEDDED
+from pipeline.model.tokenizers import open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class ModelFiles:
 
     def tokenizer(self) -> Any:
         with self._as_model_error():
-            return AutoTokenizer.from_pretrained(self.location, **self.options)
+            return open_tokenizer(self.location, self.options)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """What identifies the weights: a hub commit, or a folder's weight files."""

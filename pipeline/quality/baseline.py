@@ -71,6 +71,14 @@ def read_baseline(
     return {row.sample.id: found[row.sample.id] for row in rows}, about
 
 
+def baseline_settings(path: Path) -> dict[str, Any]:
+    """With which settings it was made; none where it is not there, or is none, which reading it tells."""
+    try:
+        return dict(json.loads((pq.read_schema(path).metadata or {})[_KEY])["settings_that_decide"])
+    except (OSError, pa.ArrowException, LookupError, ValueError, TypeError):
+        return {}
+
+
 def _misfit(row: CheckRow, result: RowResult | None) -> str | None:
     if result is None:
         return "is not in it"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.intake import make_prompts
 from pipeline.interrupts import nothing_to_lose
-from pipeline.provenance import PACKAGES
+from pipeline.provenance import PACKAGES, moment_of
 from pipeline.pruning.registry import make_method
 from pipeline.quality.bootstrap import Verdict
 from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds, verdict_of
@@ -74,6 +74,7 @@ class _Run:
         return {
             "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype), **scaled},
             "template_sha256": self.prompts.template_hash,
+            **({} if (moment := moment_of(self.prompts)) is None else {"date": moment}),
             "max_new_tokens": config.max_new_tokens,
             "forced": "references" if config.has_references else "dense answers",
             "generate": config.generate,
@@ -151,7 +152,7 @@ def _prepare(
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.linear_dtype != "auto" or method.ffn_in_fp8:
         model.check_fp8()
-    prompts = make_prompts(config, model, config.max_new_tokens)
+    prompts = _prompts(config, model)
     rows = read_rows(config, prompts)
     check_scorer(config, rows.rows)
     for message in rows.left_out:
@@ -166,6 +167,25 @@ def _prepare(
         progress=progress,
         check=check,
     )
+
+
+def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
+    """The check's prompts, which print the date of the results that they are held against, if any."""
+    from pipeline.chat import parse_moment
+    from pipeline.quality.baseline import baseline_settings
+    from pipeline.quality.check_journal import journal_path, journal_settings
+
+    prompts = make_prompts(config, model, config.max_new_tokens)
+    if moment_of(prompts) is None:
+        return prompts
+    begun: dict[str, Any] = {}
+    if config.baseline is not None and not config.overwrite_baseline:
+        begun |= baseline_settings(Path(config.baseline))
+    if config.resume and config.result_file is not None:
+        begun |= journal_settings(journal_path(config.result_file))
+    if begun.get("date") is None:
+        return prompts
+    return make_prompts(config, model, config.max_new_tokens, now=parse_moment(begun["date"]))
 
 
 def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult], bool, dict[str, RowResult]]:

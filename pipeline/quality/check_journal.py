@@ -102,6 +102,15 @@ class Journal:
         return sum(map(len, lines))
 
 
+def journal_settings(path: Path) -> dict[str, Any]:
+    """With which settings it was begun; none where it is not there, or damaged, which opening it tells."""
+    try:
+        with path.open("rb") as file:
+            return dict(json.loads(file.readline())[_SETTINGS])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
 def journal_path(result: Path) -> Path:
     """Beside the file of the result."""
     return result.with_name(f".{result.name}.journal")

@@ -91,7 +91,8 @@ def test_parts_cover_the_document_in_order_and_fit(text, name, room, data):
         assert (part.encoded is None) == (not content.strip())
         if part.encoded is not None:
             assert part.encoded.prompt_tokens <= cutter.prompts.limit
-            assert span_text(cutter.prompts.tokenizer, part.encoded, part.encoded.spans.document) == content
+            span = span_text(cutter.prompts.tokenizer, part.encoded, part.encoded.spans.document)
+            assert span.removeprefix("<") == content.removeprefix("<")  # which may share the template's token
             assert span_text(cutter.prompts.tokenizer, part.encoded, part.encoded.spans.question) == "w"
 
 

@@ -1,0 +1,43 @@
+"""With which settings a run began that is to be resumed, before anything is opened for writing."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.io.beginnings import Beginning, settings_in
+from pipeline.io.causes import READ_ERRORS
+from pipeline.io.journal import journal_folder, journal_parts
+from pipeline.io.mirror import Mirror
+from pipeline.io.published import Published
+from pipeline.io.remote import RemotePath, output_place
+from pipeline.io.sidecar import needs_sidecar, read_sidecar
+
+
+def begun_with(output: str) -> Any:
+    """The settings that decide, of the unfinished run or the output that is there, or else None.
+
+    An output that does not say them counts as none: opening the journal tells it. All is fetched of one in
+    object storage.
+    """
+    place = output_place(output)
+    if not isinstance(place, RemotePath):
+        return _begun_with(place)
+    with closing(Mirror(place, lambda: None)) as mirror:
+        mirror.fetch()
+        return _begun_with(mirror.file)
+
+
+def _begun_with(output: Path) -> Any:
+    folder = journal_folder(output)
+    if any(part.stat().st_size for part in journal_parts(folder)):
+        return Beginning.load(folder).settings
+    if not output.exists():
+        return None
+    try:
+        schema = read_sidecar(output) if needs_sidecar(output) else Published(output).schema
+        return settings_in(output, schema)
+    except (*READ_ERRORS, ConfigError):
+        return None

@@ -1,0 +1,86 @@
+"""A model's tokenizer from its files, with what transformers leaves out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from pipeline.errors import ModelError
+
+SENTENCEPIECE = "tokenizer.model"
+NEEDED = ("sentencepiece", "google.protobuf")  # to read such a file
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a token in base 64, and its number
+CHAT_TEMPLATE = "chat_template.json"  # where processors had it, whose tokenizers do not read it
+
+
+def open_tokenizer(location: str, options: Mapping[str, Any]) -> Any:
+    """transformers' tokenizer of a folder or hub id, with its chat template, wherever that is.
+
+    Raises ModelError for a file that cannot be read with what is installed, and whatever transformers raises.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    except Exception as error:
+        if _needs_sentencepiece(location, options):
+            raise ModelError(
+                f"its tokenizer is a SentencePiece file, {SENTENCEPIECE}, which needs two more packages:"
+                " pip install sentencepiece protobuf"
+            ) from error
+        raise
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _chat_template(location, options)
+    return tokenizer
+
+
+def _needs_sentencepiece(location: str, options: Mapping[str, Any]) -> bool:
+    """Whether there is such a file alone, of that kind (some are tiktoken's), and nothing that reads it."""
+    path = _found(location, options, SENTENCEPIECE)
+    if path is None or _found(location, options, "tokenizer.json") is not None:
+        return False
+    with path.open("rb") as file:
+        is_tiktoken = _TIKTOKEN.match(file.read(1 << 12)) is not None
+    return not is_tiktoken and not all(map(_is_installed, NEEDED))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+def _chat_template(location: str, options: Mapping[str, Any]) -> Any:
+    """What stands in the file of its own; None where there is none."""
+    path = _found(location, options, CHAT_TEMPLATE)
+    if path is None:
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(
+            f"{CHAT_TEMPLATE} holds no chat template: it is to be JSON with the key 'chat_template'"
+        ) from error
+    if isinstance(template, list):
+        return {each["name"]: each["template"] for each in template}
+    return template
+
+
+def _found(location: str, options: Mapping[str, Any], name: str) -> Path | None:
+    """A file of the model, fetched if it is on the hub; None where there is no such file."""
+    if options.get("gguf_file"):
+        return None
+    path = cached_file(
+        location,
+        name,
+        revision=options.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
