@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.errors import ModelError, RowError
 from pipeline.templates import RENDER_ERRORS, SENTINELS
+from pipeline.whole import Tokens, WholeTexts, encoded
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -139,6 +140,8 @@ class Codec:
         self._parsing.no_truncation()
         self._parsing.no_padding()
         self._parsing.encode_special_tokens = False
+        self._texts = WholeTexts(self._parsing)
+        self._alone: tuple[str, bool, list[int]] | None = None  # the last document made alone
         self._control_ids = _control_ids(tokenizer, sources)
         # special tokens that a text may turn into, but not by spelling them, such as the unknown one
         self._unspelled = tuple(
@@ -187,11 +190,20 @@ class Codec:
         """The prompt of these texts, tokenized whole unless user text would then be a control token."""
         prompt = self._whole(segments)
         if prompt is None or not self._has_only(prompt, layout.control_tokens):
-            texts = {name: self.user(text, layout.leading == name) for name, text in segments if name}
-            return layout.fill(texts)
+            return layout.fill({name: self._part(name, text, layout) for name, text in segments if name})
         skip = len(layout.bos)
         spans = {name: (start + skip, end + skip) for name, (start, end) in prompt.spans.items()}
         return Prompt(layout.bos + prompt.ids, spans)
+
+    def _part(self, name: str, text: str, layout: Layout) -> list[int]:
+        """Tokens of a user text alone; rows about one document, which takes long, follow each other."""
+        leads, latest = layout.leading == name, self._alone
+        if latest is not None and latest[:2] == (text, leads):
+            return latest[2]
+        ids = self.user(text, leads)
+        if name == "document":
+            self._alone = text, leads, ids
+        return ids
 
     def _has_only(self, prompt: Prompt, control_tokens: list[int]) -> bool:
         """Whether these are the prompt's control tokens, and none of them stands in a user text."""
@@ -203,20 +215,21 @@ class Codec:
         """All texts as one; a token that a user text shares with the template counts to the user text."""
         if any(self._spells(text) for name, text in segments if name):
             return None
-        encoding = _encoded(self._parsing, "".join(text for _, text in segments))
-        ids = encoding.ids
+        text = "".join(text for _, text in segments)
+        tokens = self._texts.encode(text, _end_of_document(segments))
+        ids = tokens.ids
         spans: dict[str, tuple[int, int]] = {}
         end = place = 0
         for name, text in segments:
             start, place = place, place + len(text)
             if name is not None:
-                first = max(end, _first_behind(encoding, start))  # the text before may share the token
-                end = max(first, _first_from(encoding, place))
+                first = max(end, _first_behind(tokens, start))  # the text before may share the token
+                end = max(first, _first_from(tokens, place))
                 # the template's own, which may swallow white space beside them
-                if first < end and ids[first] in self._control_ids and _offsets(encoding, first)[0] < start:
+                if first < end and ids[first] in self._control_ids and tokens.span(first)[0] < start:
                     first += 1
                 if first < end and ids[end - 1] in self._control_ids:
-                    end -= _offsets(encoding, end - 1)[1] > place
+                    end -= tokens.span(end - 1)[1] > place
                 spans[name] = first, end
         return Prompt(ids, spans)
 
@@ -245,9 +258,9 @@ class Codec:
         Tokens that share a character share its place. Of text that would become control tokens, and of where
         the text meets the one before it, these can differ from the tokens of a prompt.
         """
-        encoding = _encoded(self._parsing, text)
+        encoding = encoded(self._parsing, text)
         if self._spells(text) or not self._control_ids.isdisjoint(encoding.ids):
-            encoding = _encoded(self._plain, text)
+            encoding = encoded(self._plain, text)
         offsets = encoding.offsets
         starts_T = np.fromiter((start for start, _ in offsets), np.int64, len(offsets))
         starts_T[:1] = 0  # whatever a normaliser took away in front
@@ -256,31 +269,28 @@ class Codec:
     def _encode(self, text: str, leading: bool, backend: Tokenizer) -> tuple[list[int], Encoding, str]:
         """Token ids, with a space in front only if they begin the prompt; their encoding; its anchor."""
         for anchor, anchor_ids in ({"": []} if leading else self._anchors).items():
-            encoding = _encoded(backend, anchor + text)
+            encoding = encoded(backend, anchor + text)
             ids, skip = encoding.ids, len(anchor_ids)
             if ids[:skip] == anchor_ids:
                 return ids[skip:], encoding, anchor
         raise RowError("bad_text", "the tokenizer does not split the text from the one before it")
 
 
-def _encoded(backend: Tokenizer, text: str) -> Encoding:
-    try:
-        return backend.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeError) as error:
-        raise RowError("bad_text", "the text is not valid Unicode (a lone surrogate)") from error
+def _end_of_document(segments: Sequence[Segment]) -> int:
+    """Characters up to the document's end."""
+    place = 0
+    for name, text in segments:
+        place += len(text)
+        if name == "document":
+            break
+    return place
 
 
-def _first_behind(encoding: Encoding, place: int) -> int:
+def _first_behind(tokens: Tokens, place: int) -> int:
     """The first token that ends behind this character's beginning."""
-    return bisect_right(range(len(encoding)), place, key=lambda token: _offsets(encoding, token)[1])
+    return bisect_right(range(len(tokens.ids)), place, key=lambda token: tokens.span(token)[1])
 
 
-def _first_from(encoding: Encoding, place: int) -> int:
+def _first_from(tokens: Tokens, place: int) -> int:
     """The first token that begins at this character or later."""
-    return bisect_left(range(len(encoding)), place, key=lambda token: _offsets(encoding, token)[0])
-
-
-def _offsets(encoding: Encoding, token: int) -> tuple[int, int]:
-    offsets = encoding.token_to_chars(token)
-    assert offsets is not None, "a token that is of no text"
-    return offsets
+    return bisect_left(range(len(tokens.ids)), place, key=lambda token: tokens.span(token)[0])

@@ -19,9 +19,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int | None) -> None:
         self._tokenizer = tokenizer
-        backend = tokenizer.backend_tokenizer
-        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._size = None if size is None or largest < size else size
+        own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+        count = max(own, *(token + 1 for token in tokenizer.added_tokens_decoder), 0)
+        self._size = None if size is None or count <= size else size
 
     def check_template(self, template: Template, layouts: Iterable[Layout]) -> None:
         """Raise `ModelError` where a prompt or the end of an answer would have a token beyond the model's."""

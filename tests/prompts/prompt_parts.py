@@ -22,6 +22,9 @@ INST = (
 )
 
 
+PARTS = CHATML.replace("{{ m['content'] }}", "{% for c in m.content %}{{ c.text }}{% endfor %}")
+
+
 def byte_tokenizer(**extra: Any) -> PreTrainedTokenizerFast:
     """Bytes and a few merges, ChatML; `<turn_end>` and `<note>` are added tokens that are not special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

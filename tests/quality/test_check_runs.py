@@ -35,7 +35,7 @@ def config(sharp_model_folder, tmp_path):
         model=str(sharp_model_folder),
         settings=BROKEN,
         max_new_tokens=7,
-        json=str(tmp_path / "result.json"),
+        out=str(tmp_path / "result.json"),
     )
 
 
