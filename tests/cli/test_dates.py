@@ -131,3 +131,15 @@ def test_a_baseline_of_another_day_still_stands(check, clock, tmp_path, capfd):
     assert "dense is taken from" in capfd.readouterr().err
     assert check("--baseline", path, "--overwrite-baseline") == 0
     assert json.loads((tmp_path / "r.json").read_text())["about"]["date"] == "2026-02-04"
+
+
+def test_an_output_in_object_storage_goes_on_with_its_day(dated, rows, bucket, clock, capfd):
+    common = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "2", "--model", str(dated)]
+    words = ["batch", str(rows), f"{bucket}/out.parquet", *common]
+    assert run(words) == 0
+    clock.now_is = FIRST + timedelta(days=1)
+    capfd.readouterr()
+    assert run([*words, "--resume", "--show-prompt", "1"]) == 0
+    assert "Today: 03 Feb 2026" in capfd.readouterr().out
+    assert run([*words, "--resume"]) == 0
+    assert "nothing new" in capfd.readouterr().err
