@@ -355,9 +355,7 @@ class Deep:
         mild = method.name == "dense" or (method.name == "mars" and method.last_full in (None, 26))
         lost = 0 if mild else 2 if method.name == "fastkv" and method.layer >= 19 else 30
         ttft_ms = passes_flops(self.shape, passes) / 6e11
-        self.observations.append(
-            Observation(passes=passes, linears_in_fp8=False, attention_in_fp8=False, ttft_ms=ttft_ms)
-        )
+        self.observations.append(Observation(passes=passes, linears_in_fp8=False, ttft_ms=ttft_ms))
         made = score(case, lost, ttft_ms, divergence=0.005 if mild else lost / 30)
         return SimpleNamespace(score=made, passes=passes)
 
