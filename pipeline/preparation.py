@@ -98,7 +98,7 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         splitter=splitter,
         profile=profile,
         guard=guard,
-        notes=notes,
+        notes=(*model.notes, *notes),
     )
 
 

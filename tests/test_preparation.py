@@ -35,7 +35,7 @@ def test_weights_change_nothing_that_decides_or_is_told(config, dtype):
     models = [unloaded, unloaded.load(), load_model(config.model, **names)]
     runs = [prepared(config, model) for model in models]
     first, *others = (run.decides() for run in runs)
-    assert first["model"]["fingerprint"].startswith("files:")
+    assert first["model"]["fingerprint"].startswith("content:")
     assert all(decides == first for decides in others)
     told = [describe_run(config, model, first) for model in models]
     for description in told:

@@ -93,7 +93,7 @@ class Worker:
         if model.fingerprint != fingerprint:
             raise ModelError(
                 f"{model.name} ({model.fingerprint[:20]}) is not the model of this run ({fingerprint[:20]}):"
-                " put the same files, with their times, on all machines"
+                " put the same files on all machines"
             )
         return model
 

@@ -7,7 +7,8 @@ Supported families are an allow-list, each tested against stock transformers on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -420,6 +421,53 @@ def _weight_and_eps(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The tensors that a model has; `tied` are heads, each with the embedding that it is."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    base: str  # the decoder's name in the model
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Layout:
+        return cls(
+            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+            tied=model.get_expanded_tied_weights_keys(all_submodels=True),
+            base=model.base_model_prefix,
+        )
+
+    @property
+    def heads(self) -> set[str]:
+        return {name for name in self.shapes if not name.startswith(f"{self.base}.")}
+
+    def place(self, name: str) -> str:
+        """Where transformers puts a tensor of this name: a decoder's own checkpoint lacks its prefix."""
+        inner = name.removeprefix(f"{self.base}.")
+        if inner != name and inner in self.shapes:
+            return inner
+        outer = f"{self.base}.{name}"
+        return outer if outer in self.shapes else name
+
+    def missing(self, names: Collection[str]) -> list[str]:
+        """What tensors of these names leave open; of two that are tied, one is enough."""
+        there = set(names)
+        for one, other in self.tied.items():
+            if there & {one, other}:
+                there |= {one, other}
+        return [name for name in self.shapes if name not in there]
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The layout of a model of this configuration, without weights."""
+    return Layout.of(_skeleton(config, torch.float32))
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def random_model(
     family: str, settings: dict[str, Any], *, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> PreTrainedModel:
@@ -454,7 +502,7 @@ def with_weights(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
-    model = _without_weights(config, dtype).to_empty(device=device).eval()
+    model = _skeleton(config, dtype).to_empty(device=device).eval()
     # the inverse frequencies are buffers that no checkpoint holds: to_empty left garbage there
     rotary = type(model.model.rotary_emb)(config).to(device)
     model.model.rotary_emb = rotary
@@ -469,11 +517,6 @@ def with_weights(
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter that `with_weights` asks for, by its name."""
-    model = _without_weights(config, torch.float32)
+    model = _skeleton(config, torch.float32)
     model.tie_weights()
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -15,8 +14,27 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.errors import ModelError
+from pipeline.model.adapters import layout_of
+from pipeline.model.fingerprint import folder_fingerprint
+from pipeline.model.folder import (
+    Checkpoint,
+    cached_checkpoint,
+    check_files,
+    find_checkpoint,
+    folder_notes,
+)
 from pipeline.model.gguf import GgufFiles
 from pipeline.model.names import EMBEDDED
+from pipeline.model.quantised import (
+    apply_scales_,
+    check_own_files,
+    check_quantisation,
+    quantisation,
+    scales_of,
+    without_quantisation,
+)
+from pipeline.model.safetensor_files import Stored
+from pipeline.model.tensors import check_loaded, check_tensors
 from pipeline.model.tokenizers import open_tokenizer
 
 
@@ -30,35 +48,84 @@ class ModelFiles:
     name: str  # as the user wrote it
     location: str  # folder or hub id
     options: dict[str, Any] = field(default_factory=dict)  # revision, trust_remote_code
+    ignore_unused_tensors: str | None = None  # a pattern of their names
 
     def config(self) -> PreTrainedConfig:
         with self._as_model_error():
-            return AutoConfig.from_pretrained(self.location, **self.options)
+            config = AutoConfig.from_pretrained(self.location, **self.options)
+        # attention is computed by us: what a folder names here could be code from the hub
+        config._attn_implementation = "eager"
+        return config
+
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        """Raise ModelError for weights that are not those of this configuration, without reading them.
+
+        What it returns is worth a note. Of a model of the hub nothing is known before it has been downloaded.
+        """
+        check_quantisation(self.name, config)
+        with self._as_model_error():
+            checkpoint = self._checkpoint(config)
+            if checkpoint is None or self._is_custom(config):
+                return []
+            if not quantisation(config):
+                check_own_files(self.name, checkpoint.folder)
+            ignored = self.ignore_unused_tensors
+            unused = check_tensors(self.name, checkpoint, config, layout_of(config), ignored)
+            return [*folder_notes(checkpoint.folder), *unused]
 
     def tokenizer(self) -> Any:
         with self._as_model_error():
             return open_tokenizer(self.location, self.options)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
-        """What identifies the weights: a hub commit, or a folder's weight files."""
+        """What identifies the model: a hub commit, or the content of a folder."""
         commit = getattr(config, "_commit_hash", None)
-        if commit:
+        if commit and not Path(self.location).is_dir():
             return f"commit:{commit}"
-        weights = sorted(Path(self.location).glob("*.safetensors"))
-        listing = json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights])
-        return "files:" + hashlib.sha256((listing + config.to_json_string()).encode()).hexdigest()
+        with self._as_model_error():
+            return folder_fingerprint(find_checkpoint(Path(self.location), config))
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        options = {**self.options, "config": config, "use_safetensors": True}
+        options = {**self.options, "config": without_quantisation(config), "use_safetensors": True}
         with self._as_model_error():
-            model: Any = AutoModelForCausalLM.from_pretrained(self.location, dtype=dtype, **options)
-        return model.to(device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.location, dtype=dtype, output_loading_info=True, **options
+            )
+            model, report = loaded
+            scales = self._scales(config)
+            known = {each.name for each in scales.values()}
+            check_loaded(self.name, model, report, known, self.ignore_unused_tensors)
+        model = model.to(device)
+        apply_scales_(model, scales, config)
+        return model
+
+    def _scales(self, config: PreTrainedConfig) -> dict[str, Stored]:
+        """The scales of FP8 weights by the names of the model's parameters."""
+        checkpoint = self._checkpoint(config) if quantisation(config) else None
+        if checkpoint is None:
+            return {}
+        layout = layout_of(config)
+        found = scales_of(checkpoint.stored(), config)
+        return {layout.place(name): scale for name, scale in found.items()}
+
+    def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint | None:
+        """The files of the weights, where they are safetensors and on this machine."""
+        folder = Path(self.location)
+        if folder.is_dir():
+            return find_checkpoint(folder, config)
+        return cached_checkpoint(self.location, config)
+
+    def _is_custom(self, config: PreTrainedConfig) -> bool:
+        """Whether code of the model's own, which we know nothing of, reads its weights."""
+        return bool(self.options.get("trust_remote_code")) and hasattr(config, "auto_map")
 
     @contextmanager
     def _as_model_error(self) -> Iterator[None]:
         """Loaders raise whatever their libraries do; the user gets one line that names the model."""
         try:
             yield
+        except ModelError:
+            raise
         except Exception as error:
             if self.location == self.name and not Path(self.location).exists():
                 raise ModelError(
@@ -68,7 +135,11 @@ class ModelFiles:
 
 
 def locate(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    ignore_unused_tensors: str | None = None,
 ) -> ModelFiles | GgufFiles:
     """Find a model's files, and refuse unsafe ones, without loading anything."""
     path = Path(model).expanduser()
@@ -77,17 +148,25 @@ def locate(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {model}: there is no such file")
-        return GgufFiles(name=model, path=path)
+        return GgufFiles(name=model, path=path, ignore_unused_tensors=ignore_unused_tensors)
     if path.is_dir():
+        check_files(model, path)
         _check_folder(path, trust_remote_code)
-        return ModelFiles(name=model, location=str(path), options={"trust_remote_code": trust_remote_code})
+        return ModelFiles(
+            name=model,
+            location=str(path),
+            options={"trust_remote_code": trust_remote_code},
+            ignore_unused_tensors=ignore_unused_tensors,
+        )
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
         raise ModelError(
             f"unknown model {model!r}: it is no folder, no .gguf file, no hub id (owner/name) and not "
             f"the embedded {', '.join(EMBEDDED)}"
         )
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    return ModelFiles(name=model, location=model, options=options)
+    return ModelFiles(
+        name=model, location=model, options=options, ignore_unused_tensors=ignore_unused_tensors
+    )
 
 
 def _embedded_file(model: str) -> Path:
@@ -110,6 +189,8 @@ def _check_folder(path: Path, trust_remote_code: bool) -> None:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{config_file} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} is no JSON object: download or copy it again")
     if "auto_map" in config and not trust_remote_code:
         raise ModelError(
             f"model folder {path} brings its own code, which would run here; --trust-remote-code allows it"

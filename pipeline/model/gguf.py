@@ -53,15 +53,19 @@ class GgufFiles:
 
     name: str  # as the user wrote it
     path: Path  # the file, or any of its parts
+    ignore_unused_tensors: str | None = None  # a pattern of their names
 
     def config(self) -> PreTrainedConfig:
-        """The configuration; refuses files whose tensors are not those that it takes, by their headers."""
         with self._as_model_error():
             check_family(self._family)
             config = AutoConfig.for_model(self._family, **self._settings())
             check_config(config)
-            check_tensors(self.path.name, config, self._tensors)
             return config
+
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        """Raise ModelError for tensors that are not those of this configuration, by their headers alone."""
+        with self._as_model_error():
+            return check_tensors(self.path.name, config, self._tensors, self.ignore_unused_tensors)
 
     def tokenizer(self) -> Any:
         with self._as_model_error():

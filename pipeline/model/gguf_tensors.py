@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from math import prod
 
@@ -44,8 +45,11 @@ def gguf_namer(config: PreTrainedConfig) -> Callable[[str], str]:
     return lambda parameter: str(names.get_name(parameter, try_suffixes=(".weight", ".bias")))
 
 
-def check_tensors(file: str, config: PreTrainedConfig, found: Found) -> None:
-    """Raise GgufError unless the model has all the tensors that this configuration takes, and no others."""
+def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: str | None = None) -> list[str]:
+    """Raise GgufError unless the model has all the tensors that this configuration takes, and no others.
+
+    Those that match the pattern `ignored` may be there; what it returns is worth a note.
+    """
     named = gguf_namer(config)
     shapes = {named(parameter): shape for parameter, shape in parameter_shapes(config).items()}
     kind = f"a {config.model_type} of {config.num_hidden_layers} blocks"
@@ -53,17 +57,19 @@ def check_tensors(file: str, config: PreTrainedConfig, found: Found) -> None:
     if missing:
         raise GgufError(f"{file} lacks {_listed(missing)}, which {kind} has; download or convert it again")
     used = {*shapes, FREQUENCIES} if config.model_type == "llama" else set(shapes)
-    unused = [name for name in found if name not in used and HARMLESS not in name]
+    others = [name for name in found if name not in used and HARMLESS not in name]
+    unused = [name for name in others if ignored is None or not re.search(ignored, name)]
     if unused:
         raise GgufError(
             f"{file} holds {_listed(unused)}, which {kind} does not use; without them its answers would be"
-            " another model's"
+            " another model's; --ignore-unused-tensors REGEX goes on without those that it matches"
         )
     for name, shape in shapes.items():
         entry = found[name][1]
         if entry.shape != shape:
             raise GgufError(f"{file} is damaged: {name} is {_sides(entry.shape)}, not {_sides(shape)}")
     _check_kinds(file, found)
+    return [f"{file} holds {_listed(others)}, which {kind} does not use: they are left out"] if others else []
 
 
 def _check_kinds(file: str, found: Found) -> None:

@@ -34,6 +34,10 @@ class ModelSource(Protocol):
 
     def config(self) -> PreTrainedConfig: ...
 
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        """Raise ModelError for weights that do not fit, none of which is read; return what to tell a user."""
+        ...
+
     def tokenizer(self) -> Any: ...
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
@@ -61,6 +65,7 @@ class LoadedModel:
     fingerprint: str  # as its source tells it: of files, of a revision on the hub, or of a random draw
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
+    notes: tuple[str, ...] = ()  # what a user should know of its files
 
     @property
     def shape(self) -> ModelShape:
@@ -102,6 +107,7 @@ class UnloadedModel:
     dtype: torch.dtype
     wanted_attention: str
     rope_scaling: str | None = None
+    notes: tuple[str, ...] = ()  # what a user should know of its files
 
     @property
     def name(self) -> str:
@@ -153,6 +159,7 @@ class UnloadedModel:
             fingerprint=self.fingerprint,
             rope_scaling=self.rope_scaling,
             attention_refused=self.attention_refused,
+            notes=self.notes,
         )
 
 
@@ -192,12 +199,11 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(settings.device)
     torch_dtype = pick_dtype(settings.dtype, target)
-    source = find_source(
-        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-    )
+    source = find_source(settings)
     with _quiet():
         config = source.config()
         check_config(config)
+        notes = source.check(config)
         return UnloadedModel(
             source=source,
             config=config,
@@ -207,14 +213,20 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
             dtype=torch_dtype,
             wanted_attention=settings.attention,
             rope_scaling=settings.rope_scaling,
+            notes=tuple(notes),
         )
 
 
-def find_source(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Where a model of this name comes from; nothing is loaded."""
-    if model.startswith(PREFIX):
-        return RandomWeights.named(model)
-    return locate(model, revision=revision, trust_remote_code=trust_remote_code)
+def find_source(settings: ModelSettings) -> ModelSource:
+    """Where the model comes from; nothing is loaded."""
+    if settings.model.startswith(PREFIX):
+        return RandomWeights.named(settings.model)
+    return locate(
+        settings.model,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        ignore_unused_tensors=settings.ignore_unused_tensors,
+    )
 
 
 def _device_name(device: torch.device) -> str:

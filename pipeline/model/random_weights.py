@@ -103,6 +103,9 @@ class RandomWeights:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return byte_tokenizer()
 
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        return []
+
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """Of what the weights are drawn from; drawn on the CPU and on a GPU they are not the same."""
         return "random:" + hashlib.sha256(json.dumps([*self._shape, SEED]).encode()).hexdigest()

@@ -48,6 +48,8 @@ def run_calibrate(
     tell = _teller(progress, clock)
     tell("reading and tokenizing")
     model = model or open_model(config)
+    for text in model.notes:
+        note(text)
     rows = _read(config, model, note)
     sides = split(rows, str(config.seed))
     tell("loading the model")

@@ -143,6 +143,8 @@ def _prepare(
 
     if model is None:
         model = open_model(config)
+    for text in model.notes:
+        note(text)
     if config.profile is not None:
         profile = load_profile(config.profile)
         for text in check_profile(config.profile, profile, model):

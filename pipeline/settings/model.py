@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.settings.option import MODEL, Settings, option
-from pipeline.settings.parse import parse_rope_scaling
+from pipeline.settings.parse import parse_regex, parse_rope_scaling
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
@@ -56,6 +56,14 @@ class ModelSettings(WeightsSettings, DeviceSettings):
         help="yarn:FACTOR (or yarn:FACTOR:ORIGINAL): YaRN, for a context so many times as long.",
         shown_default="the model's own",
         check=parse_rope_scaling,
+        panel=MODEL,
+    )
+    ignore_unused_tensors: str | None = option(
+        None,
+        metavar="REGEX",
+        help="Load a folder in spite of tensors that its model does not use, of names that this matches.",
+        shown_default="none",
+        check=parse_regex,
         panel=MODEL,
     )
     trust_remote_code: bool = option(False, help="Run code that a model folder brings.", panel=MODEL)

@@ -58,6 +58,14 @@ def parse_rope_scaling(text: str, flag: str = "--rope-scaling") -> tuple[float, 
     return factor, original
 
 
+def parse_regex(text: str, flag: str) -> re.Pattern[str]:
+    """A regular expression, as Python's."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{flag} {text!r} is no regular expression: {error}") from error
+
+
 _BYTES = {"": 1, "b": 1}
 _BYTES |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
 _BYTES |= {f"{letter}{tail}": 1024**power for power, letter in enumerate("kmgt", 1) for tail in ("", "ib")}

@@ -248,8 +248,11 @@ def test_tensors_that_the_model_does_not_use_are_named(llama, tmp_path):
     assert refusal(path) == (
         "m.gguf holds blk.3.attn_q.weight, blk.3.attn_k.weight, blk.3.attn_v.weight, blk.3.attn_output.weight"
         " and 6 more tensors, which a llama of 3 blocks does not use; without them its answers would be"
-        " another model's"
+        " another model's; --ignore-unused-tensors REGEX goes on without those that it matches"
     )
+    settings = ModelSettings(model=str(path), device="cpu", ignore_unused_tensors=r"^blk\.3\.|attn_sinks")
+    (note,) = open_model(settings).notes
+    assert note.endswith(" and 6 more tensors, which a llama of 3 blocks does not use: they are left out")
     factors = {"rope_factors_long.weight": np.ones(16, np.float32)}
     assert "holds rope_factors_long.weight, which a llama" in refusal(
         changed(llama, tmp_path, tensors=factors)

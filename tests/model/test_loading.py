@@ -32,7 +32,7 @@ def test_a_folder_is_loaded_with_its_fingerprint(folder):
     model = load_model(str(folder), device="cpu")
     assert model.adapter.dtype == torch.float32
     assert (model.adapter.shape.layers, model.adapter.shape.context) == (4, 1024)
-    assert model.fingerprint.startswith("files:")
+    assert model.fingerprint.startswith("content:")
     assert load_model(str(folder), device="cpu").fingerprint == model.fingerprint
     change_config(folder, rms_norm_eps=1e-3)
     assert load_model(str(folder), device="cpu").fingerprint != model.fingerprint
