@@ -16,8 +16,9 @@ from typing import Any
 
 import gguf
 
+from pipeline.model.safetensor_files import is_lfs_pointer, lfs_message
+
 MAGIC = b"GGUF"
-LFS_POINTER = b"version https://git-lfs"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where the header names none
 STRING, ARRAY = 8, 9
@@ -50,11 +51,10 @@ class GgufHeader:
 def read_header(path: Path) -> GgufHeader:
     """Raises GgufError for what is no GGUF file, is cut short, or holds types that are not known."""
     size = path.stat().st_size
+    if is_lfs_pointer(path):
+        raise GgufError(lfs_message(path))
     with path.open("rb") as file:
-        begins = file.read(len(LFS_POINTER))
-        if begins == LFS_POINTER:
-            raise GgufError(f"{path.name} is a Git LFS pointer, not the file; fetch that with git lfs pull")
-        if not begins.startswith(MAGIC):
+        if file.read(len(MAGIC)) != MAGIC:
             raise GgufError(f"{path.name} is no GGUF file: it does not begin with {MAGIC.decode()}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:

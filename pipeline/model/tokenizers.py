@@ -29,7 +29,7 @@ def open_tokenizer(location: str, options: Mapping[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
         if _needs_sentencepiece(location, options):
-            raise ModelError(
+            raise ValueError(
                 f"its tokenizer is a SentencePiece file, {SENTENCEPIECE}, which needs two more packages:"
                 " pip install sentencepiece protobuf"
             ) from error

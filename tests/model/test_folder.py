@@ -55,7 +55,7 @@ def test_a_gguf_file_that_is_a_pointer(tmp_path):
     with pytest.raises(
         ModelError, match=r"model.gguf is a Git LFS pointer, not the file: run `git lfs pull`"
     ):
-        locate(str(path))
+        locate(str(path)).config()
 
 
 def make_adapter(folder, **about):

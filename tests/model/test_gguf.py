@@ -315,7 +315,7 @@ def test_files_that_are_cut_short_or_damaged(llama, tmp_path):
     path.write_bytes(whole[:500])
     assert refusal(path) == "m.gguf is cut short or damaged: its header ends too early"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert refusal(path) == "m.gguf is a Git LFS pointer, not the file; fetch that with git lfs pull"
+    assert refusal(path) == "m.gguf is a Git LFS pointer, not the file: run `git lfs pull` in the folder"
     path.write_bytes(b"PK and more")
     assert refusal(path) == "m.gguf is no GGUF file: it does not begin with GGUF"
     path.write_bytes(whole[:4] + b"\1\0\0\0" + whole[8:])
