@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pipeline.chat import ChatTemplate
 from pipeline.errors import RowError
 from pipeline.templates import NAMES, RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.tokenizing import Segment
 
 Template = ChatTemplate | FileTemplate
-Segment = tuple[str | None, str]  # the name of a user text, or none for the template's own, and the text
 
 _MARKED = 'it\'s "so" & <b>\\n {{ x }} {% y %} %s \u00e9\u6570\U0001f642\u2028 a  b\tc\r\nd\n\n\n## e'
 _PROBES = (

@@ -81,7 +81,7 @@ def test_the_outputs_metadata_tells_how_it_was_made(batch, parquet, tmp_path, mo
     assert metadata["attention"]["backend"] == "sdpa"
     assert metadata["attention"]["refused"]["fa3"] == "needs a GPU"
     assert metadata["model"] == str(model_folder)
-    assert decides["model"]["fingerprint"].startswith("files:")
+    assert decides["model"]["fingerprint"].startswith("content:")
     assert len(decides["template_sha256"]) == 64
     assert metadata["versions"]["torch"]
 

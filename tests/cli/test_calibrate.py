@@ -85,7 +85,7 @@ def test_a_profile_is_found_with_which_batch_runs(flags, data, tmp_path, sharp_m
     assert " s left] probing 4 layers on " in printed.err
     profile = tomllib.loads((tmp_path / "p.toml").read_text())
     about = profile["profile"]
-    assert about["fingerprint"].startswith("files:")
+    assert about["fingerprint"].startswith("content:")
     assert about["measured"]["speed_up"] > 1
     assert about["measured"]["gates"]["agreement"]["verdict"] == "pass"
     assert about["lengths"]["min"] <= about["lengths"]["p50"] <= about["lengths"]["max"]

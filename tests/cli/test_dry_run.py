@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 
 import pytest
 from conftest import FISH
 
+from pipeline.model.files import ModelFiles
 from pipeline.packing import windows
 
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6"]
 
 
 @pytest.fixture
-def no_weights(model_folder, tmp_path, monkeypatch):
-    """The tiny model with weights that nobody can load."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    (folder / "model.safetensors").write_text("no weights")
-    return folder
+def no_weights(model_folder, monkeypatch):
+    """The tiny model, whose weights nobody can load."""
+
+    def weights(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(ModelFiles, "weights", weights)
+    return model_folder
 
 
 @pytest.fixture

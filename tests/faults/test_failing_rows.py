@@ -93,14 +93,14 @@ class PanicException(BaseException):
 def test_a_row_whose_tokenizer_fails_is_the_only_error(make_job, monkeypatch, error):
     job = make_job(*TOGETHER)
     expected = job.undisturbed()
-    real = Codec.user
+    real = Codec.prompt
 
-    def user(self, text, leading):
-        if text.startswith(f"row {CULPRIT}: "):
+    def prompt(self, layout, segments):
+        if any(text.startswith(f"row {CULPRIT}: ") for _, text in segments):
             raise error
-        return real(self, text, leading)
+        return real(self, layout, segments)
 
-    monkeypatch.setattr(Codec, "user", user)
+    monkeypatch.setattr(Codec, "prompt", prompt)
     assert job.run() == 0
     rows = read(job.output)
     check_rows(rows, expected, {CULPRIT: "tokenizer"})
