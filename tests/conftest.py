@@ -24,7 +24,8 @@ from object_storage import bucket, s3_server  # noqa: F401
 from marsinfer_cli.app import run
 from pipeline.engines import warm_up
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.building import random_model
 from pipeline.model.prefill import Pack
 from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans

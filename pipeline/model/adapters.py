@@ -1,4 +1,4 @@
-"""The only file that touches transformers' internals: its decoder layers, opened up into their parts.
+"""transformers' decoder layers, opened up into their parts; only building.py knows of its internals too.
 
 The forward pass of a layer is ours (see layers.py); the weights and modules are transformers'.
 Supported families are an allow-list, each tested against stock transformers on small configurations.
@@ -7,14 +7,13 @@ Supported families are an allow-list, each tested against stock transformers on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import rms_norm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
@@ -419,104 +418,3 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _weight_and_eps(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The tensors that a model has; `tied` are heads, each with the embedding that it is."""
-
-    shapes: dict[str, tuple[int, ...]]
-    tied: dict[str, str]
-    base: str  # the decoder's name in the model
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Layout:
-        return cls(
-            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-            tied=model.get_expanded_tied_weights_keys(all_submodels=True),
-            base=model.base_model_prefix,
-        )
-
-    @property
-    def heads(self) -> set[str]:
-        return {name for name in self.shapes if not name.startswith(f"{self.base}.")}
-
-    def place(self, name: str) -> str:
-        """Where transformers puts a tensor of this name: a decoder's own checkpoint lacks its prefix."""
-        inner = name.removeprefix(f"{self.base}.")
-        if inner != name and inner in self.shapes:
-            return inner
-        outer = f"{self.base}.{name}"
-        return outer if outer in self.shapes else name
-
-    def missing(self, names: Collection[str]) -> list[str]:
-        """What tensors of these names leave open; of two that are tied, one is enough."""
-        there = set(names)
-        for one, other in self.tied.items():
-            if there & {one, other}:
-                there |= {one, other}
-        return [name for name in self.shapes if name not in there]
-
-
-def layout_of(config: PreTrainedConfig) -> Layout:
-    """The layout of a model of this configuration, without weights."""
-    return Layout.of(_skeleton(config, torch.float32))
-
-
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def random_model(
-    family: str, settings: dict[str, Any], *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> PreTrainedModel:
-    """A model of these dimensions with random weights."""
-    config = AutoConfig.for_model(family, **settings)
-    return with_random_weights(config, device=device, dtype=dtype, seed=seed)
-
-
-def with_random_weights(
-    config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> PreTrainedModel:
-    """A model of this configuration, its weights drawn on the device without an initial copy on the host.
-
-    The same seed gives the same weights on devices of one kind, in one dtype.
-    """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def draw(name: str, parameter: Tensor) -> None:
-        if parameter.dim() == 1 and not name.endswith("bias"):
-            nn.init.ones_(parameter)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
-
-    return with_weights(config, draw, device=device, dtype=dtype)
-
-
-def with_weights(
-    config: PreTrainedConfig,
-    write: Callable[[str, Tensor], None],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
-    model = _skeleton(config, dtype).to_empty(device=device).eval()
-    # the inverse frequencies are buffers that no checkpoint holds: to_empty left garbage there
-    rotary = type(model.model.rotary_emb)(config).to(device)
-    model.model.rotary_emb = rotary
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            write(name, parameter)
-    if not torch.isfinite(rotary.inv_freq).all():
-        raise ModelError("the rotary frequencies of this configuration are not finite")
-    return model
-
-
-def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that `with_weights` asks for, by its name."""
-    model = _skeleton(config, torch.float32)
-    model.tie_weights()
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

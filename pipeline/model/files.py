@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import layout_of
+from pipeline.model.building import layout_of
 from pipeline.model.fingerprint import folder_fingerprint
 from pipeline.model.folder import (
     Checkpoint,

@@ -19,7 +19,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import check_config, check_family, with_weights
+from pipeline.model.adapters import check_config, check_family
+from pipeline.model.building import with_weights
 from pipeline.model.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.model.gguf_rope import FREQUENCIES, rope_parameters
 from pipeline.model.gguf_tensors import Found, Weights, check_tensors, found_tensors, values

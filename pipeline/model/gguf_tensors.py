@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline.model.adapters import parameter_shapes
+from pipeline.model.building import parameter_shapes
 from pipeline.model.gguf_header import GgufError, GgufHeader, TensorEntry
 from pipeline.model.gguf_rope import FREQUENCIES
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import with_random_weights
+from pipeline.model.building import with_random_weights
 
 PREFIX = "random:"  # of such a model's name, before that of its shape
 SEED = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from pipeline.model.adapters import Layout
+from pipeline.model.building import Layout
 from pipeline.model.safetensor_files import Stored
 
 SHOWN = 3  # names in a message

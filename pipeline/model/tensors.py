@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import Layout
+from pipeline.model.building import Layout
 from pipeline.model.folder import Checkpoint
 from pipeline.model.quantised import FP8_DTYPES, scales_of
 from pipeline.model.safetensor_files import Stored, seem_equal

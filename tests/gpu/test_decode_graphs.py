@@ -13,8 +13,9 @@ from decode_steps import EndAt
 import pipeline.model.decode as decode_module
 from pipeline.errors import ConfigError, RowError
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.batch import Seat
+from pipeline.model.building import random_model
 from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
 from pipeline.model.offload import KvLimits

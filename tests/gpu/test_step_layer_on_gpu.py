@@ -7,7 +7,8 @@ import torch
 
 from pipeline.kernels.fp8 import fp8_available
 from pipeline.model import adapters, projection
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.building import random_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda", 0)

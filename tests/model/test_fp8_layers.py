@@ -7,7 +7,8 @@ import torch
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
 
 from pipeline.errors import ConfigError
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.building import random_model
 from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense

@@ -12,7 +12,8 @@ from conftest import SIZES, document, pack_of, sharpened
 from gguf_files import settings_of, stored, tensors_of, write, write_parts
 
 from pipeline.errors import ModelError
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.building import random_model
 from pipeline.model.gguf_header import read_header
 from pipeline.model.gguf_rope import LLAMA_3, GgufError, llama3_divisors, rope_parameters
 from pipeline.model.loading import load_model, open_model

@@ -11,7 +11,8 @@ from pipeline.doctor.selftest import small
 from pipeline.engines import memory
 from pipeline.engines.memory import Packer
 from pipeline.model import adapters
-from pipeline.model.adapters import DecoderAdapter, random_model
+from pipeline.model.adapters import DecoderAdapter
+from pipeline.model.building import random_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer

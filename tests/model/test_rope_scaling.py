@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import run_batch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.model.adapters import check_config, random_model, shape_of, with_rope_scaling
+from pipeline.model.adapters import check_config, shape_of, with_rope_scaling
+from pipeline.model.building import random_model
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense

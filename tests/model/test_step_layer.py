@@ -9,7 +9,8 @@ from kernel_cases import rounding_to_nearest
 
 from pipeline.kernels import fused, step
 from pipeline.model import adapters, projection
-from pipeline.model.adapters import STEP_ROWS, DecoderAdapter, random_model
+from pipeline.model.adapters import STEP_ROWS, DecoderAdapter
+from pipeline.model.building import random_model
 from pipeline.model.sampling import most_likely
 
 SLOTS = 600
