@@ -17,6 +17,8 @@ from pipeline.profile import Profile, write_profile
 from pipeline.records import Answer
 from pipeline.settings.model import ModelSettings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
 ROWS = [
     {"doc": "a", "text": "one fish two fish " * 6, "ask": "how many?", "kind": "count"},

@@ -63,6 +63,7 @@ def stuck():
     released.set()
 
 
+@pytest.mark.slow
 def test_waiting_can_be_ended(stuck, monkeypatch):
     monkeypatch.setattr("pipeline.prefetch.LEAVE_AFTER_S", 0.1)
 

@@ -10,6 +10,8 @@ from marsinfer_cli.app import run
 from pipeline.profile import Profile, write_profile
 from pipeline.quality.samples import document_key, part_of
 
+pytestmark = pytest.mark.slow
+
 BROKEN = "marsinfer:eta=0.3:start_layer=0:prefix=0:window=1"
 
 

@@ -13,6 +13,8 @@ from marsinfer_cli.app import run
 from pipeline import intake
 from pipeline.io.journal import journal_folder
 
+pytestmark = pytest.mark.slow
+
 DATED = "Today: {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.content }}{% endfor %}"
 FIRST = datetime(2026, 2, 3, 23, 59)
 

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--questions-column", "asks", "--id-column", "id", "--max-new-tokens", "3"]
 ROWS = [
     {"id": "a", "text": "one fish two fish " * 9, "asks": ["how many?", "which?", "why so?"], "year": 1960},

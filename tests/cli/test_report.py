@@ -15,6 +15,8 @@ from pipeline.io.journal import Journal
 from pipeline.io.sidecar import sidecar_path
 from pipeline.tiers import FFN, LIVE, pack_layer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def report(capfd):

@@ -14,6 +14,8 @@ from marsinfer_cli.app import run
 from pipeline import run_batch
 from pipeline.errors import Interrupted
 
+pytestmark = pytest.mark.slow
+
 CONTEXT, NEW_TOKENS = 512, 40
 FAULTY = f"{Path(__file__).parents[1] / 'faults' / 'faulty_method.py'}:Faulty"
 ASK = "what colour?"

@@ -11,6 +11,8 @@ from pipeline import run_batch
 from pipeline.io.answers import SELECTION_NAMES
 from pipeline.tiers import GONE, IN_FP8, SKIPPED, unpack_layers
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["one fish, two fish, red fish, blue fish; ein Öl-Fisch 🐟 鱼 " * 7, "red fish " * 31, ""]
 METHODS = {
     "dense": {},

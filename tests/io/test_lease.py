@@ -16,6 +16,8 @@ from pipeline.io.lease import Holder, LeaseLock
 from pipeline.io.lock import lock_output
 from pipeline.io.remote import RemotePath, place_of
 
+pytestmark = pytest.mark.slow
+
 NAME = ".out.parquet.lock-000001"
 
 

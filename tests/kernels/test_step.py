@@ -29,6 +29,8 @@ from pipeline.kernels import fused, step
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.step import Product
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["whole", "biased", "scaled", "scaled, biased"]
 SHAPES = [
     (1, 1),

@@ -45,6 +45,7 @@ def rendered(form, now=NOW):
     return decode(prompts.tokenizer, prompts.encode(document("a")).input_ids).split("\n")[0], prompts.moment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", ["%d %b %Y", "%Y-%m-%d", "%-d.%-m.%y", "%A, %B %-d", "%j", "100%% %Y", "%%d", "no day", "so %F"]
 )
@@ -54,6 +55,7 @@ def test_the_day_is_the_given_one(form):
     assert moment == (None if form in ("%%d", "no day") else "2026-02-03")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["%H:%M", "%d %b %Y %X", "%-I %p"])
 def test_where_the_time_is_printed_the_moment_is_kept(form):
     text, moment = rendered(form)
