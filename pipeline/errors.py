@@ -88,6 +88,11 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that says nothing its type."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint to append to the message about an unknown `word`; empty where none of the known is like it."""
     close = get_close_matches(word, list(known), n=1)

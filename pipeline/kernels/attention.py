@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import reference
 from pipeline.kernels.segments import Segments, on_device
 
@@ -232,7 +232,7 @@ def choose_attention(
             backend = BACKENDS[name]()
             _try_once(backend, device=device, dtype=dtype, **sizes)
         except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
-            refused[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            refused[name] = first_line(error)
         else:
             return backend, refused
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())

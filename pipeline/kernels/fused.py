@@ -22,7 +22,6 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite, so rows of zeros stay zeros
 
-SMALLEST_HEAD_SCALE = 1e-12  # of two of them the product, too, is a normal number
 
 Quantised = tuple[Tensor, Tensor]  # float8 (T, width) and scale (T, 1)
 PIECE = 1024  # values of a row that a program gates at a time

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.model.building import layout_of
 from pipeline.model.fingerprint import folder_fingerprint
 from pipeline.model.folder import (
@@ -129,9 +129,9 @@ class ModelFiles:
         except Exception as error:
             if self.location == self.name and not Path(self.location).exists():
                 raise ModelError(
-                    f"model {self.name!r} cannot be had from the hub: {_first_line(error)}"
+                    f"model {self.name!r} cannot be had from the hub: {first_line(error)}"
                 ) from error
-            raise ModelError(f"model {self.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"model {self.name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def locate(
@@ -199,7 +199,3 @@ def _check_folder(path: Path, trust_remote_code: bool) -> None:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         reason = "only pickled weights, which can run code" if pickled else "no weights"
         raise ModelError(f"model folder {path} holds {reason}; convert them to safetensors or GGUF")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.model.adapters import check_config, check_family
 from pipeline.model.building import with_weights
 from pipeline.model.gguf_header import GgufError, GgufHeader, read_header
@@ -166,8 +166,7 @@ class GgufFiles:
         except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            told = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ModelError(f"model {self.name!r} cannot be loaded: {told}") from error
+            raise ModelError(f"model {self.name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _part_paths(path: Path) -> list[Path]:

@@ -49,7 +49,7 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
                 merged.pop(other, None)
     if layer.get("suite") and "reference_column" not in {**merged, **layer}:
         _take_back_rows(merged, layer)
-    if "method" in layer and layer["method"] != merged.get("method", default_method()):
+    if "method" in layer and layer["method"] != merged.get("method", MethodSettings.method):
         merged.pop("settings", None)  # another method's parameters
 
 
@@ -58,11 +58,6 @@ def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
     rows = ("question", "question_column", "questions_column", "id_column", "task_column")
     for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
         merged.pop(name, None)
-
-
-def default_method() -> str:
-    """The method where none is named."""
-    return str(next(each.default for each in settings_of(MethodSettings) if each.name == "method"))
 
 
 def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
