@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import BinaryIO, cast
 
 import pyarrow as pa
@@ -66,6 +66,14 @@ class JsonlReader:
                 if self.file.size:
                     self.fraction = min(raw.tell() / self.file.size, 1.0)
                 yield line.removeprefix(BOM) if number == 0 else line
+
+
+@contextmanager
+def open_lines(file: InputFile) -> Iterator[BinaryIO]:
+    """The file's lines as bytes, decompressed."""
+    with ExitStack() as opened:
+        raw = opened.enter_context(file.open())
+        yield opened.enter_context(_decompressed(raw, file.compression))
 
 
 def _check_magic(file: InputFile) -> None:

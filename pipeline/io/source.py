@@ -17,6 +17,7 @@ from pipeline.io.inputs import InputFile, find_files
 from pipeline.io.jsonl import JsonlReader
 from pipeline.io.parquet import ParquetReader
 from pipeline.io.passthrough import PassPlan, Table
+from pipeline.io.peek import first_columns as _first_columns
 from pipeline.io.remote import Place
 from pipeline.io.rows import Record
 from pipeline.io.stdin import Stdin
@@ -67,12 +68,21 @@ class Source:
         within = self._weights[current] * self._readers[current].fraction
         return (self._weight_before[current] + within) / total
 
+    def first_columns(self) -> dict[str, str] | None:
+        """Names and Arrow types of the first file's columns; None if only reading it tells them."""
+        return _first_columns(reader.file for reader in self._readers)
+
     def __iter__(self) -> Iterator[Record]:
         base = 0
         for number, reader in enumerate(self._readers):
             self._current, reader.fraction = number, 0.0
             base += yield from reader.read(self._plan, base)
         self._current = len(self._readers)
+
+
+def first_columns(inputs: Sequence[str | Path]) -> dict[str, str] | None:
+    """As `Source.first_columns`, without opening the input: whatever its columns are, none is refused."""
+    return _first_columns(find_files(inputs)[0])
 
 
 def open_source(inputs: Sequence[str | Path], columns: Columns, output: str = "") -> Source:

@@ -48,6 +48,13 @@ class Stdin:
                 f"standard input is {kind}, and must be plain JSON lines; save it to a file and name that"
             )
 
+    def first_line(self) -> bytes | None:
+        """The first line without taking it, if it has come whole already."""
+        if self._is_read:
+            return None
+        line, newline, _ = _buffered().peek().partition(b"\n")
+        return line if newline else None
+
     def open(self, mode: str = "rb") -> BinaryIO:
         assert mode == "rb"
         if self._is_read:
