@@ -19,6 +19,7 @@ from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
+from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -31,12 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ANSWERING, ACCURACY, MACHINE = "Answering", "Accuracy", "Methods and machine"
-app.command(epilog=epilog("batch"), rich_help_panel=ANSWERING)(batch)
-app.command(epilog=epilog("report"), rich_help_panel=ANSWERING)(report)
-app.command(epilog=epilog("check"), rich_help_panel=ACCURACY)(check)
-app.command(epilog=epilog("calibrate"), rich_help_panel=ACCURACY)(calibrate)
-app.command(epilog=epilog("methods"), rich_help_panel=MACHINE)(methods)
-app.command(epilog=epilog("doctor"), rich_help_panel=MACHINE)(doctor)
+app.command(cls=Command, epilog=epilog("batch"), rich_help_panel=ANSWERING)(batch)
+app.command(cls=Command, epilog=epilog("report"), rich_help_panel=ANSWERING)(report)
+app.command(cls=Command, epilog=epilog("check"), rich_help_panel=ACCURACY)(check)
+app.command(cls=Command, epilog=epilog("calibrate"), rich_help_panel=ACCURACY)(calibrate)
+app.command(cls=Command, epilog=epilog("methods"), rich_help_panel=MACHINE)(methods)
+app.command(cls=Command, epilog=epilog("doctor"), rich_help_panel=MACHINE)(doctor)
 app.add_typer(bench_app, name="bench", rich_help_panel=MACHINE)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from marsinfer_cli.signature import takes
 from marsinfer_cli.tables import conditions_of, print_accuracy_tables
 from marsinfer_cli.variants import parse_variants
-from pipeline.settings.bench import SUMMARISE, AccuracyConfig, AgreementConfig
+from pipeline.settings.bench import AccuracyConfig, AgreementConfig
 from pipeline.settings.console import AccuracySwitches
 
 
@@ -29,8 +28,6 @@ def accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
 def agreement(config: AgreementConfig, switches: AccuracySwitches) -> None:
     """Now bench accuracy, which without --reference-column measures the agreement with dense."""
     _say(switches)("note: bench agreement is now bench accuracy; the next version does not know it any more")
-    if config.input and not config.is_asked and config.prompt_template is None:
-        config = replace(config, question=SUMMARISE)
     _run(config, switches)
 
 

@@ -10,7 +10,7 @@ from marsinfer_cli.tables import conditions_of, print_attention_table, print_thr
 from marsinfer_cli.variants import parse_packs, parse_variant
 from pipeline.errors import ConfigError
 from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.bench import PACKS, SUMMARISE, KernelConfig, ThroughputConfig
+from pipeline.settings.bench import PACKS, KernelConfig, ThroughputConfig
 from pipeline.settings.console import BenchSwitches
 from pipeline.settings.data import DataSettings
 from pipeline.settings.prompts import SplitSettings
@@ -76,8 +76,6 @@ def throughput(config: ThroughputConfig, switches: BenchSwitches) -> None:
         raise ConfigError("bench batch reads its input more than once: give a file instead of -")
     chosen = parse_variant(config.variant.strip(), None)
     options = config.options_of(DataSettings, SplitSettings, SamplingSettings, PackSettings)
-    if not config.is_asked and config.prompt_template is None:
-        options["question"] = SUMMARISE
     model = open_model(config).load()
     prepare(model, [chosen])
     result = measure_throughput(model, chosen, options.pop("input"), note=_note, **options)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from marsinfer_cli import completion
 from marsinfer_cli.events import print_event
@@ -15,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import PANELS, Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.sources import (
+    CONFIGURED,
     from_elsewhere,
     merge,
     read_config,
@@ -24,6 +26,30 @@ from pipeline.settings.sources import (
 )
 
 Body = Callable[..., Any]
+BARE = {each.flag: each.about for cls in CONFIGURED for each in settings_of(cls) if each.about.bare}
+
+
+class Command(TyperCommand):
+    """A command some of whose flags may stand without a value, for the one that `bare` says."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_valued(args)))
+
+
+def _valued(args: Sequence[str]) -> Iterator[str]:
+    """The same words, with a value behind each flag that has none; what follows -- are no flags."""
+    for number, word in enumerate(args):
+        if word == "--":
+            yield from args[number:]
+            return
+        about = BARE.get(word)
+        following = args[number + 1] if number + 1 < len(args) else None
+        if about is None or following in (about.choices or ()):
+            yield word
+        else:
+            yield f"{word}={about.bare}"
+
+
 OFFERED = {"methods": completion.methods, "models": completion.models}
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.engines.one_process import Engine, OneProcess
 from pipeline.errors import ConfigError, TooManyErrors
-from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
-from pipeline.io import Source
+from pipeline.intake import Intake, Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.io.journal import Journal
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
@@ -20,6 +19,7 @@ from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
+from pipeline.settings.method import AUTO
 from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import renewed, with_profile
@@ -57,7 +57,7 @@ def run_batch(
     `input` is a file, glob, folder or URL, or several; `output` a .parquet, .arrow, .arrows or .jsonl file or
     URL, whose columns are the fields of pipeline.records.Answer. `options` are the other fields of
     `BatchConfig`, which are the command's flags. `model` may be a model that `load_model` returned, `method`
-    a method object; without one it is that of `profile`, with its settings and precisions, or else marsinfer.
+    a method object; without one it is that of `profile`, with its settings and precisions, or else auto.
 
     `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
     `check` often, between layers too: it may raise to end the run.
@@ -71,25 +71,24 @@ def run_batch(
     """
     options = renewed(BatchConfig, options, note)
     options["model"] = model if isinstance(model, str) else model.name
-    if isinstance(method, str):
-        options["method"] = method
-    elif method is not None:
-        options["method"] = f"{type(method).__module__}:{type(method).__qualname__}"
-        options["settings"] = asdict(method)
-    else:
+    made = None if isinstance(method, str) else method
+    if made is not None:
+        options["method"] = f"{type(made).__module__}:{type(made).__qualname__}"
+        options["settings"] = asdict(made)
+    elif method in (None, AUTO):
         options = with_profile(options)
+    else:
+        options["method"] = method
     options["input"] = (input,) if isinstance(input, str) else tuple(map(str, input))
     config = BatchConfig(output=str(output), **options)
-    if method is None or isinstance(method, str):
-        method = make_method(config.method, config.settings)
+    if made is None and config.method != AUTO:
+        made = make_method(config.method, config.settings)
     check_output(config.output, (), config.overwrite or config.resume)
     if config.engine == "ray" and not isinstance(model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
     with lock_output(config.output) as lock, _cluster(config, check) as cluster:
-        source = open_input(config)
-        for text in source.notes:
-            note(text)
-        run = prepare(config, source, model if cluster is None else cluster.open_model(config), method)
+        intake = open_input(config)
+        run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
             note(text)
         engine = OneProcess(run, check, note) if cluster is None else cluster.engine(run, note)
@@ -105,11 +104,11 @@ def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextM
     return RayCluster(config, check)
 
 
-def open_input(config: BatchConfig) -> Source:
+def open_input(config: BatchConfig) -> Intake:
     """The rows of a run, its output checked against the files that they come from."""
-    source = open_rows(config)
-    check_output(config.output, source.files, config.overwrite or config.resume)
-    return source
+    intake = open_rows(config)
+    check_output(config.output, intake.source.files, config.overwrite or config.resume)
+    return intake
 
 
 def answer_all(
@@ -190,7 +189,9 @@ class Window(NamedTuple):
 def read_windows(run: Preparation, journal: Journal) -> Iterator[Window]:
     """The new rows, tokenized."""
     rows = run.rows()
-    for items in windows(run.encode(new_rows(rows, journal)), item_tokens):
+    for items in windows(
+        run.encode(new_rows(rows, journal, renames=run.source.columns.takes_ids)), item_tokens
+    ):
         yield Window(items, rows.fraction_read, journal.passed_over, rows.total, rows.most)
 
 

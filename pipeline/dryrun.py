@@ -19,7 +19,6 @@ from pipeline.io import Source
 from pipeline.io.writing import check_output
 from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
-from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument
@@ -70,8 +69,9 @@ class Report:
             for prompt in prompts:
                 self._add_prompt(prompt)
             documents += prompts
-        group_packer = GroupPacker(packer=self.packer)
-        groups, alone = group_packer.split(documents) if self.config.group == "auto" else ([], documents)
+        group = self.config.group
+        group_packer = GroupPacker(packer=self.packer, any_method=group == "any")
+        groups, alone = ([], documents) if group == "off" else group_packer.split(documents)
         for pack in self.packer.packs(alone):
             lengths = [document.prompt_tokens for document in pack]
             self._add_pack(sum(lengths), self.packer.kv_bytes(lengths))
@@ -216,6 +216,7 @@ class Report:
 def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> Report:
     """Read and tokenize everything, and report what the run would do; `progress` is called now and then."""
     run = _prepare(config)
+    config = run.config
     report = Report(
         config=config,
         schema={column.name: str(column.type) for column in run.source.schema},
@@ -223,7 +224,7 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
         packer=_packer(run),
         device=str(run.model.device),
         output_problem=_output_problem(config, run.source),
-        notes=[*run.source.notes, *run.notes],
+        notes=list(run.notes),
     )
     rows = run.rows()
     for window in windows(run.encode(rows), item_tokens):
@@ -260,8 +261,7 @@ def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]
 
 
 def _prepare(config: BatchConfig) -> Preparation:
-    method = make_method(config.method, config.settings)
-    return prepare(config, open_rows(config), config.model, method)
+    return prepare(open_rows(config), config.model)
 
 
 def _packer(run: Preparation) -> Packer:

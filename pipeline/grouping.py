@@ -51,14 +51,15 @@ Fits = Callable[[Way, int, int], bool]  # one row, by the tokens that it shares 
 class Grouping:
     """Finds groups among rows, and chooses how each is answered, by counting operations.
 
-    Three ways are compared: the document computed once by every layer, without pruning, for all its
-    questions; the layers before the method's first drop or skip computed once, and the rest for each row; and
-    each row on its own. That decoding is dearer with more keys and values is not counted.
+    Ways that are compared: the layers before the method's first drop or skip computed once, and the rest for
+    each row; each row on its own; and, with `any_method`, the document computed once by every layer, without
+    pruning, for all its questions. That decoding is dearer with more keys and values is not counted.
     """
 
     method: PruningMethod
     shape: ModelShape
     fits: Fits = lambda way, shared, prompt: True
+    any_method: bool = False
 
     def split(self, rows: Iterable[EncodedDocument]) -> tuple[list[Group], list[EncodedDocument]]:
         """Groups, and rows that are better answered on their own, both in the order of the rows."""
@@ -97,14 +98,15 @@ class Grouping:
 
     @cached_property
     def ways(self) -> tuple[Way, ...]:
-        """The method's own sharing, where it has any, and the document without pruning."""
+        """The method's own sharing, where it has any, and with `any_method` the document without pruning."""
         from pipeline.pruning.dense import Dense
 
         dense = Dense.attending_as(self.method, self.shape)
         own = Way(method=self.method, layers=self.method.shared_layers(self.shape))
         if own.layers == self.shape.layers:
             return (own,)
-        return (*((own,) if own.layers else ()), Way(method=dense, layers=self.shape.layers))
+        without = (Way(method=dense, layers=self.shape.layers),) if self.any_method else ()
+        return (*((own,) if own.layers else ()), *without)
 
     def _flops(
         self, method: PruningMethod, lengths: Sequence[int], shared_tokens: int, layers: int

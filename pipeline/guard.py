@@ -34,6 +34,12 @@ class Guard:
         most = {name: {int(n): share for n, share in told.get(name, {}).items()} for name in SHARES}
         return cls(tasks=frozenset(told.get("tasks", ())), longest=profile.longest, most=most)
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """What `as_dict` gave."""
+        most = {name: {int(n): share for n, share in each.items()} for name, each in plain["most"].items()}
+        return cls(tasks=frozenset(plain["tasks"]), longest=plain["longest"], most=most)
+
     def as_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {"tasks": sorted(self.tasks), "longest": self.longest, "most": _plain(self.most)}

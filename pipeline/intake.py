@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.asking import (
+    NO_QUESTION,
+    Data,
+    Settled,
+    Types,
+    as_before,
+    as_begun,
+    columns_decided,
+    settled,
+    with_lengths,
+)
 from pipeline.errors import ConfigError, MarsError, RowError, is_failure
 from pipeline.io import Columns, Keep, Source, open_source, parse_keep_columns
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
-from pipeline.settings.data import DataSettings
 from pipeline.settings.prompts import PromptSettings, SplitSettings
 from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument, Splitter
@@ -21,26 +31,94 @@ if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
 
+COLUMNS = "columns"  # of the settings that decide: which were decided
 Record = Document | RowFailure
 Item = EncodedDocument | SplitDocument | RowFailure
 
 
-def open_rows(config: BatchConfig) -> Source:
-    """The input of a run, checked and opened."""
-    keep = parse_keep_columns(config.keep_columns) if config.keep_columns else None
-    return open_source(config.input, columns_of(config, keep), config.output)
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """The input of a run, opened, with settings that leave nothing open about it."""
+
+    config: BatchConfig
+    source: Source
+    begun: Any  # the settings that decide, as the run that is resumed began with them; None if none is
+    columns: dict[str, Any] | None  # what was decided, for the run that resumes this one
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the run that is resumed is of the version before, which decided nothing by the input."""
+        return self.begun is not None and COLUMNS not in self.begun
 
 
-def columns_of(data: DataSettings, keep: Mapping[str, str | None] | Keep | None) -> Columns:
-    """The columns of the input by what they are for; `keep` as in `Columns`."""
+def open_rows(config: BatchConfig) -> Intake:
+    """The input of a run, checked and opened, and what its settings leave open decided by it."""
+    from pipeline.io.resumed import begun_with
+
+    begun = begun_with(config.output) if config.resume else None
+    keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
+    source, settled = open_columns(config, keep, config.output, begun)
+    if not settled.settings.is_asked and config.prompt_template is None:
+        raise ConfigError(NO_QUESTION)
+    return Intake(
+        config=with_lengths(settled.settings),
+        source=source,
+        begun=begun,
+        columns=columns_decided(settled) if source.columns.holds_question else None,
+        notes=(*source.notes, *settled.notes),
+    )
+
+
+def open_columns(
+    data: Data,
+    keep: Mapping[str, str | None] | Keep | None,
+    output: str = "",
+    begun: Any = None,
+    *,
+    asks: bool = True,
+) -> tuple[Source, Settled]:
+    """Rows of `data` and its settings, its columns and question decided by those of the first file.
+
+    `keep` as in `Columns`. A run that resumes another, with the settings `begun`, goes on with its columns.
+    Where the rows are not asked anything, `asks` is false.
+    """
+    found: list[Settled[Data]] = []
+
+    def columns(types: Types | None) -> Columns:
+        found.append(_settled(data, types, begun, asks=asks))
+        return _columns(found[-1], keep, holds_question=begun is None or COLUMNS in begun)
+
+    source = open_source(data.input, columns, output)
+    return source, found[-1]
+
+
+def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Settled[Data]:
+    if begun is not None:
+        return as_begun(data, begun[COLUMNS]) if COLUMNS in begun else as_before(data)
+    from pipeline.templates import FileTemplate
+
+    template = data.template_text() if isinstance(data, PromptSettings) else None
+    template_asks = None if template is None else FileTemplate(template).asks
+    return settled(data, types, template_asks=template_asks if asks else False)
+
+
+def _columns(
+    settled: Settled[Any], keep: Mapping[str, str | None] | Keep | None, *, holds_question: bool
+) -> Columns:
+    """The columns of the input by what they are for."""
+    data = settled.settings
     return Columns(
         text=data.text_column,
         question=data.question_column,
         questions=data.questions_column,
-        fixed_question=data.question,
+        fixed_question=data.question_to_all,
         id=data.id_column,
         task=data.task_column,
         keep=keep,
+        takes_ids=settled.takes_ids,
+        asks_summary=settled.asks_summary,
+        holds_question=holds_question,
     )
 
 
@@ -102,16 +180,32 @@ def item_tokens(item: Item) -> int:
     return sum(prompt.prompt_tokens for prompt in item_prompts(item))
 
 
-def new_rows(records: Iterable[Record], journal: Journal) -> Iterator[Record]:
-    """Leave out what an earlier run has finished; an id that comes twice becomes a failure."""
+def new_rows(records: Iterable[Record], journal: Journal, *, renames: bool = False) -> Iterator[Record]:
+    """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
+
+    With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
+    """
     for record in records:
-        source = replace(record.source, row_hash=row_hash(record))
-        record = replace(record, source=source)
+        row = record.source
+        ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
+        if (new := _new([_hashed(record, id) for id in ids], journal)) is not None:
+            yield new
+
+
+def _new(names: Sequence[Record], journal: Journal) -> Record | None:
+    """A record under the first of several ids that has not come before, unless it is done."""
+    failed: Record | None = None
+    for record in names:
         try:
-            if not journal.is_done(source, source.row_hash or ""):
-                yield record
+            return None if journal.is_done(record.source, record.source.row_hash or "") else record
         except RowError as error:
-            yield _failure(source, error.kind, str(error))
+            failed = failed or _failure(record.source, error.kind, str(error))
+    return failed
+
+
+def _hashed(record: Record, id: str) -> Record:
+    record = replace(record, source=replace(record.source, id=id))
+    return replace(record, source=replace(record.source, row_hash=row_hash(record)))
 
 
 def row_hash(record: Record) -> str:

@@ -168,9 +168,8 @@ class _SplitRow:
         parts = range(steps[0].parts.start, steps[-1].parts.stop)
         place = f"{self._document.source.place}, answers of parts {parts.start + 1} to {parts.stop} combined"
         document = Document(
-            source=replace(self._document.source, place=place),
+            source=replace(self._document.source, place=place, question=self._question),
             text="\n\n".join(step.titled() for step in steps),
-            question=self._question,
         )
         return _Step(
             depth=max(step.depth for step in steps) + 1,
@@ -182,7 +181,7 @@ class _SplitRow:
 
     @property
     def _question(self) -> str | None:
-        return self._splitter.combine_question(self._document.question)
+        return self._splitter.combine_question(self._document.source.question)
 
     def _no_progress(self, said: list[_Step], least_tokens: int) -> RowError:
         combine = self._splitter.combine

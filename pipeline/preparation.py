@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.auto import Chosen, choose
 from pipeline.errors import ConfigError
-from pipeline.intake import Item, Record, encode_rows, make_prompts, make_splitter
+from pipeline.intake import Intake, Item, Record, encode_rows, make_prompts, make_splitter
 from pipeline.io import Source, output_schema
 from pipeline.io.sorting import by_document
 from pipeline.provenance import deciding_settings, describe_run, moment_of
+from pipeline.pruning.registry import make_method
 from pipeline.reading import Reading
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.method import AUTO
+from pipeline.settings.model import ModelSettings, WeightsSettings
 from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
@@ -45,7 +48,11 @@ class Setup:
 class Preparation(Setup):
     """A run whose settings fit its input too, of which no weights are loaded yet."""
 
-    source: Source
+    intake: Intake
+
+    @property
+    def source(self) -> Source:
+        return self.intake.source
 
     def rows(self) -> Reading:
         """The rows that the run takes of its input, a record for each question."""
@@ -66,24 +73,40 @@ class Preparation(Setup):
 
     def decides(self) -> dict[str, Any]:
         return deciding_settings(
-            self.config, self.model, self.method, self.prompts, self.splitter, self.guard
+            self.config,
+            self.model,
+            self.method,
+            self.prompts,
+            self.splitter,
+            self.guard,
+            self.intake.columns,
         )
 
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
         metadata = json.dumps(describe_run(self.config, self.model, self.decides()))
         keeps = self.config.save_selection
-        return output_schema(self.source.schema, {"marsinfer": metadata}, save_selection=keeps)
+        return output_schema(
+            self.source.schema,
+            {"marsinfer": metadata},
+            save_selection=keeps,
+            holds_question=self.source.columns.holds_question,
+        )
 
 
-def prepare(config: BatchConfig, source: Source, model: str | Model, method: PruningMethod) -> Preparation:
-    """Raises ConfigError or ModelError for what cannot work, before any row or weight is read."""
+def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = None) -> Preparation:
+    """All that a run needs but weights; `method` stands for the one that the settings name.
+
+    Raises ConfigError or ModelError for what cannot work, before any row or weight is read.
+    """
+    config = intake.config
     if isinstance(model, str):
         model = open_for_run(config)
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
-    profile, guard, notes = _profiled(config, model, method)
-    prompts, splitter = _prompts(config, model)
+    chosen = _chosen(intake, model, method)
+    config, method = chosen.config, chosen.method
+    prompts, splitter = _prompts(config, model, intake.begun)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
@@ -91,28 +114,46 @@ def prepare(config: BatchConfig, source: Source, model: str | Model, method: Pru
         model.check_fp8()
     return Preparation(
         config=config,
-        source=source,
+        intake=intake,
         model=model,
         method=method,
         prompts=prompts,
         splitter=splitter,
-        profile=profile,
-        guard=guard,
-        notes=(*model.notes, *notes),
+        profile=chosen.profile,
+        guard=chosen.guard,
+        notes=(*intake.notes, *model.notes, *_demonstration(config), *chosen.notes),
     )
 
 
-def _prompts(config: BatchConfig, model: Model) -> tuple[PromptBuilder, Splitter | None]:
+def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chosen:
+    """The run's method, and what guards it."""
+    config = intake.config
+    if method is None and config.method == AUTO:
+        return choose(config, model, intake.begun)
+    if intake.is_old and config.group == "auto":  # which then meant what any does
+        config = replace(config, group="any")
+    method = method or make_method(config.method, config.settings)
+    profile, guard, notes = _profiled(config, model, method)
+    return Chosen(config=config, method=method, profile=profile, guard=guard, notes=notes)
+
+
+def _demonstration(config: BatchConfig) -> tuple[str, ...]:
+    """What to say where nobody chose the model."""
+    if config.model != WeightsSettings.model:
+        return ()
+    return (f"{config.model} is a model for demonstration, and often wrong: --model names a larger one",)
+
+
+def _prompts(
+    config: BatchConfig, model: Model, begun: Mapping[str, Any] | None
+) -> tuple[PromptBuilder, Splitter | None]:
     """The run's prompts, which print the date of the run that it resumes, if they print any."""
     from pipeline.chat import parse_moment
-    from pipeline.io.resumed import begun_with
 
     prompts = make_prompts(config, model, config.max_new_tokens)
     splitter = make_splitter(config, prompts)
-    if not (config.resume and moment_of(prompts, splitter)):
-        return prompts, splitter
-    then = (begun_with(config.output) or {}).get("date")
-    if then is None:
+    then = (begun or {}).get("date")
+    if then is None or not moment_of(prompts, splitter):
         return prompts, splitter
     prompts = make_prompts(config, model, config.max_new_tokens, now=parse_moment(then))
     return prompts, make_splitter(config, prompts)

@@ -45,6 +45,17 @@ class Profile:
         return same_precision and method == make_method(self.batch["method"], self.batch["settings"])
 
     @property
+    def is_proven(self) -> bool:
+        """Whether it was held against dense, and every gate passed."""
+        gates = self.about.get("measured", {}).get("gates", {})
+        return bool(gates) and all(gate.get("verdict") == "pass" for gate in gates.values())
+
+    @property
+    def speed_up(self) -> float:
+        """Dense's time to the first token over that of these settings, as measured."""
+        return float(self.about.get("measured", {}).get("speed_up", 1.0))
+
+    @property
     def longest(self) -> int | None:
         """Prompt tokens of the longest case."""
         return self.about.get("lengths", {}).get("max")

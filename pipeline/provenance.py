@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
     from pipeline.splitting import Splitter
 
+# under which words they are stored: "auto" meant what "any" does today, and outputs of then go on
+GROUPS = {"any": "auto", "auto": "method", "off": "off"}
 PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
@@ -27,6 +29,7 @@ def deciding_settings(
     prompts: PromptBuilder,
     splitter: Splitter | None = None,
     guard: Guard | None = None,
+    columns: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings of which each can change an answer: a run may be resumed only under the same.
 
@@ -44,6 +47,7 @@ def deciding_settings(
             "rope_scaling": model.rope_scaling,
         },
         "method": {"name": method.name, "settings": asdict(method)},
+        **({} if columns is None else {"columns": columns}),
         "template_sha256": prompts.template_hash,
         **({} if (moment := moment_of(prompts, splitter)) is None else {"date": moment}),
         "on_overlong": config.on_overlong,
@@ -55,7 +59,10 @@ def deciding_settings(
         "stop": list(config.stop),
         "kv_memory": config.kv_memory,
         "guard": None if guard is None else guard.as_dict(),
-        "group": None if method.name == "dense" else config.group,
+        # "auto" once meant what "any" does today, and outputs of then go on
+        "group": None
+        if method.name == "dense"
+        else {"any": "auto", "auto": "method"}.get(config.group, "off"),
     }
 
 

@@ -65,7 +65,7 @@ def each_question(record: Record) -> Iterable[Record]:
             row, id=f"{row.id}#{index}", place=f"{row.place} question {index}", question_index=index
         )
         if isinstance(question, str):
-            yield Document(source=source, text=record.text, question=question)
+            yield Document(source=replace(source, question=question), text=record.text)
         else:
             message = f"{row.place}: {question}"
             yield RowFailure(source=source, kind=question.kind, message=message)

@@ -21,6 +21,7 @@ class Row:
     place: str  # for messages: "contracts.jsonl line 17"
     passthrough: pa.RecordBatch | None = None  # one row
     task: str | None = None  # what kind it is of, where rows tell
+    question: str | None = None  # that is asked about the document
     row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
     question_index: int | None = None  # from 0, of a row that asks several
 
@@ -36,8 +37,11 @@ class Document:
 
     source: Row
     text: str
-    question: str | None = None
-    questions: tuple[str | RowError, ...] | None = None  # instead, where a row asks several; or what ails one
+    questions: tuple[str | RowError, ...] | None = None  # where a row asks several; or what ails one
+
+    @property
+    def question(self) -> str | None:
+        return self.source.question
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,7 @@ class Answer:
     id: str
     row: int
     question_index: int | None = None
+    question: str | None = None
     status: str = "ok"
     answer: str | None = None
     finish_reason: str | None = None
@@ -156,6 +161,7 @@ class Answer:
             id=source.id,
             row=source.row,
             question_index=source.question_index,
+            question=source.question,
             method=method,
             row_hash=source.row_hash,
             passthrough=source.passthrough,

@@ -55,7 +55,6 @@ class SplitDocument:
     """A row whose document is answered part by part; at least one part has a prompt."""
 
     source: Row
-    question: str | None
     parts: tuple[Part, ...]
     document_tokens: int
     tokenize_ms: float
@@ -220,7 +219,6 @@ class Splitter:
         ready_at = time.perf_counter()
         return SplitDocument(
             source=document.source,
-            question=document.question,
             parts=tuple(_named(part, n, len(parts), ready_at) for n, part in enumerate(parts, start=1)),
             document_tokens=error.document_tokens,
             tokenize_ms=(ready_at - began) * 1e3,

@@ -50,6 +50,11 @@ class FileTemplate:
         except TemplateSyntaxError as error:
             raise ConfigError(f"prompt template line {error.lineno}: {error.message}") from error
 
+    @property
+    def asks(self) -> bool:
+        """Whether it speaks of a question."""
+        return "question" in meta.find_undeclared_variables(_environment().parse(self.text))
+
     def render(self, fields: Mapping[str, str]) -> str:
         """The text with these fields, of which those that are not there are empty; raises RENDER_ERRORS."""
         return _compiled(self.text).render(dict(fields))

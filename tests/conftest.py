@@ -208,10 +208,17 @@ def fish(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What calibrate keeps for --method auto is not kept among the profiles of who runs the tests."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture
 def call(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`marsinfer batch`, whose model is the tiny one unless a flag names another."""
+    """`marsinfer batch`, whose model is the tiny one and whose method dense unless flags name others."""
     monkeypatch.setenv("MARSINFER_MODEL", str(model_folder))
+    monkeypatch.setenv("MARSINFER_METHOD", "dense")
 
     def call(*arguments: object) -> int:
         return run(["batch", *map(str, arguments)])

@@ -58,7 +58,7 @@ def test_prompts_that_end_with_their_document_share_nothing():
             2,
             ("dense", 32),
         ),  # half of the FFN's work in 22 layers is more than the document's
-        ("marsinfer", {"start_layer": "99"}, 3, ("marsinfer", 32)),
+        ("marsinfer", {"start_layer": "31"}, 3, ("dense", 32)),
         ("fastkv", {"kv_share": "1"}, 2, ("fastkv", 15)),
         ("fastkv", {}, 4, ("dense", 32)),  # each question chooses the keys that are kept
         ("gemfilter", {}, 40, ("dense", 32)),
@@ -68,7 +68,7 @@ def test_prompts_that_end_with_their_document_share_nothing():
     ],
 )
 def test_the_way_with_the_fewest_operations_is_chosen(name, settings, rows, chosen):
-    grouping = Grouping(method=make_method(name, settings), shape=SHAPE)
+    grouping = Grouping(method=make_method(name, settings), shape=SHAPE, any_method=True)
     given = [row(n, (1, 32_000), 40) for n in range(rows)]
     (group,), alone = grouping.split(given)
     assert (group.way.method.name, group.way.layers) == chosen
@@ -77,13 +77,25 @@ def test_the_way_with_the_fewest_operations_is_chosen(name, settings, rows, chos
 
 
 def test_the_reason_names_what_was_weighed():
-    grouping = Grouping(method=make_method("sliminfer"), shape=SHAPE)
+    grouping = Grouping(method=make_method("sliminfer"), shape=SHAPE, any_method=True)
     (group,), _ = grouping.split([row(n, (1, 32_000), 40) for n in range(40)])
     assert group.reason == (
         "40 rows about a document of 32,000 tokens: 745 TFLOP with dense and its keys and values computed "
         "once, against 3,130 TFLOP with sliminfer and its first 10 layers computed once "
         "and 11,800 TFLOP for each row on its own"
     )
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sliminfer", 10), ("marsinfer", 10), ("gemfilter", 13)])
+def test_a_method_that_was_asked_for_is_not_replaced(name, layers):
+    grouping = Grouping(method=make_method(name), shape=SHAPE)
+    (group,), _ = grouping.split([row(n, (1, 32_000), 40) for n in range(40)])
+    assert (group.way.method.name, group.way.layers) == (name, layers)
+
+
+def test_a_method_that_shares_no_layer_answers_each_row_on_its_own():
+    given = [row(n, (1, 32_000), 40) for n in range(4)]
+    assert Grouping(method=make_method("fastkv"), shape=SHAPE).split(given) == ([], given)
 
 
 def test_little_that_is_shared_is_not_worth_it():
@@ -106,13 +118,14 @@ def test_what_does_not_fit_gives_way_to_the_next_best():
         assert (shared, prompt) == (32_005, 32_048)
         return way.method.name != "sliminfer"
 
-    (group,), _ = Grouping(method=method, shape=SHAPE, fits=all_but_own).split(given)
+    (group,), _ = Grouping(method=method, shape=SHAPE, fits=all_but_own, any_method=True).split(given)
     assert group.way.method.name == "dense"
-    nothing = Grouping(method=method, shape=SHAPE, fits=lambda *_: False)
+    nothing = Grouping(method=method, shape=SHAPE, fits=lambda *_: False, any_method=True)
     assert nothing.split(given) == ([], given)
 
 
 def test_block_sparse_attention_stays_where_dense_replaces_a_method():
     method = make_method("marsinfer", {"sparse_attention": "0.95"})
-    (group,), _ = Grouping(method=method, shape=SHAPE).split([row(n, (1, 32_000), 40) for n in range(9)])
+    grouping = Grouping(method=method, shape=SHAPE, any_method=True)
+    (group,), _ = grouping.split([row(n, (1, 32_000), 40) for n in range(9)])
     assert group.way.method == make_method("dense", {"sparse_attention": "0.95"})

@@ -8,7 +8,6 @@ from pipeline.intake import open_rows
 from pipeline.model.loading import UnloadedModel, load_model, open_model
 from pipeline.preparation import prepare
 from pipeline.provenance import describe_run
-from pipeline.pruning.registry import make_method
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.run import BatchConfig
 
@@ -25,7 +24,7 @@ def config(fish, model_folder):
 
 
 def prepared(config, model):
-    return prepare(config, open_rows(config), model, make_method(config.method, config.settings))
+    return prepare(open_rows(config), model)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])

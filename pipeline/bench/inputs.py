@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 
+from pipeline.asking import Types, text_column
 from pipeline.errors import InputError, RowError
 from pipeline.intake import make_prompts
 from pipeline.io import Columns, open_source
@@ -34,7 +35,11 @@ def real_documents(
     if length is not None:
         prompts = PromptSettings.of(prompts, on_overlong="truncate-middle")
     builder = make_prompts(prompts, model, 0, longest=length)
-    source = open_source([path], Columns(text=text.text_column, fixed_question=text.question))
+
+    def columns(types: Types | None) -> Columns:
+        return Columns(text=text_column(text.text_column, types, []), fixed_question=text.question)
+
+    source = open_source([path], columns)
     encoded = []
     for document in islice(source, rows.start, rows.stop):
         if isinstance(document, RowFailure):

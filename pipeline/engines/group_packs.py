@@ -32,12 +32,18 @@ class GroupPacker:
     """Groups to packs, and packs to chunks of rows, within the tokens and bytes of ordinary packs."""
 
     packer: Packer
+    any_method: bool = False  # dense may take the place of the packer's method
 
     def split(self, rows: Sequence[EncodedDocument]) -> tuple[list[Group], list[EncodedDocument]]:
         """Rows that are to be answered together, each group in a way that fits, and the others."""
         if self.packer.kv_memory is not None:  # a document that may be offloaded runs alone
             return [], list(rows)
-        grouping = Grouping(method=self.packer.method, shape=self.packer.shape, fits=self.fits)
+        grouping = Grouping(
+            method=self.packer.method,
+            shape=self.packer.shape,
+            fits=self.fits,
+            any_method=self.any_method,
+        )
         return grouping.split(rows)
 
     def packs(self, groups: Sequence[Group]) -> list[GroupPack]:

@@ -33,7 +33,7 @@ class JobPacker:
     """Documents to packs of jobs, within the memory that there is."""
 
     packer: Packer  # for the run's method
-    grouped: bool = False  # rows about the same document are answered together where that is cheaper
+    group: str = "off"  # or auto, any: rows about the same document are answered together if that is cheaper
     guard: Guard | None = None
     note: Callable[[str], None] = lambda text: None
 
@@ -46,7 +46,7 @@ class JobPacker:
 
     @property
     def groups(self) -> GroupPacker:
-        return GroupPacker(packer=self.packer)
+        return GroupPacker(packer=self.packer, any_method=self.group == "any")
 
     def of(self, method: PruningMethod) -> Packer:
         """The packer of jobs with this method."""
@@ -60,7 +60,7 @@ class JobPacker:
         reasons = [None if guard is None else guard.before(document) for document in documents]
         pairs = list(zip(documents, reasons, strict=True))
         trusted = [document for document, reason in pairs if reason is None]
-        groups, alone = self.groups.split(trusted) if self.grouped else ([], trusted)
+        groups, alone = self.groups.split(trusted) if self.group != "off" else ([], trusted)
         for group in groups:
             self._note_way(group)
         chunks = [chunk for pack in self.groups.packs(groups) for chunk in self.chunks(pack)]
@@ -151,4 +151,6 @@ class JobPacker:
         """Say once how rows are answered together, and why in this way."""
         if group.way not in self._noted:
             self._noted.add(group.way)
-            self.note(f"rows about the same document are answered together (--group auto); {group.reason}")
+            self.note(
+                f"rows about the same document are answered together (--group {self.group}); {group.reason}"
+            )

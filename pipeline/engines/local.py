@@ -53,16 +53,17 @@ class LocalEngine:
         row_timeout: float | None = None,
         kv_memory: int | None = None,
         in_flight: int | None = None,
-        group: bool = False,
+        group: str = "off",
         guard: Guard | None = None,
         save_selection: bool = False,
         check: Check = lambda: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """With `group`, rows about the same document are answered together where that is cheaper.
+        """With `group` auto, rows about the same document are answered together where that is cheaper.
 
-        What `guard` does not speak for is answered by dense. `in_flight` bounds the rows that are decoded at
-        once. `check` is called often, between layers too; what it raises ends the run.
+        With any, dense may take the method's place there. What `guard` does not speak for is answered by
+        dense. `in_flight` bounds the rows that are decoded at once. `check` is called often, between layers
+        too; what it raises ends the run.
         """
         self.model, self.rules, self.sampling = model, rules, sampling
         self.row_timeout, self.check, self._note = row_timeout, check, note
@@ -76,7 +77,7 @@ class LocalEngine:
             kv_memory=kv_memory,
             in_flight=in_flight,
         )
-        self.packs = JobPacker(packer=packer, grouped=group, guard=guard, note=note)
+        self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.times, self.stats = EngineTimes(), DecodeStats()
         self._clock = DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(

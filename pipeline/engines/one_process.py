@@ -150,7 +150,7 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         kv_memory=config.kv_memory,
         in_flight=config.in_flight,
         # marks are kept of rows that run on their own alone
-        group=config.group == "auto" and not config.save_selection,
+        group="off" if config.save_selection else config.group,
         guard=setup.guard,
         save_selection=config.save_selection,
         check=check,

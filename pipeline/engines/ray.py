@@ -97,7 +97,7 @@ class RayEngine:
 
     def _open(self, items: Sequence[Item]) -> Iterator[list[Answer]]:
         """Take in a window; if no row of it is to be answered, its failures are all of it."""
-        window = Opened.of(items, together=self._run.config.group == "auto")
+        window = Opened.of(items, together=self._run.config.group != "off")
         if not window.units:
             yield self._failed(window.failures)
             return

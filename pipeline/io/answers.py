@@ -36,6 +36,7 @@ _TYPES = {
     "id": pa.large_string(),
     "row": pa.int64(),
     "question_index": pa.int32(),
+    "question": pa.large_string(),
     "status": pa.string(),
     "answer": pa.large_string(),
     "finish_reason": pa.string(),
@@ -81,24 +82,38 @@ ANSWER_FIELDS = tuple(
     if field.name != "passthrough"
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
+QUESTION_NAME = "question"  # which outputs of the first version do not have
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 
 def output_schema(
-    passthrough: pa.Schema, metadata: Mapping[str, str], *, save_selection: bool = False
+    passthrough: pa.Schema,
+    metadata: Mapping[str, str],
+    *,
+    save_selection: bool = False,
+    holds_question: bool = True,
 ) -> pa.Schema:
     """The columns of an output file: the answer's own, then those copied from the input."""
-    own = [field for field in ANSWER_FIELDS if save_selection or field.name not in SELECTION_NAMES]
+    left_out = (*(() if save_selection else SELECTION_NAMES), *(() if holds_question else (QUESTION_NAME,)))
+    own = [field for field in ANSWER_FIELDS if field.name not in left_out]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
 
 def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
     """One row an answer; answers without copied columns have nulls there."""
-    names = set(schema.names)
-    fields = [field for field in ANSWER_FIELDS if field.name in names]
+    fields = _own_fields(schema)
     own = [_column(answers, field) for field in fields]
     copied = pa.schema(list(schema)[len(fields) :])
     return pa.Table.from_arrays([*own, *_copied(answers, copied)], schema=schema)
+
+
+def _own_fields(schema: pa.Schema) -> list[pa.Field]:
+    """An output's columns that are not copied, which stand first; a copied one may be called as another."""
+    own: list[pa.Field] = []
+    for field in ANSWER_FIELDS:
+        if len(own) < len(schema) and schema.field(len(own)).name == field.name:
+            own.append(field)
+    return own
 
 
 def answer_bytes(answer: Answer) -> int:

@@ -29,6 +29,9 @@ class Columns:
     fixed_question: str | None = None
     id: str | None = None
     task: str | None = None  # a kind of task; also copied, if it is among what is copied
+    takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
+    asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
+    holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
     keep: Mapping[str, str | None] | Keep | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.errors import InputError, RowError
-from pipeline.io.answers import ANSWER_NAMES
+from pipeline.io.answers import ANSWER_NAMES, QUESTION_NAME
 from pipeline.io.causes import READ_ERRORS, cause, some
 from pipeline.io.columns import Columns, type_named
 from pipeline.io.dictionaries import wide
@@ -55,7 +55,7 @@ class PassPlan:
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
         wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
-        self.columns, self.notes = _rename(wanted)
+        self.columns, self.notes = _rename(wanted, holds_question=columns.holds_question)
         self.schema = pa.schema([column.field for column in self.columns])
 
     @property
@@ -153,10 +153,12 @@ def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
             ) from error
 
 
-def _rename(wanted: list[tuple[str | None, pa.Field]]) -> tuple[tuple[PassColumn, ...], list[str]]:
+def _rename(
+    wanted: list[tuple[str | None, pa.Field]], *, holds_question: bool
+) -> tuple[tuple[PassColumn, ...], list[str]]:
     """Columns under names that clash neither with the output's own nor with each other."""
-    free = {field.name for _, field in wanted if field.name not in ANSWER_NAMES}
-    taken = set(ANSWER_NAMES)
+    taken = {name for name in ANSWER_NAMES if holds_question or name != QUESTION_NAME}
+    free = {field.name for _, field in wanted} - taken
     columns, notes = [], []
     for source, field in wanted:
         name = field.name

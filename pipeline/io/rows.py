@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -26,6 +26,7 @@ class Fault:
 
 BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
 
+UNASKED = "question"  # where a run asks for summaries only because the first row has none
 _MISSING = object()
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
 
@@ -60,6 +61,7 @@ def build(
     """The record of one row from its cells, which hold Python values or `Fault`s."""
     failed_copy = passthrough if isinstance(passthrough, RowError) else None
     row_id, failed_id = _id(columns, spot, cells)
+    failed_id = None if columns.takes_ids else failed_id
     source = Row(
         row=spot.row,
         id=row_id,
@@ -75,7 +77,7 @@ def build(
                 raise failed
     except RowError as error:
         return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}")
-    return Document(source=source, text=text, question=question, questions=questions)
+    return Document(source=replace(source, question=question), text=text, questions=questions)
 
 
 def _text(name: str, cells: Mapping[str, object]) -> str:
@@ -96,6 +98,12 @@ def _lacks(name: str, cells: Mapping[str, object]) -> str:
 
 def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
     name = columns.question
+    if name is None and columns.asks_summary and cells.get(UNASKED) is not None:
+        raise RowError(
+            "unasked_question",
+            f"there is a {UNASKED!r}, which the first row has not: --question-column {UNASKED} asks it, "
+            "--summarise leaves it aside",
+        )
     if name is None:
         return columns.fixed_question
     value = cells.get(name, _MISSING)

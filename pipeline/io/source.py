@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.io.arrow import open_arrow
 from pipeline.io.columns import Columns
 from pipeline.io.formats import type_held
@@ -19,7 +20,7 @@ from pipeline.io.parquet import ParquetReader
 from pipeline.io.passthrough import PassPlan, Table
 from pipeline.io.peek import first_columns as _first_columns
 from pipeline.io.remote import Place
-from pipeline.io.rows import Record
+from pipeline.io.rows import UNASKED, Record
 from pipeline.io.stdin import Stdin
 from pipeline.io.text import TextReader
 
@@ -45,7 +46,8 @@ class Source:
     `total_rows` is exact, or None if a file tells its rows only when read (JSON lines, Arrow streams).
     """
 
-    def __init__(self, readers: Sequence[Reader], plan: PassPlan, notes: list[str]) -> None:
+    def __init__(self, readers: Sequence[Reader], plan: PassPlan, columns: Columns, notes: list[str]) -> None:
+        self.columns = columns
         self._readers = readers
         self._plan = plan
         self._current = 0
@@ -85,14 +87,33 @@ def first_columns(inputs: Sequence[str | Path]) -> dict[str, str] | None:
     return _first_columns(find_files(inputs)[0])
 
 
-def open_source(inputs: Sequence[str | Path], columns: Columns, output: str = "") -> Source:
+def open_source(
+    inputs: Sequence[str | Path],
+    columns: Columns | Callable[[Mapping[str, str] | None], Columns],
+    output: str = "",
+) -> Source:
     """Find and check all input files; an `InputError` tells what makes the input as a whole unusable.
 
-    A value that `output`, by its extension, has no room for costs its row.
+    `columns` may depend on those of the first file, by name and type, of which it is told. A value that
+    `output`, by its extension, has no room for costs its row.
     """
     files, notes = find_files(inputs)
+    if not isinstance(columns, Columns):
+        columns = columns(_first_columns(files))
     readers: list[Reader] = [OPENERS[file.format](file, columns) for file in files]
     tables = [Table(reader.file.label, reader.schema) for reader in readers if hasattr(reader, "schema")]
+    if columns.asks_summary:
+        _refuse_questions(tables)
     has_jsonl = any(file.format == "jsonl" for file in files)
     plan = PassPlan(columns, tables, has_jsonl=has_jsonl, type_held=partial(type_held, Path(output)))
-    return Source(readers, plan, notes + plan.notes)
+    return Source(readers, plan, columns, notes + plan.notes)
+
+
+def _refuse_questions(tables: Sequence[Table]) -> None:
+    """An `InputError` for a file with questions where summaries are asked for, as the first file has none."""
+    asking = next((table for table in tables if UNASKED in table.schema.names), None)
+    if asking is not None:
+        raise InputError(
+            f"{asking.label} has a column {UNASKED!r}, which the first file has not: --question-column "
+            f"{UNASKED} asks it, --summarise leaves it aside"
+        )

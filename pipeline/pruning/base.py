@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import zip_longest
-from math import ceil, inf
+from math import ceil
 from operator import add
 from typing import Any, ClassVar, Self
 
@@ -32,7 +32,9 @@ from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_mask
 from pipeline.model.shape import ModelShape
 from pipeline.records import Spans
+from pipeline.settings.parse import LARGEST
 
+LIMITS = "limits"  # of a field's metadata
 PAPER_DEPTH = 32  # layers of the models that the papers prune
 ASSUMED_SHARE = (
     0.5  # of the tokens, where attention decides: between what eta=0.95 and p=0.99 left in our runs
@@ -41,12 +43,42 @@ ASSUMED_SHARE = (
 Range = tuple[int, int]  # half-open, in original positions
 
 
-def setting(default: Any, help: str, *, per_layer: bool = False) -> Any:
-    """A dataclass field of a method, with the words `marsinfer methods` explains it by.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a method's setting may be: what is outside of it would do nothing, or cannot be."""
 
-    A tuple given to a `per_layer` setting has one value for each of the model's layers.
-    """
-    return field(default=default, metadata={"help": help, "per_layer": per_layer})
+    low: float | None = None
+    high: float | None = None
+    whole: bool = False  # a count, or a number of a layer
+    is_layer: bool = False  # numbers from 0, below the model's depth
+    per_layer: bool = False  # a tuple has one value for each of the model's layers
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    whole: bool = False,
+    is_layer: bool = False,
+    per_layer: bool = False,
+) -> Any:
+    """A dataclass field of a method, with the words `marsinfer methods` explains it by, and its `Limits`."""
+    limits = Limits(
+        low=0 if is_layer else low,
+        high=high,
+        whole=whole or is_layer,
+        is_layer=is_layer,
+        per_layer=per_layer,
+    )
+    return field(default=default, metadata={"help": help, LIMITS: limits})
+
+
+def limits_of(parameter: Field[Any]) -> Limits:
+    """The limits of a method's setting; a field that was not declared by `setting` has none."""
+    found: Limits = parameter.metadata.get(LIMITS, Limits())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,30 +203,39 @@ class PruningMethod(ABC):
     source: ClassVar[str] = ""
 
     sparse_attention: float | tuple[float, ...] | None = setting(
-        None, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
+        None,
+        "attention mass that block-sparse attention is to reach, in long documents",
+        low=0,
+        high=1,
+        per_layer=True,
     )
 
     def __post_init__(self) -> None:
-        check_range("sparse_attention", self.sparse_attention, low=0, high=1)
+        for parameter in fields(self):
+            check_limits(parameter.name, getattr(self, parameter.name), limits_of(parameter))
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
         """Upper bounds of what `select` will keep; the default stores every token in every layer.
 
-        Raises ConfigError when a setting given a value a layer does not fit the model's depth.
+        Raises ConfigError when a setting does not fit the model's depth.
         """
         self.check_depth(shape)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(sum(lengths),) * shape.layers)
 
     def check_depth(self, shape: ModelShape) -> None:
-        """Raise ConfigError when a setting given a value a layer does not fit the model's depth."""
+        """Raise ConfigError for a layer that the model has not, or values that are not one a layer."""
         for parameter in fields(self):
-            value = getattr(self, parameter.name)
-            per_layer = parameter.metadata.get("per_layer") and isinstance(value, tuple)
-            if per_layer and len(value) != shape.layers:
+            value, limits = getattr(self, parameter.name), limits_of(parameter)
+            if limits.per_layer and isinstance(value, tuple) and len(value) != shape.layers:
                 raise ConfigError(
                     f"{parameter.name} has {len(value)} values, and the model has {shape.layers} layers: "
                     "give one value, or one a layer"
                 )
+            for layer in several(value) if limits.is_layer else ():
+                if layer is not None and layer >= shape.layers:
+                    raise ConfigError(
+                        f"{parameter.name}={layer}, and the model has layers 0 to {shape.layers - 1}"
+                    )
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         """Original positions of a document of `length` tokens that this method never drops or skips."""
@@ -278,15 +319,10 @@ class PruningMethod(ABC):
 class ScoredMethod(PruningMethod):
     """A method that only writes `score`: the best tokens pass the FFN, the others skip it."""
 
-    start_layer: int = setting(10, "first layer that is pruned, from 0")
+    start_layer: int = setting(10, "first layer that is pruned, from 0", is_layer=True)
     share: float | tuple[float, ...] | None = setting(
-        0.5, "share of tokens that pass the FFN", per_layer=True
+        0.5, "share of tokens that pass the FFN", low=0, high=1, per_layer=True
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("start_layer", self.start_layer, low=0)
-        check_range("share", self.share, low=0, high=1)
 
     @abstractmethod
     def score(self, layer: int, view: LayerView) -> Tensor:
@@ -328,42 +364,37 @@ def at_layer(value: Any, layer: int) -> Any:
     return value[layer] if isinstance(value, tuple) else value
 
 
-def check_range(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
-    """Raise ConfigError unless each value lies in [low, high]; None passes."""
-    for number in value if isinstance(value, tuple) else (value,):
+def several(value: Any) -> tuple[Any, ...]:
+    """The values of a setting that takes one or more."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_limits(name: str, value: Any, limits: Limits) -> None:
+    """Raise ConfigError unless each value is as the limits say; None passes, and any value without limits."""
+    low, high = limits.low, limits.high
+    if low is None and high is None and not limits.whole:
+        return
+    for number in several(value):
         if number is None:
             continue
-        if not isinstance(number, int | float) or isinstance(number, bool) or not -inf < number < inf:
+        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= LARGEST:
             raise ConfigError(f"{name} must be a number, not {number!r}")
         if (low is not None and number < low) or (high is not None and number > high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{name}={number} is out of range: it must be {bounds}")
+        if limits.whole and not isinstance(number, int):
+            raise ConfigError(f"{name}={number} is a count: give a whole number")
 
 
 def check_pool(width: int) -> None:
     """Raise ConfigError unless scores can be averaged over so many neighbours."""
-    check_counts(pool=width)
     if width % 2 == 0:
         raise ConfigError(f"pool={width} must be odd, so that a score keeps its place")
 
 
-def check_counts(**values: int) -> None:
-    """Raise ConfigError unless each value is a whole number of at least 1."""
-    for name, value in values.items():
-        check_range(name, value, low=1)
-        if not isinstance(value, int):
-            raise ConfigError(f"{name}={value} is a count: give a whole number")
-
-
 def layer_of(given: int | None, paper_layer: int, depth: int) -> int:
-    """The layer `given`, or else the paper's of 32, scaled to a model of `depth` layers.
-
-    Raises ConfigError if the model has no such layer.
-    """
-    layer = min(round(paper_layer * depth / PAPER_DEPTH), depth - 1) if given is None else given
-    if layer >= depth:
-        raise ConfigError(f"layer={layer}, and the model has layers 0 to {depth - 1}")
-    return layer
+    """The layer `given`, or else the paper's of 32, scaled to a model of `depth` layers."""
+    return min(round(paper_layer * depth / PAPER_DEPTH), depth - 1) if given is None else given
 
 
 def one_share(name: str, shares: tuple[float, ...]) -> float:

@@ -20,9 +20,7 @@ from pipeline.pruning.base import (
     PruningMethod,
     Range,
     Selection,
-    check_counts,
     check_pool,
-    check_range,
     layer_of,
     one_share,
     setting,
@@ -53,18 +51,16 @@ class FastKV(PruningMethod):
     name: ClassVar[str] = "fastkv"
     source: ClassVar[str] = "arXiv 2502.01068"
 
-    layer: int | None = setting(None, "layer after which tokens are dropped; by default 15 of 32, scaled")
-    share: float = setting(0.2, "share of the prompt that goes on to later layers")
-    kv_share: float = setting(0.1, "share of the prompt whose K/V each head stores")
-    window: int = setting(8, "last tokens: their queries score, and they are kept")
-    pool: int = setting(7, "neighbours that a score is averaged over; odd")
+    layer: int | None = setting(
+        None, "layer after which tokens are dropped; by default 15 of 32, scaled", is_layer=True
+    )
+    share: float = setting(0.2, "share of the prompt that goes on to later layers", low=0, high=1)
+    kv_share: float = setting(0.1, "share of the prompt whose K/V each head stores", low=0, high=1)
+    window: int = setting(8, "last tokens: their queries score, and they are kept", low=1, whole=True)
+    pool: int = setting(7, "neighbours that a score is averaged over; odd", low=1, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("layer", self.layer, low=0)
-        check_range("share", self.share, low=0, high=1)
-        check_range("kv_share", self.kv_share, low=0, high=1)
-        check_counts(window=self.window)
         check_pool(self.pool)
 
     def drop_layer(self, depth: int) -> int:

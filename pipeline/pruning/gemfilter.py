@@ -16,11 +16,12 @@ from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
+    Limits,
     Plan,
     PruningMethod,
     Selection,
+    check_limits,
     check_pool,
-    check_range,
     layer_of,
     one_share,
     setting,
@@ -57,14 +58,14 @@ class GemFilter(PruningMethod):
     name: ClassVar[str] = "gemfilter"
     source: ClassVar[str] = "arXiv 2409.17422"
 
-    layer: int | None = setting(None, "layer that chooses the tokens; by default 13 of 32, scaled")
-    keep: float = setting(1024.0, "tokens chosen; up to 1, as share of the prompt")
-    pool: int = setting(5, "neighbours that a score is averaged over; odd")
+    layer: int | None = setting(
+        None, "layer that chooses the tokens; by default 13 of 32, scaled", is_layer=True
+    )
+    keep: float = setting(1024.0, "tokens chosen; up to 1, as share of the prompt", low=0)
+    pool: int = setting(5, "neighbours that a score is averaged over; odd", low=1, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("layer", self.layer, low=0)
-        check_range("keep", self.keep, low=0)
         check_pool(self.pool)
 
     def filter_layer(self, depth: int) -> int:
@@ -89,7 +90,7 @@ class GemFilter(PruningMethod):
         return [again] if kept == length else [[*whole_layers(first, length), LayerWork(length, 0)], again]
 
     def with_keep(self, shares: tuple[float, ...]) -> Self:
-        check_range("share", shares, low=0, high=1)  # more would count tokens
+        check_limits("share", shares, Limits(low=0, high=1))  # more would count tokens
         return replace(self, keep=one_share(self.name, shares))
 
     def begin(self, plan: Plan) -> GemState:

@@ -16,8 +16,6 @@ from pipeline.pruning.base import (
     PruningMethod,
     Range,
     Selection,
-    check_counts,
-    check_range,
     setting,
     whole_layers,
 )
@@ -52,34 +50,33 @@ class Mars(PruningMethod):
     source: ClassVar[str] = "this project; arXiv 2503.16428, arXiv 2410.03960"
 
     sparse_attention: float | tuple[float, ...] | None = setting(
-        0.95, "attention mass that block-sparse attention is to reach, in long documents", per_layer=True
+        0.95,
+        "attention mass that block-sparse attention is to reach, in long documents",
+        low=0,
+        high=1,
+        per_layer=True,
     )
     local_from: int | None = setting(
         None,
         "first layer whose block-sparse attention is local; by default at two thirds of the depth, "
         "unless sparse_attention has a value a layer",
+        low=0,
+        whole=True,
     )
     last_full: int | None = setting(
-        None, "last layer that computes all tokens, from 0; by default the last but one"
+        None, "last layer that computes all tokens, from 0; by default the last but one", is_layer=True
     )
-    window: int = setting(64, "fewest last tokens that go on")
-    most: int = setting(256, "most of them, where the question is longer")
+    window: int = setting(64, "fewest last tokens that go on", low=1, whole=True)
+    most: int = setting(256, "most of them, where the question is longer", low=1, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("local_from", self.local_from, low=0)
-        check_range("last_full", self.last_full, low=0)
-        check_counts(window=self.window, most=self.most)
         if self.most < self.window:
             raise ConfigError(f"most={self.most} is less than window={self.window}")
 
     def last_full_layer(self, depth: int) -> int:
-        """In a model of `depth` layers; raises ConfigError if it has no such layer."""
-        if self.last_full is None:
-            return max(0, depth - 2)
-        if self.last_full >= depth:
-            raise ConfigError(f"last_full={self.last_full}, and the model has layers 0 to {depth - 1}")
-        return self.last_full
+        """In a model of `depth` layers."""
+        return max(0, depth - 2) if self.last_full is None else self.last_full
 
     def attention_masses(self, layers: int) -> tuple[float | None, ...]:
         first = self.local_from
@@ -89,7 +86,6 @@ class Mars(PruningMethod):
         return tuple(mass if mass is None or layer < first else 0.0 for layer, mass in enumerate(masses))
 
     def plan(self, shape: ModelShape, lengths: Sequence[int]) -> Plan:
-        self.last_full_layer(shape.layers)
         if (self.local_from or 0) > shape.layers:
             raise ConfigError(
                 f"local_from={self.local_from}, and the model has layers 0 to {shape.layers - 1}; "

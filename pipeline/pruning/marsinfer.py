@@ -20,7 +20,6 @@ from pipeline.pruning.base import (
     ScoredMethod,
     Selection,
     at_layer,
-    check_range,
     setting,
     whole_layers,
 )
@@ -54,30 +53,27 @@ class MarsInfer(ScoredMethod):
     source: ClassVar[str] = "OpenReview fL8Zp8o6RL; doi 10.1007/s11704-026-60400-8"
 
     eta: float | tuple[float, ...] = setting(
-        0.95, "attention mass that the kept tokens reach", per_layer=True
+        0.95, "attention mass that the kept tokens reach", low=0, high=1, per_layer=True
     )
     share: float | tuple[float, ...] | None = setting(
-        None, "fixed share of kept tokens, in place of eta", per_layer=True
+        None, "fixed share of kept tokens, in place of eta", low=0, high=1, per_layer=True
     )
-    window: int = setting(50, "last tokens: their queries score, and they are kept")
-    prefix: int = setting(100, "first tokens, always kept")
+    window: int = setting(50, "last tokens: their queries score, and they are kept", low=1, whole=True)
+    prefix: int = setting(100, "first tokens, always kept", low=0, whole=True)
     low: str | None = setting(None, "fp8: kept tokens pass the FFN in fp8, but for the most important ones")
-    eta_high: float = setting(0.0, "with low: attention mass of the tokens in the model's own precision")
-    share_high: float = setting(0.0, "with low: fixed share of these tokens, in place of eta_high")
+    eta_high: float = setting(
+        0.0, "with low: attention mass of the tokens in the model's own precision", low=0, high=1
+    )
+    share_high: float = setting(
+        0.0, "with low: fixed share of these tokens, in place of eta_high", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("eta", self.eta, low=0)
-        check_range("window", self.window, low=1)
-        check_range("prefix", self.prefix, low=0)
-        check_range("eta_high", self.eta_high, low=0)
-        check_range("share_high", self.share_high, low=0, high=1)
         if self.low not in (None, "fp8"):
             raise ConfigError(f"low={self.low}: choose fp8 or none")
         if self.low is None and (self.eta_high or self.share_high):
             raise ConfigError("eta_high and share_high need low=fp8")
-        if not isinstance(self.window, int) or not isinstance(self.prefix, int):
-            raise ConfigError("window and prefix are counts of tokens: give whole numbers")
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.prefix), (length - self.window, length))

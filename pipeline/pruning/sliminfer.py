@@ -18,15 +18,16 @@ from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
+    Limits,
     Plan,
     PruningMethod,
     Range,
     Rescoring,
     Selection,
-    check_counts,
-    check_range,
+    check_limits,
     layer_of,
     setting,
+    several,
 )
 from pipeline.records import Spans
 
@@ -70,27 +71,27 @@ class SlimInfer(PruningMethod):
     source: ClassVar[str] = "AAAI 2026, arXiv 2508.06447"
 
     layers: int | tuple[int, ...] | None = setting(
-        None, "pruning layers, from 0; by default 10, 20, 30 of 32, scaled to the model's depth"
+        None,
+        "pruning layers, from 0; by default 10, 20, 30 of 32, scaled to the model's depth",
+        is_layer=True,
     )
     budget: float | tuple[float, ...] = setting(
-        (8192.0, 4096.0, 2048.0), "tokens kept at each pruning layer; up to 1, as share of the prompt"
+        (8192.0, 4096.0, 2048.0), "tokens kept at each pruning layer; up to 1, as share of the prompt", low=0
     )
-    block: int = setting(64, "tokens of a block, kept or dropped together")
-    unit: int = setting(8, "tokens of a unit, scored by their mean key")
-    window: int = setting(4, "last queries, whose mean scores the blocks")
-    gamma: float = setting(0.9, "share of the best blocks below which those on the device are swapped")
+    block: int = setting(64, "tokens of a block, kept or dropped together", low=1, whole=True)
+    unit: int = setting(8, "tokens of a unit, scored by their mean key", low=1, whole=True)
+    window: int = setting(4, "last queries, whose mean scores the blocks", low=1, whole=True)
+    gamma: float = setting(
+        0.9, "share of the best blocks below which those on the device are swapped", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(block=self.block, unit=self.unit, window=self.window)
-        check_range("gamma", self.gamma, low=0, high=1)
-        check_range("budget", self.budget, low=0)
-        check_range("layers", self.layers, low=0)
         if self.block % self.unit:
             raise ConfigError(f"block={self.block} must be a multiple of unit={self.unit}")
         if self.layers == ():
             raise ConfigError("layers names no layer")
-        if self.layers is not None and list(_several(self.layers)) != sorted(set(_several(self.layers))):
+        if self.layers is not None and list(several(self.layers)) != sorted(set(several(self.layers))):
             raise ConfigError("layers must ascend, each once")
 
     def pruning_layers(self, depth: int) -> tuple[int, ...]:
@@ -98,10 +99,8 @@ class SlimInfer(PruningMethod):
         if self.layers is None:
             layers = tuple(dict.fromkeys(layer_of(None, layer, depth) for layer in PAPER_LAYERS))
         else:
-            layers = _several(self.layers)
-        if layers[-1] >= depth:
-            raise ConfigError(f"layers names layer {layers[-1]}, and the model has layers 0 to {depth - 1}")
-        budgets = _several(self.budget)
+            layers = several(self.layers)
+        budgets = several(self.budget)
         if len(budgets) not in (1, len(layers)) and not (self.layers is None and len(budgets) > len(layers)):
             raise ConfigError(f"budget has {len(budgets)} values for {len(layers)} pruning layers")
         return layers
@@ -138,7 +137,7 @@ class SlimInfer(PruningMethod):
         return SlimState(layers=self.pruning_layers(plan.shape.layers), lengths=plan.lengths)
 
     def with_keep(self, shares: tuple[float, ...]) -> Self:
-        check_range("share", shares, low=0, high=1)  # more would count tokens
+        check_limits("share", shares, Limits(low=0, high=1))  # more would count tokens
         return replace(self, budget=shares)
 
     def select(self, layer: int, view: LayerView, state: SlimState) -> Selection:
@@ -177,7 +176,7 @@ class SlimInfer(PruningMethod):
 
     def _blocks_kept(self, stage: int, alive: int, length: int) -> int:
         """Blocks that stay of `alive` tokens of a prompt of `length`; at least the protected two."""
-        budgets = _several(self.budget)
+        budgets = several(self.budget)
         budget = budgets[stage] if len(budgets) > 1 else budgets[0]
         tokens = budget * length if budget <= 1 else budget
         return min(max(2, ceil(tokens / self.block)), ceil(alive / self.block))
@@ -185,7 +184,3 @@ class SlimInfer(PruningMethod):
     def _tokens_kept(self, stage: int, alive: int, length: int) -> int:
         """The same in tokens: all blocks but the last are whole."""
         return self._blocks_kept(stage, alive, length) * self.block - (-alive % self.block)
-
-
-def _several(value: float | tuple[float, ...]) -> tuple:
-    return value if isinstance(value, tuple) else (value,)

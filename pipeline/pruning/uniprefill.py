@@ -23,8 +23,6 @@ from pipeline.pruning.base import (
     PruningMethod,
     Range,
     Selection,
-    check_counts,
-    check_range,
     setting,
 )
 from pipeline.records import Spans
@@ -54,24 +52,19 @@ class UniPrefill(PruningMethod):
     name: ClassVar[str] = "uniprefill"
     source: ClassVar[str] = "arXiv 2605.06221"
 
-    first_layer: int = setting(7, "first layer that drops, from 0")
-    every: int = setting(4, "layers from one drop to the next")
-    p: float = setting(0.99, "attention mass that the kept blocks reach")
+    first_layer: int = setting(7, "first layer that drops, from 0", is_layer=True)
+    every: int = setting(4, "layers from one drop to the next", low=1, whole=True)
+    p: float = setting(0.99, "attention mass that the kept blocks reach", low=0, high=1)
     share: float | tuple[float, ...] | None = setting(
-        None, "fixed share of the prompt to keep, in place of p"
+        None, "fixed share of the prompt to keep, in place of p", low=0, high=1
     )
-    block: int = setting(64, "tokens of a block, kept or dropped together")
-    sink: int = setting(128, "first tokens, always kept")
-    window: int = setting(128, "last tokens: their queries score, and they are kept")
+    block: int = setting(64, "tokens of a block, kept or dropped together", low=1, whole=True)
+    sink: int = setting(128, "first tokens, always kept", low=0, whole=True)
+    window: int = setting(128, "last tokens: their queries score, and they are kept", low=1, whole=True)
     heads: str = setting("mean", "a token's attention over the heads: mean, or the max of them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("first_layer", self.first_layer, low=0)
-        check_counts(every=self.every, block=self.block, window=self.window)
-        check_range("p", self.p, low=0)
-        check_range("share", self.share, low=0, high=1)
-        check_range("sink", self.sink, low=0)
         if self.heads not in HEADS:
             raise ConfigError(f"heads={self.heads}: choose {' or '.join(HEADS)}")
 

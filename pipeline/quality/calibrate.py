@@ -11,6 +11,7 @@ from pipeline.settings.calibrate import CalibrateConfig
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
+    from pipeline.profile import Profile
     from pipeline.quality.calibration import Calibration
     from pipeline.quality.check_rows import CheckRow
     from pipeline.quality.workbench import Clock
@@ -65,7 +66,23 @@ def run_calibrate(
         raise MarsError(f"{run.bench.running} fails: {type(error).__name__}: {error}") from error
     if result.profile is not None:
         write_profile(config.profile_file, result.profile)
+        _keep(result.profile, note)
     return result
+
+
+def _keep(profile: Profile, note: Callable[[str], None]) -> None:
+    """Where runs with --method auto find it, if all of it is proven."""
+    from pipeline.auto import keep_profile
+
+    try:
+        kept = keep_profile(profile)
+    except MarsError as error:
+        note(f"--method auto will not find the profile: {error}")
+        return
+    if kept is None:
+        note("--method auto will not take this profile, as not every gate passed; --profile does")
+    else:
+        note(f"--method auto takes this profile from now on, from {kept}")
 
 
 def _teller(progress: Progress, clock: Clock) -> Callable[[str], None]:

@@ -19,6 +19,7 @@ from pipeline.pruning.registry import make_method
 from pipeline.quality.bootstrap import Verdict
 from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds, verdict_of
 from pipeline.settings.check import CheckConfig
+from pipeline.settings.method import AUTO
 from pipeline.summary import Tally
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _prepare(
     progress: Callable[[Tally], None],
     check: Callable[[], None],
 ) -> _Run:
-    method = make_method(config.method, config.settings) if method is None else method
+    from pipeline.auto import proven
     from pipeline.model.loading import open_model
     from pipeline.profile import check_profile, load_profile
     from pipeline.quality.check_rows import read_rows
@@ -145,6 +146,9 @@ def _prepare(
         model = open_model(config)
     for text in model.notes:
         note(text)
+    if method is None and config.method == AUTO:
+        config = proven(config, model)
+    method = make_method(config.method, config.settings) if method is None else method
     if config.profile is not None:
         profile = load_profile(config.profile)
         for text in check_profile(config.profile, profile, model):
@@ -156,6 +160,8 @@ def _prepare(
         model.check_fp8()
     prompts = _prompts(config, model)
     rows = read_rows(config, prompts)
+    for text in rows.notes:
+        note(text)
     check_scorer(config, rows.rows)
     for message in rows.left_out:
         note(f"left out: {message}")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
-from pipeline.intake import columns_of
-from pipeline.io import Source, open_source
+from pipeline.intake import open_columns
+from pipeline.io import Source
 from pipeline.quality.haystack import token_counter
 from pipeline.quality.needles import make_needles
 from pipeline.quality.samples import Sample, document_key, first_in_turn, part_of, take
@@ -50,6 +50,7 @@ class CheckRows:
 
     rows: tuple[CheckRow, ...]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # of what was decided by the columns of the input
 
     @property
     def data_hash(self) -> str:
@@ -66,9 +67,9 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     """Read and tokenize everything. Raises InputError if more than half of it has to be left out."""
     samples: list[Sample] = []
     failed: list[str] = []
-    documents = _open(config)
+    documents, notes = _open(config)
     if documents is not None and config.asks_rows:
-        for record in _records(config, documents):
+        for record in _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids):
             found = _sample(config, record)
             failed.append(found) if isinstance(found, str) else samples.append(found)
     sources = [samples, *(load_suite(suite) for suite in config.suite_names if suite.folder is not None)]
@@ -90,16 +91,29 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
         raise InputError(f"{', '.join(config.input)} has no rows")
     if len(failed) > len(rows):
         raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
-    return CheckRows(rows=tuple(rows), left_out=tuple(failed))
+    return CheckRows(rows=tuple(rows), left_out=tuple(failed), notes=notes)
 
 
-def _open(config: RowSettings) -> Source | None:
+def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
+    """The input, if there is one, and what to say of its columns."""
     if not config.input:
-        return None
+        return None, ()
     if config.has_needles and "-" in config.input:
         raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
-    columns = replace(columns_of(config, dict.fromkeys(_kept(config))), task=None)
-    return open_source(config.input, columns)
+    kept = dict.fromkeys(_kept(config))
+    source, settled = open_columns(replace(config, task_column=None), kept, asks=config.asks_rows)
+    return source, settled.notes
+
+
+def _renamed(records: Iterable[Document | RowFailure], *, takes_ids: bool) -> Iterator[Document | RowFailure]:
+    """With the row's number behind an id that comes again, where nobody named the column of ids."""
+    seen: set[str] = set()
+    for record in records:
+        row = record.source
+        if takes_ids and row.id in seen:
+            record = replace(record, source=replace(row, id=f"{row.id}#{row.row}"))
+        seen.add(record.source.id)
+        yield record
 
 
 def _records(config: RowSettings, source: Source) -> Iterator[Document | RowFailure]:
@@ -231,9 +245,9 @@ def _place(sample: Sample) -> str:
 
 
 def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
-    source = Row(row=number, id=sample.id, place=_place(sample))
+    source = Row(row=number, id=sample.id, place=_place(sample), question=sample.question or None)
     try:
-        document = prompts.encode(Document(source=source, text=sample.text, question=sample.question or None))
+        document = prompts.encode(Document(source=source, text=sample.text))
     except RowError as error:
         return f"{source.place}: {error}"
     tokens: list[int] = []

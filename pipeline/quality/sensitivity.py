@@ -26,8 +26,6 @@ from pipeline.pruning.base import (
     PruningMethod,
     Range,
     Selection,
-    check_counts,
-    check_range,
     setting,
 )
 from pipeline.quality.evaluate import Case, Evaluated
@@ -50,16 +48,13 @@ class Probe(PruningMethod):
 
     name: ClassVar[str] = "probe"
 
-    layer: int = setting(0, "the layer at which cold tokens are spared")
+    layer: int = setting(0, "the layer at which cold tokens are spared", is_layer=True)
     action: str = setting("skip", f"what is done to them: {', '.join(ACTIONS)}")
-    mass: float = setting(0.9, "attention mass of the tokens that are not cold")
-    window: int = setting(64, "last tokens: their queries score, and they are never cold")
+    mass: float = setting(0.9, "attention mass of the tokens that are not cold", low=0, high=1)
+    window: int = setting(64, "last tokens: their queries score, and they are never cold", low=1, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("layer", self.layer, low=0)
-        check_range("mass", self.mass, low=0)
-        check_counts(window=self.window)
         if self.action not in ACTIONS:
             raise ConfigError(f"action={self.action}: choose from {', '.join(ACTIONS)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
+from pipeline.settings.asking import ANSWER_TOKENS, SUMMARY_TOKENS
 from pipeline.settings.data import SeedSettings
 from pipeline.settings.option import ANSWERS, option
 
@@ -14,13 +15,18 @@ class AnswerSettings(SeedSettings):
     """Where an answer ends."""
 
     max_new_tokens: int = option(
-        128,
+        ANSWER_TOKENS,
         help="Longest answer, and longest part of a right answer, in tokens.",
+        shown_default=f"{ANSWER_TOKENS}, or {SUMMARY_TOKENS} for a summary",
         least=1,
         panel=ANSWERS,
     )
     stop: tuple[str, ...] = option(
-        (), help="Text that ends an answer; repeatable.", shown_default="none", panel=ANSWERS
+        (),
+        help="Text that ends an answer; repeatable.",
+        shown_default="none",
+        may_be_empty=True,  # a line's end is a text
+        panel=ANSWERS,
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.settings.answers import SamplingSettings
+from pipeline.settings.asking import SUMMARIES
 from pipeline.settings.data import DataSettings, TextSettings
 from pipeline.settings.kinds import TEXT, WHOLE
 from pipeline.settings.model import DeviceSettings, ModelSettings
@@ -18,7 +19,6 @@ from pipeline.settings.run import KvSettings, PackSettings
 
 option = partial(any_option, in_file=False, in_environment=False)
 
-SUMMARISE = "Summarise this document."
 PACKS = {"cuda": "8k;32k;128k;4x8k;16k+8k+5k+3k;16x2k", "cpu": "1k;2k;4x512;1k+512+320+192"}
 
 
@@ -36,7 +36,7 @@ class VariantSettings(Settings):
     """One method."""
 
     variant: str = option(
-        "marsinfer", flag="--method", help="Method, with settings as in bench ttft.", panel=MEASURED
+        "mars", flag="--method", help="Method, with settings as in bench ttft.", panel=MEASURED
     )
 
 
@@ -45,7 +45,7 @@ class VariantsSettings(Settings):
     """Several methods, side by side."""
 
     methods: str = option(
-        "dense,marsinfer",
+        "dense,mars",
         help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
         "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 and :mixed are --linear-dtype; "
         "@FILE is a profile.",
@@ -101,7 +101,7 @@ class TtftConfig(
     TextSettings,
     PromptSettings,
     TogetherSettings,
-    defaults={"lengths": None, "new_tokens": 0, "question": SUMMARISE},
+    defaults={"lengths": None, "new_tokens": 0, "question": SUMMARIES["short"]},
 ):
     """Of `bench ttft`."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.settings.asking import ASKED
 from pipeline.settings.check import check_place
 from pipeline.settings.gate import SoughtSettings
 from pipeline.settings.parse import NEEDLES, check_at_least
@@ -51,8 +52,7 @@ class CalibrateConfig(
             return [RowSettings.of(self)]
         asks = not self.row_suites or self.reference_column is not None
         rows = RowSettings.of(self, suite=self.row_suites, input=self.input if asks else ())
-        asked = ("question", "question_column", "questions_column", "id_column", "reference_column")
-        unasked = dict.fromkeys((*asked, "task_column"))
+        unasked = dict.fromkeys((*ASKED, "id_column", "reference_column", "task_column"))
         return [rows, RowSettings.of(self, suite=(NEEDLES,), tasks=(), **unasked)]
 
     def _check_profile(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pipeline.errors import ConfigError
+from pipeline.settings.asking import ASKED, SUMMARIES
 from pipeline.settings.option import ANSWERS, READING, Settings, option
 from pipeline.settings.parse import parse_shard
 
@@ -26,7 +27,12 @@ class SeedSettings(Settings):
 class TextSettings(Settings):
     """Where a document's text is, and one question to all of them."""
 
-    text_column: str = option("text", help="Column of the document.", panel=READING)
+    text_column: str | None = option(
+        None,
+        help="Column of the document.",
+        shown_default="text, or else the only one of document, content, contents, body",
+        panel=READING,
+    )
     question: str | None = option(
         None, help="One question for all rows.", shown_default="none", panel=READING
     )
@@ -47,7 +53,7 @@ class DataSettings(TextSettings, SeedSettings):
         in_environment=False,
     )
     question_column: str | None = option(
-        None, help="Column of the question.", shown_default="none", panel=READING
+        None, help="Column of the question.", shown_default="question, if there is one", panel=READING
     )
     questions_column: str | None = option(
         None,
@@ -55,8 +61,20 @@ class DataSettings(TextSettings, SeedSettings):
         shown_default="none",
         panel=READING,
     )
+    summarise: str | None = option(
+        None,
+        metavar="[=short|page|detailed]",
+        help="Ask for a summary, in a few sentences (short), on one page, or section by section.",
+        choices=tuple(SUMMARIES),
+        bare="short",
+        shown_default="short, where no question is found",
+        panel=READING,
+    )
     id_column: str | None = option(
-        None, help="Column of the id.", shown_default="file and row number", panel=READING
+        None,
+        help="Column of the id.",
+        shown_default="id, if there is one, or else file and row number",
+        panel=READING,
     )
     task_column: str | None = option(
         None,
@@ -91,21 +109,17 @@ class DataSettings(TextSettings, SeedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for first, second in combinations(("question", "question_column", "questions_column"), 2):
+        for first, second in combinations(ASKED, 2):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 flags = (f"--{name.replace('_', '-')}" for name in (first, second))
                 raise ConfigError(f"{' and '.join(flags)} exclude each other")
-        if self.question is not None and not self.question.strip():
-            raise ConfigError("--question is empty")
 
     @property
     def is_asked(self) -> bool:
-        """Whether a question is named, for all rows or in a column."""
-        asked = (self.question, self.question_column, self.questions_column)
-        return any(each is not None for each in asked)
+        """Whether a question is named, for all rows or in a column, or a summary is asked for."""
+        return any(getattr(self, name) is not None for name in ASKED)
 
-
-NO_QUESTION = (
-    "no question: give --question TEXT for all rows, --question-column NAME, "
-    "or a --prompt-template FILE that says what to do with each document"
-)
+    @property
+    def question_to_all(self) -> str | None:
+        """The question that all rows have in common, if they have one."""
+        return self.question if self.summarise is None else SUMMARIES[self.summarise]

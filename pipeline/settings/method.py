@@ -12,6 +12,7 @@ from pipeline.settings.kinds import NUMBER, PARAMETERS, TEXT
 from pipeline.settings.option import METHOD, MODEL, Renamed, Settings, option
 from pipeline.settings.parse import check_between
 
+AUTO = "auto"
 LINEAR_DTYPES = ("auto", "fp8", "mixed")
 NO_FP8_ATTENTION = (
     "attention in fp8 is taken out: the sums of FlashAttention-3's kernel lose 7% at 4,096 tokens and 65% at "
@@ -52,10 +53,11 @@ class MethodSettings(Settings):
     )
 
     method: str = option(
-        "marsinfer",
-        help="Name (see `marsinfer methods`) or FILE.py:Class.",
+        AUTO,
+        help="auto (what calibrate has shown to hold for this model and device, or else dense), a name "
+        "(see `marsinfer methods`), or FILE.py:Class.",
         offered="methods",
-        check=lambda name, flag: check_method_name(name),
+        check=lambda name, flag: None if name == AUTO else check_method_name(name),
         in_profile=True,
         panel=METHOD,
     )
@@ -84,3 +86,8 @@ class MethodSettings(Settings):
         in_profile=True,
         panel=MODEL,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.settings and self.method == AUTO:
+            raise ConfigError("--set gives parameters of a method: name it with --method")

@@ -30,8 +30,8 @@ class WeightsSettings(Settings):
 
     model: str = option(
         "smollm2-135m",
-        help="Hub id, local folder, .gguf file, smollm2-135m (embedded), or random:SHAPE (for speed: its "
-        "weights are random and its answers noise).",
+        help="Hub id, local folder, .gguf file, smollm2-135m (embedded, for demonstration: often wrong), or "
+        "random:SHAPE (for speed: its weights are random and its answers noise).",
         offered="models",
         panel=MODEL,
     )

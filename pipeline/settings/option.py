@@ -7,8 +7,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
+from pipeline.errors import ConfigError
 from pipeline.settings.kinds import KINDS, Kind
-from pipeline.settings.parse import check_at_least, check_between, check_choice
+from pipeline.settings.parse import check_at_least, check_between, check_choice, check_size
 
 _KEY = "setting"
 
@@ -46,6 +47,8 @@ class About:
     check: Callable[[str, str], Any] | None = None  # of a text and its flag; raises ConfigError
     kind: Kind | None = None  # None: that of the annotation
     flag: str | None = None  # None: the name with dashes
+    bare: str | None = None  # what the flag stands for where it is given without a value
+    may_be_empty: bool = False  # a text
     in_file: bool = True
     in_environment: bool = True
     in_profile: bool = False
@@ -85,6 +88,8 @@ class Setting:
         about = self.about
         if value is None:
             return
+        for each in value if isinstance(value, tuple) else (value,):
+            self._check_value(each)
         if about.choices is not None:
             check_choice(self.flag, value, about.choices)
         if about.check is not None:
@@ -96,6 +101,14 @@ class Setting:
             check_between(self.flag, value, about.least, about.most, open_low=about.above_least)
         else:
             check_at_least(self.flag, value, int(about.least))
+
+    def _check_value(self, value: Any) -> None:
+        """What no setting can be: an empty text, a number that no machine counts to."""
+        place = self.flag if self.about.panel else str(self.about.metavar).removesuffix("...")
+        if isinstance(value, str) and not value.strip() and not self.about.may_be_empty:
+            raise ConfigError(f"{place} is empty; is a variable of the shell unset?")
+        if isinstance(value, int | float):
+            check_size(place, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def parse_count(flag: str, text: str) -> int:
         digits = digits[:-1]
     if not digits.isdecimal():
         raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
-    return int(digits) * factor
+    return _whole(flag, digits, factor)
 
 
 def parse_rope_scaling(text: str, flag: str = "--rope-scaling") -> tuple[float, int | None]:
@@ -50,6 +50,7 @@ def parse_rope_scaling(text: str, flag: str = "--rope-scaling") -> tuple[float, 
             f"{flag} {text!r}: write it as yarn:FACTOR or yarn:FACTOR:ORIGINAL, for example yarn:4"
         )
     factor = float(found[1])
+    check_size(flag, factor)
     if factor <= 1:
         raise ConfigError(f"{flag} {text!r}: the factor must be above 1")
     original = None if found[2] is None else parse_count(flag, found[2])
@@ -66,6 +67,8 @@ def parse_regex(text: str, flag: str) -> re.Pattern[str]:
         raise ConfigError(f"{flag} {text!r} is no regular expression: {error}") from error
 
 
+LARGEST = 2**53  # beyond it numbers of JSON are not exact, and sums of a few leave 64 bits
+
 _BYTES = {"": 1, "b": 1}
 _BYTES |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
 _BYTES |= {f"{letter}{tail}": 1024**power for power, letter in enumerate("kmgt", 1) for tail in ("", "ib")}
@@ -74,10 +77,11 @@ _BYTES |= {f"{letter}{tail}": 1024**power for power, letter in enumerate("kmgt",
 def parse_bytes(flag: str, text: str) -> int:
     """A size such as `1GiB`, `1.5G` (both in powers of 1,024) or `800MB` (in powers of 1,000)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    size = int(float(found[1]) * _BYTES[found[2]]) if found and found[2] in _BYTES else 0
+    size = float(found[1]) * _BYTES[found[2]] if found and found[2] in _BYTES else 0.0
+    check_size(flag, size)
     if size < 1:
         raise ConfigError(f"{flag} {text!r}: give a size such as 1GiB or 800MB")
-    return size
+    return int(size)
 
 
 def parse_shard(text: str, flag: str = "--shard") -> tuple[int, int]:
@@ -85,7 +89,7 @@ def parse_shard(text: str, flag: str = "--shard") -> tuple[int, int]:
     part, slash, parts = text.partition("/")
     if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
         raise ConfigError(f"{flag} {text!r}: write it as I/N, for example 1/4 for the first of four parts")
-    chosen, count = int(part), int(parts)
+    chosen, count = _whole(flag, part.strip()), _whole(flag, parts.strip())
     if not 1 <= chosen <= count:
         raise ConfigError(f"{flag} {text!r}: the part must be between 1 and {count}")
     return chosen, count
@@ -95,9 +99,10 @@ def parse_workers(text: str, flag: str = "--workers") -> int | None:
     """`4` as 4, `all` as None."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    count = _whole(flag, text) if text.isdecimal() else 0
+    if count < 1:
         raise ConfigError(f"{flag} {text!r}: give a number of at least 1, or all")
-    return int(text)
+    return count
 
 
 def parse_max_errors(text: str, flag: str = "--max-errors") -> tuple[float, bool]:
@@ -107,9 +112,26 @@ def parse_max_errors(text: str, flag: str = "--max-errors") -> tuple[float, bool
     digits = digits.removesuffix("%").strip()
     if not (re.fullmatch(r"\d+(\.\d+)?", digits) if is_share else digits.isdecimal()):
         raise ConfigError(f"{flag} {text!r}: give a number of rows such as 20, or a share such as 5%")
+    check_size(flag, float(digits))
     if is_share and float(digits) > 100:
         raise ConfigError(f"{flag} {text!r}: a share is at most 100%")
     return float(digits), is_share
+
+
+def check_size(flag: str, value: float) -> None:
+    """Raise ConfigError for a number that is none, or larger than any count of bytes, rows or tokens."""
+    if not -LARGEST <= value <= LARGEST:
+        shown = "a number of many digits" if isinstance(value, int) else value
+        raise ConfigError(f"{flag} {shown}: must be a number, and at most {LARGEST:,}")
+
+
+def _whole(flag: str, digits: str, factor: int = 1) -> int:
+    """Decimal digits as a number, times `factor`."""
+    if len(digits.lstrip("0")) > len(str(LARGEST)):
+        raise ConfigError(f"{flag} {digits[:20]}...: must be a number, and at most {LARGEST:,}")
+    value = int(digits) * factor
+    check_size(flag, value)
+    return value
 
 
 def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ class PromptSettings(Settings):
         help="What to do with a document over the context: error, skip, split (answer in parts, then "
         "combine), truncate-left, truncate-right, truncate-middle.",
         choices=ON_OVERLONG,
+        shown_default="error, or split for a summary",
         panel=PROMPTS,
     )
 
@@ -58,7 +59,7 @@ class SplitSettings(PromptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.combine_template is not None and self.on_overlong != "split":
+        if self.combine_template is not None and self.on_overlong not in (None, "split"):
             raise ConfigError("--combine-template needs --on-overlong split")
 
     def combine_text(self) -> str | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
 from pipeline.settings.answers import AnswerSettings
-from pipeline.settings.data import NO_QUESTION, DataSettings
+from pipeline.settings.asking import ASKED
+from pipeline.settings.data import DataSettings
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.prompts import PromptSettings
 from pipeline.settings.suite import SuiteSettings
@@ -62,11 +63,9 @@ class RowSettings(
             raise ConfigError("--reference-column is a column of INPUT, which is not given")
         if not self.asks_rows:
             self._refuse_questions()
-        elif not self.is_asked and self.prompt_template is None:
-            raise ConfigError(NO_QUESTION)
 
     def _refuse_questions(self) -> None:
-        for name in ("question", "question_column", "questions_column", "id_column", "task_column"):
+        for name in (*ASKED, "id_column", "task_column"):
             if getattr(self, name) is not None:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is of INPUT's own rows, which are asked beside a suite "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
 from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.data import NO_QUESTION, DataSettings
+from pipeline.settings.data import DataSettings
 from pipeline.settings.gate import OverwriteSettings, ResumeSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
 from pipeline.settings.method import MethodSettings
@@ -17,7 +17,7 @@ from pipeline.settings.prompts import SplitSettings
 
 ORDERS = ("input", "completion")
 GUARD = ("auto", "off")
-GROUP = ("auto", "off")
+GROUP = ("auto", "any", "off")
 ENGINES = ("local", "ray")
 
 
@@ -120,6 +120,7 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         None,
         help="Columns to pass through, as name:type,name:type.",
         shown_default="all",
+        may_be_empty=True,
         panel=READING,
     )
     guard: str = option(
@@ -131,8 +132,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     )
     group: str = option(
         "auto",
-        help="Rows about the same document: auto (together, its K/V computed once, where that is "
-        "cheaper), off.",
+        help="Rows about the same document: auto (together, what they share computed once, where that is "
+        "cheaper), any (also by dense in place of the method), off.",
         choices=GROUP,
         panel=RUN,
     )
@@ -184,13 +185,23 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig(DataSettings, SplitSettings, ModelSettings, MethodSettings, SamplingSettings, RunSettings):
+class BatchConfig(
+    DataSettings,
+    SplitSettings,
+    ModelSettings,
+    MethodSettings,
+    SamplingSettings,
+    RunSettings,
+    defaults={"max_new_tokens": None, "on_overlong": None},
+):
     """The settings of `marsinfer batch`, named as its flags, whose --help explains them.
 
-    `input` are files, globs, folders or URLs, `output` a file or a URL; a question comes from `question`,
-    `question_column` or a `prompt_template`. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows
-    (`limit`, `sample`), `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8,
-    `max_errors` text such as 20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+    `input` are files, globs, folders or URLs, `output` a file or a URL. What is asked is a `question`, that
+    of a `question_column`, a summary (`summarise`), or what a `prompt_template` says; where none of them is
+    given, the columns of the input decide, and until then `max_new_tokens` and `on_overlong` may be None, and
+    `method` may be auto. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows (`limit`, `sample`),
+    `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8, `max_errors` text such as
+    20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
 
     Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
     """
@@ -201,8 +212,6 @@ class BatchConfig(DataSettings, SplitSettings, ModelSettings, MethodSettings, Sa
             self._check_devices()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
-        if not self.is_asked and self.prompt_template is None:
-            raise ConfigError(NO_QUESTION)
 
     def _check_devices(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.settings.asking import ASKED
 from pipeline.settings.gate import GateSettings, SoughtSettings
-from pipeline.settings.method import MethodSettings
+from pipeline.settings.method import AUTO, MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
 from pipeline.settings.run import BatchConfig
@@ -21,12 +23,7 @@ PREFIX = "MARSINFER_"
 # together they have every setting that a file or the environment may hold
 CONFIGURED = (BatchConfig, SuiteSettings, GateSettings, SoughtSettings)
 # of these, what a stronger place sets takes back what a weaker one has set for the other
-EXCLUSIVE = (
-    ("question", "question_column"),
-    ("question", "questions_column"),
-    ("question_column", "questions_column"),
-    ("resume", "overwrite"),
-)
+EXCLUSIVE = (*combinations(ASKED, 2), ("resume", "overwrite"))
 Note = Callable[[str], None]
 
 
@@ -55,7 +52,7 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """A suite takes the place of rows that a weaker place names; needles that of their questions."""
-    rows = ("question", "question_column", "questions_column", "id_column", "task_column")
+    rows = (*ASKED, "id_column", "task_column")
     for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
         merged.pop(name, None)
 
@@ -65,7 +62,10 @@ def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
     from pipeline.profile import load_profile
 
     path = values.get("profile")
-    return dict(values) if path is None else merge(load_profile(path).batch, values)
+    if path is None:
+        return dict(values)
+    named = {name: value for name, value in values.items() if (name, value) != ("method", AUTO)}
+    return merge(load_profile(path).batch, named)
 
 
 def read_config(path: str) -> dict[str, Any]:

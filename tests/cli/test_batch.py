@@ -30,7 +30,9 @@ def parquet(tmp_path):
 
 
 @pytest.fixture
-def batch(model_folder):
+def batch(model_folder, monkeypatch):
+    monkeypatch.setenv("MARSINFER_METHOD", "dense")
+
     def call(*arguments, model=model_folder):
         flags = ["--model", str(model), "--text-column", "body", "--max-new-tokens", "6"]
         return run(["batch", *flags, *map(str, arguments)])
@@ -38,12 +40,24 @@ def batch(model_folder):
     return call
 
 
+PRUNED = ["--method", "marsinfer"]
 COLUMNS = ["--question-column", "ask", "--id-column", "doc"]
 
 
 def test_every_row_gets_an_answer_with_its_statistics(batch, parquet, tmp_path, capfd):
     out = tmp_path / "out.parquet"
-    flags = ["--set", "start_layer=1", "--set", "window=8", "--set", "prefix=8", "--set", "eta=0.5"]
+    flags = [
+        "--method",
+        "marsinfer",
+        "--set",
+        "start_layer=1",
+        "--set",
+        "window=8",
+        "--set",
+        "prefix=8",
+        "--set",
+        "eta=0.5",
+    ]
     assert batch(parquet, out, *COLUMNS, *flags) == 0
     rows = pq.read_table(out).to_pylist()
     assert [row["id"] for row in rows] == ["a", "b", "c"]
@@ -70,7 +84,17 @@ def test_every_row_gets_an_answer_with_its_statistics(batch, parquet, tmp_path, 
 
 def test_the_outputs_metadata_tells_how_it_was_made(batch, parquet, tmp_path, model_folder):
     out = tmp_path / "out.arrow"
-    flags = ["--set", "eta=0.9", "--sparse-attention", "0.8", "--quiet"]
+    flags = [
+        "--method",
+        "marsinfer",
+        "--set",
+        "start_layer=1",
+        "--set",
+        "eta=0.9",
+        "--sparse-attention",
+        "0.8",
+        "--quiet",
+    ]
     assert batch(parquet, out, *COLUMNS, *flags) == 0
     with pa.ipc.open_file(out) as reader:
         metadata = json.loads(reader.schema.metadata[b"marsinfer"])
@@ -193,15 +217,21 @@ def refused(batch, parquet, tmp_path, capfd):
             "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, ",
         ),
         (["--set", "eta"], "--set 'eta': write it as NAME=VALUE, for example --set eta=0.95"),
-        (["--set", "eta=-1"], "eta=-1.0 is out of range: it must be at least 0"),
-        (["--set", "etta=1"], "method marsinfer has no parameter 'etta' (did you mean 'eta'?)"),
+        ([*PRUNED, "--set", "eta=-1"], "eta=-1.0 is out of range: it must be between 0 and 1"),
+        ([*PRUNED, "--set", "eta=1.5"], "eta=1.5 is out of range: it must be between 0 and 1"),
+        ([*PRUNED, "--set", "start_layer=4"], "start_layer=4, and the model has layers 0 to 3"),
         (
-            ["--set", "eta=1,1"],
+            ["--method", "auto", "--set", "eta=0.9"],
+            "--set gives parameters of a method: name it with --method",
+        ),
+        ([*PRUNED, "--set", "etta=1"], "method marsinfer has no parameter 'etta' (did you mean 'eta'?)"),
+        (
+            [*PRUNED, "--set", "start_layer=1", "--set", "eta=1,1"],
             "eta has 2 values, and the model has 4 layers: give one value, or one a layer",
         ),
         (["--max-new-tokens", "0"], "--max-new-tokens 0: must be a whole number of at least 1"),
         (["--top-p", "0"], "--top-p 0.0: must be above 0 and at most 1"),
-        (["--temperature", "nan"], "--temperature nan: must be between 0 and 100"),
+        (["--temperature", "nan"], "--temperature nan: must be a number, and at most "),
         (["--pack-tokens", "lots"], "--pack-tokens 'lots': give a whole number such as 8192, 32k or 1m"),
         (["--order", "random"], "--order 'random': choose from input, completion"),
         (["--device", "tpu"], "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
@@ -218,10 +248,6 @@ def refused(batch, parquet, tmp_path, capfd):
 )
 def test_a_flag_that_cannot_work(refused, flags, message):
     assert refused(*COLUMNS, *flags).startswith(message)
-
-
-def test_a_missing_question_says_the_three_ways_to_give_one(refused):
-    assert refused().startswith("no question: give --question TEXT for all rows, --question-column NAME, ")
 
 
 def test_a_missing_column_names_those_there_are(refused):

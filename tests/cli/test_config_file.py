@@ -62,12 +62,13 @@ def test_a_flag_that_repeats_the_default_is_a_flag(resolved, file):
     assert resolved("in.jsonl", "o.jsonl", "--config", path, "--max-new-tokens", "128").max_new_tokens == 128
 
 
-def test_every_kind_of_value(resolved, file):
+def test_every_kind_of_value(resolved, file, monkeypatch):
     path = file(
         'input = "in/*.jsonl"\noutput = "out.jsonl"\nquestion = "q"\nstop = ["\\n", "END"]\n'
         'pack-tokens = "2k"\nmax-errors = 5\nresume = true\ntemperature = 1\n'
-        "[settings]\neta = 0.9\nshare = [0.5, 1]\n"
+        'method = "marsinfer"\n[settings]\neta = 0.9\nshare = [0.5, 1]\n'
     )
+    monkeypatch.delenv("MARSINFER_METHOD")
     config = resolved("--config", path, "--set", "eta=0.5", "--set", "window=8")
     assert config.input == ("in/*.jsonl",)
     assert (config.stop, config.pack_tokens, config.max_errors) == (("\n", "END"), 2048, "5")
@@ -226,6 +227,7 @@ def test_toml_comes_back_as_it_was(file):
         pack_tokens=1,
         max_errors="5%",
         overwrite=True,
+        method="marsinfer",
         settings={"eta": "0.9", "share": (0.5, 1), "odd key": True, "window": 8},
     )
     assert BatchConfig(**read_config(str(file(to_toml(config))))) == config
@@ -238,6 +240,7 @@ def test_verbose_prints_what_config_reads(call, seen, file, capfd, monkeypatch):
         "marsinfer: error: interrupted; no row of this run was answered\n", ""
     )
     monkeypatch.delenv("MARSINFER_MODEL")
+    monkeypatch.delenv("MARSINFER_METHOD")
     assert call("--config", file(printed)) == 130
     first, second = seen
     assert first == second
@@ -256,7 +259,7 @@ def test_a_run_from_a_file_alone(call, fish, file, tmp_path, capfd):
     out = tmp_path / "out.jsonl"
     path = file(
         f'input = "{fish}"\noutput = "{out}"\ntext-column = "body"\nquestion-column = "ask"\n'
-        "max-new-tokens = 3\n[settings]\nstart_layer = 1\nwindow = 8\n"
+        "max-new-tokens = 3\nmethod = 'marsinfer'\n[settings]\nstart_layer = 1\nwindow = 8\n"
     )
     assert call("--config", path, "--quiet") == 0
     assert [json.loads(line)["status"] for line in out.open()] == ["ok"] * 3

@@ -52,7 +52,7 @@ def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd):
         "              128 to 255          1 ########################################\n"
         "              256 to 511          1 ########################################\n"
         "packs: 2 of up to 400 tokens on cpu, the largest 393\n"
-        "keys and values of the largest pack: 0.000409 GB (marsinfer)\n"
+        "keys and values of the largest pack: 0.000409 GB (dense)\n"
         "work of a dense prefill: 0.000217 TFLOP\n"
     )
     assert printed.err == ""
@@ -87,7 +87,7 @@ def test_a_dry_run_as_json(call, bad_rows, tmp_path, capfd):
 
 def test_the_plan_is_the_runs(call, fish, tmp_path, capfd):
     out = tmp_path / "out.jsonl"
-    flags = [*ASK, "--pack-tokens", "400", "--set", "start_layer=1"]
+    flags = [*ASK, "--pack-tokens", "400", "--method", "marsinfer", "--set", "start_layer=1"]
     assert call(fish, out, *flags, "--dry-run", "--json") == 0
     report = json.loads(capfd.readouterr().out)
     assert call(fish, out, *flags, "--quiet") == 0
@@ -136,10 +136,13 @@ def test_a_dry_run_of_no_rows(call, tmp_path, capfd):
     assert "rows: 0, of which 0 can be answered\n" in capfd.readouterr().out
 
 
+MARSINFER = ["--method", "marsinfer", "--set", "start_layer=1"]
+
+
 def test_a_setting_that_does_not_fit_is_told_at_once(refusal, fish, tmp_path):
     out = tmp_path / "out.parquet"
     expected = "eta has 2 values, and the model has 4 layers: give one value, or one a layer"
-    assert refusal(fish, out, *ASK, "--dry-run", "--set", "eta=1,1") == expected
+    assert refusal(fish, out, *ASK, *MARSINFER, "--dry-run", "--set", "eta=1,1") == expected
 
 
 def test_a_prompt_is_shown_as_the_model_sees_it(call, no_weights, bad_rows, tmp_path, capfd):

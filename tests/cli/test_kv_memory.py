@@ -60,7 +60,7 @@ def test_a_bound_that_nothing_fits_makes_error_rows(call, documents, tmp_path):
 
 def test_a_method_that_cannot_offload_is_refused_before_anything_is_read(refusal, documents, tmp_path):
     said = refusal(documents, tmp_path / "out.parquet", "--question", "?", "--kv-memory", "1GiB")
-    assert said == "--kv-memory needs a method that can offload keys and values, not marsinfer"
+    assert said == "--kv-memory needs a method that can offload keys and values, not dense"
 
 
 @pytest.mark.parametrize("size", ["lots", "0", "1XB", "-1"])

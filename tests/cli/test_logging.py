@@ -22,7 +22,7 @@ def events(printed):
 
 
 def test_a_run_in_events(call, fish, tmp_path, capfd):
-    flags = [*ASK, "--log-format", "json", "--set", "start_layer=1"]
+    flags = [*ASK, "--log-format", "json"]
     assert call(fish, tmp_path / "out.parquet", *flags) == 0
     printed = capfd.readouterr()
     first, *between, last = events(printed.err)

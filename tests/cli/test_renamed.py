@@ -39,7 +39,7 @@ def test_old_names_are_in_no_help(words, capfd):
 
 def test_sparse_attention_is_a_parameter_of_the_method(rows, tmp_path, capfd):
     out = tmp_path / "out.jsonl"
-    flags = ["--question", "q", *TINY, "--max-new-tokens", "2", "--quiet"]
+    flags = ["--question", "q", *TINY, "--max-new-tokens", "2", "--quiet", "--method", "dense"]
     assert run(["batch", rows, str(out), *flags, "--sparse-attention", "0.9"]) == 0
     assert f"marsinfer: note: {SPARSE}\n" in capfd.readouterr().err
     # what decides is the same under the new name
@@ -48,7 +48,18 @@ def test_sparse_attention_is_a_parameter_of_the_method(rows, tmp_path, capfd):
 
 
 def test_a_note_is_an_event_where_events_are_asked_for(rows, tmp_path, capfd):
-    flags = ["--question", "q", *TINY, "--dry-run", "--sparse-attention", "0.9", "--log-format", "json"]
+    flags = [
+        "--question",
+        "q",
+        *TINY,
+        "--method",
+        "dense",
+        "--dry-run",
+        "--sparse-attention",
+        "0.9",
+        "--log-format",
+        "json",
+    ]
     assert run(["batch", rows, str(tmp_path / "out.jsonl"), *flags]) == 0
     events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     assert [each["message"] for each in events if each["event"] == "note"][:1] == [SPARSE]
@@ -75,6 +86,7 @@ def test_old_names_in_files_the_environment_and_python(rows, tmp_path):
 def test_a_check_says_where_its_result_goes_by_out(rows, tmp_path, capfd):
     result = tmp_path / "result.json"
     flags = ["--question", "q", *TINY, "--max-new-tokens", "2", "--quiet", "--max-drop", "100pt"]
+    flags += ["--method", "dense"]
     assert run(["check", rows, *flags, "--json", str(result)]) in (0, 6)
     assert capfd.readouterr().err.startswith("marsinfer: note: --json is now --out FILE; ")
     assert json.loads(result.read_text())["counts"]["rows"] == 3

@@ -17,10 +17,13 @@ from pipeline.io import Source, journal
 from pipeline.model.loading import UnloadedModel
 
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
+PRUNED = ["--method", "marsinfer", "--set", "start_layer=1"]
 
 
 @pytest.fixture
-def batch(model_folder, tmp_path):
+def batch(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARSINFER_METHOD", "dense")
+
     def call(source, *flags, out="out.parquet"):
         words = [
             "batch",
@@ -109,7 +112,7 @@ def test_weights_that_cannot_be_read_leave_nothing_behind(batch, fish, tmp_path,
         (["--model", "nowhere"], "unknown model 'nowhere': "),
         (["--model", "./gone"], "unknown model './gone': "),
         (["--attention", "fa3"], "no attention backend works on cpu"),
-        (["--set", "eta=1,1"], "eta has 2 values, and the model has 4 layers"),
+        ([*PRUNED, "--set", "eta=1,1"], "eta has 2 values, and the model has 4 layers"),
     ],
 )
 def test_what_cannot_work_is_told_before_the_input_is_read(
@@ -196,9 +199,9 @@ def test_a_row_that_changed_is_answered_again(batch, fish, tmp_path):
 
 
 def test_a_changed_setting_is_refused_by_name(batch, fish, capfd):
-    assert batch(fish) == 0
+    assert batch(fish, *PRUNED) == 0
     capfd.readouterr()
-    assert batch(fish, "--resume", "--set", "eta=0.5", "--max-new-tokens", "9") == 2
+    assert batch(fish, "--resume", *PRUNED, "--set", "eta=0.5", "--max-new-tokens", "9") == 2
     message = capfd.readouterr().err.splitlines()[-1]
     assert "max_new_tokens" in message
     assert "method.settings.eta" in message
@@ -258,7 +261,7 @@ def test_a_signal_ends_the_run_in_good_order_and_it_can_go_on(model_folder, tmp_
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, model_folder, tmp_path, number, code):
-    flags = ["--model", str(model_folder), *FLAGS, "--quiet"]
+    flags = ["--model", str(model_folder), "--method", "dense", *FLAGS, "--quiet"]
     words = ["batch", *flags, str(fish), str(tmp_path / "out.parquet")]
     process = Forked(words, tmp_path / "printed", load_for_ever)
     assert process.heard() == "loading"

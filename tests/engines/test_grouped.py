@@ -60,7 +60,7 @@ def rows(given=ROWS):
     return made
 
 
-def engine_for(model, method=None, group=True, note=lambda text: None, **options):
+def engine_for(model, method=None, group="auto", note=lambda text: None, **options):
     return LocalEngine(
         model,
         method or Dense(),
@@ -94,7 +94,7 @@ def texts(answers):
 )
 def test_answers_are_those_of_each_row_on_its_own(model, name, settings):
     method = make_method(name, settings)
-    expected = answered(engine_for(model, method, group=False))
+    expected = answered(engine_for(model, method, group="off"))
     notes = []
     answers = answered(engine_for(model, method, note=notes.append))
     assert [row.row for row in answers] == list(range(len(ROWS)))
@@ -110,9 +110,9 @@ def test_answers_are_those_of_each_row_on_its_own(model, name, settings):
 
 def test_dense_replaces_a_method_that_costs_more(model):
     method = make_method("marsinfer", {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"})
-    apart = {group: answered(engine_for(model, group, group=False)) for group in (Dense(), method)}
+    apart = {group: answered(engine_for(model, group, group="off")) for group in (Dense(), method)}
     notes = []
-    answers = answered(engine_for(model, method, note=notes.append))
+    answers = answered(engine_for(model, method, group="any", note=notes.append))
     for row, dense, pruned in zip(answers, apart[Dense()], apart[method], strict=True):
         assert row.method == ("marsinfer" if row.group_rows is None else "dense")
         assert row.answer == (pruned if row.group_rows is None else dense).answer
@@ -151,7 +151,7 @@ def test_shared_time_and_work_are_told_apart(model):
 @pytest.mark.parametrize("pack_tokens", [1, 30, 300, 600])
 def test_groups_are_cut_into_chunks_of_the_packs_size(model, name, settings, pack_tokens):
     method = make_method(name, settings)
-    expected = answered(engine_for(model, method, group=False))
+    expected = answered(engine_for(model, method, group="off"))
     engine = engine_for(model, method, pack_tokens=pack_tokens)
     answers = answered(engine)
     assert texts(answers) == texts(expected)
@@ -166,7 +166,7 @@ def test_groups_are_cut_into_chunks_of_the_packs_size(model, name, settings, pac
 )
 def test_a_group_larger_than_memory_comes_in_chunks_within_the_plan(model, name, settings, monkeypatch):
     method = make_method(name, settings)
-    expected = answered(engine_for(model, method, group=False))
+    expected = answered(engine_for(model, method, group="off"))
     engine = engine_for(model, method)
     (first, *_), _ = engine.packs.groups.split(rows())
     one = next(

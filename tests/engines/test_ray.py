@@ -139,9 +139,9 @@ def test_a_model_for_a_gpu_that_another_machine_has(source, sharp_model_folder):
     config = config_of(source, str(sharp_model_folder), linear_dtype="fp8")
     model = distant_model(config, ModelFacts(**facts, attention_refused={}, fp8_refused="no fp8 there"))
     with pytest.raises(ConfigError, match="no fp8 there"):
-        prepare(config, open_input(config), model, Dense())
+        prepare(open_input(config), model, Dense())
     model = distant_model(config, ModelFacts(**facts, attention_refused={}, fp8_refused=None))
-    run = prepare(config, open_input(config), model, Dense())
+    run = prepare(open_input(config), model, Dense())
     assert run.decides()["model"]["dtype"] == "torch.bfloat16"
     told = json.loads(run.schema().metadata[b"marsinfer"])
     assert (told["device"], told["attention"]["backend"]) == ("NVIDIA H100", "fa3")
@@ -155,7 +155,7 @@ def config_of(source, model, **options):
 
 def prepared(source, model, **options):
     config = config_of(source, model, **options)
-    return prepare(config, open_input(config), model, Dense())
+    return prepare(open_input(config), model, Dense())
 
 
 def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp_path):

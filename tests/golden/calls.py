@@ -41,7 +41,7 @@ CALLS = (
     "marsinfer batch in.jsonl --question q",
     "marsinfer batch in.jsonl --config unknown.toml --question q",
     "marsinfer batch in.jsonl --config gone.toml --question q",
-    IN_OUT,
+    f"{IN_OUT} {TINY} --max-new-tokens 2 --quiet",
     f"{IN_OUT} --question q --question-column question",
     f"{IN_OUT} --question q --resume --overwrite",
     f"{IN_OUT} --question q --retry-errors",

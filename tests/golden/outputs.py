@@ -31,7 +31,9 @@ from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.model import ModelSettings
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"
-CHECK = f"check in.jsonl {RUN} --reference-column answer --task-column task --max-drop 100pt"
+CHECK = (
+    f"check in.jsonl {RUN} --method marsinfer --reference-column answer --task-column task --max-drop 100pt"
+)
 RUNS = {
     "batch": f"batch in.jsonl out.parquet {RUN} --json",
     "batch with --save-selection": f"batch in.jsonl selection.parquet {RUN} --save-selection",

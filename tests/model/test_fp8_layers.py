@@ -173,7 +173,10 @@ def test_settings_that_do_not_fit(settings, message):
 def test_a_device_that_cannot_is_refused_with_the_reason(refusal, fish, tmp_path):
     flags = ["--text-column", "body", "--question-column", "ask", "--id-column", "doc"]
     said = "fp8 cannot be used here: FP8 needs an NVIDIA GPU, and on a CPU would only be slower"
-    for more in (["--linear-dtype", "fp8"], ["--set", "low=fp8"]):
+    for more in (
+        ["--linear-dtype", "fp8"],
+        ["--method", "marsinfer", "--set", "start_layer=1", "--set", "low=fp8"],
+    ):
         assert refusal(fish, tmp_path / "out.parquet", *flags, *more) == said
     assert refusal(fish, tmp_path / "out.parquet", *flags, "--linear-dtype", "int4") == (
         "--linear-dtype 'int4': choose from auto, fp8, mixed"

@@ -75,7 +75,7 @@ def space_tokenizer(
 
 
 def document(text: str, question: str | None = None) -> Document:
-    return Document(source=Row(row=0, id="r", place="in.jsonl line 1"), text=text, question=question)
+    return Document(source=Row(row=0, id="r", place="in.jsonl line 1", question=question), text=text)
 
 
 def builder(tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any) -> PromptBuilder:

@@ -97,17 +97,18 @@ def test_a_setting_may_have_one_value_a_layer(sdpa):
 
 def test_a_setting_of_the_wrong_depth_is_refused(sdpa):
     with pytest.raises(ConfigError, match=r"^eta has 2 values, and the model has 4 layers: give one value"):
-        MarsInfer(eta=(0.9, 0.8)).plan(tiny_model("llama").shape, [10])
+        MarsInfer(eta=(0.9, 0.8), start_layer=1).plan(tiny_model("llama").shape, [10])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": -0.1}, "eta=-0.1 is out of range: it must be at least 0"),
+        ({"eta": -0.1}, "eta=-0.1 is out of range: it must be between 0 and 1"),
+        ({"eta": 1.01}, "eta=1.01 is out of range: it must be between 0 and 1"),
         ({"eta": float("nan")}, "eta must be a number, not nan"),
         ({"share": 1.5}, "share=1.5 is out of range: it must be between 0 and 1"),
         ({"window": 0}, "window=0 is out of range: it must be at least 1"),
-        ({"prefix": 1.5}, "window and prefix are counts of tokens: give whole numbers"),
+        ({"prefix": 1.5}, "prefix=1.5 is a count: give a whole number"),
         ({"start_layer": -1}, "start_layer=-1 is out of range: it must be at least 0"),
     ],
 )

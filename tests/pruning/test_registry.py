@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+from conftest import tiny_model
 
 from pipeline.errors import ConfigError
-from pipeline.pruning.registry import make_method
+from pipeline.pruning.base import limits_of
+from pipeline.pruning.registry import METHODS, make_method, method_class
 
 
 def test_text_settings_become_numbers():
@@ -75,3 +78,20 @@ def test_a_file_that_does_not_postpone_annotations(tmp_path):
     made = make_method(f"{path}:Mine", {"heads": "max", "share": "0.25", "window": "none"})
     assert (made.heads, made.share, made.window) == ("max", 0.25, None)
     assert make_method(f"{path}:Mine", {"window": "7"}).window == 7
+
+
+def layer_settings():
+    for name in sorted(METHODS):
+        for parameter in fields(method_class(name)):
+            if limits_of(parameter).is_layer:
+                yield name, parameter.name
+
+
+@pytest.mark.parametrize(("name", "parameter"), layer_settings())
+def test_a_layer_beyond_the_depth_is_refused_by_every_method(name, parameter):
+    shape = tiny_model("llama").shape
+    others = {each: 0 for method, each in layer_settings() if method == name}
+    others |= {"budget": 0.5} if name == "sliminfer" else {}
+    make_method(name, others | {parameter: shape.layers - 1}).plan(shape, [10])
+    with pytest.raises(ConfigError, match=rf"^{parameter}=4, and the model has layers 0 to 3$"):
+        make_method(name, others | {parameter: shape.layers}).plan(shape, [10])

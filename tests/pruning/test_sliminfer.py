@@ -151,7 +151,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": (9, 32), "budget": 0.5}, "layers names layer 32, and the model has layers 0 to 31"),
+        ({"layers": (9, 32), "budget": 0.5}, "layers=32, and the model has layers 0 to 31"),
         ({"layers": (1, 2)}, "budget has 3 values for 2 pruning layers"),
         ({"budget": (0.5, 0.2)}, "budget has 2 values for 3 pruning layers"),
     ],

@@ -33,6 +33,7 @@ def config(sharp_model_folder, tmp_path):
         input=(str(path),),
         question="What?",
         model=str(sharp_model_folder),
+        method="marsinfer",
         settings=BROKEN,
         max_new_tokens=7,
         out=str(tmp_path / "result.json"),

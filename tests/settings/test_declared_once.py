@@ -28,7 +28,7 @@ from pipeline.settings.sources import CONFIGURED, from_elsewhere, merge, read_co
 CONFIGS = (BatchConfig, CheckConfig, CalibrateConfig, AccuracyConfig, ThroughputConfig)
 # what a command's configuration says of a default that another has otherwise
 OVERRIDDEN = {
-    BatchConfig: {},
+    BatchConfig: {"max_new_tokens": None, "on_overlong": None},
     CheckConfig: {"on_overlong": "truncate-middle"},
     CalibrateConfig: {
         "on_overlong": "truncate-middle",
@@ -164,7 +164,7 @@ def test_one_file_serves_several_commands(tmp_path):
     path.write_text(
         'input = "in.jsonl"\noutput = "out.parquet"\nquestion = "q"\nrope-scaling = "yarn:2"\nseed = 7\n'
         'order = "completion"\nmax-drop = "2pt"\nneedle-kinds = "single,tracking"\n'
-        'needle-lengths = ["8k", 512]\n'
+        'needle-lengths = ["8k", 512]\nmethod = "marsinfer"\n'
         "[settings]\neta = 0.9\n"
     )
     values = read_config(str(path))

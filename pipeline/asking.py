@@ -1,0 +1,134 @@
+"""Which columns are read and what is asked, where the settings leave it to the input.
+
+It is decided once, by the columns of the first file, and stored with the run: a resumed run goes on with what
+was decided then, and an output that was begun by a version that decided nothing is extended without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pipeline.errors import ConfigError
+from pipeline.settings.asking import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS
+from pipeline.settings.data import DataSettings
+from pipeline.settings.run import BatchConfig
+
+TEXT, QUESTION, ID = "text", "question", "id"
+TEXT_TOO = ("document", "content", "contents", "body")  # the text, where there is one of them and no `text`
+QUESTION_TOO = ("query", "prompt", "instruction", "questions", "Question")  # not taken unasked
+
+Types = Mapping[str, str]  # of columns, by their names
+Data = TypeVar("Data", bound=DataSettings)
+
+NO_QUESTION = (
+    "no question: give --question TEXT for all rows, --question-column NAME, --summarise, "
+    "or a --prompt-template FILE that says what to do with each document"
+)
+
+
+class Settled(NamedTuple, Generic[Data]):
+    """Settings that leave nothing open, and what a user should know of it."""
+
+    settings: Data
+    takes_ids: bool = False  # from the column `id`, which nobody named: an id that comes again gets a number
+    asks_summary: bool = False  # because no question was found
+    notes: tuple[str, ...] = ()
+
+
+def settled(data: Data, types: Types | None, *, template_asks: bool | None = None) -> Settled[Data]:
+    """Columns and question of `data`, by the columns of the first file; `types` is None where none is known.
+
+    `template_asks` says whether a prompt template has a place for a question, None that there is no template.
+    Raises ConfigError for columns of which several could be meant.
+    """
+    notes: list[str] = []
+    text = text_column(data.text_column, types, notes)
+    values: dict[str, Any] = {"text_column": text}
+    if not data.is_asked and template_asks is not False:
+        values |= _asked(types, notes, in_template=template_asks is not None)
+    takes_ids = data.id_column is None and ID in (types or {}) and text != ID
+    if takes_ids:
+        values["id_column"] = ID
+    asks_summary = "summarise" in values
+    return Settled(replace(data, **values), takes_ids, asks_summary, tuple(notes))
+
+
+def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
+    """Columns and question of a run that goes on, as they were decided when it began."""
+    values = {name: columns[name] for name in ("text_column", "id_column") if getattr(data, name) is None}
+    if not data.is_asked:
+        values |= {name: columns[name] for name in ASKED}
+    data = replace(data, **values)
+    return Settled(data, bool(columns["takes_ids"]) and data.id_column == columns["id_column"])
+
+
+def as_before(data: Data) -> Settled[Data]:
+    """Columns and question of an output that was begun before any were decided by the input."""
+    return Settled(replace(data, text_column=data.text_column or TEXT))
+
+
+def with_lengths(config: BatchConfig) -> BatchConfig:
+    """With the longest answer, and what becomes of over-long documents, where the settings do not say it."""
+    summary = config.summarise is not None
+    longest = (SUMMARY_TOKENS if summary else ANSWER_TOKENS) if config.max_new_tokens is None else None
+    policy = ("split" if summary else "error") if config.on_overlong is None else None
+    return replace(
+        config, max_new_tokens=longest or config.max_new_tokens, on_overlong=policy or config.on_overlong
+    )
+
+
+def columns_decided(settled: Settled[Any]) -> dict[str, Any]:
+    """What `as_begun` reads, as plain values."""
+    names = ("text_column", "id_column", *ASKED)
+    return {**{name: getattr(settled.settings, name) for name in names}, "takes_ids": settled.takes_ids}
+
+
+def text_column(given: str | None, types: Types | None, notes: list[str]) -> str:
+    """The column of the text, by those of the first file where none is given."""
+    if given is not None:
+        return given
+    types = types or {}
+    found = [name for name in TEXT_TOO if is_text(types.get(name, ""))]
+    if TEXT in types or not found:
+        return TEXT
+    if len(found) > 1:
+        raise ConfigError(
+            f"there is no column {TEXT!r}, and {' and '.join(map(repr, found))} could each be the document: "
+            "--text-column NAME says which"
+        )
+    notes.append(f"the document is the column {found[0]!r} (--text-column names another)")
+    return found[0]
+
+
+def _asked(types: Types | None, notes: list[str], *, in_template: bool) -> dict[str, Any]:
+    """What is asked, where the settings do not say it."""
+    types = types or {}
+    if QUESTION in types:
+        if is_list(types[QUESTION]):
+            raise ConfigError(f"{QUESTION!r} is a column of lists: --questions-column {QUESTION} asks each")
+        return {"question_column": QUESTION}
+    if alike := next((name for name in QUESTION_TOO if name in types), None):
+        flag = "--questions-column" if is_list(types[alike]) else "--question-column"
+        raise ConfigError(
+            f"is {alike!r} the question? {flag} {alike} asks it, --summarise leaves it aside, and --question "
+            "TEXT asks the same of all rows"
+        )
+    if in_template:
+        return {}
+    notes.append(
+        "no question is given and there is no column 'question': a short summary is asked for "
+        "(--summarise says so, --question TEXT asks something else)"
+    )
+    return {"summarise": "short"}
+
+
+def is_text(kind: str) -> bool:
+    """Whether an Arrow type's name is that of texts, or of categories that are texts."""
+    return kind.removeprefix("dictionary<values=").startswith(("string", "large_string", "utf8"))
+
+
+def is_list(kind: str) -> bool:
+    """Whether an Arrow type's name is that of lists."""
+    return kind.startswith(("list", "large_list", "fixed_size_list"))
