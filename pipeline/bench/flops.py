@@ -22,18 +22,19 @@ class LayerWork(NamedTuple):
     pairs: int | None = None  # query-key pairs that attention computed, mean over heads; None: causal, all
     parked: int = 0  # tokens beside those that entered, of which only keys and values were computed
     last_only: bool = False  # so it was with those that entered, but for the document's last one
+    estimated_pairs: int = 0  # query-key pairs by which block-sparse attention chose its blocks
 
 
 Passes = Sequence[Sequence[LayerWork]]  # of one document, each pass's layers
 
 
 def layer_flops(shape: ModelShape, work: LayerWork) -> int:
-    """Operations of one layer over one document: projections, attention, FFN, scoring."""
+    """Operations of one layer over one document: projections, attention, FFN, scoring tokens and blocks."""
     return (
         projections_flops(shape, work)
         + attended_flops(shape, work)
         + work.ffn_tokens * ffn_flops(shape)
-        + 2 * shape.heads * shape.head_dim * work.scored_pairs
+        + 2 * shape.heads * shape.head_dim * (work.scored_pairs + work.estimated_pairs)
     )
 
 

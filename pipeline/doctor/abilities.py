@@ -76,13 +76,13 @@ def sparse_attention() -> Finding:
     """The kernels of block-sparse attention, against plain torch on the CPU with the same blocks."""
     target = device()
     if target.type == "cpu":
-        return Finding(status="absent", text="needs a GPU; on the CPU the same is computed in plain torch")
+        return Finding(status="absent", text="needs a GPU; on a CPU attention is whole")
     heads, kv_heads = SPARSE_HEADS
     generator = torch.Generator().manual_seed(0)
     joined = torch.randn(SPARSE_TOKENS, heads + 2 * kv_heads, SPARSE_HEAD_DIM, generator=generator)
     q, k, v = joined.to(target, torch.bfloat16).split((heads, kv_heads, kv_heads), dim=1)
     if kernels_for(q, "triton_sparse") is None:
-        return Finding(status="absent", text="Triton cannot be imported: plain torch computes it, slowly")
+        return Finding(status="absent", text="Triton cannot be imported: attention is whole")
     blocks = choose_blocks(q, k, SPARSE_MASS)
     q_host, k_host, v_host = (x.cpu().float() for x in (q, k, v))
     same = _same_blocks(blocks, choose_blocks(q_host, k_host, SPARSE_MASS))

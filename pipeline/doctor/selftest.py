@@ -31,6 +31,7 @@ FULL = {
     "kv_share": 1.0,
     "keep": 1.0,
     "last_full": LAYERS - 1,
+    "sparse_attention": 1.0,
 }
 # of dense's logits, as `distance` reckons, by bits of the dtype: matrix shapes may differ, and so last bits
 TOLERANCES = {32: 1e-4, 16: 0.1}

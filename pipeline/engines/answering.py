@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,10 +19,12 @@ from pipeline.bench.flops import (
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer
 from pipeline.errors import RowError
+from pipeline.model.characters import whole_characters
 from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Sampling
+from pipeline.model.stopping import StopTexts
 from pipeline.records import Answer, EncodedDocument
 from pipeline.settings.answers import AnswerSettings, SamplingSettings
 from pipeline.tokenizing import stop_token_ids
@@ -96,8 +97,7 @@ def rules_of(settings: AnswerSettings, model: LoadedModel) -> StopRules:
     return StopRules(
         max_new_tokens=settings.max_new_tokens,
         token_ids=stop_token_ids(model.tokenizer, model.generation_config),
-        texts=settings.stop,
-        decode_text=partial(model.tokenizer.decode, skip_special_tokens=True),
+        texts=StopTexts(texts=settings.stop, tokenizer=model.tokenizer) if settings.stop else None,
     )
 
 
@@ -107,10 +107,9 @@ def sampling_of(settings: SamplingSettings) -> Sampling:
 
 
 def answer_text(tokens: Sequence[int], rules: StopRules, model: LoadedModel) -> str:
-    """An answer that has ended, up to the first stop text in it."""
-    text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-    found = [text.index(stop) for stop in rules.texts if stop in text]
-    return text[: min(found)] if found else text
+    """An answer that has ended, up to the first stop text in it, or else to its last whole character."""
+    cut = None if rules.texts is None else rules.texts.cut(tokens)
+    return whole_characters(tokens, model.tokenizer) if cut is None else cut
 
 
 def add_answer(row: Answer, generated: Generated, rules: StopRules, model: LoadedModel) -> None:

@@ -75,6 +75,9 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     capturable: bool = False  # `decode` reads nothing of the host that changes from step to step
     capture_failure: str | None = None  # why decoding with this backend goes on without CUDA graphs
+    # tokens of a document from which a method may have its attention block-sparse, by plain torch where there
+    # are no kernels; None: where there are kernels, and it pays
+    sparse_from: int | None = None
 
     @abstractmethod
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:

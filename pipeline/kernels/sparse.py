@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
-from pipeline.kernels.modules import kernels_for, power_of_two
+from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
-LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise on a GPU
+LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
@@ -49,7 +49,8 @@ class SparsePrefill:
     def long(self) -> tuple[bool, ...]:
         """Of each document whether it is block-sparse."""
         device = self.segments.device
-        return tuple(worthwhile(length, self.width, device) for length in self.segments.lengths)
+        least = self.attention.sparse_from
+        return tuple(applies(length, self.width, device, least) for length in self.segments.lengths)
 
     @cached_property
     def last(self) -> tuple[list[slice], DecodeSlots]:
@@ -96,6 +97,13 @@ class SparsePrefill:
             mixed_THd[rows] = own
         return mixed_THd, torch.stack(pairs)
 
+    def estimated_pairs(self, mass: float) -> tuple[int, ...]:
+        """Query-key products, of all heads, by which `attend` chooses blocks, of each document."""
+        if not 0 < mass < 1:
+            return (0,) * len(self.segments)
+        documents = zip(self.segments.lengths, self.long, strict=True)
+        return tuple(estimated_pairs(length) if is_long else 0 for length, is_long in documents)
+
     def _whole(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, documents: list[tuple[int, int]]
     ) -> tuple[Tensor, ...]:
@@ -107,9 +115,17 @@ class SparsePrefill:
         return self.attention.prefill(q, k, v, Segments.of(lengths, q.device)).split(lengths)
 
 
+def applies(length: int, width: int, device: torch.device, sparse_from: int | None = None) -> bool:
+    """Whether a document of so many tokens is block-sparse; see `AttentionBackend` for `sparse_from`."""
+    return worthwhile(length, width, device) if sparse_from is None else length >= sparse_from
+
+
 def worthwhile(length: int, width: int, device: torch.device) -> bool:
-    """Whether choosing blocks saves more than it costs in a document of so many tokens."""
-    return length >= SHORTEST and (length * length * width >= LEAST_WORK or device.type != "cuda")
+    """Whether choosing blocks saves more than it costs in a document of so many tokens.
+
+    Without kernels it never does: plain torch takes longer for some blocks than whole attention for all.
+    """
+    return kernels_on(device.type) and length >= SHORTEST and length * length * width >= LEAST_WORK
 
 
 def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
@@ -197,6 +213,15 @@ def local_pairs(tokens: int) -> int:
     rows = -(-tokens // BLOCK)
     counts = [row + 1 if row >= rows - WHOLE_ROWS else min(row + 1, 3) for row in range(rows - 1)]
     return sum(counts) * BLOCK**2 + _ragged_pairs(tokens)
+
+
+def estimated_pairs(tokens: int) -> int:
+    """Query-key products, of each head, by which the blocks of a document are chosen.
+
+    A strided query meets each strided key that is not in its future, by `STRIDE` products.
+    """
+    rows = -(-tokens // STRIDE)
+    return STRIDE * rows * (rows + 1) // 2
 
 
 def _ragged_pairs(tokens: int) -> int:

@@ -24,6 +24,7 @@ from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.graphs import DecodeStats, StepRunner, recorder_for
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
+from pipeline.model.stopping import StopTexts
 from pipeline.model.store import Extent, KvStore, slots_needed
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
@@ -36,23 +37,15 @@ class StopRules:
 
     max_new_tokens: int
     token_ids: frozenset[int] = frozenset()  # never part of the answer
-    texts: tuple[str, ...] = ()
-    decode_text: Callable[[Sequence[int]], str] | None = None  # needed with `texts`
+    texts: StopTexts | None = None
 
     def reason(self, tokens: Sequence[int]) -> str | None:
         """Why the answer ends with its newest token: `stop`, `stop_text`, `length`, or None."""
         if tokens[-1] in self.token_ids:
             return "stop"
-        if self.texts and self._text_found(tokens):
+        if self.texts is not None and self.texts.found(tokens):
             return "stop_text"
         return "length" if len(tokens) >= self.max_new_tokens else None
-
-    def _text_found(self, tokens: Sequence[int]) -> bool:
-        assert self.decode_text is not None
-        # a token is at least a byte: no stop text can reach further back than this
-        reach = max(len(text.encode()) for text in self.texts) + 4
-        tail = self.decode_text(tokens[-reach:])
-        return any(text in tail for text in self.texts)
 
 
 @dataclass(kw_only=True, eq=False)

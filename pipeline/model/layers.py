@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,15 @@ def run_layers(
     )
 
 
+class _Attended(NamedTuple):
+    """What a layer's attention makes, and what it took."""
+
+    mixed_THd: Tensor
+    stored: tuple[Tensor, Tensor, Segments]  # keys and values that there are to be stored
+    pairs_B: Tensor | None = None  # query-key pairs; None for all causal ones
+    estimated: tuple[int, ...] | None = None  # those by which blocks were chosen; None for none
+
+
 @dataclass(kw_only=True)
 class _Run:
     """A pack between two layers of a pass: what is left of its tokens."""
@@ -162,13 +171,13 @@ class _Run:
         """
         adapter, work = self.adapter, self.work
         q_THd, k_TKd, v_TKd = adapter.qkv(layer, self.hidden_TD, self.rope)
-        mixed_THd, stored, pairs_B = self._attend(layer, q_THd, k_TKd, v_TKd)
+        mixed_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
         for rows, fp8 in _ALL if self.kept is None else self.kept.parts:
             adapter.add_attention_(layer, self.hidden_TD[rows], mixed_THd[rows], fp8)
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
         if selection.restart is not None:
-            work.count(view, view.all_indices[:0])
+            work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
             work.mark(view, selection.restart, view.all_indices[:0], None)
             return selection
         if selection.blocks is not None:
@@ -177,7 +186,7 @@ class _Run:
         read = self._last_tokens() if ends else None
         ffn, ffn_fp8 = _feed_forward(adapter, layer, self.hidden_TD, selection, self.kept, read)
         counts = None if self.parked is None else self.parked.counts
-        work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, parked=counts)
+        work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, parked=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
         if selection.live is not None:
             self._go_on(selection.live, selection.live_lengths, parks=selection.parks and not ends)
@@ -207,19 +216,16 @@ class _Run:
         adapter.add_attention_(layer, self.hidden_TD, mixed_BHd)
         adapter.add_feed_forward_(layer, self.hidden_TD)
 
-    def _attend(
-        self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Segments], Tensor | None]:
-        """(T, H, d), what there is to be stored, and (B,) query-key pairs; None for all causal ones."""
+    def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
         if self.parked is not None:
             keys, values = self.parked.keys_values(self.adapter, layer, k_TKd, v_TKd)
             mixed_THd = self.parked.attend(self.attention, q_THd, keys, values)
-            return mixed_THd, (keys, values, self.parked.whole), self.parked.pairs_B()
+            return _Attended(mixed_THd, (keys, values, self.parked.whole), self.parked.pairs_B())
         stored = (k_TKd, v_TKd, self.segments)
         if (mass := self.masses[layer]) is None:
-            return self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored, None
+            return _Attended(self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored)
         mixed_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
-        return mixed_THd, stored, pairs_B
+        return _Attended(mixed_THd, stored, pairs_B, self.sparse.estimated_pairs(mass))
 
     def _view(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
         return LayerView(

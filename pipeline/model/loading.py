@@ -180,19 +180,22 @@ def attention_for(
     )
 
 
-def load_model(model: str = "smollm2-135m", **options: Any) -> LoadedModel:
+def load_model(model: str = "smollm2-135m", *, sparse_from: int | None = None, **options: Any) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
     `options` are the other fields of `ModelSettings`, which are flags of the commands: `dtype` is auto
     (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu, cuda or cuda:N;
     `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto for the fastest
     that passes a trial on the device; `trust_remote_code` lets a folder run code that it brings.
-    `rope_scaling` is as `--rope-scaling`.
+    `rope_scaling` is as `--rope-scaling`. `sparse_from` has documents of so many tokens attended to in blocks
+    wherever a method asks for it, on a device without kernels by plain torch, slowly.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
     too large for the device, ConfigError for a device, dtype or backend that is not there.
     """
-    return open_model(ModelSettings(model=model, **options)).load()
+    loaded = open_model(ModelSettings(model=model, **options)).load()
+    loaded.attention.sparse_from = sparse_from
+    return loaded
 
 
 def open_model(settings: ModelSettings) -> UnloadedModel:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 NOT_FINITE = -1  # in place of a token
+# a temperature below it is 0: of logits near 16 float32 tells differences of 2e-6 apart, so that a draw would
+# only choose among those that rounding made different
+COLDEST = 1e-5
 ROWS_AT_ONCE = 32  # of those that draw: each step of a draw takes a float32 of the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings; temperature 0 is greedy."""
+    """Settings; a temperature below `COLDEST` is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -24,7 +27,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
     def uniforms(self, row: int, tokens: int) -> Tensor:
         """(N,) numbers in [0, 1) for a row's draws: they depend on the seed and the row's number alone."""
@@ -57,7 +60,9 @@ def _draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
 
     They are taken in the order of the vocabulary, or with top-p, which must sort them, the likely ones first.
     """
-    mass_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
+    # the largest is 0 before it is divided, so that nothing becomes infinite but what has no chance anyway
+    below_BV = logits_BV.float() - logits_BV.float().amax(-1, keepdim=True)
+    mass_BV = (below_BV / sampling.temperature).softmax(-1)
     if sampling.top_p >= 1:
         return _inverted(mass_BV.cumsum(-1), uniform_B)
     ordered_BV, tokens_BV = mass_BV.sort(dim=-1, descending=True, stable=True)

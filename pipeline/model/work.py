@@ -27,6 +27,9 @@ class Work:
     )  # those of attention, where not all causal ones
     parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
     last_only: list[bool] = field(default_factory=list)  # so did all but each document's last token
+    estimated: list[tuple[int, ...]] = field(
+        default_factory=list
+    )  # query-key pairs by which blocks were chosen
     marks: list[Tensor] | None = None  # (T,) uint8 of the tokens that entered, where they are asked for
 
     def ffn(self) -> list[list[int]]:
@@ -38,9 +41,17 @@ class Work:
         fp8 = torch.stack(self.ffn_fp8_B).tolist()
         pairs = [[None] * len(self.kept[0]) if counts is None else counts.tolist() for counts in self.pairs_B]
         last_only = [[flag] * len(self.kept[0]) for flag in self.last_only]
-        columns = zip(
-            self.kept, self.ffn(), self.scored_pairs, fp8, pairs, self.parked, last_only, strict=True
+        counted = (
+            self.kept,
+            self.ffn(),
+            self.scored_pairs,
+            fp8,
+            pairs,
+            self.parked,
+            last_only,
+            self.estimated,
         )
+        columns = zip(*counted, strict=True)
         return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
 
     def mark(self, view: LayerView, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
@@ -66,12 +77,15 @@ class Work:
         *,
         pairs_B: Tensor | None = None,
         parked: tuple[int, ...] | None = None,
+        estimated: tuple[int, ...] | None = None,
     ) -> None:
         """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network.
 
-        `pairs_B` are the query-key pairs of its attention, unless they are all causal ones.
+        `pairs_B` are the query-key pairs of its attention, unless they are all causal ones; `estimated` those
+        by which its blocks were chosen.
         """
         self.kept.append(view.segments.lengths)
+        self.estimated.append(estimated or (0,) * len(view.segments))
         self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
         self.pairs_B.append(pairs_B)
         self.parked.append(parked or (0,) * len(view.segments))
@@ -90,6 +104,7 @@ class Work:
 
     def _count_last_only(self, segments: Segments, parked: tuple[int, ...]) -> None:
         self.kept.append(segments.lengths)
+        self.estimated.append((0,) * len(segments))
         self.scored_pairs.append((0,) * len(segments))
         self.pairs_B.append(None)
         self.parked.append(parked)
@@ -105,8 +120,8 @@ class Work:
         """
         lengths_B = segments.lengths_B
         none = (0,) * len(segments)
-        layers = zip(shared.kept, shared.pairs_B, shared.last_only, strict=True)
-        for counts, pairs_G, last_only in layers:
+        layers = zip(shared.kept, shared.pairs_B, shared.estimated, shared.last_only, strict=True)
+        for counts, pairs_G, estimated, last_only in layers:
             if last_only:
                 self._count_last_only(segments, none)
                 continue
@@ -118,6 +133,7 @@ class Work:
                 pairs_B = chosen_B + on_device(behind, pairs_G.device)
             self.kept.append(segments.lengths)
             self.scored_pairs.append(none)
+            self.estimated.append(tuple(estimated[g] for g in of_prefix))
             self.pairs_B.append(pairs_B)
             self.parked.append(none)
             self.ffn_B.append(lengths_B)

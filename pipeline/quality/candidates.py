@@ -87,6 +87,7 @@ class Found:
     budget: float  # drop allowed
     saved_ms: Callable[[Sensitivity], float]
     fp8: bool  # whether FFNs may be told to compute in fp8
+    sparse: bool = True  # whether the device computes block-sparse attention
 
     def by_action(self, action: str) -> dict[int, Sensitivity]:
         return {row.layer: row for row in self.rows if row.action == action}
@@ -167,7 +168,7 @@ Made = tuple[
 
 def _sparse(found: Found) -> Sequence[float | None]:
     """Short prompts are not block-sparse whatever is asked."""
-    return SPARSE if found.longest >= SHORTEST else (None,)
+    return SPARSE if found.sparse and found.longest >= SHORTEST else (None,)
 
 
 def _harsh(sparse: float | None) -> float:

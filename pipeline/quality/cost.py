@@ -108,7 +108,8 @@ def features(shape: ModelShape, passes: Passes, linears_in_fp8: bool) -> np.ndar
     in_fp8 = sum(fp8_tokens(passes, everywhere=linears_in_fp8)) * ffn_flops(shape)
     if linears_in_fp8:
         in_fp8 += sum(projections_flops(shape, work) for work in works)
-    matrices = passes_flops(shape, passes) - whole - sparse_flops - parked - scoring - in_fp8
+    estimates = per_pair * sum(work.estimated_pairs for work in works)  # as squared tokens, below
+    matrices = passes_flops(shape, passes) - whole - sparse_flops - estimates - parked - scoring - in_fp8
     return np.array(
         [
             matrices,

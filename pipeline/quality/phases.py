@@ -10,7 +10,7 @@ from operator import attrgetter
 from pipeline.bench.flops import Passes
 from pipeline.engines.answering import rules_of
 from pipeline.interrupts import nothing_to_lose
-from pipeline.kernels.sparse import SHORTEST
+from pipeline.kernels import sparse
 from pipeline.model.loading import Model
 from pipeline.profile import Profile
 from pipeline.quality.bounds import Bounds, score_of
@@ -137,7 +137,7 @@ class Phases:
         mean = statistics.fmean(case.document.prompt_tokens for case in cases)
         count = self._probed(PROBED_SPARSE, pace_s * longest / mean, len(SPARSE_MASSES))
         long = [ran[place] for place in longest_in_turn(cases, LONG * longest, count)]
-        for mass in SPARSE_MASSES if longest >= SHORTEST else ():
+        for mass in SPARSE_MASSES if self._sparse(longest) else ():
             rows += self._probe_with(("sparse",), long, PROBED_SPARSE, mass)
         actions = [each for each in ACTIONS if each != "sparse"]
         if not self.bench.fp8:
@@ -214,17 +214,25 @@ class Phases:
                 )
         return precisions_of(tried, self.bounds.main.value)
 
+    def _sparse(self, longest: int) -> bool:
+        """Whether attention of a prompt of so many tokens can be block-sparse here."""
+        model = self.bench.model
+        width = model.shape.heads * model.shape.head_dim
+        return sparse.applies(longest, width, model.device, model.attention.sparse_from)
+
     def _found(self, cases: Sequence[Case], rows: Sequence[Sensitivity], unit: float) -> Found:
         cost = self.bench.cost_model()
+        longest = max(case.document.prompt_tokens for case in cases)
         return Found(
             shape=self.bench.model.shape,
-            longest=max(case.document.prompt_tokens for case in cases),
+            longest=longest,
             rows=rows,
             mass=self.config.mass,
             drop_per_nat=unit * drop_per_nat(rows),
             budget=self.bounds.main.value,
             saved_ms=partial(saved_ms, cost=cost),
             fp8=self.bench.fp8,
+            sparse=self._sparse(longest),
         )
 
     def _unit(self, dense: Sequence[Evaluated]) -> float:

@@ -188,9 +188,7 @@ def test_of_blocks_with_equal_shares_the_earlier_are_chosen(kernels):
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.3])
-def test_packs_of_long_and_short_documents(plain, monkeypatch, mass):
-    monkeypatch.setattr(sparse, "SHORTEST", 300)
-    monkeypatch.setattr(sparse, "LEAST_WORK", 0)
+def test_packs_of_long_and_short_documents(plain, mass):
     segments = Segments.of((500, 20, 299, 700), DEVICE)
     q, k, v = qkv(segments.total, heads=4, kv_heads=2)
     packs = []
@@ -200,11 +198,13 @@ def test_packs_of_long_and_short_documents(plain, monkeypatch, mass):
             packs.append(segments.lengths)
             return super().prefill(q, k, v, segments)
 
-    whole, pairs = SparsePrefill(Noted(), segments, 64).attend(q, k, v, 1.0)
+    noted, sdpa = Noted(), SdpaAttention()
+    noted.sparse_from = sdpa.sparse_from = 300
+    whole, pairs = SparsePrefill(noted, segments, 64).attend(q, k, v, 1.0)
     assert packs == [(20, 299)]
     assert (whole - reference.causal_attention(q, k, v, segments)).abs().max() < 1e-5
     assert pairs.tolist() == [n * (n + 1) // 2 for n in segments.lengths]
-    some, pairs = SparsePrefill(SdpaAttention(), segments, 64).attend(q, k, v, mass)
+    some, pairs = SparsePrefill(sdpa, segments, 64).attend(q, k, v, mass)
     for b, (start, end) in enumerate(segments.ranges()):
         part = q[start:end], k[start:end], v[start:end]
         if b in (1, 2):
@@ -249,9 +249,16 @@ def test_in_bfloat16_on_a_gpu(head_dim):
     assert (got - expected).norm() / expected.norm() < 0.01
 
 
-def test_on_a_gpu_it_must_pay():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+def test_on_a_gpu_it_must_pay(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(sparse, "kernels_on", lambda kind: kind == "cuda")
     assert sparse.worthwhile(14_000, 1536, gpu)
     assert not sparse.worthwhile(13_000, 1536, gpu)
-    assert sparse.worthwhile(13_000, 1536, cpu)
-    assert not sparse.worthwhile(4_000, 1536, cpu)
+    assert not sparse.worthwhile(4_000, 1 << 20, gpu)
+
+
+def test_without_kernels_attention_is_whole_unless_the_reference_is_asked_for():
+    cpu = torch.device("cpu")
+    assert not sparse.applies(100_000, 1536, cpu)
+    assert sparse.applies(256, 1536, cpu, sparse_from=256)
+    assert not sparse.applies(255, 1536, cpu, sparse_from=256)

@@ -108,7 +108,7 @@ def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(adapter, sdp
 
 
 def test_block_sparse_attention_of_the_last_token_is_whole(sdpa, monkeypatch):
-    monkeypatch.setattr(sparse, "SHORTEST", 300)
+    sdpa.sparse_from = 300
     monkeypatch.setattr(sparse, "BLOCK", 32)
     adapter, pack = tiny_model("qwen3"), pack_of(document(450), document(40, seed=1))
     method = Dense(sparse_attention=0.2)

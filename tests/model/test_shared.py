@@ -85,7 +85,7 @@ def test_work_that_is_shared_is_counted_apart(sdpa):
 
 
 def test_block_sparse_attention_is_shared_at_no_loss(sdpa, monkeypatch):
-    monkeypatch.setattr(sparse, "SHORTEST", 300)
+    sdpa.sparse_from = 300
     monkeypatch.setattr(sparse, "BLOCK", 32)
     model, method = tiny_model("llama"), Dense(sparse_attention=0.2)
     ids = document(450, seed=3).input_ids

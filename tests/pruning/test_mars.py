@@ -62,9 +62,8 @@ def test_stopping_earlier_keeps_what_was_read_within_reach(sdpa):
     assert not torch.allclose(early.logits_BV, dense.logits_BV, atol=1e-3)
 
 
-def test_long_documents_are_attended_to_in_part(sdpa, monkeypatch):
-    monkeypatch.setattr(sparse, "SHORTEST", 400)
-    monkeypatch.setattr(sparse, "LEAST_WORK", 0)
+def test_long_documents_are_attended_to_in_part(sdpa):
+    sdpa.sparse_from = 400
     model = tiny_model("qwen3")
     pack = pack_of(document(900), document(60, seed=1))
     prefilled = prefill(model, sdpa, replace(SMALL, sparse_attention=0.2, local_from=3), pack)
@@ -90,8 +89,8 @@ def test_late_layers_attend_to_what_is_near():
     assert Mars(sparse_attention=None).attention_masses(3) == (None, None, None)
 
 
-def test_local_layers_compute_few_pairs_but_all_of_the_prompts_end(sdpa, monkeypatch):
-    monkeypatch.setattr(sparse, "SHORTEST", 400)
+def test_local_layers_compute_few_pairs_but_all_of_the_prompts_end(sdpa):
+    sdpa.sparse_from = 400
     model, doc = tiny_model("qwen3"), document(900)
     local = Mars(last_full=2, local_from=0)
     ((passes,),) = prefill(model, sdpa, local, pack_of(doc)).by_document()

@@ -81,8 +81,8 @@ def test_a_probe_acts_at_its_layer_alone(sdpa, at, action):
             assert all(20 <= work.tokens < length for work in later)
 
 
-def test_a_sparse_probe_thins_the_attention_of_its_layer_alone(sdpa, monkeypatch):
-    monkeypatch.setattr("pipeline.kernels.sparse.SHORTEST", 1)
+def test_a_sparse_probe_thins_the_attention_of_its_layer_alone(sdpa):
+    sdpa.sparse_from = 1
     adapter, pack = tiny_model("qwen2"), pack_of(document(900, seed=1))
     probe = prefill(adapter, sdpa, Probe(layer=2, action="sparse", mass=0.3), pack)
     ((works,),) = probe.by_document()

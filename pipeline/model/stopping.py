@@ -1,0 +1,80 @@
+"""Texts that end an answer, which special tokens may be part of, and where they cut it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopTexts:
+    """`texts`, at least one and none empty, end the answers that `tokenizer` decodes."""
+
+    texts: tuple[str, ...]
+    tokenizer: Any
+
+    def found(self, tokens: Sequence[int]) -> bool:
+        """Whether the newest tokens of an answer complete one of the texts."""
+        # a token that is written is at least a byte: no text can reach further back than this
+        reach = max(len(text.encode()) for text in self.texts) + 4
+        tail = self._decode(last_written(tokens, reach, self._special))
+        spelled = self._spelled(tokens[-reach:]) if self._marked else ""
+        return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
+
+    def cut(self, tokens: Sequence[int]) -> str | None:
+        """The answer up to the first of the texts, or None if there is none in it."""
+        text = self._decode(tokens)
+        ends = [text[: text.index(stop)] for stop in self.texts if stop in text]
+        by_special = self._cut_by_special(tokens)
+        return min(ends if by_special is None else [*ends, by_special], key=len, default=None)
+
+    def _cut_by_special(self, tokens: Sequence[int]) -> str | None:
+        """What stands before the first text that special tokens are part of."""
+        for place, token in enumerate(tokens):
+            name = self._special.get(token)
+            for head, rest in self._marked.values() if name is not None else ():
+                if not rest.startswith(str(name)) or not self._spelled(tokens[place:]).startswith(rest):
+                    continue
+                before = self._decode(tokens[:place])
+                if before.endswith(head):
+                    return before.removesuffix(head)
+        return None
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The tokens that are left out of answers, with their texts."""
+        return special_tokens(self.tokenizer)
+
+    @cached_property
+    def _marked(self) -> dict[str, tuple[str, str]]:
+        """Of each text with a special token in it, what stands before the first one, and the rest."""
+        return {text: parts for text in self.texts for parts in self._parted(text)}
+
+    def _parted(self, text: str) -> Iterator[tuple[str, str]]:
+        places = [text.index(name) for name in self._special.values() if name in text]
+        if places:
+            yield text[: min(places)], text[min(places) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _spelled(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that are left out of a text, with what they are called."""
+    return {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
+def last_written(tokens: Sequence[int], count: int, special: dict[int, str]) -> list[int]:
+    """The last `count` tokens, or all there are, that are not special."""
+    kept: list[int] = []
+    for token in reversed(tokens):
+        if len(kept) == count:
+            break
+        if token not in special:
+            kept.append(token)
+    return kept[::-1]
