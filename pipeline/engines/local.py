@@ -83,7 +83,7 @@ class LocalEngine:
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
         )
-        self._prefiller = Prefiller(
+        self.prefiller = Prefiller(
             model=model,
             sampling=sampling,
             new_tokens=rules.max_new_tokens,
@@ -175,7 +175,7 @@ class LocalEngine:
         return None
 
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
-        pack = self._prefiller.run(jobs, self.packs, check, prefix=prefix)
+        pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
         running = self._begun(pack)
         again = [self.packs.not_trusted(row.job, row.answer) for row in running]
         for row, token, dense in zip(running, pack.tokens, again, strict=True):
@@ -321,7 +321,7 @@ class LocalEngine:
         return [self._failed(job, made)] if isinstance(made, Failure) else made
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
-        pack = self._prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
+        pack = self.prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
         (answer,) = pack.rows
         dense = self.packs.not_trusted(job, answer)
         if dense is not None:

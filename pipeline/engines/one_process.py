@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.engines.outgoing import MOST_ROWS, Outgoing
@@ -50,26 +49,27 @@ class OneProcess:
     workers: int | None = None
 
     def __init__(self, setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> None:
-        self._setup, self._note = setup, note
-        self._engine = cache(partial(start_engine, setup, check, note))
+        self._setup, self._check, self._note = setup, check, note
+        self._engine: LocalEngine | None = None
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
         try:
-            yield from answer_windows(self._engine, windows, self._setup)
-            if self._started:
-                for text in last_notes(self._engine()):
+            yield from answer_windows(self._start, windows, self._setup)
+            if self._engine is not None:
+                for text in last_notes(self._engine):
                     self._note(text)
         finally:
-            if self._started:
-                self._engine().close()
+            if self._engine is not None:
+                self._engine.close()
 
     @property
     def times(self) -> EngineTimes:
-        return self._engine().times if self._started else EngineTimes()
+        return EngineTimes() if self._engine is None else self._engine.times
 
-    @property
-    def _started(self) -> bool:
-        return self._engine.cache_info().currsize > 0
+    def _start(self, prompts: Sequence[EncodedDocument]) -> LocalEngine:
+        if self._engine is None:
+            self._engine = start_engine(self._setup, self._check, self._note, prompts)
+        return self._engine
 
 
 def last_notes(engine: LocalEngine) -> Iterator[str]:
@@ -79,13 +79,15 @@ def last_notes(engine: LocalEngine) -> Iterator[str]:
 
 
 def answer_windows(
-    engine: Callable[[], LocalEngine], windows: Iterable[Sequence[Item] | None], setup: Setup
+    engine: Callable[[Sequence[EncodedDocument]], LocalEngine],
+    windows: Iterable[Sequence[Item] | None],
+    setup: Setup,
 ) -> Iterator[list[Answer]]:
     """Answers to the rows of all windows, each a short while after it is there.
 
     The next window is taken in when few documents wait, while others are being answered. A window's failures
-    come behind its other rows, lest their share look too large. `engine` is called for the first row with a
-    prompt.
+    come behind its other rows, lest their share look too large. `engine` is called with the first
+    prompts that there are.
     """
     reduction = Reduction(setup.splitter, setup.method.name)
     outgoing = Outgoing(setup.method.name)
@@ -100,7 +102,7 @@ def answer_windows(
             outgoing.expect(window)
             prompts = _prompts(window, reduction)
             if prompts:
-                started = started or engine()
+                started = started or engine(prompts)
                 # no more than a kill costs anyway
                 outgoing.most_rows = min(MOST_ROWS, started.packer.in_flight)
                 started.add(prompts)
@@ -124,8 +126,16 @@ def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocume
     return [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
 
 
-def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> LocalEngine:
-    """Load the weights and warm up, and note how long that took where it took long."""
+def start_engine(
+    setup: Setup,
+    check: Callable[[], None],
+    note: Callable[[str], None],
+    prompts: Sequence[EncodedDocument] | None = None,
+) -> LocalEngine:
+    """Load the weights and warm up, and note how long that took where it took long.
+
+    `prompts` are the first that will be answered, None where they are not known.
+    """
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
@@ -157,6 +167,6 @@ def start_engine(setup: Setup, check: Callable[[], None], note: Callable[[str], 
         note=note,
     )
     loaded_s = engine.now() - started
-    warm_up(engine, LONGEST_WARM_UP_S, note)
+    warm_up(engine, LONGEST_WARM_UP_S, note, prompts)
     engine.times.load_s = loaded_s
     return engine

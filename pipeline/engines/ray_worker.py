@@ -103,7 +103,7 @@ class Worker:
         (setup, engine), now = self._ready, time.perf_counter()
         here = [[moved(item, now) for item in unit] for unit in units]
         for items in here if apart else [list(rows_of(here))]:
-            for answers in answer_windows(lambda: engine, [items], setup):
+            for answers in answer_windows(lambda prompts: engine, [items], setup):
                 yield self._told(engine, answers)
         self._notes += last_notes(engine)
         yield self._told(engine, [], is_last=True)

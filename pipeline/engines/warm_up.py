@@ -1,16 +1,23 @@
-"""Loading kernels and libraries with throw-away documents, so that no row's TTFT pays for it."""
+"""Loading kernels and libraries by prefills that are thrown away, so that no row's TTFT pays for it.
+
+Kernels of ours are compiled once for documents of all lengths, but libraries choose theirs by size and load
+each when it is first chosen, and the allocator grows with the first large prefill. So documents of a few
+lengths come first, then, where it pays, some of the packs that the run begins with.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from pipeline.engines.answering import Failure
 from pipeline.engines.grouped import rehearse_group
+from pipeline.engines.jobs import Job
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import free_bytes
 from pipeline.errors import RowError
@@ -24,18 +31,27 @@ from pipeline.summary import EngineTimes
 # of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 4096}
 SHORT_WARM_UP_TOKENS = 64
-# of a document that warms up where attention is block-sparse: longer ones choose among more blocks
+# of a document that warms up where attention is block-sparse, unless all that are known are shorter
 LONG_WARM_UP_TOKENS = 32768
 WARM_UP_NEW_TOKENS = 3
+# packs of the first window for each one that is prefilled beforehand, so an eighth at most; None: none is
+PACKS_FOR_ONE: dict[str, int | None] = {"cpu": None, "cuda": 8}
+MOST_PACKS = 3  # that are prefilled beforehand
 LONGEST_WARM_UP_S = 60.0
 WORTH_A_NOTE_S = 1.0  # of warming up, below which nobody wonders what the run is doing
 
 
-def warm_up(engine: LocalEngine, limit_s: float, note: Callable[[str], None] = lambda text: None) -> bool:
+def warm_up(
+    engine: LocalEngine,
+    limit_s: float,
+    note: Callable[[str], None] = lambda text: None,
+    prompts: Sequence[EncodedDocument] | None = None,
+) -> bool:
     """Answer a short document and one of the length of a usual pack, on a GPU longer ones too; capture steps.
 
-    Returns whether all ran: after `limit_s` seconds the warm-up is given up, between two layers. The time
-    limit of a row does not count here: loading kernels takes as long as it takes.
+    `prompts` are those that the run begins with, None where they are not known: of many, some packs are
+    prefilled once beforehand. Returns whether all ran: after `limit_s` seconds the warm-up is given up,
+    between two layers. The time limit of a row does not count: loading kernels takes as long as it takes.
     """
     started = time.perf_counter()
 
@@ -44,10 +60,13 @@ def warm_up(engine: LocalEngine, limit_s: float, note: Callable[[str], None] = l
         if time.perf_counter() - started > limit_s:
             raise RowError("timeout", f"the warm-up took longer than {limit_s:g} s")
 
-    ran = all(_rehearse(engine, length, check) for length in _lengths(engine))
+    longest = max((document.prompt_tokens for document in prompts or ()), default=None)
+    ran = all(_rehearse(engine, length, check) for length in _lengths(engine, longest))
     told = ""
     if engine.model.device.type == "cuda":
         told = f": {engine.prepare(free_bytes(engine.model.device))}"
+    # behind all that gives memory back: the first of these packs finds the memory of the one before
+    ran = ran and all(_prefill_once(engine, pack, check) for pack in _first_packs(engine, prompts or ()))
     engine.times = EngineTimes(warm_up_s=engine.now() - started)
     if not ran:
         note(
@@ -59,22 +78,22 @@ def warm_up(engine: LocalEngine, limit_s: float, note: Callable[[str], None] = l
     return ran
 
 
-def _lengths(engine: LocalEngine) -> list[int]:
+def _lengths(engine: LocalEngine, longest: int | None = None) -> list[int]:
     kind, shape = engine.model.device.type, engine.model.adapter.shape
     room = shape.context - min(engine.rules.max_new_tokens, WARM_UP_NEW_TOKENS)
     # packs of one token mean one document at a time, of whatever length
     usual = engine.packer.pack_tokens if engine.packer.pack_tokens > 1 else WARM_UP_TOKENS[kind]
     short = min(room, SHORT_WARM_UP_TOKENS)
-    lengths = {short, max(short, min(room, usual, WARM_UP_TOKENS[kind])), *_longer(engine, room)}
+    lengths = {short, max(short, min(room, usual, WARM_UP_TOKENS[kind])), *_longer(engine, room, longest)}
     return sorted(
         n for n in lengths if n == short or engine.packer.planned_bytes([n]) <= engine.packer.all_bytes
     )
 
 
-def _longer(engine: LocalEngine, room: int) -> set[int]:
+def _longer(engine: LocalEngine, room: int, longest: int | None = None) -> set[int]:
     """Lengths from which a GPU runs other kernels: fp8 in `mixed` precision, and block-sparse attention.
 
-    Kernels are compiled apart for numbers of tokens that divide by 16 and for others.
+    The longest prompt that is known, if one is, bounds what is run to load the libraries' kernels.
     """
     adapter, device = engine.model.adapter, engine.model.device
     shape = adapter.shape
@@ -84,14 +103,35 @@ def _longer(engine: LocalEngine, room: int) -> set[int]:
     if adapter.linears == "mixed":
         lengths.add(_first(lambda n: precision.worthwhile(n, shape, device), room) + precision.WINDOW)
     if any(mass is not None for mass in engine.method.attention_masses(shape.layers)):
-        first = _first(lambda n: sparse.worthwhile(n, shape.heads * shape.head_dim, device), room)
-        lengths |= {first, first // 16 * 16 + 16, first // 16 * 16 + 17, LONG_WARM_UP_TOKENS}
+        width, least = shape.heads * shape.head_dim, engine.model.attention.sparse_from
+        first = _first(lambda n: sparse.applies(n, width, device, least), room)
+        known = LONG_WARM_UP_TOKENS if longest is None else longest
+        lengths |= {first, max(first, min(known, LONG_WARM_UP_TOKENS, room))}
     return {n for n in lengths if n <= room}
 
 
 def _first(begins: Callable[[int], bool], most: int) -> int:
     """The smallest number of tokens for which this is so, or one more than `most`."""
     return bisect_left(range(most + 1), True, key=begins)
+
+
+def _first_packs(engine: LocalEngine, prompts: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
+    """Some of the packs that `prompts` make, the largest first; none where they are few.
+
+    Rows about the same document come in no such packs, and who runs alone gives all memory back before.
+    """
+    for_one = PACKS_FOR_ONE[engine.model.device.type]
+    if for_one is None:
+        return []
+    _, alone = engine.packs.groups.split(prompts) if engine.packs.grouped else ((), prompts)
+    together = [document for document in alone if not engine.packer.runs_alone(document.prompt_tokens)]
+    packs = sorted(engine.packer.packs(together), key=_tokens, reverse=True)
+    count = min(MOST_PACKS, len(packs) // for_one)
+    return [packs[place * (len(packs) - 1) // max(1, count - 1)] for place in range(count)]
+
+
+def _tokens(pack: Sequence[EncodedDocument]) -> int:
+    return sum(document.prompt_tokens for document in pack)
 
 
 def _rehearse(engine: LocalEngine, length: int, check: Callable[[], None]) -> bool:
@@ -111,6 +151,16 @@ def _rehearse(engine: LocalEngine, length: int, check: Callable[[], None]) -> bo
     gc.collect()
     torch.cuda.empty_cache()
     return True
+
+
+def _prefill_once(
+    engine: LocalEngine, documents: Sequence[EncodedDocument], check: Callable[[], None]
+) -> bool:
+    """Prefill a pack as the run will, and forget it; False where there was no time for it."""
+    jobs = [Job(document=document, method=engine.method) for document in documents]
+    # what fails here will fail in its row, which says why
+    made = engine.attempt(lambda _: engine.prefiller.run(jobs, engine.packs, check), documents[0])
+    return not (isinstance(made, Failure) and made.kind == "timeout")
 
 
 def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> None:

@@ -24,6 +24,9 @@ BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
+CAPACITY = (
+    1024  # blocks of keys that the choosing kernel has room for: more than 131,072 tokens compile it anew
+)
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
@@ -148,7 +151,7 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
         return _plain_choice(masses_HRN, mass)
     indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=q_THd.device)
-    capacity = power_of_two(blocks, 16)
+    capacity = power_of_two(blocks, CAPACITY)
     kernels.choice_kernel[(blocks, heads)](
         *(masses_HRN, masses_HRN.shape[1], blocks, indices, counts, mass),
         PER_BLOCK=BLOCK // STRIDE,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies", "count"])
 def fetch_blocks_kernel(pairs, slots, blocks, copies, count, words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """See `swap.BlockCopies.fetch`: each program takes every n-th piece of all blocks of all copies.
 

@@ -1,6 +1,8 @@
 """Kernels of `sparse.py` in Triton. Importing this module fails without Triton.
 
 Tokens lie at `..._token_stride` from each other, heads at `..._head_stride`; a head's values are contiguous.
+Triton compiles a kernel anew for a number that divides by 16, or is 1, or is a constant of the kernel: what
+differs from document to document is none of these, so that each kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import triton.language as tl
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "tokens", "rows"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -154,7 +156,7 @@ def _attend(scores, values, largest, total, mixed, scale, PRECISION: tl.constexp
     return raised, total, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "capacity", "tokens"])
 def antidiagonal_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -213,7 +215,7 @@ def antidiagonal_kernel(  # type: ignore[no-untyped-def]
     tl.store(places, masses, mask=(row[:, None] < rows) & (block[None, :] < capacity))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def choice_kernel(  # type: ignore[no-untyped-def]
     masses,
     rows,

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.engines import warm_up
 from pipeline.kernels import sparse
+from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import precision
 from pipeline.model.shape import ModelShape
 from pipeline.pruning.registry import make_method
@@ -22,7 +23,8 @@ SHAPE = ModelShape(
 def engine(linears="auto", method="dense", device=GPU):
     adapter = SimpleNamespace(shape=SHAPE, linears=linears)
     return SimpleNamespace(
-        model=SimpleNamespace(adapter=adapter, device=device), method=make_method(method, {})
+        model=SimpleNamespace(adapter=adapter, device=device, attention=SdpaAttention()),
+        method=make_method(method, {}),
     )
 
 
@@ -41,13 +43,22 @@ def test_mixed_precision_warms_up_where_fp8_begins():
     assert not precision.worthwhile(length - precision.WINDOW - 1, SHAPE, GPU)
 
 
-def test_block_sparse_attention_warms_up_where_it_begins_and_by_both_kinds_of_lengths():
-    lengths = warm_up._longer(engine(method="mars"), 100_000)
+@pytest.mark.parametrize(
+    ("longest", "expected"),
+    [
+        (None, warm_up.LONG_WARM_UP_TOKENS),
+        (20_000, 20_000),
+        (50_000, warm_up.LONG_WARM_UP_TOKENS),
+        (900, None),
+    ],
+)
+def test_block_sparse_attention_warms_up_where_it_begins_and_beyond(longest, expected, monkeypatch):
+    monkeypatch.setattr(sparse, "kernels_on", lambda kind: kind == "cuda")
+    lengths = warm_up._longer(engine(method="mars"), 100_000, longest)
     width = SHAPE.heads * SHAPE.head_dim
-    assert all(sparse.worthwhile(length, width, GPU) for length in lengths)
+    assert sparse.worthwhile(min(lengths), width, GPU)
     assert not sparse.worthwhile(min(lengths) - 1, width, GPU)
-    assert {length % 16 == 0 for length in lengths} == {True, False}
-    assert max(lengths) == warm_up.LONG_WARM_UP_TOKENS
+    assert max(lengths) == expected or (expected is None and len(lengths) == 1)
 
 
 @pytest.mark.parametrize(("room", "device"), [(5_000, GPU), (100_000, torch.device("cpu"))])

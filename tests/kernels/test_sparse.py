@@ -28,6 +28,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "CAPACITY", 16)  # of blocks, each of which takes the interpreter's time
 
 
 @pytest.fixture
@@ -75,9 +76,11 @@ def test_plain_attention_is_that_of_the_blocks_alone(plain, tokens, head_dim, he
     assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("tokens", "head_dim", "heads"), [(1, 16, 2), (400, 24, 2)])
-def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads):
-    q, k, v = qkv(tokens, head_dim, heads)
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "heads", "kv_heads"), [(1, 16, 2, 1), (400, 24, 2, 1), (200, 16, 6, 2)]
+)
+def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads, kv_heads):
+    q, k, v = qkv(tokens, head_dim, heads, kv_heads)
     blocks = random_lists(heads, tokens)
     expected, _ = masked_reference(q, k, v, blocks)
     assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-4
@@ -94,6 +97,20 @@ def test_blocks_that_are_not_listed(kernels, tokens, left_out):
     expected, _ = masked_reference(q, k, v, blocks)
     done = min(tokens, max(0, -(-tokens // BLOCK) - left_out) * BLOCK)
     torch.testing.assert_close(got[:done].double(), expected[:done], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_the_estimate_reads_the_keys_that_a_head_shares(kernels, group):
+    """Those of key/value head h // group, of which each has a block of its own that stands out."""
+    kv_heads, blocks = 3, 4
+    q, k, _ = (x.clone() for x in qkv(blocks * BLOCK, heads=kv_heads * group, kv_heads=kv_heads))
+    q[:], k[:] = 1.0, 0.0
+    for head in range(kv_heads):
+        k[head * BLOCK : (head + 1) * BLOCK, head] = 4.0
+    plain = sparse._plain_log_masses(q, k, 1 / (16**0.5 * sparse.STRIDE), blocks)
+    for masses_HRN in (plain, sparse._log_masses(q, k)):
+        loudest = masses_HRN[:, -1].argmax(-1)
+        assert loudest.tolist() == [head for head in range(kv_heads) for _ in range(group)]
 
 
 @pytest.mark.parametrize("tokens", [5, 300, 1031])
