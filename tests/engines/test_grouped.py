@@ -12,7 +12,7 @@ import torch
 from conftest import SIZES, document, tiny_model
 
 from pipeline.bench.flops import dense_flops
-from pipeline.engines import grouped
+from pipeline.engines import grouped, prefilling
 from pipeline.engines.local import LocalEngine
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
@@ -118,6 +118,25 @@ def test_dense_replaces_a_method_that_costs_more(model):
         assert row.answer == (pruned if row.group_rows is None else dense).answer
     assert "against" in notes[0]
     assert "with marsinfer and its first 1 layers computed once" in notes[0]
+
+
+def test_ttft_is_that_of_what_is_shared_and_of_the_rows_own_chunk(model, clock, monkeypatch):
+    """Waiting for the chunks before is not in it."""
+    for place, name, seconds in (
+        (grouped, "prefill_beginnings", 4.0),
+        (grouped, "prefill_behind", 1.0),
+        (prefilling, "first_tokens", 0.25),
+    ):
+        real = getattr(place, name)
+
+        def taking(*given, real=real, seconds=seconds):
+            clock.now += seconds
+            return real(*given)
+
+        monkeypatch.setattr(place, name, taking)
+    answers = answered(engine_for(model), rows(((0, 9), (0, 4), (0, 21))))
+    assert {row.group_rows for row in answers} == {3}
+    assert {(row.shared_ms, row.prefill_ms, row.ttft_ms) for row in answers} == {(4000, 5000, 5250)}
 
 
 def test_shared_time_and_work_are_told_apart(model):

@@ -6,11 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import document, tiny_model
 
 from pipeline.engines import warm_up
+from pipeline.engines.local import LocalEngine
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import precision
+from pipeline.model.decode import StopRules
+from pipeline.model.loading import LoadedModel
+from pipeline.model.sampling import Sampling
 from pipeline.model.shape import ModelShape
 from pipeline.pruning.registry import make_method
 
@@ -64,3 +69,89 @@ def test_block_sparse_attention_warms_up_where_it_begins_and_beyond(longest, exp
 @pytest.mark.parametrize(("room", "device"), [(5_000, GPU), (100_000, torch.device("cpu"))])
 def test_nothing_is_longer_than_the_context_and_a_cpu_has_one_kind_of_kernel(room, device):
     assert warm_up._longer(engine(linears="mixed", method="mars", device=device), room) == set()
+
+
+def local_engine(**options):
+    model = LoadedModel(
+        adapter=tiny_model("qwen2"),
+        tokenizer=None,
+        attention=SdpaAttention(),
+        generation_config=None,
+        name="tiny",
+        fingerprint="",
+    )
+    rules = StopRules(max_new_tokens=3)
+    return LocalEngine(model, make_method("dense", {}), rules=rules, sampling=Sampling(), **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pack_tokens", "expected"),
+    [
+        (7, 1, []),
+        (8, 1, [[47]]),  # the longest
+        (16, 1, [[55], [40]]),
+        (60, 1, [[99], [70], [40]]),  # and the one in between
+        (16, 200, []),  # four packs
+        (0, 1, []),
+    ],
+)
+def test_the_first_packs_are_prefilled_beforehand_where_they_are_many(
+    monkeypatch, rows, pack_tokens, expected
+):
+    monkeypatch.setitem(warm_up.PACKS_FOR_ONE, "cpu", 8)
+    prompts = [document(40 + n, seed=n, row=n) for n in range(rows)]
+    engine = local_engine(pack_tokens=pack_tokens)
+    packs = warm_up._first_packs(engine, prompts)
+    assert [[document.prompt_tokens for document in pack] for pack in packs] == expected
+    monkeypatch.setitem(warm_up.PACKS_FOR_ONE, "cpu", None)
+    assert warm_up._first_packs(engine, prompts) == []
+
+
+def test_rows_that_will_be_answered_together_or_alone_are_not_among_them(monkeypatch):
+    monkeypatch.setitem(warm_up.PACKS_FOR_ONE, "cpu", 1)
+    same = [document(60, seed=1, row=n) for n in range(4)]
+    others = [document(50, seed=2, row=5), document(500, seed=3, row=6)]
+    engine = local_engine(pack_tokens=60, group=True)
+    tokens = [pack[0].prompt_tokens for pack in warm_up._first_packs(engine, [*same, *others])]
+    assert tokens == [500, 50]
+    engine.packer = engine.packer.within(engine.packer.planned_bytes([100]) * 4)
+    assert engine.packer.runs_alone(500)
+    assert [pack[0].prompt_tokens for pack in warm_up._first_packs(engine, others)] == [50]
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("none left"), ValueError("bad luck")])
+def test_packs_that_are_prefilled_beforehand_leave_no_trace(monkeypatch, error):
+    """Neither in the times of the run nor in its answers, and what fails is told by its row."""
+    monkeypatch.setitem(warm_up.PACKS_FOR_ONE, "cpu", 2)
+    prompts = [document(40 + n, seed=n, row=n) for n in range(4)]
+    seen, engine = [], local_engine(pack_tokens=1)
+    real = type(engine.prefiller).run
+
+    def run(self, jobs, *given, **more):
+        seen.append([job.document.prompt_tokens for job in jobs])
+        if error is not None:
+            raise error
+        return real(self, jobs, *given, **more)
+
+    monkeypatch.setattr(type(engine.prefiller), "run", run)
+    assert warm_up.warm_up(engine, 60, prompts=prompts)
+    assert seen == [[43], [40]]
+    assert (engine.times.packs, engine.times.prefill_s, engine.is_busy) == (0, 0, False)
+    assert engine.times.warm_up_s > 0
+
+
+def test_there_may_be_no_time_for_them(monkeypatch, clock):
+    monkeypatch.setitem(warm_up.PACKS_FOR_ONE, "cpu", 1)
+    engine = local_engine(pack_tokens=1)
+    real = warm_up._rehearse
+
+    def slow(*given):
+        assert real(*given)
+        clock.now += 61
+        return True
+
+    monkeypatch.setattr(warm_up, "_rehearse", slow)
+    monkeypatch.setitem(warm_up.WARM_UP_TOKENS, "cpu", 64)
+    notes = []
+    assert not warm_up.warm_up(engine, 60, notes.append, [document(50)])
+    assert notes[0].startswith("the warm-up was given up after 60 s")

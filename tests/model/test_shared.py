@@ -100,6 +100,14 @@ def test_block_sparse_attention_is_shared_at_no_loss(sdpa, monkeypatch):
         mine, other = (prefilled.cache.keys[layer][:before] for prefilled in (together, whole))
         assert (mine - other).abs().max() < 1e-4
     assert (whole.cache.keys[-1][:before] - exact.cache.keys[-1][:before]).abs().max() > 1e-2
+    # of 27 strides, with each other and themselves, 16 products; layers that are shared estimate for all rows
+    estimated = 16 * 27 * 28 // 2
+    ((layers,),) = together.by_document()
+    assert [work.estimated_pairs for work in layers] == [estimated] * 3 + [0]
+    (counted,) = shared.flops(model)
+    unestimated = [work._replace(estimated_pairs=0) for (work,) in shared.work.by_layer()]
+    a_pair = 2 * model.shape.heads * model.shape.head_dim
+    assert counted == sum(layer_flops(model.shape, work) for work in unestimated) + 3 * estimated * a_pair
     *pairs, last = zip(*(pairs_of(p) for p in (together, whole, exact)), strict=True)
     for mine, other, all_pairs in pairs:
         assert other <= mine < all_pairs

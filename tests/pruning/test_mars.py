@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.flops import attended_pairs, attention_ratio
+from pipeline.bench.flops import attended_pairs, attention_ratio, passes_flops
 from pipeline.errors import ConfigError
 from pipeline.kernels import sparse
 from pipeline.model.prefill import prefill
@@ -126,3 +126,31 @@ def test_settings_that_do_not_fit(settings, message):
 def test_settings_that_do_not_fit_the_model(sdpa, settings, message):
     with pytest.raises(ConfigError, match=message):
         prefill(tiny_model("llama"), sdpa, Mars(**settings), pack_of(document(20)))
+
+
+def test_without_kernels_attention_is_whole(sdpa):
+    """Plain torch takes longer for some blocks than whole attention for all."""
+    model, doc = tiny_model("qwen3"), document(5000)
+    doc = replace(doc, input_ids=doc.input_ids[:4200])
+    mars, dense = (prefill(model, sdpa, method, pack_of(doc)) for method in (Mars(), Dense()))
+    (passes,) = mars.by_document()
+    assert attention_ratio(model.shape, passes, 4200) == 1
+    assert [work.estimated_pairs for work in passes[0]] == [0] * 4
+    assert torch.allclose(mars.logits_BV, dense.logits_BV, atol=1e-4)
+
+
+def test_operations_count_the_estimate_that_chooses_blocks(sdpa):
+    sdpa.sparse_from = 400
+    model, pack = tiny_model("qwen3"), pack_of(document(900), document(60, seed=1))
+    method = Mars(local_from=2, sparse_attention=(0.5, 1.0, 0.5, 0.5))
+    of_long, of_short = prefill(model, sdpa, method, pack).by_document()
+    # 900 tokens are 57 strides of 16, which meet 1 + 2 + ... + 57 = 1,653 strides of keys, by 16 products
+    pairs = 16 * 1653
+    # nothing is estimated for a mass of 1, by local layers, by the last one, and in short documents
+    assert [work.estimated_pairs for work in of_long[0]] == [pairs, 0, 0, 0]
+    assert [work.estimated_pairs for work in of_short[0]] == [0, 0, 0, 0]
+    unestimated = [[work._replace(estimated_pairs=0) for work in of_long[0]]]
+    # a product of vectors of 32 is 64 operations, in each of 4 heads
+    added = passes_flops(model.shape, of_long) - passes_flops(model.shape, unestimated)
+    assert (model.shape.heads, model.shape.head_dim) == (4, 32)
+    assert added == 4 * 64 * pairs
