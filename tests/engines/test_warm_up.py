@@ -155,3 +155,16 @@ def test_there_may_be_no_time_for_them(monkeypatch, clock):
     notes = []
     assert not warm_up.warm_up(engine, 60, notes.append, [document(50)])
     assert notes[0].startswith("the warm-up was given up after 60 s")
+
+
+def test_a_run_warms_up_with_the_prompts_of_its_first_window(call, fish, tmp_path, monkeypatch):
+    seen, real = [], warm_up.warm_up
+
+    def watched(engine, limit_s, note, prompts):
+        seen.append([document.source.id for document in prompts])
+        return real(engine, limit_s, note, prompts)
+
+    monkeypatch.setattr(warm_up, "warm_up", watched)
+    flags = ["--text-column", "body", "--id-column", "doc", "--question", "what?", "--max-new-tokens", 2]
+    assert call(fish, tmp_path / "out.jsonl", "--method", "dense", *flags) == 0
+    assert [sorted(ids) for ids in seen] == [["a", "b", "c"]]
