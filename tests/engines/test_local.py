@@ -368,35 +368,3 @@ def test_the_times_of_a_row_add_up_to_its_way_through_the_engine(model, clock):
         assert row.queue_ms + row.ttft_ms + row.decode_ms <= took_ms
     assert max(row.queue_ms for row in rows) > max(row.ttft_ms for row in rows)  # five waited for two
     assert engine.times.prefill_s + engine.times.decode_s <= engine.times.span_s
-
-
-@pytest.mark.parametrize(
-    ("pack_tokens", "queue_ms"), [(None, [5000] * 3), (1, [5000, 5000 + 4250, 5000 + 2 * 4250])]
-)
-def test_ttft_is_the_prefill_and_the_choice_of_the_first_token(
-    model, clock, monkeypatch, pack_tokens, queue_ms
-):
-    """All rows of a pack have its whole time, of their waiting and of the steps that follow none."""
-    for place, name, seconds in (
-        (prefilling, "prefill", 2.0),
-        (prefilling, "first_tokens", 0.25),
-        (Decoder, "step", 1.0),
-    ):
-        monkeypatch.setattr(place, name, taking(seconds, clock, getattr(place, name)))
-    rules = StopRules(max_new_tokens=3)
-    engine = LocalEngine(model, Dense(), rules=rules, sampling=Sampling(), pack_tokens=pack_tokens)
-    given = [replace(row, ready_at=clock.now) for row in documents()[:3]]
-    clock.now += 5
-    rows = engine.answer(given)
-    assert [(row.prefill_ms, row.ttft_ms, row.decode_ms) for row in rows] == [(2000, 2250, 2000)] * 3
-    assert sorted(row.queue_ms for row in rows) == queue_ms
-
-
-def taking(seconds, clock, function):
-    """The same, after so many seconds have passed."""
-
-    def taken(*arguments, **options):
-        clock.now += seconds
-        return function(*arguments, **options)
-
-    return taken
