@@ -123,7 +123,7 @@ def _first_packs(engine: LocalEngine, prompts: Sequence[EncodedDocument]) -> lis
     for_one = PACKS_FOR_ONE[engine.model.device.type]
     if for_one is None:
         return []
-    _, alone = engine.packs.groups.split(prompts) if engine.packs.grouped else ((), prompts)
+    _, alone = engine.packs.groups.split(prompts) if engine.packs.group != "off" else ((), prompts)
     together = [document for document in alone if not engine.packer.runs_alone(document.prompt_tokens)]
     packs = sorted(engine.packer.packs(together), key=_tokens, reverse=True)
     count = min(MOST_PACKS, len(packs) // for_one)
