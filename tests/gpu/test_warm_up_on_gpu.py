@@ -25,7 +25,7 @@ SPARSE_FROM = 4096  # tokens: on a model as small as this, block-sparse attentio
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 64}
 
 
-def gpu_engine(name):
+def gpu_engine(name, **settings):
     sizes = {**SIZES, **FAMILY_SETTINGS["qwen3"], "num_attention_heads": 4, "head_dim": 64}
     sizes["max_position_embeddings"] = 65536
     adapter = DecoderAdapter(random_model("qwen3", sizes, device=CUDA, dtype=torch.bfloat16))
@@ -40,13 +40,16 @@ def gpu_engine(name):
         fingerprint="",
     )
     rules = StopRules(max_new_tokens=3)
-    return LocalEngine(model, make_method(name, {}), rules=rules, sampling=Sampling(), pack_tokens=1)
+    return LocalEngine(model, make_method(name, settings), rules=rules, sampling=Sampling(), pack_tokens=1)
 
 
-@pytest.mark.parametrize("name", ["mars", "marsinfer", "uniprefill"])
-def test_no_length_compiles_a_kernel_after_the_warm_up(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("mars", {}), ("marsinfer", {"start_layer": 1}), ("uniprefill", {"first_layer": 1})],
+)
+def test_no_length_compiles_a_kernel_after_the_warm_up(name, settings, monkeypatch):
     triton = pytest.importorskip("triton")
-    engine = gpu_engine(name)
+    engine = gpu_engine(name, **settings)
     try:
         assert warm_up.warm_up(engine, 60, prompts=[document(9000)])
         compiled = []
