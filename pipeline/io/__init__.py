@@ -1,6 +1,7 @@
 """Reading documents from files and writing answers to one; see `open_source` and `AnswerWriter`."""
 
 from pipeline.io.columns import Columns, Keep, parse_keep_columns
+from pipeline.io.inputs import find_files
 from pipeline.io.source import Source, first_columns, open_source
 from pipeline.io.writing import AnswerWriter, check_output, output_schema
 
@@ -10,6 +11,7 @@ __all__ = [
     "Keep",
     "Source",
     "check_output",
+    "find_files",
     "first_columns",
     "open_source",
     "output_schema",

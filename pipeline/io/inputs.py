@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.io import stdin
-from pipeline.io.causes import cause, some
-from pipeline.io.remote import Place, RemotePath, has_magic, place_of, relative
+from pipeline.io.causes import READ_ERRORS, cause, some
+from pipeline.io.globs import has_magic, matches
+from pipeline.io.listing import files_below, refuse_broken_link
+from pipeline.io.own import SIDECAR, is_own_lines, is_own_table
+from pipeline.io.partitions import Partitions, partitions_of
+from pipeline.io.remote import WEB, Place, RemotePath, place_of, relative
+from pipeline.io.schemas import table_schema
+from pipeline.io.sniff import HEAD_BYTES, misnamed
 from pipeline.io.stdin import Stdin
 
 # Suffix -> (format, compression).
@@ -35,17 +41,37 @@ FORMATS: dict[str, tuple[str, str | None]] = {
     ".md": ("text", None),
 }
 KNOWN = ", ".join(FORMATS)
+MOST_TOLD = 3
+
+
+class NothingReadable(InputError):
+    """A folder has files, of which none can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """One file to read; `label` names it in ids and messages and is unique in the input."""
+    """One file to read; `label` names it in ids and messages and is unique in the input.
+
+    `name` is the label that it has where no other file has the same. `origin` says what the user named: the
+    file itself, a folder, or a pattern. `partitions` are the columns that the names of its folders say, with
+    a null for those that other files have.
+    """
 
     path: Place | Stdin
+    name: str
     label: str
     format: str
     compression: str | None
     size: int
+    origin: Literal["named", "folder", "pattern"] = "named"
+    partitions: Partitions = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no bytes: what is not known of a pipe and of a web server."""
+        if isinstance(self.path, RemotePath) and self.path.scheme in WEB:
+            return False
+        return self.size == 0 and self.path.is_file()
 
     def open(self) -> BinaryIO:
         """Open the file for reading, as it is; each call begins anew."""
@@ -57,9 +83,28 @@ class InputFile:
             return pa.PythonFile(self.open(), mode="r")
         return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
 
+    def schema(self) -> tuple[pa.Schema, bool]:
+        """A table's schema, and whether it may have rows; raises one of `READ_ERRORS`."""
+        with closing(self.native()) as source:
+            return table_schema(source, self.format)
 
-def find_files(inputs: Sequence[str | Path]) -> tuple[tuple[InputFile, ...], list[str]]:
-    """The files of all inputs in the order given, each once, with notes on what was left out."""
+
+Found = tuple[tuple[InputFile, ...], list[str]]
+
+
+def is_own(file: InputFile) -> bool:
+    """Whether a table is an output of ours; what cannot be read is none."""
+    try:
+        return is_own_table(file.schema()[0])
+    except READ_ERRORS:
+        return False
+
+
+def find_files(inputs: Sequence[str | Path]) -> Found:
+    """The files of all inputs in the order given, each once, with notes on what was left out.
+
+    There may be none, where a folder is empty. Raises InputError for what does not exist or cannot be read.
+    """
     if not inputs:
         raise InputError("no input was named")
     if any(given in stdin.NAMES for given in map(str, inputs)):
@@ -67,11 +112,16 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[tuple[InputFile, ...], lis
     notes: list[str] = []
     found: dict[str, InputFile] = {}
     for given in inputs:
+        twice = []
         for file in _expand(given, notes):
-            first = found.setdefault(_address(file.path), file)
+            address = _address(file.path)
+            first = found.setdefault(address, file)
             if first is not file:
-                notes.append(f"{file.path} is named more than once and is read once")
-    return _with_unique_labels(tuple(found.values())), notes
+                twice.append(str(file.path))
+                if file.origin == "named":
+                    found[address] = replace(first, origin="named")
+        notes += _twice_notes(twice)
+    return with_unique_labels(_with_all_keys(tuple(found.values()))), notes
 
 
 def format_of(path: Place) -> tuple[str, str | None] | None:
@@ -80,12 +130,43 @@ def format_of(path: Place) -> tuple[str, str | None] | None:
     return next((known for suffix, known in FORMATS.items() if name.endswith(suffix)), None)
 
 
+def with_unique_labels(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
+    """The files with their names as labels if no two are equal, else with paths below the common parent."""
+    if len({file.name for file in files}) == len(files):
+        return tuple(replace(file, label=file.name) for file in files)
+    whole = [_absolute(file.path).split("/") for file in files]
+    folders = [parts[:-1] for parts in whole]
+    parting = (i for i, names in enumerate(zip(*folders, strict=False)) if len(set(names)) > 1)
+    shared = next(parting, min(map(len, folders)))
+    return tuple(
+        replace(file, label="/".join(parts[shared:])) for file, parts in zip(files, whole, strict=True)
+    )
+
+
+def own_note(paths: Sequence[Place | Stdin]) -> str:
+    """What to say of outputs that were found and left out."""
+    return f"not read, as marsinfer wrote it: {some([str(path) for path in paths], 3)}; to read one, name it"
+
+
+def only_own(paths: Sequence[Place | Stdin]) -> str:
+    """The refusal of a pattern that matches nothing else."""
+    told = some([str(path) for path in paths], 3)
+    return f"nothing matches but what marsinfer wrote: {told}; to read one, name it"
+
+
+def _with_all_keys(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
+    keys = dict.fromkeys(key for file in files for key in file.partitions)
+    if not keys:
+        return files
+    return tuple(replace(file, partitions={key: file.partitions.get(key) for key in keys}) for file in files)
+
+
 def _standard_input(inputs: Sequence[str | Path]) -> InputFile:
     if len(inputs) > 1:
         raise InputError("standard input (-) cannot be mixed with other inputs; pipe them all, or name files")
     path = Stdin()
     path.check()
-    return InputFile(path=path, label=path.name, format="jsonl", compression=None, size=0)
+    return InputFile(path=path, name=path.name, label=path.name, format="jsonl", compression=None, size=0)
 
 
 def _address(path: Place | Stdin) -> str:
@@ -93,82 +174,120 @@ def _address(path: Place | Stdin) -> str:
     return os.path.realpath(path) if isinstance(path, Path) else path.address
 
 
+def _twice_notes(paths: list[str]) -> list[str]:
+    if len(paths) > MOST_TOLD:
+        return [f"named more than once, and read once: {some(paths, MOST_TOLD)}"]
+    return [f"{path} is named more than once and is read once" for path in paths]
+
+
 def _expand(given: str | Path, notes: list[str]) -> list[InputFile]:
     path = place_of(given)
-    if isinstance(path, RemotePath):
-        return _expand_remote(path, notes)
-    if path.is_dir():
-        files = sorted(_walk(path), key=lambda file: relative(file, path).parts)
-        return _choose(given, files, notes, root=path)
-    if path.exists():
-        return [_named(path)]
-    if glob.has_magic(str(path)):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        return _choose(
-            given, [path for path in matches if path.is_file() or format_of(path)], notes, root=None
-        )
-    raise InputError(f"{given} does not exist")
-
-
-def _expand_remote(path: RemotePath, notes: list[str]) -> list[InputFile]:
+    shown = path if isinstance(path, RemotePath) else given
     try:
-        kind = path.kind()
+        kind = _kind(path)
         if kind == "file":
             return [_named(path)]
         if kind == "directory":
-            return _choose(path, path.walk(), notes, root=path)
+            return _of_folder(path, path, notes)
         if has_magic(path):
-            return _choose(path, path.glob(), notes, root=None)
+            return _of_pattern(shown, path, notes)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {cause(error)}") from error
-    raise InputError(f"{path} does not exist")
+        raise InputError(f"{shown} cannot be read: {cause(error)}") from error
+    if isinstance(path, Path):
+        refuse_broken_link(path)
+    raise InputError(f"{shown} does not exist")
+
+
+def _kind(path: Place) -> str | None:
+    if isinstance(path, RemotePath):
+        return path.kind()
+    return "directory" if path.is_dir() else "file" if path.exists() else None
 
 
 def _named(path: Place) -> InputFile:
     if format_of(path) is None:
-        raise InputError(f"{path} has an extension that is not known; known are {KNOWN}")
+        hint = "; JSON lines must be named .jsonl" if path.suffix.lower() == ".json" else ""
+        raise InputError(f"{path} has an extension that is not known; known are {KNOWN}{hint}")
     return _input_file(path, path.name)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def _of_folder(folder: Place, base: Place, notes: list[str]) -> list[InputFile]:
+    """The files of a folder; of their folders those below `base` may say columns."""
+    paths = files_below(folder, notes)
+    if not paths:
+        notes.append(f"{folder} holds no files: no rows come from it")
+        return []
+    listed = {str(path) for path in paths if path.name.endswith(SIDECAR)}
+    files, own = _choose(paths, listed, notes)
+    if not files and not own:
+        raise NothingReadable(f"{folder} holds no file that can be read; known extensions are {KNOWN}")
+    found = [_found(path, base, _label(path, folder), "folder") for path in files]
+    return _of_one_kind(folder, found, notes)
 
 
-def _refuse_folder(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read: {cause(error)}") from error
+def _of_pattern(given: str | Place, pattern: Place, notes: list[str]) -> list[InputFile]:
+    """The files that match, and those of folders that match."""
+    match = matches(pattern, notes)
+    files, own = _choose(match.files, match.sidecars, notes)
+    chosen = set(map(str, files))
+    found: list[InputFile] = []
+    unreadable = not match.folders
+    for path in match.paths:
+        if path in match.folders:
+            try:
+                found += _of_folder(path, match.base, notes)
+            except NothingReadable:
+                unreadable = True
+        elif str(path) in chosen:
+            found.append(_found(path, match.base, path.name, "pattern"))
+    if not found and own:
+        raise InputError(only_own(own))
+    if not found and unreadable:
+        raise InputError(f"{given} holds no file that can be read; known extensions are {KNOWN}")
+    return found
 
 
 def _choose(
-    given: str | Place, paths: Sequence[Place], notes: list[str], *, root: Place | None
-) -> list[InputFile]:
-    """The readable ones of a folder (`root`) or of a glob's matches; anything left out is noted."""
-    files = [_input_file(path, _label(path, root)) for path in paths if format_of(path) and path.is_file()]
-    if not files:
-        raise InputError(f"{given} holds no file that can be read; known extensions are {KNOWN}")
-    if root is not None:
-        _refuse_mixture(root, files)
-    chosen = {file.path for file in files}
-    ignored = [str(path) for path in paths if path not in chosen]
+    paths: Sequence[Place], listed: Collection[str], notes: list[str]
+) -> tuple[list[Place], list[Place]]:
+    """The readable ones, and outputs of ours, which are left out; anything left out is noted."""
+    known = [path for path in paths if format_of(path) and path.is_file()]
+    own = [path for path in known if is_own_lines(path, listed)]
+    if own:
+        notes.append(own_note(own))
+    left_out = {*map(str, own), *(f"{path}{SIDECAR}" for path in own)}
+    taken = set(map(str, known)) | left_out
+    ignored = [str(path) for path in paths if str(path) not in taken]
     if ignored:
         notes.append(f"not read, of a kind that is not known: {some(ignored, 3)}")
-    return files
+    return [path for path in known if str(path) not in left_out], own
 
 
-def _refuse_mixture(folder: Place, files: list[InputFile]) -> None:
+def _found(path: Place, base: Place, label: str, origin: Literal["folder", "pattern"]) -> InputFile:
+    file = _input_file(path, label)
+    return replace(file, origin=origin, partitions=partitions_of(relative(path, base).parts[:-1]))
+
+
+def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> list[InputFile]:
+    """The files, if they are all tables or all texts; tables that are outputs of ours count for nothing."""
     texts = [file for file in files if file.format == "text"]
     tables = [file for file in files if file.format != "text"]
-    if texts and tables:
+    if not texts or not tables:
+        return files
+    own = [file for file in tables if is_own(file)]
+    left = [file for file in tables if file not in own]
+    if left:
         raise InputError(
-            f"{folder} holds both tables ({tables[0].label}) and text documents ({texts[0].label}); "
-            f"choose with a glob, such as '{folder}/**/*{tables[0].path.suffix}'"
+            f"{folder} holds both tables ({left[0].label}) and text documents ({texts[0].label}); "
+            f"choose with a glob, such as '{folder}/**/*{left[0].path.suffix}'"
         )
+    notes.append(own_note([file.path for file in own]))
+    return texts
 
 
-def _label(path: Place, root: Place | None) -> str:
+def _label(path: Place, root: Place) -> str:
     known = format_of(path)
-    if root is not None and known is not None and known[0] == "text":
+    if known is not None and known[0] == "text":
         return relative(path, root).as_posix()
     return path.name
 
@@ -177,32 +296,19 @@ def _input_file(path: Place, label: str) -> InputFile:
     known = format_of(path)
     assert known is not None
     try:
-        if isinstance(path, RemotePath):
-            size = path.size()
-        else:
-            size = _local_size(path)
+        size = path.size() if isinstance(path, RemotePath) else _local_size(path, *known)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {cause(error)}") from error
-    return InputFile(path=path, label=label, format=known[0], compression=known[1], size=size)
+    return InputFile(path=path, name=label, label=label, format=known[0], compression=known[1], size=size)
 
 
-def _local_size(path: Path) -> int:
+def _local_size(path: Path, format: str, compression: str | None) -> int:
     if path.is_file():  # a named pipe can be opened only once
-        path.open("rb").close()
+        with path.open("rb") as file:
+            wrong = misnamed(file.read(HEAD_BYTES), format, compression)
+        if wrong is not None:
+            raise InputError(f"{path} {wrong}")
     return path.stat().st_size
-
-
-def _with_unique_labels(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
-    """Labels as they are if no two are equal, else every file's path below the common parent."""
-    if len({file.label for file in files}) == len(files):
-        return files
-    whole = [_absolute(file.path).split("/") for file in files]
-    folders = [parts[:-1] for parts in whole]
-    parting = (i for i, names in enumerate(zip(*folders, strict=False)) if len(set(names)) > 1)
-    shared = next(parting, min(map(len, folders)))
-    return tuple(
-        replace(file, label="/".join(parts[shared:])) for file, parts in zip(files, whole, strict=True)
-    )
 
 
 def _absolute(path: Place | Stdin) -> str:

@@ -17,6 +17,7 @@ from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import Record, Spot, build, json_type, rest_lost
+from pipeline.io.sniff import CR_ENDS
 from pipeline.io.zstd import ZstdReader
 
 BOM = b"\xef\xbb\xbf"
@@ -49,7 +50,7 @@ class JsonlReader:
 
     def _record(self, line: bytes, plan: PassPlan, spot: Spot) -> Record:
         try:
-            row = _parse(line)
+            row = {**self.file.partitions, **_parse(line)}
         except RowError as error:
             return spot.failure(error.kind, str(error))
         return build(self._columns, spot, row, _copied(plan, row))
@@ -110,7 +111,9 @@ def _parse(line: bytes) -> dict[str, object]:
             "bad_utf8", f"is not valid UTF-8 at byte {error.start}; convert the file to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        raise RowError("bad_json", f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+        ends = error.msg == "Extra data" and error.doc[error.pos - 1] == "\r"
+        hint = f"; the file {CR_ENDS}" if ends else ""
+        raise RowError("bad_json", f"is not JSON: {error.msg} at character {error.pos + 1}{hint}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error).partition(";")[0]
         raise RowError("bad_json", f"cannot be read as JSON: {reason}") from None

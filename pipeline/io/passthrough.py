@@ -43,8 +43,12 @@ class PassPlan:
         *,
         has_jsonl: bool,
         type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
+        partitions: frozenset[str] = frozenset(),
     ) -> None:
-        """`type_held` says in which type the output holds a value: one that does not fit costs its row."""
+        """`type_held` says in which type the output holds a value: one that does not fit costs its row.
+
+        `partitions` are keys of JSONL that get columns of their own, as folders say them.
+        """
         kept = columns.kept
         if kept is None:
             wanted = _all_columns(columns, tables)
@@ -54,6 +58,7 @@ class PassPlan:
             wanted.append((None, pa.field(EXTRA, pa.large_string())))
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
+        self._partitions = partitions
         wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
         self.columns, self.notes = _rename(wanted, holds_question=columns.holds_question)
         self.schema = pa.schema([column.field for column in self.columns])
@@ -79,9 +84,9 @@ class PassPlan:
 
     def _from_object(self, column: PassColumn, row: Mapping[str, object]) -> pa.Array:
         if column.source is None:
-            rest = {key: value for key, value in row.items() if key not in self._roles}
+            rest = {key: value for key, value in row.items() if key not in self._roles | self._partitions}
             return pa.array([_json_text(EXTRA, rest) if rest else None], column.field.type)
-        if not self._takes_keys:
+        if not self._takes_keys and column.source not in self._partitions:
             return pa.nulls(1, column.field.type)
         return _from_value(column.source, row.get(column.source), column.field.type)
 

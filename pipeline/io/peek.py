@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import closing
 from itertools import islice
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.io.causes import READ_ERRORS
 from pipeline.io.inputs import InputFile
 from pipeline.io.jsonl import BOM, open_lines
+from pipeline.io.own import is_own_table
+from pipeline.io.partitions import KIND
 from pipeline.io.stdin import Stdin
 
-FILE_MAGIC = b"ARROW1"
 LINES_TRIED = 100  # until one is an object
 
 
@@ -38,26 +37,22 @@ def first_columns(files: Iterable[InputFile]) -> dict[str, str] | None:
     return empty
 
 
-def table_schema(file: InputFile) -> tuple[pa.Schema, bool]:
-    """The schema of a Parquet or Arrow file, and whether it may have rows; raises one of `READ_ERRORS`."""
-    with closing(file.native()) as source:
-        if file.format == "parquet":
-            parquet = pq.ParquetFile(source, pre_buffer=False)
-            return parquet.schema_arrow, parquet.metadata.num_rows > 0
-        magic = source.read(len(FILE_MAGIC))
-        source.seek(0)
-        if magic == FILE_MAGIC:
-            opened = pa.ipc.open_file(source)
-            return opened.schema, opened.num_record_batches > 0
-        return pa.ipc.open_stream(source).schema, True
-
-
 def _columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
-    """The columns, and whether there may be rows."""
+    """The columns, those that folders say included, and whether there may be rows."""
+    columns, has_rows = _own_columns(file)
+    said = {key: str(KIND) for key in file.partitions}
+    return (None if columns is None else {**said, **columns}), has_rows
+
+
+def _own_columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
+    if file.is_empty:
+        return None, False
     if file.format == "text":
         return {"text": "string"}, True
     if file.format != "jsonl":
-        schema, has_rows = table_schema(file)
+        schema, has_rows = file.schema()
+        if file.origin != "named" and is_own_table(schema):
+            return None, False
         return {field.name: str(field.type) for field in schema}, has_rows
     if isinstance(file.path, Stdin):
         line = file.path.first_line()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from pipeline.errors import ConfigError, MarsError
 from pipeline.io.causes import NetworkError, cause
@@ -29,8 +31,9 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "htt
 WRITABLE = ("s3", "s3a", "gs", "gcs", "memory")
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
-_LOCAL = re.compile(r"(file|local)://")
-_WEB = ("http", "https")
+# file:///x, file://localhost/x and file:/x are one file
+_LOCAL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
+WEB = ("http", "https")
 _MEANT_FOR_CALLERS = (FileNotFoundError, FileExistsError, PermissionError)
 
 
@@ -39,8 +42,9 @@ def place_of(given: str | Path | RemotePath) -> Place:
     if isinstance(given, Path | RemotePath):
         return given
     if _LOCAL.match(given):
-        return Path(_LOCAL.sub("", given, count=1))
-    return RemotePath.of(given) if _URL.match(given) else Path(given)
+        path = _LOCAL.sub("", given, count=1)
+        return Path(path if os.path.lexists(path) else unquote(path))
+    return RemotePath.of(given) if _URL.match(given) else Path(os.path.expanduser(given))
 
 
 def output_place(given: str | Path | RemotePath) -> Place:
@@ -91,6 +95,7 @@ class RemotePath:
     @classmethod
     def of(cls, url: str) -> RemotePath:
         scheme = _scheme(url)
+        url = scheme + url[len(scheme) :]
         options = {} if "::" in url else {"use_listings_cache": False}
         try:
             with storage_errors():
@@ -161,7 +166,7 @@ class RemotePath:
         with storage_errors():
             inner = self.fs.open(self.key, "rb", block_size=BLOCK_BYTES, cache_type="none")
             size = getattr(inner, "size", None)
-            if size is not None and (self.scheme not in _WEB or _sends_parts(inner, size)):
+            if size is not None and (self.scheme not in WEB or _sends_parts(inner, size)):
                 return cast(BinaryIO, io.BufferedReader(_Blocks(inner, size)))
             inner.close()
             return cast(BinaryIO, io.BufferedReader(_Stream(self.fs.open(self.key, "rb", block_size=0))))
@@ -209,21 +214,26 @@ class RemotePath:
             pass
 
     def walk(self) -> list[RemotePath]:
-        """All files below this folder that are not hidden, sorted."""
+        """All files below this folder, hidden ones too, sorted."""
         with storage_errors():
             found = self.fs.find(self.key, detail=True)
-        files = {
-            relative(file, self).parts: file
-            for file in (self._listed(info) for info in found.values() if info["type"] == "file")
-            if not file.key.endswith("/")  # an empty object that stands for a folder
-        }
-        return [files[parts] for parts in sorted(files) if not any(part.startswith(".") for part in parts)]
+        files = (self._listed(info) for info in found.values() if info["type"] == "file")
+        # an empty object whose name ends in a slash stands for a folder
+        return sorted(
+            (file for file in files if not file.key.endswith("/")),
+            key=lambda file: relative(file, self).parts,
+        )
 
-    def glob(self) -> list[RemotePath]:
-        """The files that match this pattern, sorted."""
+    def glob(self, suffix: str = "") -> list[tuple[RemotePath, bool]]:
+        """What matches this pattern with `suffix` behind it, sorted, and whether it is a folder."""
         with storage_errors():
-            found = self.fs.glob(self.key, detail=True)
-        return [self._listed(found[key]) for key in sorted(found) if found[key]["type"] == "file"]
+            found = self.fs.glob(f"{self.key}{suffix}", detail=True)
+        keys = sorted(key for key in found if not key.endswith("/"))
+        return [(self._listed(found[key]), found[key]["type"] == "directory") for key in keys]
+
+    def above(self, parts: int) -> RemotePath:
+        """The folder that the first `parts` parts of the key name, of which only the key counts."""
+        return RemotePath(self.shown, "/".join(self.key.split("/")[:parts]), self.fs)
 
     def siblings(self, prefix: str) -> list[RemotePath]:
         """The files of the same folder, and below it, whose path from there begins with `prefix`."""
@@ -234,7 +244,7 @@ class RemotePath:
 
     def _listed(self, info: dict[str, Any]) -> RemotePath:
         key = info["name"]
-        return RemotePath(_shown(self.fs.unstrip_protocol(key)), key, self.fs, info["size"] or 0)
+        return RemotePath(_shown(self.fs.unstrip_protocol(key)), key, self.fs, info.get("size") or 0)
 
 
 Place = Path | RemotePath
@@ -348,18 +358,13 @@ def _sends_parts(inner: Any, size: int) -> bool:
         return False
 
 
-def has_magic(path: RemotePath) -> bool:
-    """Whether a URL is a pattern; in a web address a question mark is none."""
-    return re.search(r"[*\[]" if path.scheme in _WEB else r"[*?\[]", path.shown) is not None
-
-
 def _scheme(url: str) -> str:
     match = _URL.match(url)
     return match[1].lower() if match else ""
 
 
 def _shown(url: str) -> str:
-    if _scheme(url) not in _WEB:
+    if _scheme(url) not in WEB:
         return url
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0].partition("#")[0])
 

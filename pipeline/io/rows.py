@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,20 @@ BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
 
 UNASKED = "question"  # where a run asks for summaries only because the first row has none
 _MISSING = object()
+# Letters and marks without a shape: a joiner, Hangul and Khmer fillers, Braille's blank, variation selectors.
+_FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text would be seen: it is white space, marks of format and fillers alone."""
+    return not any(map(_is_seen, text))
+
+
+def _is_seen(character: str) -> bool:
+    if character.isspace() or character in _FILLERS:
+        return False
+    return unicodedata.category(character) not in ("Cc", "Cf")
 
 
 def json_type(value: object) -> str:
@@ -87,7 +101,7 @@ def _text(name: str, cells: Mapping[str, object]) -> str:
     if value is None:
         raise RowError("missing_text", f"{name!r} is null")
     text = _string(repr(name), value, "bad_text_type")
-    if not text.strip():
+    if is_blank(text):
         raise RowError("empty_document", f"{name!r} is empty")
     return text
 
@@ -117,7 +131,7 @@ def _asked(what: str, value: object) -> str:
     if value is None:
         raise RowError("missing_question", f"{what} is null")
     question = _string(what, value, "bad_question_type")
-    if not question.strip():
+    if is_blank(question):
         raise RowError("missing_question", f"{what} is empty")
     return question
 
@@ -179,7 +193,7 @@ def _own_id(name: str, value: object) -> str:
     if isinstance(value, Fault):
         raise RowError(value.kind, f"{name!r} {value.what}")
     text = value if isinstance(value, str) else "" if value is None else _as_text(value)
-    if not text.strip():
+    if is_blank(text):
         raise RowError("missing_id", f"there is no id in {name!r}; --id-column names the id")
     _refuse_surrogates(repr(name), text)
     return text

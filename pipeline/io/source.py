@@ -12,11 +12,14 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.io.arrow import open_arrow
+from pipeline.io.causes import some
 from pipeline.io.columns import Columns
 from pipeline.io.formats import type_held
-from pipeline.io.inputs import InputFile, find_files
+from pipeline.io.inputs import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
 from pipeline.io.jsonl import JsonlReader
+from pipeline.io.own import is_own_table
 from pipeline.io.parquet import ParquetReader
+from pipeline.io.partitions import with_fields
 from pipeline.io.passthrough import PassPlan, Table
 from pipeline.io.peek import first_columns as _first_columns
 from pipeline.io.remote import Place
@@ -35,6 +38,21 @@ class Reader(Protocol):
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """Records numbered from `base`; returns how many rows the file has, blank lines included."""
         ...
+
+
+class EmptyReader:
+    """A file without a byte, which has no rows, whatever its name says."""
+
+    num_rows: int | None = 0
+
+    def __init__(self, file: InputFile) -> None:
+        self.file = file
+        self.fraction = 1.0
+
+    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
+        """No records."""
+        yield from ()
+        return 0
 
 
 OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
@@ -97,15 +115,22 @@ def open_source(
     `columns` may depend on those of the first file, by name and type, of which it is told. A value that
     `output`, by its extension, has no room for costs its row.
     """
-    files, notes = find_files(inputs)
+    files, found_notes = find_files(inputs)
+    notes = list(found_notes)
     if not isinstance(columns, Columns):
         columns = columns(_first_columns(files))
-    readers: list[Reader] = [OPENERS[file.format](file, columns) for file in files]
-    tables = [Table(reader.file.label, reader.schema) for reader in readers if hasattr(reader, "schema")]
+    readers = _opened(files, columns, notes)
+    schemas = [(reader.file, with_fields(_schema(reader), reader.file.partitions)) for reader in readers]
+    tables = [Table(file.label, schema) for file, schema in schemas if schema.names]
     if columns.asks_summary:
         _refuse_questions(tables)
-    has_jsonl = any(file.format == "jsonl" for file in files)
-    plan = PassPlan(columns, tables, has_jsonl=has_jsonl, type_held=partial(type_held, Path(output)))
+    plan = PassPlan(
+        columns,
+        tables,
+        has_jsonl=_has_keys(readers, columns),
+        type_held=partial(type_held, Path(output)),
+        partitions=frozenset(key for reader in readers for key in reader.file.partitions),
+    )
     return Source(readers, plan, columns, notes + plan.notes)
 
 
@@ -117,3 +142,54 @@ def _refuse_questions(tables: Sequence[Table]) -> None:
             f"{asking.label} has a column {UNASKED!r}, which the first file has not: --question-column "
             f"{UNASKED} asks it, --summarise leaves it aside"
         )
+
+
+def _schema(reader: Reader) -> pa.Schema:
+    """The columns that a file itself says before it is read."""
+    schema: pa.Schema = getattr(reader, "schema", pa.schema([]))
+    return schema
+
+
+def _has_keys(readers: Sequence[Reader], columns: Columns) -> bool:
+    """Whether the columns to copy may be keys of JSON lines; if no file has a row, any may be asked for."""
+    if any(reader.file.format == "jsonl" for reader in readers):
+        return True
+    return columns.kept is not None and all(isinstance(reader, EmptyReader) for reader in readers)
+
+
+def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> list[Reader]:
+    """A reader for each file but outputs of ours, which are known once they are opened."""
+    readers: list[Reader] = []
+    own: list[InputFile] = []
+    empty = [str(file.path) for file in files if file.is_empty]
+    if empty:
+        notes.append(f"of no bytes, and so of no rows: {some(empty, 3)}")
+    for file in files:
+        reader = _open(file, columns)
+        readers.append(reader) if reader is not None else own.append(file)
+    if own:
+        paths = [file.path for file in own]
+        if not readers and any(file.origin == "pattern" for file in own):
+            raise InputError(only_own(paths))
+        notes.append(own_note(paths))
+        for reader, file in zip(
+            readers, with_unique_labels(tuple(reader.file for reader in readers)), strict=True
+        ):
+            reader.file = file
+    return readers
+
+
+def _open(file: InputFile, columns: Columns) -> Reader | None:
+    """None for an output of ours, unless the user named it."""
+    if file.is_empty:
+        return EmptyReader(file)
+    opener = OPENERS[file.format]
+    if file.origin == "named" or file.format not in ("parquet", "arrow"):
+        return opener(file, columns)
+    try:
+        reader: Reader = opener(file, columns)
+    except InputError:
+        if is_own(file):
+            return None
+        raise
+    return None if is_own_table(_schema(reader)) else reader

@@ -7,16 +7,9 @@ import sys
 from typing import BinaryIO, cast
 
 from pipeline.errors import InputError
+from pipeline.io.sniff import kind_of
 
 NAMES = ("-", "/dev/stdin")
-
-_NOT_LINES = {
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"\xff\xff\xff\xff": "Arrow",
-    b"\x1f\x8b": "compressed with gzip",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-}
 
 
 class Stdin:
@@ -42,7 +35,7 @@ class Stdin:
         if sys.stdin.isatty():
             raise InputError("standard input is a terminal; pipe JSON lines into the command, or name a file")
         start = _buffered().peek(8)[:8]
-        kind = next((kind for magic, kind in _NOT_LINES.items() if start.startswith(magic)), None)
+        kind = kind_of(start)
         if kind is not None:
             raise InputError(
                 f"standard input is {kind}, and must be plain JSON lines; save it to a file and name that"

@@ -10,6 +10,7 @@ from pipeline.errors import InputError, RowError
 from pipeline.io.causes import READ_ERRORS, ReadFault, cause, some
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
+from pipeline.io.partitions import with_arrays, with_fields
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import BAD_UTF8, Fault, Record, Spot, build, rest_lost
 
@@ -24,6 +25,7 @@ _AS_BINARY = {
 
 def check_columns(file: InputFile, schema: pa.Schema, columns: Columns) -> None:
     """Refuse a file that lacks a column read by name, or whose text is no text."""
+    schema = with_fields(schema, file.partitions)
     wanted = (("--text-column", "text", columns.text), ("--question-column", "question", columns.question))
     for flag, role, name in wanted:
         if name is not None:
@@ -102,6 +104,7 @@ class TableRows:
 
     def records(self, batch: pa.RecordBatch, index: int, *, sound: bool) -> Iterator[Record]:
         """The records of a batch whose first row is row `index` of the file."""
+        batch = with_arrays(batch, self._file.partitions)
         try:
             passthrough = self._plan.of_batch(batch) if sound else None
         except RowError:

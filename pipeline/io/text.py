@@ -13,7 +13,7 @@ from pipeline.io.rows import BAD_UTF8, Record, Spot, build
 
 
 class TextReader:
-    """One text file, which has a text and no columns."""
+    """One text file, which has a text and no columns but those that its folders say."""
 
     num_rows: int | None = 1
 
@@ -21,13 +21,16 @@ class TextReader:
         self.file = file
         self.fraction = 0.0
         self._columns = columns
-        if columns.question is not None or columns.questions is not None:
+        if columns.questions is not None or not self._has(columns.question):
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"
             )
         for flag, name in (("--id-column", columns.id), ("--task-column", columns.task)):
-            if name is not None:
+            if not self._has(name):
                 raise InputError(f"{file.label} is a text document without columns; leave out {flag}")
+
+    def _has(self, name: str | None) -> bool:
+        return name is None or name in self.file.partitions
 
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """The one record; returns 1."""
@@ -42,5 +45,7 @@ class TextReader:
             yield spot.failure("unreadable", f"cannot be read: {cause(error)}")
             return 1
         self.fraction = 1.0
-        yield build(self._columns, spot, {self._columns.text: text}, None)
+        partitions = dict(self.file.partitions)
+        copied = plan.of_object(partitions) if partitions else None
+        yield build(self._columns, spot, {**partitions, self._columns.text: text}, copied)
         return 1

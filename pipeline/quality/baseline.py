@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.io.beginnings import check_settings, plain
+from pipeline.io.own import BASELINE_KEY
 from pipeline.io.whole_file import writing
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.row_results import RowResult
 
 VERSION = 2
-_KEY = b"marsinfer_baseline"
 _ANEW = "--overwrite-baseline makes it anew"
 
 _TEXT, _COUNT, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -41,7 +41,7 @@ def write_baseline(
 ) -> None:
     """Store results of the dense side; what `about` says decides nothing. Raises StorageError."""
     content = {"version": VERSION, "settings_that_decide": plain(decides), "about": plain(about)}
-    schema = _SCHEMA.with_metadata({_KEY: json.dumps(content)})
+    schema = _SCHEMA.with_metadata({BASELINE_KEY: json.dumps(content)})
     table = pa.Table.from_pylist([result.as_dict() for result in results], schema)
     with writing(path) as temporary:
         pq.write_table(table, temporary)
@@ -56,7 +56,7 @@ def read_baseline(
     """
     try:
         table = pq.read_table(path)
-        content = json.loads((table.schema.metadata or {})[_KEY])
+        content = json.loads((table.schema.metadata or {})[BASELINE_KEY])
         if content["version"] != VERSION:
             raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
         found = {each["id"]: RowResult.from_dict(each) for each in table.to_pylist()}
@@ -74,7 +74,7 @@ def read_baseline(
 def baseline_settings(path: Path) -> dict[str, Any]:
     """With which settings it was made; none where it is not there, or is none, which reading it tells."""
     try:
-        return dict(json.loads((pq.read_schema(path).metadata or {})[_KEY])["settings_that_decide"])
+        return dict(json.loads((pq.read_schema(path).metadata or {})[BASELINE_KEY])["settings_that_decide"])
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError):
         return {}
 

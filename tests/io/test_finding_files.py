@@ -1,13 +1,15 @@
 """Which files an input names, in which order, and what is refused or noted."""
 
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.io import Columns, open_source
+from pipeline.io.remote import output_place, place_of
 
 KNOWN = (
     ".parquet, .pq, .jsonl, .jsonl.gz, .jsonl.zst, .ndjson, .ndjson.gz, .ndjson.zst, "
@@ -95,10 +97,10 @@ def test_a_folder_of_tables_and_texts_is_refused(tmp_path):
 
 def test_files_of_other_kinds_are_noted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", "a")
-    for name in ("_SUCCESS", "b.csv"):
+    for name in ("c.log", "b.csv"):
         (tmp_path / name).write_text("")
     by_folder, by_glob = (open_source([named], Columns()) for named in (tmp_path, f"{tmp_path}/*"))
-    note = f"not read, of a kind that is not known: {tmp_path}/_SUCCESS, {tmp_path}/b.csv"
+    note = f"not read, of a kind that is not known: {tmp_path}/b.csv, {tmp_path}/c.log"
     assert by_folder.notes == by_glob.notes == [note]
 
 
@@ -117,7 +119,7 @@ def test_no_input_is_refused():
     assert refusal() == "no input was named"
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a", "a.json"])
+@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a"])
 def test_an_unknown_extension_is_refused(tmp_path, name):
     (tmp_path / name).write_text("")
     expected = f"{tmp_path}/{name} has an extension that is not known; known are {KNOWN}"
@@ -129,6 +131,42 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", "a")
     (tmp_path / "a.jsonl").chmod(0)
     assert refusal(tmp_path / "a.jsonl") == f"{tmp_path}/a.jsonl cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("start", ["file://", "file:", "FILE://localhost", "local://"])
+def test_file_urls_are_local_paths(tmp_path, start):
+    write_jsonl(tmp_path / "a b%20.jsonl", "a")
+    write_jsonl(tmp_path / "c d.jsonl", "c")
+    assert texts(f"{start}{tmp_path}/a b%20.jsonl", f"{start}{tmp_path}/c%20d.jsonl") == ["a", "c"]
+    assert output_place(f"{start}{tmp_path}/o.parquet") == tmp_path / "o.parquet"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "in" / "a.jsonl", "a")
+    assert texts("~/in") == texts("~/in/*") == texts("~/in/a.jsonl") == ["a"]
+    assert output_place("~/o.parquet") == tmp_path / "o.parquet"
+    assert place_of("~no-such-user/a") == Path("~no-such-user/a")
+
+
+def test_schemes_are_known_in_any_case():
+    place = output_place("MEMORY://in/A.jsonl")
+    assert (str(place), place.scheme) == ("memory://in/A.jsonl", "memory")
+    with pytest.raises(ConfigError, match="http:// cannot lock it"):
+        output_place("HTTP://server/o.parquet")
+
+
+def test_many_files_named_twice_are_one_note(tmp_path):
+    for i in range(5):
+        write_jsonl(tmp_path / f"{i}.jsonl", str(i))
+    first = ", ".join(f"{tmp_path}/{i}.jsonl" for i in range(3))
+    expected = [f"named more than once, and read once: {first} and 2 more"]
+    assert open_source([tmp_path, tmp_path], Columns()).notes == expected
+
+
+def test_lines_named_json_are_refused_with_the_remedy(tmp_path):
+    write_jsonl(tmp_path / "part-00000.json", "a")
+    assert refusal(tmp_path / "part-00000.json").endswith("; JSON lines must be named .jsonl")
 
 
 def test_default_ids_are_file_name_and_row(tmp_path):

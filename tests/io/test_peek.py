@@ -44,6 +44,12 @@ def test_lines_tell_the_keys_of_the_first_object(tmp_path, name):
     }
 
 
+def test_which_columns_are_read_may_hang_on_those_there_are(tmp_path):
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    source = open_source([tmp_path], lambda types: Columns(text=next(iter(types))))
+    assert [record.text for record in source] == ["x"]
+
+
 def test_a_text_document_is_a_text(tmp_path):
     (tmp_path / "a.md").write_text("x")
     assert first_columns([tmp_path]) == {"text": "string"}

@@ -71,6 +71,7 @@ def test_lines_are_numbered_physically(tmp_path):
         ('{"text": {}}', "bad_text_type", "'text' is an object, not a string"),
         ('{"text": ""}', "empty_document", "'text' is empty"),
         ('{"text": " \\n\\u00a0"}', "empty_document", "'text' is empty"),
+        ('{"text": "\\u200b \\ufeff\\u2060\\u3164\\u0000"}', "empty_document", "'text' is empty"),
         (b'{"text": "\xff"}', "bad_utf8", "is not valid UTF-8 at byte 10; convert the file to UTF-8"),
         (
             '{"text": "a\\ud800"}',

@@ -108,7 +108,7 @@ def test_hidden_files_folder_marks_and_other_kinds_are_left_out(bucket):
     put(f"{bucket}/in/a/z.txt", b"az")
     source = open_source([f"{bucket}/in"], Columns())
     assert [(record.source.id, record.text) for record in source] == [("a/z.txt", "az"), ("b.md", "b")]
-    assert source.notes == [f"not read, of a kind that is not known: {bucket}/in/_SUCCESS"]
+    assert source.notes == []
 
 
 def test_local_and_remote_mix_and_a_file_named_twice_is_read_once(folder, tmp_path):
@@ -118,10 +118,21 @@ def test_local_and_remote_mix_and_a_file_named_twice_is_read_once(folder, tmp_pa
     assert (ids[0], ids[300], len(ids)) == (f"{tmp_path}/d.jsonl:0", f"{folder}/d.jsonl:0", 600)
 
 
-def test_file_urls_are_local_paths(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    source = open_source([f"file://{tmp_path}/a.jsonl"], Columns())
-    assert source.files == (tmp_path / "a.jsonl",)
+def test_partitions_datasets_and_outputs_are_known_as_locally(tmp_path, bucket):
+    output = pa.table({name: [None] for name in ("text", "id", "row", "answer", "status")})
+    output = output.replace_schema_metadata({"marsinfer": '{"settings_that_decide": {}}'})
+    put(f"{bucket}/in/year=1/a.parquet", written(pq.write_table))
+    pq.write_table(output, tmp_path / "out.parquet")
+    put(f"{bucket}/in/out.parquet", (tmp_path / "out.parquet").read_bytes())
+    put(f"{bucket}/in/set/state.json", b'{"_data_files": [{"filename": "b.arrow"}]}')
+    for name in ("b.arrow", "cache-1.arrow"):
+        put(f"{bucket}/in/set/{name}", stream_bytes())
+    for given in (f"{bucket}/in", f"{bucket}/in/*", f"S3{bucket[2:]}/in/"):
+        source = open_source([given], Columns())
+        assert {record.source.id.partition(":")[0] for record in source} == {"a.parquet", "b.arrow"}
+        assert (
+            f"not read, as marsinfer wrote it: {bucket}/in/out.parquet; to read one, name it" in source.notes
+        )
 
 
 def test_what_is_not_there_is_refused(bucket):

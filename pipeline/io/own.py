@@ -1,0 +1,61 @@
+"""Outputs of earlier runs, known by what a run writes into them or beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.io.beginnings import METADATA_KEY, SETTINGS_KEY
+from pipeline.io.causes import READ_ERRORS
+from pipeline.io.remote import Place
+from pipeline.io.sidecar import needs_sidecar, sidecar_path
+
+SIDECAR = ".run.json"
+
+BASELINE_KEY = b"marsinfer_baseline"
+
+# Metadata outlives a change of columns, so a table that was made of an output may have it too.
+_WRITTEN = {
+    METADATA_KEY: {"id", "row", "answer", "status"},
+    BASELINE_KEY: {"id", "row_hash", "generated"},
+}
+
+
+def is_own_table(schema: pa.Schema) -> bool:
+    """Whether a Parquet or Arrow file of this schema is an output, or the baseline of a check."""
+    return any(columns.issubset(schema.names) and _says(schema, key) for key, columns in _WRITTEN.items())
+
+
+def _says(schema: pa.Schema, key: bytes) -> bool:
+    try:
+        return SETTINGS_KEY in json.loads((schema.metadata or {})[key])
+    except (LookupError, TypeError, ValueError):
+        return False
+
+
+def is_own_lines(path: Place, listed: Collection[str]) -> bool:
+    """Whether JSON lines are an output: whether the file beside them that says how they were made is there.
+
+    `listed` are the names, as shown, that were found in remote folders: none of them is asked for again.
+    """
+    if not needs_sidecar(Path(path.name)):
+        return False
+    if isinstance(path, Path):
+        # the links of its folders lead to the same place
+        sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
+        is_there = sidecar.exists()
+    else:
+        sidecar = path.beside(f"{path.name}{SIDECAR}")
+        is_there = str(sidecar) in listed
+    return is_there and _says_settings(sidecar)
+
+
+def _says_settings(sidecar: Place) -> bool:
+    try:
+        content = json.loads(sidecar.read_bytes())
+        return "arrow_schema" in content and METADATA_KEY.decode() in content
+    except (*READ_ERRORS, TypeError):
+        return False

@@ -1,0 +1,45 @@
+"""What the first bytes of a file say against its name."""
+
+from __future__ import annotations
+
+import re
+
+HEAD_BYTES = 4096
+
+LFS = b"version https://git-lfs.github.com/spec/"
+
+MAGICS = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+}
+CR_ENDS = "ends its lines with carriage returns alone; tr '\\r' '\\n' converts it"
+
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|\{\x00|\x00+\{")
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
+_CR_ENDS = re.compile(rb"\}[ \t]*\r\s*\{")
+
+
+def kind_of(head: bytes) -> str | None:
+    """What bytes are that are no lines of text; None if they may be such."""
+    return next((kind for magic, kind in MAGICS.items() if head.startswith(magic)), None)
+
+
+def misnamed(head: bytes, format: str, compression: str | None) -> str | None:
+    """What is wrong with a file that begins so, and what helps; None if it may be what its name says."""
+    if head.startswith(LFS):
+        return "is a Git LFS pointer, not the file; git lfs pull fetches that"
+    if format != "jsonl" or compression is not None:
+        return None
+    kind = kind_of(head)
+    if kind is not None:
+        return f"is {kind}, not plain JSON lines, as its name says; rename it"
+    if _UTF_16.match(head):
+        return "is not UTF-8 but UTF-16 or UTF-32; iconv -f UTF-16 -t UTF-8 converts it"
+    if _ARRAY.match(head):
+        return "is one JSON array, not a JSON object a line; jq -c '.[]' writes it so"
+    if b"\n" not in head and _CR_ENDS.search(head):
+        return CR_ENDS
+    return None
