@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import RowError
+from pipeline.io.rows import is_blank
 from pipeline.records import Document, EncodedDocument, Row
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Splitter:
         text = TokenizedText(document.text, self.prompts.token_starts(document.text))
 
         def encode(part: str) -> EncodedDocument | None:
-            return self.prompts.encode(replace(document, text=part)) if part.strip() else None
+            return None if is_blank(part) else self.prompts.encode(replace(document, text=part))
 
         parts = tuple(cut_parts(text, room=room, overlap=self.overlap, encode=encode))
         if not any(part.encoded for part in parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from pipeline.errors import InputError
 from pipeline.io.causes import READ_ERRORS, ReadFault, cause, until_fault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
+from pipeline.io.long_integers import long_integers
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import Record
 from pipeline.io.tables import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
 
 FILE_MAGIC = b"ARROW1"
 FEATHER_V1_MAGIC = b"FEA1"
+MOST_SCHEMA_BYTES = 1 << 20
 MOST_ROWS_A_BYTE = 100  # documents that compress better have no text worth an answer
 
 
@@ -31,10 +34,28 @@ def open_arrow(file: InputFile, columns: Columns) -> ArrowFileReader | ArrowStre
             raise ValueError("it is Feather version 1; write it again as version 2 or as Parquet")
         reader = ArrowFileReader if magic == FILE_MAGIC else ArrowStreamReader
         opened = reader(file, columns)
+    except pa.ArrowNotImplementedError as error:
+        raise InputError(_not_implemented(file) or _not_readable(file, error)) from error
     except READ_ERRORS as error:
-        raise InputError(f"{file.path} is not a readable Arrow file: {cause(error)}") from error
+        raise InputError(_not_readable(file, error)) from error
     check_columns(file, opened.schema, columns)
     return opened
+
+
+def _not_readable(file: InputFile, error: BaseException) -> str:
+    return f"{file.path} is not a readable Arrow file: {cause(error)}"
+
+
+def _not_implemented(file: InputFile) -> str | None:
+    """Which column it is that keeps the file from being read, if that can be told."""
+    with file.open() as handle:
+        message = handle.read(MOST_SCHEMA_BYTES)
+    try:
+        found = long_integers(message[8 if message.startswith(FILE_MAGIC) else 0 :])
+    except (ValueError, LookupError, struct.error):
+        return None
+    told = f"column {found[0].column!r} is {found[0].type_name}" if found else None
+    return told and f"{file.label}: {told}, which cannot be read; write the file without it, or as Parquet"
 
 
 class ArrowFileReader:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.io.dictionaries import settled
 from pipeline.io.writing import sync_folder
 
 STATE_FILE = "settings.json"
@@ -88,17 +89,16 @@ def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) ->
 
 
 def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
-    """A `ConfigError` that names the columns that differ."""
-    if then.equals(now, check_metadata=False):
+    """A `ConfigError` that names the columns that differ; layouts that are copied in the same way do not."""
+    before, after = ({field.name: settled(field.type) for field in schema} for schema in (then, now))
+    if list(before.items()) == list(after.items()):
         return
-    before = {field.name: field for field in then}
-    after = {field.name: field for field in now}
     told = [f"{name!r} is gone" for name in before if name not in after]
     told += [f"{name!r} is new" for name in after if name not in before]
     told += [
-        f"{name!r} was {before[name].type} and is now {after[name].type}"
+        f"{name!r} was {before[name]} and is now {after[name]}"
         for name in before
-        if name in after and before[name].type != after[name].type
+        if name in after and before[name] != after[name]
     ]
     raise ConfigError(
         f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"

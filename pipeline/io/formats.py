@@ -29,12 +29,16 @@ class ParquetSink:
     """Parquet, each table one row group."""
 
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
-        # Readers join the dictionaries of all row groups, and fail if small indices cannot count the values.
-        self.schema = _with_types(schema, dictionaries.wide)
+        self.schema = _with_types(schema, dictionaries.as_in_parquet)
         self._writer = pq.ParquetWriter(handle, self.schema, compression="zstd", write_page_checksum=True)
 
     def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table.cast(self.schema), row_group_size=max(table.num_rows, 1))
+        columns = [
+            _without_null_entries(column, field.type)
+            for column, field in zip(table.columns, self.schema, strict=True)
+        ]
+        table = pa.Table.from_arrays(columns, schema=self.schema)
+        self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
 
     def finish(self) -> None:
         self._writer.close()
@@ -115,3 +119,10 @@ def type_held(path: Path, kind: pa.DataType) -> pa.DataType:
 
 def _with_types(schema: pa.Schema, change: Callable[[pa.DataType], pa.DataType]) -> pa.Schema:
     return pa.schema([field.with_type(change(field.type)) for field in schema], metadata=schema.metadata)
+
+
+def _without_null_entries(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column as `kind`; dictionaries with nulls among their values are made anew."""
+    if any(map(dictionaries.has_null_entries, column.chunks)):
+        column = column.cast(dictionaries.plain(column.type))
+    return column.cast(kind)

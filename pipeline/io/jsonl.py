@@ -15,6 +15,7 @@ from pipeline.errors import InputError, RowError
 from pipeline.io.causes import ReadFault, until_fault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
+from pipeline.io.jsonvalues import parse_json
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import Record, Spot, build, json_type, rest_lost
 from pipeline.io.sniff import CR_ENDS
@@ -63,10 +64,10 @@ class JsonlReader:
         with ExitStack() as opened:
             raw = opened.enter_context(self.file.open())
             stream = opened.enter_context(_decompressed(raw, self.file.compression))
-            for number, line in enumerate(stream):
+            for line in stream:
                 if self.file.size:
                     self.fraction = min(raw.tell() / self.file.size, 1.0)
-                yield line.removeprefix(BOM) if number == 0 else line
+                yield line.removeprefix(BOM)  # also midway, where files were joined
 
 
 @contextmanager
@@ -104,8 +105,7 @@ def _copied(plan: PassPlan, row: dict[str, object]) -> pa.RecordBatch | RowError
 
 def _parse(line: bytes) -> dict[str, object]:
     try:
-        # NaN is not JSON, yet Python writes it: refusing a document for it would help nobody.
-        row = json.loads(line.decode(), parse_constant=lambda _: None)
+        row = parse_json(line.decode())
     except UnicodeDecodeError as error:
         raise RowError(
             "bad_utf8", f"is not valid UTF-8 at byte {error.start}; convert the file to UTF-8"

@@ -1,12 +1,76 @@
-"""Arrow values as JSON values, for outputs that are JSON lines."""
+"""Arrow values as JSON values, and JSON whose numbers stay as they were written."""
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import uuid
 
 import pyarrow as pa
+
+
+class Written(float):
+    """A number of a JSON text that Python would write in another way; `text` is how it stands there."""
+
+    text: str
+
+    @classmethod
+    def of(cls, text: str) -> Written:
+        number = cls(text)
+        number.text = text
+        return number
+
+
+def parse_json(text: str) -> object:
+    """What a JSON text says; numbers that could not be written again as they are become `Written` ones.
+
+    NaN is not JSON, yet Python writes it: it becomes null, as refusing a document for it would help nobody.
+    """
+    return json.loads(text, parse_float=_float, parse_int=_integer, parse_constant=lambda _: None)
+
+
+def json_text(value: object, *, ascii_only: bool = False) -> str:
+    """A value that `parse_json` or `json_value` gave, as JSON."""
+    if _has_written(value):
+        return _written_text(value, ascii_only)
+    return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    return number if repr(number) == text else Written.of(text)
+
+
+def _integer(text: str) -> float:
+    return Written.of(text) if text == "-0" else int(text)
+
+
+def _has_written(value: object) -> bool:
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Written):
+            return True
+        if isinstance(each, dict):
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)
+    return False
+
+
+def _written_text(value: object, ascii_only: bool) -> str:
+    if isinstance(value, Written):
+        return value.text
+    if isinstance(value, dict):
+        pairs = (
+            f"{json.dumps(key, ensure_ascii=ascii_only)}: {_written_text(each, ascii_only)}"
+            for key, each in value.items()
+        )
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_written_text(each, ascii_only) for each in value)}]"
+    return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def json_value(scalar: pa.Scalar) -> object:

@@ -9,6 +9,7 @@ from itertools import groupby
 import pyarrow as pa
 
 from pipeline.io.answers import combined
+from pipeline.io.converting import converted
 from pipeline.io.rowindex import Location
 from pipeline.io.writing import GROUP_BYTES, GROUP_ROWS
 
@@ -99,8 +100,9 @@ class _ChunkCache:
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Chunks and outputs hold dictionaries in different ways; only tables of one type can be joined."""
-    columns = [
-        column if column.type == field.type else column.cast(field.type)
-        for column, field in zip(table.columns, schema, strict=True)
-    ]
+    columns = [_as(column, field.type) for column, field in zip(table.columns, schema, strict=True)]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([converted(chunk, kind) for chunk in column.chunks], kind)

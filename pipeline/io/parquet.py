@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import struct
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.io.causes import READ_ERRORS, ReadFault, cause, until_fault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
+from pipeline.io.long_integers import readable_footer
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import Record
 from pipeline.io.tables import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
@@ -29,13 +31,14 @@ class ParquetReader:
         self.fraction = 0.0
         self._columns = columns
         try:
-            with _open(file) as parquet:
-                self.schema, self._groups = _layout(parquet)
+            parquet, self.unreadable = _open(file)
+            with parquet:
+                self.schema, self._groups = _layout(parquet, self.unreadable)
         except READ_ERRORS as error:
             raise InputError(f"{file.path} is not a readable Parquet file: {cause(error)}") from error
         self.num_rows: int | None = sum(self._groups)
         check_names(file, self.schema)
-        check_columns(file, self.schema, columns)
+        check_columns(file, self.schema, columns, self.unreadable)
 
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """The records of all rows; returns how many rows there are."""
@@ -54,8 +57,8 @@ class ParquetReader:
         return total
 
     def _reopen(self) -> pq.ParquetFile:
-        parquet = _open(self.file)
-        if _layout(parquet) != (self.schema, self._groups):
+        parquet, unreadable = _open(self.file)
+        if _layout(parquet, unreadable) != (self.schema, self._groups):
             parquet.close()
             raise ValueError("the file was changed during the run")
         return parquet
@@ -81,9 +84,23 @@ class ParquetReader:
         yield from rows.unreadable(first + done, count - done, fault)
 
 
-def _open(file: InputFile) -> pq.ParquetFile:
+def _open(file: InputFile) -> tuple[pq.ParquetFile, dict[str, str]]:
+    """The file, and of columns that cannot be read, which are to be passed over, the types."""
+    try:
+        return _opened(file), {}
+    except pa.ArrowNotImplementedError as error:
+        try:
+            with file.open() as handle:
+                metadata, unreadable = readable_footer(handle)
+        except (ValueError, LookupError, struct.error):
+            raise error from None
+        return _opened(file, metadata), unreadable
+
+
+def _opened(file: InputFile, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     return pq.ParquetFile(
         file.path if isinstance(file.path, Path) else file.open(),
+        metadata=metadata,
         pre_buffer=False,
         buffer_size=BUFFER_BYTES,
         page_checksum_verification=True,
@@ -98,9 +115,12 @@ def _batch_rows(parquet: pq.ParquetFile, group: int) -> int:
     return max(1, min(BATCH_ROWS, fitting))
 
 
-def _layout(parquet: pq.ParquetFile) -> tuple[pa.Schema, tuple[int, ...]]:
+def _layout(parquet: pq.ParquetFile, unreadable: Collection[str]) -> tuple[pa.Schema, tuple[int, ...]]:
     metadata = parquet.metadata
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
         raise ValueError("its footer contradicts itself about the number of rows")
-    return parquet.schema_arrow, groups
+    schema = parquet.schema_arrow
+    if unreadable:
+        schema = pa.schema([field for field in schema if field.name not in unreadable], schema.metadata)
+    return schema, groups

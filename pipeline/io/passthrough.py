@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,10 @@ from pipeline.errors import InputError, RowError
 from pipeline.io.answers import ANSWER_NAMES, QUESTION_NAME
 from pipeline.io.causes import READ_ERRORS, cause, some
 from pipeline.io.columns import Columns, type_named
-from pipeline.io.dictionaries import wide
+from pipeline.io.converting import STRINGS, converted, converts
+from pipeline.io.dictionaries import settled
+from pipeline.io.jsonvalues import json_text
+from pipeline.io.unify import common
 
 EXTRA = "extra"
 
@@ -23,6 +25,7 @@ class Table:
 
     label: str
     schema: pa.Schema
+    unreadable: Mapping[str, str]  # the types of columns that are not in the schema, as none can read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class PassPlan:
         self._partitions = partitions
         wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
         self.columns, self.notes = _rename(wanted, holds_question=columns.holds_question)
+        if kept is None:
+            self.notes += _left_out(tables)
         self.schema = pa.schema([column.field for column in self.columns])
 
     @property
@@ -104,6 +109,7 @@ def _kept_columns(
     wanted: list[tuple[str | None, pa.Field]] = []
     there = list(dict.fromkeys(name for table in tables for name in table.schema.names))
     for name, type_name in kept:
+        _refuse_unreadable(name, tables)
         if name not in there and not has_jsonl:
             has = f"it has: {some(there)}" if there else "text documents have none"
             raise InputError(f"there is no column {name!r} to keep; {has}")
@@ -116,32 +122,65 @@ def _kept_columns(
     return wanted
 
 
-def _unified(name: str, tables: Sequence[Table]) -> pa.Field:
-    """One field for a column of several files; all nulls take the others' type, dictionaries a common one."""
-    first: tuple[Table, pa.Field] | None = None
+def cannot_be_read(name: str, type_name: str) -> str:
+    """What is to be said of a column that is there and needed."""
+    return f"column {name!r} is {type_name}, which cannot be read; write it as another type, or name another"
+
+
+def _refuse_unreadable(name: str, tables: Sequence[Table]) -> None:
     for table in tables:
-        if table.schema.get_field_index(name) < 0:
-            continue
-        field = table.schema.field(name)
-        if first is None or pa.types.is_null(first[1].type):
-            first = table, field
-        elif field.type == first[1].type or pa.types.is_null(field.type):
-            continue
-        elif wide(field.type) == wide(first[1].type):
-            first = table, field.with_type(wide(field.type))
-        else:
+        if name in table.unreadable:
+            raise InputError(f"{table.label}: {cannot_be_read(name, table.unreadable[name])}")
+
+
+def _left_out(tables: Sequence[Table]) -> list[str]:
+    return [
+        f"{table.label}: column {name!r} is {type_name}, which cannot be read, and is left out"
+        for table in tables
+        for name, type_name in table.unreadable.items()
+    ]
+
+
+def _unified(name: str, tables: Sequence[Table]) -> pa.Field:
+    """One field for a column of several files, whose type holds the values of them all."""
+    there = [(table, table.schema.field(name)) for table in tables if name in table.schema.names]
+    first = there[0]
+    kind = settled(first[1].type)
+    for table, field in there[1:]:
+        joined = common(kind, settled(field.type))
+        if joined is None or not all(converts(one, joined) for one in (kind, field.type)):
             raise InputError(
                 f"column {name!r} is {first[1].type} in {first[0].label} but {field.type} in {table.label}; "
-                f"keep it as one type for both, as in --keep-columns {name}:string"
+                + _remedy(name, tables)
             )
-    assert first is not None
-    return _without_field_id(first[1])
+        if pa.types.is_null(kind):
+            first = table, field
+        kind = joined
+    return _copied_field(first[1], kind)
 
 
-def _without_field_id(field: pa.Field) -> pa.Field:
-    """Nullable, as a failed row has no values; without Parquet's field number, which is another file's."""
-    metadata = {key: value for key, value in (field.metadata or {}).items() if key != b"PARQUET:field_id"}
-    return pa.field(field.name, field.type, nullable=True, metadata=metadata or None)
+def _remedy(name: str, tables: Sequence[Table]) -> str:
+    """What makes one type of a column that has several, or leaves it out."""
+    kinds = [table.schema.field(name).type for table in tables if name in table.schema.names]
+    # bytes need not be text
+    for type_name in ("binary", "string") if any(map(_is_binary, kinds)) else ("string",):
+        if all(converts(kind, type_named(type_name)) for kind in kinds):
+            return f"keep it as one type for both, as in --keep-columns {name}:{type_name}"
+    return f"leave it out: name all columns but {name!r} in --keep-columns"
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _copied_field(field: pa.Field, kind: pa.DataType) -> pa.Field:
+    """Nullable, as a failed row has no values; without what was told of another file, or another type."""
+    metadata = {
+        key: value
+        for key, value in (field.metadata or {}).items()
+        if key != b"PARQUET:field_id" and not (kind != field.type and key.startswith(b"_PL_"))
+    }
+    return pa.field(field.name, kind, nullable=True, metadata=metadata or None)
 
 
 def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
@@ -150,7 +189,7 @@ def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
             continue
         own = table.schema.field(field.name).type
         try:
-            pa.nulls(0, own).cast(field.type)
+            converted(pa.nulls(0, own), field.type)
         except READ_ERRORS as error:
             raise InputError(
                 f"{table.label}: column {field.name!r} is {own} and cannot become {field.type} "
@@ -182,11 +221,8 @@ def _from_batch(column: PassColumn, batch: pa.RecordBatch) -> pa.Array:
     position = batch.schema.get_field_index(column.source) if column.source is not None else -1
     if position < 0:
         return pa.nulls(batch.num_rows, column.field.type)
-    array = batch.column(position)
-    if array.type == column.field.type:
-        return array
     try:
-        return array.cast(column.field.type)
+        return converted(batch.column(position), column.field.type)
     except READ_ERRORS as error:
         raise _misfit(str(column.source), column.field.type, error) from error
 
@@ -195,13 +231,26 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
     """One JSON value as an Arrow array, with the same casts that a table's column gets."""
     if value is None:
         return pa.nulls(1, wanted)
-    if pa.types.is_large_string(wanted) and not isinstance(value, str):
+    if wanted in STRINGS and not isinstance(value, str):
         value = _json_text(name, value)
     try:
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
-        return pa.array([value]).cast(wanted)
+        array = pa.array([value])
+        _refuse_more_fields(array.type, wanted)
+        return array.cast(wanted)
     except (TypeError, *READ_ERRORS) as error:
         raise _misfit(name, wanted, error) from error
+
+
+def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:
+    """A ValueError for a key of an object that the struct it becomes lacks, which a cast would drop."""
+    if pa.types.is_struct(own) and pa.types.is_struct(wanted):
+        for field in own:
+            if wanted.get_field_index(field.name) < 0:
+                raise ValueError(f"it has no field {field.name!r}")
+            _refuse_more_fields(field.type, wanted.field(field.name).type)
+    elif pa.types.is_list(own) and wanted.num_fields == 1 and not pa.types.is_struct(wanted):
+        _refuse_more_fields(own.value_type, wanted.field(0).type)
 
 
 def _misfit(name: str, wanted: pa.DataType, error: BaseException) -> RowError:
@@ -212,10 +261,10 @@ def _misfit(name: str, wanted: pa.DataType, error: BaseException) -> RowError:
 
 def _json_text(name: str, value: object) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json_text(value)
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)  # half a surrogate pair survives as an escape only
+        return json_text(value, ascii_only=True)  # half a surrogate pair survives as an escape only
     except (ValueError, RecursionError) as error:
         raise RowError("bad_value", f"{name!r} cannot be copied as JSON: {cause(error)}") from error
     return text

@@ -47,7 +47,8 @@ def _is_seen(character: str) -> bool:
 
 def json_type(value: object) -> str:
     """What a value is in JSON's words."""
-    return _JSON_TYPES.get(type(value), "null" if value is None else "a string")
+    told = (name for kind, name in _JSON_TYPES.items() if isinstance(value, kind))
+    return next(told, "null" if value is None else "a string")
 
 
 def rest_lost(fault: ReadFault) -> str:

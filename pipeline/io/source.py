@@ -22,6 +22,7 @@ from pipeline.io.parquet import ParquetReader
 from pipeline.io.partitions import with_fields
 from pipeline.io.passthrough import PassPlan, Table
 from pipeline.io.peek import first_columns as _first_columns
+from pipeline.io.proof import check_held
 from pipeline.io.remote import Place
 from pipeline.io.rows import UNASKED, Record
 from pipeline.io.stdin import Stdin
@@ -112,16 +113,15 @@ def open_source(
 ) -> Source:
     """Find and check all input files; an `InputError` tells what makes the input as a whole unusable.
 
-    `columns` may depend on those of the first file, by name and type, of which it is told. A value that
-    `output`, by its extension, has no room for costs its row.
+    `columns` may depend on those of the first file, by name and type, of which it is told. A column that
+    `output`, by its extension, cannot hold is a `ConfigError`; a value that has no room there costs its row.
     """
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
     if not isinstance(columns, Columns):
         columns = columns(_first_columns(files))
     readers = _opened(files, columns, notes)
-    schemas = [(reader.file, with_fields(_schema(reader), reader.file.partitions)) for reader in readers]
-    tables = [Table(file.label, schema) for file, schema in schemas if schema.names]
+    tables = [table for table in map(_table, readers) if table.schema.names]
     if columns.asks_summary:
         _refuse_questions(tables)
     plan = PassPlan(
@@ -131,7 +131,14 @@ def open_source(
         type_held=partial(type_held, Path(output)),
         partitions=frozenset(key for reader in readers for key in reader.file.partitions),
     )
+    check_held(output, plan.columns)
     return Source(readers, plan, columns, notes + plan.notes)
+
+
+def _table(reader: Reader) -> Table:
+    """The columns of a file, and those of the folders that it lies in."""
+    schema = with_fields(_schema(reader), reader.file.partitions)
+    return Table(reader.file.label, schema, getattr(reader, "unreadable", {}))
 
 
 def _refuse_questions(tables: Sequence[Table]) -> None:

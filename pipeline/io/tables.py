@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 
@@ -11,7 +11,7 @@ from pipeline.io.causes import READ_ERRORS, ReadFault, cause, some
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.partitions import with_arrays, with_fields
-from pipeline.io.passthrough import PassPlan
+from pipeline.io.passthrough import PassPlan, cannot_be_read
 from pipeline.io.rows import BAD_UTF8, Fault, Record, Spot, build, rest_lost
 
 BATCH_ROWS = 64
@@ -23,9 +23,17 @@ _AS_BINARY = {
 }
 
 
-def check_columns(file: InputFile, schema: pa.Schema, columns: Columns) -> None:
-    """Refuse a file that lacks a column read by name, or whose text is no text."""
+def check_columns(
+    file: InputFile, schema: pa.Schema, columns: Columns, unreadable: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a file that lacks a column read by name, or whose text is no text.
+
+    `unreadable` are the types of columns that it has, but that are not in `schema`.
+    """
     schema = with_fields(schema, file.partitions)
+    for needed in columns.read:
+        if unreadable and needed in unreadable:
+            raise InputError(f"{file.label}: {cannot_be_read(needed, unreadable[needed])}")
     wanted = (("--text-column", "text", columns.text), ("--question-column", "question", columns.question))
     for flag, role, name in wanted:
         if name is not None:
@@ -76,12 +84,17 @@ def _decode_names(field: pa.Field) -> None:
 
 
 def _is_text(found: pa.DataType) -> bool:
-    return (found.value_type if pa.types.is_dictionary(found) else found) in _AS_BINARY
+    """Whether values are strings, in whatever layout, or all of them null."""
+    if pa.types.is_dictionary(found) or pa.types.is_run_end_encoded(found):
+        return _is_text(found.value_type)
+    if isinstance(found, pa.BaseExtensionType):
+        return _is_text(found.storage_type)
+    return found in _AS_BINARY or pa.types.is_null(found)
 
 
 def _is_list_of_text(found: pa.DataType) -> bool:
     kinds = (pa.ListType, pa.LargeListType, pa.ListViewType, pa.LargeListViewType, pa.FixedSizeListType)
-    return isinstance(found, kinds) and (_is_text(found.value_type) or pa.types.is_null(found.value_type))
+    return pa.types.is_null(found) or (isinstance(found, kinds) and _is_text(found.value_type))
 
 
 def is_sound(batch: pa.RecordBatch) -> bool:

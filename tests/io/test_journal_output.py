@@ -23,6 +23,7 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError, Interrupted, StorageError
+from pipeline.io.dictionaries import settled
 from pipeline.io.journal import journal_folder
 
 pytestmark = pytest.mark.slow
@@ -154,6 +155,24 @@ def test_a_published_output_of_other_settings_or_columns_is_refused(tmp_path):
     )
     assert refusal(path) == (f"{path} was begun with other columns: 'year' is gone; --overwrite starts over")
     assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_columns_that_are_copied_in_another_layout_now_are_gone_on_with(tmp_path, extension, is_complete):
+    """Versions before copied structs with fields that are not null as such."""
+    path = tmp_path / f"out{extension}"
+    then = pa.schema([("m", pa.list_(pa.struct([pa.field("a", pa.int64(), nullable=False)])))])
+    copied = pa.RecordBatch.from_pylist([{"m": [{"a": 1}]}], then)
+    with start(path, passthrough=then) as journal:
+        work(journal, numbered(2), passthrough=copied)
+        if is_complete:
+            journal.publish()
+    now = pa.schema([(field.name, settled(field.type)) for field in then])
+    with start(path, passthrough=now) as journal:
+        work(journal, numbered(3))  # of which the third row has no values to copy
+        journal.publish()
+    assert [row["m"] for row in read(path)] == [[{"a": 1}], [{"a": 1}], None]
 
 
 def test_outputs_that_do_not_say_how_they_were_made_are_refused(tmp_path):

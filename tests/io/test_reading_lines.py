@@ -71,7 +71,8 @@ def test_lines_are_numbered_physically(tmp_path):
         ('{"text": {}}', "bad_text_type", "'text' is an object, not a string"),
         ('{"text": ""}', "empty_document", "'text' is empty"),
         ('{"text": " \\n\\u00a0"}', "empty_document", "'text' is empty"),
-        ('{"text": "\\u200b \\ufeff\\u2060\\u3164\\u0000"}', "empty_document", "'text' is empty"),
+        ('{"text": "\\u200b \\ufeff\\u2060\\u3164\\ufe0f\\u0000"}', "empty_document", "'text' is empty"),
+        ('{"text": 1E5}', "bad_text_type", "'text' is a number, not a string"),
         (b'{"text": "\xff"}', "bad_utf8", "is not valid UTF-8 at byte 10; convert the file to UTF-8"),
         (
             '{"text": "a\\ud800"}',
@@ -83,6 +84,16 @@ def test_lines_are_numbered_physically(tmp_path):
 )
 def test_bad_lines(line_failure, line, kind, message):
     assert line_failure(line) == (kind, message)
+
+
+def test_a_byte_order_mark_begins_any_line(tmp_path):
+    line = b'\xef\xbb\xbf{"text": "a"}\n'
+    assert [
+        record.text for record in read(write_lines(tmp_path / "c.jsonl", line, line, b"\xef\xbb\xbf\n"))
+    ] == [
+        "a",
+        "a",
+    ]
 
 
 def test_a_huge_integer_does_not_crash(line_failure):

@@ -220,6 +220,25 @@ def test_dictionaries_that_differ_by_batch_are_written(tmp_path, extension):
     assert [row["k"] for row in rows(path)] == [f"value {i}" for i in range(300)]
 
 
+@pytest.mark.parametrize(
+    "entries", [pa.array(["x", None]), pa.array([1, None])], ids=lambda array: str(array.type)
+)
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_null_entries_of_dictionaries_are_written(tmp_path, extension, entries):
+    encoded = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int8()), entries)
+    table = pa.table({"k": encoded, "list": pa.ListArray.from_arrays([0, 1, 2, 3], encoded)})
+    copied = table.to_batches()[0]
+    path = tmp_path / f"out{extension}"
+    many = [Answer(id=str(i), row=i, passthrough=copied.slice(i, 1)) for i in range(3)]
+    write(path, many, table.schema)
+    first = entries[0].as_py()
+    assert [(row["k"], row["list"]) for row in rows(path)] == [
+        (first, [first]),
+        (None, [None]),
+        (None, [None]),
+    ]
+
+
 def test_parquet_has_groups_of_ten_thousand_rows_however_written(tmp_path):
     path = tmp_path / "out.parquet"
     with AnswerWriter(path, output_schema(NOTHING, {})) as writer:
