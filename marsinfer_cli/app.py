@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +20,7 @@ from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
+from pipeline.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
 ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
@@ -43,7 +43,7 @@ app.add_typer(bench_app, name="bench", rich_help_panel=MACHINE)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(version("marsinfer"))
+        print(version_of("marsinfer"))
         raise typer.Exit
 
 

@@ -23,30 +23,50 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int:
     if switches.verbose and switches.log_format == "text":
         _print_settings(config)
     if switches.dry_run:
-        _print_dry_run(config, switches)
-        return 0
+        return _dry_run(config, switches)
     if switches.show_prompt is not None:
         _print_prompts(config, switches.show_prompt, as_json=switches.as_json)
         return 0
     summary = _run(config, switches)
     if switches.as_json:
         print(json.dumps(summary.as_dict()))
+    _refuse_none_answered(summary.none_answered())
     return 3 if switches.fail_on_error and summary.status["error"] else 0
+
+
+def _refuse_none_answered(text: str | None) -> None:
+    from pipeline.errors import NoneAnswered
+
+    if text is not None:
+        raise NoneAnswered(text)
 
 
 def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
     from marsinfer_cli.progress import BatchProgress
+    from marsinfer_cli.started import process_began
     from pipeline.batch import run_batch
     from pipeline.interrupts import graceful_stop
 
     options = config.options_of(BatchConfig)
     inputs, output = options.pop("input"), options.pop("output")
     as_json = switches.log_format == "json"
-    with BatchProgress(quiet=switches.quiet, as_json=as_json) as progress, graceful_stop() as check:
+    began = process_began()
+    shown = BatchProgress(quiet=switches.quiet, as_json=as_json, began=began)
+    with shown as progress, graceful_stop() as check:
         progress.start(config)
+        progress.phase("opening input and model")
         # Ray's own messages would come between our JSON
         with redirect_stdout(sys.stderr) if config.engine == "ray" else nullcontext():
-            summary = run_batch(inputs, output, **options, progress=progress, note=progress.note, check=check)
+            summary = run_batch(
+                inputs,
+                output,
+                **options,
+                progress=progress,
+                note=progress.note,
+                check=check,
+                phase=progress.phase,
+                began=began,
+            )
     progress.end(summary)
     return summary
 
@@ -57,14 +77,25 @@ def _print_settings(config: BatchConfig) -> None:
     print(to_toml(config), end="", file=sys.stderr)
 
 
-def _print_dry_run(config: BatchConfig, switches: BatchSwitches) -> None:
+def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int:
+    """Print what the run would do; returns, or raises, as it would end."""
     from marsinfer_cli.progress import PLAIN_EVERY_S, BatchProgress
     from pipeline.dryrun import dry_run
 
     in_events = switches.log_format == "json"
-    with BatchProgress(quiet=switches.quiet, as_json=in_events, first_line_s=PLAIN_EVERY_S) as progress:
+    shown = BatchProgress(
+        quiet=switches.quiet,
+        as_json=in_events,
+        first_line_s=PLAIN_EVERY_S,
+        noun="rows read and tokenized",
+        has_rate=False,
+    )
+    with shown as progress:
+        progress.phase("reading and tokenizing")
         report = dry_run(config, progress)
     print(json.dumps(report.as_dict()) if switches.as_json else report.as_text())
+    report.raise_outcome()
+    return 3 if switches.fail_on_error and report.tally.status["error"] else 0
 
 
 def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:

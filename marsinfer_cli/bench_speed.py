@@ -20,10 +20,9 @@ from pipeline.settings.run import PackSettings
 @takes(KernelConfig, BenchSwitches)
 def attention(config: KernelConfig, switches: BenchSwitches) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
-    from importlib.metadata import version
-
     from pipeline.bench.attention import CANDIDATES, attention_shape, available, measure_attention
     from pipeline.model.loading import pick_device, pick_dtype, use_device
+    from pipeline.versions import version_of
 
     sizes = attention_shape(
         config.shape, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim
@@ -49,7 +48,7 @@ def attention(config: KernelConfig, switches: BenchSwitches) -> None:
         "head_dim": sizes.head_dim,
         "device": _device_name(str(target)),
         "dtype": str(number).removeprefix("torch."),
-        "torch": version("torch"),
+        "torch": version_of("torch"),
     }
     if switches.as_json:
         measured = [result.as_dict() for result in results]

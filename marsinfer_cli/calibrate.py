@@ -63,14 +63,18 @@ def _print(result: Calibration) -> None:
     console = Console()
     if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
         console.width = max(console.width, 140)
-    layers = Table(*(Column(head, justify="right") for head in report.layer_heads(result)))
-    layers.title = "What sparing cold tokens at one layer costs and saves"
-    for row in report.layer_rows(result):
-        layers.add_row(*map(Text, row))
+    if result.sensitivities:
+        layers = Table(*(Column(head, justify="right") for head in report.layer_heads(result)))
+        layers.title = "What sparing cold tokens at one layer costs and saves"
+        for row in report.layer_rows(result):
+            layers.add_row(*map(Text, row))
+        console.print(layers)
+    else:
+        console.print("no layer was probed: there was no time for it; give more --minutes", soft_wrap=True)
     table = Table(*(Column(head, justify="right" if n else "left") for n, head in enumerate(report.HEADS)))
     table.title = f"Frontier: {report.score_name(result)}, at most {result.config.max_drop} below dense"
     for row in report.frontier_rows(result):
         table.add_row(*map(Text, row))
-    console.print(layers, table)
+    console.print(table)
     for line in report.lines(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from pipeline.settings.console import CheckSwitches
 
 if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
+    from pipeline.summary import Tally
 
 
 @takes(CheckConfig, CheckSwitches)
@@ -33,14 +34,24 @@ def check(config: CheckConfig, switches: CheckSwitches) -> None:
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
     from marsinfer_cli.progress import BatchProgress
+    from pipeline.errors import KEPT, NOTHING_KEPT
     from pipeline.interrupts import graceful_stop
     from pipeline.quality.check import run_check
 
-    kept = "finished rows are kept, and --resume continues"
-    if config.result_file is None:
-        kept = "nothing is kept without --out FILE"
+    finished = False
+
+    def hear(tally: Tally) -> None:
+        nonlocal finished
+        finished = True
+        progress(tally)
+
+    def kept() -> str:
+        if config.result_file is None:
+            return "nothing is kept without --out FILE"
+        return KEPT if finished or config.resume else NOTHING_KEPT
+
     with BatchProgress(quiet=quiet, noun="prefills") as progress, graceful_stop(kept) as stop:
-        return run_check(config, progress=progress, note=progress.note, check=stop)
+        return run_check(config, progress=hear, note=progress.note, check=stop)
 
 
 def _print(result: CheckResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
@@ -10,6 +11,8 @@ from pipeline.errors import MarsError
 from pipeline.settings.console import DoctorSwitches
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.doctor.examine import Examination
 
 STYLES = {"ok": "green", "absent": "dim", "note": "yellow", "broken": "bold red"}
@@ -47,12 +50,32 @@ def _run(*, quiet: bool) -> Examination:
 
 def _print(result: Examination) -> None:
     from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        _print_table(result, console)
+    else:
+        print("\n".join(_lines(result)))
+    if not result.broken:
+        console.print("\nNothing is broken.", style="green", highlight=False)
+
+
+def _lines(result: Examination) -> Iterator[str]:
+    """For a log, which has no width: each finding in one line, so that paths stay whole."""
+    width = max((len(probe.name) for probe, _ in result.findings), default=0)
+    statuses = max(map(len, WORDS.values()))
+    group = None
+    for probe, finding in result.findings:
+        if probe.group != group:
+            yield probe.group if group is None else f"\n{probe.group}"
+            group = probe.group
+        yield f"  {probe.name:<{width}}  {WORDS[finding.status]:<{statuses}}  {finding.text}".rstrip()
+
+
+def _print_table(result: Examination, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own, and 80 characters would break paths
-        console.width = max(console.width, 120)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("name", no_wrap=True)
     table.add_column("status", no_wrap=True)
@@ -70,5 +93,3 @@ def _print(result: Examination) -> None:
             Text(finding.text, style=plain),
         )
     console.print(table)
-    if not result.broken:
-        console.print("\nNothing is broken.", style="green", highlight=False)

@@ -30,9 +30,14 @@ def methods(switches: MethodsSwitches) -> None:
 
 
 def _print_method(method: dict[str, Any]) -> None:
-    print(f"{method['name']}: {_headline(method)}\n\n{method['description']}\n")
+    print(f"{method['name']}: {_headline(method)}\n")
+    if method["description"]:
+        print(f"{method['description']}\n")
     rows = [[p["name"], _as_set(p["default"]), p["help"]] for p in method["parameters"]]
-    _print_table(["parameter", "default", "what it is"], rows)
+    if rows:
+        _print_table(["parameter", "default", "what it is"], rows)
+    else:
+        print("It has no parameters.")
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -46,7 +51,8 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _headline(method: dict[str, Any]) -> str:
-    return f"{method['summary']} ({method['source']})"
+    source = f" ({method['source']})" if method["source"] else ""
+    return f"{method['summary'] or 'its class has no docstring'}{source}"
 
 
 def _as_set(value: Any) -> str:
@@ -61,7 +67,12 @@ def _describe(method: type[PruningMethod]) -> dict[str, Any]:
         {"name": field.name, "default": field.default, "help": field.metadata.get("help", "")}
         for field in fields(method)
     ]
-    summary, _, description = (inspect.getdoc(method) or "").partition("\n\n")
+    own = inspect.getdoc(method) or ""
+    if own.startswith(f"{method.__name__}("):  # a dataclass without a docstring has its signature there
+        own = ""
+    summary, _, description = own.partition("\n\n")
+    if not description:  # of a method of one's own, say, it often stands above the class
+        description = inspect.getdoc(inspect.getmodule(method)) or ""
     return {
         "name": method.name,
         "summary": summary,

@@ -14,13 +14,15 @@ from rich.table import Table
 from marsinfer_cli.events import print_event
 from pipeline.settings.run import BatchConfig
 from pipeline.summary import Summary, Tally
+from pipeline.words import counted
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
 
 LATE_ROWS = 1000  # whose TTFT stands in the line
 
-NO_COUNTS = {"documents": 0, "tokens": 0, "errors": 0, "expected_rows": None, "tokens_per_second": None}
+NO_COUNTS: dict[str, Any] = {"documents": 0, "tokens": 0, "errors": 0}
+NO_COUNTS |= dict.fromkeys(("expected_rows", "tokens_per_second", "seconds_left"))
 
 
 class BatchProgress:
@@ -32,17 +34,24 @@ class BatchProgress:
         quiet: bool,
         as_json: bool = False,
         first_line_s: float = 0.0,
-        noun: str = "documents",
+        noun: str = "rows",
+        has_rate: bool = True,
+        began: float | None = None,
     ) -> None:
-        """Before `first_line_s` there is no line: what ends sooner needs none. `noun` is what is counted."""
+        """Before `first_line_s` there is no line: what ends sooner needs none. `noun` is what is counted.
+
+        `has_rate` says that a rate and the time left mean something. `began` is when the work did, by
+        time.perf_counter(); None: now.
+        """
         self.console = Console(stderr=True, quiet=quiet)
         self.as_json = as_json
         self._first_line_s = first_line_s
-        self._noun = noun
+        self._noun, self._has_rate = noun, has_rate
         self._lock = threading.Lock()  # the heartbeat prints too
-        self._began = time.monotonic()
+        self._began = time.perf_counter() if began is None else began
         self._last_line = 0.0
-        self._latest = "nothing has finished yet"
+        self._phase: str | None = None
+        self._latest: str | None = None  # None: nothing has finished
         self._latest_counts: dict[str, Any] = NO_COUNTS
         self._bar: Progress | None = None
         self._stopped = threading.Event()
@@ -76,7 +85,7 @@ class BatchProgress:
         if self.console.quiet:
             return
         # the heartbeat shows a copy: the tally changes under its hands
-        line, counts = _line(tally, self._noun), _counts(tally)
+        line, counts = _line(tally, self._noun, self._has_rate), _counts(tally)
         if self._bar is not None:
             # the bar counts tokens: documents differ too much in length for a fair estimate of time
             total = _expected_tokens(tally)
@@ -84,9 +93,16 @@ class BatchProgress:
             self._bar.update(task, description=line, completed=tally.prompt_tokens, total=total)
             return
         with self._lock:
-            self._latest, self._latest_counts = line, counts
+            self._latest = line + (_time_left(tally) if self._has_rate else "")
+            self._latest_counts = counts
             if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
-                self._print_progress(line)
+                self._print_progress(self._latest)
+
+    def phase(self, text: str) -> None:
+        """Hear what is being done, which is shown as long as nothing has finished."""
+        self._phase = text
+        if self._bar is not None and self._bar.tasks[0].total is None:
+            self._bar.update(self._bar.task_ids[0], description=text)
 
     def start(self, config: BatchConfig) -> None:
         """Tell the run's settings; only a log of events says them unasked."""
@@ -101,13 +117,15 @@ class BatchProgress:
         console.print(f"marsinfer: note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def end(self, summary: Summary) -> None:
-        """The closing table, or the last event."""
+        """The closing table, or the last event; what should be said of the run stands with it."""
         if self.console.quiet:
             return
+        if not self.as_json and summary.documents:
+            print_summary(summary)
+        for text in summary.remarks():
+            self.note(text)
         if self.as_json:
             print_event("end", **summary.as_dict())
-        else:
-            print_summary(summary)
 
     def _beat(self) -> None:
         """Print when nothing was printed for a while, until stopped."""
@@ -116,15 +134,21 @@ class BatchProgress:
             with self._lock:
                 wait = self._last_line + HEARTBEAT_S - time.monotonic()
                 if wait <= 0:
-                    minutes = (time.monotonic() - self._began) / 60
-                    self._print_progress(f"still running after {minutes:,.1f} min; {self._latest}")
+                    minutes = (time.perf_counter() - self._began) / 60
+                    self._print_progress(f"still running after {minutes:,.1f} min; {self._state}")
                     wait = HEARTBEAT_S
+
+    @property
+    def _state(self) -> str:
+        """The last numbers, or as long as there are none, what is being done."""
+        doing = "" if self._phase is None else f": {self._phase}"
+        return self._latest or f"nothing has finished yet{doing}"
 
     def _print_progress(self, line: str) -> None:
         self._last_line = time.monotonic()
         if self.as_json:
-            seconds = round(time.monotonic() - self._began, 1)
-            print_event("progress", **self._latest_counts, seconds=seconds)
+            seconds = round(time.perf_counter() - self._began, 1)
+            print_event("progress", **self._latest_counts, seconds=seconds, phase=self._phase)
         else:
             self.console.print(f"marsinfer: {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -137,6 +161,7 @@ def _counts(tally: Tally) -> dict[str, Any]:
         "errors": tally.status["error"],
         "expected_rows": None if expected is None else round(expected),
         "tokens_per_second": round(tally.tokens_per_second, 1),
+        "seconds_left": None if tally.seconds_left is None else round(tally.seconds_left, 1),
         **_worker_counts(tally),
     }
 
@@ -157,16 +182,21 @@ def print_summary(summary: Summary) -> None:
     for name, value in _facts(summary):
         table.add_row(name, value)
     console.print(table)
+    for kind, message in summary.first_messages.items():
+        text = f"first {kind}: {message}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
-    facts = [("documents", f"{summary.documents:,}"), ("errors", f"{summary.status['error']:,}")]
+    facts = [("rows", f"{summary.documents:,}"), ("errors", f"{summary.status['error']:,}")]
     facts += [(f"  {kind}", f"{count:,}") for kind, count in summary.errors.most_common()]
     if summary.status["skipped"]:
         facts.append(("skipped", f"{summary.status['skipped']:,}"))
     facts.append(("prompt tokens", f"{summary.prompt_tokens:,}"))
     facts.append(("tokens/s", f"{summary.tokens_per_second:,.0f}"))
     facts.append(("TTFT p50 / p95", f"{_ms(summary.ttft_ms(50))} / {_ms(summary.ttft_ms(95))}"))
+    if summary.ended_by_length:
+        facts.append(("answers that ended by length", f"{summary.ended_by_length:,}"))
     if summary.grouped_rows:
         facts.append(("rows that shared a document", f"{summary.grouped_rows:,}"))
         facts.append(("  its prefill, all together", f"{summary.times.shared_s:,.1f} s"))
@@ -174,27 +204,41 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ratio = summary.flops_ratio()
     facts.append(("operations, of dense", _percent(ratio)))
     facts.append(("time", f"{summary.seconds:,.1f} s"))
-    facts.append(("  a row", _ms(summary.ms_per_row())))
-    facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
+    facts.append(("  loading the model", f"{summary.times.load_s:,.1f} s"))
     facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
+    facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
+    facts.append(("  a row, without loading", _ms(summary.ms_per_row())))
     return facts
 
 
-def _line(tally: Tally, noun: str) -> str:
+def _line(tally: Tally, noun: str, has_rate: bool) -> str:
     rows = f"{tally.documents:,}"
     if tally.expected_rows:
         rows += f"/{tally.expected_rows:,.0f}"
-    errors = f", {tally.status['error']:,} errors" if tally.status["error"] else ""
-    tokens = f"{tally.prompt_tokens:,} tokens, {tally.tokens_per_second:,.0f} tokens/s"
-    return f"{rows} {noun}, {tokens}{errors}{_several(tally)}"
+    errors = f", {counted(tally.status['error'], 'error')}" if tally.status["error"] else ""
+    rate = f", {tally.tokens_per_second:,.0f} tokens/s" if has_rate else ""
+    one = tally.documents == 1 and not tally.expected_rows
+    return (
+        f"{rows} {noun.removesuffix('s') if one else noun}, "
+        f"{counted(tally.prompt_tokens, 'token')}{rate}{errors}{_several(tally)}"
+    )
+
+
+def _time_left(tally: Tally) -> str:
+    seconds = tally.seconds_left
+    if not seconds:
+        return ""
+    if seconds < 90:
+        return f", about {seconds:,.0f} s left"
+    minutes = seconds / 60
+    return f", about {minutes:,.0f} min left" if minutes < 90 else f", about {minutes / 60:,.1f} h left"
 
 
 def _several(tally: Tally) -> str:
     """Of a run with workers, how many they are and their TTFT of late."""
     if not isinstance(tally, Summary) or tally.workers is None:
         return ""
-    workers = f"{tally.workers:,} worker{'' if tally.workers == 1 else 's'}"
-    return f", {workers}, TTFT p50 {_ms(tally.ttft_ms(50, latest=LATE_ROWS))}"
+    return f", {counted(tally.workers, 'worker')}, TTFT p50 {_ms(tally.ttft_ms(50, latest=LATE_ROWS))}"
 
 
 def _expected_tokens(tally: Tally) -> float | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from pipeline.report.figures import percent_of
 from pipeline.report.page import cut
 from pipeline.report.report import comparison_figures, headline_rows, pair_facts, phase_rows
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.report.compare import Comparison
@@ -80,7 +81,7 @@ def _layer_columns(run: Figures, depth: int) -> list[list[str]]:
 def _print_errors(console: Console, report: Report) -> None:
     for figures in report.runs:
         for kind, error in figures.errors.items():
-            _line(console, f"{figures.run.label}: {error.count:,} rows {kind}, first:", style="bold")
+            _line(console, f"{figures.run.label}: {counted(error.count, 'row')} {kind}, first:", style="bold")
             for row, id, message in error.first:
                 _line(console, f"  row {row}, {id}: {cut(message, LONGEST_ANSWER)}")
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 def conditions_of(model: LoadedModel) -> dict[str, Any]:
     """What the numbers depend on, beside the settings of the command."""
-    from importlib.metadata import version
+    from pipeline.versions import version_of
 
     return {
         "model": model.name,
         "device": model.device_name() if model.device.type == "cuda" else processor(),
         "dtype": str(model.adapter.dtype).removeprefix("torch."),
         "attention": model.attention.name,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        "torch": version_of("torch"),
+        "transformers": version_of("transformers"),
     }
 
 

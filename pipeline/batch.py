@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.engines.one_process import Engine, OneProcess
-from pipeline.errors import ConfigError, TooManyErrors
+from pipeline.errors import (
+    KEPT,
+    NOTHING_KEPT,
+    ConfigError,
+    InputError,
+    MarsError,
+    TooManyErrors,
+    did_you_mean,
+)
 from pipeline.intake import Intake, Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.io.journal import Journal
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
 from pipeline.io.rowindex import Order
 from pipeline.io.writing import check_output
+from pipeline.lacking import refuse_lacking
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method import AUTO
+from pipeline.settings.option import settings_of
 from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import renewed, with_profile
-from pipeline.summary import Summary
+from pipeline.summary import Summary, Tally
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.engines.ray_cluster import RayCluster
@@ -33,6 +46,7 @@ if TYPE_CHECKING:
 WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one more is in the making
 FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
 
+Inputs = str | os.PathLike[str]
 Progress = Callable[[Summary], None]
 Note = Callable[[str], None]
 
@@ -42,14 +56,16 @@ def _nothing(*_: Any) -> None:
 
 
 def run_batch(
-    input: str | Sequence[str],
-    output: str,
+    input: Inputs | Sequence[Inputs],
+    output: str | os.PathLike[str],
     *,
     model: str | LoadedModel = "smollm2-135m",
     method: str | PruningMethod | None = None,
     progress: Progress = _nothing,
     note: Note = _nothing,
     check: Callable[[], None] = _nothing,
+    phase: Note = _nothing,
+    began: float | None = None,
     **options: Any,
 ) -> Summary:
     """Answer every document of `input` and write `output`; what `marsinfer batch` runs.
@@ -60,16 +76,20 @@ def run_batch(
     a method object; without one it is that of `profile`, with its settings and precisions, or else auto.
 
     `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
-    `check` often, between layers too: it may raise to end the run.
+    `phase` with what is being done, `check` often, between layers too: it may raise to end the run. `began`
+    is when the work began of which this run is the last part, by time.perf_counter(); None: with this call.
 
-    Returns the summary: counts of rows and tokens, `seconds`, percentiles of TTFT in milliseconds; its
-    `as_dict` gives plain values. A row that cannot be answered becomes an error row, and raises nothing.
+    Returns the summary: counts of rows and tokens, `seconds` since `began`, percentiles of TTFT in
+    milliseconds; `print` shows it in a line, and its `as_dict` gives plain values. A row that cannot be
+    answered becomes an error row, and raises nothing; `none_answered` tells where that became of all rows.
 
     Raises ConfigError, InputError or ModelError before any row is answered, LockedError where another run
     writes the same output, StorageError where it cannot be written, TooManyErrors by `max_errors`. After a
     MarsError the finished rows are in the journal, from which `resume=True` goes on.
     """
+    began = time.perf_counter() if began is None else began
     options = renewed(BatchConfig, options, note)
+    _refuse_unknown(options)
     options["model"] = model if isinstance(model, str) else model.name
     made = None if isinstance(method, str) else method
     if made is not None:
@@ -79,20 +99,57 @@ def run_batch(
         options = with_profile(options)
     else:
         options["method"] = method
-    options["input"] = (input,) if isinstance(input, str) else tuple(map(str, input))
-    config = BatchConfig(output=str(output), **options)
+    inputs = (input,) if isinstance(input, str | os.PathLike) else tuple(input)
+    options["input"] = tuple(map(os.fspath, inputs))
+    config = BatchConfig(output=os.fspath(output), **options)
     if made is None and config.method != AUTO:
         made = make_method(config.method, config.settings)
     check_output(config.output, (), config.overwrite or config.resume)
     if config.engine == "ray" and not isinstance(model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
-    with lock_output(config.output) as lock, _cluster(config, check) as cluster:
+    summary = Summary(method=config.method, output=config.output, began=began)
+    summary.kept_before = config.resume  # which the journal will tell better
+    with (
+        _kept_told(summary),
+        lock_output(config.output) as lock,
+        _cluster(config, check) as cluster,
+    ):
         intake = open_input(config)
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
             note(text)
-        engine = OneProcess(run, check, note) if cluster is None else cluster.engine(run, note)
-        return answer_all(run, engine, progress=progress, note=note, check=check, still_locked=lock.check)
+        engine = OneProcess(run, check, note, phase) if cluster is None else cluster.engine(run, note)
+        answer_all(
+            run,
+            engine,
+            summary,
+            progress=progress,
+            note=note,
+            check=check,
+            phase=phase,
+            still_locked=lock.check,
+        )
+    return summary
+
+
+def _refuse_unknown(options: Iterable[str]) -> None:
+    known = [each.name for each in settings_of(BatchConfig)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"run_batch has no option {name!r}{did_you_mean(name, known)}; it takes those of BatchConfig"
+            )
+
+
+@contextmanager
+def _kept_told(summary: Summary) -> Iterator[None]:
+    """Errors promise no rows to go on from where there are none."""
+    try:
+        yield
+    except MarsError as error:
+        if not (summary.kept_before or summary.documents):
+            error.args = (str(error).replace(KEPT, NOTHING_KEPT),)
+        raise
 
 
 def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextManager[RayCluster | None]:
@@ -114,16 +171,22 @@ def open_input(config: BatchConfig) -> Intake:
 def answer_all(
     run: Preparation,
     engine: Engine,
+    summary: Summary,
     *,
     progress: Progress,
     note: Note,
     check: Callable[[], None],
+    phase: Note = _nothing,
     still_locked: Callable[[], None] = _nothing,
-) -> Summary:
+) -> None:
     """Run every new row through the model, into the journal, and publish the output."""
     config, decides = run.config, run.decides()
-    summary = Summary(method=run.method.name, output=config.output)
+    shape, itemsize = run.model.shape, run.model.dtype.itemsize
+    summary.method = run.method.name
+    summary.kv_bytes_per_token = shape.layers * shape.kv_bytes_per_token(itemsize)
     note_length = _once(run, note)
+    summary.start_work()
+    phase("reading and tokenizing")
     with open_journal(
         config.output,
         run.schema(),
@@ -133,32 +196,53 @@ def answer_all(
         overwrite=config.overwrite,
         check=still_locked,
     ) as journal:
+        summary.kept_before = journal.resumed
         if journal.resumed:
-            note(f"resuming: {journal.done_at_start.total():,} rows are done")
+            done = journal.done_at_start.total()
+            note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
 
         def taken_in(windows: Iterable[Window | None]) -> Iterator[list[Item] | None]:
             for window in windows:
                 if window is not None:
                     expect(summary, window, journal)
                     note_length(window.items)
+                    if engine.workers is not None and not summary.documents:
+                        phase("loading the model in the workers, and answering the first rows")
                 yield window and window.items
 
-        with closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check, engine.patience_s)) as read:
+        with (
+            _nothing_left_behind(journal, summary),
+            closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check, engine.patience_s)) as read,
+        ):
             for answers in engine.answers(taken_in(read)):
                 journal.append(answers)
                 summary.add(answers)
-                summary.workers = engine.workers
+                summary.workers, summary.times = engine.workers, engine.times
                 progress(summary)
                 stop_if_broken(config, summary)
                 check()
         summary.times = engine.times
+        phase("writing the output")
+        summary.in_output = journal.counts()
+        if not (summary.in_output["ok"] or summary.errors):
+            summary.failed_before = journal.first_failure()
         written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
     summary.finish()
     if summary.documents:
         progress(summary)
-    return summary
+
+
+@contextmanager
+def _nothing_left_behind(journal: Journal, summary: Summary) -> Iterator[None]:
+    """An input that turns out to be unusable leaves no journal of errors, which would block the next run."""
+    try:
+        yield
+    except InputError:
+        if not (journal.resumed or summary.status["ok"]):
+            journal.discard()
+        raise
 
 
 def _once(run: Preparation, note: Note) -> Callable[[Sequence[Item]], None]:
@@ -189,9 +273,9 @@ class Window(NamedTuple):
 def read_windows(run: Preparation, journal: Journal) -> Iterator[Window]:
     """The new rows, tokenized."""
     rows = run.rows()
-    for items in windows(
-        run.encode(new_rows(rows, journal, renames=run.source.columns.takes_ids)), item_tokens
-    ):
+    new = new_rows(rows, journal, renames=run.source.columns.takes_ids)
+    read = windows(run.encode(new), item_tokens)
+    for items in refuse_lacking(read, run.config, answered=journal.done_at_start["ok"] > 0):
         yield Window(items, rows.fraction_read, journal.passed_over, rows.total, rows.most)
 
 
@@ -207,18 +291,18 @@ def expect(summary: Summary, window: Window, journal: Journal) -> None:
     )
 
 
-def stop_if_broken(config: BatchConfig, summary: Summary) -> None:
+def stop_if_broken(config: BatchConfig, tally: Tally) -> None:
     """Raise TooManyErrors when more rows have failed than `--max-errors` allows."""
     if config.max_errors is None:
         return
     bound, per_cent = parse_max_errors(config.max_errors)
-    failed, finished = summary.status["error"], summary.documents
+    failed, finished = tally.status["error"], tally.documents
     if per_cent and (finished < FEWEST_FOR_PER_CENT or failed <= bound / 100 * finished):
         return
     if not per_cent and failed <= bound:
         return
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.errors.most_common(3))
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in tally.errors.most_common(3))
     raise TooManyErrors(
-        f"{failed:,} of {finished:,} rows failed ({kinds}), more than --max-errors {config.max_errors} allows"
-        "; finished rows are kept: mend the cause, then --resume --retry-errors"
+        f"{failed:,} of {counted(finished, 'row')} failed ({kinds}), more than --max-errors "
+        f"{config.max_errors} allows; finished rows are kept: mend the cause, then --resume --retry-errors"
     )

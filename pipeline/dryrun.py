@@ -1,28 +1,35 @@
 """A run without its model: every row is read and tokenized, and what the run would do is counted.
 
-No weights are loaded, nothing is written, and what is kept does not grow with the rows.
+No weights are loaded, nothing is written but scratch files, and the memory that is held does not grow with
+the rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.bench.flops import dense_flops
+from pipeline.batch import stop_if_broken
+from pipeline.bench.flops import dense_flops, passes_flops
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.errors import MarsError
-from pipeline.intake import Item, item_prompts, item_tokens, open_rows
-from pipeline.io import Source
+from pipeline.errors import MarsError, NoneAnswered, TooManyErrors
+from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
+from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
+from pipeline.io.remote import output_place
+from pipeline.io.standing import DoneRows, done_rows, no_rows, refuse_unfinished
 from pipeline.io.writing import check_output
+from pipeline.lacking import refuse_lacking
 from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument
 from pipeline.summary import Tally
+from pipeline.words import counted
 
 SHOWN_MESSAGES = 3
 SHOWN_SPLIT = 10
@@ -38,10 +45,15 @@ class Report:
     limit_tokens: int  # the longest prompt
     packer: Packer
     device: str
-    output_problem: str | None
+    refusal: MarsError | None  # why the run could not write its output
+    output_is_there: bool
     notes: list[str]
+    done: Counter[str] = field(default_factory=Counter)  # rows of earlier runs by status, under --resume
+    estimate: Estimate | None = None
+    pace: Pace = field(init=False)  # of the rows that are done
     tally: Tally = field(default_factory=Tally)
     messages: dict[str, list[str]] = field(default_factory=dict)  # by kind, the first few
+    prompts: int = 0  # parts of documents counted each
     lengths: Counter[int] = field(default_factory=Counter)  # by power of two: 2**n up to 2**(n+1) - 1
     longest_tokens: int = 0
     truncated_rows: int = 0
@@ -54,7 +66,11 @@ class Report:
     packs: int = 0
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
-    flops: int = 0
+    flops: int = 0  # of a dense prefill of every prompt
+    method_flops: int = 0  # of the run's, as far as its method says what it does
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(shape=self.packer.shape)
 
     def add(self, window: Sequence[Item]) -> None:
         documents = []
@@ -72,6 +88,8 @@ class Report:
         group = self.config.group
         group_packer = GroupPacker(packer=self.packer, any_method=group == "any")
         groups, alone = ([], documents) if group == "off" else group_packer.split(documents)
+        self.method_flops += sum(group.flops for group in groups)
+        self.method_flops += sum(self._expected_flops(prompt.prompt_tokens) for prompt in alone)
         for pack in self.packer.packs(alone):
             lengths = [document.prompt_tokens for document in pack]
             self._add_pack(sum(lengths), self.packer.kv_bytes(lengths))
@@ -83,13 +101,18 @@ class Report:
                 tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
                 self._add_pack(tokens, group_packer.kv_bytes(group_pack, chunk))
 
+    def _expected_flops(self, tokens: int) -> int:
+        shape = self.packer.shape
+        passes = self.packer.method.expected_passes(shape, tokens)
+        return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
+
     def _add_pack(self, tokens: int, kv_bytes: int) -> None:
         self.packs += 1
         self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
         self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
     def _add_failure(self, failure: RowFailure) -> None:
-        self.tally.count(failure.status, failure.kind)
+        self.tally.count(failure.status, failure.kind, message=failure.message)
         messages = self.messages.setdefault(failure.kind, [])
         if len(messages) < SHOWN_MESSAGES:
             messages.append(failure.message)
@@ -104,6 +127,7 @@ class Report:
 
     def _add_prompt(self, document: EncodedDocument) -> None:
         tokens = document.prompt_tokens
+        self.prompts += 1
         self.lengths[tokens.bit_length() - 1] += 1
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
@@ -114,7 +138,9 @@ class Report:
         """The report as `--json` prints it."""
         return {
             "output": self.config.output,
-            "output_problem": self.output_problem,
+            "output_problem": None if self.refusal is None else str(self.refusal),
+            "output_is_there": self.output_is_there,
+            "done_rows": self.done.total(),
             "notes": self.notes,
             "schema": self.schema,
             "rows": self.tally.documents,
@@ -153,29 +179,57 @@ class Report:
                 "grouped_documents": self.grouped_documents,
             },
             "dense_prefill_tflop": self.flops / 1e12,
+            "estimate": None if self.estimate is None else self.estimate.as_dict(),
         }
 
     def as_text(self) -> str:
         """The report for a person."""
         lines = [f"note: {note}" for note in self.notes]
-        lines += [f"output: {self.output_problem or self.config.output}", "columns passed through:"]
+        lines += [f"output: {self._output()}", "columns passed through:"]
         lines += [f"  {name}: {kind}" for name, kind in self.schema.items()] or ["  none"]
         tally = self.tally
-        lines.append(f"rows: {tally.documents:,}, of which {tally.status['ok']:,} can be answered")
+        new = "new rows" if self.done else "rows"
+        lines.append(f"{new}: {tally.documents:,}, of which {tally.status['ok']:,} can be answered")
         for kind, rows in tally.errors.most_common():
             lines.append(f"  {kind}: {rows:,}")
             lines += [f"    {' '.join(message.split())}" for message in self.messages[kind]]
         lines += [*self._over_long(), *self._histogram(), *self._plan()]
         return "\n".join(lines)
 
+    def _output(self) -> str:
+        """Where answers go, and what becomes of what is there."""
+        output = self.config.output
+        if self.refusal is not None:
+            return f"refused: {self.refusal}"
+        if self.done:
+            done = self.done.total()
+            return f"{output}, resumed: {counted(done, 'row')} done, {self.tally.documents:,} new"
+        if self.output_is_there:
+            return f"{output}, which is there and {'goes on' if self.config.resume else 'is overwritten'}"
+        return output
+
+    def raise_outcome(self) -> None:
+        """Raise the error that the run would end with, as far as that is known before it answers anything."""
+        if self.refusal is not None:
+            raise self.refusal
+        try:
+            stop_if_broken(self.config, self.tally)
+        except TooManyErrors as error:
+            raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error
+        rows = self.done.total() + self.tally.documents
+        if rows and not (self.done["ok"] or self.tally.status["ok"]):
+            why = self.tally.commonest_error or "all of them failed in earlier runs"
+            raise NoneAnswered(f"none of {counted(rows, 'row')} can be answered; {why}")
+
     def _over_long(self) -> list[str]:
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
         policy = f"--on-overlong {self.config.on_overlong}"
         rows = self._over_long_rows()
-        lines = [f"over {self.limit_tokens:,} prompt tokens: {rows:,} rows ({policy}{cut})"]
+        lines = [f"over {self.limit_tokens:,} prompt tokens: {counted(rows, 'row')} ({policy}{cut})"]
         if self.split_rows:
             lines.append(
-                f"split: {self.split_rows:,} rows into {self.parts:,} parts; combining them comes on top"
+                f"split: {counted(self.split_rows, 'row')} into {counted(self.parts, 'part')}; "
+                "combining them comes on top"
             )
             lines += [
                 f"  row {row['row']}, id {row['id']}: "
@@ -203,13 +257,15 @@ class Report:
 
     def _plan(self) -> list[str]:
         packer = self.packer
-        together = f"answered together: {self.grouped_rows:,} rows about {self.grouped_documents:,} documents"
+        documents = counted(self.grouped_documents, "document")
+        together = f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
         return [
             *([together] if self.grouped_documents else []),
             f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.device}, "
             f"the largest {self.largest_pack_tokens:,}",
             f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
             f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP",
+            *([] if self.estimate is None else [self.estimate.as_text()]),
         ]
 
 
@@ -223,17 +279,68 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
         limit_tokens=run.prompts.limit,
         packer=_packer(run),
         device=str(run.model.device),
-        output_problem=_output_problem(config, run.source),
+        refusal=None,
+        output_is_there=False,
         notes=list(run.notes),
     )
-    rows = run.rows()
-    for window in windows(run.encode(rows), item_tokens):
-        report.add(window)
-        report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most)
-        progress(report.tally)
+    with ExitStack() as opened:
+        _read(run, report, _done_rows(run, report, opened), progress)
     text = run.length_note(report.longest_tokens)
     report.notes += [] if text is None else [text]
+    report.estimate = _estimate(run, report)
     return report
+
+
+def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
+    """What earlier runs have done; nothing where the run would be refused, of which the report hears."""
+    config = run.config
+    try:
+        check_output(config.output, run.source.files, config.overwrite or config.resume)
+        report.output_is_there = output_place(config.output).exists()
+        if config.resume:
+            settings = (run.schema(), run.decides())
+            rows = done_rows(
+                config.output,
+                *settings,
+                retry_errors=config.retry_errors,
+                timed=TIMED,
+                heed=report.pace.add,
+            )
+            return opened.enter_context(rows)
+        if not config.overwrite:
+            refuse_unfinished(config.output)
+    except MarsError as error:
+        report.refusal = error
+    return opened.enter_context(no_rows())
+
+
+def _read(run: Preparation, report: Report, done: DoneRows, progress: Callable[[Tally], None]) -> None:
+    """Count all rows that are not done."""
+    rows, before = run.rows(), done.at_start
+    read = windows(run.encode(new_rows(rows, done, renames=run.source.columns.takes_ids)), item_tokens)
+    for window in refuse_lacking(read, run.config, answered=before["ok"] > 0):
+        report.add(window)
+        counts = {"passed_over": done.passed_over, "done_before": before.total()}
+        report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most, **counts)
+        progress(report.tally)
+    report.done = done.counts()
+
+
+def _estimate(run: Preparation, report: Report) -> Estimate | None:
+    if not report.prompts:
+        return None
+    if report.pace.says_something:
+        return estimate_by_pace(report.packer, report.pace, flops=report.method_flops, prompts=report.prompts)
+    rates = measure_rates(run.model.device, run.model.dtype, run.model.shape)
+    if rates is None:
+        return None
+    return estimate(
+        report.packer,
+        rates,
+        flops=report.method_flops,
+        prompts=report.prompts,
+        prompt_tokens=report.tally.prompt_tokens,
+    )
 
 
 def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:
@@ -276,15 +383,6 @@ def _packer(run: Preparation) -> Packer:
         kv_memory=run.config.kv_memory,
         in_flight=run.config.in_flight,
     )
-
-
-def _output_problem(config: BatchConfig, source: Source) -> str | None:
-    """Why the run could not write its output; the dry run goes on, since it writes none."""
-    try:
-        check_output(config.output, source.files, config.overwrite or config.resume)
-    except MarsError as error:
-        return str(error)
-    return None
 
 
 def _figures(value: float) -> str:

@@ -3,14 +3,17 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
+NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so
+
 
 class MarsError(Exception):
     """Base of every error with a message meant for the user: cause, place and remedy in one line.
 
     `exit_code` is what the command ends with. The kinds: ConfigError, InputError and ModelError (2),
-    TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError (8), and
-    Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row raises
-    nothing: it becomes a row of the output whose status is `error`.
+    NoneAnswered (3), TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError
+    (8), and Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row
+    raises nothing: it becomes a row of the output whose status is `error`.
     """
 
     exit_code = 1
@@ -32,6 +35,12 @@ class ModelError(MarsError):
     """A model that is unknown, unsupported, unsafe or unreadable."""
 
     exit_code = 2
+
+
+class NoneAnswered(MarsError):
+    """The output holds rows, and not one of them has an answer."""
+
+    exit_code = 3
 
 
 class GateFailed(MarsError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.bench.flops import LayerWork, dense_work, layer_flops, passes_flops
 from pipeline.model.shape import ModelShape
 from pipeline.records import EncodedDocument
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
@@ -38,6 +39,7 @@ class Group:
     rows: tuple[EncodedDocument, ...]
     way: Way
     reason: str  # why this way, for people
+    flops: int  # of all their prefills
 
     @property
     def shared_tokens(self) -> int:
@@ -88,13 +90,11 @@ class Grouping:
         flops, _, way = min(fitting, default=(apart, 0, None))
         if way is None or flops > WORTH_SHARING * apart:
             return None
-        others = [f"{_tflop(cost)} {self._told(other)}" for cost, other in costs if other is not way and cost]
-        others.append(f"{_tflop(apart)} for each row on its own")
         reason = (
-            f"{len(rows):,} rows about a document of {rows[0].document_tokens:,} tokens: "
-            f"{_tflop(flops)} {self._told(way)}, against {' and '.join(others)}"
+            f"{len(rows):,} rows about a document of {counted(rows[0].document_tokens, 'token')}: "
+            f"{self._told(way)}; it takes {_share(flops / apart)} of the work of each row on its own"
         )
-        return Group(rows=tuple(rows), way=way, reason=reason)
+        return Group(rows=tuple(rows), way=way, reason=reason, flops=flops)
 
     @cached_property
     def ways(self) -> tuple[Way, ...]:
@@ -122,9 +122,15 @@ class Grouping:
         return sum(passes_flops(self.shape, each) for each in known) - (len(lengths) - 1) * document
 
     def _told(self, way: Way) -> str:
-        if way.layers == self.shape.layers:
-            return f"with {way.method.name} and its keys and values computed once"
-        return f"with {way.method.name} and its first {way.layers} layers computed once"
+        if way.layers < self.shape.layers:
+            some = f"{way.layers:,} of {self.shape.layers:,}"
+            return f"its first layers, {some}, are computed once for all of them"
+        if way.method.name == self.method.name:
+            return "the document is computed once for all of them"
+        return (
+            f"answered with {way.method.name}, because sharing the document that way is cheapest "
+            f"(--group off keeps {self.method.name})"
+        )
 
 
 def same_documents(rows: Iterable[EncodedDocument]) -> list[list[EncodedDocument]]:
@@ -141,6 +147,6 @@ def same_documents(rows: Iterable[EncodedDocument]) -> list[list[EncodedDocument
     return list(found.values())
 
 
-def _tflop(flops: int) -> str:
-    """Three figures."""
-    return f"{float(f'{flops / 1e12:.3g}'):,.10g} TFLOP"
+def _share(value: float) -> str:
+    """A per cent that is not 0 for any work at all."""
+    return f"{value:.0%}" if value >= 0.01 else "less than 1%"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from pipeline.splitting import SplitDocument, Splitter
 
 if TYPE_CHECKING:
     from pipeline.io.journal import Journal
+    from pipeline.io.standing import DoneRows
     from pipeline.model.loading import Model
     from pipeline.prompts import PromptBuilder
 
@@ -180,7 +181,9 @@ def item_tokens(item: Item) -> int:
     return sum(prompt.prompt_tokens for prompt in item_prompts(item))
 
 
-def new_rows(records: Iterable[Record], journal: Journal, *, renames: bool = False) -> Iterator[Record]:
+def new_rows(
+    records: Iterable[Record], journal: Journal | DoneRows, *, renames: bool = False
+) -> Iterator[Record]:
     """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
 
     With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
@@ -188,11 +191,11 @@ def new_rows(records: Iterable[Record], journal: Journal, *, renames: bool = Fal
     for record in records:
         row = record.source
         ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
-        if (new := _new([_hashed(record, id) for id in ids], journal)) is not None:
+        if (new := _new((_hashed(record, id) for id in ids), journal)) is not None:
             yield new
 
 
-def _new(names: Sequence[Record], journal: Journal) -> Record | None:
+def _new(names: Iterable[Record], journal: Journal | DoneRows) -> Record | None:
     """A record under the first of several ids that has not come before, unless it is done."""
     failed: Record | None = None
     for record in names:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.errors import Interrupted
+from pipeline.errors import KEPT, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,12 +16,10 @@ _nothing_to_lose = False
 
 
 @contextmanager
-def graceful_stop(
-    kept: str = "finished rows are kept, and --resume continues",
-) -> Iterator[Callable[[], None]]:
+def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[], None]]:
     """Give a function that raises `Interrupted` once a signal has come; to be called often.
 
-    `kept` ends its message: what becomes of the work so far.
+    `kept` ends its message: what becomes of the work so far; a function is asked when the signal has come.
     Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
     `nothing_to_lose`. A second signal ends it as if nobody had listened: what is in the journal stays there.
     Only the main thread may use this.
@@ -42,7 +40,8 @@ def graceful_stop(
         checked = True
         if received:
             name = signal.Signals(received[0]).name
-            raise Interrupted(f"stopped by {name}; {kept}", 128 + received[0])
+            told = kept if isinstance(kept, str) else kept()
+            raise Interrupted(f"stopped by {name}; {told}", 128 + received[0])
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

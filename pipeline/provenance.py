@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.settings.run import BatchConfig
+from pipeline.versions import version_of
 
 if TYPE_CHECKING:
     from pipeline.guard import Guard
@@ -79,6 +79,6 @@ def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> 
         "model": model.name,
         "device": model.device_name(),
         "attention": {"backend": model.attention_name, "refused": model.attention_refused},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -54,6 +54,7 @@ class RowFailure:
     status: str = "error"
     document_tokens: int | None = None
     prompt_tokens: int | None = None
+    lacks: str | None = None  # the column that the row does not have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

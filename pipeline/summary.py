@@ -12,6 +12,10 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.records import Answer
+from pipeline.words import counted
+
+NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
+MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word
 
 
 @dataclass(kw_only=True)
@@ -77,13 +81,16 @@ class EngineTimes:
 class Tally:
     """Rows and prompt tokens so far, and the rows expected: what a run's progress is told from."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
+        """`began` is when the run did, by time.perf_counter(); None: now."""
         self.status: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
+        self.first_messages: dict[str, str] = {}  # likewise
         self.prompt_tokens = 0
         self.expected_rows: float | None = None
         self._read = 0
-        self._started = time.perf_counter()
+        self._counting_from = time.perf_counter()
+        self._began = self._counting_from if began is None else began
         self._ended: float | None = None
 
     @property
@@ -92,20 +99,46 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        return (self._ended or time.perf_counter()) - self._started
+        """All that has passed since the run began, loading and warming up included."""
+        return (self._ended or time.perf_counter()) - self._began
+
+    @property
+    def working_s(self) -> float:
+        """The part of `seconds` in which rows are read and answered."""
+        return (self._ended or time.perf_counter()) - self._counting_from
 
     @property
     def tokens_per_second(self) -> float:
-        """Prompt tokens of answered rows over the run's time, reading and decoding included."""
-        return self.prompt_tokens / self.seconds if self.seconds else 0.0
+        """Prompt tokens of answered rows over the time of the work, reading and decoding included."""
+        working_s = self.working_s
+        return self.prompt_tokens / working_s if working_s > 0 else 0.0
 
-    def count(self, status: str, error_type: str | None = None, prompt_tokens: int = 0) -> None:
-        """Add a row; tokens count where it is `ok`, its kind of error where it is not."""
+    @property
+    def seconds_left(self) -> float | None:
+        """By the tokens of the rows so far and the rows expected; None where neither tells."""
+        done, rate = self.documents, self.tokens_per_second
+        if not self.expected_rows or not done or not rate:
+            return None
+        return max(0.0, self.expected_rows - done) * self.prompt_tokens / done / rate
+
+    def count(
+        self, status: str, error_type: str | None = None, prompt_tokens: int = 0, message: str | None = None
+    ) -> None:
+        """Add a row; tokens count where it is `ok`, its kind of error and its message where it is not."""
         self.status[status] += 1
         if status == "ok":
             self.prompt_tokens += prompt_tokens
         else:
             self.errors[str(error_type)] += 1
+            self.first_messages.setdefault(str(error_type), " ".join((message or "").split()))
+
+    @property
+    def commonest_error(self) -> str | None:
+        """Of rows that failed or were skipped: how many of which kind, and the first one's message."""
+        if not self.errors:
+            return None
+        ((kind, count),) = self.errors.most_common(1)
+        return f"{kind} ({counted(count, 'row')}): {self.first_messages[kind]}"
 
     def expect(
         self,
@@ -132,6 +165,10 @@ class Tally:
         to_pass_over = min(max(done_before - passed_over, 0), max(total - read, 0))
         self.expected_rows = max(total - passed_over - to_pass_over, self._read)
 
+    def start_work(self) -> None:
+        """From here on rows are read and answered: what came before is no part of `working_s`."""
+        self._counting_from = time.perf_counter()
+
     def finish(self) -> None:
         """Stop the clock; no more rows are expected than there were."""
         self._ended = time.perf_counter()
@@ -141,28 +178,87 @@ class Tally:
 class Summary(Tally):
     """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
 
-    def __init__(self, *, method: str, output: str) -> None:
-        super().__init__()
+    def __init__(
+        self, *, method: str, output: str, kv_bytes_per_token: int = 0, began: float | None = None
+    ) -> None:
+        """`kv_bytes_per_token` are those of all layers, without pruning."""
+        super().__init__(began)
         self.method, self.output = method, output
+        self.kv_bytes_per_token = kv_bytes_per_token
         self.new_tokens = 0
+        self.ended_by_length = 0  # answers
+        self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
         self.times = EngineTimes()
         self.workers: int | None = None  # that are at work, of an engine that has several
+        self.kept_before = False  # whether earlier runs have left rows from which to go on
+        self.in_output: Counter[str] = Counter()  # rows by status, those of earlier runs too; at the end
+        self.failed_before: str | None = None  # what ails such a row, where this run has no failed row
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
         self._flops_work = 0.0
 
+    def __str__(self) -> str:
+        rows = ", ".join(f"{count:,} {status}" for status, count in self.status.items() if count)
+        parts = [
+            f"{self.method}: {self.output}: {counted(self.documents, 'row')}{f' ({rows})' if rows else ''}",
+            f"{counted(self.prompt_tokens, 'prompt token')}, {counted(self.new_tokens, 'new token')}",
+            f"{self.seconds:,.1f} s",
+            *([] if self.commonest_error is None else [self.commonest_error]),
+        ]
+        return "; ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<Summary {self}>"
+
     def add(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
             tokens = answer.prompt_tokens or 0
-            self.count(answer.status, answer.error_type, tokens)
+            self.count(answer.status, answer.error_type, tokens, answer.error_message)
             if answer.status != "ok":
                 continue
             self.new_tokens += answer.new_tokens or 0
+            self.ended_by_length += answer.finish_reason == "length"
+            self.unchanged_rows += self._is_unchanged(answer)
             self.grouped_rows += answer.group_rows is not None
             self._ttft_ms.append(answer.ttft_ms or 0.0)
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
+
+    def _is_unchanged(self, answer: Answer) -> bool:
+        """Whether the run's method, which is not dense, did with a row all that dense does."""
+        if answer.method != self.method or self.method == "dense":
+            return False
+        # of the tokens that entered layers some may be fewer even so: of the last layer dense reads one only
+        ratios = (answer.ffn_ratio or 0.0, answer.attention_ratio or 0.0)
+        all_stored = (answer.kv_bytes or 0) >= self.kv_bytes_per_token * (answer.prompt_tokens or 0)
+        # in fp8 throughout: the precision of the run, not what the method does
+        in_fp8 = any(answer.ffn_fp8_tokens or ()) and answer.ffn_fp8_tokens != answer.ffn_tokens
+        offloaded = bool(answer.kv_host_bytes)
+        return min(ratios) > NOTHING_LEFT_OUT and all_stored and not in_fp8 and not offloaded
+
+    def remarks(self) -> list[str]:
+        """What should be said at the end."""
+        found, answered = [], self.status["ok"]
+        if self.unchanged_rows:
+            of = "all" if self.unchanged_rows == answered else f"{self.unchanged_rows:,} of"
+            why = "they are too short for it"
+            if self.unchanged_rows == answered:
+                why += ", or its settings leave nothing out"
+            found.append(f"{self.method} changed nothing on {of} {counted(answered, 'row')}: {why}")
+        if self.ended_by_length > MANY_CUT * answered:
+            found.append(
+                f"{self.ended_by_length:,} of {counted(answered, 'answer')} ended by length, perhaps in "
+                "mid-sentence: a larger --max-new-tokens lets them end by themselves"
+            )
+        return found
+
+    def none_answered(self) -> str | None:
+        """That the whole output holds rows and not one answer, and what ails them; None where it has any."""
+        rows = sum(self.in_output.values())
+        if not rows or self.in_output["ok"]:
+            return None
+        return f"none of {counted(rows, 'row')} was answered; {self.commonest_error or self.failed_before}"
 
     def ttft_ms(self, percentile: float, latest: int = 0) -> float | None:
         """Percentile (0 to 100) of answered rows' TTFT in milliseconds, of all or of the `latest`.
@@ -173,10 +269,15 @@ class Summary(Tally):
             return None
         return float(np.percentile(np.frombuffer(self._ttft_ms, np.float32)[-latest:], percentile))
 
+    @property
+    def working_s(self) -> float:
+        """The part of `seconds` in which rows are read and answered: loading and warming up are left out."""
+        return max(0.0, super().working_s - self.times.load_s - self.times.warm_up_s)
+
     def ms_per_row(self) -> float | None:
-        """The run's time, warming up left out, over its answered rows; None without rows."""
+        """The time of the work, loading and warming up left out, over answered rows; None without rows."""
         answered = self.status["ok"]
-        return (self.seconds - self.times.warm_up_s) * 1e3 / answered if answered else None
+        return self.working_s * 1e3 / answered if answered else None
 
     def ffn_skipped(self) -> float | None:
         """Share of FFN work that was skipped, over the tokens of all answered rows."""
@@ -196,6 +297,10 @@ class Summary(Tally):
             "errors": self.status["error"],
             "skipped": self.status["skipped"],
             "error_types": dict(self.errors),
+            "error_messages": dict(self.first_messages),
+            "in_output": {status: self.in_output[status] for status in ("ok", "error", "skipped")},
+            "ended_by_length": self.ended_by_length,
+            "unchanged_rows": self.unchanged_rows,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,

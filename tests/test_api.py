@@ -52,6 +52,36 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         pipeline.run_batches  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("option", "hint"), [("max_new_token", " (did you mean 'max_new_tokens'?)"), ("qqq", "")]
+)
+def test_an_unknown_option_is_named(option, hint):
+    with pytest.raises(pipeline.MarsError) as refused:
+        pipeline.run_batch("in.jsonl", "out.jsonl", **{option: 1})
+    told = f"run_batch has no option {option!r}{hint}; it takes those of BatchConfig"
+    assert str(refused.value) == told
+
+
+def test_paths_and_how_a_summary_prints(fish, tmp_path, model_folder):
+    options = {"text_column": "body", "question_column": "ask", "max_new_tokens": 1, "device": "cpu"}
+    out = tmp_path / "out.jsonl"
+    summary = pipeline.run_batch(fish, out, model=str(model_folder), method="dense", **options)
+    assert str(summary).startswith(f"dense: {out}: 3 rows (3 ok); 686 prompt tokens, 3 new tokens; ")
+    assert repr(summary) == f"<Summary {summary}>"
+    resumed = [fish], out
+    assert pipeline.run_batch(*resumed, model=str(model_folder), method="dense", resume=True, **options)
+
+
+def test_a_package_that_is_not_installed_has_a_version_even_so(monkeypatch):
+    from pipeline import versions
+
+    def absent(name):
+        raise versions.PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", absent)
+    assert pipeline.__version__ == "unknown (not installed)"
+
+
 def test_a_run_gives_back_what_it_held_beside_the_model(fish, tmp_path, model_folder):
     """Else the next run of the same process finds a device that is nearly full."""
     from pipeline.model.store import KvStore

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.summary import Summary
+from pipeline.records import Answer
+from pipeline.summary import EngineTimes, Summary
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,78 @@ def test_in_the_end_there_is_no_more_to_expect():
     summary.count("ok", prompt_tokens=7)
     summary.finish()
     assert (summary.expected_rows, summary.prompt_tokens) == (1, 7)
+
+
+DENSE = {"prompt_tokens": 10, "kept_ratio": 0.9, "ffn_ratio": 1.0, "attention_ratio": 1.0, "kv_bytes": 80}
+
+
+def answer(number, **values):
+    told = {"method": "mars", "new_tokens": 2, "finish_reason": "stop", "ttft_ms": 1.0, **DENSE}
+    return Answer(id=str(number), row=number, **{**told, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "unchanged"),
+    [
+        ({}, 1),
+        ({"method": "dense"}, 0),  # by a guard, or in a group
+        ({"ffn_ratio": 0.5}, 0),
+        ({"attention_ratio": 0.99}, 0),
+        ({"kv_bytes": 79}, 0),
+        ({"kv_host_bytes": 9}, 0),
+        ({"ffn_tokens": [10, 1], "ffn_fp8_tokens": [5, 0]}, 0),
+        ({"ffn_tokens": [10, 1], "ffn_fp8_tokens": [10, 1]}, 1),  # the whole model is in fp8
+        ({"status": "error"}, 0),
+    ],
+)
+def test_rows_of_which_a_method_left_out_nothing(values, unchanged):
+    summary = Summary(method="mars", output="o", kv_bytes_per_token=8)
+    summary.add([answer(0, **values)])
+    assert summary.unchanged_rows == unchanged
+    assert summary.as_dict()["unchanged_rows"] == unchanged
+
+
+def test_what_is_said_at_the_end():
+    summary = Summary(method="mars", output="o", kv_bytes_per_token=8)
+    summary.add([answer(n, ffn_ratio=0.5 if n < 8 else 1.0) for n in range(10)])
+    assert summary.remarks() == ["mars changed nothing on 2 of 10 rows: they are too short for it"]
+    summary.add([answer(n, ffn_ratio=0.5, finish_reason="length") for n in range(2)])
+    assert summary.ended_by_length == 2
+    assert summary.remarks()[1].startswith("2 of 12 answers ended by length, ")
+    assert "--max-new-tokens" in summary.remarks()[1]
+
+
+def failed(number, kind, message):
+    return Answer(id=str(number), row=number, status="error", error_type=kind, error_message=message)
+
+
+def test_the_first_message_of_each_kind_is_kept():
+    summary = Summary(method="dense", output="o.parquet")
+    summary.add([failed(0, "bad_json", "line 1"), failed(1, "over_long", "line\n2")])
+    summary.add([failed(2, "over_long", "line 3")])
+    assert summary.as_dict()["error_messages"] == {"bad_json": "line 1", "over_long": "line 2"}
+    assert summary.commonest_error == "over_long (2 rows): line 2"
+    assert str(summary).startswith("dense: o.parquet: 3 rows (3 error); 0 prompt tokens, 0 new tokens; ")
+    assert str(summary).endswith("; over_long (2 rows): line 2")
+    assert summary.none_answered() is None  # of an output that holds no rows yet
+    summary.in_output.update({"error": 3})
+    assert summary.none_answered() == "none of 3 rows was answered; over_long (2 rows): line 2"
+    summary.in_output.update({"ok": 1})
+    assert summary.none_answered() is None
+
+
+def test_the_time_is_all_of_it_and_that_of_a_row_its_work(clock):
+    clock.now = 50.0
+    summary = Summary(method="dense", output="o", began=20.0)
+    clock.now = 60.0
+    summary.start_work()
+    summary.times = EngineTimes(load_s=5.0, warm_up_s=3.0)
+    summary.add([answer(n, prompt_tokens=30) for n in range(2)])
+    summary.expect(6, 6, 1.0)
+    clock.now = 80.0
+    assert summary.seconds_left == pytest.approx(4 * 12 / 2)
+    summary.finish()
+    clock.now = 99.0
+    assert (summary.seconds, summary.working_s, summary.ms_per_row()) == (60.0, 12.0, 6000.0)
+    assert summary.tokens_per_second == 5.0
+    assert summary.as_dict()["seconds"] == 60.0

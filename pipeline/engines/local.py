@@ -58,12 +58,13 @@ class LocalEngine:
         save_selection: bool = False,
         check: Check = lambda: None,
         note: Callable[[str], None] = lambda text: None,
+        phase: Callable[[str], None] = lambda text: None,
     ) -> None:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
         dense. `in_flight` bounds the rows that are decoded at once. `check` is called often, between layers
-        too; what it raises ends the run.
+        too; what it raises ends the run. `phase` is told of each pack that is prefilled.
         """
         self.model, self.rules, self.sampling = model, rules, sampling
         self.row_timeout, self.check, self._note = row_timeout, check, note
@@ -89,6 +90,7 @@ class LocalEngine:
             new_tokens=rules.max_new_tokens,
             save_selection=save_selection,
             now=self.now,
+            phase=phase,
         )
         self._prefix: Prefix | None = None  # of the group whose rows are being prefilled
         self._table: Table | None = None  # made for the first row that is decoded

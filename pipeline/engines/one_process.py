@@ -48,8 +48,15 @@ class OneProcess:
     patience_s: float | None = PATIENCE_S
     workers: int | None = None
 
-    def __init__(self, setup: Setup, check: Callable[[], None], note: Callable[[str], None]) -> None:
-        self._setup, self._check, self._note = setup, check, note
+    def __init__(
+        self,
+        setup: Setup,
+        check: Callable[[], None],
+        note: Callable[[str], None],
+        phase: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`phase` is told what is being done, whenever that changes."""
+        self._setup, self._check, self._note, self._phase = setup, check, note, phase
         self._engine: LocalEngine | None = None
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
@@ -68,7 +75,7 @@ class OneProcess:
 
     def _start(self, prompts: Sequence[EncodedDocument]) -> LocalEngine:
         if self._engine is None:
-            self._engine = start_engine(self._setup, self._check, self._note, prompts)
+            self._engine = start_engine(self._setup, self._check, self._note, prompts, self._phase)
         return self._engine
 
 
@@ -131,18 +138,20 @@ def start_engine(
     check: Callable[[], None],
     note: Callable[[str], None],
     prompts: Sequence[EncodedDocument] | None = None,
+    phase: Callable[[str], None] = lambda text: None,
 ) -> LocalEngine:
     """Load the weights and warm up, and note how long that took where it took long.
 
     `prompts` are the first that will be answered, None where they are not known.
     """
+    phase("loading the model")
+    started = time.perf_counter()
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
 
     config = setup.config
     check()
-    started = time.perf_counter()
     with nothing_to_lose():
         model = setup.model.load()
     model.adapter.use_linears(
@@ -165,8 +174,10 @@ def start_engine(
         save_selection=config.save_selection,
         check=check,
         note=note,
+        phase=phase,
     )
     loaded_s = engine.now() - started
+    phase("warming up")
     warm_up(engine, LONGEST_WARM_UP_S, note, prompts)
     engine.times.load_s = loaded_s
     return engine

@@ -16,6 +16,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.records import Answer
+from pipeline.words import counted
 
 Check = Callable[[], None]
 
@@ -43,6 +44,7 @@ class Prefiller:
     new_tokens: int
     save_selection: bool
     now: Callable[[], float]  # the time once the device has done what was queued
+    phase: Callable[[str], None] = lambda text: None  # told what is being done
 
     def run(
         self,
@@ -60,6 +62,7 @@ class Prefiller:
         """
         started = self.now()
         documents = [job.document for job in jobs]
+        self.phase(f"prefilling {counted(sum(each.prompt_tokens for each in documents), 'token')}")
         shared, shared_s = None, 0.0
         if prefix is None:
             limits = packs.of(jobs[0].method).limits if room else None
@@ -89,6 +92,7 @@ class Prefiller:
             row.ttft_ms = (first_at - began) * 1e3
         if self.save_selection and prefix is None:
             keep_selection(rows, documents, prefilled, self.model)
+        self.phase("decoding")
         return PrefilledPack(
             jobs=jobs,
             prefilled=prefilled,

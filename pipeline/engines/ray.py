@@ -23,15 +23,17 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from pipeline.engines.blocks import BATCHES_A_BLOCK, Backlog, Block, Opened, moved
 from pipeline.engines.ray_cluster import RayCluster, got
 from pipeline.engines.ray_worker import Started, Told
-from pipeline.errors import MarsError
+from pipeline.errors import KEPT, MarsError
 from pipeline.intake import Item
 from pipeline.preparation import Preparation
 from pipeline.records import Answer, RowFailure
 from pipeline.summary import EngineTimes
+from pipeline.words import counted
 
 LOOK_UP_S = 0.1  # while workers have nothing to tell
 PATIENCE_S = 0.02  # for rows to be read, while workers may have something to tell
 MOST_FAILED_STARTS = 3  # of one worker in a row
+RAISED_AT_START = "error raised in its creation task"  # in Ray's words
 
 
 @dataclass(kw_only=True, eq=False)
@@ -115,7 +117,7 @@ class RayEngine:
         wanted, (_, room) = len(actors), cluster.places()
         where = "on this machine" if self._run.config.ray_address is None else "in the cluster"
         self._note(
-            f"Ray starts {_count(wanted, 'worker')} {where}, {_count(cluster.gpus_per_worker, 'GPU')} each"
+            f"Ray starts {counted(wanted, 'worker')} {where}, {counted(cluster.gpus_per_worker, 'GPU')} each"
         )
         if wanted > room:
             self._note(f"there is room for {room:,} of {wanted:,} workers: the run begins without the others")
@@ -146,8 +148,10 @@ class RayEngine:
                     self._started(seat, got(seat.starting))
                 else:
                     yield from self._told(seat, got(next(seat.stream)))
-            except RayTaskError:  # a fault of ours, which would come again
-                raise
+            except RayTaskError as error:  # a fault of ours, which would come again
+                if seat.stream is not None:
+                    raise
+                raise MarsError(f"a worker cannot start: {_raised(error)}; {KEPT}") from error
             except RayError as error:
                 yield from self._died(seat, error)
 
@@ -181,7 +185,7 @@ class RayEngine:
             blocks, culprit = block.left()
             rows = len(block.open)
             self._backlog.put_back(blocks)
-            self._note(f"{what}; it left {_count(rows, 'row')} unanswered")
+            self._note(f"{what}; it left {counted(rows, 'row')} unanswered")
             if culprit is not None:
                 yield self._failed([self._blamed(culprit, error)])
                 yield from self._finish(block, 1)
@@ -190,7 +194,7 @@ class RayEngine:
             self._note(f"{what} {MOST_FAILED_STARTS} times while it started, and is left out")
             if not self._seats:
                 raise MarsError(
-                    f"no worker is left: {what}; finished rows are kept, and --resume continues; "
+                    f"no worker is left: {what}; {KEPT}; "
                     "its messages are under /tmp/ray/session_latest/logs of its machine"
                 )
 
@@ -220,13 +224,22 @@ class RayEngine:
             self._note(text)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _raised(error: RayError) -> str:
+    """The last line of a traceback of Ray's, which is what was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _short(lines[-1] if lines else type(error).__name__)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _cause(error: RayError) -> str:
     """In a few words; what Ray says may be a page."""
+    if RAISED_AT_START in str(error):
+        return f"its start raised {_raised(error)}"
     if isinstance(error, RayActorError):
         return "its process or its machine is gone"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return first if len(first) <= 160 else f"{first[:157]}..."
+    return _short(
+        next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    )

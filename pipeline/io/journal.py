@@ -132,6 +132,26 @@ class Journal:
         """How many rows were asked for that are done."""
         return self._index.passed_over
 
+    def counts(self) -> Counter[str]:
+        """How many rows the output will hold, by status: those seen in this run that have an answer."""
+        with _failures_told(self._folder):
+            return self._index.counts(seen=True)
+
+    def first_failure(self) -> str | None:
+        """What ails the first row of the output that has no answer."""
+        with _failures_told(self._folder):
+            location = self._index.first_failure()
+            if location is None:
+                return None
+            row = self._read(location.part, location.chunk).slice(location.place, 1)
+        kind, message = (row[name][0].as_py() for name in ("error_type", "error_message"))
+        return f"{kind}: {' '.join((message or '').split())}"
+
+    def discard(self) -> None:
+        """End the journal, and all that was appended with it."""
+        self._release()
+        _remove(self._folder)
+
     def publish(self, order: Order = "input", check: Callable[[], None] = lambda: None) -> bool:
         """Write the output, whole, with the rows seen in this run that have an answer; end the journal.
 
@@ -243,21 +263,32 @@ def _begin(
     folder = journal_folder(output)
     shutil.rmtree(_discarded(folder), ignore_errors=True)
     if not resume:
-        _refuse_leftovers(output, overwrite)
+        refuse_leftovers(output, overwrite)
         _remove(folder)
         return _start(folder, Beginning(settings=now, replaces=overwrite)), None
-    if _has_answers(folder):
-        beginning = Beginning.load(folder)
-        check_settings(output, beginning.settings, now)
-        extends = beginning.extends and output.exists()
-        return beginning, _open_base(output, written, now) if extends else None
-    if output.exists():
-        base = _open_base(output, written, now)
-        return _start(folder, Beginning(settings=now, extends=True, replaces=True)), base
-    return _start(folder, Beginning(settings=now)), None
+    beginning, base = begun(output, written, now)
+    if beginning is not None:
+        return beginning, base
+    is_there = base is not None
+    return _start(folder, Beginning(settings=now, extends=is_there, replaces=is_there)), base
 
 
-def _refuse_leftovers(output: Path, overwrite: bool) -> None:
+def begun(output: Path, written: pa.Schema, now: Any) -> tuple[Beginning | None, Published | None]:
+    """What a resumed run goes on from: a journal that has answers, and an output. Nothing is changed.
+
+    A ConfigError if one of them was made with other settings than `now`, or has other columns.
+    """
+    folder = journal_folder(output)
+    if not _has_answers(folder):
+        return None, _open_base(output, written, now) if output.exists() else None
+    beginning = Beginning.load(folder)
+    check_settings(output, beginning.settings, now)
+    extends = beginning.extends and output.exists()
+    return beginning, _open_base(output, written, now) if extends else None
+
+
+def refuse_leftovers(output: Path, overwrite: bool) -> None:
+    """A ConfigError if an output or an unfinished run is there that may not be replaced."""
     folder = journal_folder(output)
     if not overwrite and _has_answers(folder):
         raise ConfigError(f"an unfinished run left {folder.name}; --resume continues it, {START_OVER}")

@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, LockedError, MarsError, StorageError
+from pipeline.errors import KEPT, ConfigError, LockedError, MarsError, StorageError
 from pipeline.io.beginnings import START_OVER, STATE_FILE, Beginning
 from pipeline.io.causes import cause
 from pipeline.io.chunks import is_chunk
@@ -103,6 +103,10 @@ class MirroredJournal(Journal):
             self._mirror.upload()
         self._mirror.forget()
         return was_written
+
+    def discard(self) -> None:
+        super().discard()
+        self._mirror.forget()
 
     def close(self) -> None:
         super().close()
@@ -237,7 +241,7 @@ class Mirror:
         return self.output.siblings(f"{self._folder.name}/")
 
     def _put(self, name: str, put: Callable[[RemotePath], None]) -> None:
-        with self._failures_told("cannot be written", "; finished rows are kept, and --resume continues"):
+        with self._failures_told("cannot be written", f"; {KEPT}"):
             self._check()
             put(self.output.beside(f"{self._folder.name}/{name}"))
 

@@ -92,10 +92,21 @@ class RowIndex:
         with self._lock:
             self._database.execute("DELETE FROM rows WHERE status = 'error'")
 
-    def counts(self) -> Counter[str]:
-        """How many rows are finished, by status."""
+    def counts(self, *, seen: bool = False) -> Counter[str]:
+        """How many rows are finished, by status; with `seen`, of those that the input has."""
+        query = "SELECT status, count(*) FROM rows WHERE part IS NOT NULL AND seen >= ? GROUP BY status"
         with self._lock:
-            return Counter(dict(self._database.execute("SELECT status, count(*) FROM rows GROUP BY status")))
+            return Counter(dict(self._database.execute(query, (int(seen),))))
+
+    def first_failure(self) -> Location | None:
+        """The first row that the input has and that is finished without an answer."""
+        query = (
+            "SELECT row, part, chunk, place, bytes FROM rows "
+            "WHERE seen AND part IS NOT NULL AND status != 'ok' ORDER BY row, question LIMIT 1"
+        )
+        with self._lock:
+            found = self._database.execute(query).fetchone()
+        return None if found is None else Location(*found)
 
     def see(self, source: Row, row_hash: str) -> bool:
         """Note that the input has this row, and say whether its answer is known."""

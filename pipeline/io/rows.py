@@ -25,6 +25,14 @@ class Fault:
     what: str
 
 
+class Lacking(RowError):
+    """A row has no such column at all."""
+
+    def __init__(self, kind: str, column: str, flag: str, cells: Mapping[str, object]) -> None:
+        super().__init__(kind, f"there is no {column!r}; it has: {some(list(cells)) or 'nothing'} ({flag})")
+        self.column = column
+
+
 BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
 
 UNASKED = "question"  # where a run asks for summaries only because the first row has none
@@ -91,24 +99,21 @@ def build(
             if failed is not None:
                 raise failed
     except RowError as error:
-        return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}")
+        lacks = error.column if isinstance(error, Lacking) else None
+        return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}", lacks=lacks)
     return Document(source=replace(source, question=question), text=text, questions=questions)
 
 
 def _text(name: str, cells: Mapping[str, object]) -> str:
     value = cells.get(name, _MISSING)
     if value is _MISSING:
-        raise RowError("missing_text", f"{_lacks(name, cells)} (--text-column names the text)")
+        raise Lacking("missing_text", name, "--text-column names the text", cells)
     if value is None:
         raise RowError("missing_text", f"{name!r} is null")
     text = _string(repr(name), value, "bad_text_type")
     if is_blank(text):
         raise RowError("empty_document", f"{name!r} is empty")
     return text
-
-
-def _lacks(name: str, cells: Mapping[str, object]) -> str:
-    return f"there is no {name!r}; it has: {some(list(cells)) or 'nothing'}"
 
 
 def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
@@ -123,7 +128,7 @@ def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
         return columns.fixed_question
     value = cells.get(name, _MISSING)
     if value is _MISSING:
-        raise RowError("missing_question", f"{_lacks(name, cells)} (--question-column names the question)")
+        raise Lacking("missing_question", name, "--question-column names the question", cells)
     return _asked(repr(name), value)
 
 
@@ -144,7 +149,7 @@ def _questions(columns: Columns, cells: Mapping[str, object]) -> tuple[str | Row
         return None
     value = cells.get(name, _MISSING)
     if value is _MISSING:
-        raise RowError("missing_question", f"{_lacks(name, cells)} (--questions-column names the questions)")
+        raise Lacking("missing_question", name, "--questions-column names the questions", cells)
     if value is None:
         raise RowError("missing_question", f"{name!r} is null")
     if isinstance(value, Fault):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import GateFailed
 from pipeline.quality.search import Trial, pareto
 from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.quality.bounds import Verified
@@ -92,9 +93,9 @@ def lines(result: Calibration) -> list[str]:
     complete = sum(trial.complete for trial in result.trials)
     cost = result.cost
     found = [
-        f"searched on {result.searched:,} rows: {len(result.trials):,} of {result.candidates:,} candidates, "
-        f"{len(result.trials) - complete:,} of them given up; verified on {result.held_out:,} rows of other "
-        f"documents; {result.seconds / 60:.1f} min",
+        f"searched on {counted(result.searched, 'row')}: {len(result.trials):,} of {result.candidates:,} "
+        f"candidates, {len(result.trials) - complete:,} of them given up; verified on "
+        f"{counted(result.held_out, 'row')} of other documents; {result.seconds / 60:.1f} min",
         f"cost model: {cost.relative_error:.1%} off in the median, of {cost.observations:,} prefills",
     ]
     chosen = result.chosen
@@ -103,7 +104,8 @@ def lines(result: Calibration) -> list[str]:
         documents = min(gate.drop.clusters for gate in chosen.gates)
         if documents < FEW:
             found.append(
-                f"of {documents:,} documents an interval is narrower than it claims; calibrate on more"
+                f"of {counted(documents, 'document')} an interval is narrower than it claims; "
+                "calibrate on more"
             )
         found.append(
             f"{result.config.out}: {chosen.trial.name}, {chosen.speed_up:.2f} times as fast as dense "
@@ -117,8 +119,8 @@ def gate_text(gate: Verified, result: Calibration) -> str:
     drop = gate.drop
     return (
         f"{gate.gate} dropped by {drop.drop + 0:.2f}{bound.unit} ({drop.low + 0:.2f} to {drop.high + 0:.2f} "
-        f"at {drop.confidence:.0%}) over {drop.rows:,} rows of {drop.clusters:,} documents held out, "
-        f"bound {bound}: {gate.judgement.verdict}"
+        f"at {drop.confidence:.0%}) over {counted(drop.rows, 'row')} of "
+        f"{counted(drop.clusters, 'document')} held out, bound {bound}: {gate.judgement.verdict}"
     )
 
 
@@ -156,7 +158,7 @@ def raise_unless_held(result: Calibration) -> None:
     if result.held_out:
         raise GateFailed(
             "nothing holds, so no profile is written: no time was left to verify any on the "
-            f"{result.held_out:,} rows held out; give more --minutes"
+            f"{counted(result.held_out, 'row')} held out; give more --minutes"
         )
     raise GateFailed(f"nothing holds, so no profile is written: {_nothing_found(result.trials, result)}")
 
@@ -169,5 +171,5 @@ def _nothing_found(trials: Sequence[Trial], result: Calibration) -> str:
     unit = result.bounds.main.unit
     return (
         f"the mildest of the {len(faster):,} settings that are faster than dense, {best.name}, lost "
-        f"{best.drop + 0:.2f}{unit} on the {result.searched:,} rows searched on, or needles"
+        f"{best.drop + 0:.2f}{unit} on the {counted(result.searched, 'row')} searched on, or needles"
     )

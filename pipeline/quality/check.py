@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds,
 from pipeline.settings.check import CheckConfig
 from pipeline.settings.method import AUTO
 from pipeline.summary import Tally
+from pipeline.versions import version_of
 
 if TYPE_CHECKING:
     from pipeline.model.loading import LoadedModel, Model
@@ -121,8 +121,8 @@ def run_check(
     with journal if journal is not None else nullcontext():
         if journal is not None and journal.resumed:
             note(f"resuming: {journal.resumed:,} results are done")
-        dense, measured_here, made = _run_sides(run, journal)
-        result = _compare(run, dense, made, measured_here)
+        dense, same_run, made = _run_sides(run, journal)
+        result = _compare(run, dense, made, same_run)
         write_reports(result)
         if journal is not None:
             journal.remove()
@@ -197,7 +197,7 @@ def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
 
 
 def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult], bool, dict[str, RowResult]]:
-    """Results of dense and of the method, by id, and whether dense was timed on this device."""
+    """Results of dense and of the method, by id, and whether this run timed all of both."""
     from pipeline.quality.baseline import read_baseline, write_baseline
 
     rows = run.rows.rows
@@ -206,13 +206,9 @@ def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult]
     path = None if run.config.baseline is None else Path(run.config.baseline)
     reuses = path is not None and path.exists() and not run.config.overwrite_baseline
     dense: dict[str, RowResult] = {}
-    same_device = True
     if path is not None and reuses:
         dense, about = read_baseline(path, rows, run.dense_decides())
-        same_device = about.get("device") == run.model.device_name()
         run.note(f"dense is taken from {path}, of {about.get('started')}")
-        if not same_device:
-            run.note(f"no speed-up is told: dense ran on {about.get('device')}")
     elif journal is not None:
         dense = journal.found("dense", rows)
     method = {} if journal is None else journal.found("method", rows)
@@ -220,6 +216,7 @@ def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult]
     method = {
         id: result for id, result in method.items() if id in dense and result.answer == dense[id].answer
     }
+    same_run = not (dense or method)
     tally.expected_rows = 2 * len(rows) - len(dense) - len(method)
     for name, found in (("dense", dense), ("method", method)):
         pending = [row for row in rows if row.sample.id not in found]
@@ -227,7 +224,7 @@ def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult]
             _run_side(run, load(), name, pending, found, dense, journal, tally)
         if name == "dense" and path is not None and not reuses:
             write_baseline(path, [dense[row.sample.id] for row in rows], run.dense_decides(), _about(run))
-    return dense, same_device, method
+    return dense, same_run, method
 
 
 def _run_side(
@@ -286,7 +283,7 @@ def _variants(run: _Run) -> dict[str, Any]:
 
 
 def _compare(
-    run: _Run, dense: Mapping[str, RowResult], method: Mapping[str, RowResult], same_device: bool
+    run: _Run, dense: Mapping[str, RowResult], method: Mapping[str, RowResult], same_run: bool
 ) -> CheckResult:
     rows = run.rows.rows
     pairs = tuple(Pair(row=row, dense=dense[row.sample.id], method=method[row.sample.id]) for row in rows)
@@ -296,7 +293,7 @@ def _compare(
         config=run.config,
         verdict=verdict_of(gates),
         gates=gates,
-        speed=speeds(pairs, same_device=same_device),
+        speed=speeds(pairs, same_run=same_run),
         counts={
             "rows": len(rows),
             "documents": len({row.sample.document_key for row in rows}),
@@ -319,6 +316,6 @@ def _about(run: _Run) -> dict[str, Any]:
         "name": run.model.name,
         "device": run.model.device_name(),
         "attention": run.model.attention.name,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from pipeline.guard import spoken_for
@@ -18,6 +17,7 @@ from pipeline.quality.bounds import NEEDLES, Bounds, Verified
 from pipeline.quality.evaluate import Case
 from pipeline.quality.verification import Verification
 from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.versions import version_of
 
 
 def make_profile(
@@ -49,7 +49,7 @@ def make_profile(
             "gates": {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in chosen.gates},
         },
         "guard": spoken_for(_tasks(config, cases), chosen.scores),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
     batch = {
         "method": variant.method.name,

@@ -162,18 +162,18 @@ def _score(name: str, row: CheckRow, result: RowResult) -> float:
     return score_text(metric, result.generated or "", sample.references, sample.choices)
 
 
-def speeds(pairs: Sequence[Pair], *, same_device: bool) -> dict[str, float | None]:
+def speeds(pairs: Sequence[Pair], *, same_run: bool) -> dict[str, float | None]:
     """Medians of the times to first token, and means of the shares that the method kept.
 
-    Without `same_device` dense ran elsewhere, and its times cannot be compared.
+    Without `same_run` dense was timed by another run, and its times cannot be compared.
     """
     dense_ms = statistics.median(pair.dense.score.ttft_ms for pair in pairs)
     method_ms = statistics.median(pair.method.score.ttft_ms for pair in pairs)
     shares = ("kept_ratio", "ffn_ratio", "flops_ratio", "kv_ratio")
     means = {name: statistics.fmean(getattr(pair.method.score, name) for pair in pairs) for name in shares}
     return {
-        "dense_ttft_p50_ms": dense_ms if same_device else None,
+        "dense_ttft_p50_ms": dense_ms if same_run else None,
         "method_ttft_p50_ms": method_ms,
-        "speed_up": dense_ms / method_ms if same_device else None,
+        "speed_up": dense_ms / method_ms if same_run else None,
         **means,
     }

@@ -34,6 +34,7 @@ from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES, Sensitivity, me
 from pipeline.quality.verification import Verification, Verifier
 from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
 from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.words import counted
 
 # shares of the time, behind the loading of the model, after which each phase ends
 PROBED_SPARSE, PROBED, SCOUTED, SEARCHED, DONE = 0.18, 0.3, 0.45, 0.7, 0.98
@@ -112,7 +113,7 @@ class Phases:
 
     def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[Case]:
         chosen = thin(rows, count, self.config.seed)
-        self.tell(f"answers of dense to {len(chosen):,} rows")
+        self.tell(f"answers of dense to {counted(len(chosen), 'row')}")
         return self._make(chosen, self.clock.before(until))
 
     def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
@@ -156,7 +157,8 @@ class Phases:
     ) -> list[Sensitivity]:
         layers = range(self.bench.model.shape.layers)
         cases, dense = zip(*ran, strict=True)
-        self.tell(f"probing {len(layers)} layers on {len(cases)} rows: {', '.join(actions)} at {mass:g}")
+        where = f"{counted(len(layers), 'layer')} on {counted(len(cases), 'row')}"
+        self.tell(f"probing {where}: {', '.join(actions)} at {mass:g}")
         return measure_sensitivity(
             self.bench,
             cases,
@@ -248,7 +250,7 @@ class Phases:
             return [], []
         count = self._fitting(DONE - SEARCHED, seconds_each, FEWEST_HELD_OUT, MOST_HELD_OUT)
         cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
-        self.tell(f"verifying on {len(cases):,} rows held out")
+        self.tell(f"verifying on {counted(len(cases), 'row')} held out")
         dense = self._dense(cases, top=TOP)
         verifier = Verifier(
             bench=self.bench,

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from pipeline.errors import GateFailed, GateInconclusive
 from pipeline.io.whole_file import failures_told, writing
 from pipeline.quality.gates import ALL, UNITS, Gate, Measure
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
@@ -45,8 +46,8 @@ def gate_text(result: CheckResult, gate: Gate) -> str:
     needed = gate.judgement.rows_needed
     more = "more rows are needed" if needed is None else f"about {needed:,} rows would"
     return (
-        f"{fell}: {drop.rows:,} rows of {drop.clusters:,} documents cannot tell whether that is within "
-        f"{bound}; {more}"
+        f"{fell}: {counted(drop.rows, 'row')} of {counted(drop.clusters, 'document')} cannot tell whether "
+        f"that is within {bound}; {more}"
     )
 
 
@@ -89,24 +90,29 @@ def speed_text(result: CheckResult) -> str:
     times = (
         f"{method:,.1f} ms" if dense is None else f"{dense:,.1f} ms dense, {method:,.1f} ms {result.method}"
     )
-    gained = "" if dense is None else f", {speed['speed_up']:.3f} times as fast"
+    gained = (
+        " (no speed-up is told: an earlier run timed a part of the rows)"
+        if dense is None
+        else f", {speed['speed_up']:.3f} times as fast"
+    )
     return f"TTFT p50 {times}{gained}; kept of dense: {kept}"
 
 
 def counts_text(result: CheckResult) -> str:
     """One line: rows, and what was cut."""
     counts = result.counts
-    parts = [f"{counts['rows']:,} rows of {counts['documents']:,} documents"]
+    parts = [f"{counted(counts['rows'], 'row')} of {counted(counts['documents'], 'document')}"]
     if counts["left_out"]:
         parts.append(f"{counts['left_out']:,} left out")
     if counts["truncated_rows"]:
-        tokens = f"{counts['truncated_tokens']:,} tokens"
-        parts.append(f"{counts['truncated_rows']:,} documents cut in the middle by {tokens}")
+        tokens = counted(counts["truncated_tokens"], "token")
+        parts.append(f"{counted(counts['truncated_rows'], 'document')} cut in the middle by {tokens}")
     if counts["references_cut"]:
         parts.append(
-            f"{counts['references_cut']:,} references cut to {result.config.max_new_tokens:,} tokens"
+            f"{counted(counts['references_cut'], 'reference')} cut to "
+            f"{counted(result.config.max_new_tokens, 'token')}"
         )
-    parts.append(f"{counts['forced_tokens']:,} tokens of answers forced")
+    parts.append(f"{counted(counts['forced_tokens'], 'token')} of answers forced")
     return ", ".join(parts)
 
 

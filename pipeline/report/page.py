@@ -6,7 +6,6 @@ import base64
 import hashlib
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.io.causes import cause
+from pipeline.versions import version_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -32,7 +32,7 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
     environment.filters["script_safe"] = script_safe
     code = "" if script is None else (TEMPLATES / script).read_text(encoding="utf-8")
     return environment.get_template(template).render(
-        policy=_policy(code), script=Markup(code), version=version("marsinfer"), **values
+        policy=_policy(code), script=Markup(code), version=version_of("marsinfer"), **values
     )
 
 

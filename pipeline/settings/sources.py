@@ -165,12 +165,13 @@ def _joined(old: Renamed, now: Any, value: Any) -> Any:
 
 
 def to_toml(config: Settings) -> str:
-    """A configuration in the form that `read_config` reads; settings without a value are left out."""
+    """A configuration as `read_config` reads it, named as the flags; what has no value is left out."""
     values = {
         each.name: getattr(config, each.name) for each in settings_of(type(config)) if each.about.in_file
     }
     parameters = values.pop("settings", {})
-    lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if value is not None]
+    shown = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    lines = [f"{name} = {toml_value(value)}" for name, value in shown.items()]
     lines += ["", "[settings]"] if parameters else []
     lines += [f"{toml_key(name)} = {toml_value(value)}" for name, value in parameters.items()]
     return "\n".join(lines) + "\n"

@@ -189,8 +189,10 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
 def test_nothing_that_holds_ends_with_5(flags, tmp_path, capfd):
     # without time nothing is searched
     assert calibrate(*flags, "--minutes", "0.0001", "--quiet") == 5
-    error = capfd.readouterr().err.splitlines()[-1]
+    printed = capfd.readouterr()
+    error = printed.err.splitlines()[-1]
     assert error.startswith("marsinfer: error: nothing holds, so no profile is written: ")
+    assert printed.out.startswith("no layer was probed: ")  # and no title without a table
     assert not (tmp_path / "p.toml").exists()
 
 

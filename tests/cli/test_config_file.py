@@ -21,7 +21,7 @@ def seen(monkeypatch):
     """Settings that reach `run_batch`, which does not run."""
     calls = []
 
-    def record(inputs, output, *, progress, note, check, **options):
+    def record(inputs, output, *, progress, note, check, phase, began, **options):
         calls.append(BatchConfig(input=inputs, output=output, **options))
         raise KeyboardInterrupt
 

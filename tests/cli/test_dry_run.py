@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+import torch
 from conftest import FISH
 
+from pipeline import run_batch
+from pipeline.bench.flops import dense_flops
+from pipeline.estimate import Pace, Rates, estimate_by_pace, measure_rates
 from pipeline.model.files import ModelFiles
+from pipeline.model.shape import ModelShape
 from pipeline.packing import windows
 
+SHAPE = ModelShape(layers=4, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=1024)
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6"]
 
 
@@ -23,6 +32,12 @@ def no_weights(model_folder, monkeypatch):
 
     monkeypatch.setattr(ModelFiles, "weights", weights)
     return model_folder
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+    """Of a device of which all is known."""
+    monkeypatch.setattr("pipeline.dryrun.measure_rates", lambda *_: Rates(matrix=1e6, memory=2e6))
 
 
 @pytest.fixture
@@ -54,6 +69,9 @@ def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd):
         "packs: 2 of up to 400 tokens on cpu, the largest 393\n"
         "keys and values of the largest pack: 0.000409 GB (dense)\n"
         "work of a dense prefill: 0.000217 TFLOP\n"
+        "time, roughly: 4 min to 9 min of prefill, at 85% to 40% of the 1e-06 TFLOP/s that a matrix product "
+        "reaches on this device; up to 5 s of decoding, if every answer has 6 tokens, at 0.002 GB/s; "
+        "loading comes on top\n"
     )
     assert printed.err == ""
     assert not out.exists()
@@ -64,7 +82,7 @@ def test_a_dry_run_counts_errors_and_shows_the_first_of_each_kind(call, bad_rows
     printed = capfd.readouterr().out
     assert "rows: 9, of which 3 can be answered\n  bad_json: 5\n" in printed
     assert printed.count("is not JSON: ") == 3
-    assert "over 1,018 prompt tokens: 1 rows (--on-overlong error)\n" in printed
+    assert "over 1,018 prompt tokens: 1 row (--on-overlong error)\n" in printed
 
 
 def test_a_dry_run_as_json(call, bad_rows, tmp_path, capfd):
@@ -106,7 +124,8 @@ def test_a_long_dry_run_shows_progress(call, fish, tmp_path, capfd, monkeypatch,
     assert json.loads(printed.out)["rows"] == 3
     told = printed.err.splitlines()
     assert len(told) == lines
-    assert all(line.startswith(f"marsinfer: {n}/3 documents, ") for n, line in enumerate(told, start=1))
+    for n, line in enumerate(told, start=1):
+        assert re.fullmatch(rf"marsinfer: {n}/3 rows read and tokenized, \d+ tokens", line)
 
 
 def test_progress_of_a_dry_run_in_events(call, fish, tmp_path, capfd, monkeypatch):
@@ -117,10 +136,10 @@ def test_progress_of_a_dry_run_in_events(call, fish, tmp_path, capfd, monkeypatc
 
 
 def test_an_output_that_could_not_be_written_is_reported(call, fish, capfd):
-    assert call(fish, fish, *ASK, "--dry-run") == 0
-    assert capfd.readouterr().out.startswith(
-        f"output: {fish} is also an input ({fish}); name another output\n"
-    )
+    assert call(fish, fish, *ASK, "--dry-run") == 2
+    printed, why = capfd.readouterr(), f"{fish} is also an input ({fish}); name another output\n"
+    assert printed.out.startswith(f"output: refused: {why}")
+    assert printed.err == f"marsinfer: error: {why}"
 
 
 def test_a_dry_run_takes_the_rows_that_were_asked_for(call, fish, tmp_path, capfd):
@@ -170,3 +189,95 @@ def test_a_cut_is_counted(call, bad_rows, tmp_path, capfd):
     flags = ["--show-prompt", "4", "--on-overlong", "truncate-right"]
     assert call(bad_rows, tmp_path / "o.jsonl", *ASK, *flags) == 0
     assert "--- row 8, id bad.jsonl:8: 1,018 tokens, document " in capfd.readouterr().out
+
+
+def test_a_dry_run_of_a_resumed_run_counts_what_is_new(call, fish, tmp_path, capfd):
+    out, flags = tmp_path / "out.parquet", [*ASK, "--id-column", "doc", "--method", "dense"]
+    assert call(fish, out, *flags, "--limit", "2", "--quiet") == 0
+    before = sorted(tmp_path.rglob("*"))
+    capfd.readouterr()
+    assert call(fish, out, *flags, "--resume", "--dry-run") == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith(f"output: {out}, resumed: 2 rows done, 1 new\n")
+    assert "\nnew rows: 1, of which 1 can be answered\n" in printed
+    assert re.search(r"\ntime, roughly: .* TFLOP/s of 2 rows done before; .* ms a step; loading", printed)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert call(fish, out, *flags, "--resume", "--dry-run", "--seed", "5") == 2
+    refused = (
+        f"{out} was begun with other settings: sampling.seed was 0 and is now 5; --overwrite starts over\n"
+    )
+    printed = capfd.readouterr()
+    assert printed.out.startswith(f"output: refused: {refused}")
+    assert printed.err == f"marsinfer: error: {refused}"
+    assert call(fish, out, *flags, "--overwrite", "--dry-run") == 0
+    assert capfd.readouterr().out.startswith(f"output: {out}, which is there and is overwritten\n")
+    assert call(fish, out, *flags, "--dry-run") == 2
+    assert capfd.readouterr().err == f"marsinfer: error: {out} exists; --overwrite replaces it\n"
+
+
+def test_a_dry_run_knows_of_an_unfinished_run(call, fish, tmp_path, capfd, model_folder):
+    def stop(summary):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.parquet"
+    options = {"text_column": "body", "question_column": "ask", "max_new_tokens": 6, "pack_tokens": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(fish, out, model=str(model_folder), progress=stop, **options)
+    assert call(fish, out, *ASK, "--dry-run") == 2
+    assert "an unfinished run left .out.parquet.journal; " in capfd.readouterr().out
+    assert call(fish, out, *ASK, "--dry-run", "--resume", "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["done_rows"], report["rows"], report["output_problem"]) == (1, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "error"),
+    [
+        (["--fail-on-error"], 3, ""),
+        (
+            ["--max-errors", "3"],
+            4,
+            "the run would stop: 6 of 9 rows failed (bad_json 5, over_long 1), more than ",
+        ),
+        (["--text-column", "doc", "--question-column", "year"], 3, "none of 9 rows can be answered; bad_"),
+    ],
+)
+def test_a_dry_run_ends_as_the_run_would(call, bad_rows, tmp_path, capfd, flags, code, error):
+    assert call(bad_rows, tmp_path / "out.parquet", *ASK, "--dry-run", *flags) == code
+    printed = capfd.readouterr()
+    assert "can be answered\n" in printed.out
+    assert printed.err.startswith(f"marsinfer: error: {error}" if error else "")
+    assert len(printed.err.splitlines()) == bool(error)
+
+
+def test_the_estimate_of_time(call, fish, tmp_path, capfd):
+    flags = [*ASK, "--dry-run", "--json", "--method", "dense", "--in-flight", "2"]
+    assert call(fish, tmp_path / "out.parquet", *flags) == 0
+    report = json.loads(capfd.readouterr().out)
+    told, seconds = report["estimate"], report["dense_prefill_tflop"] * 1e12 / 1e6
+    assert told["prefill_s_low"] == pytest.approx(seconds / 0.85)
+    assert told["prefill_s_high"] == pytest.approx(seconds / 0.4)
+    attention, ffn, logits = 2 * 64 * 16 * (4 + 2), 3 * 64 * 96, 64 * 320
+    weights = 4 * (attention + ffn) + logits
+    # two rows at once are computed slower than their weights are read
+    assert told["decode_s_at_most"] == pytest.approx(2 * 6 * 2 * weights * 2 / 1e6)
+
+
+def test_the_pace_of_rows_that_are_done():
+    ok = {"status": "ok", "group_rows": None, "prompt_tokens": 100, "flops_ratio": 0.5, "new_tokens": 5}
+    ok |= {"prefill_ms": 600.0, "decode_ms": 80.0, "pack_documents": 2}
+    rows = [ok, ok | {"prompt_tokens": 50}, ok | {"status": "error"}, ok | {"group_rows": 2}]
+    pace = Pace(shape=SHAPE)
+    pace.add(pa.Table.from_pylist(rows))
+    assert (pace.rows, pace.steps) == (2, 8)
+    rate = (dense_flops(SHAPE, 100) + dense_flops(SHAPE, 50)) * 0.5 / 0.6
+    packer = SimpleNamespace(in_flight=4, new_tokens=10)
+    found = estimate_by_pace(packer, pace, flops=int(3 * rate), prompts=9)
+    assert found.prefill_s == pytest.approx((3.0, 3.0))
+    assert found.decode_s == pytest.approx(3 * 10 * 0.02)
+
+
+def test_the_rates_of_a_device_are_measured():
+    found = measure_rates(torch.device("cpu"), torch.float32, SHAPE)
+    assert found.matrix > 0
+    assert found.memory > 0

@@ -87,7 +87,7 @@ def test_the_line_of_a_run_with_workers(capfd):
     summary.workers = 2
     with BatchProgress(quiet=False) as progress:
         progress(summary)
-    line = r"marsinfer: 1 documents, 10 tokens, [\d,]+ tokens/s, 2 workers, TTFT p50 12 ms\n"
+    line = r"marsinfer: 1 row, 10 tokens, [\d,]+ tokens/s, 2 workers, TTFT p50 12 ms\n"
     assert re.fullmatch(line, capfd.readouterr().err)
 
 

@@ -22,9 +22,9 @@ def documents(tmp_path):
     return path
 
 
-def answered(call, documents, output, *flags):
+def answered(call, documents, output, *flags, code=0):
     fixed = ["--question", "how many?", "--max-new-tokens", "6", "--quiet", *SLIM]
-    assert call(documents, output, *fixed, *flags) == 0
+    assert call(documents, output, *fixed, *flags) == code
     return pq.read_table(output).to_pylist()
 
 
@@ -54,7 +54,7 @@ def test_a_document_that_cannot_fit_is_an_error_row(call, documents, tmp_path):
 
 @pytest.mark.slow
 def test_a_bound_that_nothing_fits_makes_error_rows(call, documents, tmp_path):
-    rows = answered(call, documents, tmp_path / "out.parquet", "--kv-memory", "1")
+    rows = answered(call, documents, tmp_path / "out.parquet", "--kv-memory", "1", code=3)
     assert {(row["status"], row["error_type"]) for row in rows} == {("error", "kv_memory")}
 
 

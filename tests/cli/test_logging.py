@@ -12,6 +12,8 @@ import pytest
 from marsinfer_cli import progress as module
 from marsinfer_cli.app import run
 from marsinfer_cli.progress import BatchProgress
+from pipeline import run_batch
+from pipeline.records import Answer
 from pipeline.summary import Summary
 
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "3"]
@@ -29,9 +31,14 @@ def test_a_run_in_events(call, fish, tmp_path, capfd):
     assert printed.out == ""
     assert (first["event"], first["config"]["text_column"]) == ("start", "body")
     assert first["time"].endswith("Z")
+    *between, unchanged, cut = between
+    assert unchanged["message"].startswith("marsinfer changed nothing on all 3 rows: they are too short")
+    assert cut["message"].startswith("3 of 3 answers ended by length, ")
     assert {event["event"] for event in between} == {"progress"}
-    assert set(between[0]) >= {"documents", "tokens", "errors", "expected_rows", "tokens_per_second"}
+    counts = {"documents", "tokens", "errors", "expected_rows", "tokens_per_second", "seconds_left"}
+    assert set(between[0]) >= {*counts, "seconds", "phase"}
     assert (last["event"], last["documents"], last["errors"]) == ("end", 3, 0)
+    assert last["seconds"] > between[-1]["seconds"] - 0.06  # one clock, which is rounded there
 
 
 def test_errors_are_events_too(capfd):
@@ -87,6 +94,60 @@ def test_a_run_that_finishes_nothing_still_gives_signs_of_life(fast_heart, capfd
     for line in (printed + capfd.readouterr().err).splitlines():
         assert re.fullmatch(r"marsinfer: still running after \d\.\d min; nothing has finished yet", line)
     assert not is_beating()
+
+
+def test_signs_of_life_say_what_is_being_done(fast_heart, capfd):
+    with BatchProgress(quiet=False) as progress:
+        progress.phase("loading the model")
+        printed = two_lines(capfd)
+    last = (printed + capfd.readouterr().err).splitlines()[-1]
+    assert re.fullmatch(r"marsinfer: still running after \d\.\d min; nothing .* yet: loading the model", last)
+
+
+def test_the_phases_of_a_run(fish, tmp_path, model_folder):
+    told = []
+    options = {"text_column": "body", "question_column": "ask", "max_new_tokens": 1, "pack_tokens": 300}
+    run_batch(fish, tmp_path / "o.parquet", model=str(model_folder), phase=told.append, **options)
+    assert told == [
+        "reading and tokenizing",
+        "loading the model",
+        "warming up",
+        "prefilling 393 tokens",
+        "decoding",
+        "prefilling 293 tokens",
+        "decoding",
+        "writing the output",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(60, "about 60 s left"), (1200, "about 20 min left"), (7200, "about 2.0 h left")]
+)
+def test_plain_lines_tell_the_time_left(capfd, clock, seconds, told):
+    summary = Summary(method="dense", output="o")
+    summary.count("ok", prompt_tokens=100)
+    summary.expect(2, 2, 1.0)
+    clock.now += seconds
+    with BatchProgress(quiet=False) as progress:
+        progress(summary)
+    assert capfd.readouterr().err.endswith(f" tokens/s, {told}\n")
+
+
+def test_a_run_with_nothing_new_prints_no_table(capfd):
+    with BatchProgress(quiet=False) as progress:
+        progress.end(Summary(method="dense", output="o"))
+    assert capfd.readouterr().err == ""
+
+
+def test_the_table_shows_the_first_message_of_each_kind(capfd):
+    summary = Summary(method="dense", output="o")
+    row = Answer(id="a", row=0, status="error", error_type="over_long", error_message="line 1: too long")
+    summary.add([row, row])
+    with BatchProgress(quiet=False) as progress:
+        progress.end(summary)
+    printed = capfd.readouterr().err
+    assert printed.endswith("first over_long: line 1: too long\n")
+    assert re.search(r"rows +│ +2 │", printed)
 
 
 def test_signs_of_life_repeat_the_last_numbers(fast_heart, capfd):

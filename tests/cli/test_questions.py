@@ -106,9 +106,9 @@ def test_questions_that_cannot_be_asked_are_error_rows(call, tmp_path, asks, err
 
 
 def test_a_row_without_the_column_says_what_it_has(call, tmp_path):
-    given = write(tmp_path / "in.jsonl", [{"id": "a", "text": "fish"}])
+    given = write(tmp_path / "in.jsonl", [{"id": "a", "text": "fish"}, {"id": "b", **ROWS[0]}])
     assert call(given, tmp_path / "out.parquet", *FLAGS) == 0
-    (row,) = read(tmp_path / "out.parquet")
+    row = read(tmp_path / "out.parquet")[0]
     assert row["error_message"] == (
         "in.jsonl line 1: there is no 'asks'; it has: id, text (--questions-column names the questions)"
     )
@@ -210,6 +210,6 @@ def test_a_dry_run_tells_what_is_answered_together(call, tmp_path, capfd):
     assert call(given, tmp_path / "out.parquet", *FLAGS, "--dry-run") == 0
     printed = capfd.readouterr().out
     assert "rows: 6, of which 6 can be answered" in printed
-    assert "answered together: 5 rows about 1 documents" in printed
+    assert "answered together: 5 rows about 1 document\n" in printed
     assert call(given, tmp_path / "out.parquet", *FLAGS, "--dry-run", "--group", "off") == 0
     assert "answered together" not in capfd.readouterr().out

@@ -135,3 +135,26 @@ def test_a_sample_of_standard_input_is_refused(refusal, pipe, tmp_path):
     assert refusal("-", tmp_path / "out.parquet", *FLAGS, "--quiet", "--sample", "1") == (
         "--sample counts the rows first, and stdin can be read only once: save it to a file, or use --limit"
     )
+
+
+def test_an_unusable_input_leaves_nothing_in_the_bucket(call, tmp_path, bucket, capfd):
+    source = tmp_path / "in.jsonl"
+    source.write_text("{broken\n" * 300 + '{"id": "a", "body": "fish"}\n' * 300)
+    assert call(source, f"{bucket}/out.parquet", *FLAGS) == 2
+    assert "no row has 'text' of the 512 rows read so far" in capfd.readouterr().err
+    assert objects(bucket) == []
+
+
+def test_a_dry_run_knows_what_the_bucket_holds(call, documents, bucket, capfd):
+    _, remote = documents
+    output = f"{bucket}/out.parquet"
+    assert call(remote, output, *FLAGS, "--limit", "3", "--quiet") == 0
+    before = objects(bucket)
+    flags = [*FLAGS, "--limit", "5", "--dry-run"]
+    assert call(remote, output, *flags, "--resume") == 0
+    assert capfd.readouterr().out.startswith(f"output: {output}, resumed: 3 rows done, 2 new\n")
+    assert call(remote, output, *flags, "--resume", "--seed", "9") == 2
+    assert capfd.readouterr().out.startswith(f"output: refused: {output} was begun with other settings: ")
+    assert call(remote, output, *flags) == 2
+    assert capfd.readouterr().err.startswith(f"marsinfer: error: {output} exists; ")
+    assert objects(bucket) == before

@@ -13,6 +13,7 @@ from forked import SAVED, Forked, held_run, load_for_ever
 
 from marsinfer_cli.app import run
 from pipeline import load_model, run_batch
+from pipeline.errors import KEPT, Interrupted
 from pipeline.io import Source, journal
 from pipeline.model.loading import UnloadedModel
 
@@ -92,7 +93,7 @@ def test_rows_that_left_the_input_leave_the_output_without_weights(batch, fish, 
 
 def test_rows_that_all_fail_need_no_weights(batch, tmp_path, no_weights):
     no_weights()
-    assert batch(write_rows(tmp_path / "in.jsonl", ["x" * 3000] * 3)) == 0
+    assert batch(write_rows(tmp_path / "in.jsonl", ["x" * 3000] * 3)) == 3
     assert {row["error_type"] for row in answers(tmp_path).values()} == {"over_long"}
 
 
@@ -269,6 +270,71 @@ def test_a_signal_while_the_model_loads_ends_the_run_at_once(fish, model_folder,
     message = "marsinfer: error: interrupted; no row of this run was answered\n"
     assert (process.wait(300), process.printed()) == (code, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "printed"]
+
+
+@pytest.mark.parametrize(("finished", "resume"), [(0, False), (0, True), (1, False)])
+def test_an_interrupt_promises_no_rows_that_are_not_there(model_folder, fish, tmp_path, finished, resume):
+    seen = []
+
+    def check():
+        if len(seen) == finished:
+            raise Interrupted(f"stopped by SIGINT; {KEPT}", 130)
+
+    settings = {"question": "what?", "id_column": "id", "max_new_tokens": 1, "pack_tokens": 1}
+    with pytest.raises(Interrupted) as stopped:
+        run_batch(
+            fish,
+            tmp_path / "out.parquet",
+            model=str(model_folder),
+            check=check,
+            progress=seen.append,
+            resume=resume,
+            **settings,
+        )
+    what = KEPT if finished else "no row was finished, and there is nothing to resume"
+    assert (str(stopped.value), stopped.value.exit_code) == (f"stopped by SIGINT; {what}", 130)
+    assert (tmp_path / ".out.parquet.journal").exists() == bool(finished)
+
+
+def test_a_run_without_a_single_answer_ends_with_3_and_so_does_its_resumption(batch, tmp_path, capfd):
+    source = write_rows(tmp_path / "in.jsonl", ["", "x" * 3000, ""])
+    assert batch(source, "--json") == 3
+    printed = capfd.readouterr()
+    why = "none of 3 rows was answered; empty_document"
+    first = "in.jsonl line 1: 'text' is empty"
+    assert printed.err.splitlines()[-1] == f"marsinfer: error: {why} (2 rows): {first}"
+    assert json.loads(printed.out)["in_output"] == {"ok": 0, "error": 3, "skipped": 0}
+    assert len(answers(tmp_path)) == 3  # published even so
+    assert batch(source, "--resume", "--quiet") == 3
+    assert capfd.readouterr().err.endswith(f"marsinfer: error: {why}: {first}\n")
+    write_rows(source, ["", "x" * 3000, "", "fish"])
+    assert batch(source, "--resume") == 0  # one row of the output is answered
+    assert batch(source, "--resume") == 0  # by an earlier run
+    write_rows(source, ["", "x" * 3000, ""])
+    assert batch(source, "--resume") == 3  # the answered row has left
+
+
+@pytest.mark.parametrize("unreadable", [0, 300])
+def test_an_input_without_the_column_of_the_text_is_refused_and_leaves_nothing(
+    batch, tmp_path, capfd, no_weights, unreadable
+):
+    no_weights()
+    rows = [json.dumps({"id": str(n), "body": "fish"}) for n in range(300)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(["{broken"] * unreadable + rows))
+    for flags in ([], ["--dry-run"], ["--resume"]):
+        assert batch(source, *flags, "--quiet") == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        read = 512 if unreadable else 256
+        assert printed.err == (
+            f"marsinfer: error: no row has 'text' of the {read} rows read so far, and none is answered; "
+            f"in.jsonl line {unreadable + 1}: there is no 'text'; it has: id, body "
+            "(--text-column names the text)\n"
+        )
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl"]
+    source.write_text("\n".join([*rows[:255], json.dumps({"id": "x", "text": ""})]))
+    assert batch(source, "--quiet") == 3  # the column is there, and every row an error
 
 
 def test_a_second_run_finds_the_output_locked(batch, fish, tmp_path, capfd):

@@ -269,7 +269,7 @@ def test_settings_that_cannot_work(batch, documents, capfd, flags, message):
 
 def test_an_overlap_that_is_too_long_is_an_error_row(batch, tmp_path):
     source = write(tmp_path / "in.jsonl", [SENTENCES[:1000]])
-    assert batch(source, "--split-overlap", 300) == 0
+    assert batch(source, "--split-overlap", 300) == 3
     (row,) = rows_of(tmp_path)
     assert row["error_type"] == "over_long"
     assert row["error_message"].startswith("in.jsonl line 1: --split-overlap 300 is more than half of the ")

@@ -114,6 +114,21 @@ def test_the_command_shows_what_was_found(whole, monkeypatch, capfd):
     assert json.loads(capfd.readouterr().out) == json.loads(json.dumps(whole.as_dict()))
 
 
+def test_a_log_has_whole_paths_and_no_padding(monkeypatch, capfd):
+    path = "/a/" + "long/" * 60 + "path"
+    said = [("versions", "rich", "ok", "15.0"), ("machine", "disk", "absent", path)]
+    findings = [
+        (SimpleNamespace(group=group, name=name), SimpleNamespace(status=status, text=text))
+        for group, name, status, text in said
+    ]
+    result = SimpleNamespace(findings=findings, broken=[])
+    monkeypatch.setattr(examination, "examine", lambda **_: result)
+    assert run(["doctor", "--quiet"]) == 0
+    assert capfd.readouterr().out == (
+        f"versions\n  rich  ok      15.0\n\nmachine\n  disk  -       {path}\n\nNothing is broken.\n"
+    )
+
+
 def test_an_installed_package_that_cannot_be_imported_is_broken(tmp_path, monkeypatch, capfd):
     for name, module, code in (
         ("flash_attn", "flash_attn", "raise ImportError('undefined symbol: _ZN3c10')"),

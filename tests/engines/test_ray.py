@@ -123,6 +123,17 @@ def statuses(rows):
     return {row["id"]: row["error_type"] for row in rows if row["status"] != "ok"}
 
 
+def test_what_a_worker_raised_at_its_start_is_said():
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    from pipeline.engines.ray import _cause
+
+    what = "ModuleNotFoundError: No module named 'pipeline'"
+    raised = RayTaskError("Worker", f"Traceback:\n  File x\n{what}\n", ModuleNotFoundError("pipeline"))
+    assert _cause(ActorDiedError.from_task_error(raised)) == f"its start raised {what}"
+    assert _cause(ActorDiedError()) == "its process or its machine is gone"
+
+
 def test_a_machine_with_another_model_is_refused(source, sharp_model_folder):
     from pipeline.engines.ray_worker import Worker
 

@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import datetime
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -266,3 +268,25 @@ def test_half_surrogate_pairs_are_replaced(tmp_path, extension):
     assert (first["parts"][0]["answer"], first["parts"][0]["error_message"]) == ("c\ufffd", "\ufffd line 1")
     assert (first["id"], first["answer"]) == ("\ufffd", "a\ufffdb \N{GRINNING FACE}")
     assert second["answer"] == "answer 0"
+
+
+@pytest.mark.parametrize("extension", [".parquet", ".jsonl"])
+def test_the_name_is_durable_when_the_output_is_published(tmp_path, monkeypatch, extension):
+    """Else a machine that loses power forgets which file has the output's name."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def record_sync(descriptor):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        done.append(("rename", Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    path = tmp_path / f"out{extension}"
+    write(path, answers(1))
+    published = done.index(("rename", path))
+    assert "sync" in {what for what, _ in done[:published]}  # the content
+    assert ("sync", tmp_path) in done[published:]

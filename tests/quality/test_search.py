@@ -292,16 +292,19 @@ def test_an_inconclusive_drop_is_not_taken_where_the_divergence_speaks_against_i
     assert (verification.words, verification.holds) == (words, words == "holds")
 
 
-def test_a_conclusive_drop_is_taken_whatever_the_divergence():
+@pytest.mark.parametrize(
+    ("share", "accept", "words"),
+    [(0.5, True, "holds"), (0.5, False, "holds"), (1.0, True, "not faster")],  # dense has the share 1
+)
+def test_a_conclusive_drop_is_taken_whatever_the_divergence_if_it_is_faster(share, accept, words):
     bench = Lucky(losses={}, divergences={0.5: 9.0})
     cases = [case(number) for number in range(21)]
     dense = [bench.run(DENSE, each).score for each in cases]
     settings = {"bench": bench, "cases": cases, "dense": dense, "forced": [None] * 21, "bounds": BOUNDS}
-    trial = searching(bench).try_out(*kin(0.5))
-    for accept in (True, False):
-        verifier = Verifier(**settings, price=50.0, accept_inconclusive=accept)
-        (verification,) = verifier.run([trial], lambda: 100.0)
-        assert verification.holds
+    trial = searching(bench).try_out(*kin(share))
+    verifier = Verifier(**settings, price=50.0, accept_inconclusive=accept)
+    (verification,) = verifier.run([trial], lambda: 100.0)
+    assert (verification.words, verification.holds) == (words, words == "holds")
 
 
 def test_a_precision_that_costs_something_leaves_less_for_what_is_searched_with_it():

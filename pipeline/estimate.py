@@ -1,0 +1,179 @@
+"""How long a run may take: by the rows that it has done, or by two rates that its device is measured at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from pipeline.bench.ceilings import wait_for
+from pipeline.bench.flops import dense_flops
+from pipeline.engines.memory import Packer
+from pipeline.model.shape import ModelShape
+from pipeline.words import counted
+
+TRIAL_S = 0.2  # of each rate
+MOST_TRIALS = 50
+# of the rate of a matrix product, what prefills reach: long documents on a GPU, and short ones or a busy CPU
+BEST_SHARE, WORST_SHARE = 0.85, 0.4
+# columns by which rows that are done tell how fast that was
+TIMED = ["status", "group_rows", "prompt_tokens", "flops_ratio", "new_tokens"]
+TIMED += ["prefill_ms", "decode_ms", "pack_documents"]
+MATRIX_TOKENS = {"cpu": 256, "cuda": 4096}
+COPIED_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one device: operations a second of a matrix product, and bytes a second of its memory."""
+
+    matrix: float
+    memory: float
+
+
+@dataclass(kw_only=True)
+class Pace:
+    """How fast rows were answered that are done, by their columns; not those that shared a document."""
+
+    shape: ModelShape
+    rows: int = 0
+    flops: float = 0.0  # of their prefills
+    prefill_s: float = 0.0  # of a pack's each row has an equal part
+    steps: int = 0  # of decoding, counted for each row
+    decode_s: float = 0.0  # likewise
+
+    def add(self, table: pa.Table) -> None:
+        """Heed the rows of a table, which has the columns `TIMED`."""
+        for row in table.select(TIMED).to_pylist():
+            if row["status"] != "ok" or row["group_rows"] or not row["pack_documents"]:
+                continue
+            self.rows += 1
+            self.flops += dense_flops(self.shape, row["prompt_tokens"]) * row["flops_ratio"]
+            self.prefill_s += row["prefill_ms"] / row["pack_documents"] / 1e3
+            self.steps += max(0, row["new_tokens"] - 1)
+            self.decode_s += (row["decode_ms"] or 0.0) / 1e3
+
+    @property
+    def says_something(self) -> bool:
+        return self.prefill_s > 0 and self.flops > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds, loading and warming up left out: of all prefills between two bounds, of decoding at most."""
+
+    prefill_s: tuple[float, float]
+    decode_s: float
+    new_tokens: int  # of each answer, at most
+    prefill_at: str  # the rates, in words
+    decode_at: str
+    rates: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        low, high = self.prefill_s
+        return {
+            "prefill_s_low": low,
+            "prefill_s_high": high,
+            "decode_s_at_most": self.decode_s,
+            "rates": self.rates,
+        }
+
+    def as_text(self) -> str:
+        low, high = map(_duration, self.prefill_s)
+        prefill = high if low == high else f"{low} to {high}"
+        most = "" if self.decode_s < 1 else "up to "
+        answers = f"if every answer has {counted(self.new_tokens, 'token')}"
+        return (
+            f"time, roughly: {prefill} of prefill, at {self.prefill_at}; {most}{_duration(self.decode_s)} of "
+            f"decoding, {answers}, at {self.decode_at}; loading comes on top"
+        )
+
+
+def estimate(packer: Packer, rates: Rates, *, flops: int, prompts: int, prompt_tokens: int) -> Estimate:
+    """Of so many prompts, whose prefills take `flops` operations together."""
+    return Estimate(
+        prefill_s=(flops / (BEST_SHARE * rates.matrix), flops / (WORST_SHARE * rates.matrix)),
+        decode_s=_decode_s(packer, rates, prompts, prompt_tokens),
+        new_tokens=packer.new_tokens,
+        prefill_at=f"{BEST_SHARE:.0%} to {WORST_SHARE:.0%} of the {rates.matrix / 1e12:.3g} TFLOP/s that a "
+        "matrix product reaches on this device",
+        decode_at=f"{rates.memory / 1e9:,.3g} GB/s",
+        rates={"matrix_tflops": rates.matrix / 1e12, "memory_gb_per_s": rates.memory / 1e9},
+    )
+
+
+def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, prompts: int) -> Estimate:
+    """The same, by what rows of the same run took that are done."""
+    rate = pace.flops / pace.prefill_s
+    step_s = pace.decode_s / pace.steps if pace.steps else 0.0
+    steps = -(-prompts // packer.in_flight) * packer.new_tokens
+    return Estimate(
+        prefill_s=(flops / rate, flops / rate),
+        decode_s=steps * step_s,
+        new_tokens=packer.new_tokens,
+        prefill_at=f"the {rate / 1e12:.3g} TFLOP/s of {counted(pace.rows, 'row')} done before",
+        decode_at=f"their {step_s * 1e3:,.3g} ms a step",
+        rates={"done_tflops": rate / 1e12, "done_step_ms": step_s * 1e3},
+    )
+
+
+def _decode_s(packer: Packer, rates: Rates, prompts: int, prompt_tokens: int) -> float:
+    """Each step reads all weights, and the keys and values of the rows that are decoded together."""
+    if not prompts:
+        return 0.0
+    together = min(packer.in_flight, prompts)
+    parameters = _parameters(packer.shape)
+    a_row = packer.kv_bytes([prompt_tokens // prompts])
+    read_s = (parameters * packer.itemsize + together * a_row) / rates.memory
+    computed_s = 2 * parameters * together / rates.matrix
+    steps = -(-prompts // together) * packer.new_tokens
+    return steps * max(read_s, computed_s)
+
+
+def _parameters(shape: ModelShape) -> int:
+    attention = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads)
+    return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.hidden * shape.vocab
+
+
+@torch.inference_mode()
+def measure_rates(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> Rates | None:
+    """In a fraction of a second on a GPU, about one on a CPU; None where memory is too short for it."""
+    tokens = MATRIX_TOKENS[device.type]
+    options: Any = {"device": device, "dtype": dtype}
+    try:
+        x_TD = torch.zeros(tokens, shape.hidden, **options)
+        w_DF = torch.zeros(shape.hidden, shape.ffn, **options)
+        matrix_s = _best_seconds(lambda: x_TD @ w_DF, device)
+        source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+        copy_s = _best_seconds(source.clone, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    operations = 2 * tokens * shape.hidden * shape.ffn
+    return Rates(matrix=operations / matrix_s, memory=2 * source.numel() / copy_s)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    best, began = float("inf"), time.perf_counter()
+    for _ in range(MOST_TRIALS):
+        wait_for(device)
+        started = time.perf_counter()
+        run()
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+        if time.perf_counter() - began > TRIAL_S:
+            break
+    return max(best, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "less than 1 s"
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:,.0f} min" if minutes < 90 else f"{minutes / 60:,.1f} h"

@@ -1,0 +1,115 @@
+"""What an output that is there means for a run, found out without changing anything."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.io.beginnings import check_columns, plain
+from pipeline.io.chunks import whole_chunks
+from pipeline.io.journal import INDEX_FILE, PUBLISHED, begun, journal_folder, journal_parts, refuse_leftovers
+from pipeline.io.mirror import Mirror
+from pipeline.io.remote import RemotePath, output_place
+from pipeline.io.rowindex import INDEXED, RowIndex
+from pipeline.io.writing import schema_as_written
+from pipeline.records import Row
+
+
+class DoneRows:
+    """The rows that earlier runs have finished, by status at the start."""
+
+    def __init__(self, index: RowIndex) -> None:
+        self.index = index
+        self.at_start: Counter[str] = index.counts()
+
+    def is_done(self, source: Row, row_hash: str) -> bool:
+        """As `Journal.is_done`."""
+        return self.index.see(source, row_hash)
+
+    @property
+    def passed_over(self) -> int:
+        """How many rows were asked for that are done."""
+        return self.index.passed_over
+
+    def counts(self) -> Counter[str]:
+        """Of the rows that were asked for, those that are done, by status."""
+        return self.index.counts(seen=True)
+
+
+def refuse_unfinished(output: str) -> None:
+    """A ConfigError where an unfinished run left answers that one without `--resume` would destroy."""
+    place = output_place(output)
+    if not isinstance(place, RemotePath):
+        refuse_leftovers(place, overwrite=False)
+        return
+    with closing(Mirror(place, lambda: None)) as mirror:
+        mirror.refuse_leftovers(overwrite=False)
+
+
+@contextmanager
+def no_rows() -> Iterator[DoneRows]:
+    """What is done where a run begins afresh."""
+    with tempfile.TemporaryDirectory(prefix="marsinfer-") as folder:
+        index = RowIndex(Path(folder) / INDEX_FILE)
+        with closing(index):
+            yield DoneRows(index)
+
+
+@contextmanager
+def done_rows(
+    output: str,
+    schema: pa.Schema,
+    settings: Mapping[str, Any],
+    *,
+    retry_errors: bool,
+    timed: Sequence[str],
+    heed: Callable[[pa.Table], None],
+) -> Iterator[DoneRows]:
+    """The rows that a resumed run need not answer. Raises ConfigError where it would be refused.
+
+    `heed` is called with the rows, table by table, which have the columns `timed`.
+    """
+    with no_rows() as done:
+        for table, place in _tables(output, schema, plain(settings), timed):
+            done.index.replay(table, *place, 0)
+            heed(table)
+        if retry_errors:
+            done.index.forget_errors()
+        done.at_start = done.index.counts()
+        yield done
+
+
+def _tables(
+    output: str, schema: pa.Schema, now: Any, timed: Sequence[str]
+) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
+    """Tables of finished rows, and the part and chunk of each."""
+    place = output_place(output)
+    if not isinstance(place, RemotePath):
+        yield from _local_tables(place, schema, now, timed)
+        return
+    with closing(Mirror(place, lambda: None)) as mirror:
+        mirror.fetch()
+        with mirror.named_as_given():
+            yield from _local_tables(mirror.file, schema, now, timed)
+
+
+def _local_tables(
+    output: Path, schema: pa.Schema, now: Any, timed: Sequence[str]
+) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
+    columns = tuple(dict.fromkeys((*INDEXED, *timed)))
+    written = schema_as_written(output, schema)
+    _, base = begun(output, written, now)
+    for group in base or ():
+        assert base is not None
+        yield base.read(group, columns), (PUBLISHED, group)
+    for number, path in enumerate(journal_parts(journal_folder(output)), start=PUBLISHED + 1):
+        with path.open("rb") as part:
+            for chunk in whole_chunks(part, path.stat().st_size):
+                check_columns(output, chunk.table.schema, schema.remove_metadata())
+                yield chunk.table.select(columns), (number, chunk.offset)

@@ -1,0 +1,63 @@
+"""When an input is refused because no row of it has the text, or the question."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import document
+
+from pipeline.errors import InputError
+from pipeline.lacking import refuse_lacking
+from pipeline.records import Row, RowFailure
+from pipeline.settings.data import DataSettings
+
+DATA = DataSettings(input=("in.jsonl",), question_column="ask")
+
+
+def failure(kind, lacks=None):
+    return RowFailure(
+        source=Row(row=0, id="a", place="line 1"), kind=kind, message="line 1: why", lacks=lacks
+    )
+
+
+OK = document(20)
+NO_TEXT = failure("missing_text", "text")
+NO_QUESTION = failure("missing_question", "ask")
+EMPTY, BROKEN = failure("empty_document"), failure("bad_json")
+
+
+@pytest.mark.parametrize(
+    ("windows", "refused"),
+    [
+        (
+            [[NO_TEXT, NO_TEXT]],
+            "no row has 'text' of the 2 rows read so far, and none is answered; line 1: why",
+        ),
+        ([[BROKEN], [BROKEN, NO_TEXT]], "no row has 'text' of the 3 rows"),
+        ([[NO_TEXT]], "no row has 'text' of the 1 row read"),
+        ([[NO_QUESTION, NO_TEXT, EMPTY]], "no row has 'ask' of the 3 rows"),
+        ([[NO_TEXT, OK]], None),
+        ([[OK], [NO_TEXT, NO_QUESTION]], None),
+        ([[EMPTY], [NO_TEXT]], None),  # it had the column
+        ([[failure("missing_question")], [NO_QUESTION]], None),
+        ([[failure("over_long"), NO_QUESTION]], None),
+        ([[BROKEN]], None),
+    ],
+)
+def test_rows_without_a_column_are_counted_as_they_come(windows, refused):
+    taken = []
+
+    def take():
+        for window in refuse_lacking(windows, DATA):
+            taken.append(window)
+
+    if refused is None:
+        take()
+        assert taken == windows
+    else:
+        with pytest.raises(InputError, match=refused):
+            take()
+        assert taken == windows[:-1]
+
+
+def test_rows_that_earlier_runs_answered_had_the_column():
+    assert list(refuse_lacking([[NO_TEXT]], DATA, answered=True)) == [[NO_TEXT]]
