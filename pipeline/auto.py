@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError, MarsError
 from pipeline.guard import Guard
 from pipeline.profile import Profile, load_profile, write_profile
+from pipeline.provenance import GROUPS
 from pipeline.pruning.registry import METHODS, make_method
 from pipeline.settings.method import AUTO
 from pipeline.settings.run import BatchConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
     from pipeline.settings.check import CheckConfig
 
+GROUPED = {stored: group for group, stored in GROUPS.items()}
 SHIPPED = Path(__file__).parent / "profiles"
 TOLD_TOKENS = 32768  # prompt of which a note tells what could be saved
 # what a device's name says beside its kind: memory, and the form of the board
@@ -83,7 +85,8 @@ def _as_begun(config: BatchConfig, begun: Mapping[str, Any]) -> Chosen:
         raise ConfigError(f"{config.output} was begun with the method {name!r}: name it with --method")
     parameters = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     linear = begun["model"]["linear_dtype"] if config.linear_dtype == AUTO else config.linear_dtype
-    config = replace(config, method=name, settings=parameters, linear_dtype=linear, group=_group(config))
+    group = GROUPED.get(begun["group"], config.group) if config.group == "auto" else config.group
+    config = replace(config, method=name, settings=parameters, linear_dtype=linear, group=group)
     guard = begun["guard"] and config.guard != "off"
     return Chosen(
         config=config,

@@ -124,10 +124,11 @@ def test_a_run_that_goes_on_keeps_its_method_whatever_was_proven_since():
         "method": {"name": "mars", "settings": {"sparse_attention": [0.8, 0.9], "window": 64}},
         "model": {"linear_dtype": "mixed"},
         "guard": first.guard.as_dict(),
+        "group": "method",
     }
     again = choose(CONFIG, Model(fingerprint="content:else"), begun)
     assert again.method == Mars(sparse_attention=(0.8, 0.9), window=64)
-    assert (again.config.linear_dtype, again.guard) == ("mixed", first.guard)
+    assert (again.config.linear_dtype, again.guard, again.config.group) == ("mixed", first.guard, "auto")
     begun |= {"method": {"name": "dense", "settings": {"sparse_attention": None}}, "guard": None}
     begun["model"] = {"linear_dtype": "auto"}
     again = choose(CONFIG, Model(), begun)

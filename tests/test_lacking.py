@@ -10,7 +10,7 @@ from pipeline.lacking import refuse_lacking
 from pipeline.records import Row, RowFailure
 from pipeline.settings.data import DataSettings
 
-DATA = DataSettings(input=("in.jsonl",), question_column="ask")
+DATA = DataSettings(input=("in.jsonl",), text_column="text", question_column="ask")
 
 
 def failure(kind, lacks=None):

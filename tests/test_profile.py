@@ -134,7 +134,8 @@ def method_of(metadata):
     return metadata["settings_that_decide"]["method"]
 
 
-def test_batch_takes_a_profile_and_names_it(call, fish, tmp_path, path, capfd):
+def test_batch_takes_a_profile_and_names_it(call, fish, tmp_path, path, capfd, monkeypatch):
+    monkeypatch.delenv("MARSINFER_METHOD")
     rc, metadata = run(call, fish, tmp_path, "--profile", path, "--guard", "off")
     assert rc == 0
     assert metadata["config"]["profile"] == str(path)
@@ -147,6 +148,7 @@ def test_batch_takes_a_profile_and_names_it(call, fish, tmp_path, path, capfd):
 
 
 def test_every_other_place_stands_above_a_profile(call, fish, tmp_path, path, monkeypatch):
+    monkeypatch.delenv("MARSINFER_METHOD")
     config = tmp_path / "run.toml"
     config.write_text(f'profile = "{path}"\n[settings]\nstart_layer = 2\n')
     _, metadata = run(call, fish, tmp_path, "--config", config)

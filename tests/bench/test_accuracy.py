@@ -50,7 +50,7 @@ def results(capfd):
 
 @pytest.mark.slow
 def test_dense_loses_nothing_full_settings_neither_and_broken_ones_do(measure, capfd, tmp_path):
-    methods = f"marsinfer:eta=1,{BROKEN}"
+    methods = f"marsinfer:eta=1:start_layer=1,{BROKEN}"
     plot = tmp_path / "drops.png"
     assert measure("--methods", methods, "--json", "--long-tokens", "500", "--plot", plot) == 0
     found = results(capfd)
@@ -90,11 +90,11 @@ def test_tasks_and_shards_of_documents(measure, suite, capfd):
 
 def test_needles_hide_in_the_suites_documents(measure, capfd):
     flags = ["--suite", "needles", "--needle-kinds", "single", "--needle-lengths", "800"]
-    assert measure(*flags, "--needle-count", "3", "--methods", "marsinfer:eta=1") == 0
+    assert measure(*flags, "--needle-count", "3", "--methods", "marsinfer:eta=1:start_layer=1") == 0
     printed = capfd.readouterr().out
     assert "rows: 12 of 6 documents\n" in printed
     assert "needles-single: 3 of 3 documents\n" in printed
-    assert printed.count("| marsinfer:eta=1 | ") == 2
+    assert printed.count("| marsinfer:eta=1:start_layer=1 | ") == 2
     assert "| 0.00 (0.00 to 0.00) |" in printed
 
 

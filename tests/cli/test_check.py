@@ -79,7 +79,8 @@ REFERENCES = [*ASK, "--reference-column", "right"]
 
 
 @pytest.mark.slow
-def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd):
+def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd, monkeypatch):
+    monkeypatch.delenv("MARSINFER_METHOD")
     from pipeline.model.loading import open_model
     from pipeline.profile import Profile, write_profile
     from pipeline.settings.model import ModelSettings

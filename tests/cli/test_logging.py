@@ -24,7 +24,7 @@ def events(printed):
 
 
 def test_a_run_in_events(call, fish, tmp_path, capfd):
-    flags = [*ASK, "--log-format", "json"]
+    flags = [*ASK, "--log-format", "json", "--method", "marsinfer", "--set", "start_layer=1"]
     assert call(fish, tmp_path / "out.parquet", *flags) == 0
     printed = capfd.readouterr()
     first, *between, last = events(printed.err)

@@ -37,7 +37,7 @@ def places(rows):
     return [(row["id"], row["row"], row["question_index"]) for row in rows]
 
 
-@pytest.mark.parametrize("method", [("dense",), ("marsinfer", "--set", "start_layer=1")])
+@pytest.mark.parametrize("method", [("dense",), ("marsinfer", "--set", "start_layer=1", "--group", "any")])
 @pytest.mark.parametrize(("source", "out"), [("in.jsonl", "out.parquet"), ("in.parquet", "out.jsonl")])
 def test_each_question_has_a_row_that_is_answered_as_if_alone(call, tmp_path, method, source, out):
     given, out = write(tmp_path / source, ROWS), tmp_path / out

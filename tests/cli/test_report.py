@@ -138,7 +138,7 @@ def test_tables_in_the_terminal(report, tmp_path):
     for told in (
         "TTFT p50",
         "10.0 s",
-        "slim: 1 rows over_long, first:",
+        "slim: 1 row over_long, first:",
         "row 8, id 8: too long",
         "rows in both",
     ):

@@ -319,7 +319,7 @@ def test_an_input_without_the_column_of_the_text_is_refused_and_leaves_nothing(
     batch, tmp_path, capfd, no_weights, unreadable
 ):
     no_weights()
-    rows = [json.dumps({"id": str(n), "body": "fish"}) for n in range(300)]
+    rows = [json.dumps({"id": str(n), "title": "fish"}) for n in range(300)]
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(["{broken"] * unreadable + rows))
     for flags in ([], ["--dry-run"], ["--resume"]):
@@ -329,7 +329,7 @@ def test_an_input_without_the_column_of_the_text_is_refused_and_leaves_nothing(
         read = 512 if unreadable else 256
         assert printed.err == (
             f"marsinfer: error: no row has 'text' of the {read} rows read so far, and none is answered; "
-            f"in.jsonl line {unreadable + 1}: there is no 'text'; it has: id, body "
+            f"in.jsonl line {unreadable + 1}: there is no 'text'; it has: id, title "
             "(--text-column names the text)\n"
         )
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl"]

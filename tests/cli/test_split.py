@@ -165,10 +165,11 @@ def test_a_part_that_fails(batch, tmp_path, monkeypatch, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
 def test_resume(batch, documents, tmp_path, short_model, template, capfd, name):
-    assert batch(documents, out=f"whole-{name}") == 0
+    assert batch(documents, "--method", "marsinfer", "--set", "start_layer=1", out=f"whole-{name}") == 0
     options = {
         "model": str(short_model),
         "method": "marsinfer",
+        "settings": {"start_layer": 1},
         "question": ASK,
         "id_column": "id",
         "on_overlong": "split",

@@ -98,6 +98,7 @@ def orders(tmp_path):
 def batch(call, source, sharp_model_folder, tmp_path, monkeypatch, orders, capfd):
     """A run with more flags, by its exit code, its rows and what it said."""
     monkeypatch.setenv("MARSINFER_MODEL", str(sharp_model_folder))
+    monkeypatch.delenv("MARSINFER_METHOD")
 
     def batch(name, *flags):
         out = tmp_path / f"{name}.parquet"

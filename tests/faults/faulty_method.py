@@ -49,6 +49,7 @@ class Faulty(MarsInfer):
     """MarsInfer, and the accident that the environment asks for."""
 
     name: ClassVar[str] = "faulty"
+    start_layer: int = 1  # of the four of the tests' models
 
     def begin(self, plan):
         accident = json.loads(os.environ.get("ACCIDENT", "{}"))

@@ -36,6 +36,8 @@ def command(tmp_path_factory, model_folder):
     flags += [
         "--model",
         str(model_folder),
+        "--method",
+        "marsinfer",
         "--set",
         "start_layer=1",
         "--set",

@@ -58,7 +58,7 @@ def documents(smollm2):
     return [
         prompts.encode(
             Document(
-                source=Row(row=n, id=row["id"], place=row["id"]), text=row["text"], question=row["question"]
+                source=Row(row=n, id=row["id"], place=row["id"], question=row["question"]), text=row["text"]
             )
         )
         for n, row in enumerate(chosen)
@@ -125,6 +125,7 @@ def test_a_check_tells_a_broken_setting_from_one_that_prunes_nothing(smollm2, tm
         question_column="question",
         id_column="id",
         reference_column="reference",
+        method="marsinfer",
         settings=BROKEN,
         max_drop="5pt",
         metric="agreement",
