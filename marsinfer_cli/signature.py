@@ -179,6 +179,12 @@ def _words(cls: type[Settings], flags: dict[str, Any]) -> list[str] | None:
 
 def _places(words: list[str], file: Mapping[str, Any], path: str | None) -> dict[str, Any]:
     """INPUT and OUTPUT; one word alone is the one that the file lacks."""
+    if len(words) > 1 and "output" in file:
+        # to take the last word for it could overwrite what was meant to be read
+        raise ConfigError(
+            f"the output is named twice: {file['output']!r} in {path}, and {words[-1]!r}, the last of "
+            f"{len(words)} words; leave one of them out"
+        )
     if len(words) > 1:
         return {"input": tuple(words[:-1]), "output": words[-1]}
     lacking = [name for name in ("input", "output") if name not in file]

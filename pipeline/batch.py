@@ -104,7 +104,7 @@ def run_batch(
     config = BatchConfig(output=os.fspath(output), **options)
     if made is None and config.method != AUTO:
         made = make_method(config.method, config.settings)
-    check_output(config.output, (), config.overwrite or config.resume)
+    check_output(config.output, config.input, config.overwrite or config.resume)
     if config.engine == "ray" and not isinstance(model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
     summary = Summary(method=config.method, output=config.output, began=began)

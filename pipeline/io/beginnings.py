@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.io.dictionaries import settled
-from pipeline.io.writing import sync_folder
+from pipeline.io.whole_file import sync_folder
 
 STATE_FILE = "settings.json"
 VERSION = 1

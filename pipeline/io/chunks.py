@@ -19,7 +19,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.io.causes import READ_ERRORS
-from pipeline.io.writing import sync_folder
+from pipeline.io.whole_file import sync_folder
 
 MAGIC = b"MARSCHNK"
 HEADER = struct.Struct("<8sQI")

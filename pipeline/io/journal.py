@@ -30,7 +30,8 @@ from pipeline.io.merge import merge
 from pipeline.io.published import Published
 from pipeline.io.rowindex import INDEXED, Order, RowIndex
 from pipeline.io.sidecar import needs_sidecar, read_sidecar, refuse_foreign, write_sidecar
-from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written, sync_folder
+from pipeline.io.whole_file import sync_folder
+from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written
 from pipeline.records import Answer, Row
 
 INDEX_FILE = "index.sqlite"

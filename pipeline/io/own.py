@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.io.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.io.causes import READ_ERRORS
@@ -27,6 +28,29 @@ _WRITTEN = {
 def is_own_table(schema: pa.Schema) -> bool:
     """Whether a Parquet or Arrow file of this schema is an output, or the baseline of a check."""
     return any(columns.issubset(schema.names) and _says(schema, key) for key, columns in _WRITTEN.items())
+
+
+def may_be_replaced(path: Place) -> bool:
+    """Whether nothing is lost with what has an output's name: marsinfer wrote it, or it has no bytes."""
+    if not path.is_file():
+        return True  # a pipe, which holds nothing
+    if (path.stat().st_size if isinstance(path, Path) else path.size()) == 0:
+        return True
+    if needs_sidecar(Path(path.name)):
+        sidecar = sidecar_path(path) if isinstance(path, Path) else path.beside(f"{path.name}{SIDECAR}")
+        return sidecar.exists() and _says_settings(sidecar)
+    try:
+        with path.open("rb") as file:
+            return is_own_table(_schema(pa.PythonFile(file, "r"), path.name))
+    except READ_ERRORS:
+        return False
+
+
+def _schema(file: pa.NativeFile, name: str) -> pa.Schema:
+    if name.lower().endswith(".parquet"):
+        return pq.read_schema(file)
+    opened = pa.ipc.open_stream if name.lower().endswith(".arrows") else pa.ipc.open_file
+    return opened(file).schema
 
 
 def _says(schema: pa.Schema, key: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,15 @@ def failures_told(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path} cannot be written: {cause(error)}; check the disk and run again"
         ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, which syncing its files alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

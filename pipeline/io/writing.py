@@ -17,9 +17,11 @@ from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answer_bytes, answers_table, output_schema
 from pipeline.io.causes import cause
 from pipeline.io.formats import Sink, sink_type
+from pipeline.io.own import may_be_replaced
 from pipeline.io.published import Published
 from pipeline.io.remote import Place, RemotePath, output_place
 from pipeline.io.stdin import Stdin
+from pipeline.io.whole_file import sync_folder
 from pipeline.records import Answer
 
 __all__ = ["AnswerWriter", "check_output", "output_schema"]
@@ -53,6 +55,7 @@ def _check_remote(path: RemotePath, inputs: Iterable[str | Place | Stdin], overw
         if isinstance(file, RemotePath) and file.address == path.address:
             raise ConfigError(f"{path} is also an input; name another output")
     try:
+        refuse_foreign_output(path)
         refuse_existing(path, overwrite)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {cause(error)}") from error
@@ -68,6 +71,7 @@ def _check_local(path: Path, inputs: Iterable[str | Place | Stdin], overwrite: b
     for file in inputs:
         if _same_file(path, file):
             raise ConfigError(f"{path} is also an input ({file}); name another output")
+    refuse_foreign_output(path)
     refuse_existing(path, overwrite)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
@@ -86,6 +90,12 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
     """A `ConfigError` if something has the output's name and may not be replaced."""
     if not overwrite and path.exists():
         raise ConfigError(f"{path} exists; --overwrite replaces it")
+
+
+def refuse_foreign_output(path: Place) -> None:
+    """A `ConfigError` if something has the output's name that no run has written, which is never replaced."""
+    if path.exists() and not may_be_replaced(path):
+        raise ConfigError(f"{path} exists, and marsinfer did not write it: name another output")
 
 
 def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
@@ -220,15 +230,3 @@ def _failures_told(path: Path) -> Iterator[None]:
             f"{path} cannot be written as {path.suffix}: {cause(error)}; "
             "leave that column out with --keep-columns, or choose .arrows"
         ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, which syncing its files alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)

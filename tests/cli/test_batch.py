@@ -264,10 +264,14 @@ def test_a_parquet_file_cut_short(refused, parquet):
     assert "in.parquet" in refused(*COLUMNS)
 
 
-def test_an_output_that_exists_needs_overwrite(refused, batch, parquet, tmp_path):
+def test_an_output_that_exists_needs_overwrite(refused, batch, parquet, tmp_path, capfd):
     out = tmp_path / "out.parquet"
     out.write_text("precious")
-    assert "exists" in refused(*COLUMNS)
+    assert "exists, and marsinfer did not write it" in refused(*COLUMNS, "--overwrite")
+    out.unlink()
+    assert batch(parquet, out, *COLUMNS) == 0
+    capfd.readouterr()
+    assert "exists; --overwrite" in refused(*COLUMNS)
     assert batch(parquet, out, *COLUMNS, "--overwrite") == 0
     assert pq.read_table(out).num_rows == 3
 

@@ -99,7 +99,14 @@ def test_one_word_alone_is_what_the_file_lacks(resolved, file):
     assert resolved("out.jsonl", "--config", path).output == "out.jsonl"
     path = file('question = "q"\noutput = "out.jsonl"\n')
     assert resolved("in.jsonl", "--config", path).input == ("in.jsonl",)
-    assert resolved("in.jsonl", "other.jsonl", "--config", path).output == "other.jsonl"
+
+
+def test_an_output_that_is_named_twice_is_refused(refusal, file):
+    path = file('question = "q"\noutput = "out.jsonl"\n')
+    assert refusal("d1.jsonl", "d2.jsonl", "d3.jsonl", "--config", path, "--overwrite") == (
+        f"the output is named twice: 'out.jsonl' in {path}, and 'd3.jsonl', the last of 3 words; leave one "
+        "of them out"
+    )
 
 
 def test_one_word_is_no_guess_where_the_file_names_both(refusal, file):

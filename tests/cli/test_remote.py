@@ -99,7 +99,9 @@ def test_what_cannot_be_used_is_one_line(refusal, bucket, documents):
         "s3://no-such-bucket/out.parquet cannot be written: The specified bucket does not exist; "
         "make the bucket first"
     )
-    assert refusal(remote, remote, *FLAGS, "--overwrite").endswith(" is also an input; name another output")
+    assert refusal(remote, remote, *FLAGS, "--overwrite").endswith(
+        "/in.parquet exists, and marsinfer did not write it: name another output"
+    )
     assert "https:// cannot lock it" in refusal(local, "https://host/out.parquet", *FLAGS)
     with lock_output(out):
         assert objects(bucket) == [".out.parquet.lock-000001", "in.parquet"]

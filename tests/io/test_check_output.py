@@ -1,12 +1,18 @@
 """What is refused as an output before any work."""
 
+import json
 import os
+from functools import partial
 
 import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import AnswerWriter, check_output
+from pipeline.io import AnswerWriter, check_output, output_schema
+from pipeline.io.answers import answers_table
+from pipeline.io.beginnings import SETTINGS_KEY
+from pipeline.io.sidecar import write_sidecar
+from pipeline.records import Answer
 
 NOTHING = pa.schema([])
 
@@ -31,14 +37,28 @@ def refusal(path, inputs=(), overwrite=False, error=ConfigError):
 
 def test_a_good_output_passes(tmp_path):
     check_output(tmp_path / "out.parquet", [tmp_path / "in.parquet"], False)
-    (tmp_path / "out.parquet").write_text("old")
+    (tmp_path / "out.parquet").touch()
     check_output(tmp_path / "out.parquet", [tmp_path / "in.parquet"], True)
     assert os.listdir(tmp_path) == ["out.parquet"]
 
 
-def test_an_existing_output_does_not_pass(tmp_path):
-    (tmp_path / "out.parquet").write_text("old")
-    assert refusal(tmp_path / "out.parquet") == f"{tmp_path}/out.parquet exists; --overwrite replaces it"
+@pytest.mark.parametrize("name", ["out.parquet", "out.arrow", "out.arrows", "out.jsonl"])
+def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
+    path = tmp_path / name
+    schema = output_schema(NOTHING, {"marsinfer": json.dumps({SETTINGS_KEY: {}})})
+    before = partial(write_sidecar, path, schema, temporary=tmp_path / "partial") if "jsonl" in name else None
+    written = {} if before is None else {"before": lambda size, schema: before(sizes=[size])}
+    with AnswerWriter(path, schema, **written) as writer:
+        writer.write_table(answers_table([Answer(id="a", row=0)], schema))
+    assert refusal(path) == f"{path} exists; --overwrite replaces it"
+    check_output(path, (), True)
+    path.write_bytes(b"precious")
+    for each in tmp_path.glob("*.run.json"):
+        each.unlink()
+    for overwrite in (False, True):
+        assert refusal(path, overwrite=overwrite) == (
+            f"{path} exists, and marsinfer did not write it: name another output"
+        )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

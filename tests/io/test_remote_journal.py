@@ -283,8 +283,8 @@ def test_outputs_are_checked(bucket, tmp_path):
     output = put(f"{bucket}/a.parquet", pq_bytes(tmp_path))
     files = open_source([output], Columns()).files
     assert refused(output, files, overwrite=True) == f"{output} is also an input; name another output"
-    assert refused(output) == f"{output} exists; --overwrite replaces it"
-    check_output(output, (), True)
+    foreign = f"{output} exists, and marsinfer did not write it: name another output"
+    assert refused(output) == refused(output, overwrite=True) == foreign
     check_output(f"{bucket}/b.parquet", files, False)
     check_output(tmp_path / "b.parquet", files, False)
     assert "has an extension that is not known" in refused(f"{bucket}/b.csv")
