@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.io import dictionaries
-from pipeline.io.jsonvalues import json_value
+from pipeline.io.jsonvalues import holds_keys, json_value
 
 
 class Sink(Protocol):
@@ -78,14 +78,20 @@ class JsonlSink:
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
         self.schema = _with_types(schema, dictionaries.plain_strings)
         self._handle = handle
+        self._holds_keys = [holds_keys(field) for field in schema]
 
     def write(self, table: pa.Table) -> None:
         for batch in table.to_batches():
             for row in zip(*batch.columns, strict=True):
-                values = {
-                    name: json_value(value) for name, value in zip(table.column_names, row, strict=True)
-                }
+                values, keys = {}, []
+                for name, value, is_object in zip(table.column_names, row, self._holds_keys, strict=True):
+                    if is_object:
+                        keys.append(value.as_py() or "{}")
+                    else:
+                        values[name] = json_value(value)
                 line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+                for text in keys:  # as it was written
+                    line = line if text == "{}" else f"{line[:-1]}, {text[1:]}"
                 self._handle.write(line.encode() + b"\n")
 
     def finish(self) -> None:

@@ -9,6 +9,13 @@ import uuid
 
 import pyarrow as pa
 
+KEYS = {b"marsinfer": b"keys"}  # metadata of a column whose JSON objects are keys of their own in JSON lines
+
+
+def holds_keys(field: pa.Field) -> bool:
+    """Whether JSON lines have the keys of a column's objects in place of the column."""
+    return (field.metadata or {}).items() >= KEYS.items()
+
 
 class Written(float):
     """A number of a JSON text that Python would write in another way; `text` is how it stands there."""
@@ -35,6 +42,16 @@ def json_text(value: object, *, ascii_only: bool = False) -> str:
     if _has_written(value):
         return _written_text(value, ascii_only)
     return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def held_text(value: object) -> str:
+    """The same where it can be UTF-8; half of a surrogate pair survives as an escape only."""
+    text = json_text(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json_text(value, ascii_only=True)
+    return text
 
 
 def _float(text: str) -> float:

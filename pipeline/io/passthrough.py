@@ -13,7 +13,7 @@ from pipeline.io.causes import READ_ERRORS, cause, some
 from pipeline.io.columns import Columns, type_named
 from pipeline.io.converting import STRINGS, converted, converts
 from pipeline.io.dictionaries import settled
-from pipeline.io.jsonvalues import json_text
+from pipeline.io.jsonvalues import KEYS, held_text
 from pipeline.io.unify import common
 
 EXTRA = "extra"
@@ -47,10 +47,12 @@ class PassPlan:
         has_jsonl: bool,
         type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
         partitions: frozenset[str] = frozenset(),
+        as_keys: bool = False,
     ) -> None:
         """`type_held` says in which type the output holds a value: one that does not fit costs its row.
 
-        `partitions` are keys of JSONL that get columns of their own, as folders say them.
+        `partitions` are keys of JSONL that get columns of their own, as folders say them. With `as_keys` the
+        others remain keys in the output.
         """
         kept = columns.kept
         if kept is None:
@@ -58,15 +60,17 @@ class PassPlan:
         else:
             wanted = _kept_columns(kept, tables, has_jsonl=has_jsonl)
         if kept is None and has_jsonl:
-            wanted.append((None, pa.field(EXTRA, pa.large_string())))
+            wanted.append((None, pa.field(EXTRA, pa.large_string(), metadata=KEYS if as_keys else None)))
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
         self._partitions = partitions
         wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
-        self.columns, self.notes = _rename(wanted, holds_question=columns.holds_question)
+        self.columns, self.notes = _rename(wanted, _own_names(columns))
         if kept is None:
             self.notes += _left_out(tables)
         self.schema = pa.schema([column.field for column in self.columns])
+        names = frozenset(column.field.name for column in self.columns if column.source is not None)
+        self._taken = names | _own_names(columns) if as_keys else frozenset()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -90,6 +94,7 @@ class PassPlan:
     def _from_object(self, column: PassColumn, row: Mapping[str, object]) -> pa.Array:
         if column.source is None:
             rest = {key: value for key, value in row.items() if key not in self._roles | self._partitions}
+            rest = {_free(key, self._taken, row): value for key, value in rest.items()}
             return pa.array([_json_text(EXTRA, rest) if rest else None], column.field.type)
         if not self._takes_keys and column.source not in self._partitions:
             return pa.nulls(1, column.field.type)
@@ -197,11 +202,24 @@ def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
             ) from error
 
 
+def _own_names(columns: Columns) -> frozenset[str]:
+    """Of the output's columns those that are not copied."""
+    return frozenset(name for name in ANSWER_NAMES if columns.holds_question or name != QUESTION_NAME)
+
+
+def _free(name: str, taken: frozenset[str], others: Mapping[str, object]) -> str:
+    """A key under a name that is none of the output's, nor another key's."""
+    free = name
+    while free in taken or (free != name and free in others):
+        free += "_input"
+    return free
+
+
 def _rename(
-    wanted: list[tuple[str | None, pa.Field]], *, holds_question: bool
+    wanted: list[tuple[str | None, pa.Field]], own: frozenset[str]
 ) -> tuple[tuple[PassColumn, ...], list[str]]:
     """Columns under names that clash neither with the output's own nor with each other."""
-    taken = {name for name in ANSWER_NAMES if holds_question or name != QUESTION_NAME}
+    taken = set(own)
     free = {field.name for _, field in wanted} - taken
     columns, notes = [], []
     for source, field in wanted:
@@ -261,10 +279,6 @@ def _misfit(name: str, wanted: pa.DataType, error: BaseException) -> RowError:
 
 def _json_text(name: str, value: object) -> str:
     try:
-        text = json_text(value)
-        text.encode()
-    except UnicodeEncodeError:
-        return json_text(value, ascii_only=True)  # half a surrogate pair survives as an escape only
+        return held_text(value)
     except (ValueError, RecursionError) as error:
         raise RowError("bad_value", f"{name!r} cannot be copied as JSON: {cause(error)}") from error
-    return text

@@ -6,10 +6,12 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipeline.io.jsonvalues import held_text, holds_keys, parse_json
 
 LINES_GROUP_ROWS = 1_000
 LINES_GROUP_BYTES = 4 << 20
@@ -94,6 +96,8 @@ class _JsonLines:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
+        self._keys = [field.name for field in schema if holds_keys(field)]
+        self._names = [field.name for field in schema if not holds_keys(field)]
         self._path = path
         self._starts = array("q", [0])
         self._rows = array("q")
@@ -112,14 +116,22 @@ class _JsonLines:
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         with self._path.open("rb") as file:
             file.seek(self._starts[number])
-            rows = [json.loads(file.readline()) for _ in range(self._rows[number])]
-        if not all(isinstance(row, dict) and self.schema.names == list(row) for row in rows):
-            raise ValueError("it has other columns than were written")
+            rows = [self._row(file.readline()) for _ in range(self._rows[number])]
         values = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
         return pa.Table.from_arrays(values, schema=schema)
 
     def row_bytes(self, number: int) -> int:
         return (self._starts[number + 1] - self._starts[number]) // self._rows[number]
+
+    def _row(self, line: bytes) -> dict[str, Any]:
+        """The columns of a line, its other keys as JSON in the column that holds them."""
+        row = parse_json(line.decode()) if self._keys else json.loads(line)
+        if not isinstance(row, dict) or list(row)[: len(self._names)] != self._names:
+            raise ValueError("it has other columns than were written")
+        rest = {key: row.pop(key) for key in list(row)[len(self._names) :]}
+        if rest and not self._keys:
+            raise ValueError("it has other columns than were written")
+        return row | dict.fromkeys(self._keys, held_text(rest) if rest else None)
 
     def _end_group(self, rows: int, end: int) -> None:
         self._rows.append(rows)

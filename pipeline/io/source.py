@@ -129,6 +129,7 @@ def open_source(
         tables,
         has_jsonl=_has_keys(readers, columns),
         type_held=partial(type_held, Path(output)),
+        as_keys=columns.holds_question and Path(output).suffix.lower() == ".jsonl",
         partitions=frozenset(key for reader in readers for key in reader.file.partitions),
     )
     check_held(output, plan.columns)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,9 @@ from pipeline.io.causes import READ_ERRORS, cause
 from pipeline.io.chunks import whole_chunks
 from pipeline.io.formats import SINKS
 from pipeline.io.journal import journal_folder, journal_parts
+from pipeline.io.jsonvalues import KEYS
 from pipeline.io.mirror import Mirror
+from pipeline.io.passthrough import EXTRA
 from pipeline.io.published import Published
 from pipeline.io.remote import RemotePath, place_of
 from pipeline.io.rowindex import DUPLICATE
@@ -130,12 +132,13 @@ def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
 
 
 def _lines_schema(path: Path) -> pa.Schema:
-    """The columns of the first line; whatever is not ours is never looked at."""
+    """Our columns of the first line, and a column for whatever keys follow, which are never looked at."""
     with path.open("rb") as lines:
         first: Any = next((json.loads(line) for line in lines), {})
     if not isinstance(first, dict):
         raise ValueError("its first line is no JSON object")
-    return pa.schema([(name, TYPES.get(name, pa.string())) for name in first])
+    own = [pa.field(name, TYPES[name]) for name in takewhile(TYPES.__contains__, first)]
+    return pa.schema([*own, pa.field(EXTRA, pa.large_string(), metadata=KEYS)] if first else [])
 
 
 def _sidecar_metadata(path: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source, parse_keep_columns
+from pipeline.io import AnswerWriter, Columns, open_source, output_schema, parse_keep_columns
+from pipeline.io.answers import answers_table
+from pipeline.io.published import Published
+from pipeline.records import Answer
 
 
 def write_arrow(path, table):
@@ -223,3 +226,35 @@ def test_tables_and_lines_together(tmp_path):
         {"extra": 1, "extra_input": None},
         {"extra": None, "extra_input": '{"extra": 2}'},
     ]
+
+
+def test_keys_of_json_lines_remain_keys_in_json_lines_and_come_back(tmp_path):
+    lines = [
+        {"text": "a", "v": "V", "status": "mine", "status_input": 1, "o": {"b": None, "a": []}},
+        {"text": "b"},
+        {"text": "c", "extra": "é\ud800", "o": {}},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines).replace('"V"', "1.10")
+    (tmp_path / "in.jsonl").write_text(text)
+    source = open_source([tmp_path / "in.jsonl"], Columns(), str(tmp_path / "out.jsonl"))
+    schema = output_schema(source.schema, {})
+    answers = [Answer.begin(record.source, "dense") for record in source]
+    with AnswerWriter(tmp_path / "out.jsonl", schema) as writer:
+        writer.write_table(answers_table(answers, schema))
+    written = (tmp_path / "out.jsonl").read_text()
+    assert '"v": 1.10, "status_input_input": "mine", "status_input": 1, "o": {"b": null, "a": []}}' in written
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert [list(row)[len(schema.names) - 1 :] for row in rows] == [
+        ["v", "status_input_input", "status_input", "o"],
+        [],
+        ["extra", "o"],
+    ]
+    assert rows[2]["extra"] == "é\ud800"
+    assert [rows[0]["status"], rows[0]["id"]] == ["ok", "in.jsonl:0"]
+    published = Published(tmp_path / "out.jsonl", lines_schema=schema)
+    (group,) = published
+    expected = answers_table(answers, schema).column("extra")
+    assert published.read(group).column("extra").to_pylist() == expected.to_pylist()
+    with AnswerWriter(tmp_path / "again.jsonl", schema) as writer:
+        writer.write_table(published.read(group))
+    assert (tmp_path / "again.jsonl").read_text() == written
