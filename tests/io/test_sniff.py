@@ -27,7 +27,7 @@ ARRAY = "is one JSON array, not a JSON object a line; jq -c '.[]' writes it so"
         ("a.jsonl", LINES.replace("\n", "\r").encode(), CR_ENDS),
         (
             "a.jsonl",
-            gzip.compress(LINES.encode()),
+            gzip.compress(LINES.encode(), mtime=0),
             "is compressed with gzip, not plain JSON lines, as its name says; rename it",
         ),
         ("a.jsonl", b"PAR1", "is Parquet, not plain JSON lines, as its name says; rename it"),

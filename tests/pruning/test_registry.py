@@ -87,7 +87,7 @@ def layer_settings():
                 yield name, parameter.name
 
 
-@pytest.mark.parametrize(("name", "parameter"), layer_settings())
+@pytest.mark.parametrize(("name", "parameter"), list(layer_settings()))
 def test_a_layer_beyond_the_depth_is_refused_by_every_method(name, parameter):
     shape = tiny_model("llama").shape
     others = {each: 0 for method, each in layer_settings() if method == name}
