@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from pipeline.auto import choose, device_class, keep_profile, profile_folder, proven
 from pipeline.errors import ConfigError
@@ -28,7 +27,6 @@ class Model:
     rope_scaling: str | None = None
     device_named: str = "NVIDIA H100 PCIe"
     device: Any = field(default_factory=lambda: torch.device("cuda"))
-    shape: Any = tiny_model("qwen2").shape
 
     def device_name(self) -> str:
         return self.device_named

@@ -137,7 +137,9 @@ def raise_unless_held(result: Calibration) -> None:
         nearest = min(tried, key=lambda each: each.excess)
         gate = nearest.worst_gate
         more, unit = "", result.bounds.main.unit
-        if nearest.diverges:
+        if nearest.words == "not faster":
+            more = f", but no faster than dense ({nearest.speed_up:.2f} times)"
+        elif nearest.diverges:
             more = (
                 f"; so few rows show little, and by its divergence from dense it should lose "
                 f"{nearest.expected_drop:.2f}{unit}"

@@ -58,6 +58,13 @@ class Verification:
         return "fails" if "fail" in verdicts else "too few rows"
 
 
+def timed_places(cases: Sequence[Case]) -> set[int]:
+    """The places of cases that are timed: of all lengths, as the first ones may all be short."""
+    by_length = sorted(range(len(cases)), key=lambda place: cases[place].document.prompt_tokens)
+    count = min(TIMED, len(cases))
+    return {by_length[(2 * n + 1) * len(cases) // (2 * count)] for n in range(count)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verifier:
     """The cases held out, and what dense makes of them.
@@ -93,12 +100,12 @@ class Verifier:
         timed: list[
             tuple[float, float]
         ] = []  # dense, the candidate: by turns, lest a busy moment count for one
-        third = -(-len(self.cases) // 3)
+        third, timed_at = -(-len(self.cases) // 3), timed_places(self.cases)
         for place, case in enumerate(self.cases):
             if seconds_left() <= 0:
                 break
             scores.append(self.bench.run(trial.candidate.variant, case, dense=self.forced[place]).score)
-            if place < TIMED:
+            if place in timed_at:
                 timed.append((self.bench.run(DENSE, case).score.ttft_ms, scores[-1].ttft_ms))
             if place + 1 == third < len(self.cases) and self.bounds.hopeless(
                 self.dense[:third], scores, HOPELESS

@@ -25,7 +25,7 @@ from pipeline.quality.candidates import (
 from pipeline.quality.cost import FEATURES, CostModel, Observation, dense_passes
 from pipeline.quality.evaluate import Case, CaseScore
 from pipeline.quality.search import Search, pareto
-from pipeline.quality.verification import Verifier
+from pipeline.quality.verification import Verifier, timed_places
 from pipeline.quality.workbench import DENSE, Clock
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
@@ -397,3 +397,13 @@ def test_a_device_that_slows_down_is_allowed_for():
     search = searching(bench, drift=lambda: 2.0)
     trial = search.try_out(*kin(0.8))
     assert trial.speed_up == pytest.approx(2 / 0.8, rel=0.01)
+
+
+def test_cases_of_all_lengths_are_timed():
+    cases = [
+        SimpleNamespace(document=SimpleNamespace(prompt_tokens=n)) for n in (*range(100), *range(9000, 9100))
+    ]
+    places = sorted(timed_places(cases))
+    assert len(places) == 16
+    assert sum(place >= 100 for place in places) == 8
+    assert timed_places(cases[:3]) == {0, 1, 2}
