@@ -9,11 +9,14 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
+from pipeline.redaction import redacted
+
 
 def print_event(event: str, **fields: Any) -> None:
     """Print one event, with its time in UTC."""
     moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    print(json.dumps({"event": event, "time": moment, **fields}, default=str), file=sys.stderr, flush=True)
+    told = {"event": event, "time": moment, **redacted(fields)}
+    print(json.dumps(told, default=lambda value: redacted(str(value))), file=sys.stderr, flush=True)
 
 
 def wants_events(words: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from pipeline.guard import Guard
 from pipeline.profile import Profile, load_profile, write_profile
 from pipeline.provenance import GROUPS
 from pipeline.pruning.registry import METHODS, make_method
+from pipeline.redaction import hidden
 from pipeline.settings.method import AUTO
 from pipeline.settings.run import BatchConfig
 
@@ -176,6 +177,7 @@ def _told_of_dense(config: BatchConfig, model: Model) -> str:
         return f"{head}; on a GPU, `marsinfer calibrate` finds out what is faster and loses nothing"
     return (
         f"{head}; with mars and --linear-dtype mixed, models that were measured took half of dense's time to "
-        f"the first token of prompts over {MEASURED_TOKENS:,} tokens: `marsinfer calibrate {config.input[0]} "
-        f"--model {config.model}` measures yours, and keeps what loses nothing for auto to take"
+        f"the first token of prompts over {MEASURED_TOKENS:,} tokens: `marsinfer calibrate "
+        f"{hidden(config.input[0])} --model {config.model}` measures yours, and keeps what loses nothing for "
+        "auto to take"
     )

@@ -30,6 +30,7 @@ from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
+from pipeline.redaction import hidden
 from pipeline.settings.method import AUTO
 from pipeline.settings.option import settings_of
 from pipeline.settings.parse import parse_max_errors
@@ -107,7 +108,7 @@ def run_batch(
     check_output(config.output, config.input, config.overwrite or config.resume)
     if config.engine == "ray" and not isinstance(model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
-    summary = Summary(method=config.method, output=config.output, began=began)
+    summary = Summary(method=config.method, output=hidden(config.output), began=began)
     summary.kept_before = config.resume  # which the journal will tell better
     with (
         _kept_told(summary),
@@ -197,6 +198,8 @@ def answer_all(
         check=still_locked,
     ) as journal:
         summary.kept_before = journal.resumed
+        for text in journal.notes:
+            note(text)
         if journal.resumed:
             done = journal.done_at_start.total()
             note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
@@ -228,7 +231,7 @@ def answer_all(
             summary.failed_before = journal.first_failure()
         written = journal.publish(cast(Order, config.order), check)
         if journal.resumed and not summary.documents:
-            note(f"nothing new: every row was done{'' if written else f'; {config.output} stays as it is'}")
+            note(f"nothing new: every row was done{'' if written else f'; {summary.output} stays as it is'}")
     summary.finish()
     if summary.documents:
         progress(summary)

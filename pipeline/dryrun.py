@@ -26,6 +26,7 @@ from pipeline.lacking import refuse_lacking
 from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
 from pipeline.records import EncodedDocument, RowFailure
+from pipeline.redaction import hidden
 from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument
 from pipeline.summary import Tally
@@ -137,7 +138,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as `--json` prints it."""
         return {
-            "output": self.config.output,
+            "output": hidden(self.config.output),
             "output_problem": None if self.refusal is None else str(self.refusal),
             "output_is_there": self.output_is_there,
             "done_rows": self.done.total(),
@@ -198,7 +199,7 @@ class Report:
 
     def _output(self) -> str:
         """Where answers go, and what becomes of what is there."""
-        output = self.config.output
+        output = hidden(self.config.output)
         if self.refusal is not None:
             return f"refused: {self.refusal}"
         if self.done:

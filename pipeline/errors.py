@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pipeline.redaction import without_secrets
+
 KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
 NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so
 
@@ -17,6 +19,9 @@ class MarsError(Exception):
     """
 
     exit_code = 1
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in told))
 
 
 class ConfigError(MarsError):
@@ -88,7 +93,7 @@ class RowError(Exception):
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(without_secrets(message))
         self.kind = kind
 
 

@@ -64,8 +64,8 @@ class Profile:
 def write_profile(path: Path, profile: Profile) -> None:
     """Whole or not at all. Raises StorageError."""
     batch = {name.replace("_", "-"): value for name, value in profile.batch.items()}
-    with writing(path) as temporary:
-        temporary.write_text(toml_of({"profile": dict(profile.about), "batch": batch}), encoding="utf-8")
+    with writing(path) as file:
+        file.write(toml_of({"profile": dict(profile.about), "batch": batch}).encode())
 
 
 def load_profile(path: str) -> Profile:

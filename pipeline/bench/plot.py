@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.bench.ttft import Measurement
 from pipeline.errors import ConfigError
+from pipeline.io.whole_file import writing
+from pipeline.replacing import is_picture, picture_metadata, refuse_foreign_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,10 +25,11 @@ def check_plot(path: str) -> None:
         raise ConfigError(f"--plot {path}: name a .png, .svg or .pdf file")
     if not Path(path).absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no such folder")
+    refuse_foreign_file("--plot", Path(path), is_picture)
 
 
 def save_plot(path: str, title: str, results: Sequence[Measurement]) -> None:
-    """Draw medians with their spread; of a single length, bars. ConfigError if it cannot be saved."""
+    """Draw medians with their spread; of a single length, bars. StorageError if it cannot be saved."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -56,8 +59,7 @@ def save_plot(path: str, title: str, results: Sequence[Measurement]) -> None:
 
 
 def save_figure(figure: Figure, path: str) -> None:
-    """ConfigError if it cannot be written."""
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ConfigError(f"--plot {path} cannot be written: {error}") from error
+    """Replace the picture whole. StorageError if it cannot be written."""
+    suffix = Path(path).suffix.lower()
+    with writing(Path(path)) as file:
+        figure.savefig(file, format=suffix[1:], dpi=150, metadata=picture_metadata(suffix))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.io.chunks import whole_chunks
 from pipeline.io.dictionaries import settled
-from pipeline.io.whole_file import sync_folder
+from pipeline.io.whole_file import open_new, sync_folder
 
 STATE_FILE = "settings.json"
 VERSION = 1
@@ -38,25 +40,47 @@ class Beginning:
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        save_json(folder / STATE_FILE, asdict(self), folder / f"{STATE_FILE}.partial")
+        save_json(folder / STATE_FILE, asdict(self), folder / f"{STATE_FILE}.partial", like=folder)
 
     @classmethod
     def load(cls, folder: Path) -> Beginning:
-        """A `StorageError` if it was damaged."""
+        """As it was saved, or by the newest part that says it. A `StorageError` if all of it was damaged."""
         path = folder / STATE_FILE
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise StorageError(f"{path} is damaged; {START_OVER}") from error
+            said = _said_by_parts(folder)
+            if said is None:
+                raise StorageError(
+                    f"{path} is damaged, and the parts beside it, of an earlier version, do not repeat what "
+                    f"it said; {START_OVER}"
+                ) from error
+            found = said
         if found.version != VERSION:
             raise StorageError(f"{path} is of another version of marsinfer; {START_OVER}")
         return found
 
+    def mark(self, schema: pa.Schema) -> pa.Schema:
+        """The schema of chunks, each of which says with which settings it was made."""
+        return schema.with_metadata({METADATA_KEY: json.dumps(asdict(self))})
 
-def save_json(path: Path, content: Any, temporary: Path) -> None:
-    """Durable and never half there; `temporary` is a name on the same file system."""
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+
+def _said_by_parts(folder: Path) -> Beginning | None:
+    for path in sorted(folder.glob("part-*"), reverse=True):
+        with path.open("rb") as part:
+            for chunk in whole_chunks(part, path.stat().st_size):
+                with suppress(LookupError, TypeError, ValueError):
+                    return Beginning(**json.loads((chunk.table.schema.metadata or {})[METADATA_KEY]))
+    return None
+
+
+def save_json(path: Path, content: Any, temporary: Path, like: Path | None = None) -> None:
+    """Durable and never half there; `temporary` is a name on the same file system.
+
+    The file is given the access that `like` has.
+    """
+    with open_new(temporary, like) as file:
+        file.write(json.dumps(content, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

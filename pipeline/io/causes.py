@@ -10,6 +10,9 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from pipeline.errors import ConfigError, StorageError
+from pipeline.redaction import without_secrets
+
 # Arrow's own errors derive from built-in ones unevenly (some only from RuntimeError), hence the long list.
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, pa.ArrowException)
 
@@ -26,6 +29,15 @@ T = TypeVar("T")
 
 class NetworkError(OSError):
     """Storage elsewhere failed, which says nothing about the file."""
+
+
+class CredentialsError(NetworkError):
+    """Nobody has said who asks: no fault of the storage, but something to set up."""
+
+
+def storage_failure(message: str, error: OSError) -> ConfigError | StorageError:
+    """The error that ends a run for which storage elsewhere failed, or for which nothing was set up."""
+    return (ConfigError if isinstance(error, CredentialsError) else StorageError)(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ def cause(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     system = _SYSTEM_CAUSE.search(line)
-    return (system[1] if system else line)[:LONGEST_CAUSE].rstrip(".")
+    return without_secrets(system[1] if system else line)[:LONGEST_CAUSE].rstrip(".")
 
 
 def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:

@@ -1,7 +1,8 @@
 """A journal's parts: files of chunks, each a checked Arrow stream that is durable once appended.
 
 A chunk is a magic word, the length and the CRC-32 of what follows, and then a whole Arrow IPC stream, so
-that a chunk can be read without those before it, and a torn one is told from a whole one.
+that a chunk can be read without those before it, and a torn one is told from a whole one. Behind the stream,
+where readers of Arrow look no more, stands how many rows it has, which a damaged chunk tells as well.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,16 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from pipeline.io.causes import READ_ERRORS
-from pipeline.io.whole_file import sync_folder
+from pipeline.io.whole_file import create_new, sync_folder
 
 MAGIC = b"MARSCHNK"
 HEADER = struct.Struct("<8sQI")
+
+_ROWS = struct.Struct("<4sI")
+_ROWS_MAGIC = b"ROWS"
+_CRC = struct.Struct("<I")
+_TRAILER_BYTES = _ROWS.size + _CRC.size
+_SEARCHED_BYTES = 1 << 20  # read at once in search of the next chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +40,22 @@ class Chunk:
     table: pa.Table
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes of a part in which no chunk can be read; `rows` that they held, None where that is not known."""
+
+    offset: int
+    end: int
+    rows: int | None
+
+
 def pack_chunk(table: pa.Table) -> bytes:
     """The bytes of a chunk."""
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
-    content = stream.getvalue().to_pybytes()
+    rows = _ROWS.pack(_ROWS_MAGIC, table.num_rows)
+    content = stream.getvalue().to_pybytes() + rows + _CRC.pack(zlib.crc32(rows))
     return HEADER.pack(MAGIC, len(content), zlib.crc32(content)) + content
 
 
@@ -52,51 +68,113 @@ def read_chunk(path: Path, offset: int) -> pa.Table:
     return chunk.table
 
 
-def is_chunk(content: bytes) -> bool:
-    """Whether the bytes are one whole chunk and nothing else."""
-    if len(content) < HEADER.size:
-        return False
-    magic, length, crc = HEADER.unpack_from(content)
-    stream = memoryview(content)[HEADER.size :]
-    return magic == MAGIC and len(stream) == length and zlib.crc32(stream) == crc
-
-
-def scan_part(path: Path) -> Iterator[Chunk]:
-    """All whole chunks up to the first that is not, where the part is cut off for good."""
-    size = path.stat().st_size
-    end = 0
+def scan_part(path: Path, lost: Callable[[Damage], None] = lambda damage: None) -> Iterator[Chunk]:
+    """All whole chunks of a part, which stays as it is; `lost` is told of what is damaged."""
     with path.open("rb") as part:
-        for chunk in whole_chunks(part, size):
-            end = chunk.end
-            yield chunk
-    if end < size:
-        os.truncate(path, end)
+        for piece in pieces(part, path.stat().st_size):
+            if isinstance(piece, Damage):
+                lost(piece)
+            else:
+                yield piece
 
 
 def whole_chunks(part: BinaryIO, size: int) -> Iterator[Chunk]:
-    """All whole chunks of the first `size` bytes up to the first that is not; nothing is changed."""
+    """All whole chunks of the first `size` bytes, those behind damaged ones too."""
+    return (piece for piece in pieces(part, size) if isinstance(piece, Chunk))
+
+
+def pieces(part: BinaryIO, size: int) -> Iterator[Chunk | Damage]:
+    """Whole chunks of the first `size` bytes, and what lies between them that is none.
+
+    An end that a killed run has left unfinished was promised to nobody, and is no damage. Raises OSError
+    where the part cannot be read, or there is no memory to read it, which says nothing about the part.
+    """
     end = 0
-    while (chunk := _next_chunk(part, end, size)) is not None:
+    while end < size:
+        chunk = _next_chunk(part, end, size)
+        if chunk is None:
+            chunk = _chunk_behind(part, end, size)
+            damage = _damage(part, end, size if chunk is None else chunk.offset, size)
+            if damage is not None:
+                yield damage
+        if chunk is None:
+            return
         end = chunk.end
         yield chunk
 
 
 def _next_chunk(part: BinaryIO, offset: int, size: int) -> Chunk | None:
+    end = _stated_end(part, offset)
+    if end is None or end > size:  # a damaged length must not be read into memory
+        return None
+    part.seek(offset)
+    try:
+        content = part.read(end - offset)
+        stream = memoryview(content)[HEADER.size :]
+        if len(content) < end - offset or zlib.crc32(stream) != HEADER.unpack_from(content)[2]:
+            return None
+        return Chunk(offset, end, pa.ipc.open_stream(pa.py_buffer(stream)).read_all())
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
+    except (ValueError, pa.ArrowException):
+        return None
+
+
+def _stated_end(part: BinaryIO, offset: int) -> int | None:
+    """Where a chunk ends by its own word; None where none begins."""
     part.seek(offset)
     header = part.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
-    magic, length, crc = HEADER.unpack(header)
-    end = offset + HEADER.size + length
-    if magic != MAGIC or end > size:  # a damaged length must not be read into memory
+    magic, length, _ = HEADER.unpack(header)
+    return offset + HEADER.size + length if magic == MAGIC else None
+
+
+def _chunk_behind(part: BinaryIO, offset: int, size: int) -> Chunk | None:
+    """The first whole chunk behind one that is not: where that says that it ends, or wherever one begins.
+
+    What the damaged chunk holds may look like a chunk itself, so that its own word comes first.
+    """
+    end = _stated_end(part, offset)
+    if end is not None and end < size and (chunk := _next_chunk(part, end, size)) is not None:
+        return chunk
+    found = (_next_chunk(part, start, size) for start in _beginnings(part, offset + 1, size))
+    return next((chunk for chunk in found if chunk is not None), None)
+
+
+def _beginnings(part: BinaryIO, start: int, end: int) -> Iterator[int]:
+    """Where the magic word stands between the two offsets."""
+    while start < end:
+        part.seek(start)
+        window = part.read(min(_SEARCHED_BYTES, end - start))
+        if len(window) < len(MAGIC):
+            return
+        place = window.find(MAGIC)
+        while place >= 0:
+            yield start + place
+            place = window.find(MAGIC, place + 1)
+        start += len(window) - len(MAGIC) + 1
+
+
+def _damage(part: BinaryIO, start: int, end: int, size: int) -> Damage | None:
+    """What the bytes between two offsets were; None for an end that was never finished."""
+    ends = [*_beginnings(part, start + 1, end), end]
+    known = [rows for rows in (_rows_told(part, place) for place in ends) if rows is not None]
+    stated = _stated_end(part, start)
+    if end == size and not known and (stated is None or stated > size):
         return None
-    content = part.read(length)
-    if zlib.crc32(content) != crc:
+    return Damage(start, end, sum(known) if known else None)
+
+
+def _rows_told(part: BinaryIO, end: int) -> int | None:
+    """How many rows the chunk had that ended there."""
+    if end < _TRAILER_BYTES:
         return None
-    try:
-        return Chunk(offset, end, pa.ipc.open_stream(content).read_all())
-    except READ_ERRORS:
-        return None
+    part.seek(end - _TRAILER_BYTES)
+    trailer = part.read(_TRAILER_BYTES)
+    magic, rows = _ROWS.unpack_from(trailer)
+    crc = _CRC.unpack_from(trailer, _ROWS.size)[0]
+    return rows if magic == _ROWS_MAGIC and crc == zlib.crc32(trailer[: _ROWS.size]) else None
 
 
 class PartWriter:
@@ -104,7 +182,7 @@ class PartWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._descriptor = create_new(path, like=path.parent)
         self._length = 0
         try:
             sync_folder(path.parent)

@@ -33,7 +33,7 @@ class Matches:
 
 def has_magic(path: Place) -> bool:
     """Whether a path is a pattern."""
-    return _is_magic(path.shown if isinstance(path, RemotePath) else str(path), path)
+    return _is_magic(path.bare if isinstance(path, RemotePath) else str(path), path)
 
 
 def matches(pattern: Place, notes: list[str]) -> Matches:

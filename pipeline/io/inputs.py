@@ -22,6 +22,7 @@ from pipeline.io.remote import WEB, Place, RemotePath, place_of, relative
 from pipeline.io.schemas import table_schema
 from pipeline.io.sniff import HEAD_BYTES, misnamed
 from pipeline.io.stdin import Stdin
+from pipeline.redaction import bare
 
 # Suffix -> (format, compression).
 FORMATS: dict[str, tuple[str, str | None]] = {
@@ -135,6 +136,8 @@ def with_unique_labels(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
     if len({file.name for file in files}) == len(files):
         return tuple(replace(file, label=file.name) for file in files)
     whole = [_absolute(file.path).split("/") for file in files]
+    if len(set(map(tuple, whole))) < len(whole):  # addresses that differ in what is not shown
+        whole = [[*parts[:-1], f"{parts[-1]}#{n}"] for n, parts in enumerate(whole, start=1)]
     folders = [parts[:-1] for parts in whole]
     parting = (i for i, names in enumerate(zip(*folders, strict=False)) if len(set(names)) > 1)
     shared = next(parting, min(map(len, folders)))
@@ -312,4 +315,4 @@ def _local_size(path: Path, format: str, compression: str | None) -> int:
 
 
 def _absolute(path: Place | Stdin) -> str:
-    return os.path.abspath(path) if isinstance(path, Path) else str(path)
+    return os.path.abspath(path) if isinstance(path, Path) else bare(str(path))

@@ -7,8 +7,6 @@ rows, and an index that is derived from the parts. The output is published from 
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,22 +23,29 @@ from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answers_table
 from pipeline.io.beginnings import START_OVER, Beginning, check_columns, check_settings, plain, settings_in
 from pipeline.io.causes import READ_ERRORS, cause
-from pipeline.io.chunks import PartWriter, pack_chunk, read_chunk, scan_part
+from pipeline.io.chunks import Damage, PartWriter, pack_chunk, read_chunk, scan_part
 from pipeline.io.merge import merge
+from pipeline.io.parts import (
+    INDEX_FILE,
+    PARTIAL_OUTPUT,
+    PARTIAL_SIDECAR,
+    clear_discarded,
+    damage_note,
+    discard,
+    part_name,
+    part_number,
+    part_path,
+    parts_of,
+    set_aside,
+)
 from pipeline.io.published import Published
 from pipeline.io.rowindex import INDEXED, Order, RowIndex
 from pipeline.io.sidecar import needs_sidecar, read_sidecar, refuse_foreign, write_sidecar
-from pipeline.io.whole_file import sync_folder
+from pipeline.io.whole_file import folder_like, sync_folder
 from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written
 from pipeline.records import Answer, Row
 
-INDEX_FILE = "index.sqlite"
-# in the folder, so that what a killed run left of them goes with the journal
-PARTIAL_OUTPUT = "output.partial"
-PARTIAL_SIDECAR = "sidecar.partial"
 PUBLISHED = 0  # stands for the output itself where the parts of the journal are numbered from 1
-
-_PART = re.compile(r"part-(\d{4,})")
 
 
 def journal_folder(output: str | Path) -> Path:
@@ -59,16 +64,18 @@ class Journal:
         """For `open`, which finds out what there is."""
         self._output = output
         self._schema = schema
-        self._chunk_schema = schema.remove_metadata()
+        self._chunk_schema = beginning.mark(schema)
         self._folder = journal_folder(output)
         self._beginning = beginning
         self._base = base
         self._base_rows = 0
         self._base_sorted = True
+        self._has_chunks = False  # answers beside those of the base
         self._part: PartWriter | None = None
         self._index = RowIndex(self._folder / INDEX_FILE)
         self.resumed = False
         self.done_at_start = Counter()
+        self.notes: list[str] = []  # what of the journal was lost
 
     @classmethod
     def open(
@@ -126,6 +133,7 @@ class Journal:
         chunk = pack_chunk(answers_table(answers, self._chunk_schema))
         with _failures_told(self._folder):
             number, offset = self._append_chunk(chunk)
+            self._has_chunks = True
             self._index.record(answers, number, offset, len(chunk) // len(answers))
 
     @property
@@ -187,13 +195,13 @@ class Journal:
         if self._base is not None:
             with _output_read(self._output):
                 self._replay_base(self._base)
-        parts = _parts(self._folder)
+        parts = parts_of(self._folder)
         for number in sorted(parts):
             self._replay_part(number, parts[number])
         if retry_errors:
             self._index.forget_errors()
         self.done_at_start = self._index.counts()
-        self.resumed = self._base is not None or _has_answers(self._folder)
+        self.resumed = self._base is not None or self._has_chunks
 
     def _replay_base(self, base: Published) -> None:
         last = (-1, -1)
@@ -207,17 +215,21 @@ class Journal:
             last = places[-1]
 
     def _replay_part(self, number: int, path: Path) -> None:
-        for chunk in scan_part(path):
+        damages: list[Damage] = []
+        for chunk in scan_part(path, damages.append):
             check_columns(self._output, chunk.table.schema, self._chunk_schema)
             row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
             self._index.replay(chunk.table, number, chunk.offset, row_bytes)
+            self._has_chunks = True
+        if damages and (moved := set_aside(path)) != path:
+            self.notes.append(damage_note(moved, damages))
 
     def _append_chunk(self, chunk: bytes) -> tuple[int, int]:
         if self._part is None:
-            number = max(_parts(self._folder), default=PUBLISHED) + 1
-            self._part = PartWriter(self._folder / _part_name(number))
+            number = max(parts_of(self._folder), default=PUBLISHED) + 1
+            self._part = PartWriter(self._folder / part_name(number))
         try:
-            return _number(self._part.path), self._part.append(chunk)
+            return part_number(self._part.path), self._part.append(chunk)
         except BaseException:
             # A part that failed once is left as it is: what follows, if anything, goes to another.
             self._part.close()
@@ -226,7 +238,7 @@ class Journal:
 
     def _is_current(self, order: Order) -> bool:
         """Whether the output holds the rows that were seen, no others, and in this order."""
-        nothing_new = self._base is not None and not _has_answers(self._folder)
+        nothing_new = self._base is not None and not self._has_chunks
         in_order = self._base_sorted or order == "completion"
         return nothing_new and in_order and self._index.unmoved == self._base_rows
 
@@ -251,7 +263,7 @@ class Journal:
 
     def _read(self, part: int, chunk: int) -> pa.Table:
         if part != PUBLISHED:
-            return read_chunk(self._folder / _part_name(part), chunk)
+            return read_chunk(part_path(self._folder, part), chunk)
         assert self._base is not None
         with _output_read(self._output):
             return self._base.read(chunk)
@@ -262,16 +274,17 @@ def _begin(
 ) -> tuple[Beginning, Published | None]:
     """Refuse what must not be replaced or mixed, and set up the folder."""
     folder = journal_folder(output)
-    shutil.rmtree(_discarded(folder), ignore_errors=True)
+    clear_discarded(folder)
     if not resume:
         refuse_leftovers(output, overwrite)
         _remove(folder)
-        return _start(folder, Beginning(settings=now, replaces=overwrite)), None
+        return _start(output, Beginning(settings=now, replaces=overwrite)), None
     beginning, base = begun(output, written, now)
     if beginning is not None:
+        folder_like(folder, output)
         return beginning, base
     is_there = base is not None
-    return _start(folder, Beginning(settings=now, extends=is_there, replaces=is_there)), base
+    return _start(output, Beginning(settings=now, extends=is_there, replaces=is_there)), base
 
 
 def begun(output: Path, written: pa.Schema, now: Any) -> tuple[Beginning | None, Published | None]:
@@ -296,9 +309,11 @@ def refuse_leftovers(output: Path, overwrite: bool) -> None:
     refuse_existing(output, overwrite)
 
 
-def _start(folder: Path, beginning: Beginning) -> Beginning:
+def _start(output: Path, beginning: Beginning) -> Beginning:
+    folder = journal_folder(output)
     try:
         folder.mkdir(exist_ok=True)
+        folder_like(folder, output)
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be made: {cause(error)}; choose a folder that is writable"
@@ -318,40 +333,17 @@ def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
 
 def journal_parts(folder: Path) -> list[Path]:
     """The parts of a journal, the oldest first, for one who only reads."""
-    return [path for _, path in sorted(_parts(folder).items())]
+    return [path for _, path in sorted(parts_of(folder).items())]
 
 
 def _has_answers(folder: Path) -> bool:
-    return any(part.stat().st_size > 0 for part in _parts(folder).values())
-
-
-def _parts(folder: Path) -> dict[int, Path]:
-    if not folder.is_dir():
-        return {}
-    return {_number(path): path for path in folder.iterdir() if _PART.fullmatch(path.name)}
-
-
-def _number(part: Path) -> int:
-    return int(part.name.removeprefix("part-"))
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:04}"
-
-
-def _discarded(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}-discarded")
+    return any(part.stat().st_size > 0 for part in parts_of(folder).values())
 
 
 def _remove(folder: Path) -> None:
-    """Renamed first, as a journal that is half removed would look like one that is damaged."""
-    if not folder.is_dir():
-        return
-    discarded = _discarded(folder)
-    shutil.rmtree(discarded, ignore_errors=True)
-    with _failures_told(folder):
-        folder.rename(discarded)
-    shutil.rmtree(discarded, ignore_errors=True)
+    if folder.is_dir():
+        with _failures_told(folder):
+            discard(folder)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.errors import ConfigError, LockedError, MarsError, StorageError
-from pipeline.io.causes import cause
+from pipeline.io.causes import cause, storage_failure
 from pipeline.io.remote import RemotePath
 
 LEASE_S = 600.0  # without a sign of life for this long, a lock may be taken over
@@ -98,7 +98,7 @@ class LeaseLock:
                     f"{self._output} cannot be written: {cause(error)}; make the bucket first"
                 ) from error
             if isinstance(error, OSError):
-                raise StorageError(f"{self._output} cannot be locked: {cause(error)}") from error
+                raise storage_failure(f"{self._output} cannot be locked: {cause(error)}", error) from error
             raise
         self._thread.start()
         return self

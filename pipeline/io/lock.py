@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +18,10 @@ from pipeline.errors import LockedError, StorageError
 from pipeline.io.causes import cause
 from pipeline.io.lease import LeaseLock
 from pipeline.io.remote import RemotePath, output_place
+from pipeline.io.whole_file import in_the_way
 
 _LONGEST_HOLDER = 4096  # bytes of the lock file worth reading
+_FIRST = b'{"pid": '  # of what a holder writes
 
 
 def lock_output(output: str | Path) -> OutputLock | LeaseLock:
@@ -68,7 +72,7 @@ class OutputLock:
 
     def _acquire(self) -> int:
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _opened(self._path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(descriptor, self._path):
@@ -83,6 +87,24 @@ class OutputLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    """A lock file, made if it is not there; a `ConfigError` for what no run has made, which is left alone."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise in_the_way(path) from error
+        raise
+    found = os.fstat(descriptor)
+    is_file = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+    # another user's too, if a run of theirs was killed; one with another name would be written to under it
+    if not is_file or not _FIRST.startswith(os.pread(descriptor, len(_FIRST), 0).strip(b"\0")):
+        os.close(descriptor)
+        raise in_the_way(path)
+    return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

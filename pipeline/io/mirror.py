@@ -26,9 +26,9 @@ import pyarrow as pa
 
 from pipeline.errors import KEPT, ConfigError, LockedError, MarsError, StorageError
 from pipeline.io.beginnings import START_OVER, STATE_FILE, Beginning
-from pipeline.io.causes import cause
-from pipeline.io.chunks import is_chunk
+from pipeline.io.causes import cause, storage_failure
 from pipeline.io.journal import Journal, journal_folder
+from pipeline.io.parts import part_name, parts_of
 from pipeline.io.remote import RemotePath, output_place
 from pipeline.io.rowindex import Order
 from pipeline.io.sidecar import needs_sidecar, sidecar_path
@@ -170,7 +170,9 @@ class Mirror:
 
     def put_chunks(self) -> None:
         """Make durable what was appended to the parts."""
-        for part in sorted(self._folder.glob("part-*")):
+        for part in map(self._folder.joinpath, map(part_name, sorted(parts_of(self._folder)))):
+            if not part.exists():  # one that is damaged, to which nothing is added
+                continue
             start = self._put_bytes[part.name]
             with part.open("rb") as file:
                 file.seek(start)
@@ -220,14 +222,13 @@ class Mirror:
             raise type(error)(str(error).replace(str(self._scratch), folder)) from error
 
     def _fetch_parts(self, objects: Iterable[RemotePath]) -> None:
-        """A chunk that is not whole is left out: its rows run again."""
+        """A chunk that is not whole comes too: reading the part tells what it held."""
         for part, chunks in groupby(objects, lambda path: path.name.rpartition("-")[0]):
             with (self._folder / part).open("wb") as file:
                 for content in _read_ahead(chunks):
-                    if is_chunk(content):
-                        file.write(content)
-                        self._has_chunks = True
+                    file.write(content)
                 self._put_bytes[part] = file.tell()
+            self._has_chunks |= self._put_bytes[part] > 0
 
     def _fetch_sidecar(self) -> None:
         if needs_sidecar(self.file):
@@ -250,7 +251,7 @@ class Mirror:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{self.output} {what}: {cause(error)}{remedy}") from error
+            raise storage_failure(f"{self.output} {what}: {cause(error)}{remedy}", error) from error
 
 
 def _create(chunk: bytes, path: RemotePath) -> None:

@@ -34,16 +34,34 @@ def may_be_replaced(path: Place) -> bool:
     """Whether nothing is lost with what has an output's name: marsinfer wrote it, or it has no bytes."""
     if not path.is_file():
         return True  # a pipe, which holds nothing
-    if (path.stat().st_size if isinstance(path, Path) else path.size()) == 0:
+    if _bytes(path) == 0:
         return True
     if needs_sidecar(Path(path.name)):
-        sidecar = sidecar_path(path) if isinstance(path, Path) else path.beside(f"{path.name}{SIDECAR}")
+        sidecar = _sidecar(path)
         return sidecar.exists() and _says_settings(sidecar)
     try:
         with path.open("rb") as file:
             return is_own_table(_schema(pa.PythonFile(file, "r"), path.name))
     except READ_ERRORS:
         return False
+
+
+def foreign_sidecar(path: Place) -> Place | None:
+    """What has the name of the file that says how an output was made, if no run wrote it."""
+    if not needs_sidecar(Path(path.name)):
+        return None
+    sidecar = _sidecar(path)
+    if not sidecar.exists() or _bytes(sidecar) == 0 or _says_settings(sidecar):
+        return None
+    return sidecar
+
+
+def _sidecar(path: Place) -> Place:
+    return sidecar_path(path) if isinstance(path, Path) else path.beside(f"{path.name}{SIDECAR}")
+
+
+def _bytes(path: Place) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size()
 
 
 def _schema(file: pa.NativeFile, name: str) -> pa.Schema:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from pipeline.errors import ConfigError, MarsError
-from pipeline.io.causes import NetworkError, cause
+from pipeline.io.causes import CredentialsError, NetworkError, cause
+from pipeline.redaction import HIDDEN, bare, hidden
 
 # What a reader keeps of one file: enough blocks for a few columns of Parquet side by side.
 BLOCK_BYTES = 2 << 20
@@ -34,6 +35,14 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 # file:///x, file://localhost/x and file:/x are one file
 _LOCAL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 WEB = ("http", "https")
+KEYLESS = ("s3", "s3a", "gs", "gcs")
+# what libraries of storage raise where nobody has said who asks
+NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+)
 _MEANT_FOR_CALLERS = (FileNotFoundError, FileExistsError, PermissionError)
 
 
@@ -52,7 +61,7 @@ def output_place(given: str | Path | RemotePath) -> Place:
     scheme = _scheme(str(given))
     if scheme and not _LOCAL.match(str(given)) and scheme not in WRITABLE:
         raise ConfigError(
-            f"{given} cannot be an output: {scheme}:// cannot lock it against a second run; "
+            f"{hidden(str(given))} cannot be an output: {scheme}:// cannot lock it against a second run; "
             "write to a file, s3:// or gs://, and copy it"
         )
     return place_of(given)
@@ -79,8 +88,8 @@ def _is_other_failure(reason: BaseException | None) -> bool:
 
 
 def _network_error(error: BaseException | None) -> NetworkError:
-    # an address may carry a signature that opens the file to whoever reads it
-    return NetworkError(errno.EIO, re.sub(r"\?[^\s'\"]+", "", cause(error or OSError())))
+    kind = CredentialsError if type(error).__name__ in NO_CREDENTIALS else NetworkError
+    return kind(errno.EIO, cause(error or OSError()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,11 @@ class RemotePath:
     def of(cls, url: str) -> RemotePath:
         scheme = _scheme(url)
         url = scheme + url[len(scheme) :]
+        if scheme in KEYLESS and hidden(url).startswith(f"{scheme}://{HIDDEN}@"):
+            raise ConfigError(
+                f"{hidden(url)}: {scheme}:// takes no user and password; give credentials in the "
+                "environment, or in the file of its library"
+            )
         options = {} if "::" in url else {"use_listings_cache": False}
         try:
             with storage_errors():
@@ -106,8 +120,8 @@ class RemotePath:
         except NetworkError as error:
             if isinstance(error.__cause__, ImportError):
                 raise ConfigError(_missing_package(url, scheme, error.__cause__)) from error
-            raise ConfigError(f"{_shown(url)} cannot be used: {cause(error)}") from error
-        return cls(_shown(url), key, fs)
+            raise ConfigError(f"{hidden(url)} cannot be used: {cause(error)}") from error
+        return cls(hidden(url), key, fs)
 
     def __str__(self) -> str:
         return self.shown
@@ -118,7 +132,12 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        return self.shown.rstrip("/").rpartition("/")[2]
+        return self.bare.rstrip("/").rpartition("/")[2]
+
+    @property
+    def bare(self) -> str:
+        """The key, that of a web address without user info and query: names of folders and of the file."""
+        return bare(self.key)
 
     @property
     def address(self) -> str:
@@ -244,7 +263,7 @@ class RemotePath:
 
     def _listed(self, info: dict[str, Any]) -> RemotePath:
         key = info["name"]
-        return RemotePath(_shown(self.fs.unstrip_protocol(key)), key, self.fs, info.get("size") or 0)
+        return RemotePath(hidden(self.fs.unstrip_protocol(key)), key, self.fs, info.get("size") or 0)
 
 
 Place = Path | RemotePath
@@ -253,7 +272,7 @@ Place = Path | RemotePath
 def relative(path: Place, folder: Place) -> PurePath:
     """The path below the folder."""
     if isinstance(path, RemotePath) and isinstance(folder, RemotePath):
-        return PurePosixPath(path.key.removeprefix(folder.key.rstrip("/")).lstrip("/"))
+        return PurePosixPath(path.bare.removeprefix(folder.bare.rstrip("/")).lstrip("/"))
     assert isinstance(path, Path)
     assert isinstance(folder, Path)
     return path.relative_to(folder)
@@ -363,18 +382,12 @@ def _scheme(url: str) -> str:
     return match[1].lower() if match else ""
 
 
-def _shown(url: str) -> str:
-    if _scheme(url) not in WEB:
-        return url
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0].partition("#")[0])
-
-
 def _missing_package(url: str, scheme: str, error: ImportError) -> str:
     if scheme in EXTRAS:
         return (
-            f"{_shown(url)} needs a package that is not installed: pip install 'marsinfer[{EXTRAS[scheme]}]'"
+            f"{hidden(url)} needs a package that is not installed: pip install 'marsinfer[{EXTRAS[scheme]}]'"
         )
-    return f"{_shown(url)} needs a package that is not installed: {cause(error)}"
+    return f"{hidden(url)} needs a package that is not installed: {cause(error)}"
 
 
 def _upload_options(scheme: str, size: int) -> dict[str, int]:

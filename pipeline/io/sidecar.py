@@ -49,7 +49,7 @@ def write_sidecar(output: Path, schema: pa.Schema, sizes: Sequence[int], tempora
         "arrow_schema": base64.b64encode(schema.remove_metadata().serialize()).decode(),
         METADATA_KEY.decode(): json.loads((schema.metadata or {}).get(METADATA_KEY, b"null")),
     }
-    save_json(sidecar_path(output), content, temporary)
+    save_json(sidecar_path(output), content, temporary, like=output)
 
 
 def read_sidecar(output: Path) -> pa.Schema:
@@ -83,7 +83,7 @@ def _load(path: Path) -> tuple[pa.Schema, list[int]]:
         metadata = json.dumps(content[METADATA_KEY.decode()])
         return schema.with_metadata({METADATA_KEY: metadata}), list(content["bytes"])
     except (*READ_ERRORS, LookupError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged, or not of marsinfer; --overwrite replaces it") from error
+        raise ConfigError(f"{path} is damaged, or not of marsinfer; move it away and run again") from error
 
 
 def _comes_back(kind: pa.DataType) -> bool:

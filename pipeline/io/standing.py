@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from pipeline.io.beginnings import check_columns, plain
 from pipeline.io.chunks import whole_chunks
-from pipeline.io.journal import INDEX_FILE, PUBLISHED, begun, journal_folder, journal_parts, refuse_leftovers
+from pipeline.io.journal import PUBLISHED, begun, journal_folder, journal_parts, refuse_leftovers
 from pipeline.io.mirror import Mirror
+from pipeline.io.parts import INDEX_FILE
 from pipeline.io.remote import RemotePath, output_place
 from pipeline.io.rowindex import INDEXED, RowIndex
 from pipeline.io.writing import schema_as_written

@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answer_bytes, answers_table, output_schema
-from pipeline.io.causes import cause
+from pipeline.io.causes import cause, storage_failure
 from pipeline.io.formats import Sink, sink_type
-from pipeline.io.own import may_be_replaced
+from pipeline.io.own import foreign_sidecar, may_be_replaced
 from pipeline.io.published import Published
 from pipeline.io.remote import Place, RemotePath, output_place
 from pipeline.io.stdin import Stdin
-from pipeline.io.whole_file import sync_folder
+from pipeline.io.whole_file import open_new, partial_path, sync_folder
 from pipeline.records import Answer
 
 __all__ = ["AnswerWriter", "check_output", "output_schema"]
@@ -58,7 +58,7 @@ def _check_remote(path: RemotePath, inputs: Iterable[str | Place | Stdin], overw
         refuse_foreign_output(path)
         refuse_existing(path, overwrite)
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {cause(error)}") from error
+        raise storage_failure(f"{path} cannot be written: {cause(error)}", error) from error
 
 
 def _check_local(path: Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
@@ -93,9 +93,14 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
 
 
 def refuse_foreign_output(path: Place) -> None:
-    """A `ConfigError` if something has the output's name that no run has written, which is never replaced."""
+    """A `ConfigError` for what no run has written, under the output's name or that of the file beside it."""
     if path.exists() and not may_be_replaced(path):
         raise ConfigError(f"{path} exists, and marsinfer did not write it: name another output")
+    sidecar = foreign_sidecar(path)
+    if sidecar is not None:
+        raise ConfigError(
+            f"{sidecar}, which {path.name} needs, exists, and marsinfer did not write it: name another output"
+        )
 
 
 def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
@@ -131,7 +136,7 @@ class AnswerWriter:
         self._make_sink = sink_type(self._path)
         # An output that is a symbolic link stays one: what it points to is replaced.
         self._target = Path(os.path.realpath(self._path))
-        self._temporary = temporary or self._target.with_name(f".{self._target.name}.partial-{os.getpid()}")
+        self._temporary = temporary or partial_path(self._target)
         self._handle: BinaryIO | None = None
         self._sink: Sink | None = None
         self._waiting: list[Answer] = []
@@ -141,7 +146,7 @@ class AnswerWriter:
         refuse_existing(self._path, self._overwrite)
         try:
             with _failures_told(self._path):
-                self._handle = self._temporary.open("wb")
+                self._handle = open_new(self._temporary, like=self._target)
                 self._sink = self._make_sink(self._handle, self._schema)
         except BaseException:
             self._discard()

@@ -43,8 +43,8 @@ def write_baseline(
     content = {"version": VERSION, "settings_that_decide": plain(decides), "about": plain(about)}
     schema = _SCHEMA.with_metadata({BASELINE_KEY: json.dumps(content)})
     table = pa.Table.from_pylist([result.as_dict() for result in results], schema)
-    with writing(path) as temporary:
-        pq.write_table(table, temporary)
+    with writing(path) as file:
+        pq.write_table(table, file)
 
 
 def read_baseline(
@@ -62,7 +62,9 @@ def read_baseline(
         found = {each["id"]: RowResult.from_dict(each) for each in table.to_pylist()}
         then, about = content["settings_that_decide"], content["about"]
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
-        raise ConfigError(f"--baseline {path} is no baseline of marsinfer check; {_ANEW}") from error
+        raise ConfigError(
+            f"--baseline {path} is no baseline of marsinfer check; name another file, which will be made"
+        ) from error
     check_settings(path, then, plain(decides), _ANEW)
     for row in rows:
         what = _misfit(row, found.get(row.sample.id))

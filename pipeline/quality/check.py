@@ -21,6 +21,7 @@ from pipeline.settings.check import CheckConfig
 from pipeline.settings.method import AUTO
 from pipeline.summary import Tally
 from pipeline.versions import version_of
+from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.model.loading import LoadedModel, Model
@@ -113,12 +114,15 @@ def run_check(
     it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
     """
     from pipeline.quality.check_journal import Journal, journal_path
-    from pipeline.quality.reports import write_reports
+    from pipeline.quality.reports import refuse_foreign_files, write_reports
 
+    refuse_foreign_files(config)
     run = _prepare(config, model, method, note, progress, check)
     file = config.result_file
     journal = None if file is None else Journal(journal_path(file), run.decides(), resume=config.resume)
     with journal if journal is not None else nullcontext():
+        if journal is not None and journal.damaged:
+            note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
         if journal is not None and journal.resumed:
             note(f"resuming: {journal.resumed:,} results are done")
         dense, same_run, made = _run_sides(run, journal)

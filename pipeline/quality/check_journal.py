@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from pipeline.errors import ConfigError
 from pipeline.io.beginnings import check_settings, plain
-from pipeline.io.whole_file import failures_told
+from pipeline.io.whole_file import failures_told, in_the_way, open_new
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.row_results import RowResult
 
 VERSION = 1
 _SETTINGS = "settings_that_decide"
+_FIRST = b'{"version"'  # of what a check writes
+_SUFFIX = ".journal"
 _SIDES = ("dense", "method")
 _START_OVER = "leave out --resume to start over"
 
@@ -29,13 +31,18 @@ class Journal:
     """Finished rows of both sides, beside the result; a context manager that closes the file."""
 
     def __init__(self, path: Path, decides: Mapping[str, Any], *, resume: bool) -> None:
-        """With `resume` go on with what is there. Raises ConfigError if it was begun with other settings."""
-        self._path = path
+        """With `resume` go on with what is there, damaged lines left out.
+
+        Raises ConfigError if it was begun with other settings, or is no file of ours.
+        """
+        self.path = path
+        self.damaged = 0  # lines that could not be read
         self._found: dict[str, dict[str, RowResult]] = {side: {} for side in _SIDES}
         settings = plain(decides)
+        _refuse_foreign(path)
         end = self._read(settings) if resume and path.exists() else 0
         with failures_told(path):
-            self._file = path.open("r+b" if end else "wb")
+            self._file = _opened(path, anew=not end)
             self._file.seek(end)
             self._file.truncate()  # of a torn last line nothing stays
             if not end:
@@ -57,14 +64,14 @@ class Journal:
 
     def add(self, side: str, result: RowResult) -> None:
         """Keep one more result, durably."""
-        with failures_told(self._path):
+        with failures_told(self.path):
             self._append({"side": side, **result.as_dict()})
 
     def remove(self) -> None:
         """What it holds is in the result now."""
         self._file.close()
         with suppress(OSError):
-            self._path.unlink()
+            self.path.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -81,25 +88,50 @@ class Journal:
 
     def _read(self, settings: Any) -> int:
         """Take in all whole lines; where they end, in bytes. 0 if not even the first is whole."""
-        with failures_told(self._path):
-            lines = self._path.read_bytes().splitlines(keepends=True)
+        with failures_told(self.path):
+            lines = self.path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
-        for number, line in enumerate(lines, start=1):
+        if lines:
+            check_settings(self.path, self._settings(lines[0]), settings, _START_OVER)
+        for line in lines[1:]:
             try:
                 content = json.loads(line)
-                if number == 1:
-                    then = content[_SETTINGS] if content["version"] == VERSION else None
-                else:
-                    result = RowResult.from_dict(content)
-                    self._found[content["side"]][result.id] = result
-            except (ValueError, LookupError, TypeError) as error:
-                raise ConfigError(f"{self._path} line {number} is damaged; {_START_OVER}") from error
-            if number == 1:
-                if then is None:
-                    raise ConfigError(f"{self._path} is of another version of marsinfer; {_START_OVER}")
-                check_settings(self._path, then, settings, _START_OVER)
+                result = RowResult.from_dict(content)
+                self._found[content["side"]][result.id] = result
+            except (ValueError, LookupError, TypeError):
+                self.damaged += 1
         return sum(map(len, lines))
+
+    def _settings(self, line: bytes) -> Any:
+        try:
+            content = json.loads(line)
+            if content["version"] == VERSION:
+                return content[_SETTINGS]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{self.path} line 1 is damaged; {_START_OVER}") from error
+        raise ConfigError(f"{self.path} is of another version of marsinfer; {_START_OVER}")
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A ConfigError for a link, and for whatever else no check has begun, which would be overwritten."""
+    if path.is_symlink():
+        raise in_the_way(path)
+    if path.exists() and (not path.is_file() or not _begins_as_ours(path)):
+        raise in_the_way(path)
+
+
+def _begins_as_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.read(len(_FIRST))
+    return _FIRST.startswith(first.strip(b"\0"))  # a killed check may have left less
+
+
+def _opened(path: Path, *, anew: bool) -> BinaryIO:
+    if not anew:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
+    path.unlink(missing_ok=True)
+    return open_new(path, like=path.with_name(path.name.removeprefix(".").removesuffix(_SUFFIX)))
 
 
 def journal_settings(path: Path) -> dict[str, Any]:
@@ -113,4 +145,4 @@ def journal_settings(path: Path) -> dict[str, Any]:
 
 def journal_path(result: Path) -> Path:
     """Beside the file of the result."""
-    return result.with_name(f".{result.name}.journal")
+    return result.with_name(f".{result.name}{_SUFFIX}")

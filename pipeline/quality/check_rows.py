@@ -21,6 +21,7 @@ from pipeline.quality.samples import Sample, document_key, first_in_turn, part_o
 from pipeline.quality.suites import load_suite
 from pipeline.reading import each_question
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.redaction import bare, hidden
 from pipeline.selection import select_rows
 from pipeline.settings.parse import parse_shard
 from pipeline.settings.rows import RowSettings
@@ -88,7 +89,7 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
         failed.append(row) if isinstance(row, str) else rows.append(row)
     count = len(rows) + len(failed)
     if not count:
-        raise InputError(f"{', '.join(config.input)} has no rows")
+        raise InputError(f"{', '.join(map(hidden, config.input))} has no rows")
     if len(failed) > len(rows):
         raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
     return CheckRows(rows=tuple(rows), left_out=tuple(failed), notes=notes)
@@ -144,7 +145,7 @@ def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
         references = _references(_cell(config, record.source, config.reference_column))
         if not references:
             return f"{record.source.place}: no reference in column {config.reference_column!r}"
-    task = Path(config.input[0]).name.partition(".")[0] if len(config.input) == 1 else ""
+    task = Path(bare(config.input[0])).name.partition(".")[0] if len(config.input) == 1 else ""
     if config.task_column is not None:
         task = str(_cell(config, record.source, config.task_column) or "")
         if not task:

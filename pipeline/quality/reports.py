@@ -11,10 +11,12 @@ from xml.etree import ElementTree
 from pipeline.errors import GateFailed, GateInconclusive
 from pipeline.io.whole_file import failures_told, writing
 from pipeline.quality.gates import ALL, UNITS, Gate, Measure
+from pipeline.replacing import JUNIT_NAME, is_baseline, is_junit, is_result, refuse_foreign_file
 from pipeline.words import counted
 
 if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
+    from pipeline.settings.check import CheckConfig
 
 MOST_LEFT_OUT = 20  # messages that JSON repeats; the notes of the run told all
 
@@ -138,17 +140,25 @@ def write_reports(result: CheckResult) -> None:
     """The files that were asked for. Raises StorageError."""
     config = result.config
     if config.result_file is not None:
-        with writing(config.result_file) as path:
-            path.write_text(
-                json.dumps(as_dict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        with writing(config.result_file) as file:
+            file.write(json.dumps(as_dict(result), indent=1, ensure_ascii=False).encode() + b"\n")
     if config.junit is not None:
-        with writing(Path(config.junit)) as path:
-            junit(result).write(path, encoding="utf-8", xml_declaration=True)
+        with writing(Path(config.junit)) as file:
+            junit(result).write(file, encoding="utf-8", xml_declaration=True)
     if config.markdown is not None:
         # added to what is there: a CI's summary is a file to which every step adds
-        with failures_told(Path(config.markdown)), Path(config.markdown).open("a", encoding="utf-8") as file:
-            file.write(markdown(result))
+        with failures_told(Path(config.markdown)), Path(config.markdown).open("a", encoding="utf-8") as end:
+            end.write(markdown(result))
+
+
+def refuse_foreign_files(config: CheckConfig) -> None:
+    """A ConfigError, before anything is read, for a file that was asked for and is somebody else's."""
+    if config.result_file is not None:
+        refuse_foreign_file("--out", config.result_file, is_result)
+    if config.junit is not None:
+        refuse_foreign_file("--junit", Path(config.junit), is_junit)
+    if config.baseline is not None and config.overwrite_baseline:
+        refuse_foreign_file("--baseline", Path(config.baseline), is_baseline)
 
 
 def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
@@ -156,7 +166,7 @@ def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
     gates = [gate for gate in result.gates if gate.decides]
     failures = [gate for gate in gates if gate.verdict != "pass"]
     counts = {"tests": str(len(gates)), "failures": str(len(failures)), "errors": "0", "skipped": "0"}
-    root = ElementTree.Element("testsuites", {"name": "marsinfer check", **counts})
+    root = ElementTree.Element("testsuites", {"name": JUNIT_NAME, **counts})
     suite = ElementTree.SubElement(
         root,
         "testsuite",

@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.errors import ConfigError, StorageError
-from pipeline.io.causes import cause
+from pipeline.errors import ConfigError
+from pipeline.io.whole_file import writing
+from pipeline.replacing import is_page, refuse_foreign_file
 from pipeline.versions import version_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,19 +68,10 @@ def check_page(path: str, given: Sequence[str]) -> None:
     for name in given:
         if file.exists() and Path(name).exists() and os.path.samefile(file, name):
             raise ConfigError(f"--html {path} is also an output to report on; name another file")
+    refuse_foreign_file("--html", file, is_page)
 
 
 def write_page(path: str, page: str) -> None:
     """Replace the page whole; StorageError if it cannot be written."""
-    file = Path(os.path.realpath(path))
-    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        try:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"--html {path} cannot be written: {cause(error)}; choose a folder that is writable"
-        ) from error
+    with writing(Path(path)) as file:
+        file.write(page.encode(errors="replace"))

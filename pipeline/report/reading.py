@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.io.answers import ANSWER_FIELDS
 from pipeline.io.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.io.causes import READ_ERRORS, cause
@@ -32,6 +32,7 @@ from pipeline.io.published import Published
 from pipeline.io.remote import RemotePath, place_of
 from pipeline.io.rowindex import DUPLICATE
 from pipeline.io.sidecar import needs_sidecar, sidecar_path
+from pipeline.redaction import bare, hidden, redacted
 
 TYPES = {field.name: field.type for field in ANSWER_FIELDS}
 KEY_COLUMNS = ("id", "row", "error_type")
@@ -65,13 +66,14 @@ class Run:
 def opened(given: Sequence[str]) -> Iterator[list[Run]]:
     """The runs of these outputs. Raises ConfigError for what is none, or cannot be read."""
     with ExitStack() as stack:
-        stems = [Path(name).stem for name in given]
-        labels = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, given, strict=True)]
+        stems = [Path(bare(name)).stem for name in given]
+        names = map(hidden, given)
+        labels = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)]
         yield [_open(name, label, stack) for name, label in zip(given, labels, strict=True)]
 
 
 def _open(given: str, label: str, stack: ExitStack) -> Run:
-    place = place_of(given)
+    place, given = place_of(given), hidden(given)
     try:
         if isinstance(place, RemotePath):
             return _open_remote(given, label, place, stack)
@@ -128,7 +130,7 @@ def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
     wanting = [name for name in ("id", "row", "status") if name not in published.schema.names]
     if wanting and (lines_schema is None or lines_schema.names):  # a file of no lines has no columns
         raise ConfigError(f"{given} is no output of marsinfer batch: it has no column {wanting[0]!r}")
-    return published, metadata
+    return published, redacted(metadata)  # which versions of before stored with all of a URL
 
 
 def _lines_schema(path: Path) -> pa.Schema:
@@ -156,7 +158,7 @@ def _read_published(published: Published, columns: Sequence[str]) -> Iterator[pa
 
 def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, int]]) -> Run:
     folder = journal_folder(path)
-    beginning = Beginning.load(folder) if (folder / STATE_FILE).exists() else Beginning(settings={})
+    beginning = _beginning(folder)
     metadata: dict[str, Any] = {"settings_that_decide": beginning.settings}
     notes = [f"the run is not finished: these are the rows in {folder.name}"]
     base = None
@@ -176,6 +178,15 @@ def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, 
         notes=tuple(notes),
         read=partial(_read_unfinished, parts, base),
     )
+
+
+def _beginning(folder: Path) -> Beginning:
+    try:
+        return Beginning.load(folder)
+    except StorageError:
+        if (folder / STATE_FILE).exists():
+            raise
+        return Beginning(settings={})  # the rows can be told of without it
 
 
 def _read_unfinished(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.replacing import is_profile, refuse_foreign_file
 from pipeline.settings.asking import ASKED
 from pipeline.settings.check import check_place
 from pipeline.settings.gate import SoughtSettings
@@ -58,5 +59,6 @@ class CalibrateConfig(
     def _check_profile(self) -> None:
         path = self.profile_file
         check_place("--out", path)
+        refuse_foreign_file("--out", path, is_profile)
         if path.exists() and not self.overwrite:
             raise ConfigError(f"--out {path} is there already; name another file, or add --overwrite")

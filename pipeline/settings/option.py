@@ -8,6 +8,7 @@ from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import redacted
 from pipeline.settings.kinds import KINDS, Kind
 from pipeline.settings.parse import check_at_least, check_between, check_choice, check_size
 
@@ -163,8 +164,8 @@ class Settings:
         return {each.name: getattr(self, each.name) for group in groups for each in settings_of(group)}
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values, for the metadata of what is written."""
-        return asdict(self)
+        """All settings as plain values, for what is written and shown: URLs without their secrets."""
+        return dict(redacted(asdict(self)))
 
 
 def settings_of(cls: type[Settings]) -> tuple[Setting, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import redacted
 from pipeline.settings.asking import ASKED
 from pipeline.settings.gate import GateSettings, SoughtSettings
 from pipeline.settings.method import AUTO, MethodSettings
@@ -165,9 +166,14 @@ def _joined(old: Renamed, now: Any, value: Any) -> Any:
 
 
 def to_toml(config: Settings) -> str:
-    """A configuration as `read_config` reads it, named as the flags; what has no value is left out."""
+    """A configuration as `read_config` reads it, named as the flags; what has no value is left out.
+
+    URLs are shown without their secrets.
+    """
     values = {
-        each.name: getattr(config, each.name) for each in settings_of(type(config)) if each.about.in_file
+        each.name: redacted(getattr(config, each.name))
+        for each in settings_of(type(config))
+        if each.about.in_file
     }
     parameters = values.pop("settings", {})
     shown = {name.replace("_", "-"): value for name, value in values.items() if value is not None}

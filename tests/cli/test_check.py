@@ -271,7 +271,7 @@ def test_a_baseline_of_something_else_is_refused(check, refusal, data, tmp_path,
     capfd.readouterr()
     baseline.write_text("no Parquet")
     assert refusal(data, *flags) == (
-        f"--baseline {baseline} is no baseline of marsinfer check; --overwrite-baseline makes it anew"
+        f"--baseline {baseline} is no baseline of marsinfer check; name another file, which will be made"
     )
 
 

@@ -42,6 +42,18 @@ def test_a_good_output_passes(tmp_path):
     assert os.listdir(tmp_path) == ["out.parquet"]
 
 
+@pytest.mark.parametrize("content", ["precious", "7", '{"version": 1}'])
+def test_a_file_of_the_user_beside_an_output_is_not_replaced(tmp_path, content):
+    sidecar = tmp_path / "out.jsonl.run.json"
+    sidecar.write_text(content)
+    for overwrite in (False, True):
+        assert refusal(tmp_path / "out.jsonl", overwrite=overwrite) == (
+            f"{sidecar}, which out.jsonl needs, exists, and marsinfer did not write it: name another output"
+        )
+    sidecar.write_text("")
+    check_output(tmp_path / "out.jsonl", (), True)
+
+
 @pytest.mark.parametrize("name", ["out.parquet", "out.arrow", "out.arrows", "out.jsonl"])
 def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
     path = tmp_path / name

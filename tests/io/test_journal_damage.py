@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from journal_runs import (
@@ -22,6 +23,7 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.io.chunks import HEADER, MAGIC, pack_chunk, scan_part
 from pipeline.io.journal import journal_folder
 
 
@@ -40,25 +42,58 @@ def test_the_last_chunk_torn_anywhere_costs_that_chunk_only(tmp_path):
         part.write_bytes(content[:cut])
         with start(path) as journal:
             assert journal.done_at_start == {"ok": 3}
-        assert part.stat().st_size == whole
+            assert journal.notes == []
+        assert part.read_bytes() == content[:cut]
     part.write_bytes(content)
     with start(path) as journal:
         assert journal.done_at_start == {"ok": 6}
 
 
-def test_damage_is_told_by_the_checksum(tmp_path):
-    path = tmp_path / "out.parquet"
-    killed(path, numbered(6))
+def damaged(path, flip):
+    """A stopped run of three batches of two rows, in one part, of whose second a byte is flipped."""
+    with start(path, resume=False) as journal:
+        for first in (0, 2, 4):
+            work(journal, numbered(6)[first : first + 2])
     (part,) = journal_folder(path).glob("part-*")
     content = bytearray(part.read_bytes())
-    for position in range(len(content) // 2 + 50, len(content), 211):
-        damaged = content.copy()
-        damaged[position] ^= 0x10
-        part.write_bytes(damaged)
-        with start(path) as journal:
-            assert journal.done_at_start == {"ok": 3}
-    assert finish(path, numbered(6)) == ["id 3", "id 4", "id 5"]
+    second, third = content.index(MAGIC, 1), content.rindex(MAGIC)
+    position = second + flip if flip >= 0 else third + flip
+    content[position] ^= 0x10
+    part.write_bytes(content)
+    return part, bytes(content)
+
+
+@pytest.mark.parametrize("flip", [0, 9, 15, 17, HEADER.size, 900, -30])
+def test_what_stands_behind_a_damaged_batch_is_read(tmp_path, flip):
+    path = tmp_path / "out.parquet"
+    part, content = damaged(path, flip)
+    with start(path) as journal:
+        assert journal.done_at_start == {"ok": 4}
+        assert journal.notes == [
+            "the journal is damaged: 2 finished rows cannot be read and will be answered again; all else is "
+            "kept, and the damaged file is now .out.parquet.journal/part-0001.damaged"
+        ]
+    assert part.with_name("part-0001.damaged").read_bytes() == content
+    with start(path) as journal:
+        assert (journal.done_at_start, journal.notes) == ({"ok": 4}, [])
+    assert finish(path, numbered(6)) == ["id 2", "id 3"]
     assert ids(path) == numbered(6)
+
+
+def test_no_memory_to_read_a_journal_is_no_damage(tmp_path, monkeypatch):
+    path = tmp_path / "out.parquet"
+    killed(path, numbered(3))
+    (part,) = journal_folder(path).glob("part-*")
+    content = part.read_bytes()
+
+    def fail(source):
+        raise pa.ArrowMemoryError("malloc of size 99 failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa.ipc, "open_stream", fail)
+        assert "Cannot allocate memory; the journal is intact" in refusal(path, StorageError)
+    assert part.read_bytes() == content
+    assert finish(path, numbered(3)) == []
 
 
 def test_an_absurd_length_is_not_believed(tmp_path):
@@ -72,12 +107,27 @@ def test_an_absurd_length_is_not_believed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"other": 1}', b"\xff", None])
-def test_damaged_settings_are_told(tmp_path, content):
+def test_a_part_stands_without_the_settings(tmp_path, content):
     path = tmp_path / "out.parquet"
     killed(path, numbered(3))
     settings = journal_folder(path) / "settings.json"
     settings.unlink() if content is None else settings.write_bytes(content)
-    assert refusal(path, StorageError) == f"{settings} is damaged; --overwrite starts over"
+    assert "begun with other settings" in refusal(path, settings={"model": "another"})
+    assert finish(path, numbered(3)) == []
+
+
+def test_parts_of_before_need_their_settings(tmp_path):
+    path = tmp_path / "out.parquet"
+    killed(path, numbered(3))
+    (part,) = journal_folder(path).glob("part-*")
+    (chunk,) = scan_part(part)
+    part.write_bytes(pack_chunk(chunk.table.replace_schema_metadata()))
+    settings = journal_folder(path) / "settings.json"
+    settings.unlink()
+    assert refusal(path, StorageError) == (
+        f"{settings} is damaged, and the parts beside it, of an earlier version, do not repeat what it said; "
+        "--overwrite starts over"
+    )
     assert finish(path, numbered(3), resume=False, overwrite=True) == ["id 0", "id 1", "id 2"]
 
 

@@ -133,7 +133,7 @@ def test_an_output_without_its_sidecar_is_refused(path, sidecar):
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"version": 1}', '{"version": 1, "bytes": 7}'])
 def test_a_file_in_the_sidecars_place_is_not_replaced_unasked(path, sidecar, content):
     sidecar.write_text(content)
-    expected = f"{sidecar} is damaged, or not of marsinfer; --overwrite replaces it"
+    expected = f"{sidecar} is damaged, or not of marsinfer; move it away and run again"
     assert refusal(path) == refusal(path, resume=False) == expected
     assert sidecar.read_text() == content
     finish(path, numbered(2), resume=False, overwrite=True)
@@ -210,7 +210,7 @@ def test_other_formats_have_no_sidecar(tmp_path):
 
 
 def test_a_full_disk_at_the_sidecar_keeps_the_journal(path, monkeypatch):
-    def full(*names):
+    def full(*names, **like):
         raise OSError(28, os.strerror(28))
 
     with start(path) as journal:

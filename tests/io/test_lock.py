@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pipeline.errors import LockedError, StorageError
+from pipeline.errors import ConfigError, LockedError, StorageError
 from pipeline.io.lock import OutputLock
 
 HOLD = """
@@ -80,8 +80,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("garbage", [b"", b'{"pid": 1', b"\xff\x00", b"[]", b'{"pid": "x"}', b"{}"])
-def test_garbage_in_the_file_does_not_matter(tmp_path, hold, garbage):
+@pytest.mark.parametrize("garbage", [b"", b'{"pid": 1', b"\x00" * 40, b'{"pid": "x"}'])
+def test_what_a_crash_leaves_in_the_file_does_not_matter(tmp_path, hold, garbage):
     path = tmp_path / "out.parquet"
     lock = tmp_path / ".out.parquet.lock"
     lock.write_bytes(garbage)
@@ -92,6 +92,25 @@ def test_garbage_in_the_file_does_not_matter(tmp_path, hold, garbage):
     assert refusal(path) == (
         f"{path} is being written by another process; wait for it, or name another output"
     )
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "file", "folder", "pipe"])
+def test_what_no_run_has_made_is_refused_and_left_alone(tmp_path, kind):
+    victim, lock = tmp_path / "victim", tmp_path / ".out.parquet.lock"
+    if kind != "dangling link":
+        victim.write_text("" if kind == "hard link" else "precious")
+    make = {
+        "hard link": lambda: lock.hardlink_to(victim),
+        "file": lambda: lock.write_text("precious"),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+    }
+    make.get(kind, lambda: lock.symlink_to(victim))()
+    before = os.lstat(lock)
+    with pytest.raises(ConfigError, match=f"{lock} is in the way"), OutputLock(tmp_path / "out.parquet"):
+        pytest.fail("it is held")
+    assert os.lstat(lock).st_mtime_ns == before.st_mtime_ns
+    assert victim.exists() == (kind != "dangling link")
 
 
 def test_an_error_inside_releases(tmp_path):

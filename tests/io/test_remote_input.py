@@ -19,7 +19,7 @@ import zstandard
 from object_storage import put
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import Columns, open_source, remote
+from pipeline.io import Columns, check_output, open_source, remote
 from pipeline.records import Document
 
 pytestmark = pytest.mark.slow
@@ -166,6 +166,10 @@ def test_without_credentials_or_rights(bucket, monkeypatch):
     expected = "cannot be read: Unable to locate credentials"
     assert refusal(f"{bucket}/a.jsonl") == f"{bucket}/a.jsonl {expected}"
     assert refusal(f"{bucket}/*.jsonl") == f"{bucket}/*.jsonl {expected}"
+    with pytest.raises(ConfigError) as caught:  # the same exit code, whichever is asked for first
+        check_output(f"{bucket}/out.parquet", [], overwrite=False)
+    assert str(caught.value) == f"{bucket}/out.parquet cannot be written: Unable to locate credentials"
+    assert ConfigError.exit_code == InputError.exit_code == 2
 
 
 def test_a_refused_request_is_told(bucket, monkeypatch):
@@ -274,15 +278,24 @@ def test_the_web_is_read_and_a_signature_stays_secret(web, tmp_path, small_block
         (tmp_path / name).write_bytes(FILES[name]())
         assert rows(f"{web}/{name}?signature=secret") == rows(tmp_path / name)
     source = open_source([f"{web}/d.jsonl?signature=secret"], Columns())
-    assert [str(path) for path in source.files] == [f"{web}/d.jsonl"]
-    assert refusal(f"{web}/no.jsonl?signature=secret") == f"{web}/no.jsonl does not exist"
+    assert [str(path) for path in source.files] == [f"{web}/d.jsonl?***"]
+    assert refusal(f"{web}/no.jsonl?signature=secret") == f"{web}/no.jsonl?*** does not exist"
     (tmp_path / "a.parquet").write_bytes(FILES["a.parquet"]())
     assert "secret" not in refusal(f"{web}/a.parquet?signature=secret")
 
 
+def test_rows_of_the_web_are_told_apart_without_their_secrets(web, tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(LINES)
+    host = web.removeprefix("http://")
+    found = rows(*(f"http://user:secret@{host}/d.jsonl?key=secret{n}" for n in (1, 2)))
+    assert [id for _, id, *_ in found[::300]] == ["d.jsonl#1:0", "d.jsonl#2:0"]
+    again = rows(*(f"http://user:another@{host}/d.jsonl?key=another{n}" for n in (1, 2)))
+    assert [id for _, id, *_ in again] == [id for _, id, *_ in found]
+
+
 def test_an_unreachable_server_is_told():
     told = refusal("http://127.0.0.1:9/a.jsonl?signature=secret")
-    assert told.startswith("http://127.0.0.1:9/a.jsonl cannot be read: ")
+    assert told.startswith("http://127.0.0.1:9/a.jsonl?*** cannot be read: ")
     assert "secret" not in told
 
 

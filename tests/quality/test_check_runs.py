@@ -113,10 +113,33 @@ def test_a_journal_of_other_settings_is_refused_by_name(config, model, journal):
         f"{journal} was begun with other settings: method.settings.eta was 0.3 and is now 0.5; "
         "leave out --resume to start over"
     )
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + b"damage\n" + lines[1])
-    with pytest.raises(ConfigError, match="line 2 is damaged; leave out --resume"):
-        run_check(replace(config, resume=True), model=model)
+
+
+def test_a_damaged_line_of_a_journal_costs_its_row_alone(config, model, journal):
+    with pytest.raises(Stopped):
+        run_check(config, model=model, progress=stop_after(3))
+    first, *lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([first, b"{damage\n", *lines[1:]]))
+    notes = []
+    run_check(replace(config, resume=True), model=model, note=notes.append)
+    assert notes == [
+        f"1 line of {journal} cannot be read: their rows run again",
+        f"resuming: {len(lines) - 1} results are done",
+    ]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_of_the_user_under_the_journals_name_is_left_alone(
+    config, model, journal, tmp_path, resume, is_link
+):
+    victim = tmp_path / "victim" if is_link else journal
+    victim.write_text("precious")
+    if is_link:
+        journal.symlink_to(victim)
+    with pytest.raises(ConfigError, match="is in the way, and"):
+        run_check(replace(config, resume=resume), model=model)
+    assert victim.read_text() == "precious"
 
 
 def test_a_row_that_changed_is_run_again(config, model):
