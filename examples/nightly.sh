@@ -68,12 +68,14 @@ done
 
 case $code in
     0) ;;
-    3) tell "done, but rows failed; once the cause is mended, --resume --retry-errors answers them" ;;
-    4) tell "stopped, since too many rows failed; finished rows are kept" ;;
+    3) tell "done, but rows failed, of this night or of earlier ones; once the cause is mended, --resume --retry-errors answers them" ;;
+    4) tell "stopped, since too many rows failed; finished rows are kept; --retry-errors answers them, and a higher \
+--max-errors goes on as they are" ;;
     7) code=0 ;; # told in the log
-    8) tell "storage failed: is the disk full? finished rows are kept, and the next night goes on" ;;
+    8) tell "storage failed: is the disk full, or an input out of reach? finished rows are kept, and the next night \
+goes on" ;;
     130 | 143) ;; # whoever stopped it knows; the next night goes on
-    2) tell "nothing was run: the settings, the input or the model cannot be used" ;;
+    2) tell "nothing was run, or nothing written: the settings, the input or the model cannot be used" ;;
     *)
         if [ -z "$stopped" ]; then "$marsinfer" doctor --json --quiet >>"$log" 2>&1; fi
         tell "crashed $attempt times, the last time with exit code $code; finished rows are kept"

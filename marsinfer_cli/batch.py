@@ -31,7 +31,7 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int:
     if switches.as_json:
         print(json.dumps(summary.as_dict()))
     _refuse_none_answered(summary.none_answered())
-    return 3 if switches.fail_on_error and summary.status["error"] else 0
+    return 3 if switches.fail_on_error and summary.in_output["error"] else 0
 
 
 def _refuse_none_answered(text: str | None) -> None:
@@ -95,11 +95,11 @@ def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int:
         report = dry_run(config, progress)
     print(json.dumps(report.as_dict()) if switches.as_json else report.as_text())
     report.raise_outcome()
-    return 3 if switches.fail_on_error and report.tally.status["error"] else 0
+    return 3 if switches.fail_on_error and report.tally.status["error"] + report.done["error"] else 0
 
 
 def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:
-    from pipeline.dryrun import rendered_prompts
+    from pipeline.rendering import rendered_prompts
 
     for shown in rendered_prompts(config, count):
         if as_json:

@@ -189,6 +189,10 @@ def print_summary(summary: Summary) -> None:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts = [("rows", f"{summary.documents:,}"), ("errors", f"{summary.status['error']:,}")]
+    if summary.in_output.total() != summary.documents:
+        facts.append(("rows of the output", f"{summary.in_output.total():,}"))
+        facts.append(("  of which errors", f"{summary.in_output['error']:,}"))
+    facts += [(f"rows that {what}", f"{count:,}") for what, count in _moved(summary) if count]
     facts += [(f"  {kind}", f"{count:,}") for kind, count in summary.errors.most_common()]
     if summary.status["skipped"]:
         facts.append(("skipped", f"{summary.status['skipped']:,}"))
@@ -209,6 +213,10 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
     facts.append(("  a row, without loading", _ms(summary.ms_per_row())))
     return facts
+
+
+def _moved(summary: Summary) -> list[tuple[str, int]]:
+    return [("left the output", summary.left_rows), ("came back", summary.returned_rows)]
 
 
 def _line(tally: Tally, noun: str, has_rate: bool) -> str:

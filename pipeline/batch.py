@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from pipeline.errors import (
     ConfigError,
     InputError,
     MarsError,
+    StorageError,
     TooManyErrors,
     did_you_mean,
 )
@@ -26,10 +28,12 @@ from pipeline.io.mirror import open_journal
 from pipeline.io.rowindex import Order
 from pipeline.io.writing import check_output
 from pipeline.lacking import refuse_lacking
+from pipeline.leaving import files_of, notes_of, refuse_at_start, settle
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
 from pipeline.pruning.registry import make_method
+from pipeline.reading import Reading
 from pipeline.redaction import hidden
 from pipeline.settings.method import AUTO
 from pipeline.settings.option import settings_of
@@ -203,6 +207,9 @@ def answer_all(
         if journal.resumed:
             done = journal.done_at_start.total()
             note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
+            refuse_broken(config, journal.done_at_start)
+        rows = run.rows()
+        refuse_at_start(run.source, rows, journal.earlier, drop_missing=config.drop_missing)
 
         def taken_in(windows: Iterable[Window | None]) -> Iterator[list[Item] | None]:
             for window in windows:
@@ -215,21 +222,27 @@ def answer_all(
 
         with (
             _nothing_left_behind(journal, summary),
-            closing(ahead(read_windows(run, journal), WINDOWS_AHEAD, check, engine.patience_s)) as read,
+            closing(ahead(read_windows(run, rows, journal), WINDOWS_AHEAD, check, engine.patience_s)) as read,
         ):
             for answers in engine.answers(taken_in(read)):
                 journal.append(answers)
                 summary.add(answers)
                 summary.workers, summary.times = engine.workers, engine.times
                 progress(summary)
-                stop_if_broken(config, summary)
+                stop_if_broken(config, summary, journal.earlier.done_now())
                 check()
         summary.times = engine.times
+        refuse_out_of_reach(run)
+        kept = settle(run.source, rows, journal.earlier, drop_missing=config.drop_missing)
+        summary.left_rows, summary.returned_rows = journal.earlier.leaving(), journal.earlier.returned
+        for text in notes_of(config.output, summary.left_rows, summary.returned_rows, kept):
+            note(text)
         phase("writing the output")
         summary.in_output = journal.counts()
         if not (summary.in_output["ok"] or summary.errors):
             summary.failed_before = journal.first_failure()
-        written = journal.publish(cast(Order, config.order), check)
+        files = files_of(journal.earlier.files, run.source.files_read, saw_all=rows.saw_all)
+        written = journal.publish(cast(Order, config.order), check, files)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {summary.output} stays as it is'}")
     summary.finish()
@@ -273,9 +286,16 @@ class Window(NamedTuple):
     most_rows: int | None
 
 
-def read_windows(run: Preparation, journal: Journal) -> Iterator[Window]:
+def refuse_out_of_reach(run: Preparation) -> None:
+    """A StorageError for files that could not be read to their end, though perhaps they are sound."""
+    files = run.source.out_of_reach
+    if files:
+        more = f", and {counted(len(files) - 1, 'file')} more" if len(files) > 1 else ""
+        raise StorageError(f"{files[0]}{more}; all other rows were answered; {KEPT} once it can be reached")
+
+
+def read_windows(run: Preparation, rows: Reading, journal: Journal) -> Iterator[Window]:
     """The new rows, tokenized."""
-    rows = run.rows()
     new = new_rows(rows, journal, renames=run.source.columns.takes_ids)
     read = windows(run.encode(new), item_tokens)
     for items in refuse_lacking(read, run.config, answered=journal.done_at_start["ok"] > 0):
@@ -294,18 +314,37 @@ def expect(summary: Summary, window: Window, journal: Journal) -> None:
     )
 
 
-def stop_if_broken(config: BatchConfig, tally: Tally) -> None:
-    """Raise TooManyErrors when more rows have failed than `--max-errors` allows."""
-    if config.max_errors is None:
+def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> None:
+    """Raise TooManyErrors when more rows have failed than `--max-errors` allows.
+
+    `before` are rows of earlier runs by status, which count as those of this one do.
+    """
+    failed, finished = tally.status["error"] + before["error"], tally.documents + before.total()
+    if not _is_broken(config, failed, finished):
         return
-    bound, per_cent = parse_max_errors(config.max_errors)
-    failed, finished = tally.status["error"], tally.documents
-    if per_cent and (finished < FEWEST_FOR_PER_CENT or failed <= bound / 100 * finished):
-        return
-    if not per_cent and failed <= bound:
-        return
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in tally.errors.most_common(3))
+    kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
+    kinds += [f"earlier runs {before['error']:,}"] if before["error"] else []
     raise TooManyErrors(
-        f"{failed:,} of {counted(finished, 'row')} failed ({kinds}), more than --max-errors "
+        f"{failed:,} of {counted(finished, 'row')} failed ({', '.join(kinds)}), more than --max-errors "
         f"{config.max_errors} allows; finished rows are kept: mend the cause, then --resume --retry-errors"
     )
+
+
+def refuse_broken(config: BatchConfig, before: Counter[str]) -> None:
+    """Raise TooManyErrors where rows of earlier runs, by status, are over `--max-errors` already."""
+    failed, finished = before["error"], before.total()
+    if _is_broken(config, failed, finished):
+        raise TooManyErrors(
+            f"{failed:,} of {counted(finished, 'row')} failed in earlier runs, more than --max-errors "
+            f"{config.max_errors} allows; finished rows are kept: --retry-errors runs these again, and a "
+            "higher --max-errors goes on with them as they are"
+        )
+
+
+def _is_broken(config: BatchConfig, failed: int, finished: int) -> bool:
+    if config.max_errors is None:
+        return False
+    bound, per_cent = parse_max_errors(config.max_errors)
+    if per_cent:
+        return finished >= FEWEST_FOR_PER_CENT and failed > bound / 100 * finished
+    return failed > bound

@@ -7,7 +7,7 @@ the rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +16,17 @@ from pipeline.batch import stop_if_broken
 from pipeline.bench.flops import dense_flops, passes_flops
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.errors import MarsError, NoneAnswered, TooManyErrors
+from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
 from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.io.remote import output_place
 from pipeline.io.standing import DoneRows, done_rows, no_rows, refuse_unfinished
 from pipeline.io.writing import check_output
 from pipeline.lacking import refuse_lacking
+from pipeline.leaving import notes_of, settle
 from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
+from pipeline.reading import Reading
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.redaction import hidden
 from pipeline.settings.run import BatchConfig
@@ -50,6 +52,8 @@ class Report:
     output_is_there: bool
     notes: list[str]
     done: Counter[str] = field(default_factory=Counter)  # rows of earlier runs by status, under --resume
+    left_rows: int = 0  # of earlier runs, that would leave the output
+    returned_rows: int = 0  # that had left it, and would come back
     estimate: Estimate | None = None
     pace: Pace = field(init=False)  # of the rows that are done
     tally: Tally = field(default_factory=Tally)
@@ -142,6 +146,8 @@ class Report:
             "output_problem": None if self.refusal is None else str(self.refusal),
             "output_is_there": self.output_is_there,
             "done_rows": self.done.total(),
+            "left_rows": self.left_rows,
+            "returned_rows": self.returned_rows,
             "notes": self.notes,
             "schema": self.schema,
             "rows": self.tally.documents,
@@ -202,9 +208,10 @@ class Report:
         output = hidden(self.config.output)
         if self.refusal is not None:
             return f"refused: {self.refusal}"
-        if self.done:
+        if self.done or self.left_rows:
             done = self.done.total()
-            return f"{output}, resumed: {counted(done, 'row')} done, {self.tally.documents:,} new"
+            left = f", {self.left_rows:,} that leave" if self.left_rows else ""
+            return f"{output}, resumed: {counted(done, 'row')} done, {self.tally.documents:,} new{left}"
         if self.output_is_there:
             return f"{output}, which is there and {'goes on' if self.config.resume else 'is overwritten'}"
         return output
@@ -214,7 +221,7 @@ class Report:
         if self.refusal is not None:
             raise self.refusal
         try:
-            stop_if_broken(self.config, self.tally)
+            stop_if_broken(self.config, self.tally, self.done)
         except TooManyErrors as error:
             raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error
         rows = self.done.total() + self.tally.documents
@@ -317,13 +324,28 @@ def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
 
 def _read(run: Preparation, report: Report, done: DoneRows, progress: Callable[[Tally], None]) -> None:
     """Count all rows that are not done."""
-    rows, before = run.rows(), done.at_start
+    rows, before = run.rows(), done.earlier.at_start
     read = windows(run.encode(new_rows(rows, done, renames=run.source.columns.takes_ids)), item_tokens)
     for window in refuse_lacking(read, run.config, answered=before["ok"] > 0):
         report.add(window)
         counts = {"passed_over": done.passed_over, "done_before": before.total()}
         report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most, **counts)
         progress(report.tally)
+    _settle(run, report, rows, done)
+
+
+def _settle(run: Preparation, report: Report, rows: Reading, done: DoneRows) -> None:
+    """What would become of the rows of earlier runs, and whether the run would end for that."""
+    earlier, drop = done.earlier, run.config.drop_missing
+    try:
+        if run.source.out_of_reach:
+            raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
+        kept = settle(run.source, rows, earlier, drop_missing=drop)
+        report.left_rows, report.returned_rows = earlier.leaving(), earlier.returned
+        report.notes += notes_of(run.config.output, report.left_rows, report.returned_rows, kept)
+    except MarsError as error:
+        report.left_rows = earlier.leaving()
+        report.refusal = report.refusal or error
     report.done = done.counts()
 
 
@@ -342,30 +364,6 @@ def _estimate(run: Preparation, report: Report) -> Estimate | None:
         prompts=report.prompts,
         prompt_tokens=report.tally.prompt_tokens,
     )
-
-
-def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:
-    """The first `count` prompts as the model will see them, and the errors of rows before and between."""
-    run = _prepare(config)
-    for item in run.encode(run.rows()):
-        if isinstance(item, RowFailure):
-            yield {"row": item.source.row, "id": item.source.id, "error": item.message}
-            continue
-        prompts = item_prompts(item)
-        for number, prompt in enumerate(prompts, start=1):
-            ids = prompt.input_ids.tolist()
-            yield {
-                "row": item.source.row,
-                "id": item.source.id,
-                **({"part": number, "parts": len(prompts)} if isinstance(item, SplitDocument) else {}),
-                "prompt_tokens": prompt.prompt_tokens,
-                "document_tokens": prompt.document_tokens,
-                "truncated_tokens": prompt.truncated_tokens,
-                "prompt": run.model.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-            }
-            count -= 1
-            if not count:
-                return
 
 
 def _prepare(config: BatchConfig) -> Preparation:

@@ -187,10 +187,13 @@ def new_rows(
     """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
 
     With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
+    What stands for rows that could not be read never takes the place of an answer to one of them.
     """
     for record in records:
         row = record.source
         ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
+        if isinstance(record, RowFailure) and record.is_fault:
+            ids = (row.id, f"{row.id}-")
         if (new := _new((_hashed(record, id) for id in ids), journal)) is not None:
             yield new
 
@@ -200,7 +203,9 @@ def _new(names: Iterable[Record], journal: Journal | DoneRows) -> Record | None:
     failed: Record | None = None
     for record in names:
         try:
-            return None if journal.is_done(record.source, record.source.row_hash or "") else record
+            is_fault = isinstance(record, RowFailure) and record.is_fault
+            done = journal.is_done(record.source, record.source.row_hash or "", is_fault=is_fault)
+            return None if done else record
         except RowError as error:
             failed = failed or _failure(record.source, error.kind, str(error))
     return failed

@@ -17,7 +17,11 @@ Record = Document | RowFailure
 
 
 class Reading:
-    """Iterating yields the records of a run; what is known of their number grows meanwhile."""
+    """Iterating yields the records of a run; what is known of their number grows meanwhile.
+
+    Where only some rows are taken it ends at a file that is out of reach: which rows of the others they are
+    hangs on the number of its rows.
+    """
 
     def __init__(self, source: Source, config: BatchConfig) -> None:
         self._source, self._config = source, config
@@ -26,11 +30,23 @@ class Reading:
 
     def __iter__(self) -> Iterator[Record]:
         for record in select_rows(self._source, self._config, self._source.total_rows):
+            if self.is_selective and self._source.out_of_reach:
+                return
             self._rows += 1
             for each in each_question(record):
                 self._records += 1
                 yield each
         self._ended = True
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether the run takes only some of the rows."""
+        return any(each is not None for each in (self._config.limit, self._config.sample, self._config.shard))
+
+    @property
+    def saw_all(self) -> bool:
+        """Whether all rows of the input have been read: only then one that did not come is gone."""
+        return self._ended and not (self.is_selective or self._source.has_faults or self._source.out_of_reach)
 
     @property
     def fraction_read(self) -> float:

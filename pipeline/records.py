@@ -55,6 +55,7 @@ class RowFailure:
     document_tokens: int | None = None
     prompt_tokens: int | None = None
     lacks: str | None = None  # the column that the row does not have
+    is_fault: bool = False  # it stands for rows that could not be read, of which nothing is known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

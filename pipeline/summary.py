@@ -193,6 +193,8 @@ class Summary(Tally):
         self.workers: int | None = None  # that are at work, of an engine that has several
         self.kept_before = False  # whether earlier runs have left rows from which to go on
         self.in_output: Counter[str] = Counter()  # rows by status, those of earlier runs too; at the end
+        self.left_rows = 0  # of earlier runs, that the input has no more
+        self.returned_rows = 0  # that had left the output before, and were not answered again
         self.failed_before: str | None = None  # what ails such a row, where this run has no failed row
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
@@ -299,6 +301,8 @@ class Summary(Tally):
             "error_types": dict(self.errors),
             "error_messages": dict(self.first_messages),
             "in_output": {status: self.in_output[status] for status in ("ok", "error", "skipped")},
+            "left_rows": self.left_rows,
+            "returned_rows": self.returned_rows,
             "ended_by_length": self.ended_by_length,
             "unchanged_rows": self.unchanged_rows,
             "prompt_tokens": self.prompt_tokens,

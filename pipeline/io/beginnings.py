@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ VERSION = 1
 
 METADATA_KEY = b"marsinfer"
 SETTINGS_KEY = "settings_that_decide"
+FILES_KEY = "files"  # of which an output has rows, with their number
 
 MOST_TOLD = 5
 LONGEST_TOLD = 60  # characters of a value
@@ -98,6 +99,23 @@ def settings_in(path: Path, schema: pa.Schema) -> Any:
         return json.loads((schema.metadata or {})[METADATA_KEY])[SETTINGS_KEY]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not say with which settings it was made; {START_OVER}") from error
+
+
+def files_in(schema: pa.Schema) -> list[tuple[str, int]] | None:
+    """Names and rows of the files that an output was made of; None if it does not say."""
+    try:
+        files = json.loads((schema.metadata or {})[METADATA_KEY])[FILES_KEY]
+        return [(str(file["name"]), int(file["rows"])) for file in files]
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def with_files(schema: pa.Schema, files: Iterable[tuple[str, int]]) -> pa.Schema:
+    """The schema, whose metadata says of which files the output is made."""
+    metadata = dict(schema.metadata or {})
+    content = json.loads(metadata.get(METADATA_KEY, b"{}"))
+    content[FILES_KEY] = [{"name": name, "rows": rows} for name, rows in files]
+    return schema.with_metadata({**metadata, METADATA_KEY: json.dumps(content)})
 
 
 def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) -> None:

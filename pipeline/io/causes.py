@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,15 @@ READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.e
 LONGEST_CAUSE = 200
 
 REWRITE = "write the file again from its source"
-TRY_AGAIN = "run again with --resume once it can be reached"
+
+_OUT_OF_REACH = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *("ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED"),
+    )
+    if hasattr(errno, name)
+)
 
 # Arrow repeats the path and tells the system's reason last.
 _SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
@@ -40,19 +49,35 @@ def storage_failure(message: str, error: OSError) -> ConfigError | StorageError:
     return (ConfigError if isinstance(error, CredentialsError) else StorageError)(message)
 
 
+class OutOfReach(Exception):
+    """A file of which nothing more can be had now, though it may be sound; says why."""
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error of reading says nothing of a file's content: rights, a network, storage elsewhere."""
+    if isinstance(error, CredentialsError):
+        return False
+    return isinstance(error, NetworkError) or (
+        isinstance(error, OSError)
+        and (error.errno in _OUT_OF_REACH or isinstance(error, PermissionError | TimeoutError))
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ReadFault:
     """Stands at the end of what could be read."""
 
     cause: str
-    remedy: str = REWRITE
 
     @classmethod
     def of(cls, error: BaseException) -> ReadFault:
-        return cls(cause(error), TRY_AGAIN if isinstance(error, NetworkError) else REWRITE)
+        """Raises OutOfReach for an error that no bytes are to blame for."""
+        if is_out_of_reach(error):
+            raise OutOfReach(cause(error)) from error
+        return cls(cause(error))
 
     def __str__(self) -> str:
-        return f"{self.cause}; {self.remedy}"
+        return f"{self.cause}; {REWRITE}"
 
 
 def cause(error: BaseException) -> str:
@@ -64,7 +89,10 @@ def cause(error: BaseException) -> str:
 
 
 def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:
-    """`items`, ended by a `ReadFault` if producing the next one fails; errors of the consumer pass by."""
+    """`items`, ended by a `ReadFault` if producing the next one fails; errors of the consumer pass by.
+
+    Raises OutOfReach where the file is out of reach.
+    """
     while True:
         try:
             item = next(items)

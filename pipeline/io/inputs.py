@@ -11,9 +11,9 @@ from typing import BinaryIO, Literal
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.io import stdin
-from pipeline.io.causes import READ_ERRORS, cause, some
+from pipeline.io.causes import READ_ERRORS, cause, is_out_of_reach, some
 from pipeline.io.globs import has_magic, matches
 from pipeline.io.listing import files_below, refuse_broken_link
 from pipeline.io.own import SIDECAR, is_own_lines, is_own_table
@@ -55,7 +55,7 @@ class InputFile:
 
     `name` is the label that it has where no other file has the same. `origin` says what the user named: the
     file itself, a folder, or a pattern. `partitions` are the columns that the names of its folders say, with
-    a null for those that other files have.
+    a null for those that other files have. `out_of_reach` says why nothing of it can be had now.
     """
 
     path: Place | Stdin
@@ -66,11 +66,12 @@ class InputFile:
     size: int
     origin: Literal["named", "folder", "pattern"] = "named"
     partitions: Partitions = field(default_factory=dict)
+    out_of_reach: str | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether it has no bytes: what is not known of a pipe and of a web server."""
-        if isinstance(self.path, RemotePath) and self.path.scheme in WEB:
+        if self.out_of_reach or (isinstance(self.path, RemotePath) and self.path.scheme in WEB):
             return False
         return self.size == 0 and self.path.is_file()
 
@@ -104,7 +105,8 @@ def is_own(file: InputFile) -> bool:
 def find_files(inputs: Sequence[str | Path]) -> Found:
     """The files of all inputs in the order given, each once, with notes on what was left out.
 
-    There may be none, where a folder is empty. Raises InputError for what does not exist or cannot be read.
+    There may be none, where a folder is empty. Raises InputError for what does not exist or cannot be read,
+    StorageError for a folder or a pattern whose files cannot be had now.
     """
     if not inputs:
         raise InputError("no input was named")
@@ -195,7 +197,12 @@ def _expand(given: str | Path, notes: list[str]) -> list[InputFile]:
         if has_magic(path):
             return _of_pattern(shown, path, notes)
     except OSError as error:
-        raise InputError(f"{shown} cannot be read: {cause(error)}") from error
+        out_of_reach = is_out_of_reach(error)
+        if out_of_reach and format_of(path) is not None and not has_magic(path):
+            return [_input_file(path, path.name, out_of_reach=cause(error))]
+        raise (StorageError if out_of_reach else InputError)(
+            f"{shown} cannot be read: {cause(error)}"
+        ) from error
     if isinstance(path, Path):
         refuse_broken_link(path)
     raise InputError(f"{shown} does not exist")
@@ -295,14 +302,26 @@ def _label(path: Place, root: Place) -> str:
     return path.name
 
 
-def _input_file(path: Place, label: str) -> InputFile:
+def _input_file(path: Place, label: str, out_of_reach: str | None = None) -> InputFile:
     known = format_of(path)
     assert known is not None
+    size = 0
     try:
-        size = path.size() if isinstance(path, RemotePath) else _local_size(path, *known)
+        if out_of_reach is None:
+            size = path.size() if isinstance(path, RemotePath) else _local_size(path, *known)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {cause(error)}") from error
-    return InputFile(path=path, name=label, label=label, format=known[0], compression=known[1], size=size)
+        if not is_out_of_reach(error):
+            raise InputError(f"{path} cannot be read: {cause(error)}") from error
+        out_of_reach = cause(error)
+    return InputFile(
+        path=path,
+        name=label,
+        label=label,
+        format=known[0],
+        compression=known[1],
+        size=size,
+        out_of_reach=out_of_reach,
+    )
 
 
 def _local_size(path: Path, format: str, compression: str | None) -> int:

@@ -1,7 +1,8 @@
 """Finished rows kept beside the output, so that a killed run goes on where it was.
 
 The folder `.NAME.journal` holds the settings that the run began with, one part for each run that finished
-rows, and an index that is derived from the parts. The output is published from it, whole.
+rows, and an index that is derived from the parts. The output is published from it, whole; rows that leave it
+are put beside it before (see dropped.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,14 +21,21 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answers_table
-from pipeline.io.beginnings import START_OVER, Beginning, check_columns, check_settings, plain, settings_in
+from pipeline.io.beginnings import (
+    START_OVER,
+    Beginning,
+    check_columns,
+    check_settings,
+    files_in,
+    plain,
+    settings_in,
+)
 from pipeline.io.causes import READ_ERRORS, cause
 from pipeline.io.chunks import Damage, PartWriter, pack_chunk, read_chunk, scan_part
-from pipeline.io.merge import merge
+from pipeline.io.dropped import DroppedRows
+from pipeline.io.earlier import EarlierRows
 from pipeline.io.parts import (
     INDEX_FILE,
-    PARTIAL_OUTPUT,
-    PARTIAL_SIDECAR,
     clear_discarded,
     damage_note,
     discard,
@@ -39,13 +46,12 @@ from pipeline.io.parts import (
     set_aside,
 )
 from pipeline.io.published import Published
-from pipeline.io.rowindex import INDEXED, Order, RowIndex
-from pipeline.io.sidecar import needs_sidecar, read_sidecar, refuse_foreign, write_sidecar
+from pipeline.io.publishing import Files, Held, Publication, replay_output
+from pipeline.io.rowindex import DROPPED, PUBLISHED, Order, RowIndex
+from pipeline.io.sidecar import needs_sidecar, read_sidecar, refuse_foreign
 from pipeline.io.whole_file import folder_like, sync_folder
-from pipeline.io.writing import AnswerWriter, refuse_existing, schema_as_written
+from pipeline.io.writing import refuse_existing, schema_as_written
 from pipeline.records import Answer, Row
-
-PUBLISHED = 0  # stands for the output itself where the parts of the journal are numbered from 1
 
 
 def journal_folder(output: str | Path) -> Path:
@@ -59,8 +65,16 @@ class Journal:
 
     resumed: bool
     done_at_start: Counter[str]
+    earlier: EarlierRows
 
-    def __init__(self, output: Path, schema: pa.Schema, beginning: Beginning, base: Published | None) -> None:
+    def __init__(
+        self,
+        output: Path,
+        schema: pa.Schema,
+        beginning: Beginning,
+        base: Published | None,
+        dropped: DroppedRows,
+    ) -> None:
         """For `open`, which finds out what there is."""
         self._output = output
         self._schema = schema
@@ -68,9 +82,9 @@ class Journal:
         self._folder = journal_folder(output)
         self._beginning = beginning
         self._base = base
-        self._base_rows = 0
-        self._base_sorted = True
         self._has_chunks = False  # answers beside those of the base
+        self._dropped = dropped
+        self._held = Held()
         self._part: PartWriter | None = None
         self._index = RowIndex(self._folder / INDEX_FILE)
         self.resumed = False
@@ -101,7 +115,9 @@ class Journal:
         written = schema_as_written(output, schema)
         with _failures_told(journal_folder(output)):
             beginning, base = _begin(output, written, now, resume, overwrite)
-            journal = cls(output, schema, beginning, base)
+            dropped = DroppedRows(output, schema, now, resume=resume)
+            dropped.is_gone = overwrite
+            journal = cls(output, schema, beginning, base, dropped)
             try:
                 journal._replay(retry_errors)
             except BaseException:
@@ -117,14 +133,15 @@ class Journal:
     ) -> None:
         self.close()
 
-    def is_done(self, source: Row, row_hash: str) -> bool:
+    def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         """Whether a row's answer is known; to be asked once for every row, in the order of the input.
 
         A known answer takes the row's present number. An id that came before is a `RowError`, whose
-        row must be appended as failed like any other. May be called from another thread.
+        row must be appended as failed like any other, and so is that of an answer for what `is_fault`, which
+        stands for rows that could not be read. May be called from another thread.
         """
         with _failures_told(self._folder):
-            return self._index.see(source, row_hash)
+            return self._index.see(source, row_hash, is_fault=is_fault)
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Add the answers of a pack, durable on return."""
@@ -142,7 +159,7 @@ class Journal:
         return self._index.passed_over
 
     def counts(self) -> Counter[str]:
-        """How many rows the output will hold, by status: those seen in this run that have an answer."""
+        """How many rows the output will hold, by status: those of this run, and those that stay."""
         with _failures_told(self._folder):
             return self._index.counts(seen=True)
 
@@ -161,23 +178,37 @@ class Journal:
         self._release()
         _remove(self._folder)
 
-    def publish(self, order: Order = "input", check: Callable[[], None] = lambda: None) -> bool:
+    def publish(
+        self,
+        order: Order = "input",
+        check: Callable[[], None] = lambda: None,
+        files: Files | None = None,
+    ) -> bool:
         """Write the output, whole, with the rows seen in this run that have an answer; end the journal.
 
-        `order` is that of the input, or that in which the answers were appended. `check` is called often;
-        what it raises ends the writing and leaves the journal intact. Returns whether the output was written:
-        one that holds these very rows is left as it is.
+        Rows that were not seen, and that do not stay, are put beside the output before. `order` is that of
+        the input, or that in which the answers were appended. `check` is called often; what it raises ends
+        the writing and leaves the journal intact. `files` are those that the output is made of. Returns
+        whether the output was written: one that holds these very rows is left as it is.
         """
-        stale = not self._is_current(order)
+        publication = self._publication(check)
+        stale = _has_answers(self._folder) or not publication.is_current(order, files, self._held)
         if stale:
             with _failures_told(self._folder):
                 try:
-                    self._write_output(order, check)
+                    publication.write(order, files)
                 except StorageError as error:
                     raise StorageError(f"{error}; the journal is intact, and --resume continues") from error
         self._release()
         _remove(self._folder)
+        with _failures_told(self._folder.parent):
+            self._finish(stale)
         return stale
+
+    def _finish(self, stale: bool) -> None:
+        """What is left to do once the output, if it was `stale`, is durable and the journal gone."""
+        if stale:
+            self._dropped.tidy()
 
     def close(self) -> None:
         """Let go of the files; a journal without answers, which nobody could resume, goes."""
@@ -192,27 +223,24 @@ class Journal:
             self._part = None
 
     def _replay(self, retry_errors: bool) -> None:
+        self._dropped.replay(self._index)  # first: of a row that is in the output too, that one counts
         if self._base is not None:
             with _output_read(self._output):
-                self._replay_base(self._base)
+                self._held = replay_output(self._base, self._index)
         parts = parts_of(self._folder)
         for number in sorted(parts):
             self._replay_part(number, parts[number])
         if retry_errors:
             self._index.forget_errors()
-        self.done_at_start = self._index.counts()
+        self._dropped.end_if_all_are_elsewhere(self._index)
+        self.earlier = EarlierRows(
+            self._index,
+            files=None if self._base is None else files_in(self._base.schema),
+            can_drop=self._dropped.can_hold,
+            guard=partial(_failures_told, self._folder),
+        )
+        self.done_at_start = self.earlier.at_start
         self.resumed = self._base is not None or self._has_chunks
-
-    def _replay_base(self, base: Published) -> None:
-        last = (-1, -1)
-        for group in base:
-            table = base.read(group, INDEXED)
-            self._index.replay(table, PUBLISHED, group, base.row_bytes(group))
-            self._base_rows += table.num_rows
-            indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
-            places = [last, *zip(table["row"].to_pylist(), indices, strict=True)]
-            self._base_sorted &= all(first < second for first, second in pairwise(places))
-            last = places[-1]
 
     def _replay_part(self, number: int, path: Path) -> None:
         damages: list[Damage] = []
@@ -236,32 +264,22 @@ class Journal:
             self._part = None
             raise
 
-    def _is_current(self, order: Order) -> bool:
-        """Whether the output holds the rows that were seen, no others, and in this order."""
-        nothing_new = self._base is not None and not self._has_chunks
-        in_order = self._base_sorted or order == "completion"
-        return nothing_new and in_order and self._index.unmoved == self._base_rows
-
-    def _write_output(self, order: Order, check: Callable[[], None]) -> None:
-        def read(part: int, chunk: int) -> pa.Table:
-            check()
-            return self._read(part, chunk)
-
-        temporary, replaces = self._folder / PARTIAL_OUTPUT, self._beginning.replaces
-        with AnswerWriter(self._output, self._schema, replaces, temporary, self._write_sidecar) as writer:
-            for table in merge(self._index.locations(order), read, writer.schema):
-                check()
-                writer.write_table(table)
-            refuse_existing(self._output, self._beginning.replaces)
-            # If the run is killed right after publishing, the next one may publish again.
-            replace(self._beginning, replaces=True).save(self._folder)
-
-    def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
-        if needs_sidecar(self._output):
-            before = [] if self._base is None else [self._output.stat().st_size]
-            write_sidecar(self._output, schema, [size, *before], self._folder / PARTIAL_SIDECAR)
+    def _publication(self, check: Callable[[], None]) -> Publication:
+        return Publication(
+            output=self._output,
+            folder=self._folder,
+            schema=self._schema,
+            beginning=self._beginning,
+            base=self._base,
+            index=self._index,
+            read=self._read,
+            dropped=self._dropped,
+            check=check,
+        )
 
     def _read(self, part: int, chunk: int) -> pa.Table:
+        if part == DROPPED:
+            return self._dropped.read(chunk)
         if part != PUBLISHED:
             return read_chunk(part_path(self._folder, part), chunk)
         assert self._base is not None

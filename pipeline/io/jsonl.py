@@ -17,7 +17,7 @@ from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.jsonvalues import parse_json
 from pipeline.io.passthrough import PassPlan
-from pipeline.io.rows import Record, Spot, build, json_type, rest_lost
+from pipeline.io.rows import Record, Spot, build, json_type
 from pipeline.io.sniff import CR_ENDS
 from pipeline.io.zstd import ZstdReader
 
@@ -44,7 +44,7 @@ class JsonlReader:
         for index, line in enumerate(until_fault(self._lines())):
             spot = self._spot(base, index)
             if isinstance(line, ReadFault):
-                yield spot.failure("unreadable", rest_lost(line))
+                yield spot.rest_lost(line)
             elif line.strip():
                 yield self._record(line, plan, spot)
         return index + 1
@@ -53,7 +53,8 @@ class JsonlReader:
         try:
             row = {**self.file.partitions, **_parse(line)}
         except RowError as error:
-            return spot.failure(error.kind, str(error))
+            failed = spot.failure if line.endswith(b"\n") else spot.as_fault  # where the file may be cut
+            return failed(error.kind, str(error))
         return build(self._columns, spot, row, _copied(plan, row))
 
     def _spot(self, base: int, index: int) -> Spot:

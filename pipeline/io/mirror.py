@@ -27,6 +27,7 @@ import pyarrow as pa
 from pipeline.errors import KEPT, ConfigError, LockedError, MarsError, StorageError
 from pipeline.io.beginnings import START_OVER, STATE_FILE, Beginning
 from pipeline.io.causes import cause, storage_failure
+from pipeline.io.dropped import dropped_path
 from pipeline.io.journal import Journal, journal_folder
 from pipeline.io.parts import part_name, parts_of
 from pipeline.io.remote import RemotePath, output_place
@@ -93,16 +94,24 @@ class MirroredJournal(Journal):
         super().append(answers)
         self._mirror.put_chunks()
 
-    def publish(self, order: Order = "input", check: Callable[[], None] = lambda: None) -> bool:
+    def publish(
+        self,
+        order: Order = "input",
+        check: Callable[[], None] = lambda: None,
+        files: Sequence[tuple[str, int]] | None = None,
+    ) -> bool:
         self._mirror.refuse_existing(self._beginning.replaces)
         with self._mirror.named_as_given():
-            was_written = super().publish(order, check)
-        if was_written:
+            return super().publish(order, check, files)
+
+    def _finish(self, stale: bool) -> None:
+        if stale:
             # If the run is killed right after the upload, the next one may publish again.
             self._mirror.put_settings(replace(self._beginning, replaces=True))
             self._mirror.upload()
         self._mirror.forget()
-        return was_written
+        if stale and self._dropped.tidy():
+            self._mirror.put_dropped()
 
     def discard(self) -> None:
         super().discard()
@@ -140,6 +149,7 @@ class Mirror:
                 objects[STATE_FILE].download(self._folder / STATE_FILE)
                 self._fetch_parts(path for name, path in sorted(objects.items()) if _CHUNK.fullmatch(name))
             self._fetch_sidecar()
+            self._fetch(self.output.beside(dropped_path(self.file).name))
             if not self._has_chunks or Beginning.load(self._folder).extends:
                 self._fetch(self.output)
 
@@ -189,8 +199,24 @@ class Mirror:
             if sidecar.exists():
                 self._check()
                 self.output.beside(sidecar.name).upload(sidecar)
+            if dropped_path(self.file).exists():
+                self._put_dropped()
             self._check()
             self.output.upload(self.file)
+
+    def put_dropped(self) -> None:
+        """Make the rows beside the output what the scratch folder has; none, if it has none."""
+        with self._failures_told("cannot be written"):
+            self._put_dropped()
+
+    def _put_dropped(self) -> None:
+        self._check()
+        local = dropped_path(self.file)
+        place = self.output.beside(local.name)
+        if local.exists():
+            place.upload(local)
+        else:
+            place.unlink()
 
     def forget(self) -> None:
         """Remove the journal, its settings first: what is left without them counts for nothing."""

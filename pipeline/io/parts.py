@@ -17,12 +17,13 @@ INDEX_FILE = "index.sqlite"
 # in the folder, so that what a killed run left of them goes with the journal
 PARTIAL_OUTPUT = "output.partial"
 PARTIAL_SIDECAR = "sidecar.partial"
+PARTIAL_DROPPED = "dropped.partial"
 
 _DAMAGED = ".damaged"
 _PART = re.compile(rf"part-(\d{{4,}})(?:{re.escape(_DAMAGED)})?")
 # .nfs: what a network's file system keeps of a file that was removed while it was open
 _OURS = re.compile(
-    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar)\.partial|\.nfs\w+"
+    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped)\.partial|\.nfs\w+"
 )
 
 

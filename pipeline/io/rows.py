@@ -59,11 +59,6 @@ def json_type(value: object) -> str:
     return next(told, "null" if value is None else "a string")
 
 
-def rest_lost(fault: ReadFault) -> str:
-    """The one message for the rest of a file of which it is not known how many rows it has."""
-    return f"and all after it cannot be read: {fault}"
-
-
 @dataclass(frozen=True, slots=True)
 class Spot:
     """Where a row stands: its number over the whole input, its place in messages, its id if not given."""
@@ -76,6 +71,14 @@ class Spot:
         """A failure of a row of which nothing is known but where it stands."""
         source = Row(row=self.row, id=self.default_id, place=self.place)
         return RowFailure(source=source, kind=kind, message=f"{self.place} {message}")
+
+    def rest_lost(self, fault: ReadFault) -> RowFailure:
+        """The one failure for this row and all after it in the file, however many they are."""
+        return self.as_fault("unreadable", f"and all after it cannot be read: {fault}")
+
+    def as_fault(self, kind: str, message: str) -> RowFailure:
+        """The one failure for this row and others after it."""
+        return replace(self.failure(kind, message), is_fault=True)
 
 
 def build(

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.io.arrow import open_arrow
-from pipeline.io.causes import some
+from pipeline.io.causes import OutOfReach, cause, is_out_of_reach, some
 from pipeline.io.columns import Columns
 from pipeline.io.formats import type_held
 from pipeline.io.inputs import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
@@ -27,6 +27,7 @@ from pipeline.io.remote import Place
 from pipeline.io.rows import UNASKED, Record
 from pipeline.io.stdin import Stdin
 from pipeline.io.text import TextReader
+from pipeline.records import RowFailure
 
 
 class Reader(Protocol):
@@ -37,7 +38,10 @@ class Reader(Protocol):
     fraction: float
 
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """Records numbered from `base`; returns how many rows the file has, blank lines included."""
+        """Records numbered from `base`; returns how many rows the file has, blank lines included.
+
+        Raises OutOfReach where the rest of the file cannot be had now.
+        """
         ...
 
 
@@ -56,13 +60,31 @@ class EmptyReader:
         return 0
 
 
+class UnreachableReader:
+    """A file of which nothing can be had now."""
+
+    num_rows: int | None = None
+
+    def __init__(self, file: InputFile, why: str) -> None:
+        self.file = file
+        self.fraction = 1.0
+        self.why = why
+
+    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
+        """Raises OutOfReach at once."""
+        yield from ()
+        raise OutOfReach(self.why)
+
+
 OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
 
 
 class Source:
     """The input, checked and opened; iterating yields `Document`s and `RowFailure`s in input order.
 
-    `total_rows` is exact, or None if a file tells its rows only when read (JSON lines, Arrow streams).
+    `total_rows` is exact, or None if a file tells its rows only when read (JSON lines, Arrow streams). Of
+    the last iteration, `out_of_reach` names the files whose rest could not be had, with the cause, and
+    `has_faults` says that rows of a file were damaged: what they were is then not known.
     """
 
     def __init__(self, readers: Sequence[Reader], plan: PassPlan, columns: Columns, notes: list[str]) -> None:
@@ -70,6 +92,9 @@ class Source:
         self._readers = readers
         self._plan = plan
         self._current = 0
+        self._records = [0] * len(readers)
+        self.out_of_reach: list[str] = []
+        self.has_faults = False
         counts = [reader.num_rows for reader in readers]
         known = [count for count in counts if count is not None]
         exact = len(known) == len(counts)
@@ -93,12 +118,48 @@ class Source:
         """Names and Arrow types of the first file's columns; None if only reading it tells them."""
         return _first_columns(reader.file for reader in self._readers)
 
+    @property
+    def files_told(self) -> list[tuple[str, int | None]]:
+        """The name of each file but documents, and how many rows it has, if that is known before reading."""
+        told = [(reader.file.name, reader.num_rows) for reader in self._readers if _has_rows(reader)]
+        return sorted(told, key=lambda file: file[0])
+
+    @property
+    def files_read(self) -> list[tuple[str, int]]:
+        """The same files, and how many rows of each the last iteration gave."""
+        read = zip(self._readers, self._records, strict=True)
+        return sorted((reader.file.name, rows) for reader, rows in read if _has_rows(reader))
+
     def __iter__(self) -> Iterator[Record]:
         base = 0
+        self._records = [0] * len(self._readers)
+        self.out_of_reach, self.has_faults = [], False
         for number, reader in enumerate(self._readers):
             self._current, reader.fraction = number, 0.0
-            base += yield from reader.read(self._plan, base)
+            base += yield from self._rows(number, base)
         self._current = len(self._readers)
+
+    def _rows(self, number: int, base: int) -> Generator[Record, None, int]:
+        """The records of one file; returns how many rows it has, as far as they could be read."""
+        reader, read = self._readers[number], 0
+        rows = reader.read(self._plan, base)
+        while True:
+            try:
+                record = next(rows)
+            except StopIteration as end:
+                return int(end.value)
+            except OutOfReach as error:
+                self.out_of_reach.append(f"{reader.file.path} cannot be read: {error}")
+                return reader.num_rows or read
+            read = record.source.row + 1 - base
+            self._records[number] += 1
+            self.has_faults |= isinstance(record, RowFailure) and record.is_fault
+            yield record
+
+
+def _has_rows(reader: Reader) -> bool:
+    """Whether rows stand in the file: a text document is one itself."""
+    return reader.file.format != "text"
 
 
 def first_columns(inputs: Sequence[str | Path]) -> dict[str, str] | None:
@@ -115,12 +176,14 @@ def open_source(
 
     `columns` may depend on those of the first file, by name and type, of which it is told. A column that
     `output`, by its extension, cannot hold is a `ConfigError`; a value that has no room there costs its row.
+    Where no file at all can be reached it is a `StorageError`.
     """
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
     if not isinstance(columns, Columns):
         columns = columns(_first_columns(files))
     readers = _opened(files, columns, notes)
+    _refuse_unreachable(readers)
     tables = [table for table in map(_table, readers) if table.schema.names]
     if columns.asks_summary:
         _refuse_questions(tables)
@@ -134,6 +197,13 @@ def open_source(
     )
     check_held(output, plan.columns)
     return Source(readers, plan, columns, notes + plan.notes)
+
+
+def _refuse_unreachable(readers: Sequence[Reader]) -> None:
+    """A StorageError if there is nothing else."""
+    unreachable = [reader for reader in readers if isinstance(reader, UnreachableReader)]
+    if unreachable and len(unreachable) == len(readers):
+        raise StorageError(f"{unreachable[0].file.path} cannot be read: {unreachable[0].why}")
 
 
 def _table(reader: Reader) -> Table:
@@ -189,6 +259,18 @@ def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> l
 
 def _open(file: InputFile, columns: Columns) -> Reader | None:
     """None for an output of ours, unless the user named it."""
+    if file.out_of_reach is not None:
+        return UnreachableReader(file, file.out_of_reach)
+    try:
+        return _open_reached(file, columns)
+    except (InputError, OSError) as error:
+        why = error.__cause__ if isinstance(error, InputError) else error
+        if why is None or not is_out_of_reach(why):
+            raise
+        return UnreachableReader(file, cause(why))
+
+
+def _open_reached(file: InputFile, columns: Columns) -> Reader | None:
     if file.is_empty:
         return EmptyReader(file)
     opener = OPENERS[file.format]

@@ -11,13 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.io.beginnings import check_columns, plain
+from pipeline.io.beginnings import check_columns, files_in, plain
 from pipeline.io.chunks import whole_chunks
-from pipeline.io.journal import PUBLISHED, begun, journal_folder, journal_parts, refuse_leftovers
+from pipeline.io.dropped import DroppedRows
+from pipeline.io.earlier import EarlierRows
+from pipeline.io.journal import begun, journal_folder, journal_parts, refuse_leftovers
 from pipeline.io.mirror import Mirror
 from pipeline.io.parts import INDEX_FILE
 from pipeline.io.remote import RemotePath, output_place
-from pipeline.io.rowindex import INDEXED, RowIndex
+from pipeline.io.rowindex import DROPPED, INDEXED, PUBLISHED, RowIndex
 from pipeline.io.writing import schema_as_written
 from pipeline.records import Row
 
@@ -27,11 +29,11 @@ class DoneRows:
 
     def __init__(self, index: RowIndex) -> None:
         self.index = index
-        self.at_start: Counter[str] = index.counts()
+        self.earlier = EarlierRows(index)
 
-    def is_done(self, source: Row, row_hash: str) -> bool:
+    def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         """As `Journal.is_done`."""
-        return self.index.see(source, row_hash)
+        return self.index.see(source, row_hash, is_fault=is_fault)
 
     @property
     def passed_over(self) -> int:
@@ -39,7 +41,7 @@ class DoneRows:
         return self.index.passed_over
 
     def counts(self) -> Counter[str]:
-        """Of the rows that were asked for, those that are done, by status."""
+        """Of the rows that the output will have, those that are done, by status."""
         return self.index.counts(seen=True)
 
 
@@ -76,36 +78,42 @@ def done_rows(
 
     `heed` is called with the rows, table by table, which have the columns `timed`.
     """
+    found: dict[str, Any] = {}
     with no_rows() as done:
-        for table, place in _tables(output, schema, plain(settings), timed):
+        for table, place in _tables(output, schema, plain(settings), timed, found):
             done.index.replay(table, *place, 0)
             heed(table)
         if retry_errors:
             done.index.forget_errors()
-        done.at_start = done.index.counts()
+        done.earlier = EarlierRows(done.index, **found)
         yield done
 
 
 def _tables(
-    output: str, schema: pa.Schema, now: Any, timed: Sequence[str]
+    output: str, schema: pa.Schema, now: Any, timed: Sequence[str], found: dict[str, Any]
 ) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
-    """Tables of finished rows, and the part and chunk of each."""
+    """Tables of finished rows, with the part and chunk of each; `found` hears what `EarlierRows` asks."""
     place = output_place(output)
     if not isinstance(place, RemotePath):
-        yield from _local_tables(place, schema, now, timed)
+        yield from _local_tables(place, schema, now, timed, found)
         return
     with closing(Mirror(place, lambda: None)) as mirror:
         mirror.fetch()
         with mirror.named_as_given():
-            yield from _local_tables(mirror.file, schema, now, timed)
+            yield from _local_tables(mirror.file, schema, now, timed, found)
 
 
 def _local_tables(
-    output: Path, schema: pa.Schema, now: Any, timed: Sequence[str]
+    output: Path, schema: pa.Schema, now: Any, timed: Sequence[str], found: dict[str, Any]
 ) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
     columns = tuple(dict.fromkeys((*INDEXED, *timed)))
     written = schema_as_written(output, schema)
     _, base = begun(output, written, now)
+    dropped = DroppedRows(output, schema, now, resume=True)
+    found["files"] = None if base is None else files_in(base.schema)
+    found["can_drop"] = dropped.can_hold
+    for group in dropped:
+        yield dropped.read(group, columns), (DROPPED, group)
     for group in base or ():
         assert base is not None
         yield base.read(group, columns), (PUBLISHED, group)

@@ -12,7 +12,7 @@ from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.partitions import with_arrays, with_fields
 from pipeline.io.passthrough import PassPlan, cannot_be_read
-from pipeline.io.rows import BAD_UTF8, Fault, Record, Spot, build, rest_lost
+from pipeline.io.rows import BAD_UTF8, Fault, Record, Spot, build
 
 BATCH_ROWS = 64
 
@@ -132,13 +132,14 @@ class TableRows:
             yield build(self._columns, self._spot(index + i), cells, copied)
 
     def unreadable(self, index: int, count: int, fault: ReadFault) -> Iterator[Record]:
-        """One failure for each of `count` rows that are known to be there but cannot be had."""
-        for i in range(index, index + count):
-            yield self._spot(i).failure("unreadable", f"cannot be read: {fault}")
+        """One failure for all of `count` rows, if any, that are known to be there but cannot be had."""
+        if count:
+            to_last = "" if count == 1 else f"to row {index + count - 1} "
+            yield self._spot(index).as_fault("unreadable", f"{to_last}cannot be read: {fault}")
 
     def unreadable_from(self, index: int, fault: ReadFault) -> Record:
         """One failure for the rest of a file whose number of rows is not known."""
-        return self._spot(index).failure("unreadable", rest_lost(fault))
+        return self._spot(index).rest_lost(fault)
 
     def _spot(self, index: int) -> Spot:
         label = self._file.label

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from pipeline.errors import InputError
-from pipeline.io.causes import READ_ERRORS, cause
+from pipeline.io.causes import READ_ERRORS, ReadFault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.passthrough import PassPlan
@@ -42,7 +42,7 @@ class TextReader:
         except UnicodeDecodeError:
             text = BAD_UTF8
         except READ_ERRORS as error:
-            yield spot.failure("unreadable", f"cannot be read: {cause(error)}")
+            yield spot.as_fault("unreadable", f"cannot be read: {ReadFault.of(error)}")
             return 1
         self.fraction = 1.0
         partitions = dict(self.file.partitions)

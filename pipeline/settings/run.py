@@ -151,10 +151,16 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         panel=RUN,
     )
     retry_errors: bool = option(False, help="With --resume: run rows that failed again.", panel=RUN)
+    drop_missing: bool = option(
+        False,
+        help="With --resume: rows may leave the output though a file of the last run is missing or empty, or "
+        "though none is left.",
+        panel=RUN,
+    )
     max_errors: str | None = option(
         None,
         metavar="N|P%",
-        help="Stop after more row errors than N, or than P% of the finished rows.",
+        help="Stop after more row errors than N, or than P% of the finished rows, earlier runs' included.",
         shown_default="no bound",
         kind=TEXT_OR_WHOLE,
         check=parse_max_errors,
@@ -180,6 +186,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
             raise ConfigError(
                 "--retry-errors needs --resume: it runs the failed rows of an earlier run again"
             )
+        if self.drop_missing and not self.resume:
+            raise ConfigError("--drop-missing needs --resume: it is about rows of an earlier run")
         if self.row_timeout is not None and not self.row_timeout > 0:
             raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
 

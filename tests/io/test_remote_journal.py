@@ -13,7 +13,7 @@ from pipeline.io import check_output, open_source
 from pipeline.io.columns import Columns
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
-from pipeline.io.remote import place_of
+from pipeline.io.remote import RemotePath, place_of
 
 pytestmark = pytest.mark.slow
 
@@ -316,3 +316,29 @@ def test_memory_is_storage_too(tmp_path):
     killed(output, numbered(3))
     assert finish(output, numbered(5)) == ["id 3", "id 4"]
     assert fetched(output, tmp_path) == numbered(5)
+
+
+def test_rows_leave_and_come_back_in_storage(tmp_path):
+    output, beside = "memory://leaving/out.parquet", "memory://leaving/.out.parquet.dropped.parquet"
+    finish(output, numbered(5))
+    for rows, dropped in ((3, numbered(2, first=3)), (4, numbered(1, first=4)), (5, None)):
+        assert finish(output, numbered(rows)) == []
+        assert fetched(output, tmp_path) == numbered(rows)
+        assert (fetched(beside, tmp_path) if place_of(beside).exists() else None) == dropped
+
+
+def test_rows_that_left_are_durable_before_the_output_is_written(monkeypatch):
+    output, beside = "memory://killed/out.parquet", "memory://killed/.out.parquet.dropped.parquet"
+    finish(output, numbered(5))
+    put = RemotePath.upload
+
+    def upload(self, file):
+        assert self.name != "out.parquet", "killed"
+        put(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "upload", upload)
+        with pytest.raises(AssertionError):
+            finish(output, numbered(3))
+    assert place_of(beside).exists()
+    assert finish(output, numbered(5)) == []

@@ -1,0 +1,244 @@
+"""What a night with less, or damaged, input does to an output: rows stay, or leave and can come back."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import http.server
+import json
+import os
+import threading
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from marsinfer_cli.app import run
+
+FLAGS = ["--question", "what?", "--max-new-tokens", "1", "--method", "dense", "--quiet", "--json"]
+
+
+@pytest.fixture
+def batch(model_folder, tmp_path, monkeypatch, capfd):
+    """Run it; the exit code, the summary, and what is said."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, source="in"):
+        capfd.readouterr()
+        code = run(["batch", "--model", str(model_folder), *FLAGS, *words, source, "o.parquet"])
+        printed = capfd.readouterr()
+        return code, json.loads(printed.out or "{}"), printed.err
+
+    return call
+
+
+def lines(numbers):
+    return "".join(json.dumps({"id": f"doc-{n}", "text": f"fish {n}"}) + "\n" for n in numbers)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(lines(range(4)))
+    (folder / "b.jsonl").write_text(lines(range(4, 8)))
+    return folder
+
+
+def answers():
+    return {row["id"]: row["answer"] for row in pq.read_table("o.parquet").to_pylist()}
+
+
+def test_rows_that_are_not_selected_stay(batch, folder):
+    assert batch()[0] == 0
+    before = answers()
+    assert len(before) == 8
+    for flags in (["--limit", "2"], ["--shard", "2/2"], ["--sample", "3"]):
+        code, summary, _ = batch("--resume", *flags)
+        assert (code, summary["documents"], summary["left_rows"], answers()) == (0, 0, 0, before)
+        assert summary["in_output"]["ok"] == 8
+    (folder / "a.jsonl").write_text(lines(range(9, 13)))
+    assert batch("--resume", "--limit", "2")[1]["documents"] == 2
+    assert len(answers()) == 10
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "blank"])
+def test_a_file_less_changes_nothing_unasked_and_then_nothing_that_cannot_come_back(batch, folder, how):
+    batch()
+    before, file = answers(), folder / "b.jsonl"
+    content = file.read_text()
+    file.unlink() if how == "missing" else file.write_text("\n\n" if how == "blank" else "")
+    for flags in ([], ["--dry-run"]):
+        code, _, told = batch("--resume", *flags)
+        assert (code, answers()) == (2, before)
+        named = "b.jsonl" if how == "missing" else "b.jsonl (empty)"
+        assert f"1 file is missing or empty: {named}; the output stays as it is" in told
+    report = batch("--resume", "--drop-missing", "--dry-run")[1]
+    assert (report["left_rows"], report["done_rows"]) == (4, 4)
+    code, summary, told = batch("--resume", "--drop-missing")
+    assert (code, summary["left_rows"], len(answers())) == (0, 4, 4)
+    assert (
+        "4 rows are no longer in the input and left the output; they come back from .o.parquet.dropped"
+        in told
+    )
+    assert batch("--resume")[0] == 0  # what is gone is missed once
+    file.write_text(content)
+    code, summary, told = batch("--resume")
+    assert (code, summary["documents"], summary["returned_rows"]) == (0, 0, 4)
+    assert answers() == before
+    assert not Path(".o.parquet.dropped.parquet").exists()
+
+
+def test_an_input_that_has_none_of_the_rows_is_refused(batch, folder):
+    batch()
+    before = answers()
+    (folder / "a.jsonl").write_text(lines(range(20, 22)))
+    (folder / "b.jsonl").write_text(lines(range(22, 24)))
+    code, _, told = batch("--resume")
+    assert (code, answers()) == (2, before)
+    assert "the input has none of the 8 rows of earlier runs" in told
+    code, summary, _ = batch("--resume", "--drop-missing")
+    assert (code, summary["documents"], summary["left_rows"], len(answers())) == (0, 0, 8, 4)
+
+
+@pytest.mark.parametrize("text", ["with ids", "without"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet"])
+def test_answers_behind_damage_stay_as_they_are(batch, tmp_path, name, text):
+    rows = [{"text": f"fish {n} " + str(n * 7919 % 1009) * 9} for n in range(24)]
+    rows = [{"id": f"doc-{n}", **row} for n, row in enumerate(rows)] if text == "with ids" else rows
+    path = tmp_path / name
+    if name == "d.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=8, compression="zstd")
+        start = pq.read_metadata(path).row_group(1).column(len(rows[0]) - 1).data_page_offset
+        whole = path.read_bytes()
+        damaged = (
+            whole[:start] + bytes(byte ^ 0xA5 for byte in whole[start : start + 40]) + whole[start + 40 :]
+        )
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        whole = gzip.compress(content) if name.endswith("gz") else content
+        path.write_bytes(whole)
+        damaged = whole[: len(whole) // 3]
+    assert batch(source=name)[0] == 0
+    before = answers()
+    path.write_bytes(damaged)
+    for again in range(2):
+        code, summary, _ = batch("--resume", "--fail-on-error", source=name)
+        assert (code, summary["documents"]) == (3, 1 - again)
+        assert summary["in_output"] == {"ok": 24, "error": 1, "skipped": 0}
+        assert {id: answer for id, answer in answers().items() if answer is not None} == before
+    path.write_bytes(whole)
+    code, summary, _ = batch("--resume", source=name)
+    assert (code, summary["documents"], summary["left_rows"], answers()) == (0, 0, 0, before)
+
+
+def test_a_file_out_of_reach_ends_the_run_after_all_others(batch, folder, monkeypatch):
+    real = Path.open
+
+    def out_of_reach(self, *mode, **named):
+        if self.name == "a.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(self, *mode, **named)
+
+    for rows in (4, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", out_of_reach)
+            code, _, told = batch("--resume")
+        assert (code, Path("o.parquet").exists()) == (8, False)
+        assert told.splitlines()[-1] == (
+            "marsinfer: error: in/a.jsonl cannot be read: Permission denied; all other rows were answered; "
+            "finished rows are kept, and --resume continues once it can be reached"
+        )
+        assert ("4 rows are done" in told) == (rows == 0)
+    code, summary, _ = batch("--resume")
+    assert (code, summary["documents"], len(answers())) == (0, 4, 8)
+    assert list(answers()) == [f"doc-{n}" for n in range(8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", out_of_reach)
+        assert batch("--resume")[0] == batch("--resume", "--dry-run")[0] == 8
+    assert len(answers()) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_server_that_fails_midway_is_out_of_reach(batch, folder, monkeypatch, name):
+    """As it is for a server that fails from the beginning: exit code 8, nothing published, nothing lost."""
+    monkeypatch.setattr("pipeline.io.remote.BLOCK_BYTES", 200)
+    rows = [{"id": f"web-{n}", "text": f"fish {n} " * 20} for n in range(8)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if name == "a.parquet":
+        sink = BytesIO()
+        pq.write_table(
+            pa.Table.from_pylist(rows), sink, row_group_size=2, compression="none", use_dictionary=False
+        )
+        content = sink.getvalue()
+    with served({f"/{name}": content}) as (url, broken):
+        for until in (len(content) // 4, 0):
+            broken.append(until)
+            code, _, told = batch("--resume", f"{url}/{name}")
+            assert (code, Path("o.parquet").exists()) == (8, False)
+            assert f"{url}/{name} cannot be read: " in told.splitlines()[-1]
+            assert "all other rows were answered" in told
+        broken.clear()
+        code, summary, _ = batch("--resume", f"{url}/{name}")
+        assert (code, len(answers())) == (0, 16)
+        assert 0 < summary["documents"] <= 8
+
+
+@contextmanager
+def served(files):
+    """A web server that sends parts, but fails behind the last byte of `broken`, if there is one."""
+    broken = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET(head=True)
+
+        def do_GET(self, head=False):
+            content = files[self.path]
+            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+            end = min(int(last or len(content)), len(content) - 1)
+            if broken and not head and int(first) >= broken[-1] and end < len(content) - 30:
+                self.send_error(503)
+                return
+            self.send_response(206)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(end + 1 - int(first)))
+            self.send_header("Content-Range", f"bytes {first}-{end}/{len(content)}")
+            self.end_headers()
+            if not head:
+                self.wfile.write(content[int(first) : end + 1])
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", broken
+    server.shutdown()
+    thread.join()
+
+
+@pytest.mark.parametrize(("bound", "code"), [("2", 4), ("10%", 4), ("3", 0), ("50%", 0)])
+def test_the_same_command_twice_ends_alike(batch, tmp_path, bound, code):
+    (tmp_path / "in.jsonl").write_text("{\n" * 3 + lines(range(19)))
+    command = ["--resume", "--fail-on-error", "--max-errors", bound]
+    codes = [batch(*command, source="in.jsonl") for _ in range(2)]
+    assert [code for code, *_ in codes] == [code or 3] * 2
+    if code:
+        assert "--retry-errors runs these again, and a higher --max-errors goes on" in codes[1][2]
+        assert batch(*command, "--dry-run", source="in.jsonl")[0] == 4
+        assert batch(*command[:-1], "90%", source="in.jsonl")[0] == 3
+        (tmp_path / "in.jsonl").write_text(lines(range(22)))
+        assert batch(*command, "--retry-errors", source="in.jsonl")[0] == 0
+        assert batch(*command, source="in.jsonl")[0] == 0
+
+
+def test_drop_missing_is_about_an_earlier_run(batch, folder):
+    assert batch("--drop-missing")[2].endswith(
+        "--drop-missing needs --resume: it is about rows of an earlier run\n"
+    )
