@@ -58,7 +58,7 @@ attempt=1
 while true; do
     run
     case $code in
-        0 | 2 | 3 | 4 | 7 | 8 | 130 | 143) break ;; # how marsinfer ends of its own accord
+        0 | 2 | 3 | 4 | 7 | 8 | 129 | 130 | 143) break ;; # how marsinfer ends of its own accord
     esac
     if [ -n "$stopped" ] || [ "$attempt" -ge "$tries" ]; then break; fi
     sleep "$pause_s"
@@ -74,7 +74,7 @@ case $code in
     7) code=0 ;; # told in the log
     8) tell "storage failed: is the disk full, or an input out of reach? finished rows are kept, and the next night \
 goes on" ;;
-    130 | 143) ;; # whoever stopped it knows; the next night goes on
+    129 | 130 | 143) ;; # whoever stopped it knows; the next night goes on
     2) tell "nothing was run, or nothing written: the settings, the input or the model cannot be used" ;;
     *)
         if [ -z "$stopped" ]; then "$marsinfer" doctor --json --quiet >>"$log" 2>&1; fi

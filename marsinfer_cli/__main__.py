@@ -1,3 +1,7 @@
-from marsinfer_cli.app import main
+from marsinfer_cli.place import leave_out_working_folder
+
+leave_out_working_folder()
+
+from marsinfer_cli.app import main  # noqa: E402
 
 main()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
+from marsinfer_cli import own_place  # noqa: F401 - before what it looks after
 from marsinfer_cli.batch import batch
 from marsinfer_cli.bench import bench_app
 from marsinfer_cli.calibrate import calibrate
@@ -16,14 +17,18 @@ from marsinfer_cli.check import check
 from marsinfer_cli.doctor import doctor
 from marsinfer_cli.events import print_event, wants_events
 from marsinfer_cli.examples import epilog
+from marsinfer_cli.messages import best_effort, keep_descriptors
 from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
+from pipeline.interrupts import SIGNALS
+from pipeline.shown import printable
 from pipeline.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
 ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]
+STOPPED = [128 + number for number in SIGNALS]
 
 app = typer.Typer(
     name="marsinfer",
@@ -62,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a code of the README's table."""
     # libraries' own bars would tear ours apart; tqdm reads this when it is imported
     os.environ.setdefault("TQDM_DISABLE", "1")
+    keep_descriptors()
     sys.exit(run(arguments))
 
 
@@ -69,10 +75,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code instead of leaving the process."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     complain = _complain_in_events if wants_events(words) else _complain
+    with best_effort() as out:
+        code = _run(words, complain)
+        out.flush()
+        if code is not None:
+            return code
+        if out.error is None or isinstance(out.error, BrokenPipeError):  # whoever read it has left
+            return int(out.error is not None)
+        return complain(f"the result cannot be printed: {out.error.strerror or out.error}", 8)
+
+
+def _run(words: list[str], complain: Callable[[str, int], int]) -> int | None:
+    """The exit code of a command's work; None for one whose work is what it prints."""
     try:
         result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
-        result = exit.exit_code
+        result = exit.exit_code or None
     except ClickError as error:
         return complain(error.format_message(), 2)
     except MarsError as error:
@@ -81,17 +99,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         result = 130
     except SystemExit as stop:  # by a signal that came before the first row was answered
         result = stop.code
-    except BrokenPipeError:
-        # whoever read our output has left; without this, Python complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if result in (130, 143):  # Typer itself turns Ctrl-C into 130, and says nothing
+    if result in STOPPED:  # Typer itself turns Ctrl-C into 130, and says nothing
         return complain("interrupted; no row of this run was answered", result)
-    return result if isinstance(result, int) else 0
+    return result if isinstance(result, int) else None
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"marsinfer: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"marsinfer: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from marsinfer_cli.signature import takes
 from pipeline.settings.console import BatchSwitches
 from pipeline.settings.run import BatchConfig
+from pipeline.shown import printable
 
 if TYPE_CHECKING:
     from pipeline.summary import Summary
 
 
 @takes(BatchConfig, BatchSwitches)
-def batch(config: BatchConfig, switches: BatchSwitches) -> int:
+def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
     """Answer a question about every document of INPUT and write OUTPUT."""
     logging.getLogger("marsinfer").setLevel(logging.INFO if switches.verbose else logging.NOTSET)
     if switches.verbose and switches.log_format == "text":
@@ -26,7 +27,7 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int:
         return _dry_run(config, switches)
     if switches.show_prompt is not None:
         _print_prompts(config, switches.show_prompt, as_json=switches.as_json)
-        return 0
+        return None
     summary = _run(config, switches)
     if switches.as_json:
         print(json.dumps(summary.as_dict()))
@@ -77,7 +78,7 @@ def _print_settings(config: BatchConfig) -> None:
     print(to_toml(config), end="", file=sys.stderr)
 
 
-def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int:
+def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int | None:
     """Print what the run would do; returns, or raises, as it would end."""
     from marsinfer_cli.progress import PLAIN_EVERY_S, BatchProgress
     from pipeline.dryrun import dry_run
@@ -93,9 +94,9 @@ def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int:
     with shown as progress:
         progress.phase("reading and tokenizing")
         report = dry_run(config, progress)
-    print(json.dumps(report.as_dict()) if switches.as_json else report.as_text())
+    print(json.dumps(report.as_dict()) if switches.as_json else printable(report.as_text()))
     report.raise_outcome()
-    return 3 if switches.fail_on_error and report.tally.status["error"] + report.done["error"] else 0
+    return 3 if switches.fail_on_error and report.tally.status["error"] + report.done["error"] else None
 
 
 def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:
@@ -105,10 +106,10 @@ def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps(shown))
         elif "error" in shown:
-            print(f"--- row {shown['row']}, id {shown['id']}: no prompt: {shown['error']}")
+            print(printable(f"--- row {shown['row']}, id {shown['id']}: no prompt: {shown['error']}"))
         else:
             cut = f", {shown['truncated_tokens']:,} cut" if shown["truncated_tokens"] else ""
             part = f", part {shown['part']} of {shown['parts']}" if "part" in shown else ""
             counts = f"{shown['prompt_tokens']:,} tokens, document {shown['document_tokens']:,}{cut}"
-            print(f"--- row {shown['row']}, id {shown['id']}{part}: {counts}")
-            print(shown["prompt"])
+            print(printable(f"--- row {shown['row']}, id {shown['id']}{part}: {counts}"))
+            print(printable(shown["prompt"]) if sys.stdout.isatty() else shown["prompt"])

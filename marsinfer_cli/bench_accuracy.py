@@ -12,6 +12,7 @@ from marsinfer_cli.tables import conditions_of, print_accuracy_tables
 from marsinfer_cli.variants import parse_variants
 from pipeline.settings.bench import AccuracyConfig, AgreementConfig
 from pipeline.settings.console import AccuracySwitches
+from pipeline.shown import printable
 
 
 @takes(AccuracyConfig, AccuracySwitches)
@@ -51,7 +52,7 @@ def _run(config: AccuracyConfig, switches: AccuracySwitches) -> None:
 def _say(switches: AccuracySwitches) -> Callable[[str], None]:
     if switches.quiet:
         return lambda text: None
-    return lambda text: print(f"marsinfer: {text}", file=sys.stderr)
+    return lambda text: print(f"marsinfer: {printable(text)}", file=sys.stderr)
 
 
 def _measure(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @takes(CalibrateConfig, CalibrateSwitches)
-def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> None:
+def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     """Find the fastest settings for a model on documents that lose no more than --max-drop.
 
     What each layer makes of unimportant tokens is probed, all methods are searched, and what is found is
@@ -31,11 +31,11 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> None:
 
         save_frontier(switches.plot, result)
     raise_unless_held(result)
+    return 0
 
 
 def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
-    from rich.console import Console
-
+    from marsinfer_cli.console import Console
     from pipeline.interrupts import graceful_stop
     from pipeline.quality.calibrate import run_calibrate
 
@@ -54,10 +54,10 @@ def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
 
 
 def _print(result: Calibration) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
+    from marsinfer_cli.console import Console
     from pipeline.quality import calibration_report as report
 
     console = Console()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @takes(CheckConfig, CheckSwitches)
-def check(config: CheckConfig, switches: CheckSwitches) -> None:
+def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     """Fail where a method is less accurate than dense, on the same rows, by more than --max-drop.
 
     Exits with 0 where all of the drop's 95% interval, of a bootstrap over documents, is within the bound,
@@ -30,6 +30,7 @@ def check(config: CheckConfig, switches: CheckSwitches) -> None:
     else:
         _print(result)
     raise_verdict(result)
+    return None if config.out == "-" else 0
 
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
@@ -55,10 +56,10 @@ def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
 
 
 def _print(result: CheckResult) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
+    from marsinfer_cli.console import Console
     from pipeline.quality.reports import (
         HEADS,
         counts_text,
@@ -74,11 +75,15 @@ def _print(result: CheckResult) -> None:
         console.width = max(console.width, 120)
     heads = [result.method if head == "method" else head for head in HEADS]
     title = f"{config.gate_metric}, at most {config.bound_text} below dense"
-    table = Table(*(Column(head, justify="right" if 0 < n < 6 else "left") for n, head in enumerate(heads)))
+    table = Table(
+        *(Column(Text(head), justify="right" if 0 < n < 6 else "left") for n, head in enumerate(heads))
+    )
     table.title = title
     for row in table_rows(result):
         table.add_row(*map(Text, row))
-    measures = Table("all rows", Column("dense", justify="right"), Column(result.method, justify="right"))
+    measures = Table(
+        "all rows", Column("dense", justify="right"), Column(Text(result.method), justify="right")
+    )
     for row in measure_rows(result):
         measures.add_row(*map(Text, row))
     console.print(table, measures)

@@ -11,8 +11,7 @@ from pipeline.errors import MarsError
 from pipeline.settings.console import DoctorSwitches
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from marsinfer_cli.console import Console
     from pipeline.doctor.examine import Examination
 
 STYLES = {"ok": "green", "absent": "dim", "note": "yellow", "broken": "bold red"}
@@ -38,9 +37,9 @@ def doctor(switches: DoctorSwitches) -> None:
 
 
 def _run(*, quiet: bool) -> Examination:
-    from rich.console import Console
     from rich.markup import escape
 
+    from marsinfer_cli.console import Console
     from pipeline.doctor.examine import examine
 
     console = Console(stderr=True, quiet=quiet)
@@ -49,7 +48,7 @@ def _run(*, quiet: bool) -> Examination:
 
 
 def _print(result: Examination) -> None:
-    from rich.console import Console
+    from marsinfer_cli.console import Console
 
     console = Console()
     if console.is_terminal:

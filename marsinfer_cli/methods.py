@@ -41,8 +41,9 @@ def _print_method(method: dict[str, Any]) -> None:
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from marsinfer_cli.console import Console
 
     table = Table(*columns)
     for row in rows:

@@ -7,10 +7,10 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from marsinfer_cli.console import Console
 from marsinfer_cli.events import print_event
 from pipeline.settings.run import BatchConfig
 from pipeline.summary import Summary, Tally
@@ -63,7 +63,10 @@ class BatchProgress:
             return self
         if self.console.is_terminal and not self.as_json:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=self.console
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
             )
             self._bar.add_task("starting", total=None)
             self._bar.start()

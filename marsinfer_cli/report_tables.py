@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from marsinfer_cli.console import Console
 from pipeline.report.figures import percent_of
 from pipeline.report.page import cut
 from pipeline.report.report import comparison_figures, headline_rows, pair_facts, phase_rows
@@ -121,8 +121,5 @@ def _console() -> Console:
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
-    """As it is: documents and answers may hold what looks like markup, or control a terminal."""
-    shown = "".join(
-        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
-    console.print(shown, markup=False, highlight=False, soft_wrap=True, style=style)
+    """As it is: documents and answers may hold what looks like markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)

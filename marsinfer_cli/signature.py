@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from pipeline.settings.sources import (
     taken,
     with_profile,
 )
+from pipeline.shown import printable
 
 Body = Callable[..., Any]
 BARE = {each.flag: each.about for cls in CONFIGURED for each in settings_of(cls) if each.about.bare}
@@ -152,7 +154,7 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
         if given.get("log_format") == "json":
             print_event("note", message=note)
         else:
-            typer.echo(f"marsinfer: note: {note}", err=True)
+            print(f"marsinfer: note: {printable(note)}", file=sys.stderr)
     return made
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
+from pipeline.shown import in_cell
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -252,7 +254,7 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(row[name] for name in columns) + " |")
+        print("| " + " | ".join(in_cell(row[name]) for name in columns) + " |")
 
 
 def _number(value: float | None) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+from jinja2 import TemplateError
+
 from pipeline.errors import ConfigError, ModelError
-from pipeline.templates import RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.templates import EXPECTED, RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.trial import LONG_TEXT, check_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +42,38 @@ def no_template(tokenizer: PreTrainedTokenizerFast) -> ModelError:
     return ModelError(f"the model has {several}, and no default; {REMEDY}")
 
 
+def failing(error: BaseException) -> ModelError:
+    """What to say of a chat template that raises this."""
+    return ModelError(f"the model's chat template fails: {told(error)}; {REMEDY}")
+
+
+def check_chat(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise TemplateError for a chat template that writes without end, before it is rendered here."""
+    check_ends(f"chat\0{tokenizer.chat_template}", lambda: _tried(tokenizer))
+
+
+def _tried(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """What the chat template writes for every form of messages, short and long, that it does not refuse."""
+    short, long = SENTINELS["document"], LONG_TEXT
+    for texts in ({"user": short, "assistant": short}, {"system": short, "user": short}, {"user": long}):
+        for in_parts in (False, True):
+            with suppress(*EXPECTED):
+                messages = chat_messages(texts, in_parts=in_parts)
+                yield str(
+                    tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt="assistant" not in texts
+                    )
+                )
+
+
+def chat_messages(texts: Mapping[str, str], *, in_parts: bool) -> list[dict[str, Any]]:
+    """Messages by their roles, each a text or a list of parts, one text."""
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+        for role, text in texts.items()
+    ]
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """The model's chat template around one message of the user, and a system message where there is one.
@@ -64,6 +100,10 @@ class ChatTemplate:
             raise no_template(tokenizer)
         chat = cls(tokenizer, source, body, now)
         in_parts = replace(chat, in_parts=True)
+        try:
+            check_chat(tokenizer)
+        except TemplateError as error:
+            raise failing(error) from error
         return in_parts if not chat._writes_document() and in_parts._writes_document() else chat
 
     @cached_property
@@ -78,15 +118,8 @@ class ChatTemplate:
 
     def render(self, fields: Mapping[str, str]) -> str:
         """The prompt with these texts, as transformers renders it; raises RENDER_ERRORS."""
-        user = self._message(fields)
-        messages: list[dict[str, Any]] = [{"role": "user", "content": user}]
-        if fields["system"]:
-            messages.insert(0, {"role": "system", "content": fields["system"]})
-        if self.in_parts:
-            messages = [
-                {"role": each["role"], "content": [{"type": "text", "text": each["content"]}]}
-                for each in messages
-            ]
+        system = {"system": fields["system"]} if fields["system"] else {}
+        messages = chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts)
         return str(
             self.tokenizer.apply_chat_template(
                 messages, chat_template=self._dated, tokenize=False, add_generation_prompt=True
@@ -102,7 +135,7 @@ class ChatTemplate:
             if fields["system"]:
                 self.render_first({**fields, "system": ""})  # fails if the system message is not at fault
                 raise ConfigError(f"{refused}: {told(error)}") from error
-            raise ModelError(f"the model's chat template fails: {told(error)}; {REMEDY}") from error
+            raise failing(error) from error
         if fields["system"] == SENTINELS["system"] and SENTINELS["system"] not in text:
             raise ConfigError(f"{refused}: it leaves it out")
         return text

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.asking import (
@@ -21,10 +22,12 @@ from pipeline.asking import (
 )
 from pipeline.errors import ConfigError, MarsError, RowError, is_failure
 from pipeline.io import Columns, Keep, Source, open_source, parse_keep_columns
+from pipeline.io.lines import LONGEST
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
 from pipeline.settings.prompts import PromptSettings, SplitSettings
 from pipeline.settings.run import BatchConfig
 from pipeline.splitting import SplitDocument, Splitter
+from pipeline.within import Within
 
 if TYPE_CHECKING:
     from pipeline.io.journal import Journal
@@ -120,6 +123,7 @@ def _columns(
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
         holds_question=holds_question,
+        longest_line=data.longest_line or LONGEST,
     )
 
 
@@ -230,15 +234,19 @@ def row_hash(record: Record) -> str:
 
 
 def encode_rows(
-    records: Iterable[Record], prompts: PromptBuilder | Splitter, on_overlong: str
+    records: Iterable[Record],
+    prompts: PromptBuilder | Splitter,
+    on_overlong: str,
+    timeout_s: float | None = None,
 ) -> Iterator[Item]:
-    """Tokenize what was read; a row that cannot be encoded becomes a failure in its place."""
+    """Tokenize what was read; a row that cannot be encoded, or not in time, becomes a failure in place."""
+    within = Within(timeout_s)
     for record in records:
         if isinstance(record, RowFailure):
             yield record
             continue
         try:
-            yield prompts.encode(record)
+            yield within.run(partial(prompts.encode, record))
         except RowError as error:
             yield _encoding_failure(record.source, error, on_overlong)
         except MarsError:

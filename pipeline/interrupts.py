@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends a run in good order, the second at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first ends a run in good order, the second at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 from pipeline.errors import KEPT, Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _nothing_to_lose = False
 
@@ -22,7 +22,7 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     `kept` ends its message: what becomes of the work so far; a function is asked when the signal has come.
     Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
     `nothing_to_lose`. A second signal ends it as if nobody had listened: what is in the journal stays there.
-    Only the main thread may use this.
+    A SIGHUP that is ignored stays so, as `nohup` wants it. Only the main thread may use this.
     """
     received: list[int] = []
     checked = False
@@ -43,7 +43,8 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
             told = kept if isinstance(kept, str) else kept()
             raise Interrupted(f"stopped by {name}; {told}", 128 + received[0])
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handle) for number in SIGNALS if number not in ignored}
     try:
         yield check
     finally:

@@ -61,7 +61,8 @@ class Preparation(Setup):
     def encode(self, rows: Iterable[Record]) -> Iterator[Item]:
         """Rows as prompts, in the order in which they are answered; those that cannot be are failures."""
         ordered = by_document(rows) if self.config.sort_by_document else rows
-        return encode_rows(ordered, self.splitter or self.prompts, self.config.on_overlong)
+        config = self.config
+        return encode_rows(ordered, self.splitter or self.prompts, config.on_overlong, config.row_timeout)
 
     def length_note(self, prompt_tokens: int) -> str | None:
         """What to say of a prompt of such a length, for which the profile says little."""

@@ -17,7 +17,7 @@ from pipeline.io.whole_file import writing
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import settings_of
-from pipeline.settings.sources import renewed
+from pipeline.settings.sources import refuse_code, renewed
 from pipeline.toml import toml_of
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in table.get("settings", {}).items()
     }
     values = {key.replace("-", "_"): value for key, value in table.items()} | {"settings": settings}
+    refuse_code(f"--profile {path}", values)
     try:
         return renewed(MethodSettings, values, lambda note: None)
     except ConfigError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,26 +10,20 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Environment
 
 from pipeline.errors import ConfigError
+from pipeline.trial import LONG_TEXT, check_ends
 
 NAMES = ("document", "question", "system")
 SENTINELS = {name: f"Mars{name.title()}Sentinel7c1e49" for name in NAMES}
-# what templates raise, one that calls itself without end or makes a text without end included
-RENDER_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
+# what templates raise, and, with the rest, one that calls itself without end or makes a text without end
+EXPECTED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+RENDER_ERRORS = (*EXPECTED, RecursionError, MemoryError)
+_PLAIN = (nodes.Output, nodes.TemplateData, nodes.Name, nodes.If, nodes.Const)
 
 
 def told(error: BaseException) -> str:
     """The error in words, as some have none of their own."""
     if isinstance(error, RecursionError):
-        return "it calls itself without end"
+        return "it calls itself without end, or is nested too deeply"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -45,10 +39,13 @@ class FileTemplate:
 
     def __post_init__(self) -> None:
         try:
-            environment = _environment()
-            _check_names(environment.parse(self.text), {*environment.globals, *NAMES})
+            if not self._is_plain():
+                check_ends(f"file\0{self.text}", self._tried)
+            self._check_names()
         except TemplateSyntaxError as error:
             raise ConfigError(f"prompt template line {error.lineno}: {error.message}") from error
+        except RENDER_ERRORS as error:
+            raise ConfigError(f"prompt template: {told(error)}") from error
 
     @property
     def asks(self) -> bool:
@@ -58,6 +55,25 @@ class FileTemplate:
     def render(self, fields: Mapping[str, str]) -> str:
         """The text with these fields, of which those that are not there are empty; raises RENDER_ERRORS."""
         return _compiled(self.text).render(dict(fields))
+
+    def _check_names(self) -> None:
+        environment = _environment()
+        _check_names(environment.parse(self.text), {*environment.globals, *NAMES})
+
+    def _is_plain(self) -> bool:
+        """Whether it is made of texts and names alone, which nothing can make long."""
+        try:
+            return all(
+                isinstance(node, _PLAIN) for node in _environment().parse(self.text).find_all(nodes.Node)
+            )
+        except RENDER_ERRORS:
+            return False
+
+    def _tried(self) -> Iterator[str]:
+        """What it writes for short texts and for long ones."""
+        self._check_names()  # compiles it, which computes what is constant
+        for fields in (SENTINELS, dict.fromkeys(NAMES, LONG_TEXT)):
+            yield self.render(fields)
 
     def render_first(self, fields: Mapping[str, str]) -> str:
         """The same, its errors as `ConfigError`."""

@@ -73,7 +73,7 @@ def unpack_layers(entries: Sequence[bytes], tokens: int) -> list[LayerStates]:
 def _planes(entry: bytes, entered: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """The tag, and as (n,) bools of the tokens that entered: who goes on, passes the FFN, and that in fp8."""
     try:
-        content = zlib.decompress(entry)
+        content = _unpacked(entry, most=1 + 3 * ((entered + 7) // 8))
     except zlib.error as error:
         raise ValueError(f"no selection of a layer: {error}") from error
     tag, at = content[0], 1
@@ -95,3 +95,14 @@ def _planes(entry: bytes, entered: int) -> tuple[int, np.ndarray, np.ndarray, np
     if at != len(content):
         raise ValueError("a layer's selection is of another prompt")
     return tag, live, ffn, fp8
+
+
+def _unpacked(entry: bytes, *, most: int) -> bytes:
+    """A tag and planes of `most` bytes at most; the file may have packed more than any memory."""
+    stream = zlib.decompressobj()
+    content = stream.decompress(entry, most + 1)
+    if len(content) > most:
+        raise ValueError("a layer's selection is of another prompt")
+    if not content or not stream.eof:
+        raise ValueError("no selection of a layer: it is cut")
+    return content

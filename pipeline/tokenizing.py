@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.chat import chat_messages, check_chat
 from pipeline.errors import ModelError, RowError
 from pipeline.templates import RENDER_ERRORS, SENTINELS
 from pipeline.whole import Tokens, WholeTexts, encoded
@@ -49,12 +50,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def _behind_answer(tokenizer: PreTrainedTokenizerFast, *, in_parts: bool) -> str:
     """What the chat template writes behind an assistant's message, given as a text or as a list of parts."""
     sentinel = SENTINELS["document"]
-    texts = {"user": "a", "assistant": sentinel}
-    messages: list[dict[str, Any]] = [
-        {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
-        for role, text in texts.items()
-    ]
+    messages = chat_messages({"user": "a", "assistant": sentinel}, in_parts=in_parts)
     try:
+        check_chat(tokenizer)
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except RENDER_ERRORS:  # no chat template, or one for prompts only: the other sources remain
         return ""

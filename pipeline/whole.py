@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 REACH = 2048  # characters before the document's end that are tokenized again
+LONG = 10_000  # characters, about a millisecond
 AGREE = 32  # tokens in a row, which many words have
 
 
@@ -97,6 +98,8 @@ def _span(encoding: Encoding, token: int) -> tuple[int, int]:
 def encoded(backend: Tokenizer, text: str) -> Encoding:
     """The tokens of a text, without those that a tokenizer puts in front; a `RowError` if it is no text."""
     try:
+        if len(text) > LONG:  # alone it would hold up all threads meanwhile, as a batch it does not
+            return backend.encode_batch([text], add_special_tokens=False)[0]
         return backend.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeError) as error:
         raise RowError("bad_text", "the text is not valid Unicode (a lone surrogate)") from error

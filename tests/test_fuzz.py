@@ -86,7 +86,7 @@ def check(model_folder, tmp_path_factory):
             code, told = outcome(["batch", str(source), str(output), *common, *case.flags])
             if code in (0, 3):  # 3: no row of it has an answer
                 assert len(told) == (code == 3), told
-                check_rows(output, expected_rows(case, source))
+                check_rows(output, case.rows, footer_rows(source))
             else:
                 assert code == 2
                 assert len(told) == 1, told
@@ -130,19 +130,20 @@ def time_limit():
         signal.signal(signal.SIGPROF, before)
 
 
-def expected_rows(case, source):
-    """As the case tells it; of Parquet, whatever befell it, as its footer says."""
-    return pq.read_metadata(source).num_rows if source.suffix == ".parquet" else case.rows
+def footer_rows(source):
+    """The rows of a Parquet file as its footer says, whatever befell it."""
+    return pq.read_metadata(source).num_rows if source.suffix == ".parquet" else None
 
 
-def check_rows(output, expected):
+def check_rows(output, expected, of_footer):
     table = read(output)
     numbers = table.column("row").to_pylist()
     kinds = table.column("error_type").to_pylist()
     assert numbers == sorted(set(numbers))
-    if expected is not None:  # a row that says so stands for all rows that cannot be read
-        after = [*numbers[1:], expected][: len(numbers)]
-        assert numbers[:1] == [0][:expected]
+    assert expected is None or len(numbers) == expected
+    if of_footer is not None:  # a row that says so stands for all rows that cannot be read
+        after = [*numbers[1:], of_footer][: len(numbers)]
+        assert numbers[:1] == [0][:of_footer]
         for number, kind, following in zip(numbers, kinds, after, strict=True):
             assert following == number + 1 or (kind == "unreadable" and following > number)
     for status, kind in zip(table.column("status").to_pylist(), kinds, strict=True):

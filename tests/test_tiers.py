@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 
@@ -52,3 +55,20 @@ def test_random_tiers_stay_below_a_fifth_of_a_byte():
 def test_bytes_of_something_else_are_refused(entry):
     with pytest.raises(ValueError, match=r"selection|buffer|count"):
         unpack_layers([entry], 20)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (zlib.compress(bytes(30_000_000)), "a layer's selection is of another prompt"),
+        (zlib.compress(b""), "no selection of a layer: it is cut"),
+        (zlib.compress(bytes([1]) + bytes(range(100)))[:30], "no selection of a layer: it is cut"),
+    ],
+    ids=["bomb", "empty", "cut"],
+)
+def test_what_was_packed_otherwise_is_refused_before_it_is_unpacked_whole(entry, message):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        unpack_layers([entry], 800)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()

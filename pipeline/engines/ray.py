@@ -80,6 +80,13 @@ class RayEngine:
         return sum(seat.starting is None for seat in self._seats)
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+        try:
+            yield from self._answers(windows)
+        except RayError:
+            self._cluster.check(at_once=True)  # which says so where Ray itself is gone
+            raise
+
+    def _answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
         incoming = iter(windows)
         is_more = True
         while is_more or self._backlog or any(seat.block for seat in self._seats):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from pipeline.engines.ray_pulse import Pulse
 from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import SIGNALS
 from pipeline.model.loading import UnloadedModel
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.engines.ray import RayEngine
     from pipeline.engines.ray_worker import ModelFacts
 
+HOME = Path(__file__).resolve().parents[2]
 LOGGER = logging.getLogger("marsinfer.ray")  # at INFO, Ray's own messages are shown
 OBJECT_STORE_BYTES = 256 * 2**20  # of a Ray of the run's own: blocks and answers on their way, no more
 LOOK_UP_S = 0.5
@@ -36,6 +40,9 @@ ALWAYS = {
     "RAY_worker_niceness": "0",  # as the local engine's process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +79,20 @@ def distant_model(config: BatchConfig, facts: ModelFacts) -> DistantModel:
     return DistantModel(**values | {"device": torch.device("cuda")}, facts=facts)
 
 
+class _Places(list[str]):
+    """Where workers look for modules first. Ray would add the working folder, whose files may hide ours."""
+
+    def extend(self, places: Iterable[str]) -> None:
+        """Leave out what Ray adds."""
+
+
 class RayCluster:
     """A context manager: the cluster that a run names, or a Ray of its own, here, which ends with it."""
 
     def __init__(self, config: BatchConfig, check: Callable[[], None]) -> None:
         """Connects when something is asked of it."""
-        self._config, self.check = config, check
+        self._config, self._check = config, check
+        self._pulse: Pulse | None = None
         self._connected = self._was_connected = False
         self._actors: list[Any] = []
         self._given: tuple[Any, str] = (None, "")
@@ -92,7 +107,7 @@ class RayCluster:
 
     def close(self) -> None:
         """End the workers, and the packs in flight with them, and leave the cluster."""
-        if not self._connected:
+        if not self._connected or self._is_lost:  # without Ray's processes, calls of Ray never return
             return
         import ray
 
@@ -103,6 +118,19 @@ class RayCluster:
         if not self._was_connected:
             with _own_signals():
                 ray.shutdown()
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._pulse is not None and self._pulse.lost is not None
+
+    def check(self, *, at_once: bool = False) -> None:
+        """To be called often: raises what the run's own check does, and MarsError where Ray itself has died.
+
+        Ray is looked at now and then, or `at_once`.
+        """
+        self._check()
+        if self._pulse is not None:
+            self._pulse.check(at_once=at_once)
 
     def engine(self, run: Preparation, note: Callable[[str], None]) -> RayEngine:
         """What answers the rows of a run here."""
@@ -115,15 +143,20 @@ class RayCluster:
         """Raises ConfigError where Ray is not installed, or not to be reached."""
         if self._connected:
             return
+        if self._config.ray_address is None:
+            _close_to_others()
         ray = _import_ray()
         self._was_connected = ray.is_initialized()
+        address = self._config.ray_address
         if not self._was_connected:
+            from ray.job_config import JobConfig
+
             shown = LOGGER.isEnabledFor(logging.INFO)
             options: dict[str, Any] = {
                 "log_to_driver": shown,
                 "logging_level": logging.INFO if shown else logging.CRITICAL,
+                "job_config": JobConfig(_py_driver_sys_path=_Places([str(HOME)])),
             }
-            address = self._config.ray_address
             _check_listens(address)
             with _own_signals():
                 try:
@@ -138,6 +171,7 @@ class RayCluster:
                         f"no Ray can be used {where}: {what}; `ray start --head` starts a cluster"
                     ) from error
         self._connected = True
+        self._pulse = Pulse.of(ray, is_own=not self._was_connected and address is None)
 
     def _own_ray(self) -> dict[str, Any]:
         wanted = parse_workers(self._config.workers) or 1
@@ -245,6 +279,16 @@ def _check_listens(address: str | None) -> None:
         raise ConfigError(
             f"--ray-address {address}: nobody answers there ({error}); `ray start --head` tells the address"
         ) from error
+
+
+def _close_to_others() -> None:
+    """Have a Ray of the run's own, whose ports run what they are sent, refuse all without this run's secret.
+
+    Where the environment says something about it, that holds, as does Ray's own way where it is imported
+    already, for which it has read the environment.
+    """
+    if "ray" not in sys.modules and not any(name in os.environ for name in AUTHENTICATION):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _import_ray() -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
+from pipeline.io.lines import LONGEST
 
 Keep = tuple[tuple[str, str | None], ...]
 
@@ -33,6 +34,7 @@ class Columns:
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
     holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
     keep: Mapping[str, str | None] | Keep | None = None
+    longest_line: int = LONGEST  # of JSON lines, in bytes
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.question, self.questions, self.fixed_question)) > 1:

@@ -16,6 +16,7 @@ from pipeline.io.causes import ReadFault, until_fault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
 from pipeline.io.jsonvalues import parse_json
+from pipeline.io.lines import LongLine, bounded_lines
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import Record, Spot, build, json_type
 from pipeline.io.sniff import CR_ENDS
@@ -45,6 +46,8 @@ class JsonlReader:
             spot = self._spot(base, index)
             if isinstance(line, ReadFault):
                 yield spot.rest_lost(line)
+            elif isinstance(line, LongLine):
+                yield spot.failure("long_line", _too_long(line))
             elif line.strip():
                 yield self._record(line, plan, spot)
         return index + 1
@@ -61,14 +64,16 @@ class JsonlReader:
         label = self.file.label
         return Spot(base + index, f"{label} line {index + 1}", f"{label}:{index}")
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self) -> Iterator[bytes | LongLine]:
         with ExitStack() as opened:
             raw = opened.enter_context(self.file.open())
             stream = opened.enter_context(_decompressed(raw, self.file.compression))
-            for line in stream:
+            for line in bounded_lines(stream, self._columns.longest_line):
                 if self.file.size:
                     self.fraction = min(raw.tell() / self.file.size, 1.0)
-                yield line.removeprefix(BOM)  # also midway, where files were joined
+                yield (
+                    line if isinstance(line, LongLine) else line.removeprefix(BOM)
+                )  # also midway, where files were joined
 
 
 @contextmanager
@@ -77,6 +82,13 @@ def open_lines(file: InputFile) -> Iterator[BinaryIO]:
     with ExitStack() as opened:
         raw = opened.enter_context(file.open())
         yield opened.enter_context(_decompressed(raw, file.compression))
+
+
+def _too_long(line: LongLine) -> str:
+    return (
+        f"has more than {line.longest:,} bytes, and was passed over; --longest-line takes longer ones, for "
+        "which there must be memory several times over"
+    )
 
 
 def _check_magic(file: InputFile) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from itertools import islice
-from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipeline.io.causes import READ_ERRORS
 from pipeline.io.inputs import InputFile
 from pipeline.io.jsonl import BOM, open_lines
+from pipeline.io.lines import bounded_lines
 from pipeline.io.own import is_own_table
 from pipeline.io.partitions import KIND
 from pipeline.io.stdin import Stdin
@@ -60,10 +60,10 @@ def _own_columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
     if not file.path.is_file():  # a named pipe, which can be read only once
         return None, True
     with open_lines(file) as lines:
-        return _keys(lines), True
+        return _keys(line for line in bounded_lines(lines) if isinstance(line, bytes)), True
 
 
-def _keys(lines: Iterable[bytes] | BinaryIO) -> dict[str, str] | None:
+def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
     for line in islice(lines, LINES_TRIED):
         try:
             row = json.loads(line.removeprefix(BOM).decode())

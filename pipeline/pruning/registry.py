@@ -30,9 +30,14 @@ def method_names() -> list[str]:
     return sorted(METHODS)
 
 
+def brings_code(name: str) -> bool:
+    """Whether a method is a class of the user's own, named as `module:Class` or `FILE.py:Class`."""
+    return ":" in name and name not in METHODS
+
+
 def check_method_name(name: str) -> None:
     """Raise ConfigError for a name that cannot be a method; imports nothing."""
-    if name not in METHODS and ":" not in name:
+    if name not in METHODS and not brings_code(name):
         raise ConfigError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(method_names())} "
             "(or FILE.py:Class for one of your own)"

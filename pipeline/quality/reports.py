@@ -12,6 +12,7 @@ from pipeline.errors import GateFailed, GateInconclusive
 from pipeline.io.whole_file import failures_told, writing
 from pipeline.quality.gates import ALL, UNITS, Gate, Measure
 from pipeline.replacing import JUNIT_NAME, is_baseline, is_junit, is_result, refuse_foreign_file
+from pipeline.shown import in_markdown, in_xml
 from pipeline.words import counted
 
 if TYPE_CHECKING:
@@ -170,12 +171,12 @@ def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
     suite = ElementTree.SubElement(
         root,
         "testsuite",
-        {"name": f"{result.method} against dense", "timestamp": result.about["started"], **counts},
+        {"name": in_xml(f"{result.method} against dense"), "timestamp": result.about["started"], **counts},
     )
     for gate in gates:
-        name = f"{gate.task}: {result.config.gate_metric} within {result.config.bound_text}"
+        name = in_xml(f"{gate.task}: {result.config.gate_metric} within {result.config.bound_text}")
         case = ElementTree.SubElement(suite, "testcase", {"classname": "marsinfer.check", "name": name})
-        text = gate_text(result, gate)
+        text = in_xml(gate_text(result, gate))
         if gate.verdict == "pass":
             ElementTree.SubElement(case, "system-out").text = text
         else:
@@ -211,25 +212,26 @@ def measure_rows(result: CheckResult) -> list[tuple[str, str, str]]:
 def markdown(result: CheckResult) -> str:
     about = result.about
     lines = [
-        f"### {result.method} against dense: {result.verdict}",
+        f"### {in_markdown(result.method)} against dense: {result.verdict}",
         "",
-        verdict_text(result),
+        in_markdown(verdict_text(result)),
         "",
         *_table(HEADS, table_rows(result)),
         "",
         *_table(("measure, all rows", "dense", result.method), measure_rows(result)),
         "",
-        f"{counts_text(result)}. {speed_text(result)}.",
+        in_markdown(f"{counts_text(result)}. {speed_text(result)}."),
         "",
-        f"Model {about['name']} on {about['device']}, data `{about['data_sha256'][:12]}`.",
+        f"Model {in_markdown(about['name'])} on {in_markdown(about['device'])}, "
+        f"data `{about['data_sha256'][:12]}`.",
         "",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _table(heads: tuple[str, ...], rows: list[Any]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *cells]]
+    cells = [[in_markdown(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [map(in_markdown, heads), ["---"] * len(heads), *cells]]
 
 
 def _gate(gate: Gate) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pipeline.errors import ConfigError
 from pipeline.io.whole_file import writing
 from pipeline.replacing import is_page, refuse_foreign_file
+from pipeline.shown import in_xml
 from pipeline.versions import version_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -26,6 +27,7 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_without_controls,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -35,6 +37,11 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
     return environment.get_template(template).render(
         policy=_policy(code), script=Markup(code), version=version_of("marsinfer"), **values
     )
+
+
+def _without_controls(value: Any) -> Any:
+    """What stands in the page, of whatever type; markup stays so."""
+    return type(value)(in_xml(value)) if isinstance(value, str) else value
 
 
 def cut(text: str | None, length: int) -> str:

@@ -7,6 +7,7 @@ from itertools import combinations
 
 from pipeline.errors import ConfigError
 from pipeline.settings.asking import ASKED, SUMMARIES
+from pipeline.settings.kinds import BYTES
 from pipeline.settings.option import ANSWERS, READING, Settings, option
 from pipeline.settings.parse import parse_shard
 
@@ -80,6 +81,15 @@ class DataSettings(TextSettings, SeedSettings):
         None,
         help="Column of the kind of task, which profiles and the tables of check tell apart.",
         shown_default="none",
+        panel=READING,
+    )
+    longest_line: int | None = option(
+        None,
+        metavar="BYTES",
+        help="The longest line of JSONL, decompressed, e.g. 4GiB; a longer one is an error row.",
+        shown_default="1GiB",
+        kind=BYTES,
+        least=1,
         panel=READING,
     )
     shard: str | None = option(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.errors import ConfigError
-from pipeline.pruning.registry import check_method_name
+from pipeline.pruning.registry import brings_code, check_method_name
 from pipeline.settings.kinds import NUMBER, PARAMETERS, TEXT
 from pipeline.settings.option import METHOD, MODEL, Renamed, Settings, option
 from pipeline.settings.parse import check_between
@@ -59,6 +59,7 @@ class MethodSettings(Settings):
         offered="methods",
         check=lambda name, flag: None if name == AUTO else check_method_name(name),
         in_profile=True,
+        brings_code=brings_code,
         panel=METHOD,
     )
     settings: Mapping[str, Any] = option(

@@ -66,4 +66,6 @@ class ModelSettings(WeightsSettings, DeviceSettings):
         check=parse_regex,
         panel=MODEL,
     )
-    trust_remote_code: bool = option(False, help="Run code that a model folder brings.", panel=MODEL)
+    trust_remote_code: bool = option(
+        False, help="Run code that a model folder brings.", brings_code=bool, panel=MODEL
+    )

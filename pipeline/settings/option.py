@@ -53,6 +53,8 @@ class About:
     in_file: bool = True
     in_environment: bool = True
     in_profile: bool = False
+    # whether code that is not ours would run for a value; files and the environment cannot give such a one
+    brings_code: Callable[[Any], bool] | None = None
 
 
 def option(default: Any = MISSING, *, factory: Any = MISSING, help: str, **about: Any) -> Any:
@@ -102,6 +104,19 @@ class Setting:
             check_between(self.flag, value, about.least, about.most, open_low=about.above_least)
         else:
             check_at_least(self.flag, value, int(about.least))
+
+    def brings_code(self, value: Any) -> bool:
+        """Whether code that is not ours would run for this value."""
+        return value is not None and self.about.brings_code is not None and self.about.brings_code(value)
+
+    def refuse_code(self, place: str, value: Any) -> None:
+        """Raise ConfigError where a file or the environment, at `place`, asks for code to be run."""
+        if self.brings_code(value):
+            shown = f"{self.flag} {value}" if isinstance(value, str) else self.flag
+            raise ConfigError(
+                f"{place} would run code, and only the command line may ask for that: give {shown} there, if "
+                "you trust it"
+            )
 
     def _check_value(self, value: Any) -> None:
         """What no setting can be: an empty text, a number that no machine counts to."""

@@ -83,7 +83,16 @@ def read_config(path: str) -> dict[str, Any]:
         if name in values:
             raise ConfigError(f"{place}: {name} is set twice, with dashes and with underscores")
         values[name] = known[name].kind.of_toml(f"{place}: {key}", value)
+    refuse_code(place, values)
     return values
+
+
+def refuse_code(place: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where what a file says at `place` would run code that is not ours."""
+    for cls in CONFIGURED:
+        for each in settings_of(cls):
+            if each.name in values:
+                each.refuse_code(f"{place}: {each.name.replace('_', '-')}", values[each.name])
 
 
 def _toml(place: str, path: str) -> dict[str, Any]:
@@ -121,7 +130,10 @@ def _of_environment(variable: str, known: Setting | Renamed, text: str) -> Any:
         raise ConfigError(
             f"{variable}: {known.name} cannot be set by the environment; give it as an argument"
         )
-    return known.kind.of_text(variable, text)
+    value = known.kind.of_text(variable, text)
+    if isinstance(known, Setting):
+        known.refuse_code(variable, value)
+    return value
 
 
 def _known() -> dict[str, Setting | Renamed]:
@@ -168,18 +180,24 @@ def _joined(old: Renamed, now: Any, value: Any) -> Any:
 def to_toml(config: Settings) -> str:
     """A configuration as `read_config` reads it, named as the flags; what has no value is left out.
 
-    URLs are shown without their secrets.
+    URLs are shown without their secrets. What a file may not say, as it would run code, stands there as a
+    comment, with the parameters of such a method.
     """
     values = {
         each.name: redacted(getattr(config, each.name))
         for each in settings_of(type(config))
         if each.about.in_file
     }
+    code = {each.name for each in settings_of(type(config)) if each.brings_code(values.get(each.name))}
     parameters = values.pop("settings", {})
-    shown = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
-    lines = [f"{name} = {toml_value(value)}" for name, value in shown.items()]
-    lines += ["", "[settings]"] if parameters else []
-    lines += [f"{toml_key(name)} = {toml_value(value)}" for name, value in parameters.items()]
+    lines = [
+        f"{'# ' if name in code else ''}{name.replace('_', '-')} = {toml_value(value)}"
+        for name, value in values.items()
+        if value is not None
+    ]
+    mark = "# " if "method" in code else ""
+    lines += ["", f"{mark}[settings]"] if parameters else []
+    lines += [f"{mark}{toml_key(name)} = {toml_value(value)}" for name, value in parameters.items()]
     return "\n".join(lines) + "\n"
 
 

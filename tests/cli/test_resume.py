@@ -154,7 +154,9 @@ def test_the_rows_expected_are_those_that_are_not_done(model_folder, fish, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_while_the_output_is_written_ends_the_run(
     batch, fish, tmp_path, capfd, monkeypatch, number, code
 ):

@@ -64,7 +64,7 @@ def test_a_lock_file_of_garbage(make_job, lock_file, content):
     assert not lock_file.exists()
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"pid": 1e999, "host": "a"}', b"precious"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"precious"])
 def test_a_file_that_is_no_lock_is_left_alone(make_job, lock_file, content):
     job = make_job(*ALONE, rows=2)
     lock_file.write_bytes(content)

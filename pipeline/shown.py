@@ -1,0 +1,34 @@
+"""Texts as they may be shown: ids, answers, messages and names come from anywhere.
+
+What would control a terminal or is no character is replaced, and what would be markup is made plain.
+"""
+
+from __future__ import annotations
+
+import re
+
+REPLACED = "\N{REPLACEMENT CHARACTER}"
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x9f]")
+# what begins markup, a link or HTML within a line of Markdown
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~#@&$])")
+
+
+def printable(text: str) -> str:
+    """A text that controls nothing but lines and tabs: no cursor, no colour, no order of letters."""
+    return _CONTROLS.sub(REPLACED, text)
+
+
+def in_xml(text: str) -> str:
+    """A text of characters that XML can hold and that control nothing; it is still to be escaped."""
+    return _NOT_IN_XML.sub(REPLACED, text)
+
+
+def in_cell(text: str) -> str:
+    """A text of our own making, with names of others in it, as a cell of a table in Markdown."""
+    return printable(" ".join(text.split())).replace("|", "\\|")
+
+
+def in_markdown(text: str) -> str:
+    """A text as a part of one line of Markdown, or as a cell of its tables, that shows as it is."""
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))

@@ -1,0 +1,41 @@
+"""Lines up to a bound; a longer one costs its row, and no memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tracemalloc
+
+import pytest
+from zstandard import ZstdCompressor
+
+from pipeline.io import Columns, open_source
+from pipeline.io.lines import PASSED_BYTES, LongLine, bounded_lines
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_may_have_as_many_bytes_as_the_bound_without_its_end(end):
+    lines = [b"12345" + end, b"123456" + end, end, b"1" * 40 + end, b"12345"]
+    expected = [lines[0], LongLine(5), lines[2], LongLine(5), lines[4]]
+    assert list(bounded_lines(io.BytesIO(b"".join(lines)), 5)) == expected
+    assert list(bounded_lines(io.BytesIO(b"1" * 40), 5)) == [LongLine(5)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [("", bytes), (".gz", gzip.compress), (".zst", ZstdCompressor().compress)],
+)
+def test_a_line_without_an_end_costs_its_row_and_no_memory(suffix, compress, tmp_path):
+    bomb = b'{"text": "' + bytes(30 * PASSED_BYTES) + b'"}\n'
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(compress(b'{"text": "a"}\n' + bomb + b'{"text": "b"}\n'))
+    tracemalloc.start()
+    first, failed, last = open_source([str(path)], Columns(fixed_question="q", longest_line=1 << 16))
+    assert tracemalloc.get_traced_memory()[1] < 8 * PASSED_BYTES
+    tracemalloc.stop()
+    assert (first.text, last.text) == ("a", "b")
+    assert (failed.kind, failed.message) == (
+        "long_line",
+        f"{path.name} line 2 has more than 65,536 bytes, and was passed over; --longest-line takes longer "
+        "ones, for which there must be memory several times over",
+    )
