@@ -22,19 +22,23 @@ Files = Sequence[tuple[str, int]]  # names, and how many rows each has; a name m
 
 
 def refuse_at_start(source: Source, rows: Reading, earlier: EarlierRows, *, drop_missing: bool) -> None:
-    """An InputError for a file that is known to be missing or empty before anything is read."""
-    if not (rows.is_selective or drop_missing):
+    """An InputError for a file that is known to be missing or empty before anything is read.
+
+    Where a column says the ids, its rows may stand in another file now: that is known when all is read.
+    """
+    if source.columns.id is None and not (rows.is_selective or drop_missing):
         refuse_missing(earlier.files, source.files_told)
 
 
 def settle(source: Source, rows: Reading, earlier: EarlierRows, *, drop_missing: bool) -> int:
     """When all is read: which rows of earlier runs leave; returns how many stay though they did not come.
 
-    Raises InputError where they are all, or those of a whole file, and `drop_missing` does not let them go.
+    Raises InputError where they are all, or some while a file is missing, and `drop_missing` does not let
+    them go.
     """
     if not (rows.saw_all and earlier.can_drop):
         return earlier.stay(fleeting=rows.is_selective)
-    if not drop_missing:
+    if earlier.leaving() and not drop_missing:
         refuse_missing(earlier.files, source.files_read)
         refuse_all(earlier.leaving(), earlier.lasting_at_start)
     return 0

@@ -242,3 +242,14 @@ def test_drop_missing_is_about_an_earlier_run(batch, folder):
     assert batch("--drop-missing")[2].endswith(
         "--drop-missing needs --resume: it is about rows of an earlier run\n"
     )
+
+
+def test_a_file_that_is_gone_is_no_loss_where_its_rows_stand_in_another(batch, folder):
+    assert batch()[0] == 0
+    before = answers()
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    with (folder / "c.jsonl").open("a") as file:
+        file.write(lines([8]))
+    code, summary, _ = batch("--resume")
+    assert (code, summary["documents"]) == (0, 1)
+    assert answers().items() > before.items()
