@@ -28,7 +28,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(PYTEST)
 
-# A part of every folder, for a minute between two edits.
+# A part of every folder, for between two edits.
 test-fast: .venv/ready
 	$(PYTEST) -m 'not slow'
 
