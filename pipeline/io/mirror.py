@@ -139,6 +139,11 @@ class Mirror:
         self._has_chunks = False
         self._has_begun = False
 
+    def has_journal(self) -> bool:
+        """Whether a run that was not published left something."""
+        with self._failures_told("cannot be read"):
+            return any(path.name == STATE_FILE for path in self._objects())
+
     def fetch(self) -> None:
         """Copy to the scratch folder what a resumed run goes on from."""
         with self._failures_told(f"cannot be fetched to {self._scratch}"), self.named_as_given():

@@ -41,7 +41,7 @@ def may_be_replaced(path: Place) -> bool:
         return sidecar.exists() and _says_settings(sidecar)
     try:
         with path.open("rb") as file:
-            return is_own_table(_schema(pa.PythonFile(file, "r"), path.name))
+            return is_own_table(written_schema(pa.PythonFile(file, "r"), path.name))
     except READ_ERRORS:
         return False
 
@@ -64,7 +64,8 @@ def _bytes(path: Place) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.size()
 
 
-def _schema(file: pa.NativeFile, name: str) -> pa.Schema:
+def written_schema(file: pa.NativeFile, name: str) -> pa.Schema:
+    """The schema of an output that is a table, by the extension of its name; reads no rows."""
     if name.lower().endswith(".parquet"):
         return pq.read_schema(file)
     opened = pa.ipc.open_stream if name.lower().endswith(".arrows") else pa.ipc.open_file
