@@ -71,12 +71,12 @@ def as_before(data: Data) -> Settled[Data]:
 
 def with_lengths(config: BatchConfig) -> BatchConfig:
     """With the longest answer, and what becomes of over-long documents, where the settings do not say it."""
-    summary = config.summarise is not None
-    longest = (SUMMARY_TOKENS if summary else ANSWER_TOKENS) if config.max_new_tokens is None else None
-    policy = ("split" if summary else "error") if config.on_overlong is None else None
-    return replace(
-        config, max_new_tokens=longest or config.max_new_tokens, on_overlong=policy or config.on_overlong
-    )
+    is_summary = config.summarise is not None
+    usual: dict[str, Any] = {
+        "max_new_tokens": SUMMARY_TOKENS if is_summary else ANSWER_TOKENS,
+        "on_overlong": "split" if is_summary else "error",
+    }
+    return replace(config, **{name: value for name, value in usual.items() if getattr(config, name) is None})
 
 
 def columns_decided(settled: Settled[Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _asked(types: Types | None, notes: list[str], *, in_template: bool) -> dict[
 
 def is_text(kind: str) -> bool:
     """Whether an Arrow type's name is that of texts, or of categories that are texts."""
-    return kind.removeprefix("dictionary<values=").startswith(("string", "large_string", "utf8"))
+    return kind.removeprefix("dictionary<values=").startswith(("string", "large_string"))
 
 
 def is_list(kind: str) -> bool:

@@ -19,7 +19,7 @@ from pipeline.profile import Profile, load_profile, write_profile
 from pipeline.provenance import GROUPS
 from pipeline.pruning.registry import METHODS, make_method
 from pipeline.redaction import hidden
-from pipeline.settings.method import AUTO
+from pipeline.settings.method import AUTO, MethodSettings
 from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
@@ -53,10 +53,13 @@ def choose(config: BatchConfig, model: Model, begun: Mapping[str, Any] | None) -
     """
     if begun is not None:
         return _as_begun(config, begun)
-    found = next(proven_profiles(model), None) if config.linear_dtype == AUTO else None
-    if found is None or config.kv_memory is not None:
-        chosen = Chosen(config=replace(config, method="dense"), method=make_method("dense"))
-        return replace(chosen, notes=(_told_of_dense(config, model),))
+    found = None if config.kv_memory is not None else _found(config, model)
+    if found is None:
+        return Chosen(
+            config=replace(config, method="dense"),
+            method=make_method("dense"),
+            notes=(_told_of_dense(config, model),),
+        )
     path, profile = found
     config = replace(config, **profile.batch, profile=str(path), group=_group(config))
     return Chosen(
@@ -70,8 +73,8 @@ def choose(config: BatchConfig, model: Model, begun: Mapping[str, Any] | None) -
 
 def proven(config: CheckConfig, model: Model) -> CheckConfig:
     """The same with the method that `choose` would take. Raises ConfigError where that is dense."""
-    found = next(proven_profiles(model), None)
-    if found is None or config.linear_dtype != AUTO:
+    found = _found(config, model)
+    if found is None:
         raise ConfigError(
             f"no method is named, and there is no proven profile of {model.name} on "
             f"{device_class(model.device_name())}: --method says what is held against dense"
@@ -127,9 +130,15 @@ def keep_profile(profile: Profile) -> Path | None:
     return path
 
 
-def proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
-    """Profiles of this very model and kind of device, all of whose gates passed, the fastest first."""
-    found = []
+def _found(config: MethodSettings, model: Model) -> tuple[Path, Profile] | None:
+    """The fastest proven profile of a model and its kind of device; precisions that are given stand above."""
+    if config.linear_dtype != AUTO:
+        return None
+    return max(_proven_profiles(model), key=lambda each: each[1].speed_up, default=None)
+
+
+def _proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
+    """Those of this very model and kind of device, all of whose gates passed."""
     for folder in (profile_folder(), SHIPPED):
         for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
             try:
@@ -137,8 +146,7 @@ def proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
             except ConfigError:  # of another version, or none: `--profile` tells what ails it
                 continue
             if profile.is_proven and _is_for(profile, model):
-                found.append((path, profile))
-    yield from sorted(found, key=lambda each: -each[1].speed_up)
+                yield path, profile
 
 
 def _is_for(profile: Profile, model: Model) -> bool:
@@ -168,11 +176,11 @@ def _told_of_profile(path: Path, profile: Profile) -> str:
 
 
 def _told_of_dense(config: BatchConfig, model: Model) -> str:
+    if config.linear_dtype != AUTO or config.kv_memory is not None:
+        return "--method auto: dense, as settings are given that no profile was proven with"
     head = (
         f"--method auto: dense, as no profile of {model.name} on {device_class(model.device_name())} is kept"
     )
-    if config.linear_dtype != AUTO or config.kv_memory is not None:
-        return "--method auto: dense, as settings are given that no profile was proven with"
     if model.device.type != "cuda":
         return f"{head}; on a GPU, `marsinfer calibrate` finds out what is faster and loses nothing"
     return (

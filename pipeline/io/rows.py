@@ -36,6 +36,7 @@ class Lacking(RowError):
 BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
 
 UNASKED = "question"  # where a run asks for summaries only because the first row has none
+UNASKED_REMEDY = f"--question-column {UNASKED} asks it, --summarise leaves it aside"
 _MISSING = object()
 # Letters and marks without a shape: a joiner, Hangul and Khmer fillers, Braille's blank, variation selectors.
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
@@ -124,8 +125,7 @@ def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
     if name is None and columns.asks_summary and cells.get(UNASKED) is not None:
         raise RowError(
             "unasked_question",
-            f"there is a {UNASKED!r}, which the first row has not: --question-column {UNASKED} asks it, "
-            "--summarise leaves it aside",
+            f"there is a {UNASKED!r}, which the first row has not: {UNASKED_REMEDY}",
         )
     if name is None:
         return columns.fixed_question

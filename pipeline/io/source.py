@@ -24,7 +24,7 @@ from pipeline.io.passthrough import PassPlan, Table
 from pipeline.io.peek import first_columns as _first_columns
 from pipeline.io.proof import check_held
 from pipeline.io.remote import Place
-from pipeline.io.rows import UNASKED, Record
+from pipeline.io.rows import UNASKED, UNASKED_REMEDY, Record
 from pipeline.io.stdin import Stdin
 from pipeline.io.text import TextReader
 from pipeline.records import RowFailure
@@ -217,8 +217,7 @@ def _refuse_questions(tables: Sequence[Table]) -> None:
     asking = next((table for table in tables if UNASKED in table.schema.names), None)
     if asking is not None:
         raise InputError(
-            f"{asking.label} has a column {UNASKED!r}, which the first file has not: --question-column "
-            f"{UNASKED} asks it, --summarise leaves it aside"
+            f"{asking.label} has a column {UNASKED!r}, which the first file has not: {UNASKED_REMEDY}"
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from row_files import read, write
 
 from marsinfer_cli.app import run
 
@@ -16,20 +16,6 @@ ROWS = [
     {"id": 7, "text": "red fish", "question": "What colour?", "year": 1961},
     {"id": None, "text": "blue fish", "question": "And this?", "year": 1962},
 ]
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def read(path):
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    return pq.read_table(path).to_pylist()
 
 
 def batch(*words):

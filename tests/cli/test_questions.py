@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from row_files import read, write
 
 pytestmark = pytest.mark.slow
 
@@ -17,20 +16,6 @@ ROWS = [
     {"id": "c", "text": "one fish two fish " * 9, "asks": ["blue?", "old?"], "year": None},
 ]
 EXPECTED = [("a#0", 0, 0), ("a#1", 0, 1), ("a#2", 0, 2), ("b#0", 1, 0), ("c#0", 2, 0), ("c#1", 2, 1)]
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def read(path):
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    return pq.read_table(path).to_pylist()
 
 
 def places(rows):
