@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     """Fail where a method is less accurate than dense, on the same rows, by more than --max-drop.
 
-    Exits with 0 where all of the drop's 95% interval, of a bootstrap over documents, is within the bound,
-    with 5 where none of it is, and with 6 where more rows are needed to tell. Dense runs in the model's
-    --dtype; --linear-dtype is the method's.
+    Exits with 0 where all of the drop's 95% interval, over documents, is within the bound, with 5 where none
+    of it is, and with 6 where these documents cannot tell. With --scope rows these rows alone count: exits
+    with 5 where the method scores less than when its scores were accepted, by more than the bound. Dense runs
+    in the model's --dtype; --linear-dtype is the method's.
     """
     from pipeline.quality.reports import as_dict, raise_verdict
 
@@ -61,8 +62,8 @@ def _print(result: CheckResult) -> None:
 
     from marsinfer_cli.console import Console
     from pipeline.quality.reports import (
-        HEADS,
         counts_text,
+        heads,
         measure_rows,
         speed_text,
         table_rows,
@@ -73,10 +74,12 @@ def _print(result: CheckResult) -> None:
     console = Console()
     if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
         console.width = max(console.width, 120)
-    heads = [result.method if head == "method" else head for head in HEADS]
-    title = f"{config.gate_metric}, at most {config.bound_text} below dense"
+    title = f"{config.gate_metric}, at most {config.bound_text} below {result.against}"
     table = Table(
-        *(Column(Text(head), justify="right" if 0 < n < 6 else "left") for n, head in enumerate(heads))
+        *(
+            Column(Text(head), justify="right" if 0 < n < 7 else "left")
+            for n, head in enumerate(heads(result))
+        )
     )
     table.title = title
     for row in table_rows(result):

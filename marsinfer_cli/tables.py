@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.bench.ttft import Measurement
     from pipeline.model.loading import LoadedModel
     from pipeline.quality.accuracy import Accuracy
-    from pipeline.quality.bootstrap import Drop
+    from pipeline.quality.drops import Drop
 
 
 def conditions_of(model: LoadedModel) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.answering import rules_of
 from pipeline.intake import make_prompts
 from pipeline.model.loading import LoadedModel
-from pipeline.quality.bootstrap import Drop, paired_drop
 from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.cases import make_cases
 from pipeline.quality.check_rows import read_rows
+from pipeline.quality.drops import Drop, paired_drop
 from pipeline.quality.evaluate import Case, CaseScore, evaluate
 from pipeline.quality.forced import Forced
 from pipeline.quality.workbench import DENSE, slowdown
@@ -119,15 +119,14 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -
         return paired_drop(
             [measure(base) for base, _ in pairs],
             [measure(own) for _, own in pairs],
-            clusters=[own.document_key for _, own in pairs],
-            seed=seed,
+            documents=[own.document_key for _, own in pairs],
         )
 
     tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: float(score.found))
     return Group(
         name=name,
         rows=len(pairs),
-        documents=tokens.clusters,
+        documents=tokens.documents,
         token_accuracy=tokens.method,
         found=found.method,
         nll=sum(own.nll for _, own in pairs) / sum(own.tokens for _, own in pairs),

@@ -1,12 +1,14 @@
-"""A baseline: results of the dense side in a Parquet file, to be compared with again and again.
+"""A baseline: results in a Parquet file, to be compared with again and again.
 
-It holds what decides them, and is refused where that, or a row, differs.
+It holds dense's, and a method's as they were accepted last, of which only the rows have to be the same. Of
+dense's it holds what decides them too, and is refused where that, or a row, differs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from pipeline.io.whole_file import writing
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.row_results import RowResult
 
-VERSION = 2
+VERSION = 3
 _ANEW = "--overwrite-baseline makes it anew"
+_SIDES = (_DENSE, _ACCEPTED) = ("dense", "accepted")
 
 _TEXT, _COUNT, _NUMBER = pa.string(), pa.int64(), pa.float64()
 _SCHEMA = pa.schema(
     [
-        *((name, _TEXT) for name in ("id", "task", "document_key", "row_hash", "generated")),
+        *((name, _TEXT) for name in ("side", "id", "task", "document_key", "row_hash", "generated")),
         *((name, _COUNT) for name in ("prompt_tokens", "tokens", "correct", "agreed", "parted_at")),
         *((name, _NUMBER) for name in ("nll", "ttft_ms", "kept_ratio", "ffn_ratio", "flops_ratio")),
         *((name, _NUMBER) for name in ("attention_ratio", "kv_ratio", "divergence")),
@@ -36,41 +39,70 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """Results by id: dense's, and a method's that were accepted, if any were."""
+
+    dense: dict[str, RowResult]
+    accepted: dict[str, RowResult]  # none, or of every row
+    about: Mapping[str, Any]  # decides nothing
+    is_whole: bool  # whether it has no other rows than those that were asked for
+
+
 def write_baseline(
-    path: Path, results: Sequence[RowResult], decides: Mapping[str, Any], about: Mapping[str, Any]
+    path: Path,
+    dense: Sequence[RowResult],
+    accepted: Sequence[RowResult],
+    decides: Mapping[str, Any],
+    about: Mapping[str, Any],
 ) -> None:
-    """Store results of the dense side; what `about` says decides nothing. Raises StorageError."""
+    """Store results; what `about` says decides nothing. Raises StorageError."""
     content = {"version": VERSION, "settings_that_decide": plain(decides), "about": plain(about)}
     schema = _SCHEMA.with_metadata({BASELINE_KEY: json.dumps(content)})
-    table = pa.Table.from_pylist([result.as_dict() for result in results], schema)
+    rows = [
+        {"side": side, **result.as_dict()}
+        for side, own in zip(_SIDES, (dense, accepted), strict=True)
+        for result in own
+    ]
     with writing(path) as file:
-        pq.write_table(table, file)
+        pq.write_table(pa.Table.from_pylist(rows, schema), file)
 
 
-def read_baseline(
-    path: Path, rows: Sequence[CheckRow], decides: Mapping[str, Any]
-) -> tuple[dict[str, RowResult], dict[str, Any]]:
-    """The results of `rows`, by id, and what the baseline says about itself.
+def read_baseline(path: Path, rows: Sequence[CheckRow], decides: Mapping[str, Any]) -> Baseline:
+    """The results of `rows`.
 
     Raises ConfigError for one that cannot be read, has other settings, or lacks one of the rows as it is.
     """
+    found: dict[str, dict[str, RowResult]] = {side: {} for side in _SIDES}
     try:
         table = pq.read_table(path)
         content = json.loads((table.schema.metadata or {})[BASELINE_KEY])
         if content["version"] != VERSION:
             raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
-        found = {each["id"]: RowResult.from_dict(each) for each in table.to_pylist()}
+        for each in table.to_pylist():
+            found[each["side"]][each["id"]] = RowResult.from_dict(each)
         then, about = content["settings_that_decide"], content["about"]
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--baseline {path} is no baseline of marsinfer check; name another file, which will be made"
         ) from error
     check_settings(path, then, plain(decides), _ANEW)
-    for row in rows:
-        what = _misfit(row, found.get(row.sample.id))
-        if what is not None:
-            raise ConfigError(f"--baseline {path} is of other rows: {row.sample.id!r} {what}; {_ANEW}")
-    return {row.sample.id: found[row.sample.id] for row in rows}, about
+    sides = {}
+    for side, results in found.items():
+        if side == _ACCEPTED and not results:
+            sides[side] = results
+            continue
+        for row in rows:
+            what = _misfit(row, results.get(row.sample.id))
+            if what is not None:
+                raise ConfigError(f"--baseline {path} is of other rows: {row.sample.id!r} {what}; {_ANEW}")
+        sides[side] = {row.sample.id: results[row.sample.id] for row in rows}
+    return Baseline(
+        dense=sides[_DENSE],
+        accepted=sides[_ACCEPTED],
+        about=about,
+        is_whole=len(found[_DENSE]) == len(rows),
+    )
 
 
 def baseline_settings(path: Path) -> dict[str, Any]:

@@ -9,14 +9,24 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.errors import GateInconclusive
 from pipeline.intake import make_prompts
 from pipeline.interrupts import nothing_to_lose
 from pipeline.provenance import PACKAGES, moment_of
 from pipeline.pruning.registry import make_method
-from pipeline.quality.bootstrap import Verdict
-from pipeline.quality.gates import Gate, Pair, check_scorer, make_gates, speeds, verdict_of
+from pipeline.quality.drops import Verdict
+from pipeline.quality.gates import (
+    Gate,
+    Pair,
+    check_scorer,
+    has_pruned,
+    make_gates,
+    refuse_too_few,
+    speeds,
+    verdict_of,
+)
 from pipeline.settings.check import CheckConfig
 from pipeline.settings.method import AUTO
 from pipeline.summary import Tally
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.model.loading import LoadedModel, Model
     from pipeline.prompts import PromptBuilder
     from pipeline.pruning.base import PruningMethod
+    from pipeline.quality.baseline import Baseline
     from pipeline.quality.check_journal import Journal
     from pipeline.quality.check_rows import CheckRow, CheckRows
     from pipeline.quality.row_results import RowResult
@@ -39,6 +50,7 @@ class CheckResult:
     config: CheckConfig
     verdict: Verdict
     gates: tuple[Gate, ...]  # one a task, and one for all rows
+    against: Literal["dense", "accepted"]  # what the method's scores are held against
     speed: Mapping[str, float | None]
     counts: Mapping[str, int]
     left_out: tuple[str, ...]
@@ -125,8 +137,9 @@ def run_check(
             note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
         if journal is not None and journal.resumed:
             note(f"resuming: {journal.resumed:,} results are done")
-        dense, same_run, made = _run_sides(run, journal)
-        result = _compare(run, dense, made, same_run)
+        found = _run_sides(run, journal)
+        result = _compare(run, found)
+        _accept(run, found, result)
         write_reports(result)
         if journal is not None:
             journal.remove()
@@ -169,6 +182,10 @@ def _prepare(
     check_scorer(config, rows.rows)
     for message in rows.left_out:
         note(f"left out: {message}")
+    _refuse_dense(config, method)
+    cost = refuse_too_few(config, rows.rows)
+    if cost is not None:
+        note(cost)
     return _Run(
         config=config,
         model=model,
@@ -179,6 +196,22 @@ def _prepare(
         progress=progress,
         check=check,
     )
+
+
+def _refuse_dense(config: CheckConfig, method: PruningMethod) -> None:
+    """GateInconclusive where the method is dense itself, and no scores of an earlier run are there."""
+    from pipeline.pruning.dense import Dense
+
+    if method == Dense() and config.linear_dtype == "auto" and not _reuses(config):
+        raise GateInconclusive(
+            "nothing to compare: dense against itself; name a method with --method, or with --scope rows a "
+            "--baseline of an earlier run"
+        )
+
+
+def _reuses(config: CheckConfig) -> bool:
+    """Whether results are taken from the baseline."""
+    return config.baseline is not None and Path(config.baseline).exists() and not config.overwrite_baseline
 
 
 def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
@@ -200,19 +233,34 @@ def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
     return make_prompts(config, model, config.max_new_tokens, now=parse_moment(begun["date"]))
 
 
-def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult], bool, dict[str, RowResult]]:
-    """Results of dense and of the method, by id, and whether this run timed all of both."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Results by id."""
+
+    dense: Mapping[str, RowResult]
+    method: Mapping[str, RowResult]
+    baseline: Baseline | None  # that was there
+    same_run: bool  # whether this run timed all of both
+
+    @property
+    def accepted(self) -> Mapping[str, RowResult]:
+        """What the method is held against instead of dense, if anything."""
+        return {} if self.baseline is None else self.baseline.accepted
+
+
+def _run_sides(run: _Run, journal: Journal | None) -> _Found:
     from pipeline.quality.baseline import read_baseline, write_baseline
 
     rows = run.rows.rows
     tally = Tally()
     load = cache(partial(_load, run))
     path = None if run.config.baseline is None else Path(run.config.baseline)
-    reuses = path is not None and path.exists() and not run.config.overwrite_baseline
+    baseline = None
     dense: dict[str, RowResult] = {}
-    if path is not None and reuses:
-        dense, about = read_baseline(path, rows, run.dense_decides())
-        run.note(f"dense is taken from {path}, of {about.get('started')}")
+    if path is not None and _reuses(run.config):
+        baseline = read_baseline(path, rows, run.dense_decides())
+        dense = dict(baseline.dense)
+        run.note(f"dense is taken from {path}, of {baseline.about.get('started')}")
     elif journal is not None:
         dense = journal.found("dense", rows)
     method = {} if journal is None else journal.found("method", rows)
@@ -226,9 +274,22 @@ def _run_sides(run: _Run, journal: Journal | None) -> tuple[dict[str, RowResult]
         pending = [row for row in rows if row.sample.id not in found]
         if pending:
             _run_side(run, load(), name, pending, found, dense, journal, tally)
-        if name == "dense" and path is not None and not reuses:
-            write_baseline(path, [dense[row.sample.id] for row in rows], run.dense_decides(), _about(run))
-    return dense, same_run, method
+        if name == "dense" and path is not None and baseline is None:
+            write_baseline(path, [dense[row.sample.id] for row in rows], (), run.dense_decides(), _about(run))
+    return _Found(dense=dense, method=method, baseline=baseline, same_run=same_run)
+
+
+def _accept(run: _Run, found: _Found, result: CheckResult) -> None:
+    """Add what the method scored to a baseline that has nothing of the kind yet, if the check passed."""
+    from pipeline.quality.baseline import write_baseline
+
+    lacks = found.baseline is None or (found.baseline.is_whole and not found.accepted)
+    if run.config.baseline is None or result.verdict != "pass" or not lacks:
+        return
+    dense, method = ([side[row.sample.id] for row in run.rows.rows] for side in (found.dense, found.method))
+    write_baseline(Path(run.config.baseline), dense, method, run.dense_decides(), _about(run))
+    if run.config.scope == "rows":
+        run.note(f"what the method scored is what later runs are held against, in {run.config.baseline}")
 
 
 def _run_side(
@@ -286,18 +347,27 @@ def _variants(run: _Run) -> dict[str, Any]:
     }
 
 
-def _compare(
-    run: _Run, dense: Mapping[str, RowResult], method: Mapping[str, RowResult], same_run: bool
-) -> CheckResult:
-    rows = run.rows.rows
-    pairs = tuple(Pair(row=row, dense=dense[row.sample.id], method=method[row.sample.id]) for row in rows)
-    gates = make_gates(run.config, pairs)
+def _compare(run: _Run, found: _Found) -> CheckResult:
+    config, rows = run.config, run.rows.rows
+    accepted = found.accepted if config.scope == "rows" else {}
+    pairs = tuple(
+        Pair(
+            row=row,
+            dense=found.dense[row.sample.id],
+            method=found.method[row.sample.id],
+            accepted=accepted.get(row.sample.id),
+        )
+        for row in rows
+    )
+    pruned = has_pruned(config, pairs, ffn_in_fp8=run.method.ffn_in_fp8)
+    gates = make_gates(config, pairs, pruned=pruned or bool(accepted and run.method.name == "dense"))
     cut = [row.document.truncated_tokens for row in rows]
     return CheckResult(
-        config=run.config,
+        config=config,
         verdict=verdict_of(gates),
         gates=gates,
-        speed=speeds(pairs, same_run=same_run),
+        against="accepted" if accepted else "dense",
+        speed=speeds(pairs, same_run=found.same_run),
         counts={
             "rows": len(rows),
             "documents": len({row.sample.document_key for row in rows}),

@@ -44,11 +44,12 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """What an interval says about a bound, and, if inconclusive, about how many documents would decide."""
+    """What an interval says about a bound, and, if inconclusive, why, or how many documents would decide."""
 
     verdict: Verdict
     bound: float  # in the unit of the drop
     documents_needed: int | None = None  # in all; None: decided, or no number of documents would decide
+    reason: str | None = None  # why these documents can tell nothing, however many they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,20 @@ class Paired:
         if self.p_within(bound) <= TAIL:
             return Judgement(verdict="fail", bound=bound)
         return Judgement(verdict="inconclusive", bound=bound, documents_needed=self._needed(bound))
+
+    def judge_rows(self, bound: float) -> Judgement:
+        """Whether these documents alone, and no others, lost no more than `bound`, in its unit."""
+        values_D, _, _ = self._excess(bound / 100)
+        return Judgement(verdict="pass" if values_D.mean() <= _SLACK else "fail", bound=bound)
+
+    def no_room(self, bound: float) -> str | None:
+        """Why no drop beyond `bound` could show, if so: scores have nothing left to lose."""
+        dense = float(self.dense_D.mean())
+        if self.losses or (dense > 0 if self.relative else 100 * dense > bound):
+            return None
+        return (
+            f"there is no room to lose: the score that the method is held against is {100 * dense:.2f} points"
+        )
 
     def p_beyond(self, bound: float, documents: float | None = None) -> float:
         """The p value of a drop beyond `bound`: where it is small, the drop is within.

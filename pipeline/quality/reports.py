@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.quality.check import CheckResult
     from pipeline.settings.check import CheckConfig
 
+_AGAINST = {"dense": "dense", "accepted": "its accepted scores"}
 MOST_LEFT_OUT = 20  # messages that JSON repeats; the notes of the run told all
 
 
@@ -41,15 +42,17 @@ def gate_text(result: CheckResult, gate: Gate) -> str:
     of_task = "" if gate.task == ALL or len(result.gates) == 1 else f" of {gate.task}"
     changed = "rose" if config.gate_metric == "nll" else "dropped"
     bound = f"--max-drop {config.bound_text}"
-    fell = f"{config.gate_metric}{of_task} {changed} by {amount(gate, drop.drop)} ({interval(gate)})"
+    fell = f"{config.gate_metric}{of_task} {changed} by {amount(gate, drop.drop)} ({interval(result, gate)})"
+    if gate.judgement.reason is not None:
+        return f"{fell}, but {gate.judgement.reason}"
     if gate.verdict == "fail":
         return f"{fell}, more than {bound} allows"
     if gate.verdict == "pass":
         return f"{fell}, within {bound}"
-    needed = gate.judgement.rows_needed
-    more = "more rows are needed" if needed is None else f"about {needed:,} rows would"
+    needed = gate.judgement.documents_needed
+    more = "more documents are needed" if needed is None else f"about {needed:,} documents like these would"
     return (
-        f"{fell}: {counted(drop.rows, 'row')} of {counted(drop.clusters, 'document')} cannot tell whether "
+        f"{fell}: {counted(drop.rows, 'row')} of {counted(drop.documents, 'document')} cannot tell whether "
         f"that is within {bound}; {more}"
     )
 
@@ -59,8 +62,12 @@ def amount(gate: Gate, value: float) -> str:
     return f"{number(value)}{'%' if gate.drop.relative else ' points'}"
 
 
-def interval(gate: Gate) -> str:
+def interval(result: CheckResult, gate: Gate) -> str:
+    """The drop's, or of which rows it alone is told."""
     drop = gate.drop
+    if result.config.scope == "rows":
+        since = "since they were accepted" if result.against == "accepted" else "against dense"
+        return f"these rows alone, {since}"
     return f"{number(drop.low)} to {number(drop.high)} at {drop.confidence:.0%}"
 
 
@@ -126,7 +133,9 @@ def as_dict(result: CheckResult) -> dict[str, Any]:
         "message": verdict_text(result),
         "metric": result.config.gate_metric,
         "max_drop": result.config.bound_text,
-        "gates": [_gate(gate) for gate in result.gates],
+        "scope": result.config.scope,
+        "against": result.against,
+        "gates": [_gate(result, gate) for gate in result.gates],
         "speed": dict(result.speed),
         "counts": dict(result.counts),
         "left_out": list(result.left_out[:MOST_LEFT_OUT]),
@@ -171,7 +180,11 @@ def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
     suite = ElementTree.SubElement(
         root,
         "testsuite",
-        {"name": in_xml(f"{result.method} against dense"), "timestamp": result.about["started"], **counts},
+        {
+            "name": in_xml(f"{result.method} against {_AGAINST[result.against]}"),
+            "timestamp": result.about["started"],
+            **counts,
+        },
     )
     for gate in gates:
         name = in_xml(f"{gate.task}: {result.config.gate_metric} within {result.config.bound_text}")
@@ -184,19 +197,22 @@ def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
     return ElementTree.ElementTree(root)
 
 
-HEADS = ("task", "rows", "dense", "method", "drop", "interval", "verdict")
+def heads(result: CheckResult) -> tuple[str, ...]:
+    """Of the table by task."""
+    return ("task", "rows", "documents", result.against, result.method, "drop", "interval", "verdict")
 
 
 def table_rows(result: CheckResult) -> list[tuple[str, ...]]:
-    """Cells of the table by task, under `HEADS`; the verdict of a gate that does not decide in brackets."""
+    """Cells of the table by task, under `heads`; the verdict of a gate that does not decide in brackets."""
     return [
         (
             gate.task,
             f"{gate.drop.rows:,}",
+            f"{gate.drop.documents:,}",
             f"{gate.drop.dense:.4f}",
             f"{gate.drop.method:.4f}",
             amount(gate, gate.drop.drop).replace(" points", " pt"),
-            interval(gate),
+            interval(result, gate),
             gate.verdict if gate.decides else f"({gate.verdict})",
         )
         for gate in result.gates
@@ -212,11 +228,11 @@ def measure_rows(result: CheckResult) -> list[tuple[str, str, str]]:
 def markdown(result: CheckResult) -> str:
     about = result.about
     lines = [
-        f"### {in_markdown(result.method)} against dense: {result.verdict}",
+        f"### {in_markdown(result.method)} against {_AGAINST[result.against]}: {result.verdict}",
         "",
         in_markdown(verdict_text(result)),
         "",
-        *_table(HEADS, table_rows(result)),
+        *_table(heads(result), table_rows(result)),
         "",
         *_table(("measure, all rows", "dense", result.method), measure_rows(result)),
         "",
@@ -234,23 +250,24 @@ def _table(heads: tuple[str, ...], rows: list[Any]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [map(in_markdown, heads), ["---"] * len(heads), *cells]]
 
 
-def _gate(gate: Gate) -> dict[str, Any]:
-    drop = gate.drop
+def _gate(result: CheckResult, gate: Gate) -> dict[str, Any]:
+    drop, tells_interval = gate.drop, result.config.scope == "documents"
     return {
         "task": gate.task,
         "verdict": gate.verdict,
         "decides": gate.decides,
         "rows": drop.rows,
-        "documents": drop.clusters,
-        "dense": drop.dense,
+        "documents": drop.documents,
+        result.against: drop.dense,
         "method": drop.method,
         "unit": "percent of dense" if drop.relative else "points",
         "drop": drop.drop,
-        "low": drop.low,
-        "high": drop.high,
-        "confidence": drop.confidence,
+        "low": drop.low if tells_interval else None,
+        "high": drop.high if tells_interval else None,
+        "confidence": drop.confidence if tells_interval else None,
         "bound": gate.judgement.bound,
-        "rows_needed": gate.judgement.rows_needed,
+        "documents_needed": gate.judgement.documents_needed,
+        "reason": gate.judgement.reason,
         "measures": {m.name.replace(" ", "_"): {"dense": m.dense, "method": m.method} for m in gate.measures},
     }
 

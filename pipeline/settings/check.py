@@ -37,7 +37,7 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
     @property
     def bound(self) -> tuple[float, bool]:
         """The largest drop allowed: points of the score and False, or percent of dense's and True."""
-        default = "1%" if self.gate_metric == "nll" else "1pt"
+        default = "2%" if self.gate_metric == "nll" else "2pt"
         return parse_drop(default if self.max_drop is None else self.max_drop)
 
     @property

@@ -25,7 +25,7 @@ class DropSettings(Settings):
         metavar="Npt|N%",
         help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's; "
         "nll takes %, of its rise.",
-        shown_default="1pt, 1% for nll",
+        shown_default="2pt, 2% for nll",
         check=parse_drop,
         panel=GATE,
     )
@@ -70,6 +70,14 @@ class GateSettings(DropSettings, ResumeSettings):
         ),
     )
 
+    scope: str = option(
+        "documents",
+        help="documents: what documents like these lose, of which enough are needed to tell; rows: these "
+        "rows alone, against the scores in --baseline that were accepted last, or else dense's: a few will "
+        "do, for CI.",
+        choices=("documents", "rows"),
+        panel=GATE,
+    )
     generate: bool = option(
         False, help="Also generate answers, and score them against the references.", panel=ANSWERS
     )
@@ -79,20 +87,25 @@ class GateSettings(DropSettings, ResumeSettings):
         "references); nll: nats a token; found: all tokens predicted (the default of needles alone); "
         "agreement: share of the tokens at which dense chooses the same (the default without "
         "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
-        "edit-similarity, choice. All are means over rows.",
+        "edit-similarity, choice. All are means over documents.",
         shown_default="by the rows",
         choices=METRICS,
         panel=GATE,
     )
-    per_task: bool = option(False, help="Each task is a gate of its own; the worst decides.", panel=GATE)
+    per_task: bool = option(
+        False, help="Each task is a gate of its own; all of them have to pass.", panel=GATE
+    )
     baseline: str | None = option(
         None,
         metavar="FILE",
-        help="Parquet file of dense's results: made if it is not there, else used instead of running.",
+        help="Parquet file of dense's results, and of the method's that were accepted: made if it is not "
+        "there, else dense's are used instead of running.",
         shown_default="none",
         panel=FILES,
     )
-    overwrite_baseline: bool = option(False, help="Make the baseline anew.", panel=FILES)
+    overwrite_baseline: bool = option(
+        False, help="Make the baseline anew, and accept what the method scores now.", panel=FILES
+    )
     junit: str | None = option(
         None, metavar="FILE", help="Gates as JUnit XML.", shown_default="none", panel=FILES
     )
