@@ -5,8 +5,8 @@ from __future__ import annotations
 EXAMPLES = {
     "batch": "marsinfer batch contracts.parquet answers.parquet --question-column question --resume",
     "check": "marsinfer check contracts.parquet --question-column question --reference-column answer "
-    "--method marsinfer --set start_layer=18 --max-drop 1pt --baseline dense.parquet",
-    "calibrate": "marsinfer calibrate contracts.parquet --question-column question --max-drop 1% "
+    "--method marsinfer --set start_layer=18 --scope rows --baseline accepted.parquet",
+    "calibrate": "marsinfer calibrate contracts.parquet --question-column question --max-drop 2pt "
     "--minutes 10 --out profile.toml",
     "report": "marsinfer report answers.parquet --html report.html",
     "methods": "marsinfer methods marsinfer",

@@ -287,25 +287,46 @@ def test_the_workflow_has_what_github_asks_for():
     used = set(re.findall(r"env\.([A-Z_]+)|\$\{?([A-Z_]+)", text))
     names = {a or b for a, b in used} - {"GITHUB_STEP_SUMMARY"}
     assert names <= set(WORKFLOW["env"]) | set(STEPS["Install"]["env"])
-    assert STEPS["Keep dense's results"]["with"]["path"] == "${{ env.BASELINE }}"
+    assert STEPS["Keep what was accepted"]["with"]["path"] == "${{ env.BASELINE }}"
 
 
 @pytest.mark.slow
-def test_the_workflow_passes_and_leaves_its_files(check_step, marsinfer, sharp_model_folder):
-    returned, printed, summary = check_step(MODEL=str(sharp_model_folder), METHOD="dense", SETTINGS="")
-    assert (returned, printed.count("::")) == (0, 0), printed
-    assert "| dense |" in summary
-    assert json.loads(Path("check.json").read_text())["gates"][0]["verdict"] == "pass"
-    assert ElementTree.parse("check.xml").getroot().get("failures") in (None, "0")
-    assert Path(".marsinfer/dense.parquet").exists()
+def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
+    check_step, marsinfer, tmp_path, sharp_model_folder
+):
+    """The references are what the model itself says, so that there is something to lose."""
+    rows = [{"id": str(n), "text": "fish swim. " * (9 + n), "question": f"why {n}?"} for n in range(6)]
+    asked, answered = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(sharp_model_folder), "--max-new-tokens", "8", "--method", "dense"]
+    assert run(["batch", str(asked), str(answered), "--question-column", "question", *flags]) == 0
+    answers = [json.loads(line)["answer"] for line in answered.read_text().splitlines()]
+    rows = [{**row, "reference": answer} for row, answer in zip(rows, answers, strict=True)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"MODEL": str(sharp_model_folder), "ROWS": str(asked)}
+    mild = {**given, "SETTINGS": "start_layer=2 eta=0.99 prefix=4 window=8"}
+
+    for against in ("dense", "accepted"):
+        returned, printed, summary = check_step(**mild, MAX_DROP="40pt")
+        assert (returned, printed.count("::")) == (0, 0), printed + summary
+        result = json.loads(Path("check.json").read_text())
+        assert (result["verdict"], result["against"]) == ("pass", against)
+        assert f"| {against} | marsinfer |" in summary
+        assert ElementTree.parse("check.xml").getroot().get("failures") == "0"
+    assert Path(".marsinfer/accepted.parquet").exists()
+
+    broken = {**given, "SETTINGS": "start_layer=0 eta=0.05 prefix=0 window=1"}
+    returned, printed, _ = check_step(**broken)
+    assert returned == 5
+    assert "::error title=accuracy::marsinfer loses more than 2pt" in printed
 
 
 @pytest.mark.parametrize(
     ("code", "environment", "ends_with", "says"),
     [
-        (5, {}, 5, "::error title=accuracy::marsinfer loses more against dense than 1pt\n"),
-        (6, {}, 6, "::warning title=accuracy::too few rows to tell"),
-        (6, {"INCONCLUSIVE": "warn"}, 0, "::warning title=accuracy::too few rows to tell"),
+        (5, {}, 5, "::error title=accuracy::marsinfer loses more than 2pt\n"),
+        (6, {}, 6, "::warning title=accuracy::these rows cannot tell"),
+        (6, {"INCONCLUSIVE": "warn"}, 0, "::warning title=accuracy::these rows cannot tell"),
         (2, {}, 2, "::error title=accuracy::the check itself failed, with exit code 2\n"),
     ],
 )
@@ -314,7 +335,7 @@ def test_the_workflow_ends_with_the_gate_s_verdict(check_step, marsinfer, code, 
     returned, printed, _ = check_step(SETTINGS="start_layer=20 eta=0.9", **environment)
     assert returned == ends_with
     assert printed.startswith(says)
-    assert "--set start_layer=20 --set eta=0.9 --max-drop 1pt" in Path(f"{marsinfer}.calls").read_text()
+    assert "--set start_layer=20 --set eta=0.9 --scope rows --max-drop 2pt" in Path(f"{marsinfer}.calls").read_text()
 
 
 @pytest.mark.parametrize(("file", "command"), [("nightly.sh", "batch"), ("ci-check.yml", "check")])
