@@ -12,6 +12,7 @@ from rich.table import Table
 
 from marsinfer_cli.console import Console
 from marsinfer_cli.events import print_event
+from pipeline.guard import FLAT
 from pipeline.settings.run import BatchConfig
 from pipeline.summary import Summary, Tally
 from pipeline.words import counted
@@ -207,6 +208,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.grouped_rows:
         facts.append(("rows that shared a document", f"{summary.grouped_rows:,}"))
         facts.append(("  its prefill, all together", f"{summary.times.shared_s:,.1f} s"))
+    if summary.guarded:
+        facts.append(("rows that the guard had run dense", f"{summary.guarded.total():,}"))
+        facts += [(f"  by {kind}", f"{count:,}") for kind, count in summary.guarded.most_common()]
+    if summary.guarded[FLAT]:
+        facts.append(("  second prefills, after flat attention", f"{summary.times.again_s:,.1f} s"))
     facts.append(("FFN work skipped", _percent(summary.ffn_skipped())))
     ratio = summary.flops_ratio()
     facts.append(("operations, of dense", _percent(ratio)))

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.guard import FLAT, LENGTH, TASK, kind_of
 from pipeline.records import Answer
 from pipeline.words import counted
 
@@ -27,14 +28,16 @@ class EngineTimes:
     packs: int = 0
     prefill_s: float = 0.0  # until the first tokens were known: TTFT, pack by pack
     shared_s: float = 0.0  # of prefill_s, documents that several rows shared
+    again_s: float = 0.0  # of prefill_s, documents that a guard had prefilled a second time
     decode_s: float = 0.0  # in steps, during which no prefill runs
     began: float | None = None  # the first pack, by time.perf_counter()
     ended: float | None = None  # the last first token or step
 
-    def add_prefill(self, started: float, first_at: float) -> None:
-        """Count a pack, from its start to its first tokens."""
+    def add_prefill(self, started: float, first_at: float, *, again: bool = False) -> None:
+        """Count a pack, from its start to its first tokens; `again` where a guard had it prefilled anew."""
         self.packs += 1
         self.prefill_s += first_at - started
+        self.again_s += first_at - started if again else 0.0
         self.began, self.ended = self.began or started, first_at
 
     def add_decode(self, seconds: float, ended: float) -> None:
@@ -58,6 +61,7 @@ class EngineTimes:
             packs=sum(each.packs for each in all_times),
             prefill_s=sum(each.prefill_s for each in all_times),
             shared_s=sum(each.shared_s for each in all_times),
+            again_s=sum(each.again_s for each in all_times),
             decode_s=sum(each.decode_s for each in all_times),
             began=min((each.began for each in all_times if each.began is not None), default=None),
             ended=max((each.ended for each in all_times if each.ended is not None), default=None),
@@ -189,6 +193,7 @@ class Summary(Tally):
         self.ended_by_length = 0  # answers
         self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
+        self.guarded: Counter[str] = Counter()  # rows that a guard had run dense, by the kind of its reason
         self.times = EngineTimes()
         self.workers: int | None = None  # that are at work, of an engine that has several
         self.kept_before = False  # whether earlier runs have left rows from which to go on
@@ -206,6 +211,7 @@ class Summary(Tally):
             f"{self.method}: {self.output}: {counted(self.documents, 'row')}{f' ({rows})' if rows else ''}",
             f"{counted(self.prompt_tokens, 'prompt token')}, {counted(self.new_tokens, 'new token')}",
             f"{self.seconds:,.1f} s",
+            *self._of_guard(),
             *([] if self.commonest_error is None else [self.commonest_error]),
         ]
         return "; ".join(parts)
@@ -217,6 +223,8 @@ class Summary(Tally):
         for answer in answers:
             tokens = answer.prompt_tokens or 0
             self.count(answer.status, answer.error_type, tokens, answer.error_message)
+            if answer.guard is not None:
+                self.guarded[kind_of(answer.guard)] += 1
             if answer.status != "ok":
                 continue
             self.new_tokens += answer.new_tokens or 0
@@ -226,6 +234,14 @@ class Summary(Tally):
             self._ttft_ms.append(answer.ttft_ms or 0.0)
             self._ffn_work += tokens * (answer.ffn_ratio or 0.0)
             self._flops_work += tokens * (answer.flops_ratio or 0.0)
+
+    def _of_guard(self) -> list[str]:
+        """What a guard did and cost, in words; nothing where it had no row run dense."""
+        if not self.guarded:
+            return []
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.guarded.most_common())
+        again = f"; prefilled again in {self.times.again_s:,.1f} s" if self.guarded[FLAT] else ""
+        return [f"guard: {counted(self.guarded.total(), 'row')} dense ({kinds}{again})"]
 
     def _is_unchanged(self, answer: Answer) -> bool:
         """Whether the run's method, which is not dense, did with a row all that dense does."""
@@ -316,6 +332,10 @@ class Summary(Tally):
             "prefill_s": self.times.prefill_s,
             "shared_prefill_s": self.times.shared_s,
             "grouped_rows": self.grouped_rows,
+            "guarded_by_task": self.guarded[TASK],
+            "guarded_by_length": self.guarded[LENGTH],
+            "guarded_by_attention": self.guarded[FLAT],
+            "second_prefill_s": self.times.again_s,
             "ms_per_row": self.ms_per_row(),
             "decode_s": self.times.decode_s,
             "prompt_tokens_per_second": self.tokens_per_second,

@@ -307,7 +307,7 @@ def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
     mild = {**given, "SETTINGS": "start_layer=2 eta=0.99 prefix=4 window=8"}
 
     for against in ("dense", "accepted"):
-        returned, printed, summary = check_step(**mild, MAX_DROP="40pt")
+        returned, printed, summary = check_step(**mild)
         assert (returned, printed.count("::")) == (0, 0), printed + summary
         result = json.loads(Path("check.json").read_text())
         assert (result["verdict"], result["against"]) == ("pass", against)

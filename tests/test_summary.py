@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from marsinfer_cli.progress import print_summary
 from pipeline.records import Answer
 from pipeline.summary import EngineTimes, Summary
 
@@ -75,6 +76,48 @@ def test_rows_of_which_a_method_left_out_nothing(values, unchanged):
     summary.add([answer(0, **values)])
     assert summary.unchanged_rows == unchanged
     assert summary.as_dict()["unchanged_rows"] == unchanged
+
+
+def test_what_a_guard_caught_and_cost():
+    summary = Summary(method="mars", output="o")
+    reasons = ["task: x", "length: y", "length: z", "flat attention: a: b", None]
+    summary.add([answer(n, guard=reason) for n, reason in enumerate(reasons)])
+    summary.add([answer(9, guard="task: x", status="error")])
+    summary.times.add_prefill(10.0, 14.0)
+    summary.times.add_prefill(14.0, 16.5, again=True)
+    told = summary.as_dict()
+    assert (told["guarded_by_task"], told["guarded_by_length"], told["guarded_by_attention"]) == (2, 2, 1)
+    assert (told["prefill_s"], told["second_prefill_s"]) == (6.5, 2.5)
+    said = "guard: 5 rows dense (2 task, 2 length, 1 flat attention; prefilled again in 2.5 s)"
+    assert said in str(summary).split("; ", 3)[-1]
+
+
+def test_the_closing_table_has_what_a_guard_caught_and_cost(capfd):
+    summary = Summary(method="mars", output="o")
+    summary.add([answer(n, guard=reason) for n, reason in enumerate(["task: x", "flat attention: y"])])
+    summary.times.add_prefill(14.0, 16.5, again=True)
+    print_summary(summary)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capfd.readouterr().err.splitlines()]
+    assert ["rows that the guard had run dense", "2"] in cells
+    assert [row for row in cells if "by " in "".join(row)] == [["by task", "1"], ["by flat attention", "1"]]
+    assert ["second prefills, after flat attention", "2.5 s"] in cells
+
+
+def test_a_guard_that_found_nothing_is_not_mentioned(capfd):
+    summary = Summary(method="mars", output="o")
+    summary.add([answer(0)])
+    print_summary(summary)
+    assert "guard" not in str(summary) + capfd.readouterr().err
+    assert summary.as_dict()["second_prefill_s"] == summary.as_dict()["guarded_by_attention"] == 0
+
+
+def test_second_prefills_of_several_engines_are_summed():
+    one, other = EngineTimes(), EngineTimes()
+    one.add_prefill(1.0, 3.0, again=True)
+    other.add_prefill(2.0, 7.0, again=True)
+    other.add_prefill(7.0, 8.0)
+    both = EngineTimes.together([one, other.mirrored(50.0)])
+    assert (both.prefill_s, both.again_s) == (8.0, 7.0)
 
 
 def test_what_is_said_at_the_end():

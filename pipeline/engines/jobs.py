@@ -9,7 +9,7 @@ from pipeline.engines.group_packs import GroupPack, GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.engines.scheduler import Waiting, WaitingPack
 from pipeline.grouping import Group, Way
-from pipeline.guard import Guard
+from pipeline.guard import FLAT, Guard, kind_of
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
 from pipeline.records import Answer, EncodedDocument
@@ -26,6 +26,11 @@ class Job:
     guard: str | None = None  # why the method is dense, where a guard chose it
     group: GroupPack | None = None  # with which it is answered, behind the document of
     number: int = 0  # this of its groups
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the document was prefilled before, and a guard did not trust what came of it."""
+        return self.guard is not None and kind_of(self.guard) == FLAT
 
 
 @dataclass(kw_only=True)
@@ -75,12 +80,19 @@ class JobPacker:
         """A document that a guard has answered without pruning."""
         return Job(document=document, method=Dense(), guard=reason)
 
-    def not_trusted(self, job: Job, answer: Answer) -> Job | None:
-        """The dense job in place of one whose prefill shows that its profile does not speak for it."""
-        if self.guard is None or job.guard is not None:
-            return None
-        reason = self.guard.after(answer)
-        return None if reason is None else self.dense(job.document, reason)
+    def not_trusted(
+        self, jobs: Sequence[Job], answers: Sequence[Answer], sparse_tokens: Sequence[int]
+    ) -> list[Job | None]:
+        """For each job of a pack the dense one that takes its place, where its prefill is not trusted.
+
+        `sparse_tokens` says how many of each one's first tokens had blocks of attention chosen.
+        """
+        guard = self.guard
+        if guard is None or jobs[0].guard is not None:
+            return [None] * len(jobs)
+        reasons = [guard.after(answer, n) for answer, n in zip(answers, sparse_tokens, strict=True)]
+        pairs = zip(jobs, reasons, strict=True)
+        return [None if reason is None else self.dense(job.document, reason) for job, reason in pairs]
 
     def packed(self, jobs: Sequence[Job]) -> Packs:
         """Jobs of one method, without groups, put together by their lengths."""

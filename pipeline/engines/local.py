@@ -179,7 +179,7 @@ class LocalEngine:
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
         running = self._begun(pack)
-        again = [self.packs.not_trusted(row.job, row.answer) for row in running]
+        again = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         for row, token, dense in zip(running, pack.tokens, again, strict=True):
             if dense is None:
                 row.take(token, self.rules)
@@ -192,7 +192,7 @@ class LocalEngine:
         if joining:
             self._open_table().join([running[b] for b in joining], joining, pack)
         # nothing that follows can fail: a pack that does runs again, with rows that have joined
-        self.times.add_prefill(pack.started, pack.first_at)
+        pack.count(self.times)
         self._scheduler.put_back(self.packs.packed([dense for dense in again if dense is not None]))
         return [self._finish(row) for row in ended]
 
@@ -325,8 +325,9 @@ class LocalEngine:
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
         pack = self.prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
         (answer,) = pack.rows
-        dense = self.packs.not_trusted(job, answer)
+        (dense,) = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         if dense is not None:
+            pack.count(self.times)
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
         (generated,) = decode(
@@ -342,7 +343,7 @@ class LocalEngine:
         )
         answer.decode_ms = (generated.finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
-        self.times.add_prefill(pack.started, pack.first_at)
+        pack.count(self.times)
         self.times.add_decode(generated.finished_at - pack.first_at, generated.finished_at)
         return [self._written(job, answer, generated, pack.began)]
 

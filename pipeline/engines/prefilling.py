@@ -11,11 +11,13 @@ from pipeline.engines.answering import prefilled_rows
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.keeping import keep_selection
+from pipeline.kernels.sparse import first_choosing
 from pipeline.model.decode import first_tokens
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.records import Answer
+from pipeline.summary import EngineTimes
 from pipeline.words import counted
 
 Check = Callable[[], None]
@@ -28,11 +30,16 @@ class PrefilledPack:
     jobs: Sequence[Job]
     prefilled: Prefilled
     rows: list[Answer]
+    sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
     tokens: list[int]  # the first one of each, or NOT_FINITE
     uniforms: list[torch.Tensor]  # what the rows draw by; empty where they are greedy
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
+
+    def count(self, times: EngineTimes) -> None:
+        """Add its time; a pack that a guard has made holds no other jobs."""
+        times.add_prefill(self.started, self.first_at, again=self.jobs[0].runs_again)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +104,27 @@ class Prefiller:
             jobs=jobs,
             prefilled=prefilled,
             rows=rows,
+            sparse_tokens=self._sparse_tokens(jobs, prefilled, prefix),
             tokens=tokens,
             uniforms=uniforms,
             started=started,
             began=began,
             first_at=first_at,
         )
+
+    def _sparse_tokens(self, jobs: Sequence[Job], prefilled: Prefilled, prefix: Prefix | None) -> list[int]:
+        """How many first tokens of each row had blocks of attention chosen; 0: its attention was whole.
+
+        That is what the first layer saw that chooses blocks: the prompt, or only what is shared with others.
+        """
+        method, estimated = jobs[0].method, prefilled.passes[0].estimated
+        first = first_choosing(method.attention_masses(self.model.shape.layers))
+        if first is None or first >= len(estimated):
+            return [0] * len(jobs)
+        lengths = list(prefilled.lengths)
+        if prefix is not None and first < len(prefix.beginnings.layers):
+            lengths = [prefix.beginnings.segments.lengths[job.number] for job in jobs]
+        return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
 
     def _uniforms(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         if self.sampling.is_greedy:

@@ -104,9 +104,10 @@ def _longer(engine: LocalEngine, room: int, longest: int | None = None) -> set[i
         lengths.add(_first(lambda n: precision.worthwhile(n, shape, device), room) + precision.WINDOW)
     if any(mass is not None for mass in engine.method.attention_masses(shape.layers)):
         width, least = shape.heads * shape.head_dim, engine.model.attention.sparse_from
-        first = _first(lambda n: sparse.applies(n, width, device, least), room)
-        known = LONG_WARM_UP_TOKENS if longest is None else longest
-        lengths |= {first, max(first, min(known, LONG_WARM_UP_TOKENS, room))}
+        first = sparse.shortest(width, device, least)
+        if first is not None:
+            known = LONG_WARM_UP_TOKENS if longest is None else longest
+            lengths |= {first, max(first, min(known, LONG_WARM_UP_TOKENS, room))}
     return {n for n in lengths if n <= room}
 
 

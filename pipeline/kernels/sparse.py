@@ -8,6 +8,7 @@ tile once. Letters beside those of segments.py: M blocks of queries, N blocks of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -120,15 +121,26 @@ class SparsePrefill:
 
 def applies(length: int, width: int, device: torch.device, sparse_from: int | None = None) -> bool:
     """Whether a document of so many tokens is block-sparse; see `AttentionBackend` for `sparse_from`."""
-    return worthwhile(length, width, device) if sparse_from is None else length >= sparse_from
+    least = shortest(width, device, sparse_from)
+    return least is not None and length >= least
 
 
-def worthwhile(length: int, width: int, device: torch.device) -> bool:
-    """Whether choosing blocks saves more than it costs in a document of so many tokens.
+def shortest(width: int, device: torch.device, sparse_from: int | None = None) -> int | None:
+    """Tokens from which on a document is block-sparse: `sparse_from`, or else where that saves time.
 
-    Without kernels it never does: plain torch takes longer for some blocks than whole attention for all.
+    None where it never does, which is so without kernels: plain torch takes longer for some blocks than whole
+    attention for all.
     """
-    return kernels_on(device.type) and length >= SHORTEST and length * length * width >= LEAST_WORK
+    if sparse_from is not None:
+        return sparse_from
+    if not kernels_on(device.type):
+        return None
+    return max(SHORTEST, math.isqrt(-(-LEAST_WORK // width) - 1) + 1)
+
+
+def first_choosing(masses: Sequence[float | None]) -> int | None:
+    """The first layer that chooses blocks, of the masses of all; None: attention is whole or local."""
+    return next((layer for layer, mass in enumerate(masses) if mass), None)
 
 
 def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.guard import spoken_for
+from pipeline.kernels.sparse import first_choosing, shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.profile import FORMAT, Profile
 from pipeline.provenance import PACKAGES
+from pipeline.pruning.base import PruningMethod
 from pipeline.quality.bounds import NEEDLES, Bounds, Verified
 from pipeline.quality.evaluate import Case
 from pipeline.quality.verification import Verification
@@ -48,7 +50,9 @@ def make_profile(
             "speed_up": round(chosen.speed_up, 4),
             "gates": {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in chosen.gates},
         },
-        "guard": spoken_for(_tasks(config, cases), chosen.scores),
+        "guard": spoken_for(
+            _tasks(config, cases), chosen.scores, sparse_from=sparse_from_of(model, variant.method)
+        ),
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
     batch = {
@@ -64,6 +68,14 @@ def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
     if config.task_column is None and not config.row_suites:
         return []
     return [case.task for case in cases if not case.task.startswith(NEEDLES)]
+
+
+def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:
+    """Prompt tokens from which on attention chooses blocks on the model's device; None: it never does."""
+    shape = model.shape
+    if first_choosing(method.attention_masses(shape.layers)) is None:
+        return None
+    return shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
 
 
 def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.guard import kind_of
 from pipeline.report.layers import LAYER_COLUMNS, LayerShares, add_layers
 from pipeline.report.reading import Run
 
@@ -22,7 +23,7 @@ FIRST_ERRORS = 3
 COLUMNS = tuple(
     dict.fromkeys(
         [
-            *("id", "row", "status", "error_type", "error_message", "method"),
+            *("id", "row", "status", "error_type", "error_message", "method", "guard"),
             *(*TIMED, *SUMMED, *WEIGHED, *LAYER_COLUMNS),
         ]
     )
@@ -45,6 +46,7 @@ class Figures:
     status: Counter[str] = field(default_factory=Counter)
     errors: dict[str, ErrorKind] = field(default_factory=dict)
     methods: Counter[str] = field(default_factory=Counter)
+    guarded: Counter[str] = field(default_factory=Counter)  # rows that a guard had run dense, by its reason
     sums: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     layers: LayerShares | None = None
@@ -95,6 +97,7 @@ class Figures:
         """Count the rows of a table with the columns `COLUMNS`."""
         status = table["status"].to_pylist()
         self.status.update(str(value) for value in status)
+        self.guarded.update(kind_of(reason) for reason in table["guard"].to_pylist() if reason is not None)
         self._add_errors(table, [n for n, value in enumerate(status) if value != "ok"])
         table = table.filter(pa.array([value == "ok" for value in status], pa.bool_()))
         if table.num_rows == 0:
@@ -148,6 +151,9 @@ def headline(figures: Figures) -> Iterator[tuple[str, str]]:
         yield "errors", _of(status["error"], figures.rows)
     if status["skipped"]:
         yield "skipped", _of(status["skipped"], figures.rows)
+    if figures.guarded:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in figures.guarded.most_common())
+        yield "dense by the guard", f"{figures.guarded.total():,} ({kinds})"
     yield "prompt tokens", f"{sums['prompt_tokens']:,}"
     yield "longest prompt", f"{figures.longest:,}"
     for percent in (50, 95):

@@ -173,7 +173,8 @@ def prepared(source, model, **options):
 def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp_path):
     model = open_model(ModelSettings(model=str(sharp_model_folder), device="cpu"))
     about = {"format": 1, "model": model.name, "fingerprint": model.fingerprint, "device": "CPU"}
-    about |= {"dtype": "float32", "lengths": {"max": 10_000}, "guard": {"tasks": ["a"]}}
+    about |= {"dtype": "float32", "lengths": {"max": 10_000}}
+    about |= {"guard": {"tasks": ["a"], "shares": {"ffn_ratio": {"1000": 0.4}}}}
     profile = tmp_path / "profile.toml"
     settings = {"eta": 0.5, "start_layer": 1, "prefix": 0, "window": 4}
     write_profile(profile, Profile(about=about, batch={"method": "marsinfer", "settings": settings}))
@@ -188,6 +189,13 @@ def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp
     assert [len(row["parts"]) for row in rows if row["parts"]] != []
     summary = json.loads(said.out)  # and nothing else
     assert (summary["documents"], summary["grouped_rows"] > 0) == (91, True)
+    guarded = [row["guard"].partition(":")[0] for row in rows if row["guard"]]
+    assert (summary["guarded_by_task"], summary["guarded_by_attention"]) == (
+        guarded.count("task"),
+        guarded.count("flat attention"),
+    )
+    assert min(guarded.count("task"), guarded.count("flat attention")) > 0
+    assert 0 < summary["second_prefill_s"] < summary["prefill_s"]
     assert 0 < summary["answering_s"] < summary["seconds"]
     assert "Ray starts 2 workers on this machine, 0 GPUs each" in said.err
     assert all(line.startswith("marsinfer: ") for line in said.err.splitlines()), said.err

@@ -61,8 +61,8 @@ def test_block_sparse_attention_warms_up_where_it_begins_and_beyond(longest, exp
     monkeypatch.setattr(sparse, "kernels_on", lambda kind: kind == "cuda")
     lengths = warm_up._longer(engine(method="mars"), 100_000, longest)
     width = SHAPE.heads * SHAPE.head_dim
-    assert sparse.worthwhile(min(lengths), width, GPU)
-    assert not sparse.worthwhile(min(lengths) - 1, width, GPU)
+    assert sparse.applies(min(lengths), width, GPU)
+    assert not sparse.applies(min(lengths) - 1, width, GPU)
     assert max(lengths) == expected or (expected is None and len(lengths) == 1)
 
 

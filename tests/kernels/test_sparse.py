@@ -269,9 +269,25 @@ def test_in_bfloat16_on_a_gpu(head_dim):
 def test_on_a_gpu_it_must_pay(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(sparse, "kernels_on", lambda kind: kind == "cuda")
-    assert sparse.worthwhile(14_000, 1536, gpu)
-    assert not sparse.worthwhile(13_000, 1536, gpu)
-    assert not sparse.worthwhile(4_000, 1 << 20, gpu)
+    assert sparse.applies(14_000, 1536, gpu)
+    assert not sparse.applies(13_000, 1536, gpu)
+    assert not sparse.applies(4_000, 1 << 20, gpu)
+
+
+def test_the_shortest_block_sparse_document_is_the_first(monkeypatch):
+    gpu = torch.device("cuda")
+    assert sparse.shortest(1536, torch.device("cpu")) is None
+    monkeypatch.setattr(sparse, "kernels_on", lambda kind: kind == "cuda")
+    assert sparse.shortest(1 << 20, gpu) == sparse.SHORTEST
+    assert sparse.shortest(1 << 12, gpu) == 1 << 13  # a square that is met exactly
+    for width in (896, 1536, 3584):
+        least = sparse.shortest(width, gpu)
+        assert least**2 * width >= sparse.LEAST_WORK > (least - 1) ** 2 * width
+
+
+def test_the_first_layer_that_chooses_blocks():
+    assert sparse.first_choosing((None, 0.0, 0.9, 0.5)) == 2
+    assert sparse.first_choosing((None, 0.0)) is None
 
 
 def test_without_kernels_attention_is_whole_unless_the_reference_is_asked_for():

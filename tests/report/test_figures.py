@@ -40,6 +40,14 @@ def test_headline_figures_are_those_of_the_rows(tmp_path):
     assert phases(found)[0] == ("queue", 3.0, 3.0)
 
 
+def test_rows_that_a_guard_had_run_dense_are_told_by_its_reasons(tmp_path):
+    reasons = {3: "task: other", 5: "flat attention: x: y", 8: "task: other"}
+    rows = [answered(n, guard=reasons.get(n)) for n in range(10)]
+    told = dict(headline(figures(write(tmp_path / "out.parquet", rows))))
+    assert told["dense by the guard"] == "3 (2 task, 1 flat attention)"
+    assert "dense by the guard" not in dict(headline(figures(write(tmp_path / "none.parquet", rows[:3]))))
+
+
 def test_a_pack_counts_its_prefill_once(tmp_path):
     rows = [answered(n, prompt_tokens=500, prefill_ms=1_000.0, pack_documents=4) for n in range(4)]
     found = figures(write(tmp_path / "out.parquet", rows))
