@@ -59,6 +59,7 @@ def _measure(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[s
     from pipeline.interrupts import graceful_stop
     from pipeline.model.loading import open_model
     from pipeline.quality.accuracy import measure_accuracy, read_cases
+    from pipeline.quality.suites import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
     model = open_model(config).load()
@@ -75,4 +76,6 @@ def _measure(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[s
     tokens = sum(case.document.prompt_tokens for case in cases)
     held = "right answers" if config.has_references else "dense's own answers"
     conditions = {**conditions_of(model), "held against": held, "rows": len(cases), "prompt tokens": tokens}
+    if config.suite:
+        conditions["suites"] = NOT_COMPARABLE
     return conditions, results

@@ -137,7 +137,7 @@ def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy
                 "variant": result.variant,
                 "right tokens": _share(group.token_accuracy),
                 "drop, points": _drop(group.token_drop),
-                "found whole": _share(group.found),
+                "found": _share(group.found),
                 "drop of found, points": _drop(group.found_drop),
                 "NLL": f"{group.nll:.3f}",
                 **{f"x at {n:,}": f"{ratio:.2f}" for n, ratio in group.speed_up_by_length.items()},

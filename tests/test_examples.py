@@ -335,7 +335,10 @@ def test_the_workflow_ends_with_the_gate_s_verdict(check_step, marsinfer, code, 
     returned, printed, _ = check_step(SETTINGS="start_layer=20 eta=0.9", **environment)
     assert returned == ends_with
     assert printed.startswith(says)
-    assert "--set start_layer=20 --set eta=0.9 --scope rows --max-drop 2pt" in Path(f"{marsinfer}.calls").read_text()
+    assert (
+        "--set start_layer=20 --set eta=0.9 --scope rows --max-drop 2pt"
+        in Path(f"{marsinfer}.calls").read_text()
+    )
 
 
 @pytest.mark.parametrize(("file", "command"), [("nightly.sh", "batch"), ("ci-check.yml", "check")])

@@ -36,7 +36,7 @@ class Group:
     rows: int
     documents: int
     token_accuracy: float  # of the right answers' tokens, the share predicted; mean over rows
-    found: float  # share of the rows of which all tokens are predicted
+    found: float  # of a right answer's parts, the share of which all tokens are predicted; mean over rows
     nll: float  # nats a token, over all tokens
     token_drop: Drop  # of the token accuracy, in points
     found_drop: Drop
@@ -122,7 +122,7 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -
             documents=[own.document_key for _, own in pairs],
         )
 
-    tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: float(score.found))
+    tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: score.found)
     return Group(
         name=name,
         rows=len(pairs),

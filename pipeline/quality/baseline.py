@@ -32,7 +32,7 @@ _SCHEMA = pa.schema(
         *((name, _TEXT) for name in ("side", "id", "task", "document_key", "row_hash", "generated")),
         *((name, _COUNT) for name in ("prompt_tokens", "tokens", "correct", "agreed", "parted_at")),
         *((name, _NUMBER) for name in ("nll", "ttft_ms", "kept_ratio", "ffn_ratio", "flops_ratio")),
-        *((name, _NUMBER) for name in ("attention_ratio", "kv_ratio", "divergence")),
+        *((name, _NUMBER) for name in ("attention_ratio", "kv_ratio", "divergence", "parts_found")),
         *((name, pa.list_(pa.int32())) for name in ("answer", "choices", "probes")),
         *((name, pa.list_(pa.float32())) for name in ("logprobs", "probed")),
     ]

@@ -14,38 +14,31 @@ from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case
 from pipeline.quality.generate import generate
-from pipeline.quality.samples import in_turn
-
-SEARCH_SHARE = 0.4  # of the documents
+from pipeline.quality.samples import in_turn, searched_keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Rows of documents to search on and of those held out; no document is in both."""
+    """Rows of documents to search on and of those held out; no document is in both, nor in both's needles."""
 
     search: tuple[CheckRow, ...]
     held_out: tuple[CheckRow, ...]
 
 
 def split(rows: Sequence[CheckRow], salt: str = "") -> Sides:
-    """Part rows by the hash of their documents, in the order of that hash; needles likewise, kind by kind.
+    """Part rows by the hash of their documents; needles are on the side whose documents they are hidden in.
 
     Raises InputError for rows of a single document, none of which could be held out.
     """
-    parts: dict[str, set[str]] = {}
+    keys = searched_keys((row.sample.document_key for row in rows if row.sample.side is None), salt)
+    search: list[CheckRow] = []
+    held_out: list[CheckRow] = []
     for row in rows:
-        parts.setdefault(_part(row), set()).add(row.sample.document_key)
-    searched: set[str] = set()
-    for documents in parts.values():
-        ordered = sorted(documents, key=lambda key: _hash(f"{salt}\0{key}"))
-        searched |= set(ordered[: max(1, round(SEARCH_SHARE * len(ordered)))])
-    sides = Sides(
-        search=tuple(row for row in rows if row.sample.document_key in searched),
-        held_out=tuple(row for row in rows if row.sample.document_key not in searched),
-    )
-    if not any(_part(row) == "" for row in sides.held_out):
+        side = row.sample.side or ("search" if row.sample.document_key in keys else "held-out")
+        (search if side == "search" else held_out).append(row)
+    if not any(row.sample.side is None for row in held_out):
         raise InputError("calibrate needs rows of at least two documents: one to search on, one to verify on")
-    return sides
+    return Sides(search=tuple(search), held_out=tuple(held_out))
 
 
 def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
@@ -104,13 +97,10 @@ def make_cases(
                 document_key=row.sample.document_key,
                 document=row.document,
                 answer=answer,
+                parts=row.parts,
             )
         )
     return cases
-
-
-def _part(row: CheckRow) -> str:
-    return row.sample.task if row.sample.task.startswith(NEEDLES) else ""
 
 
 def _hash(text: str) -> str:

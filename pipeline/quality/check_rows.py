@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,19 @@ from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
 from pipeline.intake import open_columns
 from pipeline.io import Source
 from pipeline.quality.haystack import token_counter
+from pipeline.quality.metrics import parts_of
 from pipeline.quality.needles import make_needles
-from pipeline.quality.samples import Sample, document_key, first_in_turn, part_of, take
+from pipeline.quality.samples import (
+    SEARCH_SHARE,
+    Sample,
+    Side,
+    document_key,
+    first_in_turn,
+    is_unicode,
+    part_of,
+    searched_keys,
+    take,
+)
 from pipeline.quality.suites import load_suite
 from pipeline.reading import each_question
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
@@ -42,6 +54,7 @@ class CheckRow:
     document: EncodedDocument
     reference: tuple[int, ...]
     reference_cut: int  # tokens of the reference beyond --max-new-tokens
+    parts: tuple[tuple[int, int], ...] = ()  # ranges of its tokens that are found or not one by one
     row_hash: str  # of the prompt's tokens and the right answers
 
 
@@ -65,34 +78,45 @@ def data_hash(rows: Sequence[CheckRow]) -> str:
 
 
 def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
-    """Read and tokenize everything. Raises InputError if more than half of it has to be left out."""
-    samples: list[Sample] = []
-    failed: list[str] = []
+    """Read and tokenize everything, the needles last.
+
+    Raises InputError if more than half of the input or of a suite has to be left out.
+    """
     documents, notes = _open(config)
-    if documents is not None and config.asks_rows:
-        for record in _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids):
-            found = _sample(config, record)
-            failed.append(found) if isinstance(found, str) else samples.append(found)
-    sources = [samples, *(load_suite(suite) for suite in config.suite_names if suite.folder is not None)]
+    of_input, unread = _input_samples(config, documents)
+    suites = [load_suite(suite) for suite in config.suite_names if suite.folder is not None]
+    sources = [of_input, *(suite.samples for suite in suites)]
     _check_tasks(config, list(chain.from_iterable(sources)))
     sources = [[each for each in own if _takes(config, each.document_key)] for own in sources]
-    needles: list[Sample] = []
+    asked = [first_in_turn(_asked(config, own), config.limit) for own in sources]
+    samples = take(list(chain.from_iterable(asked)), config.limit_per_task, config.seed)
+    rows, failed = _encode_all(config, samples, prompts)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
-        needles = _needles(config, haystacks, prompts)
-    asked = [first_in_turn(_asked(config, own), config.limit) for own in sources]
-    samples = take([*chain.from_iterable(asked), *needles], config.limit_per_task, config.seed)
+        needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
+        samples += needles
+        hidden_in, unfit = _encode_all(config, needles, prompts, first=len(samples) - len(needles))
+        rows, failed = rows + hidden_in, failed + unfit
     _refuse_twins(samples)
-    rows: list[CheckRow] = []
-    for number, sample in enumerate(samples):
-        row = _encode(config, number, sample, prompts)
-        failed.append(row) if isinstance(row, str) else rows.append(row)
+    failed = unread + failed
     count = len(rows) + len(failed)
     if not count:
         raise InputError(f"{', '.join(map(hidden, config.input))} has no rows")
     if len(failed) > len(rows):
         raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
-    return CheckRows(rows=tuple(rows), left_out=tuple(failed), notes=notes)
+    left_out = [message for suite in suites for message in suite.left_out]
+    return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
+
+
+def _input_samples(config: RowSettings, documents: Source | None) -> tuple[list[Sample], list[str]]:
+    """Those of the input's rows, where they are asked, and why others are none."""
+    samples: list[Sample] = []
+    failed: list[str] = []
+    if documents is not None and config.asks_rows:
+        for record in _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids):
+            found = _sample(config, record)
+            failed.append(found) if isinstance(found, str) else samples.append(found)
+    return samples, failed
 
 
 def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
@@ -195,42 +219,69 @@ def _asked(config: RowSettings, samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if not config.tasks or sample.task in config.tasks]
 
 
-def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> list[str]:
-    """Documents to hide needles in: those of the input, or without one the suites', each once."""
+def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> dict[str, str]:
+    """Documents to hide needles in by their keys: those of the input, or without one the suites'."""
     if documents is not None:
-        rows = (row for row in _records(config, documents) if isinstance(row, Document))
-        found: Iterable[str] = (row.text for row in rows if _takes(config, document_key(row.text)))
+        records = (row.text for row in _records(config, documents) if isinstance(row, Document))
+        found: Iterable[tuple[str, str]] = ((document_key(text), text) for text in records)
+        found = ((key, text) for key, text in found if _takes(config, key))
     else:
-        found = {sample.document_key: sample.text for sample in samples}.values()
-    texts, left = [], HAYSTACK_CHARACTERS
-    for text in found:
+        found = ((sample.document_key, sample.text) for sample in samples)
+    texts: dict[str, str] = {}
+    left = HAYSTACK_CHARACTERS
+    for key, text in found:
         if left <= 0:
             break
-        texts.append(text[:left])
-        left -= len(text)
+        if key not in texts:
+            texts[key] = text[:left]
+            left -= len(text)
     if not texts:
         raise InputError("there is no document to hide needles in")
     return texts
 
 
-def _needles(config: RowSettings, texts: Sequence[str], prompts: PromptBuilder) -> list[Sample]:
+def _needles(
+    config: RowSettings, haystacks: Mapping[str, str], rows: Sequence[CheckRow], prompts: PromptBuilder
+) -> list[Sample]:
+    """Needles in these documents; where there are two sides, of each in those on its side alone."""
+    make = partial(
+        make_needles,
+        kinds=config.needle_kinds,
+        lengths=_needle_lengths(config, prompts),
+        seed=config.seed,
+        count_tokens=token_counter(prompts.tokenizer),
+    )
+    if not config.has_sides:
+        return make(list(haystacks.values()), count=config.needle_count)
+    asked = {row.sample.document_key for row in rows}
+    searched = searched_keys(asked, str(config.seed))
+    searched |= searched_keys(haystacks.keys() - asked, str(config.seed))
+    to_search = max(1, round(SEARCH_SHARE * config.needle_count))
+    counts: dict[Side, int] = {"search": to_search, "held-out": config.needle_count - to_search}
+    needles: list[Sample] = []
+    for side, count in counts.items():
+        texts = [text for key, text in haystacks.items() if (key in searched) == (side == "search")]
+        if not texts:
+            raise InputError(
+                "needles of the two sides are hidden in different documents, and there is none on the side "
+                f"{side!r}: give more documents"
+            )
+        if count:
+            needles += make(texts, count=count, side=side)
+    return needles
+
+
+def _needle_lengths(config: RowSettings, prompts: PromptBuilder) -> Sequence[int]:
     longest = prompts.limit
     lengths = config.needle_lengths
     if lengths is None:
-        lengths = tuple(length for length in NEEDLE_LENGTHS if length <= longest) or (longest,)
-    elif max(lengths) > longest:
+        return tuple(length for length in NEEDLE_LENGTHS if length <= longest) or (longest,)
+    if max(lengths) > longest:
         raise ConfigError(
             f"--needle-lengths: {max(lengths):,} tokens exceed {longest:,}, the context of "
             f"{prompts.context:,} less --max-new-tokens {prompts.max_new_tokens:,}"
         )
-    return make_needles(
-        texts,
-        kinds=config.needle_kinds,
-        lengths=lengths,
-        count=config.needle_count,
-        seed=config.seed,
-        count_tokens=token_counter(prompts.tokenizer),
-    )
+    return lengths
 
 
 def _refuse_twins(samples: Sequence[Sample]) -> None:
@@ -245,6 +296,18 @@ def _place(sample: Sample) -> str:
     return str(sample.facets.get("place", f"{sample.task} {sample.id}"))
 
 
+def _encode_all(
+    config: RowSettings, samples: Sequence[Sample], prompts: PromptBuilder, first: int = 0
+) -> tuple[list[CheckRow], list[str]]:
+    """Rows of samples, numbered from `first` on, and why others are none."""
+    rows: list[CheckRow] = []
+    failed: list[str] = []
+    for number, sample in enumerate(samples, start=first):
+        row = _encode(config, number, sample, prompts)
+        failed.append(row) if isinstance(row, str) else rows.append(row)
+    return rows, failed
+
+
 def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
     source = Row(row=number, id=sample.id, place=_place(sample), question=sample.question or None)
     try:
@@ -252,19 +315,44 @@ def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBui
     except RowError as error:
         return f"{source.place}: {error}"
     tokens: list[int] = []
+    parts: tuple[tuple[int, int], ...] = ()
     if sample.references:
+        if not is_unicode(sample.references[0]):
+            return f"{source.place}: the reference has half of a surrogate pair, which is no character"
         # as user text: a reference that says <|im_end|> ends no turn
-        encoded = prompts.tokenizer(sample.references[0], add_special_tokens=False, split_special_tokens=True)
+        encoded = prompts.tokenizer(
+            sample.references[0],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
         tokens = encoded["input_ids"]
         if not tokens:
             return f"{source.place}: the reference has no tokens"
+        parts = _parts(sample, encoded["offset_mapping"][: config.max_new_tokens])
     return CheckRow(
         sample=sample,
         document=document,
         reference=tuple(tokens[: config.max_new_tokens]),
         reference_cut=max(0, len(tokens) - config.max_new_tokens),
+        parts=parts,
         row_hash=_hash(document, sample),
     )
+
+
+def _parts(sample: Sample, offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of the tokens, at these offsets, in which the items of a reference stand; none of one item."""
+    reference = sample.references[0]
+    items = parts_of(sample.metric, reference)
+    parts: list[tuple[int, int]] = []
+    end = 0
+    for item in items if len(items) > 1 else ():
+        start = reference.index(item, end)
+        end = start + len(item)
+        inside = [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
+        if inside:
+            parts.append((inside[0], inside[-1] + 1))
+    return tuple(parts)
 
 
 def _hash(document: EncodedDocument, sample: Sample) -> str:

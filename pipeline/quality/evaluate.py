@@ -38,6 +38,7 @@ class Case:
     document_key: str  # the same for all questions about one document
     document: EncodedDocument
     answer: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...] = ()  # ranges of its tokens that are found or not one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,15 @@ class CaseScore:
     agreed: int | None = None  # tokens at which it chooses what dense does
     parted_at: int | None = None  # the first token, from 0, at which it does not
     divergence: float | None = None  # KL from dense, mean over the tokens, in nats
+    parts_found: float | None = None  # of an answer in parts, the share of which all tokens are predicted
 
     @property
-    def found(self) -> bool:
-        """Whether greedy decoding would begin with the right answer."""
-        return self.correct == self.tokens
+    def found(self) -> float:
+        """From 0 to 1: the share of the right answer's parts of which all tokens are predicted.
+
+        Of an answer that is a whole it is 1 where greedy decoding would begin with it, else 0.
+        """
+        return float(self.correct == self.tokens) if self.parts_found is None else self.parts_found
 
 
 def evaluate(
@@ -130,13 +135,14 @@ def _score(
     dense: Forced | None,
 ) -> CaseScore:
     shape, length = model.shape, case.document.prompt_tokens
+    hits = forced.choices == case.answer
     return CaseScore(
         id=case.id,
         task=case.task,
         document_key=case.document_key,
         prompt_tokens=length,
         tokens=len(case.answer),
-        correct=int(np.sum(forced.choices == case.answer)),
+        correct=int(np.sum(hits)),
         nll=float(-forced.logprobs.astype(np.float64).sum()),
         ttft_ms=ttft_ms,
         kept_ratio=kept_ratio(shape, passes, length),
@@ -147,7 +153,13 @@ def _score(
         agreed=None if dense is None else int(np.sum(forced.choices == dense.choices)),
         parted_at=None if dense is None else _first(forced.choices != dense.choices),
         divergence=None if dense is None else divergence(dense, forced),
+        parts_found=_share_found(hits, case.parts),
     )
+
+
+def _share_found(hits: np.ndarray, parts: Sequence[tuple[int, int]]) -> float | None:
+    """Of ranges of tokens, the share of which all are hits; None without any."""
+    return float(np.mean([hits[start:end].all() for start, end in parts])) if parts else None
 
 
 def _first(marks: np.ndarray) -> int | None:

@@ -1,10 +1,11 @@
-"""Haystacks: stretches of the user's own documents, cut at sentences to a wanted number of tokens."""
+"""Haystacks: sentences of the user's own documents, in random order of documents, of a wanted length."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,11 @@ def token_counter(tokenizer: PreTrainedTokenizerFast) -> TokenCounter:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """All sentences that haystacks are cut from, each counted once."""
+    """All sentences that haystacks are made of, each counted once."""
 
     sentences: tuple[str, ...]  # with the space or blank line before each
     tokens: tuple[int, ...]
+    documents: tuple[range, ...]  # the sentences of each document, at least one
     words: frozenset[str]  # in them, in lower case
 
     @classmethod
@@ -46,27 +48,40 @@ class Pool:
     ) -> Pool:
         """Sentences of documents in random order, `characters` in all; `InputError` if there are none."""
         sentences: list[str] = []
+        documents: list[range] = []
         left = characters
         for text in rng.sample(texts, len(texts)):
-            found = _sentences(text[:left])
-            sentences += found
-            left -= sum(map(len, found))
+            if found := _sentences(text[:left]):
+                documents.append(range(len(sentences), len(sentences) + len(found)))
+                sentences += found
+                left -= sum(map(len, found))
             if left <= 0:
                 break
         if not sentences:
             raise InputError("no text in the documents to hide needles in")
         words = frozenset(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
-        return cls(tuple(sentences), tuple(count_tokens(sentences)), words)
+        return cls(tuple(sentences), tuple(count_tokens(sentences)), tuple(documents), words)
 
-    def cut(self, start: int, tokens: int) -> list[int]:
-        """Indices of the sentences from `start` on with at most `tokens`; behind the last comes the first."""
+    def draw(self, tokens: int, rng: random.Random) -> list[int]:
+        """Indices of a random haystack's sentences: as many as have at most `tokens` together.
+
+        It begins at a random sentence of a random document, goes on with that document to its end and then
+        with the others in random order, and begins again where all of them are not enough.
+        """
         chosen: list[int] = []
-        index, left = start % len(self.sentences), tokens
-        while self.tokens[index] <= left:
+        left = tokens
+        for index in self._shuffled(rng):
+            if self.tokens[index] > left:
+                break
             chosen.append(index)
             left -= max(self.tokens[index], 1)
-            index = (index + 1) % len(self.sentences)
         return chosen
+
+    def _shuffled(self, rng: random.Random) -> Iterator[int]:
+        """All sentences from a random one on, documents in random order, again and again."""
+        first, *others = rng.sample(self.documents, len(self.documents))
+        start = rng.randrange(len(first))
+        return itertools.cycle(itertools.chain(first[start:], *others, first[:start]))
 
 
 def _sentences(text: str) -> list[str]:

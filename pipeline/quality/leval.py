@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, did_you_mean
-from pipeline.quality.samples import Sample, document_key, jsonl_files, read_objects, text_of, texts_of
+from pipeline.quality.samples import Sample, document_key
+from pipeline.quality.suite_files import Loaded, Place, load_files, text_of, texts_of
 
 _LETTER = "Answer with the letter of the right option only."
 _LETTERS = (
@@ -58,8 +60,8 @@ _TASKS = {
 }
 
 
-def load_leval(folder: str | Path) -> list[Sample]:
-    """One sample for each instruction in the files `*.jsonl` of `folder`, in the order of names and lines.
+def load_leval(folder: str | Path) -> Loaded:
+    """One sample for each instruction in the files of `folder`, in the order of names and lines.
 
     A row has the fields `input` (the document), `instructions` and `outputs` (lists as long as each other; an
     output may be a list of its own, of which any is right) and `evaluation`, a key of `EVALUATIONS`. The task
@@ -68,54 +70,77 @@ def load_leval(folder: str | Path) -> list[Sample]:
     Each question ends with a line on the form of its answer, into which references are brought: `(B) text`
     becomes `B`, `True [fact: False]` becomes `True`, and what stood there before is the facet `output`. The
     sentence of `gsm100` that asks for steps is left out, as answers are compared with the bare number. A
-    summary is asked for with the length of its reference, in words, as L-Eval does. Raises `InputError`, with
-    file and line, for a row that is otherwise.
+    summary is asked for with the length of its reference, in words, as L-Eval does.
+
+    Rows of another form are left out, and so is an instruction that is empty or has an empty output. Raises
+    `InputError` where `load_files` does.
     """
-    samples: list[Sample] = []
-    for path in jsonl_files(folder):
-        for place, number, row in read_objects(path):
-            samples += _row(path.stem, number, row, place)
-    if not samples:
-        raise InputError(f"{folder}: no rows in its *.jsonl files")
-    return samples
+    return load_files(folder, _samples)
 
 
-def _row(task: str, number: int, row: dict[str, Any], place: str) -> list[Sample]:
-    text = text_of(row, "input", place)
-    instructions, outputs = texts_of(row, "instructions", place), row.get("outputs")
-    evaluation = text_of(row, "evaluation", place)
+def _samples(row: dict[str, Any], place: Place) -> Iterator[Sample | str]:
+    document = text_of(row, "input")
+    instructions, outputs = row.get("instructions"), row.get("outputs")
+    if isinstance(instructions, str):
+        instructions = [instructions]
+    evaluation = text_of(row, "evaluation")
     if evaluation not in EVALUATIONS:
         hint = did_you_mean(evaluation, EVALUATIONS)
-        known = ", ".join(EVALUATIONS)
-        raise InputError(f"{place}: unknown evaluation {evaluation!r}{hint}; known are {known}")
-    if not isinstance(outputs, list) or len(outputs) != len(instructions):
-        raise InputError(f"{place}: the field 'outputs' is not a list as long as 'instructions'")
-    key = document_key(text)
-    samples = []
-    for place_in_row, (instruction, output) in enumerate(zip(instructions, outputs, strict=True), start=1):
-        texts = [given.strip() for given in texts_of({"outputs": output}, "outputs", place)]
-        if not instruction.strip() or not texts or not all(texts):
-            raise InputError(f"{place}: instruction {place_in_row} or its output is empty")
-        form = _form(task, evaluation, texts[0])
-        references = tuple(dict.fromkeys(_reference(form, output) for output in texts))
-        facets: dict[str, str | int | float] = {"line": number, "evaluation": evaluation}
-        if isinstance(source := row.get("source"), str):
-            facets["source"] = source
-        if references != tuple(texts):
-            facets["output"] = texts[0]
-        samples.append(
-            Sample(
-                id=f"{task}/{number}/{place_in_row}",
-                task=task,
-                text=text,
-                question=_question(form, instruction, references[0]),
-                references=references,
-                metric=form.metric,
-                document_key=key,
-                facets=facets,
-            )
+        raise InputError(f"unknown evaluation {evaluation!r}{hint}; known are {', '.join(EVALUATIONS)}")
+    if not isinstance(instructions, list) or not isinstance(outputs, list):
+        raise InputError("the fields 'instructions' and 'outputs' are not both lists")
+    if len(instructions) != len(outputs):
+        raise InputError("the field 'outputs' is not as long as 'instructions'")
+    facets: dict[str, str | int | float] = {"line": place.line, "evaluation": evaluation}
+    if isinstance(source := row.get("source"), str):
+        facets["source"] = source
+    key = document_key(document)
+    for number, (instruction, output) in enumerate(zip(instructions, outputs, strict=True), start=1):
+        question = _question_of(place.stem, evaluation, instruction, output)
+        if isinstance(question, str):
+            yield f"instruction {number}: {question}"
+            continue
+        changed = {} if question.output is None else {"output": question.output}
+        yield Sample(
+            id=f"{place.stem}/{place.line}/{number}",
+            task=place.stem,
+            text=document,
+            question=question.text,
+            references=question.references,
+            metric=question.metric,
+            document_key=key,
+            facets={**facets, **changed},
         )
-    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked about a document, and how an answer to it is scored."""
+
+    text: str
+    references: tuple[str, ...]
+    metric: str
+    output: str | None  # the row's own output, where the references have another form
+
+
+def _question_of(task: str, evaluation: str, instruction: Any, output: Any) -> _Question | str:
+    """A question, or why there is none."""
+    if not isinstance(instruction, str) or not instruction.strip():
+        return "it is not a text, or empty"
+    try:
+        outputs = texts_of({"outputs": output}, "outputs")
+    except InputError as error:
+        return str(error)
+    if not outputs:
+        return "its output is empty"
+    form = _form(task, evaluation, outputs[0])
+    references = tuple(dict.fromkeys(_reference(form, each) for each in outputs))
+    return _Question(
+        text=_question(form, instruction, references[0]),
+        references=references,
+        metric=form.metric,
+        output=None if references == tuple(outputs) else outputs[0],
+    )
 
 
 def _form(task: str, evaluation: str, output: str) -> _Form:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, did_you_mean
-from pipeline.quality.samples import Sample, document_key, jsonl_files, read_objects, text_of, texts_of
+from pipeline.quality.samples import Sample, document_key
+from pipeline.quality.suite_files import Loaded, Place, load_files, text_of, texts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ DATASETS = {
         "Answer with the name or phrase only.",
     ),
     "multifieldqa_zh": _Dataset("character_f1", "根据上文回答问题。\n\n问题: {input}\n只写简短的答案。"),
-    "dureader": _Dataset("rouge_zh", "根据以上文章回答问题。\n\n问题: {input}\n只写答案。"),
-    "vcsum": _Dataset("rouge_zh", "为以上会议记录写一段总结。\n只写总结。"),
+    "dureader": _Dataset("character_rouge_l", "根据以上文章回答问题。\n\n问题: {input}\n只写答案。"),
+    "vcsum": _Dataset("character_rouge_l", "为以上会议记录写一段总结。\n只写总结。"),
     "gov_report": _Dataset(
         "rouge_l", "Summarize the government report on one page.\nWrite the summary only."
     ),
@@ -71,12 +73,12 @@ DATASETS = {
         "Write the summary only, in one to three sentences.",
     ),
     "trec": _Dataset(
-        "classification_score",
+        "class_match",
         "The examples above show the type of a question. Name the type of this one.\n\n{input}\n"
         "Answer with the type only, as it is written in the examples.",
     ),
     "lsht": _Dataset(
-        "classification_score", "以上例子给出新闻的类别。判断下面这条新闻的类别。\n\n{input}\n只写类别。"
+        "class_match", "以上例子给出新闻的类别。判断下面这条新闻的类别。\n\n{input}\n只写类别。"
     ),
     "passage_retrieval_en": _Dataset(
         "retrieval_score",
@@ -91,55 +93,52 @@ DATASETS = {
         "Some of the paragraphs above are repeated. How many different ones are there?\n"
         "Answer with the number only.",
     ),
-    "lcc": _Dataset("code_sim", f"Which line of code comes next?\n{_CODE}"),
+    "lcc": _Dataset("code_line_similarity", f"Which line of code comes next?\n{_CODE}"),
     "repobench-p": _Dataset(
-        "code_sim",
+        "code_line_similarity",
         "Above are files of a repository. Which line of code comes next in this one?\n\n{input}\n" + _CODE,
     ),
 }
 
 
-def load_longbench(folder: str | Path) -> list[Sample]:
-    """One sample for each line of the files `*.jsonl` of `folder`, in the order of names and lines.
+def load_longbench(folder: str | Path) -> Loaded:
+    """One sample for each line of the files of `folder`, in the order of names and lines.
 
     A row has the fields `context` (the document), `input` (empty where the dataset asks all documents the
     same), `answers` (any is right), `dataset`, and `all_classes` where classes are asked for; `length`,
-    `language` and `_id` may be there. The task is the dataset. Raises `InputError`, with file and
-    line, for other rows.
+    `language` and `_id` may be there. The task is the dataset; a dataset of LongBench-E, such as `qasper_e`,
+    is the task of the one that it is drawn from.
+
+    Rows of another form are left out. Raises `InputError` where `load_files` does.
     """
-    samples: list[Sample] = []
-    for path in jsonl_files(folder):
-        for place, number, row in read_objects(path):
-            samples.append(_sample(path.stem, number, row, place))
-    if not samples:
-        raise InputError(f"{folder}: no rows in its *.jsonl files")
-    return samples
+    return load_files(folder, _samples)
 
 
-def _sample(stem: str, number: int, row: dict[str, Any], place: str) -> Sample:
-    name, text = text_of(row, "dataset", place), text_of(row, "context", place)
-    dataset = DATASETS.get(name)
+def _samples(row: dict[str, Any], place: Place) -> Iterator[Sample]:
+    name, document = text_of(row, "dataset"), text_of(row, "context")
+    task = name.removesuffix("_e")
+    dataset = DATASETS.get(task)
     if dataset is None:
-        raise InputError(f"{place}: unknown dataset {name!r}{did_you_mean(name, DATASETS)}")
-    asked = text_of(row, "input", place, may_be_empty=not dataset.needs_input)
-    answers = tuple(dict.fromkeys(answer.strip() for answer in texts_of(row, "answers", place)))
-    if not answers or not all(answers):
-        raise InputError(f"{place}: the field 'answers' is empty, or one of its texts is")
-    choices = () if row.get("all_classes") is None else tuple(texts_of(row, "all_classes", place))
-    if dataset.metric == "classification_score" and not choices:
-        raise InputError(f"{place}: the field 'all_classes' must list the classes of {name}")
-    facets: dict[str, str | int | float] = {"line": number}
+        raise InputError(f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}")
+    asked = text_of(row, "input", may_be_empty=not dataset.needs_input)
+    answers = tuple(dict.fromkeys(texts_of(row, "answers")))
+    if not answers:
+        raise InputError("the field 'answers' is empty")
+    choices = () if row.get("all_classes") is None else tuple(texts_of(row, "all_classes"))
+    if dataset.metric == "class_match" and not choices:
+        raise InputError(f"the field 'all_classes' must list the classes of {task}")
+    facets: dict[str, str | int | float] = {"line": place.line}
     for facet in ("length", "language", "_id"):
         if isinstance(value := row.get(facet), str | int | float):
             facets[facet] = value
-    return Sample(
-        id=f"{stem}/{number}",
-        task=name,
-        text=text,
+    yield Sample(
+        id=f"{place.stem}/{place.line}",
+        task=task,
+        text=document,
         question=dataset.question.format(input=asked.strip()),
         references=answers,
         metric=dataset.metric,
         choices=choices,
-        document_key=document_key(text),
+        document_key=document_key(document),
         facets=facets,
     )

@@ -4,6 +4,9 @@ Those of this file compare normalised tokens, so case, punctuation, articles and
 `exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, and its script
 `evaluate-v1.1.py`; the empty cases are those of `evaluate-v2.0.py`). `contains` suits models that answer in
 whole sentences, whose precision, and so whose F1, is low however right the answer is.
+
+Only a metric that computes the same as a benchmark's has its name, as LongBench's `retrieval_score` and
+`count_score` do. Even those scores are not comparable with published ones, as the prompts are others.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from collections.abc import Callable, Sequence
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.quality.picks import (
     choice_match,
-    classification_score,
+    class_match,
     count_score,
-    list_match,
+    items_of,
     number_match,
+    recall,
     retrieval_score,
 )
-from pipeline.quality.similarity import code_sim, edit_similarity, rouge_l, rouge_zh
+from pipeline.quality.similarity import character_rouge_l, code_line_similarity, edit_similarity, rouge_l
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -90,18 +94,18 @@ METRICS: dict[str, Callable[..., float]] = {
         character_f1,
         contains,
         rouge_l,
-        rouge_zh,
+        character_rouge_l,
         edit_similarity,
-        code_sim,
+        code_line_similarity,
         choice_match,
         number_match,
-        list_match,
-        classification_score,
+        recall,
+        class_match,
         retrieval_score,
         count_score,
     )
 }
-WITH_CHOICES = frozenset({"classification_score", "list_match"})  # they take all that could be answered, too
+WITH_CHOICES = frozenset({"class_match"})  # they take all that could be answered, too
 
 
 def score(metric: str, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -116,3 +120,8 @@ def score(metric: str, prediction: str, references: Sequence[str], choices: Sequ
         raise ValueError("no references")
     more = (choices,) if metric in WITH_CHOICES else ()
     return max(METRICS[metric](prediction, reference, *more) for reference in references)
+
+
+def parts_of(metric: str, reference: str) -> list[str]:
+    """What of a reference counts one by one, in its order: the items of a list, else the whole of it."""
+    return items_of(reference) if metric == recall.__name__ else [reference]

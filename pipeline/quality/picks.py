@@ -62,25 +62,28 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
 
-def list_match(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
-    """Of the items that prediction or reference name, the share that both name; order does not count.
+def recall(prediction: str, reference: str) -> float:
+    """Of the items of the reference, which commas separate, the share that stands in the prediction.
 
-    The reference is items separated by commas. What the prediction names of them and of `choices` is told by
-    whole words. With no wrong choice named this is the recall by which RULER scores (Hsieh et al. 2024,
-    arXiv:2404.06654).
+    This is how RULER scores the answers to its needles (Hsieh et al. 2024, arXiv:2404.06654): case and order
+    do not count, nor does whatever else the prediction says.
     """
-    expected = {item.strip() for item in reference.split(",") if item.strip()}
-    words = set(re.findall(r"[\w-]+", re.sub(r"(?<=\d),(?=\d{3}\b)", "", prediction)))
-    named = {item for item in expected.union(choices) if item in words}
-    return len(named & expected) / len(named | expected) if expected else float(not named)
+    expected, text = items_of(reference), prediction.lower()
+    return sum(item.lower() in text for item in expected) / len(expected) if expected else 0.0
 
 
-def classification_score(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
+def items_of(reference: str) -> list[str]:
+    """The items of a reference that is a list, as `recall` counts them."""
+    return [item for each in reference.split(",") if (item := each.strip())]
+
+
+def class_match(prediction: str, reference: str, choices: Sequence[str] = ()) -> float:
     """1 over the number of classes named in the prediction if the reference is one of them, else 0.0.
 
-    As LongBench scores `trec` and `lsht` (Bai et al. 2023, arXiv:2308.14508): a class whose name is part of
-    the reference's does not count, and only the prediction's first line is read, as few-shot examples invite
-    more.
+    A class whose name is part of the reference's does not count, and only the prediction's first line is
+    read, as few-shot examples invite more. LongBench's `classification_score` (Bai et al. 2023,
+    arXiv:2308.14508) is meant to do the same, but passes over every second such class, and reads the first
+    line as empty where it holds white space alone.
     """
     answer = _first_line(prediction)
     classes = {*choices, reference}
@@ -91,10 +94,11 @@ def classification_score(prediction: str, reference: str, choices: Sequence[str]
 def retrieval_score(prediction: str, reference: str) -> float:
     """Of the numbers in the prediction, the share that is the reference's, which reads as `Paragraph 7`.
 
-    As LongBench scores `passage_retrieval_en` and `passage_retrieval_zh`.
+    As LongBench scores `passage_retrieval_en` and `passage_retrieval_zh` (Bai et al. 2023,
+    arXiv:2308.14508).
     """
     expected = _DIGITS.findall(reference)
-    return _share(_DIGITS.findall(prediction), expected[-1:])
+    return _share(_DIGITS.findall(prediction), expected[:1])
 
 
 def count_score(prediction: str, reference: str) -> float:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from pipeline.errors import GateFailed, GateInconclusive
 from pipeline.io.whole_file import failures_told, writing
 from pipeline.quality.gates import ALL, UNITS, Gate, Measure
+from pipeline.quality.suites import NOT_COMPARABLE
 from pipeline.replacing import JUNIT_NAME, is_baseline, is_junit, is_result, refuse_foreign_file
 from pipeline.shown import in_markdown, in_xml
 from pipeline.words import counted
@@ -123,6 +124,8 @@ def counts_text(result: CheckResult) -> str:
             f"{counted(result.config.max_new_tokens, 'token')}"
         )
     parts.append(f"{counted(counts['forced_tokens'], 'token')} of answers forced")
+    if result.config.row_suites:
+        parts.append(f"scores {NOT_COMPARABLE}")
     return ", ".join(parts)
 
 
@@ -139,6 +142,7 @@ def as_dict(result: CheckResult) -> dict[str, Any]:
         "speed": dict(result.speed),
         "counts": dict(result.counts),
         "left_out": list(result.left_out[:MOST_LEFT_OUT]),
+        "suites": NOT_COMPARABLE if result.config.row_suites else None,
         "about": dict(result.about),
         "settings": result.config.resolved(),
         "rows": [_row(pair) for pair in result.pairs],

@@ -47,11 +47,14 @@ class RowResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises KeyError or ValueError for other values than those of `as_dict`."""
+        """Raises KeyError, TypeError or ValueError for other values than those of `as_dict`.
+
+        Before `parts_found` was stored, no right answer had parts.
+        """
         answer = tuple(values["answer"])
         return cls(
             row_hash=values["row_hash"],
-            score=CaseScore(**{name: values[name] for name in _SCORE}),
+            score=CaseScore(**{name: values[name] for name in _SCORE if name in values}),
             answer=answer,
             generated=values["generated"],
             forced=_forced(values, len(answer)) if values["choices"] else None,
@@ -132,6 +135,7 @@ class Side:
                 document_key=row.sample.document_key,
                 document=row.document,
                 answer=asked.answer,
+                parts=row.parts,
             )
 
     def _warm_up(self, document: EncodedDocument) -> None:

@@ -1,17 +1,18 @@
-"""Questions with known answers over documents: what one is, reading, parting and thinning them."""
+"""Questions with known answers over documents: what one is, and dividing and thinning them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError
 
+SEARCH_SHARE = 0.4  # of the documents of a calibration
+
+Side = Literal["search", "held-out"]  # of a calibration
 T = TypeVar("T")
 
 
@@ -27,9 +28,19 @@ class Sample:
     metric: str  # a name in `pipeline.quality.metrics.METRICS`
     choices: tuple[str, ...] = ()  # all that could be answered, for the metrics that ask
     document_key: str  # SHA-256, in hex, of the document
+    side: Side | None = None  # from whose documents a needle's haystack is made, where they are divided
     facets: Mapping[str, str | int | float] = field(
         default_factory=dict
     )  # what results may be grouped by, and the like
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer can take it: JSON can escape half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def document_key(text: str) -> str:
@@ -40,6 +51,15 @@ def document_key(text: str) -> str:
 def part_of(key: str, parts: int) -> int:
     """In which of so many parts, from 0, a document is: by its key, whatever other documents there are."""
     return int.from_bytes(_sha256(f"\0{key}")[:8]) * parts >> 64
+
+
+def searched_keys(keys: Iterable[str], salt: str) -> set[str]:
+    """Of the keys of documents, those to search on: `SEARCH_SHARE` of them, at least one, by a salted hash.
+
+    All others are held out.
+    """
+    ordered = sorted({*keys}, key=lambda key: _sha256(f"{salt}\0{key}"))
+    return set(ordered[: max(1, round(SEARCH_SHARE * len(ordered)))])
 
 
 def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -> list[Sample]:
@@ -74,66 +94,6 @@ def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:
     """The first of each group, then the second of each that has one, and so on up to so many."""
     longest = max(map(len, groups.values()), default=0)
     return [own[turn] for turn in range(longest) for own in groups.values() if turn < len(own)][:count]
-
-
-def jsonl_files(folder: str | Path) -> list[Path]:
-    """The files `*.jsonl` in a folder, sorted; `InputError` if there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is {'not a folder' if folder.exists() else 'not there'}")
-    files = sorted(path for path in folder.glob("*.jsonl") if path.is_file())
-    if not files:
-        raise InputError(f"{folder} has no *.jsonl files")
-    return files
-
-
-def read_objects(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The JSON object on each line that is not blank, behind its place for messages and its number from 1."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield (place := f"{path} line {number}"), number, _object(line, place)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def texts_of(row: Mapping[str, Any], name: str, place: str) -> list[str]:
-    """The field `name`, a list of texts, or of one where it is a text; `InputError` if it is neither."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{place}: {_unfit(row, name)} a list of texts")
-    return value
-
-
-def text_of(row: Mapping[str, Any], name: str, place: str, *, may_be_empty: bool = False) -> str:
-    """The field `name`, a text; `InputError` if it is none, or has nothing in it but white space."""
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {_unfit(row, name)} a text")
-    if not may_be_empty and not value.strip():
-        raise InputError(f"{place}: the field {name!r} is empty")
-    return value
-
-
-def _unfit(row: Mapping[str, Any], name: str) -> str:
-    if name in row:
-        return f"the field {name!r} is not"
-    return f"there is no field {name!r}, which must be"
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not valid UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON: {str(error) or 'too deeply nested'}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: not a JSON object")
-    return row
 
 
 def _sha256(text: str) -> bytes:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pipeline.quality.leval import load_leval
 from pipeline.quality.longbench import load_longbench
 from pipeline.quality.samples import Sample, document_key, part_of, take
+from pipeline.quality.suite_files import Loaded
 from pipeline.settings.parse import SuiteName, parse_suite
 
 __all__ = [
+    "NOT_COMPARABLE",
+    "Loaded",
     "Sample",
     "SuiteName",
     "document_key",
@@ -19,11 +22,15 @@ __all__ = [
     "take",
 ]
 
+NOT_COMPARABLE = "not comparable with published scores"  # those of the suites: other prompts and metrics
 LOADERS = {"leval": load_leval, "longbench": load_longbench}  # of all of `SUITES`
 
 
-def load_suite(suite: SuiteName) -> list[Sample]:
-    """The samples of a suite that lies in a folder; those of needles are made by `make_needles`."""
+def load_suite(suite: SuiteName) -> Loaded:
+    """The samples of a suite that lies in a folder, and why rows were left out.
+
+    Needles, which lie in none, are made by `make_needles`. Raises `InputError` where `load_files` does.
+    """
     if suite.folder is None:
         raise ValueError(f"{suite} lies in no folder")
     return LOADERS[suite.kind](suite.folder)

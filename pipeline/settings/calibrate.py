@@ -7,10 +7,9 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.replacing import is_profile, refuse_foreign_file
-from pipeline.settings.asking import ASKED
 from pipeline.settings.check import check_place
 from pipeline.settings.gate import SoughtSettings
-from pipeline.settings.parse import NEEDLES, check_at_least
+from pipeline.settings.parse import check_at_least
 from pipeline.settings.rows import RowSettings
 
 
@@ -28,8 +27,7 @@ class CalibrateConfig(
         super().__post_init__()
         if self.limit is not None:
             check_at_least("--limit", self.limit, 2)
-        for each in self.row_settings():
-            each.check_data()
+        self.check_data()
         self._check_profile()
 
     @property
@@ -43,18 +41,17 @@ class CalibrateConfig(
         return self.reference_column is not None or bool(self.row_suites)
 
     @property
-    def row_suites(self) -> tuple[str, ...]:
-        """The suites that are rows, and no needles."""
-        return tuple(name for name in self.suite if name != NEEDLES)
+    def asks_rows(self) -> bool:
+        """Whether the rows of the input are asked: needles alone take no row's place."""
+        return bool(self.input) and (self.reference_column is not None or not self.row_suites)
+
+    @property
+    def has_sides(self) -> bool:
+        return True
 
     def row_settings(self) -> list[RowSettings]:
-        """The rows whose answers count, and beside them the needles where they are hidden in the input."""
-        if not (self.has_needles and self.input):
-            return [RowSettings.of(self)]
-        asks = not self.row_suites or self.reference_column is not None
-        rows = RowSettings.of(self, suite=self.row_suites, input=self.input if asks else ())
-        unasked = dict.fromkeys((*ASKED, "id_column", "reference_column", "task_column"))
-        return [rows, RowSettings.of(self, suite=(NEEDLES,), tasks=(), **unasked)]
+        """What `read_rows` takes, one after the other."""
+        return [self]
 
     def _check_profile(self) -> None:
         path = self.profile_file

@@ -48,6 +48,11 @@ class RowSettings(
         """Whether the rows of the input are asked themselves, and not only hide needles."""
         return bool(self.input) and (self.reference_column is not None or not self.suite)
 
+    @property
+    def has_sides(self) -> bool:
+        """Whether documents are divided into some to search on and others that are held out."""
+        return False
+
     def check_data(self) -> None:
         """Raise ConfigError for settings that name no rows, or rows that are not asked anything."""
         names = self.suite_names

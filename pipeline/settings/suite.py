@@ -9,7 +9,7 @@ from pipeline.settings.kinds import COUNTS, WORDS
 from pipeline.settings.option import READING, SUITES, Settings, option
 from pipeline.settings.parse import NEEDLES, SuiteName, parse_shard, parse_suite
 
-NEEDLE_KINDS = ("single", "multi-key", "multi-value", "tracking")
+NEEDLE_KINDS = ("single", "multi-key", "multi-value", "multi-query", "tracking", "common-words")
 
 
 def check_needle_kind(kind: str, flag: str = "--needle-kinds") -> None:
@@ -67,7 +67,7 @@ class SuiteSettings(Settings):
     needle_kinds: tuple[str, ...] = option(
         NEEDLE_KINDS,
         metavar="K[,K...]",
-        help="Of single, multi-key, multi-value, tracking.",
+        help=f"Of {', '.join(NEEDLE_KINDS)}.",
         shown_default="all",
         kind=WORDS,
         check=check_needle_kind,
@@ -87,6 +87,11 @@ class SuiteSettings(Settings):
     def suite_names(self) -> list[SuiteName]:
         """The suites, each with its folder. Raises ConfigError."""
         return [parse_suite(text) for text in self.suite]
+
+    @property
+    def row_suites(self) -> tuple[str, ...]:
+        """The suites that are rows, and no needles."""
+        return tuple(name for name in self.suite if name != NEEDLES)
 
     @property
     def has_needles(self) -> bool:

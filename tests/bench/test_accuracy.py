@@ -96,6 +96,7 @@ def test_needles_hide_in_the_suites_documents(measure, capfd):
     assert "needles-single: 3 of 3 documents\n" in printed
     assert printed.count("| marsinfer:eta=1:start_layer=1 | ") == 2
     assert "| 0.00 (0.00 to 0.00) |" in printed
+    assert ", suites not comparable with published scores\n" in printed
 
 
 def test_a_profile_is_a_variant(measure, tmp_path, capfd):
@@ -125,6 +126,7 @@ def test_without_right_answers_methods_are_held_against_denses_own(sharp_model_f
     report = json.loads(printed.out)
     dense, pruned = (result["groups"][0] for result in report["results"])
     assert (report["rows"], report["held against"]) == (3, "dense's own answers")
+    assert "suites" not in report  # nobody has published any of these rows
     assert (dense["token_accuracy"], dense["found"]) == (1, 1)
     assert pruned["token_accuracy"] < 1
     # the command of the version before, with its flag for the length

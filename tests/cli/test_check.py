@@ -171,8 +171,8 @@ def test_rows_alone_are_held_against_dense_and_then_against_their_accepted_score
     assert check(*asked, *worse, "--max-drop", "0pt") == 5
     line = capfd.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"marsinfer: error: agreement dropped by [\d.]+ points \(these rows alone, since they were accepted\), "
-        "more than --max-drop 0pt allows",
+        r"marsinfer: error: agreement dropped by [\d.]+ points "
+        r"\(these rows alone, since they were accepted\), more than --max-drop 0pt allows",
         line,
     )
     assert check(*asked, *worse, "--max-drop", "99pt", "--overwrite-baseline") == 0

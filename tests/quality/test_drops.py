@@ -99,8 +99,13 @@ def test_a_relative_drop_where_dense_scores_nothing():
 
 @pytest.mark.parametrize(
     ("dense", "relative", "bound", "has_room"),
-    [(0.0, False, 2.0, False), (0.02, False, 2.0, False), (0.5, False, 2.0, True), (0.01, True, 2.0, True)]
-    + [(0.0, True, 2.0, False)],
+    [
+        (0.0, False, 2.0, False),
+        (0.02, False, 2.0, False),
+        (0.5, False, 2.0, True),
+        (0.01, True, 2.0, True),
+        (0.0, True, 2.0, False),
+    ],
 )
 def test_scores_that_have_nothing_to_lose_are_told(dense, relative, bound, has_room):
     scores = [dense] * 300

@@ -7,6 +7,7 @@ from pipeline.quality.metrics import (
     contains,
     exact_match,
     normalize,
+    parts_of,
     score,
     token_f1,
 )
@@ -112,9 +113,7 @@ def test_character_f1(prediction: str, reference: str, expected: float) -> None:
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_gives_its_own_reference_full_marks(name: str) -> None:
-    reference = {"choice_match": "AC", "retrieval_score": "Paragraph 7", "list_match": "12, 34"}.get(
-        name, "3412"
-    )
+    reference = {"choice_match": "AC", "retrieval_score": "Paragraph 7", "recall": "12, 34"}.get(name, "3412")
     assert score(name, reference, (reference,), ("56", reference)) == pytest.approx(1.0)
     assert score(name, "", (reference,), ("56", reference)) == 0.0
 
@@ -129,3 +128,16 @@ def test_unknown_metrics_are_refused() -> None:
         score("rouge_k", "a", ("a",))
     with pytest.raises(ValueError, match="no references"):
         score("rouge_l", "a", ())
+
+
+def test_the_parts_of_a_reference() -> None:
+    assert parts_of("recall", "12, 34, 56") == ["12", "34", "56"]
+    assert parts_of("token_f1", "12, 34, 56") == ["12, 34, 56"]
+
+
+def test_no_metric_has_the_name_of_another_benchmarks() -> None:
+    others = {"qa_f1_score", "rouge_score", "rouge_zh_score", "classification_score", "code_sim_score"}
+    assert others.isdisjoint(METRICS)
+    # these two compute what LongBench's do
+    assert METRICS["retrieval_score"]("Paragraph 3, not 4", "Paragraph 3") == 0.5
+    assert METRICS["count_score"]("3 of 30", "3") == 0.5

@@ -11,10 +11,21 @@ from transformers import AutoTokenizer
 from pipeline.errors import ConfigError, InputError
 from pipeline.quality.haystack import token_counter
 from pipeline.quality.metrics import score
-from pipeline.quality.needles import CHAINS, FRAME_TOKENS, HOPS, VALUES, make_needles
+from pipeline.quality.needles import (
+    CHAINS,
+    COMMON,
+    FRAME_TOKENS,
+    FREQUENCY,
+    HOPS,
+    QUERIES,
+    VALUES,
+    make_needles,
+)
 from pipeline.quality.samples import Sample
+from pipeline.settings.suite import NEEDLE_KINDS
 
-KINDS = ("single", "multi-key", "multi-value", "tracking")
+HIDDEN = tuple(kind for kind in NEEDLE_KINDS if kind != "common-words")  # in documents
+ORDERED = ("single", "multi-key", "multi-value", "tracking")  # asked for in the order of the document
 SENTENCES = [f"Sentence {number} says that ship {number} sails." for number in range(900)]
 TEXTS = [
     "\n\n".join(" ".join(SENTENCES[start : start + 5]) for start in range(first, first + 300, 5))
@@ -35,7 +46,11 @@ def items(sample: Sample) -> list[str]:
     return sample.references[0].split(", ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def numbers_in(sample: Sample) -> list[int]:
+    return [int(number) for number in re.findall(r"Sentence (\d+) says", sample.text)]
+
+
+@pytest.mark.parametrize("kind", NEEDLE_KINDS)
 def test_what_a_sample_says(kind: str) -> None:
     for sample in make(kinds=(kind,)):
         assert sample.task == f"needles-{kind}"
@@ -45,16 +60,18 @@ def test_what_a_sample_says(kind: str) -> None:
         assert tokens == sample.facets["tokens"]
         assert room - 10 < tokens <= room  # a sentence is 7 words
         places = [sample.text.index(item) for item in items(sample)]
-        assert places == sorted(places)
+        assert kind not in ORDERED or places == sorted(places)
         answer = f"They are {' and '.join(items(sample))}."
         assert score(sample.metric, answer, sample.references, sample.choices) == 1.0
         assert score(sample.metric, "I do not know.", sample.references, sample.choices) == 0.0
+        share = score(sample.metric, items(sample)[0], sample.references, sample.choices)
+        assert share == 1 / len(items(sample))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HIDDEN)
 def test_the_document_stays_whole_around_its_needles(kind: str) -> None:
     for sample in make(kinds=(kind,)):
-        numbers = [int(number) for number in re.findall(r"Sentence (\d+) says", sample.text)]
+        numbers = numbers_in(sample)
         steps = Counter(after - before for before, after in itertools.pairwise(numbers))
         assert steps[1] >= len(numbers) - 4  # but at the joints of 3 documents
         assert all(f"Sentence {number} says that ship {number} sails." in sample.text for number in numbers)
@@ -87,34 +104,54 @@ def test_tracking_follows_a_chain() -> None:
         assert len({*values.values()}) == CHAINS
         (asked,) = (value for value in {*values.values()} if value in sample.question)
         assert [name for name, value in values.items() if value == asked] == items(sample)
-        assert {*sample.choices} == {*values}
-        everything = ", ".join(values)
-        assert score(sample.metric, everything, sample.references, sample.choices) == pytest.approx(
-            1 / CHAINS
-        )
 
 
-def test_lengths_and_depths_are_spread_evenly() -> None:
-    samples = make(kinds=("single",), lengths=(1000, 1500, 2000), count=16)
-    depths = {length: [] for length in (1000, 1500, 2000)}
+def test_multi_query_asks_for_several_keys_in_an_order_of_its_own() -> None:
+    samples = make(kinds=("multi-query",))
+    orders = set()
     for sample in samples:
-        depths[sample.facets["length"]].append(sample.facets["depth"])
-    assert depths[1000] == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert depths[1500] == depths[2000] == [0, 0.25, 0.5, 0.75, 1]
+        codes = dict(re.findall(r"The access code of ([\w-]+) is (\d{7})\.", sample.text))
+        asked = re.findall(r"\w+-\w+", sample.question)
+        assert {*asked} == {*codes}
+        assert len(asked) == QUERIES
+        assert [codes[key] for key in asked] == items(sample)
+        orders.add(tuple(sorted(range(QUERIES), key=lambda place, s=sample: s.text.index(items(s)[place]))))
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize("length", [500, 2000, 8000])
+def test_common_words_stand_more_often_than_others(length: int) -> None:
+    for sample in make(kinds=("common-words",), lengths=(length,), count=5):
+        counts = Counter(sample.text.split())
+        most = [word for word, _ in counts.most_common(COMMON)]
+        assert sorted(most) == items(sample)
+        times = {counts[word] for word in most}
+        assert len(times) == 1
+        rest = [count for word, count in counts.items() if word not in most]
+        assert len(rest) > 30
+        assert max(rest) - min(rest) <= 1
+        assert FREQUENCY / 1.5 < max(times) / (sum(rest) / len(rest)) <= FREQUENCY
+        assert "depth" not in sample.facets
+        thirds = [sample.text[part * len(sample.text) // 3 :][: len(sample.text) // 3] for part in range(3)]
+        assert all(word in third for word in most for third in thirds)
+
+
+def test_lengths_take_turns_and_depths_are_uniform() -> None:
+    samples = make(kinds=("single",), lengths=(1000, 1500, 2000), count=200)
+    lengths = Counter(sample.facets["length"] for sample in samples)
+    assert lengths == {1000: 67, 1500: 67, 2000: 66}
+    depths = sorted(sample.facets["depth"] for sample in samples)
+    assert max(abs(depth - (n + 0.5) / 200) for n, depth in enumerate(depths)) < 0.12
     for sample in samples:
         place = sample.text.index("The access code") / (len(sample.text) - len("The access code of x is 1."))
         assert place == pytest.approx(sample.facets["depth"], abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["multi-value", "tracking"])
-def test_the_outer_depths_of_several_needles(kind: str) -> None:
-    first, *_, last = make(kinds=(kind,), lengths=(1500,), count=5)
-    assert 0 < first.text.index(items(first)[0]) < 60
-    assert len(last.text) - last.text.rindex(items(last)[-1]) < 60
-
-
-def test_one_of_a_length_is_in_the_middle() -> None:
-    assert [s.facets["depth"] for s in make(kinds=("single",), count=2)] == [0.5, 0.5]
+def test_the_depth_of_several_needles_is_that_of_one(kind: str) -> None:
+    for sample in make(kinds=(kind,), lengths=(3000,), count=20):
+        wanted = sample.facets["depth"] * len(sample.text)
+        assert min(abs(sample.text.index(item) - wanted) for item in items(sample)) < 250
 
 
 def test_the_same_seed_gives_the_same() -> None:
@@ -124,10 +161,34 @@ def test_the_same_seed_gives_the_same() -> None:
     assert alone == [s for s in make() if s.task == "needles-tracking"]
 
 
-def test_haystacks_begin_elsewhere() -> None:
-    samples = make(kinds=("single",), lengths=(500,), count=50)
-    assert len({re.search(r"Sentence \d+", s.text).group() for s in samples}) == 50
-    assert len({s.id for s in make()}) == len({s.document_key for s in make()}) == 40
+def test_each_sample_is_a_draw_of_its_own() -> None:
+    samples = make(kinds=("single",), lengths=(1100,), count=60)
+    starts = [numbers_in(sample)[0] for sample in samples]
+    assert len({*starts}) > 50  # of 900: few come twice
+    firsts = Counter(start // 300 for start in starts)
+    assert min(firsts[document] for document in range(3)) > 10
+    # more samples, or other kinds, change none
+    assert make(kinds=("tracking", "single"), lengths=(1100,), count=80)[80:140] == samples
+    assert len({s.id for s in make()}) == len({s.document_key for s in make()}) == 10 * len(NEEDLE_KINDS)
+
+
+def test_documents_come_in_random_order() -> None:
+    orders = set()
+    for sample in make(kinds=("single",), lengths=(6500,), count=40):  # nearly all of the 900 sentences
+        orders.add(tuple(dict.fromkeys(number // 300 for number in numbers_in(sample))))
+    assert len(orders) == 6
+
+
+def test_the_sides_of_a_calibration_are_other_draws() -> None:
+    searched, held_out = (
+        make(side=side, kinds=("single", "common-words")) for side in ("search", "held-out")
+    )
+    assert {s.side for s in searched} == {"search"}
+    assert {s.side for s in held_out} == {"held-out"}
+    assert {s.side for s in make()} == {None}
+    for distinct in (lambda s: s.id, lambda s: s.text, lambda s: s.references):
+        assert {*map(distinct, searched)}.isdisjoint(map(distinct, held_out))
+    assert searched[0].id == "needles-single/search/1100/1"
 
 
 def test_short_texts_are_repeated() -> None:
@@ -175,6 +236,10 @@ def test_needles_are_not_in_the_text_already() -> None:
         ({"count": 0}, "0 needles of a kind: must be at least 1"),
         ({"lengths": (2000, 300)}, "needles of 300 tokens: must be more than 300"),
         ({"lengths": (400,)}, "needles of 400 tokens: no room for 41 needles"),
+        (
+            {"lengths": (317,), "kinds": ("common-words",)},
+            "317 tokens: no room for a list with common words and a question; take lengths of 318 or more",
+        ),
     ],
 )
 def test_needles_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -182,11 +247,12 @@ def test_needles_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         make(**changes)
 
 
-def test_the_least_length_that_is_named_will_do() -> None:
+@pytest.mark.parametrize("kind", NEEDLE_KINDS)
+def test_the_least_length_that_is_named_will_do(kind: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make(kinds=("multi-key",), lengths=(400,))
+        make(kinds=(kind,), lengths=(301,))
     least = int(re.search(r"lengths of ([\d,]+) or more", str(caught.value)).group(1).replace(",", ""))
-    assert len(make(kinds=("multi-key",), lengths=(least,), count=3)) == 3
+    assert len(make(kinds=(kind,), lengths=(least,), count=3)) == 3
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n\n "]])

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.quality import similarity
-from pipeline.quality.similarity import code_sim, edit_similarity, rouge_l, rouge_zh
+from pipeline.quality.similarity import character_rouge_l, code_line_similarity, edit_similarity, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ def test_rouge_l(prediction: str, reference: str, expected: float) -> None:
     assert rouge_l(prediction, reference) == pytest.approx(expected)
 
 
-def test_rouge_zh_goes_by_characters() -> None:
-    assert rouge_zh("会议开始了。", "会议开始") == pytest.approx(2 * 4 / (5 + 4))
+def test_character_rouge_l_goes_by_characters() -> None:
+    assert character_rouge_l("会议开始了。", "会议开始") == pytest.approx(2 * 4 / (5 + 4))
     assert rouge_l("会议开始了。", "会议开始") == 0.0  # ASCII words only
 
 
@@ -40,19 +40,19 @@ def test_edit_similarity() -> None:
         "\n```python\n# the next line\n// or so\nreturn x + 1\n```",
     ],
 )
-def test_code_sim_takes_the_first_line_of_code(prediction: str) -> None:
-    assert code_sim(prediction, "    return x + 1") == 1.0
+def test_code_line_similarity_takes_the_first_line_of_code(prediction: str) -> None:
+    assert code_line_similarity(prediction, "    return x + 1") == 1.0
 
 
-def test_code_sim_without_code() -> None:
-    assert code_sim("# nothing", "return") == 0.0
+def test_code_line_similarity_without_code() -> None:
+    assert code_line_similarity("# nothing", "return") == 0.0
 
 
 @pytest.mark.parametrize(
     ("metric", "package", "module"),
     [
         (rouge_l, "rouge-score", "rouge_score.rouge_scorer"),
-        (rouge_zh, "rouge-score", "rouge_score.rouge_scorer"),
+        (character_rouge_l, "rouge-score", "rouge_score.rouge_scorer"),
         (edit_similarity, "rapidfuzz", "rapidfuzz"),
     ],
 )
