@@ -112,7 +112,13 @@ def check(dated, rows, tmp_path):
         words = ["check", str(rows), "--question", "what?", "--id-column", "id", "--model", str(dated)]
         words += [
             "--method",
-            "dense",
+            "marsinfer",
+            "--set",
+            "start_layer=0",
+            "--scope",
+            "rows",
+            "--max-drop",
+            "99pt",
             "--max-new-tokens",
             "2",
             "--out",

@@ -32,7 +32,8 @@ from pipeline.settings.model import ModelSettings
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"
 CHECK = (
-    f"check in.jsonl {RUN} --method marsinfer --reference-column answer --task-column task --max-drop 100pt"
+    f"check in.jsonl {RUN} --method marsinfer --set start_layer=0 --reference-column answer --task-column task"
+    " --scope rows --metric nll --max-drop 99%"
 )
 RUNS = {
     "batch": f"batch in.jsonl out.parquet {RUN} --json",

@@ -70,7 +70,7 @@ def test_outputs_lacking_the_text_column_are_no_obstacle(folder):
 
 
 def test_the_baseline_of_a_check_is_left_out(folder):
-    write_baseline(folder / "base.parquet", [], {}, {})
+    write_baseline(folder / "base.parquet", [], [], {}, {})
     assert open_source([folder], Columns()).notes == [note(folder / "base.parquet")]
 
 

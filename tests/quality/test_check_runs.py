@@ -32,6 +32,7 @@ def config(sharp_model_folder, tmp_path):
         input=(str(path),),
         question="What?",
         model=str(sharp_model_folder),
+        scope="rows",
         method="marsinfer",
         settings=BROKEN,
         max_new_tokens=7,
