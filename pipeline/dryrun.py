@@ -19,6 +19,7 @@ from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
 from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
+from pipeline.io.lock import refuse_locked
 from pipeline.io.remote import output_place
 from pipeline.io.standing import DoneRows, done_rows, no_rows, refuse_unfinished
 from pipeline.io.writing import check_output
@@ -304,6 +305,7 @@ def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
     config = run.config
     try:
         check_output(config.output, run.source.files, config.overwrite or config.resume)
+        refuse_locked(config.output)
         report.output_is_there = output_place(config.output).exists()
         if config.resume:
             settings = (run.schema(), run.decides())
@@ -314,7 +316,9 @@ def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
                 timed=TIMED,
                 heed=report.pace.add,
             )
-            return opened.enter_context(rows)
+            done = opened.enter_context(rows)
+            report.notes += done.notes
+            return done
         if not config.overwrite:
             refuse_unfinished(config.output)
     except MarsError as error:

@@ -52,9 +52,9 @@ def is_baseline(path: Path) -> bool:
     """Whether a file holds results of dense."""
     import pyarrow.parquet as pq
 
-    from pipeline.io.own import is_own_table
+    from pipeline.io.own import BASELINE
 
-    return is_own_table(pq.read_schema(path))
+    return BASELINE.has(pq.read_schema(path))
 
 
 def picture_metadata(suffix: str) -> dict[str, str]:

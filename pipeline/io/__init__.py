@@ -2,7 +2,7 @@
 
 from pipeline.io.columns import Columns, Keep, parse_keep_columns
 from pipeline.io.inputs import find_files
-from pipeline.io.source import Source, first_columns, open_source
+from pipeline.io.source import Source, open_source
 from pipeline.io.writing import AnswerWriter, check_output, output_schema
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Source",
     "check_output",
     "find_files",
-    "first_columns",
     "open_source",
     "output_schema",
     "parse_keep_columns",

@@ -101,19 +101,20 @@ def output_schema(
 
 def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
     """One row an answer; answers without copied columns have nulls there."""
-    fields = _own_fields(schema)
-    own = [_column(answers, field) for field in fields]
-    copied = pa.schema(list(schema)[len(fields) :])
-    return pa.Table.from_arrays([*own, *_copied(answers, copied)], schema=schema)
+    own, copied = halves(schema)
+    values = [_column(answers, field) for field in own]
+    rows = copied_table([answer.passthrough for answer in answers], copied)
+    return pa.Table.from_arrays([*values, *rows.columns], schema=schema)
 
 
-def _own_fields(schema: pa.Schema) -> list[pa.Field]:
-    """An output's columns that are not copied, which stand first; a copied one may be called as another."""
+def halves(schema: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
+    """Of an output's columns the answer's own, which stand first, and the copied ones."""
+    # by their order, as an output without a question of its own may copy a column of that name
     own: list[pa.Field] = []
     for field in ANSWER_FIELDS:
         if len(own) < len(schema) and schema.field(len(own)).name == field.name:
-            own.append(field)
-    return own
+            own.append(schema.field(len(own)))
+    return pa.schema(own), pa.schema(list(schema)[len(own) :])
 
 
 def answer_bytes(answer: Answer) -> int:
@@ -153,13 +154,13 @@ def without_lone_surrogates(value: str | None) -> str | None:
     return None if value is None else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _copied(answers: Sequence[Answer], schema: pa.Schema) -> list[pa.ChunkedArray]:
+def copied_table(rows: Sequence[pa.RecordBatch | None], schema: pa.Schema) -> pa.Table:
+    """The copied columns of rows, one batch each; None for a row that has no values."""
     if not schema.names:
-        return []
+        return schema.empty_table()
     empty = pa.RecordBatch.from_arrays([pa.nulls(1, kind) for kind in schema.types], schema=schema)
-    rows = [empty if answer.passthrough is None else answer.passthrough for answer in answers]
-    table = pa.Table.from_batches(rows, schema=schema)
-    return [combined(column) for column in table.columns]
+    table = pa.Table.from_batches([empty if row is None else row for row in rows], schema=schema)
+    return pa.Table.from_arrays([combined(column) for column in table.columns], schema=schema)
 
 
 def combined(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.io.answers import halves
 from pipeline.io.chunks import whole_chunks
 from pipeline.io.dictionaries import settled
 from pipeline.io.whole_file import open_new, sync_folder
@@ -131,10 +132,11 @@ def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) ->
 
 
 def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
-    """A `ConfigError` that names the columns that differ; layouts that are copied in the same way do not."""
-    before, after = ({field.name: settled(field.type) for field in schema} for schema in (then, now))
-    if list(before.items()) == list(after.items()):
+    """A `ConfigError` that names the answer's own columns that differ; the copied ones are free to change."""
+    own = [_types(halves(schema)[0]) for schema in (then, now)]
+    if own[0] == own[1]:
         return
+    before, after = map(dict, own)
     told = [f"{name!r} is gone" for name in before if name not in after]
     told += [f"{name!r} is new" for name in after if name not in before]
     told += [
@@ -145,6 +147,15 @@ def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
     raise ConfigError(
         f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"
     )
+
+
+def copies_alike(then: pa.Schema, now: pa.Schema) -> bool:
+    """Whether two outputs have the same copied columns; layouts that are copied in the same way are one."""
+    return _types(halves(then)[1]) == _types(halves(now)[1])
+
+
+def _types(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, settled(field.type)) for field in schema]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

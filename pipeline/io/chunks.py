@@ -29,6 +29,7 @@ _ROWS_MAGIC = b"ROWS"
 _CRC = struct.Struct("<I")
 _TRAILER_BYTES = _ROWS.size + _CRC.size
 _SEARCHED_BYTES = 1 << 20  # read at once in search of the next chunk
+_SECTOR_BYTES = 4096  # what a disk loses at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ def pack_chunk(table: pa.Table) -> bytes:
 def read_chunk(path: Path, offset: int) -> pa.Table:
     """The chunk that begins at `offset`, known to be whole when the part was scanned or written."""
     with path.open("rb") as part:
-        chunk = _next_chunk(part, offset, path.stat().st_size)
+        size = path.stat().st_size
+        chunk = _next_chunk(_Readable(part, size), offset, size)
     if chunk is None:
         raise OSError(errno.EIO, f"{path.name} was damaged during the run")
     return chunk.table
@@ -87,14 +89,15 @@ def pieces(part: BinaryIO, size: int) -> Iterator[Chunk | Damage]:
     """Whole chunks of the first `size` bytes, and what lies between them that is none.
 
     An end that a killed run has left unfinished was promised to nobody, and is no damage. Raises OSError
-    where the part cannot be read, or there is no memory to read it, which says nothing about the part.
+    where the part cannot be read at several places, or there is no memory to read it, which says nothing
+    about the part.
     """
-    end = 0
+    readable, end = _Readable(part, size), 0
     while end < size:
-        chunk = _next_chunk(part, end, size)
+        chunk = _next_chunk(readable, end, size)
         if chunk is None:
-            chunk = _chunk_behind(part, end, size)
-            damage = _damage(part, end, size if chunk is None else chunk.offset, size)
+            chunk = _chunk_behind(readable, end, size)
+            damage = _damage(readable, end, size if chunk is None else chunk.offset, size)
             if damage is not None:
                 yield damage
         if chunk is None:
@@ -103,13 +106,51 @@ def pieces(part: BinaryIO, size: int) -> Iterator[Chunk | Damage]:
         yield chunk
 
 
-def _next_chunk(part: BinaryIO, offset: int, size: int) -> Chunk | None:
+class _Readable:
+    """The first `size` bytes of a file, of which bad sectors read as zeros, which no checksum lets pass."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._descriptor, self._size = file.fileno(), size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes from `offset` on, fewer at the end. An OSError where the file fails at other places too."""
+        try:
+            return self._read(offset, length)
+        except OSError as error:
+            if error.errno != errno.EIO or not self._is_readable():
+                raise
+        starts = range(offset - offset % _SECTOR_BYTES, min(offset + length, self._size), _SECTOR_BYTES)
+        sectors = b"".join(self._sector(start) or bytes(_SECTOR_BYTES) for start in starts)
+        return sectors[offset - starts.start :][:length]
+
+    def _is_readable(self) -> bool:
+        """Whether one of three places can be read: else it is rather the disk that fails, or the network."""
+        return any(self._sector(place) for place in (0, self._size // 2, max(self._size - _SECTOR_BYTES, 0)))
+
+    def _sector(self, start: int) -> bytes | None:
+        """None for a bad one."""
+        try:
+            return self._read(start, _SECTOR_BYTES)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        return None
+
+    def _read(self, offset: int, length: int) -> bytes:
+        # not the file's own read, which reads ahead, and so fails for what is behind
+        pieces = []
+        while length > 0 and (piece := os.pread(self._descriptor, length, offset)):
+            pieces.append(piece)
+            offset, length = offset + len(piece), length - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _next_chunk(part: _Readable, offset: int, size: int) -> Chunk | None:
     end = _stated_end(part, offset)
     if end is None or end > size:  # a damaged length must not be read into memory
         return None
-    part.seek(offset)
     try:
-        content = part.read(end - offset)
+        content = part.read(offset, end - offset)
         stream = memoryview(content)[HEADER.size :]
         if len(content) < end - offset or zlib.crc32(stream) != HEADER.unpack_from(content)[2]:
             return None
@@ -120,17 +161,16 @@ def _next_chunk(part: BinaryIO, offset: int, size: int) -> Chunk | None:
         return None
 
 
-def _stated_end(part: BinaryIO, offset: int) -> int | None:
+def _stated_end(part: _Readable, offset: int) -> int | None:
     """Where a chunk ends by its own word; None where none begins."""
-    part.seek(offset)
-    header = part.read(HEADER.size)
+    header = part.read(offset, HEADER.size)
     if len(header) < HEADER.size:
         return None
     magic, length, _ = HEADER.unpack(header)
     return offset + HEADER.size + length if magic == MAGIC else None
 
 
-def _chunk_behind(part: BinaryIO, offset: int, size: int) -> Chunk | None:
+def _chunk_behind(part: _Readable, offset: int, size: int) -> Chunk | None:
     """The first whole chunk behind one that is not: where that says that it ends, or wherever one begins.
 
     What the damaged chunk holds may look like a chunk itself, so that its own word comes first.
@@ -142,11 +182,10 @@ def _chunk_behind(part: BinaryIO, offset: int, size: int) -> Chunk | None:
     return next((chunk for chunk in found if chunk is not None), None)
 
 
-def _beginnings(part: BinaryIO, start: int, end: int) -> Iterator[int]:
+def _beginnings(part: _Readable, start: int, end: int) -> Iterator[int]:
     """Where the magic word stands between the two offsets."""
     while start < end:
-        part.seek(start)
-        window = part.read(min(_SEARCHED_BYTES, end - start))
+        window = part.read(start, min(_SEARCHED_BYTES, end - start))
         if len(window) < len(MAGIC):
             return
         place = window.find(MAGIC)
@@ -156,7 +195,7 @@ def _beginnings(part: BinaryIO, start: int, end: int) -> Iterator[int]:
         start += len(window) - len(MAGIC) + 1
 
 
-def _damage(part: BinaryIO, start: int, end: int, size: int) -> Damage | None:
+def _damage(part: _Readable, start: int, end: int, size: int) -> Damage | None:
     """What the bytes between two offsets were; None for an end that was never finished."""
     ends = [*_beginnings(part, start + 1, end), end]
     known = [rows for rows in (_rows_told(part, place) for place in ends) if rows is not None]
@@ -166,12 +205,11 @@ def _damage(part: BinaryIO, start: int, end: int, size: int) -> Damage | None:
     return Damage(start, end, sum(known) if known else None)
 
 
-def _rows_told(part: BinaryIO, end: int) -> int | None:
+def _rows_told(part: _Readable, end: int) -> int | None:
     """How many rows the chunk had that ended there."""
     if end < _TRAILER_BYTES:
         return None
-    part.seek(end - _TRAILER_BYTES)
-    trailer = part.read(_TRAILER_BYTES)
+    trailer = part.read(end - _TRAILER_BYTES, _TRAILER_BYTES)
     magic, rows = _ROWS.unpack_from(trailer)
     crc = _CRC.unpack_from(trailer, _ROWS.size)[0]
     return rows if magic == _ROWS_MAGIC and crc == zlib.crc32(trailer[: _ROWS.size]) else None

@@ -47,7 +47,7 @@ class JsonlReader:
             if isinstance(line, ReadFault):
                 yield spot.rest_lost(line)
             elif isinstance(line, LongLine):
-                yield spot.failure("long_line", _too_long(line))
+                yield spot.failure("long_line", str(line))
             elif line.strip():
                 yield self._record(line, plan, spot)
         return index + 1
@@ -82,13 +82,6 @@ def open_lines(file: InputFile) -> Iterator[BinaryIO]:
     with ExitStack() as opened:
         raw = opened.enter_context(file.open())
         yield opened.enter_context(_decompressed(raw, file.compression))
-
-
-def _too_long(line: LongLine) -> str:
-    return (
-        f"has more than {line.longest:,} bytes, and was passed over; --longest-line takes longer ones, for "
-        "which there must be memory several times over"
-    )
 
 
 def _check_magic(file: InputFile) -> None:

@@ -123,6 +123,12 @@ class LeaseLock:
             self._is_lost = True
             raise LockedError(f"{self._output} was taken over by {self._taker(newest)}; this run has ended")
 
+    def refuse_held(self) -> None:
+        """A `LockedError` if a run holds the lock; an OSError where that cannot be found out."""
+        newest = self._newest()
+        if newest:
+            self._refuse_alive(newest)
+
     def _acquire(self) -> None:
         for _ in range(ATTEMPTS):
             newest = self._newest()

@@ -16,6 +16,12 @@ class LongLine:
 
     longest: int
 
+    def __str__(self) -> str:
+        return (
+            f"has more than {self.longest:,} bytes, and was passed over; --longest-line takes longer ones, "
+            "for which there must be memory several times over"
+        )
+
 
 def bounded_lines(stream: BinaryIO, longest: int = LONGEST) -> Iterator[bytes | LongLine]:
     """All lines, with their ends; in place of one of more than `longest` bytes, decompressed, a LongLine."""

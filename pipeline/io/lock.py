@@ -30,6 +30,15 @@ def lock_output(output: str | Path) -> OutputLock | LeaseLock:
     return LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)
 
 
+def refuse_locked(output: str | Path) -> None:
+    """A `LockedError` where another run is writing an output; the lock is not taken, nor a file made."""
+    place = output_place(output)
+    try:
+        (LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)).refuse_held()
+    except OSError:
+        return  # whether it can be locked is for the run to find out
+
+
 class OutputLock:
     """A context manager that holds `.NAME.lock` beside the output; a `LockedError` if another run does.
 
@@ -70,6 +79,22 @@ class OutputLock:
     def check(self) -> None:
         """Raise if the lock is no longer held; the system takes it from nobody who lives."""
 
+    def refuse_held(self) -> None:
+        """A `LockedError` if a run holds the lock; an OSError where that cannot be found out."""
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held(descriptor) from None
+        finally:
+            os.close(descriptor)
+
+    def _held(self, descriptor: int) -> LockedError:
+        holder = _holder(descriptor)
+        return LockedError(
+            f"{self._output} is being written by {holder}; wait for it, or name another output"
+        )
+
     def _acquire(self) -> int:
         while True:
             descriptor = _opened(self._path)
@@ -78,11 +103,9 @@ class OutputLock:
                 if _is_at(descriptor, self._path):
                     return descriptor
             except BlockingIOError:
-                holder = _holder(descriptor)
+                held = self._held(descriptor)
                 os.close(descriptor)
-                raise LockedError(
-                    f"{self._output} is being written by {holder}; wait for it, or name another output"
-                ) from None
+                raise held from None
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -2,7 +2,8 @@
 
 The journal works in a local scratch folder, as beside a local output, and all that makes it durable is put
 into objects of the same names: its settings, and every chunk of a part as one object. The output is written
-in the scratch folder too, and uploaded whole.
+in the scratch folder too, and uploaded whole. A journal is removed object by object: one named `removed` says
+until the end that what is left counts for nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ import pyarrow as pa
 from pipeline.errors import KEPT, ConfigError, LockedError, MarsError, StorageError
 from pipeline.io.beginnings import START_OVER, STATE_FILE, Beginning
 from pipeline.io.causes import cause, storage_failure
+from pipeline.io.chunks import Damage
 from pipeline.io.dropped import dropped_path
-from pipeline.io.journal import Journal, journal_folder
-from pipeline.io.parts import part_name, parts_of
+from pipeline.io.journal import Journal
+from pipeline.io.parts import DAMAGED, journal_folder, part_name, parts_of
 from pipeline.io.remote import RemotePath, output_place
 from pipeline.io.rowindex import Order
 from pipeline.io.sidecar import needs_sidecar, sidecar_path
@@ -38,7 +40,9 @@ from pipeline.records import Answer
 
 AT_ONCE = 16  # objects read or removed side by side
 
-_CHUNK = re.compile(r"(part-\d{4,})-(\d{12,})")
+REMOVED = "removed"
+
+_CHUNK = re.compile(rf"(part-\d{{4,}})-(\d{{12,}})(?:{re.escape(DAMAGED)})?")
 
 
 def open_journal(
@@ -85,10 +89,15 @@ class MirroredJournal(Journal):
             assert isinstance(journal, cls)
             journal._mirror = mirror
             mirror.begin(journal._beginning)
+            mirror.set_aside(journal._damages)
         except BaseException:
             mirror.close()
             raise
         return journal
+
+    def _kept(self, damaged: Path) -> str:
+        name = f"{damaged.parent.name}/{damaged.name.removesuffix(DAMAGED)}"
+        return f"damaged objects {name}-* have names that end in {DAMAGED} now"
 
     def append(self, answers: Sequence[Answer]) -> None:
         super().append(answers)
@@ -142,17 +151,21 @@ class Mirror:
     def has_journal(self) -> bool:
         """Whether a run that was not published left something."""
         with self._failures_told("cannot be read"):
-            return any(path.name == STATE_FILE for path in self._objects())
+            return _is_journal(path.name for path in self._objects())
 
     def fetch(self) -> None:
         """Copy to the scratch folder what a resumed run goes on from."""
         with self._failures_told(f"cannot be fetched to {self._scratch}"), self.named_as_given():
             objects = {path.name: path for path in self._objects()}
-            # without settings it is the rest of a journal that was being removed
-            if STATE_FILE in objects:
+            if _is_journal(objects):
                 self._folder.mkdir()
-                objects[STATE_FILE].download(self._folder / STATE_FILE)
-                self._fetch_parts(path for name, path in sorted(objects.items()) if _CHUNK.fullmatch(name))
+                if STATE_FILE in objects:
+                    objects[STATE_FILE].download(self._folder / STATE_FILE)
+                self._fetch_parts(objects)
+                if STATE_FILE not in objects and self._is_left_over():
+                    shutil.rmtree(self._folder)
+                    self._put_bytes.clear()
+                    self._has_chunks = False
             self._fetch_sidecar()
             self._fetch(self.output.beside(dropped_path(self.file).name))
             if not self._has_chunks or Beginning.load(self._folder).extends:
@@ -161,8 +174,7 @@ class Mirror:
     def refuse_leftovers(self, overwrite: bool) -> None:
         """A `ConfigError` if there is something that a run which does not resume would destroy."""
         with self._failures_told("cannot be read"):
-            names = [path.name for path in self._objects()]
-            if not overwrite and STATE_FILE in names and len(names) > 1:
+            if not overwrite and _is_journal(path.name for path in self._objects()):
                 folder = journal_folder(self.file).name
                 raise ConfigError(f"an unfinished run left {folder}; --resume continues it, {START_OVER}")
             if not overwrite:
@@ -223,15 +235,32 @@ class Mirror:
         else:
             place.unlink()
 
+    def set_aside(self, damages: Mapping[str, Sequence[Damage]]) -> None:
+        """Give objects other names in which a part, by its name, is damaged; they are read all the same."""
+        with self._failures_told("cannot be written"):
+            chunks = _chunks_of(self._objects()) if damages else {}
+            for part, found in damages.items():
+                for start, path in chunks.get(part, {}).items():
+                    end = start + max(path.size(), 1)
+                    is_damaged = any(damage.offset < end and start < damage.end for damage in found)
+                    if is_damaged and not path.name.endswith(DAMAGED):
+                        self._check()
+                        path.beside(f"{path.name}{DAMAGED}").write_bytes(path.read_bytes())
+                        path.unlink()
+
     def forget(self) -> None:
-        """Remove the journal, its settings first: what is left without them counts for nothing."""
+        """Remove the journal; one that is half removed says so."""
         with self._failures_told("cannot be written"):
             self._check()
-            objects = self._objects()
-            for path in (path for path in objects if path.name == STATE_FILE):
-                path.unlink()
+            objects = {path.name: path for path in self._objects()}
+            if _is_journal(objects):
+                objects[REMOVED] = self.output.beside(f"{self._folder.name}/{REMOVED}")
+                objects[REMOVED].write_bytes(b"{}")
+            marker = objects.pop(REMOVED, None)
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(RemotePath.unlink, objects))
+                list(pool.map(RemotePath.unlink, objects.values()))
+            if marker is not None:
+                marker.unlink()
         self._has_chunks = self._has_begun = False
 
     def close(self) -> None:
@@ -252,14 +281,24 @@ class Mirror:
             folder = str(self.output).removesuffix(self.output.name).rstrip("/")
             raise type(error)(str(error).replace(str(self._scratch), folder)) from error
 
-    def _fetch_parts(self, objects: Iterable[RemotePath]) -> None:
-        """A chunk that is not whole comes too: reading the part tells what it held."""
-        for part, chunks in groupby(objects, lambda path: path.name.rpartition("-")[0]):
-            with (self._folder / part).open("wb") as file:
-                for content in _read_ahead(chunks):
+    def _fetch_parts(self, objects: Mapping[str, RemotePath]) -> None:
+        """Chunks that are not whole come too, and zeros for those that are gone, as reading a part tells."""
+        for part, chunks in _chunks_of(objects.values()).items():
+            is_set_aside = any(path.name.endswith(DAMAGED) for path in chunks.values())
+            with (self._folder / f"{part}{DAMAGED if is_set_aside else ''}").open("wb") as file:
+                for start, content in zip(chunks, _read_ahead(chunks.values()), strict=True):
+                    file.seek(start)
                     file.write(content)
                 self._put_bytes[part] = file.tell()
             self._has_chunks |= self._put_bytes[part] > 0
+
+    def _is_left_over(self) -> bool:
+        """Whether parts without settings are what versions before left of a journal that they removed.
+
+        They removed it, its settings first, when the output was there that it could not have replaced.
+        """
+        said = Beginning.load(self._folder)
+        return self.output.exists() and not (said.extends or said.replaces)
 
     def _fetch_sidecar(self) -> None:
         if needs_sidecar(self.file):
@@ -283,6 +322,21 @@ class Mirror:
             yield
         except OSError as error:
             raise storage_failure(f"{self.output} {what}: {cause(error)}{remedy}", error) from error
+
+
+def _is_journal(names: Iterable[str]) -> bool:
+    """Whether objects of these names are answers that a run left, and not the rest of a removal."""
+    names = set(names)
+    return REMOVED not in names and any(map(_CHUNK.fullmatch, names))
+
+
+def _chunks_of(objects: Iterable[RemotePath]) -> dict[str, dict[int, RemotePath]]:
+    """The chunks of each part by where they begin, in order; of two that were being renamed the new one."""
+    found: dict[str, dict[int, RemotePath]] = {}
+    for path in sorted(objects, key=lambda path: path.name):
+        if match := _CHUNK.fullmatch(path.name):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    return found
 
 
 def _create(chunk: bytes, path: RemotePath) -> None:

@@ -1,9 +1,10 @@
-"""Outputs of earlier runs, known by what a run writes into them or beside them."""
+"""Tables that marsinfer wrote, known by what it writes into them or beside them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,20 +19,33 @@ SIDECAR = ".run.json"
 
 BASELINE_KEY = b"marsinfer_baseline"
 
-# Metadata outlives a change of columns, so a table that was made of an output may have it too.
-_WRITTEN = {
-    METADATA_KEY: {"id", "row", "answer", "status"},
-    BASELINE_KEY: {"id", "row_hash", "generated"},
-}
+
+@dataclass(frozen=True)
+class Kind:
+    """What a table is for, known by a key of its metadata and by columns.
+
+    Metadata outlives a change of columns, so a table that was made of one of ours may have it too.
+    """
+
+    key: bytes
+    columns: frozenset[str]
+
+    def has(self, schema: pa.Schema) -> bool:
+        """Whether a table of this schema is of the kind."""
+        return self.columns.issubset(schema.names) and _says(schema, self.key)
+
+
+OUTPUT = Kind(METADATA_KEY, frozenset({"id", "row", "answer", "status"}))
+BASELINE = Kind(BASELINE_KEY, frozenset({"id", "row_hash", "generated"}))  # of a check
 
 
 def is_own_table(schema: pa.Schema) -> bool:
-    """Whether a Parquet or Arrow file of this schema is an output, or the baseline of a check."""
-    return any(columns.issubset(schema.names) and _says(schema, key) for key, columns in _WRITTEN.items())
+    """Whether a Parquet or Arrow file of this schema is of any kind of ours."""
+    return OUTPUT.has(schema) or BASELINE.has(schema)
 
 
 def may_be_replaced(path: Place) -> bool:
-    """Whether nothing is lost with what has an output's name: marsinfer wrote it, or it has no bytes."""
+    """Whether nothing is lost with what has an output's name: a batch wrote it, or it has no bytes."""
     if not path.is_file():
         return True  # a pipe, which holds nothing
     if _bytes(path) == 0:
@@ -41,7 +55,7 @@ def may_be_replaced(path: Place) -> bool:
         return sidecar.exists() and _says_settings(sidecar)
     try:
         with path.open("rb") as file:
-            return is_own_table(written_schema(pa.PythonFile(file, "r"), path.name))
+            return OUTPUT.has(written_schema(pa.PythonFile(file, "r"), path.name))
     except READ_ERRORS:
         return False
 

@@ -18,13 +18,20 @@ INDEX_FILE = "index.sqlite"
 PARTIAL_OUTPUT = "output.partial"
 PARTIAL_SIDECAR = "sidecar.partial"
 PARTIAL_DROPPED = "dropped.partial"
+COPIES_FILE = "copies.partial"
 
-_DAMAGED = ".damaged"
-_PART = re.compile(rf"part-(\d{{4,}})(?:{re.escape(_DAMAGED)})?")
+DAMAGED = ".damaged"
+_PART = re.compile(rf"part-(\d{{4,}})(?:{re.escape(DAMAGED)})?")
 # .nfs: what a network's file system keeps of a file that was removed while it was open
 _OURS = re.compile(
-    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped)\.partial|\.nfs\w+"
+    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped|copies)\.partial|\.nfs\w+"
 )
+
+
+def journal_folder(output: str | Path) -> Path:
+    """Where the journal of an output is; outputs that are links to one file share it."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(f".{target.name}.journal")
 
 
 def parts_of(folder: Path) -> dict[int, Path]:
@@ -32,6 +39,11 @@ def parts_of(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
     return {part_number(path): path for path in folder.iterdir() if _PART.fullmatch(path.name)}
+
+
+def journal_parts(folder: Path) -> list[Path]:
+    """The parts of a journal, the oldest first, for one who only reads."""
+    return [path for _, path in sorted(parts_of(folder).items())]
 
 
 def part_number(part: Path) -> int:
@@ -47,26 +59,23 @@ def part_name(number: int) -> str:
 def part_path(folder: Path, number: int) -> Path:
     """Where a part is, whether or not it was found to be damaged."""
     path = folder / part_name(number)
-    return path if path.exists() else path.with_name(f"{path.name}{_DAMAGED}")
+    return path if path.exists() else path.with_name(f"{path.name}{DAMAGED}")
 
 
 def set_aside(part: Path) -> Path:
     """Name a damaged part so, whose whole chunks are read all the same; returns the name it has now."""
-    if part.name.endswith(_DAMAGED):
+    if part.name.endswith(DAMAGED):
         return part
-    return part.rename(part.with_name(f"{part.name}{_DAMAGED}"))
+    return part.rename(part.with_name(f"{part.name}{DAMAGED}"))
 
 
-def damage_note(part: Path, damages: Sequence[Damage]) -> str:
-    """What to say of a part in which damage was found."""
+def damage_told(damages: Sequence[Damage]) -> str:
+    """What to say of a journal in which damage was found."""
     rows = sum(damage.rows or 0 for damage in damages)
     unknown = sum(damage.end - damage.offset for damage in damages if damage.rows is None)
     lost = [counted(rows, "finished row")] if rows else []
     lost += [f"what stood in {counted(unknown, 'byte')}"] if unknown else []
-    return (
-        f"the journal is damaged: {' and '.join(lost)} cannot be read and will be answered again; all else "
-        f"is kept, and the damaged file is now {part.parent.name}/{part.name}"
-    )
+    return f"the journal is damaged: {' and '.join(lost)} cannot be read"
 
 
 def refuse_foreign_folder(folder: Path) -> None:

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.io.beginnings import Beginning, files_in, with_files
+from pipeline.io.answers import halves
+from pipeline.io.beginnings import Beginning, copies_alike, files_in, with_files
 from pipeline.io.dropped import DroppedRows
-from pipeline.io.merge import ReadChunk, merge
+from pipeline.io.jsonvalues import same_values
+from pipeline.io.merge import Convert, ReadChunk, merge, null_misfits, refuse_misfit
 from pipeline.io.parts import PARTIAL_DROPPED, PARTIAL_OUTPUT, PARTIAL_SIDECAR
 from pipeline.io.published import Published
 from pipeline.io.rowindex import INDEXED, PUBLISHED, Location, Order, RowIndex
-from pipeline.io.sidecar import needs_sidecar, write_sidecar
+from pipeline.io.sidecar import Written, needs_sidecar, write_sidecar
 from pipeline.io.writing import AnswerWriter, refuse_existing
 
 Files = Sequence[tuple[str, int]]  # names, and how many rows of each went into the output
+# by part, where in it, and the columns, None for all, which a part that is read whole need not heed
+ReadColumns = Callable[[int, int, Sequence[str] | None], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class Publication:
     output: Path
     folder: Path  # of the journal
     schema: pa.Schema
+    written: pa.Schema  # the same as the output's format holds it
     beginning: Beginning
     base: Published | None  # the output that is extended
     index: RowIndex
-    read: ReadChunk
+    read: ReadColumns
     dropped: DroppedRows
     check: Callable[[], None]  # called often
 
@@ -62,9 +67,26 @@ class Publication:
         if self.base is None or self.index.returned or self.index.unmoved != held.rows:
             return False
         says = files_in(self.base.schema)
-        return (held.is_sorted or order == "completion") and (
-            files is None or says is None or says == list(files)
+        return (
+            (held.is_sorted or order == "completion")
+            and (files is None or says is None or says == list(files))
+            and copies_alike(self.base.schema, self.written)
+            and self._copies_are_current()
         )
+
+    def _copies_are_current(self) -> bool:
+        """Whether the rows, all of which the base has, have the copied columns there that they have now."""
+        copied = halves(self.written)[1]
+        if not copied.names:
+            return True
+        nothing = pa.schema([])
+        then, now = (
+            merge(
+                self.index.locations("completion"), self._reader(copied.names), beside, current, refuse_misfit
+            )
+            for beside, current in ((copied, nothing), (nothing, copied))
+        )
+        return all(map(same_values, then, now))
 
     def write(self, order: Order, files: Files | None) -> None:
         """Rows that leave first, so that no moment is without them; `files` go into the metadata."""
@@ -72,7 +94,7 @@ class Publication:
         temporary, replaces = self.folder / PARTIAL_OUTPUT, self.beginning.replaces
         schema = self.schema if files is None else with_files(self.schema, files)
         with AnswerWriter(self.output, schema, replaces, temporary, self._write_sidecar) as writer:
-            for table in self._merged(self.index.locations(order), writer.schema):
+            for table in self._merged(self.index.locations(order), writer.schema, refuse_misfit):
                 writer.write_table(table)
             refuse_existing(self.output, replaces)
             # If the run is killed right after publishing, the next one may publish again.
@@ -82,23 +104,30 @@ class Publication:
         """Put rows that leave beside the output, and make ready what is there once others have come back."""
 
         def tables(*, after: bool) -> Callable[[pa.Schema], Iterator[pa.Table]]:
-            return lambda schema: self._merged(self.index.dropped(after=after), schema)
+            return lambda schema: self._merged(self.index.dropped(after=after), schema, null_misfits)
 
         if self.index.leaving():
             self.dropped.write(tables(after=False), self.folder / PARTIAL_DROPPED)
         if self.index.returned:
             self.dropped.write_later(tables(after=True) if self.index.has_dropped(after=True) else None)
 
-    def _merged(self, locations: Iterator[Location], schema: pa.Schema) -> Iterator[pa.Table]:
+    def _merged(
+        self, locations: Iterator[Location], schema: pa.Schema, convert: Convert
+    ) -> Iterator[pa.Table]:
+        for table in merge(locations, self._reader(None), *halves(schema), convert):
+            self.check()
+            yield table.replace_schema_metadata(schema.metadata)
+
+    def _reader(self, columns: Sequence[str] | None) -> ReadChunk:
+        """Reads chunks, of the output that is extended some columns or, with None, all."""
+
         def read(part: int, chunk: int) -> pa.Table:
             self.check()
-            return self.read(part, chunk)
+            return self.read(part, chunk, columns)
 
-        for table in merge(locations, read, schema):
-            self.check()
-            yield table
+        return read
 
     def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
         if needs_sidecar(self.output):
-            before = [] if self.base is None else [self.output.stat().st_size]
-            write_sidecar(self.output, schema, [size, *before], self.folder / PARTIAL_SIDECAR)
+            base = () if self.base is None else (Written(self.output.stat().st_size, self.base.schema),)
+            write_sidecar(self.output, Written(size, schema), self.folder / PARTIAL_SIDECAR, base)

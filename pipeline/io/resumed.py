@@ -11,9 +11,9 @@ import pyarrow as pa
 from pipeline.errors import ConfigError
 from pipeline.io.beginnings import Beginning, settings_in
 from pipeline.io.causes import READ_ERRORS, NetworkError, cause, storage_failure
-from pipeline.io.journal import journal_folder, journal_parts
 from pipeline.io.mirror import Mirror
 from pipeline.io.own import written_schema
+from pipeline.io.parts import journal_folder, journal_parts
 from pipeline.io.published import Published
 from pipeline.io.remote import RemotePath, output_place
 from pipeline.io.sidecar import needs_sidecar, read_sidecar

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -35,6 +35,7 @@ FLEETING = (DUPLICATE, "unreadable", "bad_json", "not_an_object")
 
 PUBLISHED = 0  # stands for the output itself where the parts of the journal are numbered from 1
 DROPPED = -1  # for the rows that have left it
+COPIES = -2  # for copied columns as the input has them now
 
 COMMIT_EVERY = 1_000
 FETCHED = 1_000
@@ -46,22 +47,59 @@ PRAGMA synchronous = OFF;
 PRAGMA cache_size = -8192;
 CREATE TABLE rows (
     key BLOB PRIMARY KEY, row INTEGER, question INTEGER, row_hash TEXT, status TEXT,
-    part INTEGER, chunk INTEGER, place INTEGER, bytes INTEGER, seen INTEGER, fleeting INTEGER
+    part INTEGER, chunk INTEGER, place INTEGER, bytes INTEGER, seen INTEGER, fleeting INTEGER,
+    copied_chunk INTEGER, copied_place INTEGER
 ) WITHOUT ROWID;
 """
 _LEAVES = "NOT seen AND part >= 0 AND NOT fleeting"
 _ORDERS = {"input": "row, question", "completion": "part, chunk, place"}
+_LOCATION = "row, part, chunk, place, bytes, copied_chunk, copied_place"
+
+ChunkKey = tuple[int, int]  # part, and where in it
+
+
+class Copied(NamedTuple):
+    """Where the copied columns of a row are as the input has them now, and about how many bytes they take."""
+
+    chunk: int
+    place: int
+    bytes: int
+
+
+Copy = Callable[[pa.RecordBatch | None], Copied | None]
+
+
+def beside(row: pa.RecordBatch | None) -> Copied | None:
+    """Take no copy of a row's columns: those that stand beside its answer are the ones to publish."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the answer to a row is: chunk of a part, place in the chunk; about how many bytes it takes."""
+    """Where the answer to a row is: chunk of a part, place in the chunk; about how many bytes it takes.
+
+    `copied_chunk` and `copied_place` are None where the copied columns beside the answer are those to take.
+    """
 
     row: int
     part: int
     chunk: int
     place: int
     bytes: int
+    copied_chunk: int | None = None
+    copied_place: int | None = None
+
+    @property
+    def own(self) -> tuple[ChunkKey, int]:
+        """Chunk and place of the answer's own columns."""
+        return (self.part, self.chunk), self.place
+
+    @property
+    def copied(self) -> tuple[ChunkKey, int]:
+        """Chunk and place of the copied columns."""
+        if self.copied_chunk is None or self.copied_place is None:
+            return self.own
+        return (COPIES, self.copied_chunk), self.copied_place
 
 
 class RowIndex:
@@ -94,7 +132,9 @@ class RowIndex:
             fleeting = kind in FLEETING or row_hash is None
             entries.append((key, row, question, known, status, part, chunk, place, row_bytes, fleeting))
         with self._lock:
-            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)", entries)
+            self._database.executemany(
+                "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, NULL, NULL)", entries
+            )
             self._changed(len(entries))
 
     def forget_errors(self) -> None:
@@ -137,17 +177,18 @@ class RowIndex:
     def first_failure(self) -> Location | None:
         """The first row that the input has and that is finished without an answer."""
         query = (
-            "SELECT row, part, chunk, place, bytes FROM rows "
+            f"SELECT {_LOCATION} FROM rows "
             "WHERE seen AND part IS NOT NULL AND status != 'ok' ORDER BY row, question LIMIT 1"
         )
         with self._lock:
             found = self._database.execute(query).fetchone()
         return None if found is None else Location(*found)
 
-    def see(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
+    def see(self, source: Row, row_hash: str, *, is_fault: bool = False, copy: Copy = beside) -> bool:
         """Note that the input has this row, and say whether its answer is known.
 
-        A RowError for an id that came before, or, of what is a fault, that has an answer.
+        If it is, `copy` takes the row's copied columns. A RowError for an id that came before, or, of what is
+        a fault, that has an answer.
         """
         key = _key(source.id)
         with self._lock:
@@ -167,7 +208,12 @@ class RowIndex:
             if found is not None:
                 self._meet(found, source.row, done)
             if done:
-                self._database.execute("UPDATE rows SET row = ?, seen = 1 WHERE key = ?", (source.row, key))
+                chunk, position, size = copy(source.passthrough) or (None, None, 0)
+                self._database.execute(
+                    "UPDATE rows SET row = ?, seen = 1, bytes = bytes + ?, copied_chunk = ?, "
+                    "copied_place = ? WHERE key = ?",
+                    (source.row, size, chunk, position, key),
+                )
             else:
                 self._database.execute(
                     "REPLACE INTO rows (key, row, question, seen) VALUES (?, ?, ?, 1)", place
@@ -192,7 +238,9 @@ class RowIndex:
                 )
                 for place, a in enumerate(answers)
             ]
-            self._database.executemany("REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?)", entries)
+            self._database.executemany(
+                "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, NULL, NULL)", entries
+            )
             self._changed(len(answers))
 
     def locations(self, order: Order) -> Iterator[Location]:
@@ -200,7 +248,7 @@ class RowIndex:
         return self._locations("seen AND part IS NOT NULL", _ORDERS[order])
 
     def _locations(self, which: str, order: str) -> Iterator[Location]:
-        query = f"SELECT row, part, chunk, place, bytes FROM rows WHERE {which} ORDER BY {order}"
+        query = f"SELECT {_LOCATION} FROM rows WHERE {which} ORDER BY {order}"
         with self._lock:
             cursor = self._database.execute(query)
         while True:

@@ -21,7 +21,7 @@ from pipeline.io.own import is_own_table
 from pipeline.io.parquet import ParquetReader
 from pipeline.io.partitions import with_fields
 from pipeline.io.passthrough import PassPlan, Table
-from pipeline.io.peek import first_columns as _first_columns
+from pipeline.io.peek import first_columns
 from pipeline.io.proof import check_held
 from pipeline.io.remote import Place
 from pipeline.io.rows import UNASKED, UNASKED_REMEDY, Record
@@ -114,10 +114,6 @@ class Source:
         within = self._weights[current] * self._readers[current].fraction
         return (self._weight_before[current] + within) / total
 
-    def first_columns(self) -> dict[str, str] | None:
-        """Names and Arrow types of the first file's columns; None if only reading it tells them."""
-        return _first_columns(reader.file for reader in self._readers)
-
     @property
     def files_told(self) -> list[tuple[str, int | None]]:
         """The name of each file but documents, and how many rows it has, if that is known before reading."""
@@ -162,11 +158,6 @@ def _has_rows(reader: Reader) -> bool:
     return reader.file.format != "text"
 
 
-def first_columns(inputs: Sequence[str | Path]) -> dict[str, str] | None:
-    """As `Source.first_columns`, without opening the input: whatever its columns are, none is refused."""
-    return _first_columns(find_files(inputs)[0])
-
-
 def open_source(
     inputs: Sequence[str | Path],
     columns: Columns | Callable[[Mapping[str, str] | None], Columns],
@@ -181,7 +172,7 @@ def open_source(
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
     if not isinstance(columns, Columns):
-        columns = columns(_first_columns(files))
+        columns = columns(first_columns(files))
     readers = _opened(files, columns, notes)
     _refuse_unreachable(readers)
     tables = [table for table in map(_table, readers) if table.schema.names]

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.io.beginnings import check_columns, files_in, plain
-from pipeline.io.chunks import whole_chunks
+from pipeline.io.chunks import Damage, pieces
 from pipeline.io.dropped import DroppedRows
 from pipeline.io.earlier import EarlierRows
-from pipeline.io.journal import begun, journal_folder, journal_parts, refuse_leftovers
 from pipeline.io.mirror import Mirror
-from pipeline.io.parts import INDEX_FILE
+from pipeline.io.opening import begun, refuse_leftovers
+from pipeline.io.parts import INDEX_FILE, damage_told, journal_folder, journal_parts
 from pipeline.io.remote import RemotePath, output_place
 from pipeline.io.rowindex import DROPPED, INDEXED, PUBLISHED, RowIndex
 from pipeline.io.writing import schema_as_written
@@ -29,6 +29,7 @@ class DoneRows:
 
     def __init__(self, index: RowIndex) -> None:
         self.index = index
+        self.notes: list[str] = []  # what of a journal is lost
         self.earlier = EarlierRows(index)
 
     def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
@@ -85,6 +86,8 @@ def done_rows(
             heed(table)
         if retry_errors:
             done.index.forget_errors()
+        damages = found.pop("damages", [])
+        done.notes += [f"{damage_told(damages)} and would be answered again"] if damages else []
         done.earlier = EarlierRows(done.index, **found)
         yield done
 
@@ -92,7 +95,7 @@ def done_rows(
 def _tables(
     output: str, schema: pa.Schema, now: Any, timed: Sequence[str], found: dict[str, Any]
 ) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
-    """Tables of finished rows, with the part and chunk of each; `found` hears what `EarlierRows` asks."""
+    """Tables of finished rows, with the part and chunk of each; `found` hears what else there is."""
     place = output_place(output)
     if not isinstance(place, RemotePath):
         yield from _local_tables(place, schema, now, timed, found)
@@ -117,8 +120,12 @@ def _local_tables(
     for group in base or ():
         assert base is not None
         yield base.read(group, columns), (PUBLISHED, group)
+    found["damages"] = []
     for number, path in enumerate(journal_parts(journal_folder(output)), start=PUBLISHED + 1):
         with path.open("rb") as part:
-            for chunk in whole_chunks(part, path.stat().st_size):
-                check_columns(output, chunk.table.schema, schema.remove_metadata())
-                yield chunk.table.select(columns), (number, chunk.offset)
+            for piece in pieces(part, path.stat().st_size):
+                if isinstance(piece, Damage):
+                    found["damages"].append(piece)
+                    continue
+                check_columns(output, piece.table.schema, schema.remove_metadata())
+                yield piece.table.select(columns), (number, piece.offset)

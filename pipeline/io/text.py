@@ -8,6 +8,7 @@ from pipeline.errors import InputError
 from pipeline.io.causes import READ_ERRORS, ReadFault
 from pipeline.io.columns import Columns
 from pipeline.io.inputs import InputFile
+from pipeline.io.lines import LongLine
 from pipeline.io.passthrough import PassPlan
 from pipeline.io.rows import BAD_UTF8, Record, Spot, build
 
@@ -34,11 +35,15 @@ class TextReader:
 
     def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
         """The one record; returns 1."""
-        label = self.file.label
+        label, longest = self.file.label, self._columns.longest_line
         spot = Spot(base, label, label)
         try:
             with self.file.open() as file:
-                text: object = file.read().decode("utf-8-sig")
+                content = file.read(longest + 1)
+            if len(content) > longest:
+                yield spot.failure("long_line", str(LongLine(longest)))
+                return 1
+            text: object = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = BAD_UTF8
         except READ_ERRORS as error:

@@ -23,6 +23,7 @@ from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.row_results import RowResult
 
 VERSION = 3
+_DENSE_ALONE = 2  # the version before, which says of no row whose it is
 _ANEW = "--overwrite-baseline makes it anew"
 _SIDES = (_DENSE, _ACCEPTED) = ("dense", "accepted")
 
@@ -77,10 +78,10 @@ def read_baseline(path: Path, rows: Sequence[CheckRow], decides: Mapping[str, An
     try:
         table = pq.read_table(path)
         content = json.loads((table.schema.metadata or {})[BASELINE_KEY])
-        if content["version"] != VERSION:
+        if content["version"] not in (_DENSE_ALONE, VERSION):
             raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
         for each in table.to_pylist():
-            found[each["side"]][each["id"]] = RowResult.from_dict(each)
+            found[each.get("side", _DENSE)][each["id"]] = RowResult.from_dict(each)
         then, about = content["settings_that_decide"], content["about"]
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
         raise ConfigError(

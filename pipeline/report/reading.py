@@ -22,11 +22,11 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.io.answers import ANSWER_FIELDS
 from pipeline.io.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.io.causes import READ_ERRORS, cause
-from pipeline.io.chunks import whole_chunks
+from pipeline.io.chunks import Damage, pieces, whole_chunks
 from pipeline.io.formats import SINKS
-from pipeline.io.journal import journal_folder, journal_parts
 from pipeline.io.jsonvalues import KEYS
 from pipeline.io.mirror import Mirror
+from pipeline.io.parts import damage_told, journal_folder, journal_parts
 from pipeline.io.passthrough import EXTRA
 from pipeline.io.published import Published
 from pipeline.io.remote import RemotePath, place_of
@@ -167,6 +167,9 @@ def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, 
         notes = [f"the run is not finished: these are the rows of {path.name} and of {folder.name}"]
     elif path.exists():
         notes.append(f"{path.name} itself is of an earlier run, which this one replaces when it is done")
+    damages = [piece for part, size in parts for piece in pieces(part, size) if isinstance(piece, Damage)]
+    if damages:
+        notes.append(f"{damage_told(damages)}; these are all others")
     newest = (chunk.table for part, size in reversed(parts) for chunk in whole_chunks(part, size))
     names = frozenset(next((table.schema.names for table in newest), ()))
     return Run(

@@ -86,7 +86,8 @@ class DataSettings(TextSettings, SeedSettings):
     longest_line: int | None = option(
         None,
         metavar="BYTES",
-        help="The longest line of JSONL, decompressed, e.g. 4GiB; a longer one is an error row.",
+        help="The longest line of JSONL, decompressed, or text document, e.g. 4GiB; a longer one is an error "
+        "row.",
         shown_default="1GiB",
         kind=BYTES,
         least=1,

@@ -113,8 +113,11 @@ def check(dated, rows, tmp_path):
         words += [
             "--method",
             "marsinfer",
-            "--set",
-            "start_layer=0",
+            *(
+                word
+                for each in ("start_layer=0", "eta=0.3", "prefix=0", "window=1")
+                for word in ("--set", each)
+            ),
             "--scope",
             "rows",
             "--max-drop",

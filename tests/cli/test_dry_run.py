@@ -15,12 +15,20 @@ from conftest import FISH
 from pipeline import run_batch
 from pipeline.bench.flops import dense_flops
 from pipeline.estimate import Pace, Rates, estimate_by_pace, measure_rates
+from pipeline.intake import new_rows, open_rows
+from pipeline.io.lock import lock_output
+from pipeline.io.mirror import open_journal
 from pipeline.model.files import ModelFiles
 from pipeline.model.shape import ModelShape
 from pipeline.packing import windows
+from pipeline.preparation import prepare
+from pipeline.records import Answer
+from pipeline.settings.run import BatchConfig
 
 SHAPE = ModelShape(layers=4, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=1024)
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6"]
+
+DAMAGED_RUN = {"text_column": "body", "question_column": "ask", "max_new_tokens": 6, "method": "dense"}
 
 
 @pytest.fixture
@@ -281,3 +289,39 @@ def test_the_rates_of_a_device_are_measured():
     found = measure_rates(torch.device("cpu"), torch.float32, SHAPE)
     assert found.matrix > 0
     assert found.memory > 0
+
+
+def test_a_dry_run_says_that_the_journal_is_damaged_and_leaves_it(call, no_weights, fish, tmp_path, capfd):
+    from pipeline.io.parts import journal_folder
+
+    out = tmp_path / "out.parquet"
+    words = [fish, out, *ASK, "--model", no_weights, "--resume", "--dry-run", "--method", "dense"]
+    config = BatchConfig(input=(str(fish),), output=str(out), model=str(no_weights), **DAMAGED_RUN)
+    run = prepare(open_rows(config), config.model)
+    with open_journal(str(out), run.schema(), run.decides(), resume=True) as journal:
+        for record in new_rows(run.rows(), journal):
+            journal.append([Answer.begin(record.source, "dense")])
+    (part,) = journal_folder(out).glob("part-*")
+    content = bytearray(part.read_bytes())
+    content[100] ^= 1
+    part.write_bytes(content)
+    assert call(*words) == 0
+    told = "note: the journal is damaged: 1 finished row cannot be read and would be answered again\n"
+    assert told in capfd.readouterr().out
+    assert part.read_bytes() == content
+
+
+def test_a_dry_run_foretells_that_another_run_holds_the_output(call, no_weights, fish, tmp_path, capfd):
+    out = tmp_path / "out.parquet"
+    words = [fish, out, *ASK, "--model", no_weights, "--dry-run", "--resume"]
+    with lock_output(out):
+        assert call(*words) == 7
+        assert "is being written by process" in capfd.readouterr().err
+        assert [path.name for path in tmp_path.glob(".*")] == [".out.parquet.lock"]
+    assert call(*words) == 0
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_lock_that_a_dead_run_left_is_no_obstacle_to_a_dry_run(call, no_weights, fish, tmp_path):
+    (tmp_path / ".out.parquet.lock").write_text('{"pid": 1, "host": "gone", "started": "then"}')
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--model", no_weights, "--dry-run") == 0

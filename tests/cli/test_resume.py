@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forked import SAVED, Forked, held_run, load_for_ever
@@ -346,3 +347,38 @@ def test_a_second_run_finds_the_output_locked(batch, fish, tmp_path, capfd):
         assert batch(fish) == 7
     assert "is being written by process" in capfd.readouterr().err
     assert batch(fish) == 0
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_other_columns_to_keep_are_written_without_answering_again(batch, tmp_path, capfd, no_weights, name):
+    source = tmp_path / "in.parquet"
+    rows = [{"id": f"doc-{n}", "text": f"fish {n} " * 9, "year": 1900 + n, "town": f"t{n}"} for n in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    assert batch(source, "--keep-columns", "year:int16", out=name) == 0
+    rows = [{**row, "town": row["town"].upper()} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    keep = ["--keep-columns", "town,year:string"]
+    no_weights()
+    capfd.readouterr()
+    assert batch(source, "--resume", *keep, "--dry-run", out=name) == 0
+    assert "resumed: 6 rows done, 0 new\ncolumns passed through:\n  town: string\n" in capfd.readouterr().out
+    assert batch(source, "--resume", *keep, "--quiet", out=name) == 0
+    assert capfd.readouterr().err.endswith("marsinfer: note: nothing new: every row was done\n")
+    if name == "out.jsonl":
+        table = [json.loads(line) for line in (tmp_path / name).open()]
+    else:
+        table = pq.read_table(tmp_path / name).to_pylist()
+    found = [(row["town"], row["year"]) for row in table]
+    assert found == [(f"T{n}", str(1900 + n)) for n in range(6)]
+    assert batch(source, "--resume", *keep, "--quiet", out=name) == 0
+    assert capfd.readouterr().err.endswith(f"every row was done; {tmp_path / name} stays as it is\n")
+
+
+def test_rows_beyond_the_limit_keep_their_columns(batch, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"id": str(n), "text": "fish", "n": n}) + "\n" for n in range(4)))
+    assert batch(source, "--keep-columns", "n:int") == 0
+    source.write_text("".join(json.dumps({"id": str(n), "text": "fish", "n": -n}) + "\n" for n in range(4)))
+    assert batch(source, "--keep-columns", "n:int,text", "--resume", "--limit", "2") == 0
+    found = {id: (row["n"], row["text"]) for id, row in answers(tmp_path).items()}
+    assert found == {"0": (0, "fish"), "1": (-1, "fish"), "2": (2, None), "3": (3, None)}

@@ -32,8 +32,8 @@ from pipeline.settings.model import ModelSettings
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"
 CHECK = (
-    f"check in.jsonl {RUN} --method marsinfer --set start_layer=0 --reference-column answer --task-column task"
-    " --scope rows --metric nll --max-drop 99%"
+    f"check in.jsonl {RUN} --method marsinfer --set start_layer=0 --set eta=0.3 --set prefix=0 --set window=1"
+    " --reference-column answer --task-column task --scope rows --metric nll --max-drop 99%"
 )
 RUNS = {
     "batch": f"batch in.jsonl out.parquet {RUN} --json",

@@ -1,7 +1,13 @@
 """Runs over a journal, in a few words, for the tests of it."""
 
 import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +32,8 @@ def start(path, *, resume=True, settings=SETTINGS, passthrough=NOTHING, **flags)
     return Journal.open(path, schema_of(passthrough, settings), settings, resume=resume, **flags)
 
 
-def source(row, id=None):
-    return Row(row=row, id=id or f"id {row}", place=f"in row {row}")
+def source(row, id=None, passthrough=None):
+    return Row(row=row, id=id or f"id {row}", place=f"in row {row}", passthrough=passthrough)
 
 
 def hash_of(id, text="text"):
@@ -40,14 +46,15 @@ def answer(row, id=None, text="text", **values):
     return Answer(id=id, row=row, row_hash=hash_of(id, text), **values)
 
 
-def ask(journal, row, id=None, text="text"):
+def ask(journal, row, id=None, text="text", passthrough=None):
     id = id or f"id {row}"
-    return journal.is_done(source(row, id), hash_of(id, text))
+    return journal.is_done(source(row, id, passthrough), hash_of(id, text))
 
 
 def work(journal, rows, *, text="text", pack=3, **values):
     """What a run does: ask for every row, answer those that are not done; returns the ids answered."""
-    new = [(row, id) for row, id in rows if not ask(journal, row, id, text)]
+    copied = values.get("passthrough")
+    new = [(row, id) for row, id in rows if not ask(journal, row, id, text, copied)]
     for i in range(0, len(new), pack):
         journal.append([answer(row, id, text, **values) for row, id in new[i : i + pack]])
     return [id for _, id in new]
@@ -88,3 +95,31 @@ def finish(path, rows, order="input", **flags):
         answered = work(journal, rows)
         journal.publish(order)
     return answered
+
+
+class Killed(BaseException):
+    """Nothing that a dead process would do runs after it."""
+
+
+CHANGES = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")]
+
+
+@contextmanager
+def dying_after(moment):
+    """Ends what runs in it before its `moment`-th change of the file system; `came` says whether it did."""
+    changes, death = count(), SimpleNamespace(came=False)
+
+    def dying(real):
+        def change(*args, **kwargs):
+            if next(changes) >= moment:
+                death.came = True
+                raise Killed
+            return real(*args, **kwargs)
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in CHANGES:
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        with suppress(Killed):
+            yield death

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -11,7 +10,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.io import AnswerWriter, check_output, output_schema
 from pipeline.io.answers import answers_table
 from pipeline.io.beginnings import SETTINGS_KEY
-from pipeline.io.sidecar import write_sidecar
+from pipeline.io.sidecar import Written, write_sidecar
 from pipeline.records import Answer
 
 NOTHING = pa.schema([])
@@ -58,9 +57,12 @@ def test_a_file_of_the_user_beside_an_output_is_not_replaced(tmp_path, content):
 def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
     path = tmp_path / name
     schema = output_schema(NOTHING, {"marsinfer": json.dumps({SETTINGS_KEY: {}})})
-    before = partial(write_sidecar, path, schema, temporary=tmp_path / "partial") if "jsonl" in name else None
-    written = {} if before is None else {"before": lambda size, schema: before(sizes=[size])}
-    with AnswerWriter(path, schema, **written) as writer:
+
+    def before(size, schema):
+        if "jsonl" in name:
+            write_sidecar(path, Written(size, schema), tmp_path / "partial")
+
+    with AnswerWriter(path, schema, before=before) as writer:
         writer.write_table(answers_table([Answer(id="a", row=0)], schema))
     assert refusal(path) == f"{path} exists; --overwrite replaces it"
     check_output(path, (), True)

@@ -3,12 +3,24 @@
 import os
 import shutil
 from itertools import count
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from journal_runs import EXTENSIONS, answer, ask, finish, ids, killed, numbered, read, refusal, start, work
+from journal_runs import (
+    EXTENSIONS,
+    answer,
+    ask,
+    dying_after,
+    finish,
+    ids,
+    killed,
+    numbered,
+    read,
+    refusal,
+    start,
+    work,
+)
 
 from pipeline.io.dropped import dropped_path
 
@@ -142,36 +154,6 @@ def test_an_output_says_of_which_files_it_is_made(tmp_path):
     assert refusal(path, settings={"model": "other"}).startswith(f"{path} was begun with other settings")
 
 
-class Killed(BaseException):
-    """Nothing that a dead process would do runs after it."""
-
-
-OPERATIONS = [(os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")]
-
-
-def until_killed(path, rows, patch, moment):
-    """A run that dies before its `moment`-th change of the file system; whether it lived."""
-    changes = count()
-
-    def dying(real):
-        def change(*args, **kwargs):
-            if next(changes) >= moment:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return change
-
-    for owner, name in OPERATIONS:
-        patch.setattr(owner, name, dying(getattr(owner, name)))
-    try:
-        with start(path) as journal:
-            assert work(journal, rows) == [id for _, id in rows if id == "new"]
-            journal.publish()
-    except Killed:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("extension", [".parquet", ".jsonl"])
 @pytest.mark.parametrize(
     ("left_before", "rows"),
@@ -188,12 +170,13 @@ def test_no_row_is_lost_whenever_a_run_is_killed(tmp_path, extension, left_befor
     for moment in count():
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
-        with pytest.MonkeyPatch.context() as patch:
-            lived = until_killed(path, rows, patch, moment)
+        with dying_after(moment) as death, start(path) as journal:
+            assert work(journal, rows) == [id for _, id in rows if id == "new"]
+            journal.publish()
         if moment % 2:  # the next run may have fewer rows again
             assert finish(path, rows) in ([], ["new"])
         settled(path, ROWS)
         assert dropped(path) in ([], [(9, "new")])
-        if lived:
+        if not death.came:
             break
     assert moment > 5

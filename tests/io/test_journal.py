@@ -4,12 +4,10 @@ import os
 import queue
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
 import pytest
 from journal_runs import (
     EXTENSIONS,
     SETTINGS,
-    YEAR,
     answer,
     ask,
     finish,
@@ -83,15 +81,6 @@ def test_other_settings_are_refused_by_name(tmp_path):
     told = refusal(path, settings=many)
     assert told.count(" was ") == 6
     assert told.endswith("xxx..., and 2 more; --overwrite starts over")
-
-
-def test_other_columns_are_refused_by_name(tmp_path):
-    path = tmp_path / "out.parquet"
-    killed(path, numbered(3), passthrough=YEAR)
-    changed = pa.schema([("year", pa.int32()), ("more", pa.string())])
-    expected = f"{path} was begun with other columns: 'more' is new, 'year' was int16 and is now int32"
-    assert refusal(path, passthrough=changed) == f"{expected}; --overwrite starts over"
-    assert refusal(path) == (f"{path} was begun with other columns: 'year' is gone; --overwrite starts over")
 
 
 def test_what_is_there_is_not_replaced_unasked(tmp_path):

@@ -238,3 +238,51 @@ def test_damage_in_a_column_that_is_only_copied_is_told_when_publishing(tmp_path
         with pytest.raises(ConfigError, match=r"cannot be read: .*; --overwrite starts over"):
             journal.publish()
     assert path.read_bytes() == content
+
+
+def bad_sectors(monkeypatch, file, *sectors):
+    """Reading any of these sectors of a file fails, as it does on a disk that is worn."""
+    real, bad = os.pread, file.stat().st_ino
+
+    def pread(descriptor, length, offset):
+        is_hit = any(offset < 4096 * (sector + 1) and 4096 * sector < offset + length for sector in sectors)
+        if is_hit and os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+
+
+@pytest.mark.parametrize("sector", [0, 1, 3])
+def test_a_bad_sector_costs_its_own_chunk(tmp_path, monkeypatch, sector):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        for row in range(8):
+            assert not ask(journal, row)
+            journal.append([answer(row, answer="x" * 9000)])
+    (part,) = journal_folder(path).glob("part-*")
+    chunks = list(scan_part(part))
+    hit = [
+        f"id {row}"
+        for row, chunk in enumerate(chunks)
+        if chunk.offset < 4096 * (sector + 1) and 4096 * sector < chunk.end
+    ]
+    assert len(hit) in (1, 2)
+    bad_sectors(monkeypatch, part, sector)
+    with start(path) as journal:
+        (note,) = journal.notes
+        assert note.startswith("the journal is damaged: ")
+        assert work(journal, numbered(8)) == hit
+        journal.publish()
+    assert ids(path) == numbered(8)
+
+
+def test_a_part_that_cannot_be_read_anywhere_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "out.parquet"
+    killed(path, numbered(3))
+    (part,) = journal_folder(path).glob("part-*")
+    with monkeypatch.context() as patch:
+        bad_sectors(patch, part, *range(100))
+        assert "Input/output error; the journal is intact" in refusal(path, StorageError)
+    assert [part.name for part in journal_folder(path).glob("part-*")] == ["part-0001"]
+    assert finish(path, numbered(3)) == []

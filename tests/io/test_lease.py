@@ -13,7 +13,7 @@ from object_storage import objects, put
 from pipeline.errors import ConfigError, LockedError, StorageError
 from pipeline.io import lease
 from pipeline.io.lease import Holder, LeaseLock
-from pipeline.io.lock import lock_output
+from pipeline.io.lock import lock_output, refuse_locked
 from pipeline.io.remote import RemotePath, place_of
 
 pytestmark = pytest.mark.slow
@@ -210,3 +210,15 @@ def test_a_lock_in_memory_works_the_same():
         assert "is being written by" in refusal("memory://lease/out.parquet")
     with lock_output("memory://lease/out.parquet"):
         pass
+
+
+def test_whether_an_output_is_locked_can_be_asked_without_locking_it(bucket):
+    output = f"{bucket}/out.parquet"
+    refuse_locked(output)
+    assert objects(bucket) == []
+    with lock_output(output):
+        before = objects(bucket)
+        with pytest.raises(LockedError, match="is being written by"):
+            refuse_locked(output)
+        assert objects(bucket) == before
+    refuse_locked(output)

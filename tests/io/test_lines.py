@@ -39,3 +39,12 @@ def test_a_line_without_an_end_costs_its_row_and_no_memory(suffix, compress, tmp
         f"{path.name} line 2 has more than 65,536 bytes, and was passed over; --longest-line takes longer "
         "ones, for which there must be memory several times over",
     )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_a_text_document_beyond_the_bound_is_one_error_row(tmp_path, name):
+    (tmp_path / name).write_text("x" * 100)
+    (tmp_path / "b.txt").write_text("y" * 99)
+    long, whole = open_source([tmp_path / name, tmp_path / "b.txt"], Columns(longest_line=99))
+    assert (long.kind, whole.text) == ("long_line", "y" * 99)
+    assert long.message.startswith(f"{name} has more than 99 bytes, and was passed over; --longest-line ")

@@ -6,10 +6,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from columns_told import columns_told
 
-from pipeline.errors import InputError
-from pipeline.io import AnswerWriter, Columns, first_columns, open_source, output_schema
-from pipeline.io.sidecar import sidecar_path, write_sidecar
+from pipeline import replacing
+from pipeline.errors import ConfigError, InputError
+from pipeline.io import AnswerWriter, Columns, check_output, open_source, output_schema
+from pipeline.io.sidecar import Written, sidecar_path, write_sidecar
 from pipeline.quality.baseline import write_baseline
 from pipeline.records import Answer
 
@@ -23,7 +25,7 @@ def write_output(path, schema=SCHEMA):
     with AnswerWriter(path, schema) as writer:
         writer.write([Answer(id="a", row=0)])
     if path.suffix == ".jsonl":
-        write_sidecar(path, schema, [path.stat().st_size], path.with_name("partial"))
+        write_sidecar(path, Written(path.stat().st_size, schema), path.with_name("partial"))
     return path
 
 
@@ -51,7 +53,7 @@ def test_an_output_is_left_out_and_changes_nothing_else(folder, name):
         source = open_source([given], Columns())
         assert [record.source.id for record in source] == ["x.jsonl:0"]
         assert source.notes == [note(output)]
-        assert first_columns([given]) == {"text": "string", "n": "int64"}
+        assert columns_told(given) == {"text": "string", "n": "int64"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,3 +120,20 @@ def test_outputs_in_storage_elsewhere_are_left_out(folder, pattern):
         assert source.notes == [note(*paths) for paths in outputs[: 1 if "jsonl" in pattern else 2]]
     finally:
         memory.rm("/own", recursive=True)
+
+
+def test_an_output_does_not_replace_the_baseline_of_a_check(tmp_path):
+    path = tmp_path / "base.parquet"
+    write_baseline(path, [], {}, {})
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="name another output"):
+        check_output(path, [], True)
+    assert path.read_bytes() == before
+    replacing.refuse_foreign_file("--baseline", path, replacing.is_baseline)
+
+
+def test_a_baseline_does_not_replace_an_output(tmp_path):
+    path = write_output(tmp_path / "out.parquet")
+    with pytest.raises(ConfigError, match="name another file"):
+        replacing.refuse_foreign_file("--baseline", path, replacing.is_baseline)
+    check_output(path, [], True)

@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from columns_told import columns_told
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, first_columns, open_source, parse_keep_columns
+from pipeline.io import Columns, open_source, parse_keep_columns
 
 
 def write(path, *texts, **more):
@@ -42,7 +43,7 @@ def test_keys_become_text_columns_of_every_format(tmp_path, suffix):
             {"year": None, "town": None, "extra": None},
         ]
         assert all(row.get("extra") is None for _, row in rows)
-    assert first_columns([tmp_path]) == {"year": "large_string", "town": "large_string", "text": "string"}
+    assert columns_told(tmp_path) == {"year": "large_string", "town": "large_string", "text": "string"}
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from columns_told import columns_told
 
-from pipeline.io import Columns, first_columns, open_source
+from pipeline.io import Columns, open_source
 
 TABLE = pa.table({"body": ["x"], "n": [1]})
 LINES = b'\xef\xbb\xbf\nno JSON\n{"body": "x", "n": 1, "tags": ["a"], "none": null}\n{"other": 1}\n'
@@ -28,15 +29,13 @@ def write_stream(table, path):
 )
 def test_tables_tell_their_schema(tmp_path, name, write):
     write(TABLE, tmp_path / name)
-    expected = {"body": "string", "n": "int64"}
-    assert first_columns([tmp_path / name]) == expected
-    assert open_source([tmp_path], Columns(text="body")).first_columns() == expected
+    assert columns_told(tmp_path / name) == {"body": "string", "n": "int64"}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_lines_tell_the_keys_of_the_first_object(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
-    assert first_columns([tmp_path / name]) == {
+    assert columns_told(tmp_path / name) == {
         "body": "string",
         "n": "int64",
         "tags": "list<item: string>",
@@ -52,17 +51,17 @@ def test_which_columns_are_read_may_hang_on_those_there_are(tmp_path):
 
 def test_a_text_document_is_a_text(tmp_path):
     (tmp_path / "a.md").write_text("x")
-    assert first_columns([tmp_path]) == {"text": "string"}
+    assert columns_told(tmp_path) == {"text": "string"}
 
 
 def test_the_first_file_with_rows_counts_and_a_damaged_one_does_not(tmp_path):
     pq.write_table(TABLE.slice(0, 0).rename_columns(["old", "n"]), tmp_path / "a.parquet")
-    assert first_columns([tmp_path]) == {"old": "string", "n": "int64"}
+    assert columns_told(tmp_path) == {"old": "string", "n": "int64"}
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     pq.write_table(TABLE, tmp_path / "c.parquet")
-    assert first_columns([tmp_path]) == {"body": "string", "n": "int64"}
+    assert columns_told(tmp_path) == {"body": "string", "n": "int64"}
 
 
 def test_lines_without_an_object_tell_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("[]\n1\n")
-    assert first_columns([tmp_path]) is None
+    assert columns_told(tmp_path) is None

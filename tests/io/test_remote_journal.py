@@ -106,7 +106,18 @@ def test_a_damaged_chunk_costs_its_own_rows(output, bucket, tmp_path, damage, wh
         whole = path.read_bytes()
         path.write_bytes({"cut": whole[:-1], "longer": whole + b"x"}.get(damage, damage))
     lost = [f"id {row}" for row in range(3 * which, 3 * which + 3)]
-    assert finish(output, numbered(6)) == ([] if damage == "longer" else lost)
+    # that the last chunk is not whole is no damage: a run may have been killed while it wrote it
+    is_told = damage != "longer" and which == 0
+    with start(output) as journal:
+        assert len(journal.notes) == is_told
+        assert work(journal, numbered(6)) == ([] if damage == "longer" else lost)
+        renamed = [name for name in objects(bucket) if name.endswith(".damaged")]
+        has_object = is_told and damage != "gone"
+        assert renamed == ([f"{JOURNAL}/{path.name}.damaged"] if has_object else [])
+    with start(output) as journal:
+        assert len(journal.notes) == (is_told and damage == "gone")  # which has no object to rename
+        assert work(journal, numbered(6)) == []
+        journal.publish()
     assert fetched(output, tmp_path) == numbered(6)
     assert objects(bucket) == ["out.parquet"]
 
@@ -121,19 +132,49 @@ def test_when_all_chunks_are_damaged_all_rows_run_again(output, bucket):
     assert objects(bucket) == [FIRST, second, f"{JOURNAL}/settings.json"]
 
 
-def test_a_journal_without_settings_is_being_removed(output, bucket):
-    killed(output, numbered(6))
-    place_of(f"{bucket}/{JOURNAL}/settings.json").unlink()
-    with start(output, resume=False) as journal:
-        assert not journal.resumed
-        work(journal, numbered(3))
-    assert objects(bucket) == [FIRST, f"{JOURNAL}/settings.json"]
+@pytest.mark.parametrize("moment", range(4))
+def test_a_journal_that_is_being_removed_counts_for_nothing(output, bucket, moment, monkeypatch):
+    finish(output, numbered(3))
+    removed = []
+    real = RemotePath.unlink
+
+    def unlink(self):
+        if len(removed) == moment:
+            raise KeyboardInterrupt
+        removed.append(self.name)
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.io.mirror.AT_ONCE", 1)
+        patch.setattr(RemotePath, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            finish(output, numbered(9))
+    assert any(name.startswith(JOURNAL) for name in objects(bucket))
+    with start(output) as journal:
+        assert (journal.notes, journal.done_at_start.total()) == ([], 9)
+        assert work(journal, numbered(9)) == []
+        assert not journal.publish()
+    assert objects(bucket) == ["out.parquet"]
 
 
-def test_chunks_stand_without_the_settings(output, bucket):
+@pytest.mark.parametrize("settings", [b"{", None])
+def test_chunks_stand_without_the_settings(output, bucket, settings):
     killed(output, numbered(3))
-    put(f"{bucket}/{JOURNAL}/settings.json", b"{")
-    assert finish(output, numbered(3)) == []
+    place_of(f"{bucket}/{JOURNAL}/settings.json").unlink()
+    if settings is not None:
+        put(f"{bucket}/{JOURNAL}/settings.json", settings)
+    assert "an unfinished run left" in refusal(output, resume=False)
+    assert finish(output, numbered(4)) == ["id 3"]
+    assert objects(bucket) == ["out.parquet"]
+
+
+def test_what_versions_before_left_of_a_removal_is_no_journal(output, bucket):
+    killed(output, numbered(3))
+    chunk = place_of(f"{bucket}/{FIRST}").read_bytes()
+    finish(output, numbered(3))
+    put(f"{bucket}/{FIRST}", chunk)
+    assert finish(output, numbered(4)) == ["id 3"]
+    assert objects(bucket) == ["out.parquet"]
 
 
 def test_a_run_without_answers_leaves_nothing(output, bucket, scratch):

@@ -7,9 +7,10 @@ import sys
 import threading
 
 import pytest
+from columns_told import columns_told
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, first_columns, open_source
+from pipeline.io import Columns, open_source
 
 
 class Piped(io.TextIOWrapper):
@@ -51,13 +52,13 @@ def test_lines_are_read_once(pipe, name):
 def test_the_first_line_tells_columns_and_is_not_lost(pipe):
     pipe(b'{"text": "one"}\n{"text": "two"}\n')
     source = open_source(["-"], Columns())
-    assert first_columns(["-"]) == source.first_columns() == {"text": "string"}
+    assert columns_told("-") == {"text": "string"}
     assert len(list(source)) == 2
 
 
 def test_a_first_line_longer_than_the_buffer_tells_none(pipe):
     pipe(b'{"text": "%s"}\n' % (b"x" * 50_000))
-    assert first_columns(["-"]) is None
+    assert columns_told("-") is None
 
 
 def test_more_than_a_buffer_of_lines(pipe):
@@ -103,7 +104,7 @@ def test_a_terminal_is_refused(monkeypatch, pipe):
 
 def test_a_reader_that_waits_does_not_hold_up_the_end_of_the_process():
     program = (
-        "import threading, time; from pipeline.io import Columns, first_columns, open_source; "
+        "import threading, time; from pipeline.io import Columns, open_source; "
         "source = open_source(['-'], Columns()); "
         "threading.Thread(target=lambda: print(len(list(source))), daemon=True).start(); time.sleep(0.3)"
     )

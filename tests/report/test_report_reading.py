@@ -9,7 +9,7 @@ import pytest
 from report_outputs import METADATA, SETTINGS, answered, failed, schema_of, write
 
 from pipeline.errors import ConfigError
-from pipeline.io import journal as journals
+from pipeline.io import parts as journal_files
 from pipeline.io.journal import Journal, journal_folder
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
@@ -147,7 +147,7 @@ def test_a_run_that_ends_while_it_is_read_is_read_to_the_end(tmp_path):
 
 def test_a_journal_that_goes_before_it_is_opened_is_looked_for_again(tmp_path, monkeypatch):
     path = write(tmp_path / "out.parquet", [answered(0)])
-    real, gone = journals.journal_parts, [tmp_path / ".out.parquet.journal" / "part-0001"]
+    real, gone = journal_files.journal_parts, [tmp_path / ".out.parquet.journal" / "part-0001"]
     monkeypatch.setattr(
         "pipeline.report.reading.journal_parts", lambda folder: [gone.pop()] if gone else real(folder)
     )
@@ -216,3 +216,19 @@ def test_a_large_journal_is_read_in_tables_of_a_bounded_size(tmp_path):
     with opened([str(path)]) as (run,):
         sizes = [table.num_rows for table in run.tables(["id", "kept_tokens"])]
     assert sizes == [1_000, 1_000, 400]
+
+
+def test_a_damaged_journal_is_told(tmp_path):
+    path = tmp_path / "out.parquet"
+    with Journal.open(path, schema_of(), SETTINGS, resume=True) as journal:
+        for n in range(3):
+            journal.is_done(Row(row=n, id=f"id {n}", place=""), f"hash {n}")
+            journal.append([answered(n)])
+    (part,) = journal_folder(path).glob("part-*")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with opened([str(path)]) as (run,):
+        assert sum(table.num_rows for table in run.tables(["id"])) == 2
+        assert run.notes[-1] == "the journal is damaged: 1 finished row cannot be read; these are all others"
+    assert part.exists()
