@@ -20,7 +20,7 @@ def accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     """Right tokens, needles found, shares kept and TTFT of many methods, each held against dense.
 
     Teacher-forced: one prefill and one short forward over the right answer, or without one over dense's own,
-    each document alone. Drops are below dense, with the 95% interval of a bootstrap over documents.
+    each document alone. Drops are below dense, with their 95% intervals over documents.
     """
     _run(config, switches)
 
@@ -68,9 +68,7 @@ def _measure(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[s
         cases, left_out = read_cases(config, model, stop)
         for message in left_out:
             say(f"left out: {message}")
-        for result in measure_accuracy(
-            model, cases, variants, long_tokens=config.long_tokens, seed=config.seed, check=stop
-        ):
+        for result in measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=stop):
             say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
             results.append(result)
     tokens = sum(case.document.prompt_tokens for case in cases)

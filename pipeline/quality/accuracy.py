@@ -1,7 +1,7 @@
 """Several ways to run a model side by side: how well each predicts right answers, and how fast it is.
 
 Teacher-forced, each document prefilled alone; dense, in the model's own precision, is what all are held
-against. Intervals are those of `check`: paired, bootstrapped over documents.
+against. Drops and their intervals are those of `check`, by document.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.answering import rules_of
 from pipeline.intake import make_prompts
+from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.cases import make_cases
@@ -25,21 +26,26 @@ from pipeline.quality.forced import Forced
 from pipeline.quality.workbench import DENSE, slowdown
 from pipeline.settings.rows import RowSettings
 
+ROWS = "rows"  # that are no needles
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One method on some of the cases: those of one kind of needles, or all that are none."""
+    """One method on some of the cases: those of one kind of needles, all that are none, or of these the long.
+
+    Long are those to which block-sparse attention applies: of all rows its harm would be thinned out.
+    """
 
     name: str
     rows: int
     documents: int
-    token_accuracy: float  # of the right answers' tokens, the share predicted; mean over rows
-    found: float  # of a right answer's parts, the share of which all tokens are predicted; mean over rows
+    token_accuracy: float  # of the right answers' tokens, the share predicted; mean over documents
+    found: float  # of a right answer's parts, the share of which all tokens are predicted, likewise
     nll: float  # nats a token, over all tokens
     token_drop: Drop  # of the token accuracy, in points
     found_drop: Drop
+    speed_up: float  # over dense on the same cases, the median weighted by dense's times
     speed_up_by_length: dict[int, float]  # over dense, median; by prompt tokens, rounded to a power of two
 
 
@@ -48,7 +54,7 @@ class Accuracy:
     """One method on all cases."""
 
     variant: str
-    groups: tuple[Group, ...]  # that of the rows first, then the needles'
+    groups: tuple[Group, ...]  # that of the rows first, then their long ones, then the needles'
     divergence: float | None  # KL from dense, nats a token, mean over all cases
     long_ttft_ms: float | None  # median of the cases that count as long
     long_cases: int
@@ -65,7 +71,6 @@ def measure_accuracy(
     variants: Sequence[Variant],
     *,
     long_tokens: int,
-    seed: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Accuracy]:
     """Dense, then each of `variants`, over all cases: at least one.
@@ -74,11 +79,13 @@ def measure_accuracy(
     raise to give up.
     """
     prepare(model, [DENSE, *variants])
+    shape = model.shape
+    sparse_from = shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
     dense, forced = _run(model, DENSE, cases, None, check)
-    yield _accuracy(DENSE.name, dense, dense, long_tokens, seed)
+    yield _accuracy(DENSE.name, dense, dense, long_tokens, sparse_from)
     for variant in variants:
         scores, _ = _run(model, variant, cases, forced, check)
-        yield _accuracy(variant.name, dense, scores, long_tokens, seed)
+        yield _accuracy(variant.name, dense, scores, long_tokens, sparse_from)
 
 
 def _run(
@@ -96,25 +103,36 @@ def _run(
 
 
 def _accuracy(
-    name: str, dense: Sequence[CaseScore], scores: Sequence[CaseScore], long_tokens: int, seed: int
+    name: str,
+    dense: Sequence[CaseScore],
+    scores: Sequence[CaseScore],
+    long_tokens: int,
+    sparse_from: int | None,
 ) -> Accuracy:
     pairs: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
     for base, own in zip(dense, scores, strict=True):
-        pairs.setdefault(own.task if own.task.startswith(NEEDLES) else "rows", []).append((base, own))
+        pairs.setdefault(own.task if own.task.startswith(NEEDLES) else ROWS, []).append((base, own))
+    rows = pairs.pop(ROWS, [])
+    sparse = [pair for pair in rows if sparse_from is not None and pair[1].prompt_tokens >= sparse_from]
+    first = {
+        ROWS: rows,
+        f"{ROWS} from {sparse_from or 0:,} tokens": sparse if len(sparse) < len(rows) else [],
+    }
+    pairs = {group: own for group, own in {**first, **pairs}.items() if own}
     divergences = [score.divergence for score in scores if score.divergence is not None]
     long = [score.ttft_ms for score in scores if score.prompt_tokens > long_tokens]
     return Accuracy(
         variant=name,
-        groups=tuple(_group(group, pairs[group], seed) for group in sorted(pairs, key=lambda g: g != "rows")),
+        groups=tuple(_group(group, own) for group, own in pairs.items()),
         divergence=statistics.fmean(divergences) if divergences else None,
         long_ttft_ms=statistics.median(long) if long else None,
         long_cases=len(long),
-        speed_up=1 / slowdown([score.ttft_ms for score in dense], [score.ttft_ms for score in scores]),
+        speed_up=_speed_up(list(zip(dense, scores, strict=True))),
         shares={share: statistics.fmean(getattr(score, share) for score in scores) for share in SHARES},
     )
 
 
-def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -> Group:
+def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> Group:
     def drop(measure: Callable[[CaseScore], float]) -> Drop:
         return paired_drop(
             [measure(base) for base, _ in pairs],
@@ -132,8 +150,13 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]], seed: int) -
         nll=sum(own.nll for _, own in pairs) / sum(own.tokens for _, own in pairs),
         token_drop=tokens,
         found_drop=found,
+        speed_up=_speed_up(pairs),
         speed_up_by_length=_by_length(pairs),
     )
+
+
+def _speed_up(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> float:
+    return 1 / slowdown([base.ttft_ms for base, _ in pairs], [own.ttft_ms for _, own in pairs])
 
 
 def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]:

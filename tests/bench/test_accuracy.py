@@ -7,11 +7,17 @@ import json
 import pytest
 
 from marsinfer_cli.app import run
+from pipeline.bench.variant import Variant
+from pipeline.model.loading import load_model
 from pipeline.profile import Profile, write_profile
+from pipeline.pruning.registry import make_method
+from pipeline.quality.accuracy import measure_accuracy, read_cases
 from pipeline.quality.samples import document_key, part_of
+from pipeline.settings.bench import AccuracyConfig
 
 pytestmark = pytest.mark.slow
 
+LONG = 450  # tokens
 BROKEN = "marsinfer:eta=0.3:start_layer=0:prefix=0:window=1"
 
 
@@ -72,6 +78,21 @@ def test_dense_loses_nothing_full_settings_neither_and_broken_ones_do(measure, c
     assert 0 < dense["long_cases"] < 12
     assert set(dense["groups"][0]["speed_up_by_length"].values()) == {1.0}
     assert plot.stat().st_size > 1000
+
+
+def test_rows_that_block_sparse_attention_touches_stand_beside_all(suite, sharp_model_folder):
+    config = AccuracyConfig(suite=(f"leval:{suite}",), model=str(sharp_model_folder), max_new_tokens=8)
+    model = load_model(str(sharp_model_folder), device="cpu", sparse_from=LONG)
+    cases, _ = read_cases(config, model)
+    long = [case for case in cases if case.document.prompt_tokens >= LONG]
+    assert 0 < len(long) < len(cases)
+    variant = Variant("mars", make_method("mars", {"last_full": 2, "sparse_attention": 0.1}))
+    _, mars = measure_accuracy(model, cases, [variant], long_tokens=500)
+    rows, touched = mars.groups
+    assert (rows.name, rows.rows) == ("rows", len(cases))
+    assert (touched.name, touched.rows) == (f"rows from {LONG} tokens", len(long))
+    assert touched.documents == len({case.document_key for case in long})
+    assert touched.nll != rows.nll
 
 
 def test_tasks_and_shards_of_documents(measure, suite, capfd):
