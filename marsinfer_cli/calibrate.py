@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     """Find the fastest settings for a model on documents that lose no more than --max-drop.
 
-    What each layer makes of unimportant tokens is probed, all methods are searched, and what is found is
-    verified on documents that were not searched on. Exits with 5, and writes no profile, if nothing holds.
+    Some documents order a ladder of settings by expected loss. The others test it rung by rung, up to the
+    first that is not shown to be within the bounds; the fastest before it is written. Exits with 5 if there
+    is none, with 6 if there are too few documents for any.
     """
     from pipeline.bench.plot import check_plot
     from pipeline.quality.calibration_report import raise_unless_held
@@ -27,9 +28,9 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     result = _run(config, quiet=switches.quiet)
     _print(result)
     if switches.plot is not None:
-        from pipeline.quality.calibration_plot import save_frontier
+        from pipeline.quality.calibration_plot import save_ladder
 
-        save_frontier(switches.plot, result)
+        save_ladder(switches.plot, result)
     raise_unless_held(result)
     return 0
 
@@ -63,18 +64,18 @@ def _print(result: Calibration) -> None:
     console = Console()
     if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
         console.width = max(console.width, 140)
-    if result.sensitivities:
+    if result.probes:
         layers = Table(*(Column(head, justify="right") for head in report.layer_heads(result)))
-        layers.title = "What sparing cold tokens at one layer costs and saves"
+        layers.title = "Divergence from dense where one layer alone is block-sparse, by mass"
         for row in report.layer_rows(result):
             layers.add_row(*map(Text, row))
         console.print(layers)
-    else:
-        console.print("no layer was probed: there was no time for it; give more --minutes", soft_wrap=True)
-    table = Table(*(Column(head, justify="right" if n else "left") for n, head in enumerate(report.HEADS)))
-    table.title = f"Frontier: {report.score_name(result)}, at most {result.config.max_drop} below dense"
-    for row in report.frontier_rows(result):
-        table.add_row(*map(Text, row))
-    console.print(table)
+    if result.ladder:
+        heads = enumerate(report.LADDER_HEADS)
+        ladder = Table(*(Column(head, justify="right" if n else "left") for n, head in heads))
+        ladder.title = f"Ladder: {result.bounds.main_name}, at most {result.bounds.main} below dense"
+        for row in report.ladder_rows(result):
+            ladder.add_row(*map(Text, row))
+        console.print(ladder)
     for line in report.lines(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """The method of a run that names none: one that was shown to lose nothing on this model, or else dense.
 
-Profiles are looked for in the user's configuration folder, where calibrate keeps those all of whose gates
-passed, and among those that the package brings.
+Profiles are looked for in the user's configuration folder, where calibrate keeps them, and among those that
+the package brings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.settings.check import CheckConfig
 
 GROUPED = {stored: group for group, stored in GROUPS.items()}
-SHIPPED = Path(__file__).parent / "profiles"
 MEASURED_TOKENS = 24_000  # of the prompts in the README's table of what mars gains
 # what a device's name says beside its kind: memory, and the form of the board
 _FORM = re.compile(r"[ -](?:\d+GB|HBM\d\w*|PCIe|SXM\d*|NVL)\b", re.IGNORECASE)
@@ -111,13 +110,8 @@ def profile_folder() -> Path:
     return Path(home) / "marsinfer" / "profiles"
 
 
-def keep_profile(profile: Profile) -> Path | None:
-    """Put a profile where `choose` finds it, if all of its gates passed; returns where.
-
-    Raises MarsError where it cannot be written.
-    """
-    if not profile.is_proven:
-        return None
+def keep_profile(profile: Profile) -> Path:
+    """Put a profile where `choose` finds it; returns where. Raises MarsError where it cannot be written."""
     about = profile.about
     folder = profile_folder()
     try:
@@ -138,15 +132,15 @@ def _found(config: MethodSettings, model: Model) -> tuple[Path, Profile] | None:
 
 
 def _proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
-    """Those of this very model and kind of device, all of whose gates passed."""
-    for folder in (profile_folder(), SHIPPED):
-        for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
-            try:
-                profile = load_profile(str(path))
-            except ConfigError:  # of another version, or none: `--profile` tells what ails it
-                continue
-            if profile.is_proven and _is_for(profile, model):
-                yield path, profile
+    """Those of this very model and kind of device; not those of before, which were held to a weaker gate."""
+    folder = profile_folder()
+    for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
+        try:
+            profile = load_profile(str(path))
+        except ConfigError:  # no profile, or none that may be used: `--profile` tells what ails it
+            continue
+        if profile.is_proven and _is_for(profile, model):
+            yield path, profile
 
 
 def _is_for(profile: Profile, model: Model) -> bool:

@@ -1,7 +1,10 @@
 """Profiles: settings that were found to hold for a model on documents, and of what that was found.
 
-A profile is a TOML file: `[profile]` says where it comes from, `[batch]` holds settings under the names of
-flags, `[batch.settings]` the method's own.
+A profile is a TOML file: `[profile]` says where it comes from, with a table `[[profile.ladder]]` for each of
+the settings that were to be tested, in their order; `[batch]` holds settings under the names of flags,
+`[batch.settings]` the method's own.
+
+Format 1 was written of what a bootstrapped interval let pass, or was accepted although it did not.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.pruning.base import PruningMethod
 
-FORMAT = 1
+FORMAT = 2
+BEFORE = 1  # which is still read
 FAR_BEYOND = 1.5  # times the longest prompt that was calibrated on
 BATCH_KEYS = tuple(
     each.name.replace("_", "-") for each in settings_of(MethodSettings) if each.about.in_profile
@@ -46,9 +50,8 @@ class Profile:
 
     @property
     def is_proven(self) -> bool:
-        """Whether it was held against dense, and every gate passed."""
-        gates = self.about.get("measured", {}).get("gates", {})
-        return bool(gates) and all(gate.get("verdict") == "pass" for gate in gates.values())
+        """Whether every gate passed, as gates are today; no profile is read of which one did not."""
+        return self.about["format"] == FORMAT and bool(_gates(self.about))
 
     @property
     def speed_up(self) -> float:
@@ -69,7 +72,10 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 def load_profile(path: str) -> Profile:
-    """Raises ConfigError with the file's name for one that cannot be read, or is none."""
+    """Raises ConfigError, with the file's name, for one that cannot be read or is none.
+
+    Likewise, with the gate's name, for one of which a gate did not pass.
+    """
     try:
         table = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -79,15 +85,33 @@ def load_profile(path: str) -> Profile:
     about, batch = table.get("profile"), table.get("batch")
     if not isinstance(about, dict) or not isinstance(batch, dict):
         raise ConfigError(f"--profile {path} has no tables [profile] and [batch]; calibrate makes one")
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (BEFORE, FORMAT):
         raise ConfigError(
-            f"--profile {path} is of format {about.get('format')}, and this version reads {FORMAT}: "
-            "calibrate again"
+            f"--profile {path} is of format {about.get('format')}, and this version reads {BEFORE} and "
+            f"{FORMAT}: calibrate again"
         )
     missing = [name for name in _REQUIRED if not isinstance(about.get(name), str)]
     if missing:
         raise ConfigError(f"--profile {path} does not say {', '.join(missing)}: calibrate again")
+    _refuse_unproven(path, about)
     return Profile(about=about, batch=_batch(path, batch))
+
+
+def _gates(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By their names; none where they are not told as `calibrate` tells them."""
+    measured = about.get("measured")
+    gates = measured.get("gates") if isinstance(measured, Mapping) else None
+    told = isinstance(gates, Mapping) and all(isinstance(gate, Mapping) for gate in gates.values())
+    return gates if told and gates is not None else {}
+
+
+def _refuse_unproven(path: str, about: Mapping[str, Any]) -> None:
+    for name, gate in _gates(about).items():
+        if gate.get("verdict") != "pass":
+            raise ConfigError(
+                f"--profile {path} did not pass its gate {name} (bound {gate.get('bound')}: "
+                f"{gate.get('verdict')}): calibrate again"
+            )
 
 
 def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +142,11 @@ def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
             f"{model.name} ({model.fingerprint[:12]}): calibrate this model, or leave the profile out"
         )
     notes = []
+    if about["format"] == BEFORE:
+        notes.append(
+            "the profile is of format 1, which was held to a weaker gate than profiles are today: calibrate "
+            "again"
+        )
     if about["device"] != model.device_name():
         notes.append(
             f"the profile was calibrated on {about['device']}, and this is {model.device_name()}: "

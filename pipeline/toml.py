@@ -8,17 +8,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def toml_of(table: Mapping[str, Any], name: str = "") -> str:
-    """A table and the tables in it."""
-    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+def toml_of(table: Mapping[str, Any], name: str = "", *, is_entry: bool = False) -> str:
+    """A table and the tables in it; `is_entry` says that it is one of an array of tables."""
+    values = {key: value for key, value in table.items() if not (_is_table(value) or _is_array(value))}
     blocks = []
-    if values or not name:
-        lines = [f"[{name}]"] if name else []
+    if values or is_entry or not name:
+        lines = [f"[[{name}]]" if is_entry else f"[{name}]"] if name else []
         blocks.append("\n".join([*lines, *(f"{toml_key(k)} = {toml_value(v)}" for k, v in values.items())]))
     for key, value in table.items():
-        if isinstance(value, Mapping):
-            blocks.append(toml_of(value, f"{name}.{toml_key(key)}" if name else toml_key(key)).rstrip("\n"))
+        inner = f"{name}.{toml_key(key)}" if name else toml_key(key)
+        if _is_table(value):
+            blocks.append(toml_of(value, inner).rstrip("\n"))
+        elif _is_array(value):
+            blocks += [toml_of(each, inner, is_entry=True).rstrip("\n") for each in value]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether this is an array of tables."""
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_table, value))
 
 
 def toml_value(value: Any) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pipeline.quality.bootstrap import Drop, Judgement, judge, paired_drop
+from pipeline.quality.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
 from pipeline.quality.evaluate import CaseScore
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.parse import parse_drop
+from pipeline.words import counted
 
 NEEDLES = "needles-"  # the beginning of the tasks that are gates of their own
-_SLACK = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,27 +44,41 @@ class Verified:
     gate: str
     drop: Drop
     judgement: Judgement
-    one_row: float  # what a row more or less that is right changes the drop by
 
     @property
-    def is_within(self) -> bool:
-        """Whether the drop itself is; of needles so few that one is more than the bound, one may be lost."""
-        allowed = max(self.judgement.bound, self.one_row) if self.is_needles else self.judgement.bound
-        return self.drop.drop <= allowed + _SLACK
+    def verdict(self) -> Verdict:
+        return self.judgement.verdict
+
+
+class Supply(NamedTuple):
+    """How many documents a gate has, and how many it takes to pass where none loses anything."""
+
+    gate: str
+    bound: Bound
+    documents: int
+    needed: int | None  # None: no number of documents passes this bound
 
     @property
-    def excess(self) -> float:
-        """How far the end of its interval is beyond its bound; negative within."""
-        return self.drop.high - self.judgement.bound
+    def is_short(self) -> bool:
+        """Whether the gate cannot pass, whatever is lost."""
+        return self.needed is None or self.documents < self.needed
 
-    @property
-    def is_needles(self) -> bool:
-        return self.gate.startswith(NEEDLES)
+    def __str__(self) -> str:
+        if self.needed is None:
+            return f"{self.gate}: no number of documents shows a drop within {self.bound}"
+        needed, unit = counted(self.needed, "document"), self.bound.unit
+        told = (
+            f"{self.gate}: to show a drop within {self.bound} takes at least {needed} held out, and more if "
+            f"any of them loses; there are {self.documents:,}"
+        )
+        if self.is_short and self.documents:
+            told += f", which can show one within {smallest_bound(self.documents):.1f}{unit} at best"
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The main bound, and that of each kind of needles. A score is a mean over rows."""
+    """The main bound, and that of each kind of needles. A document's score is the mean over its rows."""
 
     main: Bound
     needles: Bound
@@ -77,78 +93,70 @@ class Bounds:
             main_name="token accuracy" if config.has_references else "agreement",
         )
 
-    def drops(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, float]:
-        """Of each gate; the main one is there even without rows, with 0."""
-        parts = self._parts(dense, scores)
-        drops = {name: self._drop(name, *pair, resamples=1).drop for name, pair in parts.items()}
-        return {self.main_name: 0.0, **drops}
-
-    def surely_exceeded(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> bool:
-        """Whether even the favourable end of some interval is beyond its bound: no mere chance."""
-        return any(each.judgement.verdict == "fail" for each in self.verify(dense, scores, resamples=1000))
-
-    def hopeless(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], times: float) -> bool:
-        """Whether the main drop is so many times its bound, and no mere chance; needles alone are too few."""
-        rows = self._parts(dense, scores).get(self.main_name)
-        if rows is None:
-            return False
-        drop, bound = self._drop(self.main_name, *rows, resamples=1000), self.main.value
-        return drop.drop > times * bound + _SLACK and judge(drop, bound).verdict == "fail"
-
-    def verify(
-        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], seed: int = 0, resamples: int = 10_000
-    ) -> list[Verified]:
-        """Every gate, with its bootstrapped interval."""
-        verified = []
-        for name, pair in self._parts(dense, scores).items():
-            drop, bound = self._drop(name, *pair, resamples=resamples, seed=seed), self.bound_of(name)
-            one_row = 100 / drop.rows / (drop.dense if bound.relative and drop.dense else 1.0)
-            judgement = judge(drop, bound.value)
-            verified.append(Verified(gate=name, drop=drop, judgement=judgement, one_row=one_row))
-        return verified
-
     def bound_of(self, gate: str) -> Bound:
+        """A gate's bound, by its name."""
         return self.needles if gate.startswith(NEEDLES) else self.main
 
-    def _parts(
-        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]
-    ) -> dict[str, tuple[list[CaseScore], list[CaseScore]]]:
-        parts: dict[str, tuple[list[CaseScore], list[CaseScore]]] = {}
-        for base, score in zip(dense, scores, strict=True):
-            gate = score.task if score.task.startswith(NEEDLES) else self.main_name
-            bases, own = parts.setdefault(gate, ([], []))
-            bases.append(base)
-            own.append(score)
-        return parts
+    def gate_of(self, task: str) -> str:
+        """The gate that rows of a task belong to."""
+        return task if task.startswith(NEEDLES) else self.main_name
 
-    def _drop(
-        self,
-        gate: str,
-        dense: Sequence[CaseScore],
-        scores: Sequence[CaseScore],
-        *,
-        resamples: int,
-        seed: int = 0,
-    ) -> Drop:
-        return paired_drop(
-            [score_of(score) for score in dense],
-            [score_of(score) for score in scores],
-            clusters=[score.document_key for score in scores],
-            relative=self.bound_of(gate).relative,
-            resamples=resamples,
-            seed=seed,
+    def main_drop(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> float:
+        """The drop of the main gate, in its unit; 0 where no row belongs to it."""
+        paired = self._paired(dense, scores).get(self.main_name)
+        if paired is None:
+            return 0.0
+        drop = 100 * float(paired.worse_D.mean())
+        return drop / (float(paired.dense_D.mean()) or 1.0) if paired.relative else drop
+
+    def verify(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> tuple[Verified, ...]:
+        """Every gate with its interval and its verdict."""
+        return tuple(
+            Verified(gate=gate, drop=paired.drop(), judgement=_judged(paired, self.bound_of(gate).value))
+            for gate, paired in self._paired(dense, scores).items()
         )
+
+    def supplies(self, documents: Iterable[tuple[str, str]], tasks: Iterable[str]) -> list[Supply]:
+        """Of the gate of each of these tasks; the documents are each given behind its task."""
+        found: dict[str, set[str]] = {self.gate_of(task): set() for task in tasks}
+        for task, document in documents:
+            found[self.gate_of(task)].add(document)
+        return [
+            Supply(gate, bound := self.bound_of(gate), len(own), fewest_documents(bound.value))
+            for gate, own in found.items()
+        ]
+
+    def _paired(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, Paired]:
+        parts: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
+        for pair in zip(dense, scores, strict=True):
+            parts.setdefault(self.gate_of(pair[1].task), []).append(pair)
+        return {
+            gate: Paired.of(
+                [score_of(base) for base, _ in pairs],
+                [score_of(score) for _, score in pairs],
+                documents=[score.document_key for _, score in pairs],
+                relative=self.bound_of(gate).relative,
+            )
+            for gate, pairs in parts.items()
+        }
+
+
+def smallest_bound(documents: int) -> float:
+    """The smallest bound, in points or percent, that so many documents pass if none loses anything.
+
+    Rounded up to a tenth.
+    """
+    return math.ceil(1000 * (1 - TAIL ** (1 / documents)) + 1e-9) / 10
+
+
+def _judged(paired: Paired, bound: float) -> Judgement:
+    """Nothing passes where there is nothing to lose."""
+    reason = paired.no_room(bound)
+    if reason is None:
+        return paired.judge(bound)
+    return Judgement(verdict="inconclusive", bound=bound, reason=reason)
 
 
 def score_of(score: CaseScore) -> float:
     """From 0 to 1: whether a needle is found, or the share of a right answer's tokens that are predicted."""
     return float(score.found) if score.task.startswith(NEEDLES) else score.correct / score.tokens
-
-
-def holds(verified: Sequence[Verified], *, accept_inconclusive: bool = False) -> bool:
-    """Whether every gate passes; `accept_inconclusive` takes one whose own drop is within the bound."""
-    verdicts = ((gate.judgement.verdict, gate.is_within) for gate in verified)
-    return all(
-        verdict == "pass" or (accept_inconclusive and verdict == "inconclusive" and within)
-        for verdict, within in verdicts
-    )

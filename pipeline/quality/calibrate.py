@@ -1,18 +1,20 @@
-"""Settings for a model on documents: probed, searched, verified on other documents. What `calibrate` runs."""
+"""Settings for a model on documents, tested on other documents of the user's. What `calibrate` runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import MarsError, is_failure
+from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.intake import make_prompts
 from pipeline.settings.calibrate import CalibrateConfig
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.profile import Profile
+    from pipeline.quality.bounds import Bounds, Supply
     from pipeline.quality.calibration import Calibration
+    from pipeline.quality.cases import Sides
     from pipeline.quality.check_rows import CheckRow
     from pipeline.quality.workbench import Clock
 
@@ -32,14 +34,16 @@ def run_calibrate(
     note: Callable[[str], None] = _nothing,
     check: Callable[[], None] = _nothing,
 ) -> Calibration:
-    """Find settings within the bounds, and write the profile if some hold on the documents held out.
+    """Find settings within the bounds, and write the profile if some pass on the documents held out.
 
     `model` stands for the one that `config` names, `clock` for `config.minutes` from now. `check` is called
     before every prefill and between the steps of generated answers, and may raise to end all. Raises
-    MarsError; that nothing holds is no error but a result without a profile.
+    MarsError, of which GateInconclusive, before the weights are loaded, says that there are too few documents
+    for anything to pass. That nothing passes is no error but a result without a profile.
     """
     from pipeline.model.loading import open_model
     from pipeline.profile import write_profile
+    from pipeline.quality.bounds import Bounds
     from pipeline.quality.cases import split
     from pipeline.quality.check_rows import data_hash
     from pipeline.quality.phases import Phases
@@ -52,7 +56,9 @@ def run_calibrate(
     for text in model.notes:
         note(text)
     rows = _read(config, model, note)
+    bounds = Bounds.of(config)
     sides = split(rows, str(config.seed))
+    _check_supplies(bounds, sides, note)
     tell("loading the model")
     check()
     run = Phases(config, model, sides, clock, tell, note, check)
@@ -70,8 +76,33 @@ def run_calibrate(
     return result
 
 
+def _check_supplies(bounds: Bounds, sides: Sides, note: Callable[[str], None]) -> None:
+    """Say what it takes to pass. Raises GateInconclusive where no setting could."""
+    supplies = bounds.supplies(
+        [(row.sample.task, row.sample.document_key) for row in sides.held_out],
+        [row.sample.task for row in (*sides.search, *sides.held_out)],
+    )
+    for supply in supplies:
+        if supply.is_short:
+            raise GateInconclusive(f"{supply}; {_remedy(supply)}")
+        note(str(supply))
+
+
+def _remedy(supply: Supply) -> str:
+    from pipeline.quality.bounds import NEEDLES
+    from pipeline.quality.cases import in_all
+
+    is_needles = supply.gate.startswith(NEEDLES)
+    larger = f"a larger {'--needle-drop' if is_needles else '--max-drop'}"
+    if supply.needed is None:
+        return f"give {larger}"
+    if is_needles:
+        return f"give --needle-count {in_all(supply.needed)}, or {larger}"
+    return f"give {in_all(supply.needed):,} documents in all, of which some are searched on, or {larger}"
+
+
 def _keep(profile: Profile, note: Callable[[str], None]) -> None:
-    """Where runs with --method auto find it, if all of it is proven."""
+    """Where runs with --method auto find it."""
     from pipeline.auto import keep_profile
 
     try:
@@ -79,10 +110,7 @@ def _keep(profile: Profile, note: Callable[[str], None]) -> None:
     except MarsError as error:
         note(f"--method auto will not find the profile: {error}")
         return
-    if kept is None:
-        note("--method auto will not take this profile, as not every gate passed; --profile does")
-    else:
-        note(f"--method auto takes this profile from now on, from {kept}")
+    note(f"--method auto takes this profile from now on, from {kept}")
 
 
 def _teller(progress: Progress, clock: Clock) -> Callable[[str], None]:

@@ -10,10 +10,8 @@ from pipeline.settings.calibrate import CalibrateConfig
 if TYPE_CHECKING:
     from pipeline.profile import Profile
     from pipeline.quality.bounds import Bounds
-    from pipeline.quality.cost import CostModel
-    from pipeline.quality.search import Trial
+    from pipeline.quality.ladder import Rung, RungResult
     from pipeline.quality.sensitivity import Sensitivity
-    from pipeline.quality.verification import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +20,12 @@ class Calibration:
 
     config: CalibrateConfig
     profile: Profile | None
-    trials: tuple[Trial, ...]
-    verifications: tuple[Verification, ...]
-    sensitivities: tuple[Sensitivity, ...]
-    saved_ms: tuple[float, ...]  # predicted, for each of `sensitivities`
-    cost: CostModel
+    probes: tuple[Sensitivity, ...]
+    ladder: tuple[Rung, ...]
+    tested: tuple[RungResult, ...]  # the first rungs, in their order
+    chosen: RungResult | None
     searched: int  # cases
     held_out: int
-    candidates: int
-    dense_ttft_ms: float  # mean over the cases searched on
     seconds: float
 
     @property
@@ -39,7 +34,3 @@ class Calibration:
         from pipeline.quality.bounds import Bounds
 
         return Bounds.of(self.config)
-
-    @property
-    def chosen(self) -> Verification | None:
-        return next((each for each in self.verifications if each.holds), None)

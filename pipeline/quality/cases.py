@@ -1,8 +1,9 @@
-"""The cases of a calibration: some to search on, others, of other documents, to verify on."""
+"""The cases of a calibration: some to search on, others, of other documents, to test on."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case
 from pipeline.quality.generate import generate
-from pipeline.quality.samples import in_turn, searched_keys
+from pipeline.quality.samples import in_turn, searched_count, searched_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +38,29 @@ def split(rows: Sequence[CheckRow], salt: str = "") -> Sides:
         side = row.sample.side or ("search" if row.sample.document_key in keys else "held-out")
         (search if side == "search" else held_out).append(row)
     if not any(row.sample.side is None for row in held_out):
-        raise InputError("calibrate needs rows of at least two documents: one to search on, one to verify on")
+        raise InputError("calibrate needs rows of at least two documents: one to search on, one to test on")
     return Sides(search=tuple(search), held_out=tuple(held_out))
 
 
+def in_all(needed: int) -> int:
+    """How many documents to give, so that as many are held out as a pass takes."""
+    return next(given for given in itertools.count(needed) if given - searched_count(given) >= needed)
+
+
 def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
-    """About `count` of the rows, in their order: tasks in turn, half for needles where there are any."""
-    groups: dict[bool, dict[str, list[CheckRow]]] = {False: {}, True: {}}
-    for row in sorted(rows, key=lambda row: _hash(f"{seed}\0{row.sample.id}")):
-        task = row.sample.task
-        groups[task.startswith(NEEDLES)].setdefault(task, []).append(row)
-    for_needles = count // 2 if groups[True] else 0
-    taken = {id(row) for row in in_turn(groups[False], max(1, count - for_needles))}
-    taken |= {id(row) for row in in_turn(groups[True], max(len(groups[True]), for_needles))}
+    """So many of the rows, in their order: a row of each document before the second of any.
+
+    Documents of rows and needles alternate, each in the order of their hash.
+    """
+    documents: dict[str, list[CheckRow]] = {}
+    for row in sorted(rows, key=lambda row: _hash(f"{seed}\0{row.sample.document_key}\0{row.sample.id}")):
+        documents.setdefault(row.sample.document_key, []).append(row)
+    kinds: dict[str, list[str]] = {"rows": [], "needles": []}
+    for key in sorted(documents, key=lambda key: _hash(f"{seed}\0{key}")):
+        kinds["needles" if documents[key][0].sample.task.startswith(NEEDLES) else "rows"].append(key)
+    ordered = {key: documents[key] for key in in_turn(kinds, None)}
+    taken = {id(row) for row in in_turn(ordered, count)}
     return [row for row in rows if id(row) in taken]
-
-
-def by_length(cases: Sequence[Case], count: int) -> list[int]:
-    """Places of so many of the cases that are no needles, from short ones to long ones."""
-    rows = [place for place, case in enumerate(cases) if not case.task.startswith(NEEDLES)]
-    rows.sort(key=lambda place: cases[place].document.prompt_tokens)
-    count = min(count, len(rows))
-    return [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(count)]
 
 
 def longest_in_turn(cases: Sequence[Case], least: float, count: int) -> list[int]:

@@ -20,13 +20,13 @@ from pipeline.quality.haystack import token_counter
 from pipeline.quality.metrics import parts_of
 from pipeline.quality.needles import make_needles
 from pipeline.quality.samples import (
-    SEARCH_SHARE,
     Sample,
     Side,
     document_key,
     first_in_turn,
     is_unicode,
     part_of,
+    searched_count,
     searched_keys,
     take,
 )
@@ -256,7 +256,7 @@ def _needles(
     asked = {row.sample.document_key for row in rows}
     searched = searched_keys(asked, str(config.seed))
     searched |= searched_keys(haystacks.keys() - asked, str(config.seed))
-    to_search = max(1, round(SEARCH_SHARE * config.needle_count))
+    to_search = searched_count(config.needle_count)
     counts: dict[Side, int] = {"search": to_search, "held-out": config.needle_count - to_search}
     needles: list[Sample] = []
     for side, count in counts.items():

@@ -1,4 +1,4 @@
-"""The profile of a candidate that holds: its settings, and how they were found to hold."""
+"""The profile of the rung that is chosen: its settings, and how all rungs were tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.provenance import PACKAGES
 from pipeline.pruning.base import PruningMethod
 from pipeline.quality.bounds import NEEDLES, Bounds, Verified
 from pipeline.quality.evaluate import Case
-from pipeline.quality.verification import Verification
+from pipeline.quality.ladder import Rung, RungResult
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.versions import version_of
 
@@ -25,12 +25,14 @@ from pipeline.versions import version_of
 def make_profile(
     config: CalibrateConfig,
     model: LoadedModel,
-    bounds: Bounds,
-    chosen: Verification,
+    chosen: RungResult,
+    tested: Sequence[RungResult],
+    ladder: Sequence[Rung],
     cases: Sequence[Case],
     data_hash: str,
 ) -> Profile:
-    variant = chosen.trial.candidate.variant
+    """`tested` are the first rungs of the `ladder`; `cases` are those of both sides."""
+    variant, bounds = chosen.rung.variant, Bounds.of(config)
     lengths = [case.document.prompt_tokens for case in cases]
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -45,13 +47,17 @@ def make_profile(
         "shape": asdict(model.shape),
         "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
         "measured": {
-            "dense_ttft_ms": round(chosen.dense_ttft_ms, 3),
-            "ttft_ms": round(chosen.ttft_ms, 3),
+            "dense_ttft_ms": round(chosen.trial.dense_ttft_ms, 3),
+            "ttft_ms": round(chosen.trial.ttft_ms, 3),
             "speed_up": round(chosen.speed_up, 4),
-            "gates": {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in chosen.gates},
+            "gates": _gates(chosen, bounds),
         },
+        "ladder": [
+            *(_tested(each, bounds) for each in tested),
+            *({"rung": rung.name, "verdict": "not tested"} for rung in ladder[len(tested) :]),
+        ],
         "guard": spoken_for(
-            _tasks(config, cases), chosen.scores, sparse_from=sparse_from_of(model, variant.method)
+            _tasks(config, cases), chosen.trial.scores, sparse_from=sparse_from_of(model, variant.method)
         ),
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
     }
@@ -78,16 +84,29 @@ def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:
     return shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
 
 
+def _tested(tested: RungResult, bounds: Bounds) -> dict[str, Any]:
+    return {
+        "rung": tested.rung.name,
+        "verdict": tested.verdict,
+        "speed_up": round(tested.speed_up, 4),
+        "gates": _gates(tested, bounds),
+    }
+
+
+def _gates(tested: RungResult, bounds: Bounds) -> dict[str, dict[str, Any]]:
+    return {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in tested.gates}
+
+
 def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:
     drop = gate.drop
     return {
         "bound": str(bounds.bound_of(gate.gate)),
-        "verdict": gate.judgement.verdict,
+        "verdict": gate.verdict,
         "dense": round(drop.dense, 6),
         "method": round(drop.method, 6),
         "drop": round(drop.drop, 4),
         "low": round(drop.low, 4),
         "high": round(drop.high, 4),
         "rows": drop.rows,
-        "documents": drop.clusters,
+        "documents": drop.documents,
     }

@@ -1,48 +1,45 @@
-"""The phases of a calibration: timing dense, probing layers, searching, verifying on documents held out."""
+"""The phases of a calibration: timing dense, probing layers, making a ladder, climbing it on other cases."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
-from operator import attrgetter
 
-from pipeline.bench.flops import Passes
+from pipeline.bench.variant import Variant
 from pipeline.engines.answering import rules_of
+from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.interrupts import nothing_to_lose
 from pipeline.kernels import sparse
 from pipeline.model.loading import Model
-from pipeline.profile import Profile
-from pipeline.quality.bounds import Bounds, score_of
+from pipeline.quality.bounds import Bounds
 from pipeline.quality.calibration import Calibration
-from pipeline.quality.candidates import (
-    Candidate,
-    Cost,
-    Found,
-    Precision,
-    drop_per_nat,
-    make_candidates,
-    precisions_of,
-)
-from pipeline.quality.cases import Sides, by_length, longest_in_turn, make_cases, thin
+from pipeline.quality.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.quality.check_rows import CheckRow
-from pipeline.quality.cost import CostModel, dense_passes
 from pipeline.quality.emission import make_profile
-from pipeline.quality.evaluate import TOP, Case, Evaluated
-from pipeline.quality.search import Search, Trial, pareto
-from pipeline.quality.sensitivity import ACTIONS, SPARSE_MASSES, Sensitivity, measure_sensitivity
-from pipeline.quality.verification import Verification, Verifier
-from pipeline.quality.workbench import DENSE, Clock, Drift, Workbench
+from pipeline.quality.evaluate import TOP, Case, CaseScore, Evaluated
+from pipeline.quality.ladder import (
+    FAR,
+    Rung,
+    RungResult,
+    Seen,
+    climb,
+    fastest_passed,
+    make_ladder,
+    mild_precisions,
+    slope_of,
+)
+from pipeline.quality.rungs import describe, exit_rungs, other_rungs, sparse_rungs
+from pipeline.quality.sensitivity import MASSES, Sensitivity, measure_sensitivity
+from pipeline.quality.workbench import DENSE, LOW, TIMED, Clock, Workbench
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.words import counted
 
 # shares of the time, behind the loading of the model, after which each phase ends
-PROBED_SPARSE, PROBED, SCOUTED, SEARCHED, DONE = 0.18, 0.3, 0.45, 0.7, 0.98
-SEARCH_RUNS = 24  # candidates for which the number of cases should leave time
-VERIFY_RUNS = 4
-MOST_SEARCHED, MOST_HELD_OUT, MOST_PROBED = 48, 400, 8
+PROBED, SEARCHED, DONE = 0.2, 0.45, 0.98
+SEARCH_RUNS = 28  # of each case searched on, for which the number of cases should leave time
+TESTED_RUNGS = 3  # for which the number of documents held out should leave time
+MOST_CASES, FEWEST_CASES, MOST_PROBED = 48, 3, 8  # of the search side
 LONG = 0.75  # of the longest prompt: such cases tell what block-sparse attention does
-FEWEST_SEARCHED, FEWEST_HELD_OUT = 3, 4
 
 
 class Phases:
@@ -65,34 +62,29 @@ class Phases:
         self.tell, self.note = tell, note
 
     def calibrate(self, data_hash: str) -> Calibration:
+        """Raises GateInconclusive where the time allows too few cases for any rung to pass."""
         self.tell("timing dense")
         pace_s, answer_s = self._pace()
-        searched = self._cases(
-            self.sides.search,
-            self._fitting(SEARCHED - PROBED, pace_s * SEARCH_RUNS, FEWEST_SEARCHED, MOST_SEARCHED),
-            PROBED / 2,
-        )
+        count = (SEARCHED - PROBED) * self.clock.seconds / (pace_s * SEARCH_RUNS)
+        searched = self._cases(self.sides.search, int(min(MOST_CASES, max(FEWEST_CASES, count))), PROBED / 2)
         began = self.clock.passed
-        dense = self._dense(searched, top=TOP)
-        # needles can be far longer than the row of median length
-        pace_s = max(pace_s, (self.clock.passed - began) / len(searched))
-        rows = self._probe(searched, dense, pace_s)
-        search, count = self._search(searched, dense, rows)
-        held_out, verifications = self._verify(search, pace_s * VERIFY_RUNS + answer_s)
-        cost = self.bench.cost_model()
-        chosen = next((each for each in verifications if each.holds), None)
+        dense = [self.bench.run(DENSE, case, top=TOP) for case in searched]
+        pace_s = (self.clock.passed - began) / len(searched) or pace_s
+        probes = self._probe(searched, dense, pace_s)
+        ladder = self._ladder(searched, dense, probes)
+        held_out, tested = self._climb(ladder, pace_s, answer_s) if ladder else ([], [])
+        profile, chosen, cases = None, fastest_passed(tested), [*searched, *held_out]
+        if chosen is not None:
+            profile = make_profile(self.config, self.bench.model, chosen, tested, ladder, cases, data_hash)
         return Calibration(
             config=self.config,
-            profile=None if chosen is None else self._profile(chosen, [*searched, *held_out], data_hash),
-            trials=tuple(search.trials),
-            verifications=tuple(verifications),
-            sensitivities=tuple(rows),
-            saved_ms=tuple(saved_ms(row, cost) for row in rows),
-            cost=cost,
+            profile=profile,
+            probes=tuple(probes),
+            ladder=tuple(ladder),
+            tested=tuple(tested),
+            chosen=chosen,
             searched=len(searched),
             held_out=len(held_out),
-            candidates=count,
-            dense_ttft_ms=statistics.fmean(run.score.ttft_ms for run in dense),
             seconds=self.whole_clock.passed,
         )
 
@@ -100,16 +92,16 @@ class Phases:
         """Seconds that one case takes under dense, and those of its answer where dense has to give it."""
         ordered = sorted(self.sides.search, key=lambda row: row.document.prompt_tokens)
         row = ordered[len(ordered) // 2]
-        began = self.clock.passed
         (case,) = self._make([row], lambda: True)
+        self.bench.run(DENSE, case)
+        began = self.clock.passed  # what compiles has been compiled
+        self._make([row], lambda: True)
         answered = self.clock.passed
-        self.bench.run(DENSE, case, first=True)
+        self.bench.run(DENSE, case)
         warm = self.clock.passed
         self.bench.run(DENSE, case)
-        return max(self.clock.passed - warm, 1e-3), 0.0 if row.reference else answered - began
-
-    def _fitting(self, share: float, seconds_each: float, fewest: int, most: int) -> int:
-        return int(min(most, max(fewest, share * self.clock.seconds / seconds_each)))
+        pace_s = max(self.clock.passed - warm, 1e-3)
+        return pace_s, 0.0 if row.reference else answered - began
 
     def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[Case]:
         chosen = thin(rows, count, self.config.seed)
@@ -121,100 +113,29 @@ class Phases:
             self.bench.model, rows, rules_of(self.config, self.bench.model), self.bench.check, within
         )
 
-    def _drift(self, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Drift:
-        (place,) = by_length(cases, 1)
-        return Drift(
-            bench=self.bench, case=cases[place], ttft_ms=dense[place].score.ttft_ms, clock=self.clock
-        )
-
-    def _dense(self, cases: Sequence[Case], top: int = 0) -> list[Evaluated]:
-        return [self.bench.run(DENSE, case, top=top) for case in cases]
-
     def _probe(self, cases: Sequence[Case], dense: Sequence[Evaluated], pace_s: float) -> list[Sensitivity]:
-        """Block-sparse attention in the longest cases, which it is for; the rest in cases of all lengths."""
-        ran = list(zip(cases, dense, strict=True))
-        rows: list[Sensitivity] = []
+        """Each layer's attention in the longest cases, where they are long enough to be block-sparse."""
         longest = max(case.document.prompt_tokens for case in cases)
+        if not self._sparse(longest):
+            return []
+        layers = self.bench.model.shape.layers
         mean = statistics.fmean(case.document.prompt_tokens for case in cases)
-        count = self._probed(PROBED_SPARSE, pace_s * longest / mean, len(SPARSE_MASSES))
-        long = [ran[place] for place in longest_in_turn(cases, LONG * longest, count)]
-        for mass in SPARSE_MASSES if self._sparse(longest) else ():
-            rows += self._probe_with(("sparse",), long, PROBED_SPARSE, mass)
-        actions = [each for each in ACTIONS if each != "sparse"]
-        if not self.bench.fp8:
-            actions.remove("fp8")
-        probed = by_length(cases, self._probed(PROBED, pace_s, len(actions)))
-        rows += self._probe_with(actions, [ran[place] for place in probed], PROBED, self.config.mass)
-        return sorted(rows, key=lambda row: (row.layer, ACTIONS.index(row.action), -row.mass))
-
-    def _probed(self, share: float, pace_s: float, actions: int) -> int:
-        """How many cases all layers can be probed on until a share of the time has passed."""
-        left_s = max(0.0, share * self.clock.seconds - self.clock.passed)
-        return int(min(MOST_PROBED, max(1, left_s / pace_s / (self.bench.model.shape.layers * actions))))
-
-    def _probe_with(
-        self, actions: Sequence[str], ran: Sequence[tuple[Case, Evaluated]], share: float, mass: float
-    ) -> list[Sensitivity]:
-        layers = range(self.bench.model.shape.layers)
-        cases, dense = zip(*ran, strict=True)
-        where = f"{counted(len(layers), 'layer')} on {counted(len(cases), 'row')}"
-        self.tell(f"probing {where}: {', '.join(actions)} at {mass:g}")
-        return measure_sensitivity(
-            self.bench,
-            cases,
-            dense,
-            layers=layers,
-            actions=actions,
-            mass=mass,
-            within=self.clock.before(share),
-        )
-
-    def _search(
-        self, cases: Sequence[Case], dense: Sequence[Evaluated], rows: Sequence[Sensitivity]
-    ) -> tuple[Search, int]:
-        """The search when it has ended, and how many candidates there were."""
-
-        def told(trial: Trial) -> None:
-            given_up = "" if trial.complete else ", given up"
-            drop = f"{trial.drop:.2f}{self.bounds.main.unit}"
-            self.tell(f"{trial.name}: {trial.speed_up:.2f} times as fast, drop {drop}{given_up}")
-
-        unit = self._unit(dense)
-        search = Search(
-            bench=self.bench,
-            cases=cases,
-            dense=[run.score for run in dense],
-            forced=[run.forced for run in dense],
-            bounds=self.bounds,
-            note=self.note,
-            progress=told,
-            drift=self._drift(cases, dense),
-            probes=[Cost(row.divergence, unit * row.drop, row.cases) for row in rows],
-        )
-        precisions = self._precisions(search)
-        candidates = make_candidates(self._found(cases, rows, unit), precisions)
-        tried = {trial.candidate.variant for trial in search.trials}
-        candidates = [each for each in candidates if each.variant not in tried]
-        self.tell(f"looking at {len(candidates)} candidates")
-        search.run(candidates, self.clock.before(SEARCHED), self.clock.before(SCOUTED))
-        return search, len(candidates) + len(tried)
-
-    def _precisions(self, search: Search) -> list[Precision]:
-        """Try dense in each precision that the device can; those worth searching with."""
-        tried = [Precision()]
-        for linears in ("mixed", "fp8") if self.bench.fp8 else ():
-            candidate = _dense_candidate(linears)
-            search.scout(candidate)
-            trial = search.try_out(candidate)
-            if trial is not None and trial.complete:
-                tried.append(
-                    Precision(
-                        linears=linears,
-                        drop=trial.expected_drop(search.price),
-                        speed_up=trial.speed_up,
-                    )
-                )
-        return precisions_of(tried, self.bounds.main.value)
+        left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
+        count = int(min(MOST_PROBED, max(1, left_s / (pace_s * longest / mean) / (layers * len(MASSES)))))
+        places = longest_in_turn(cases, LONG * longest, count)
+        rows: list[Sensitivity] = []
+        for mass in MASSES:
+            self.tell(f"probing {counted(layers, 'layer')} on {counted(len(places), 'row')}: {mass:g}")
+            rows += measure_sensitivity(
+                self.bench,
+                [cases[place] for place in places],
+                [dense[place] for place in places],
+                self.bounds,
+                layers=layers,
+                mass=mass,
+                within=self.clock.before(PROBED),
+            )
+        return sorted(rows, key=lambda row: (row.layer, -row.mass))
 
     def _sparse(self, longest: int) -> bool:
         """Whether attention of a prompt of so many tokens can be block-sparse here."""
@@ -222,65 +143,102 @@ class Phases:
         width = model.shape.heads * model.shape.head_dim
         return sparse.applies(longest, width, model.device, model.attention.sparse_from)
 
-    def _found(self, cases: Sequence[Case], rows: Sequence[Sensitivity], unit: float) -> Found:
-        cost = self.bench.cost_model()
-        longest = max(case.document.prompt_tokens for case in cases)
-        return Found(
-            shape=self.bench.model.shape,
-            longest=longest,
-            rows=rows,
-            mass=self.config.mass,
-            drop_per_nat=unit * drop_per_nat(rows),
-            budget=self.bounds.main.value,
-            saved_ms=partial(saved_ms, cost=cost),
-            fp8=self.bench.fp8,
-            sparse=self._sparse(longest),
-        )
+    def _ladder(
+        self, cases: Sequence[Case], dense: Sequence[Evaluated], probes: Sequence[Sensitivity]
+    ) -> list[Rung]:
+        """Rungs in the order in which they will be tested; what follows looks at no other case."""
+        shape, bound = self.bench.model.shape, self.bounds.main.value
+        seen = [Seen(probe.divergence, probe.drop, probe.cases) for probe in probes]
 
-    def _unit(self, dense: Sequence[Evaluated]) -> float:
-        """A point of the score in the unit of the main bound."""
-        mean = statistics.fmean(score_of(run.score) for run in dense)
-        return 1 / mean if self.bounds.main.relative and mean else 1.0
+        def tried(variants: Sequence[Variant], far: float) -> list[Rung]:
+            found: list[Rung] = []
+            for variant in variants:
+                rung = self._search(variant, cases, dense)
+                if rung is None:
+                    continue
+                found.append(rung)
+                seen.append(rung.seen)
+                if rung.expecting(slope_of(seen)).expected_drop > far * bound:
+                    break  # those behind it are harsher
+            return found
 
-    def _verify(self, search: Search, seconds_each: float) -> tuple[list[Case], list[Verification]]:
-        """The cases held out, and what was verified on them, the last of which may hold."""
-        faster = [trial for trial in search.within_bounds() if trial.speed_up > 1]
-        promising = pareto(faster, by=attrgetter("divergence"))
-        if not promising:
-            return [], []
-        count = self._fitting(DONE - SEARCHED, seconds_each, FEWEST_HELD_OUT, MOST_HELD_OUT)
+        def expecting(rungs: Sequence[Rung]) -> list[Rung]:
+            return [rung.expecting(slope_of(seen)) for rung in rungs]
+
+        low = tried(LOW if self.bench.fp8 else (), float("inf"))
+        precisions = mild_precisions(expecting(low), bound)
+        linears, base = "auto", 1.0
+        if precisions:
+            linears, base = precisions[-1].variant.linears, precisions[-1].speed_up
+        mars = tried(sparse_rungs(shape.layers, probes, linears), FAR)
+        if all(rung.speed_up <= base for rung in mars):
+            mars = tried(exit_rungs(shape.layers, linears), FAR)
+        others = tried(other_rungs(shape, linears), float("inf"))
+        return make_ladder(expecting(precisions), expecting(mars), expecting(others), bound)
+
+    def _search(self, variant: Variant, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Rung | None:
+        """What the search side says of a variant; None if it cannot run, or not in the time left."""
+        within = self.clock.before(SEARCHED)
+        try:
+            trial = self.bench.try_out(variant, cases, dense=[run.forced for run in dense], within=within)
+        except BaseException as error:
+            if not is_failure(error) or isinstance(error, MarsError):
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            self.note(f"{describe(variant)} is left out: {why}")
+            return None
+        if not trial.complete:
+            return None
+        rung = Rung(trial=trial, drop=self.bounds.main_drop([run.score for run in dense], trial.scores))
+        drop = f"{rung.drop + 0:.2f}{self.bounds.main.unit}, KL from dense {trial.divergence:.4f}"
+        self.tell(f"{rung.name}: {rung.speed_up:.2f} times as fast, drop {drop}")
+        return rung
+
+    def _climb(
+        self, ladder: Sequence[Rung], pace_s: float, answer_s: float
+    ) -> tuple[list[Case], list[RungResult]]:
+        """The cases held out, and the rungs tested on them."""
+        count = self._held_out(ladder, pace_s, answer_s)
         cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
-        self.tell(f"verifying on {counted(len(cases), 'row')} held out")
-        dense = self._dense(cases, top=TOP)
-        verifier = Verifier(
-            bench=self.bench,
-            cases=cases,
-            dense=[run.score for run in dense],
-            forced=[run.forced for run in dense],
-            bounds=self.bounds,
-            price=search.price,
-            accept_inconclusive=self.config.accept_inconclusive,
-            seed=self.config.seed,
+        supplies = self.bounds.supplies(
+            [(case.task, case.document_key) for case in cases],
+            [row.sample.task for row in self.sides.held_out],
         )
-        found = []
-        for verification in verifier.run(promising, lambda: DONE * self.clock.seconds - self.clock.passed):
-            self.tell(f"{verification.trial.name}: {verification.words}")
-            found.append(verification)
-        return cases, found
+        short = next((supply for supply in supplies if supply.is_short), None)
+        if short is not None:
+            raise GateInconclusive(
+                f"--minutes {self.config.minutes:g} leaves time for {counted(len(cases), 'row')} held out, "
+                f"too few for any profile: {short}; give more --minutes"
+            )
+        within = self.clock.before(DONE)
+        self.tell(f"testing {counted(len(ladder), 'rung')} on {counted(len(cases), 'row')} held out")
+        dense: list[CaseScore] = []
+        for case in cases:
+            if not within():
+                break
+            dense.append(self.bench.run(DENSE, case).score)
 
-    def _profile(self, chosen: Verification, cases: Sequence[Case], data_hash: str) -> Profile:
-        return make_profile(self.config, self.bench.model, self.bounds, chosen, cases, data_hash)
+        def test(rung: Rung) -> RungResult:
+            trial = self.bench.try_out(rung.variant, cases, within=within)
+            gates = self.bounds.verify(dense, trial.scores) if trial.complete else ()
+            tested = RungResult(rung=rung, trial=trial, gates=gates)
+            self.tell(f"{rung.name}: {tested.verdict}")
+            return tested
 
+        return cases, climb(ladder, test)
 
-def saved_ms(row: Sensitivity, cost: CostModel) -> float:
-    """Predicted for one case, mean over those that were probed."""
+    def _held_out(self, ladder: Sequence[Rung], pace_s: float, answer_s: float) -> int:
+        """How many rows to test on.
 
-    def saved(passes: Passes) -> float:
-        return cost.predict(dense_passes(cost.shape, passes[0][0].tokens)) - cost.predict(passes)
+        A row of every document, if the time allows the first rungs on so many, and as many more as it allows
+        all rungs on.
+        """
+        left_s = DONE * self.clock.seconds - self.clock.passed
 
-    return statistics.fmean(map(saved, row.passes))
+        def fitting(rungs: Sequence[Rung]) -> int:
+            timing_s = 3 * len(rungs) * TIMED * pace_s
+            case_s = answer_s + pace_s + sum(pace_s / rung.speed_up for rung in rungs)
+            return int(max(0.0, left_s - timing_s) / case_s)
 
-
-def _dense_candidate(linears: str) -> Candidate:
-    variant = DENSE._replace(linears=linears)
-    return Candidate(variant=variant, family=f"dense in {linears}", axes=(0.0,))
+        documents = len({row.sample.document_key for row in self.sides.held_out})
+        return max(fitting(ladder), min(documents, fitting(ladder[:TESTED_RUNGS])))

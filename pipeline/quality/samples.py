@@ -10,7 +10,10 @@ from typing import Literal, TypeVar
 
 from pipeline.errors import ConfigError
 
-SEARCH_SHARE = 0.4  # of the documents of a calibration
+# of the documents of a calibration, how many are searched on
+MOST_SEARCHED = 48
+FEW_SEARCHED = 16  # enough where documents are scarce, as those held out have to show that nothing is lost
+SEARCH_SHARE, PLENTY_SHARE = 0.4, 1 / 12  # up to so few, and beyond
 
 Side = Literal["search", "held-out"]  # of a calibration
 T = TypeVar("T")
@@ -54,12 +57,18 @@ def part_of(key: str, parts: int) -> int:
 
 
 def searched_keys(keys: Iterable[str], salt: str) -> set[str]:
-    """Of the keys of documents, those to search on: `SEARCH_SHARE` of them, at least one, by a salted hash.
+    """Of the keys of documents, those to search on, as many as `searched_count` says, by a salted hash.
 
     All others are held out.
     """
     ordered = sorted({*keys}, key=lambda key: _sha256(f"{salt}\0{key}"))
-    return set(ordered[: max(1, round(SEARCH_SHARE * len(ordered)))])
+    return set(ordered[: searched_count(len(ordered))])
+
+
+def searched_count(documents: int) -> int:
+    """Of so many documents, or needles of a kind, how many a calibration searches on; at least one."""
+    enough = max(FEW_SEARCHED, min(MOST_SEARCHED, int(PLENTY_SHARE * documents)))
+    return max(1, min(enough, round(SEARCH_SHARE * documents)))
 
 
 def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -> list[Sample]:

@@ -1,23 +1,22 @@
-"""Where variants of one model are run on cases, the time is kept, and every run teaches the cost model."""
+"""Where variants of one model are run on cases, timed in turns with dense."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality.cost import CostModel, Observation
-from pipeline.quality.evaluate import Case, Evaluated, evaluate_case
+from pipeline.quality.evaluate import Case, CaseScore, Evaluated, evaluate_case
 from pipeline.quality.forced import Forced
 
-DRIFT_EVERY_S = 10.0
-NOISE = 0.05
 DENSE = Variant(Dense.name, Dense())
+LOW = tuple(Variant(linears, Dense(), linears) for linears in ("mixed", "fp8"))  # dense in low precision
+TIMED = 10  # cases, each twice: the first run may compile kernels, or be disturbed, so the shorter counts
 
 
 class Clock:
@@ -45,6 +44,27 @@ class Clock:
         return lambda: self.passed < share * self.seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a variant made of cases: of the first ones alone where time ran out."""
+
+    variant: Variant
+    scores: tuple[CaseScore, ...]
+    dense_ttft_ms: float  # mean over the cases that both were timed on, in turns; 0 if there is none
+    ttft_ms: float  # likewise
+    complete: bool
+
+    @property
+    def speed_up(self) -> float:
+        """Over dense on the cases that were timed."""
+        return self.dense_ttft_ms / self.ttft_ms if self.ttft_ms else 1.0
+
+    @property
+    def divergence(self) -> float:
+        """KL from dense in nats a token, mean over the cases that were compared with dense."""
+        return statistics.fmean([score.divergence or 0.0 for score in self.scores] or [0.0])
+
+
 @dataclass(kw_only=True)
 class Workbench:
     """A model prepared for all variants that its device can run."""
@@ -52,69 +72,64 @@ class Workbench:
     model: LoadedModel
     fp8: bool  # whether its device can compute linear layers in fp8
     check: Callable[[], None] = lambda: None  # called before every run, and may raise to end all
-    observations: list[Observation] = field(default_factory=list)
     running: str = "the first run"  # for messages: the variant and the row
 
     @classmethod
     def of(cls, model: LoadedModel, check: Callable[[], None] = lambda: None) -> Workbench:
         """Quantise what can be; the model's own precision is kept beside it."""
-        linears = _can(
-            model,
-            [
-                Variant("fp8", Dense(), linears="fp8"),
-                Variant("mixed", Dense(), linears="mixed"),
-                Variant("low", MarsInfer(low="fp8")),
-            ],
-        )
-        return cls(model=model, fp8=linears, check=check)
+        return cls(model=model, fp8=_can(model, LOW), check=check)
 
-    def run(
-        self, variant: Variant, case: Case, *, first: bool = False, dense: Forced | None = None, top: int = 0
-    ) -> Evaluated:
-        """One case, prefilled alone. A `first` run may compile kernels, so that its time teaches nothing.
+    def run(self, variant: Variant, case: Case, *, dense: Forced | None = None, top: int = 0) -> Evaluated:
+        """One case, prefilled alone.
 
         `dense` is to be diverged from, which has been run with some `top` tokens.
         """
         self.check()
         document = case.document
         self.running = f"{variant.name} on {document.source.place}, {document.prompt_tokens:,} tokens,"
-        evaluated = evaluate_case(self.model, variant.use(self.model), case, dense=dense, top=top)
-        if not first:
-            self.observations.append(
-                Observation(
-                    passes=evaluated.passes,
-                    linears_in_fp8=variant.linears_in_fp8,
-                    ttft_ms=evaluated.score.ttft_ms,
-                )
-            )
-        return evaluated
+        return evaluate_case(self.model, variant.use(self.model), case, dense=dense, top=top)
 
-    def cost_model(self) -> CostModel:
-        return CostModel.fit(self.model.shape, self.observations)
+    def try_out(
+        self,
+        variant: Variant,
+        cases: Sequence[Case],
+        *,
+        dense: Sequence[Forced] | None = None,
+        within: Callable[[], bool],
+    ) -> Trial:
+        """A variant on cases while `within` says that there is time; `dense` are what to diverge from.
+
+        On cases of all lengths it is timed in turns with dense. The speed-up is that of their sum, so that
+        each counts by the time that it takes.
+        """
+        scores: list[CaseScore] = []
+        dense_ms: list[float] = []
+        own_ms: list[float] = []
+        timed_at = timed_places(cases)
+        for place, case in enumerate(cases):
+            if not within():
+                break
+            known = None if dense is None else dense[place]
+            scores.append(self.run(variant, case, dense=known).score)
+            if place in timed_at:
+                dense_first = self.run(DENSE, case).score.ttft_ms
+                own_again = self.run(variant, case).score.ttft_ms
+                dense_ms.append(min(dense_first, self.run(DENSE, case).score.ttft_ms))
+                own_ms.append(min(scores[-1].ttft_ms, own_again))
+        return Trial(
+            variant=variant,
+            scores=tuple(scores),
+            dense_ttft_ms=statistics.fmean(dense_ms or [0.0]),
+            ttft_ms=statistics.fmean(own_ms or [0.0]),
+            complete=len(scores) == len(cases),
+        )
 
 
-@dataclass(kw_only=True)
-class Drift:
-    """How many times slower the device has become since dense was timed: another load, or a lower clock."""
-
-    bench: Workbench
-    case: Case
-    ttft_ms: float  # what this case took under dense
-    clock: Clock
-    _factor: float = 1.0
-    _measured_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._measured_at = self.clock.passed
-
-    def __call__(self) -> float:
-        """By dense on the same case, at most every `DRIFT_EVERY_S` seconds; what is small is noise, and 1."""
-        if self.clock.passed - self._measured_at >= DRIFT_EVERY_S:
-            run = self.bench.run(DENSE, self.case)
-            factor = run.score.ttft_ms / self.ttft_ms
-            self._factor = factor if abs(factor - 1) > NOISE else 1.0
-            self._measured_at = self.clock.passed
-        return self._factor
+def timed_places(cases: Sequence[Case]) -> list[int]:
+    """The places of up to `TIMED` cases that are spread evenly over all lengths, the shortest first."""
+    by_length = sorted(range(len(cases)), key=lambda place: cases[place].document.prompt_tokens)
+    count = min(TIMED, len(cases))
+    return [by_length[(2 * n + 1) * len(cases) // (2 * count)] for n in range(count)]
 
 
 def slowdown(before_ms: Sequence[float], own_ms: Sequence[float]) -> float:

@@ -17,7 +17,13 @@ from pipeline.settings.rows import RowSettings
 class CalibrateConfig(
     RowSettings,
     SoughtSettings,
-    defaults={"max_new_tokens": 32, "limit": 500, "max_drop": "1%", "out": "profile.toml"},
+    defaults={
+        "max_new_tokens": 32,
+        "limit": 1000,
+        "max_drop": "2pt",
+        "out": "profile.toml",
+        "needle_count": 200,
+    },
 ):
     """The settings of `marsinfer calibrate`, named as its flags. Raises ConfigError for what cannot work."""
 

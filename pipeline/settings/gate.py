@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.errors import ConfigError
-from pipeline.settings.kinds import SWITCH, TEXT
+from pipeline.settings.kinds import NUMBER, SWITCH, TEXT
 from pipeline.settings.option import ANSWERS, FILES, GATE, RUN, SOUGHT, Renamed, Settings, option
 from pipeline.settings.parse import NEEDLES, parse_drop
 
@@ -119,6 +119,19 @@ class GateSettings(DropSettings, ResumeSettings):
     )
 
 
+def _no_mass(mass: float) -> dict[str, object]:
+    raise ConfigError(f"--mass {mass:g} is gone: calibrate probes the masses that its profiles use")
+
+
+def _no_inconclusive(wanted: bool) -> dict[str, object]:
+    if wanted:
+        raise ConfigError(
+            "--accept-inconclusive is gone: a profile holds only what was shown to be within the bounds; "
+            "give more documents, or a larger --max-drop"
+        )
+    return {}
+
+
 def _objective(name: str) -> dict[str, object]:
     if name != "ttft":
         raise ConfigError(f"--objective {name!r}: TTFT is all that calibrate can make least")
@@ -143,6 +156,8 @@ class SoughtSettings(DropSettings, OverwriteSettings):
             values=_objective,
             metavar="ttft",
         ),
+        Renamed(name="mass", kind=NUMBER, now="left out", values=_no_mass, metavar="M"),
+        Renamed(name="accept_inconclusive", kind=SWITCH, now="left out", values=_no_inconclusive),
     )
 
     needle_drop: str = option(
@@ -154,21 +169,9 @@ class SoughtSettings(DropSettings, OverwriteSettings):
     )
     minutes: float = option(
         10.0,
-        help="Longest time in all; more time, more rows.",
+        help="Longest time in all; more time, more rows and more rungs.",
         least=0,
         most=24 * 60,
         above_least=True,
-        panel=SOUGHT,
-    )
-    mass: float = option(
-        0.9,
-        help="Attention mass; what each layer makes of tokens outside it is probed.",
-        least=0,
-        most=1,
-        panel=SOUGHT,
-    )
-    accept_inconclusive: bool = option(
-        False,
-        help="Also take settings whose measured drop is within the bound, but not all of its interval.",
         panel=SOUGHT,
     )

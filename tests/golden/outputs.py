@@ -24,9 +24,11 @@ from pipeline.bench.variant import Variant
 from pipeline.model.loading import open_model
 from pipeline.profile import write_profile
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality.bootstrap import judge, paired_drop
-from pipeline.quality.bounds import Bounds, Verified
+from pipeline.quality.bounds import Verified
+from pipeline.quality.drops import Paired
 from pipeline.quality.emission import make_profile
+from pipeline.quality.ladder import Rung, RungResult
+from pipeline.quality.workbench import Trial
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.model import ModelSettings
 
@@ -130,18 +132,19 @@ def write_a_profile(path: Path) -> None:
     config = CalibrateConfig(
         input=("in.jsonl",), question_column="question", task_column="task", out=str(path), overwrite=True
     )
-    bounds = Bounds.of(config)
-    drop = paired_drop([1.0, 1.0], [1.0, 0.5], clusters=["a", "b"], relative=bounds.main.relative)
-    gate = Verified(gate="agreement", drop=drop, judgement=judge(drop, bounds.main.value), one_row=0.5)
+    paired = Paired.of([1.0] * 300, [1.0] * 299 + [0.5])
+    gate = Verified(gate="agreement", drop=paired.drop(), judgement=paired.judge(2.0))
     shares = {"kept_ratio": 1.0, "ffn_ratio": 0.5, "attention_ratio": 1.0}
-    chosen: Any = SimpleNamespace(
-        trial=SimpleNamespace(candidate=SimpleNamespace(variant=Variant("marsinfer", MarsInfer(eta=0.9)))),
-        scores=[SimpleNamespace(prompt_tokens=200, **shares)],
-        gates=[gate],
+    scores: Any = (SimpleNamespace(prompt_tokens=200, **shares),)
+    trial = Trial(
+        variant=Variant("marsinfer", MarsInfer(eta=0.9)),
+        complete=True,
         dense_ttft_ms=20.0,
         ttft_ms=10.0,
-        speed_up=2.0,
+        scores=scores,
     )
+    rung = Rung(trial=trial, drop=0.0)
+    chosen = RungResult(rung=rung, trial=trial, gates=(gate,))
     case: Any = SimpleNamespace(task="place", document=SimpleNamespace(prompt_tokens=200))
     model: Any = open_model(ModelSettings(model="random:tiny", device="cpu", dtype="float32"))
-    write_profile(path, make_profile(config, model, bounds, chosen, [case], "0" * 64))
+    write_profile(path, make_profile(config, model, chosen, [chosen], [rung], [case], "0" * 64))

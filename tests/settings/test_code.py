@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pipeline import run_batch
@@ -14,7 +12,16 @@ from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import read_config, read_environment, to_toml
 
 TAIL = " would run code, and only the command line may ask for that: give {} there, if you trust it"
-SHIPPED = next(Path("examples/profiles").glob("*.toml"))
+PROFILE = """[profile]
+format = 2
+model = "m"
+fingerprint = "content:1"
+device = "CPU"
+dtype = "float32"
+
+[batch]
+method = "{}"
+"""
 VALUES = {"method": ("{}:X", "--method {}:X"), "trust_remote_code": (True, "--trust-remote-code")}
 
 
@@ -47,8 +54,7 @@ def test_a_file_and_the_environment_cannot_ask_for_code(name, evil, tmp_path):
 @pytest.mark.parametrize("method", ["{}:X", "os:X"])
 def test_a_profile_names_registered_methods_only(method, evil, tmp_path):
     method, path = method.format(evil), tmp_path / "p.toml"
-    lines = SHIPPED.read_text().splitlines()
-    path.write_text("\n".join(f"method = {method!r}" if line[:8] == "method =" else line for line in lines))
+    path.write_text(PROFILE.format(method))
     for read in (load_profile, lambda path: run_batch("in.jsonl", "out.jsonl", question="q", profile=path)):
         with pytest.raises(ConfigError) as refused:
             read(str(path))

@@ -33,9 +33,10 @@ OVERRIDDEN = {
     CalibrateConfig: {
         "on_overlong": "truncate-middle",
         "max_new_tokens": 32,
-        "limit": 500,
-        "max_drop": "1%",
+        "limit": 1000,
+        "max_drop": "2pt",
         "out": "profile.toml",
+        "needle_count": 200,
     },
     AccuracyConfig: {
         "on_overlong": "truncate-middle",
