@@ -92,11 +92,15 @@ def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -
 
 
 def first_in_turn(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """At most `limit` samples, in their order: the first of each task, as evenly as there are any."""
-    tasks: defaultdict[str, list[int]] = defaultdict(list)
+    """At most `limit` samples, in their order: the first of each task, as evenly as there are any.
+
+    Of a task they are from as many documents as can be: the first about each, then the second, and so on.
+    """
+    tasks: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, sample in enumerate(samples):
-        tasks[sample.task].append(index)
-    return [samples[index] for index in sorted(in_turn(tasks, limit))]
+        tasks[sample.task][sample.document_key].append(index)
+    by_task = {task: in_turn(documents, None) for task, documents in tasks.items()}
+    return [samples[index] for index in sorted(in_turn(by_task, limit))]
 
 
 def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:

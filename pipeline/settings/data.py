@@ -112,7 +112,7 @@ class DataSettings(TextSettings, SeedSettings):
     limit: int | None = option(
         None,
         metavar="N",
-        help="First N rows (of shard and sample); of a suite, tasks in turn.",
+        help="First N rows (of shard and sample); of a suite, tasks and documents in turn.",
         shown_default="all rows",
         least=1,
         panel=READING,

@@ -321,6 +321,12 @@ def test_a_limit_takes_tasks_in_turn() -> None:
     assert first_in_turn(samples, 100) == first_in_turn(samples, None) == samples
 
 
+def test_a_limit_takes_documents_in_turn() -> None:
+    samples = [sample("a", f"document {n // 3}", n) for n in range(9)]  # three questions about each
+    assert [s.id for s in first_in_turn(samples, 3)] == ["a/0", "a/3", "a/6"]
+    assert [s.id for s in first_in_turn(samples, 4)] == ["a/0", "a/1", "a/3", "a/6"]
+
+
 def test_parse_suite(tmp_path: Path) -> None:
     assert parse_suite("needles") == SuiteName("needles")
     assert parse_suite(f"leval:{tmp_path}") == SuiteName("leval", tmp_path)
