@@ -32,9 +32,11 @@ test: .venv/ready
 test-fast: .venv/ready
 	$(PYTEST) -m 'not slow'
 
-# The tests of tests/faults as a part of `make test` are short; these are their long settings.
+# Every fault with every place of files and every state of an output, and long settings of what is random; of both
+# `make test` runs a part.
 faults: .venv/ready
-	MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 MARSINFER_TEARS=200 $(BIN)/python -m pytest tests/faults
+	MARSINFER_FAULTS=all MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=100 MARSINFER_TEARS=200 MARSINFER_FUZZ=1000 \
+	  $(PYTEST) tests/faults tests/test_fuzz.py
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "marsinfer needs Python 3.11 or newer," \

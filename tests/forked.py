@@ -17,7 +17,13 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["marsinfer_cli.app", "pipeline.batch", "pipeline.engines.warm_up", "pipeline.model.loading"]
+HEAVY = [
+    *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.batch", "pipeline.forms"),
+    *("pipeline.engines.warm_up", "pipeline.io.resumed", "pipeline.model.loading", "pipeline.vocabulary"),
+    # what transformers imports only for the tests' models
+    *("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2_fast"),
+    *("transformers.generation.continuous_batching", "tqdm.contrib.logging"),
+]
 SAVED = 5  # rows, each in a chunk of its own, before a held run waits
 
 Say = Callable[[str], None]

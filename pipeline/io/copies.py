@@ -76,7 +76,8 @@ class CurrentCopies:
     def close(self) -> None:
         """Remove the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is left to be written, to a disk that is full, is wanted no more
+                self._file.close()
             self._file = None
             with suppress(OSError):  # the next run removes it
                 self._path.unlink()

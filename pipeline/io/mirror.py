@@ -156,7 +156,7 @@ class Mirror:
     def fetch(self) -> None:
         """Copy to the scratch folder what a resumed run goes on from."""
         with self._failures_told(f"cannot be fetched to {self._scratch}"), self.named_as_given():
-            objects = {path.name: path for path in self._objects()}
+            objects = {path.name: path for path in self._own_objects()}
             if _is_journal(objects):
                 self._folder.mkdir()
                 if STATE_FILE in objects:
@@ -174,7 +174,8 @@ class Mirror:
     def refuse_leftovers(self, overwrite: bool) -> None:
         """A `ConfigError` if there is something that a run which does not resume would destroy."""
         with self._failures_told("cannot be read"):
-            if not overwrite and _is_journal(path.name for path in self._objects()):
+            own = self._own_objects()
+            if not overwrite and _is_journal(path.name for path in own):
                 folder = journal_folder(self.file).name
                 raise ConfigError(f"an unfinished run left {folder}; --resume continues it, {START_OVER}")
             if not overwrite:
@@ -252,7 +253,7 @@ class Mirror:
         """Remove the journal; one that is half removed says so."""
         with self._failures_told("cannot be written"):
             self._check()
-            objects = {path.name: path for path in self._objects()}
+            objects = {path.name: path for path in self._objects() if _is_ours(path)}
             if _is_journal(objects):
                 objects[REMOVED] = self.output.beside(f"{self._folder.name}/{REMOVED}")
                 objects[REMOVED].write_bytes(b"{}")
@@ -311,6 +312,16 @@ class Mirror:
     def _objects(self) -> list[RemotePath]:
         return self.output.siblings(f"{self._folder.name}/")
 
+    def _own_objects(self) -> list[RemotePath]:
+        """Those of the journal; a `ConfigError` if there are others under its name."""
+        objects = self._objects()
+        for path in objects:
+            if not _is_ours(path):
+                raise ConfigError(
+                    f"{path} is in the way: no run of marsinfer put it there; move it away and run again"
+                )
+        return objects
+
     def _put(self, name: str, put: Callable[[RemotePath], None]) -> None:
         with self._failures_told("cannot be written", f"; {KEPT}"):
             self._check()
@@ -337,6 +348,10 @@ def _chunks_of(objects: Iterable[RemotePath]) -> dict[str, dict[int, RemotePath]
         if match := _CHUNK.fullmatch(path.name):
             found.setdefault(match[1], {})[int(match[2])] = path
     return found
+
+
+def _is_ours(path: RemotePath) -> bool:
+    return path.name in (STATE_FILE, REMOVED) or _CHUNK.fullmatch(path.name) is not None
 
 
 def _create(chunk: bytes, path: RemotePath) -> None:

@@ -51,13 +51,17 @@ def may_be_replaced(path: Place) -> bool:
     if _bytes(path) == 0:
         return True
     if needs_sidecar(Path(path.name)):
-        sidecar = _sidecar(path)
-        return sidecar.exists() and _says_settings(sidecar)
+        return _bytes(path) in _sizes_told(_sidecar(path))
     try:
         with path.open("rb") as file:
             return OUTPUT.has(written_schema(pa.PythonFile(file, "r"), path.name))
     except READ_ERRORS:
         return False
+
+
+def was_ours(path: Place) -> bool:
+    """Whether a run wrote something under this name, by what lies beside it, whatever is there now."""
+    return needs_sidecar(Path(path.name)) and bool(_sizes_told(_sidecar(path)))
 
 
 def foreign_sidecar(path: Place) -> Place | None:
@@ -108,6 +112,17 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
         sidecar = path.beside(f"{path.name}{SIDECAR}")
         is_there = str(sidecar) in listed
     return is_there and _says_settings(sidecar)
+
+
+def _sizes_told(sidecar: Place) -> list[int]:
+    """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
+    if not sidecar.exists() or not _says_settings(sidecar):
+        return []
+    try:
+        content = json.loads(sidecar.read_bytes())
+        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
+    except (*READ_ERRORS, LookupError, TypeError):
+        return []
 
 
 def _says_settings(sidecar: Place) -> bool:

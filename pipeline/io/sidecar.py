@@ -80,7 +80,7 @@ def read_sidecar(output: Path) -> pa.Schema:
     if not fitting:
         raise ConfigError(
             f"{output} has {size:,} bytes, and by {path.name} it had {told[0][0]:,}: "
-            f"one of them was changed; {START_OVER}"
+            "one of them was changed; move it away to start over"
         )
     schema = next((schema for schema in fitting if _has_columns(output, schema)), fitting[0])
     for field in schema:

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.io.answers import answer_bytes, answers_table, output_schema
 from pipeline.io.causes import cause, storage_failure
 from pipeline.io.formats import Sink, sink_type
-from pipeline.io.own import foreign_sidecar, may_be_replaced
+from pipeline.io.own import foreign_sidecar, may_be_replaced, was_ours
 from pipeline.io.published import Published
 from pipeline.io.remote import Place, RemotePath, output_place
 from pipeline.io.stdin import Stdin
@@ -95,7 +95,12 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
 def refuse_foreign_output(path: Place) -> None:
     """A `ConfigError` for what no run has written, under the output's name or that of the file beside it."""
     if path.exists() and not may_be_replaced(path):
-        raise ConfigError(f"{path} exists, and marsinfer did not write it: name another output")
+        what = (
+            "was changed since marsinfer wrote it"
+            if was_ours(path)
+            else "exists, and marsinfer did not write it"
+        )
+        raise ConfigError(f"{path} {what}: name another output")
     sidecar = foreign_sidecar(path)
     if sidecar is not None:
         raise ConfigError(
@@ -106,9 +111,14 @@ def refuse_foreign_output(path: Place) -> None:
 def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
     """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
     trial = io.BytesIO()
-    with _failures_told(path):
+    try:
         sink = sink_type(path)(trial, schema)
         sink.finish()
+    except (
+        OSError,
+        pa.ArrowException,
+    ) as error:  # Arrow tells a decimal's scale that Parquet lacks by either
+        raise _type_refused(path, error) from error
     if path.suffix.lower() == ".jsonl":
         return sink.schema
     return Published(path, pa.py_buffer(trial.getvalue())).schema
@@ -231,7 +241,11 @@ def _failures_told(path: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
         raise StorageError(f"{path} cannot be written: {cause(error)}; {remedy}") from error
     except pa.ArrowException as error:
-        raise ConfigError(
-            f"{path} cannot be written as {path.suffix}: {cause(error)}; "
-            "leave that column out with --keep-columns, or choose .arrows"
-        ) from error
+        raise _type_refused(path, error) from error
+
+
+def _type_refused(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written as {path.suffix}: {cause(error)}; "
+        "leave that column out with --keep-columns, or choose .arrows"
+    )

@@ -1,108 +1,153 @@
 """Runs that are killed at random moments and resumed: every row once, and the answers of a run left alone.
 
-MARSINFER_KILLS=100 MARSINFER_KILL_ROWS=500 python -m pytest tests/faults/test_kill.py
+MARSINFER_KILLS=1000 MARSINFER_KILL_ROWS=100 python -m pytest tests/faults/test_kill.py --log-cli-level=info
 """
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import os
 import random
 import time
-from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from forked import Forked
+from row_files import read
 
+from faults.job import ALONE, SETTINGS, TOGETHER
 from marsinfer_cli.app import run
+from pipeline.io.chunks import scan_part
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("MARSINFER_KILLS", "3"))
+log = logging.getLogger(__name__)
+
 ROWS = int(os.environ.get("MARSINFER_KILL_ROWS", "60"))
+KILLS = int(os.environ.get("MARSINFER_KILLS", "20"))  # of all kinds together
+# the output, the flags of its run, and the least share of answers that must be those of a run left alone
+KINDS = [("out.parquet", ALONE, 1.0), ("out.jsonl", ALONE, 1.0), ("together.parquet", TOGETHER, 0.999)]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, model_folder):
-    folder = tmp_path_factory.mktemp("kill")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kill") / "in.jsonl"
     words = random.Random(0)
-    with (folder / "in.jsonl").open("w") as lines:
+    with path.open("w") as lines:
         for row in range(ROWS):
             text = " ".join(words.choices(["red", "fish", "blue", "sea"], k=words.randint(20, 120)))
             lines.write(json.dumps({"id": f"doc-{row}", "text": text}) + "\n")
-    flags = ["--id-column", "id", "--question", "what?", "--max-new-tokens", "4", "--quiet", "--resume"]
-    flags += [
-        "--model",
-        str(model_folder),
-        "--method",
-        "marsinfer",
-        "--set",
-        "start_layer=1",
-        "--set",
-        "window=8",
-        "--set",
-        "prefix=8",
-    ]
-
-    def build(name, *more):
-        words = ["batch", str(folder / "in.jsonl"), str(folder / name), *flags, *more]
-        return words, folder / name
-
-    return build
+    return path
 
 
-def undisturbed(command, name, *flags):
-    """Its rows, the seconds of the whole run, and those of its packs alone."""
-    words, path = command(name, *flags)
-    began = time.monotonic()
-    with redirect_stdout(io.StringIO()) as told:
-        assert run([*words, "--json"]) == 0
-    seconds = time.monotonic() - began
-    return pq.read_table(path).to_pylist(), seconds, json.loads(told.getvalue())["answering_s"]
+@dataclass(kw_only=True)
+class KilledJob:
+    """A job whose runs are killed; once one of them has come to its end, it begins anew."""
 
+    words: list[str]
+    output: Path
+    expected: list[dict[str, object]]
+    least: float
+    seconds: float  # of a whole run
+    draws: random.Random
+    saved: dict[str, float] = field(default_factory=dict)  # ids, and times that tell the answers apart
+    ends: int = 0
 
-def killed(command, name, seconds, answering_s, *flags):
-    """The same run, killed `KILLS` times, then left to finish, within this process.
+    @property
+    def journal(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.journal")
 
-    Every fourth time at any moment, loading included; else soon after rows were finished, so that the kills
-    spread over the time of its packs.
-    """
-    words, path = command(name, *flags)
-    moments = random.Random(1)
-    for number in range(KILLS):
-        process = Forked(words, path.with_suffix(".printed"))
-        if number % 4 == 0:
-            code = process.wait(moments.uniform(0, seconds))
-        else:
-            before = journal_bytes(path)
-            while process.wait(0.002) is None and journal_bytes(path) == before:
-                pass
-            code = process.wait(moments.uniform(0, answering_s / KILLS))
-        assert code in (None, 0), process.printed()
+    def kill(self) -> bool:
+        """Kill a run that goes on; returns False if it had ended, and all was well."""
+        process = Forked(self.words, self.output.with_suffix(".printed"))
+        self.wait(process)
+        code = process.wait(0)
         process.kill()
-    assert run(words) == 0
-    return pq.read_table(path).to_pylist()
+        if code is None:
+            self.check_saved()
+        else:
+            assert code == 0, process.printed()
+            self.check_end()
+        return code is None
+
+    def wait(self, process: Forked) -> None:
+        """For any time, or until soon after rows were saved, or until the output is being written."""
+        kind = self.draws.choice(["any", "saved", "saved", "writing"])
+        before = self.parts_bytes()
+        while kind != "any" and process.wait(0.001) is None:
+            if kind == "writing" and (self.journal / "output.partial").exists():
+                return
+            if kind == "saved" and self.parts_bytes() != before:
+                break
+        process.wait(self.draws.uniform(0, self.seconds / 4 if kind == "saved" else self.seconds))
+
+    def parts_bytes(self) -> int:
+        try:
+            return sum(part.stat().st_size for part in self.journal.glob("part-*"))
+        except FileNotFoundError:  # removed while we looked: the run has ended
+            return 0
+
+    def check_saved(self) -> None:
+        """What was durable is so still, and no row is there twice."""
+        if self.output.exists():
+            return
+        chunks = (chunk for part in sorted(self.journal.glob("part-*")) for chunk in scan_part(part))
+        rows = [(row["id"], row["ttft_ms"]) for chunk in chunks for row in chunk.table.to_pylist()]
+        now = dict(rows)
+        assert len(now) == len(rows)
+        assert self.saved.items() <= now.items()
+        self.saved = now
+
+    def check_end(self) -> None:
+        """The output is whole, and nothing else is there; then it goes."""
+        rows = read(self.output)
+        numbers = [(row["id"], row["row"]) for row in rows]
+        assert numbers == [(f"doc-{number}", number) for number in range(ROWS)]
+        same = sum(a["answer"] == b["answer"] for a, b in zip(rows, self.expected, strict=True))
+        assert same >= self.least * ROWS
+        assert self.saved.items() <= {row["id"]: row["ttft_ms"] for row in rows}.items()
+        assert [path.name for path in self.output.parent.iterdir() if path.name.startswith(".")] == []
+        self.output.unlink()
+        self.saved, self.ends = {}, self.ends + 1
+
+    def finish(self) -> None:
+        """In a process of its own, as a run that is killed."""
+        process = Forked(self.words, self.output.with_suffix(".printed"))
+        assert process.wait() == 0, process.printed()
+        self.check_end()
 
 
-def journal_bytes(path):
-    folder = path.with_name(f".{path.name}.journal")
-    try:
-        return sum(part.stat().st_size for part in folder.glob("part-*"))
-    except FileNotFoundError:  # removed while we looked: the run has ended
-        return 0
+@pytest.fixture
+def make_killed(source, model_folder):
+    """A job by the name of its output."""
+
+    def make(name, flags, least):
+        method = ["--method", "marsinfer", *(word for setting in SETTINGS for word in ("--set", setting))]
+        asked = ["--id-column", "id", "--question", "what?", "--max-new-tokens", "4", "--quiet", "--resume"]
+        words = ["batch", "--model", str(model_folder), *method, *asked, *flags, str(source)]
+        whole, output = source.with_name(f"whole-{name}"), source.with_name(name)
+        began = time.monotonic()
+        assert run([*words, str(whole)]) == 0
+        return KilledJob(
+            words=[*words, str(output)],
+            output=output,
+            expected=read(whole),
+            least=least,
+            seconds=time.monotonic() - began,
+            draws=random.Random(1),
+        )
+
+    return make
 
 
-@pytest.mark.parametrize(
-    ("flags", "least"), [(["--pack-tokens", "1"], 1.0), (["--pack-tokens", "4k"], 0.999)]
-)
-def test_every_row_is_there_once_with_the_answer_of_a_run_left_alone(command, flags, least):
-    expected, *times = undisturbed(command, f"whole{least}.parquet", *flags)
-    rows = killed(command, f"killed{least}.parquet", *times, *flags)
-    assert [row["id"] for row in rows] == [f"doc-{row}" for row in range(ROWS)]
-    assert [row["row"] for row in rows] == list(range(ROWS))
-    same = sum(a["answer"] == b["answer"] for a, b in zip(rows, expected, strict=True))
-    assert same >= least * ROWS
-    leftovers = [path.name for path in command("x")[1].parent.iterdir() if path.name.startswith(".")]
-    assert leftovers == []
+@pytest.mark.parametrize("number", range(len(KINDS)), ids=[name for name, *_ in KINDS])
+def test_no_row_is_lost_or_answered_twice(make_killed, number):
+    job = make_killed(*KINDS[number])
+    kills = runs = 0
+    while kills < len(range(number, KILLS, len(KINDS))):
+        kills += job.kill()
+        runs += 1
+    job.finish()
+    log.info("%d of %d runs were killed; %d times all %d rows came to their end", kills, runs, job.ends, ROWS)

@@ -67,6 +67,10 @@ def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
     assert refusal(path) == f"{path} exists; --overwrite replaces it"
     check_output(path, (), True)
     path.write_bytes(b"precious")
+    if path.suffix == ".jsonl":  # what lies beside it is of a run all the same
+        assert refusal(path, overwrite=True) == (
+            f"{path} was changed since marsinfer wrote it: name another output"
+        )
     for each in tmp_path.glob("*.run.json"):
         each.unlink()
     for overwrite in (False, True):

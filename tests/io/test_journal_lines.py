@@ -144,7 +144,7 @@ def test_an_output_that_was_changed_is_refused(path):
         lines.write("{}\n")
     assert refusal(path) == (
         f"{path} has {size + 3:,} bytes, and by out.jsonl.run.json it had {size:,}: one of them was changed; "
-        "--overwrite starts over"
+        "move it away to start over"
     )
 
 

@@ -124,7 +124,7 @@ def test_outputs_in_storage_elsewhere_are_left_out(folder, pattern):
 
 def test_an_output_does_not_replace_the_baseline_of_a_check(tmp_path):
     path = tmp_path / "base.parquet"
-    write_baseline(path, [], {}, {})
+    write_baseline(path, [], [], {}, {})
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="name another output"):
         check_output(path, [], True)
