@@ -127,17 +127,19 @@ def test_a_check_tells_a_broken_setting_from_one_that_prunes_nothing(smollm2, tm
         reference_column="reference",
         method="marsinfer",
         settings=BROKEN,
+        scope="rows",
         max_drop="5pt",
         metric="agreement",
         baseline=str(tmp_path / "dense.parquet"),
     )
     broken = run_check(config, model=smollm2)
-    assert (broken.verdict, broken.gates[0].drop.clusters) == ("fail", 5)
+    assert (broken.verdict, broken.gates[0].drop.documents) == ("fail", 5)
     measures = {measure.name: measure for measure in broken.gates[0].measures}
     assert measures["nll"].method > measures["nll"].dense + 0.5
     assert measures["KL from dense"].method > 0.5
     full = run_check(replace(config, settings={"eta": 1.0}, max_drop="0pt"), model=smollm2)
-    assert (full.verdict, full.gates[0].drop.drop) == ("pass", 0)
+    assert (full.verdict, full.gates[0].drop.drop) == ("inconclusive", 0)
+    assert "nothing was pruned" in full.gates[0].judgement.reason
     measures = {measure.name: measure for measure in full.gates[0].measures}
     assert measures["token-accuracy"].method == measures["token-accuracy"].dense > 0
     assert abs(measures["KL from dense"].method) < 1e-4
