@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError, StorageError
 from pipeline.io.arrow import open_arrow
-from pipeline.io.causes import OutOfReach, cause, is_out_of_reach, some
+from pipeline.io.causes import OutOfReach, ReadFault, cause, is_out_of_reach, some
 from pipeline.io.columns import Columns
 from pipeline.io.formats import type_held
 from pipeline.io.inputs import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
@@ -24,7 +24,7 @@ from pipeline.io.passthrough import PassPlan, Table
 from pipeline.io.peek import first_columns
 from pipeline.io.proof import check_held
 from pipeline.io.remote import Place
-from pipeline.io.rows import UNASKED, UNASKED_REMEDY, Record
+from pipeline.io.rows import UNASKED, UNASKED_REMEDY, Record, Spot
 from pipeline.io.stdin import Stdin
 from pipeline.io.text import TextReader
 from pipeline.records import RowFailure
@@ -74,6 +74,24 @@ class UnreachableReader:
         """Raises OutOfReach at once."""
         yield from ()
         raise OutOfReach(self.why)
+
+
+class DamagedReader:
+    """A file that cannot be read from its beginning on, such as a table that was cut."""
+
+    num_rows: int | None = None
+
+    def __init__(self, file: InputFile, error: InputError, fault: ReadFault) -> None:
+        self.file = file
+        self.fraction = 1.0
+        self.error = error
+        self.fault = fault
+
+    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
+        """The one failure for all of its rows, however many they are."""
+        label = self.file.label
+        yield Spot(base, f"{label} row 0", f"{label}:0").rest_lost(self.fault)
+        return 1
 
 
 OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
@@ -167,14 +185,15 @@ def open_source(
 
     `columns` may depend on those of the first file, by name and type, of which it is told. A column that
     `output`, by its extension, cannot hold is a `ConfigError`; a value that has no room there costs its row.
-    Where no file at all can be reached it is a `StorageError`.
+    Where no file at all can be reached it is a `StorageError`; where some can, files that are damaged cost an
+    error row each.
     """
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
     if not isinstance(columns, Columns):
         columns = columns(first_columns(files))
     readers = _opened(files, columns, notes)
-    _refuse_unreachable(readers)
+    _refuse_lost(readers)
     tables = [table for table in map(_table, readers) if table.schema.names]
     if columns.asks_summary:
         _refuse_questions(tables)
@@ -190,11 +209,15 @@ def open_source(
     return Source(readers, plan, columns, notes + plan.notes)
 
 
-def _refuse_unreachable(readers: Sequence[Reader]) -> None:
-    """A StorageError if there is nothing else."""
-    unreachable = [reader for reader in readers if isinstance(reader, UnreachableReader)]
-    if unreachable and len(unreachable) == len(readers):
-        raise StorageError(f"{unreachable[0].file.path} cannot be read: {unreachable[0].why}")
+def _refuse_lost(readers: Sequence[Reader]) -> None:
+    """A StorageError, or else an InputError, if all files are out of reach or damaged."""
+    lost = [reader for reader in readers if isinstance(reader, UnreachableReader | DamagedReader)]
+    if len(lost) < len(readers):
+        return
+    for reader in sorted(lost, key=lambda reader: isinstance(reader, DamagedReader)):
+        if isinstance(reader, DamagedReader):
+            raise reader.error
+        raise StorageError(f"{reader.file.path} cannot be read: {reader.why}")
 
 
 def _table(reader: Reader) -> Table:
@@ -253,11 +276,17 @@ def _open(file: InputFile, columns: Columns) -> Reader | None:
         return UnreachableReader(file, file.out_of_reach)
     try:
         return _open_reached(file, columns)
-    except (InputError, OSError) as error:
-        why = error.__cause__ if isinstance(error, InputError) else error
-        if why is None or not is_out_of_reach(why):
+    except OSError as error:
+        if not is_out_of_reach(error):
             raise
-        return UnreachableReader(file, cause(why))
+        return UnreachableReader(file, cause(error))
+    except InputError as error:
+        why = error.__cause__
+        if why is None:  # nothing is wrong with its bytes
+            raise
+        if is_out_of_reach(why):
+            return UnreachableReader(file, cause(why))
+        return DamagedReader(file, error, ReadFault.of(why))
 
 
 def _open_reached(file: InputFile, columns: Columns) -> Reader | None:

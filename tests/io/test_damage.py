@@ -52,6 +52,29 @@ def damage(path, start, length=40):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("keep", [3, 20, -1, -100])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_truncated_table_costs_the_other_files_nothing(tmp_path, keep, suffix, named):
+    paths = [tmp_path / f"{name}{suffix}" for name in "abc"]
+    for path in paths:
+        grouped_parquet(path) if suffix == ".parquet" else write_arrow(
+            path, pa.table({"text": [f"text {n}" for n in range(300)]})
+        )
+    paths[1].write_bytes(paths[1].read_bytes()[:keep])
+    source = open_source(paths if named else [tmp_path], Columns())
+    records = list(source)
+    (failure,) = (record for record in records if isinstance(record, RowFailure))
+    assert (failure.kind, failure.is_fault, failure.source.id) == ("unreadable", True, f"b{suffix}:0")
+    assert failure.message.startswith(f"b{suffix} row 0 and all after it cannot be read: ")
+    assert failure.message.endswith(REWRITE)
+    assert (len(records), source.has_faults, source.total_rows) == (601, True, None)
+    assert [record.source.row for record in records] == list(range(601))
+    for path in (paths[0], paths[2]):
+        path.unlink()
+    assert "readable" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [3, 20, -1, -8, -100])
 def test_a_truncated_parquet_file_is_refused(tmp_path, keep):
     path = tmp_path / "t.parquet"
