@@ -77,9 +77,9 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
     from pipeline.bench.inputs import random_document
     from pipeline.bench.offload import measure_offload
-    from pipeline.bench.variant import prepare
     from pipeline.engines.memory import host_kv_bytes
     from pipeline.model.loading import open_model
+    from pipeline.model.variant import prepare
 
     device_bytes = config.kv_memory
     assert device_bytes is not None, "it has a default"

@@ -66,8 +66,8 @@ def throughput(config: ThroughputConfig, switches: BenchSwitches) -> None:
     is asked for.
     """
     from pipeline.bench.throughput import measure_throughput
-    from pipeline.bench.variant import prepare
     from pipeline.model.loading import open_model
+    from pipeline.model.variant import prepare
 
     if not config.input:
         raise ConfigError("Missing argument 'INPUT...'")

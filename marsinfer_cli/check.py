@@ -10,7 +10,7 @@ from pipeline.settings.check import CheckConfig
 from pipeline.settings.console import CheckSwitches
 
 if TYPE_CHECKING:
-    from pipeline.quality.check import CheckResult
+    from pipeline.quality.gates import CheckResult
     from pipeline.summary import Tally
 
 

@@ -23,7 +23,6 @@ from pipeline.settings.sources import (
     read_config,
     read_environment,
     taken,
-    with_profile,
 )
 from pipeline.shown import printable
 
@@ -132,6 +131,12 @@ def _completion(setting: Setting) -> completion.Complete | None:
     return None if setting.about.offered is None else OFFERED[setting.about.offered]
 
 
+def _with_profile(values: dict[str, Any]) -> dict[str, Any]:
+    from pipeline.profile import with_profile
+
+    return with_profile(values)
+
+
 def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[Settings]:
     """One object of each class: a flag stands over the environment, `--config`, `--profile`, the default."""
     given = {name: value for name, value in context.params.items() if _was_given(context, name)}
@@ -148,7 +153,9 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
         values = merge(*elsewhere, taken(cls, flags, notes.append))
         if words is not None:
             values |= _places(words, values, path)
-        made.append(cls(**(with_profile(values) if issubclass(cls, MethodSettings) else values)))
+        if issubclass(cls, MethodSettings) and values.get("profile") is not None:
+            values = _with_profile(values)
+        made.append(cls(**values))
     # once all is known to be right: what is refused is told in one line
     for note in dict.fromkeys(notes):
         if given.get("log_format") == "json":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.settings.method import LINEAR_DTYPES, NO_FP8_ATTENTION
 
 if TYPE_CHECKING:
-    from pipeline.bench.variant import Variant
+    from pipeline.model.variant import Variant
 
 # among a method's settings in --methods
 LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
@@ -26,8 +26,8 @@ def parse_variants(specs: str, keep: str | None) -> list[Variant]:
 
 
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
-    from pipeline.bench.variant import Variant
     from pipeline.errors import ConfigError
+    from pipeline.model.variant import Variant
     from pipeline.pruning.registry import make_method
     from pipeline.settings.parse import parse_settings
 
@@ -51,7 +51,7 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
 
 def _profile_variant(spec: str) -> Variant:
     """`@FILE`: the settings and the precision of a profile."""
-    from pipeline.bench.variant import Variant
+    from pipeline.model.variant import Variant
     from pipeline.profile import load_profile
     from pipeline.pruning.registry import make_method
 

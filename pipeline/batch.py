@@ -32,6 +32,7 @@ from pipeline.leaving import files_of, notes_of, refuse_at_start, settle
 from pipeline.packing import windows
 from pipeline.prefetch import ahead
 from pipeline.preparation import Preparation, prepare
+from pipeline.profile import with_profile
 from pipeline.pruning.registry import make_method
 from pipeline.reading import Reading
 from pipeline.redaction import hidden
@@ -39,7 +40,7 @@ from pipeline.settings.method import AUTO
 from pipeline.settings.option import settings_of
 from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run import BatchConfig
-from pipeline.settings.sources import renewed, with_profile
+from pipeline.settings.sources import renewed
 from pipeline.summary import Summary, Tally
 from pipeline.words import counted
 
@@ -123,7 +124,7 @@ def run_batch(
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
             note(text)
-        engine = OneProcess(run, check, note, phase) if cluster is None else cluster.engine(run, note)
+        engine = _engine(run, cluster, check=check, note=note, phase=phase)
         answer_all(
             run,
             engine,
@@ -164,6 +165,16 @@ def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextM
     from pipeline.engines.ray_cluster import RayCluster
 
     return RayCluster(config, check)
+
+
+def _engine(
+    run: Preparation, cluster: RayCluster | None, *, check: Callable[[], None], note: Note, phase: Note
+) -> Engine:
+    if cluster is None:
+        return OneProcess(run, check, note, phase)
+    from pipeline.engines.ray import RayEngine
+
+    return RayEngine(run, cluster, note)
 
 
 def open_input(config: BatchConfig) -> Intake:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.batch import stop_if_broken
-from pipeline.bench.flops import dense_flops, passes_flops
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
@@ -27,6 +26,7 @@ from pipeline.lacking import refuse_lacking
 from pipeline.leaving import notes_of, settle
 from pipeline.packing import windows
 from pipeline.preparation import Preparation, prepare
+from pipeline.pruning.operations import dense_flops, passes_flops
 from pipeline.reading import Reading
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.redaction import hidden

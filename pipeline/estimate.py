@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 
 from pipeline.bench.ceilings import wait_for
-from pipeline.bench.flops import dense_flops
 from pipeline.engines.memory import Packer
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.operations import dense_flops
+from pipeline.pruning.shape import ModelShape
 from pipeline.words import counted
 
 TRIAL_S = 0.2  # of each rate

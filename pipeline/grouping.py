@@ -8,8 +8,8 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from pipeline.bench.flops import LayerWork, dense_work, layer_flops, passes_flops
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.operations import LayerWork, dense_work, layer_flops, passes_flops
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import EncodedDocument
 from pipeline.words import counted
 

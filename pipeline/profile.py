@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError
 from pipeline.io.whole_file import writing
 from pipeline.pruning.registry import make_method
-from pipeline.settings.method import MethodSettings
+from pipeline.settings.method import AUTO, MethodSettings
 from pipeline.settings.option import settings_of
-from pipeline.settings.sources import refuse_code, renewed
+from pipeline.settings.sources import merge, refuse_code, renewed
 from pipeline.toml import toml_of
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ def write_profile(path: Path, profile: Profile) -> None:
     batch = {name.replace("_", "-"): value for name, value in profile.batch.items()}
     with writing(path) as file:
         file.write(toml_of({"profile": dict(profile.about), "batch": batch}).encode())
+
+
+def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with those of the profile that they name, if any, where they say nothing."""
+    path = values.get("profile")
+    if path is None:
+        return dict(values)
+    named = {name: value for name, value in values.items() if (name, value) != ("method", AUTO)}
+    return merge(load_profile(path).batch, named)
 
 
 def load_profile(path: str) -> Profile:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+LARGEST = 2**53  # beyond it numbers of JSON are not exact, and sums of a few leave 64 bits
+
 
 def toml_of(table: Mapping[str, Any], name: str = "", *, is_entry: bool = False) -> str:
     """A table and the tables in it; `is_entry` says that it is one of an array of tables."""

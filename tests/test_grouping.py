@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.grouping import Grouping, same_documents
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.registry import make_method
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import EncodedDocument, Row, Spans
 
 SHAPE = ModelShape(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from marsinfer_cli.progress import print_summary
+from pipeline.engines.clock import EngineTimes
 from pipeline.records import Answer
-from pipeline.summary import EngineTimes, Summary
+from pipeline.summary import Summary
 
 
 @pytest.mark.parametrize(

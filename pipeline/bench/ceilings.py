@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.flops import (
+from pipeline.errors import ConfigError
+from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
+from pipeline.kernels.fused import quantize_rows
+from pipeline.kernels.segments import Segments
+from pipeline.model.adapters import check_fp8
+from pipeline.model.loading import LoadedModel
+from pipeline.pruning.operations import (
     Passes,
     attended_flops,
     attention_flops,
@@ -18,13 +24,7 @@ from pipeline.bench.flops import (
     passes_flops,
     projections_flops,
 )
-from pipeline.errors import ConfigError
-from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
-from pipeline.kernels.fused import quantize_rows
-from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import check_fp8
-from pipeline.model.loading import LoadedModel
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 
 LONGEST_TRIAL_S = 1.0
 FEWEST_TRIALS = 3

@@ -13,11 +13,11 @@ import torch
 
 from pipeline.bench.ceilings import wait_for
 from pipeline.bench.inputs import random_document
-from pipeline.bench.variant import Variant, prepare
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.variant import Variant, prepare
 
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 32}  # more than any cache of the device holds
 COPIES = 10

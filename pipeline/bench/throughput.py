@@ -15,9 +15,9 @@ from torch.autograd.profiler import profile
 
 from pipeline.batch import run_batch
 from pipeline.bench.ceilings import wait_for
-from pipeline.bench.variant import Variant
 from pipeline.errors import InputError
 from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant
 from pipeline.summary import Summary
 
 Interval = tuple[int, int]  # start and end in nanoseconds

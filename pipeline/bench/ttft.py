@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 
 from pipeline.bench.ceilings import Ceilings
-from pipeline.bench.flops import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
-from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.base import LayerView, PruningMethod, Selection
+from pipeline.pruning.operations import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.records import EncodedDocument
 
 BASELINES = ("transformers", "transformers-cudnn")

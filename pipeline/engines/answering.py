@@ -7,15 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.bench.flops import (
-    attention_ratio,
-    dense_flops,
-    ffn_ratio,
-    fp8_tokens,
-    kept_ratio,
-    layer_tokens,
-    passes_flops,
-)
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer
 from pipeline.errors import RowError
@@ -25,6 +16,15 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
+from pipeline.pruning.operations import (
+    attention_ratio,
+    dense_flops,
+    ffn_ratio,
+    fp8_tokens,
+    kept_ratio,
+    layer_tokens,
+    passes_flops,
+)
 from pipeline.records import Answer, EncodedDocument
 from pipeline.settings.answers import AnswerSettings, SamplingSettings
 from pipeline.tokenizing import stop_token_ids

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from pipeline.engines.answering import Failure, add_answer, describe, failed, memory_message
-from pipeline.engines.clock import DecodeClock
+from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.memory import Packer
@@ -26,7 +26,6 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import Answer, Answered, EncodedDocument
-from pipeline.summary import EngineTimes
 
 # tokens of a part of a pack that use a device well: fewer wait until more rows have left
 WORTHWHILE_TOKENS = {"cpu": 1, "cuda": 8192}

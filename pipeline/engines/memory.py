@@ -11,10 +11,10 @@ import torch
 
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.model.offload import KvLimits
-from pipeline.model.shape import PIECE_TOKENS, ModelShape
 from pipeline.model.store import slots_needed
 from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
 from pipeline.records import EncodedDocument
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill

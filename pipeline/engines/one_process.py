@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pipeline.engines.clock import EngineTimes
 from pipeline.engines.outgoing import MOST_ROWS, Outgoing
 from pipeline.errors import MarsError
 from pipeline.intake import Item
@@ -13,7 +14,6 @@ from pipeline.interrupts import nothing_to_lose
 from pipeline.mapreduce import Reduction
 from pipeline.records import Answer, EncodedDocument
 from pipeline.splitting import SplitDocument
-from pipeline.summary import EngineTimes
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.engines.answering import prefilled_rows
+from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.keeping import keep_selection
@@ -17,7 +18,6 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.records import Answer
-from pipeline.summary import EngineTimes
 from pipeline.words import counted
 
 Check = Callable[[], None]

@@ -21,13 +21,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.engines.blocks import BATCHES_A_BLOCK, Backlog, Block, Opened, moved
+from pipeline.engines.clock import EngineTimes
 from pipeline.engines.ray_cluster import RayCluster, got
 from pipeline.engines.ray_worker import Started, Told
 from pipeline.errors import KEPT, MarsError
 from pipeline.intake import Item
 from pipeline.preparation import Preparation
 from pipeline.records import Answer, RowFailure
-from pipeline.summary import EngineTimes
 from pipeline.words import counted
 
 LOOK_UP_S = 0.1  # while workers have nothing to tell

@@ -20,12 +20,11 @@ from pipeline.engines.ray_pulse import Pulse
 from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import SIGNALS
 from pipeline.model.loading import UnloadedModel
-from pipeline.preparation import Preparation, Setup, open_for_run
+from pipeline.preparation import Setup, open_for_run
 from pipeline.settings.parse import parse_workers
 from pipeline.settings.run import BatchConfig
 
 if TYPE_CHECKING:
-    from pipeline.engines.ray import RayEngine
     from pipeline.engines.ray_worker import ModelFacts
 
 HOME = Path(__file__).resolve().parents[2]
@@ -131,13 +130,6 @@ class RayCluster:
         self._check()
         if self._pulse is not None:
             self._pulse.check(at_once=at_once)
-
-    def engine(self, run: Preparation, note: Callable[[str], None]) -> RayEngine:
-        """What answers the rows of a run here."""
-        _import_ray()
-        from pipeline.engines.ray import RayEngine
-
-        return RayEngine(run, self, note)
 
     def connect(self) -> None:
         """Raises ConfigError where Ray is not installed, or not to be reached."""

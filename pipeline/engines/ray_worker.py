@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import ray
 
 from pipeline.engines.blocks import Unit, moved, rows_of
+from pipeline.engines.clock import EngineTimes
 from pipeline.engines.one_process import answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
 from pipeline.preparation import Setup, open_for_run
 from pipeline.records import Answer
 from pipeline.settings.run import BatchConfig
-from pipeline.summary import EngineTimes
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine

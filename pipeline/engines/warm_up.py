@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.engines.answering import Failure
+from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import rehearse_group
 from pipeline.engines.jobs import Job
 from pipeline.engines.local import LocalEngine
@@ -26,7 +27,6 @@ from pipeline.model import precision
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import Pack, prefill
 from pipeline.records import EncodedDocument, Row, Spans
-from pipeline.summary import EngineTimes
 
 # of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 4096}

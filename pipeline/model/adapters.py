@@ -34,7 +34,7 @@ from pipeline.kernels.step import (
     rope_and_store_,
 )
 from pipeline.model.projection import Projection
-from pipeline.model.shape import PIECE_TOKENS, ModelShape
+from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
 from pipeline.settings.parse import parse_rope_scaling
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -20,7 +20,7 @@ from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.model.files import locate
 from pipeline.model.random_weights import PREFIX, RandomWeights
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model import ModelSettings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

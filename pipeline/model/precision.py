@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.segments import Segments
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 
 WINDOW = 64  # last tokens of each document
 LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more launches than it saves

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
 from pipeline.model.adapters import DecoderAdapter
@@ -18,6 +17,7 @@ from pipeline.model.layers import Begun, Pack, Survivors, dropped_last_token, ru
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.operations import LayerWork
 
 
 @dataclass(kw_only=True)

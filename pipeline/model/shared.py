@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import layer_flops
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.adapters import DecoderAdapter
@@ -23,6 +22,7 @@ from pipeline.model.prefill import Prefilled, prefill
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import layer_flops
 from pipeline.records import EncodedDocument, Spans
 
 

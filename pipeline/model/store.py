@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.extents import Extents
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 
 # Attention kernels load tiles of keys and values that may reach beyond a row's last slot, and multiply by
 # zero what they mask: a NaN there would reach the row's answer. FlashAttention-3 was seen to read fewer than

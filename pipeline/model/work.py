@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.base import LayerView
+from pipeline.pruning.operations import LayerWork
 from pipeline.tiers import FFN, FP8, LIVE
 
 

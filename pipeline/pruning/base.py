@@ -25,14 +25,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import window_importance, window_importance_by_head, windows_of
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_mask
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
-from pipeline.settings.parse import LARGEST
+from pipeline.toml import LARGEST
 
 LIMITS = "limits"  # of a field's metadata
 PAPER_DEPTH = 32  # layers of the models that the papers prune

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pipeline.bench.flops import Passes, dense_work
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection
+from pipeline.pruning.operations import Passes, dense_work
+from pipeline.pruning.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import Passes
 from pipeline.kernels.scoring import smoothed
 from pipeline.kernels.select import top_indices
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     LayerView,
     Plan,
@@ -26,6 +24,8 @@ from pipeline.pruning.base import (
     setting,
     whole_layers,
 )
+from pipeline.pruning.operations import Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
 
 PAPER_LAYER = 15

@@ -9,10 +9,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.kernels.scoring import last_query_products, smoothed
 from pipeline.kernels.select import top_mask
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
@@ -27,6 +25,8 @@ from pipeline.pruning.base import (
     setting,
     whole_layers,
 )
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 
 PAPER_LAYER = 13
 

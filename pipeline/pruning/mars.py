@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
@@ -19,6 +17,8 @@ from pipeline.pruning.base import (
     setting,
     whole_layers,
 )
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
 
 LOCAL_DEPTH = 2 / 3

@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     ASSUMED_SHARE,
     KEEP_ALL,
@@ -23,6 +21,8 @@ from pipeline.pruning.base import (
     setting,
     whole_layers,
 )
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
 
 

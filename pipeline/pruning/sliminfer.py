@@ -10,11 +10,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_scores, unit_keys
 from pipeline.kernels.select import tokens_of_blocks, top_blocks
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     KEEP_ALL,
     LayerView,
@@ -29,6 +27,8 @@ from pipeline.pruning.base import (
     setting,
     several,
 )
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
 
 PAPER_LAYERS = (10, 20, 30)

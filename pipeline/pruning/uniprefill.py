@@ -9,12 +9,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pipeline.bench.flops import LayerWork, Passes
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_means
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.select import mass_mask, top_mask
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.base import (
     ASSUMED_SHARE,
     KEEP_ALL,
@@ -25,6 +23,8 @@ from pipeline.pruning.base import (
     Selection,
     setting,
 )
+from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
 
 HEADS = ("mean", "max")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.bench.variant import Variant, prepare
 from pipeline.engines.answering import rules_of
 from pipeline.intake import make_prompts
 from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant, prepare
 from pipeline.quality.bounds import NEEDLES
 from pipeline.quality.cases import make_cases
 from pipeline.quality.check_rows import read_rows

@@ -9,16 +9,15 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import GateInconclusive
 from pipeline.intake import make_prompts
 from pipeline.interrupts import nothing_to_lose
 from pipeline.provenance import PACKAGES, moment_of
 from pipeline.pruning.registry import make_method
-from pipeline.quality.drops import Verdict
 from pipeline.quality.gates import (
-    Gate,
+    CheckResult,
     Pair,
     check_scorer,
     has_pruned,
@@ -41,25 +40,6 @@ if TYPE_CHECKING:
     from pipeline.quality.check_journal import Journal
     from pipeline.quality.check_rows import CheckRow, CheckRows
     from pipeline.quality.row_results import RowResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckResult:
-    """What a check found, and of what."""
-
-    config: CheckConfig
-    verdict: Verdict
-    gates: tuple[Gate, ...]  # one a task, and one for all rows
-    against: Literal["dense", "accepted"]  # what the method's scores are held against
-    speed: Mapping[str, float | None]
-    counts: Mapping[str, int]
-    left_out: tuple[str, ...]
-    about: Mapping[str, Any]  # hashes, versions, device
-    pairs: tuple[Pair, ...]
-
-    @property
-    def method(self) -> str:
-        return str(self.about["method"]["name"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +303,7 @@ def _run_side(
 
 
 def _load(run: _Run) -> LoadedModel:
-    from pipeline.bench.variant import prepare
+    from pipeline.model.variant import prepare
 
     run.check()
     with nothing_to_lose():
@@ -334,7 +314,7 @@ def _load(run: _Run) -> LoadedModel:
 
 def _variants(run: _Run) -> dict[str, Any]:
     """Each side: dense in the model's own precision, the method as it is asked for."""
-    from pipeline.bench.variant import Variant
+    from pipeline.model.variant import Variant
     from pipeline.pruning.dense import Dense
 
     return {

@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.bench.flops import (
+from pipeline.engines.memory import Packer
+from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant
+from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.operations import (
     Passes,
     attention_ratio,
     dense_flops,
@@ -19,10 +23,6 @@ from pipeline.bench.flops import (
     kept_ratio,
     passes_flops,
 )
-from pipeline.bench.variant import Variant
-from pipeline.engines.memory import Packer
-from pipeline.model.loading import LoadedModel
-from pipeline.pruning.base import PruningMethod
 from pipeline.quality.forced import Forced, divergence, score_answers
 from pipeline.records import EncodedDocument
 

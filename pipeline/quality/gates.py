@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.quality.check_rows import CheckRow, tasks_of
@@ -69,6 +70,25 @@ class Gate:
     @property
     def verdict(self) -> Verdict:
         return self.judgement.verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What a check found, and of what."""
+
+    config: CheckConfig
+    verdict: Verdict
+    gates: tuple[Gate, ...]  # one a task, and one for all rows
+    against: Literal["dense", "accepted"]  # what the method's scores are held against
+    speed: Mapping[str, float | None]
+    counts: Mapping[str, int]
+    left_out: tuple[str, ...]
+    about: Mapping[str, Any]  # hashes, versions, device
+    pairs: tuple[Pair, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.about["method"]["name"])
 
 
 def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = True) -> tuple[Gate, ...]:

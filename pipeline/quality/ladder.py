@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
-from pipeline.bench.variant import Variant
+from pipeline.model.variant import Variant
 from pipeline.quality.bounds import Verified
 from pipeline.quality.rungs import describe
 from pipeline.quality.workbench import Trial

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from pipeline.bench.variant import Variant
 from pipeline.engines.answering import rules_of
 from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.interrupts import nothing_to_lose
 from pipeline.kernels import sparse
 from pipeline.model.loading import Model
+from pipeline.model.variant import Variant
 from pipeline.quality.bounds import Bounds
 from pipeline.quality.calibration import Calibration
 from pipeline.quality.cases import Sides, longest_in_turn, make_cases, thin

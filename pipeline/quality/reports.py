@@ -17,7 +17,7 @@ from pipeline.shown import in_markdown, in_xml
 from pipeline.words import counted
 
 if TYPE_CHECKING:
-    from pipeline.quality.check import CheckResult
+    from pipeline.quality.gates import CheckResult
     from pipeline.settings.check import CheckConfig
 
 _AGAINST = {"dense": "dense", "accepted": "its accepted scores"}

@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.bench.variant import Variant
 from pipeline.engines.answering import answer_text
 from pipeline.errors import MarsError, is_failure
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
+from pipeline.model.variant import Variant
 from pipeline.quality.check_rows import CheckRow
 from pipeline.quality.evaluate import Case, CaseScore, evaluate
 from pipeline.quality.forced import Forced

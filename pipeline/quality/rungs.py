@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pipeline.bench.variant import Variant
 from pipeline.errors import ConfigError
-from pipeline.model.shape import ModelShape
+from pipeline.model.variant import Variant
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.registry import make_method
+from pipeline.pruning.shape import ModelShape
 from pipeline.quality.sensitivity import Sensitivity
 
 EXCHANGES = (1, 2, 4, 8, 16, 32)  # times what a pair costs in divergence with one mass, that it may cost

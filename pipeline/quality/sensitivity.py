@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.bench.flops import LayerWork
-from pipeline.bench.variant import Variant
+from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import LayerWork
 from pipeline.quality.bounds import Bounds
 from pipeline.quality.evaluate import Case, Evaluated
 from pipeline.quality.workbench import Workbench

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.bench.variant import Variant, prepare
 from pipeline.errors import ConfigError
 from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.dense import Dense
 from pipeline.quality.evaluate import Case, CaseScore, Evaluated, evaluate_case
 from pipeline.quality.forced import Forced

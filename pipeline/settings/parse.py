@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.toml import LARGEST
 
 
 def read_template(path: str | None, flag: str = "--prompt-template") -> str | None:
@@ -66,8 +67,6 @@ def parse_regex(text: str, flag: str) -> re.Pattern[str]:
     except re.error as error:
         raise ConfigError(f"{flag} {text!r} is no regular expression: {error}") from error
 
-
-LARGEST = 2**53  # beyond it numbers of JSON are not exact, and sums of a few leave 64 bits
 
 _BYTES = {"": 1, "b": 1}
 _BYTES |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.redaction import redacted
 from pipeline.settings.asking import ASKED
 from pipeline.settings.gate import GateSettings, SoughtSettings
-from pipeline.settings.method import AUTO, MethodSettings
+from pipeline.settings.method import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
 from pipeline.settings.run import BatchConfig
@@ -56,17 +56,6 @@ def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
     rows = (*ASKED, "id_column", "task_column")
     for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
         merged.pop(name, None)
-
-
-def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, with those of the profile that they name, if any, where they say nothing."""
-    from pipeline.profile import load_profile
-
-    path = values.get("profile")
-    if path is None:
-        return dict(values)
-    named = {name: value for name, value in values.items() if (name, value) != ("method", AUTO)}
-    return merge(load_profile(path).batch, named)
 
 
 def read_config(path: str) -> dict[str, Any]:

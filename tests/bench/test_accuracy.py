@@ -7,8 +7,8 @@ import json
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.bench.variant import Variant
 from pipeline.model.loading import load_model
+from pipeline.model.variant import Variant
 from pipeline.profile import Profile, write_profile
 from pipeline.pruning.registry import make_method
 from pipeline.quality.accuracy import measure_accuracy, read_cases

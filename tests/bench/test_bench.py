@@ -7,9 +7,9 @@ import json
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.bench.flops import dense_flops, prefill_flops
 from pipeline.bench.ttft import Measurement, saving_reached
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.operations import dense_flops, prefill_flops
+from pipeline.pruning.shape import ModelShape
 
 SHAPE = ModelShape(layers=2, hidden=8, ffn=16, heads=4, kv_heads=2, head_dim=2, vocab=10, context=64)
 

@@ -12,13 +12,13 @@ from marsinfer_cli.app import run
 from marsinfer_cli.variants import parse_packs
 from pipeline.bench.attention import Candidate, attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
-from pipeline.bench.flops import LayerWork, attention_flops, dense_flops, dense_work, passes_flops
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
-from pipeline.bench.variant import Variant
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import LayerWork, attention_flops, dense_flops, dense_work, passes_flops
 from pipeline.pruning.registry import make_method
 
 CPU = torch.device("cpu")

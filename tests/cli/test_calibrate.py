@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.bench.flops import passes_flops
 from pipeline.errors import GateFailed
 from pipeline.model.loading import UnloadedModel, open_model
+from pipeline.pruning.operations import passes_flops
 from pipeline.quality import calibrate as calibrate_module
 from pipeline.quality import evaluate
 from pipeline.quality.calibrate import run_calibrate

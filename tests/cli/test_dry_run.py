@@ -13,15 +13,15 @@ import torch
 from conftest import FISH
 
 from pipeline import run_batch
-from pipeline.bench.flops import dense_flops
 from pipeline.estimate import Pace, Rates, estimate_by_pace, measure_rates
 from pipeline.intake import new_rows, open_rows
 from pipeline.io.lock import lock_output
 from pipeline.io.mirror import open_journal
 from pipeline.model.files import ModelFiles
-from pipeline.model.shape import ModelShape
 from pipeline.packing import windows
 from pipeline.preparation import prepare
+from pipeline.pruning.operations import dense_flops
+from pipeline.pruning.shape import ModelShape
 from pipeline.records import Answer
 from pipeline.settings.run import BatchConfig
 

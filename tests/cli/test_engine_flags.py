@@ -10,9 +10,10 @@ import pytest
 
 from marsinfer_cli.progress import BatchProgress
 from pipeline import load_model, run_batch
+from pipeline.engines.clock import EngineTimes
 from pipeline.errors import ConfigError
 from pipeline.records import Answer
-from pipeline.summary import EngineTimes, Summary
+from pipeline.summary import Summary
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import SIZES, document, tiny_model
 
-from pipeline.bench.flops import dense_flops
 from pipeline.engines import grouped, prefilling
 from pipeline.engines.local import LocalEngine
 from pipeline.kernels.attention import SdpaAttention
@@ -19,6 +18,7 @@ from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, Row, Spans
 

@@ -23,9 +23,9 @@ from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import Decoder, StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
-from pipeline.model.shape import PIECE_TOKENS
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.shape import PIECE_TOKENS
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from pipeline.model import precision
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.registry import make_method
+from pipeline.pruning.shape import ModelShape
 
 GPU = torch.device("cuda")
 SHAPE = ModelShape(

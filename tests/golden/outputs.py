@@ -20,8 +20,8 @@ from golden import BEFORE
 from golden.calls import ASK, TINY
 from golden.surface import plain_surroundings
 from marsinfer_cli.app import run
-from pipeline.bench.variant import Variant
 from pipeline.model.loading import open_model
+from pipeline.model.variant import Variant
 from pipeline.profile import write_profile
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.quality.bounds import Verified

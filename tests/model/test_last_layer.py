@@ -10,17 +10,6 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.flops import (
-    LayerWork,
-    attended_pairs,
-    attention_ratio,
-    dense_flops,
-    dense_work,
-    ffn_ratio,
-    kept_ratio,
-    layer_flops,
-    passes_flops,
-)
 from pipeline.doctor.selftest import full, small
 from pipeline.errors import MarsError
 from pipeline.kernels import sparse
@@ -33,6 +22,17 @@ from pipeline.pruning.fastkv import FastKV
 from pipeline.pruning.gemfilter import GemFilter
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.pruning.operations import (
+    LayerWork,
+    attended_pairs,
+    attention_ratio,
+    dense_flops,
+    dense_work,
+    ffn_ratio,
+    kept_ratio,
+    layer_flops,
+    passes_flops,
+)
 from pipeline.pruning.registry import make_method, method_names
 from pipeline.pruning.sliminfer import SlimInfer
 from pipeline.pruning.uniprefill import UniPrefill

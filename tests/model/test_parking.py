@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import document, pack_of
 
-from pipeline.bench.flops import LayerWork
 from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill
 from pipeline.pruning.base import KEEP_ALL, PruningMethod, Selection
+from pipeline.pruning.operations import LayerWork
 
 ANSWERS = [[7, 200, 31], [4], [90, 91]]
 

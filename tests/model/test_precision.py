@@ -7,7 +7,7 @@ import torch
 
 from pipeline.kernels.segments import Segments
 from pipeline.model.precision import WINDOW, kept_of, worthwhile
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 
 SHAPE = ModelShape(
     layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936, context=32768

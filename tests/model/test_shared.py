@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, tiny_model
 
-from pipeline.bench.flops import LayerWork, attended_pairs, layer_flops
 from pipeline.errors import Interrupted
 from pipeline.kernels import sparse
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill
 from pipeline.model.shared import prefill_beginnings, prefill_behind
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import LayerWork, attended_pairs, layer_flops
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, Row, Spans
 

@@ -17,9 +17,9 @@ from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
 from pipeline.model.extents import Extents
 from pipeline.model.prefill import prefill
-from pipeline.model.shape import ModelShape
 from pipeline.model.store import OVERSHOOT, KvStore, slots_needed
 from pipeline.pruning.registry import make_method
+from pipeline.pruning.shape import ModelShape
 
 CPU = torch.device("cpu")
 FAR = OVERSHOOT["cuda"]  # what a CPU has no need of is tried here on one

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.flops import attended_pairs, passes_flops
 from pipeline.doctor.selftest import full, small
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import attended_pairs, passes_flops
 from pipeline.pruning.registry import method_names
 
 CUSTOM = f"{Path(__file__).parents[2] / 'examples' / 'custom_method.py'}:KeyNorm"

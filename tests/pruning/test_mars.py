@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.bench.flops import attended_pairs, attention_ratio, passes_flops
 from pipeline.errors import ConfigError
 from pipeline.kernels import sparse
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
+from pipeline.pruning.operations import attended_pairs, attention_ratio, passes_flops
 from pipeline.records import Spans
 
 SMALL = Mars(last_full=1, window=4, most=16)

@@ -12,7 +12,7 @@ from naive import Choice, Watched, assert_same, best, generated, left_out, naive
 
 from pipeline.errors import ConfigError
 from pipeline.model.prefill import prefill
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.sliminfer import SlimInfer
 
 BLOCKS = {"block": 8, "unit": 2, "window": 3}

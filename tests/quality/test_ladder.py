@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.bench.variant import Variant
+from pipeline.model.variant import Variant
 from pipeline.pruning.fastkv import FastKV
 from pipeline.quality.bounds import Verified
 from pipeline.quality.drops import Drop, Judgement

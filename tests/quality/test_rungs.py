@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.model.shape import ModelShape
 from pipeline.pruning.mars import Mars
+from pipeline.pruning.shape import ModelShape
 from pipeline.quality.rungs import OTHERS, describe, exchanged, exit_rungs, other_rungs, sparse_rungs
 from pipeline.quality.sensitivity import Sensitivity
 

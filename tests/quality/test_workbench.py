@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.variant import Variant
+from pipeline.model.variant import Variant
 from pipeline.pruning.fastkv import FastKV
 from pipeline.quality.workbench import Workbench, slowdown, timed_places
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.model.shape import ModelShape
+from pipeline.pruning.shape import ModelShape
 
 
 class LayerWork(NamedTuple):
