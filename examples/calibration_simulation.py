@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.quality.drops import TAIL, Paired
-from pipeline.quality.ladder import climb, fastest_passed
+from pipeline.calibrate.ladder import climb, fastest_passed
+from pipeline.evaluate.drops import TAIL, Paired
 
 DOCUMENTS = 200
 SEARCH_NOISE = 0.2  # points, of what the search expects a rung to lose

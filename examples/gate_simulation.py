@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.quality.drops import TAIL
-from pipeline.quality.gaffke import beyond
+from pipeline.evaluate.drops import TAIL
+from pipeline.evaluate.gaffke import beyond
 
 SIZES = (8, 30, 100, 300)
 AT_ONCE = 1 << 21  # drops that are judged together

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipeline.quality.metrics import contains, token_f1
+from pipeline.suites.metrics import contains, token_f1
 
 COLUMNS = ["id", "status", "answer", "method", "prompt_tokens", "ttft_ms", "ffn_ratio", "flops_ratio"]
 ANSWER_CHARACTERS = 60

@@ -23,8 +23,8 @@ from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
 from pipeline.interrupts import SIGNALS
-from pipeline.shown import printable
-from pipeline.versions import version_of
+from pipeline.texts.shown import printable
+from pipeline.texts.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
 ClickError: type[Any] = typer.BadParameter.__bases__[0].__bases__[0]

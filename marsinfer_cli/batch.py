@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from marsinfer_cli.signature import takes
 from pipeline.settings.console import BatchSwitches
 from pipeline.settings.run import BatchConfig
-from pipeline.shown import printable
+from pipeline.texts.shown import printable
 
 if TYPE_CHECKING:
     from pipeline.summary import Summary

@@ -12,7 +12,7 @@ from marsinfer_cli.tables import conditions_of, print_accuracy_tables
 from marsinfer_cli.variants import parse_variants
 from pipeline.settings.bench import AccuracyConfig, AgreementConfig
 from pipeline.settings.console import AccuracySwitches
-from pipeline.shown import printable
+from pipeline.texts.shown import printable
 
 
 @takes(AccuracyConfig, AccuracySwitches)
@@ -40,7 +40,7 @@ def _run(config: AccuracyConfig, switches: AccuracySwitches) -> None:
         check_plot(switches.plot)
     conditions, results = _measure(config, _say(switches))
     if switches.plot is not None:
-        from pipeline.quality.accuracy_plot import save_accuracy
+        from pipeline.bench.accuracy_plot import save_accuracy
 
         save_accuracy(switches.plot, f"{conditions['model']}, {conditions['device']}", results)
     if switches.as_json:
@@ -56,10 +56,10 @@ def _say(switches: AccuracySwitches) -> Callable[[str], None]:
 
 
 def _measure(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:
+    from pipeline.bench.accuracy import measure_accuracy, read_cases
     from pipeline.interrupts import graceful_stop
     from pipeline.model.loading import open_model
-    from pipeline.quality.accuracy import measure_accuracy, read_cases
-    from pipeline.quality.suites import NOT_COMPARABLE
+    from pipeline.suites.by_name import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
     model = open_model(config).load()

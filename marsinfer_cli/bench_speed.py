@@ -22,7 +22,7 @@ def attention(config: KernelConfig, switches: BenchSwitches) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
     from pipeline.bench.attention import CANDIDATES, attention_shape, available, measure_attention
     from pipeline.model.loading import pick_device, pick_dtype, use_device
-    from pipeline.versions import version_of
+    from pipeline.texts.versions import version_of
 
     sizes = attention_shape(
         config.shape, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim

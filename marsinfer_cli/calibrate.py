@@ -9,7 +9,7 @@ from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.console import CalibrateSwitches
 
 if TYPE_CHECKING:
-    from pipeline.quality.calibration import Calibration
+    from pipeline.calibrate.calibration import Calibration
 
 
 @takes(CalibrateConfig, CalibrateSwitches)
@@ -21,14 +21,14 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     is none, with 6 if there are too few documents for any.
     """
     from pipeline.bench.plot import check_plot
-    from pipeline.quality.calibration_report import raise_unless_held
+    from pipeline.calibrate.calibration_report import raise_unless_held
 
     if switches.plot is not None:
         check_plot(switches.plot)
     result = _run(config, quiet=switches.quiet)
     _print(result)
     if switches.plot is not None:
-        from pipeline.quality.calibration_plot import save_ladder
+        from pipeline.calibrate.calibration_plot import save_ladder
 
         save_ladder(switches.plot, result)
     raise_unless_held(result)
@@ -37,8 +37,8 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
 
 def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
     from marsinfer_cli.console import Console
+    from pipeline.calibrate.calibrating import run_calibrate
     from pipeline.interrupts import graceful_stop
-    from pipeline.quality.calibrate import run_calibrate
 
     console = Console(stderr=True, quiet=quiet)
 
@@ -59,7 +59,7 @@ def _print(result: Calibration) -> None:
     from rich.text import Text
 
     from marsinfer_cli.console import Console
-    from pipeline.quality import calibration_report as report
+    from pipeline.calibrate import calibration_report as report
 
     console = Console()
     if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers

@@ -10,7 +10,7 @@ from pipeline.settings.check import CheckConfig
 from pipeline.settings.console import CheckSwitches
 
 if TYPE_CHECKING:
-    from pipeline.quality.gates import CheckResult
+    from pipeline.check.gates import CheckResult
     from pipeline.summary import Tally
 
 
@@ -23,7 +23,7 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     with 5 where the method scores less than when its scores were accepted, by more than the bound. Dense runs
     in the model's --dtype; --linear-dtype is the method's.
     """
-    from pipeline.quality.reports import as_dict, raise_verdict
+    from pipeline.check.reports import as_dict, raise_verdict
 
     result = _run(config, quiet=switches.quiet)
     if config.out == "-":
@@ -36,9 +36,9 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
     from marsinfer_cli.progress import BatchProgress
+    from pipeline.check.checking import run_check
     from pipeline.errors import KEPT, NOTHING_KEPT
     from pipeline.interrupts import graceful_stop
-    from pipeline.quality.check import run_check
 
     finished = False
 
@@ -61,7 +61,7 @@ def _print(result: CheckResult) -> None:
     from rich.text import Text
 
     from marsinfer_cli.console import Console
-    from pipeline.quality.reports import (
+    from pipeline.check.reports import (
         counts_text,
         heads,
         measure_rows,

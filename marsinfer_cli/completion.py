@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipeline.model.names import local_models
+from pipeline.checkpoints.names import local_models
 from pipeline.pruning.registry import method_names
 
 Complete = Callable[[str], list[str]]

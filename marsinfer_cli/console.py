@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 from rich.segment import Segment
 
-from pipeline.shown import printable
+from pipeline.texts.shown import printable
 
 
 class Console(rich.console.Console):

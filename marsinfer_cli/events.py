@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from pipeline.redaction import redacted
+from pipeline.texts.redaction import redacted
 
 
 def print_event(event: str, **fields: Any) -> None:

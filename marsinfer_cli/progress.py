@@ -12,10 +12,10 @@ from rich.table import Table
 
 from marsinfer_cli.console import Console
 from marsinfer_cli.events import print_event
-from pipeline.guard import FLAT
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.guard import FLAT
 from pipeline.summary import Summary, Tally
-from pipeline.words import counted
+from pipeline.texts.words import counted
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none

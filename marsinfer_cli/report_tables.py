@@ -12,7 +12,7 @@ from marsinfer_cli.console import Console
 from pipeline.report.figures import percent_of
 from pipeline.report.page import cut
 from pipeline.report.report import comparison_figures, headline_rows, pair_facts, phase_rows
-from pipeline.words import counted
+from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.report.compare import Comparison

@@ -24,7 +24,7 @@ from pipeline.settings.sources import (
     read_environment,
     taken,
 )
-from pipeline.shown import printable
+from pipeline.texts.shown import printable
 
 Body = Callable[..., Any]
 BARE = {each.flag: each.about for cls in CONFIGURED for each in settings_of(cls) if each.about.bare}
@@ -132,7 +132,7 @@ def _completion(setting: Setting) -> completion.Complete | None:
 
 
 def _with_profile(values: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.profile import with_profile
+    from pipeline.setup.profile import with_profile
 
     return with_profile(values)
 

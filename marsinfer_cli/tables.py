@@ -5,24 +5,24 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from pipeline.shown import in_cell
+from pipeline.texts.shown import in_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipeline.bench.accuracy import Accuracy
     from pipeline.bench.attention import AttentionMeasurement
     from pipeline.bench.decode import DecodeMeasurement
     from pipeline.bench.offload import OffloadMeasurement
     from pipeline.bench.throughput import Throughput
     from pipeline.bench.ttft import Measurement
+    from pipeline.evaluate.drops import Drop
     from pipeline.model.loading import LoadedModel
-    from pipeline.quality.accuracy import Accuracy
-    from pipeline.quality.drops import Drop
 
 
 def conditions_of(model: LoadedModel) -> dict[str, Any]:
     """What the numbers depend on, beside the settings of the command."""
-    from pipeline.versions import version_of
+    from pipeline.texts.versions import version_of
 
     return {
         "model": model.name,

@@ -52,8 +52,8 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
 def _profile_variant(spec: str) -> Variant:
     """`@FILE`: the settings and the precision of a profile."""
     from pipeline.model.variant import Variant
-    from pipeline.profile import load_profile
     from pipeline.pruning.registry import make_method
+    from pipeline.setup.profile import load_profile
 
     batch = load_profile(spec[1:]).batch
     method = make_method(batch["method"], batch["settings"])

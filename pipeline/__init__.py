@@ -44,7 +44,7 @@ __all__ = ["BatchConfig", "MarsError", "load_model", "make_method", "run_batch"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # of the installed package
-        return import_module("pipeline.versions").version_of("marsinfer")
+        return import_module("pipeline.texts.versions").version_of("marsinfer")
     if name not in _WHERE:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

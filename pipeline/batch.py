@@ -11,6 +11,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.engines.one_process import Engine, OneProcess
+from pipeline.engines.packing import windows
+from pipeline.engines.prefetch import ahead
 from pipeline.errors import (
     KEPT,
     NOTHING_KEPT,
@@ -21,28 +23,26 @@ from pipeline.errors import (
     TooManyErrors,
     did_you_mean,
 )
-from pipeline.intake import Intake, Item, item_prompts, item_tokens, new_rows, open_rows
-from pipeline.io.journal import Journal
-from pipeline.io.lock import lock_output
-from pipeline.io.mirror import open_journal
-from pipeline.io.rowindex import Order
-from pipeline.io.writing import check_output
-from pipeline.lacking import refuse_lacking
-from pipeline.leaving import files_of, notes_of, refuse_at_start, settle
-from pipeline.packing import windows
-from pipeline.prefetch import ahead
-from pipeline.preparation import Preparation, prepare
-from pipeline.profile import with_profile
+from pipeline.inputs.reading import Reading
+from pipeline.outputs.journal import Journal
+from pipeline.outputs.lock import lock_output
+from pipeline.outputs.mirror import open_journal
+from pipeline.outputs.rowindex import Order
+from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
-from pipeline.reading import Reading
-from pipeline.redaction import hidden
 from pipeline.settings.method import AUTO
 from pipeline.settings.option import settings_of
 from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import renewed
+from pipeline.setup.intake import Intake, Item, item_prompts, item_tokens, new_rows, open_rows
+from pipeline.setup.lacking import refuse_lacking
+from pipeline.setup.leaving import files_of, notes_of, refuse_at_start, settle
+from pipeline.setup.preparation import Preparation, prepare
+from pipeline.setup.profile import with_profile
 from pipeline.summary import Summary, Tally
-from pipeline.words import counted
+from pipeline.texts.redaction import hidden
+from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.engines.ray_cluster import RayCluster

@@ -15,25 +15,25 @@ from typing import Any
 from pipeline.batch import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
+from pipeline.engines.packing import windows
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
-from pipeline.intake import Item, item_prompts, item_tokens, new_rows, open_rows
-from pipeline.io.lock import refuse_locked
-from pipeline.io.remote import output_place
-from pipeline.io.standing import DoneRows, done_rows, no_rows, refuse_unfinished
-from pipeline.io.writing import check_output
-from pipeline.lacking import refuse_lacking
-from pipeline.leaving import notes_of, settle
-from pipeline.packing import windows
-from pipeline.preparation import Preparation, prepare
+from pipeline.inputs.reading import Reading
+from pipeline.outputs.lock import refuse_locked
+from pipeline.outputs.standing import DoneRows, done_rows, no_rows, refuse_unfinished
+from pipeline.outputs.writing import check_output
+from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.operations import dense_flops, passes_flops
-from pipeline.reading import Reading
 from pipeline.records import EncodedDocument, RowFailure
-from pipeline.redaction import hidden
 from pipeline.settings.run import BatchConfig
-from pipeline.splitting import SplitDocument
+from pipeline.setup.intake import Item, item_prompts, item_tokens, new_rows, open_rows
+from pipeline.setup.lacking import refuse_lacking
+from pipeline.setup.leaving import notes_of, settle
+from pipeline.setup.preparation import Preparation, prepare
+from pipeline.storage.remote import output_place
 from pipeline.summary import Tally
-from pipeline.words import counted
+from pipeline.texts.redaction import hidden
+from pipeline.texts.words import counted
 
 SHOWN_MESSAGES = 3
 SHOWN_SPLIT = 10

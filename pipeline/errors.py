@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from pipeline.redaction import without_secrets
+from pipeline.texts.redaction import without_secrets
 
 KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
 NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so

@@ -14,7 +14,7 @@ from pipeline.bench.ceilings import wait_for
 from pipeline.engines.memory import Packer
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
-from pipeline.words import counted
+from pipeline.texts.words import counted
 
 TRIAL_S = 0.2  # of each rate
 MOST_TRIALS = 50

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.intake import item_prompts, open_rows
-from pipeline.preparation import prepare
+from pipeline.prompts.splitting import SplitDocument
 from pipeline.records import RowFailure
 from pipeline.settings.run import BatchConfig
-from pipeline.splitting import SplitDocument
+from pipeline.setup.intake import item_prompts, open_rows
+from pipeline.setup.preparation import prepare
 
 
 def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:

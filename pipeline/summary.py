@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.engines.clock import EngineTimes
-from pipeline.guard import FLAT, LENGTH, TASK, kind_of
 from pipeline.records import Answer
-from pipeline.words import counted
+from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
+from pipeline.texts.words import counted
 
 NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
 MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word

@@ -22,12 +22,12 @@ from kernel_cases import kernels  # noqa: F401
 from object_storage import bucket, s3_server  # noqa: F401
 
 from marsinfer_cli.app import run
+from pipeline.checkpoints.building import random_model
+from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines import warm_up
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.prefill import Pack
-from pipeline.model.random_weights import byte_tokenizer
 from pipeline.records import EncodedDocument, Row, Spans
 
 # the models are too small for more threads, and tests that run side by side would contend for the cores

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
+from pipeline.checkpoints.building import random_model
+from pipeline.families.adapters import DecoderAdapter
 
 METHODS = {
     "dense": {},

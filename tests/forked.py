@@ -18,8 +18,13 @@ from pathlib import Path
 import pytest
 
 HEAVY = [
-    *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.batch", "pipeline.forms"),
-    *("pipeline.engines.warm_up", "pipeline.io.resumed", "pipeline.model.loading", "pipeline.vocabulary"),
+    *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.batch", "pipeline.prompts.forms"),
+    *(
+        "pipeline.engines.warm_up",
+        "pipeline.outputs.resumed",
+        "pipeline.model.loading",
+        "pipeline.prompts.vocabulary",
+    ),
     # what transformers imports only for the tests' models
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2_fast"),
     *("transformers.generation.continuous_batching", "tqdm.contrib.logging"),
@@ -103,7 +108,7 @@ def hold(say: Say) -> None:
     """Have a run wait once a few rows are saved, as in a layer without end: what `check` raises ends it."""
     from pipeline.engines import outgoing
     from pipeline.engines.local import LocalEngine
-    from pipeline.io.journal import Journal
+    from pipeline.outputs.journal import Journal
 
     append, advance, saved = Journal.append, LocalEngine.advance, []
 

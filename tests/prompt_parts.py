@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.prompts import PromptBuilder
+from pipeline.prompts.builder import PromptBuilder
 from pipeline.records import Document, EncodedDocument, Row
 
 CHATML = (

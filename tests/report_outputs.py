@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from pipeline.io.answers import output_schema
-from pipeline.io.writing import AnswerWriter
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.writing import AnswerWriter
+from pipeline.pruning.tiers import FFN, LIVE, pack_layer
 from pipeline.records import Answer
-from pipeline.tiers import FFN, LIVE, pack_layer
 
 LAYERS = 6
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} $x$ & \x1b[31m"

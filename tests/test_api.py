@@ -73,7 +73,7 @@ def test_paths_and_how_a_summary_prints(fish, tmp_path, model_folder):
 
 
 def test_a_package_that_is_not_installed_has_a_version_even_so(monkeypatch):
-    from pipeline import versions
+    from pipeline.texts import versions
 
     def absent(name):
         raise versions.PackageNotFoundError(name)

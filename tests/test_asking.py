@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.asking import (
+from pipeline.errors import ConfigError
+from pipeline.settings.data import DataSettings
+from pipeline.settings.run import BatchConfig
+from pipeline.setup.asking import (
     as_before,
     as_begun,
     columns_decided,
@@ -13,9 +16,6 @@ from pipeline.asking import (
     settled,
     with_lengths,
 )
-from pipeline.errors import ConfigError
-from pipeline.settings.data import DataSettings
-from pipeline.settings.run import BatchConfig
 
 
 def decided(types, template_asks=None, **values):

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.auto import choose, device_class, keep_profile, profile_folder, proven
 from pipeline.errors import ConfigError
-from pipeline.profile import Profile, write_profile
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.settings.check import CheckConfig
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.auto import choose, device_class, keep_profile, profile_folder, proven
+from pipeline.setup.profile import Profile, write_profile
 
 
 @dataclass

@@ -18,11 +18,11 @@ from golden.calls import CALLS, OF_TYPER, outcome
 from golden.outputs import columns, make_outputs, metadata
 from golden.surface import all_commands, flags, help_texts, plain_surroundings, versions
 
-from pipeline.io.chunks import scan_part
-from pipeline.io.parts import journal_parts
-from pipeline.profile import load_profile
+from pipeline.outputs.chunks import scan_part
+from pipeline.outputs.parts import journal_parts
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import read_config, taken, to_toml
+from pipeline.setup.profile import load_profile
 
 ANEW = "if that is meant, `python -m golden.make interface` in tests/ writes it down"
 

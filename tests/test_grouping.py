@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.grouping import Grouping, same_documents
+from pipeline.engines.grouping import Grouping, same_documents
 from pipeline.pruning.registry import make_method
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import EncodedDocument, Row, Spans

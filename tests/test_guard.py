@@ -9,8 +9,8 @@ import pytest
 
 from marsinfer_cli.app import run
 from pipeline.model.loading import open_model
-from pipeline.profile import Profile, write_profile
 from pipeline.settings.model import ModelSettings
+from pipeline.setup.profile import Profile, write_profile
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from conftest import document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.guard import ATTENTION, SHARES, Guard, kind_of, spoken_for
-from pipeline.profile import Profile
 from pipeline.records import Answer
-from pipeline.toml import toml_of
+from pipeline.setup.guard import ATTENTION, SHARES, Guard, kind_of, spoken_for
+from pipeline.setup.profile import Profile
+from pipeline.texts.toml import toml_of
 
 SPARSE_FROM = 13_000
 # prompts of 9K to 30K tokens whose attention was verified: whole below SPARSE_FROM, then falling with length

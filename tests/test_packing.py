@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import document
 
-from pipeline.packing import make_packs, windows
+from pipeline.engines.packing import make_packs, windows
 
 
 def lengths_of(packs):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline.prefetch import ahead
+from pipeline.engines.prefetch import ahead
 
 
 def test_items_come_in_order():
@@ -65,7 +65,7 @@ def stuck():
 
 @pytest.mark.slow
 def test_waiting_can_be_ended(stuck, monkeypatch):
-    monkeypatch.setattr("pipeline.prefetch.LEAVE_AFTER_S", 0.1)
+    monkeypatch.setattr("pipeline.engines.prefetch.LEAVE_AFTER_S", 0.1)
 
     def check():
         raise KeyboardInterrupt
@@ -77,7 +77,7 @@ def test_waiting_can_be_ended(stuck, monkeypatch):
 
 
 def test_a_producer_that_waits_is_left_behind(stuck, monkeypatch):
-    monkeypatch.setattr("pipeline.prefetch.LEAVE_AFTER_S", 0.1)
+    monkeypatch.setattr("pipeline.engines.prefetch.LEAVE_AFTER_S", 0.1)
     items = ahead(stuck, depth=2)
     assert next(items) == 1
     items.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.intake import open_rows
 from pipeline.model.loading import UnloadedModel, load_model, open_model
-from pipeline.preparation import prepare
-from pipeline.provenance import describe_run
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.intake import open_rows
+from pipeline.setup.preparation import prepare
+from pipeline.setup.provenance import describe_run
 
 
 @pytest.fixture

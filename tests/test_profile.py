@@ -10,9 +10,9 @@ import pytest
 from pipeline import run_batch
 from pipeline.errors import ConfigError
 from pipeline.model.loading import open_model
-from pipeline.profile import Profile, check_profile, length_note, load_profile, write_profile
 from pipeline.pruning.registry import make_method
 from pipeline.settings.model import ModelSettings
+from pipeline.setup.profile import Profile, check_profile, length_note, load_profile, write_profile
 
 GATE = {"bound": "2%", "verdict": "pass", "low": float("-inf"), "high": 1.5}
 SETTINGS = {"eta": (0.9, 1.0, 0.5, 1.0), "start_layer": 0, "low": None, "sparse_attention": 0.9}

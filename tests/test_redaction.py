@@ -6,10 +6,10 @@ import pytest
 
 from marsinfer_cli.events import print_event
 from pipeline.errors import InputError, RowError
-from pipeline.io.remote import place_of
-from pipeline.redaction import bare, hidden, without_secrets
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import to_toml
+from pipeline.storage.remote import place_of
+from pipeline.texts.redaction import bare, hidden, without_secrets
 
 SECRET = "http://user:S3CRET@host/deep/d.jsonl?X-Signature=S3CRET/S3CRET#S3CRET"
 SHOWN = "http://***@host/deep/d.jsonl?***"

@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import replacing
 from pipeline.bench.plot import check_plot, save_figure
+from pipeline.check.baseline import write_baseline
+from pipeline.check.reports import junit, refuse_foreign_files
 from pipeline.errors import ConfigError
-from pipeline.profile import Profile, write_profile
-from pipeline.quality.baseline import write_baseline
-from pipeline.quality.reports import junit, refuse_foreign_files
-from pipeline.replacing import refuse_foreign_file
+from pipeline.outputs import replacing
+from pipeline.outputs.replacing import refuse_foreign_file
 from pipeline.report.page import check_page, render, write_page
 from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.setup.profile import Profile, write_profile
 
 FOREIGN = {
     "json": json.dumps({"verdict": "pass", "settings": {}}),

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.selection import select_rows, selected_rows
+from pipeline.inputs.source import open_source
 from pipeline.records import Document, Row
-from pipeline.selection import select_rows, selected_rows
 from pipeline.settings.run import BatchConfig
 
 

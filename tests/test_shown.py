@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 
 from marsinfer_cli.console import Console
-from pipeline.shown import in_cell, in_markdown, in_xml, printable
+from pipeline.texts.shown import in_cell, in_markdown, in_xml, printable
 
 EVIL = "a\x1b[31m\x9b2J\r\b\x00\u202eb\ud800|<b>`x`</b>\n[red](y)"
 PLAIN = "a\ufffd[31m\ufffd2J\ufffd\ufffd\ufffd\ufffdb\ufffd|<b>`x`</b>\n[red](y)"

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from pipeline.tiers import FFN, FP8, GONE, IN_FP8, IN_FULL, LIVE, SKIPPED, pack_layer, unpack_layers
+from pipeline.pruning.tiers import FFN, FP8, GONE, IN_FP8, IN_FULL, LIVE, SKIPPED, pack_layer, unpack_layers
 
 
 def marks_of(seed, tokens, keeps_all=False):

@@ -8,8 +8,8 @@ import pytest
 from prompt_parts import document
 
 from pipeline.errors import RowError
-from pipeline.intake import encode_rows
-from pipeline.within import MOST_BEHIND, Within
+from pipeline.prompts.within import MOST_BEHIND, Within
+from pipeline.setup.intake import encode_rows
 
 LATE = "the text was not tokenized within --row-timeout {:g} s"
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline.bench.ceilings import wait_for
+from pipeline.checkpoints.random_weights import SHAPES
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS
 from pipeline.kernels.segments import Segments
 from pipeline.model.loading import attention_for
-from pipeline.model.random_weights import SHAPES
 from pipeline.pruning.operations import attention_flops
 from pipeline.pruning.shape import ModelShape
 

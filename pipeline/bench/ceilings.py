@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.families.adapters import check_fp8
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
 from pipeline.kernels.fused import quantize_rows
 from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import check_fp8
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.operations import (
     Passes,

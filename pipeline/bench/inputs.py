@@ -6,14 +6,15 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.asking import Types, text_column
 from pipeline.errors import InputError, RowError
-from pipeline.intake import make_prompts
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 from pipeline.model.loading import LoadedModel
 from pipeline.records import EncodedDocument, Row, RowFailure, Spans
 from pipeline.settings.data import TextSettings
 from pipeline.settings.prompts import PromptSettings
+from pipeline.setup.asking import Types, text_column
+from pipeline.setup.intake import make_prompts
 
 
 def random_document(model: LoadedModel, length: int, row: int = 0) -> EncodedDocument:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.bench.ttft import Measurement
 from pipeline.errors import ConfigError
-from pipeline.io.whole_file import writing
-from pipeline.replacing import is_picture, picture_metadata, refuse_foreign_file
+from pipeline.outputs.replacing import is_picture, picture_metadata, refuse_foreign_file
+from pipeline.storage.whole_file import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

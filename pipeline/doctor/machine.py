@@ -110,9 +110,9 @@ def _free(folder: Path) -> Finding:
 
 def embedded() -> Finding:
     """The default model's weights, which come as a package."""
+    from pipeline.checkpoints.files import locate
+    from pipeline.checkpoints.gguf import GgufFiles
     from pipeline.errors import ModelError
-    from pipeline.model.files import locate
-    from pipeline.model.gguf import GgufFiles
 
     try:
         source = locate("smollm2-135m")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.building import random_model
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.loading import attention_for, pick_device, pick_dtype, use_device
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod

@@ -16,6 +16,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
+from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import (
     attention_ratio,
     dense_flops,
@@ -27,7 +28,6 @@ from pipeline.pruning.operations import (
 )
 from pipeline.records import Answer, EncodedDocument
 from pipeline.settings.answers import AnswerSettings, SamplingSettings
-from pipeline.tokenizing import stop_token_ids
 
 
 class Failure(NamedTuple):

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from pipeline.grouping import same_documents
-from pipeline.intake import Item, item_prompts, item_tokens
-from pipeline.packing import WINDOW_DOCUMENTS
+from pipeline.engines.grouping import same_documents
+from pipeline.engines.packing import WINDOW_DOCUMENTS
+from pipeline.prompts.splitting import SplitDocument
 from pipeline.records import Answer, EncodedDocument, Row, RowFailure
-from pipeline.splitting import SplitDocument
+from pipeline.setup.intake import Item, item_prompts, item_tokens
 
 # few, so that what a dead worker leaves is soon done again; more than one, so that batches are full
 BATCHES_A_BLOCK = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.engines.grouping import Group, Grouping, Way
 from pipeline.engines.memory import Packer, running_bytes
-from pipeline.grouping import Group, Grouping, Way
 from pipeline.records import EncodedDocument
 
 Numbered = tuple[int, EncodedDocument]  # a row, and which of the pack's groups it is of

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.engines.group_packs import GroupPack, GroupPacker
+from pipeline.engines.grouping import Group, Way
 from pipeline.engines.memory import Packer
 from pipeline.engines.scheduler import Waiting, WaitingPack
-from pipeline.grouping import Group, Way
-from pipeline.guard import FLAT, Guard, kind_of
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
 from pipeline.records import Answer, EncodedDocument
+from pipeline.setup.guard import FLAT, Guard, kind_of
 
 Packs = list[WaitingPack["Job"]]
 

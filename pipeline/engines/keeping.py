@@ -11,9 +11,9 @@ import torch
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.work import Work
-from pipeline.pieces import token_pieces
+from pipeline.prompts.pieces import token_pieces
+from pipeline.pruning.tiers import FFN, FP8, pack_layer
 from pipeline.records import Answer, EncodedDocument
-from pipeline.tiers import FFN, FP8, pack_layer
 
 
 def keep_selection(

@@ -9,10 +9,10 @@ from typing import Self
 import psutil
 import torch
 
+from pipeline.engines.packing import make_packs
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
-from pipeline.packing import make_packs
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
 from pipeline.records import EncodedDocument

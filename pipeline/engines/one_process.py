@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Protocol
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.outgoing import MOST_ROWS, Outgoing
 from pipeline.errors import MarsError
-from pipeline.intake import Item
 from pipeline.interrupts import nothing_to_lose
-from pipeline.mapreduce import Reduction
+from pipeline.prompts.mapreduce import Reduction
+from pipeline.prompts.splitting import SplitDocument
 from pipeline.records import Answer, EncodedDocument
-from pipeline.splitting import SplitDocument
+from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
-    from pipeline.preparation import Setup
+    from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pipeline.engines.blocks import Key, key_of
-from pipeline.intake import Item
 from pipeline.records import Answer, RowFailure
+from pipeline.setup.intake import Item
 
 MOST_ROWS = 64
 MOST_S = 1.0  # that an answer waits for others

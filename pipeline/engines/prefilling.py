@@ -18,7 +18,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.records import Answer
-from pipeline.words import counted
+from pipeline.texts.words import counted
 
 Check = Callable[[], None]
 

@@ -25,10 +25,10 @@ from pipeline.engines.clock import EngineTimes
 from pipeline.engines.ray_cluster import RayCluster, got
 from pipeline.engines.ray_worker import Started, Told
 from pipeline.errors import KEPT, MarsError
-from pipeline.intake import Item
-from pipeline.preparation import Preparation
 from pipeline.records import Answer, RowFailure
-from pipeline.words import counted
+from pipeline.setup.intake import Item
+from pipeline.setup.preparation import Preparation
+from pipeline.texts.words import counted
 
 LOOK_UP_S = 0.1  # while workers have nothing to tell
 PATIENCE_S = 0.02  # for rows to be read, while workers may have something to tell

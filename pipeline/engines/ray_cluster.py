@@ -20,9 +20,9 @@ from pipeline.engines.ray_pulse import Pulse
 from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import SIGNALS
 from pipeline.model.loading import UnloadedModel
-from pipeline.preparation import Setup, open_for_run
 from pipeline.settings.parse import parse_workers
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.preparation import Setup, open_for_run
 
 if TYPE_CHECKING:
     from pipeline.engines.ray_worker import ModelFacts

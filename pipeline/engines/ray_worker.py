@@ -13,9 +13,9 @@ from pipeline.engines.blocks import Unit, moved, rows_of
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.one_process import answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
-from pipeline.preparation import Setup, open_for_run
 from pipeline.records import Answer
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.preparation import Setup, open_for_run
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import on_device
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import KeysValues
 from pipeline.model.sampling import Sampling, next_tokens
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache, Slots
 
 

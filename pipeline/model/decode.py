@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import RowError
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.graphs import DecodeStats, StepRunner, recorder_for

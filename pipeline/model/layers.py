@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import MarsError
+from pipeline.families.adapters import DecoderAdapter, Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import SparsePrefill
-from pipeline.model.adapters import DecoderAdapter, Rope
 from pipeline.model.cache import RaggedCache
 from pipeline.model.parking import Parked
 from pipeline.model.precision import Kept, kept_of

@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from pipeline.checkpoints.files import locate
+from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.errors import ConfigError, ModelError
+from pipeline.families.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.kernels.attention import AttentionBackend, choose_attention
-from pipeline.model.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
-from pipeline.model.files import locate
-from pipeline.model.random_weights import PREFIX, RandomWeights
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model import ModelSettings
 

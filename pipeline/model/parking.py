@@ -12,9 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pipeline.families.adapters import DecoderAdapter, Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import DecoderAdapter, Rope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.layers import Begun, Pack, Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache

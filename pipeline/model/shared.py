@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.cache import RaggedCache
 from pipeline.model.continuation import continue_with
 from pipeline.model.layers import Begun, Pack, Survivors, run_layers

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.base import LayerView
 from pipeline.pruning.operations import LayerWork
-from pipeline.tiers import FFN, FP8, LIVE
+from pipeline.pruning.tiers import FFN, FP8, LIVE
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,7 @@ from pipeline.kernels.select import top_mask
 from pipeline.pruning.operations import LayerWork, Passes
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
-from pipeline.toml import LARGEST
+from pipeline.texts.toml import LARGEST
 
 LIMITS = "limits"  # of a field's metadata
 PAPER_DEPTH = 32  # layers of the models that the papers prune

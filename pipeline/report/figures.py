@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.guard import kind_of
 from pipeline.report.layers import LAYER_COLUMNS, LayerShares, add_layers
 from pipeline.report.reading import Run
+from pipeline.setup.guard import kind_of
 
 PHASES = {"queue_ms": "queue", "tokenize_ms": "tokenize", "prefill_ms": "prefill", "decode_ms": "decode"}
 WEIGHED = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio")

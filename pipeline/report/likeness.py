@@ -6,7 +6,7 @@ from collections.abc import Callable
 from difflib import SequenceMatcher
 
 from pipeline.errors import ConfigError
-from pipeline.quality.similarity import edit_similarity
+from pipeline.suites.similarity import edit_similarity
 
 
 def likeness() -> tuple[Callable[[str, str], float], str]:

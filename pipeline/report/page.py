@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.errors import ConfigError
-from pipeline.io.whole_file import writing
-from pipeline.replacing import is_page, refuse_foreign_file
-from pipeline.shown import in_xml
-from pipeline.versions import version_of
+from pipeline.outputs.replacing import is_page, refuse_foreign_file
+from pipeline.storage.whole_file import writing
+from pipeline.texts.shown import in_xml
+from pipeline.texts.versions import version_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 

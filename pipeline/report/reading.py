@@ -19,20 +19,20 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io.answers import ANSWER_FIELDS
-from pipeline.io.beginnings import METADATA_KEY, STATE_FILE, Beginning
-from pipeline.io.causes import READ_ERRORS, cause
-from pipeline.io.chunks import Damage, pieces, whole_chunks
-from pipeline.io.formats import SINKS
-from pipeline.io.jsonvalues import KEYS
-from pipeline.io.mirror import Mirror
-from pipeline.io.parts import damage_told, journal_folder, journal_parts
-from pipeline.io.passthrough import EXTRA
-from pipeline.io.published import Published
-from pipeline.io.remote import RemotePath, place_of
-from pipeline.io.rowindex import DUPLICATE
-from pipeline.io.sidecar import needs_sidecar, sidecar_path
-from pipeline.redaction import bare, hidden, redacted
+from pipeline.inputs.passthrough import EXTRA
+from pipeline.outputs.answers import ANSWER_FIELDS
+from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
+from pipeline.outputs.chunks import Damage, pieces, whole_chunks
+from pipeline.outputs.formats import SINKS
+from pipeline.outputs.mirror import Mirror
+from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
+from pipeline.outputs.published import Published
+from pipeline.outputs.rowindex import DUPLICATE
+from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
+from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.storage.remote import RemotePath, place_of
+from pipeline.texts.redaction import bare, hidden, redacted
+from pipeline.values.jsonvalues import KEYS
 
 TYPES = {field.name: field.type for field in ANSWER_FIELDS}
 KEY_COLUMNS = ("id", "row", "error_type")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.replacing import is_profile, refuse_foreign_file
+from pipeline.outputs.replacing import is_profile, refuse_foreign_file
 from pipeline.settings.check import check_place
 from pipeline.settings.gate import SoughtSettings
 from pipeline.settings.parse import check_at_least

@@ -8,9 +8,9 @@ from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
 from pipeline.errors import ConfigError
-from pipeline.redaction import redacted
 from pipeline.settings.kinds import KINDS, Kind
 from pipeline.settings.parse import check_at_least, check_between, check_choice, check_size
+from pipeline.texts.redaction import redacted
 
 _KEY = "setting"
 

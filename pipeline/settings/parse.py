@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.toml import LARGEST
+from pipeline.texts.toml import LARGEST
 
 
 def read_template(path: str | None, flag: str = "--prompt-template") -> str | None:

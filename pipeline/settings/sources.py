@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.redaction import redacted
 from pipeline.settings.asking import ASKED
 from pipeline.settings.gate import GateSettings, SoughtSettings
 from pipeline.settings.method import MethodSettings
@@ -18,7 +17,8 @@ from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, set
 from pipeline.settings.parse import NEEDLES
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.suite import SuiteSettings
-from pipeline.toml import toml_key, toml_value
+from pipeline.texts.redaction import redacted
+from pipeline.texts.toml import toml_key, toml_value
 
 PREFIX = "MARSINFER_"
 # together they have every setting that a file or the environment may hold

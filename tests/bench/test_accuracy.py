@@ -7,13 +7,13 @@ import json
 import pytest
 
 from marsinfer_cli.app import run
+from pipeline.bench.accuracy import measure_accuracy, read_cases
 from pipeline.model.loading import load_model
 from pipeline.model.variant import Variant
-from pipeline.profile import Profile, write_profile
 from pipeline.pruning.registry import make_method
-from pipeline.quality.accuracy import measure_accuracy, read_cases
-from pipeline.quality.samples import document_key, part_of
 from pipeline.settings.bench import AccuracyConfig
+from pipeline.setup.profile import Profile, write_profile
+from pipeline.suites.samples import document_key, part_of
 
 pytestmark = pytest.mark.slow
 

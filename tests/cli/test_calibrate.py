@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from marsinfer_cli.app import run
+from pipeline.calibrate import calibrating as calibrate_module
+from pipeline.calibrate.calibrating import run_calibrate
+from pipeline.calibrate.calibration_report import layer_heads, layer_rows, raise_unless_held
 from pipeline.errors import GateFailed
+from pipeline.evaluate import scores as evaluate
+from pipeline.evaluate.workbench import Clock
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.pruning.operations import passes_flops
-from pipeline.quality import calibrate as calibrate_module
-from pipeline.quality import evaluate
-from pipeline.quality.calibrate import run_calibrate
-from pipeline.quality.calibration_report import layer_heads, layer_rows, raise_unless_held
-from pipeline.quality.samples import document_key
-from pipeline.quality.workbench import Clock
 from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.suites.samples import document_key
 
 STEP_S = 0.03  # that a prefill or a step of an answer counts as
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline import intake
-from pipeline.io.journal import journal_folder
+from pipeline.outputs.journal import journal_folder
+from pipeline.setup import intake
 
 pytestmark = pytest.mark.slow
 

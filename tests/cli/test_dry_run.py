@@ -13,17 +13,17 @@ import torch
 from conftest import FISH
 
 from pipeline import run_batch
+from pipeline.checkpoints.files import ModelFiles
+from pipeline.engines.packing import windows
 from pipeline.estimate import Pace, Rates, estimate_by_pace, measure_rates
-from pipeline.intake import new_rows, open_rows
-from pipeline.io.lock import lock_output
-from pipeline.io.mirror import open_journal
-from pipeline.model.files import ModelFiles
-from pipeline.packing import windows
-from pipeline.preparation import prepare
+from pipeline.outputs.lock import lock_output
+from pipeline.outputs.mirror import open_journal
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import Answer
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.intake import new_rows, open_rows
+from pipeline.setup.preparation import prepare
 
 SHAPE = ModelShape(layers=4, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=1024)
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6"]
@@ -292,7 +292,7 @@ def test_the_rates_of_a_device_are_measured():
 
 
 def test_a_dry_run_says_that_the_journal_is_damaged_and_leaves_it(call, no_weights, fish, tmp_path, capfd):
-    from pipeline.io.parts import journal_folder
+    from pipeline.outputs.parts import journal_folder
 
     out = tmp_path / "out.parquet"
     words = [fish, out, *ASK, "--model", no_weights, "--resume", "--dry-run", "--method", "dense"]

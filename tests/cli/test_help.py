@@ -14,7 +14,7 @@ from commands import commands, default_of, options
 from marsinfer_cli.app import run
 from marsinfer_cli.completion import models
 from marsinfer_cli.examples import EXAMPLES
-from pipeline.model.names import local_models
+from pipeline.checkpoints.names import local_models
 from pipeline.pruning.registry import method_names
 
 HEAVY = ("torch", "transformers", "pyarrow", "numpy")

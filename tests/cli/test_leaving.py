@@ -166,7 +166,7 @@ def test_a_file_out_of_reach_ends_the_run_after_all_others(batch, folder, monkey
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_server_that_fails_midway_is_out_of_reach(batch, folder, monkeypatch, name):
     """As it is for a server that fails from the beginning: exit code 8, nothing published, nothing lost."""
-    monkeypatch.setattr("pipeline.io.remote.BLOCK_BYTES", 200)
+    monkeypatch.setattr("pipeline.storage.remote.BLOCK_BYTES", 200)
     rows = [{"id": f"web-{n}", "text": f"fish {n} " * 20} for n in range(8)]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if name == "a.parquet":

@@ -13,8 +13,8 @@ import pytest
 from forked import SAVED, held_run
 from object_storage import objects, put
 
-from pipeline.io.lock import lock_output
-from pipeline.io.remote import place_of
+from pipeline.outputs.lock import lock_output
+from pipeline.storage.remote import place_of
 
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
 ROWS = 24
@@ -69,7 +69,7 @@ def test_a_killed_run_from_bucket_to_bucket_is_resumed(
 @pytest.mark.slow
 def test_storage_that_fails_is_exit_code_8(call, documents, bucket, capfd, s3_server, monkeypatch):
     _, remote = documents
-    from pipeline.io.mirror import Mirror
+    from pipeline.outputs.mirror import Mirror
 
     put_chunks, count = Mirror.put_chunks, []
 

@@ -11,9 +11,9 @@ import pytest
 from report_outputs import EVIL, answered, failed, schema_of, selected, write
 
 from marsinfer_cli.app import run
-from pipeline.io.journal import Journal
-from pipeline.io.sidecar import sidecar_path
-from pipeline.tiers import FFN, LIVE, pack_layer
+from pipeline.outputs.journal import Journal
+from pipeline.outputs.sidecar import sidecar_path
+from pipeline.pruning.tiers import FFN, LIVE, pack_layer
 
 pytestmark = pytest.mark.slow
 

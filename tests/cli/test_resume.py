@@ -15,8 +15,9 @@ from forked import SAVED, Forked, held_run, load_for_ever
 from marsinfer_cli.app import run
 from pipeline import load_model, run_batch
 from pipeline.errors import KEPT, Interrupted
-from pipeline.io import Source, journal
+from pipeline.inputs.source import Source
 from pipeline.model.loading import UnloadedModel
+from pipeline.outputs import journal
 
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
 PRUNED = ["--method", "marsinfer", "--set", "start_layer=1"]
@@ -341,7 +342,7 @@ def test_an_input_without_the_column_of_the_text_is_refused_and_leaves_nothing(
 
 
 def test_a_second_run_finds_the_output_locked(batch, fish, tmp_path, capfd):
-    from pipeline.io.lock import OutputLock
+    from pipeline.outputs.lock import OutputLock
 
     with OutputLock(tmp_path / "out.parquet"):
         assert batch(fish) == 7

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document, sharpened
 
+from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines.local import LocalEngine
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import decode as decode_module
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from conftest import SIZES, document, tiny_model
 
+from pipeline.calibrate.emission import sparse_from_of
 from pipeline.engines import prefilling
 from pipeline.engines.local import LocalEngine
-from pipeline.guard import ATTENTION, FLAT, SHARES, Guard, kind_of, spoken_for
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
-from pipeline.profile import Profile
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality.emission import sparse_from_of
 from pipeline.records import EncodedDocument, Row, Spans
+from pipeline.setup.guard import ATTENTION, FLAT, SHARES, Guard, kind_of, spoken_for
+from pipeline.setup.profile import Profile
 
 SPARSE_FROM = 300
 PLAIN = {"eta": 1.0, "start_layer": 2}  # nothing but its attention leaves anything out

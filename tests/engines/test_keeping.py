@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import run_batch
-from pipeline.io.answers import SELECTION_NAMES
-from pipeline.tiers import GONE, IN_FP8, SKIPPED, unpack_layers
+from pipeline.outputs.answers import SELECTION_NAMES
+from pipeline.pruning.tiers import GONE, IN_FP8, SKIPPED, unpack_layers
 
 pytestmark = pytest.mark.slow
 

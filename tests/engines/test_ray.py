@@ -18,11 +18,11 @@ from marsinfer_cli.app import run
 from pipeline.batch import open_input
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model.loading import open_model
-from pipeline.preparation import prepare
-from pipeline.profile import Profile, write_profile
 from pipeline.pruning.dense import Dense
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.run import BatchConfig
+from pipeline.setup.preparation import prepare
+from pipeline.setup.profile import Profile, write_profile
 
 pytestmark = [
     pytest.mark.slow,

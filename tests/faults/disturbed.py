@@ -25,8 +25,8 @@ from forked import Forked, Prepare
 from faults.job import ALONE, METHOD, SETTINGS
 from faults.places import Place, Rows
 from marsinfer_cli.app import run
-from pipeline.io.chunks import Chunk, whole_chunks
-from pipeline.io.journal import Journal
+from pipeline.outputs.chunks import Chunk, whole_chunks
+from pipeline.outputs.journal import Journal
 from pipeline.records import Answer
 
 IN_A_FILE = 4

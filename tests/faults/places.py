@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.io.causes import NetworkError
-from pipeline.io.remote import RemotePath
+from pipeline.storage.causes import NetworkError
+from pipeline.storage.remote import RemotePath
 
 Rows = list[dict[str, Any]]
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("n", pa.int64())])

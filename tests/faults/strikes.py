@@ -14,7 +14,7 @@ import pytest
 from forked import Say
 
 from faults.disturbed import INPUTS, Disturbed, at_append, at_publish
-from pipeline.io.lock import lock_output
+from pipeline.outputs.lock import lock_output
 
 Strike = Callable[[Disturbed], AbstractContextManager[None]]
 FOR_EVER = ExitStack()  # what is done to a process that will not be mended
@@ -193,7 +193,7 @@ def die_after_a_row(say: Say) -> None:
 
 def die_while_writing(say: Say) -> None:
     """Kill the process once the first rows of its output are written."""
-    from pipeline.io.writing import AnswerWriter
+    from pipeline.outputs.writing import AnswerWriter
 
     write = AnswerWriter.write_table
 

@@ -8,7 +8,7 @@ from faults.job import TOGETHER, check_rows, read
 from pipeline.engines import local
 from pipeline.engines.table import Running
 from pipeline.model.decode import Decoder
-from pipeline.tokenizing import Codec
+from pipeline.prompts.tokenizing import Codec
 
 pytestmark = pytest.mark.slow
 

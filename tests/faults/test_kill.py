@@ -19,7 +19,7 @@ from row_files import read
 
 from faults.job import ALONE, SETTINGS, TOGETHER
 from marsinfer_cli.app import run
-from pipeline.io.chunks import scan_part
+from pipeline.outputs.chunks import scan_part
 
 pytestmark = pytest.mark.slow
 

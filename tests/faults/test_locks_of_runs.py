@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 HOLD = """
 import sys
-from pipeline.io.lock import OutputLock
+from pipeline.outputs.lock import OutputLock
 with OutputLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from faults.job import A_FEW, ALONE, check_rows, read
-from pipeline.io.chunks import HEADER, MAGIC, scan_part
+from pipeline.outputs.chunks import HEADER, MAGIC, scan_part
 
 pytestmark = pytest.mark.slow
 

@@ -20,17 +20,17 @@ from golden import BEFORE
 from golden.calls import ASK, TINY
 from golden.surface import plain_surroundings
 from marsinfer_cli.app import run
+from pipeline.calibrate.bounds import Verified
+from pipeline.calibrate.emission import make_profile
+from pipeline.calibrate.ladder import Rung, RungResult
+from pipeline.evaluate.drops import Paired
+from pipeline.evaluate.workbench import Trial
 from pipeline.model.loading import open_model
 from pipeline.model.variant import Variant
-from pipeline.profile import write_profile
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality.bounds import Verified
-from pipeline.quality.drops import Paired
-from pipeline.quality.emission import make_profile
-from pipeline.quality.ladder import Rung, RungResult
-from pipeline.quality.workbench import Trial
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.model import ModelSettings
+from pipeline.setup.profile import write_profile
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"
 CHECK = (

@@ -11,11 +11,11 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from decode_steps import EndAt
 
 import pipeline.model.decode as decode_module
+from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError, RowError
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.batch import Seat
-from pipeline.model.building import random_model
 from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
 from pipeline.model.offload import KvLimits

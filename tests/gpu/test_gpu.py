@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document
 
+from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, DecodeSlots, SdpaAttention, choose_attention
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import Copier, KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, prefill

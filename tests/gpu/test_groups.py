@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document
 
+from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import choose_attention
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill

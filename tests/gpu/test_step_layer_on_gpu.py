@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.checkpoints.building import random_model
+from pipeline.families import adapters, projection
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.fp8 import fp8_available
-from pipeline.model import adapters, projection
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda", 0)

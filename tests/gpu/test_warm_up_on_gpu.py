@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document
 
+from pipeline.checkpoints.building import random_model
 from pipeline.engines import warm_up
 from pipeline.engines.local import LocalEngine
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import choose_attention
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.io import output_schema
-from pipeline.io.journal import Journal
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.journal import Journal
 from pipeline.records import Answer, Row
 
 EXTENSIONS = [".parquet", ".arrow", ".arrows", ".jsonl"]

@@ -8,9 +8,10 @@ import pytest
 from journal_runs import answer, finish, killed, numbered, refusal, start, work
 
 from pipeline.errors import ConfigError
-from pipeline.io import AnswerWriter, output_schema
-from pipeline.io.journal import journal_folder
-from pipeline.io.whole_file import give_access, writing
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.journal import journal_folder
+from pipeline.outputs.writing import AnswerWriter
+from pipeline.storage.whole_file import give_access, writing
 
 
 def mode(path):

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import AnswerWriter, check_output, output_schema
-from pipeline.io.answers import answers_table
-from pipeline.io.beginnings import SETTINGS_KEY
-from pipeline.io.sidecar import Written, write_sidecar
+from pipeline.outputs.answers import answers_table, output_schema
+from pipeline.outputs.beginnings import SETTINGS_KEY
+from pipeline.outputs.sidecar import Written, write_sidecar
+from pipeline.outputs.writing import AnswerWriter, check_output
 from pipeline.records import Answer
 
 NOTHING = pa.schema([])

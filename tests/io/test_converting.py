@@ -5,8 +5,8 @@ import uuid
 import pyarrow as pa
 import pytest
 
-from pipeline.io.converting import converted
-from pipeline.io.dictionaries import settled
+from pipeline.values.converting import converted
+from pipeline.values.dictionaries import settled
 
 REQUIRED = pa.field("a", pa.int64(), nullable=False)
 LAYOUTS = [

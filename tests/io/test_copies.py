@@ -27,11 +27,11 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError
-from pipeline.io import copies, merge
-from pipeline.io.dropped import dropped_path
-from pipeline.io.journal import journal_folder
-from pipeline.io.mirror import open_journal
-from pipeline.io.remote import place_of
+from pipeline.outputs import copies, merge
+from pipeline.outputs.dropped import dropped_path
+from pipeline.outputs.journal import journal_folder
+from pipeline.outputs.mirror import open_journal
+from pipeline.storage.remote import place_of
 
 YEAR = pa.schema([("year", pa.int16())])
 THEN = pa.schema([("year", pa.int16()), ("old", pa.string())])
@@ -318,7 +318,7 @@ def test_lines_of_the_same_size_before_and_after_are_told_by_their_columns(tmp_p
 
 
 def test_lines_that_hold_keys_are_left_as_they_are(tmp_path):
-    from pipeline.io.jsonvalues import KEYS
+    from pipeline.values.jsonvalues import KEYS
 
     keys = pa.schema([pa.field("extra", pa.large_string(), metadata=KEYS)])
     path = tmp_path / "out.jsonl"

@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 from pipeline.records import Document, RowFailure
 
 REWRITE = "write the file again from its source"

@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source
-from pipeline.io.sniff import misnamed
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 from pipeline.records import RowFailure
+from pipeline.storage.sniff import misnamed
 
 FUZZ = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 

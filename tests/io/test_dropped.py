@@ -22,7 +22,7 @@ from journal_runs import (
     work,
 )
 
-from pipeline.io.dropped import dropped_path
+from pipeline.outputs.dropped import dropped_path
 
 ROWS = numbered(6)
 

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import Columns, open_source
-from pipeline.io.remote import output_place, place_of
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.storage.remote import output_place, place_of
 
 KNOWN = (
     ".parquet, .pq, .jsonl, .jsonl.gz, .jsonl.zst, .ndjson, .ndjson.gz, .ndjson.zst, "

@@ -22,7 +22,7 @@ from journal_runs import (
 )
 
 from pipeline.errors import RowError
-from pipeline.io.journal import journal_folder
+from pipeline.outputs.journal import journal_folder
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)

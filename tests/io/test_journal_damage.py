@@ -23,8 +23,8 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io.chunks import HEADER, MAGIC, pack_chunk, scan_part
-from pipeline.io.journal import journal_folder
+from pipeline.outputs.chunks import HEADER, MAGIC, pack_chunk, scan_part
+from pipeline.outputs.journal import journal_folder
 
 
 def test_the_last_chunk_torn_anywhere_costs_that_chunk_only(tmp_path):

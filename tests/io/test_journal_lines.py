@@ -9,8 +9,8 @@ import pytest
 from journal_runs import SETTINGS, answer, ask, finish, ids, killed, numbered, read, refusal, start, work
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import published
-from pipeline.io.journal import journal_folder
+from pipeline.outputs import published
+from pipeline.outputs.journal import journal_folder
 
 FAITHFUL = pa.schema(
     [
@@ -213,7 +213,7 @@ def test_a_full_disk_at_the_sidecar_keeps_the_journal(path, monkeypatch):
     with start(path) as journal:
         work(journal, numbered(3))
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.io.sidecar.save_json", full)
+            patch.setattr("pipeline.outputs.sidecar.save_json", full)
             with pytest.raises(StorageError, match="--resume continues"):
                 journal.publish()
     assert not path.exists()

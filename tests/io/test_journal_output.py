@@ -23,8 +23,8 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError, Interrupted, StorageError
-from pipeline.io.dictionaries import settled
-from pipeline.io.journal import journal_folder
+from pipeline.outputs.journal import journal_folder
+from pipeline.values.dictionaries import settled
 
 pytestmark = pytest.mark.slow
 
@@ -222,7 +222,7 @@ def test_a_run_killed_right_after_publishing_publishes_again(tmp_path, monkeypat
     journal = start(path)
     work(journal, numbered(3))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.io.journal.remove_journal", lambda folder: None)
+        patch.setattr("pipeline.outputs.journal.remove_journal", lambda folder: None)
         journal.publish()
     assert path.exists()
     assert finish(path, numbered(4)) == ["id 3"]

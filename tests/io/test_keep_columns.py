@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import Columns, open_source, parse_keep_columns
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
 
 
 def write_lines(path, *values):

@@ -11,10 +11,10 @@ import pytest
 from object_storage import objects, put
 
 from pipeline.errors import ConfigError, LockedError, StorageError
-from pipeline.io import lease
-from pipeline.io.lease import Holder, LeaseLock
-from pipeline.io.lock import lock_output, refuse_locked
-from pipeline.io.remote import RemotePath, place_of
+from pipeline.outputs import lease
+from pipeline.outputs.lease import Holder, LeaseLock
+from pipeline.outputs.lock import lock_output, refuse_locked
+from pipeline.storage.remote import RemotePath, place_of
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ import tracemalloc
 import pytest
 from zstandard import ZstdCompressor
 
-from pipeline.io import Columns, open_source
-from pipeline.io.lines import PASSED_BYTES, LongLine, bounded_lines
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.lines import PASSED_BYTES, LongLine, bounded_lines
+from pipeline.inputs.source import open_source
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])

@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from pipeline.errors import ConfigError, LockedError, StorageError
-from pipeline.io.lock import OutputLock
+from pipeline.outputs.lock import OutputLock
 
 HOLD = """
 import sys
-from pipeline.io.lock import OutputLock
+from pipeline.outputs.lock import OutputLock
 with OutputLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

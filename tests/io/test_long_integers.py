@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, long_integers, open_source, parse_keep_columns
+from pipeline.inputs import long_integers
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
 
 TABLE = pa.table({"text": ["a", "b"], "kind": pa.array(["k", "l"], pa.large_string()), "big": [1, 2]})
 

@@ -8,11 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from columns_told import columns_told
 
-from pipeline import replacing
+from pipeline.check.baseline import write_baseline
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import AnswerWriter, Columns, check_output, open_source, output_schema
-from pipeline.io.sidecar import Written, sidecar_path, write_sidecar
-from pipeline.quality.baseline import write_baseline
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs import replacing
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.sidecar import Written, sidecar_path, write_sidecar
+from pipeline.outputs.writing import AnswerWriter, check_output
 from pipeline.records import Answer
 
 METADATA = {"marsinfer": json.dumps({"settings_that_decide": {}})}

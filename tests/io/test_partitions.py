@@ -9,7 +9,8 @@ import pytest
 from columns_told import columns_told
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source, parse_keep_columns
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
 
 
 def write(path, *texts, **more):

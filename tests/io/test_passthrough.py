@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io import AnswerWriter, Columns, open_source, output_schema, parse_keep_columns
-from pipeline.io.answers import answers_table
-from pipeline.io.published import Published
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs.answers import answers_table, output_schema
+from pipeline.outputs.published import Published
+from pipeline.outputs.writing import AnswerWriter
 from pipeline.records import Answer
 
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from columns_told import columns_told
 
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 
 TABLE = pa.table({"body": ["x"], "n": [1]})
 LINES = b'\xef\xbb\xbf\nno JSON\n{"body": "x", "n": 1, "tags": ["a"], "none": null}\n{"other": 1}\n'

@@ -5,8 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import AnswerWriter, Columns, open_source, output_schema, parse_keep_columns
-from pipeline.io.formats import SINKS
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.formats import SINKS
+from pipeline.outputs.writing import AnswerWriter
 from pipeline.records import Answer
 
 DICTIONARY = pa.DictionaryArray.from_arrays(

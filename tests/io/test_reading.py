@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 from pipeline.records import Document
 
 

@@ -19,8 +19,11 @@ import zstandard
 from object_storage import put
 
 from pipeline.errors import ConfigError, InputError, StorageError
-from pipeline.io import Columns, check_output, open_source, remote
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs.writing import check_output
 from pipeline.records import Document
+from pipeline.storage import remote
 
 pytestmark = pytest.mark.slow
 
@@ -299,8 +302,9 @@ def test_an_unreachable_server_is_told():
 def test_nothing_of_it_is_imported_for_local_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     program = (
-        "import sys; from pipeline.io import open_source, Columns, check_output; "
-        "from pipeline.io.lock import lock_output; import pipeline.io.mirror; "
+        "import sys; from pipeline.inputs.source import open_source; "
+        "from pipeline.inputs.columns import Columns; from pipeline.outputs.writing import check_output; "
+        "from pipeline.outputs.lock import lock_output; import pipeline.outputs.mirror; "
         f"list(open_source([{str(tmp_path / 'a.jsonl')!r}], Columns())); "
         f"out = {str(tmp_path / 'out.jsonl')!r}; check_output(out, (), False); lock_output(out); "
         "sys.exit(bool({'fsspec', 's3fs', 'aiohttp', 'asyncio'} & set(sys.modules)))"

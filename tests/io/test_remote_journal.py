@@ -9,11 +9,12 @@ from journal_runs import EXTENSIONS, SETTINGS, answer, numbered, read, schema_of
 from object_storage import objects, put
 
 from pipeline.errors import ConfigError, LockedError, StorageError
-from pipeline.io import check_output, open_source
-from pipeline.io.columns import Columns
-from pipeline.io.lock import lock_output
-from pipeline.io.mirror import open_journal
-from pipeline.io.remote import RemotePath, place_of
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs.lock import lock_output
+from pipeline.outputs.mirror import open_journal
+from pipeline.outputs.writing import check_output
+from pipeline.storage.remote import RemotePath, place_of
 
 pytestmark = pytest.mark.slow
 
@@ -145,7 +146,7 @@ def test_a_journal_that_is_being_removed_counts_for_nothing(output, bucket, mome
         real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.io.mirror.AT_ONCE", 1)
+        patch.setattr("pipeline.outputs.mirror.AT_ONCE", 1)
         patch.setattr(RemotePath, "unlink", unlink)
         with pytest.raises(KeyboardInterrupt):
             finish(output, numbered(9))
@@ -274,7 +275,7 @@ def test_an_upload_that_fails_leaves_the_journal(output, bucket, monkeypatch, tm
 
 
 def test_large_outputs_are_uploaded_in_pieces(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.io.remote.UPLOAD_BYTES", 5 << 20)
+    monkeypatch.setattr("pipeline.storage.remote.UPLOAD_BYTES", 5 << 20)
     (tmp_path / "large").write_bytes(os.urandom(11 << 20))
     path = place_of(f"{bucket}/large")
     path.upload(tmp_path / "large")

@@ -5,8 +5,9 @@ import gzip
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source
-from pipeline.io.sniff import CR_ENDS
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.storage.sniff import CR_ENDS
 
 LINES = '{"text": "a"}\n{"text": "b"}\n'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"

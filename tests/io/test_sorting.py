@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.io import Columns, open_source, sorting
-from pipeline.io.sorting import by_document
+from pipeline.inputs import sorting
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.sorting import by_document
+from pipeline.inputs.source import open_source
 from pipeline.records import Document
 
 
@@ -72,7 +74,9 @@ def test_no_room_is_an_error_of_the_storage(tmp_path, monkeypatch):
 
 
 def test_scattered_rows_come_within_one_window(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.packing.windows.__kwdefaults__", {"documents": 4, "tokens": 4_000_000})
+    monkeypatch.setattr(
+        "pipeline.engines.packing.windows.__kwdefaults__", {"documents": 4, "tokens": 4_000_000}
+    )
     texts = [f"fish {n} " * 9 for n in range(4)]
     rows = [{"id": str(n), "text": texts[n % 4], "ask": f"is it {n}?"} for n in range(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,8 @@ import pytest
 from columns_told import columns_told
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
 
 
 class Piped(io.TextIOWrapper):
@@ -104,7 +105,8 @@ def test_a_terminal_is_refused(monkeypatch, pipe):
 
 def test_a_reader_that_waits_does_not_hold_up_the_end_of_the_process():
     program = (
-        "import threading, time; from pipeline.io import Columns, open_source; "
+        "import threading, time; from pipeline.inputs.columns import Columns; "
+        "from pipeline.inputs.source import open_source; "
         "source = open_source(['-'], Columns()); "
         "threading.Thread(target=lambda: print(len(list(source))), daemon=True).start(); time.sleep(0.3)"
     )

@@ -5,9 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io import Columns, open_source, parse_keep_columns
-from pipeline.io.dictionaries import settled
-from pipeline.io.unify import common
+from pipeline.inputs.columns import Columns, parse_keep_columns
+from pipeline.inputs.source import open_source
+from pipeline.values.dictionaries import settled
+from pipeline.values.unify import common
 
 A, B = pa.field("a", pa.int64()), pa.field("b", pa.string())
 REQUIRED = pa.field("a", pa.int64(), nullable=False)
@@ -64,7 +65,7 @@ def test_types_that_have_a_common_one(one, other, expected):
 
 
 def converted_nulls(kind, joined):
-    from pipeline.io.converting import converted
+    from pipeline.values.converting import converted
 
     return (
         converted(pa.nulls(1, kind), joined).to_pylist() if not pa.types.is_run_end_encoded(kind) else [None]

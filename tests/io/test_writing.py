@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.io import AnswerWriter, Columns, open_source, output_schema
-from pipeline.io.answers import SELECTION_NAMES
+from pipeline.inputs.columns import Columns
+from pipeline.inputs.source import open_source
+from pipeline.outputs.answers import SELECTION_NAMES, output_schema
+from pipeline.outputs.writing import AnswerWriter
 from pipeline.records import Answer, PartAnswer, Row, RowFailure
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]

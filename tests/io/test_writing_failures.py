@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.io import AnswerWriter, output_schema
+from pipeline.outputs.answers import output_schema
+from pipeline.outputs.writing import AnswerWriter
 from pipeline.records import Answer
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]

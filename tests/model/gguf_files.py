@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.model.gguf_rope import llama3_divisors
+from pipeline.checkpoints.gguf_rope import llama3_divisors
 
 Tensors = dict[str, NDArray[np.float32]]
 TOKENS = [*bytes_to_unicode().values(), "Ġt", "Ġti", "<|im_start|>", "<|im_end|>"]

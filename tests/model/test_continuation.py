@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels import reference
 from pipeline.kernels.attention import DecodeSlots
 from pipeline.kernels.segments import Segments
-from pipeline.model.adapters import DecoderAdapter
 from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import WEIGHTS, change_config, copied, opened, shard, tensors, write
 
-from pipeline.model import fingerprint
+from pipeline.checkpoints import fingerprint
 
 
 @pytest.fixture(params=[fingerprint.WHOLE_BYTES, 0], ids=["whole", "sampled"])

@@ -19,8 +19,8 @@ from checkpoints import (
     write_index,
 )
 
+from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
-from pipeline.model.files import locate
 
 AGAIN = "download or copy it again"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
 
+from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -20,7 +20,7 @@ TIERS = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=6, pre
 
 @pytest.fixture
 def slow_cpu(monkeypatch):
-    monkeypatch.setattr("pipeline.model.adapters.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.adapters.fp8_available", lambda device: None)
 
 
 def bf16_model(family="qwen3"):

@@ -11,11 +11,11 @@ import torch
 from conftest import SIZES, document, pack_of, sharpened
 from gguf_files import settings_of, stored, tensors_of, write, write_parts
 
+from pipeline.checkpoints.building import random_model
+from pipeline.checkpoints.gguf_header import read_header
+from pipeline.checkpoints.gguf_rope import LLAMA_3, GgufError, llama3_divisors, rope_parameters
 from pipeline.errors import ModelError
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
-from pipeline.model.gguf_header import read_header
-from pipeline.model.gguf_rope import LLAMA_3, GgufError, llama3_divisors, rope_parameters
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -330,7 +330,7 @@ def test_files_that_are_cut_short_or_damaged(llama, tmp_path):
 def test_a_header_is_read_once(llama, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "pipeline.model.gguf.read_header", lambda path: read.append(path) or read_header(path)
+        "pipeline.checkpoints.gguf.read_header", lambda path: read.append(path) or read_header(path)
     )
     path = changed(llama, tmp_path)
     loaded(path)

@@ -10,9 +10,9 @@ import torch
 from conftest import SIZES
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
-from pipeline.model.adapters import DecoderAdapter, check_config, shape_of
-from pipeline.model.files import locate
+from pipeline.families.adapters import DecoderAdapter, check_config, shape_of
 from pipeline.model.loading import load_model
 
 

@@ -7,12 +7,12 @@ import torch
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, sharpened, tiny_model
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines import memory
 from pipeline.engines.memory import Packer
-from pipeline.model import adapters
-from pipeline.model.adapters import DecoderAdapter
-from pipeline.model.building import random_model
+from pipeline.families import adapters
+from pipeline.families.adapters import DecoderAdapter
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
@@ -81,7 +81,7 @@ def test_pieces_are_few_and_of_like_size(tokens, sizes):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("linears", ["fp8", "mixed"])
 def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
-    monkeypatch.setattr("pipeline.model.adapters.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.adapters.fp8_available", lambda device: None)
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
     adapter = DecoderAdapter(sharpened(model))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from marsinfer_cli.app import run
+from pipeline.checkpoints.random_weights import SHAPES, byte_tokenizer
 from pipeline.errors import ModelError
 from pipeline.model.loading import load_model, open_model
-from pipeline.model.random_weights import SHAPES, byte_tokenizer
 from pipeline.settings.model import ModelSettings
 
 

@@ -11,9 +11,9 @@ from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, sharpened
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import run_batch
+from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError, ModelError
-from pipeline.model.adapters import check_config, shape_of, with_rope_scaling
-from pipeline.model.building import random_model
+from pipeline.families.adapters import check_config, shape_of, with_rope_scaling
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense

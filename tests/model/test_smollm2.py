@@ -15,17 +15,17 @@ import pytest
 import torch
 from conftest import pack_of
 
+from pipeline.check.checking import run_check
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import prefill
-from pipeline.prompts import PromptBuilder
+from pipeline.prompts.builder import PromptBuilder
+from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality.check import run_check
 from pipeline.records import Document, Row
 from pipeline.settings.check import CheckConfig
 from pipeline.settings.model import ModelSettings
-from pipeline.tokenizing import stop_token_ids
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ import torch
 from conftest import FAMILY_SETTINGS, SIZES, sharpened, tiny_model
 from kernel_cases import rounding_to_nearest
 
+from pipeline.checkpoints.building import random_model
+from pipeline.families import adapters, projection
+from pipeline.families.adapters import STEP_ROWS, DecoderAdapter
 from pipeline.kernels import fused, step
-from pipeline.model import adapters, projection
-from pipeline.model.adapters import STEP_ROWS, DecoderAdapter
-from pipeline.model.building import random_model
 from pipeline.model.sampling import most_likely
 
 SLOTS = 600

@@ -6,8 +6,8 @@ import pytest
 import torch
 from checkpoints import change_config, copied, opened, refusal, rename, shard, tensors, write, write_index
 
+from pipeline.checkpoints.tensors import check_loaded
 from pipeline.errors import ModelError
-from pipeline.model.tensors import check_loaded
 
 LACKS = "that a qwen2 model of this configuration has: "
 UNUSED = "that a qwen2 model of this configuration does not use: "

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from pipeline.checkpoints import tokenizers
 from pipeline.errors import ModelError
-from pipeline.model import tokenizers
 from pipeline.model.loading import open_model
 from pipeline.settings.model import ModelSettings
 

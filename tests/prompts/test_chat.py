@@ -7,8 +7,8 @@ from datetime import datetime
 import pytest
 from prompt_parts import CHATML, builder, byte_tokenizer, decode, document
 
-from pipeline.chat import ChatTemplate, parse_moment
 from pipeline.errors import ModelError
+from pipeline.prompts.chat import ChatTemplate, parse_moment
 
 NOW = datetime(2026, 2, 3, 4, 5, 6)
 DATED = "{% set today = strftime_now('FORMAT') %}Today: {{ today }}\n" + CHATML

@@ -11,7 +11,7 @@ from prompt_parts import CHATML, INST, builder, byte_tokenizer, decode, document
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.tokenizing import stop_token_ids
+from pipeline.prompts.tokenizing import stop_token_ids
 
 
 def test_control_tokens_in_user_text_stay_text() -> None:

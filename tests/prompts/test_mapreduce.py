@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from prompt_parts import builder, byte_tokenizer, document, span_text
 
-from pipeline.mapreduce import COMBINE, COMBINE_AS_TEXT, Reduction
+from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT, Reduction
+from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.records import Answer, Answered
-from pipeline.splitting import SplitDocument, Splitter
 
 TEMPLATE = "<{{ document }}>{{ question }}?"
 TOKENIZER = byte_tokenizer()

@@ -9,7 +9,7 @@ import pytest
 from prompt_parts import builder, byte_tokenizer, decode, document, space_tokenizer
 
 from pipeline.errors import ConfigError, RowError
-from pipeline.prompts import OverLong
+from pipeline.prompts.builder import OverLong
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import os
 import pytest
 from prompt_parts import CHATML, builder, byte_tokenizer, document
 
-from pipeline import trial
 from pipeline.errors import ConfigError, ModelError
+from pipeline.prompts.builder import trial
 
 MEMORY = "it takes more than 1 GiB of memory"
 LENGTH = "it writes more than 20,000,000 characters"

@@ -10,17 +10,17 @@ import pytest
 
 from pipeline.engines.answering import rules_of
 from pipeline.errors import InputError
-from pipeline.intake import make_prompts
+from pipeline.evaluate.cases import make_cases, split
+from pipeline.evaluate.check_rows import CheckRows, read_rows
+from pipeline.evaluate.row_results import RowResult
+from pipeline.evaluate.scores import Case, CaseScore, evaluate_case
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense
-from pipeline.quality.cases import make_cases, split
-from pipeline.quality.check_rows import CheckRows, read_rows
-from pipeline.quality.evaluate import Case, CaseScore, evaluate_case
-from pipeline.quality.row_results import RowResult
-from pipeline.quality.samples import document_key
 from pipeline.settings.calibrate import CalibrateConfig
 from pipeline.settings.check import CheckConfig
 from pipeline.settings.rows import RowSettings
+from pipeline.setup.intake import make_prompts
+from pipeline.suites.samples import document_key
 
 KINDS = ("single", "multi-value", "multi-query", "tracking")  # which a context of 1,024 bytes holds
 TEXTS = ["".join(f"Ship {n} of fleet {fleet} sails. " for n in range(40)) for fleet in range(10)]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.check.checking import run_check
+from pipeline.check.reports import as_dict, speed_text
 from pipeline.errors import ConfigError, MarsError
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense
-from pipeline.quality.check import run_check
-from pipeline.quality.reports import as_dict, speed_text
 from pipeline.settings.check import CheckConfig
 
 LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"

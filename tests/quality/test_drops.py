@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.quality.drops import Paired, fewest_documents, paired_drop
+from pipeline.evaluate.drops import Paired, fewest_documents, paired_drop
 from pipeline.settings.parse import parse_drop
 
 

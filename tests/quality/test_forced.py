@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import document, tiny_model
 
+from pipeline.evaluate import forced
+from pipeline.evaluate.forced import divergence, score_answers
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.quality import forced
-from pipeline.quality.forced import divergence, score_answers
 
 ANSWERS = [[7, 200, 31, 9, 50], [4]]
 PRUNED = MarsInfer(start_layer=1, window=4, prefix=2, share=0.4)

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.quality.drops import TAIL, Paired
-from pipeline.quality.gaffke import beyond
+from pipeline.evaluate.drops import TAIL, Paired
+from pipeline.evaluate.gaffke import beyond
 
 SIZES = [1, 2, 8, 30, 100, 183, 368, 1000]
 LOSSES = {

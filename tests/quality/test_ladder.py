@@ -8,11 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.model.variant import Variant
-from pipeline.pruning.fastkv import FastKV
-from pipeline.quality.bounds import Verified
-from pipeline.quality.drops import Drop, Judgement
-from pipeline.quality.ladder import (
+from pipeline.calibrate.bounds import Verified
+from pipeline.calibrate.ladder import (
     Rung,
     RungResult,
     Seen,
@@ -22,7 +19,10 @@ from pipeline.quality.ladder import (
     mild_precisions,
     slope_of,
 )
-from pipeline.quality.workbench import Trial
+from pipeline.evaluate.drops import Drop, Judgement
+from pipeline.evaluate.workbench import Trial
+from pipeline.model.variant import Variant
+from pipeline.pruning.fastkv import FastKV
 
 SIMULATION = Path(__file__).parents[2] / "examples" / "calibration_simulation.py"
 

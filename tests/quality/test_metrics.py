@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.quality.metrics import (
+from pipeline.suites.metrics import (
     METRICS,
     character_f1,
     contains,

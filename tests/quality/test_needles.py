@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.quality.haystack import token_counter
-from pipeline.quality.metrics import score
-from pipeline.quality.needles import (
+from pipeline.settings.suite import NEEDLE_KINDS
+from pipeline.suites.haystack import token_counter
+from pipeline.suites.metrics import score
+from pipeline.suites.needles import (
     CHAINS,
     COMMON,
     FRAME_TOKENS,
@@ -21,8 +22,7 @@ from pipeline.quality.needles import (
     VALUES,
     make_needles,
 )
-from pipeline.quality.samples import Sample
-from pipeline.settings.suite import NEEDLE_KINDS
+from pipeline.suites.samples import Sample
 
 HIDDEN = tuple(kind for kind in NEEDLE_KINDS if kind != "common-words")  # in documents
 ORDERED = ("single", "multi-key", "multi-value", "tracking")  # asked for in the order of the document

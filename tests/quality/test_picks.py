@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.quality.picks import (
+from pipeline.suites.picks import (
     choice_match,
     class_match,
     count_score,

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
+from pipeline.calibrate.rungs import OTHERS, describe, exchanged, exit_rungs, other_rungs, sparse_rungs
+from pipeline.calibrate.sensitivity import Sensitivity
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.shape import ModelShape
-from pipeline.quality.rungs import OTHERS, describe, exchanged, exit_rungs, other_rungs, sparse_rungs
-from pipeline.quality.sensitivity import Sensitivity
 
 SHAPE = ModelShape(layers=8, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=9000)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from conftest import document, tiny_model
 
+from pipeline.calibrate.bounds import Bound, Bounds
+from pipeline.calibrate.sensitivity import measure_sensitivity, spread
+from pipeline.evaluate.scores import Case
+from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.model.loading import LoadedModel
-from pipeline.quality.bounds import Bound, Bounds
-from pipeline.quality.evaluate import Case
-from pipeline.quality.sensitivity import measure_sensitivity, spread
-from pipeline.quality.workbench import DENSE, Workbench
 
 
 def loaded(adapter, sdpa):

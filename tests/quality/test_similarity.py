@@ -3,8 +3,8 @@ import sys
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.quality import similarity
-from pipeline.quality.similarity import character_rouge_l, code_line_similarity, edit_similarity, rouge_l
+from pipeline.suites import similarity
+from pipeline.suites.similarity import character_rouge_l, code_line_similarity, edit_similarity, rouge_l
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.quality.longbench import DATASETS
-from pipeline.quality.metrics import METRICS, score
-from pipeline.quality.samples import first_in_turn, searched_keys
-from pipeline.quality.suites import (
+from pipeline.suites.by_name import (
     Sample,
     SuiteName,
     document_key,
@@ -23,6 +20,9 @@ from pipeline.quality.suites import (
     part_of,
     take,
 )
+from pipeline.suites.longbench import DATASETS
+from pipeline.suites.metrics import METRICS, score
+from pipeline.suites.samples import first_in_turn, searched_keys
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -364,8 +364,8 @@ def test_load_suite(tmp_path: Path) -> None:
 
 
 def test_suites_need_no_torch() -> None:
-    names = ("suites", "needles", "drops", "metrics")
-    modules = ", ".join(f"pipeline.quality.{name}" for name in names)
+    names = ("suites.by_name", "suites.needles", "evaluate.drops", "suites.metrics")
+    modules = ", ".join(f"pipeline.{name}" for name in names)
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.evaluate.workbench import Workbench, slowdown, timed_places
 from pipeline.model.variant import Variant
 from pipeline.pruning.fastkv import FastKV
-from pipeline.quality.workbench import Workbench, slowdown, timed_places
 
 FAST = Variant("fast", FastKV())
 

@@ -9,10 +9,10 @@ import pytest
 from report_outputs import METADATA, SETTINGS, answered, failed, schema_of, write
 
 from pipeline.errors import ConfigError
-from pipeline.io import parts as journal_files
-from pipeline.io.journal import Journal, journal_folder
-from pipeline.io.lock import lock_output
-from pipeline.io.mirror import open_journal
+from pipeline.outputs import parts as journal_files
+from pipeline.outputs.journal import Journal, journal_folder
+from pipeline.outputs.lock import lock_output
+from pipeline.outputs.mirror import open_journal
 from pipeline.records import Row
 from pipeline.report.reading import opened
 

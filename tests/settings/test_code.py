@@ -6,10 +6,10 @@ import pytest
 
 from pipeline import run_batch
 from pipeline.errors import ConfigError
-from pipeline.profile import load_profile
 from pipeline.settings.option import settings_of
 from pipeline.settings.run import BatchConfig
 from pipeline.settings.sources import read_config, read_environment, to_toml
+from pipeline.setup.profile import load_profile
 
 TAIL = " would run code, and only the command line may ask for that: give {} there, if you trust it"
 PROFILE = """[profile]

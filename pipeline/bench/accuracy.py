@@ -1,0 +1,179 @@
+"""Several ways to run a model side by side: how well each predicts right answers, and how fast it is.
+
+Teacher-forced, each document prefilled alone; dense, in the model's own precision, is what all are held
+against. Drops and their intervals are those of `check`, by document.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.engines.answering import rules_of
+from pipeline.evaluate.cases import make_cases
+from pipeline.evaluate.check_rows import read_rows
+from pipeline.evaluate.drops import Drop, paired_drop
+from pipeline.evaluate.forced import Forced
+from pipeline.evaluate.scores import Case, CaseScore, evaluate
+from pipeline.evaluate.workbench import DENSE, slowdown
+from pipeline.kernels.sparse import shortest
+from pipeline.model.loading import LoadedModel
+from pipeline.model.variant import Variant, prepare
+from pipeline.settings.rows import RowSettings
+from pipeline.setup.intake import make_prompts
+from pipeline.suites.samples import NEEDLES
+
+ROWS = "rows"  # that are no needles
+SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One method on some of the cases: those of one kind of needles, all that are none, or of these the long.
+
+    Long are those to which block-sparse attention applies: of all rows its harm would be thinned out.
+    """
+
+    name: str
+    rows: int
+    documents: int
+    token_accuracy: float  # of the right answers' tokens, the share predicted; mean over documents
+    found: float  # of a right answer's parts, the share of which all tokens are predicted, likewise
+    nll: float  # nats a token, over all tokens
+    token_drop: Drop  # of the token accuracy, in points
+    found_drop: Drop
+    speed_up: float  # over dense on the same cases, the median weighted by dense's times
+    speed_up_by_length: dict[int, float]  # over dense, median; by prompt tokens, rounded to a power of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """One method on all cases."""
+
+    variant: str
+    groups: tuple[Group, ...]  # that of the rows first, then their long ones, then the needles'
+    divergence: float | None  # KL from dense, nats a token, mean over all cases
+    long_ttft_ms: float | None  # median of the cases that count as long
+    long_cases: int
+    speed_up: float  # over dense on the same cases, the median weighted by dense's times
+    shares: dict[str, float]  # means over all cases, by the names in `SHARES`
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_accuracy(
+    model: LoadedModel,
+    cases: Sequence[Case],
+    variants: Sequence[Variant],
+    *,
+    long_tokens: int,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Accuracy]:
+    """Dense, then each of `variants`, over all cases: at least one.
+
+    Cases of more than `long_tokens` prompt tokens are long. `check` is called before each case, and may
+    raise to give up.
+    """
+    prepare(model, [DENSE, *variants])
+    shape = model.shape
+    sparse_from = shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
+    dense, forced = _run(model, DENSE, cases, None, check)
+    yield _accuracy(DENSE.name, dense, dense, long_tokens, sparse_from)
+    for variant in variants:
+        scores, _ = _run(model, variant, cases, forced, check)
+        yield _accuracy(variant.name, dense, scores, long_tokens, sparse_from)
+
+
+def _run(
+    model: LoadedModel,
+    variant: Variant,
+    cases: Sequence[Case],
+    dense: Sequence[Forced] | None,
+    check: Callable[[], None],
+) -> tuple[list[CaseScore], list[Forced]]:
+    ordered = sorted(cases, key=lambda case: case.document.prompt_tokens)
+    for _ in evaluate(model, variant, [ordered[len(ordered) // 2], ordered[-1]], check=check):
+        pass  # warms up, so that no case's time holds the loading of kernels
+    scores, forced = zip(*evaluate(model, variant, cases, dense=dense, check=check), strict=True)
+    return list(scores), list(forced)
+
+
+def _accuracy(
+    name: str,
+    dense: Sequence[CaseScore],
+    scores: Sequence[CaseScore],
+    long_tokens: int,
+    sparse_from: int | None,
+) -> Accuracy:
+    pairs: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
+    for base, own in zip(dense, scores, strict=True):
+        pairs.setdefault(own.task if own.task.startswith(NEEDLES) else ROWS, []).append((base, own))
+    rows = pairs.pop(ROWS, [])
+    sparse = [pair for pair in rows if sparse_from is not None and pair[1].prompt_tokens >= sparse_from]
+    first = {
+        ROWS: rows,
+        f"{ROWS} from {sparse_from or 0:,} tokens": sparse if len(sparse) < len(rows) else [],
+    }
+    pairs = {group: own for group, own in {**first, **pairs}.items() if own}
+    divergences = [score.divergence for score in scores if score.divergence is not None]
+    long = [score.ttft_ms for score in scores if score.prompt_tokens > long_tokens]
+    return Accuracy(
+        variant=name,
+        groups=tuple(_group(group, own) for group, own in pairs.items()),
+        divergence=statistics.fmean(divergences) if divergences else None,
+        long_ttft_ms=statistics.median(long) if long else None,
+        long_cases=len(long),
+        speed_up=_speed_up(list(zip(dense, scores, strict=True))),
+        shares={share: statistics.fmean(getattr(score, share) for score in scores) for share in SHARES},
+    )
+
+
+def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> Group:
+    def drop(measure: Callable[[CaseScore], float]) -> Drop:
+        return paired_drop(
+            [measure(base) for base, _ in pairs],
+            [measure(own) for _, own in pairs],
+            documents=[own.document_key for _, own in pairs],
+        )
+
+    tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: score.found)
+    return Group(
+        name=name,
+        rows=len(pairs),
+        documents=tokens.documents,
+        token_accuracy=tokens.method,
+        found=found.method,
+        nll=sum(own.nll for _, own in pairs) / sum(own.tokens for _, own in pairs),
+        token_drop=tokens,
+        found_drop=found,
+        speed_up=_speed_up(pairs),
+        speed_up_by_length=_by_length(pairs),
+    )
+
+
+def _speed_up(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> float:
+    return 1 / slowdown([base.ttft_ms for base, _ in pairs], [own.ttft_ms for _, own in pairs])
+
+
+def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]:
+    ratios: dict[int, list[float]] = {}
+    for base, own in pairs:
+        ratios.setdefault(2 ** round(math.log2(own.prompt_tokens)), []).append(base.ttft_ms / own.ttft_ms)
+    return {length: statistics.median(ratios[length]) for length in sorted(ratios)}
+
+
+def read_cases(
+    config: RowSettings, model: LoadedModel, check: Callable[[], None] = lambda: None
+) -> tuple[list[Case], tuple[str, ...]]:
+    """The rows that `config` names, as `check` reads them, and why others were left out.
+
+    A row without a right answer has dense's own, which is generated here. Raises what `read_rows` does.
+    """
+    rows = read_rows(config, make_prompts(config, model, config.max_new_tokens))
+    prepare(model, [DENSE])
+    DENSE.use(model)
+    return make_cases(model, rows.rows, rules_of(config, model), check), rows.left_out

@@ -1,0 +1,161 @@
+"""What a setting may lose: one bound on right tokens over all rows, and one on each kind of needles found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
+from pipeline.evaluate.scores import CaseScore
+from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.parse import parse_drop
+from pipeline.suites.samples import NEEDLES
+from pipeline.texts.words import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A largest drop: points of the score, or percent of dense's."""
+
+    value: float
+    relative: bool
+
+    @classmethod
+    def of(cls, text: str, flag: str) -> Bound:
+        """`1pt` or `1%`. Raises ConfigError."""
+        value, relative = parse_drop(text, flag)
+        return cls(value=value, relative=relative)
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.relative else "pt"
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """One gate's drop with its interval, and what that says about its bound."""
+
+    gate: str
+    drop: Drop
+    judgement: Judgement
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.judgement.verdict
+
+
+class Supply(NamedTuple):
+    """How many documents a gate has, and how many it takes to pass where none loses anything."""
+
+    gate: str
+    bound: Bound
+    documents: int
+    needed: int | None  # None: no number of documents passes this bound
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the gate cannot pass, whatever is lost."""
+        return self.needed is None or self.documents < self.needed
+
+    def __str__(self) -> str:
+        if self.needed is None:
+            return f"{self.gate}: no number of documents shows a drop within {self.bound}"
+        needed, unit = counted(self.needed, "document"), self.bound.unit
+        told = (
+            f"{self.gate}: to show a drop within {self.bound} takes at least {needed} held out, and more if "
+            f"any of them loses; there are {self.documents:,}"
+        )
+        if self.is_short and self.documents:
+            told += f", which can show one within {smallest_bound(self.documents):.1f}{unit} at best"
+        return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The main bound, and that of each kind of needles. A document's score is the mean over its rows."""
+
+    main: Bound
+    needles: Bound
+    main_name: str  # the score of the rows: token accuracy, or agreement with dense
+
+    @classmethod
+    def of(cls, config: CalibrateConfig) -> Bounds:
+        """Those that a calibration is given."""
+        return cls(
+            main=Bound.of(str(config.max_drop), "--max-drop"),
+            needles=Bound.of(config.needle_drop, "--needle-drop"),
+            main_name="token accuracy" if config.has_references else "agreement",
+        )
+
+    def bound_of(self, gate: str) -> Bound:
+        """A gate's bound, by its name."""
+        return self.needles if gate.startswith(NEEDLES) else self.main
+
+    def gate_of(self, task: str) -> str:
+        """The gate that rows of a task belong to."""
+        return task if task.startswith(NEEDLES) else self.main_name
+
+    def main_drop(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> float:
+        """The drop of the main gate, in its unit; 0 where no row belongs to it."""
+        paired = self._paired(dense, scores).get(self.main_name)
+        if paired is None:
+            return 0.0
+        drop = 100 * float(paired.worse_D.mean())
+        return drop / (float(paired.dense_D.mean()) or 1.0) if paired.relative else drop
+
+    def verify(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> tuple[Verified, ...]:
+        """Every gate with its interval and its verdict."""
+        return tuple(
+            Verified(gate=gate, drop=paired.drop(), judgement=_judged(paired, self.bound_of(gate).value))
+            for gate, paired in self._paired(dense, scores).items()
+        )
+
+    def supplies(self, documents: Iterable[tuple[str, str]], tasks: Iterable[str]) -> list[Supply]:
+        """Of the gate of each of these tasks; the documents are each given behind its task."""
+        found: dict[str, set[str]] = {self.gate_of(task): set() for task in tasks}
+        for task, document in documents:
+            found[self.gate_of(task)].add(document)
+        return [
+            Supply(gate, bound := self.bound_of(gate), len(own), fewest_documents(bound.value))
+            for gate, own in found.items()
+        ]
+
+    def _paired(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, Paired]:
+        parts: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
+        for pair in zip(dense, scores, strict=True):
+            parts.setdefault(self.gate_of(pair[1].task), []).append(pair)
+        return {
+            gate: Paired.of(
+                [score_of(base) for base, _ in pairs],
+                [score_of(score) for _, score in pairs],
+                documents=[score.document_key for _, score in pairs],
+                relative=self.bound_of(gate).relative,
+            )
+            for gate, pairs in parts.items()
+        }
+
+
+def smallest_bound(documents: int) -> float:
+    """The smallest bound, in points or percent, that so many documents pass if none loses anything.
+
+    Rounded up to a tenth.
+    """
+    return math.ceil(1000 * (1 - TAIL ** (1 / documents)) + 1e-9) / 10
+
+
+def _judged(paired: Paired, bound: float) -> Judgement:
+    """Nothing passes where there is nothing to lose."""
+    reason = paired.no_room(bound)
+    if reason is None:
+        return paired.judge(bound)
+    return Judgement(verdict="inconclusive", bound=bound, reason=reason)
+
+
+def score_of(score: CaseScore) -> float:
+    """From 0 to 1: whether a needle is found, or the share of a right answer's tokens that are predicted."""
+    return float(score.found) if score.task.startswith(NEEDLES) else score.correct / score.tokens

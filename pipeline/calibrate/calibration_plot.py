@@ -1,0 +1,49 @@
+"""A picture of a calibration: what every rung of the ladder lost against its speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.bench.plot import save_figure
+
+if TYPE_CHECKING:
+    from pipeline.calibrate.calibration import Calibration
+
+
+def save_ladder(path: str, result: Calibration) -> None:
+    """Draw the expected drop of all rungs, and the main gate's, with its interval, of those tested.
+
+    Raises ConfigError if it cannot be saved.
+    """
+    from matplotlib.figure import Figure
+
+    bounds = result.bounds
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [rung.speed_up for rung in result.ladder],
+        [rung.expected_drop for rung in result.ladder],
+        marker="o",
+        linewidth=0.8,
+        alpha=0.6,
+        label="expected on the search side",
+    )
+    for tested in result.tested:
+        for gate in tested.gates:
+            if gate.gate != bounds.main_name:
+                continue
+            drop = gate.drop
+            axes.errorbar(
+                [tested.speed_up],
+                [drop.drop],
+                yerr=[[drop.drop - drop.low], [drop.high - drop.drop]],
+                marker="s",
+                capsize=3,
+                label=f"{tested.rung.name}: {tested.verdict}",
+            )
+    axes.axhline(bounds.main.value, linestyle="--", linewidth=0.8, color="gray", label=f"bound {bounds.main}")
+    axes.set(xlabel="times as fast as dense", ylabel=f"drop of {bounds.main_name}, in {bounds.main.unit}")
+    axes.legend(fontsize=7)
+    axes.set_title(f"{result.config.model}: {result.held_out:,} rows held out", fontsize=9)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)

@@ -1,0 +1,113 @@
+"""The profile of the rung that is chosen: its settings, and how all rungs were tested."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.calibrate.bounds import Bounds, Verified
+from pipeline.calibrate.ladder import Rung, RungResult
+from pipeline.evaluate.scores import Case
+from pipeline.kernels.sparse import first_choosing, shortest
+from pipeline.model.loading import LoadedModel
+from pipeline.pruning.base import PruningMethod
+from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.setup.guard import spoken_for
+from pipeline.setup.profile import FORMAT, Profile
+from pipeline.setup.provenance import PACKAGES
+from pipeline.suites.samples import NEEDLES
+from pipeline.texts.versions import version_of
+
+
+def make_profile(
+    config: CalibrateConfig,
+    model: LoadedModel,
+    chosen: RungResult,
+    tested: Sequence[RungResult],
+    ladder: Sequence[Rung],
+    cases: Sequence[Case],
+    data_hash: str,
+) -> Profile:
+    """`tested` are the first rungs of the `ladder`; `cases` are those of both sides."""
+    variant, bounds = chosen.rung.variant, Bounds.of(config)
+    lengths = [case.document.prompt_tokens for case in cases]
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "device": model.device_name(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data_sha256": data_hash,
+        "objective": "ttft",
+        **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
+        "shape": asdict(model.shape),
+        "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
+        "measured": {
+            "dense_ttft_ms": round(chosen.trial.dense_ttft_ms, 3),
+            "ttft_ms": round(chosen.trial.ttft_ms, 3),
+            "speed_up": round(chosen.speed_up, 4),
+            "gates": _gates(chosen, bounds),
+        },
+        "ladder": [
+            *(_tested(each, bounds) for each in tested),
+            *({"rung": rung.name, "verdict": "not tested"} for rung in ladder[len(tested) :]),
+        ],
+        "guard": spoken_for(
+            _tasks(config, cases), chosen.trial.scores, sparse_from=sparse_from_of(model, variant.method)
+        ),
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+    }
+    batch = {
+        "method": variant.method.name,
+        "linear_dtype": variant.linears,
+        "settings": asdict(variant.method),
+    }
+    return Profile(about=about, batch=batch)
+
+
+def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
+    """The tasks that were told apart; needles are none that a user asks for."""
+    if config.task_column is None and not config.row_suites:
+        return []
+    return [case.task for case in cases if not case.task.startswith(NEEDLES)]
+
+
+def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:
+    """Prompt tokens from which on attention chooses blocks on the model's device; None: it never does."""
+    shape = model.shape
+    if first_choosing(method.attention_masses(shape.layers)) is None:
+        return None
+    return shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
+
+
+def _tested(tested: RungResult, bounds: Bounds) -> dict[str, Any]:
+    return {
+        "rung": tested.rung.name,
+        "verdict": tested.verdict,
+        "speed_up": round(tested.speed_up, 4),
+        "gates": _gates(tested, bounds),
+    }
+
+
+def _gates(tested: RungResult, bounds: Bounds) -> dict[str, dict[str, Any]]:
+    return {gate.gate.replace(" ", "-"): _gate(gate, bounds) for gate in tested.gates}
+
+
+def _gate(gate: Verified, bounds: Bounds) -> dict[str, Any]:
+    drop = gate.drop
+    return {
+        "bound": str(bounds.bound_of(gate.gate)),
+        "verdict": gate.verdict,
+        "dense": round(drop.dense, 6),
+        "method": round(drop.method, 6),
+        "drop": round(drop.drop, 4),
+        "low": round(drop.low, 4),
+        "high": round(drop.high, 4),
+        "rows": drop.rows,
+        "documents": drop.documents,
+    }

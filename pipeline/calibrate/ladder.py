@@ -1,0 +1,161 @@
+"""A calibration's ladder: settings in an order that is fixed before any is tested, and how it is climbed.
+
+Fixed-sequence testing: hypotheses are tested in a fixed order, each at the full level, up to the first that
+is not rejected; the level then holds for all together (W. Maurer, L. Hothorn and W. Lehmacher, Multiple
+comparisons in drug clinical trials and preclinical assays, 1995). So that a rung is within all its bounds is
+wrongly said of any with a probability of at most `drops.TAIL`, whatever the search that ordered them found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
+
+from pipeline.calibrate.bounds import Verified
+from pipeline.calibrate.rungs import describe
+from pipeline.evaluate.workbench import Trial
+from pipeline.model.variant import Variant
+
+MILD = 0.5  # of the bound, that a precision may be expected to cost which all else is tried in
+WORTH = 1.02  # times as fast a rung has to be as the one before
+FAR = 2.0  # times the bound: what is expected to lose more is not worth a test
+
+
+class Seen(NamedTuple):
+    """How far something diverged from dense and what it lost, over so many cases."""
+
+    divergence: float
+    drop: float
+    cases: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """Settings, and what the search side says of them; drops are in the unit of the main bound."""
+
+    trial: Trial
+    drop: float
+    expected_drop: float = 0.0  # by its divergence, which few cases tell far better than the drop
+
+    @property
+    def variant(self) -> Variant:
+        return self.trial.variant
+
+    @property
+    def name(self) -> str:
+        return describe(self.variant)
+
+    @property
+    def speed_up(self) -> float:
+        """Over dense, predicted."""
+        return self.trial.speed_up
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(self.trial.divergence, self.drop, len(self.trial.scores))
+
+    def expecting(self, slope: float) -> Rung:
+        """The same with the drop that a slope, per nat, lets expect; its own where it does not diverge."""
+        divergence = self.trial.divergence
+        return replace(self, expected_drop=slope * divergence if divergence else self.drop)
+
+
+def slope_of(seen: Iterable[Seen]) -> float:
+    """Drop for a divergence of a nat: the nearest line through 0, by least squares; never negative."""
+    seen = list(seen)
+    square = sum(each.cases * each.divergence**2 for each in seen)
+    product = sum(each.cases * each.divergence * each.drop for each in seen)
+    return max(0.0, product / square) if square else 0.0
+
+
+def mild_precisions(rungs: Sequence[Rung], bound: float) -> list[Rung]:
+    """Those worth a rung, the most exact first; the last is what all else is tried in."""
+    mild = [rung for rung in rungs if rung.expected_drop <= MILD * bound]
+    return _ever_faster(sorted(mild, key=lambda rung: rung.trial.divergence))
+
+
+def make_ladder(
+    precisions: Sequence[Rung], mars: Sequence[Rung], others: Sequence[Rung], bound: float
+) -> list[Rung]:
+    """By expected loss: precisions, `mars` ever harsher, and at most one other method; each is faster than
+    the one before, as predicted.
+
+    The precisions are those of `mild_precisions`. The other method is the fastest whose expected loss is
+    within the bound.
+    """
+    bearable = [rung for rung in mars if rung.expected_drop <= FAR * bound]
+    within = [rung for rung in others if rung.expected_drop <= bound]
+    best = sorted(within, key=lambda rung: -rung.speed_up)[:1]
+    return _ever_faster([*precisions, *bearable, *best])
+
+
+def _ever_faster(rungs: Iterable[Rung]) -> list[Rung]:
+    chosen: list[Rung] = []
+    fastest = 1.0
+    for rung in rungs:
+        if rung.speed_up >= WORTH * fastest:
+            chosen.append(rung)
+            fastest = rung.speed_up
+    return chosen
+
+
+class Outcome(Protocol):
+    """What became of a rung that was tested."""
+
+    @property
+    def passes(self) -> bool: ...
+
+    @property
+    def speed_up(self) -> float: ...
+
+
+R = TypeVar("R")
+T = TypeVar("T", bound=Outcome)
+
+
+def climb(rungs: Iterable[R], test: Callable[[R], T]) -> list[T]:
+    """Test rungs in their order, up to the first that does not pass, which is the last of the result."""
+    tested: list[T] = []
+    for rung in rungs:
+        tested.append(test(rung))
+        if not tested[-1].passes:
+            break
+    return tested
+
+
+def fastest_passed(tested: Iterable[T]) -> T | None:
+    """The fastest that passed, as measured, if it is faster than dense."""
+    passed = [each for each in tested if each.passes and each.speed_up > 1]
+    return max(passed, key=lambda each: each.speed_up, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungResult:
+    """A rung on the cases held out; what was given up for lack of time has not passed, and has no gates."""
+
+    rung: Rung
+    trial: Trial
+    gates: tuple[Verified, ...]
+
+    @property
+    def passes(self) -> bool:
+        return self.trial.complete and all(gate.verdict == "pass" for gate in self.gates)
+
+    @property
+    def speed_up(self) -> float:
+        """Over dense, measured in turns with it."""
+        return self.trial.speed_up
+
+    @property
+    def verdict(self) -> str:
+        """The worst of its gates, or that it was given up."""
+        if not self.trial.complete:
+            return "given up"
+        found = {gate.verdict for gate in self.gates}
+        return next(verdict for verdict in ("fail", "inconclusive", "pass") if verdict in found)
+
+    @property
+    def worst_gate(self) -> Verified:
+        """The one whose interval comes nearest to its bound, or goes farthest beyond it."""
+        return max(self.gates, key=lambda gate: gate.drop.high - gate.judgement.bound)

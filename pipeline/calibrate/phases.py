@@ -1,0 +1,244 @@
+"""The phases of a calibration: timing dense, probing layers, making a ladder, climbing it on other cases."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from pipeline.calibrate.bounds import Bounds
+from pipeline.calibrate.calibration import Calibration
+from pipeline.calibrate.emission import make_profile
+from pipeline.calibrate.ladder import (
+    FAR,
+    Rung,
+    RungResult,
+    Seen,
+    climb,
+    fastest_passed,
+    make_ladder,
+    mild_precisions,
+    slope_of,
+)
+from pipeline.calibrate.rungs import describe, exit_rungs, other_rungs, sparse_rungs
+from pipeline.calibrate.sensitivity import MASSES, Sensitivity, measure_sensitivity
+from pipeline.engines.answering import rules_of
+from pipeline.errors import GateInconclusive, MarsError, is_failure
+from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
+from pipeline.evaluate.check_rows import CheckRow
+from pipeline.evaluate.scores import TOP, Case, CaseScore, Evaluated
+from pipeline.evaluate.workbench import DENSE, LOW, TIMED, Clock, Workbench
+from pipeline.interrupts import nothing_to_lose
+from pipeline.kernels import sparse
+from pipeline.model.loading import Model
+from pipeline.model.variant import Variant
+from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.texts.words import counted
+
+# shares of the time, behind the loading of the model, after which each phase ends
+PROBED, SEARCHED, DONE = 0.2, 0.45, 0.98
+SEARCH_RUNS = 28  # of each case searched on, for which the number of cases should leave time
+TESTED_RUNGS = 3  # for which the number of documents held out should leave time
+MOST_CASES, FEWEST_CASES, MOST_PROBED = 48, 3, 8  # of the search side
+LONG = 0.75  # of the longest prompt: such cases tell what block-sparse attention does
+
+
+class Phases:
+    """One calibration, phase by phase."""
+
+    def __init__(
+        self,
+        config: CalibrateConfig,
+        model: Model,
+        sides: Sides,
+        clock: Clock,
+        tell: Callable[[str], None],
+        note: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        with nothing_to_lose():
+            self.bench: Workbench = Workbench.of(model.load(), check)
+        self.config, self.sides, self.bounds = config, sides, Bounds.of(config)
+        self.clock, self.whole_clock = clock.rest(), clock
+        self.tell, self.note = tell, note
+
+    def calibrate(self, data_hash: str) -> Calibration:
+        """Raises GateInconclusive where the time allows too few cases for any rung to pass."""
+        self.tell("timing dense")
+        pace_s, answer_s = self._pace()
+        count = (SEARCHED - PROBED) * self.clock.seconds / (pace_s * SEARCH_RUNS)
+        searched = self._cases(self.sides.search, int(min(MOST_CASES, max(FEWEST_CASES, count))), PROBED / 2)
+        began = self.clock.passed
+        dense = [self.bench.run(DENSE, case, top=TOP) for case in searched]
+        pace_s = (self.clock.passed - began) / len(searched) or pace_s
+        probes = self._probe(searched, dense, pace_s)
+        ladder = self._ladder(searched, dense, probes)
+        held_out, tested = self._climb(ladder, pace_s, answer_s) if ladder else ([], [])
+        profile, chosen, cases = None, fastest_passed(tested), [*searched, *held_out]
+        if chosen is not None:
+            profile = make_profile(self.config, self.bench.model, chosen, tested, ladder, cases, data_hash)
+        return Calibration(
+            config=self.config,
+            profile=profile,
+            probes=tuple(probes),
+            ladder=tuple(ladder),
+            tested=tuple(tested),
+            chosen=chosen,
+            searched=len(searched),
+            held_out=len(held_out),
+            seconds=self.whole_clock.passed,
+        )
+
+    def _pace(self) -> tuple[float, float]:
+        """Seconds that one case takes under dense, and those of its answer where dense has to give it."""
+        ordered = sorted(self.sides.search, key=lambda row: row.document.prompt_tokens)
+        row = ordered[len(ordered) // 2]
+        (case,) = self._make([row], lambda: True)
+        self.bench.run(DENSE, case)
+        began = self.clock.passed  # what compiles has been compiled
+        self._make([row], lambda: True)
+        answered = self.clock.passed
+        self.bench.run(DENSE, case)
+        warm = self.clock.passed
+        self.bench.run(DENSE, case)
+        pace_s = max(self.clock.passed - warm, 1e-3)
+        return pace_s, 0.0 if row.reference else answered - began
+
+    def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[Case]:
+        chosen = thin(rows, count, self.config.seed)
+        self.tell(f"answers of dense to {counted(len(chosen), 'row')}")
+        return self._make(chosen, self.clock.before(until))
+
+    def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
+        return make_cases(
+            self.bench.model, rows, rules_of(self.config, self.bench.model), self.bench.check, within
+        )
+
+    def _probe(self, cases: Sequence[Case], dense: Sequence[Evaluated], pace_s: float) -> list[Sensitivity]:
+        """Each layer's attention in the longest cases, where they are long enough to be block-sparse."""
+        longest = max(case.document.prompt_tokens for case in cases)
+        if not self._sparse(longest):
+            return []
+        layers = self.bench.model.shape.layers
+        mean = statistics.fmean(case.document.prompt_tokens for case in cases)
+        left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
+        count = int(min(MOST_PROBED, max(1, left_s / (pace_s * longest / mean) / (layers * len(MASSES)))))
+        places = longest_in_turn(cases, LONG * longest, count)
+        rows: list[Sensitivity] = []
+        for mass in MASSES:
+            self.tell(f"probing {counted(layers, 'layer')} on {counted(len(places), 'row')}: {mass:g}")
+            rows += measure_sensitivity(
+                self.bench,
+                [cases[place] for place in places],
+                [dense[place] for place in places],
+                self.bounds,
+                layers=layers,
+                mass=mass,
+                within=self.clock.before(PROBED),
+            )
+        return sorted(rows, key=lambda row: (row.layer, -row.mass))
+
+    def _sparse(self, longest: int) -> bool:
+        """Whether attention of a prompt of so many tokens can be block-sparse here."""
+        model = self.bench.model
+        width = model.shape.heads * model.shape.head_dim
+        return sparse.applies(longest, width, model.device, model.attention.sparse_from)
+
+    def _ladder(
+        self, cases: Sequence[Case], dense: Sequence[Evaluated], probes: Sequence[Sensitivity]
+    ) -> list[Rung]:
+        """Rungs in the order in which they will be tested; what follows looks at no other case."""
+        shape, bound = self.bench.model.shape, self.bounds.main.value
+        seen = [Seen(probe.divergence, probe.drop, probe.cases) for probe in probes]
+
+        def tried(variants: Sequence[Variant], far: float) -> list[Rung]:
+            found: list[Rung] = []
+            for variant in variants:
+                rung = self._search(variant, cases, dense)
+                if rung is None:
+                    continue
+                found.append(rung)
+                seen.append(rung.seen)
+                if rung.expecting(slope_of(seen)).expected_drop > far * bound:
+                    break  # those behind it are harsher
+            return found
+
+        def expecting(rungs: Sequence[Rung]) -> list[Rung]:
+            return [rung.expecting(slope_of(seen)) for rung in rungs]
+
+        low = tried(LOW if self.bench.fp8 else (), float("inf"))
+        precisions = mild_precisions(expecting(low), bound)
+        linears, base = "auto", 1.0
+        if precisions:
+            linears, base = precisions[-1].variant.linears, precisions[-1].speed_up
+        mars = tried(sparse_rungs(shape.layers, probes, linears), FAR)
+        if all(rung.speed_up <= base for rung in mars):
+            mars = tried(exit_rungs(shape.layers, linears), FAR)
+        others = tried(other_rungs(shape, linears), float("inf"))
+        return make_ladder(expecting(precisions), expecting(mars), expecting(others), bound)
+
+    def _search(self, variant: Variant, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Rung | None:
+        """What the search side says of a variant; None if it cannot run, or not in the time left."""
+        within = self.clock.before(SEARCHED)
+        try:
+            trial = self.bench.try_out(variant, cases, dense=[run.forced for run in dense], within=within)
+        except BaseException as error:
+            if not is_failure(error) or isinstance(error, MarsError):
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            self.note(f"{describe(variant)} is left out: {why}")
+            return None
+        if not trial.complete:
+            return None
+        rung = Rung(trial=trial, drop=self.bounds.main_drop([run.score for run in dense], trial.scores))
+        drop = f"{rung.drop + 0:.2f}{self.bounds.main.unit}, KL from dense {trial.divergence:.4f}"
+        self.tell(f"{rung.name}: {rung.speed_up:.2f} times as fast, drop {drop}")
+        return rung
+
+    def _climb(
+        self, ladder: Sequence[Rung], pace_s: float, answer_s: float
+    ) -> tuple[list[Case], list[RungResult]]:
+        """The cases held out, and the rungs tested on them."""
+        count = self._held_out(ladder, pace_s, answer_s)
+        cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
+        supplies = self.bounds.supplies(
+            [(case.task, case.document_key) for case in cases],
+            [row.sample.task for row in self.sides.held_out],
+        )
+        short = next((supply for supply in supplies if supply.is_short), None)
+        if short is not None:
+            raise GateInconclusive(
+                f"--minutes {self.config.minutes:g} leaves time for {counted(len(cases), 'row')} held out, "
+                f"too few for any profile: {short}; give more --minutes"
+            )
+        within = self.clock.before(DONE)
+        self.tell(f"testing {counted(len(ladder), 'rung')} on {counted(len(cases), 'row')} held out")
+        dense: list[CaseScore] = []
+        for case in cases:
+            if not within():
+                break
+            dense.append(self.bench.run(DENSE, case).score)
+
+        def test(rung: Rung) -> RungResult:
+            trial = self.bench.try_out(rung.variant, cases, within=within)
+            gates = self.bounds.verify(dense, trial.scores) if trial.complete else ()
+            tested = RungResult(rung=rung, trial=trial, gates=gates)
+            self.tell(f"{rung.name}: {tested.verdict}")
+            return tested
+
+        return cases, climb(ladder, test)
+
+    def _held_out(self, ladder: Sequence[Rung], pace_s: float, answer_s: float) -> int:
+        """How many rows to test on.
+
+        A row of every document, if the time allows the first rungs on so many, and as many more as it allows
+        all rungs on.
+        """
+        left_s = DONE * self.clock.seconds - self.clock.passed
+
+        def fitting(rungs: Sequence[Rung]) -> int:
+            timing_s = 3 * len(rungs) * TIMED * pace_s
+            case_s = answer_s + pace_s + sum(pace_s / rung.speed_up for rung in rungs)
+            return int(max(0.0, left_s - timing_s) / case_s)
+
+        documents = len({row.sample.document_key for row in self.sides.held_out})
+        return max(fitting(ladder), min(documents, fitting(ladder[:TESTED_RUNGS])))

@@ -1,0 +1,286 @@
+"""Results of both sides, compared: measures of every task, drops with their intervals, and the verdict.
+
+A score of a task is the mean over its documents, and that of a document over its rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pipeline.errors import ConfigError, GateInconclusive
+from pipeline.evaluate.check_rows import CheckRow, tasks_of
+from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
+from pipeline.evaluate.row_results import RowResult
+from pipeline.settings.check import CheckConfig
+from pipeline.settings.gate import FORCED_METRICS
+from pipeline.suites.metrics import score as score_text
+from pipeline.texts.words import counted
+
+ALL = "all"
+SCORERS = {
+    "exact-match": "exact_match",
+    "token-f1": "token_f1",
+    "rouge-l": "rouge_l",
+    "edit-similarity": "edit_similarity",
+    "choice": "choice_match",
+}
+KL, NEVER, FIRST = "KL from dense", "never diverges", "first divergence"
+UNITS = {"nll": "nats", KL: "nats", FIRST: "tokens"}  # all other measures are shares
+RECOMMENDED = 400  # documents: those that lose next to nothing pass 2pt, and such a loss is seen
+NOTHING_PRUNED = "nothing was pruned: the method did to every row what dense does"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One row under both sides, and what the method made of it when its scores were last accepted."""
+
+    row: CheckRow
+    dense: RowResult
+    method: RowResult
+    accepted: RowResult | None = None
+
+    @property
+    def reference(self) -> RowResult:
+        """What the method is held against."""
+        return self.dense if self.accepted is None else self.accepted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Means over the documents of a task; of dense there is none where the measure compares with it."""
+
+    name: str
+    dense: float | None
+    method: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One task, or all of them, held against the bound; `decides` if the check's verdict hangs on it."""
+
+    task: str
+    decides: bool
+    drop: Drop
+    judgement: Judgement
+    measures: tuple[Measure, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.judgement.verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What a check found, and of what."""
+
+    config: CheckConfig
+    verdict: Verdict
+    gates: tuple[Gate, ...]  # one a task, and one for all rows
+    against: Literal["dense", "accepted"]  # what the method's scores are held against
+    speed: Mapping[str, float | None]
+    counts: Mapping[str, int]
+    left_out: tuple[str, ...]
+    about: Mapping[str, Any]  # hashes, versions, device
+    pairs: tuple[Pair, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.about["method"]["name"])
+
+
+def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = True) -> tuple[Gate, ...]:
+    """A gate for each task, and one for all rows if there are several tasks or the verdict hangs on it.
+
+    Without `pruned` the method has done nothing, which passes no gate.
+    """
+    groups = {task: [pair for pair in pairs if pair.row.sample.task == task] for task in _tasks(pairs)}
+    if len(groups) > 1:
+        groups[ALL] = list(pairs)
+    deciding = _deciding(config, groups)
+    compared = {task: _compared(config, own) for task, own in groups.items()}
+    judged = {task: _judged(config, own, pruned=pruned) for task, own in compared.items()}
+    if config.scope == "documents":
+        _hold_back(judged, {task: compared[task] for task in deciding})
+    return tuple(
+        Gate(
+            task=task,
+            decides=task in deciding,
+            drop=compared[task].drop(),
+            judgement=judged[task],
+            measures=tuple(_measures(config, own)),
+        )
+        for task, own in groups.items()
+    )
+
+
+def verdict_of(gates: Sequence[Gate]) -> Verdict:
+    """The worst of those that decide."""
+    found = {gate.verdict for gate in gates if gate.decides}
+    return next(verdict for verdict in ("fail", "inconclusive", "pass") if verdict in found)
+
+
+def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
+    """What a pass will cost, if that is worth a note, before any row runs.
+
+    Raises GateInconclusive where so few documents cannot pass the bound even if none of them loses anything.
+    """
+    bound, relative = config.bound
+    if config.scope == "rows" or config.gate_metric == "nll":  # of which no loss of all is known
+        return None
+    groups = {task: [row for row in rows if row.sample.task == task] for task in tasks_of(rows)}
+    if len(groups) > 1:
+        groups[ALL] = list(rows)
+    counts = {task: len({row.sample.document_key for row in own}) for task, own in groups.items()}
+    task, fewest = min(((task, counts[task]) for task in _deciding(config, groups)), key=lambda each: each[1])
+    needed = fewest_documents(bound)
+    of_task = "" if task == ALL or len(groups) == 1 else f" of {task}"
+    there = f"{counted(fewest, 'document')}{of_task}"
+    if needed is None or fewest < needed:
+        unit = "%" if relative else " points"
+        least = 100 * (1 - TAIL ** (1 / fewest))
+        costs = "no number of documents is enough" if needed is None else f"{needed:,} documents are needed"
+        raise GateInconclusive(
+            f"{there} cannot show a drop within --max-drop {config.bound_text}: {costs} even if none loses "
+            f"anything, and these show {least:.1f}{unit} at best; give more, or with --scope rows hold these "
+            "rows alone against their last scores"
+        )
+    if fewest >= RECOMMENDED:
+        return None
+    return (
+        f"{there} pass --max-drop {config.bound_text} only if they lose next to nothing ({needed:,} would "
+        f"without any loss); {RECOMMENDED} are recommended"
+    )
+
+
+def has_pruned(config: CheckConfig, pairs: Sequence[Pair], *, ffn_in_fp8: bool) -> bool:
+    """Whether the method did to any row something that dense does not."""
+    if config.linear_dtype != "auto" or ffn_in_fp8:
+        return True
+    shares = ("kept_ratio", "ffn_ratio", "attention_ratio", "kv_ratio")
+    return any(getattr(pair.method.score, share) != 1 for pair in pairs for share in shares)
+
+
+def _tasks(pairs: Sequence[Pair]) -> list[str]:
+    return list(tasks_of([pair.row for pair in pairs]))
+
+
+def _deciding(config: CheckConfig, groups: Mapping[str, object]) -> list[str]:
+    if ALL not in groups:
+        return list(groups)
+    return [task for task in groups if (task != ALL) == config.per_task]
+
+
+def _compared(config: CheckConfig, pairs: Sequence[Pair]) -> Paired:
+    metric = config.gate_metric
+    return Paired.of(
+        [_score(metric, pair.row, pair.reference) for pair in pairs],
+        [_score(metric, pair.row, pair.method) for pair in pairs],
+        documents=[pair.row.sample.document_key for pair in pairs],
+        relative=config.bound[1],
+        losses=metric == "nll",
+    )
+
+
+def _judged(config: CheckConfig, compared: Paired, *, pruned: bool) -> Judgement:
+    bound, _ = config.bound
+    judgement = compared.judge(bound) if config.scope == "documents" else compared.judge_rows(bound)
+    reason = compared.no_room(bound) or (None if pruned else NOTHING_PRUNED)
+    if reason is None or judgement.verdict == "fail":
+        return judgement
+    return Judgement(verdict="inconclusive", bound=bound, reason=reason)
+
+
+def _hold_back(judged: dict[str, Judgement], deciding: Mapping[str, Paired]) -> None:
+    """Of several tasks call those failed that fail by Holm's procedure: one in 40 fails by chance alone."""
+    p_values = {task: own.p_within(judged[task].bound) for task, own in deciding.items()}
+    for place, task in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        if p_values[task] > TAIL / (len(p_values) - place):
+            for other in sorted(p_values, key=p_values.__getitem__)[place:]:
+                if judged[other].verdict == "fail":
+                    judged[other] = replace(judged[other], verdict="inconclusive")
+            return
+
+
+def _measures(config: CheckConfig, pairs: Sequence[Pair]) -> list[Measure]:
+    names = [name for name in FORCED_METRICS if config.has_references or name == "agreement"]
+    if config.generate:
+        # what packages that are not installed would tell is left out, but for the gate's own metric
+        names += [name for name in ("score", *SCORERS) if name == config.gate_metric or _can(name, pairs)]
+    measures = [
+        Measure(
+            name=name,
+            dense=None if name == "agreement" else _mean(name, pairs, dense=True),
+            method=_mean(name, pairs, dense=False),
+        )
+        for name in names
+    ]
+    divergences = [pair.method.score.divergence for pair in pairs if pair.method.score.divergence is not None]
+    parted = [pair.method.score.parted_at for pair in pairs if pair.method.score.parted_at is not None]
+    never = 1 - len(parted) / len(pairs)
+    extras = (
+        (KL, statistics.mean(divergences)),
+        (NEVER, never),
+        (FIRST, statistics.median(parted) if parted else None),
+    )
+    return measures + [Measure(name=name, dense=None, method=value) for name, value in extras]
+
+
+def _mean(name: str, pairs: Sequence[Pair], *, dense: bool) -> float:
+    scores: dict[str, list[float]] = {}
+    for pair in pairs:
+        own = scores.setdefault(pair.row.sample.document_key, [])
+        own.append(_score(name, pair.row, pair.dense if dense else pair.method))
+    return statistics.fmean(map(statistics.fmean, scores.values()))
+
+
+def _can(name: str, pairs: Sequence[Pair]) -> bool:
+    try:
+        for pair in pairs:
+            _score(name, pair.row, pair.dense)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_scorer(config: CheckConfig, rows: Sequence[CheckRow]) -> None:
+    """Raise ConfigError, before any row runs, if the gate's metric needs a package that is not there."""
+    names = {row.sample.metric for row in rows} if config.gate_metric == "score" else set()
+    names |= {SCORERS[config.gate_metric]} if config.gate_metric in SCORERS else set()
+    for name in sorted(names):
+        score_text(name, "a", ["a"], ["a"])
+
+
+def _score(name: str, row: CheckRow, result: RowResult) -> float:
+    """Of one row, from 0 to 1, but for `nll`: nats a token."""
+    made = result.score
+    if name == "token-accuracy":
+        return made.correct / made.tokens
+    if name == "nll":
+        return made.nll / made.tokens
+    if name == "found":
+        return float(made.found)
+    if name == "agreement":  # dense with itself is 1
+        return 1.0 if made.agreed is None else made.agreed / made.tokens
+    sample = row.sample
+    metric = sample.metric if name == "score" else SCORERS[name]
+    return score_text(metric, result.generated or "", sample.references, sample.choices)
+
+
+def speeds(pairs: Sequence[Pair], *, same_run: bool) -> dict[str, float | None]:
+    """Medians of the times to first token, and means of the shares that the method kept.
+
+    Without `same_run` dense was timed by another run, and its times cannot be compared.
+    """
+    dense_ms = statistics.median(pair.dense.score.ttft_ms for pair in pairs)
+    method_ms = statistics.median(pair.method.score.ttft_ms for pair in pairs)
+    shares = ("kept_ratio", "ffn_ratio", "flops_ratio", "kv_ratio")
+    means = {name: statistics.fmean(getattr(pair.method.score, name) for pair in pairs) for name in shares}
+    return {
+        "dense_ttft_p50_ms": dense_ms if same_run else None,
+        "method_ttft_p50_ms": method_ms,
+        "speed_up": dense_ms / method_ms if same_run else None,
+        **means,
+    }

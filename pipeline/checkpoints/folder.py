@@ -1,0 +1,179 @@
+"""What a model's folder holds, told from its files' names and first bytes: weights, an adapter, pointers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedConfig
+
+from pipeline.checkpoints.safetensor_files import (
+    Stored,
+    is_lfs_pointer,
+    lfs_message,
+    read_header,
+    seem_equal,
+)
+from pipeline.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+# what is read of a folder beside its weights, and decides answers as they do
+SETTINGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The files that transformers reads a model's weights from; `named` are an index's tensors, by file."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    named: dict[str, str]
+
+    def stored(self) -> dict[str, Stored]:
+        """All tensors by name. Raises ValueError for damaged files, and for a name with two contents."""
+        found: dict[str, Stored] = {}
+        for file in self.files:
+            for each in read_header(file):
+                before = found.setdefault(each.name, each)
+                if before is not each and not seem_equal(before, each):
+                    raise ValueError(
+                        f"{each.name} stands in {before.file.name} and in {file.name}, with different values:"
+                        " the folder mixes two models; download it again into an empty one"
+                    )
+        return found
+
+
+def check_files(model: str, folder: Path) -> None:
+    """Raise ModelError where what a folder holds is not a model: an adapter, or pointers to files."""
+    for name in (*SETTINGS, *TOKENIZER, SINGLE, INDEX):
+        if is_lfs_pointer(folder / name):
+            raise ModelError(f"model folder {model}: {lfs_message(folder / name)}")
+    if not (folder / ADAPTER).is_file():
+        return
+    kind, base = _adapter(folder / ADAPTER)
+    if not _has_full_weights(folder):
+        raise ModelError(
+            f"model folder {model} is a {kind} adapter of {base}: merge it first, e.g. with peft's "
+            "merge_and_unload, and name the folder of the merged model"
+        )
+    if importlib.util.find_spec("peft") is not None:
+        raise ModelError(
+            f"model folder {model} holds a {kind} adapter of {base} beside full weights, which would be "
+            f"mixed: move {ADAPTER} out of it, or merge the adapter first, e.g. with peft's merge_and_unload"
+        )
+
+
+def folder_notes(folder: Path) -> list[str]:
+    """What a user should know of files that are not used."""
+    notes = []
+    if (folder / ADAPTER).is_file():
+        kind, base = _adapter(folder / ADAPTER)
+        notes.append(
+            f"the {kind} adapter of {base} beside the weights of {folder} is not applied ({ADAPTER})"
+        )
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        notes.append(f"{folder} holds {SINGLE}, which is used, and {INDEX}, which is not")
+    return notes
+
+
+def _adapter(path: Path) -> tuple[str, str]:
+    """Its kind and its model, as far as its configuration tells."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        kind = base = None
+    return "LoRA" if kind in (None, "LORA") else "PEFT", str(base or "another model")
+
+
+def _has_full_weights(folder: Path) -> bool:
+    names = [path.name for path in folder.iterdir()]
+    return any(
+        (name.endswith(".safetensors") and not name.startswith("adapter_"))
+        or name.startswith("pytorch_model")
+        or name == INDEX
+        for name in names
+    )
+
+
+def find_checkpoint(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    """The weights of a folder as transformers finds them. Raises ValueError where it would not."""
+    explicit = getattr(config, "transformers_weights", None)
+    path = _first_file(folder, (explicit,) if isinstance(explicit, str) else (SINGLE, INDEX))
+    if any(
+        re.match(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$", each.name) for each in folder.iterdir()
+    ):
+        raise ValueError("it holds a distributed checkpoint (shard-...): save it as one model first")
+    if not path.name.endswith(".json"):
+        return Checkpoint(folder=folder, files=(path,), named={})
+    named = _weight_map(path)
+    files = tuple(folder / name for name in sorted(set(named.values())))
+    gone = [file.name for file in files if not file.is_file()]
+    if gone:
+        raise ValueError(
+            f"{_listed(gone)}, which {path.name} names, {'is' if len(gone) == 1 else 'are'} not there:"
+            " download or copy the folder again"
+        )
+    return Checkpoint(folder=folder, files=files, named=named)
+
+
+def cached_checkpoint(repository: str, config: PreTrainedConfig) -> Checkpoint | None:
+    """The same of a model of the hub, if all of its files have been downloaded."""
+    commit = getattr(config, "_commit_hash", None)
+    path = try_to_load_from_cache(repository, "config.json", revision=commit) if commit else None
+    if not isinstance(path, str):
+        return None
+    try:
+        return find_checkpoint(Path(path).parent, config)
+    except ValueError:
+        return None
+
+
+def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    links = [name for name in names if (folder / name).is_symlink()]
+    if links:
+        raise ValueError(f"{links[0]} is a link to a file that is not there: copy the folder with its files")
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any("-of-" in name for name in there):
+        raise ValueError(f"{_listed(there)} are there without {INDEX}: download or copy that file too")
+    raise ValueError(f"it holds {_listed(there)} but no {' or '.join(names)}: rename or convert its weights")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File names by tensor, of an index."""
+    damaged = f"{path.name} is no index of weights: download or copy it again"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        named: Any = index["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(damaged) from error
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise ValueError(damaged)
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f'{path.name} lacks "metadata", without which it is not read: add "metadata": {{}}')
+    return named
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -1,0 +1,238 @@
+"""Models in GGUF files, whole or in parts: their configuration, tokenizer and weights.
+
+Every part's header is read once. The configuration and the weights are made here: transformers, given a GGUF
+file, drops its RoPE scaling, and fills with random numbers what it lacks. The tokenizer is transformers'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from pipeline.checkpoints.building import with_weights
+from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
+from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
+from pipeline.checkpoints.gguf_tensors import Found, Weights, check_tensors, found_tensors, values
+from pipeline.errors import ModelError, first_line
+from pipeline.families.adapters import check_config, check_family
+
+PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+TOKENIZERS = {"qwen2": Qwen2Tokenizer, "qwen3": Qwen2Tokenizer}  # as AutoTokenizer would choose
+# by what transformers calls them
+SIZES = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+# settings of other models of these architectures, by the value that changes nothing
+NEUTRAL = {
+    "expert_count": 0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.causal": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFiles:
+    """A located GGUF model. What cannot be read raises ModelError, in one line that names the model."""
+
+    name: str  # as the user wrote it
+    path: Path  # the file, or any of its parts
+    ignore_unused_tensors: str | None = None  # a pattern of their names
+
+    def config(self) -> PreTrainedConfig:
+        with self._as_model_error():
+            check_family(self._family)
+            config = AutoConfig.for_model(self._family, **self._settings())
+            check_config(config)
+            return config
+
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        """Raise ModelError for tensors that are not those of this configuration, by their headers alone."""
+        with self._as_model_error():
+            return check_tensors(self.path.name, config, self._tensors, self.ignore_unused_tensors)
+
+    def tokenizer(self) -> Any:
+        with self._as_model_error():
+            path = self._parts[0].path
+            if "tokenizer.ggml.model" not in self._parts[0].settings:
+                raise GgufError(
+                    f"{path.name} holds no tokenizer; convert the model again, with its tokenizer"
+                )
+            tokenizer = TOKENIZERS.get(self._family, PreTrainedTokenizerFast)
+            # not AutoTokenizer, which reads all of the file's header once more to find the family
+            return tokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+    def fingerprint(self, config: PreTrainedConfig) -> str:
+        """The hash of the file's bytes, or of all parts' in their order."""
+        digest = hashlib.sha256()
+        with self._as_model_error():
+            for part in self._parts:
+                with part.path.open("rb") as file:
+                    # hashlib.file_digest updates what it is told to make
+                    hashlib.file_digest(file, lambda: digest)
+        return "sha256:" + digest.hexdigest()
+
+    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+        with self._as_model_error():
+            return with_weights(config, Weights(config, self._tensors), device=device, dtype=dtype)
+
+    @cached_property
+    def _parts(self) -> tuple[GgufHeader, ...]:
+        parts = tuple(read_header(path) for path in _part_paths(self.path))
+        _check_parts(parts)
+        return parts
+
+    @cached_property
+    def _tensors(self) -> Found:
+        return found_tensors(self._parts)
+
+    @property
+    def _family(self) -> str:
+        settings = self._parts[0].settings
+        kind = settings.get("general.type", "model")
+        if kind != "model":
+            raise GgufError(f"{self.path.name} holds no model, but what its header calls {kind!r}")
+        if "general.architecture" not in settings:
+            raise GgufError(f"{self.path.name} does not say its general.architecture, so it holds no model")
+        return str(settings["general.architecture"])
+
+    def _settings(self) -> dict[str, Any]:
+        """The header's settings by the names of transformers."""
+        family, settings, file = self._family, self._parts[0].settings, self.path.name
+        for key, neutral in NEUTRAL.items():
+            if settings.get(f"{family}.{key}", neutral) != neutral:
+                value = settings[f"{family}.{key}"]
+                raise GgufError(f"{file} has {family}.{key} {value}, which is not supported")
+        sizes = {ours: _single(file, settings, f"{family}.{theirs}") for ours, theirs in SIZES.items()}
+        heads = sizes["num_attention_heads"]
+        kv_heads = f"{family}.attention.head_count_kv"
+        sizes["num_key_value_heads"] = _single(file, settings, kv_heads) if kv_heads in settings else heads
+        sizes["head_dim"] = _head_dim(file, settings, family, sizes["hidden_size"] // heads)
+        tokens = {ours: settings.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in TOKENS.items()}
+        return {
+            **sizes,
+            **tokens,
+            **_window(settings.get(f"{family}.attention.sliding_window") or 0, family),
+            "vocab_size": self._vocabulary(),
+            # a converter leaves the output head out where it is the embedding
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self._tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
+            "rope_parameters": self._rope(sizes["head_dim"]),
+        }
+
+    def _vocabulary(self) -> int:
+        """Rows of the embedding, of which converters may write more than there are tokens."""
+        if "token_embd.weight" not in self._tensors:
+            raise GgufError(f"{self.path.name} lacks token_embd.weight, the embedding of its tokens")
+        rows = self._tensors["token_embd.weight"][1].shape[0]
+        tokens = self._parts[0].settings.get("tokenizer.ggml.tokens", 0)
+        if tokens > rows:
+            raise GgufError(f"{self.path.name} is damaged: it has {tokens:,} tokens, and embeds {rows:,}")
+        return rows
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        divisors = None
+        if FREQUENCIES in self._tensors and self._family == "llama":
+            part, entry = self._tensors[FREQUENCIES]
+            divisors = values(part, entry)
+        try:
+            return rope_parameters(self._parts[0].settings, self._family, head_dim, divisors)
+        except GgufError as error:
+            raise GgufError(f"{self.path.name} {error}") from error
+
+    @contextmanager
+    def _as_model_error(self) -> Iterator[None]:
+        """Libraries raise what they like; the user gets one line that names the model."""
+        try:
+            yield
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(f"model {self.name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def _part_paths(path: Path) -> list[Path]:
+    """The file, or all parts of which its name says it is one; whichever is named stands for the whole."""
+    named = PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    count = int(named["parts"])
+    paths = [path.with_name(f"{named['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        raise GgufError(
+            f"{path.name} is one of {count} parts, and these are not beside it: {', '.join(missing)};"
+            " download them too"
+        )
+    return paths
+
+
+def _check_parts(parts: tuple[GgufHeader, ...]) -> None:
+    """Each part's header must agree with what the files' names say, and together they must be complete."""
+    for place, part in enumerate(parts):
+        number, count = part.settings.get("split.no", place), part.settings.get("split.count", len(parts))
+        if len(parts) == 1 and count > 1:
+            raise GgufError(
+                f"{part.path.name} is part {number + 1} of {count} under another name; name all parts"
+                f" NAME-00001-of-{count:05d}.gguf and so on, or join them with llama-gguf-split --merge"
+            )
+        if (number, count) != (place, len(parts)):
+            raise GgufError(
+                f"{part.path.name} is part {number + 1} of {count} by its header; give the parts their"
+                " own names again, or download them again"
+            )
+    held = sum(len(part.tensors) for part in parts)
+    promised = parts[0].settings.get("split.tensors.count", held)
+    if held != promised:
+        raise GgufError(
+            f"{parts[0].path.name} promises {promised} tensors, and the parts have {held}; download the"
+            " parts again"
+        )
+
+
+def _single(file: str, settings: dict[str, Any], key: str) -> Any:
+    """A setting that must be there, and be one number for all layers."""
+    if key not in settings:
+        raise GgufError(f"{file} lacks the setting {key}; it is damaged, or no model of this family")
+    value = settings[key]
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise GgufError(f"{file} has another {key} in each layer, which is not supported")
+        value = value[0]
+    return value
+
+
+def _head_dim(file: str, settings: dict[str, Any], family: str, usual: int) -> int:
+    rotated = settings.get(f"{family}.rope.dimension_count")
+    size = settings.get(f"{family}.attention.key_length", rotated or usual)
+    if settings.get(f"{family}.attention.value_length", size) != size:
+        raise GgufError(f"{file} has keys and values of different sizes, which is not supported")
+    if rotated not in (None, size):
+        raise GgufError(f"{file} rotates {rotated} of {size} dimensions of a head, which is not supported")
+    return int(size)
+
+
+def _window(window: int, family: str) -> dict[str, Any]:
+    """A sliding attention window of all layers, which caps the context."""
+    if not window:
+        return {}
+    layers = {"use_sliding_window": True, "max_window_layers": 0} if family.startswith("qwen") else {}
+    return {"sliding_window": window, **layers}

@@ -1,0 +1,162 @@
+"""The header of a GGUF file: its settings, and where its tensors lie. No tensor is read.
+
+The reader of the `gguf` package makes several numpy views of each token of the vocabulary, which takes
+seconds; this one steps over the vocabulary, which transformers reads for the tokenizer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from pipeline.checkpoints.safetensor_files import is_lfs_pointer, lfs_message
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # where the header names none
+STRING, ARRAY = 8, 9
+# how values of fixed size are packed, by the number of their type
+PACKED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+class GgufError(ValueError):
+    """A file that cannot be used, in a sentence that begins with the file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A tensor's line in the header."""
+
+    name: str
+    shape: tuple[int, ...]  # in torch's order, rows first
+    kind: gguf.GGMLQuantizationType
+    start: int  # of its bytes, from the beginning of the file
+    size: int  # in bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufHeader:
+    path: Path
+    settings: dict[str, Any]  # by key; of an array of strings, how many there are
+    tensors: tuple[TensorEntry, ...]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Raises GgufError for what is no GGUF file, is cut short, or holds types that are not known."""
+    size = path.stat().st_size
+    if is_lfs_pointer(path):
+        raise GgufError(lfs_message(path))
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise GgufError(f"{path.name} is no GGUF file: it does not begin with {MAGIC.decode()}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                settings, lines, end = _Cursor(data).header(path.name)
+            except (struct.error, UnicodeDecodeError, OverflowError) as error:
+                raise GgufError(f"{path.name} is cut short or damaged: its header ends too early") from error
+    alignment = settings.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise GgufError(f"{path.name} is damaged: its alignment is {alignment!r}")
+    begin = -(-end // alignment) * alignment
+    tensors = tuple(_entry(path.name, begin, *line) for line in lines)
+    _check_places(path.name, tensors, size)
+    return GgufHeader(path=path, settings=settings, tensors=tensors)
+
+
+Line = tuple[str, tuple[int, ...], int, int]  # name, shape, number of its type, place behind the header
+
+
+class _Cursor:
+    """A place in the file, that moves on with each value read."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.place = len(MAGIC)
+
+    def header(self, name: str) -> tuple[dict[str, Any], list[Line], int]:
+        (version,) = self.unpack("I")
+        if version not in VERSIONS:
+            reason = "is big-endian" if version and version & 0xFFFF == 0 else f"has version {version}"
+            raise GgufError(f"{name} {reason}, which cannot be read (little-endian versions 2 and 3 can)")
+        tensor_count, setting_count = self.unpack("QQ")
+        settings = {}
+        for _ in range(setting_count):
+            key = self.text()
+            settings[key] = self.value(name)
+        lines = [self.line() for _ in range(tensor_count)]
+        return settings, lines, self.place
+
+    def unpack(self, packed: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{packed}", self.data, self.place)
+        self.place += struct.calcsize(f"<{packed}")
+        return values
+
+    def text(self) -> str:
+        (length,) = self.unpack("Q")
+        return self.unpack(f"{length}s")[0].decode("utf-8")
+
+    def value(self, name: str) -> Any:
+        (kind,) = self.unpack("I")
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self.array(name)
+        return self.unpack(_packed(name, kind))[0]
+
+    def array(self, name: str) -> Any:
+        kind, count = self.unpack("IQ")
+        if kind != STRING:
+            return list(self.unpack(f"{count}{_packed(name, kind)}"))
+        read_length, place = struct.Struct("<Q").unpack_from, self.place
+        for _ in range(count):
+            place += 8 + read_length(self.data, place)[0]
+        self.place = place
+        return count
+
+    def line(self) -> Line:
+        name = self.text()
+        (dimensions,) = self.unpack("I")
+        shape = self.unpack(f"{dimensions}Q")
+        kind, place = self.unpack("IQ")
+        return name, tuple(reversed(shape)), kind, place
+
+
+def _packed(name: str, kind: int) -> str:
+    if kind not in PACKED:
+        raise GgufError(f"{name} is damaged, or of a newer kind: it has a setting of type {kind}")
+    return PACKED[kind]
+
+
+def _entry(file: str, begin: int, name: str, shape: tuple[int, ...], number: int, place: int) -> TensorEntry:
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise GgufError(
+            f"{file} stores {name} in type {number}, which the installed gguf package does not know; a newer"
+            " release may, or get the model in another quantisation"
+        ) from None
+    if not shape or shape[-1] % block:
+        raise GgufError(f"{file} is damaged: the rows of {name} are no whole blocks of type {kind.name}")
+    size = prod(shape) // block * block_bytes
+    return TensorEntry(name=name, shape=shape, kind=kind, start=begin + place, size=size)
+
+
+def _check_places(file: str, tensors: tuple[TensorEntry, ...], size: int) -> None:
+    """Every tensor must stand in the file, and once."""
+    twice = [name for name, count in Counter(entry.name for entry in tensors).items() if count > 1]
+    if twice:
+        raise GgufError(f"{file} is damaged: it names {twice[0]} twice")
+    last = max(tensors, key=lambda entry: entry.start + entry.size, default=None)
+    if last is not None and last.start + last.size > size:
+        raise GgufError(
+            f"{file} is cut short: it has {size:,} bytes, and {last.name} would end at"
+            f" {last.start + last.size:,}; copy or download it again"
+        )

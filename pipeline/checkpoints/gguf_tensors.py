@@ -1,0 +1,147 @@
+"""Tensors of GGUF files: which ones a model takes, under which names, and their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from math import prod
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from pipeline.checkpoints.building import parameter_shapes
+from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, TensorEntry
+from pipeline.checkpoints.gguf_rope import FREQUENCIES
+
+NUMBERS_AT_ONCE = 1 << 20  # that are dequantised, in whole rows
+NAMED = 4  # tensors in a message
+HARMLESS = ".attn_rot_embd."  # the frequencies again, in files of 2023; llama.cpp passes over them too
+
+Found = dict[str, tuple[GgufHeader, TensorEntry]]  # by the tensor's name
+
+
+def found_tensors(parts: Iterable[GgufHeader]) -> Found:
+    found: Found = {}
+    for part in parts:
+        for entry in part.tensors:
+            if entry.name in found:
+                first = found[entry.name][0].path.name
+                raise GgufError(
+                    f"{part.path.name} is no part of the same model: {first} has {entry.name} too"
+                )
+            found[entry.name] = (part, entry)
+    return found
+
+
+def gguf_namer(config: PreTrainedConfig) -> Callable[[str], str]:
+    """What a parameter of transformers' model is called in a GGUF file."""
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if config.model_type not in architectures:
+        raise GgufError(f"architecture {config.model_type!r} is none of the gguf package's")
+    names = gguf.get_tensor_name_map(architectures[config.model_type], config.num_hidden_layers)
+    return lambda parameter: str(names.get_name(parameter, try_suffixes=(".weight", ".bias")))
+
+
+def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: str | None = None) -> list[str]:
+    """Raise GgufError unless the model has all the tensors that this configuration takes, and no others.
+
+    Those that match the pattern `ignored` may be there; what it returns is worth a note.
+    """
+    named = gguf_namer(config)
+    shapes = {named(parameter): shape for parameter, shape in parameter_shapes(config).items()}
+    kind = f"a {config.model_type} of {config.num_hidden_layers} blocks"
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        raise GgufError(f"{file} lacks {_listed(missing)}, which {kind} has; download or convert it again")
+    used = {*shapes, FREQUENCIES} if config.model_type == "llama" else set(shapes)
+    others = [name for name in found if name not in used and HARMLESS not in name]
+    unused = [name for name in others if ignored is None or not re.search(ignored, name)]
+    if unused:
+        raise GgufError(
+            f"{file} holds {_listed(unused)}, which {kind} does not use; without them its answers would be"
+            " another model's; --ignore-unused-tensors REGEX goes on without those that it matches"
+        )
+    for name, shape in shapes.items():
+        entry = found[name][1]
+        if entry.shape != shape:
+            raise GgufError(f"{file} is damaged: {name} is {_sides(entry.shape)}, not {_sides(shape)}")
+    _check_kinds(file, found)
+    return [f"{file} holds {_listed(others)}, which {kind} does not use: they are left out"] if others else []
+
+
+def _check_kinds(file: str, found: Found) -> None:
+    """Each type is tried on one block: the package knows the sizes of more types than it can read."""
+    for kind in {entry.kind for _, entry in found.values()}:
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        except NotImplementedError:
+            raise GgufError(
+                f"{file} stores tensors in type {kind.name}, which the gguf package cannot read; get the"
+                " model in another quantisation, such as Q8_0 or Q4_K_M"
+            ) from None
+
+
+def values(part: GgufHeader, entry: TensorEntry) -> np.ndarray:
+    """A small tensor, such as the divisors of frequencies, in float32."""
+    return np.concatenate([rows for _, rows in _pieces(part, entry)]).reshape(entry.shape)
+
+
+class Weights:
+    """Writes tensors of the files into parameters of transformers' model."""
+
+    def __init__(self, config: PreTrainedConfig, found: Found) -> None:
+        self.named = gguf_namer(config)
+        self.found = found
+        self.config = config
+
+    def __call__(self, parameter: str, target: Tensor) -> None:
+        """Write the tensor of the parameter of this name to `target`, of its shape, on any device."""
+        part, entry = self.found[self.named(parameter)]
+        places = self._places(parameter, entry)
+        rows = target.reshape(-1, entry.shape[-1]) if places is None else target.reshape(len(places), -1)
+        for first, piece in _pieces(part, entry):
+            numbers = torch.from_numpy(piece).to(target.dtype).to(target.device).reshape(-1, rows.shape[1])
+            if places is None:
+                rows[first : first + len(numbers)].copy_(numbers)
+            else:
+                rows.index_copy_(0, places[first : first + len(numbers)].to(target.device), numbers)
+
+    def _places(self, parameter: str, entry: TensorEntry) -> Tensor | None:
+        """Where each row of the file goes, if not to its own place.
+
+        llama.cpp rotates neighbours, transformers the two halves of a head, so that of Llama's queries and
+        keys the converter writes rows h and h + d / 2 of a head side by side.
+        """
+        heads: dict[str, int] = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }
+        module = parameter.split(".")[-2]
+        if self.config.model_type != "llama" or module not in heads:
+            return None
+        rows = entry.shape[0]
+        order = torch.arange(rows).view(heads[module], 2, rows // heads[module] // 2)
+        return order.transpose(1, 2).reshape(-1)
+
+
+def _pieces(part: GgufHeader, entry: TensorEntry) -> Iterable[tuple[int, np.ndarray]]:
+    """(first row, rows in float32) of a tensor, a few rows at a time; a vector is one row."""
+    stored = np.memmap(part.path, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.size,))
+    width = entry.shape[-1]
+    rows = stored.reshape(prod(entry.shape[:-1]), -1)
+    step = max(1, NUMBERS_AT_ONCE // width)
+    for first in range(0, len(rows), step):
+        piece = gguf.dequantize(np.array(rows[first : first + step]), entry.kind)
+        yield first, np.asarray(piece, dtype=np.float32)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more tensors" if more > 0 else "")
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,366 @@
+"""What a check asks: rows of the user's data and samples of suites, as prompts with their right answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
+from pipeline.inputs.reading import each_question
+from pipeline.inputs.selection import select_rows
+from pipeline.inputs.source import Source
+from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.settings.parse import parse_shard
+from pipeline.settings.rows import RowSettings
+from pipeline.setup.intake import open_columns
+from pipeline.suites.by_name import load_suite
+from pipeline.suites.haystack import token_counter
+from pipeline.suites.metrics import parts_of
+from pipeline.suites.needles import make_needles
+from pipeline.suites.samples import (
+    Sample,
+    Side,
+    document_key,
+    first_in_turn,
+    is_unicode,
+    part_of,
+    searched_count,
+    searched_keys,
+    take,
+)
+from pipeline.texts.redaction import bare, hidden
+
+if TYPE_CHECKING:
+    from pipeline.prompts.builder import PromptBuilder
+
+NEEDLE_LENGTHS = (8192, 16384, 30720)  # those that the context holds
+METRIC = "token_f1"  # of the user's own references
+HAYSTACK_CHARACTERS = 64 << 20  # of the user's documents, enough variety for any needles
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """A sample, its prompt, and its right answer in tokens; no tokens where there is no right answer."""
+
+    sample: Sample
+    document: EncodedDocument
+    reference: tuple[int, ...]
+    reference_cut: int  # tokens of the reference beyond --max-new-tokens
+    parts: tuple[tuple[int, int], ...] = ()  # ranges of its tokens that are found or not one by one
+    row_hash: str  # of the prompt's tokens and the right answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRows:
+    """All rows of a check, and why others were left out."""
+
+    rows: tuple[CheckRow, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # of what was decided by the columns of the input
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256, in hex, of all rows."""
+        return data_hash(self.rows)
+
+
+def data_hash(rows: Sequence[CheckRow]) -> str:
+    """SHA-256, in hex, of these rows."""
+    return hashlib.sha256("\n".join(row.row_hash for row in rows).encode()).hexdigest()
+
+
+def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
+    """Read and tokenize everything, the needles last.
+
+    Raises InputError if more than half of the input or of a suite has to be left out.
+    """
+    documents, notes = _open(config)
+    of_input, unread = _input_samples(config, documents)
+    suites = [load_suite(suite) for suite in config.suite_names if suite.folder is not None]
+    sources = [of_input, *(suite.samples for suite in suites)]
+    _check_tasks(config, list(chain.from_iterable(sources)))
+    sources = [[each for each in own if _takes(config, each.document_key)] for own in sources]
+    asked = [first_in_turn(_asked(config, own), config.limit) for own in sources]
+    samples = take(list(chain.from_iterable(asked)), config.limit_per_task, config.seed)
+    rows, failed = _encode_all(config, samples, prompts)
+    if config.has_needles:
+        haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
+        needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
+        samples += needles
+        hidden_in, unfit = _encode_all(config, needles, prompts, first=len(samples) - len(needles))
+        rows, failed = rows + hidden_in, failed + unfit
+    _refuse_twins(samples)
+    failed = unread + failed
+    count = len(rows) + len(failed)
+    if not count:
+        raise InputError(f"{', '.join(map(hidden, config.input))} has no rows")
+    if len(failed) > len(rows):
+        raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
+    left_out = [message for suite in suites for message in suite.left_out]
+    return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
+
+
+def _input_samples(config: RowSettings, documents: Source | None) -> tuple[list[Sample], list[str]]:
+    """Those of the input's rows, where they are asked, and why others are none."""
+    samples: list[Sample] = []
+    failed: list[str] = []
+    if documents is not None and config.asks_rows:
+        for record in _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids):
+            found = _sample(config, record)
+            failed.append(found) if isinstance(found, str) else samples.append(found)
+    return samples, failed
+
+
+def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
+    """The input, if there is one, and what to say of its columns."""
+    if not config.input:
+        return None, ()
+    if config.has_needles and "-" in config.input:
+        raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
+    kept = dict.fromkeys(_kept(config))
+    source, settled = open_columns(replace(config, task_column=None), kept, asks=config.asks_rows)
+    return source, settled.notes
+
+
+def _renamed(records: Iterable[Document | RowFailure], *, takes_ids: bool) -> Iterator[Document | RowFailure]:
+    """With the row's number behind an id that comes again, where nobody named the column of ids."""
+    seen: set[str] = set()
+    for record in records:
+        row = record.source
+        if takes_ids and row.id in seen:
+            record = replace(record, source=replace(row, id=f"{row.id}#{row.row}"))
+        seen.add(record.source.id)
+        yield record
+
+
+def _records(config: RowSettings, source: Source) -> Iterator[Document | RowFailure]:
+    """The rows of the input that are asked for, a record for each question."""
+    return chain.from_iterable(map(each_question, select_rows(source, config, source.total_rows)))
+
+
+def _takes(config: RowSettings, key: str) -> bool:
+    """Whether the document with this key is in the shard of documents."""
+    if config.document_shard is None:
+        return True
+    part, parts = parse_shard(config.document_shard, "--document-shard")
+    return part_of(key, parts) == part - 1
+
+
+def _kept(config: RowSettings) -> list[str]:
+    """The columns that are read beside text, question and id."""
+    names = (config.reference_column, config.task_column)
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
+    """A row of the data, or why it is left out."""
+    if isinstance(record, RowFailure):
+        return record.message
+    references: tuple[str, ...] = ()
+    if config.reference_column is not None:
+        references = _references(_cell(config, record.source, config.reference_column))
+        if not references:
+            return f"{record.source.place}: no reference in column {config.reference_column!r}"
+    task = Path(bare(config.input[0])).name.partition(".")[0] if len(config.input) == 1 else ""
+    if config.task_column is not None:
+        task = str(_cell(config, record.source, config.task_column) or "")
+        if not task:
+            return f"{record.source.place}: no task in column {config.task_column!r}"
+    return Sample(
+        id=record.source.id,
+        task=task or "data",
+        text=record.text,
+        question=record.question or "",
+        references=references,
+        metric=METRIC,
+        document_key=document_key(record.text),
+        facets={"place": record.source.place},
+    )
+
+
+def _cell(config: RowSettings, source: Row, column: str) -> Any:
+    assert source.passthrough is not None
+    # by place: a column that has the name of one of batch's output is renamed
+    return source.passthrough.column(_kept(config).index(column))[0].as_py()
+
+
+def _references(value: Any) -> tuple[str, ...]:
+    """One right answer, or several of a list, which JSON lines bring as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = None
+        value = parsed if isinstance(parsed, list) else value
+    given = value if isinstance(value, list) else [value]
+    texts = [str(one).strip() for one in given if isinstance(one, str | int | float)]
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _check_tasks(config: RowSettings, samples: Sequence[Sample]) -> None:
+    """Raises ConfigError if a task that is asked for is none's."""
+    known = dict.fromkeys(sample.task for sample in samples)
+    unknown = next((task for task in config.tasks if task not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; there are {', '.join(known) or 'none'}"
+        )
+
+
+def _asked(config: RowSettings, samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not config.tasks or sample.task in config.tasks]
+
+
+def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> dict[str, str]:
+    """Documents to hide needles in by their keys: those of the input, or without one the suites'."""
+    if documents is not None:
+        records = (row.text for row in _records(config, documents) if isinstance(row, Document))
+        found: Iterable[tuple[str, str]] = ((document_key(text), text) for text in records)
+        found = ((key, text) for key, text in found if _takes(config, key))
+    else:
+        found = ((sample.document_key, sample.text) for sample in samples)
+    texts: dict[str, str] = {}
+    left = HAYSTACK_CHARACTERS
+    for key, text in found:
+        if left <= 0:
+            break
+        if key not in texts:
+            texts[key] = text[:left]
+            left -= len(text)
+    if not texts:
+        raise InputError("there is no document to hide needles in")
+    return texts
+
+
+def _needles(
+    config: RowSettings, haystacks: Mapping[str, str], rows: Sequence[CheckRow], prompts: PromptBuilder
+) -> list[Sample]:
+    """Needles in these documents; where there are two sides, of each in those on its side alone."""
+    make = partial(
+        make_needles,
+        kinds=config.needle_kinds,
+        lengths=_needle_lengths(config, prompts),
+        seed=config.seed,
+        count_tokens=token_counter(prompts.tokenizer),
+    )
+    if not config.has_sides:
+        return make(list(haystacks.values()), count=config.needle_count)
+    asked = {row.sample.document_key for row in rows}
+    searched = searched_keys(asked, str(config.seed))
+    searched |= searched_keys(haystacks.keys() - asked, str(config.seed))
+    to_search = searched_count(config.needle_count)
+    counts: dict[Side, int] = {"search": to_search, "held-out": config.needle_count - to_search}
+    needles: list[Sample] = []
+    for side, count in counts.items():
+        texts = [text for key, text in haystacks.items() if (key in searched) == (side == "search")]
+        if not texts:
+            raise InputError(
+                "needles of the two sides are hidden in different documents, and there is none on the side "
+                f"{side!r}: give more documents"
+            )
+        if count:
+            needles += make(texts, count=count, side=side)
+    return needles
+
+
+def _needle_lengths(config: RowSettings, prompts: PromptBuilder) -> Sequence[int]:
+    longest = prompts.limit
+    lengths = config.needle_lengths
+    if lengths is None:
+        return tuple(length for length in NEEDLE_LENGTHS if length <= longest) or (longest,)
+    if max(lengths) > longest:
+        raise ConfigError(
+            f"--needle-lengths: {max(lengths):,} tokens exceed {longest:,}, the context of "
+            f"{prompts.context:,} less --max-new-tokens {prompts.max_new_tokens:,}"
+        )
+    return lengths
+
+
+def _refuse_twins(samples: Sequence[Sample]) -> None:
+    seen: dict[str, Sample] = {}
+    for sample in samples:
+        other = seen.setdefault(sample.id, sample)
+        if other is not sample:
+            raise InputError(f"two rows have the id {sample.id!r}: {_place(other)} and {_place(sample)}")
+
+
+def _place(sample: Sample) -> str:
+    return str(sample.facets.get("place", f"{sample.task} {sample.id}"))
+
+
+def _encode_all(
+    config: RowSettings, samples: Sequence[Sample], prompts: PromptBuilder, first: int = 0
+) -> tuple[list[CheckRow], list[str]]:
+    """Rows of samples, numbered from `first` on, and why others are none."""
+    rows: list[CheckRow] = []
+    failed: list[str] = []
+    for number, sample in enumerate(samples, start=first):
+        row = _encode(config, number, sample, prompts)
+        failed.append(row) if isinstance(row, str) else rows.append(row)
+    return rows, failed
+
+
+def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
+    source = Row(row=number, id=sample.id, place=_place(sample), question=sample.question or None)
+    try:
+        document = prompts.encode(Document(source=source, text=sample.text))
+    except RowError as error:
+        return f"{source.place}: {error}"
+    tokens: list[int] = []
+    parts: tuple[tuple[int, int], ...] = ()
+    if sample.references:
+        if not is_unicode(sample.references[0]):
+            return f"{source.place}: the reference has half of a surrogate pair, which is no character"
+        # as user text: a reference that says <|im_end|> ends no turn
+        encoded = prompts.tokenizer(
+            sample.references[0],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        tokens = encoded["input_ids"]
+        if not tokens:
+            return f"{source.place}: the reference has no tokens"
+        parts = _parts(sample, encoded["offset_mapping"][: config.max_new_tokens])
+    return CheckRow(
+        sample=sample,
+        document=document,
+        reference=tuple(tokens[: config.max_new_tokens]),
+        reference_cut=max(0, len(tokens) - config.max_new_tokens),
+        parts=parts,
+        row_hash=_hash(document, sample),
+    )
+
+
+def _parts(sample: Sample, offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of the tokens, at these offsets, in which the items of a reference stand; none of one item."""
+    reference = sample.references[0]
+    items = parts_of(sample.metric, reference)
+    parts: list[tuple[int, int]] = []
+    end = 0
+    for item in items if len(items) > 1 else ():
+        start = reference.index(item, end)
+        end = start + len(item)
+        inside = [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
+        if inside:
+            parts.append((inside[0], inside[-1] + 1))
+    return tuple(parts)
+
+
+def _hash(document: EncodedDocument, sample: Sample) -> str:
+    digest = hashlib.sha256(document.input_ids.astype(np.int64).tobytes())
+    digest.update(json.dumps([sample.task, sample.references, sample.metric, sample.choices]).encode())
+    return digest.hexdigest()
+
+
+def tasks_of(rows: Sequence[CheckRow]) -> Iterator[str]:
+    """Each task once, in the order in which they come first."""
+    yield from dict.fromkeys(row.sample.task for row in rows)

@@ -1,0 +1,101 @@
+"""Which input columns are the text, the question and the id, and which are copied to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError
+from pipeline.inputs.lines import LONGEST
+
+Keep = tuple[tuple[str, str | None], ...]
+
+SHORT_TYPES = {"string": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+SOME_TYPES = "string, int, float, bool, int32, float32, date32, timestamp[us], binary"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Columns of Parquet and Arrow input, keys of JSONL input; text documents have none.
+
+    `keep` of None copies every other column, and of JSONL the other keys as JSON in one column `extra`;
+    an empty `keep` copies nothing.
+    """
+
+    text: str = "text"
+    question: str | None = None
+    questions: str | None = None  # a list of questions, of which each gets an answer
+    fixed_question: str | None = None
+    id: str | None = None
+    task: str | None = None  # a kind of task; also copied, if it is among what is copied
+    takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
+    asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
+    holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
+    keep: Mapping[str, str | None] | Keep | None = None
+    longest_line: int = LONGEST  # of JSON lines, in bytes
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.question, self.questions, self.fixed_question)) > 1:
+            raise ConfigError(
+                "a question column, a column of questions and one question for all rows exclude each other; "
+                "give one of them"
+            )
+        if self.text in (self.question, self.questions):
+            raise ConfigError(f"the question column is the text column, {self.text!r}")
+        _check_keep(self.kept or ())
+
+    @property
+    def kept(self) -> Keep | None:
+        """`keep` in its one form."""
+        return tuple(self.keep.items()) if isinstance(self.keep, Mapping) else self.keep
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The columns that are read for themselves, each once."""
+        names = (self.text, self.question, self.questions, self.id)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The columns that are looked at."""
+        return self.roles if self.task in (None, *self.roles) else (*self.roles, str(self.task))
+
+
+def parse_keep_columns(spec: str) -> Keep:
+    """Parse `a:int,b:string,c`; a column without a type keeps its own (JSONL: string)."""
+    if not spec.strip():
+        return ()
+    keep = tuple(_parse_one(part.strip(), spec) for part in spec.split(","))
+    _check_keep(keep)
+    return keep
+
+
+def type_named(name: str) -> pa.DataType:
+    """The Arrow type of a name; plain `string` is the large kind, `int` and `float` are the 64-bit ones."""
+    if name in SHORT_TYPES:
+        return SHORT_TYPES[name]
+    try:
+        return pa.type_for_alias(name)
+    except ValueError:
+        raise ConfigError(f"{name!r} is not a column type; types are, for example, {SOME_TYPES}") from None
+
+
+def _parse_one(part: str, spec: str) -> tuple[str, str | None]:
+    name, colon, type_name = part.rpartition(":") if ":" in part else (part, "", "")
+    name, type_name = name.strip(), type_name.strip()
+    if not name or (colon and not type_name):
+        raise ConfigError(
+            f"kept columns {spec!r} cannot be parsed at {part!r}; write name or name:type, comma-separated"
+        )
+    return name, type_name or None
+
+
+def _check_keep(keep: Keep) -> None:
+    names = [name for name, _ in keep]
+    for name, type_name in keep:
+        if names.count(name) > 1:
+            raise ConfigError(f"kept column {name!r} is named twice")
+        if type_name is not None:
+            type_named(type_name)

@@ -1,0 +1,284 @@
+"""Columns copied from the input to the output: which, under which names, as which types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import InputError, RowError
+from pipeline.inputs.columns import Columns, type_named
+from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME
+from pipeline.storage.causes import READ_ERRORS, cause, some
+from pipeline.values.converting import STRINGS, converted, converts
+from pipeline.values.dictionaries import settled
+from pipeline.values.jsonvalues import KEYS, held_text
+from pipeline.values.unify import common
+
+EXTRA = "extra"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A Parquet or Arrow file as far as its columns go."""
+
+    label: str
+    schema: pa.Schema
+    unreadable: Mapping[str, str]  # the types of columns that are not in the schema, as none can read them
+
+
+@dataclass(frozen=True, slots=True)
+class PassColumn:
+    """`source` is the input's name for it; None means all other keys of a JSONL object, as JSON."""
+
+    source: str | None
+    field: pa.Field
+
+
+class PassPlan:
+    """Turns rows of any input file into batches of one schema."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        tables: Sequence[Table],
+        *,
+        has_jsonl: bool,
+        type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
+        partitions: frozenset[str] = frozenset(),
+        as_keys: bool = False,
+    ) -> None:
+        """`type_held` says in which type the output holds a value: one that does not fit costs its row.
+
+        `partitions` are keys of JSONL that get columns of their own, as folders say them. With `as_keys` the
+        others remain keys in the output.
+        """
+        kept = columns.kept
+        if kept is None:
+            wanted = _all_columns(columns, tables)
+        else:
+            wanted = _kept_columns(kept, tables, has_jsonl=has_jsonl)
+        if kept is None and has_jsonl:
+            wanted.append((None, pa.field(EXTRA, pa.large_string(), metadata=KEYS if as_keys else None)))
+        self._roles = frozenset(columns.roles)
+        self._takes_keys = kept is not None
+        self._partitions = partitions
+        wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
+        self.columns, self.notes = _rename(wanted, _own_names(columns))
+        if kept is None:
+            self.notes += _left_out(tables)
+        self.schema = pa.schema([column.field for column in self.columns])
+        names = frozenset(column.field.name for column in self.columns if column.source is not None)
+        self._taken = names | _own_names(columns) if as_keys else frozenset()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The input columns that are copied."""
+        return tuple(column.source for column in self.columns if column.source is not None)
+
+    def of_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch | None:
+        """The copied columns of a table's rows; a `RowError` if a value does not fit its type."""
+        if not self.columns:
+            return None
+        arrays = [_from_batch(column, batch) for column in self.columns]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def of_object(self, row: Mapping[str, object]) -> pa.RecordBatch | None:
+        """The copied keys of one JSONL object; a `RowError` if a value does not fit its type."""
+        if not self.columns:
+            return None
+        arrays = [self._from_object(column, row) for column in self.columns]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def _from_object(self, column: PassColumn, row: Mapping[str, object]) -> pa.Array:
+        if column.source is None:
+            rest = {key: value for key, value in row.items() if key not in self._roles | self._partitions}
+            rest = {_free(key, self._taken, row): value for key, value in rest.items()}
+            return pa.array([_json_text(EXTRA, rest) if rest else None], column.field.type)
+        if not self._takes_keys and column.source not in self._partitions:
+            return pa.nulls(1, column.field.type)
+        return _from_value(column.source, row.get(column.source), column.field.type)
+
+
+def _all_columns(columns: Columns, tables: Sequence[Table]) -> list[tuple[str | None, pa.Field]]:
+    names = dict.fromkeys(
+        name for table in tables for name in table.schema.names if name not in columns.roles
+    )
+    return [(name, _unified(name, tables)) for name in names]
+
+
+def _kept_columns(
+    kept: tuple[tuple[str, str | None], ...], tables: Sequence[Table], *, has_jsonl: bool
+) -> list[tuple[str | None, pa.Field]]:
+    wanted: list[tuple[str | None, pa.Field]] = []
+    there = list(dict.fromkeys(name for table in tables for name in table.schema.names))
+    for name, type_name in kept:
+        _refuse_unreadable(name, tables)
+        if name not in there and not has_jsonl:
+            has = f"it has: {some(there)}" if there else "text documents have none"
+            raise InputError(f"there is no column {name!r} to keep; {has}")
+        if type_name is not None:
+            field = pa.field(name, type_named(type_name))
+            _refuse_impossible_casts(field, tables)
+        else:
+            field = _unified(name, tables) if name in there else pa.field(name, pa.large_string())
+        wanted.append((name, field))
+    return wanted
+
+
+def cannot_be_read(name: str, type_name: str) -> str:
+    """What is to be said of a column that is there and needed."""
+    return f"column {name!r} is {type_name}, which cannot be read; write it as another type, or name another"
+
+
+def _refuse_unreadable(name: str, tables: Sequence[Table]) -> None:
+    for table in tables:
+        if name in table.unreadable:
+            raise InputError(f"{table.label}: {cannot_be_read(name, table.unreadable[name])}")
+
+
+def _left_out(tables: Sequence[Table]) -> list[str]:
+    return [
+        f"{table.label}: column {name!r} is {type_name}, which cannot be read, and is left out"
+        for table in tables
+        for name, type_name in table.unreadable.items()
+    ]
+
+
+def _unified(name: str, tables: Sequence[Table]) -> pa.Field:
+    """One field for a column of several files, whose type holds the values of them all."""
+    there = [(table, table.schema.field(name)) for table in tables if name in table.schema.names]
+    first = there[0]
+    kind = settled(first[1].type)
+    for table, field in there[1:]:
+        joined = common(kind, settled(field.type))
+        if joined is None or not all(converts(one, joined) for one in (kind, field.type)):
+            raise InputError(
+                f"column {name!r} is {first[1].type} in {first[0].label} but {field.type} in {table.label}; "
+                + _remedy(name, tables)
+            )
+        if pa.types.is_null(kind):
+            first = table, field
+        kind = joined
+    return _copied_field(first[1], kind)
+
+
+def _remedy(name: str, tables: Sequence[Table]) -> str:
+    """What makes one type of a column that has several, or leaves it out."""
+    kinds = [table.schema.field(name).type for table in tables if name in table.schema.names]
+    # bytes need not be text
+    for type_name in ("binary", "string") if any(map(_is_binary, kinds)) else ("string",):
+        if all(converts(kind, type_named(type_name)) for kind in kinds):
+            return f"keep it as one type for both, as in --keep-columns {name}:{type_name}"
+    return f"leave it out: name all columns but {name!r} in --keep-columns"
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _copied_field(field: pa.Field, kind: pa.DataType) -> pa.Field:
+    """Nullable, as a failed row has no values; without what was told of another file, or another type."""
+    metadata = {
+        key: value
+        for key, value in (field.metadata or {}).items()
+        if key != b"PARQUET:field_id" and not (kind != field.type and key.startswith(b"_PL_"))
+    }
+    return pa.field(field.name, kind, nullable=True, metadata=metadata or None)
+
+
+def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
+    for table in tables:
+        if table.schema.get_field_index(field.name) < 0:
+            continue
+        own = table.schema.field(field.name).type
+        try:
+            converted(pa.nulls(0, own), field.type)
+        except READ_ERRORS as error:
+            raise InputError(
+                f"{table.label}: column {field.name!r} is {own} and cannot become {field.type} "
+                f"({cause(error)}); keep it without a type"
+            ) from error
+
+
+def _own_names(columns: Columns) -> frozenset[str]:
+    """Of the output's columns those that are not copied."""
+    return frozenset(name for name in ANSWER_NAMES if columns.holds_question or name != QUESTION_NAME)
+
+
+def _free(name: str, taken: frozenset[str], others: Mapping[str, object]) -> str:
+    """A key under a name that is none of the output's, nor another key's."""
+    free = name
+    while free in taken or (free != name and free in others):
+        free += "_input"
+    return free
+
+
+def _rename(
+    wanted: list[tuple[str | None, pa.Field]], own: frozenset[str]
+) -> tuple[tuple[PassColumn, ...], list[str]]:
+    """Columns under names that clash neither with the output's own nor with each other."""
+    taken = set(own)
+    free = {field.name for _, field in wanted} - taken
+    columns, notes = [], []
+    for source, field in wanted:
+        name = field.name
+        while name in taken or (name != field.name and name in free):
+            name += "_input"
+        if name != field.name:
+            notes.append(
+                f"input column {field.name!r} is written as {name!r}, as there is another {field.name!r}"
+            )
+        taken.add(name)
+        columns.append(PassColumn(source, field.with_name(name)))
+    return tuple(columns), notes
+
+
+def _from_batch(column: PassColumn, batch: pa.RecordBatch) -> pa.Array:
+    position = batch.schema.get_field_index(column.source) if column.source is not None else -1
+    if position < 0:
+        return pa.nulls(batch.num_rows, column.field.type)
+    try:
+        return converted(batch.column(position), column.field.type)
+    except READ_ERRORS as error:
+        raise _misfit(str(column.source), column.field.type, error) from error
+
+
+def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
+    """One JSON value as an Arrow array, with the same casts that a table's column gets."""
+    if value is None:
+        return pa.nulls(1, wanted)
+    if wanted in STRINGS and not isinstance(value, str):
+        value = _json_text(name, value)
+    try:
+        # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
+        array = pa.array([value])
+        _refuse_more_fields(array.type, wanted)
+        return array.cast(wanted)
+    except (TypeError, *READ_ERRORS) as error:
+        raise _misfit(name, wanted, error) from error
+
+
+def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:
+    """A ValueError for a key of an object that the struct it becomes lacks, which a cast would drop."""
+    if pa.types.is_struct(own) and pa.types.is_struct(wanted):
+        for field in own:
+            if wanted.get_field_index(field.name) < 0:
+                raise ValueError(f"it has no field {field.name!r}")
+            _refuse_more_fields(field.type, wanted.field(field.name).type)
+    elif pa.types.is_list(own) and wanted.num_fields == 1 and not pa.types.is_struct(wanted):
+        _refuse_more_fields(own.value_type, wanted.field(0).type)
+
+
+def _misfit(name: str, wanted: pa.DataType, error: BaseException) -> RowError:
+    return RowError(
+        "bad_value", f"{name!r} does not fit {wanted}: {cause(error)}; keep it as another type, or not at all"
+    )
+
+
+def _json_text(name: str, value: object) -> str:
+    try:
+        return held_text(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError("bad_value", f"{name!r} cannot be copied as JSON: {cause(error)}") from error

@@ -1,0 +1,178 @@
+"""With which settings and columns a run began, and how those of a resumed one differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.outputs.answers import halves
+from pipeline.outputs.chunks import whole_chunks
+from pipeline.storage.whole_file import open_new, sync_folder
+from pipeline.values.dictionaries import settled
+
+STATE_FILE = "settings.json"
+VERSION = 1
+
+METADATA_KEY = b"marsinfer"
+SETTINGS_KEY = "settings_that_decide"
+FILES_KEY = "files"  # of which an output has rows, with their number
+
+MOST_TOLD = 5
+LONGEST_TOLD = 60  # characters of a value
+START_OVER = "--overwrite starts over"
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beginning:
+    """What a journal says of its run: it may extend the output that is there, or may only replace it."""
+
+    settings: Any
+    extends: bool = False
+    replaces: bool = False
+    version: int = VERSION
+
+    def save(self, folder: Path) -> None:
+        save_json(folder / STATE_FILE, asdict(self), folder / f"{STATE_FILE}.partial", like=folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Beginning:
+        """As it was saved, or by the newest part that says it. A `StorageError` if all of it was damaged."""
+        path = folder / STATE_FILE
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            said = _said_by_parts(folder)
+            if said is None:
+                raise StorageError(
+                    f"{path} is damaged, and the parts beside it, of an earlier version, do not repeat what "
+                    f"it said; {START_OVER}"
+                ) from error
+            found = said
+        if found.version != VERSION:
+            raise StorageError(f"{path} is of another version of marsinfer; {START_OVER}")
+        return found
+
+    def mark(self, schema: pa.Schema) -> pa.Schema:
+        """The schema of chunks, each of which says with which settings it was made."""
+        return schema.with_metadata({METADATA_KEY: json.dumps(asdict(self))})
+
+
+def _said_by_parts(folder: Path) -> Beginning | None:
+    for path in sorted(folder.glob("part-*"), reverse=True):
+        with path.open("rb") as part:
+            for chunk in whole_chunks(part, path.stat().st_size):
+                with suppress(LookupError, TypeError, ValueError):
+                    return Beginning(**json.loads((chunk.table.schema.metadata or {})[METADATA_KEY]))
+    return None
+
+
+def save_json(path: Path, content: Any, temporary: Path, like: Path | None = None) -> None:
+    """Durable and never half there; `temporary` is a name on the same file system.
+
+    The file is given the access that `like` has.
+    """
+    with open_new(temporary, like) as file:
+        file.write(json.dumps(content, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def plain(settings: Mapping[str, Any]) -> Any:
+    """Settings as they come back from JSON, where a tuple is a list."""
+    return json.loads(json.dumps(settings))
+
+
+def settings_in(path: Path, schema: pa.Schema) -> Any:
+    """The settings in an output's metadata; a `ConfigError` if it has none."""
+    try:
+        return json.loads((schema.metadata or {})[METADATA_KEY])[SETTINGS_KEY]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not say with which settings it was made; {START_OVER}") from error
+
+
+def files_in(schema: pa.Schema) -> list[tuple[str, int]] | None:
+    """Names and rows of the files that an output was made of; None if it does not say."""
+    try:
+        files = json.loads((schema.metadata or {})[METADATA_KEY])[FILES_KEY]
+        return [(str(file["name"]), int(file["rows"])) for file in files]
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def with_files(schema: pa.Schema, files: Iterable[tuple[str, int]]) -> pa.Schema:
+    """The schema, whose metadata says of which files the output is made."""
+    metadata = dict(schema.metadata or {})
+    content = json.loads(metadata.get(METADATA_KEY, b"{}"))
+    content[FILES_KEY] = [{"name": name, "rows": rows} for name, rows in files]
+    return schema.with_metadata({**metadata, METADATA_KEY: json.dumps(content)})
+
+
+def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) -> None:
+    """A `ConfigError` that names the settings that differ; both are as from JSON."""
+    before, after = dict(_flat(then)), dict(_flat(now))
+    told = [
+        f"{name} was {_told(before.get(name, _ABSENT))} and is now {_told(after.get(name, _ABSENT))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+    ]
+    if told:
+        raise ConfigError(f"{path} was begun with other settings: {_first(told)}; {remedy}")
+
+
+def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
+    """A `ConfigError` that names the answer's own columns that differ; the copied ones are free to change."""
+    own = [_types(halves(schema)[0]) for schema in (then, now)]
+    if own[0] == own[1]:
+        return
+    before, after = map(dict, own)
+    told = [f"{name!r} is gone" for name in before if name not in after]
+    told += [f"{name!r} is new" for name in after if name not in before]
+    told += [
+        f"{name!r} was {before[name]} and is now {after[name]}"
+        for name in before
+        if name in after and before[name] != after[name]
+    ]
+    raise ConfigError(
+        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"
+    )
+
+
+def copies_alike(then: pa.Schema, now: pa.Schema) -> bool:
+    """Whether two outputs have the same copied columns; layouts that are copied in the same way are one."""
+    return _types(halves(then)[1]) == _types(halves(now)[1])
+
+
+def _types(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, settled(field.type)) for field in schema]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not name):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _told(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_TOLD else text[: LONGEST_TOLD - 3] + "..."
+
+
+def _first(told: list[str]) -> str:
+    more = f", and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return ", ".join(told[:MOST_TOLD]) + more

@@ -1,0 +1,151 @@
+"""One run at a time writes an output: a lock file beside it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipeline.errors import LockedError, StorageError
+from pipeline.outputs.lease import LeaseLock
+from pipeline.storage.causes import cause
+from pipeline.storage.remote import RemotePath, output_place
+from pipeline.storage.whole_file import in_the_way
+
+_LONGEST_HOLDER = 4096  # bytes of the lock file worth reading
+_FIRST = b'{"pid": '  # of what a holder writes
+
+
+def lock_output(output: str | Path) -> OutputLock | LeaseLock:
+    """The lock of an output, wherever it is."""
+    place = output_place(output)
+    return LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)
+
+
+def refuse_locked(output: str | Path) -> None:
+    """A `LockedError` where another run is writing an output; the lock is not taken, nor a file made."""
+    place = output_place(output)
+    try:
+        (LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)).refuse_held()
+    except OSError:
+        return  # whether it can be locked is for the run to find out
+
+
+class OutputLock:
+    """A context manager that holds `.NAME.lock` beside the output; a `LockedError` if another run does.
+
+    The system frees the lock when its holder dies, so what a killed run left behind is no obstacle, and
+    what the file says serves only the message.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self._output = Path(output)
+        # Two names of one file, by a symbolic link, must share the lock.
+        target = Path(os.path.realpath(self._output))
+        self._path = target.with_name(f".{target.name}.lock")
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            descriptor = self._acquire()
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be locked: {cause(error)}; choose a writable folder on a local disk"
+            ) from error
+        self._descriptor = descriptor
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_myself()).encode())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._descriptor is not None
+        # Removed while held: whoever opened the file meanwhile finds that its name is gone, and tries again.
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def check(self) -> None:
+        """Raise if the lock is no longer held; the system takes it from nobody who lives."""
+
+    def refuse_held(self) -> None:
+        """A `LockedError` if a run holds the lock; an OSError where that cannot be found out."""
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held(descriptor) from None
+        finally:
+            os.close(descriptor)
+
+    def _held(self, descriptor: int) -> LockedError:
+        holder = _holder(descriptor)
+        return LockedError(
+            f"{self._output} is being written by {holder}; wait for it, or name another output"
+        )
+
+    def _acquire(self) -> int:
+        while True:
+            descriptor = _opened(self._path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(descriptor, self._path):
+                    return descriptor
+            except BlockingIOError:
+                held = self._held(descriptor)
+                os.close(descriptor)
+                raise held from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    """A lock file, made if it is not there; a `ConfigError` for what no run has made, which is left alone."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise in_the_way(path) from error
+        raise
+    found = os.fstat(descriptor)
+    is_file = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+    # another user's too, if a run of theirs was killed; one with another name would be written to under it
+    if not is_file or not _FIRST.startswith(os.pread(descriptor, len(_FIRST), 0).strip(b"\0")):
+        os.close(descriptor)
+        raise in_the_way(path)
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _myself() -> dict[str, int | str]:
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, as far as its file can be read: it may be empty, torn or something else."""
+    try:
+        told = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
+        return f"process {int(told['pid'])} on {told['host']} (since {told['started']})"
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+        return "another process"

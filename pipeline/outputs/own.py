@@ -1,0 +1,133 @@
+"""Tables that marsinfer wrote, known by what it writes into them or beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
+from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
+from pipeline.storage.causes import READ_ERRORS
+from pipeline.storage.remote import Place
+
+SIDECAR = ".run.json"
+
+BASELINE_KEY = b"marsinfer_baseline"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a table is for, known by a key of its metadata and by columns.
+
+    Metadata outlives a change of columns, so a table that was made of one of ours may have it too.
+    """
+
+    key: bytes
+    columns: frozenset[str]
+
+    def has(self, schema: pa.Schema) -> bool:
+        """Whether a table of this schema is of the kind."""
+        return self.columns.issubset(schema.names) and _says(schema, self.key)
+
+
+OUTPUT = Kind(METADATA_KEY, frozenset({"id", "row", "answer", "status"}))
+BASELINE = Kind(BASELINE_KEY, frozenset({"id", "row_hash", "generated"}))  # of a check
+
+
+def is_own_table(schema: pa.Schema) -> bool:
+    """Whether a Parquet or Arrow file of this schema is of any kind of ours."""
+    return OUTPUT.has(schema) or BASELINE.has(schema)
+
+
+def may_be_replaced(path: Place) -> bool:
+    """Whether nothing is lost with what has an output's name: a batch wrote it, or it has no bytes."""
+    if not path.is_file():
+        return True  # a pipe, which holds nothing
+    if _bytes(path) == 0:
+        return True
+    if needs_sidecar(Path(path.name)):
+        return _bytes(path) in _sizes_told(_sidecar(path))
+    try:
+        with path.open("rb") as file:
+            return OUTPUT.has(written_schema(pa.PythonFile(file, "r"), path.name))
+    except READ_ERRORS:
+        return False
+
+
+def was_ours(path: Place) -> bool:
+    """Whether a run wrote something under this name, by what lies beside it, whatever is there now."""
+    return needs_sidecar(Path(path.name)) and bool(_sizes_told(_sidecar(path)))
+
+
+def foreign_sidecar(path: Place) -> Place | None:
+    """What has the name of the file that says how an output was made, if no run wrote it."""
+    if not needs_sidecar(Path(path.name)):
+        return None
+    sidecar = _sidecar(path)
+    if not sidecar.exists() or _bytes(sidecar) == 0 or _says_settings(sidecar):
+        return None
+    return sidecar
+
+
+def _sidecar(path: Place) -> Place:
+    return sidecar_path(path) if isinstance(path, Path) else path.beside(f"{path.name}{SIDECAR}")
+
+
+def _bytes(path: Place) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size()
+
+
+def written_schema(file: pa.NativeFile, name: str) -> pa.Schema:
+    """The schema of an output that is a table, by the extension of its name; reads no rows."""
+    if name.lower().endswith(".parquet"):
+        return pq.read_schema(file)
+    opened = pa.ipc.open_stream if name.lower().endswith(".arrows") else pa.ipc.open_file
+    return opened(file).schema
+
+
+def _says(schema: pa.Schema, key: bytes) -> bool:
+    try:
+        return SETTINGS_KEY in json.loads((schema.metadata or {})[key])
+    except (LookupError, TypeError, ValueError):
+        return False
+
+
+def is_own_lines(path: Place, listed: Collection[str]) -> bool:
+    """Whether JSON lines are an output: whether the file beside them that says how they were made is there.
+
+    `listed` are the names, as shown, that were found in remote folders: none of them is asked for again.
+    """
+    if not needs_sidecar(Path(path.name)):
+        return False
+    if isinstance(path, Path):
+        # the links of its folders lead to the same place
+        sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
+        is_there = sidecar.exists()
+    else:
+        sidecar = path.beside(f"{path.name}{SIDECAR}")
+        is_there = str(sidecar) in listed
+    return is_there and _says_settings(sidecar)
+
+
+def _sizes_told(sidecar: Place) -> list[int]:
+    """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
+    if not sidecar.exists() or not _says_settings(sidecar):
+        return []
+    try:
+        content = json.loads(sidecar.read_bytes())
+        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
+    except (*READ_ERRORS, LookupError, TypeError):
+        return []
+
+
+def _says_settings(sidecar: Place) -> bool:
+    try:
+        content = json.loads(sidecar.read_bytes())
+        return "arrow_schema" in content and METADATA_KEY.decode() in content
+    except (*READ_ERRORS, TypeError):
+        return False

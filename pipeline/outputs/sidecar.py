@@ -1,0 +1,131 @@
+"""What JSON lines cannot say of themselves, in a file beside them: how they were made, and their types."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError
+from pipeline.outputs.beginnings import METADATA_KEY, START_OVER, save_json
+from pipeline.storage.causes import READ_ERRORS
+from pipeline.values.jsonvalues import holds_keys
+
+VERSION = 1
+
+_SCALARS = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+
+
+class Written(NamedTuple):
+    """JSON lines as a run wrote them: their bytes, and the schema of their rows."""
+
+    size: int
+    schema: pa.Schema
+
+
+def needs_sidecar(output: Path) -> bool:
+    return output.suffix.lower() == ".jsonl"
+
+
+def sidecar_path(output: Path) -> Path:
+    """Beside the file itself, if the output is a link."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(f"{target.name}.run.json")
+
+
+def refuse_foreign(output: Path) -> None:
+    """A `ConfigError` if a file that is no sidecar has the sidecar's name."""
+    if needs_sidecar(output) and sidecar_path(output).exists():
+        _load(sidecar_path(output))
+
+
+def write_sidecar(output: Path, written: Written, temporary: Path, before: Sequence[Written] = ()) -> None:
+    """Durable, and to be written before the output is.
+
+    `before` is the output that the new one extends, as the run may be killed before the one replaces the
+    other.
+    """
+    content = {"version": VERSION, **_described(written)}
+    if before:
+        content["before"] = [_described(each) for each in before]
+    save_json(sidecar_path(output), content, temporary, like=output)
+
+
+def _described(written: Written) -> dict[str, Any]:
+    size, schema = written
+    return {
+        "bytes": [size],
+        "columns": {field.name: str(field.type) for field in schema},
+        "arrow_schema": base64.b64encode(schema.remove_metadata().serialize()).decode(),
+        METADATA_KEY.decode(): json.loads((schema.metadata or {}).get(METADATA_KEY, b"null")),
+    }
+
+
+def read_sidecar(output: Path) -> pa.Schema:
+    """The schema that the output was written with, its metadata included.
+
+    A `ConfigError` if it is not known, not that of this output, or has a type that JSON does not give back.
+    """
+    path, size = sidecar_path(output), output.stat().st_size
+    if not path.exists():
+        raise ConfigError(f"{output} is complete, and no {path.name} says how it was made; {START_OVER}")
+    told = _load(path)
+    fitting = [schema for told_size, schema in told if told_size == size]
+    if not fitting:
+        raise ConfigError(
+            f"{output} has {size:,} bytes, and by {path.name} it had {told[0][0]:,}: "
+            "one of them was changed; move it away to start over"
+        )
+    schema = next((schema for schema in fitting if _has_columns(output, schema)), fitting[0])
+    for field in schema:
+        if not _comes_back(field.type):
+            raise ConfigError(
+                f"{output} holds {field.name!r} as {field.type}, which JSON does not give back; {START_OVER}"
+            )
+    return schema
+
+
+def _has_columns(output: Path, schema: pa.Schema) -> bool:
+    """Whether the first line has the columns of a schema, of two that the output may have by its size."""
+    with output.open("rb") as lines:
+        line = lines.readline()
+    names = [field.name for field in schema if not holds_keys(field)]
+    try:
+        return list(json.loads(line))[: len(names)] == names
+    except (ValueError, TypeError):
+        return False
+
+
+def _load(path: Path) -> list[Written]:
+    """What the output may be, the newest first."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ConfigError(f"{path} is of another version of marsinfer; {START_OVER}")
+        told = [content, *content.get("before", [])]
+        return [Written(size, _schema_of(each)) for each in told for size in list(each["bytes"])]
+    except (*READ_ERRORS, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged, or not of marsinfer; move it away and run again") from error
+
+
+def _schema_of(described: dict[str, Any]) -> pa.Schema:
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["arrow_schema"])))
+    return schema.with_metadata({METADATA_KEY: json.dumps(described[METADATA_KEY.decode()])})
+
+
+def _comes_back(kind: pa.DataType) -> bool:
+    """Whether a value that was written as JSON is read back as it was."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return False
+    if pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        return len(set(names)) == len(names) and all(_comes_back(field.type) for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _comes_back(kind.value_type)
+    return kind in _STRINGS or any(is_kind(kind) for is_kind in _SCALARS)

@@ -1,0 +1,251 @@
+"""Writing answers: nothing stands under the output's name until all of it does."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.outputs.answers import answer_bytes, answers_table, output_schema
+from pipeline.outputs.formats import Sink, sink_type
+from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
+from pipeline.outputs.published import Published
+from pipeline.records import Answer
+from pipeline.storage.causes import cause, storage_failure
+from pipeline.storage.remote import Place, RemotePath, output_place
+from pipeline.storage.stdin import Stdin
+from pipeline.storage.whole_file import open_new, partial_path, sync_folder
+
+__all__ = ["AnswerWriter", "check_output", "output_schema"]
+
+GROUP_ROWS = 10_000
+GROUP_BYTES = 64 << 20
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there and run again",
+    errno.EDQUOT: "free space within your quota and run again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run again",
+    errno.ENOENT: "its folder is gone; make it again and run again",
+    errno.EACCES: "make its folder writable and run again",
+    errno.EROFS: "choose a folder that is writable",
+}
+_OTHER_REMEDY = "check the disk and run again"
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
+    """Refuse, before any work, an output that could not be written or would destroy something."""
+    place = output_place(path)
+    if isinstance(place, RemotePath):
+        _check_remote(place, inputs, overwrite)
+    else:
+        _check_local(place, inputs, overwrite)
+
+
+def _check_remote(path: RemotePath, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
+    sink_type(Path(path.name))
+    for file in inputs:
+        if isinstance(file, RemotePath) and file.address == path.address:
+            raise ConfigError(f"{path} is also an input; name another output")
+    try:
+        refuse_foreign_output(path)
+        refuse_existing(path, overwrite)
+    except OSError as error:
+        raise storage_failure(f"{path} cannot be written: {cause(error)}", error) from error
+
+
+def _check_local(path: Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
+    sink_type(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {folder}; make it first")
+    for file in inputs:
+        if _same_file(path, file):
+            raise ConfigError(f"{path} is also an input ({file}); name another output")
+    refuse_foreign_output(path)
+    refuse_existing(path, overwrite)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
+
+
+def _same_file(path: Path, other: str | Place | Stdin) -> bool:
+    if not isinstance(other, str | Path):
+        return False
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def refuse_existing(path: Place, overwrite: bool) -> None:
+    """A `ConfigError` if something has the output's name and may not be replaced."""
+    if not overwrite and path.exists():
+        raise ConfigError(f"{path} exists; --overwrite replaces it")
+
+
+def refuse_foreign_output(path: Place) -> None:
+    """A `ConfigError` for what no run has written, under the output's name or that of the file beside it."""
+    if path.exists() and not may_be_replaced(path):
+        what = (
+            "was changed since marsinfer wrote it"
+            if was_ours(path)
+            else "exists, and marsinfer did not write it"
+        )
+        raise ConfigError(f"{path} {what}: name another output")
+    sidecar = foreign_sidecar(path)
+    if sidecar is not None:
+        raise ConfigError(
+            f"{sidecar}, which {path.name} needs, exists, and marsinfer did not write it: name another output"
+        )
+
+
+def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
+    """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
+    trial = io.BytesIO()
+    try:
+        sink = sink_type(path)(trial, schema)
+        sink.finish()
+    except (
+        OSError,
+        pa.ArrowException,
+    ) as error:  # Arrow tells a decimal's scale that Parquet lacks by either
+        raise _type_refused(path, error) from error
+    if path.suffix.lower() == ".jsonl":
+        return sink.schema
+    return Published(path, pa.py_buffer(trial.getvalue())).schema
+
+
+class AnswerWriter:
+    """A context manager: a clean exit publishes the file whole, an exception leaves no trace of it."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        schema: pa.Schema,
+        overwrite: bool = False,
+        temporary: Path | None = None,
+        before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
+    ) -> None:
+        """`temporary` names, on the same file system, the file that becomes the output.
+
+        `before` is called with its bytes and its schema when it is durable, right before it is published.
+        """
+        self._path = Path(path)
+        self._schema = schema
+        self._overwrite = overwrite
+        self._before = before
+        self._make_sink = sink_type(self._path)
+        # An output that is a symbolic link stays one: what it points to is replaced.
+        self._target = Path(os.path.realpath(self._path))
+        self._temporary = temporary or partial_path(self._target)
+        self._handle: BinaryIO | None = None
+        self._sink: Sink | None = None
+        self._waiting: list[Answer] = []
+        self._waiting_bytes = 0
+
+    def __enter__(self) -> Self:
+        refuse_existing(self._path, self._overwrite)
+        try:
+            with _failures_told(self._path):
+                self._handle = open_new(self._temporary, like=self._target)
+                self._sink = self._make_sink(self._handle, self._schema)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, answers: Sequence[Answer]) -> None:
+        """Add answers; they reach the file in groups of a fitting size, and surely on exit."""
+        for answer in answers:
+            self._waiting.append(answer)
+            self._waiting_bytes += answer_bytes(answer)
+            if len(self._waiting) >= GROUP_ROWS or self._waiting_bytes >= GROUP_BYTES:
+                self._flush()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema that the file holds, to which tables should be cast before they are joined."""
+        assert self._sink is not None, "asked outside of the with block"
+        return self._sink.schema
+
+    def write_table(self, table: pa.Table) -> None:
+        """Add a table of answers as one group, behind all that was written before."""
+        self._flush()
+        assert self._sink is not None, "write outside of the with block"
+        with _failures_told(self._path):
+            self._sink.write(table)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        assert self._sink is not None, "write outside of the with block"
+        with _failures_told(self._path):
+            self._sink.write(answers_table(self._waiting, self._schema))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _publish(self) -> None:
+        self._flush()
+        assert self._sink is not None
+        assert self._handle is not None
+        with _failures_told(self._path):
+            self._sink.finish()
+            schema, self._sink = self._sink.schema, None
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+            self._handle.close()
+            refuse_existing(self._path, self._overwrite)
+            self._before(self._temporary.stat().st_size, schema)
+            os.replace(self._temporary, self._target)
+            sync_folder(self._target.parent)
+
+    def _discard(self) -> None:
+        """Close and remove what there is; after a failed write closing fails again, which is no news."""
+        no_news = (OSError, ValueError, pa.ArrowException)
+        if self._sink is not None:
+            with suppress(*no_news):
+                self._sink.finish()
+            self._sink = None
+        if self._handle is not None:
+            with suppress(*no_news):
+                self._handle.close()
+            self._handle = None
+            with suppress(OSError):
+                self._temporary.unlink()
+
+
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MarsError:
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
+        raise StorageError(f"{path} cannot be written: {cause(error)}; {remedy}") from error
+    except pa.ArrowException as error:
+        raise _type_refused(path, error) from error
+
+
+def _type_refused(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written as {path.suffix}: {cause(error)}; "
+        "leave that column out with --keep-columns, or choose .arrows"
+    )

@@ -1,0 +1,208 @@
+"""Prompts: which tokens are instruction, document and question, and what becomes of one that is too long."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import KW_ONLY, dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.errors import ConfigError, ModelError, RowError
+from pipeline.prompts.chat import ChatTemplate, chat_source
+from pipeline.prompts.forms import Form
+from pipeline.prompts.templates import FileTemplate
+from pipeline.prompts.tokenizing import Codec, Layout, Prompt, bos_ids
+from pipeline.prompts.vocabulary import Vocabulary
+from pipeline.records import Document, EncodedDocument, Spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class OverLong(RowError):
+    """The prompt exceeds the context: kind `over_long`, with the lengths in tokens."""
+
+    def __init__(self, message: str, *, document_tokens: int, prompt_tokens: int, excess_tokens: int) -> None:
+        super().__init__("over_long", message)
+        self.document_tokens = document_tokens
+        self.prompt_tokens = prompt_tokens
+        self.excess_tokens = excess_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBuilder:
+    """Turns documents into prompts; `encode` may be called from any thread.
+
+    `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
+    `document`, `question` and `system`, the latter two empty where there is none; without it the tokenizer's
+    chat template is used, with the Jinja text `body` over the same names as the user's message, or else with
+    the document and then the question. `vocab` is of how many tokens the model knows the meaning, and `now`
+    the moment whose date a template prints, else the present. Raises `ConfigError` for settings that cannot
+    work, `ModelError` for a tokenizer or chat template that cannot.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    _: KW_ONLY
+    context: int
+    max_new_tokens: int
+    system: str | None = None
+    template: str | None = None
+    body: str | None = None
+    on_overlong: str = "error"  # or skip, split, truncate-left, truncate-right, truncate-middle
+    vocab: int | None = None
+    now: datetime = field(default_factory=datetime.now)
+    _source: str = field(init=False, repr=False)
+    _codec: Codec = field(init=False, repr=False)
+    _vocabulary: Vocabulary = field(init=False, repr=False)
+    _template: ChatTemplate | FileTemplate = field(init=False, repr=False)
+    _forms: dict[bool, Form] = field(init=False, repr=False)  # by: has a question
+    _layouts: dict[bool, Layout] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ConfigError(
+                f"{self.max_new_tokens:,} new tokens leave no room in the context of {self.context:,} tokens"
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ModelError(f"the tokenizer {type(self.tokenizer).__name__} has no fast version")
+        template = self._made_template()
+        chat = chat_source(self.tokenizer)
+        forms = {asks: Form.of(template, asks=asks, system=self.system or "") for asks in (False, True)}
+        rendered = {asks: "".join(text for _, text in form.segments) for asks, form in forms.items()}
+        bos = bos_ids(self.tokenizer, rendered[False]) if self.template is not None else []
+        codec = Codec(self.tokenizer, [self.template or "", chat, *rendered.values()])
+        try:
+            layouts = {asks: codec.layout(form.with_system(), bos) for asks, form in forms.items()}
+        except RowError as error:
+            raise ConfigError(f"system message or prompt template: {error}") from error
+        vocabulary = Vocabulary(self.tokenizer, self.vocab)
+        vocabulary.check_template(template, layouts.values())
+        source = (f"{chat}\0{self.body}" if self.body else chat) if self.template is None else self.template
+        for name, value in {
+            "_source": source,
+            "_codec": codec,
+            "_vocabulary": vocabulary,
+            "_template": template,
+            "_forms": forms,
+            "_layouts": layouts,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def _made_template(self) -> ChatTemplate | FileTemplate:
+        if self.template is not None:
+            return FileTemplate(self.template)
+        body = None if self.body is None else FileTemplate(self.body)
+        return ChatTemplate.of(self.tokenizer, body, self.now)
+
+    @property
+    def limit(self) -> int:
+        """The longest prompt, in tokens."""
+        return self.context - self.max_new_tokens
+
+    @property
+    def uses_question(self) -> bool:
+        """Whether the template has a place for a question."""
+        return "question" in self._layouts[True].parts
+
+    @property
+    def moment(self) -> str | None:
+        """The date that the chat template prints, if it prints one; see `ChatTemplate.moment`."""
+        return self._template.moment if isinstance(self._template, ChatTemplate) else None
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256, in hex, of the template's text and the system prompt."""
+        return hashlib.sha256(f"{self._source}\0{self.system or ''}".encode(errors="replace")).hexdigest()
+
+    def encode(self, document: Document) -> EncodedDocument:
+        """The prompt of one row, its document cut where the policy says so.
+
+        A row without a question gets an empty span behind the document. A cut falls between tokens, so it can
+        split a character of several bytes. Raises `RowError` of the kind `empty_document`, `bad_text`,
+        `template` or `over_long` (an `OverLong`, for `error` as for `skip` and `split`), and `ConfigError`
+        for a question that the template has no place for.
+        """
+        began = time.perf_counter()
+        if document.question and not self.uses_question:
+            raise ConfigError(
+                f"{document.source.place} has a question, but the prompt template has no place for it:"
+                " write {{ question }} there"
+            )
+        prompt = self._prompt(document.text, document.question or "")
+        self._vocabulary.check_text(prompt.ids)
+        start, end = prompt.spans["document"]
+        if start == end:
+            raise RowError("empty_document", "the document is empty")
+        kept = self._fit(prompt.ids[start:end], len(prompt.ids) - (end - start))
+        prompt.cut_document(kept)
+        behind = prompt.spans["document"][1]
+        ready_at = time.perf_counter()
+        return EncodedDocument(
+            source=document.source,
+            input_ids=np.array(prompt.ids, dtype=np.int64),
+            spans=Spans(
+                document=prompt.spans["document"], question=prompt.spans.get("question", (behind, behind))
+            ),
+            truncated_tokens=end - start - len(kept),
+            tokenize_ms=(ready_at - began) * 1e3,
+            ready_at=ready_at,
+        )
+
+    def _prompt(self, document: str, question: str) -> Prompt:
+        """The prompt with the whole document."""
+        asks = self._asks(question)
+        form = self._forms[asks]
+        texts = form.trimmed(document, question)
+        if not texts["document"]:
+            what = "white space alone, which the template leaves out" if document else "empty"
+            raise RowError("empty_document", f"the document is {what}")
+        segments = form.filled(texts)
+        form.check(document, question, "".join(text for _, text in segments))
+        return self._codec.prompt(self._layouts[asks], segments)
+
+    def _asks(self, question: str | None) -> bool:
+        """Whether there is a question, be it of white space, unless the template would leave that out."""
+        edges = self._forms[True].edges.get("question")
+        return bool(question) and (edges is None or bool(edges(question or "")))
+
+    def room(self, question: str | None) -> int:
+        """About how many tokens a document may have beside this question; without any room less than 1."""
+        layout = self._layouts[self._asks(question)]
+        asked = self._codec.user(question or "", layout.leading == "question")
+        return self.limit - layout.fixed_tokens - len(asked)
+
+    def token_starts(self, text: str) -> np.ndarray:
+        """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""
+        return self._codec.starts(text)
+
+    def _fit(self, ids: list[int], other_tokens: int) -> list[int]:
+        """The document's tokens that stay beside `other_tokens` of instruction and question."""
+        keep = self.limit - other_tokens
+        if len(ids) <= keep:
+            return ids
+        if keep < 1 or not self.on_overlong.startswith("truncate"):
+            message = self._too_long(len(ids), other_tokens)
+            raise OverLong(
+                message,
+                document_tokens=len(ids),
+                prompt_tokens=len(ids) + other_tokens,
+                excess_tokens=len(ids) - keep,
+            )
+        tail = {"truncate-left": keep, "truncate-right": 0, "truncate-middle": keep // 2}[self.on_overlong]
+        return ids[: keep - tail] + ids[len(ids) - tail :]
+
+    def _too_long(self, document_tokens: int, other_tokens: int) -> str:
+        limit = f"{self.limit:,} (context {self.context:,} less {self.max_new_tokens:,} for the answer)"
+        if other_tokens >= self.limit:
+            return (
+                f"instruction and question alone have {other_tokens:,} tokens, no room for the document"
+                f" under the limit of {limit}; shorten them or lower --max-new-tokens"
+            )
+        total = document_tokens + other_tokens
+        return (
+            f"the prompt has {total:,} tokens, {total - self.limit:,} more than the limit of {limit};"
+            " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
+        )

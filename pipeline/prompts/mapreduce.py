@@ -1,0 +1,257 @@
+"""Rows that are answered in parts: each part alone, then their answers combined, until one is left.
+
+A combination takes neighbouring answers, as many as its prompt has room for, and at least two, so that each
+step leaves fewer; where no two fit, the row has failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+from pipeline.errors import MarsError, RowError, is_failure
+from pipeline.prompts.splitting import SplitDocument, Splitter, groups_that_fit
+from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer
+
+# the user's message where the model has a chat template, and what takes the place of both where it has none
+COMBINE = """\
+{% if question %}
+A long document was read in parts, and the same question was answered from each part alone. These are the
+answers, in the order of the document. A part may hold nothing that bears on the question.
+{% else %}
+A long document was worked on in parts, each alone. These are the results, in the order of the document.
+{% endif %}
+
+{{ document }}
+
+{% if question %}
+Give one answer to the question, from all of these together and in the form that it asks for. Leave out what
+found nothing, and do not mention the parts.
+
+{{ question }}
+{% else %}
+Make one result for the whole document of them, in the same form. Do not mention the parts.
+{% endif %}
+"""
+COMBINE_AS_TEXT = "{% if system %}\n{{ system }}\n\n{% endif %}\n" + COMBINE + "\nAnswer:"
+
+
+class Reduction:
+    """The split rows of a run: `add` them, hand out `prompts` and `take` answers until there are no more."""
+
+    def __init__(self, splitter: Splitter | None, method: str) -> None:
+        self._splitter, self._method = splitter, method
+        self._owners: dict[int, tuple[_SplitRow, _Step]] = {}  # by id of the prompt, which the step holds
+        self._next: list[EncodedDocument] = []
+
+    def add(self, document: SplitDocument) -> None:
+        """Take in a row that is to be answered in parts."""
+        assert self._splitter is not None, "a document was split without a splitter"
+        row = _SplitRow(document, self._splitter, self._method)
+        self._register(row, row.steps)
+
+    def prompts(self) -> list[EncodedDocument]:
+        """Prompts that are to be answered next, each given once."""
+        prompts, self._next = self._next, []
+        return prompts
+
+    def take(self, answered: Answered) -> Answer | None:
+        """The row that is complete with this answer, be it to a row that was not split; None if none is."""
+        if id(answered.document) not in self._owners:
+            return answered.answer
+        row, step = self._owners.pop(id(answered.document))
+        step.answer, step.started = answered.answer, answered.started
+        row.waiting -= 1
+        if row.waiting:
+            return None
+        steps = row.combinations()
+        if not steps:
+            return row.as_answer()
+        self._register(row, steps)
+        return None
+
+    def _register(self, row: _SplitRow, steps: Sequence[_Step]) -> None:
+        for step in steps:
+            if step.prompt is not None:
+                self._owners[id(step.prompt)] = row, step
+                row.waiting += 1
+                self._next.append(step.prompt)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Step:
+    """A prompt of a split row and, once there is one, its answer."""
+
+    depth: int
+    start: int  # as in PartAnswer
+    end: int
+    parts: range  # of the document, from 0, that its answer speaks of
+    prompt: EncodedDocument | None  # None: a part of white space
+    answer: Answer | None = None
+    started: float = 0.0  # when the prefill of its pack began, by time.perf_counter()
+
+    @property
+    def text(self) -> str:
+        return "" if self.answer is None else (self.answer.answer or "").strip()
+
+    @property
+    def failed(self) -> bool:
+        return self.answer is not None and self.answer.status != "ok"
+
+    def titled(self) -> str:
+        """The answer under the numbers of its parts, from 1."""
+        first, last = self.parts.start + 1, self.parts.stop
+        return f"Part {first}:\n{self.text}" if first == last else f"Parts {first} to {last}:\n{self.text}"
+
+
+class _SplitRow:
+    """One split row: all of its steps so far, and of these the ones whose answers are to be combined next."""
+
+    def __init__(self, document: SplitDocument, splitter: Splitter, method: str) -> None:
+        self._document, self._splitter, self._method = document, splitter, method
+        self._error: RowError | None = None
+        self.steps = [
+            _Step(depth=0, start=part.start, end=part.end, parts=range(n, n + 1), prompt=part.encoded)
+            for n, part in enumerate(document.parts)
+        ]
+        self._level = self.steps
+        self._tokenize_ms = document.tokenize_ms
+        self.waiting = 0  # prompts that were handed out and have no answer yet
+
+    def combinations(self) -> list[_Step]:
+        """The steps that follow now that all are answered; none where the row is done or has failed."""
+        if any(step.failed for step in self.steps):
+            return []
+        said = [step for step in self._level if step.text]
+        if len(said) < 2:  # where nothing was said, the last answer, which says nothing
+            self._level = said or [step for step in self._level if step.answer is not None][-1:]
+            return []
+        began = time.perf_counter()
+        try:
+            self._level = self._combined(said)
+        except RowError as error:
+            self._error = error
+            return []
+        except BaseException as error:  # a tokenizer's fault costs its row, not the run
+            if isinstance(error, MarsError) or not is_failure(error):
+                raise
+            self._error = RowError("tokenizer", f"{type(error).__name__}: {error}")
+            return []
+        finally:
+            self._tokenize_ms += (time.perf_counter() - began) * 1e3
+        new = [step for step in self._level if step.answer is None]
+        self.steps += new
+        return new
+
+    def _combined(self, said: list[_Step]) -> list[_Step]:
+        """The next level: prompts of neighbours, and whatever has none beside it that fits."""
+        from pipeline.prompts.builder import OverLong
+
+        combine = self._splitter.combine
+        sizes = [len(combine.token_starts(f"{step.titled()}\n\n")) for step in said]
+        room = combine.room(self._question)
+        while True:
+            groups = groups_that_fit(sizes, room)
+            if len(groups) == len(said):
+                raise self._no_progress(said, min(map(sum, pairwise(sizes))))
+            try:
+                return [self._combination([said[i] for i in group]) for group in groups]
+            except OverLong as error:  # joined they have more tokens than alone
+                room -= error.excess_tokens
+
+    def _combination(self, steps: list[_Step]) -> _Step:
+        if len(steps) == 1:
+            return steps[0]
+        parts = range(steps[0].parts.start, steps[-1].parts.stop)
+        place = f"{self._document.source.place}, answers of parts {parts.start + 1} to {parts.stop} combined"
+        document = Document(
+            source=replace(self._document.source, place=place, question=self._question),
+            text="\n\n".join(step.titled() for step in steps),
+        )
+        return _Step(
+            depth=max(step.depth for step in steps) + 1,
+            start=parts.start,
+            end=parts.stop,
+            parts=parts,
+            prompt=self._splitter.combine.encode(document),
+        )
+
+    @property
+    def _question(self) -> str | None:
+        return self._splitter.combine_question(self._document.source.question)
+
+    def _no_progress(self, said: list[_Step], least_tokens: int) -> RowError:
+        combine = self._splitter.combine
+        return RowError(
+            "no_progress",
+            f"{len(said)} answers are left to combine, and no two fit into one prompt: the shortest have"
+            f" {least_tokens:,} tokens, and there is room for {combine.room(self._question):,};"
+            " lower --max-new-tokens, or shorten the question or the --combine-template",
+        )
+
+    def as_answer(self) -> Answer:
+        """The row of the output."""
+        answer = Answer.begin(self._document.source, self._method)
+        _add_statistics(answer, self.steps)
+        answer.document_tokens, answer.truncated_tokens = self._document.document_tokens, 0
+        answer.tokenize_ms = self._tokenize_ms
+        reasons = (step.answer.guard for step in self.steps if step.answer is not None)
+        answer.guard = next((reason for reason in reasons if reason is not None), None)
+        answer.parts = [_part(step) for step in self.steps]
+        failed = next((step.answer for step in self.steps if step.answer is not None and step.failed), None)
+        if failed is not None:
+            answer.status = "error"
+            answer.error_type, answer.error_message = failed.error_type, failed.error_message
+        elif self._error is not None:
+            answer.status, answer.error_type = "error", self._error.kind
+            answer.error_message = f"{self._document.source.place}: {self._error}"
+        else:
+            (last,) = self._level
+            assert last.answer is not None
+            answer.answer, answer.finish_reason = last.answer.answer, last.answer.finish_reason
+            answer.ttft_ms = _ttft_ms(self.steps, last)
+        return answer
+
+
+def _ttft_ms(steps: Sequence[_Step], last: _Step) -> float:
+    """From the first prefill of the row to the first token of the answer that became the row's."""
+    assert last.answer is not None
+    began = min(step.started for step in steps if step.answer is not None)
+    return (last.started - began) * 1e3 + (last.answer.ttft_ms or 0.0)
+
+
+def _part(step: _Step) -> PartAnswer:
+    values: dict[str, Any] = {"depth": step.depth, "start": step.start, "end": step.end}
+    if step.answer is not None:
+        values = {field.name: getattr(step.answer, field.name, None) for field in fields(PartAnswer)} | values
+    return PartAnswer(**values)
+
+
+def _add_statistics(answer: Answer, steps: Sequence[_Step]) -> None:
+    """Sums over the steps that were answered; shares are means over their prompt tokens."""
+    done = [step for step in steps if step.answer is not None]
+    sent = [step.answer for step in done if step.answer is not None]
+    answer.prompt_tokens = sum(each.prompt_tokens or 0 for each in sent)
+    ok = [each for each in sent if each.status == "ok"]
+    if not ok:
+        return
+    answer.new_tokens = sum(each.new_tokens or 0 for each in ok)
+    answer.queue_ms = next(each.queue_ms for each in ok)
+    for name in ("kept_tokens", "ffn_tokens", "ffn_fp8_tokens"):
+        lists = [value for each in ok if (value := getattr(each, name)) is not None]
+        setattr(answer, name, [sum(layer) for layer in zip(*lists, strict=True)] if lists else None)
+    tokens = sum(each.prompt_tokens or 0 for each in ok)
+    for name in ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio"):
+        work = sum((getattr(each, name) or 0.0) * (each.prompt_tokens or 0) for each in ok)
+        setattr(answer, name, work / tokens)
+    answer.kv_bytes = sum(each.kv_bytes or 0 for each in ok)
+    packs: dict[tuple[float | None, float | None], list[Answer]] = {}
+    for each in ok:  # answers of one pack share its times, to the last bit
+        packs.setdefault((each.prefill_ms, each.ttft_ms), []).append(each)
+    answer.prefill_ms = sum(each[0].prefill_ms or 0.0 for each in packs.values())
+    answer.decode_ms = sum(max(one.decode_ms or 0.0 for one in each) for each in packs.values())
+    answer.kv_host_bytes = sum(each[0].kv_host_bytes or 0 for each in packs.values())
+    answer.kv_swapped_bytes = sum(each[0].kv_swapped_bytes or 0 for each in packs.values())

@@ -1,0 +1,272 @@
+"""Rows on their way to the model: known ones left out, the others tokenized, bad ones marked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError, MarsError, RowError, is_failure
+from pipeline.inputs.columns import Columns, Keep, parse_keep_columns
+from pipeline.inputs.lines import LONGEST
+from pipeline.inputs.source import Source, open_source
+from pipeline.prompts.splitting import SplitDocument, Splitter
+from pipeline.prompts.within import Within
+from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.settings.prompts import PromptSettings, SplitSettings
+from pipeline.settings.run import BatchConfig
+from pipeline.setup.asking import (
+    NO_QUESTION,
+    Data,
+    Settled,
+    Types,
+    as_before,
+    as_begun,
+    columns_decided,
+    settled,
+    with_lengths,
+)
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import Model
+    from pipeline.outputs.journal import Journal
+    from pipeline.outputs.standing import DoneRows
+    from pipeline.prompts.builder import PromptBuilder
+
+COLUMNS = "columns"  # of the settings that decide: which were decided
+Record = Document | RowFailure
+Item = EncodedDocument | SplitDocument | RowFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """The input of a run, opened, with settings that leave nothing open about it."""
+
+    config: BatchConfig
+    source: Source
+    begun: Any  # the settings that decide, as the run that is resumed began with them; None if none is
+    columns: dict[str, Any] | None  # what was decided, for the run that resumes this one
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the run that is resumed is of the version before, which decided nothing by the input."""
+        return self.begun is not None and COLUMNS not in self.begun
+
+
+def open_rows(config: BatchConfig) -> Intake:
+    """The input of a run, checked and opened, and what its settings leave open decided by it."""
+    from pipeline.outputs.resumed import begun_with
+
+    begun = begun_with(config.output) if config.resume else None
+    keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
+    source, settled = open_columns(config, keep, config.output, begun)
+    if not settled.settings.is_asked and config.prompt_template is None:
+        raise ConfigError(NO_QUESTION)
+    return Intake(
+        config=with_lengths(settled.settings),
+        source=source,
+        begun=begun,
+        columns=columns_decided(settled) if source.columns.holds_question else None,
+        notes=(*source.notes, *settled.notes),
+    )
+
+
+def open_columns(
+    data: Data,
+    keep: Mapping[str, str | None] | Keep | None,
+    output: str = "",
+    begun: Any = None,
+    *,
+    asks: bool = True,
+) -> tuple[Source, Settled]:
+    """Rows of `data` and its settings, its columns and question decided by those of the first file.
+
+    `keep` as in `Columns`. A run that resumes another, with the settings `begun`, goes on with its columns.
+    Where the rows are not asked anything, `asks` is false.
+    """
+    found: list[Settled[Data]] = []
+
+    def columns(types: Types | None) -> Columns:
+        found.append(_settled(data, types, begun, asks=asks))
+        return _columns(found[-1], keep, holds_question=begun is None or COLUMNS in begun)
+
+    source = open_source(data.input, columns, output)
+    return source, found[-1]
+
+
+def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Settled[Data]:
+    if begun is not None:
+        return as_begun(data, begun[COLUMNS]) if COLUMNS in begun else as_before(data)
+    from pipeline.prompts.templates import FileTemplate
+
+    template = data.template_text() if isinstance(data, PromptSettings) else None
+    template_asks = None if template is None else FileTemplate(template).asks
+    return settled(data, types, template_asks=template_asks if asks else False)
+
+
+def _columns(
+    settled: Settled[Any], keep: Mapping[str, str | None] | Keep | None, *, holds_question: bool
+) -> Columns:
+    """The columns of the input by what they are for."""
+    data = settled.settings
+    return Columns(
+        text=data.text_column,
+        question=data.question_column,
+        questions=data.questions_column,
+        fixed_question=data.question_to_all,
+        id=data.id_column,
+        task=data.task_column,
+        keep=keep,
+        takes_ids=settled.takes_ids,
+        asks_summary=settled.asks_summary,
+        holds_question=holds_question,
+        longest_line=data.longest_line or LONGEST,
+    )
+
+
+def make_prompts(
+    settings: PromptSettings,
+    model: Model,
+    max_new_tokens: int,
+    *,
+    longest: int | None = None,
+    now: datetime | None = None,
+) -> PromptBuilder:
+    """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
+
+    `now` is the moment whose date a chat template prints, the present where it is None.
+    """
+    from pipeline.prompts.builder import PromptBuilder
+
+    context = model.shape.context
+    return PromptBuilder(
+        model.tokenizer,
+        context=context if longest is None else min(longest, context),
+        max_new_tokens=max_new_tokens,
+        system=settings.system,
+        template=settings.template_text(),
+        on_overlong=settings.on_overlong,
+        vocab=model.shape.vocab,
+        now=now or datetime.now(),
+    )
+
+
+def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | None:
+    """How a run with such prompts cuts over-long documents, if it does."""
+    from pipeline.prompts.chat import chat_source
+    from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
+
+    if config.on_overlong != "split":
+        return None
+    template, body = config.combine_text(), None
+    if template is None and chat_source(prompts.tokenizer):
+        body = COMBINE
+    elif template is None:
+        template = COMBINE_AS_TEXT
+    try:
+        combine = replace(prompts, template=template, body=body)
+    except ConfigError as error:
+        raise ConfigError(f"the prompt that combines answers (--combine-template): {error}") from error
+    return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap)
+
+
+def item_prompts(item: Item) -> list[EncodedDocument]:
+    """The prompts of an item that are known before any is answered; a failure has none."""
+    if isinstance(item, EncodedDocument):
+        return [item]
+    return item.prompts if isinstance(item, SplitDocument) else []
+
+
+def item_tokens(item: Item) -> int:
+    """Prompt tokens of an item; a failure has none to work on."""
+    return sum(prompt.prompt_tokens for prompt in item_prompts(item))
+
+
+def new_rows(
+    records: Iterable[Record], journal: Journal | DoneRows, *, renames: bool = False
+) -> Iterator[Record]:
+    """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
+
+    With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
+    What stands for rows that could not be read never takes the place of an answer to one of them.
+    """
+    for record in records:
+        row = record.source
+        ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
+        if isinstance(record, RowFailure) and record.is_fault:
+            ids = (row.id, f"{row.id}-")
+        if (new := _new((_hashed(record, id) for id in ids), journal)) is not None:
+            yield new
+
+
+def _new(names: Iterable[Record], journal: Journal | DoneRows) -> Record | None:
+    """A record under the first of several ids that has not come before, unless it is done."""
+    failed: Record | None = None
+    for record in names:
+        try:
+            is_fault = isinstance(record, RowFailure) and record.is_fault
+            done = journal.is_done(record.source, record.source.row_hash or "", is_fault=is_fault)
+            return None if done else record
+        except RowError as error:
+            failed = failed or _failure(record.source, error.kind, str(error))
+    return failed
+
+
+def _hashed(record: Record, id: str) -> Record:
+    record = replace(record, source=replace(record.source, id=id))
+    return replace(record, source=replace(record.source, row_hash=row_hash(record)))
+
+
+def row_hash(record: Record) -> str:
+    """32 hex digits that tell whether a row is still the same: id, text and question, or what ails it."""
+    if isinstance(record, Document):
+        fields = [record.source.id, record.text, record.question or ""]
+    else:
+        fields = [record.source.id, record.kind]
+    digest = hashlib.blake2b(digest_size=16)
+    for field in fields:
+        data = field.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def encode_rows(
+    records: Iterable[Record],
+    prompts: PromptBuilder | Splitter,
+    on_overlong: str,
+    timeout_s: float | None = None,
+) -> Iterator[Item]:
+    """Tokenize what was read; a row that cannot be encoded, or not in time, becomes a failure in place."""
+    within = Within(timeout_s)
+    for record in records:
+        if isinstance(record, RowFailure):
+            yield record
+            continue
+        try:
+            yield within.run(partial(prompts.encode, record))
+        except RowError as error:
+            yield _encoding_failure(record.source, error, on_overlong)
+        except MarsError:
+            raise
+        except BaseException as error:  # a tokenizer's fault costs its row, not the run
+            if not is_failure(error):
+                raise
+            yield _failure(record.source, "tokenizer", f"{type(error).__name__}: {error}")
+
+
+def _encoding_failure(source: Row, error: RowError, on_overlong: str) -> RowFailure:
+    skipped = error.kind == "over_long" and on_overlong == "skip"
+    return replace(
+        _failure(source, error.kind, str(error)),
+        status="skipped" if skipped else "error",
+        document_tokens=getattr(error, "document_tokens", None),
+        prompt_tokens=getattr(error, "prompt_tokens", None),
+    )
+
+
+def _failure(source: Row, kind: str, what: str) -> RowFailure:
+    return RowFailure(source=source, kind=kind, message=f"{source.place}: {what}")

@@ -1,0 +1,186 @@
+"""Profiles: settings that were found to hold for a model on documents, and of what that was found.
+
+A profile is a TOML file: `[profile]` says where it comes from, with a table `[[profile.ladder]]` for each of
+the settings that were to be tested, in their order; `[batch]` holds settings under the names of flags,
+`[batch.settings]` the method's own.
+
+Format 1 was written of what a bootstrapped interval let pass, or was accepted although it did not.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError
+from pipeline.pruning.registry import make_method
+from pipeline.settings.method import AUTO, MethodSettings
+from pipeline.settings.option import settings_of
+from pipeline.settings.sources import merge, refuse_code, renewed
+from pipeline.storage.whole_file import writing
+from pipeline.texts.toml import toml_of
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import Model
+    from pipeline.pruning.base import PruningMethod
+
+FORMAT = 2
+BEFORE = 1  # which is still read
+FAR_BEYOND = 1.5  # times the longest prompt that was calibrated on
+BATCH_KEYS = tuple(
+    each.name.replace("_", "-") for each in settings_of(MethodSettings) if each.about.in_profile
+)
+_REQUIRED = ("model", "fingerprint", "device", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a profile file holds."""
+
+    about: Mapping[str, Any]  # the table [profile]
+    batch: Mapping[str, Any]  # fields of a batch configuration: method, settings, linear and attention dtype
+
+    def is_of(self, config: MethodSettings, method: PruningMethod) -> bool:
+        """Whether a run with this configuration does what was verified, and nothing stands above it."""
+        same_precision = config.linear_dtype == self.batch.get("linear_dtype", "auto")
+        return same_precision and method == make_method(self.batch["method"], self.batch["settings"])
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether every gate passed, as gates are today; no profile is read of which one did not."""
+        return self.about["format"] == FORMAT and bool(_gates(self.about))
+
+    @property
+    def speed_up(self) -> float:
+        """Dense's time to the first token over that of these settings, as measured."""
+        return float(self.about.get("measured", {}).get("speed_up", 1.0))
+
+    @property
+    def longest(self) -> int | None:
+        """Prompt tokens of the longest case."""
+        return self.about.get("lengths", {}).get("max")
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Whole or not at all. Raises StorageError."""
+    batch = {name.replace("_", "-"): value for name, value in profile.batch.items()}
+    with writing(path) as file:
+        file.write(toml_of({"profile": dict(profile.about), "batch": batch}).encode())
+
+
+def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with those of the profile that they name, if any, where they say nothing."""
+    path = values.get("profile")
+    if path is None:
+        return dict(values)
+    named = {name: value for name, value in values.items() if (name, value) != ("method", AUTO)}
+    return merge(load_profile(path).batch, named)
+
+
+def load_profile(path: str) -> Profile:
+    """Raises ConfigError, with the file's name, for one that cannot be read or is none.
+
+    Likewise, with the gate's name, for one of which a gate did not pass.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"--profile {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--profile {path} is no TOML: {error}") from error
+    about, batch = table.get("profile"), table.get("batch")
+    if not isinstance(about, dict) or not isinstance(batch, dict):
+        raise ConfigError(f"--profile {path} has no tables [profile] and [batch]; calibrate makes one")
+    if about.get("format") not in (BEFORE, FORMAT):
+        raise ConfigError(
+            f"--profile {path} is of format {about.get('format')}, and this version reads {BEFORE} and "
+            f"{FORMAT}: calibrate again"
+        )
+    missing = [name for name in _REQUIRED if not isinstance(about.get(name), str)]
+    if missing:
+        raise ConfigError(f"--profile {path} does not say {', '.join(missing)}: calibrate again")
+    _refuse_unproven(path, about)
+    return Profile(about=about, batch=_batch(path, batch))
+
+
+def _gates(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By their names; none where they are not told as `calibrate` tells them."""
+    measured = about.get("measured")
+    gates = measured.get("gates") if isinstance(measured, Mapping) else None
+    told = isinstance(gates, Mapping) and all(isinstance(gate, Mapping) for gate in gates.values())
+    return gates if told and gates is not None else {}
+
+
+def _refuse_unproven(path: str, about: Mapping[str, Any]) -> None:
+    for name, gate in _gates(about).items():
+        if gate.get("verdict") != "pass":
+            raise ConfigError(
+                f"--profile {path} did not pass its gate {name} (bound {gate.get('bound')}: "
+                f"{gate.get('verdict')}): calibrate again"
+            )
+
+
+def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [key for key in table if key not in (*BATCH_KEYS, "attention-dtype")]
+    if unknown or not isinstance(table.get("method"), str):
+        what = f"unknown key {unknown[0]!r}" if unknown else "no method"
+        raise ConfigError(f"--profile {path}: {what} in [batch]; a profile holds {', '.join(BATCH_KEYS)}")
+    if not isinstance(table.get("settings", {}), dict):
+        raise ConfigError(f"--profile {path}: settings in [batch] must be a table, [batch.settings]")
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in table.get("settings", {}).items()
+    }
+    values = {key.replace("-", "_"): value for key, value in table.items()} | {"settings": settings}
+    refuse_code(f"--profile {path}", values)
+    try:
+        return renewed(MethodSettings, values, lambda note: None)
+    except ConfigError as error:
+        raise ConfigError(f"--profile {path}: {error}") from error
+
+
+def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
+    """Notes for a run with `model`. Raises ConfigError if the profile is of another model."""
+    about = profile.about
+    if about["fingerprint"] != model.fingerprint:
+        raise ConfigError(
+            f"--profile {path} was calibrated for {about['model']} ({about['fingerprint'][:12]}), not for "
+            f"{model.name} ({model.fingerprint[:12]}): calibrate this model, or leave the profile out"
+        )
+    notes = []
+    if about["format"] == BEFORE:
+        notes.append(
+            "the profile is of format 1, which was held to a weaker gate than profiles are today: calibrate "
+            "again"
+        )
+    if about["device"] != model.device_name():
+        notes.append(
+            f"the profile was calibrated on {about['device']}, and this is {model.device_name()}: "
+            "its speed-up and its drop were measured there"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if about["dtype"] != dtype:
+        notes.append(f"the profile was calibrated in {about['dtype']}, and this run is in {dtype}")
+    then = about.get("rope_scaling")
+    if model.rope_scaling != then:
+        notes.append(
+            f"the profile was calibrated without --rope-scaling {model.rope_scaling}"
+            if then is None
+            else f"the profile was calibrated with --rope-scaling {then}, and this run has "
+            + (model.rope_scaling or "none")
+        )
+    return notes
+
+
+def length_note(profile: Profile, prompt_tokens: int) -> str | None:
+    """What to say where a prompt is far longer than all that the profile was calibrated on."""
+    longest = profile.longest
+    if longest is None or prompt_tokens <= FAR_BEYOND * longest:
+        return None
+    return (
+        f"a prompt of {prompt_tokens:,} tokens is far beyond the {longest:,} that the profile was "
+        "calibrated on: what it loses there was not measured"
+    )

@@ -1,0 +1,110 @@
+"""What reading a damaged or unreachable file can raise, and how it is told to the user in one line."""
+
+from __future__ import annotations
+
+import errno
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.texts.redaction import without_secrets
+
+# Arrow's own errors derive from built-in ones unevenly (some only from RuntimeError), hence the long list.
+READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, pa.ArrowException)
+
+LONGEST_CAUSE = 200
+
+REWRITE = "write the file again from its source"
+
+_OUT_OF_REACH = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *("ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED"),
+    )
+    if hasattr(errno, name)
+)
+
+# Arrow repeats the path and tells the system's reason last.
+_SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
+
+T = TypeVar("T")
+
+
+class NetworkError(OSError):
+    """Storage elsewhere failed, which says nothing about the file."""
+
+
+class CredentialsError(NetworkError):
+    """Nobody has said who asks: no fault of the storage, but something to set up."""
+
+
+def storage_failure(message: str, error: OSError) -> ConfigError | StorageError:
+    """The error that ends a run for which storage elsewhere failed, or for which nothing was set up."""
+    return (ConfigError if isinstance(error, CredentialsError) else StorageError)(message)
+
+
+class OutOfReach(Exception):
+    """A file of which nothing more can be had now, though it may be sound; says why."""
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error of reading says nothing of a file's content: rights, a network, storage elsewhere."""
+    if isinstance(error, CredentialsError):
+        return False
+    return isinstance(error, NetworkError) or (
+        isinstance(error, OSError)
+        and (error.errno in _OUT_OF_REACH or isinstance(error, PermissionError | TimeoutError))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFault:
+    """Stands at the end of what could be read."""
+
+    cause: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ReadFault:
+        """Raises OutOfReach for an error that no bytes are to blame for."""
+        if is_out_of_reach(error):
+            raise OutOfReach(cause(error)) from error
+        return cls(cause(error))
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {REWRITE}"
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error's message, without the path that the caller names anyway."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    system = _SYSTEM_CAUSE.search(line)
+    return without_secrets(system[1] if system else line)[:LONGEST_CAUSE].rstrip(".")
+
+
+def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:
+    """`items`, ended by a `ReadFault` if producing the next one fails; errors of the consumer pass by.
+
+    Raises OutOfReach where the file is out of reach.
+    """
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except READ_ERRORS as error:
+            yield ReadFault.of(error)
+            return
+        yield item
+
+
+def some(names: list[str], limit: int = 20) -> str:
+    """Names for a message, cut where nobody reads on."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

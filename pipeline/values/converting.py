@@ -1,0 +1,111 @@
+"""Arrays as other types, where Arrow's own cast knows no way or a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.storage.causes import READ_ERRORS
+from pipeline.values.dictionaries import TWINS, has_twins, settled
+from pipeline.values.jsonvalues import json_text, json_value
+
+STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+
+
+def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values as `kind`; what has no text becomes JSON. Raises an `ArrowException` for a misfit."""
+    if array.type == kind:
+        return array
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), kind)
+    array = _settled(array)
+    if array.type == kind:
+        return array
+    if kind in STRINGS and _has_no_text(array.type):
+        if has_twins(array.type):
+            raise pa.ArrowInvalid(TWINS)
+        return pa.array([_as_text(value) for value in array], kind)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if isinstance(array, pa.DictionaryArray) and pa.types.is_nested(array.type.value_type):
+        array = array.dictionary.take(array.indices)
+    if array.type == pa.string_view():  # which Arrow casts to few types
+        array = array.cast(pa.large_string())
+    return array.cast(kind)
+
+
+def converts(own: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether values of one type can become another, by trying with a null."""
+    try:
+        converted(pa.nulls(1, own), kind)
+    except READ_ERRORS:
+        return False
+    return True
+
+
+def _has_no_text(kind: pa.DataType) -> bool:
+    """Whether Arrow knows no text for such values, or none that one could read."""
+    if pa.types.is_dictionary(kind):
+        return _has_no_text(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.storage_type not in STRINGS
+    return pa.types.is_nested(kind) or pa.types.is_interval(kind)
+
+
+def _as_text(scalar: pa.Scalar) -> str | None:
+    value = json_value(scalar)
+    return value if value is None or isinstance(value, str) else json_text(value)
+
+
+def _settled(array: pa.Array) -> pa.Array:
+    """As the type that `settled` names; values of the layouts that it replaces are taken apart here."""
+    kind = array.type
+    if settled(kind) == kind:
+        return array
+    if pa.types.is_run_end_encoded(kind):
+        runs = np.searchsorted(array.run_ends, np.arange(len(array)) + array.offset, side="right")
+        return _values(array.values, settled(kind)).take(pa.array(runs))
+    if pa.types.is_dictionary(kind):
+        values = _values(array.dictionary, settled(kind).value_type)
+        return pa.DictionaryArray.from_arrays(array.indices, values, ordered=kind.ordered)
+    if pa.types.is_list_view(kind):
+        return _listed(array, pa.ListArray.from_arrays, pa.int32()).cast(settled(kind))
+    if pa.types.is_large_list_view(kind):
+        return _listed(array, pa.LargeListArray.from_arrays, pa.int64()).cast(settled(kind))
+    if pa.types.is_struct(kind) and kind.num_fields:
+        return _structured(array).cast(settled(kind))
+    if pa.types.is_list(kind):
+        return _listed(array, pa.ListArray.from_arrays, pa.int32()).cast(settled(kind))
+    if pa.types.is_large_list(kind):
+        return _listed(array, pa.LargeListArray.from_arrays, pa.int64()).cast(settled(kind))
+    return array.cast(settled(kind))
+
+
+def _values(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values of runs or of a dictionary, without views, of which Arrow can take none."""
+    is_view = pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type)
+    return values.cast(kind) if is_view else _settled(values)
+
+
+def _structured(array: pa.StructArray) -> pa.StructArray:
+    fields = list(array.type)
+    columns = [_settled(column) for column in array.flatten()]
+    return pa.StructArray.from_arrays(
+        columns,
+        fields=[
+            field.with_type(column.type).with_nullable(True)
+            for field, column in zip(fields, columns, strict=True)
+        ],
+        mask=array.is_null(),
+    )
+
+
+def _listed(array: pa.Array, make: Callable[..., pa.Array], offset_type: pa.DataType) -> pa.Array:
+    """A list of any layout as one that holds its values in their order, without gaps."""
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
+    ends = pc.cumulative_sum(lengths.cast(pa.int64()))
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(offset_type)
+    return make(offsets, _settled(array.flatten()), mask=array.is_null())
