@@ -93,14 +93,7 @@ FAULTS = [
     Fault(name="input-missing-dropped", strike=strikes.input_missing, flags=("--resume", "--drop-missing")),
     Fault(name="input-empty", strike=strikes.input_empty, codes={"extending": 2}, told="(empty)"),
     Fault(name="input-damaged", strike=strikes.input_damaged, flags=AGAIN, code=3),
-    Fault(
-        name="input-cut",
-        strike=strikes.input_cut,
-        flags=AGAIN,
-        code=2,
-        codes={"jsonl": 3},
-        told="is not a readable Parquet file",
-    ),
+    Fault(name="input-cut", strike=strikes.input_cut, flags=AGAIN, code=3),
     Fault(
         name="input-out-of-reach",
         around=strikes.input_out_of_reach,
