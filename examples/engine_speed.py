@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.model.loading import open_model
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.parse import parse_count
 
 LICENSES = Path(__file__).with_name("licenses.jsonl")

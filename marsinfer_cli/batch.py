@@ -9,8 +9,8 @@ from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
-from pipeline.settings.console import BatchSwitches
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.console_settings import BatchSwitches
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.shown import printable
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def _refuse_none_answered(text: str | None) -> None:
 def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
     from marsinfer_cli.progress import BatchProgress
     from marsinfer_cli.started import process_began
-    from pipeline.batch import run_batch
     from pipeline.interrupts import graceful_stop
+    from pipeline.run import run_batch
 
     options = config.options_of(BatchConfig)
     inputs, output = options.pop("input"), options.pop("output")

@@ -14,8 +14,8 @@ from marsinfer_cli.examples import epilog
 from marsinfer_cli.signature import takes
 from marsinfer_cli.tables import conditions_of, print_decode_table, print_offload_table, print_ttft_table
 from marsinfer_cli.variants import parse_lengths, parse_shares, parse_variant, parse_variants
-from pipeline.settings.bench import DecodeConfig, OffloadConfig, TtftConfig
-from pipeline.settings.console import BenchSwitches, PlotSwitch
+from pipeline.settings.bench_settings import DecodeConfig, OffloadConfig, TtftConfig
+from pipeline.settings.console_settings import BenchSwitches, PlotSwitch
 
 bench_app = typer.Typer(help="Measure speed.", epilog=epilog("bench ttft"))
 
@@ -76,7 +76,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
 def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     """K/V in host memory: time of a decode step, bytes swapped, and how much of the copying is hidden."""
     from pipeline.bench.inputs import random_document
-    from pipeline.bench.offload import measure_offload
+    from pipeline.bench.offload_speed import measure_offload
     from pipeline.engines.memory import host_kv_bytes
     from pipeline.model.loading import open_model
     from pipeline.model.variant import prepare
@@ -110,7 +110,7 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
 @takes(DecodeConfig, BenchSwitches)
 def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
-    from pipeline.bench.decode import measure_decode
+    from pipeline.bench.decode_speed import measure_decode
     from pipeline.model.loading import open_model
 
     chosen = parse_variants(config.methods, config.keep)

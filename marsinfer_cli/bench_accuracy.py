@@ -10,8 +10,8 @@ from typing import Any
 from marsinfer_cli.signature import takes
 from marsinfer_cli.tables import conditions_of, print_accuracy_tables
 from marsinfer_cli.variants import parse_variants
-from pipeline.settings.bench import AccuracyConfig, AgreementConfig
-from pipeline.settings.console import AccuracySwitches
+from pipeline.settings.bench_settings import AccuracyConfig, AgreementConfig
+from pipeline.settings.console_settings import AccuracySwitches
 from pipeline.texts.shown import printable
 
 

@@ -9,18 +9,18 @@ from marsinfer_cli.signature import takes
 from marsinfer_cli.tables import conditions_of, print_attention_table, print_throughput_table, processor
 from marsinfer_cli.variants import parse_packs, parse_variant
 from pipeline.errors import ConfigError
-from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.bench import PACKS, KernelConfig, ThroughputConfig
-from pipeline.settings.console import BenchSwitches
-from pipeline.settings.data import DataSettings
-from pipeline.settings.prompts import SplitSettings
-from pipeline.settings.run import PackSettings
+from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.bench_settings import PACKS, KernelConfig, ThroughputConfig
+from pipeline.settings.console_settings import BenchSwitches
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.prompt_settings import SplitSettings
+from pipeline.settings.run_settings import PackSettings
 
 
 @takes(KernelConfig, BenchSwitches)
 def attention(config: KernelConfig, switches: BenchSwitches) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
-    from pipeline.bench.attention import CANDIDATES, attention_shape, available, measure_attention
+    from pipeline.bench.attention_speed import CANDIDATES, attention_shape, available, measure_attention
     from pipeline.model.loading import pick_device, pick_dtype, use_device
     from pipeline.texts.versions import version_of
 

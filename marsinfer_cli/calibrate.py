@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
-from pipeline.settings.calibrate import CalibrateConfig
-from pipeline.settings.console import CalibrateSwitches
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.console_settings import CalibrateSwitches
 
 if TYPE_CHECKING:
     from pipeline.calibrate.calibration import Calibration

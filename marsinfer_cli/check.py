@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.console import CheckSwitches
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.console_settings import CheckSwitches
 
 if TYPE_CHECKING:
     from pipeline.check.gates import CheckResult

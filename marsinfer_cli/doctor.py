@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
 from pipeline.errors import MarsError
-from pipeline.settings.console import DoctorSwitches
+from pipeline.settings.console_settings import DoctorSwitches
 
 if TYPE_CHECKING:
     from marsinfer_cli.console import Console

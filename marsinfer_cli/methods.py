@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from marsinfer_cli.signature import takes
-from pipeline.settings.console import MethodsSwitches
+from pipeline.settings.console_settings import MethodsSwitches
 
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from marsinfer_cli.console import Console
 from marsinfer_cli.events import print_event
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import FLAT
 from pipeline.summary import Summary, Tally
 from pipeline.texts.words import counted

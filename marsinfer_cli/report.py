@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from marsinfer_cli.signature import takes
-from pipeline.settings.console import ReportSwitches
+from pipeline.settings.console_settings import ReportSwitches
 
 
 @takes(ReportSwitches)
 def report(switches: ReportSwitches) -> None:
     """Report on one output of batch or more: times, shares by layer, errors; two of them row by row."""
+    from pipeline.report.output_reading import opened
     from pipeline.report.page import check_page, write_page
-    from pipeline.report.reading import opened
 
     outputs, row, html = list(switches.outputs), switches.row, switches.html
     if html is not None:
@@ -33,7 +33,7 @@ def report(switches: ReportSwitches) -> None:
 
 
 def _report(runs: list, html: str | None) -> str | None:
-    from pipeline.report.report import make_report, report_page
+    from pipeline.report.reporting import make_report, report_page
 
     made = make_report(runs)
     if html is not None:

@@ -11,14 +11,14 @@ from rich.text import Text
 from marsinfer_cli.console import Console
 from pipeline.report.figures import percent_of
 from pipeline.report.page import cut
-from pipeline.report.report import comparison_figures, headline_rows, pair_facts, phase_rows
+from pipeline.report.reporting import comparison_figures, headline_rows, pair_facts, phase_rows
 from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.report.compare import Comparison
     from pipeline.report.figures import Figures
     from pipeline.report.pruning_map import PruningMap
-    from pipeline.report.report import Report
+    from pipeline.report.reporting import Report
 
 FEW_PAIRS = 5
 LONGEST_ANSWER = 200  # characters

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from marsinfer_cli import completion
 from marsinfer_cli.events import print_event
 from pipeline.errors import ConfigError
-from pipeline.settings.method import MethodSettings
+from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import PANELS, Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.sources import (
     CONFIGURED,

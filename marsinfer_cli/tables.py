@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.bench.accuracy import Accuracy
-    from pipeline.bench.attention import AttentionMeasurement
-    from pipeline.bench.decode import DecodeMeasurement
-    from pipeline.bench.offload import OffloadMeasurement
+    from pipeline.bench.attention_speed import AttentionMeasurement
+    from pipeline.bench.decode_speed import DecodeMeasurement
+    from pipeline.bench.offload_speed import OffloadMeasurement
     from pipeline.bench.throughput import Throughput
     from pipeline.bench.ttft import Measurement
     from pipeline.evaluate.drops import Drop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.settings.method import LINEAR_DTYPES, NO_FP8_ATTENTION
+from pipeline.settings.method_settings import LINEAR_DTYPES, NO_FP8_ATTENTION
 
 if TYPE_CHECKING:
     from pipeline.model.variant import Variant

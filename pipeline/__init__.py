@@ -24,20 +24,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batch import run_batch
     from pipeline.errors import MarsError
     from pipeline.model.loading import load_model
     from pipeline.pruning.registry import make_method
-    from pipeline.settings.run import BatchConfig
+    from pipeline.run import run_batch
+    from pipeline.settings.run_settings import BatchConfig
 
     __version__: str
 
 _WHERE = {
-    "BatchConfig": "pipeline.settings.run",
+    "BatchConfig": "pipeline.settings.run_settings",
     "MarsError": "pipeline.errors",
     "load_model": "pipeline.model.loading",
     "make_method": "pipeline.pruning.registry",
-    "run_batch": "pipeline.batch",
+    "run_batch": "pipeline.run",
 }
 __all__ = ["BatchConfig", "MarsError", "load_model", "make_method", "run_batch"]
 

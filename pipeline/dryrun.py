@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.batch import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.engines.packing import windows
@@ -25,7 +24,8 @@ from pipeline.outputs.writing import check_output
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.operations import dense_flops, passes_flops
 from pipeline.records import EncodedDocument, RowFailure
-from pipeline.settings.run import BatchConfig
+from pipeline.run import stop_if_broken
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.setup.lacking import refuse_lacking
 from pipeline.setup.leaving import notes_of, settle

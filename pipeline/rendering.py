@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.records import RowFailure
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import item_prompts, open_rows
 from pipeline.setup.preparation import prepare
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = [
-    *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.batch", "pipeline.prompts.forms"),
+    *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.run", "pipeline.prompts.forms"),
     *(
         "pipeline.engines.warm_up",
         "pipeline.outputs.resumed",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.settings.data import DataSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
     as_before,
     as_begun,

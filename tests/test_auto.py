@@ -11,8 +11,8 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import choose, device_class, keep_profile, profile_folder, proven
 from pipeline.setup.profile import Profile, write_profile
 

@@ -20,7 +20,7 @@ from golden.surface import all_commands, flags, help_texts, plain_surroundings, 
 
 from pipeline.outputs.chunks import scan_part
 from pipeline.outputs.parts import journal_parts
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import read_config, taken, to_toml
 from pipeline.setup.profile import load_profile
 

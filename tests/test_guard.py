@@ -9,7 +9,7 @@ import pytest
 
 from marsinfer_cli.app import run
 from pipeline.model.loading import open_model
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.setup.profile import Profile, write_profile
 
 pytestmark = pytest.mark.slow

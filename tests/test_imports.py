@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -31,7 +32,7 @@ FLOORS = (
     "setup",
     "engines rendering report",
     "evaluate summary",
-    "batch check",
+    "check run",
     "bench",
     "calibrate doctor estimate",
     "dryrun",
@@ -63,8 +64,8 @@ for _name, _imports in GRAPH.items():
 
 
 def test_the_imports_were_read():
-    assert "pipeline.outputs.journal" in GRAPH["pipeline.batch"]
-    assert "pipeline.engines.ray_cluster" in GRAPH["pipeline.batch"]  # within a function
+    assert "pipeline.outputs.journal" in GRAPH["pipeline.run"]
+    assert "pipeline.engines.ray_cluster" in GRAPH["pipeline.run"]  # within a function
     assert {f"pipeline.{each}" for floor in FLOORS for each in floor.split()} == set(ROOMS) - OUTSIDE
 
 
@@ -91,6 +92,11 @@ def test_what_is_imported_stands_on_a_lower_floor():
 def test_no_folder_is_too_large_to_be_looked_through(folder):
     files = sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
     assert len(files) <= (12 if folder.name == "pipeline" else 25)
+
+
+def test_no_name_of_a_file_stands_twice():
+    counts = Counter(path.name for path in FILES.values() if path.name != "__init__.py")
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 def named() -> list[str]:

@@ -7,7 +7,7 @@ from conftest import document
 
 from pipeline.errors import InputError
 from pipeline.records import Row, RowFailure
-from pipeline.settings.data import DataSettings
+from pipeline.settings.data_settings import DataSettings
 from pipeline.setup.lacking import refuse_lacking
 
 DATA = DataSettings(input=("in.jsonl",), text_column="text", question_column="ask")

@@ -11,7 +11,7 @@ from pipeline import run_batch
 from pipeline.errors import ConfigError
 from pipeline.model.loading import open_model
 from pipeline.pruning.registry import make_method
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.setup.profile import Profile, check_profile, length_note, load_profile, write_profile
 
 GATE = {"bound": "2%", "verdict": "pass", "low": float("-inf"), "high": 1.5}

@@ -6,7 +6,7 @@ import pytest
 
 from marsinfer_cli.events import print_event
 from pipeline.errors import InputError, RowError
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import to_toml
 from pipeline.storage.remote import place_of
 from pipeline.texts.redaction import bare, hidden, without_secrets

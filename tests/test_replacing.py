@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.outputs import replacing
 from pipeline.outputs.replacing import refuse_foreign_file
 from pipeline.report.page import check_page, render, write_page
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.profile import Profile, write_profile
 
 FOREIGN = {

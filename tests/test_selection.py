@@ -15,7 +15,7 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.selection import select_rows, selected_rows
 from pipeline.inputs.source import open_source
 from pipeline.records import Document, Row
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 
 
 def config(**options):

@@ -22,7 +22,7 @@ from pipeline.evaluate.workbench import DENSE, slowdown
 from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
-from pipeline.settings.rows import RowSettings
+from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import make_prompts
 from pipeline.suites.samples import NEEDLES
 

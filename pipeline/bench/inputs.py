@@ -11,8 +11,8 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.model.loading import LoadedModel
 from pipeline.records import EncodedDocument, Row, RowFailure, Spans
-from pipeline.settings.data import TextSettings
-from pipeline.settings.prompts import PromptSettings
+from pipeline.settings.data_settings import TextSettings
+from pipeline.settings.prompt_settings import PromptSettings
 from pipeline.setup.asking import Types, text_column
 from pipeline.setup.intake import make_prompts
 

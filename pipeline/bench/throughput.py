@@ -13,11 +13,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
-from pipeline.batch import run_batch
 from pipeline.bench.ceilings import wait_for
 from pipeline.errors import InputError
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant
+from pipeline.run import run_batch
 from pipeline.summary import Summary
 
 Interval = tuple[int, int]  # start and end in nanoseconds

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
 from pipeline.evaluate.scores import CaseScore
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.parse import parse_drop
 from pipeline.suites.samples import NEEDLES
 from pipeline.texts.words import counted

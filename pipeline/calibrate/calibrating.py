@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import GateInconclusive, MarsError, is_failure
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.intake import make_prompts
 
 if TYPE_CHECKING:

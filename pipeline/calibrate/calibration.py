@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 
 if TYPE_CHECKING:
     from pipeline.calibrate.bounds import Bounds

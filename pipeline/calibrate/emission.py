@@ -15,7 +15,7 @@ from pipeline.evaluate.scores import Case
 from pipeline.kernels.sparse import first_choosing, shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.guard import spoken_for
 from pipeline.setup.profile import FORMAT, Profile
 from pipeline.setup.provenance import PACKAGES

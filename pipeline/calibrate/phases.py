@@ -31,7 +31,7 @@ from pipeline.interrupts import nothing_to_lose
 from pipeline.kernels import sparse
 from pipeline.model.loading import Model
 from pipeline.model.variant import Variant
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.texts.words import counted
 
 # shares of the time, behind the loading of the model, after which each phase ends

@@ -24,8 +24,8 @@ from pipeline.check.gates import (
 from pipeline.errors import GateInconclusive
 from pipeline.interrupts import nothing_to_lose
 from pipeline.pruning.registry import make_method
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.method import AUTO
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.method_settings import AUTO
 from pipeline.setup.intake import make_prompts
 from pipeline.setup.provenance import PACKAGES, moment_of
 from pipeline.summary import Tally

@@ -14,8 +14,8 @@ from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow, tasks_of
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
 from pipeline.evaluate.row_results import RowResult
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.gate import FORCED_METRICS
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.gate_settings import FORCED_METRICS
 from pipeline.suites.metrics import score as score_text
 from pipeline.texts.words import counted
 

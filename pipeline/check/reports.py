@@ -18,7 +18,7 @@ from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.check.gates import CheckResult
-    from pipeline.settings.check import CheckConfig
+    from pipeline.settings.check_settings import CheckConfig
 
 _AGAINST = {"dense": "dense", "accepted": "its accepted scores"}
 MOST_LEFT_OUT = 20  # messages that JSON repeats; the notes of the run told all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.bench.attention import attention_shape, available
+from pipeline.bench.attention_speed import attention_shape, available
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.tiny import device, distance, stock_logits, subject
 from pipeline.errors import ConfigError

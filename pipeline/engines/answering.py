@@ -27,7 +27,7 @@ from pipeline.pruning.operations import (
     passes_flops,
 )
 from pipeline.records import Answer, EncodedDocument
-from pipeline.settings.answers import AnswerSettings, SamplingSettings
+from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
 
 class Failure(NamedTuple):

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import SIGNALS
 from pipeline.model.loading import UnloadedModel
 from pipeline.settings.parse import parse_workers
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.preparation import Setup, open_for_run
 
 if TYPE_CHECKING:

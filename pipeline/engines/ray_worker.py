@@ -14,7 +14,7 @@ from pipeline.engines.clock import EngineTimes
 from pipeline.engines.one_process import answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
 from pipeline.records import Answer
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.preparation import Setup, open_for_run
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
-from pipeline.model.batch import Seat
 from pipeline.model.decode import Decoder, Generated, StopRules
+from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling

@@ -19,7 +19,7 @@ from pipeline.inputs.selection import select_rows
 from pipeline.inputs.source import Source
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
 from pipeline.settings.parse import parse_shard
-from pipeline.settings.rows import RowSettings
+from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import open_columns
 from pipeline.suites.by_name import load_suite
 from pipeline.suites.haystack import token_counter

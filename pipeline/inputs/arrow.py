@@ -16,7 +16,7 @@ from pipeline.inputs.finding import InputFile
 from pipeline.inputs.long_integers import long_integers
 from pipeline.inputs.passthrough import PassPlan
 from pipeline.inputs.rows import Record
-from pipeline.inputs.tables import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
+from pipeline.inputs.table_rows import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
 from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, until_fault
 
 FILE_MAGIC = b"ARROW1"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.inputs.selection import most_rows, select_rows, selected_rows
 from pipeline.records import Document, RowFailure
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 
 if TYPE_CHECKING:
     from pipeline.inputs.source import Source

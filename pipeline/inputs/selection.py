@@ -14,7 +14,7 @@ from itertools import islice
 
 from pipeline.errors import ConfigError
 from pipeline.records import Document, RowFailure
-from pipeline.settings.data import DataSettings
+from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
 
 Record = Document | RowFailure

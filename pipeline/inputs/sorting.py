@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.errors import StorageError
 from pipeline.inputs.rows import Record
-from pipeline.inputs.tables import lone
+from pipeline.inputs.table_rows import lone
 from pipeline.records import Document, Row
 from pipeline.storage.causes import cause
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.errors import RowError
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.cache import KeysValues, RaggedCache
+from pipeline.model.decode_batch import DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, recorder_for
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens

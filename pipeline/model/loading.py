@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.families.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

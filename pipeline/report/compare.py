@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.likeness import likeness
-from pipeline.report.reading import Run
+from pipeline.report.output_reading import Run
 
 MOST_SHOWN = 100
 COLUMNS = (

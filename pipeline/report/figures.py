@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.report.layers import LAYER_COLUMNS, LayerShares, add_layers
-from pipeline.report.reading import Run
+from pipeline.report.layer_shares import LAYER_COLUMNS, LayerShares, add_layers
+from pipeline.report.output_reading import Run
 from pipeline.setup.guard import kind_of
 
 PHASES = {"queue_ms": "queue", "tokenize_ms": "tokenize", "prefill_ms": "prefill", "decode_ms": "decode"}

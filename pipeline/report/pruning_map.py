@@ -18,8 +18,8 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.answers import SELECTION_NAMES
 from pipeline.pruning.tiers import GONE, IN_FP8, IN_FULL, SKIPPED, LayerStates, unpack_layers
 from pipeline.report.figures import milliseconds, percent_of
+from pipeline.report.output_reading import Run
 from pipeline.report.page import render
-from pipeline.report.reading import Run
 
 MOST_BYTES = 2_900_000  # of the page
 FACTS = ("id", "row", "status", "error_type", "error_message", "method", "answer", "document_tokens")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.settings.asking import ASKED
-from pipeline.settings.gate import GateSettings, SoughtSettings
-from pipeline.settings.method import MethodSettings
+from pipeline.settings.gate_settings import GateSettings, SoughtSettings
+from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
-from pipeline.settings.run import BatchConfig
-from pipeline.settings.suite import SuiteSettings
+from pipeline.settings.question_settings import ASKED
+from pipeline.settings.run_settings import BatchConfig
+from pipeline.settings.suite_settings import SuiteSettings
 from pipeline.texts.redaction import redacted
 from pipeline.texts.toml import toml_key, toml_value
 

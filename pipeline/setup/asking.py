@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError
-from pipeline.settings.asking import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS
-from pipeline.settings.data import DataSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.question_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS
+from pipeline.settings.run_settings import BatchConfig
 
 TEXT, QUESTION, ID = "text", "question", "id"
 TEXT_TOO = ("document", "content", "contents", "body")  # the text, where there is one of them and no `text`

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, MarsError
 from pipeline.pruning.registry import METHODS, make_method
-from pipeline.settings.method import AUTO, MethodSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.method_settings import AUTO, MethodSettings
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import Guard
 from pipeline.setup.profile import Profile, load_profile, write_profile
 from pipeline.setup.provenance import GROUPS
@@ -25,7 +25,7 @@ from pipeline.texts.redaction import hidden
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.pruning.base import PruningMethod
-    from pipeline.settings.check import CheckConfig
+    from pipeline.settings.check_settings import CheckConfig
 
 GROUPED = {stored: group for group, stored in GROUPS.items()}
 MEASURED_TOKENS = 24_000  # of the prompts in the README's table of what mars gains

@@ -16,8 +16,8 @@ from pipeline.inputs.source import Source, open_source
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.within import Within
 from pipeline.records import Document, EncodedDocument, Row, RowFailure
-from pipeline.settings.prompts import PromptSettings, SplitSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
     NO_QUESTION,
     Data,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from pipeline.errors import InputError
 from pipeline.records import RowFailure
-from pipeline.settings.data import DataSettings
+from pipeline.settings.data_settings import DataSettings
 from pipeline.setup.intake import Item
 from pipeline.texts.words import counted
 

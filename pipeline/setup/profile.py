@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.pruning.registry import make_method
-from pipeline.settings.method import AUTO, MethodSettings
+from pipeline.settings.method_settings import AUTO, MethodSettings
 from pipeline.settings.option import settings_of
 from pipeline.settings.sources import merge, refuse_code, renewed
 from pipeline.storage.whole_file import writing

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.versions import version_of
 
 if TYPE_CHECKING:

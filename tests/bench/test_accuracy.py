@@ -11,7 +11,7 @@ from pipeline.bench.accuracy import measure_accuracy, read_cases
 from pipeline.model.loading import load_model
 from pipeline.model.variant import Variant
 from pipeline.pruning.registry import make_method
-from pipeline.settings.bench import AccuracyConfig
+from pipeline.settings.bench_settings import AccuracyConfig
 from pipeline.setup.profile import Profile, write_profile
 from pipeline.suites.samples import document_key, part_of
 

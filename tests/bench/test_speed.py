@@ -10,7 +10,7 @@ from conftest import document, tiny_model
 
 from marsinfer_cli.app import run
 from marsinfer_cli.variants import parse_packs
-from pipeline.bench.attention import Candidate, attention_shape, measure_attention
+from pipeline.bench.attention_speed import Candidate, attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft

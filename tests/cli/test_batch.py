@@ -337,7 +337,7 @@ def test_the_warm_up_is_told(batch, parquet, tmp_path, monkeypatch, capfd, const
 
 
 def test_the_next_window_is_read_while_one_is_answered(model_folder, tmp_path, monkeypatch):
-    from pipeline import batch as pipeline_batch
+    from pipeline import run as pipeline_batch
     from pipeline.engines.local import LocalEngine
 
     source = tmp_path / "in.jsonl"

@@ -20,7 +20,7 @@ from pipeline.evaluate import scores as evaluate
 from pipeline.evaluate.workbench import Clock
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.pruning.operations import passes_flops
-from pipeline.settings.calibrate import CalibrateConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.suites.samples import document_key
 
 STEP_S = 0.03  # that a prefill or a step of an answer counts as

@@ -83,7 +83,7 @@ REFERENCES = [*ASK, "--reference-column", "right"]
 def test_a_profile_brings_method_and_settings(check, data, tmp_path, sharp_model_folder, capfd, monkeypatch):
     monkeypatch.delenv("MARSINFER_METHOD")
     from pipeline.model.loading import open_model
-    from pipeline.settings.model import ModelSettings
+    from pipeline.settings.model_settings import ModelSettings
     from pipeline.setup.profile import Profile, write_profile
 
     model = open_model(ModelSettings(model=str(sharp_model_folder), device="cpu"))

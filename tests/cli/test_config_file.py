@@ -12,7 +12,7 @@ import pytest
 
 from marsinfer_cli.batch import batch
 from pipeline.settings.parse import parse_max_errors
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import read_config, to_toml
 
 
@@ -25,7 +25,7 @@ def seen(monkeypatch):
         calls.append(BatchConfig(input=inputs, output=output, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.batch.run_batch", record)
+    monkeypatch.setattr("pipeline.run.run_batch", record)
     return calls
 
 

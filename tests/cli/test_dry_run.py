@@ -21,7 +21,7 @@ from pipeline.outputs.mirror import open_journal
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import Answer
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import new_rows, open_rows
 from pipeline.setup.preparation import prepare
 

@@ -54,7 +54,7 @@ def test_an_interrupt_is_an_event(call, fish, tmp_path, monkeypatch, capfd):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.batch.run_batch", interrupted)
+    monkeypatch.setattr("pipeline.run.run_batch", interrupted)
     assert call(fish, tmp_path / "out.parquet", *ASK, "--log-format", "json", "--quiet") == 130
     (event,) = events(capfd.readouterr().err)
     assert (event["event"], event["exit_code"]) == ("error", 130)

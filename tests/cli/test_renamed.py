@@ -10,11 +10,11 @@ from commands import commands, options
 from marsinfer_cli.app import run
 from pipeline import run_batch
 from pipeline.errors import ConfigError
-from pipeline.settings.bench import AgreementConfig, TtftConfig
-from pipeline.settings.calibrate import CalibrateConfig
-from pipeline.settings.check import CheckConfig
+from pipeline.settings.bench_settings import AgreementConfig, TtftConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.option import renamed_of
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import read_config, read_environment, taken
 
 SPARSE = "--sparse-attention is now --set sparse_attention=MASS; the next version does not know it any more"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.bench.attention import CANDIDATES
+from pipeline.bench.attention_speed import CANDIDATES
 from pipeline.doctor import examine as examination
 from pipeline.doctor import packages, probes, selftest
 from pipeline.doctor.examine import examine

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.batch import open_input
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model.loading import open_model
 from pipeline.pruning.dense import Dense
-from pipeline.settings.model import ModelSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.run import open_input
+from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.preparation import prepare
 from pipeline.setup.profile import Profile, write_profile
 

@@ -28,8 +28,8 @@ from pipeline.evaluate.workbench import Trial
 from pipeline.model.loading import open_model
 from pipeline.model.variant import Variant
 from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.settings.calibrate import CalibrateConfig
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.setup.profile import write_profile
 
 RUN = f"{ASK} {TINY} --max-new-tokens 2 --quiet"

@@ -15,8 +15,8 @@ from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError, RowError
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
-from pipeline.model.batch import Seat
 from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import ModelError
 from pipeline.model.loading import UnloadedModel, open_model
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 988097824\n"

@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_model
 
 from pipeline.kernels.segments import Segments
-from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.cache import RaggedCache
+from pipeline.model.decode_batch import DecodeBatch, Seat
 
 
 def stored(lengths=(3, 2), new_tokens=2, layers=1):

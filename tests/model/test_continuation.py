@@ -10,8 +10,8 @@ from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels import reference
 from pipeline.kernels.attention import DecodeSlots
 from pipeline.kernels.segments import Segments
-from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.continuation import continue_with
+from pipeline.model.decode_batch import DecodeBatch, Seat
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method

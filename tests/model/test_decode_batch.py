@@ -14,8 +14,8 @@ from decode_steps import METHODS, EagerRecorder, exact_model
 
 import pipeline.model.decode as decode_module
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.batch import DecodeBatch, Seat
 from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode_batch import DecodeBatch, Seat
 from pipeline.model.prefill import prefill
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.store import Extent, KvStore, slots_needed

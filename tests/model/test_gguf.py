@@ -19,7 +19,7 @@ from pipeline.families.adapters import DecoderAdapter
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 
 CPU = torch.device("cpu")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, **LLAMA_3}

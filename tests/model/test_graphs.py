@@ -12,9 +12,9 @@ from decode_steps import METHODS, EagerRecorder, EndAt
 import pipeline.model.decode as decode_module
 from pipeline.errors import RowError
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention
-from pipeline.model.batch import DecodeBatch
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.graphs import (
     FEWEST_STEPS,
     SIZES,

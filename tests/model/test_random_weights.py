@@ -12,7 +12,7 @@ from marsinfer_cli.app import run
 from pipeline.checkpoints.random_weights import SHAPES, byte_tokenizer
 from pipeline.errors import ModelError
 from pipeline.model.loading import load_model, open_model
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 
 
 def test_two_processes_would_draw_the_same_weights():

@@ -17,7 +17,7 @@ from pipeline.families.adapters import check_config, shape_of, with_rope_scaling
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.parse import parse_rope_scaling
 
 PLAIN = {**FAMILY_SETTINGS, "llama": {}}  # the tests' llama has llama3's scaling

@@ -24,8 +24,8 @@ from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.records import Document, Row
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.model_settings import ModelSettings
 
 pytestmark = pytest.mark.slow
 

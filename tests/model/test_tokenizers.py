@@ -11,7 +11,7 @@ import pytest
 from pipeline.checkpoints import tokenizers
 from pipeline.errors import ModelError
 from pipeline.model.loading import open_model
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.model_settings import ModelSettings
 
 TEMPLATE = "X{% for m in messages %}{{ m.content }}{% endfor %}"
 SPACES = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"  # as a SentencePiece file begins

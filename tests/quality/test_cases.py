@@ -16,9 +16,9 @@ from pipeline.evaluate.row_results import RowResult
 from pipeline.evaluate.scores import Case, CaseScore, evaluate_case
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense
-from pipeline.settings.calibrate import CalibrateConfig
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.rows import RowSettings
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import make_prompts
 from pipeline.suites.samples import document_key
 

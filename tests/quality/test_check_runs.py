@@ -13,7 +13,7 @@ from pipeline.check.reports import as_dict, speed_text
 from pipeline.errors import ConfigError, MarsError
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense
-from pipeline.settings.check import CheckConfig
+from pipeline.settings.check_settings import CheckConfig
 
 LICENSES = Path(__file__).parents[2] / "examples" / "licenses.jsonl"
 BROKEN = {"eta": 0.3, "start_layer": 0, "prefix": 0, "window": 1}

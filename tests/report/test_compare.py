@@ -10,7 +10,7 @@ from report_outputs import answered, failed, write
 
 from pipeline.report.compare import compare
 from pipeline.report.likeness import by_words, likeness
-from pipeline.report.reading import opened
+from pipeline.report.output_reading import opened
 
 
 def compared(tmp_path, first, second, **options):

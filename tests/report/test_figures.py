@@ -7,8 +7,8 @@ import pytest
 from report_outputs import LAYERS, METADATA, answered, failed, write
 
 from pipeline.report.figures import configuration, figures_of, headline, milliseconds, phases
-from pipeline.report.layers import SAMPLED
-from pipeline.report.reading import opened
+from pipeline.report.layer_shares import SAMPLED
+from pipeline.report.output_reading import opened
 
 
 def figures(path):

@@ -14,7 +14,7 @@ from pipeline.outputs.journal import Journal, journal_folder
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
 from pipeline.records import Row
-from pipeline.report.reading import opened
+from pipeline.report.output_reading import opened
 
 
 def rows_of(given, columns=("id", "row", "status", "answer")):
@@ -149,7 +149,7 @@ def test_a_journal_that_goes_before_it_is_opened_is_looked_for_again(tmp_path, m
     path = write(tmp_path / "out.parquet", [answered(0)])
     real, gone = journal_files.journal_parts, [tmp_path / ".out.parquet.journal" / "part-0001"]
     monkeypatch.setattr(
-        "pipeline.report.reading.journal_parts", lambda folder: [gone.pop()] if gone else real(folder)
+        "pipeline.report.output_reading.journal_parts", lambda folder: [gone.pop()] if gone else real(folder)
     )
     assert len(rows_of(path)[1]) == 1
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline import run_batch
 from pipeline.errors import ConfigError
 from pipeline.settings.option import settings_of
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import read_config, read_environment, to_toml
 from pipeline.setup.profile import load_profile
 

@@ -11,18 +11,18 @@ from commands import commands, options
 
 from marsinfer_cli.app import run
 from marsinfer_cli.signature import takes
-from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.bench import AccuracyConfig, ThroughputConfig
-from pipeline.settings.calibrate import CalibrateConfig
-from pipeline.settings.check import CheckConfig
-from pipeline.settings.console import BatchSwitches, CheckSwitches
-from pipeline.settings.data import DataSettings
-from pipeline.settings.gate import GateSettings
-from pipeline.settings.method import MethodSettings
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.bench_settings import AccuracyConfig, ThroughputConfig
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.console_settings import BatchSwitches, CheckSwitches
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.gate_settings import GateSettings
+from pipeline.settings.method_settings import MethodSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import MODEL, PANELS, Settings, option, settings_of
-from pipeline.settings.prompts import PromptSettings
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.prompt_settings import PromptSettings
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import CONFIGURED, from_elsewhere, merge, read_config, read_environment, taken
 
 CONFIGS = (BatchConfig, CheckConfig, CalibrateConfig, AccuracyConfig, ThroughputConfig)

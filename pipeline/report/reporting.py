@@ -20,8 +20,8 @@ from pipeline.report.figures import (
     phases,
 )
 from pipeline.report.layer_charts import heat_chart, layer_chart, tier_chart
+from pipeline.report.output_reading import Run
 from pipeline.report.page import render
-from pipeline.report.reading import Run
 
 FEW = 2  # runs of which each has pictures of its own
 

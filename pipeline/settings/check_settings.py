@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.gate import GENERATED_METRICS, GateSettings
-from pipeline.settings.method import MethodSettings
+from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.gate_settings import GENERATED_METRICS, GateSettings
+from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.parse import NEEDLES, parse_drop
-from pipeline.settings.rows import RowSettings
+from pipeline.settings.row_settings import RowSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.settings.answers import SamplingSettings
-from pipeline.settings.data import DataSettings
-from pipeline.settings.gate import OverwriteSettings, ResumeSettings
+from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.gate_settings import OverwriteSettings, ResumeSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
-from pipeline.settings.method import MethodSettings
-from pipeline.settings.model import ModelSettings
+from pipeline.settings.method_settings import MethodSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_max_errors, parse_workers
-from pipeline.settings.prompts import SplitSettings
+from pipeline.settings.prompt_settings import SplitSettings
 
 ORDERS = ("input", "completion")
 GUARD = ("auto", "off")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.settings.answers import AnswerSettings
-from pipeline.settings.asking import ASKED
-from pipeline.settings.data import DataSettings
-from pipeline.settings.model import ModelSettings
-from pipeline.settings.prompts import PromptSettings
-from pipeline.settings.suite import SuiteSettings
+from pipeline.settings.answer_settings import AnswerSettings
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.prompt_settings import PromptSettings
+from pipeline.settings.question_settings import ASKED
+from pipeline.settings.suite_settings import SuiteSettings
 
 # a prompt that is measured by itself is cut where a run might answer it in parts
 ON_OVERLONG = "truncate-middle"

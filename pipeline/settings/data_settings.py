@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pipeline.errors import ConfigError
-from pipeline.settings.asking import ASKED, SUMMARIES
 from pipeline.settings.kinds import BYTES
 from pipeline.settings.option import ANSWERS, READING, Settings, option
 from pipeline.settings.parse import parse_shard
+from pipeline.settings.question_settings import ASKED, SUMMARIES
 
 
 @dataclass(frozen=True, kw_only=True)

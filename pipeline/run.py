@@ -30,10 +30,10 @@ from pipeline.outputs.mirror import open_journal
 from pipeline.outputs.rowindex import Order
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
-from pipeline.settings.method import AUTO
+from pipeline.settings.method_settings import AUTO
 from pipeline.settings.option import settings_of
 from pipeline.settings.parse import parse_max_errors
-from pipeline.settings.run import BatchConfig
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import renewed
 from pipeline.setup.intake import Intake, Item, item_prompts, item_tokens, new_rows, open_rows
 from pipeline.setup.lacking import refuse_lacking

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.replacing import is_profile, refuse_foreign_file
-from pipeline.settings.check import check_place
-from pipeline.settings.gate import SoughtSettings
+from pipeline.settings.check_settings import check_place
+from pipeline.settings.gate_settings import SoughtSettings
 from pipeline.settings.parse import check_at_least
-from pipeline.settings.rows import RowSettings
+from pipeline.settings.row_settings import RowSettings
 
 
 @dataclass(frozen=True, kw_only=True)

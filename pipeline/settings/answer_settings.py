@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.settings.asking import ANSWER_TOKENS, SUMMARY_TOKENS
-from pipeline.settings.data import SeedSettings
+from pipeline.settings.data_settings import SeedSettings
 from pipeline.settings.option import ANSWERS, option
+from pipeline.settings.question_settings import ANSWER_TOKENS, SUMMARY_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
