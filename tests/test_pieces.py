@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.prompts.pieces import MOST_OF_ONE, token_pieces
+from pipeline.engines.keeping import MOST_OF_ONE, token_pieces
 
 
 def of_bytes(ids):

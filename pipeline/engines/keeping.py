@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.work import Work
-from pipeline.prompts.pieces import token_pieces
 from pipeline.pruning.tiers import FFN, FP8, pack_layer
 from pipeline.records import Answer, EncodedDocument
+
+MOST_OF_ONE = 8  # tokens that may make one character; a longer wait means that the text itself is broken
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def keep_selection(
@@ -53,3 +55,21 @@ def _with_default(marks: np.ndarray, fp8_everywhere: bool) -> np.ndarray:
     if not fp8_everywhere or (marks & FP8).any():
         return marks
     return np.where(marks & FFN, marks | FP8, marks)
+
+
+def token_pieces(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, behind the one before it; joined, they are the decoded text.
+
+    A character of several tokens is the last one's, and the others add nothing. Each token is decoded with
+    those since the last whole character, for some tokenizers drop the space of a text's first word.
+    """
+    pieces = []
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before, now = decode(ids[start:done]), decode(ids[start:end])
+        if now.endswith(_BROKEN) and end - done < MOST_OF_ONE and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(now[len(before) :])
+        start, done = done, end
+    return pieces

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, StorageError
 from pipeline.inputs.globs import has_magic, matches
 from pipeline.inputs.listing import files_below, refuse_broken_link
 from pipeline.inputs.partitions import Partitions, partitions_of
-from pipeline.inputs.schemas import table_schema
 from pipeline.outputs.own import SIDECAR, is_own_lines, is_own_table
 from pipeline.storage import stdin
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
@@ -25,6 +25,7 @@ from pipeline.storage.stdin import Stdin
 from pipeline.texts.redaction import bare
 
 # Suffix -> (format, compression).
+FILE_MAGIC = b"ARROW1"
 FORMATS: dict[str, tuple[str, str | None]] = {
     ".parquet": ("parquet", None),
     ".pq": ("parquet", None),
@@ -335,3 +336,16 @@ def _local_size(path: Path, format: str, compression: str | None) -> int:
 
 def _absolute(path: Place | Stdin) -> str:
     return os.path.abspath(path) if isinstance(path, Path) else bare(str(path))
+
+
+def table_schema(source: pa.NativeFile, format: str) -> tuple[pa.Schema, bool]:
+    """The schema of a Parquet or Arrow file, and whether it may have rows; raises one of `READ_ERRORS`."""
+    if format == "parquet":
+        parquet = pq.ParquetFile(source, pre_buffer=False)
+        return parquet.schema_arrow, parquet.metadata.num_rows > 0
+    magic = source.read(len(FILE_MAGIC))
+    source.seek(0)
+    if magic == FILE_MAGIC:
+        opened = pa.ipc.open_file(source)
+        return opened.schema, opened.num_record_batches > 0
+    return pa.ipc.open_stream(source).schema, True

@@ -6,16 +6,18 @@ import heapq
 import sqlite3
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.report.likeness import likeness
+from pipeline.errors import ConfigError
 from pipeline.report.output_reading import Run
+from pipeline.suites.similarity import edit_similarity
 
 MOST_SHOWN = 100
 COLUMNS = (
@@ -174,3 +176,19 @@ def _joined(
             continue
         database.execute("UPDATE first SET seen = 1 WHERE rowid = ?", found[:1])
         yield dict(zip(COLUMNS, found[1:], strict=True)), theirs
+
+
+def likeness() -> tuple[Callable[[str, str], float], str]:
+    """A measure of two texts, 1 for equal ones, and what it is called."""
+    try:
+        edit_similarity("", "")
+    except ConfigError:
+        return by_words, "share of matching words (difflib)"
+    return edit_similarity, "edit similarity of characters (rapidfuzz)"
+
+
+def by_words(first: str, second: str) -> float:
+    """Twice the matching words over the words of both: characters would take too long without a package."""
+    if first == second:
+        return 1.0
+    return SequenceMatcher(None, first.split(), second.split(), autojunk=False).ratio()

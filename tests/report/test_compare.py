@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from report_outputs import answered, failed, write
 
-from pipeline.report.compare import compare
-from pipeline.report.likeness import by_words, likeness
+from pipeline.report.compare import by_words, compare, likeness
 from pipeline.report.output_reading import opened
 
 
