@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import RowError
-from pipeline.prompts.builder import whole
+from pipeline.prompts import whole
 
 TURNS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 SWALLOWING = "<s>{% for m in messages %}<|user|>\n{{ m.content }} <|end|>\n{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 from prompt_parts import CHATML, builder, byte_tokenizer, document
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.prompts.builder import trial
+from pipeline.prompts import trial
 
 MEMORY = "it takes more than 1 GiB of memory"
 LENGTH = "it writes more than 20,000,000 characters"

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -198,7 +199,7 @@ for row in count():
 
 def test_a_killed_process_loses_nothing_that_was_appended(tmp_path):
     path = tmp_path / "out.parquet"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
         [sys.executable, "-c", APPEND_FOR_EVER, str(path)], stdout=subprocess.PIPE, env=environment
     )
