@@ -58,6 +58,9 @@ class RowFailure:
     is_fault: bool = False  # it stands for rows that could not be read, of which nothing is known
 
 
+Record = Document | RowFailure
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spans:
     """Half-open token ranges of a prompt; tokens in neither are the instruction (template and system)."""

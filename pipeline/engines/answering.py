@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -30,13 +29,6 @@ from pipeline.records import Answer, EncodedDocument
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
 
-class Failure(NamedTuple):
-    """Why rows could not be answered, as their columns `error_type` and `error_message` say it."""
-
-    kind: str
-    message: str
-
-
 def row_of(document: EncodedDocument, method: str) -> Answer:
     """A document's row without an answer."""
     row = Answer.begin(document.source, method)
@@ -45,10 +37,10 @@ def row_of(document: EncodedDocument, method: str) -> Answer:
     return row
 
 
-def failed(document: EncodedDocument, method: str, failure: Failure) -> Answer:
+def failed(document: EncodedDocument, method: str, failure: RowError) -> Answer:
     """The error row of a document."""
     row = row_of(document, method)
-    row.status, (row.error_type, row.error_message) = "error", failure
+    row.status, row.error_type, row.error_message = "error", failure.kind, str(failure)
     return row
 
 
@@ -119,14 +111,14 @@ def add_answer(row: Answer, generated: Generated, rules: StopRules, model: Loade
     row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
 
 
-def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> Failure:
+def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:
     """What to say in a row whose prompt, or a pack with it, raised this error."""
     place = document.source.place
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return Failure("out_of_memory", memory_message(document, packer, device))
+        return RowError("out_of_memory", memory_message(document, packer, device))
     if isinstance(error, RowError):
-        return Failure(error.kind, f"{place}: {error}")
-    return Failure("internal", f"{place}: {type(error).__name__}: {error}")
+        return RowError(error.kind, f"{place}: {error}")
+    return RowError("internal", f"{place}: {type(error).__name__}: {error}")
 
 
 def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.engines.answering import Failure, add_answer, describe, failed, memory_message
+from pipeline.engines.answering import add_answer, describe, failed, memory_message
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
@@ -155,7 +155,7 @@ class LocalEngine:
         prefix = self._prefix
         shared_s = 0.0 if prefix is None else prefix.seconds
         made = self.attempt(partial(self._prefill, jobs, prefix), jobs[0].document, shared_s)
-        if isinstance(made, Failure):
+        if isinstance(made, RowError):
             made = self._again(jobs, made)
         following = self._scheduler.first
         if following is None or following.rows[0].row.group is not group:
@@ -207,7 +207,7 @@ class LocalEngine:
             for job, row in zip(pack.jobs, pack.rows, strict=True)
         ]
 
-    def _again(self, jobs: Sequence[Job], failure: Failure) -> list[Answered]:
+    def _again(self, jobs: Sequence[Job], failure: RowError) -> list[Answered]:
         """After a prefill that failed: smaller pieces, smaller packs, and at last the culprit alone."""
         adapter = self.model.adapter
         piece = min(adapter.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
@@ -256,10 +256,10 @@ class LocalEngine:
         if not rows:
             return []
         made = self.attempt(lambda check: act(), rows[0].job.document)
-        if isinstance(made, Failure):
+        if isinstance(made, RowError):
             self._close_table()
             self._scheduler.put_back(self.packs.waiting([row.job for row in rows], alone=True))
-            self._note(f"a decode step failed ({made.message}): its {len(rows):,} rows run again, each alone")
+            self._note(f"a decode step failed ({made!s}): its {len(rows):,} rows run again, each alone")
             return []
         ended = [row for row in rows if row.finish_reason is not None]
         return [self._finish(row) for row in ended + self._too_late()]
@@ -301,7 +301,9 @@ class LocalEngine:
         """The row with its answer; a fault of the tokenizer costs its row alone."""
         write = partial(add_answer, answer, generated, self.rules, self.model)
         made = self.attempt(lambda check: write(), job.document)
-        return self._failed(job, made) if isinstance(made, Failure) else Answered(job.document, answer, began)
+        return (
+            self._failed(job, made) if isinstance(made, RowError) else Answered(job.document, answer, began)
+        )
 
     # rows that run alone
 
@@ -313,13 +315,13 @@ class LocalEngine:
         if self.model.device.type == "cpu" and needed > packer.all_bytes:
             # the system would kill the process, with no error to catch
             message = memory_message(job.document, packer, str(self.model.device))
-            return [self._failed(job, Failure("out_of_memory", message))]
+            return [self._failed(job, RowError("out_of_memory", message))]
         run = partial(self._run_alone, job)
         made = self.attempt(run, job.document)
-        if isinstance(made, Failure) and made.kind == "out_of_memory":
+        if isinstance(made, RowError) and made.kind == "out_of_memory":
             # a second time, in memory that the larger packs before it no longer hold in pieces
             made = self.attempt(run, job.document)
-        return [self._failed(job, made)] if isinstance(made, Failure) else made
+        return [self._failed(job, made)] if isinstance(made, RowError) else made
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
         pack = self.prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
@@ -350,7 +352,7 @@ class LocalEngine:
 
     def attempt(
         self, run: Callable[[Check], T], document: EncodedDocument, taken_s: float = 0.0
-    ) -> T | Failure:
+    ) -> T | RowError:
         """What `run` makes, given the check between its steps; or what went wrong, with the memory freed.
 
         `document` is the one that messages name; `taken_s` counts as time that its row has taken before.
@@ -366,10 +368,10 @@ class LocalEngine:
         self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
         return failure
 
-    def _describe(self, error: BaseException, document: EncodedDocument) -> Failure:
+    def _describe(self, error: BaseException, document: EncodedDocument) -> RowError:
         return describe(error, document, self.packer, str(self.model.device))
 
-    def _failed(self, job: Job, failure: Failure) -> Answered:
+    def _failed(self, job: Job, failure: RowError) -> Answered:
         answer = failed(job.document, job.method.name, failure)
         answer.guard = job.guard
         return Answered(job.document, answer)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from pipeline.engines.answering import Failure
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import rehearse_group
 from pipeline.engines.jobs import Job
@@ -161,7 +160,7 @@ def _prefill_once(
     jobs = [Job(document=document, method=engine.method) for document in documents]
     # what fails here will fail in its row, which says why
     made = engine.attempt(lambda _: engine.prefiller.run(jobs, engine.packs, check), documents[0])
-    return not (isinstance(made, Failure) and made.kind == "timeout")
+    return not (isinstance(made, RowError) and made.kind == "timeout")
 
 
 def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> None:

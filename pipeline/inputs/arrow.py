@@ -15,8 +15,8 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.long_integers import long_integers
 from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.rows import Record
 from pipeline.inputs.table_rows import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
+from pipeline.records import Record
 from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, until_fault
 
 FILE_MAGIC = b"ARROW1"

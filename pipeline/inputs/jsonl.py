@@ -16,8 +16,9 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.lines import LongLine, bounded_lines
 from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.rows import Record, Spot, build, json_type
+from pipeline.inputs.rows import Spot, build, json_type
 from pipeline.inputs.zstd import ZstdReader
+from pipeline.records import Record
 from pipeline.storage.causes import ReadFault, until_fault
 from pipeline.storage.sniff import CR_ENDS
 from pipeline.values.jsonvalues import parse_json

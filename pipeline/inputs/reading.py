@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.inputs.selection import most_rows, select_rows, selected_rows
-from pipeline.records import Document, RowFailure
+from pipeline.records import Document, Record, RowFailure
 from pipeline.settings.run_settings import BatchConfig
 
 if TYPE_CHECKING:
     from pipeline.inputs.source import Source
-
-Record = Document | RowFailure
 
 
 class Reading:

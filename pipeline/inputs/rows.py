@@ -11,10 +11,8 @@ import pyarrow as pa
 
 from pipeline.errors import RowError
 from pipeline.inputs.columns import Columns
-from pipeline.records import Document, Row, RowFailure
+from pipeline.records import Document, Record, Row, RowFailure
 from pipeline.storage.causes import ReadFault, some
-
-Record = Document | RowFailure
 
 
 @dataclass(frozen=True, slots=True)

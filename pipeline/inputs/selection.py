@@ -13,11 +13,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from pipeline.errors import ConfigError
-from pipeline.records import Document, RowFailure
+from pipeline.records import Record
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
-
-Record = Document | RowFailure
 
 
 def select_rows(source: Iterable[Record], config: DataSettings, total_rows: int | None) -> Iterator[Record]:

@@ -12,9 +12,8 @@ from hashlib import blake2b
 import pyarrow as pa
 
 from pipeline.errors import StorageError
-from pipeline.inputs.rows import Record
 from pipeline.inputs.table_rows import lone
-from pipeline.records import Document, Row
+from pipeline.records import Document, Record, Row
 from pipeline.storage.causes import cause
 
 # A text is kept once, however many rows ask about it; documents are numbered as they first come.

@@ -20,11 +20,11 @@ from pipeline.inputs.partitions import with_fields
 from pipeline.inputs.passthrough import PassPlan, Table
 from pipeline.inputs.peek import first_columns
 from pipeline.inputs.proof import check_held
-from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY, Record, Spot
+from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY, Spot
 from pipeline.inputs.text import TextReader
 from pipeline.outputs.formats import type_held
 from pipeline.outputs.own import is_own_table
-from pipeline.records import RowFailure
+from pipeline.records import Record, RowFailure
 from pipeline.storage.causes import OutOfReach, ReadFault, cause, is_out_of_reach, some
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin

@@ -11,7 +11,8 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.partitions import with_arrays, with_fields
 from pipeline.inputs.passthrough import PassPlan, cannot_be_read
-from pipeline.inputs.rows import BAD_UTF8, Fault, Record, Spot, build
+from pipeline.inputs.rows import BAD_UTF8, Fault, Spot, build
+from pipeline.records import Record
 from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, some
 
 BATCH_ROWS = 64

@@ -9,7 +9,8 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.lines import LongLine
 from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.rows import BAD_UTF8, Record, Spot, build
+from pipeline.inputs.rows import BAD_UTF8, Spot, build
+from pipeline.records import Record
 from pipeline.storage.causes import READ_ERRORS, ReadFault
 
 

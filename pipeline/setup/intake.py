@@ -15,7 +15,7 @@ from pipeline.inputs.lines import LONGEST
 from pipeline.inputs.source import Source, open_source
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.within import Within
-from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.records import Document, EncodedDocument, Record, Row, RowFailure
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pipeline.prompts.builder import PromptBuilder
 
 COLUMNS = "columns"  # of the settings that decide: which were decided
-Record = Document | RowFailure
 Item = EncodedDocument | SplitDocument | RowFailure
 
 

@@ -13,11 +13,12 @@ from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import output_schema
 from pipeline.pruning.registry import make_method
+from pipeline.records import Record
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import Chosen, choose
-from pipeline.setup.intake import Intake, Item, Record, encode_rows, make_prompts, make_splitter
+from pipeline.setup.intake import Intake, Item, encode_rows, make_prompts, make_splitter
 from pipeline.setup.provenance import deciding_settings, describe_run, moment_of
 
 if TYPE_CHECKING:
