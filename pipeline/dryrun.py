@@ -41,7 +41,7 @@ BAR_WIDTH = 40
 
 
 @dataclass
-class Report:
+class DryRunReport:
     """Counts of a dry run."""
 
     config: BatchConfig
@@ -278,11 +278,11 @@ class Report:
         ]
 
 
-def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> Report:
+def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> DryRunReport:
     """Read and tokenize everything, and report what the run would do; `progress` is called now and then."""
     run = _prepare(config)
     config = run.config
-    report = Report(
+    report = DryRunReport(
         config=config,
         schema={column.name: str(column.type) for column in run.source.schema},
         limit_tokens=run.prompts.limit,
@@ -300,7 +300,7 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
     return report
 
 
-def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
+def _done_rows(run: Preparation, report: DryRunReport, opened: ExitStack) -> DoneRows:
     """What earlier runs have done; nothing where the run would be refused, of which the report hears."""
     config = run.config
     try:
@@ -326,7 +326,7 @@ def _done_rows(run: Preparation, report: Report, opened: ExitStack) -> DoneRows:
     return opened.enter_context(no_rows())
 
 
-def _read(run: Preparation, report: Report, done: DoneRows, progress: Callable[[Tally], None]) -> None:
+def _read(run: Preparation, report: DryRunReport, done: DoneRows, progress: Callable[[Tally], None]) -> None:
     """Count all rows that are not done."""
     rows, before = run.rows(), done.earlier.at_start
     read = windows(run.encode(new_rows(rows, done, renames=run.source.columns.takes_ids)), item_tokens)
@@ -338,7 +338,7 @@ def _read(run: Preparation, report: Report, done: DoneRows, progress: Callable[[
     _settle(run, report, rows, done)
 
 
-def _settle(run: Preparation, report: Report, rows: Reading, done: DoneRows) -> None:
+def _settle(run: Preparation, report: DryRunReport, rows: Reading, done: DoneRows) -> None:
     """What would become of the rows of earlier runs, and whether the run would end for that."""
     earlier, drop = done.earlier, run.config.drop_missing
     try:
@@ -353,7 +353,7 @@ def _settle(run: Preparation, report: Report, rows: Reading, done: DoneRows) -> 
     report.done = done.counts()
 
 
-def _estimate(run: Preparation, report: Report) -> Estimate | None:
+def _estimate(run: Preparation, report: DryRunReport) -> Estimate | None:
     if not report.prompts:
         return None
     if report.pace.says_something:

@@ -31,7 +31,7 @@ SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class CaseGroup:
     """One method on some of the cases: those of one kind of needles, all that are none, or of these the long.
 
     Long are those to which block-sparse attention applies: of all rows its harm would be thinned out.
@@ -54,7 +54,7 @@ class Accuracy:
     """One method on all cases."""
 
     variant: str
-    groups: tuple[Group, ...]  # that of the rows first, then their long ones, then the needles'
+    groups: tuple[CaseGroup, ...]  # that of the rows first, then their long ones, then the needles'
     divergence: float | None  # KL from dense, nats a token, mean over all cases
     long_ttft_ms: float | None  # median of the cases that count as long
     long_cases: int
@@ -132,7 +132,7 @@ def _accuracy(
     )
 
 
-def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> Group:
+def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> CaseGroup:
     def drop(measure: Callable[[CaseScore], float]) -> Drop:
         return paired_drop(
             [measure(base) for base, _ in pairs],
@@ -141,7 +141,7 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> Group:
         )
 
     tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: score.found)
-    return Group(
+    return CaseGroup(
         name=name,
         rows=len(pairs),
         documents=tokens.documents,

@@ -85,7 +85,7 @@ def measure_decode(
 
 
 @dataclass(kw_only=True)
-class _Run:
+class _DecodeRun:
     steps_ms: list[float]
     replayed_ms: list[float]
     answer_ms: float
@@ -96,7 +96,7 @@ class _Run:
 def _measure(
     model: LoadedModel, variant: Variant, prefilled: Prefilled, new_tokens: int, repeats: int, copied: float
 ) -> DecodeMeasurement:
-    runs: dict[bool, list[_Run]] = {False: [], True: []}
+    runs: dict[bool, list[_DecodeRun]] = {False: [], True: []}
     for _turn in range(repeats + 1):  # the first turn warms up
         for graphs, done in runs.items():
             done.append(_run(model, prefilled, new_tokens, graphs))
@@ -119,7 +119,7 @@ def _measure(
     )
 
 
-def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool) -> _Run:
+def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool) -> _DecodeRun:
     """One answer of every document; a step ends with its tokens on the host, before the next one's check."""
     stats = DecodeStats()
     times: list[float] = []
@@ -139,7 +139,7 @@ def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool
     counts = pairwise(replayed)
     # a first replay stands behind the capture
     only_replayed = [ms for ms, (before, after) in zip(steps, counts, strict=True) if 0 < before < after]
-    return _Run(
+    return _DecodeRun(
         steps_ms=steps,
         replayed_ms=only_replayed,
         answer_ms=(times[-1] - times[0]) * 1e3,

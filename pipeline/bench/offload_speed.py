@@ -77,7 +77,7 @@ def measure_offload(
     }
     if not with_resident:
         del variants["all on the device"]
-    runs: dict[str, list[_Run]] = {name: [] for name in variants}
+    runs: dict[str, list[_OffloadRun]] = {name: [] for name in variants}
     for _turn in range(repeats + 1):  # the first turn warms up
         for name, chosen in variants.items():
             runs[name].append(_run(model, document, method, chosen, new_tokens))
@@ -94,7 +94,7 @@ def measure_offload(
 
 
 @dataclass(kw_only=True)
-class _Run:
+class _OffloadRun:
     ttft_ms: float
     step_ms: float
     answer: list[int]
@@ -115,7 +115,7 @@ def _run(
     method: PruningMethod,
     limits: KvLimits | None,
     new_tokens: int,
-) -> _Run:
+) -> _OffloadRun:
     cuda = model.device.type == "cuda"
     gc.collect()
     if cuda:
@@ -130,7 +130,7 @@ def _run(
     rules = StopRules(max_new_tokens=new_tokens)
     (generated,) = decode(model.adapter, model.attention, prefilled, rules)
     ended = _now(model.device)
-    run = _Run(
+    run = _OffloadRun(
         ttft_ms=(first_at - started) * 1e3,
         step_ms=(ended - first_at) * 1e3 / max(new_tokens - 1, 1),
         answer=generated.tokens,
@@ -141,7 +141,7 @@ def _run(
     return run
 
 
-def _add_traffic(run: _Run, prefilled: Prefilled) -> None:
+def _add_traffic(run: _OffloadRun, prefilled: Prefilled) -> None:
     cache = prefilled.cache
     if not isinstance(cache, OffloadedCache):
         return
@@ -151,7 +151,7 @@ def _add_traffic(run: _Run, prefilled: Prefilled) -> None:
     run.copy_ms, run.stall_ms = cache.copy_ms()
 
 
-def _measurement(name: str, document: EncodedDocument, runs: Sequence[_Run]) -> OffloadMeasurement:
+def _measurement(name: str, document: EncodedDocument, runs: Sequence[_OffloadRun]) -> OffloadMeasurement:
     last = runs[-1]
     copies = [run.copy_ms / run.steps for run in runs if run.copy_ms is not None]
     stalls = [run.stall_ms / run.steps for run in runs if run.stall_ms is not None]
@@ -173,7 +173,7 @@ def _measurement(name: str, document: EncodedDocument, runs: Sequence[_Run]) -> 
     )
 
 
-def _agreement(runs: Sequence[_Run], reference: Sequence[int]) -> float:
+def _agreement(runs: Sequence[_OffloadRun], reference: Sequence[int]) -> float:
     """Share of tokens up to the first that differs, in the worst run."""
     same = len(reference)
     for run in runs:

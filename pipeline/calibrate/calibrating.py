@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.calibrate.calibration import Calibration
     from pipeline.evaluate.cases import Sides
     from pipeline.evaluate.check_rows import CheckRow
-    from pipeline.evaluate.workbench import Clock
+    from pipeline.evaluate.workbench import Deadline
     from pipeline.model.loading import Model
     from pipeline.setup.profile import Profile
 
@@ -29,7 +29,7 @@ def run_calibrate(
     config: CalibrateConfig,
     *,
     model: Model | None = None,
-    clock: Clock | None = None,
+    clock: Deadline | None = None,
     progress: Progress = _nothing,
     note: Callable[[str], None] = _nothing,
     check: Callable[[], None] = _nothing,
@@ -45,11 +45,11 @@ def run_calibrate(
     from pipeline.calibrate.phases import Phases
     from pipeline.evaluate.cases import split
     from pipeline.evaluate.check_rows import data_hash
-    from pipeline.evaluate.workbench import Clock
+    from pipeline.evaluate.workbench import Deadline
     from pipeline.model.loading import open_model
     from pipeline.setup.profile import write_profile
 
-    clock = clock or Clock(config.minutes * 60)
+    clock = clock or Deadline(config.minutes * 60)
     tell = _teller(progress, clock)
     tell("reading and tokenizing")
     model = model or open_model(config)
@@ -113,7 +113,7 @@ def _keep(profile: Profile, note: Callable[[str], None]) -> None:
     note(f"--method auto takes this profile from now on, from {kept}")
 
 
-def _teller(progress: Progress, clock: Clock) -> Callable[[str], None]:
+def _teller(progress: Progress, clock: Deadline) -> Callable[[str], None]:
     return lambda text: progress(text, max(0.0, clock.left))
 
 

@@ -26,7 +26,7 @@ from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.scores import TOP, Case, CaseScore, Evaluated
-from pipeline.evaluate.workbench import DENSE, LOW, TIMED, Clock, Workbench
+from pipeline.evaluate.workbench import DENSE, LOW, TIMED, Deadline, Workbench
 from pipeline.interrupts import nothing_to_lose
 from pipeline.kernels import sparse
 from pipeline.model.loading import Model
@@ -50,7 +50,7 @@ class Phases:
         config: CalibrateConfig,
         model: Model,
         sides: Sides,
-        clock: Clock,
+        clock: Deadline,
         tell: Callable[[str], None],
         note: Callable[[str], None],
         check: Callable[[], None],

@@ -27,7 +27,7 @@ _SIDES = ("dense", "method")
 _START_OVER = "leave out --resume to start over"
 
 
-class Journal:
+class CheckJournal:
     """Finished rows of both sides, beside the result; a context manager that closes the file."""
 
     def __init__(self, path: Path, decides: Mapping[str, Any], *, resume: bool) -> None:

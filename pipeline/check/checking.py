@@ -34,7 +34,7 @@ from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.check.baseline import Baseline
-    from pipeline.check.check_journal import Journal
+    from pipeline.check.check_journal import CheckJournal
     from pipeline.evaluate.check_rows import CheckRow, CheckRows
     from pipeline.evaluate.row_results import RowResult
     from pipeline.model.loading import LoadedModel, Model
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _Check:
     """A check whose settings fit its model and data, of which no weights are loaded yet."""
 
     config: CheckConfig
@@ -105,13 +105,13 @@ def run_check(
     `note` with what a user should know, `check` before every row and between the steps of generated answers:
     it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
     """
-    from pipeline.check.check_journal import Journal, journal_path
+    from pipeline.check.check_journal import CheckJournal, journal_path
     from pipeline.check.reports import refuse_foreign_files, write_reports
 
     refuse_foreign_files(config)
     run = _prepare(config, model, method, note, progress, check)
     file = config.result_file
-    journal = None if file is None else Journal(journal_path(file), run.decides(), resume=config.resume)
+    journal = None if file is None else CheckJournal(journal_path(file), run.decides(), resume=config.resume)
     with journal if journal is not None else nullcontext():
         if journal is not None and journal.damaged:
             note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
@@ -133,7 +133,7 @@ def _prepare(
     note: Callable[[str], None],
     progress: Callable[[Tally], None],
     check: Callable[[], None],
-) -> _Run:
+) -> _Check:
     from pipeline.evaluate.check_rows import read_rows
     from pipeline.model.loading import open_model
     from pipeline.setup.auto import proven
@@ -166,7 +166,7 @@ def _prepare(
     cost = refuse_too_few(config, rows.rows)
     if cost is not None:
         note(cost)
-    return _Run(
+    return _Check(
         config=config,
         model=model,
         method=method,
@@ -228,7 +228,7 @@ class _Found:
         return {} if self.baseline is None else self.baseline.accepted
 
 
-def _run_sides(run: _Run, journal: Journal | None) -> _Found:
+def _run_sides(run: _Check, journal: CheckJournal | None) -> _Found:
     from pipeline.check.baseline import read_baseline, write_baseline
 
     rows = run.rows.rows
@@ -259,7 +259,7 @@ def _run_sides(run: _Run, journal: Journal | None) -> _Found:
     return _Found(dense=dense, method=method, baseline=baseline, same_run=same_run)
 
 
-def _accept(run: _Run, found: _Found, result: CheckResult) -> None:
+def _accept(run: _Check, found: _Found, result: CheckResult) -> None:
     """Add what the method scored to a baseline that has nothing of the kind yet, if the check passed."""
     from pipeline.check.baseline import write_baseline
 
@@ -273,13 +273,13 @@ def _accept(run: _Run, found: _Found, result: CheckResult) -> None:
 
 
 def _run_side(
-    run: _Run,
+    run: _Check,
     model: LoadedModel,
     name: str,
     pending: Sequence[CheckRow],
     found: dict[str, RowResult],
     dense: Mapping[str, RowResult],
-    journal: Journal | None,
+    journal: CheckJournal | None,
     tally: Tally,
 ) -> None:
     """Add a result to `found` for each of the rows that are pending."""
@@ -302,7 +302,7 @@ def _run_side(
         run.progress(tally)
 
 
-def _load(run: _Run) -> LoadedModel:
+def _load(run: _Check) -> LoadedModel:
     from pipeline.model.variant import prepare
 
     run.check()
@@ -312,7 +312,7 @@ def _load(run: _Run) -> LoadedModel:
     return model
 
 
-def _variants(run: _Run) -> dict[str, Any]:
+def _variants(run: _Check) -> dict[str, Any]:
     """Each side: dense in the model's own precision, the method as it is asked for."""
     from pipeline.model.variant import Variant
     from pipeline.pruning.dense import Dense
@@ -327,7 +327,7 @@ def _variants(run: _Run) -> dict[str, Any]:
     }
 
 
-def _compare(run: _Run, found: _Found) -> CheckResult:
+def _compare(run: _Check, found: _Found) -> CheckResult:
     config, rows = run.config, run.rows.rows
     accepted = found.accepted if config.scope == "rows" else {}
     pairs = tuple(
@@ -363,7 +363,7 @@ def _compare(run: _Run, found: _Found) -> CheckResult:
     )
 
 
-def _about(run: _Run) -> dict[str, Any]:
+def _about(run: _Check) -> dict[str, Any]:
     return {
         **run.decides(),
         "data_sha256": run.rows.data_hash,

@@ -27,7 +27,7 @@ LAYER = r"(?:^|\.)layers\.(\d+)\."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class TensorComparison:
     """A checkpoint beside what a model of its configuration has."""
 
     model: str
@@ -41,7 +41,7 @@ class Comparison:
         return self.config.model_type
 
 
-def why_missing(compared: Comparison, missing: Collection[str]) -> str:
+def why_missing(compared: TensorComparison, missing: Collection[str]) -> str:
     """What to do about tensors that a checkpoint lacks."""
     names, config = compared.stored, compared.config
     wrapper = _wrapper(names, missing)
@@ -68,7 +68,7 @@ def why_missing(compared: Comparison, missing: Collection[str]) -> str:
     return REMEDY
 
 
-def why_unused(compared: Comparison, unused: Collection[str]) -> str:
+def why_unused(compared: TensorComparison, unused: Collection[str]) -> str:
     """What to do about tensors that a model does not use, as the beginning of a sentence; may be empty."""
     config = compared.config
     switches = _bias_switches(config, unused)

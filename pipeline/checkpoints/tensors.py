@@ -16,7 +16,14 @@ from pipeline.checkpoints.building import Layout
 from pipeline.checkpoints.folder import Checkpoint
 from pipeline.checkpoints.quantised import FP8_DTYPES, scales_of
 from pipeline.checkpoints.safetensor_files import Stored, seem_equal
-from pipeline.checkpoints.tensor_causes import REMEDY, Comparison, count, listed, why_missing, why_unused
+from pipeline.checkpoints.tensor_causes import (
+    REMEDY,
+    TensorComparison,
+    count,
+    listed,
+    why_missing,
+    why_unused,
+)
 from pipeline.errors import ModelError
 
 FLOATS = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
@@ -45,7 +52,9 @@ def check_tensors(
     """
     stored = checkpoint.stored()
     scales = {each.name for each in scales_of(stored, config).values()}
-    compared = Comparison(model=model, config=config, layout=layout, stored=stored, named=checkpoint.named)
+    compared = TensorComparison(
+        model=model, config=config, layout=layout, stored=stored, named=checkpoint.named
+    )
     placed = {layout.place(name): each for name, each in stored.items() if name not in scales}
     missing = layout.missing(placed)
     if missing:
@@ -57,7 +66,7 @@ def check_tensors(
     return check_unused(compared, placed.keys() - layout.shapes.keys(), ignored)
 
 
-def _check_form(compared: Comparison, used: Mapping[str, Stored]) -> None:
+def _check_form(compared: TensorComparison, used: Mapping[str, Stored]) -> None:
     """Raise ModelError for tensors of other shapes, or of no floating-point numbers."""
     shapes = compared.layout.shapes
     odd = [
@@ -78,7 +87,7 @@ def _check_form(compared: Comparison, used: Mapping[str, Stored]) -> None:
         )
 
 
-def check_unused(compared: Comparison, unused: Collection[str], ignored: str | None) -> list[str]:
+def check_unused(compared: TensorComparison, unused: Collection[str], ignored: str | None) -> list[str]:
     """A note on tensors that are not used; raises ModelError for those that nobody said are harmless."""
     left = [name for name in unused if not _is_harmless(compared.config, name)]
     if ignored is not None:
@@ -117,7 +126,7 @@ def check_loaded(
     missing = [_name(key) for key in (*report.get("missing_keys", ()), *report.get("mismatched_keys", ()))]
     if missing:
         raise lacks(model, config.model_type, missing, REMEDY)
-    compared = Comparison(model=model, config=config, layout=layout, stored={}, named={})
+    compared = TensorComparison(model=model, config=config, layout=layout, stored={}, named={})
     check_unused(compared, set(report.get("unexpected_keys", ())) - set(scales), ignored)
     for head, embedding in layout.tied.items():
         if loaded.get_parameter(head) is not loaded.get_parameter(embedding):

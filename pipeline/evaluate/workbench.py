@@ -19,7 +19,7 @@ LOW = tuple(Variant(linears, Dense(), linears) for linears in ("mixed", "fp8")) 
 TIMED = 10  # cases, each twice: the first run may compile kernels, or be disturbed, so the shorter counts
 
 
-class Clock:
+class Deadline:
     """So many seconds from now."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -35,9 +35,9 @@ class Clock:
     def left(self) -> float:
         return self.seconds - self.passed
 
-    def rest(self) -> Clock:
+    def rest(self) -> Deadline:
         """The seconds that are left, beginning now."""
-        return Clock(max(0.0, self.left), self._now)
+        return Deadline(max(0.0, self.left), self._now)
 
     def before(self, share: float) -> Callable[[], bool]:
         """A question to ask again and again: whether less than this share of the time has passed."""

@@ -20,7 +20,7 @@ EXTRA = "extra"
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class InputTable:
     """A Parquet or Arrow file as far as its columns go."""
 
     label: str
@@ -42,7 +42,7 @@ class PassPlan:
     def __init__(
         self,
         columns: Columns,
-        tables: Sequence[Table],
+        tables: Sequence[InputTable],
         *,
         has_jsonl: bool,
         type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
@@ -101,7 +101,7 @@ class PassPlan:
         return _from_value(column.source, row.get(column.source), column.field.type)
 
 
-def _all_columns(columns: Columns, tables: Sequence[Table]) -> list[tuple[str | None, pa.Field]]:
+def _all_columns(columns: Columns, tables: Sequence[InputTable]) -> list[tuple[str | None, pa.Field]]:
     names = dict.fromkeys(
         name for table in tables for name in table.schema.names if name not in columns.roles
     )
@@ -109,7 +109,7 @@ def _all_columns(columns: Columns, tables: Sequence[Table]) -> list[tuple[str | 
 
 
 def _kept_columns(
-    kept: tuple[tuple[str, str | None], ...], tables: Sequence[Table], *, has_jsonl: bool
+    kept: tuple[tuple[str, str | None], ...], tables: Sequence[InputTable], *, has_jsonl: bool
 ) -> list[tuple[str | None, pa.Field]]:
     wanted: list[tuple[str | None, pa.Field]] = []
     there = list(dict.fromkeys(name for table in tables for name in table.schema.names))
@@ -132,13 +132,13 @@ def cannot_be_read(name: str, type_name: str) -> str:
     return f"column {name!r} is {type_name}, which cannot be read; write it as another type, or name another"
 
 
-def _refuse_unreadable(name: str, tables: Sequence[Table]) -> None:
+def _refuse_unreadable(name: str, tables: Sequence[InputTable]) -> None:
     for table in tables:
         if name in table.unreadable:
             raise InputError(f"{table.label}: {cannot_be_read(name, table.unreadable[name])}")
 
 
-def _left_out(tables: Sequence[Table]) -> list[str]:
+def _left_out(tables: Sequence[InputTable]) -> list[str]:
     return [
         f"{table.label}: column {name!r} is {type_name}, which cannot be read, and is left out"
         for table in tables
@@ -146,7 +146,7 @@ def _left_out(tables: Sequence[Table]) -> list[str]:
     ]
 
 
-def _unified(name: str, tables: Sequence[Table]) -> pa.Field:
+def _unified(name: str, tables: Sequence[InputTable]) -> pa.Field:
     """One field for a column of several files, whose type holds the values of them all."""
     there = [(table, table.schema.field(name)) for table in tables if name in table.schema.names]
     first = there[0]
@@ -164,7 +164,7 @@ def _unified(name: str, tables: Sequence[Table]) -> pa.Field:
     return _copied_field(first[1], kind)
 
 
-def _remedy(name: str, tables: Sequence[Table]) -> str:
+def _remedy(name: str, tables: Sequence[InputTable]) -> str:
     """What makes one type of a column that has several, or leaves it out."""
     kinds = [table.schema.field(name).type for table in tables if name in table.schema.names]
     # bytes need not be text
@@ -188,7 +188,7 @@ def _copied_field(field: pa.Field, kind: pa.DataType) -> pa.Field:
     return pa.field(field.name, kind, nullable=True, metadata=metadata or None)
 
 
-def _refuse_impossible_casts(field: pa.Field, tables: Sequence[Table]) -> None:
+def _refuse_impossible_casts(field: pa.Field, tables: Sequence[InputTable]) -> None:
     for table in tables:
         if table.schema.get_field_index(field.name) < 0:
             continue

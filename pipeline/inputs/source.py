@@ -17,7 +17,7 @@ from pipeline.inputs.finding import InputFile, find_files, is_own, only_own, own
 from pipeline.inputs.jsonl import JsonlReader
 from pipeline.inputs.parquet import ParquetReader
 from pipeline.inputs.partitions import with_fields
-from pipeline.inputs.passthrough import PassPlan, Table
+from pipeline.inputs.passthrough import InputTable, PassPlan
 from pipeline.inputs.peek import first_columns
 from pipeline.inputs.proof import check_held
 from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY, Spot
@@ -220,13 +220,13 @@ def _refuse_lost(readers: Sequence[Reader]) -> None:
         raise StorageError(f"{reader.file.path} cannot be read: {reader.why}")
 
 
-def _table(reader: Reader) -> Table:
+def _table(reader: Reader) -> InputTable:
     """The columns of a file, and those of the folders that it lies in."""
     schema = with_fields(_schema(reader), reader.file.partitions)
-    return Table(reader.file.label, schema, getattr(reader, "unreadable", {}))
+    return InputTable(reader.file.label, schema, getattr(reader, "unreadable", {}))
 
 
-def _refuse_questions(tables: Sequence[Table]) -> None:
+def _refuse_questions(tables: Sequence[InputTable]) -> None:
     """An `InputError` for a file with questions where summaries are asked for, as the first file has none."""
     asking = next((table for table in tables if UNASKED in table.schema.names), None)
     if asking is not None:

@@ -21,7 +21,7 @@ BASELINE_KEY = b"marsinfer_baseline"
 
 
 @dataclass(frozen=True)
-class Kind:
+class TableKind:
     """What a table is for, known by a key of its metadata and by columns.
 
     Metadata outlives a change of columns, so a table that was made of one of ours may have it too.
@@ -35,8 +35,8 @@ class Kind:
         return self.columns.issubset(schema.names) and _says(schema, self.key)
 
 
-OUTPUT = Kind(METADATA_KEY, frozenset({"id", "row", "answer", "status"}))
-BASELINE = Kind(BASELINE_KEY, frozenset({"id", "row_hash", "generated"}))  # of a check
+OUTPUT = TableKind(METADATA_KEY, frozenset({"id", "row", "answer", "status"}))
+BASELINE = TableKind(BASELINE_KEY, frozenset({"id", "row_hash", "generated"}))  # of a check
 
 
 def is_own_table(schema: pa.Schema) -> bool:

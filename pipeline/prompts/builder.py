@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, ModelError, RowError
 from pipeline.prompts.chat import ChatTemplate, chat_source
 from pipeline.prompts.forms import Form
 from pipeline.prompts.templates import FileTemplate
-from pipeline.prompts.tokenizing import Codec, Layout, Prompt, bos_ids
+from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids
 from pipeline.prompts.vocabulary import Vocabulary
 from pipeline.records import Document, EncodedDocument, Spans
 
@@ -59,7 +59,7 @@ class PromptBuilder:
     _vocabulary: Vocabulary = field(init=False, repr=False)
     _template: ChatTemplate | FileTemplate = field(init=False, repr=False)
     _forms: dict[bool, Form] = field(init=False, repr=False)  # by: has a question
-    _layouts: dict[bool, Layout] = field(init=False, repr=False)
+    _layouts: dict[bool, PromptLayout] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.limit < 1:

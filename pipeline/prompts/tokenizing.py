@@ -108,7 +108,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PromptLayout:
     """One form of the prompt: token ids of the instruction, and the names of the user texts between them."""
 
     bos: list[int]  # the first of the parts
@@ -171,7 +171,7 @@ class Codec:
             return False
         return self._parsing.decode(ids, skip_special_tokens=False).removeprefix(" ") == "ab cd e"
 
-    def layout(self, segments: Sequence[Segment], bos: list[int]) -> Layout:
+    def layout(self, segments: Sequence[Segment], bos: list[int]) -> PromptLayout:
         """Tokenize what is the same for every row, a system message included."""
         parts: list[list[int] | str] = [bos]
         control_tokens: list[int] = []
@@ -182,9 +182,9 @@ class Codec:
                 parts.append(ids)
             else:
                 parts.append(self.user(text, index == 0) if name == "system" else name)
-        return Layout(bos, tuple(parts), segments[0][0], control_tokens)
+        return PromptLayout(bos, tuple(parts), segments[0][0], control_tokens)
 
-    def prompt(self, layout: Layout, segments: Sequence[Segment]) -> Prompt:
+    def prompt(self, layout: PromptLayout, segments: Sequence[Segment]) -> Prompt:
         """The prompt of these texts, tokenized whole unless user text would then be a control token."""
         prompt = self._whole(segments)
         if prompt is None or not self._has_only(prompt, layout.control_tokens):
@@ -193,7 +193,7 @@ class Codec:
         spans = {name: (start + skip, end + skip) for name, (start, end) in prompt.spans.items()}
         return Prompt(layout.bos + prompt.ids, spans)
 
-    def _part(self, name: str, text: str, layout: Layout) -> list[int]:
+    def _part(self, name: str, text: str, layout: PromptLayout) -> list[int]:
         """Tokens of a user text alone; rows about one document, which takes long, follow each other."""
         leads, latest = layout.leading == name, self._alone
         if latest is not None and latest[:2] == (text, leads):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ModelError, RowError
-from pipeline.prompts.tokenizing import Layout, stop_token_ids
+from pipeline.prompts.tokenizing import PromptLayout, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ class Vocabulary:
         count = max(own, *(token + 1 for token in tokenizer.added_tokens_decoder), 0)
         self._size = None if size is None or count <= size else size
 
-    def check_template(self, template: Template, layouts: Iterable[Layout]) -> None:
+    def check_template(self, template: Template, layouts: Iterable[PromptLayout]) -> None:
         """Raise `ModelError` where a prompt or the end of an answer would have a token beyond the model's."""
         if self._size is None:
             return

@@ -31,7 +31,7 @@ _COLUMN_LIST = ", ".join(COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class AnswerPair:
     """One row in both runs; `similarity` is None where one of them has no answer."""
 
     first: dict[str, Any]
@@ -64,7 +64,7 @@ class Comparison:
     both_failed: int = 0
     same_answers: int = 0
     other_input: int = 0
-    most: list[Pair] = field(default_factory=list)  # the greatest disagreement first
+    most: list[AnswerPair] = field(default_factory=list)  # the greatest disagreement first
     _pairs: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in PAIRED})
 
     def pairs(self, name: str) -> np.ndarray:
@@ -81,7 +81,7 @@ class Comparison:
         known = (first > 0) & (second > 0)
         return first[known] / second[known]
 
-    def _count(self, pair: Pair) -> None:
+    def _count(self, pair: AnswerPair) -> None:
         self.joined += 1
         self.other_input += pair.other_input
         if pair.similarity is None:
@@ -104,13 +104,13 @@ def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
             _load(database, first)
             joined_by = "id" if _shares_ids(database, second) else "row"
             comparison = Comparison(joined_by=joined_by, measure=measure_name)
-            worst: list[tuple[tuple[float, ...], int, Pair]] = []
+            worst: list[tuple[tuple[float, ...], int, AnswerPair]] = []
             order = count(0, -1)  # of equal pairs, those that came first stay
             for ours, theirs in _joined(database, second, joined_by):
                 if ours is None:
                     comparison.only_second += 1
                     continue
-                pair = Pair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
+                pair = AnswerPair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
                 comparison._count(pair)
                 entry = _disagreement(pair), next(order), pair
                 if len(worst) < most:
@@ -132,7 +132,7 @@ def _similarity(measure: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> f
     return 1.0 if first == second else float(measure(first, second))
 
 
-def _disagreement(pair: Pair) -> tuple[float, ...]:
+def _disagreement(pair: AnswerPair) -> tuple[float, ...]:
     """Answers against errors first, then the least alike, then the greatest difference in time."""
     states = pair.first["status"] != pair.second["status"]
     unlike = 0.0 if pair.similarity is None else 1 - pair.similarity

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.report.chart_parts import Chart
 from pipeline.report.charts import comparison_charts, phase_chart, ttft_chart
-from pipeline.report.compare import Comparison, Pair, compare
+from pipeline.report.compare import AnswerPair, Comparison, compare
 from pipeline.report.figures import (
     Figures,
     configuration,
@@ -76,7 +76,7 @@ def comparison_figures(comparison: Comparison) -> Iterator[tuple[str, str]]:
         yield "from p10 to p90", f"{np.percentile(ratios, 10):.2f} to {np.percentile(ratios, 90):.2f}"
 
 
-def pair_facts(pair: Pair) -> str:
+def pair_facts(pair: AnswerPair) -> str:
     """One line on a row that is in both runs."""
     first, second = pair.first, pair.second
     facts = [f"row {first['row']}", f"{first['document_tokens'] or 0:,} document tokens"]

@@ -35,7 +35,7 @@ def kind_of(reason: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
+class ShareBounds:
     """The most that was verified of a share, as it falls with the length of the prompt."""
 
     tokens: tuple[int, ...]  # of prompts, ascending, at least one
@@ -110,12 +110,12 @@ class Guard:
         }
 
     @cached_property
-    def bounds(self) -> dict[str, Bounds]:
+    def bounds(self) -> dict[str, ShareBounds]:
         """Of each share that was verified."""
         seen = self.most
         if self.by_octave:
             seen = {name: _from_octaves(name, each) for name, each in seen.items()}
-        return {name: Bounds.of(each) for name, each in seen.items() if each}
+        return {name: ShareBounds.of(each) for name, each in seen.items() if each}
 
     def before(self, document: EncodedDocument) -> str | None:
         """Why a document is to run dense, if it is; what can be told before it runs."""

@@ -17,20 +17,20 @@ def holds_keys(field: pa.Field) -> bool:
     return (field.metadata or {}).items() >= KEYS.items()
 
 
-class Written(float):
+class WrittenNumber(float):
     """A number of a JSON text that Python would write in another way; `text` is how it stands there."""
 
     text: str
 
     @classmethod
-    def of(cls, text: str) -> Written:
+    def of(cls, text: str) -> WrittenNumber:
         number = cls(text)
         number.text = text
         return number
 
 
 def parse_json(text: str) -> object:
-    """What a JSON text says; numbers that could not be written again as they are become `Written` ones.
+    """What a JSON text says; numbers that could not be written again as they are become `WrittenNumber` ones.
 
     NaN is not JSON, yet Python writes it: it becomes null, as refusing a document for it would help nobody.
     """
@@ -56,18 +56,18 @@ def held_text(value: object) -> str:
 
 def _float(text: str) -> float:
     number = float(text)
-    return number if repr(number) == text else Written.of(text)
+    return number if repr(number) == text else WrittenNumber.of(text)
 
 
 def _integer(text: str) -> float:
-    return Written.of(text) if text == "-0" else int(text)
+    return WrittenNumber.of(text) if text == "-0" else int(text)
 
 
 def _has_written(value: object) -> bool:
     waiting = [value]
     while waiting:
         each = waiting.pop()
-        if isinstance(each, Written):
+        if isinstance(each, WrittenNumber):
             return True
         if isinstance(each, dict):
             waiting.extend(each.values())
@@ -77,7 +77,7 @@ def _has_written(value: object) -> bool:
 
 
 def _written_text(value: object, ascii_only: bool) -> str:
-    if isinstance(value, Written):
+    if isinstance(value, WrittenNumber):
         return value.text
     if isinstance(value, dict):
         pairs = (

@@ -17,7 +17,7 @@ from pipeline.calibrate.calibrating import run_calibrate
 from pipeline.calibrate.calibration_report import layer_heads, layer_rows, raise_unless_held
 from pipeline.errors import GateFailed
 from pipeline.evaluate import scores as evaluate
-from pipeline.evaluate.workbench import Clock
+from pipeline.evaluate.workbench import Deadline
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.pruning.operations import passes_flops
 from pipeline.settings.calibrate_settings import CalibrateConfig
@@ -133,7 +133,7 @@ def calibrated(config, check=lambda: None, **options):
         done += 1
         check()
 
-    clock = Clock(config.minutes * 60, lambda: done * STEP_S)
+    clock = Deadline(config.minutes * 60, lambda: done * STEP_S)
     return run_calibrate(config, clock=clock, check=counted, **options)
 
 
