@@ -99,6 +99,12 @@ def test_no_name_of_a_file_stands_twice():
     assert [name for name, count in counts.items() if count > 1] == []
 
 
+def test_no_name_of_a_class_stands_twice():
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in FILES.values())
+    counts = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
 def named() -> list[str]:
     """What tests name in strings, as `monkeypatch.setattr` takes it."""
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py"))
