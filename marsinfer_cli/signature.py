@@ -131,12 +131,6 @@ def _completion(setting: Setting) -> completion.Complete | None:
     return None if setting.about.offered is None else OFFERED[setting.about.offered]
 
 
-def _with_profile(values: dict[str, Any]) -> dict[str, Any]:
-    from pipeline.setup.profile import with_profile
-
-    return with_profile(values)
-
-
 def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[Settings]:
     """One object of each class: a flag stands over the environment, `--config`, `--profile`, the default."""
     given = {name: value for name, value in context.params.items() if _was_given(context, name)}
@@ -154,7 +148,9 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
         if words is not None:
             values |= _places(words, values, path)
         if issubclass(cls, MethodSettings) and values.get("profile") is not None:
-            values = _with_profile(values)
+            from pipeline.setup.profile import with_profile
+
+            values = with_profile(values)
         made.append(cls(**values))
     # once all is known to be right: what is refused is told in one line
     for note in dict.fromkeys(notes):

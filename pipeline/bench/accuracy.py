@@ -18,7 +18,7 @@ from pipeline.evaluate.check_rows import read_rows
 from pipeline.evaluate.drops import Drop, paired_drop
 from pipeline.evaluate.forced import Forced
 from pipeline.evaluate.scores import Case, CaseScore, evaluate
-from pipeline.evaluate.workbench import DENSE, slowdown
+from pipeline.evaluate.workbench import DENSE
 from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
@@ -114,16 +114,15 @@ def _accuracy(
         pairs.setdefault(own.task if own.task.startswith(NEEDLES) else ROWS, []).append((base, own))
     rows = pairs.pop(ROWS, [])
     sparse = [pair for pair in rows if sparse_from is not None and pair[1].prompt_tokens >= sparse_from]
-    first = {
-        ROWS: rows,
-        f"{ROWS} from {sparse_from or 0:,} tokens": sparse if len(sparse) < len(rows) else [],
-    }
-    pairs = {group: own for group, own in {**first, **pairs}.items() if own}
+    groups = {ROWS: rows} if rows else {}
+    if 0 < len(sparse) < len(rows):
+        groups[f"{ROWS} from {sparse_from:,} tokens"] = sparse
+    groups |= pairs
     divergences = [score.divergence for score in scores if score.divergence is not None]
     long = [score.ttft_ms for score in scores if score.prompt_tokens > long_tokens]
     return Accuracy(
         variant=name,
-        groups=tuple(_group(group, own) for group, own in pairs.items()),
+        groups=tuple(_group(group, own) for group, own in groups.items()),
         divergence=statistics.fmean(divergences) if divergences else None,
         long_ttft_ms=statistics.median(long) if long else None,
         long_cases=len(long),
@@ -157,6 +156,22 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> CaseGroup
 
 def _speed_up(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> float:
     return 1 / slowdown([base.ttft_ms for base, _ in pairs], [own.ttft_ms for _, own in pairs])
+
+
+def slowdown(before_ms: Sequence[float], own_ms: Sequence[float]) -> float:
+    """Times over dense's of the same cases: the median, which a busy moment does not move.
+
+    Each case counts by the time that dense takes, so that what matters is where a run's time goes.
+    """
+    ratios = sorted((own / before, before) for before, own in zip(before_ms, own_ms, strict=True))
+    half, passed = sum(before_ms) / 2, 0.0
+    for place, (ratio, weight) in enumerate(ratios):
+        passed += weight
+        if passed > half or place + 1 == len(ratios):
+            return ratio
+        if passed == half:
+            return (ratio + ratios[place + 1][0]) / 2
+    raise ValueError("no cases")
 
 
 def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]:

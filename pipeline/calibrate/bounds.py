@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
+from pipeline.evaluate.drops import Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
 from pipeline.evaluate.scores import CaseScore
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.parse import parse_drop
@@ -111,7 +110,7 @@ class Bounds:
     def verify(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> tuple[Verified, ...]:
         """Every gate with its interval and its verdict."""
         return tuple(
-            Verified(gate=gate, drop=paired.drop(), judgement=_judged(paired, self.bound_of(gate).value))
+            Verified(gate=gate, drop=paired.drop(), judgement=paired.judge(self.bound_of(gate).value))
             for gate, paired in self._paired(dense, scores).items()
         )
 
@@ -138,22 +137,6 @@ class Bounds:
             )
             for gate, pairs in parts.items()
         }
-
-
-def smallest_bound(documents: int) -> float:
-    """The smallest bound, in points or percent, that so many documents pass if none loses anything.
-
-    Rounded up to a tenth.
-    """
-    return math.ceil(1000 * (1 - TAIL ** (1 / documents)) + 1e-9) / 10
-
-
-def _judged(paired: Paired, bound: float) -> Judgement:
-    """Nothing passes where there is nothing to lose."""
-    reason = paired.no_room(bound)
-    if reason is None:
-        return paired.judge(bound)
-    return Judgement(verdict="inconclusive", bound=bound, reason=reason)
 
 
 def score_of(score: CaseScore) -> float:

@@ -117,14 +117,10 @@ def _teller(progress: Progress, clock: Deadline) -> Callable[[str], None]:
     return lambda text: progress(text, max(0.0, clock.left))
 
 
-def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) -> list[CheckRow]:
+def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) -> tuple[CheckRow, ...]:
     from pipeline.evaluate.check_rows import read_rows
 
-    rows: list[CheckRow] = []
-    prompts = make_prompts(config, model, config.max_new_tokens)
-    for each in config.row_settings():
-        found = read_rows(each, prompts)
-        rows += found.rows
-        for message in found.left_out:
-            note(f"left out: {message}")
-    return rows
+    found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
+    for message in found.left_out:
+        note(f"left out: {message}")
+    return found.rows

@@ -6,12 +6,12 @@ A score of a task is the mean over its documents, and that of a document over it
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError, GateInconclusive
-from pipeline.evaluate.check_rows import CheckRow, tasks_of
+from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
 from pipeline.evaluate.row_results import RowResult
 from pipeline.settings.check_settings import CheckConfig
@@ -19,6 +19,7 @@ from pipeline.settings.gate_settings import FORCED_METRICS
 from pipeline.suites.metrics import score as score_text
 from pipeline.texts.words import counted
 
+T = TypeVar("T")
 ALL = "all"
 SCORERS = {
     "exact-match": "exact_match",
@@ -96,9 +97,7 @@ def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = Tru
 
     Without `pruned` the method has done nothing, which passes no gate.
     """
-    groups = {task: [pair for pair in pairs if pair.row.sample.task == task] for task in _tasks(pairs)}
-    if len(groups) > 1:
-        groups[ALL] = list(pairs)
+    groups = _by_task(pairs, lambda pair: pair.row)
     deciding = _deciding(config, groups)
     compared = {task: _compared(config, own) for task, own in groups.items()}
     judged = {task: _judged(config, own, pruned=pruned) for task, own in compared.items()}
@@ -130,9 +129,7 @@ def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
     bound, relative = config.bound
     if config.scope == "rows" or config.gate_metric == "nll":  # of which no loss of all is known
         return None
-    groups = {task: [row for row in rows if row.sample.task == task] for task in tasks_of(rows)}
-    if len(groups) > 1:
-        groups[ALL] = list(rows)
+    groups = _by_task(rows, lambda row: row)
     counts = {task: len({row.sample.document_key for row in own}) for task, own in groups.items()}
     task, fewest = min(((task, counts[task]) for task in _deciding(config, groups)), key=lambda each: each[1])
     needed = fewest_documents(bound)
@@ -163,8 +160,12 @@ def has_pruned(config: CheckConfig, pairs: Sequence[Pair], *, ffn_in_fp8: bool) 
     return any(getattr(pair.method.score, share) != 1 for pair in pairs for share in shares)
 
 
-def _tasks(pairs: Sequence[Pair]) -> list[str]:
-    return list(tasks_of([pair.row for pair in pairs]))
+def _by_task(items: Sequence[T], row_of: Callable[[T], CheckRow]) -> dict[str, list[T]]:
+    """The items of each task, and all of them where there are several."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(row_of(item).sample.task, []).append(item)
+    return {**groups, ALL: list(items)} if len(groups) > 1 else groups
 
 
 def _deciding(config: CheckConfig, groups: Mapping[str, object]) -> list[str]:
@@ -187,18 +188,18 @@ def _compared(config: CheckConfig, pairs: Sequence[Pair]) -> Paired:
 def _judged(config: CheckConfig, compared: Paired, *, pruned: bool) -> Judgement:
     bound, _ = config.bound
     judgement = compared.judge(bound) if config.scope == "documents" else compared.judge_rows(bound)
-    reason = compared.no_room(bound) or (None if pruned else NOTHING_PRUNED)
-    if reason is None or judgement.verdict == "fail":
+    if pruned or judgement.verdict == "fail" or judgement.reason is not None:
         return judgement
-    return Judgement(verdict="inconclusive", bound=bound, reason=reason)
+    return Judgement(verdict="inconclusive", bound=bound, reason=NOTHING_PRUNED)
 
 
 def _hold_back(judged: dict[str, Judgement], deciding: Mapping[str, Paired]) -> None:
     """Of several tasks call those failed that fail by Holm's procedure: one in 40 fails by chance alone."""
     p_values = {task: own.p_within(judged[task].bound) for task, own in deciding.items()}
-    for place, task in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        if p_values[task] > TAIL / (len(p_values) - place):
-            for other in sorted(p_values, key=p_values.__getitem__)[place:]:
+    ordered = sorted(p_values, key=p_values.__getitem__)
+    for place, task in enumerate(ordered):
+        if p_values[task] > TAIL / (len(ordered) - place):
+            for other in ordered[place:]:
                 if judged[other].verdict == "fail":
                     judged[other] = replace(judged[other], verdict="inconclusive")
             return

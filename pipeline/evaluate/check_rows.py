@@ -359,8 +359,3 @@ def _hash(document: EncodedDocument, sample: Sample) -> str:
     digest = hashlib.sha256(document.input_ids.astype(np.int64).tobytes())
     digest.update(json.dumps([sample.task, sample.references, sample.metric, sample.choices]).encode())
     return digest.hexdigest()
-
-
-def tasks_of(rows: Sequence[CheckRow]) -> Iterator[str]:
-    """Each task once, in the order in which they come first."""
-    yield from dict.fromkeys(row.sample.task for row in rows)

@@ -115,6 +115,8 @@ class Paired:
 
     def judge(self, bound: float) -> Judgement:
         """Whether the drop is within `bound`, in its unit: all of its interval has to be on one side."""
+        if (reason := self.no_room(bound)) is not None:
+            return Judgement(verdict="inconclusive", bound=bound, reason=reason)
         if self.p_beyond(bound) <= TAIL:
             return Judgement(verdict="pass", bound=bound)
         if self.p_within(bound) <= TAIL:
@@ -123,17 +125,10 @@ class Paired:
 
     def judge_rows(self, bound: float) -> Judgement:
         """Whether these documents alone, and no others, lost no more than `bound`, in its unit."""
+        if (reason := self.no_room(bound)) is not None:
+            return Judgement(verdict="inconclusive", bound=bound, reason=reason)
         values_D, _, _ = self._excess(bound / 100)
         return Judgement(verdict="pass" if values_D.mean() <= _SLACK else "fail", bound=bound)
-
-    def no_room(self, bound: float) -> str | None:
-        """Why no drop beyond `bound` could show, if so: scores have nothing left to lose."""
-        dense = float(self.dense_D.mean())
-        if self.losses or (dense > 0 if self.relative else 100 * dense > bound):
-            return None
-        return (
-            f"there is no room to lose: the score that the method is held against is {100 * dense:.2f} points"
-        )
 
     def p_beyond(self, bound: float, documents: float | None = None) -> float:
         """The p value of a drop beyond `bound`: where it is small, the drop is within.
@@ -147,6 +142,15 @@ class Paired:
         """The p value of a drop within `bound`: where it is small, the drop is beyond."""
         values_D, least, _ = self._excess(bound / 100)
         return _p(-values_D, -least, documents)
+
+    def no_room(self, bound: float) -> str | None:
+        """Why no drop beyond `bound` could show, if so: scores have nothing left to lose."""
+        dense = float(self.dense_D.mean())
+        if self.losses or (dense > 0 if self.relative else 100 * dense > bound):
+            return None
+        return (
+            f"there is no room to lose: the score that the method is held against is {100 * dense:.2f} points"
+        )
 
     def _excess(self, bound: float) -> tuple[np.ndarray, float, float]:
         """(D,) what documents lost beyond what they may, and the least and the most that they could have."""
@@ -199,6 +203,14 @@ def fewest_documents(bound: float) -> int | None:
     if bound <= 0:
         return None
     return 1 if bound >= 100 else math.ceil(math.log(TAIL) / math.log1p(-bound / 100))
+
+
+def smallest_bound(documents: int) -> float:
+    """The smallest bound, in points or percent, that so many documents pass if none loses anything.
+
+    Rounded up to a tenth.
+    """
+    return math.ceil(1000 * (1 - TAIL ** (1 / documents)) + 1e-9) / 10
 
 
 def _p(values_D: np.ndarray, most: float, documents: float | None) -> float:

@@ -132,22 +132,6 @@ def timed_places(cases: Sequence[Case]) -> list[int]:
     return [by_length[(2 * n + 1) * len(cases) // (2 * count)] for n in range(count)]
 
 
-def slowdown(before_ms: Sequence[float], own_ms: Sequence[float]) -> float:
-    """Times over dense's of the same cases: the median, which a busy moment does not move.
-
-    Each case counts by the time that dense takes, so that what matters is where a run's time goes.
-    """
-    ratios = sorted((own / before, before) for before, own in zip(before_ms, own_ms, strict=True))
-    half, passed = sum(before_ms) / 2, 0.0
-    for place, (ratio, weight) in enumerate(ratios):
-        passed += weight
-        if passed > half or place + 1 == len(ratios):
-            return ratio
-        if passed == half:
-            return (ratio + ratios[place + 1][0]) / 2
-    raise ValueError("no cases")
-
-
 def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:
     try:
         prepare(model, variants)

@@ -211,13 +211,14 @@ def open_source(
 
 def _refuse_lost(readers: Sequence[Reader]) -> None:
     """A StorageError, or else an InputError, if all files are out of reach or damaged."""
-    lost = [reader for reader in readers if isinstance(reader, UnreachableReader | DamagedReader)]
-    if len(lost) < len(readers):
+    unreachable = [reader for reader in readers if isinstance(reader, UnreachableReader)]
+    damaged = [reader for reader in readers if isinstance(reader, DamagedReader)]
+    if len(unreachable) + len(damaged) < len(readers):
         return
-    for reader in sorted(lost, key=lambda reader: isinstance(reader, DamagedReader)):
-        if isinstance(reader, DamagedReader):
-            raise reader.error
-        raise StorageError(f"{reader.file.path} cannot be read: {reader.why}")
+    if unreachable:
+        raise StorageError(f"{unreachable[0].file.path} cannot be read: {unreachable[0].why}")
+    if damaged:
+        raise damaged[0].error
 
 
 def _table(reader: Reader) -> InputTable:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,18 +117,23 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
 
 def _sizes_told(sidecar: Place) -> list[int]:
     """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
-    if not sidecar.exists() or not _says_settings(sidecar):
+    content = _content(sidecar) if sidecar.exists() else None
+    if content is None:
         return []
     try:
-        content = json.loads(sidecar.read_bytes())
         return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
-    except (*READ_ERRORS, LookupError, TypeError):
+    except (LookupError, TypeError):
         return []
 
 
 def _says_settings(sidecar: Place) -> bool:
+    return _content(sidecar) is not None
+
+
+def _content(sidecar: Place) -> dict[str, Any] | None:
+    """What a run wrote beside its lines; None if it is no run's."""
     try:
         content = json.loads(sidecar.read_bytes())
-        return "arrow_schema" in content and METADATA_KEY.decode() in content
+        return content if "arrow_schema" in content and METADATA_KEY.decode() in content else None
     except (*READ_ERRORS, TypeError):
-        return False
+        return None

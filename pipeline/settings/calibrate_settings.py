@@ -55,10 +55,6 @@ class CalibrateConfig(
     def has_sides(self) -> bool:
         return True
 
-    def row_settings(self) -> list[RowSettings]:
-        """What `read_rows` takes, one after the other."""
-        return [self]
-
     def _check_profile(self) -> None:
         path = self.profile_file
         check_place("--out", path)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.calibrate.bounds import Bound, Bounds, smallest_bound
+from pipeline.calibrate.bounds import Bound, Bounds
 from pipeline.errors import InputError
 from pipeline.evaluate.cases import Sides, in_all, split, thin
-from pipeline.evaluate.drops import fewest_documents
+from pipeline.evaluate.drops import fewest_documents, smallest_bound
 
 BOUNDS = Bounds(
     main=Bound(value=2, relative=False), needles=Bound(value=5, relative=False), main_name="agreement"

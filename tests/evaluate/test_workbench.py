@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.workbench import Workbench, slowdown, timed_places
+from pipeline.bench.accuracy import slowdown
+from pipeline.evaluate.workbench import Workbench, timed_places
 from pipeline.model.variant import Variant
 from pipeline.pruning.fastkv import FastKV
 
