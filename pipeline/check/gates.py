@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
-from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents
+from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
 from pipeline.evaluate.row_results import RowResult
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.gate_settings import FORCED_METRICS
@@ -137,12 +137,11 @@ def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
     there = f"{counted(fewest, 'document')}{of_task}"
     if needed is None or fewest < needed:
         unit = "%" if relative else " points"
-        least = 100 * (1 - TAIL ** (1 / fewest))
         costs = "no number of documents is enough" if needed is None else f"{needed:,} documents are needed"
         raise GateInconclusive(
             f"{there} cannot show a drop within --max-drop {config.bound_text}: {costs} even if none loses "
-            f"anything, and these show {least:.1f}{unit} at best; give more, or with --scope rows hold these "
-            "rows alone against their last scores"
+            f"anything, and these show {smallest_bound(fewest):.1f}{unit} at best; give more, or with "
+            "--scope rows hold these rows alone against their last scores"
         )
     if fewest >= RECOMMENDED:
         return None

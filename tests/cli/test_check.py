@@ -119,7 +119,7 @@ def test_so_few_documents_end_at_once(check, data, capfd, monkeypatch, bound):
     needed = "no number of documents is enough" if bound == "0pt" else "368 documents are needed"
     assert line.startswith(
         f"marsinfer: error: 8 documents cannot show a drop within --max-drop {bound}: {needed} even if none "
-        f"loses anything, and these show 36.9{'%' if '%' in bound else ' points'} at best; "
+        f"loses anything, and these show 37.0{'%' if '%' in bound else ' points'} at best; "
     )
 
 
