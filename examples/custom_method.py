@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pipeline.pruning.base import LayerView, Range, ScoredMethod
+from pipeline.pruning.base import ScoredMethod
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 

@@ -8,6 +8,7 @@ from pipeline.settings.method_settings import LINEAR_DTYPES, NO_FP8_ATTENTION
 
 if TYPE_CHECKING:
     from pipeline.model.variant import Variant
+    from pipeline.pruning.base import PruningMethod
 
 # among a method's settings in --methods
 LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
@@ -44,9 +45,18 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
     return Variant(
         spec,
-        method if settings or keep is None else method.with_keep(keep),
+        method if settings or keep is None else _with_keep(method, keep),
         linears[0] if linears else "auto",
     )
+
+
+def _with_keep(method: PruningMethod, shares: tuple[float, ...]) -> PruningMethod:
+    from pipeline.errors import ConfigError
+    from pipeline.pruning.capabilities import FixesShares
+
+    if not isinstance(method, FixesShares):
+        raise ConfigError(f"method {method.name} has no share of tokens to fix")
+    return method.with_keep(shares)
 
 
 def _profile_variant(spec: str) -> Variant:

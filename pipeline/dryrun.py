@@ -22,6 +22,7 @@ from pipeline.outputs.lock import refuse_locked
 from pipeline.outputs.standing import DoneRows, done_rows, no_rows, refuse_unfinished
 from pipeline.outputs.writing import check_output
 from pipeline.prompts.splitting import SplitDocument
+from pipeline.pruning.capabilities import expected_passes
 from pipeline.pruning.operations import dense_flops, passes_flops
 from pipeline.records import EncodedDocument, RowFailure
 from pipeline.run import stop_if_broken
@@ -109,7 +110,7 @@ class DryRunReport:
 
     def _expected_flops(self, tokens: int) -> int:
         shape = self.packer.shape
-        passes = self.packer.method.expected_passes(shape, tokens)
+        passes = expected_passes(self.packer.method, shape, tokens)
         return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
 
     def _add_pack(self, tokens: int, kv_bytes: int) -> None:

@@ -17,8 +17,9 @@ from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare
-from pipeline.pruning.base import LayerView, PruningMethod, Selection
+from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.operations import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
+from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument
 
 BASELINES = ("transformers", "transformers-cudnn")

@@ -23,6 +23,7 @@ from pipeline.check.gates import (
 )
 from pipeline.errors import GateInconclusive
 from pipeline.interrupts import nothing_to_lose
+from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.method_settings import AUTO
@@ -153,7 +154,7 @@ def _prepare(
         if not profile.is_of(config, method):
             note("other settings stand above the profile's: it is not the profile that is checked")
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
-    if config.linear_dtype != "auto" or method.ffn_in_fp8:
+    if config.linear_dtype != "auto" or uses_fp8(method):
         model.check_fp8()
     prompts = _prompts(config, model)
     rows = read_rows(config, prompts)
@@ -339,7 +340,7 @@ def _compare(run: _Check, found: _Found) -> CheckResult:
         )
         for row in rows
     )
-    pruned = has_pruned(config, pairs, ffn_in_fp8=run.method.ffn_in_fp8)
+    pruned = has_pruned(config, pairs, ffn_in_fp8=uses_fp8(run.method))
     gates = make_gates(config, pairs, pruned=pruned or bool(accepted and run.method.name == "dense"))
     cut = [row.document.truncated_tokens for row in rows]
     return CheckResult(

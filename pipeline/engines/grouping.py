@@ -8,6 +8,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from pipeline.pruning.capabilities import SharesDocuments, expected_passes
 from pipeline.pruning.operations import LayerWork, dense_work, layer_flops, passes_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import EncodedDocument
@@ -102,7 +103,9 @@ class Grouping:
         from pipeline.pruning.dense import Dense
 
         dense = Dense.attending_as(self.method, self.shape)
-        own = Way(method=self.method, layers=self.method.shared_layers(self.shape))
+        method = self.method
+        layers = method.shared_layers(self.shape) if isinstance(method, SharesDocuments) else 0
+        own = Way(method=method, layers=layers)
         if own.layers == self.shape.layers:
             return (own,)
         without = (Way(method=dense, layers=self.shape.layers),) if self.any_method else ()
@@ -112,7 +115,7 @@ class Grouping:
         self, method: PruningMethod, lengths: Sequence[int], shared_tokens: int, layers: int
     ) -> int | None:
         """Operations of all prefills, the document's in the first `layers` layers counted once."""
-        passes = [method.expected_passes(self.shape, length) for length in lengths]
+        passes = [expected_passes(method, self.shape, length) for length in lengths]
         known = [each for each in passes if each is not None]
         if len(known) < len(passes):
             return None

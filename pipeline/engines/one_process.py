@@ -12,6 +12,7 @@ from pipeline.errors import MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
+from pipeline.pruning.capabilities import uses_fp8
 from pipeline.records import Answer, EncodedDocument
 from pipeline.setup.intake import Item
 
@@ -156,7 +157,7 @@ def start_engine(
         model = setup.model.load()
     model.adapter.use_linears(
         config.linear_dtype,
-        ffn=setup.method.ffn_in_fp8,
+        ffn=uses_fp8(setup.method),
         keep=model is setup.model,  # who gave a loaded model may want its own precision later
     )
     engine = LocalEngine(

@@ -21,7 +21,8 @@ from pipeline.model.cache import RaggedCache
 from pipeline.model.parking import Parked
 from pipeline.model.precision import Kept, kept_of
 from pipeline.model.work import Work
-from pipeline.pruning.base import LayerView, PruningMethod, Selection
+from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
 
 _ALL = ((slice(None), None),)  # of a pack's tokens, in the precision of all linear layers

@@ -22,7 +22,8 @@ from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_blocks
 from pipeline.kernels.swap import BlockCopies, as_rows
 from pipeline.model.cache import RaggedCache, Slots
-from pipeline.pruning.base import Plan, Rescoring
+from pipeline.pruning.base import Plan
+from pipeline.pruning.capabilities import Rescoring
 
 Score = Callable[[int, Tensor], Tensor | None]  # blocks' scores at a layer, by the queries (H, d) of a token
 
@@ -58,7 +59,7 @@ def make_cache(
     *,
     device: torch.device,
     itemsize: int,
-    score: Score,
+    score: Score | None,
 ) -> RaggedCache:
     """A cache that stays on the device if the plan fits there, else one that offloads.
 
@@ -66,7 +67,7 @@ def make_cache(
     """
     if limits is None or plan.kv_bytes(itemsize, new_tokens) <= limits.device_bytes:
         return RaggedCache(new_tokens)
-    if plan.rescoring is None or len(plan.lengths) > 1:
+    if plan.rescoring is None or score is None or len(plan.lengths) > 1:
         raise RowError(
             "kv_memory",
             f"the keys and values of {sum(plan.lengths):,} tokens take "

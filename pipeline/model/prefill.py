@@ -17,6 +17,7 @@ from pipeline.model.layers import Begun, Pack, Survivors, dropped_last_token, ru
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.capabilities import RescoresBlocks
 from pipeline.pruning.operations import LayerWork
 
 
@@ -64,6 +65,7 @@ def prefill(
     lengths = pack.segments.lengths
     plan = method.plan(adapter.shape, lengths)
     state = method.begin(plan)
+    rescores = partial(method.select_decode, state=state) if isinstance(method, RescoresBlocks) else None
     passes: list[Work] = []
     while True:
         if begun is None:
@@ -73,7 +75,7 @@ def prefill(
                 limits,
                 device=adapter.device,
                 itemsize=adapter.dtype.itemsize,
-                score=partial(method.select_decode, state=state),
+                score=rescores,
             )
             begun = Begun.afresh(adapter, pack, cache, marks)
         passes.append(begun.work)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.capabilities import uses_fp8
 
 
 class Variant(NamedTuple):
@@ -30,7 +31,7 @@ class Variant(NamedTuple):
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     """Make what some variant needs, and keep the rest for the others; raises ConfigError."""
     variants = list(variants)
-    ffn = any(variant.method.ffn_in_fp8 for variant in variants)
+    ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
         model.adapter.use_linears(linears, ffn=ffn, keep=True)
     model.adapter.linears = "auto"

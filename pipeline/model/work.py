@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.pruning.base import LayerView
 from pipeline.pruning.operations import LayerWork
 from pipeline.pruning.tiers import FFN, FP8, LIVE
+from pipeline.pruning.view import LayerView
 
 
 @dataclass(kw_only=True)

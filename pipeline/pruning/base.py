@@ -2,8 +2,8 @@
 
 A method is immutable settings. After a layer's attention it is shown the layer and says which tokens go
 through the feed-forward network, which leave the remaining layers, and whose keys and values are stored.
-While decoding it may be asked which blocks of a prompt's keys and values are worth their place. All indices
-are ascending, unique, and count the tokens that entered the layer.
+What it may be able to do beside that is in `capabilities`. All indices are ascending, unique, and count the
+tokens that entered the layer.
 
 Laws, checked by the tests for every registered method: what `protected` names survives; full settings keep
 everything and equal `dense` through the real gather; a pack gives what its documents give alone; a run
@@ -14,85 +14,26 @@ need not see the last layer gives the same when asked there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
-from functools import cached_property
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from math import ceil
-from operator import add
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.kernels.scoring import window_importance, window_importance_by_head, windows_of
-from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_mask
-from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.capabilities import Rescoring
+from pipeline.pruning.limits import at_layer, check_limits, limits_of, setting, several
+from pipeline.pruning.operations import LayerWork
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
-from pipeline.texts.toml import LARGEST
 
-LIMITS = "limits"  # of a field's metadata
 PAPER_DEPTH = 32  # layers of the models that the papers prune
 ASSUMED_SHARE = (
     0.5  # of the tokens, where attention decides: between what eta=0.95 and p=0.99 left in our runs
 )
-
-Range = tuple[int, int]  # half-open, in original positions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a method's setting may be: what is outside of it would do nothing, or cannot be."""
-
-    low: float | None = None
-    high: float | None = None
-    whole: bool = False  # a count, or a number of a layer
-    is_layer: bool = False  # numbers from 0, below the model's depth
-    per_layer: bool = False  # a tuple has one value for each of the model's layers
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    whole: bool = False,
-    is_layer: bool = False,
-    per_layer: bool = False,
-) -> Any:
-    """A dataclass field of a method, with the words `marsinfer methods` explains it by, and its `Limits`."""
-    limits = Limits(
-        low=0 if is_layer else low,
-        high=high,
-        whole=whole or is_layer,
-        is_layer=is_layer,
-        per_layer=per_layer,
-    )
-    return field(default=default, metadata={"help": help, LIMITS: limits})
-
-
-def limits_of(parameter: Field[Any]) -> Limits:
-    """The limits of a method's setting; a field that was not declared by `setting` has none."""
-    found: Limits = parameter.metadata.get(LIMITS, Limits())
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rescoring:
-    """Where a method judges blocks of tokens again while decoding, so that their K/V may be offloaded.
-
-    At each of `layers` the tokens that entered it are blocks of `block`, of which the last may be shorter.
-    Their scores say which of them need their K/V, in the layers since the one before in `layers`, on the
-    device. A set that shares at least `gamma` of its blocks with the best ones is used on.
-    """
-
-    layers: tuple[int, ...]
-    block: int
-    gamma: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,58 +78,6 @@ class Selection:
 
 
 KEEP_ALL = Selection()
-
-
-@dataclass(kw_only=True)
-class LayerView:
-    """What a method may look at after a layer's attention. Scores are computed only when asked for."""
-
-    layer: int
-    queries: Tensor  # (T, H, d) with RoPE
-    keys: Tensor  # (T, K, d) with RoPE
-    values: Tensor  # (T, K, d)
-    hidden: Tensor  # (T, D) residual stream after attention
-    positions: Tensor  # (T,) original positions, ascending within a document
-    segments: Segments  # documents as they entered this layer
-    lengths: tuple[int, ...]  # documents as they entered the model
-    spans: tuple[Spans, ...]
-    scored_pairs: tuple[int, ...] = ()  # of each document: query-key pairs recomputed for scoring
-
-    def window_importance(self, window: int | Sequence[int], *, heads: str = "mean") -> Tensor:
-        """(T,) attention each token gets from its document's last `window` queries, mean over them.
-
-        One window for all documents or one each; `heads` says what of the query heads, "mean" or "max".
-        """
-        self._count_window(window)
-        return window_importance(self.queries, self.keys, self.segments, window, heads=heads)
-
-    def window_importance_by_head(self, window: int | Sequence[int]) -> Tensor:
-        """(K, T) the same for each key/value head, mean over the query heads that share it."""
-        self._count_window(window)
-        return window_importance_by_head(self.queries, self.keys, self.segments, window)
-
-    def _count_window(self, window: int | Sequence[int]) -> None:
-        counts = zip(windows_of(window, self.segments), self.segments.lengths, strict=True)
-        self.count_pairs(min(count, length) * length for count, length in counts)
-
-    def count_pairs(self, pairs: Iterable[int]) -> None:
-        """Add query-key products, of all heads, to each document's count of operations."""
-        before = self.scored_pairs or (0,) * len(self.segments)
-        self.scored_pairs = tuple(map(add, before, pairs))
-
-    @cached_property
-    def all_indices(self) -> Tensor:
-        return torch.arange(self.segments.total, device=self.hidden.device)
-
-    def mask_of(self, ranges: Sequence[Sequence[Range]]) -> Tensor:
-        """(T,) bool: tokens whose original position lies in one of their document's ranges."""
-        mask_T = torch.zeros(self.segments.total, dtype=torch.bool, device=self.hidden.device)
-        # the n-th range of all documents at once, however many documents there are
-        for nth in zip_longest(*ranges, fillvalue=(0, 0)):
-            first_B, stop_B = on_device(nth, mask_T.device).T
-            document_T = self.segments.document_T
-            mask_T |= (self.positions >= first_B[document_T]) & (self.positions < stop_B[document_T])
-        return mask_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,22 +143,6 @@ class PruningMethod(ABC):
         """
         return True
 
-    def shared_layers(self, shape: ModelShape) -> int:
-        """How many leading layers do the same with a document whatever question stands behind it.
-
-        There `select` must be one that answers `KEEP_ALL`, or stores nothing: rows with the same document are
-        put together behind these layers, and it is not asked. 0 claims nothing.
-        """
-        return 0
-
-    def expected_passes(self, shape: ModelShape, length: int) -> Passes | None:
-        """What a prompt of `length` tokens is expected to cost; None where that cannot be told.
-
-        By this it is chosen how rows with the same document are answered together. Where attention decides
-        how many tokens are kept, it is `ASSUMED_SHARE` of them.
-        """
-        return None
-
     def to_the_end(self, shape: ModelShape, layers: Sequence[LayerWork]) -> list[LayerWork]:
         """A pass through all layers as it would be, but of the model's last one only what is read of it."""
         *before, last = layers
@@ -288,26 +161,6 @@ class PruningMethod(ABC):
     @abstractmethod
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         """Decide after the attention of `layer`."""
-
-    def select_decode(self, layer: int, query_Hd: Tensor, state: Any) -> Tensor | None:
-        """(N,) scores of the blocks of a layer of the plan's `rescoring`, by a generated token's query.
-
-        Asked only while K/V are offloaded, which happens to one document at a time.
-        """
-        return None
-
-    def with_keep(self, shares: tuple[float, ...]) -> Self:
-        """These settings with fixed shares of the prompt to keep, one or one a pruning layer.
-
-        For speed runs on random weights, whose attention finds nothing. Raises ConfigError if the method
-        has no such setting.
-        """
-        raise ConfigError(f"method {self.name} has no share of tokens to fix")
-
-    @property
-    def ffn_in_fp8(self) -> bool:
-        """Whether selections may name tokens in `ffn_fp8`, for which the weights must be quantised."""
-        return False
 
     def protected_mask(self, view: LayerView) -> Tensor:
         """(T,) bool: the tokens that `protected` names, among those still alive."""
@@ -352,44 +205,6 @@ class ScoredMethod(PruningMethod):
         protected_T = self.protected_mask(view)
         first_T = scores_T.masked_fill(protected_T, float("inf"))
         return top_mask(first_T, view.segments, counts) | protected_T
-
-
-def whole_layers(count: int, length: int) -> list[LayerWork]:
-    """Layers that compute all tokens of a prompt; see `to_the_end` for a model's last one."""
-    return [LayerWork(length, length)] * count
-
-
-def at_layer(value: Any, layer: int) -> Any:
-    """A setting's value at a layer: one for all layers, or a tuple with one a layer."""
-    return value[layer] if isinstance(value, tuple) else value
-
-
-def several(value: Any) -> tuple[Any, ...]:
-    """The values of a setting that takes one or more."""
-    return value if isinstance(value, tuple) else (value,)
-
-
-def check_limits(name: str, value: Any, limits: Limits) -> None:
-    """Raise ConfigError unless each value is as the limits say; None passes, and any value without limits."""
-    low, high = limits.low, limits.high
-    if low is None and high is None and not limits.whole:
-        return
-    for number in several(value):
-        if number is None:
-            continue
-        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= LARGEST:
-            raise ConfigError(f"{name} must be a number, not {number!r}")
-        if (low is not None and number < low) or (high is not None and number > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ConfigError(f"{name}={number} is out of range: it must be {bounds}")
-        if limits.whole and not isinstance(number, int):
-            raise ConfigError(f"{name}={number} is a count: give a whole number")
-
-
-def check_pool(width: int) -> None:
-    """Raise ConfigError unless scores can be averaged over so many neighbours."""
-    if width % 2 == 0:
-        raise ConfigError(f"pool={width} must be odd, so that a score keeps its place")
 
 
 def layer_of(given: int | None, paper_layer: int, depth: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pipeline.pruning.base import KEEP_ALL, LayerView, PruningMethod, Selection
+from pipeline.pruning.base import KEEP_ALL, PruningMethod, Selection
 from pipeline.pruning.operations import Passes, dense_work
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Dense(PruningMethod):
         return cls(sparse_attention=(None if masses[0] >= 1 else masses[0]) if same else tuple(masses))
 
     def with_keep(self, shares: tuple[float, ...]) -> Self:
-        return self
+        return self  # whose runs others are measured against
 
     def needs_last_layer(self, shape: ModelShape) -> bool:
         return False

@@ -12,20 +12,11 @@ from torch import Tensor
 
 from pipeline.kernels.scoring import smoothed
 from pipeline.kernels.select import top_indices
-from pipeline.pruning.base import (
-    LayerView,
-    Plan,
-    PruningMethod,
-    Range,
-    Selection,
-    check_pool,
-    layer_of,
-    one_share,
-    setting,
-    whole_layers,
-)
-from pipeline.pruning.operations import Passes
+from pipeline.pruning.base import Plan, PruningMethod, Selection, layer_of, one_share
+from pipeline.pruning.limits import check_pool, setting
+from pipeline.pruning.operations import Passes, whole_layers
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 PAPER_LAYER = 15

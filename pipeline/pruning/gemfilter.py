@@ -11,22 +11,11 @@ import torch
 
 from pipeline.kernels.scoring import last_query_products, smoothed
 from pipeline.kernels.select import top_mask
-from pipeline.pruning.base import (
-    KEEP_ALL,
-    LayerView,
-    Limits,
-    Plan,
-    PruningMethod,
-    Selection,
-    check_limits,
-    check_pool,
-    layer_of,
-    one_share,
-    setting,
-    whole_layers,
-)
-from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection, layer_of, one_share
+from pipeline.pruning.limits import Limits, check_limits, check_pool, setting
+from pipeline.pruning.operations import LayerWork, Passes, whole_layers
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView
 
 PAPER_LAYER = 13
 

@@ -7,18 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.errors import ConfigError
-from pipeline.pruning.base import (
-    KEEP_ALL,
-    LayerView,
-    Plan,
-    PruningMethod,
-    Range,
-    Selection,
-    setting,
-    whole_layers,
-)
-from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection
+from pipeline.pruning.limits import setting
+from pipeline.pruning.operations import LayerWork, Passes, whole_layers
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 LOCAL_DEPTH = 2 / 3

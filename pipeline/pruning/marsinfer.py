@@ -10,19 +10,11 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
-from pipeline.pruning.base import (
-    ASSUMED_SHARE,
-    KEEP_ALL,
-    LayerView,
-    Range,
-    ScoredMethod,
-    Selection,
-    at_layer,
-    setting,
-    whole_layers,
-)
-from pipeline.pruning.operations import LayerWork, Passes
+from pipeline.pruning.base import ASSUMED_SHARE, KEEP_ALL, ScoredMethod, Selection
+from pipeline.pruning.limits import at_layer, setting
+from pipeline.pruning.operations import LayerWork, Passes, whole_layers
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 

@@ -82,6 +82,11 @@ def dense_work(layers: int, length: int) -> list[LayerWork]:
     return [LayerWork(length, length)] * (layers - 1) + [LayerWork(length, 1, last_only=True)]
 
 
+def whole_layers(count: int, length: int) -> list[LayerWork]:
+    """Layers that compute all tokens of a prompt; see `PruningMethod.to_the_end` for a model's last one."""
+    return [LayerWork(length, length)] * count
+
+
 def ffn_flops(shape: ModelShape) -> int:
     """Gate, up and down projections of one token in one layer."""
     return 6 * shape.hidden * shape.ffn

@@ -13,22 +13,12 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_scores, unit_keys
 from pipeline.kernels.select import tokens_of_blocks, top_blocks
-from pipeline.pruning.base import (
-    KEEP_ALL,
-    LayerView,
-    Limits,
-    Plan,
-    PruningMethod,
-    Range,
-    Rescoring,
-    Selection,
-    check_limits,
-    layer_of,
-    setting,
-    several,
-)
+from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection, layer_of
+from pipeline.pruning.capabilities import Rescoring
+from pipeline.pruning.limits import Limits, check_limits, setting, several
 from pipeline.pruning.operations import LayerWork, Passes
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 PAPER_LAYERS = (10, 20, 30)

@@ -13,18 +13,11 @@ from pipeline.errors import ConfigError
 from pipeline.kernels.scoring import block_means
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.select import mass_mask, top_mask
-from pipeline.pruning.base import (
-    ASSUMED_SHARE,
-    KEEP_ALL,
-    LayerView,
-    Plan,
-    PruningMethod,
-    Range,
-    Selection,
-    setting,
-)
+from pipeline.pruning.base import ASSUMED_SHARE, KEEP_ALL, Plan, PruningMethod, Selection
+from pipeline.pruning.limits import setting
 from pipeline.pruning.operations import LayerWork, Passes
 from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
 HEADS = ("mean", "max")

@@ -12,6 +12,7 @@ from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import output_schema
+from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
 from pipeline.records import Record
 from pipeline.settings.method_settings import AUTO
@@ -113,7 +114,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
-    if config.linear_dtype != "auto" or method.ffn_in_fp8:
+    if config.linear_dtype != "auto" or uses_fp8(method):
         model.check_fp8()
     return Preparation(
         config=config,

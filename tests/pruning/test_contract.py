@@ -13,6 +13,14 @@ from conftest import document, pack_of, tiny_model
 from pipeline.doctor.selftest import full, small
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.prefill import prefill
+from pipeline.pruning.capabilities import (
+    ChoosesPrecision,
+    FixesShares,
+    ForeseesWork,
+    RescoresBlocks,
+    SharesDocuments,
+    expected_passes,
+)
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import attended_pairs, passes_flops
 from pipeline.pruning.registry import method_names
@@ -84,6 +92,22 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
     assert pairs == [None, 45, 2080] if case.mass is None else pairs[0] < whole and pairs[1] == 45
 
 
+ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
+ABLE = {
+    SharesDocuments: ALL,
+    ForeseesWork: ALL,
+    RescoresBlocks: {"sliminfer"},
+    FixesShares: (ALL - {"mars"}) | {"key-norm"},
+    ChoosesPrecision: {"marsinfer"},
+}
+
+
+@pytest.mark.parametrize("capability", ABLE, ids=lambda capability: capability.__name__)
+def test_who_has_a_capability(capability):
+    methods = [small(name) for name in NAMES]
+    assert {method.name for method in methods if isinstance(method, capability)} == ABLE[capability]
+
+
 def test_indices_are_ascending_unique_and_inside(method, model, sdpa, documents):
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -138,7 +162,7 @@ def test_planned_bytes_bound_the_real_ones(method, model, sdpa, documents):
 
 
 def test_layers_that_are_shared_do_nothing_that_hangs_on_a_question(method, model, sdpa, documents):
-    shared = method.shared_layers(model.shape)
+    shared = method.shared_layers(model.shape) if isinstance(method, SharesDocuments) else 0
     assert 0 <= shared <= model.shape.layers
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -153,7 +177,7 @@ def test_what_is_expected_is_what_is_done_where_attention_does_not_decide(method
     by_share = {"share": 0.5} if {"share"} <= {field.name for field in fields(method)} else {}
     method = replace(method, **by_share)
     doc = document(120)
-    expected = method.expected_passes(model.shape, doc.prompt_tokens)
+    expected = expected_passes(method, model.shape, doc.prompt_tokens)
     if expected is None:  # a method of one's own need not say
         assert type(method).__name__ == "KeyNorm"
         return

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_model
 
 from pipeline.errors import ConfigError
-from pipeline.pruning.base import limits_of
+from pipeline.pruning.limits import limits_of
 from pipeline.pruning.registry import METHODS, make_method, method_class
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.kernels import reference
 from pipeline.kernels.segments import Segments
-from pipeline.pruning.base import LayerView
+from pipeline.pruning.view import LayerView
 from pipeline.records import Spans
 
 LENGTHS = (5, 30)

@@ -1,0 +1,90 @@
+"""What a method may be able to do beside pruning; the engine asks with `isinstance`.
+
+A method that lacks one of these says nothing about it, and the engine does without: its rows are answered one
+by one, their cost is not foreseen, all its keys and values stay on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+from pipeline.pruning.operations import Passes
+from pipeline.pruning.shape import ModelShape
+
+
+@runtime_checkable
+class SharesDocuments(Protocol):
+    """Its first layers do the same with a document whatever question stands behind it."""
+
+    def shared_layers(self, shape: ModelShape) -> int:
+        """How many leading layers do so.
+
+        There `select` must be one that answers `KEEP_ALL`, or stores nothing: rows with the same document are
+        put together behind these layers, and it is not asked. 0 claims nothing.
+        """
+
+
+@runtime_checkable
+class ForeseesWork(Protocol):
+    """Its cost can be told beforehand: by this it is chosen how rows with one document are answered."""
+
+    def expected_passes(self, shape: ModelShape, length: int) -> Passes:
+        """What a prompt of `length` tokens is expected to cost.
+
+        Where attention decides how many tokens are kept, it is `ASSUMED_SHARE` of them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescoring:
+    """Where a method judges blocks of tokens again while decoding, so that their K/V may be offloaded.
+
+    At each of `layers` the tokens that entered it are blocks of `block`, of which the last may be shorter.
+    Their scores say which of them need their K/V, in the layers since the one before in `layers`, on the
+    device. A set that shares at least `gamma` of its blocks with the best ones is used on.
+    """
+
+    layers: tuple[int, ...]
+    block: int
+    gamma: float
+
+
+@runtime_checkable
+class RescoresBlocks(Protocol):
+    """Its plan has a `Rescoring`: blocks of K/V may be offloaded to the host and fetched again."""
+
+    def select_decode(self, layer: int, query_Hd: Tensor, state: Any) -> Tensor | None:
+        """(N,) scores of the blocks of a layer of the plan's `rescoring`, by a generated token's query.
+
+        Asked only while K/V are offloaded, which happens to one document at a time.
+        """
+
+
+@runtime_checkable
+class FixesShares(Protocol):
+    """It can keep fixed shares of the prompt: for speed on random weights, whose attention finds nothing."""
+
+    def with_keep(self, shares: tuple[float, ...]) -> Self:
+        """These settings with fixed shares to keep, one or one a pruning layer."""
+
+
+@runtime_checkable
+class ChoosesPrecision(Protocol):
+    """Its selections may name tokens in `ffn_fp8`, for which the weights must be quantised."""
+
+    @property
+    def ffn_in_fp8(self) -> bool:
+        """Whether they do, with these settings."""
+
+
+def expected_passes(method: object, shape: ModelShape, length: int) -> Passes | None:
+    """What a prompt of `length` tokens is expected to cost; None where the method cannot tell."""
+    return method.expected_passes(shape, length) if isinstance(method, ForeseesWork) else None
+
+
+def uses_fp8(method: object) -> bool:
+    """Whether a method sends tokens through the FFN in fp8 by itself."""
+    return isinstance(method, ChoosesPrecision) and method.ffn_in_fp8
