@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipeline.kernels.triton_parts import larger, plus
+
 
 @triton.jit(do_not_specialize=["copies", "count"])
 def fetch_blocks_kernel(pairs, slots, blocks, copies, count, words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -173,7 +175,7 @@ def silu_mul_quantized_kernel(  # type: ignore[no-untyped-def]
     first_at, rest_at = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
     first = _gated(gate_up, stride, row_scales, column_scales, bias, row, first_at, width).to(tl.float32)
     rest = _gated(gate_up, stride, row_scales, column_scales, bias, row, rest_at, width).to(tl.float32)
-    largest = tl.maximum(tl.reduce(_magnitude(first), 0, _larger), tl.reduce(_magnitude(rest), 0, _larger))
+    largest = tl.maximum(tl.reduce(_magnitude(first), 0, larger), tl.reduce(_magnitude(rest), 0, larger))
     scale = _scale_of(largest)
     tl.store(scales + row, scale)
     inverse = tl.div_rn(1.0, scale)
@@ -240,7 +242,7 @@ def add_kernel(  # type: ignore[no-untyped-def]
 def _store_normed(out, scales, row, at, x, weights, eps, width):  # type: ignore[no-untyped-def]
     """RMSNorm of a row `x`, rounded to its type, then quantised; beyond `width` it must be zero."""
     values = x.to(tl.float32)
-    mean = tl.reduce(values * values, 0, _sum) / width
+    mean = tl.reduce(values * values, 0, plus) / width
     scaled = values * tl.rsqrt(mean + eps) * weights.to(tl.float32)
     _store_row(out, scales, row, at, scaled.to(x.dtype), width)
 
@@ -252,7 +254,7 @@ def _store_row(out, scales, row, at, values, width):  # type: ignore[no-untyped-
     Every step is rounded as IEEE says, so that the bytes equal those of plain torch.
     """
     values = values.to(tl.float32)
-    scale = _scale_of(tl.reduce(_magnitude(values), 0, _larger))
+    scale = _scale_of(tl.reduce(_magnitude(values), 0, larger))
     tl.store(scales + row, scale)
     values = values * tl.div_rn(1.0, scale)
     tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=at < width)
@@ -268,13 +270,3 @@ def _magnitude(values):  # type: ignore[no-untyped-def]
 def _scale_of(magnitude):  # type: ignore[no-untyped-def]
     scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), FP8_MAX)
     return tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
-
-
-@triton.jit
-def _sum(a, b):  # type: ignore[no-untyped-def]
-    return a + b
-
-
-@triton.jit
-def _larger(a, b):  # type: ignore[no-untyped-def]
-    return tl.maximum(a, b)

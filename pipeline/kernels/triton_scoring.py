@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.segments import Segments, on_device
+from pipeline.kernels.triton_parts import larger, plus
 
 KEYS = 128  # of a block, which its program holds while it goes through the window
 ROWS = 64  # of the window at a time
@@ -125,8 +126,8 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
         queries = _vectors(q, q_token_stride, q_head_stride, head_dim, start + query, head, row < count, DIM)
         products = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * scale
         products = tl.where(key[None, :] <= query[:, None], products, UNSEEN)
-        highest = tl.reduce(products, 1, _larger)
-        total = tl.reduce(tl.exp2(products - highest[:, None]), 1, _sum)
+        highest = tl.reduce(products, 1, larger)
+        total = tl.reduce(tl.exp2(products - highest[:, None]), 1, plus)
         tl.store(out + row, highest + tl.log2(total), mask=row < count)
 
 
@@ -156,8 +157,8 @@ def added_sums_kernel(  # type: ignore[no-untyped-def]
         start = ((partial + block * window) * kv_heads + kv_head * window) * group
         inside = (block < blocks)[:, None] & (row < count)[None, :]
         part = tl.load(partial_logs + start[:, None] + row[None, :], mask=inside, other=UNSEEN)
-        higher = tl.maximum(highest, tl.reduce(part, 0, _larger))
-        total = total * tl.exp2(highest - higher) + tl.reduce(tl.exp2(part - higher[None, :]), 0, _sum)
+        higher = tl.maximum(highest, tl.reduce(part, 0, larger))
+        total = total * tl.exp2(highest - higher) + tl.reduce(tl.exp2(part - higher[None, :]), 0, plus)
         highest = higher
     query = tl.load(table + 5 * documents + document).to(tl.int64)
     out = logs + (query * kv_heads + kv_head * window) * group
@@ -211,7 +212,7 @@ def weights_kernel(  # type: ignore[no-untyped-def]
         log = tl.load(head_logs + head * window + row, mask=inside, other=0)
         products = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * scale
         seen = (key[:, None] <= query[None, :]) & inside[None, :]
-        weights = tl.reduce(tl.exp2(tl.where(seen, products, UNSEEN) - log[None, :]), 1, _sum)
+        weights = tl.reduce(tl.exp2(tl.where(seen, products, UNSEEN) - log[None, :]), 1, plus)
         if LARGEST:
             # a head's sum only grows from tile to tile, so it may be compared before it is complete
             head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights
@@ -229,7 +230,7 @@ def _document_of(block, table, documents, DOCUMENTS: tl.constexpr):  # type: ign
     for first in range(0, documents, DOCUMENTS):
         at = first + tl.arange(0, DOCUMENTS)
         first_block = tl.load(table + at, mask=at < documents, other=2147483647)
-        begun += tl.reduce((first_block <= block).to(tl.int32), 0, _sum)
+        begun += tl.reduce((first_block <= block).to(tl.int32), 0, plus)
     return begun - 1
 
 
@@ -247,13 +248,3 @@ def _vectors(x, token_stride, head_stride, head_dim, token, head, inside, DIM: t
     at = tl.arange(0, DIM)
     places = (token * token_stride + head * head_stride)[:, None] + at[None, :]
     return tl.load(x + places, mask=inside[:, None] & (at < head_dim)[None, :], other=0)
-
-
-@triton.jit
-def _sum(a, b):  # type: ignore[no-untyped-def]
-    return a + b
-
-
-@triton.jit
-def _larger(a, b):  # type: ignore[no-untyped-def]
-    return tl.maximum(a, b)

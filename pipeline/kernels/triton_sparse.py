@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipeline.kernels.triton_parts import larger, plus
+
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
@@ -148,10 +150,10 @@ def _tile(  # type: ignore[no-untyped-def]
 @triton.jit
 def _attend(scores, values, largest, total, mixed, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """One step of the online softmax: the new maxima, sums and mixed values of each query."""
-    raised = tl.maximum(largest, tl.reduce(scores, 1, _larger) * scale)
+    raised = tl.maximum(largest, tl.reduce(scores, 1, larger) * scale)
     weights = tl.exp2(scores * scale - raised[:, None])
     shrunk = tl.exp2(largest - raised)
-    total = total * shrunk + tl.reduce(weights, 1, _sum)
+    total = total * shrunk + tl.reduce(weights, 1, plus)
     mixed = tl.dot(weights.to(values.dtype), values, mixed * shrunk[:, None], input_precision=PRECISION)
     return raised, total, mixed
 
@@ -207,9 +209,9 @@ def antidiagonal_kernel(  # type: ignore[no-untyped-def]
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         scores = tl.where(column[None, :] <= row[:, None], scores * scale, float("-inf"))
         scores = tl.reshape(scores, [TILE, BLOCKS, PER_BLOCK])
-        largest = tl.reduce(scores, 2, _larger)
+        largest = tl.reduce(scores, 2, larger)
         lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of future blocks, whose sum is 0
-        masses = (lifted + tl.log2(tl.reduce(tl.exp2(scores - lifted[:, :, None]), 2, _sum))) * LN_2
+        masses = (lifted + tl.log2(tl.reduce(tl.exp2(scores - lifted[:, :, None]), 2, plus))) * LN_2
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     places = out + (head.to(tl.int64) * rows + row[:, None]) * capacity + block[None, :]
     tl.store(places, masses, mask=(row[:, None] < rows) & (block[None, :] < capacity))
@@ -239,37 +241,27 @@ def choice_kernel(  # type: ignore[no-untyped-def]
     within = (row[:, None] < rows) & (block[None, :] < blocks)
     places = masses + (head * rows + row[:, None]) * blocks + block[None, :]
     weights = tl.load(places, mask=within, other=float("-inf"))
-    largest = tl.reduce(weights, 1, _larger)
+    largest = tl.reduce(weights, 1, larger)
     lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of rows behind the last
     weights = tl.exp(weights - lifted[:, None])
-    totals = tl.reduce(weights, 1, _sum)
-    shares = tl.reduce(weights / tl.where(totals == 0, 1.0, totals)[:, None], 0, _sum)
-    shares = shares / tl.reduce(shares, 0, _sum)
+    totals = tl.reduce(weights, 1, plus)
+    shares = tl.reduce(weights / tl.where(totals == 0, 1.0, totals)[:, None], 0, plus)
+    shares = shares / tl.reduce(shares, 0, plus)
 
     low, high = tl.full([], -1, tl.int32), tl.full([], 0x3F800000, tl.int32)  # of 1.0, above which is nothing
     while high - low > 1:
         middle = (low + high) // 2
-        above = tl.reduce(tl.where(shares > middle.to(tl.float32, bitcast=True), shares, 0.0), 0, _sum)
+        above = tl.reduce(tl.where(shares > middle.to(tl.float32, bitcast=True), shares, 0.0), 0, plus)
         low, high = tl.where(above < mass, low, middle), tl.where(above < mass, middle, high)
     least = high.to(tl.float32, bitcast=True)
-    above = tl.reduce(tl.where(shares > least, shares, 0.0), 0, _sum)
+    above = tl.reduce(tl.where(shares > least, shares, 0.0), 0, plus)
     ties = (shares == least).to(tl.int32)
-    reached = above + (tl.associative_scan(ties, 0, _sum) - ties) * least
+    reached = above + (tl.associative_scan(ties, 0, plus) - ties) * least
     wanted = (shares > least) | ((ties > 0) & (reached < mass))
     wanted = wanted | (block >= own - 1) | (block == 0) | (own >= blocks - WHOLE_ROWS)
     kept = (wanted & (block <= own)).to(tl.int32)
-    count = tl.reduce(kept, 0, _sum)
+    count = tl.reduce(kept, 0, plus)
     listed = indices + (head * blocks + own) * blocks
-    tl.store(listed + tl.associative_scan(kept, 0, _sum) - kept, block, mask=kept > 0)
+    tl.store(listed + tl.associative_scan(kept, 0, plus) - kept, block, mask=kept > 0)
     tl.store(listed + block, blocks, mask=(block >= count) & (block < blocks))
     tl.store(counts + head * blocks + own, count)
-
-
-@triton.jit
-def _larger(a, b):  # type: ignore[no-untyped-def]
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _sum(a, b):  # type: ignore[no-untyped-def]
-    return a + b
