@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.engines.grouping import Group, Grouping, Way
+from pipeline.engines.grouping import Group, Grouping, Sharing
 from pipeline.engines.memory import Packer, running_bytes
 from pipeline.records import EncodedDocument
 
@@ -19,8 +19,8 @@ class GroupPack:
     groups: tuple[Group, ...]
 
     @property
-    def way(self) -> Way:
-        return self.groups[0].way
+    def sharing(self) -> Sharing:
+        return self.groups[0].sharing
 
     @property
     def rows(self) -> list[Numbered]:
@@ -49,8 +49,8 @@ class GroupPacker:
     def packs(self, groups: Sequence[Group]) -> list[GroupPack]:
         """Groups of like length together; one that is too large to be answered at once has its own."""
         packs: list[GroupPack] = []
-        for group in sorted(groups, key=lambda group: (group.way.layers, -group.shared_tokens)):
-            if packs and packs[-1].way == group.way:
+        for group in sorted(groups, key=lambda group: (group.sharing.layers, -group.shared_tokens)):
+            if packs and packs[-1].sharing == group.sharing:
                 longer = GroupPack(groups=(*packs[-1].groups, group))
                 if self._is_one_chunk(longer):
                     packs[-1] = longer
@@ -68,15 +68,15 @@ class GroupPacker:
             chunk.append(row)
         yield chunk
 
-    def fits(self, way: Way, shared_tokens: int, prompt_tokens: int) -> bool:
+    def fits(self, sharing: Sharing, shared_tokens: int, prompt_tokens: int) -> bool:
         """Whether one row can be answered in this way."""
-        needed = self._planned_bytes(way, [shared_tokens], [(shared_tokens, prompt_tokens)])
+        needed = self._planned_bytes(sharing, [shared_tokens], [(shared_tokens, prompt_tokens)])
         return needed <= self.packer.max_bytes
 
     def kv_bytes(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
         """Keys and values of a chunk of rows, and of the documents that the pack's rows share."""
-        packer, way = replace(self.packer, method=pack.way.method), pack.way
-        shared = sum(group.shared_tokens for group in pack.groups) * way.layers
+        packer, sharing = replace(self.packer, method=pack.sharing.method), pack.sharing
+        shared = sum(group.shared_tokens for group in pack.groups) * sharing.layers
         own = packer.kv_bytes([row.prompt_tokens for _, row in rows])
         return own + shared * packer.shape.kv_bytes_per_token(packer.itemsize)
 
@@ -85,13 +85,15 @@ class GroupPacker:
         return shared <= self.packer.pack_tokens and self._fits(pack, pack.rows)
 
     def _fits(self, pack: GroupPack, rows: Sequence[Numbered]) -> bool:
-        beginnings = [group.shared_tokens for group in pack.groups]
-        lengths = [(beginnings[number], row.prompt_tokens) for number, row in rows]
-        tokens = self._running_tokens(pack.way, lengths)
-        needed = self._planned_bytes(pack.way, beginnings, lengths)
+        prefixes = [group.shared_tokens for group in pack.groups]
+        lengths = [(prefixes[number], row.prompt_tokens) for number, row in rows]
+        tokens = self._running_tokens(pack.sharing, lengths)
+        needed = self._planned_bytes(pack.sharing, prefixes, lengths)
         return tokens <= self.packer.pack_tokens and needed <= self.packer.max_bytes
 
-    def _planned_bytes(self, way: Way, beginnings: Sequence[int], rows: Sequence[tuple[int, int]]) -> int:
+    def _planned_bytes(
+        self, sharing: Sharing, prefixes: Sequence[int], rows: Sequence[tuple[int, int]]
+    ) -> int:
         """Bytes of the larger of two steps: the documents, of so many tokens, and then the rows behind them.
 
         `rows` has the shared tokens and the prompt's of each. Of the documents, keys and values of the shared
@@ -99,14 +101,14 @@ class GroupPacker:
         """
         shape, itemsize, new_tokens = self.packer.shape, self.packer.itemsize, self.packer.new_tokens
         per_token = shape.kv_bytes_per_token(itemsize)
-        documents = sum(beginnings)
-        kept = documents * (way.layers * per_token + shape.hidden * itemsize)
+        documents = sum(prefixes)
+        kept = documents * (sharing.layers * per_token + shape.hidden * itemsize)
         lengths = [prompt for _, prompt in rows]
-        behind = replace(self.packer, method=way.method).planned_bytes(lengths)
-        running = self._running_tokens(way, rows)
+        behind = replace(self.packer, method=sharing.method).planned_bytes(lengths)
+        running = self._running_tokens(sharing, rows)
         behind += running_bytes(shape, itemsize, running) - running_bytes(shape, itemsize, sum(lengths))
         # a method that stores less than it is given, in layers that are shared, has all of it at first
-        stored = way.method.plan(shape, lengths).cache_tokens[: way.layers]
+        stored = sharing.method.plan(shape, lengths).cache_tokens[: sharing.layers]
         behind += (
             sum(max(0, sum(lengths) + len(lengths) * new_tokens - tokens) for tokens in stored) * per_token
         )
@@ -115,9 +117,11 @@ class GroupPacker:
     def running_tokens(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
         """Tokens of a chunk of rows that are in a layer at once, behind the documents."""
         shared = [group.shared_tokens for group in pack.groups]
-        return self._running_tokens(pack.way, [(shared[number], row.prompt_tokens) for number, row in rows])
+        return self._running_tokens(
+            pack.sharing, [(shared[number], row.prompt_tokens) for number, row in rows]
+        )
 
-    def _running_tokens(self, way: Way, rows: Sequence[tuple[int, int]]) -> int:
+    def _running_tokens(self, sharing: Sharing, rows: Sequence[tuple[int, int]]) -> int:
         """Tokens that are in a layer at once, behind the documents."""
-        whole = way.layers < self.packer.shape.layers
+        whole = sharing.layers < self.packer.shape.layers
         return sum(prompt if whole else prompt - shared for shared, prompt in rows)

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.engines.group_packs import GroupPack, GroupPacker, Numbered
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
-from pipeline.model.shared import Beginnings, prefill_beginnings, prefill_behind
+from pipeline.model.shared import SharedPrefixes, prefill_behind, prefill_prefixes
 from pipeline.pruning.dense import Dense
 from pipeline.records import EncodedDocument, Row, Spans
 
@@ -33,7 +33,7 @@ class Prefix:
     """The documents of a pack's groups, prefilled."""
 
     pack: GroupPack
-    beginnings: Beginnings
+    made: SharedPrefixes
     seconds: float
 
     @classmethod
@@ -42,23 +42,23 @@ class Prefix:
     ) -> Prefix:
         """`now` tells the time once the device has done what was queued."""
         started = now()
-        beginnings = prefill_beginnings(
+        prefixes = prefill_prefixes(
             model.adapter,
             model.attention,
-            pack.way.method,
+            pack.sharing.method,
             [group.rows[0].input_ids[: group.shared_tokens] for group in pack.groups],
-            pack.way.layers,
+            pack.sharing.layers,
             check,
         )
-        return cls(pack=pack, beginnings=beginnings, seconds=now() - started)
+        return cls(pack=pack, made=prefixes, seconds=now() - started)
 
     def prefill(self, model: LoadedModel, chunk: Sequence[Numbered], check: Callable[[], None]) -> Prefilled:
         """What is left of the prompts of some of the pack's rows."""
         return prefill_behind(
             model.adapter,
             model.attention,
-            self.pack.way.method,
-            self.beginnings,
+            self.pack.sharing.method,
+            self.made,
             [row for _, row in chunk],
             [number for number, _ in chunk],
             0,
@@ -67,9 +67,9 @@ class Prefix:
 
     def shared_by(self, chunk: Sequence[Numbered], model: LoadedModel, packer: GroupPacker) -> Shared:
         """What to say of it in the rows of a chunk."""
-        flops = self.beginnings.flops(model.adapter)
+        flops = self.made.flops(model.adapter)
         return Shared(
-            method=self.pack.way.method.name,
+            method=self.pack.sharing.method.name,
             ms=self.seconds * 1e3,
             flops=[flops[number] for number, _ in chunk],
             group_rows=[len(self.pack.groups[number].rows) for number, _ in chunk],
@@ -84,5 +84,5 @@ def rehearse_group(model: LoadedModel, ids: np.ndarray, check: Callable[[], None
     spans = Spans(document=(0, end), question=(end, len(ids)))
     row = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
     layers = adapter.shape.layers
-    shared = prefill_beginnings(adapter, attention, dense, [ids[:end]], layers, check)
+    shared = prefill_prefixes(adapter, attention, dense, [ids[:end]], layers, check)
     prefill_behind(adapter, attention, dense, shared, [row, row], [0, 0], 1, check)

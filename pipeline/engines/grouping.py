@@ -22,7 +22,7 @@ WORTH_SHARING = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Sharing:
     """One way of answering rows together: their document runs once through `layers` layers.
 
     Behind these each row's whole prompt goes on, pruned by `method`; with all of the model's layers, only
@@ -38,8 +38,8 @@ class Group:
     """Rows, two or more, whose prompts are the same up to the end of the document."""
 
     rows: tuple[EncodedDocument, ...]
-    way: Way
-    reason: str  # why this way, for people
+    sharing: Sharing
+    reason: str  # why in this way, for people
     flops: int  # of all their prefills
 
     @property
@@ -47,7 +47,7 @@ class Group:
         return self.rows[0].spans.document[1]
 
 
-Fits = Callable[[Way, int, int], bool]  # one row, by the tokens that it shares and those of its prompt
+Fits = Callable[[Sharing, int, int], bool]  # one row, by the tokens that it shares and those of its prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Grouping:
 
     method: PruningMethod
     shape: ModelShape
-    fits: Fits = lambda way, shared, prompt: True
+    fits: Fits = lambda sharing, shared, prompt: True
     any_method: bool = False
 
     def split(self, rows: Iterable[EncodedDocument]) -> tuple[list[Group], list[EncodedDocument]]:
@@ -82,33 +82,36 @@ class Grouping:
         apart = self._flops(self.method, lengths, shared, 0)
         if apart is None:
             return None
-        costs = [(self._flops(way.method, lengths, shared, way.layers), way) for way in self.ways]
-        fitting = [
-            (flops, number, way)
-            for number, (flops, way) in enumerate(costs)
-            if flops is not None and self.fits(way, shared, max(lengths))
+        costs = [
+            (self._flops(sharing.method, lengths, shared, sharing.layers), sharing)
+            for sharing in self.sharings
         ]
-        flops, _, way = min(fitting, default=(apart, 0, None))
-        if way is None or flops > WORTH_SHARING * apart:
+        fitting = [
+            (flops, number, sharing)
+            for number, (flops, sharing) in enumerate(costs)
+            if flops is not None and self.fits(sharing, shared, max(lengths))
+        ]
+        flops, _, sharing = min(fitting, default=(apart, 0, None))
+        if sharing is None or flops > WORTH_SHARING * apart:
             return None
         reason = (
             f"{len(rows):,} rows about a document of {counted(rows[0].document_tokens, 'token')}: "
-            f"{self._told(way)}; it takes {_share(flops / apart)} of the work of each row on its own"
+            f"{self._told(sharing)}; it takes {_share(flops / apart)} of the work of each row on its own"
         )
-        return Group(rows=tuple(rows), way=way, reason=reason, flops=flops)
+        return Group(rows=tuple(rows), sharing=sharing, reason=reason, flops=flops)
 
     @cached_property
-    def ways(self) -> tuple[Way, ...]:
+    def sharings(self) -> tuple[Sharing, ...]:
         """The method's own sharing, where it has any, and with `any_method` the document without pruning."""
         from pipeline.pruning.dense import Dense
 
         dense = Dense.attending_as(self.method, self.shape)
         method = self.method
         layers = method.shared_layers(self.shape) if isinstance(method, SharesDocuments) else 0
-        own = Way(method=method, layers=layers)
+        own = Sharing(method=method, layers=layers)
         if own.layers == self.shape.layers:
             return (own,)
-        without = (Way(method=dense, layers=self.shape.layers),) if self.any_method else ()
+        without = (Sharing(method=dense, layers=self.shape.layers),) if self.any_method else ()
         return (*((own,) if own.layers else ()), *without)
 
     def _flops(
@@ -124,14 +127,14 @@ class Grouping:
         document = sum(layer_flops(self.shape, work) for work in shared)
         return sum(passes_flops(self.shape, each) for each in known) - (len(lengths) - 1) * document
 
-    def _told(self, way: Way) -> str:
-        if way.layers < self.shape.layers:
-            some = f"{way.layers:,} of {self.shape.layers:,}"
+    def _told(self, sharing: Sharing) -> str:
+        if sharing.layers < self.shape.layers:
+            some = f"{sharing.layers:,} of {self.shape.layers:,}"
             return f"its first layers, {some}, are computed once for all of them"
-        if way.method.name == self.method.name:
+        if sharing.method.name == self.method.name:
             return "the document is computed once for all of them"
         return (
-            f"answered with {way.method.name}, because sharing the document that way is cheapest "
+            f"answered with {sharing.method.name}, because sharing the document that way is cheapest "
             f"(--group off keeps {self.method.name})"
         )
 

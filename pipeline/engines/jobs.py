@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.engines.group_packs import GroupPack, GroupPacker
-from pipeline.engines.grouping import Group, Way
+from pipeline.engines.grouping import Group, Sharing
 from pipeline.engines.memory import Packer
 from pipeline.engines.scheduler import Waiting, WaitingPack
 from pipeline.pruning.base import PruningMethod
@@ -43,7 +43,7 @@ class JobPacker:
     note: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
-        self._noted: set[Way] = set()
+        self._noted: set[Sharing] = set()
 
     @property
     def method(self) -> PruningMethod:
@@ -107,7 +107,7 @@ class JobPacker:
 
     def chunks(self, pack: GroupPack) -> Packs:
         """A pack of groups in as many parts as its prefill needs."""
-        method = pack.way.method
+        method = pack.sharing.method
         return [
             waiting
             for chunk in self.groups.chunks(pack)
@@ -161,8 +161,8 @@ class JobPacker:
 
     def _note_way(self, group: Group) -> None:
         """Say once how rows are answered together, and why in this way."""
-        if group.way not in self._noted:
-            self._noted.add(group.way)
+        if group.sharing not in self._noted:
+            self._noted.add(group.sharing)
             self.note(
                 f"rows about the same document are answered together (--group {self.group}); {group.reason}"
             )

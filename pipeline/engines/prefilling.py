@@ -122,8 +122,8 @@ class Prefiller:
         if first is None or first >= len(estimated):
             return [0] * len(jobs)
         lengths = list(prefilled.lengths)
-        if prefix is not None and first < len(prefix.beginnings.layers):
-            lengths = [prefix.beginnings.segments.lengths[job.number] for job in jobs]
+        if prefix is not None and first < len(prefix.made.layers):
+            lengths = [prefix.made.segments.lengths[job.number] for job in jobs]
         return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
 
     def _uniforms(self, jobs: Sequence[Job]) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import SparsePrefill
 from pipeline.model.cache import RaggedCache
-from pipeline.model.parking import Parked
+from pipeline.model.early_exit import EarlyExit
 from pipeline.model.precision import Kept, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
@@ -50,7 +50,7 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class PartialPrefill:
     """A pass over a pack before layer `layers`: what the layers before it have made."""
 
     layers: int
@@ -59,7 +59,9 @@ class Begun:
     work: Work
 
     @classmethod
-    def afresh(cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache, marks: bool = False) -> Begun:
+    def afresh(
+        cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache, marks: bool = False
+    ) -> PartialPrefill:
         work = Work(marks=[] if marks else None)
         return cls(layers=0, hidden_TD=adapter.embed(pack.input_ids), cache=cache, work=work)
 
@@ -80,7 +82,7 @@ def run_layers(
     method: PruningMethod,
     pack: Pack,
     state: Any,
-    begun: Begun,
+    begun: PartialPrefill,
     check: Callable[[], None],
     stop: int | None = None,
 ) -> Survivors | Selection:
@@ -133,7 +135,7 @@ class _Run:
     masses: tuple[float | None, ...]
     kept: Kept | None
     sparse: SparsePrefill
-    parked: Parked | None = None
+    exited: EarlyExit | None = None
     whole: bool = True  # no token has left
 
     @classmethod
@@ -144,7 +146,7 @@ class _Run:
         method: PruningMethod,
         pack: Pack,
         state: Any,
-        begun: Begun,
+        begun: PartialPrefill,
     ) -> _Run:
         positions_T = pack.segments.index_in_document_T
         return cls(
@@ -186,11 +188,11 @@ class _Run:
         _store(self.cache, *stored, selection)
         read = self._last_tokens() if ends else None
         ffn, ffn_fp8 = _feed_forward(adapter, layer, self.hidden_TD, selection, self.kept, read)
-        counts = None if self.parked is None else self.parked.counts
-        work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, parked=counts, estimated=estimated)
+        counts = None if self.exited is None else self.exited.counts
+        work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
         if selection.live is not None:
-            self._go_on(selection.live, selection.live_lengths, parks=selection.parks and not ends)
+            self._go_on(selection.live, selection.live_lengths, early_exit=selection.early_exit and not ends)
         if ends:
             self._keep(self._last_tokens(), _singles(self.segments))
         return None
@@ -205,9 +207,9 @@ class _Run:
         last_B = self._last_tokens()
         k_TKd, v_TKd = adapter.keys_values(layer, self.hidden_TD, self.rope)
         counts = None
-        if self.parked is not None:
-            k_TKd, v_TKd = self.parked.keys_values(adapter, layer, k_TKd, v_TKd)
-            segments, counts = self.parked.whole, self.parked.counts
+        if self.exited is not None:
+            k_TKd, v_TKd = self.exited.keys_values(adapter, layer, k_TKd, v_TKd)
+            segments, counts = self.exited.whole, self.exited.counts
         self.cache.store(k_TKd, v_TKd, segments)
         self.work.count_end(self.segments, last_B, counts)
         self._keep(last_B, _singles(segments))
@@ -218,10 +220,10 @@ class _Run:
         adapter.add_feed_forward_(layer, self.hidden_TD)
 
     def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
-        if self.parked is not None:
-            keys, values = self.parked.keys_values(self.adapter, layer, k_TKd, v_TKd)
-            mixed_THd = self.parked.attend(self.attention, q_THd, keys, values)
-            return _Attended(mixed_THd, (keys, values, self.parked.whole), self.parked.pairs_B())
+        if self.exited is not None:
+            keys, values = self.exited.keys_values(self.adapter, layer, k_TKd, v_TKd)
+            mixed_THd = self.exited.attend(self.attention, q_THd, keys, values)
+            return _Attended(mixed_THd, (keys, values, self.exited.whole), self.exited.pairs_B())
         stored = (k_TKd, v_TKd, self.segments)
         if (mass := self.masses[layer]) is None:
             return _Attended(self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored)
@@ -241,12 +243,12 @@ class _Run:
             spans=self.pack.spans,
         )
 
-    def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, parks: bool) -> None:
-        """Leave behind, or park, all but the tokens `live_C`."""
+    def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, early_exit: bool) -> None:
+        """Leave behind, for good or by an early exit, all but the tokens `live_C`."""
         segments = surviving(self.segments, live_C, lengths)
-        if parks:
+        if early_exit:
             assert self.segments is self.pack.segments, "tokens have left before"
-            self.parked = Parked.of(self.pack.segments, segments, live_C, self.hidden_TD, self.rope)
+            self.exited = EarlyExit.of(self.pack.segments, segments, live_C, self.hidden_TD, self.rope)
         self.whole = False
         self._keep(live_C, segments)
         self.kept = _kept(self.adapter, self.segments)

@@ -13,7 +13,7 @@ from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
-from pipeline.model.layers import Begun, Pack, Survivors, dropped_last_token, run_layers
+from pipeline.model.layers import Pack, PartialPrefill, Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
@@ -52,7 +52,7 @@ def prefill(
     check: Callable[[], None] = lambda: None,
     limits: KvLimits | None = None,
     marks: bool = False,
-    begun: Begun | None = None,
+    begun: PartialPrefill | None = None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`, or on from where they have `begun`.
 
@@ -77,7 +77,7 @@ def prefill(
                 itemsize=adapter.dtype.itemsize,
                 score=rescores,
             )
-            begun = Begun.afresh(adapter, pack, cache, marks)
+            begun = PartialPrefill.afresh(adapter, pack, cache, marks)
         passes.append(begun.work)
         outcome = run_layers(adapter, attention, method, pack, state, begun, check)
         if isinstance(outcome, Selection):

@@ -1,6 +1,6 @@
-"""Documents' beginnings that several prompts share, computed once; what stands behind them follows in each.
+"""What prompts about one document share, computed once; what stands behind it follows in each.
 
-Letters beside those of segments.py: G beginnings, P tokens of all of them, N tokens behind them.
+Letters beside those of segments.py: G prefixes, P tokens of all of them, N tokens behind them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache
 from pipeline.model.continuation import continue_with
-from pipeline.model.layers import Begun, Pack, Survivors, run_layers
+from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
 from pipeline.model.prefill import Prefilled, prefill
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod
@@ -27,8 +27,8 @@ from pipeline.records import EncodedDocument, Spans
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginnings:
-    """What the model's first layers, or all of them, have made of some documents' beginnings."""
+class SharedPrefixes:
+    """What the model's first layers, or all of them, have made of some documents' prefixes."""
 
     segments: Segments
     layers: list[tuple[Tensor, Tensor]]  # keys and values (P, K, d) of each layer that is shared
@@ -36,7 +36,7 @@ class Beginnings:
     work: Work
 
     def flops(self, adapter: DecoderAdapter) -> list[int]:
-        """Operations that each beginning took."""
+        """Operations that each prefix took."""
         by_layer = self.work.by_layer()
         return [
             sum(layer_flops(adapter.shape, layer[g]) for layer in by_layer) for g in range(len(self.segments))
@@ -44,31 +44,31 @@ class Beginnings:
 
 
 @torch.inference_mode()
-def prefill_beginnings(
+def prefill_prefixes(
     adapter: DecoderAdapter,
     attention: AttentionBackend,
     method: PruningMethod,
-    beginnings: Sequence[np.ndarray],
+    prefixes: Sequence[np.ndarray],
     layers: int,
     check: Callable[[], None] = lambda: None,
-) -> Beginnings:
+) -> SharedPrefixes:
     """Run token ids through the first `layers` layers, at least one, in which `method` drops nothing.
 
-    Where its attention is block-sparse, the last blocks of a beginning attend to everything before them, as
+    Where its attention is block-sparse, the last blocks of a prefix attend to everything before them, as
     those of a prompt do: what follows reads a document that is computed no less exactly than in its prompt.
     """
-    ids = torch.cat([torch.from_numpy(part) for part in beginnings]).to(adapter.device)
-    segments = Segments.of([len(part) for part in beginnings], adapter.device)
+    ids = torch.cat([torch.from_numpy(part) for part in prefixes]).to(adapter.device)
+    segments = Segments.of([len(part) for part in prefixes], adapter.device)
     spans = tuple(Spans(document=(0, n), question=(n, n)) for n in segments.lengths)
     pack = Pack(input_ids=ids, segments=segments, spans=spans)
     dense = Dense.attending_as(method, adapter.shape)
-    begun = Begun.afresh(adapter, pack, RaggedCache(0))
+    begun = PartialPrefill.afresh(adapter, pack, RaggedCache(0))
     # behind all layers no row reads more of a document than its keys and values
     stop = layers if layers < adapter.shape.layers else None
     outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=stop)
     assert isinstance(outcome, Survivors)
     pairs = list(zip(begun.cache.keys, begun.cache.values, strict=True))
-    return Beginnings(segments=segments, layers=pairs, hidden_PD=outcome.hidden_TD, work=begun.work)
+    return SharedPrefixes(segments=segments, layers=pairs, hidden_PD=outcome.hidden_TD, work=begun.work)
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def prefill_behind(
     adapter: DecoderAdapter,
     attention: AttentionBackend,
     method: PruningMethod,
-    shared: Beginnings,
+    shared: SharedPrefixes,
     documents: Sequence[EncodedDocument],
     of_prefix: Sequence[int],
     new_tokens: int = 0,
@@ -84,7 +84,7 @@ def prefill_behind(
 ) -> Prefilled:
     """Prompts of which `of_prefix` says with which of `shared` each begins: what is left of their prefill.
 
-    The tokens behind a beginning pass the shared layers on their own, with whole attention; the layers that
+    The tokens behind a prefix pass the shared layers on their own, with whole attention; the layers that
     follow run over the whole prompts, pruned by `method`. Each prompt has a copy of the keys and values that
     it shares, so that it is decoded like any other.
     """
@@ -101,7 +101,7 @@ def prefill_behind(
     behind = Segments.of([len(part) for part in asked], adapter.device)
     if not ends:
         hidden_TD = _joined(shared, places, hidden_ND, behind, pack.segments)
-        begun = Begun(layers=len(shared.layers), hidden_TD=hidden_TD, cache=cache, work=work)
+        begun = PartialPrefill(layers=len(shared.layers), hidden_TD=hidden_TD, cache=cache, work=work)
         return prefill(adapter, attention, method, pack, new_tokens, check, begun=begun)
     return Prefilled(
         logits_BV=adapter.logits(hidden_ND),
@@ -113,7 +113,7 @@ def prefill_behind(
 
 
 def _joined(
-    shared: Beginnings, places: Sequence[range], hidden_ND: Tensor, behind: Segments, whole: Segments
+    shared: SharedPrefixes, places: Sequence[range], hidden_ND: Tensor, behind: Segments, whole: Segments
 ) -> Tensor:
     """(T, D) the residual stream of whole prompts, from that of their two parts."""
     device = whole.device

@@ -25,7 +25,7 @@ class Work:
     pairs_B: list[Tensor | None] = field(
         default_factory=list
     )  # those of attention, where not all causal ones
-    parked: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
+    kv_only: list[tuple[int, ...]] = field(default_factory=list)  # gave keys and values alone
     last_only: list[bool] = field(default_factory=list)  # so did all but each document's last token
     estimated: list[tuple[int, ...]] = field(
         default_factory=list
@@ -47,7 +47,7 @@ class Work:
             self.scored_pairs,
             fp8,
             pairs,
-            self.parked,
+            self.kv_only,
             last_only,
             self.estimated,
         )
@@ -76,7 +76,7 @@ class Work:
         ffn_fp8: Tensor | None = None,
         *,
         pairs_B: Tensor | None = None,
-        parked: tuple[int, ...] | None = None,
+        kv_only: tuple[int, ...] | None = None,
         estimated: tuple[int, ...] | None = None,
     ) -> None:
         """Add a layer, of whose tokens `ffn` (None: all) and `ffn_fp8` passed its feed-forward network.
@@ -88,7 +88,7 @@ class Work:
         self.estimated.append(estimated or (0,) * len(view.segments))
         self.scored_pairs.append(view.scored_pairs or (0,) * len(view.segments))
         self.pairs_B.append(pairs_B)
-        self.parked.append(parked or (0,) * len(view.segments))
+        self.kv_only.append(kv_only or (0,) * len(view.segments))
         segments = view.segments
         lengths_B = segments.lengths_B
         fp8_B = torch.zeros_like(lengths_B) if ffn_fp8 is None else segments.counts(ffn_fp8)
@@ -96,18 +96,18 @@ class Work:
         self.ffn_fp8_B.append(fp8_B)
         self.last_only.append(False)
 
-    def count_end(self, segments: Segments, last_B: Tensor, parked: tuple[int, ...] | None) -> None:
+    def count_end(self, segments: Segments, last_B: Tensor, kv_only: tuple[int, ...] | None) -> None:
         """Add and mark the model's last layer, of which only the tokens `last_B` were computed to the end."""
-        self._count_last_only(segments, parked or (0,) * len(segments))
+        self._count_last_only(segments, kv_only or (0,) * len(segments))
         if self.marks is not None:
             self._mark(segments, last_B, last_B, None)
 
-    def _count_last_only(self, segments: Segments, parked: tuple[int, ...]) -> None:
+    def _count_last_only(self, segments: Segments, kv_only: tuple[int, ...]) -> None:
         self.kept.append(segments.lengths)
         self.estimated.append((0,) * len(segments))
         self.scored_pairs.append((0,) * len(segments))
         self.pairs_B.append(None)
-        self.parked.append(parked)
+        self.kv_only.append(kv_only)
         self.ffn_B.append(torch.ones_like(segments.lengths_B))
         self.ffn_fp8_B.append(torch.zeros_like(segments.lengths_B))
         self.last_only.append(True)
@@ -135,7 +135,7 @@ class Work:
             self.scored_pairs.append(none)
             self.estimated.append(tuple(estimated[g] for g in of_prefix))
             self.pairs_B.append(pairs_B)
-            self.parked.append(none)
+            self.kv_only.append(none)
             self.ffn_B.append(lengths_B)
             self.ffn_fp8_B.append(torch.zeros_like(lengths_B))
             self.last_only.append(False)

@@ -72,7 +72,7 @@ class Selection:
     cache_lengths: tuple[int, ...] | None = None
     # who leaves gives later layers keys and values, of the hidden state it left with: those in `live` must be
     # each document's last tokens, and no token may have left before
-    parks: bool = False
+    early_exit: bool = False
     restart: Tensor | None = None  # the prefill begins anew with these tokens alone, numbered from 0
     blocks: Tensor | None = None  # (N,) scores of the pack's blocks, at a layer of the plan's `rescoring`
 

@@ -94,9 +94,9 @@ class Mars(PruningMethod):
 
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
         whole, live = self.last_full_layer(shape.layers) + 1, min(self.window, length)
-        parked = length - live
-        pairs = length * (length + 1) // 2 - parked * (parked + 1) // 2
-        late = LayerWork(live, live, pairs=pairs, parked=parked)
+        exited = length - live
+        pairs = length * (length + 1) // 2 - exited * (exited + 1) // 2
+        late = LayerWork(live, live, pairs=pairs, kv_only=exited)
         layers = whole_layers(whole, length) + [late] * (shape.layers - whole)
         return [self.to_the_end(shape, layers)]
 
@@ -120,5 +120,5 @@ class Mars(PruningMethod):
             live=self.protected_mask(view).nonzero().flatten(),
             ffn=view.all_indices,
             live_lengths=tuple(windows),
-            parks=True,
+            early_exit=True,
         )

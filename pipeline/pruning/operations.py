@@ -20,7 +20,7 @@ class LayerWork(NamedTuple):
     scored_pairs: int = 0  # query-key pairs recomputed for scoring
     ffn_fp8_tokens: int = 0  # of the FFN tokens, those that the method sent through it in fp8
     pairs: int | None = None  # query-key pairs that attention computed, mean over heads; None: causal, all
-    parked: int = 0  # tokens beside those that entered, of which only keys and values were computed
+    kv_only: int = 0  # tokens beside those that entered, of which only keys and values were computed
     last_only: bool = False  # so it was with those that entered, but for the document's last one
     estimated_pairs: int = 0  # query-key pairs by which block-sparse attention chose its blocks
 
@@ -42,7 +42,7 @@ def projections_flops(shape: ModelShape, work: LayerWork) -> int:
     """Keys and values of all tokens, queries and the output projection of those that attended."""
     a_head = 2 * shape.hidden * shape.head_dim
     attended = min(1, work.tokens) if work.last_only else work.tokens
-    return a_head * 2 * (attended * shape.heads + (work.tokens + work.parked) * shape.kv_heads)
+    return a_head * 2 * (attended * shape.heads + (work.tokens + work.kv_only) * shape.kv_heads)
 
 
 def attended_flops(shape: ModelShape, work: LayerWork) -> int:
@@ -53,7 +53,7 @@ def attended_flops(shape: ModelShape, work: LayerWork) -> int:
 def attended_pairs(work: LayerWork) -> int:
     """Query-key pairs of a layer's attention, mean over the heads."""
     if work.last_only:
-        return work.tokens + work.parked
+        return work.tokens + work.kv_only
     return work.tokens * (work.tokens + 1) // 2 if work.pairs is None else work.pairs
 
 

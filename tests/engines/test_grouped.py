@@ -123,7 +123,7 @@ def test_dense_replaces_a_method_that_costs_more(model):
 def test_ttft_is_that_of_what_is_shared_and_of_the_rows_own_chunk(model, clock, monkeypatch):
     """Waiting for the chunks before is not in it."""
     for place, name, seconds in (
-        (grouped, "prefill_beginnings", 4.0),
+        (grouped, "prefill_prefixes", 4.0),
         (grouped, "prefill_behind", 1.0),
         (prefilling, "first_tokens", 0.25),
     ):
@@ -192,7 +192,7 @@ def test_a_group_larger_than_memory_comes_in_chunks_within_the_plan(model, name,
         size
         for size in range(10_000, 10**8, 10_000)
         if replace(engine.packs.groups, packer=replace(engine.packer, max_bytes=size)).fits(
-            first.way, 200, 221
+            first.sharing, 200, 221
         )
     )
     engine.packer = replace(engine.packer, max_bytes=round(one * 1.4))
@@ -229,7 +229,7 @@ def failing(monkeypatch, name, error, wrong):
     def prefill(adapter, attention, method, *rest):
         lengths = (
             [len(part) for part in rest[0]]
-            if name == "prefill_beginnings"
+            if name == "prefill_prefixes"
             else [row.prompt_tokens for row in rest[1]]
         )
         if wrong(lengths):
@@ -265,7 +265,7 @@ def test_rows_without_memory_beside_their_document_are_answered_on_their_own(mod
 def test_documents_without_memory_together_are_halved_and_one_is_not_shared(model, monkeypatch):
     expected = answered(engine_for(model))
     error = torch.OutOfMemoryError("CUDA out of memory")
-    failing(monkeypatch, "prefill_beginnings", error, lambda lengths: 200 in lengths)
+    failing(monkeypatch, "prefill_prefixes", error, lambda lengths: 200 in lengths)
     answers = answered(engine_for(model))
     assert texts(answers) == texts(expected)
     assert [row.group_rows for row in answers] == [None, 2, None, None, None, 2, None, None]
@@ -291,14 +291,14 @@ def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch, c
 
 @pytest.mark.slow
 def test_time_that_is_shared_counts_for_each_row(model, monkeypatch, clock):
-    real = grouped.prefill_beginnings
+    real = grouped.prefill_prefixes
 
     def slow(*arguments):
         made = real(*arguments)
         clock.now += 0.4  # after the last check of the document's own prefill
         return made
 
-    monkeypatch.setattr(grouped, "prefill_beginnings", slow)
+    monkeypatch.setattr(grouped, "prefill_prefixes", slow)
     answers = answered(engine_for(model, row_timeout=0.3))
     assert [row.error_type for row in answers] == ["timeout"] * 3 + [None] + ["timeout"] * 3 + [None]
 

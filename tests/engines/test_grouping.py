@@ -71,7 +71,7 @@ def test_the_way_with_the_fewest_operations_is_chosen(name, settings, rows, chos
     grouping = Grouping(method=make_method(name, settings), shape=SHAPE, any_method=True)
     given = [row(n, (1, 32_000), 40) for n in range(rows)]
     (group,), alone = grouping.split(given)
-    assert (group.way.method.name, group.way.layers) == chosen
+    assert (group.sharing.method.name, group.sharing.layers) == chosen
     assert (numbers([group.rows]), alone) == ([list(range(rows))], [])
     assert group.reason.startswith(f"{rows} rows about a document of 32,000 tokens: ")
 
@@ -89,7 +89,7 @@ def test_the_reason_says_what_becomes_of_the_method():
 def test_a_method_that_was_asked_for_is_not_replaced(name, layers):
     grouping = Grouping(method=make_method(name), shape=SHAPE)
     (group,), _ = grouping.split([row(n, (1, 32_000), 40) for n in range(40)])
-    assert (group.way.method.name, group.way.layers) == (name, layers)
+    assert (group.sharing.method.name, group.sharing.layers) == (name, layers)
 
 
 def test_a_method_that_shares_no_layer_answers_each_row_on_its_own():
@@ -113,12 +113,12 @@ def test_what_does_not_fit_gives_way_to_the_next_best():
     method = make_method("sliminfer")
     given = [row(n, (1, 32_000), 40) for n in range(3)]
 
-    def all_but_own(way, shared, prompt):
+    def all_but_own(sharing, shared, prompt):
         assert (shared, prompt) == (32_005, 32_048)
-        return way.method.name != "sliminfer"
+        return sharing.method.name != "sliminfer"
 
     (group,), _ = Grouping(method=method, shape=SHAPE, fits=all_but_own, any_method=True).split(given)
-    assert group.way.method.name == "dense"
+    assert group.sharing.method.name == "dense"
     nothing = Grouping(method=method, shape=SHAPE, fits=lambda *_: False, any_method=True)
     assert nothing.split(given) == ([], given)
 
@@ -127,4 +127,4 @@ def test_block_sparse_attention_stays_where_dense_replaces_a_method():
     method = make_method("marsinfer", {"sparse_attention": "0.95"})
     grouping = Grouping(method=method, shape=SHAPE, any_method=True)
     (group,), _ = grouping.split([row(n, (1, 32_000), 40) for n in range(9)])
-    assert group.way.method == make_method("dense", {"sparse_attention": "0.95"})
+    assert group.sharing.method == make_method("dense", {"sparse_attention": "0.95"})

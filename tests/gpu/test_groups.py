@@ -14,7 +14,7 @@ from pipeline.kernels.attention import choose_attention
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.shared import prefill_beginnings, prefill_behind
+from pipeline.model.shared import prefill_behind, prefill_prefixes
 from pipeline.pruning.registry import make_method
 from pipeline.records import EncodedDocument, Row, Spans
 
@@ -50,14 +50,14 @@ def backend_named(name, dtype):
         pytest.skip(str(error))
 
 
-def beginnings():
+def prefixes():
     return [document(length, seed=length).input_ids for length in DOCUMENTS]
 
 
 def prompts():
     made = []
     for row, g in enumerate(OF_PREFIX):
-        known = beginnings()[g]
+        known = prefixes()[g]
         behind = np.random.default_rng(row).integers(0, SIZES["vocab_size"], 5 + 11 * row)
         spans = Spans(document=(1, len(known)), question=(len(known), len(known) + len(behind)))
         source = Row(row=row, id=str(row), place="")
@@ -68,7 +68,7 @@ def prompts():
 
 def grouped(adapter, backend, method, new_tokens):
     layers = method.shared_layers(adapter.shape)
-    shared = prefill_beginnings(adapter, backend, method, beginnings(), layers)
+    shared = prefill_prefixes(adapter, backend, method, prefixes(), layers)
     return prefill_behind(adapter, backend, method, shared, prompts(), OF_PREFIX, new_tokens)
 
 

@@ -245,6 +245,6 @@ def test_operations_of_a_last_layer_by_hand():
     work = LayerWork(10, 1, last_only=True)
     assert attended_pairs(work) == 10
     assert layer_flops(shape, work) == 10 * keys_values + query_output + ffn + 4 * 128 * 10
-    parked = LayerWork(4, 1, parked=6, last_only=True)
-    assert attended_pairs(parked) == 10
-    assert layer_flops(shape, parked) == layer_flops(shape, work)
+    exited = LayerWork(4, 1, kv_only=6, last_only=True)
+    assert attended_pairs(exited) == 10
+    assert layer_flops(shape, exited) == layer_flops(shape, work)

@@ -1,4 +1,4 @@
-"""Documents' beginnings computed once for several questions: the same as each prompt's own prefill."""
+"""Documents' prefixes computed once for several questions: the same as each prompt's own prefill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.errors import Interrupted
 from pipeline.kernels import sparse
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill
-from pipeline.model.shared import prefill_beginnings, prefill_behind
+from pipeline.model.shared import prefill_behind, prefill_prefixes
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import LayerWork, attended_pairs, layer_flops
 from pipeline.pruning.registry import make_method
@@ -33,7 +33,7 @@ QUESTIONS = (9, 1, 23, 4, 2)
 OF_PREFIX = (0, 1, 0, 2, 0)
 
 
-def beginnings():
+def prefixes():
     return [document(length, seed=length).input_ids for length in (70, 5, 133)]
 
 
@@ -41,7 +41,7 @@ def asked():
     """Prompts of five questions about three documents, in no order."""
     prompts = []
     for row, (g, length) in enumerate(zip(OF_PREFIX, QUESTIONS, strict=True)):
-        known = beginnings()[g]
+        known = prefixes()[g]
         question = np.random.default_rng(row).integers(0, SIZES["vocab_size"], length)
         spans = Spans(document=(1, len(known)), question=(len(known), len(known) + length))
         prompts.append(
@@ -55,7 +55,7 @@ def asked():
 
 
 def grouped(model, sdpa, method, **options):
-    shared = prefill_beginnings(model, sdpa, method, beginnings(), method.shared_layers(model.shape))
+    shared = prefill_prefixes(model, sdpa, method, prefixes(), method.shared_layers(model.shape))
     return prefill_behind(model, sdpa, method, shared, asked(), OF_PREFIX, new_tokens=6, **options)
 
 
@@ -79,8 +79,8 @@ def test_it_equals_the_prefill_of_each_prompt(name, family, sdpa):
 
 def test_work_that_is_shared_is_counted_apart(sdpa):
     model, method = tiny_model("qwen2"), make_method("marsinfer", {"start_layer": "2"})
-    shared = prefill_beginnings(model, sdpa, method, beginnings(), 2)
-    expected = [2 * layer_flops(model.shape, LayerWork(len(part), len(part))) for part in beginnings()]
+    shared = prefill_prefixes(model, sdpa, method, prefixes(), 2)
+    expected = [2 * layer_flops(model.shape, LayerWork(len(part), len(part))) for part in prefixes()]
     assert shared.flops(model) == expected
 
 
@@ -91,7 +91,7 @@ def test_block_sparse_attention_is_shared_at_no_loss(sdpa, monkeypatch):
     ids = document(450, seed=3).input_ids
     spans = Spans(document=(0, 420), question=(420, 450))
     prompt = EncodedDocument(source=Row(row=0, id="0", place=""), input_ids=ids, spans=spans)
-    shared = prefill_beginnings(model, sdpa, method, [ids[:420]], model.shape.layers)
+    shared = prefill_prefixes(model, sdpa, method, [ids[:420]], model.shape.layers)
     together = prefill_behind(model, sdpa, method, shared, [prompt], [0])
     whole = prefill(model, sdpa, method, pack_of(prompt))
     exact = prefill(model, sdpa, Dense(), pack_of(prompt))
@@ -121,8 +121,8 @@ def pairs_of(prefilled):
 
 def test_layers_of_both_parts_can_be_given_up_between(sdpa):
     model, method = tiny_model("llama"), make_method("sliminfer", METHODS["sliminfer"][0])
-    shared = prefill_beginnings(model, sdpa, method, beginnings(), 1)
-    for calls in (1, 2, 4):  # one layer behind the beginnings, three over whole prompts
+    shared = prefill_prefixes(model, sdpa, method, prefixes(), 1)
+    for calls in (1, 2, 4):  # one layer behind the prefixes, three over whole prompts
         seen = []
 
         def check(calls=calls, seen=seen):

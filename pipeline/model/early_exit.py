@@ -1,7 +1,8 @@
 """The prompt's end goes on alone, and reads in later layers what the tokens before it have become so far.
 
-A parked token keeps the hidden state it stopped with; each later layer computes its keys and values from
-that, as if the layers in between had added nothing. Letters: P parked tokens, Q those that go on, T all.
+A token that has left keeps the hidden state it left with; each later layer computes its keys and values from
+that, as if the layers in between had added nothing. Letters: P tokens that have left, Q those that go on, T
+all of them.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from pipeline.kernels.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parked:
+class EarlyExit:
     """A pack of which each document's last tokens go on."""
 
     whole: Segments  # the documents as they entered the model
     live: Segments  # what goes on of each
     live_Q: Tensor  # places in the pack, ascending, as the following
-    parked_P: Tensor
+    exited_P: Tensor
     hidden_PD: Tensor
-    rope: Rope  # of the parked tokens
+    rope: Rope  # of the tokens that have left
 
     @classmethod
     def of(cls, whole: Segments, live: Segments, live_Q: Tensor, hidden_TD: Tensor, rope: Rope) -> Self:
-        """Park all but the tokens at the places `live_Q`."""
-        parked_T = torch.ones(whole.total, dtype=torch.bool, device=whole.device)
-        parked_T[live_Q] = False
-        parked_P = parked_T.nonzero().flatten()
+        """Let all leave but the tokens at the places `live_Q`."""
+        exited_T = torch.ones(whole.total, dtype=torch.bool, device=whole.device)
+        exited_T[live_Q] = False
+        exited_P = exited_T.nonzero().flatten()
         return cls(
             whole=whole,
             live=live,
             live_Q=live_Q,
-            parked_P=parked_P,
-            hidden_PD=hidden_TD[parked_P],
-            rope=(rope[0][parked_P], rope[1][parked_P]),
+            exited_P=exited_P,
+            hidden_PD=hidden_TD[exited_P],
+            rope=(rope[0][exited_P], rope[1][exited_P]),
         )
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Parked tokens of each document."""
+        """EarlyExit tokens of each document."""
         return tuple(n - left for n, left in zip(self.whole.lengths, self.live.lengths, strict=True))
 
     def keys_values(
@@ -53,10 +54,10 @@ class Parked:
     ) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of all tokens, (T, K, d) each."""
         merged = []
-        parked = adapter.keys_values(layer, self.hidden_PD, self.rope)
-        for x_QKd, x_PKd in zip((k_QKd, v_QKd), parked, strict=True):
+        exited = adapter.keys_values(layer, self.hidden_PD, self.rope)
+        for x_QKd, x_PKd in zip((k_QKd, v_QKd), exited, strict=True):
             whole = x_QKd.new_empty(self.whole.total, *x_QKd.shape[1:])
-            merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.parked_P, x_PKd))
+            merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.exited_P, x_PKd))
         return merged[0], merged[1]
 
     def attend(self, attention: AttentionBackend, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:

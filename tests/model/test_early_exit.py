@@ -1,4 +1,4 @@
-"""Parked tokens against stock layers whose hidden states are simply not updated any more."""
+"""EarlyExit tokens against stock layers whose hidden states are simply not updated any more."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ANSWERS = [[7, 200, 31], [4], [90, 91]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parking(PruningMethod):
+class Exiting(PruningMethod):
     """After layer `at` all but each document's last `tail` tokens stop."""
 
-    name: ClassVar[str] = "parking"
+    name: ClassVar[str] = "exiting"
     at: int
     tail: int
 
@@ -30,12 +30,12 @@ class Parking(PruningMethod):
             return KEEP_ALL
         ends = torch.tensor(view.segments.offsets[1:])[view.segments.document_T]
         live = (view.all_indices >= ends - self.tail).nonzero().flatten()
-        return Selection(live=live, ffn=view.all_indices, parks=True)
+        return Selection(live=live, ffn=view.all_indices, early_exit=True)
 
 
 @torch.inference_mode()
 def naive_logits(adapter, method, ids, prompt_tokens):
-    """(T, vocabulary): every token passes every layer, but what a parked one becomes there is thrown away."""
+    """(T, vocabulary): all tokens pass all layers, but what one that has left becomes is thrown away."""
     decoder = adapter.model.model
     adapter.model.set_attn_implementation("eager")
     n = len(ids)
@@ -58,7 +58,7 @@ def documents():
 
 @pytest.mark.parametrize(
     "method",
-    [Parking(at=0, tail=1), Parking(at=1, tail=4), Parking(at=2, tail=30), Parking(at=3, tail=2)],
+    [Exiting(at=0, tail=1), Exiting(at=1, tail=4), Exiting(at=2, tail=30), Exiting(at=3, tail=2)],
     ids=str,
 )
 def test_prompt_and_answer_equal_the_naive_ones(adapter, sdpa, method):
@@ -73,11 +73,11 @@ def test_prompt_and_answer_equal_the_naive_ones(adapter, sdpa, method):
 
 
 def test_what_was_computed_is_counted(adapter, sdpa):
-    method = Parking(at=1, tail=4)
+    method = Exiting(at=1, tail=4)
     prefilled = prefill(adapter, sdpa, method, pack_of(*documents()))
     for doc, (layers,) in zip(documents(), prefilled.by_document(), strict=True):
         n = doc.prompt_tokens
         whole = LayerWork(tokens=n, ffn_tokens=n)
-        late = LayerWork(tokens=4, ffn_tokens=4, pairs=sum(range(n - 3, n + 1)), parked=n - 4)
+        late = LayerWork(tokens=4, ffn_tokens=4, pairs=sum(range(n - 3, n + 1)), kv_only=n - 4)
         assert list(layers) == [whole, whole, late, late._replace(ffn_tokens=1)]
     assert prefilled.cache.prompt_tokens() == [[60, 9, 33]] * 4
