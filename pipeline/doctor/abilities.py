@@ -120,8 +120,10 @@ def cuda_graphs() -> Finding:
         return Finding(status="absent", text="need a GPU")
     tried = subject()
     prefilled = tried.prefill(Dense(), NEW_TOKENS)
-    if recorder_for(target, tried.attention) is None:
-        text = f"need FlashAttention-3, and attention is {tried.attention.name}: each kernel is launched"
+    if recorder_for(target, tried.adapter.dtype, tried.attention) is None:
+        text = (
+            f"need Triton, or FlashAttention-3; attention is {tried.attention.name}: each kernel is launched"
+        )
         return Finding(status="absent", text=text)
     stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)
     replayed = decode(*tried, prefilled, rules, stats=stats)

@@ -37,7 +37,7 @@ class Optional(NamedTuple):
 
 OPTIONAL = {
     "triton": Optional("triton", None, "kernels of our own on a GPU; torch's CUDA builds bring it"),
-    "fa3-fwd": Optional("fa3_fwd_interface", "hopper", "FlashAttention-3 on Hopper, with CUDA graphs"),
+    "fa3-fwd": Optional("fa3_fwd_interface", "hopper", "FlashAttention-3, for prefills on Hopper"),
     "flash-attn": Optional("flash_attn", "flash", "FlashAttention-2, for GPUs other than Hopper"),
     "ray": Optional("ray", "ray", "--engine ray: several GPUs and machines"),
     "s3fs": Optional("s3fs", "s3", "s3:// URLs"),

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError, first_line
-from pipeline.kernels import reference
+from pipeline.kernels import decoding, reference
+from pipeline.kernels.decoding import Ranges
 from pipeline.kernels.segments import Segments, on_device
 
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
@@ -68,23 +69,46 @@ class DecodeSlots:
             queries=asked.lengths,
         )
 
+    @property
+    def ranges(self) -> Ranges:
+        """The same as the kernels for few queries want it."""
+        return Ranges(
+            starts_N=self.bounds_B1[:-1],
+            used_N=self.used_B,
+            queries_N1=self.queries_B1,
+            most_queries=max(self.queries),
+            longest=self.longest,
+        )
+
 
 class AttentionBackend(ABC):
     """One way to compute attention; chosen once, then used for every pack."""
 
     name: ClassVar[str]
-    capturable: bool = False  # `decode` reads nothing of the host that changes from step to step
     capture_failure: str | None = None  # why decoding with this backend goes on without CUDA graphs
     # tokens of a document from which a method may have its attention block-sparse, by plain torch where there
     # are no kernels; None: where there are kernels, and it pays
     sparse_from: int | None = None
+
+    def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `decode`, of a query a document, reads nothing of the host that changes between steps."""
+        return decoding.available(device, dtype)
 
     @abstractmethod
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
         """Causal attention within each document, (T, H, d)."""
 
     def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
-        """Each document's queries over its slots, (Q, H, d): the last sees all, the one before one less."""
+        """Each document's queries over its slots, (Q, H, d): the last sees all, the one before one less.
+
+        By kernels of ours where there are any for so few queries, else as the backend does it.
+        """
+        if decoding.takes(q_QHd, k_SKd, max(slots.queries)):
+            return decoding.attention(q_QHd, k_SKd, v_SKd, [slots.ranges])
+        return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
+
+    def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+        """The same for any number of queries."""
         asked = q_QHd.split(slots.queries)
         outputs = [
             _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count])
@@ -181,12 +205,14 @@ class Flash3Attention(FlashAttention):
 
     name = "fa3"
     module = "fa3_fwd_interface"
-    capturable = True
-    # of a document's keys while decoding; 0: as many as fill the device. With 1, the library's default for
+    # of a document's keys, for few queries; 0: as many as fill the device. With 1, the library's default for
     # packs, a few documents would leave most of its multiprocessors idle
     splits: ClassVar[int] = 0
 
-    def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+    def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cuda"
+
+    def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         return self._call(
             q_QHd,
             k_SKd,

@@ -110,7 +110,7 @@ class Decoder:
         captured = graphs and kv.on_device_alone
         self._runner = StepRunner(
             self._batch.step,
-            recorder_for(adapter.device, attention) if captured else None,
+            recorder_for(adapter.device, adapter.dtype, attention) if captured else None,
             attention,
             self.stats,
         )

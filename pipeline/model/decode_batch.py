@@ -139,7 +139,7 @@ class DecodeBatch:
     def step(self, columns: int) -> None:
         """Run the newest tokens of the first `columns` columns through the model, and choose the next ones.
 
-        Reads nothing of the host that changes from step to step, if the attention is capturable. Keeps the
+        Reads nothing of the host that changes from step to step, if the attention `captures`. Keeps the
         tokens chosen in `next_C`, and goes on to them.
         """
         adapter, kv = self._adapter, self._kv

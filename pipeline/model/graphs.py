@@ -55,9 +55,9 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], None]) -> Recorded: ...
 
 
-def recorder_for(device: torch.device, attention: AttentionBackend) -> Recorder | None:
+def recorder_for(device: torch.device, dtype: torch.dtype, attention: AttentionBackend) -> Recorder | None:
     """None where steps cannot be captured: without a GPU, or with attention that reads the host."""
-    if device.type != "cuda" or not attention.capturable:
+    if device.type != "cuda" or not attention.captures(device, dtype):
         return None
     return None if attention.capture_failure else CudaRecorder(device)
 

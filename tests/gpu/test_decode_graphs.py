@@ -223,8 +223,6 @@ def test_what_memory_held_before_does_not_reach_an_answer(fa3, method):
 class Waits(SdpaAttention):
     """Says that it can be captured, which waiting for the device cannot be."""
 
-    capturable = True
-
     def decode(self, q_BHd, k_SKd, v_SKd, slots):
         slots.used_B.tolist()
         return super().decode(q_BHd, k_SKd, v_SKd, slots)
@@ -232,11 +230,12 @@ class Waits(SdpaAttention):
 
 def test_a_step_that_cannot_be_captured_is_decoded_from_python():
     adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
-    expected, plain = answers(adapter, SdpaAttention(), "dense", rules, rows=3)
+    expected, captured = answers(adapter, SdpaAttention(), "dense", rules, rows=3)
     attention = Waits()
     got, stats = answers(adapter, attention, "dense", rules, rows=3)
     assert got == expected
-    assert (stats.captures, stats.replayed_steps, plain.failure) == (0, 0, None)
+    assert captured.replayed_steps > 0  # any backend's steps, by kernels of ours
+    assert (stats.captures, stats.replayed_steps, captured.failure) == (0, 0, None)
     assert attention.capture_failure == stats.failure is not None
     _, again = answers(adapter, attention, "dense", rules, rows=3)
     assert again == DecodeStats(eager_steps=29)  # a reason that stays is not tried twice

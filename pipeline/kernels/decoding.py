@@ -1,0 +1,196 @@
+"""Attention of decode steps: few queries of each row over many keys, some of which several rows may share.
+
+Every range of keys makes parts of its queries' outputs, which are merged by their log-sum-exps: so a query
+may attend to several ranges, and a long range be cut into splits that run side by side (as in FlashDecoding).
+Plain torch and kernels of `triton_decoding` compute the same, in float32 inside; plain torch has float64 too.
+
+Letters beside those of segments.py: Q queries, N ranges, O places in an order of queries, P parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
+
+KEYS = 64  # of a range that a program looks at at a time
+FEWEST_ROWS = 16  # that Triton multiplies
+MOST_ROWS = 64  # queries of a range times the heads that share keys: what a program holds
+MOST_SPLITS = 32  # of a range
+MOST_PROGRAMS = 8192  # by which splits are limited where ranges are many
+# keys of a split at least, by how many ranges times key heads there are up to: fewer fill no device unless
+# they are cut finely, of more a split that is worth its launch is longer
+LEAST_KEYS = ((128, 256), (512, 1024), (1 << 30, 2048))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Scales:
+    """What keys and values in e4m3 lack, by line and key head, float32; a line is a row's, or a document's.
+
+    A key is its float8 value times its scale plus the mean, a value is its own times its scale.
+    """
+
+    keys_LK: Tensor
+    values_LK: Tensor
+    means_LKd: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """Ranges of a buffer's slots, and the queries that attend to each; tensors on the device, int32.
+
+    Without `order_O` the queries queries_N1[n] .. queries_N1[n + 1] attend to range n, the last of them from
+    the range's last slot, the one before from the slot before. With it these are places in `order_O`, which
+    names the queries, and each of them sees the whole range. No query is in two ranges.
+    """
+
+    starts_N: Tensor
+    used_N: Tensor
+    queries_N1: Tensor
+    most_queries: int  # of any range
+    longest: int  # slots that a range ever has
+    order_O: Tensor | None = None
+    scales: Fp8Scales | None = None  # of a buffer in e4m3
+    lines_N: Tensor | None = None  # of each range, in the scales
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for such queries, as far as can be told without importing one."""
+    return kernels_on(device.type) and dtype != torch.float64
+
+
+def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
+    """Whether there are kernels for so many queries a range."""
+    has_kernels = q_QHd.dtype != torch.float64 and _kernels(q_QHd) is not None
+    return has_kernels and fits(q_QHd.shape[1], k_SKd.shape[1], most_queries)
+
+
+def fits(heads: int, kv_heads: int, queries: int) -> bool:
+    """Whether one program holds so many queries of one range."""
+    return heads // kv_heads * queries <= max(MOST_ROWS, heads // kv_heads)
+
+
+def attention(q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, ranges: Sequence[Ranges]) -> Tensor:
+    """(Q, H, d) attention of each query to all its ranges together."""
+    heads, kv_heads, head_dim = q_QHd.shape[1], k_SKd.shape[1], q_QHd.shape[2]
+    counts = [_splits(each, kv_heads) for each in ranges]
+    shape = (len(q_QHd), heads, sum(count for count, _ in counts))
+    wide = torch.promote_types(q_QHd.dtype, torch.float32)
+    logs = torch.full(shape, -math.inf, dtype=wide, device=q_QHd.device)
+    parts = torch.empty((*shape, head_dim), dtype=wide, device=q_QHd.device)
+    first = 0
+    for each, (count, least) in zip(ranges, counts, strict=True):
+        partial_attention(q_QHd, k_SKd, v_SKd, each, parts, logs, first, count, least)
+        first += count
+    return merged(parts, logs, q_QHd.dtype)
+
+
+def partial_attention(
+    q_QHd: Tensor,
+    k_SKd: Tensor,
+    v_SKd: Tensor,
+    ranges: Ranges,
+    parts_QHPd: Tensor,
+    logs_QHP: Tensor,
+    first: int,
+    splits: int,
+    least: int,
+) -> None:
+    """Write what queries get of their ranges, and log2 of the sum of their weights.
+
+    Written are the parts `first` .. `first` + `splits`, of which each stands for `least` slots or more: of an
+    empty one the logarithm is -inf, and its output undefined.
+    """
+    kernels = _kernels(q_QHd)
+    if kernels is None:
+        _plain_partial(q_QHd, k_SKd, v_SKd, ranges, parts_QHPd, logs_QHP, first)
+        return
+    (_, heads, head_dim), kv_heads, scales = q_QHd.shape, k_SKd.shape[1], ranges.scales
+    assert fits(heads, kv_heads, ranges.most_queries), "more queries of a range than a program holds"
+    kernels.partial_attention_kernel[(kv_heads, splits, len(ranges.starts_N))](
+        *(q_QHd, *q_QHd.stride()[:2], k_SKd, *k_SKd.stride()[:2], v_SKd, *v_SKd.stride()[:2]),
+        *((None,) * 3 if scales is None else (scales.keys_LK, scales.values_LK, scales.means_LKd)),
+        *(ranges.lines_N, ranges.starts_N, ranges.used_N, ranges.queries_N1, ranges.order_O),
+        *(parts_QHPd, logs_QHP, first, parts_QHPd.shape[2], splits, least, kv_heads, head_dim),
+        1 / (math.sqrt(head_dim) * math.log(2)),
+        GROUP=heads // kv_heads,
+        ROWS=power_of_two(heads // kv_heads * ranges.most_queries, FEWEST_ROWS),
+        WIDTH=power_of_two(head_dim, 16),
+        KEYS=KEYS if q_QHd.itemsize < 4 else max(FEWEST_ROWS, KEYS // 2),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def merged(parts_QHPd: Tensor, logs_QHP: Tensor, dtype: torch.dtype) -> Tensor:
+    """(Q, H, d) the sum of the parts, each by its share of the weights."""
+    kernels = _kernels(parts_QHPd)
+    if kernels is None:
+        weights_QHP = (logs_QHP * math.log(2)).softmax(-1)
+        parts_QHPd = parts_QHPd.masked_fill((weights_QHP == 0)[..., None], 0)  # which are undefined
+        return torch.einsum("qhp,qhpd->qhd", weights_QHP, parts_QHPd).to(dtype)
+    queries, heads, count, head_dim = parts_QHPd.shape
+    out_QHd = torch.empty(queries, heads, head_dim, dtype=dtype, device=parts_QHPd.device)
+    kernels.merge_kernel[(queries, heads)](
+        *(parts_QHPd, logs_QHP, count, out_QHd, *out_QHd.stride()[:2], heads, head_dim),
+        PARTS=power_of_two(count),
+        WIDTH=power_of_two(head_dim),
+        num_warps=4,
+    )
+    return out_QHd
+
+
+def _splits(ranges: Ranges, kv_heads: int) -> tuple[int, int]:
+    """In how many splits ranges are cut, and how many slots each has at least.
+
+    By what is known when a step is captured: a long range beside short ones is to be cut finely.
+    """
+    count = len(ranges.starts_N) * kv_heads
+    least = next(keys for most, keys in LEAST_KEYS if count <= most)
+    splits = min(MOST_SPLITS, max(1, MOST_PROGRAMS // count), -(-ranges.longest // least))
+    return splits, least
+
+
+def _plain_partial(
+    q_QHd: Tensor,
+    k_SKd: Tensor,
+    v_SKd: Tensor,
+    ranges: Ranges,
+    parts_QHPd: Tensor,
+    logs_QHP: Tensor,
+    part: int,
+) -> None:
+    """The same, a range at a time and whole."""
+    group, scale = q_QHd.shape[1] // k_SKd.shape[1], 1 / math.sqrt(q_QHd.shape[2])
+    queries = ranges.queries_N1.tolist()
+    for n, (start, used) in enumerate(zip(ranges.starts_N.tolist(), ranges.used_N.tolist(), strict=True)):
+        asked_Q = torch.arange(queries[n], queries[n + 1], device=q_QHd.device)
+        seen_Q = used - len(asked_Q) + 1 + torch.arange(len(asked_Q), device=q_QHd.device)
+        if ranges.order_O is not None:
+            asked_Q, seen_Q = ranges.order_O[asked_Q].long(), torch.full_like(asked_Q, used)
+        k_TKd, v_TKd = (x[start : start + used].to(parts_QHPd.dtype) for x in (k_SKd, v_SKd))
+        if ranges.scales is not None and ranges.lines_N is not None:
+            k_TKd, v_TKd = dequantised(k_TKd, v_TKd, ranges.scales, int(ranges.lines_N[n]))
+        k_THd, v_THd = (x.repeat_interleave(group, dim=1) for x in (k_TKd, v_TKd))
+        scores_QHT = torch.einsum("qhd,thd->qht", q_QHd[asked_Q].to(k_THd.dtype), k_THd) * scale
+        unseen_QT = torch.arange(used, device=q_QHd.device) >= seen_Q[:, None]
+        scores_QHT.masked_fill_(unseen_QT[:, None], -math.inf)
+        logs_QHP[asked_Q, :, part] = scores_QHT.logsumexp(-1) / math.log(2)
+        parts_QHPd[asked_Q, :, part] = torch.einsum("qht,thd->qhd", scores_QHT.softmax(-1), v_THd)
+
+
+def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int) -> tuple[Tensor, Tensor]:
+    """Keys and values in float32 of their float8 values."""
+    keys = k_TKd.float() * scales.keys_LK[line, :, None] + scales.means_LKd[line]
+    return keys, v_TKd.float() * scales.values_LK[line, :, None]
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of Triton kernels where they can run on this tensor, else None."""
+    return kernels_for(x, "triton_decoding")
