@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.engines.grouping import Group, Grouping, Sharing
-from pipeline.engines.memory import Packer, running_bytes
+from pipeline.engines.memory import Packer, merged_bytes, running_bytes
+from pipeline.model.store import slots_needed
 from pipeline.records import EncodedDocument
 
 Numbered = tuple[int, EncodedDocument]  # a row, and which of the pack's groups it is of
@@ -43,6 +44,9 @@ class GroupPacker:
             shape=self.packer.shape,
             fits=self.fits,
             any_method=self.any_method,
+            new_tokens=self.packer.new_tokens,
+            itemsize=self.packer.itemsize,
+            device=self.packer.device.type,
         )
         return grouping.split(rows)
 
@@ -70,19 +74,47 @@ class GroupPacker:
 
     def fits(self, sharing: Sharing, shared_tokens: int, prompt_tokens: int) -> bool:
         """Whether one row can be answered in this way."""
-        needed = self._planned_bytes(sharing, [shared_tokens], [(shared_tokens, prompt_tokens)])
-        return needed <= self.packer.max_bytes
+        rows = [(shared_tokens, prompt_tokens)]
+        needed = self._planned_bytes(sharing, [shared_tokens], rows)
+        slots = self._stored_slots(sharing, [shared_tokens]) + self._slots(sharing, *rows[0])
+        return needed <= self.packer.max_bytes and slots <= self.packer.store_slots
+
+    def slots(self, pack: GroupPack, number: int, row: EncodedDocument) -> int:
+        """Slots that a row needs in the store, those of its document left out if it reads them there."""
+        return self._slots(pack.sharing, pack.groups[number].shared_tokens, row.prompt_tokens)
+
+    def stored_slots(self, pack: GroupPack) -> int:
+        """Slots of the documents of a pack's groups, which their rows read in the store."""
+        return self._stored_slots(pack.sharing, [group.shared_tokens for group in pack.groups])
 
     def kv_bytes(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
         """Keys and values of a chunk of rows, and of the documents that the pack's rows share."""
-        packer, sharing = replace(self.packer, method=pack.sharing.method), pack.sharing
-        shared = sum(group.shared_tokens for group in pack.groups) * sharing.layers
-        own = packer.kv_bytes([row.prompt_tokens for _, row in rows])
-        return own + shared * packer.shape.kv_bytes_per_token(packer.itemsize)
+        whole, prefixes = self._is_whole(pack.sharing), [group.shared_tokens for group in pack.groups]
+        lengths = [row.prompt_tokens - prefixes[number] * whole for number, row in rows]
+        shared = sum(prefixes) * pack.sharing.layers * self.packer.slot_bytes
+        return self._of(pack.sharing).kv_bytes(lengths) + shared
+
+    def _slots(self, sharing: Sharing, shared: int, prompt: int) -> int:
+        return self._of(sharing).slots(prompt - shared if self._is_whole(sharing) else prompt)
+
+    def _stored_slots(self, sharing: Sharing, prefixes: Sequence[int]) -> int:
+        if not self._is_whole(sharing):
+            return 0
+        layers = self.packer.shape.layers
+        return sum(slots_needed([tokens] * layers, 0, self.packer.device) for tokens in prefixes)
+
+    def _of(self, sharing: Sharing) -> Packer:
+        return replace(self.packer, method=sharing.method)
+
+    def _is_whole(self, sharing: Sharing) -> bool:
+        """Whether rows share all layers: then nothing is copied for them."""
+        return sharing.layers == self.packer.shape.layers
 
     def _is_one_chunk(self, pack: GroupPack) -> bool:
         shared = sum(group.shared_tokens for group in pack.groups)
-        return shared <= self.packer.pack_tokens and self._fits(pack, pack.rows)
+        slots = self.stored_slots(pack) + max(self.slots(pack, *row) for row in pack.rows)
+        stores = slots <= self.packer.store_slots  # else no row of it would ever be let in
+        return stores and shared <= self.packer.pack_tokens and self._fits(pack, pack.rows)
 
     def _fits(self, pack: GroupPack, rows: Sequence[Numbered]) -> bool:
         prefixes = [group.shared_tokens for group in pack.groups]
@@ -97,21 +129,22 @@ class GroupPacker:
         """Bytes of the larger of two steps: the documents, of so many tokens, and then the rows behind them.
 
         `rows` has the shared tokens and the prompt's of each. Of the documents, keys and values of the shared
-        layers stay, and where other layers follow the residual stream; each row has a copy of all that.
+        layers stay, and where other layers follow the residual stream, of all of which each row has a copy.
         """
         shape, itemsize, new_tokens = self.packer.shape, self.packer.itemsize, self.packer.new_tokens
-        per_token = shape.kv_bytes_per_token(itemsize)
+        per_token, packer = shape.kv_bytes_per_token(itemsize), self._of(sharing)
         documents = sum(prefixes)
         kept = documents * (sharing.layers * per_token + shape.hidden * itemsize)
-        lengths = [prompt for _, prompt in rows]
-        behind = replace(self.packer, method=sharing.method).planned_bytes(lengths)
-        running = self._running_tokens(sharing, rows)
-        behind += running_bytes(shape, itemsize, running) - running_bytes(shape, itemsize, sum(lengths))
-        # a method that stores less than it is given, in layers that are shared, has all of it at first
-        stored = sharing.method.plan(shape, lengths).cache_tokens[: sharing.layers]
-        behind += (
-            sum(max(0, sum(lengths) + len(lengths) * new_tokens - tokens) for tokens in stored) * per_token
-        )
+        if self._is_whole(sharing):
+            own = [prompt - shared for shared, prompt in rows]
+            behind = packer.planned_bytes(own) + merged_bytes(shape, sum(own), self.packer.device)
+        else:
+            lengths = [prompt for _, prompt in rows]
+            # a method that stores less than it is given, in layers that are shared, has all of it at first
+            most = sum(lengths) + len(lengths) * new_tokens
+            stored = sharing.method.plan(shape, lengths).cache_tokens[: sharing.layers]
+            first = sum(max(0, most - tokens) for tokens in stored) * per_token
+            behind = packer.planned_bytes(lengths) + first
         return kept + max(running_bytes(shape, itemsize, documents), behind)
 
     def running_tokens(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
@@ -123,5 +156,5 @@ class GroupPacker:
 
     def _running_tokens(self, sharing: Sharing, rows: Sequence[tuple[int, int]]) -> int:
         """Tokens that are in a layer at once, behind the documents."""
-        whole = sharing.layers < self.packer.shape.layers
-        return sum(prompt if whole else prompt - shared for shared, prompt in rows)
+        whole = self._is_whole(sharing)
+        return sum(prompt - shared if whole else prompt for shared, prompt in rows)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # of the operations without sharing, above which a second forward pass and the copies cost what they save
 WORTH_SHARING = 0.9
+# that a device does while it reads a byte of its memory: an A100 156 in bfloat16, an H100 295
+OPERATIONS_A_BYTE = {"cpu": 10, "cuda": 200}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,15 @@ class Grouping:
 
     Ways that are compared: the layers before the method's first drop or skip computed once, and the rest for
     each row; each row on its own; and, with `any_method`, the document computed once by every layer, without
-    pruning, for all its questions. That decoding is dearer with more keys and values is not counted.
+    pruning, for all its questions. Decoding counts by the keys and values that its steps read: rows that
+    share all layers read those of their document once for all of them, others each what its method has left.
     """
 
     method: PruningMethod
     shape: ModelShape
+    new_tokens: int = 0  # of an answer, at most
+    itemsize: int = 2  # bytes of a key's or a value's number
+    device: str = "cuda"  # its type
     fits: Fits = lambda sharing, shared, prompt: True
     any_method: bool = False
 
@@ -79,24 +85,23 @@ class Grouping:
         """The cheapest way that fits; None if it is to answer each row on its own."""
         shared = rows[0].spans.document[1]
         lengths = [row.prompt_tokens for row in rows]
-        apart = self._flops(self.method, lengths, shared, 0)
+        apart = self._work(Sharing(method=self.method, layers=0), lengths, shared)
         if apart is None:
             return None
-        costs = [
-            (self._flops(sharing.method, lengths, shared, sharing.layers), sharing)
-            for sharing in self.sharings
-        ]
+        costs = [(self._work(sharing, lengths, shared), sharing) for sharing in self.sharings]
         fitting = [
-            (flops, number, sharing)
-            for number, (flops, sharing) in enumerate(costs)
-            if flops is not None and self.fits(sharing, shared, max(lengths))
+            (work, number, sharing)
+            for number, (work, sharing) in enumerate(costs)
+            if work is not None and self.fits(sharing, shared, max(lengths))
         ]
-        flops, _, sharing = min(fitting, default=(apart, 0, None))
-        if sharing is None or flops > WORTH_SHARING * apart:
+        work, _, sharing = min(fitting, default=(apart, 0, None))
+        if sharing is None or work > WORTH_SHARING * apart:
             return None
+        flops = self._flops(sharing, lengths, shared)
+        assert flops is not None
         reason = (
             f"{len(rows):,} rows about a document of {counted(rows[0].document_tokens, 'token')}: "
-            f"{self._told(sharing)}; it takes {_share(flops / apart)} of the work of each row on its own"
+            f"{self._told(sharing)}; it takes {_share(work / apart)} of the work of each row on its own"
         )
         return Group(rows=tuple(rows), sharing=sharing, reason=reason, flops=flops)
 
@@ -114,11 +119,22 @@ class Grouping:
         without = (Sharing(method=dense, layers=self.shape.layers),) if self.any_method else ()
         return (*((own,) if own.layers else ()), *without)
 
-    def _flops(
-        self, method: PruningMethod, lengths: Sequence[int], shared_tokens: int, layers: int
-    ) -> int | None:
-        """Operations of all prefills, the document's in the first `layers` layers counted once."""
-        passes = [expected_passes(method, self.shape, length) for length in lengths]
+    def _work(self, sharing: Sharing, lengths: Sequence[int], shared_tokens: int) -> int | None:
+        """Operations of all prefills, and as many as a device does while the answers' steps read."""
+        flops = self._flops(sharing, lengths, shared_tokens)
+        if flops is None:
+            return None
+        whole = sharing.layers == self.shape.layers
+        own = [length - shared_tokens * whole for length in lengths]
+        read = sum(sum(sharing.method.plan(self.shape, (length,)).cache_tokens) for length in own)
+        read += shared_tokens * self.shape.layers * whole
+        a_step = read * self.shape.kv_bytes_per_token(self.itemsize)
+        return flops + self.new_tokens * a_step * OPERATIONS_A_BYTE[self.device]
+
+    def _flops(self, sharing: Sharing, lengths: Sequence[int], shared_tokens: int) -> int | None:
+        """Operations of all prefills, the document's in the shared layers counted once."""
+        layers = sharing.layers
+        passes = [expected_passes(sharing.method, self.shape, length) for length in lengths]
         known = [each for each in passes if each is not None]
         if len(known) < len(passes):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.engines.group_packs import GroupPack, GroupPacker
+from pipeline.engines.group_packs import GroupPack, GroupPacker, Numbered
 from pipeline.engines.grouping import Group, Sharing
 from pipeline.engines.memory import Packer
 from pipeline.engines.scheduler import Waiting, WaitingPack
@@ -26,6 +26,12 @@ class Job:
     guard: str | None = None  # why the method is dense, where a guard chose it
     group: GroupPack | None = None  # with which it is answered, behind the document of
     number: int = 0  # this of its groups
+    brings: int = 0  # slots of documents that this job is the first to read, and others after it
+
+    @property
+    def row(self) -> Numbered:
+        """As a row of its group."""
+        return self.number, self.document
 
     @property
     def runs_again(self) -> bool:
@@ -107,14 +113,15 @@ class JobPacker:
 
     def chunks(self, pack: GroupPack) -> Packs:
         """A pack of groups in as many parts as its prefill needs."""
-        method = pack.sharing.method
-        return [
-            waiting
-            for chunk in self.groups.chunks(pack)
-            for waiting in self.waiting(
-                [Job(document=row, method=method, group=pack, number=number) for number, row in chunk]
-            )
-        ]
+        brings, waiting = self.groups.stored_slots(pack), []
+        for chunk in self.groups.chunks(pack):
+            jobs = []
+            for number, row in chunk:
+                method = pack.sharing.method
+                jobs.append(Job(document=row, method=method, group=pack, number=number, brings=brings))
+                brings = 0
+            waiting += self.waiting(jobs)
+        return waiting
 
     def waiting(self, jobs: Sequence[Job], *, alone: bool = False) -> Packs:
         """A pack of these jobs, and one for each that must run alone, or for all if that is asked for.
@@ -126,12 +133,20 @@ class JobPacker:
         apart: Packs = []
         for job in jobs:
             tokens = job.document.prompt_tokens
-            if alone or packer.runs_alone(tokens):
+            if alone or not self._fits(job, packer):
                 waiting = Waiting(row=self.on_its_own(job), slots=0, tokens=tokens)
                 apart.append(WaitingPack(rows=(waiting,), alone=True))
             else:
-                together.append(Waiting(row=job, slots=packer.slots(tokens), tokens=tokens))
+                slots = packer.slots(tokens) if job.group is None else self.groups.slots(job.group, *job.row)
+                together.append(Waiting(row=job, slots=job.brings + slots, tokens=tokens))
         return [*([WaitingPack(rows=tuple(together))] if together else []), *apart]
+
+    def _fits(self, job: Job, packer: Packer) -> bool:
+        """Whether a job can run beside others."""
+        if job.group is None:
+            return not packer.runs_alone(job.document.prompt_tokens)
+        shared = job.group.groups[job.number].shared_tokens
+        return self.groups.fits(job.group.sharing, shared, job.document.prompt_tokens)
 
     def on_its_own(self, job: Job) -> Job:
         """The same job without its group."""

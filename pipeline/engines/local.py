@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -147,10 +148,14 @@ class LocalEngine:
         """Prefill a pack and let its rows into the batch; returns those that end with their first token."""
         group = jobs[0].group
         if group is None or not self._prefix or self._prefix.pack is not group:
-            self._prefix = None
+            self._let_go()
         if group is not None and self._prefix is None:
             self._prefix = self._prefixed(jobs)
             if self._prefix is None:
+                return []
+            jobs = [replace(job, brings=0) for job in jobs]  # whose documents are in the store now
+            if not self._has_room(jobs):
+                self._scheduler.put_back(self.packs.waiting(jobs))
                 return []
         prefix = self._prefix
         shared_s = 0.0 if prefix is None else prefix.seconds
@@ -159,21 +164,37 @@ class LocalEngine:
             made = self._again(jobs, made)
         following = self._scheduler.first
         if following is None or following.rows[0].row.group is not group:
-            self._prefix = None  # its keys and values, before others need the memory
+            self._let_go()  # of its keys and values, before others need the memory
         return made
+
+    def _let_go(self) -> None:
+        """No row that is still to be prefilled stands behind the prefix."""
+        if self._prefix is not None and self._table is not None:
+            self._table.let_go(self._prefix.made.cache)
+        self._prefix = None
 
     def _prefixed(self, jobs: Sequence[Job]) -> Prefix | None:
         """What a group's rows share, prefilled; if it cannot be, all of them wait in other packs."""
         group, started = jobs[0].group, self.now()
         assert group is not None
         made = self.attempt(partial(Prefix.of, group, self.model, self.now), group.groups[0].rows[0])
-        if isinstance(made, Prefix):
+        if isinstance(made, Prefix) and self._holds(made):
             self.times.add_shared(started, started + made.seconds)
             return made
         others = self._scheduler.remove(lambda pack: pack.rows[0].row.group is group)
         rows = [*jobs, *(waiting.row for pack in others for waiting in pack.rows)]
         self._scheduler.put_back(self.packs.regrouped(group, rows))
         return None
+
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
+        """Whether the store has slots for jobs of a group, if its documents were put there unforeseen."""
+        needed = sum(waiting.slots for pack in self.packs.waiting(jobs) for waiting in pack.rows)
+        return needed <= (self.packer.store_slots if self._table is None else self._table.free)
+
+    def _holds(self, prefix: Prefix) -> bool:
+        """Put a prefix that rows read as it is, not a copy of it, into the store, if there is room."""
+        whole = prefix.made.layers == self.model.adapter.shape.layers
+        return not whole or self._open_table().hold(prefix.made.cache)
 
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
@@ -405,7 +426,8 @@ class LocalEngine:
         return self._table
 
     def _close_table(self) -> None:
-        """Give the store's memory up, and with it all rows that are in it."""
+        """Give the store's memory up, and with it all rows and documents that are in it."""
+        self._prefix = None
         if self._table is not None:
             self._table.close()
             self._table = None

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from pipeline.engines.packing import make_packs
+from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
@@ -209,6 +210,12 @@ def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     before_attention = 3 * shape.hidden + 4 * qk
     ffn = 4 * shape.hidden + qk + 3 * shape.ffn
     return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
+
+
+def merged_bytes(shape: ModelShape, queries: int, device: torch.device) -> int:
+    """Bytes of the parts that attention to two ranges of keys is merged from, in float32."""
+    splits = 1 if device.type == "cpu" else min(MOST_SPLITS, 1 + MOST_PROGRAMS // max(1, queries))
+    return 4 * queries * 2 * splits * shape.heads * (shape.head_dim + 1)
 
 
 def default_pack_tokens(shape: ModelShape, *, itemsize: int, device: torch.device) -> int:

@@ -122,7 +122,7 @@ class Prefiller:
         if first is None or first >= len(estimated):
             return [0] * len(jobs)
         lengths = list(prefilled.lengths)
-        if prefix is not None and first < len(prefix.made.layers):
+        if prefix is not None and first < prefix.made.layers:
             lengths = [prefix.made.segments.lengths[job.number] for job in jobs]
         return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
 

@@ -11,12 +11,13 @@ import torch
 from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
+from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import Decoder, Generated, StopRules
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
-from pipeline.model.store import Extent, KvStore
+from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Answer
 
 SMALLER = 0.9  # what is tried next where the memory for the store is not there
@@ -33,6 +34,15 @@ class Running(Generated):
     first_at: float  # the same when its first token was known
     joined_s: float  # what the clock of decoding said then
     extent: Extent | None = None  # of the store
+    document: StoredDocument | None = None  # that it shares with other rows
+
+
+@dataclass(kw_only=True, eq=False)
+class StoredDocument:
+    """A document's part of the store, which several rows read; it is free again with the last of them."""
+
+    extent: Extent
+    readers: int = 0  # rows that are being decoded, and whoever may bring more
 
 
 class Table:
@@ -42,6 +52,7 @@ class Table:
         self.decoder = decoder
         self._store, self._device = store, device
         self._rows: dict[int, Running] = {}  # by id: also those that have all their tokens on their way
+        self._documents: dict[int, list[StoredDocument]] = {}  # by the id of the cache that they came in
 
     @classmethod
     def of(
@@ -73,20 +84,62 @@ class Table:
     def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
         """Take in rows of a prefilled pack, where they have `places`, with all that others may need."""
         new_tokens, moves = self.decoder.rules.max_new_tokens, self._store.moves
-        extents = self._store.adopt(pack.prefilled.cache, new_tokens)
-        if self._store.moves > moves:
-            self.decoder.moved([self._starts(row) for row in self.decoder.rows])
+        cache = pack.prefilled.cache
+        extents = self._store.adopt(cache, new_tokens)
+        self._follow(moves)
         for b, extent in enumerate(extents):
             if b not in places:  # its prefill may have made NaN
                 self._store.release(extent, wipe=True)
-        positions = pack.prefilled.next_positions
+        positions, documents = pack.prefilled.next_positions, self._shared_by(cache)
         seats = [
-            Seat(starts=extents[b].starts, used=extents[b].stored, position=positions[b]) for b in places
+            Seat(
+                starts=extents[b].starts,
+                used=extents[b].stored,
+                position=positions[b],
+                shared=documents[b].extent if documents else None,
+            )
+            for b in places
         ]
         self.decoder.join(rows, seats, [pack.uniforms[b] for b in places] if pack.uniforms else ())
         for row, b in zip(rows, places, strict=True):
             row.extent = extents[b]
             self._rows[id(row)] = row
+            if documents:
+                row.document = documents[b]
+                row.document.readers += 1
+
+    def hold(self, cache: RaggedCache) -> bool:
+        """Keep documents that rows will share, until `let_go`; False where there is no room for them."""
+        stored = zip(*cache.own_tokens(), strict=True)
+        if sum(slots_needed(layers, 0, self._device) for layers in stored) > self._store.free:
+            return False
+        moves = self._store.moves
+        extents = self._store.adopt(cache, 0)
+        self._follow(moves)
+        self._documents[id(cache)] = [StoredDocument(extent=extent, readers=1) for extent in extents]
+        return True
+
+    def let_go(self, cache: RaggedCache) -> None:
+        """No more rows will come that share the documents of this cache."""
+        for document in self._documents.pop(id(cache), ()):
+            self._stop_reading(document)
+
+    def _stop_reading(self, document: StoredDocument) -> None:
+        document.readers -= 1
+        if not document.readers:
+            self._store.release(document.extent)
+
+    def _shared_by(self, cache: RaggedCache) -> list[StoredDocument]:
+        """Of each row the document that stands before it; none where rows share nothing."""
+        if cache.shared is None:
+            return []
+        documents = self._documents[id(cache.shared.cache)]
+        return [documents[document] for document in cache.shared.of_row]
+
+    def _follow(self, moves: int) -> None:
+        """Tell the batch where its rows are, if they have been moved since so many moves."""
+        if self._store.moves > moves:
+            self.decoder.moved([self._starts(row) for row in self.decoder.rows])
 
     def _starts(self, row: Generated) -> list[int]:
         extent = self._rows[id(row)].extent
@@ -99,6 +152,9 @@ class Table:
         self._store.release(row.extent, wipe=row.finish_reason == "not_finite")
         row.extent = None
         del self._rows[id(row)]
+        if row.document is not None:
+            self._stop_reading(row.document)
+            row.document = None
 
     def prepare(self) -> str:
         """Capture the steps of all batch sizes; returns what to tell of the memory that is taken."""
@@ -114,6 +170,7 @@ class Table:
         """Free the graphs, and forget the rows."""
         self.decoder.close()
         self._rows.clear()
+        self._documents.clear()
 
 
 def _store(model: LoadedModel, slots: int) -> KvStore:

@@ -47,6 +47,7 @@ class DecodeSlots:
     bounds_B1: Tensor  # the starts and the buffer's end
     queries_B1: Tensor  # bounds of each document's queries
     queries: tuple[int, ...]  # how many each document has, at least 1
+    shared: Ranges | None = None  # slots before these that several documents share, of the same buffer
 
     @classmethod
     def of(
@@ -103,8 +104,11 @@ class AttentionBackend(ABC):
 
         By kernels of ours where there are any for so few queries, else as the backend does it.
         """
+        if slots.shared is not None:
+            attended = [(k_SKd, v_SKd, ranges) for ranges in (slots.ranges, slots.shared)]
+            return decoding.attention(q_QHd, attended)
         if decoding.takes(q_QHd, k_SKd, max(slots.queries)):
-            return decoding.attention(q_QHd, k_SKd, v_SKd, [slots.ranges])
+            return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)])
         return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
 
     def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
+from pipeline.kernels.segments import on_device
 
 KEYS = 64  # of a range that a program looks at at a time
 FEWEST_ROWS = 16  # that Triton multiplies
@@ -60,6 +62,59 @@ class Ranges:
     lines_N: Tensor | None = None  # of each range, in the scales
 
 
+def queries_of_a_range(heads: int, kv_heads: int) -> int:
+    """How many queries a program holds at most, each of all heads that share keys."""
+    return max(1, MOST_ROWS // (heads // kv_heads))
+
+
+def own_ranges(
+    starts: Sequence[int], used: Sequence[int], queries: Sequence[int], most: int, device: torch.device
+) -> Ranges:
+    """Of rows' own slots, of which the queries are the last; at most `most` queries a range.
+
+    Row b has the slots starts[b] .. starts[b] + used[b], the queries stand row by row.
+    """
+    pieces = [
+        (start, count - asked + end, end - first)
+        for start, count, asked in zip(starts, used, queries, strict=True)
+        for first in range(0, asked, most)
+        for end in [min(asked, first + most)]
+    ]
+    return _ranges(pieces, device)
+
+
+def shared_ranges(
+    starts: Sequence[int],
+    used: Sequence[int],
+    members: Sequence[Sequence[int]],
+    most: int,
+    device: torch.device,
+) -> Ranges:
+    """Of documents' slots, each with the queries that see all of them; at most `most` queries a range."""
+    chunks = [
+        (start, count, names[first : first + most])
+        for start, count, names in zip(starts, used, members, strict=True)
+        for first in range(0, len(names), most)
+    ]
+    order = [name for *_, names in chunks for name in names]
+    return _ranges([(start, count, len(names)) for start, count, names in chunks], device, order)
+
+
+def _ranges(
+    pieces: Sequence[tuple[int, int, int]], device: torch.device, order: Sequence[int] | None = None
+) -> Ranges:
+    """Of each piece its start, its slots, and how many queries it has."""
+    starts, used, queries = zip(*pieces, strict=True)
+    return Ranges(
+        starts_N=on_device(starts, device, torch.int32),
+        used_N=on_device(used, device, torch.int32),
+        queries_N1=on_device([0, *accumulate(queries)], device, torch.int32),
+        most_queries=max(queries),
+        longest=max(used),
+        order_O=None if order is None else on_device(order, device, torch.int32),
+    )
+
+
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such queries, as far as can be told without importing one."""
     return kernels_on(device.type) and dtype != torch.float64
@@ -68,25 +123,24 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
     """Whether there are kernels for so many queries a range."""
     has_kernels = q_QHd.dtype != torch.float64 and _kernels(q_QHd) is not None
-    return has_kernels and fits(q_QHd.shape[1], k_SKd.shape[1], most_queries)
+    return has_kernels and most_queries <= queries_of_a_range(q_QHd.shape[1], k_SKd.shape[1])
 
 
-def fits(heads: int, kv_heads: int, queries: int) -> bool:
-    """Whether one program holds so many queries of one range."""
-    return heads // kv_heads * queries <= max(MOST_ROWS, heads // kv_heads)
+def attention(q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]]) -> Tensor:
+    """(Q, H, d) of queries to all their ranges together.
 
-
-def attention(q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, ranges: Sequence[Ranges]) -> Tensor:
-    """(Q, H, d) attention of each query to all its ranges together."""
-    heads, kv_heads, head_dim = q_QHd.shape[1], k_SKd.shape[1], q_QHd.shape[2]
-    counts = [_splits(each, kv_heads) for each in ranges]
+    Each of `attended` are keys and values (S, K, d), and ranges of their slots.
+    """
+    heads, head_dim = q_QHd.shape[1:]
+    cut = _kernels(q_QHd) is not None
+    counts = [_splits(ranges, k_SKd.shape[1]) if cut else (1, 1) for k_SKd, _, ranges in attended]
     shape = (len(q_QHd), heads, sum(count for count, _ in counts))
     wide = torch.promote_types(q_QHd.dtype, torch.float32)
     logs = torch.full(shape, -math.inf, dtype=wide, device=q_QHd.device)
     parts = torch.empty((*shape, head_dim), dtype=wide, device=q_QHd.device)
     first = 0
-    for each, (count, least) in zip(ranges, counts, strict=True):
-        partial_attention(q_QHd, k_SKd, v_SKd, each, parts, logs, first, count, least)
+    for (k_SKd, v_SKd, ranges), (count, least) in zip(attended, counts, strict=True):
+        partial_attention(q_QHd, k_SKd, v_SKd, ranges, parts, logs, first, count, least)
         first += count
     return merged(parts, logs, q_QHd.dtype)
 
@@ -112,7 +166,7 @@ def partial_attention(
         _plain_partial(q_QHd, k_SKd, v_SKd, ranges, parts_QHPd, logs_QHP, first)
         return
     (_, heads, head_dim), kv_heads, scales = q_QHd.shape, k_SKd.shape[1], ranges.scales
-    assert fits(heads, kv_heads, ranges.most_queries), "more queries of a range than a program holds"
+    assert ranges.most_queries <= queries_of_a_range(heads, kv_heads), "more queries than a program holds"
     kernels.partial_attention_kernel[(kv_heads, splits, len(ranges.starts_N))](
         *(q_QHd, *q_QHd.stride()[:2], k_SKd, *k_SKd.stride()[:2], v_SKd, *v_SKd.stride()[:2]),
         *((None,) * 3 if scales is None else (scales.keys_LK, scales.values_LK, scales.means_LKd)),
@@ -174,15 +228,18 @@ def _plain_partial(
         seen_Q = used - len(asked_Q) + 1 + torch.arange(len(asked_Q), device=q_QHd.device)
         if ranges.order_O is not None:
             asked_Q, seen_Q = ranges.order_O[asked_Q].long(), torch.full_like(asked_Q, used)
+        if not len(asked_Q):
+            continue
         k_TKd, v_TKd = (x[start : start + used].to(parts_QHPd.dtype) for x in (k_SKd, v_SKd))
         if ranges.scales is not None and ranges.lines_N is not None:
             k_TKd, v_TKd = dequantised(k_TKd, v_TKd, ranges.scales, int(ranges.lines_N[n]))
-        k_THd, v_THd = (x.repeat_interleave(group, dim=1) for x in (k_TKd, v_TKd))
-        scores_QHT = torch.einsum("qhd,thd->qht", q_QHd[asked_Q].to(k_THd.dtype), k_THd) * scale
+        q_QKGd = q_QHd[asked_Q].to(k_TKd.dtype).unflatten(1, (-1, group))
+        scores_QKGT = torch.einsum("qkgd,tkd->qkgt", q_QKGd, k_TKd) * scale
         unseen_QT = torch.arange(used, device=q_QHd.device) >= seen_Q[:, None]
-        scores_QHT.masked_fill_(unseen_QT[:, None], -math.inf)
+        scores_QHT = scores_QKGT.masked_fill_(unseen_QT[:, None, None], -math.inf).flatten(1, 2)
         logs_QHP[asked_Q, :, part] = scores_QHT.logsumexp(-1) / math.log(2)
-        parts_QHPd[asked_Q, :, part] = torch.einsum("qht,thd->qhd", scores_QHT.softmax(-1), v_THd)
+        mixed_QKGd = torch.einsum("qkgt,tkd->qkgd", scores_QHT.softmax(-1).unflatten(1, (-1, group)), v_TKd)
+        parts_QHPd[asked_Q, :, part] = mixed_QKGd.flatten(1, 2)
 
 
 def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import add
 
 import torch
 from torch import Tensor
 
 from pipeline.kernels.segments import Segments, on_device
+from pipeline.pruning.shape import ModelShape
 
 
 class KeysValues:
@@ -54,11 +57,27 @@ class Slots:
         self.used = [n + more for n, more in zip(self.used, tokens, strict=True)]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Documents' keys and values that stand before the slots of a cache, the same for several of its rows."""
+
+    cache: RaggedCache  # of the documents, which have equally many tokens in each layer
+    of_row: tuple[int, ...]  # which of them stands before each row
+
+    def members(self) -> list[list[int]]:
+        """The rows of each document."""
+        rows: list[list[int]] = [[] for _ in self.cache.slots[0].used]
+        for row, document in enumerate(self.of_row):
+            rows[document].append(row)
+        return rows
+
+
 class RaggedCache(KeysValues):
     """What one prefill makes: keys and values of all layers; lengths may differ by layer."""
 
-    def __init__(self, new_tokens: int) -> None:
+    def __init__(self, new_tokens: int, shared: Shared | None = None) -> None:
         self.new_tokens = new_tokens
+        self.shared = shared
         self.keys: list[Tensor] = []  # of each layer, (S, K, d)
         self.values: list[Tensor] = []
         self.slots: list[Slots] = []  # of each layer; layers with the same tokens share one
@@ -111,15 +130,34 @@ class RaggedCache(KeysValues):
             self.keys.append(k_PKd.index_select(0, place_S))
             self.values.append(v_PKd.index_select(0, place_S))
 
+    def reserve(self, segments: Segments, shape: ModelShape, dtype: torch.dtype) -> None:
+        """Make room in all layers for tokens that are to be written next, and for new tokens behind them."""
+        assert not self.slots, "only an empty cache can be reserved"
+        slots = Slots(segments, self.new_tokens)
+        slots.used = [0] * len(segments)
+        size = (slots.capacity, shape.kv_heads, shape.head_dim)
+        for _layer in range(shape.layers):
+            self.slots.append(slots)
+            for buffers in (self.keys, self.values):
+                buffers.append(torch.zeros(size, dtype=dtype, device=segments.device))
+
     def settle(self, layer: int, scores_N: Tensor) -> None:
         """Learn, before `layer` is stored, how its method scores the blocks of tokens that entered it."""
 
     def distinct_slots(self) -> list[Slots]:
         return list({id(slots): slots for slots in self.slots}.values())
 
-    def prompt_tokens(self) -> list[list[int]]:
-        """Of each layer, the stored prompt tokens of each document."""
+    def own_tokens(self) -> list[list[int]]:
+        """Of each layer, the prompt tokens of each document that are stored here."""
         return [list(slots.segments.lengths) for slots in self.slots]
+
+    def prompt_tokens(self) -> list[list[int]]:
+        """The same, with those that are shared."""
+        own, shared = self.own_tokens(), self.shared
+        if shared is None:
+            return own
+        before = [[layer[document] for document in shared.of_row] for layer in shared.cache.own_tokens()]
+        return [list(map(add, *pair)) for pair in zip(before, own, strict=True)]
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count what every layer has just stored: so many tokens of each document."""

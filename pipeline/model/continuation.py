@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from pipeline.families.adapters import DecoderAdapter
+from pipeline.kernels import decoding
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.decoding import Ranges, own_ranges, queries_of_a_range, shared_ranges
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache, Slots
 
@@ -37,6 +42,7 @@ def continue_with(
     first_B = on_device(first_positions, device)
     rope = adapter.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
+    behind = None if cache.shared is None else _Behind.of(adapter, cache, places[id(cache.slots[0])][0])
     for layer in range(len(cache.slots)):
         check()
         at, places_N = places[id(cache.slots[layer])]
@@ -47,14 +53,51 @@ def continue_with(
             hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
             q_NHd, _, _ = adapter.qkv(layer, hidden_ND, rope)
             at = DecodeSlots.of(at.starts, at.used, len(keys), device)
+            behind = None if behind is None else _Behind.of(adapter, cache, at)
         else:
             q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
-        adapter.add_attention_(layer, hidden_ND, attention.decode(q_NHd, keys, values, at))
+        if behind is None:
+            mixed_NHd = attention.decode(q_NHd, keys, values, at)
+        else:
+            mixed_NHd = behind.attend(layer, q_NHd, keys, values)
+        adapter.add_attention_(layer, hidden_ND, mixed_NHd)
         adapter.add_feed_forward_(layer, hidden_ND)
     cache.advance(asked.lengths)
     return hidden_ND
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """How tokens of a cache attend, whose documents stand in another: to both, merged."""
+
+    shared: RaggedCache
+    own: Ranges
+    before: Ranges  # of the documents' slots, the same in every layer
+
+    @classmethod
+    def of(cls, adapter: DecoderAdapter, cache: RaggedCache, at: DecodeSlots) -> Self:
+        """For the queries of `at`."""
+        assert cache.shared is not None
+        documents, device = cache.shared.cache.slots[0], adapter.device
+        most = queries_of_a_range(adapter.shape.heads, adapter.shape.kv_heads)
+        firsts = [0, *accumulate(at.queries)]
+        queries = [
+            [query for row in rows for query in range(firsts[row], firsts[row + 1])]
+            for rows in cache.shared.members()
+        ]
+        return cls(
+            shared=cache.shared.cache,
+            own=own_ranges(at.starts, at.used, at.queries, most, device),
+            before=shared_ranges(documents.starts, documents.used, queries, most, device),
+        )
+
+    def attend(self, layer: int, q_NHd: Tensor, k_SKd: Tensor, v_SKd: Tensor) -> Tensor:
+        """(N, H, d) of a layer, with the tokens' own keys and values."""
+        return decoding.attention(
+            q_NHd, [(k_SKd, v_SKd, self.own), (*self.shared.buffers(layer), self.before)]
+        )
 
 
 def _places(slots: Slots, asked: Segments) -> tuple[DecodeSlots, Tensor]:

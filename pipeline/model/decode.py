@@ -21,7 +21,7 @@ from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.decode_batch import DecodeBatch, Seat
-from pipeline.model.graphs import DecodeStats, StepRunner, recorder_for
+from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.stopping import StopTexts
@@ -109,7 +109,7 @@ class Decoder:
         )
         captured = graphs and kv.on_device_alone
         self._runner = StepRunner(
-            self._batch.step,
+            lambda size: self._batch.step(size.columns),
             recorder_for(adapter.device, adapter.dtype, attention) if captured else None,
             attention,
             self.stats,
@@ -171,7 +171,8 @@ class Decoder:
         batch, count = self._batch, len(self.rows)
         columns = self._runner.columns(count, batch.capacity) if self._pads else count
         most = self.rules.max_new_tokens
-        self._runner.run(columns, most - min(row.queued for row in self.rows))
+        size = StepSize(columns, batch.shares)
+        self._runner.run(size, most - min(row.queued for row in self.rows))
         batch.count()
         self._pending.append(_Queued(self.rows.copy(), *_to_host(batch.next_C[:count])))
         for row in self.rows:
@@ -243,8 +244,10 @@ def decode(
     answers = [Generated() for _ in range(count)]
     for answer, token in zip(answers, first, strict=True):
         answer.take(token, rules)
-    kv, starts = _rows_in(prefilled.cache, adapter, rules.max_new_tokens)
-    used = [prefilled.cache.used(b) for b in range(count)]
+    cache = prefilled.cache
+    kv, starts, documents = _rows_in(cache, adapter, rules.max_new_tokens)
+    shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
+    used = [cache.used(b) for b in range(count)]
     decoder = Decoder(
         adapter,
         attention,
@@ -258,7 +261,10 @@ def decode(
         late=late,
     )
     live = [b for b, answer in enumerate(answers) if answer.finish_reason is None]
-    seats = [Seat(starts=starts[b], used=used[b], position=prefilled.next_positions[b]) for b in live]
+    seats = [
+        Seat(starts=starts[b], used=used[b], position=prefilled.next_positions[b], shared=shared[b])
+        for b in live
+    ]
     try:
         if live:
             decoder.join([answers[b] for b in live], seats, [uniforms[b] for b in live] if uniforms else ())
@@ -278,17 +284,19 @@ def _any_not_finite(answers: Sequence[Generated]) -> bool:
 
 def _rows_in(
     cache: RaggedCache, adapter: DecoderAdapter, new_tokens: int
-) -> tuple[KeysValues, list[list[int]]]:
-    """Where rows of a prefill are decoded, and where each begins there, by layer.
+) -> tuple[KeysValues, list[list[int]], list[Extent]]:
+    """Where rows of a prefill are decoded, where each begins there, by layer, and the documents they share.
 
-    A single one stays where it is; several go where a batch can be padded.
+    A single one that shares nothing stays where it is; others go where a batch can be padded.
     """
-    count = len(cache.prompt_tokens()[0])
-    if count == 1:
+    own = list(zip(*cache.own_tokens(), strict=True))
+    if len(own) == 1 and cache.shared is None:
         assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
-        return cache, [cache.starts(0)]
-    by_row = list(zip(*cache.prompt_tokens(), strict=True))
-    slots = sum(slots_needed(layers, new_tokens, adapter.device) for layers in by_row)
+        return cache, [cache.starts(0)], []
+    before = None if cache.shared is None else cache.shared.cache
+    documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
+    slots = sum(slots_needed(layers, new_tokens, adapter.device) for layers in own)
+    slots += sum(slots_needed(layers, 0, adapter.device) for layers in documents)
     store = KvStore(slots, adapter.shape, dtype=adapter.dtype, device=adapter.device)
-    extents: list[Extent] = store.adopt(cache, new_tokens)
-    return store, [extent.starts for extent in extents]
+    shared = [] if before is None else store.adopt(before, 0)
+    return store, [extent.starts for extent in store.adopt(cache, new_tokens)], shared

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.decoding import Ranges, queries_of_a_range
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
 from pipeline.model.sampling import Sampling, next_tokens
+from pipeline.model.store import Extent
+from pipeline.pruning.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class Seat:
     starts: Sequence[int]
     used: Sequence[int]
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
+    shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
 
 
 class DecodeBatch:
@@ -66,12 +71,18 @@ class DecodeBatch:
         self._moving_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._drawn_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._queries_dev = torch.arange(capacity + 1, dtype=torch.int32, device=device)
+        self._shared = _SharedTables(adapter.shape, capacity, device)
         draws = 0 if self.sampling.is_greedy else new_tokens
         self._uniform_CN = torch.zeros((capacity, draws), dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
         return len(self.tokens_C)
+
+    @property
+    def shares(self) -> bool:
+        """Whether a step attends to documents that several rows share."""
+        return bool(self._shared)
 
     @torch.inference_mode()
     def join(self, seats: Sequence[Seat], tokens: Sequence[int], uniforms: Sequence[Tensor] = ()) -> None:
@@ -87,6 +98,7 @@ class DecodeBatch:
         self.tokens_C[new] = on_device(tokens, self.tokens_C.device)
         if self._uniform_CN.shape[1]:
             self._uniform_CN[new] = torch.stack(list(uniforms)).to(self._uniform_CN.device)
+        self._shared.extents += [seat.shared for seat in seats]
         self.rows = last
         self._tell_device()
 
@@ -112,6 +124,7 @@ class DecodeBatch:
             if self._uniform_CN.shape[1]:
                 self._uniform_CN[:kept] = self._uniform_CN.index_select(0, order_B)
         self.tokens_C[kept : self.rows] = 0
+        self._shared.extents = [self._shared.extents[column] for column in chosen]
         self.rows = kept
         self._tell_device()
 
@@ -125,9 +138,9 @@ class DecodeBatch:
             (self._drawn_dev, self._drawn_C),
         )
         for target, source in pairs:
-            values = torch.from_numpy(source.copy())
-            target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
+            _to_device(target, source)
         self._place_(self.capacity)
+        self._shared.tell_device()
 
     def _place_(self, columns: int) -> None:
         """Where the next tokens go: each behind the others of its row."""
@@ -194,4 +207,77 @@ class DecodeBatch:
             bounds_B1=self._starts_dev[layer, : columns + 1],
             queries_B1=self._queries_dev[: columns + 1],
             queries=(1,) * columns,
+            shared=self._shared.ranges(layer, columns, self._longest) if self.shares else None,
         )
+
+
+class _SharedTables:
+    """Which columns read the same document, as a step finds it on the device: R ranges of a document's slots.
+
+    Columns with the same one are put together, as many in a range as a program of the kernel holds. There are
+    no more ranges than columns; those behind the last are empty, so that a captured step serves all.
+    """
+
+    def __init__(self, shape: ModelShape, capacity: int, device: torch.device) -> None:
+        self.extents: list[Extent | None] = []  # of each column's row
+        self._most = queries_of_a_range(shape.heads, shape.kv_heads)
+        self._starts_LR = np.zeros((shape.layers, capacity), np.int32)
+        self._used_LR = np.zeros((shape.layers, capacity), np.int32)
+        self._queries_R1 = np.zeros(capacity + 1, np.int32)
+        self._order_C = np.zeros(capacity, np.int32)
+        self._told = False  # whether the device knows of a range
+        self._starts_dev, self._used_dev, self._queries_dev, self._order_dev = (
+            torch.zeros(values.shape, dtype=torch.int32, device=device)
+            for values in (self._starts_LR, self._used_LR, self._queries_R1, self._order_C)
+        )
+
+    def __bool__(self) -> bool:
+        return any(extent is not None for extent in self.extents)
+
+    def tell_device(self) -> None:
+        """Bring the tables to the device, behind the work queued so far; an extent may have been moved."""
+        if not (self or self._told):
+            return
+        members: dict[int, list[int]] = {}
+        for column, extent in enumerate(self.extents):
+            if extent is not None:
+                members.setdefault(id(extent), []).append(column)
+        chunks = [
+            columns[first : first + self._most]
+            for columns in members.values()
+            for first in range(0, len(columns), self._most)
+        ]
+        self._used_LR[:] = 0
+        self._queries_R1[:] = sum(map(len, chunks))
+        self._queries_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]
+        for n, columns in enumerate(chunks):
+            extent = self.extents[columns[0]]
+            assert extent is not None
+            self._starts_LR[:, n], self._used_LR[:, n] = extent.starts, extent.stored
+            self._order_C[self._queries_R1[n] : self._queries_R1[n + 1]] = columns
+        pairs = (
+            (self._starts_dev, self._starts_LR),
+            (self._used_dev, self._used_LR),
+            (self._queries_dev, self._queries_R1),
+            (self._order_dev, self._order_C),
+        )
+        for target, source in pairs:
+            _to_device(target, source)
+        self._told = bool(self)
+
+    def ranges(self, layer: int, columns: int, longest: int) -> Ranges:
+        """Of a step of so many columns."""
+        return Ranges(
+            starts_N=self._starts_dev[layer, :columns],
+            used_N=self._used_dev[layer, :columns],
+            queries_N1=self._queries_dev[: columns + 1],
+            most_queries=self._most,
+            longest=longest,
+            order_O=self._order_dev,
+        )
+
+
+def _to_device(target: Tensor, source: np.ndarray) -> None:
+    """Copy, in order behind the work queued so far, without waiting for it."""
+    values = torch.from_numpy(source.copy())
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,7 +24,15 @@ FREE_BYTES = 1 << 30  # on the device, below which cached memory is given back b
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LARGE_STEP = 256  # between the sizes of larger batches
 
-Step = Callable[[int], None]  # by the number of columns
+
+class StepSize(NamedTuple):
+    """What a step is captured for."""
+
+    columns: int
+    shares: bool = False  # whether rows read documents that they share
+
+
+Step = Callable[[StepSize], None]
 
 
 @dataclass(kw_only=True)
@@ -127,12 +135,12 @@ class StepRunner:
     ) -> None:
         self._step, self._recorder = step, recorder
         self._attention, self._stats = attention, stats
-        self._recorded: dict[int, Recorded] = {}
-        self._warm: Counter[int] = Counter()
+        self._recorded: dict[StepSize, Recorded] = {}
+        self._warm: Counter[StepSize] = Counter()
 
     def prepare(self, most_rows: int) -> int:
         """Capture steps of all sizes of up to `most_rows` columns, the largest first; returns how many."""
-        sizes = {self.columns(rows, most_rows) for rows in range(1, most_rows + 1)}
+        sizes = {StepSize(self.columns(rows, most_rows)) for rows in range(1, most_rows + 1)}
         for size in sorted(sizes, reverse=True):
             if self._recorder is None:
                 break
@@ -145,19 +153,19 @@ class StepRunner:
         """How many columns a step for so many rows runs: more where that is the size of a graph."""
         return rows if self._recorder is None else min(padded(rows), capacity)
 
-    def run(self, columns: int, steps_left: int) -> None:
+    def run(self, size: StepSize, steps_left: int) -> None:
         """The next step of at most `steps_left`."""
-        if self._recorder is not None and columns not in self._recorded:
-            if self._warm[columns] < WARM_UP_STEPS:
-                self._warm[columns] += 1
+        if self._recorder is not None and size not in self._recorded:
+            if self._warm[size] < WARM_UP_STEPS:
+                self._warm[size] += 1
                 self._stats.eager_steps += 1
-                return self._recorder.warm_up(partial(self._step, columns))
+                return self._recorder.warm_up(partial(self._step, size))
             if steps_left >= FEWEST_STEPS:
-                self._record(self._recorder, columns)
-        recorded = self._recorded.get(columns)
+                self._record(self._recorder, size)
+        recorded = self._recorded.get(size)
         if recorded is None:
             self._stats.eager_steps += 1
-            return self._step(columns)
+            return self._step(size)
         self._stats.replayed_steps += 1
         return recorded.replay()
 
@@ -166,9 +174,9 @@ class StepRunner:
         for each in recorded.values():
             each.close()
 
-    def _record(self, recorder: Recorder, columns: int) -> None:
+    def _record(self, recorder: Recorder, size: StepSize) -> None:
         try:
-            self._recorded[columns] = recorder.record(partial(self._step, columns))
+            self._recorded[size] = recorder.record(partial(self._step, size))
             self._stats.captures += 1
         except (RuntimeError, TypeError, ValueError) as error:
             self._recorder = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.model.cache import RaggedCache
+from pipeline.model.cache import RaggedCache, Shared
 from pipeline.model.continuation import continue_with
 from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
 from pipeline.model.prefill import Prefilled, prefill
@@ -31,9 +31,14 @@ class SharedPrefixes:
     """What the model's first layers, or all of them, have made of some documents' prefixes."""
 
     segments: Segments
-    layers: list[tuple[Tensor, Tensor]]  # keys and values (P, K, d) of each layer that is shared
+    cache: RaggedCache  # keys and values (P, K, d) of each layer that is shared
     hidden_PD: Tensor  # the residual stream behind the last of them; of no use behind the model's last layer
     work: Work
+
+    @property
+    def layers(self) -> int:
+        """How many layers are shared."""
+        return len(self.cache.slots)
 
     def flops(self, adapter: DecoderAdapter) -> list[int]:
         """Operations that each prefix took."""
@@ -67,8 +72,7 @@ def prefill_prefixes(
     stop = layers if layers < adapter.shape.layers else None
     outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=stop)
     assert isinstance(outcome, Survivors)
-    pairs = list(zip(begun.cache.keys, begun.cache.values, strict=True))
-    return SharedPrefixes(segments=segments, layers=pairs, hidden_PD=outcome.hidden_TD, work=begun.work)
+    return SharedPrefixes(segments=segments, cache=begun.cache, hidden_PD=outcome.hidden_TD, work=begun.work)
 
 
 @torch.inference_mode()
@@ -85,23 +89,27 @@ def prefill_behind(
     """Prompts of which `of_prefix` says with which of `shared` each begins: what is left of their prefill.
 
     The tokens behind a prefix pass the shared layers on their own, with whole attention; the layers that
-    follow run over the whole prompts, pruned by `method`. Each prompt has a copy of the keys and values that
-    it shares, so that it is decoded like any other.
+    follow run over the whole prompts, pruned by `method`, and want a copy of the keys and values that are
+    shared. If all layers are shared nothing is copied: the prompts' cache names the documents'.
     """
     pack = Pack.of(documents, adapter.device)
     known = [shared.segments.lengths[g] for g in of_prefix]
-    cache = RaggedCache(new_tokens)
-    places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
-    cache.share(shared.layers, places, pack.segments)
     asked = [document.input_ids[n:].tolist() for document, n in zip(documents, known, strict=True)]
-    ends = len(shared.layers) == adapter.shape.layers
+    behind = Segments.of([len(part) for part in asked], adapter.device)
+    ends = shared.layers == adapter.shape.layers
+    cache = RaggedCache(new_tokens, Shared(shared.cache, tuple(of_prefix)) if ends else None)
+    places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
+    if ends:
+        cache.reserve(behind, adapter.shape, adapter.dtype)
+    else:
+        pairs = list(zip(shared.cache.keys, shared.cache.values, strict=True))
+        cache.share(pairs, places, pack.segments)
     hidden_ND = continue_with(adapter, attention, cache, asked, known, check, last_only=ends)
     work = Work()
     work.count_behind(shared.work, pack.segments, of_prefix)
-    behind = Segments.of([len(part) for part in asked], adapter.device)
     if not ends:
         hidden_TD = _joined(shared, places, hidden_ND, behind, pack.segments)
-        begun = PartialPrefill(layers=len(shared.layers), hidden_TD=hidden_TD, cache=cache, work=work)
+        begun = PartialPrefill(layers=shared.layers, hidden_TD=hidden_TD, cache=cache, work=work)
         return prefill(adapter, attention, method, pack, new_tokens, check, begun=begun)
     return Prefilled(
         logits_BV=adapter.logits(hidden_ND),

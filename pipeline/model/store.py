@@ -86,9 +86,10 @@ class KvStore(KeysValues):
     def adopt(self, cache: RaggedCache, new_tokens: int) -> list[Extent]:
         """Copy a prefilled pack's keys and values: of each document its extent, with room for `new_tokens`.
 
-        There must be as many free slots; rows that are there already may be moved.
+        There must be as many free slots; rows that are there already may be moved. What the documents share
+        with others is not copied.
         """
-        stored = list(zip(*cache.prompt_tokens(), strict=True))  # of each document, by layer
+        stored = list(zip(*cache.own_tokens(), strict=True))  # of each document, by layer
         extents = [self._take(layers, new_tokens) for layers in stored]
         starts_LB = on_device(list(zip(*(extent.starts for extent in extents), strict=True)), cache.device)
         for layer, slots in enumerate(cache.slots):

@@ -103,6 +103,21 @@ def test_little_that_is_shared_is_not_worth_it():
     assert grouping.split(given) == ([], given)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "new_tokens", "chosen"),
+    [
+        ("sliminfer", 6, 0, ["sliminfer"]),
+        ("sliminfer", 6, 256, ["dense"]),  # all rows read the document in the store together
+        ("fastkv", 2, 0, ["dense"]),
+        ("fastkv", 2, 256, []),  # it has few keys to read, and a document that is shared has all
+    ],
+)
+def test_the_steps_of_the_answers_count_by_what_they_read(name, rows, new_tokens, chosen):
+    grouping = Grouping(method=make_method(name), shape=SHAPE, any_method=True, new_tokens=new_tokens)
+    groups, _ = grouping.split([row(n, (1, 32_000), 40) for n in range(rows)])
+    assert [group.sharing.method.name for group in groups] == chosen
+
+
 def test_a_method_that_says_nothing_of_its_cost_is_left_to_itself():
     method = make_method("examples/custom_method.py:KeyNorm")
     given = [row(n, (1, 3_000), 40) for n in range(5)]

@@ -101,16 +101,16 @@ def test_queries_see_what_stands_before_them(case, keys, either_path, monkeypatc
     monkeypatch.setattr(decoding, "LEAST_KEYS", ((1 << 30, 32),))  # so that these ranges are split
     starts, used, queries = CASES[case]
     q, k, v = buffers(400, sum(queries))
-    made = attention(q, k, v, [own(starts, used, queries)])
+    made = attention(q, [(k, v, own(starts, used, queries))])
     assert (made - expected(q, k, v, causal(starts, used, queries))).abs().max() < 1e-5
 
 
 def test_what_lies_beside_a_range_is_not_read(either_path):
     q, k, v = buffers(300, 1)
-    clean = attention(q, k, v, [own([100], [70], [1])])
+    clean = attention(q, [(k, v, own([100], [70], [1]))])
     for x in (k, v):
         x[:100], x[170:] = math.nan, math.nan
-    assert torch.equal(attention(q, k, v, [own([100], [70], [1])]), clean)
+    assert torch.equal(attention(q, [(k, v, own([100], [70], [1]))]), clean)
 
 
 def shared(starts, used, members):
@@ -135,7 +135,7 @@ def test_ranges_that_rows_share_are_merged_with_their_own(either_path, monkeypat
     starts, used = [300, 340, 350, 390, 400], [40, 1, 33, 5, 70]
     members = [[3, 0], [], [4, 1]]  # the third query has only keys of its own
     document = shared([10, 0, 120], [100, 0, 129], members)
-    made = attention(q, k, v, [own(starts, used, [1] * 5), document])
+    made = attention(q, [(k, v, own(starts, used, [1] * 5)), (k, v, document)])
     seen = causal(starts, used, [1] * 5)
     for names, (start, count) in zip(members, [(10, 100), (0, 0), (120, 129)], strict=True):
         for name in names:
@@ -146,7 +146,7 @@ def test_ranges_that_rows_share_are_merged_with_their_own(either_path, monkeypat
 def test_a_merge_holds_where_one_part_outweighs_the_other(either_path):
     q, k, v = buffers(64, 1)
     k[:32] = 60 * q[0, ::3]  # scores of thousands: exponentials of them would overflow
-    made = attention(q, k, v, [own([32], [32], [1]), shared([0], [32], [[0]])])
+    made = attention(q, [(k, v, own([32], [32], [1])), (k, v, shared([0], [32], [[0]]))])
     assert (made - expected(q, k, v, [list(range(64))])).abs().max() < 1e-4
 
 
@@ -155,7 +155,7 @@ def test_a_merge_holds_where_one_part_outweighs_the_other(either_path):
 def test_types_of_a_gpu(dtype):
     q, k, v = (x.to(dtype) for x in buffers(5000, 3))
     starts, used = [0, 3000, 100], [3000, 2000, 1]
-    made = attention(q, k, v, [own(starts, used, [1] * 3)])
+    made = attention(q, [(k, v, own(starts, used, [1] * 3))])
     wanted = expected(q, k, v, causal(starts, used, [1] * 3))
     assert made.dtype == dtype
     assert (made - wanted).abs().max() / wanted.abs().max() < {torch.float32: 1e-5}.get(dtype, 1e-2)
@@ -182,7 +182,7 @@ def test_e4m3_is_what_its_scales_make_of_it(monkeypatch):
         Ranges(**{**vars(each), "scales": scales, "lines_N": int32([0] * len(each.starts_N))})
         for each in (ranges, document)
     ]
-    made = attention(q.bfloat16(), k8, v8, with_scales)
+    made = attention(q.bfloat16(), [(k8, v8, each) for each in with_scales])
     keys, values = decoding.dequantised(k8, v8, scales, 0)
     seen = causal([0, 100, 170], [100, 70, 9], [1] * 3)
     for name in (2, 0):

@@ -21,6 +21,7 @@ from pipeline.model.graphs import (
     WARM_UP_STEPS,
     DecodeStats,
     StepRunner,
+    StepSize,
     padded,
     recorder_for,
 )
@@ -202,8 +203,8 @@ def test_a_size_that_comes_again_is_not_captured_again():
     made, ran = EagerRecorder(), []
     runner = StepRunner(ran.append, made, SdpaAttention(), stats := DecodeStats())
     for columns in (4, 4, 4, 2, 4, 2, 2, 4):
-        runner.run(columns, 100)
-    assert ran == [4, 4, 4, 2, 4, 2, 2, 4]
+        runner.run(StepSize(columns), 100)
+    assert [size.columns for size in ran] == [4, 4, 4, 2, 4, 2, 2, 4]
     assert stats == DecodeStats(eager_steps=4, replayed_steps=4, captures=2)
     runner.close()
     assert [again.closed for again in made.recorded] == [True, True]
@@ -363,9 +364,9 @@ def test_all_sizes_are_captured_beforehand_the_largest_first(most):
     assert max(needed) == most
     assert len(needed) <= len(SIZES) + 1
     assert runner.prepare(most) == len(needed)
-    assert ran == [size for size in sorted(needed, reverse=True) for _ in range(WARM_UP_STEPS)]
+    assert ran == [StepSize(size) for size in sorted(needed, reverse=True) for _ in range(WARM_UP_STEPS)]
     for rows in range(1, most + 1):
-        runner.run(runner.columns(rows, most), 1)
+        runner.run(StepSize(runner.columns(rows, most)), 1)
     assert stats == DecodeStats(replayed_steps=most, captures=len(needed))
 
 

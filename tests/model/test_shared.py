@@ -97,7 +97,7 @@ def test_block_sparse_attention_is_shared_at_no_loss(sdpa, monkeypatch):
     exact = prefill(model, sdpa, Dense(), pack_of(prompt))
     before = (-(-420 // sparse.BLOCK) - sparse.WHOLE_ROWS) * sparse.BLOCK  # whose blocks are the same in both
     for layer in range(model.shape.layers):
-        mine, other = (prefilled.cache.keys[layer][:before] for prefilled in (together, whole))
+        mine, other = (cache.keys[layer][:before] for cache in (shared.cache, whole.cache))
         assert (mine - other).abs().max() < 1e-4
     assert (whole.cache.keys[-1][:before] - exact.cache.keys[-1][:before]).abs().max() > 1e-2
     # of 27 strides, with each other and themselves, 16 products; layers that are shared estimate for all rows
