@@ -18,8 +18,9 @@ from pipeline.engines.packing import windows
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
 from pipeline.inputs.reading import Reading
+from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import refuse_locked
-from pipeline.outputs.standing import DoneRows, done_rows, no_rows, refuse_unfinished
+from pipeline.outputs.standing import done_rows, no_rows, refuse_unfinished
 from pipeline.outputs.writing import check_output
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.capabilities import expected_passes
@@ -301,7 +302,7 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
     return report
 
 
-def _done_rows(run: Preparation, report: DryRunReport, opened: ExitStack) -> DoneRows:
+def _done_rows(run: Preparation, report: DryRunReport, opened: ExitStack) -> FinishedRows:
     """What earlier runs have done; nothing where the run would be refused, of which the report hears."""
     config = run.config
     try:
@@ -327,9 +328,11 @@ def _done_rows(run: Preparation, report: DryRunReport, opened: ExitStack) -> Don
     return opened.enter_context(no_rows())
 
 
-def _read(run: Preparation, report: DryRunReport, done: DoneRows, progress: Callable[[Tally], None]) -> None:
+def _read(
+    run: Preparation, report: DryRunReport, done: FinishedRows, progress: Callable[[Tally], None]
+) -> None:
     """Count all rows that are not done."""
-    rows, before = run.rows(), done.earlier.at_start
+    rows, before = run.rows(), done.done_at_start
     read = windows(run.encode(new_rows(rows, done, renames=run.source.columns.takes_ids)), item_tokens)
     for window in refuse_lacking(read, run.config, answered=before["ok"] > 0):
         report.add(window)
@@ -339,17 +342,17 @@ def _read(run: Preparation, report: DryRunReport, done: DoneRows, progress: Call
     _settle(run, report, rows, done)
 
 
-def _settle(run: Preparation, report: DryRunReport, rows: Reading, done: DoneRows) -> None:
+def _settle(run: Preparation, report: DryRunReport, rows: Reading, done: FinishedRows) -> None:
     """What would become of the rows of earlier runs, and whether the run would end for that."""
-    earlier, drop = done.earlier, run.config.drop_missing
+    drop = run.config.drop_missing
     try:
         if run.source.out_of_reach:
             raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
-        kept = settle(run.source, rows, earlier, drop_missing=drop)
-        report.left_rows, report.returned_rows = earlier.leaving(), earlier.returned
+        kept = settle(run.source, rows, done, drop_missing=drop)
+        report.left_rows, report.returned_rows = done.leaving(), done.returned
         report.notes += notes_of(run.config.output, report.left_rows, report.returned_rows, kept)
     except MarsError as error:
-        report.left_rows = earlier.leaving()
+        report.left_rows = done.leaving()
         report.refusal = report.refusal or error
     report.done = done.counts()
 

@@ -220,7 +220,7 @@ def answer_all(
             note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
             refuse_broken(config, journal.done_at_start)
         rows = run.rows()
-        refuse_at_start(run.source, rows, journal.earlier, drop_missing=config.drop_missing)
+        refuse_at_start(run.source, rows, journal, drop_missing=config.drop_missing)
 
         def taken_in(windows: Iterable[Window | None]) -> Iterator[list[Item] | None]:
             for window in windows:
@@ -240,19 +240,19 @@ def answer_all(
                 summary.add(answers)
                 summary.workers, summary.times = engine.workers, engine.times
                 progress(summary)
-                stop_if_broken(config, summary, journal.earlier.done_now())
+                stop_if_broken(config, summary, journal.done_now())
                 check()
         summary.times = engine.times
         refuse_out_of_reach(run)
-        kept = settle(run.source, rows, journal.earlier, drop_missing=config.drop_missing)
-        summary.left_rows, summary.returned_rows = journal.earlier.leaving(), journal.earlier.returned
+        kept = settle(run.source, rows, journal, drop_missing=config.drop_missing)
+        summary.left_rows, summary.returned_rows = journal.leaving(), journal.returned
         for text in notes_of(config.output, summary.left_rows, summary.returned_rows, kept):
             note(text)
         phase("writing the output")
         summary.in_output = journal.counts()
         if not (summary.in_output["ok"] or summary.errors):
             summary.failed_before = journal.first_failure()
-        files = files_of(journal.earlier.files, run.source.files_read, saw_all=rows.saw_all)
+        files = files_of(journal.files, run.source.files_read, saw_all=rows.saw_all)
         written = journal.publish(cast(Order, config.order), check, files)
         if journal.resumed and not summary.documents:
             note(f"nothing new: every row was done{'' if written else f'; {summary.output} stays as it is'}")

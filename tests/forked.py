@@ -21,7 +21,7 @@ HEAVY = [
     *("marsinfer_cli.app", "marsinfer_cli.progress", "pipeline.run", "pipeline.prompts.forms"),
     *(
         "pipeline.engines.warm_up",
-        "pipeline.outputs.resumed",
+        "pipeline.outputs.standing",
         "pipeline.model.loading",
         "pipeline.prompts.vocabulary",
     ),

@@ -29,7 +29,7 @@ def schema_of(passthrough=NOTHING, settings=SETTINGS):
 
 
 def start(path, *, resume=True, settings=SETTINGS, passthrough=NOTHING, **flags):
-    return Journal.open(path, schema_of(passthrough, settings), settings, resume=resume, **flags)
+    return Journal(path, schema_of(passthrough, settings), settings, resume=resume, **flags)
 
 
 def source(row, id=None, passthrough=None):

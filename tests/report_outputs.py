@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from pipeline.outputs.answers import output_schema
-from pipeline.outputs.writing import AnswerWriter
+from pipeline.outputs.answers import answers_table, output_schema
+from pipeline.outputs.writing import output_writer
 from pipeline.pruning.tiers import FFN, LIVE, pack_layer
 from pipeline.records import Answer
 
@@ -75,8 +75,10 @@ def schema_of(metadata=METADATA, **options):
 
 
 def write(path, answers, metadata=METADATA, **options):
-    with AnswerWriter(path, schema_of(metadata, **options), overwrite=True) as writer:
-        writer.write(answers)
+    schema = schema_of(metadata, **options)
+    with output_writer(path, schema, overwrite=True) as writer:
+        if answers:
+            writer.write_table(answers_table(answers, schema))
     return path
 
 

@@ -16,7 +16,8 @@ from pipeline.errors import InputError, StorageError
 from pipeline.inputs.globs import has_magic, matches
 from pipeline.inputs.listing import files_below, refuse_broken_link
 from pipeline.inputs.partitions import Partitions, partitions_of
-from pipeline.outputs.own import SIDECAR, is_own_lines, is_own_table
+from pipeline.outputs.own import is_own_lines, is_own_table
+from pipeline.outputs.sidecar import SIDECAR
 from pipeline.storage import stdin
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 from pipeline.storage.remote import WEB, Place, RemotePath, place_of, relative

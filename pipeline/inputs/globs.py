@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from pipeline.inputs.listing import is_cache, is_hidden, note_hidden, note_unnamed, refuse_broken_link
-from pipeline.outputs.own import SIDECAR
+from pipeline.outputs.sidecar import SIDECAR
 from pipeline.storage.remote import WEB, Place, RemotePath, relative
 
 

@@ -12,8 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.inputs.passthrough import PassColumn
 from pipeline.outputs.answers import QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.chunks import pack_chunk
-from pipeline.outputs.formats import SINKS
-from pipeline.outputs.published import Published
+from pipeline.outputs.formats import SINKS, Published
 from pipeline.records import Answer
 from pipeline.storage.causes import READ_ERRORS, cause
 from pipeline.values.converting import converts

@@ -12,26 +12,6 @@ from pipeline.records import Answer, PartAnswer
 
 _INT_LISTS = pa.list_(pa.int32())
 
-_PART_TYPES = {
-    "depth": pa.int32(),
-    "start": pa.int64(),
-    "end": pa.int64(),
-    "prompt_tokens": pa.int64(),
-    "new_tokens": pa.int32(),
-    "answer": pa.large_string(),
-    "prefill_ms": pa.float64(),
-    "ttft_ms": pa.float64(),
-    "decode_ms": pa.float64(),
-    "kept_ratio": pa.float64(),
-    "ffn_ratio": pa.float64(),
-    "attention_ratio": pa.float64(),
-    "flops_ratio": pa.float64(),
-    "finish_reason": pa.string(),
-    "status": pa.string(),
-    "error_type": pa.string(),
-    "error_message": pa.large_string(),
-}
-
 _TYPES = {
     "id": pa.large_string(),
     "row": pa.int64(),
@@ -66,7 +46,6 @@ _TYPES = {
     "kv_bytes": pa.int64(),
     "kv_host_bytes": pa.int64(),
     "kv_swapped_bytes": pa.int64(),
-    "parts": pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)])),
     "guard": pa.string(),
     "row_hash": pa.string(),
     "selection": pa.list_(pa.binary()),
@@ -74,6 +53,9 @@ _TYPES = {
     "prompt_token_chars": _INT_LISTS,
     "prompt_spans": _INT_LISTS,
 }
+
+_PART_TYPES = {**_TYPES, "depth": pa.int32(), "start": pa.int64(), "end": pa.int64()}
+_TYPES["parts"] = pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)]))
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
 ANSWER_FIELDS = tuple(
@@ -115,19 +97,6 @@ def halves(schema: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
         if len(own) < len(schema) and schema.field(len(own)).name == field.name:
             own.append(schema.field(len(own)))
     return pa.schema(own), pa.schema(list(schema)[len(own) :])
-
-
-def answer_bytes(answer: Answer) -> int:
-    """About what an answer holds in memory; dictionaries, which rows share, count for nothing."""
-    texts = sum(
-        len(held.answer or "") + len(held.error_message or "") for held in (answer, *(answer.parts or ()))
-    )
-    texts += len(answer.prompt_text or "") + 4 * len(answer.prompt_token_chars or ())
-    texts += sum(map(len, answer.selection or ()))
-    if answer.passthrough is None:
-        return texts
-    copied = (column for column in answer.passthrough.columns if not pa.types.is_dictionary(column.type))
-    return texts + sum(column.nbytes for column in copied)
 
 
 def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import halves
-from pipeline.outputs.chunks import whole_chunks
+from pipeline.outputs.chunks import scan_part
 from pipeline.storage.whole_file import open_new, sync_folder
 from pipeline.values.dictionaries import settled
 
@@ -69,10 +69,9 @@ class Beginning:
 
 def _said_by_parts(folder: Path) -> Beginning | None:
     for path in sorted(folder.glob("part-*"), reverse=True):
-        with path.open("rb") as part:
-            for chunk in whole_chunks(part, path.stat().st_size):
-                with suppress(LookupError, TypeError, ValueError):
-                    return Beginning(**json.loads((chunk.table.schema.metadata or {})[METADATA_KEY]))
+        for chunk in scan_part(path):
+            with suppress(LookupError, TypeError, ValueError):
+                return Beginning(**json.loads((chunk.table.schema.metadata or {})[METADATA_KEY]))
     return None
 
 

@@ -73,20 +73,13 @@ def read_chunk(path: Path, offset: int) -> pa.Table:
 def scan_part(path: Path, lost: Callable[[Damage], None] = lambda damage: None) -> Iterator[Chunk]:
     """All whole chunks of a part, which stays as it is; `lost` is told of what is damaged."""
     with path.open("rb") as part:
-        for piece in pieces(part, path.stat().st_size):
-            if isinstance(piece, Damage):
-                lost(piece)
-            else:
-                yield piece
+        yield from whole_chunks(part, path.stat().st_size, lost)
 
 
-def whole_chunks(part: BinaryIO, size: int) -> Iterator[Chunk]:
-    """All whole chunks of the first `size` bytes, those behind damaged ones too."""
-    return (piece for piece in pieces(part, size) if isinstance(piece, Chunk))
-
-
-def pieces(part: BinaryIO, size: int) -> Iterator[Chunk | Damage]:
-    """Whole chunks of the first `size` bytes, and what lies between them that is none.
+def whole_chunks(
+    part: BinaryIO, size: int, lost: Callable[[Damage], None] = lambda damage: None
+) -> Iterator[Chunk]:
+    """All whole chunks of the first `size` bytes, those behind damaged ones too; `lost` as in `scan_part`.
 
     An end that a killed run has left unfinished was promised to nobody, and is no damage. Raises OSError
     where the part cannot be read at several places, or there is no memory to read it, which says nothing
@@ -99,7 +92,7 @@ def pieces(part: BinaryIO, size: int) -> Iterator[Chunk | Damage]:
             chunk = _chunk_behind(readable, end, size)
             damage = _damage(readable, end, size if chunk is None else chunk.offset, size)
             if damage is not None:
-                yield damage
+                lost(damage)
         if chunk is None:
             return
         end = chunk.end

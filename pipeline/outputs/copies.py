@@ -69,8 +69,6 @@ class CurrentCopies:
         """About what a row holds; dictionaries, which rows share, count for nothing."""
         if row is None:
             return 0
-        if len(self._lone) == row.num_columns:
-            return row.nbytes
         return sum(row.column(i).nbytes for i in self._lone)
 
     def close(self) -> None:

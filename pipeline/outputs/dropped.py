@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.beginnings import check_columns, check_settings, settings_in
-from pipeline.outputs.published import Published
+from pipeline.outputs.formats import Published
 from pipeline.outputs.rowindex import DROPPED, INDEXED, RowIndex
-from pipeline.outputs.writing import AnswerWriter, schema_as_written
+from pipeline.outputs.writing import output_writer, schema_as_written
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.whole_file import sync_folder
 
@@ -56,7 +56,7 @@ class DroppedRows:
         """Enter the rows, which count for nothing until the input has them."""
         for group in self:
             assert self._rows is not None
-            index.replay(self.read(group, INDEXED), DROPPED, group, self._rows.row_bytes(group))
+            index.enter(self.read(group, INDEXED), DROPPED, group, self._rows.row_bytes(group))
 
     def end_if_all_are_elsewhere(self, index: RowIndex) -> None:
         """Remove the file where a run was killed before it did, all its rows being in output or journal."""
@@ -125,10 +125,6 @@ class DroppedRows:
             if self._output.exists():
                 shutil.copymode(self._output, partial)
 
-        with AnswerWriter(path, self._schema, True, partial, as_private_as_the_output) as writer:
-            for table in _some(tables(writer.schema)):
+        with output_writer(path, self._schema, True, partial, as_private_as_the_output) as writer:
+            for table in tables(writer.schema):
                 writer.write_table(table)
-
-
-def _some(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    return (table for table in tables if table.num_rows)

@@ -7,85 +7,53 @@ are put beside it before (see dropped.py).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, halves
-from pipeline.outputs.beginnings import Beginning, check_columns, files_in, plain
-from pipeline.outputs.chunks import Damage, PartWriter, pack_chunk, read_chunk, scan_part
+from pipeline.outputs.beginnings import check_columns, copies_alike, files_in, plain, with_files
+from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
 from pipeline.outputs.dropped import DroppedRows
-from pipeline.outputs.earlier import EarlierRows
-from pipeline.outputs.opening import (
+from pipeline.outputs.finished import FinishedRows
+from pipeline.outputs.merge import Convert, merge, null_misfits, refuse_misfit
+from pipeline.outputs.parts import (
+    COPIES_FILE,
+    DAMAGED,
+    INDEX_FILE,
+    PARTIAL_DROPPED,
+    PARTIAL_OUTPUT,
+    PARTIAL_SIDECAR,
+    Parts,
     begin_journal,
+    damage_told,
     has_answers,
     journal_failures_told,
+    journal_folder,
     output_failures_told,
     remove_journal,
 )
-from pipeline.outputs.parts import (
-    COPIES_FILE,
-    INDEX_FILE,
-    damage_told,
-    journal_folder,
-    part_name,
-    part_number,
-    part_path,
-    parts_of,
-    set_aside,
-)
-from pipeline.outputs.published import Published
-from pipeline.outputs.publishing import Files, Held, Publication, replay_output
-from pipeline.outputs.rowindex import COPIES, DROPPED, PUBLISHED, Order, RowIndex
-from pipeline.outputs.sidecar import refuse_foreign
-from pipeline.outputs.writing import schema_as_written
-from pipeline.records import Answer, Row
+from pipeline.outputs.rowindex import COPIES, DROPPED, INDEXED, PUBLISHED, Location, Order, RowIndex
+from pipeline.outputs.sidecar import Written, needs_sidecar, refuse_foreign, write_sidecar
+from pipeline.outputs.writing import output_writer, refuse_existing, schema_as_written
+from pipeline.records import Answer
+from pipeline.values.jsonvalues import same_values
+
+Files = Sequence[tuple[str, int]]  # names, and how many rows of each went into the output
 
 
-class Journal:
+class Journal(FinishedRows):
     """A context manager; leaving it without `publish` keeps all that was appended, for a resumed run."""
-
-    resumed: bool
-    done_at_start: Counter[str]
-    earlier: EarlierRows
 
     def __init__(
         self,
-        output: Path,
-        schema: pa.Schema,
-        written: pa.Schema,
-        beginning: Beginning,
-        base: Published | None,
-        dropped: DroppedRows,
-    ) -> None:
-        """For `open`, which finds out what there is."""
-        self._output = output
-        self._schema, self._written = schema, written
-        self._chunk_schema = beginning.mark(schema)
-        self._folder = journal_folder(output)
-        self._beginning = beginning
-        self._base = base
-        self._has_chunks = False  # answers beside those of the base
-        self._dropped = dropped
-        self._held = Held()
-        self._part: PartWriter | None = None
-        self._index = RowIndex(self._folder / INDEX_FILE)
-        self._copies = CurrentCopies(self._folder / COPIES_FILE, halves(schema)[1])
-        self.resumed = False
-        self.done_at_start = Counter()
-        self.notes: list[str] = []  # what of the journal was lost
-        self._damages: dict[str, list[Damage]] = {}  # newly found, by the part's name
-
-    @classmethod
-    def open(
-        cls,
         output: str | Path,
         schema: pa.Schema,
         settings: Mapping[str, Any],
@@ -93,7 +61,7 @@ class Journal:
         resume: bool,
         retry_errors: bool = False,
         overwrite: bool = False,
-    ) -> Journal:
+    ) -> None:
         """Begin a journal, or go on with the one, or the finished output, that is there.
 
         `settings` are those that decide an answer; a resumed run must have the same ones, while
@@ -102,64 +70,48 @@ class Journal:
         """
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
-        output, now = Path(output), plain(settings)
+        self._output, now = Path(output), plain(settings)
         if not overwrite:
-            refuse_foreign(output)
-        written = schema_as_written(output, schema)
-        with journal_failures_told(journal_folder(output)):
-            beginning, base = begin_journal(output, written, now, resume, overwrite)
-            dropped = DroppedRows(output, schema, now, resume=resume)
-            dropped.is_gone = overwrite
-            journal = cls(output, schema, written, beginning, base, dropped)
+            refuse_foreign(self._output)
+        self._schema = schema
+        self._written = schema_as_written(self._output, schema)
+        self._folder = journal_folder(self._output)
+        self._check: Callable[[], None] = lambda: None
+        guard = partial(journal_failures_told, self._folder)
+        with guard():
+            self._beginning, self._base = begin_journal(self._output, self._written, now, resume, overwrite)
+            self._chunk_schema = self._beginning.mark(schema)
+            self._parts = Parts(self._folder)
+            self._dropped = DroppedRows(self._output, schema, now, resume=resume)
+            self._dropped.is_gone = overwrite
+            self._copies = CurrentCopies(self._folder / COPIES_FILE, halves(schema)[1])
+            super().__init__(RowIndex(self._folder / INDEX_FILE), guard, self._copies.add)
             try:
-                journal._replay(retry_errors)
+                self._replay(retry_errors)
             except BaseException:
-                journal.close()
+                self.close()
                 raise
-        return journal
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
-        """Whether a row's answer is known; to be asked once for every row, in the order of the input.
-
-        A known answer takes the row's present number and copied columns. An id that came before is a
-        `RowError`, whose row must be appended as failed like any other, and so is that of an answer for what
-        `is_fault`, which stands for rows that could not be read. May be called from one other thread.
-        """
-        with journal_failures_told(self._folder):
-            return self._index.see(source, row_hash, is_fault=is_fault, copy=self._copies.add)
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Add the answers of a pack, durable on return."""
         if not answers:
             return
-        chunk = pack_chunk(answers_table(answers, self._chunk_schema))
-        with journal_failures_told(self._folder):
-            number, offset = self._append_chunk(chunk)
-            self._has_chunks = True
-            self._index.record(answers, number, offset, len(chunk) // len(answers))
-
-    @property
-    def passed_over(self) -> int:
-        """How many rows were asked for that are done."""
-        return self._index.passed_over
-
-    def counts(self) -> Counter[str]:
-        """How many rows the output will hold, by status: those of this run, and those that stay."""
-        with journal_failures_told(self._folder):
-            return self._index.counts(seen=True)
+        table = answers_table(answers, self._chunk_schema)
+        chunk = pack_chunk(table)
+        with self._guard():
+            number, offset = self._parts.append(chunk)
+            self.index.enter(table, number, offset, len(chunk) // len(answers), seen=True)
 
     def first_failure(self) -> str | None:
         """What ails the first row of the output that has no answer."""
-        with journal_failures_told(self._folder):
-            location = self._index.first_failure()
+        with self._guard():
+            location = self.index.first_failure()
             if location is None:
                 return None
             row = self._read(location.part, location.chunk).slice(location.place, 1)
@@ -184,13 +136,13 @@ class Journal:
         the writing and leaves the journal intact. `files` are those that the output is made of. Returns
         whether the output was written: one that holds these very rows is left as it is.
         """
-        publication = self._publication(check)
-        with journal_failures_told(self._folder):
+        self._check = check
+        with self._guard():
             self._copies.flush()
-            stale = has_answers(self._folder) or not publication.is_current(order, files, self._held)
+            stale = has_answers(self._folder) or not self._is_current(order, files)
             if stale:
                 try:
-                    publication.write(order, files)
+                    self._write(order, files)
                 except StorageError as error:
                     raise StorageError(f"{error}; the journal is intact, and --resume continues") from error
         self._release()
@@ -211,82 +163,122 @@ class Journal:
             remove_journal(self._folder)
 
     def _release(self) -> None:
-        self._index.close()
+        self.index.close()
         self._copies.close()
-        if self._part is not None:
-            self._part.close()
-            self._part = None
+        self._parts.close()
 
     def _replay(self, retry_errors: bool) -> None:
-        self._dropped.replay(self._index)  # first: of a row that is in the output too, that one counts
-        if self._base is not None:
-            with output_failures_told(self._output):
-                self._held = replay_output(self._base, self._index)
-        parts = parts_of(self._folder)
-        for number in sorted(parts):
-            self._replay_part(number, parts[number])
-        if retry_errors:
-            self._index.forget_errors()
-        self._dropped.end_if_all_are_elsewhere(self._index)
-        self.earlier = EarlierRows(
-            self._index,
-            files=None if self._base is None else files_in(self._base.schema),
-            can_drop=self._dropped.can_hold,
-            guard=partial(journal_failures_told, self._folder),
-        )
-        self.done_at_start = self.earlier.at_start
-        self.resumed = self._base is not None or self._has_chunks
-
-    def _replay_part(self, number: int, path: Path) -> None:
-        damages: list[Damage] = []
-        for chunk in scan_part(path, damages.append):
+        self._dropped.replay(self.index)  # first: of a row that is in the output too, that one counts
+        self._held, self._is_sorted = self._replay_output()
+        has_chunks = False  # answers beside those of the base
+        for number, chunk in self._parts.scan():
             check_columns(self._output, chunk.table.schema, self._chunk_schema)
             row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
-            self._index.replay(chunk.table, number, chunk.offset, row_bytes)
-            self._has_chunks = True
-        if damages and (moved := set_aside(path)) != path:
-            self._damages[part_name(number)] = damages
+            self.index.enter(chunk.table, number, chunk.offset, row_bytes)
+            has_chunks = True
+        for name, damages in self._parts.damages.items():
             told = f"{damage_told(damages)} and will be answered again"
-            self.notes.append(f"{told}; all else is kept, and {self._kept(moved)}")
+            self.notes.append(f"{told}; all else is kept, and {self._kept(name)}")
+        if retry_errors:
+            self.index.forget_errors()
+        self._dropped.end_if_all_are_elsewhere(self.index)
+        self.files = None if self._base is None else files_in(self._base.schema)
+        self.can_drop = self._dropped.can_hold
+        self.count_at_start()
+        self.resumed = self._base is not None or has_chunks
 
-    def _kept(self, damaged: Path) -> str:
+    def _replay_output(self) -> tuple[int, bool]:
+        """Enter the rows of the output that is extended; how many, and whether in the order of the input."""
+        rows, is_sorted, last = 0, True, (-1, -1)
+        if self._base is None:
+            return rows, is_sorted
+        with output_failures_told(self._output):
+            for group in self._base:
+                table = self._base.read(group, INDEXED)
+                self.index.enter(table, PUBLISHED, group, self._base.row_bytes(group))
+                rows += table.num_rows
+                indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
+                places = [last, *zip(table["row"].to_pylist(), indices, strict=True)]
+                is_sorted &= all(first <= second for first, second in pairwise(places))
+                last = places[-1]
+        return rows, is_sorted
+
+    def _kept(self, part: str) -> str:
         """Where a user finds a part that is damaged."""
-        return f"the damaged file is now {damaged.parent.name}/{damaged.name}"
+        return f"the damaged file is now {self._folder.name}/{part}{DAMAGED}"
 
-    def _append_chunk(self, chunk: bytes) -> tuple[int, int]:
-        if self._part is None:
-            number = max(parts_of(self._folder), default=PUBLISHED) + 1
-            self._part = PartWriter(self._folder / part_name(number))
-        try:
-            return part_number(self._part.path), self._part.append(chunk)
-        except BaseException:
-            # A part that failed once is left as it is: what follows, if anything, goes to another.
-            self._part.close()
-            self._part = None
-            raise
-
-    def _publication(self, check: Callable[[], None]) -> Publication:
-        return Publication(
-            output=self._output,
-            folder=self._folder,
-            schema=self._schema,
-            written=self._written,
-            beginning=self._beginning,
-            base=self._base,
-            index=self._index,
-            read=self._read,
-            dropped=self._dropped,
-            check=check,
+    def _is_current(self, order: Order, files: Files | None) -> bool:
+        """Whether the output holds the rows of the index, no others, in this order, and says its files."""
+        if self._base is None or self.index.returned or self.index.unmoved != self._held:
+            return False
+        says = files_in(self._base.schema)
+        return (
+            (self._is_sorted or order == "completion")
+            and (files is None or says is None or says == list(files))
+            and copies_alike(self._base.schema, self._written)
+            and self._copies_are_current()
         )
 
+    def _copies_are_current(self) -> bool:
+        """Whether the rows, all of which the base has, have the copied columns there that they have now."""
+        copied = halves(self._written)[1]
+        if not copied.names:
+            return True
+        nothing = pa.schema([])
+        read = partial(self._read, columns=copied.names)
+        then, now = (
+            merge(self.index.locations("completion"), read, beside, current, refuse_misfit)
+            for beside, current in ((copied, nothing), (nothing, copied))
+        )
+        return all(map(same_values, then, now))
+
+    def _write(self, order: Order, files: Files | None) -> None:
+        """Rows that leave first, so that no moment is without them; `files` go into the metadata.
+
+        What it raises leaves the journal, and the output that was there, intact.
+        """
+        self._write_dropped()
+        temporary, replaces = self._folder / PARTIAL_OUTPUT, self._beginning.replaces
+        schema = self._schema if files is None else with_files(self._schema, files)
+        with output_writer(self._output, schema, replaces, temporary, self._write_sidecar) as writer:
+            for table in self._merged(self.index.locations(order), writer.schema, refuse_misfit):
+                writer.write_table(table)
+            refuse_existing(self._output, replaces)
+            # If the run is killed right after publishing, the next one may publish again.
+            replace(self._beginning, replaces=True).save(self._folder)
+
+    def _write_dropped(self) -> None:
+        """Put rows that leave beside the output, and make ready what is there once others have come back."""
+
+        def tables(*, after: bool) -> Callable[[pa.Schema], Iterator[pa.Table]]:
+            return lambda schema: self._merged(self.index.dropped(after=after), schema, null_misfits)
+
+        if self.index.leaving():
+            self._dropped.write(tables(after=False), self._folder / PARTIAL_DROPPED)
+        if self.index.returned:
+            self._dropped.write_later(tables(after=True) if self.index.has_dropped(after=True) else None)
+
+    def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
+        if needs_sidecar(self._output):
+            base = () if self._base is None else (Written(self._output.stat().st_size, self._base.schema),)
+            write_sidecar(self._output, Written(size, schema), self._folder / PARTIAL_SIDECAR, base)
+
+    def _merged(
+        self, locations: Iterator[Location], schema: pa.Schema, convert: Convert
+    ) -> Iterator[pa.Table]:
+        for table in merge(locations, self._read, *halves(schema), convert):
+            self._check()
+            yield table.replace_schema_metadata(schema.metadata)
+
     def _read(self, part: int, chunk: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows as they are stored, of an output that is extended `columns` alone."""
+        """Rows as they are stored; of an output that is extended `columns` alone, with None all."""
+        self._check()
         if part == COPIES:
             return self._copies.read(chunk)
         if part == DROPPED:
             return self._dropped.read(chunk)
         if part != PUBLISHED:
-            return read_chunk(part_path(self._folder, part), chunk)
+            return self._parts.read(part, chunk)
         assert self._base is not None
         with output_failures_told(self._output):
             return self._base.read(chunk, columns)

@@ -15,8 +15,9 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from types import TracebackType
 from typing import Self
+
+import psutil
 
 from pipeline.errors import ConfigError, LockedError, MarsError, StorageError
 from pipeline.storage.causes import cause, storage_failure
@@ -28,6 +29,8 @@ LEAVE_AFTER_S = 5.0  # a refresh that hangs is left behind when the run ends
 
 _held: set[str] = set()  # tokens of this process, whose lock may outlive its holder where storage failed
 
+_UNSAID = {"machine": "", "born": 0.0, "refreshed": 0.0, "token": ""}
+
 ATTEMPTS = 10  # to get ahead of others that come and go
 
 
@@ -38,25 +41,26 @@ def now() -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """What a lock's object says of who made it; times are seconds since 1970, by the holder's clock."""
+    """What a lock says of who made it; times are seconds since 1970, by the holder's clock."""
 
+    pid: int = field(default_factory=os.getpid)  # first: lock files are known by it
     host: str = field(default_factory=socket.gethostname)
-    machine: str = field(default_factory=lambda: _machine())
-    pid: int = field(default_factory=os.getpid)
-    born: float = field(default_factory=lambda: _born(os.getpid()) or 0.0)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    machine: str = field(default_factory=lambda: _machine())
+    born: float = field(default_factory=lambda: _born(os.getpid()) or 0.0)
     refreshed: float = field(default_factory=time.time)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def parse(cls, data: bytes) -> Holder | None:
-        """None if it is nothing that a holder would write."""
+        """None if it is nothing that a holder would write; lock files of earlier versions say less."""
         try:
             told = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        names = {field.name for field in fields(cls)}
-        return cls(**told) if isinstance(told, dict) and set(told) == names else None
+        if not isinstance(told, dict) or {*_UNSAID, *told} != {field.name for field in fields(cls)}:
+            return None
+        return cls(**{**_UNSAID, **told})
 
     def dump(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -103,9 +107,7 @@ class LeaseLock:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join(LEAVE_AFTER_S)
         _held.discard(self._holder.token)
@@ -220,8 +222,6 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> float | None:
-    import psutil
-
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import socket
 import stat
-import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from pipeline.errors import LockedError, StorageError
-from pipeline.outputs.lease import LeaseLock
+from pipeline.outputs.lease import Holder, LeaseLock
 from pipeline.storage.causes import cause
 from pipeline.storage.remote import RemotePath, output_place
 from pipeline.storage.whole_file import in_the_way
@@ -32,9 +28,8 @@ def lock_output(output: str | Path) -> OutputLock | LeaseLock:
 
 def refuse_locked(output: str | Path) -> None:
     """A `LockedError` where another run is writing an output; the lock is not taken, nor a file made."""
-    place = output_place(output)
     try:
-        (LeaseLock(place) if isinstance(place, RemotePath) else OutputLock(place)).refuse_held()
+        lock_output(output).refuse_held()
     except OSError:
         return  # whether it can be locked is for the run to find out
 
@@ -63,12 +58,10 @@ class OutputLock:
         self._descriptor = descriptor
         with suppress(OSError):  # a full disk; the lock holds all the same
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(_myself()).encode())
+            os.write(descriptor, Holder().dump())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._descriptor is not None
         # Removed while held: whoever opened the file meanwhile finds that its name is gone, and tries again.
         with suppress(OSError):
@@ -90,9 +83,12 @@ class OutputLock:
             os.close(descriptor)
 
     def _held(self, descriptor: int) -> LockedError:
-        holder = _holder(descriptor)
+        holder = None
+        with suppress(OSError):
+            holder = Holder.parse(os.pread(descriptor, _LONGEST_HOLDER, 0))
         return LockedError(
-            f"{self._output} is being written by {holder}; wait for it, or name another output"
+            f"{self._output} is being written by {holder or 'another process'}; wait for it, or name another "
+            "output"
         )
 
     def _acquire(self) -> int:
@@ -135,17 +131,3 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _myself() -> dict[str, int | str]:
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-
-
-def _holder(descriptor: int) -> str:
-    """Who holds the lock, as far as its file can be read: it may be empty, torn or something else."""
-    try:
-        told = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
-        return f"process {int(told['pid'])} on {told['host']} (since {told['started']})"
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-        return "another process"

@@ -11,10 +11,11 @@ import pyarrow as pa
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import combined
 from pipeline.outputs.rowindex import ChunkKey, Location
-from pipeline.outputs.writing import GROUP_BYTES, GROUP_ROWS
 from pipeline.storage.causes import READ_ERRORS, cause
 from pipeline.values.converting import converted
 
+GROUP_ROWS = 10_000
+GROUP_BYTES = 64 << 20
 CACHED_CHUNKS = 256
 CACHED_BYTES = 16 << 20
 
@@ -36,13 +37,15 @@ def merge(
     column that a chunk lacks is null; one that it holds as another type goes through `convert`.
     """
     cache = _ChunkCache(read)
+    both = pa.schema([*own, *copied])
     for group in _groups(locations):
-        halves = [(own, [row.own for row in group]), (copied, [row.copied for row in group])]
-        halves = [(schema, places) for schema, places in halves if schema.names]
+        own_places, copied_places = [row.own for row in group], [row.copied for row in group]
+        halves = [(own, own_places), (copied, copied_places)]
         columns: list[pa.ChunkedArray] = []
-        for table in _gather(halves, cache, convert):
-            columns += map(combined, table.columns)
-        table = pa.Table.from_arrays(columns, schema=pa.schema([*own, *copied]))
+        for schema, places in [(both, own_places)] if own_places == copied_places else halves:
+            if schema.names:
+                columns += map(combined, _gathered(schema, places, cache, convert).columns)
+        table = pa.Table.from_arrays(columns, schema=both)
         yield _numbered(table, group) if "row" in own.names else table
 
 
@@ -81,19 +84,20 @@ def _groups(locations: Iterable[Location]) -> Iterator[list[Location]]:
         yield group
 
 
-def _gather(
-    halves: Sequence[tuple[pa.Schema, Sequence[Place]]], cache: _ChunkCache, convert: Convert
-) -> Iterator[pa.Table]:
-    """For each half a table of its columns, of the rows at its places, in their order."""
-    picked = _pick(halves, cache, convert)
-    for (_, places), tables in zip(halves, picked, strict=True):
-        used = dict.fromkeys(tables, 0)
-        pieces = []
-        for key, run in groupby(key for key, _ in places):
-            count = len(list(run))
-            pieces.append(tables[key].slice(used[key], count))
-            used[key] += count
-        yield pa.concat_tables(pieces)
+def _gathered(schema: pa.Schema, places: Sequence[Place], cache: _ChunkCache, convert: Convert) -> pa.Table:
+    """The columns of a schema, of the rows at these places, in their order."""
+    wanted: dict[ChunkKey, list[int]] = {}
+    for key, place in places:
+        wanted.setdefault(key, []).append(place)
+    # without the rest of their chunks, which may not all fit in memory
+    tables = {key: _fitted(cache.get(key), wanted[key], schema, convert) for key in sorted(wanted)}
+    used = dict.fromkeys(tables, 0)
+    pieces = []
+    for key, run in groupby(key for key, _ in places):
+        count = len(list(run))
+        pieces.append(tables[key].slice(used[key], count))
+        used[key] += count
+    return pa.concat_tables(pieces)
 
 
 def _numbered(table: pa.Table, group: Sequence[Location]) -> pa.Table:
@@ -101,27 +105,6 @@ def _numbered(table: pa.Table, group: Sequence[Location]) -> pa.Table:
     position = table.schema.get_field_index("row")
     rows = pa.array([location.row for location in group], pa.int64())
     return table.set_column(position, table.schema.field(position), rows)
-
-
-def _pick(
-    halves: Sequence[tuple[pa.Schema, Sequence[Place]]], cache: _ChunkCache, convert: Convert
-) -> list[dict[ChunkKey, pa.Table]]:
-    """Of each half the rows of each chunk, in the order of the places, without the rest of their chunks."""
-    wanted = [_by_chunk(places) for _, places in halves]
-    picked: list[dict[ChunkKey, pa.Table]] = [{} for _ in halves]
-    for key in sorted({key for places in wanted for key in places}):
-        chunk = cache.get(key)
-        for (schema, _), places, tables in zip(halves, wanted, picked, strict=True):
-            if key in places:
-                tables[key] = _fitted(chunk, places[key], schema, convert)
-    return picked
-
-
-def _by_chunk(places: Sequence[Place]) -> dict[ChunkKey, list[int]]:
-    found: dict[ChunkKey, list[int]] = {}
-    for key, place in places:
-        found.setdefault(key, []).append(place)
-    return found
 
 
 def _fitted(chunk: pa.Table, places: list[int], schema: pa.Schema, convert: Convert) -> pa.Table:

@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -30,7 +30,7 @@ from pipeline.outputs.beginnings import START_OVER, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage
 from pipeline.outputs.dropped import dropped_path
 from pipeline.outputs.journal import Journal
-from pipeline.outputs.parts import DAMAGED, journal_folder, part_name, parts_of
+from pipeline.outputs.parts import DAMAGED, journal_folder, journal_parts
 from pipeline.outputs.rowindex import Order
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
 from pipeline.outputs.writing import refuse_existing
@@ -53,21 +53,18 @@ def open_journal(
     check: Callable[[], None] = lambda: None,
     **flags: bool,
 ) -> Journal:
-    """`Journal.open`, wherever the output is; `check` raises if the output's lock is no longer held."""
+    """A `Journal`, wherever the output is; `check` raises if the output's lock is no longer held."""
     place = output_place(output)
     if isinstance(place, RemotePath):
-        return MirroredJournal.begin(place, schema, settings, check, **flags)
-    return Journal.open(place, schema, settings, **flags)
+        return MirroredJournal(place, schema, settings, check, **flags)
+    return Journal(place, schema, settings, **flags)
 
 
 class MirroredJournal(Journal):
     """A journal whose answers are durable once they are in object storage."""
 
-    _mirror: Mirror
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         output: RemotePath,
         schema: pa.Schema,
         settings: Mapping[str, Any],
@@ -76,8 +73,7 @@ class MirroredJournal(Journal):
         resume: bool,
         overwrite: bool = False,
         **flags: bool,
-    ) -> MirroredJournal:
-        """`Journal.open` for an output in object storage."""
+    ) -> None:
         mirror = Mirror(output, check)
         try:
             if resume:
@@ -85,19 +81,16 @@ class MirroredJournal(Journal):
             else:
                 mirror.refuse_leftovers(overwrite)
             with mirror.named_as_given():
-                journal = cls.open(mirror.file, schema, settings, resume=resume, overwrite=overwrite, **flags)
-            assert isinstance(journal, cls)
-            journal._mirror = mirror
-            mirror.begin(journal._beginning)
-            mirror.set_aside(journal._damages)
+                super().__init__(mirror.file, schema, settings, resume=resume, overwrite=overwrite, **flags)
+            self._mirror = mirror
+            mirror.begin(self._beginning)
+            mirror.set_aside(self._parts.damages)
         except BaseException:
             mirror.close()
             raise
-        return journal
 
-    def _kept(self, damaged: Path) -> str:
-        name = f"{damaged.parent.name}/{damaged.name.removesuffix(DAMAGED)}"
-        return f"damaged objects {name}-* have names that end in {DAMAGED} now"
+    def _kept(self, part: str) -> str:
+        return f"damaged objects {self._folder.name}/{part}-* have names that end in {DAMAGED} now"
 
     def append(self, answers: Sequence[Answer]) -> None:
         super().append(answers)
@@ -145,8 +138,11 @@ class Mirror:
         self.file = self._scratch / output.name
         self._folder = journal_folder(self.file)
         self._put_bytes: Counter[str] = Counter()  # of each part
-        self._has_chunks = False
         self._has_begun = False
+
+    @property
+    def _has_chunks(self) -> bool:
+        return any(self._put_bytes.values())
 
     def has_journal(self) -> bool:
         """Whether a run that was not published left something."""
@@ -165,7 +161,6 @@ class Mirror:
                 if STATE_FILE not in objects and self._is_left_over():
                     shutil.rmtree(self._folder)
                     self._put_bytes.clear()
-                    self._has_chunks = False
             self._fetch_sidecar()
             self._fetch(self.output.beside(dropped_path(self.file).name))
             if not self._has_chunks or Beginning.load(self._folder).extends:
@@ -198,8 +193,8 @@ class Mirror:
 
     def put_chunks(self) -> None:
         """Make durable what was appended to the parts."""
-        for part in map(self._folder.joinpath, map(part_name, sorted(parts_of(self._folder)))):
-            if not part.exists():  # one that is damaged, to which nothing is added
+        for part in journal_parts(self._folder):
+            if part.name.endswith(DAMAGED):  # to which nothing is added
                 continue
             start = self._put_bytes[part.name]
             with part.open("rb") as file:
@@ -208,7 +203,6 @@ class Mirror:
             if chunk:
                 self._put(f"{part.name}-{start:012}", partial(_create, chunk))
                 self._put_bytes[part.name] += len(chunk)
-                self._has_chunks = True
 
     def upload(self) -> None:
         """Put the finished output, and before it what describes it, where they belong."""
@@ -262,7 +256,8 @@ class Mirror:
                 list(pool.map(RemotePath.unlink, objects.values()))
             if marker is not None:
                 marker.unlink()
-        self._has_chunks = self._has_begun = False
+        self._put_bytes.clear()
+        self._has_begun = False
 
     def close(self) -> None:
         """Remove the scratch folder, and of the journal what nobody could resume."""
@@ -291,7 +286,6 @@ class Mirror:
                     file.seek(start)
                     file.write(content)
                 self._put_bytes[part] = file.tell()
-            self._has_chunks |= self._put_bytes[part] > 0
 
     def _is_left_over(self) -> bool:
         """Whether parts without settings are what versions before left of a journal that they removed.
@@ -365,3 +359,16 @@ def _read_ahead(paths: Iterable[RemotePath]) -> Iterator[bytes]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         while some := list(islice(paths, AT_ONCE)):
             yield from pool.map(RemotePath.read_bytes, some)
+
+
+@contextmanager
+def local_copy(output: str | Path) -> Iterator[Path]:
+    """A local output itself, or a copy of a remote one, with what a resumed run goes on from beside it."""
+    place = output_place(output)
+    if not isinstance(place, RemotePath):
+        yield place
+        return
+    with closing(Mirror(place, lambda: None)) as mirror:
+        mirror.fetch()
+        with mirror.named_as_given():
+            yield mirror.file

@@ -12,11 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
-from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
+from pipeline.outputs.sidecar import SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.remote import Place
-
-SIDECAR = ".run.json"
 
 BASELINE_KEY = b"marsinfer_baseline"
 
@@ -51,8 +49,8 @@ def may_be_replaced(path: Place) -> bool:
         return True  # a pipe, which holds nothing
     if _bytes(path) == 0:
         return True
-    if needs_sidecar(Path(path.name)):
-        return _bytes(path) in _sizes_told(_sidecar(path))
+    if needs_sidecar(path):
+        return _bytes(path) in _sizes_told(sidecar_path(path))
     try:
         with path.open("rb") as file:
             return OUTPUT.has(written_schema(pa.PythonFile(file, "r"), path.name))
@@ -62,21 +60,17 @@ def may_be_replaced(path: Place) -> bool:
 
 def was_ours(path: Place) -> bool:
     """Whether a run wrote something under this name, by what lies beside it, whatever is there now."""
-    return needs_sidecar(Path(path.name)) and bool(_sizes_told(_sidecar(path)))
+    return needs_sidecar(path) and bool(_sizes_told(sidecar_path(path)))
 
 
 def foreign_sidecar(path: Place) -> Place | None:
     """What has the name of the file that says how an output was made, if no run wrote it."""
-    if not needs_sidecar(Path(path.name)):
+    if not needs_sidecar(path):
         return None
-    sidecar = _sidecar(path)
+    sidecar = sidecar_path(path)
     if not sidecar.exists() or _bytes(sidecar) == 0 or _says_settings(sidecar):
         return None
     return sidecar
-
-
-def _sidecar(path: Place) -> Place:
-    return sidecar_path(path) if isinstance(path, Path) else path.beside(f"{path.name}{SIDECAR}")
 
 
 def _bytes(path: Place) -> int:
@@ -103,14 +97,14 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
 
     `listed` are the names, as shown, that were found in remote folders: none of them is asked for again.
     """
-    if not needs_sidecar(Path(path.name)):
+    if not needs_sidecar(path):
         return False
     if isinstance(path, Path):
         # the links of its folders lead to the same place
         sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
         is_there = sidecar.exists()
     else:
-        sidecar = path.beside(f"{path.name}{SIDECAR}")
+        sidecar = sidecar_path(path)
         is_there = str(sidecar) in listed
     return is_there and _says_settings(sidecar)
 

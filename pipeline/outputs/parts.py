@@ -1,16 +1,30 @@
-"""The folder of a journal: the names of what is in it, and how it goes without taking what is not ours."""
+"""The folder of a journal: its parts, what is there when it is opened, and how it goes.
+
+Nothing that is not ours is taken with it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import sqlite3
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pipeline.outputs.chunks import Damage
-from pipeline.storage.whole_file import in_the_way
+import pyarrow as pa
+
+from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.outputs.beginnings import START_OVER, Beginning, check_columns, check_settings, settings_in
+from pipeline.outputs.chunks import Chunk, Damage, PartWriter, read_chunk, scan_part
+from pipeline.outputs.formats import Published
+from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
+from pipeline.outputs.writing import refuse_existing
+from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.storage.whole_file import folder_like, in_the_way, sync_folder
 from pipeline.texts.words import counted
 
 INDEX_FILE = "index.sqlite"
@@ -34,16 +48,11 @@ def journal_folder(output: str | Path) -> Path:
     return target.with_name(f".{target.name}.journal")
 
 
-def parts_of(folder: Path) -> dict[int, Path]:
-    """The parts of a journal by their numbers, damaged ones too."""
-    if not folder.is_dir():
-        return {}
-    return {part_number(path): path for path in folder.iterdir() if _PART.fullmatch(path.name)}
-
-
 def journal_parts(folder: Path) -> list[Path]:
-    """The parts of a journal, the oldest first, for one who only reads."""
-    return [path for _, path in sorted(parts_of(folder).items())]
+    """The parts of a journal, damaged ones too, the oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(filter(lambda path: _PART.fullmatch(path.name), folder.iterdir()), key=part_number)
 
 
 def part_number(part: Path) -> int:
@@ -52,21 +61,49 @@ def part_number(part: Path) -> int:
     return int(found[1])
 
 
-def part_name(number: int) -> str:
-    return f"part-{number:04}"
+class Parts:
+    """The parts of a journal: those of earlier runs, which stay as they are, and the one of this run."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._growing: PartWriter | None = None
+        self.damages: dict[str, list[Damage]] = {}  # newly found, by the part's name
 
-def part_path(folder: Path, number: int) -> Path:
-    """Where a part is, whether or not it was found to be damaged."""
-    path = folder / part_name(number)
-    return path if path.exists() else path.with_name(f"{path.name}{DAMAGED}")
+    def scan(self) -> Iterator[tuple[int, Chunk]]:
+        """All whole chunks, with their part; parts that are found to be damaged get names that say so."""
+        for path in journal_parts(self._folder):
+            damages: list[Damage] = []
+            for chunk in scan_part(path, damages.append):
+                yield part_number(path), chunk
+            if damages and not path.name.endswith(DAMAGED):
+                path.rename(path.with_name(f"{path.name}{DAMAGED}"))
+                self.damages[path.name] = damages
 
+    def read(self, number: int, offset: int) -> pa.Table:
+        """The chunk of a part that begins there."""
+        path = self._path(number)
+        return read_chunk(path if path.exists() else path.with_name(f"{path.name}{DAMAGED}"), offset)
 
-def set_aside(part: Path) -> Path:
-    """Name a damaged part so, whose whole chunks are read all the same; returns the name it has now."""
-    if part.name.endswith(DAMAGED):
-        return part
-    return part.rename(part.with_name(f"{part.name}{DAMAGED}"))
+    def append(self, chunk: bytes) -> tuple[int, int]:
+        """Write a chunk, durable on return, and say in which part and where in it."""
+        if self._growing is None:
+            number = max(map(part_number, journal_parts(self._folder)), default=0) + 1
+            self._growing = PartWriter(self._path(number))
+        try:
+            return part_number(self._growing.path), self._growing.append(chunk)
+        except BaseException:
+            # A part that failed once is left as it is: what follows, if anything, goes to another.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._growing is not None:
+            self._growing.close()
+            self._growing = None
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"part-{number:04}"
 
 
 def damage_told(damages: Sequence[Damage]) -> str:
@@ -112,3 +149,102 @@ def discard(folder: Path) -> None:
 
 def discarded(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-discarded")
+
+
+def begin_journal(
+    output: Path, written: pa.Schema, now: Any, resume: bool, overwrite: bool
+) -> tuple[Beginning, Published | None]:
+    """Refuse what must not be replaced or mixed, and set up the folder."""
+    folder = journal_folder(output)
+    clear_discarded(folder)
+    if not resume:
+        refuse_leftovers(output, overwrite)
+        remove_journal(folder)
+        return _start(output, Beginning(settings=now, replaces=overwrite)), None
+    beginning, base = begun(output, written, now)
+    if beginning is not None:
+        folder_like(folder, output)
+        return beginning, base
+    is_there = base is not None
+    return _start(output, Beginning(settings=now, extends=is_there, replaces=is_there)), base
+
+
+def begun(output: Path, written: pa.Schema, now: Any) -> tuple[Beginning | None, Published | None]:
+    """What a resumed run goes on from: a journal that has answers, and an output. Nothing is changed.
+
+    A ConfigError if one of them was made with other settings than `now`, or has other columns of its own.
+    """
+    folder = journal_folder(output)
+    if not has_answers(folder):
+        return None, _open_base(output, written, now) if output.exists() else None
+    beginning = Beginning.load(folder)
+    check_settings(output, beginning.settings, now)
+    extends = beginning.extends and output.exists()
+    return beginning, _open_base(output, written, now) if extends else None
+
+
+def refuse_leftovers(output: Path, overwrite: bool) -> None:
+    """A ConfigError if an output or an unfinished run is there that may not be replaced."""
+    folder = journal_folder(output)
+    if not overwrite and has_answers(folder):
+        raise ConfigError(f"an unfinished run left {folder.name}; --resume continues it, {START_OVER}")
+    refuse_existing(output, overwrite)
+
+
+def _start(output: Path, beginning: Beginning) -> Beginning:
+    folder = journal_folder(output)
+    try:
+        folder.mkdir(exist_ok=True)
+        folder_like(folder, output)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be made: {cause(error)}; choose a folder that is writable"
+        ) from error
+    beginning.save(folder)
+    sync_folder(folder.parent)
+    return beginning
+
+
+def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
+    with output_failures_told(output):
+        base = Published(output, lines_schema=read_sidecar(output) if needs_sidecar(output) else None)
+        check_settings(output, settings_in(output, base.schema), now)
+        check_columns(output, base.schema, written)
+    return base
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a journal has anything that is worth going on with."""
+    return any(part.stat().st_size > 0 for part in journal_parts(folder))
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove a journal, if it is there."""
+    if folder.is_dir():
+        with journal_failures_told(folder):
+            discard(folder)
+
+
+@contextmanager
+def output_failures_told(output: Path) -> Iterator[None]:
+    """Turn what reading an output raises into a `ConfigError`."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise ConfigError(f"{output} cannot be read: {cause(error)}; {START_OVER}") from error
+
+
+@contextmanager
+def journal_failures_told(folder: Path) -> Iterator[None]:
+    """Turn what working with a journal raises into a `StorageError`."""
+    try:
+        yield
+    except MarsError:
+        raise
+    except (OSError, sqlite3.Error, pa.ArrowException) as error:
+        if not folder.is_dir():
+            raise StorageError(f"{folder} is gone, and the answers in it; run again") from error
+        raise StorageError(
+            f"{folder} cannot be used: {cause(error)}; the journal is intact, and --resume continues "
+            "once that is put right"
+        ) from error

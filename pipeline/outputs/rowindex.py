@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,18 +16,12 @@ import pyarrow as pa
 
 from pipeline.errors import RowError
 from pipeline.outputs.answers import without_lone_surrogates
-from pipeline.records import Answer, Row
+from pipeline.records import Row
 
 Order = Literal["input", "completion"]
 
-INDEXED = (
-    "id",
-    "row",
-    "question_index",
-    "status",
-    "error_type",
-    "row_hash",
-)  # the columns that the index is built from
+# the columns that the index is built from
+INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 DUPLICATE = "duplicate_id"
 # errors that are worth nothing once the input has the row no more: of rows of which nothing is known but that
 # they could not be read, and of those that refer to another one
@@ -119,10 +113,11 @@ class RowIndex:
         self._database.executescript(_SETUP)
         self._changes = 0
 
-    def replay(self, table: pa.Table, part: int, chunk: int, row_bytes: int) -> None:
-        """Enter answers of earlier runs; a later answer to an id replaces an earlier one.
+    def enter(self, table: pa.Table, part: int, chunk: int, row_bytes: int, *, seen: bool = False) -> None:
+        """Enter answers; `seen` are those of this run. A later answer to an id replaces an earlier one.
 
-        A row that was refused because of another is not known again: that one may be gone, or come later.
+        A row that was refused because of another stands beside that one. It is not known again by a later
+        run: that other one may be gone, or come later.
         """
         columns = (table.column(name).to_pylist() for name in INDEXED)
         entries = []
@@ -130,10 +125,10 @@ class RowIndex:
             twice = kind == DUPLICATE
             key, known = _key(id, row + 1 if twice else 0), None if twice else row_hash
             fleeting = kind in FLEETING or row_hash is None
-            entries.append((key, row, question, known, status, part, chunk, place, row_bytes, fleeting))
+            entries.append((key, row, question, known, status, part, chunk, place, row_bytes, seen, fleeting))
         with self._lock:
             self._database.executemany(
-                "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, NULL, NULL)", entries
+                "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", entries
             )
             self._changed(len(entries))
 
@@ -220,29 +215,6 @@ class RowIndex:
                 )
         return done
 
-    def record(self, answers: Sequence[Answer], part: int, chunk: int, row_bytes: int) -> None:
-        """Enter answers of this run."""
-        with self._lock:
-            entries = [
-                (
-                    self._key_of(a),
-                    a.row,
-                    a.question_index,
-                    a.row_hash,
-                    a.status,
-                    part,
-                    chunk,
-                    place,
-                    row_bytes,
-                    a.error_type in FLEETING,
-                )
-                for place, a in enumerate(answers)
-            ]
-            self._database.executemany(
-                "REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, NULL, NULL)", entries
-            )
-            self._changed(len(answers))
-
     def locations(self, order: Order) -> Iterator[Location]:
         """Answers to the rows that the output will have, sorted outside of memory."""
         return self._locations("seen AND part IS NOT NULL", _ORDERS[order])
@@ -262,15 +234,6 @@ class RowIndex:
         """Let go of the file; what it holds is worth nothing from here on."""
         with self._lock, suppress(sqlite3.Error):
             self._database.close()
-
-    def _key_of(self, answer: Answer) -> bytes:
-        """A row refused for another's id stands beside that one, and must not take its place."""
-        key = _key(answer.id)
-        if answer.error_type != DUPLICATE:
-            return key
-        found = self._find(key)
-        taken = found is not None and found[2] and found[0] != answer.row
-        return _key(answer.id, answer.row + 1) if taken else key
 
     def _meet(self, found: tuple[Any, ...], row: int, done: bool) -> None:
         """Count a row that earlier runs knew."""

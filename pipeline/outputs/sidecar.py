@@ -7,19 +7,23 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.beginnings import METADATA_KEY, START_OVER, save_json
 from pipeline.storage.causes import READ_ERRORS
+from pipeline.storage.remote import Place, RemotePath
 from pipeline.values.jsonvalues import holds_keys
 
+SIDECAR = ".run.json"
 VERSION = 1
 
 _SCALARS = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+
+AnyPlace = TypeVar("AnyPlace", Path, RemotePath, Place)
 
 
 class Written(NamedTuple):
@@ -29,14 +33,16 @@ class Written(NamedTuple):
     schema: pa.Schema
 
 
-def needs_sidecar(output: Path) -> bool:
+def needs_sidecar(output: Place) -> bool:
     return output.suffix.lower() == ".jsonl"
 
 
-def sidecar_path(output: Path) -> Path:
+def sidecar_path(output: AnyPlace) -> AnyPlace:
     """Beside the file itself, if the output is a link."""
+    if isinstance(output, RemotePath):
+        return output.beside(f"{output.name}{SIDECAR}")
     target = Path(os.path.realpath(output))
-    return target.with_name(f"{target.name}.run.json")
+    return target.with_name(f"{target.name}{SIDECAR}")
 
 
 def refuse_foreign(output: Path) -> None:

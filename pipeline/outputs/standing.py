@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,39 +10,64 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.outputs.beginnings import check_columns, files_in, plain
-from pipeline.outputs.chunks import Damage, pieces
+from pipeline.errors import ConfigError
+from pipeline.outputs.beginnings import Beginning, check_columns, files_in, plain, settings_in
+from pipeline.outputs.chunks import Damage, scan_part
 from pipeline.outputs.dropped import DroppedRows
-from pipeline.outputs.earlier import EarlierRows
-from pipeline.outputs.mirror import Mirror
-from pipeline.outputs.opening import begun, refuse_leftovers
-from pipeline.outputs.parts import INDEX_FILE, damage_told, journal_folder, journal_parts
+from pipeline.outputs.finished import FinishedRows
+from pipeline.outputs.formats import Published
+from pipeline.outputs.mirror import Mirror, local_copy
+from pipeline.outputs.own import written_schema
+from pipeline.outputs.parts import (
+    INDEX_FILE,
+    begun,
+    damage_told,
+    has_answers,
+    journal_folder,
+    journal_parts,
+    refuse_leftovers,
+)
 from pipeline.outputs.rowindex import DROPPED, INDEXED, PUBLISHED, RowIndex
+from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import schema_as_written
-from pipeline.records import Row
+from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, storage_failure
 from pipeline.storage.remote import RemotePath, output_place
 
 
-class DoneRows:
-    """The rows that earlier runs have finished, by status at the start."""
+def begun_with(output: str) -> Any:
+    """The settings that decide, of the unfinished run or the output that is there, or else None.
 
-    def __init__(self, index: RowIndex) -> None:
-        self.index = index
-        self.notes: list[str] = []  # what of a journal is lost
-        self.earlier = EarlierRows(index)
+    An output that does not say them counts as none: opening the journal tells it. Of a table in object
+    storage that no unfinished run extends, only the schema is read; else all is fetched.
+    """
+    place = output_place(output)
+    if isinstance(place, RemotePath) and not needs_sidecar(place):
+        with closing(Mirror(place, lambda: None)) as mirror:
+            if not mirror.has_journal():
+                return _of_table(place)
+    with local_copy(output) as path:
+        folder = journal_folder(path)
+        if has_answers(folder):
+            return Beginning.load(folder).settings
+        if not path.exists():
+            return None
+        try:
+            schema = read_sidecar(path) if needs_sidecar(path) else Published(path).schema
+            return settings_in(path, schema)
+        except (*READ_ERRORS, ConfigError):
+            return None
 
-    def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
-        """As `Journal.is_done`."""
-        return self.index.see(source, row_hash, is_fault=is_fault)
 
-    @property
-    def passed_over(self) -> int:
-        """How many rows were asked for that are done."""
-        return self.index.passed_over
-
-    def counts(self) -> Counter[str]:
-        """Of the rows that the output will have, those that are done, by status."""
-        return self.index.counts(seen=True)
+def _of_table(output: RemotePath) -> Any:
+    try:
+        if not output.exists():
+            return None
+        with output.open("rb") as file:
+            return settings_in(Path(output.name), written_schema(pa.PythonFile(file, "r"), output.name))
+    except NetworkError as error:
+        raise storage_failure(f"{output} cannot be read: {cause(error)}", error) from error
+    except (*READ_ERRORS, ConfigError):
+        return None
 
 
 def refuse_unfinished(output: str) -> None:
@@ -57,12 +81,11 @@ def refuse_unfinished(output: str) -> None:
 
 
 @contextmanager
-def no_rows() -> Iterator[DoneRows]:
+def no_rows() -> Iterator[FinishedRows]:
     """What is done where a run begins afresh."""
-    with tempfile.TemporaryDirectory(prefix="marsinfer-") as folder:
-        index = RowIndex(Path(folder) / INDEX_FILE)
-        with closing(index):
-            yield DoneRows(index)
+    scratch = tempfile.TemporaryDirectory(prefix="marsinfer-")
+    with scratch as folder, closing(RowIndex(Path(folder) / INDEX_FILE)) as index:
+        yield FinishedRows(index)
 
 
 @contextmanager
@@ -74,58 +97,40 @@ def done_rows(
     retry_errors: bool,
     timed: Sequence[str],
     heed: Callable[[pa.Table], None],
-) -> Iterator[DoneRows]:
+) -> Iterator[FinishedRows]:
     """The rows that a resumed run need not answer. Raises ConfigError where it would be refused.
 
     `heed` is called with the rows, table by table, which have the columns `timed`.
     """
-    found: dict[str, Any] = {}
+    columns = tuple(dict.fromkeys((*INDEXED, *timed)))
     with no_rows() as done:
-        for table, place in _tables(output, schema, plain(settings), timed, found):
-            done.index.replay(table, *place, 0)
-            heed(table)
+        with local_copy(output) as path:
+            for table, place in _tables(done, path, schema, plain(settings), columns):
+                done.index.enter(table, *place, 0)
+                heed(table)
         if retry_errors:
             done.index.forget_errors()
-        damages = found.pop("damages", [])
-        done.notes += [f"{damage_told(damages)} and would be answered again"] if damages else []
-        done.earlier = EarlierRows(done.index, **found)
+        done.count_at_start()
         yield done
 
 
 def _tables(
-    output: str, schema: pa.Schema, now: Any, timed: Sequence[str], found: dict[str, Any]
+    done: FinishedRows, output: Path, schema: pa.Schema, now: Any, columns: Sequence[str]
 ) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
-    """Tables of finished rows, with the part and chunk of each; `found` hears what else there is."""
-    place = output_place(output)
-    if not isinstance(place, RemotePath):
-        yield from _local_tables(place, schema, now, timed, found)
-        return
-    with closing(Mirror(place, lambda: None)) as mirror:
-        mirror.fetch()
-        with mirror.named_as_given():
-            yield from _local_tables(mirror.file, schema, now, timed, found)
-
-
-def _local_tables(
-    output: Path, schema: pa.Schema, now: Any, timed: Sequence[str], found: dict[str, Any]
-) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
-    columns = tuple(dict.fromkeys((*INDEXED, *timed)))
-    written = schema_as_written(output, schema)
-    _, base = begun(output, written, now)
+    """Tables of finished rows, with the part and chunk of each; `done` hears what else there is."""
+    _, base = begun(output, schema_as_written(output, schema), now)
     dropped = DroppedRows(output, schema, now, resume=True)
-    found["files"] = None if base is None else files_in(base.schema)
-    found["can_drop"] = dropped.can_hold
+    done.can_drop = dropped.can_hold
     for group in dropped:
         yield dropped.read(group, columns), (DROPPED, group)
-    for group in base or ():
-        assert base is not None
-        yield base.read(group, columns), (PUBLISHED, group)
-    found["damages"] = []
-    for number, path in enumerate(journal_parts(journal_folder(output)), start=PUBLISHED + 1):
-        with path.open("rb") as part:
-            for piece in pieces(part, path.stat().st_size):
-                if isinstance(piece, Damage):
-                    found["damages"].append(piece)
-                    continue
-                check_columns(output, piece.table.schema, schema.remove_metadata())
-                yield piece.table.select(columns), (number, piece.offset)
+    if base is not None:
+        done.files = files_in(base.schema)
+        for group in base:
+            yield base.read(group, columns), (PUBLISHED, group)
+    damages: list[Damage] = []
+    for number, part in enumerate(journal_parts(journal_folder(output)), start=PUBLISHED + 1):
+        for chunk in scan_part(part, damages.append):
+            check_columns(output, chunk.table.schema, schema.remove_metadata())
+            yield chunk.table.select(columns), (number, chunk.offset)
+    if damages:
+        done.notes.append(f"{damage_told(damages)} and would be answered again")

@@ -5,29 +5,20 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, MarsError, StorageError
-from pipeline.outputs.answers import answer_bytes, answers_table, output_schema
-from pipeline.outputs.formats import Sink, sink_type
+from pipeline.outputs.formats import Published, Sink, sink_type
 from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
-from pipeline.outputs.published import Published
-from pipeline.records import Answer
+from pipeline.outputs.sidecar import needs_sidecar
 from pipeline.storage.causes import cause, storage_failure
 from pipeline.storage.remote import Place, RemotePath, output_place
 from pipeline.storage.stdin import Stdin
 from pipeline.storage.whole_file import open_new, partial_path, sync_folder
-
-__all__ = ["AnswerWriter", "check_output", "output_schema"]
-
-GROUP_ROWS = 10_000
-GROUP_BYTES = 64 << 20
 
 _REMEDIES = {
     errno.ENOSPC: "free space there and run again",
@@ -114,121 +105,69 @@ def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
     try:
         sink = sink_type(path)(trial, schema)
         sink.finish()
-    except (
-        OSError,
-        pa.ArrowException,
-    ) as error:  # Arrow tells a decimal's scale that Parquet lacks by either
+    except (OSError, pa.ArrowException) as error:
+        # Arrow tells a decimal's scale that Parquet lacks by either
         raise _type_refused(path, error) from error
-    if path.suffix.lower() == ".jsonl":
+    if needs_sidecar(path):
         return sink.schema
     return Published(path, pa.py_buffer(trial.getvalue())).schema
 
 
 class AnswerWriter:
-    """A context manager: a clean exit publishes the file whole, an exception leaves no trace of it."""
+    """Writes to an output that is not there yet; its tables must have the `schema` that the file holds."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        schema: pa.Schema,
-        overwrite: bool = False,
-        temporary: Path | None = None,
-        before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
-    ) -> None:
-        """`temporary` names, on the same file system, the file that becomes the output.
-
-        `before` is called with its bytes and its schema when it is durable, right before it is published.
-        """
-        self._path = Path(path)
-        self._schema = schema
-        self._overwrite = overwrite
-        self._before = before
-        self._make_sink = sink_type(self._path)
-        # An output that is a symbolic link stays one: what it points to is replaced.
-        self._target = Path(os.path.realpath(self._path))
-        self._temporary = temporary or partial_path(self._target)
-        self._handle: BinaryIO | None = None
-        self._sink: Sink | None = None
-        self._waiting: list[Answer] = []
-        self._waiting_bytes = 0
-
-    def __enter__(self) -> Self:
-        refuse_existing(self._path, self._overwrite)
-        try:
-            with _failures_told(self._path):
-                self._handle = open_new(self._temporary, like=self._target)
-                self._sink = self._make_sink(self._handle, self._schema)
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def write(self, answers: Sequence[Answer]) -> None:
-        """Add answers; they reach the file in groups of a fitting size, and surely on exit."""
-        for answer in answers:
-            self._waiting.append(answer)
-            self._waiting_bytes += answer_bytes(answer)
-            if len(self._waiting) >= GROUP_ROWS or self._waiting_bytes >= GROUP_BYTES:
-                self._flush()
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The schema that the file holds, to which tables should be cast before they are joined."""
-        assert self._sink is not None, "asked outside of the with block"
-        return self._sink.schema
+    def __init__(self, path: Path, sink: Sink) -> None:
+        self._path, self._sink = path, sink
+        self.schema = sink.schema
 
     def write_table(self, table: pa.Table) -> None:
-        """Add a table of answers as one group, behind all that was written before."""
-        self._flush()
-        assert self._sink is not None, "write outside of the with block"
+        """Add a table of answers as one group."""
         with _failures_told(self._path):
             self._sink.write(table)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._discard()
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        assert self._sink is not None, "write outside of the with block"
-        with _failures_told(self._path):
-            self._sink.write(answers_table(self._waiting, self._schema))
-        self._waiting, self._waiting_bytes = [], 0
+@contextmanager
+def output_writer(
+    output: str | Path,
+    schema: pa.Schema,
+    overwrite: bool = False,
+    temporary: Path | None = None,
+    before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
+) -> Iterator[AnswerWriter]:
+    """A clean exit publishes the file whole, an exception leaves no trace of it.
 
-    def _publish(self) -> None:
-        self._flush()
-        assert self._sink is not None
-        assert self._handle is not None
-        with _failures_told(self._path):
-            self._sink.finish()
-            schema, self._sink = self._sink.schema, None
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-            self._handle.close()
-            refuse_existing(self._path, self._overwrite)
-            self._before(self._temporary.stat().st_size, schema)
-            os.replace(self._temporary, self._target)
-            sync_folder(self._target.parent)
+    `temporary` names, on the same file system, the file that becomes the output. `before` is called with its
+    bytes and its schema when it is durable, right before it is published.
+    """
+    path = Path(output)
+    make_sink = sink_type(path)
+    # An output that is a symbolic link stays one: what it points to is replaced.
+    target = Path(os.path.realpath(path))
+    temporary = temporary or partial_path(target)
+    refuse_existing(path, overwrite)
+    with ExitStack() as leftovers:
+        with _failures_told(path):
+            handle = open_new(temporary, like=target)
+            leftovers.callback(_quietly, temporary.unlink)
+            leftovers.callback(_quietly, handle.close)
+            sink = make_sink(handle, schema)
+            leftovers.callback(_quietly, sink.finish)
+        yield AnswerWriter(path, sink)
+        with _failures_told(path):
+            sink.finish()
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+            refuse_existing(path, overwrite)
+            before(temporary.stat().st_size, sink.schema)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
 
-    def _discard(self) -> None:
-        """Close and remove what there is; after a failed write closing fails again, which is no news."""
-        no_news = (OSError, ValueError, pa.ArrowException)
-        if self._sink is not None:
-            with suppress(*no_news):
-                self._sink.finish()
-            self._sink = None
-        if self._handle is not None:
-            with suppress(*no_news):
-                self._handle.close()
-            self._handle = None
-            with suppress(OSError):
-                self._temporary.unlink()
+
+def _quietly(action: Callable[[], object]) -> None:
+    """Close or remove what may be gone; after a failed write closing fails again, which is no news."""
+    with suppress(OSError, ValueError, pa.ArrowException):
+        action()
 
 
 @contextmanager

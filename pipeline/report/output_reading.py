@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,10 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.inputs.passthrough import EXTRA
 from pipeline.outputs.answers import ANSWER_FIELDS
 from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
-from pipeline.outputs.chunks import Damage, pieces, whole_chunks
-from pipeline.outputs.formats import SINKS
+from pipeline.outputs.chunks import Damage, whole_chunks
+from pipeline.outputs.formats import SINKS, Published
 from pipeline.outputs.mirror import Mirror
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
-from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import DUPLICATE
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS, cause
@@ -167,7 +167,9 @@ def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, 
         notes = [f"the run is not finished: these are the rows of {path.name} and of {folder.name}"]
     elif path.exists():
         notes.append(f"{path.name} itself is of an earlier run, which this one replaces when it is done")
-    damages = [piece for part, size in parts for piece in pieces(part, size) if isinstance(piece, Damage)]
+    damages: list[Damage] = []
+    for part, size in parts:
+        deque(whole_chunks(part, size, damages.append), maxlen=0)
     if damages:
         notes.append(f"{damage_told(damages)}; these are all others")
     newest = (chunk.table for part, size in reversed(parts) for chunk in whole_chunks(part, size))

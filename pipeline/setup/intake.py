@@ -32,8 +32,7 @@ from pipeline.setup.asking import (
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
-    from pipeline.outputs.journal import Journal
-    from pipeline.outputs.standing import DoneRows
+    from pipeline.outputs.finished import FinishedRows
     from pipeline.prompts.builder import PromptBuilder
 
 COLUMNS = "columns"  # of the settings that decide: which were decided
@@ -58,7 +57,7 @@ class Intake:
 
 def open_rows(config: BatchConfig) -> Intake:
     """The input of a run, checked and opened, and what its settings leave open decided by it."""
-    from pipeline.outputs.resumed import begun_with
+    from pipeline.outputs.standing import begun_with
 
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
@@ -185,9 +184,7 @@ def item_tokens(item: Item) -> int:
     return sum(prompt.prompt_tokens for prompt in item_prompts(item))
 
 
-def new_rows(
-    records: Iterable[Record], journal: Journal | DoneRows, *, renames: bool = False
-) -> Iterator[Record]:
+def new_rows(records: Iterable[Record], finished: FinishedRows, *, renames: bool = False) -> Iterator[Record]:
     """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
 
     With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
@@ -198,17 +195,17 @@ def new_rows(
         ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
         if isinstance(record, RowFailure) and record.is_fault:
             ids = (row.id, f"{row.id}-")
-        if (new := _new((_hashed(record, id) for id in ids), journal)) is not None:
+        if (new := _new((_hashed(record, id) for id in ids), finished)) is not None:
             yield new
 
 
-def _new(names: Iterable[Record], journal: Journal | DoneRows) -> Record | None:
+def _new(names: Iterable[Record], finished: FinishedRows) -> Record | None:
     """A record under the first of several ids that has not come before, unless it is done."""
     failed: Record | None = None
     for record in names:
         try:
             is_fault = isinstance(record, RowFailure) and record.is_fault
-            done = journal.is_done(record.source, record.source.row_hash or "", is_fault=is_fault)
+            done = finished.is_done(record.source, record.source.row_hash or "", is_fault=is_fault)
             return None if done else record
         except RowError as error:
             failed = failed or _failure(record.source, error.kind, str(error))

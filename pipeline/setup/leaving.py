@@ -13,7 +13,7 @@ from pipeline.texts.words import counted
 if TYPE_CHECKING:
     from pipeline.inputs.reading import Reading
     from pipeline.inputs.source import Source
-    from pipeline.outputs.earlier import EarlierRows
+    from pipeline.outputs.finished import FinishedRows
 
 REMEDY = "--drop-missing lets them go"
 MOST_TOLD = 3
@@ -21,7 +21,7 @@ MOST_TOLD = 3
 Files = Sequence[tuple[str, int]]  # names, and how many rows each has; a name may come twice
 
 
-def refuse_at_start(source: Source, rows: Reading, earlier: EarlierRows, *, drop_missing: bool) -> None:
+def refuse_at_start(source: Source, rows: Reading, earlier: FinishedRows, *, drop_missing: bool) -> None:
     """An InputError for a file that is known to be missing or empty before anything is read.
 
     Where a column says the ids, its rows may stand in another file now: that is known when all is read.
@@ -30,7 +30,7 @@ def refuse_at_start(source: Source, rows: Reading, earlier: EarlierRows, *, drop
         refuse_missing(earlier.files, source.files_told)
 
 
-def settle(source: Source, rows: Reading, earlier: EarlierRows, *, drop_missing: bool) -> int:
+def settle(source: Source, rows: Reading, earlier: FinishedRows, *, drop_missing: bool) -> int:
     """When all is read: which rows of earlier runs leave; returns how many stay though they did not come.
 
     Raises InputError where they are all, or some while a file is missing, and `drop_missing` does not let

@@ -278,43 +278,63 @@ def relative(path: Place, folder: Place) -> PurePath:
     return path.relative_to(folder)
 
 
-class _Blocks(io.RawIOBase):
-    """A seekable object read in blocks, of which the last few are kept."""
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec, whose errors become an `OSError` whatever their class."""
 
-    def __init__(self, inner: Any, size: int) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._size = size
         self._position = 0
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
 
     def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
         return True
 
     def tell(self) -> int:
         return self._position
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(start + offset, 0)
-        return self._position
-
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        if self._position >= self._size:
-            return 0
-        number, start = divmod(self._position, BLOCK_BYTES)
-        part = memoryview(self._block(number))[start : start + len(buffer)]
+        part = self._part(len(buffer))
         buffer[: len(part)] = part
         self._position += len(part)
         return len(part)
 
     def close(self) -> None:
         if not self.closed:
-            self._kept.clear()
             self._inner.close()
         super().close()
+
+    def _part(self, length: int) -> bytes | memoryview:
+        """At most so many bytes from where it stands; none at the end."""
+        try:
+            return self._inner.read(length)
+        except Exception as error:
+            raise _network_error(error) from error
+
+
+class _Blocks(_RemoteFile):
+    """A seekable object read in blocks, of which the last few are kept."""
+
+    def __init__(self, inner: Any, size: int) -> None:
+        super().__init__(inner)
+        self._size = size
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(start + offset, 0)
+        return self._position
+
+    def close(self) -> None:
+        self._kept.clear()
+        super().close()
+
+    def _part(self, length: int) -> bytes | memoryview:
+        if self._position >= self._size:
+            return b""
+        number, start = divmod(self._position, BLOCK_BYTES)
+        return memoryview(self._block(number))[start : start + length]
 
     def _block(self, number: int) -> bytes:
         if number in self._kept:
@@ -335,35 +355,11 @@ class _Blocks(io.RawIOBase):
         return data
 
 
-class _Stream(io.RawIOBase):
+class _Stream(_RemoteFile):
     """What a web server sends only from its beginning to its end."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         raise OSError(errno.ESPIPE, "its server does not send parts of it; download it and name the file")
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        try:
-            data = self._inner.read(len(buffer))
-        except Exception as error:
-            raise _network_error(error) from error
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._inner.close()
-        super().close()
 
 
 def _sends_parts(inner: Any, size: int) -> bool:

@@ -71,15 +71,11 @@ def _settled(array: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(kind):
         values = _values(array.dictionary, settled(kind).value_type)
         return pa.DictionaryArray.from_arrays(array.indices, values, ordered=kind.ordered)
-    if pa.types.is_list_view(kind):
-        return _listed(array, pa.ListArray.from_arrays, pa.int32()).cast(settled(kind))
-    if pa.types.is_large_list_view(kind):
-        return _listed(array, pa.LargeListArray.from_arrays, pa.int64()).cast(settled(kind))
     if pa.types.is_struct(kind) and kind.num_fields:
         return _structured(array).cast(settled(kind))
-    if pa.types.is_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
         return _listed(array, pa.ListArray.from_arrays, pa.int32()).cast(settled(kind))
-    if pa.types.is_large_list(kind):
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
         return _listed(array, pa.LargeListArray.from_arrays, pa.int64()).cast(settled(kind))
     return array.cast(settled(kind))
 

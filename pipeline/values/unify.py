@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pyarrow as pa
 
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view())
-_UNITS = ("s", "ms", "us", "ns")
-_EXACT_BITS = {16: 11, 32: 24, 64: 53}  # of integers, in floating point numbers of so many bits
-_MOST_DIGITS = {32: 9, 64: 18, 128: 38, 256: 76}
+_AS_DECIMAL = {  # with all digits that an integer may have
+    **dict.fromkeys((pa.int8(), pa.uint8()), pa.decimal32(3)),
+    **dict.fromkeys((pa.int16(), pa.uint16()), pa.decimal32(5)),
+    **dict.fromkeys((pa.int32(), pa.uint32()), pa.decimal64(10)),
+    **dict.fromkeys((pa.int64(), pa.uint64()), pa.decimal128(20)),
+}
 
 
 def common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
@@ -47,7 +50,7 @@ def _dictionaries(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     if encoded != [True, True]:
         return None
     values = common(one.value_type, other.value_type)
-    indices = _integers(one.index_type, other.index_type) or pa.int64()
+    indices = _numbers(one.index_type, other.index_type) or pa.int64()
     if indices.bit_width < 32:
         indices = pa.int32()
     return values and pa.dictionary(indices, values, ordered=one.ordered and other.ordered)
@@ -70,79 +73,33 @@ def _bytes(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def _numbers(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    if all(map(pa.types.is_integer, (one, other))):
-        return _integers(one, other)
-    if all(map(pa.types.is_floating, (one, other))):
-        return max(one, other, key=lambda kind: kind.bit_width)
-    if pa.types.is_integer(one) and pa.types.is_floating(other):
-        return _floating(other, one)
-    if pa.types.is_floating(one) and pa.types.is_integer(other):
-        return _floating(one, other)
-    if any(map(pa.types.is_decimal, (one, other))):
-        return _decimals(one, other)
-    return None
-
-
-def _integers(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    wider = max(one, other, key=lambda kind: kind.bit_width)
-    if pa.types.is_signed_integer(one) == pa.types.is_signed_integer(other):
-        return wider
-    unsigned = one if pa.types.is_unsigned_integer(one) else other
-    bits = max(wider.bit_width, 2 * unsigned.bit_width)
-    return {16: pa.int16(), 32: pa.int32(), 64: pa.int64()}.get(bits)
-
-
-def _floating(floats: pa.DataType, integers: pa.DataType) -> pa.DataType | None:
-    """An integer of 64 bits may have more digits than any floating point number."""
-    bits = integers.bit_width - pa.types.is_signed_integer(integers)
-    fitting = [size for size, exact in _EXACT_BITS.items() if exact >= bits and size >= floats.bit_width]
-    sizes = {16: pa.float16(), 32: pa.float32(), 64: pa.float64()}
-    return sizes[fitting[0]] if fitting else None
-
-
-def _decimals(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    digits = [_digits(kind) for kind in (one, other)]
-    if None in digits:
+    kinds = [one, other]
+    if any(map(pa.types.is_decimal, kinds)):
+        kinds = [_AS_DECIMAL.get(kind, kind) for kind in kinds]
+        return _as_arrow_joins(kinds) if all(map(pa.types.is_decimal, kinds)) else None
+    if not all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds):
         return None
-    whole = max(whole for whole, _ in filter(None, digits))
-    scale = max(scale for _, scale in filter(None, digits))
-    least = max(kind.bit_width for kind in (one, other) if pa.types.is_decimal(kind))
-    makers: dict[int, Callable[[int, int], pa.DataType]] = {
-        32: pa.decimal32,
-        64: pa.decimal64,
-        128: pa.decimal128,
-        256: pa.decimal256,
-    }
-    for bits, most in _MOST_DIGITS.items():
-        if bits >= least and whole + scale <= most:
-            return makers[bits](whole + scale, scale)
-    return None
-
-
-def _digits(kind: pa.DataType) -> tuple[int, int] | None:
-    """The digits before and after the point."""
-    if pa.types.is_decimal(kind):
-        return kind.precision - kind.scale, kind.scale
-    if pa.types.is_integer(kind):
-        return {8: 3, 16: 5, 32: 10, 64: 20}[kind.bit_width], 0
-    return None
+    joined = _as_arrow_joins(kinds)
+    # Arrow also takes types that do not hold all integers of 64 bits
+    return joined if all(kind == joined for kind in kinds if kind in (pa.int64(), pa.uint64())) else None
 
 
 def _times(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    if all(map(pa.types.is_timestamp, (one, other))):
-        if (one.tz is None) != (other.tz is None):
-            return None
-        return pa.timestamp(_finer(one, other), one.tz if one.tz == other.tz else "UTC")
-    if all(map(pa.types.is_duration, (one, other))):
-        return pa.duration(_finer(one, other))
-    if all(map(pa.types.is_time, (one, other))):
-        unit = _finer(one, other)
-        return pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
-    return pa.date64() if all(map(pa.types.is_date, (one, other))) else None
+    kinds = [one, other]
+    if not all(map(pa.types.is_temporal, kinds)):
+        return None
+    if all(pa.types.is_timestamp(kind) and kind.tz for kind in kinds) and one.tz != other.tz:
+        kinds = [pa.timestamp(kind.unit, "UTC") for kind in kinds]
+    return _as_arrow_joins(kinds)
 
 
-def _finer(one: pa.DataType, other: pa.DataType) -> str:
-    return max(one.unit, other.unit, key=_UNITS.index)
+def _as_arrow_joins(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
+    """The type that Arrow knows for two of one sort, None where it knows none."""
+    schemas = [pa.schema([("value", kind)]) for kind in kinds]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
+    except pa.ArrowException:
+        return None
 
 
 def _structs(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:

@@ -151,7 +151,7 @@ def test_tables_in_the_terminal(report, tmp_path):
 @pytest.mark.slow
 def test_an_unfinished_run_has_a_page_that_says_so(report, tmp_path):
     path, html = tmp_path / "out.parquet", tmp_path / "page.html"
-    with Journal.open(path, schema_of(), {"method": {"name": "slim"}}, resume=True) as journal:
+    with Journal(path, schema_of(), {"method": {"name": "slim"}}, resume=True) as journal:
         journal.append([answered(n) for n in range(5)])
         assert report(path, "--html", html) == (0, "", "")
         text = html.read_text()

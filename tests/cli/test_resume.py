@@ -17,7 +17,7 @@ from pipeline import load_model, run_batch
 from pipeline.errors import KEPT, Interrupted
 from pipeline.inputs.source import Source
 from pipeline.model.loading import UnloadedModel
-from pipeline.outputs import journal
+from pipeline.outputs import parts
 
 FLAGS = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "3", "--pack-tokens", "1"]
 PRUNED = ["--method", "marsinfer", "--set", "start_layer=1"]
@@ -166,9 +166,9 @@ def test_a_signal_while_the_output_is_written_ends_the_run(
         os.kill(os.getpid(), number)
         return real(path, offset)
 
-    real = journal.read_chunk
+    real = parts.read_chunk
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "read_chunk", read_chunk)
+        patch.setattr(parts, "read_chunk", read_chunk)
         assert batch(fish) == code
     name = signal.Signals(number).name
     assert capfd.readouterr().err.splitlines()[-1] == (

@@ -12,8 +12,8 @@ from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns, parse_keep_columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
-from pipeline.outputs.published import Published
-from pipeline.outputs.writing import AnswerWriter
+from pipeline.outputs.formats import Published
+from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer
 
 
@@ -241,7 +241,7 @@ def test_keys_of_json_lines_remain_keys_in_json_lines_and_come_back(tmp_path):
     source = open_source([tmp_path / "in.jsonl"], Columns(), str(tmp_path / "out.jsonl"))
     schema = output_schema(source.schema, {})
     answers = [Answer.begin(record.source, "dense") for record in source]
-    with AnswerWriter(tmp_path / "out.jsonl", schema) as writer:
+    with output_writer(tmp_path / "out.jsonl", schema) as writer:
         writer.write_table(answers_table(answers, schema))
     written = (tmp_path / "out.jsonl").read_text()
     assert '"v": 1.10, "status_input_input": "mine", "status_input": 1, "o": {"b": null, "a": []}}' in written
@@ -257,6 +257,6 @@ def test_keys_of_json_lines_remain_keys_in_json_lines_and_come_back(tmp_path):
     (group,) = published
     expected = answers_table(answers, schema).column("extra")
     assert published.read(group).column("extra").to_pylist() == expected.to_pylist()
-    with AnswerWriter(tmp_path / "again.jsonl", schema) as writer:
+    with output_writer(tmp_path / "again.jsonl", schema) as writer:
         writer.write_table(published.read(group))
     assert (tmp_path / "again.jsonl").read_text() == written

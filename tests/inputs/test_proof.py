@@ -7,9 +7,9 @@ import pytest
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns, parse_keep_columns
 from pipeline.inputs.source import open_source
-from pipeline.outputs.answers import output_schema
+from pipeline.outputs.answers import answers_table, output_schema
 from pipeline.outputs.formats import SINKS
-from pipeline.outputs.writing import AnswerWriter
+from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer
 
 DICTIONARY = pa.DictionaryArray.from_arrays(
@@ -27,9 +27,10 @@ def write_stream(path, **columns):
 
 
 def write_output(source, path):
-    with AnswerWriter(path, output_schema(source.schema, {})) as writer:
-        writer.write([Answer(id="a", row=0, passthrough=record.source.passthrough) for record in source])
-        writer.write([Answer(id="b", row=1)])
+    schema = output_schema(source.schema, {})
+    answers = [Answer(id="a", row=0, passthrough=record.source.passthrough) for record in source]
+    with output_writer(path, schema) as writer:
+        writer.write_table(answers_table([*answers, Answer(id="b", row=1)], schema))
 
 
 @pytest.mark.parametrize(

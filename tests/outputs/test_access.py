@@ -10,7 +10,7 @@ from journal_runs import answer, finish, killed, numbered, refusal, start, work
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import output_schema
 from pipeline.outputs.journal import journal_folder
-from pipeline.outputs.writing import AnswerWriter
+from pipeline.outputs.writing import output_writer
 from pipeline.storage.whole_file import give_access, writing
 
 
@@ -82,7 +82,7 @@ def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path):
     partial.symlink_to(victim)
     for write in (
         lambda: writing(tmp_path / "out.parquet").__enter__(),
-        lambda: AnswerWriter(tmp_path / "out.parquet", output_schema(pa.schema([]), {})).__enter__(),
+        lambda: output_writer(tmp_path / "out.parquet", output_schema(pa.schema([]), {})).__enter__(),
     ):
         with pytest.raises(ConfigError, match="is in the way, and it is a link, which is not followed"):
             write()

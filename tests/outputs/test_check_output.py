@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, output_schema
 from pipeline.outputs.beginnings import SETTINGS_KEY
 from pipeline.outputs.sidecar import Written, write_sidecar
-from pipeline.outputs.writing import AnswerWriter, check_output
+from pipeline.outputs.writing import check_output, output_writer
 from pipeline.records import Answer
 
 NOTHING = pa.schema([])
@@ -19,7 +19,7 @@ NOTHING = pa.schema([])
 @pytest.mark.parametrize("name", ["out.csv", "out", "out.parquet.gz"])
 def test_unknown_extensions_are_refused(tmp_path, name):
     path = tmp_path / name
-    for attempt in (lambda: AnswerWriter(path, NOTHING), lambda: check_output(path, (), False)):
+    for attempt in (lambda: output_writer(path, NOTHING).__enter__(), lambda: check_output(path, (), False)):
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert str(caught.value) == (
@@ -62,7 +62,7 @@ def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
         if "jsonl" in name:
             write_sidecar(path, Written(size, schema), tmp_path / "partial")
 
-    with AnswerWriter(path, schema, before=before) as writer:
+    with output_writer(path, schema, before=before) as writer:
         writer.write_table(answers_table([Answer(id="a", row=0)], schema))
     assert refusal(path) == f"{path} exists; --overwrite replaces it"
     check_output(path, (), True)

@@ -62,7 +62,7 @@ def publish(path, rows, copy, *, stay=False, order="input", **flags):
     with start(path, passthrough=copy(0).schema, **flags) as journal:
         take(journal, rows, copy)
         if stay:
-            journal.earlier.stay(fleeting=True)
+            journal.stay(fleeting=True)
         return journal.publish(order)
 
 
@@ -110,7 +110,7 @@ def test_columns_that_are_no_longer_asked_for_go(tmp_path, extension):
     publish(path, range(3), then)
     with start(path) as journal:
         assert work(journal, numbered(2)) == []
-        journal.earlier.stay(fleeting=True)
+        journal.stay(fleeting=True)
         assert journal.publish()
     assert columns(path) == []
     with start(path) as journal:
@@ -186,7 +186,7 @@ def test_a_value_of_a_row_that_stays_is_not_lost_where_it_does_not_fit(tmp_path)
     before = path.read_bytes()
     with start(path, passthrough=YEAR) as journal:
         assert take(journal, [0, 2], lambda row: of(YEAR, year=row)) == [2]
-        journal.earlier.stay(fleeting=True)
+        journal.stay(fleeting=True)
         with pytest.raises(ConfigError) as refused:
             journal.publish()
     assert str(refused.value).startswith(
@@ -196,7 +196,7 @@ def test_a_value_of_a_row_that_stays_is_not_lost_where_it_does_not_fit(tmp_path)
     assert path.read_bytes() == before
     with start(path, passthrough=text) as journal:  # what was answered is in the journal
         assert take(journal, [0, 2], lambda row: of(text, year=str(row))) == []
-        journal.earlier.stay(fleeting=True)
+        journal.stay(fleeting=True)
         journal.publish()
     assert copied(path, "year") == [("0",), ("soon",), ("2",)]
 
@@ -239,7 +239,7 @@ def test_a_run_that_copies_nothing_or_resumes_nothing_writes_no_copies(tmp_path)
                 work(journal, rows, passthrough=now(0) if schema is NOW else None)
                 journal._copies.flush()
                 assert not (journal_folder(path) / "copies.partial").exists()
-                journal.earlier.stay(fleeting=True)
+                journal.stay(fleeting=True)
                 journal.publish()
 
 
@@ -293,7 +293,7 @@ def test_nothing_is_lost_whenever_a_run_with_other_columns_is_killed(tmp_path, e
         with start(path, passthrough=THEN if moment % 2 else NOW) as journal:
             again = take(journal, range(4), then if moment % 2 else now)
             assert again == []
-            journal.earlier.stay(fleeting=True)
+            journal.stay(fleeting=True)
             journal.publish()
         if moment % 2:
             assert copied(path, "year", "old")[:4] == [(1900 + row, f"old {row}") for row in range(4)]

@@ -36,7 +36,7 @@ def settled(path, rows):
     """A run over these rows that answers nothing."""
     with start(path) as journal:
         assert work(journal, rows) == []
-        counts = journal.earlier.leaving(), journal.earlier.returned
+        counts = journal.leaving(), journal.returned
         journal.publish()
     assert ids(path) == rows
     return counts
@@ -73,7 +73,7 @@ def test_another_version_of_a_row_does_not_come_back(tmp_path):
     settled(path, ROWS[:5])
     with start(path) as journal:
         assert not ask(journal, 5, text="other")
-        assert journal.earlier.returned == 0
+        assert journal.returned == 0
         journal.append([answer(5, text="other")])
         assert work(journal, ROWS[:5]) == []
         journal.publish()
@@ -93,7 +93,7 @@ def test_what_was_not_read_stays(tmp_path):
     for fleeting in (True, False):
         with start(path) as journal:
             work(journal, ROWS[:2])
-            assert journal.earlier.stay(fleeting=fleeting) == 2
+            assert journal.stay(fleeting=fleeting) == 2
             journal.publish()
         assert ids(path) == (rows if fleeting else ROWS[:4])
     assert not dropped_path(path).exists()
@@ -107,7 +107,7 @@ def test_errors_that_are_to_be_tried_again_stay_where_they_are_not_selected(tmp_
     with start(path, retry_errors=True) as journal:
         assert journal.done_at_start == {}
         assert work(journal, ROWS[:2]) == ["id 0", "id 1"]
-        journal.earlier.stay(fleeting=True)
+        journal.stay(fleeting=True)
         journal.publish()
     assert [row["status"] for row in read(path)] == ["ok"] * 2 + ["error"] * 4
 
@@ -140,7 +140,7 @@ def test_where_parquet_has_no_room_rows_stay(tmp_path):
     span = pa.schema([("span", pa.month_day_nano_interval())])
     finish(path, ROWS, passthrough=span)
     with start(path, passthrough=span) as journal:
-        assert not journal.earlier.can_drop
+        assert not journal.can_drop
 
 
 def test_an_output_says_of_which_files_it_is_made(tmp_path):
@@ -150,7 +150,7 @@ def test_an_output_says_of_which_files_it_is_made(tmp_path):
             work(journal, ROWS)
             assert journal.publish(files=files) == was_written
         with start(path) as journal:
-            assert journal.earlier.files == files
+            assert journal.files == files
     assert refusal(path, settings={"model": "other"}).startswith(f"{path} was begun with other settings")
 
 

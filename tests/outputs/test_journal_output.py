@@ -168,7 +168,7 @@ def test_columns_that_are_copied_in_another_layout_now_are_gone_on_with(tmp_path
     now = pa.schema([(field.name, settled(field.type)) for field in then])
     with start(path, passthrough=now) as journal:
         work(journal, numbered(1, first=2))  # a row without values to copy
-        journal.earlier.stay(fleeting=True)
+        journal.stay(fleeting=True)
         journal.publish()
     assert [row["m"] for row in read(path)] == [[{"a": 1}], [{"a": 1}], None]
 
@@ -253,3 +253,23 @@ def test_many_rows_of_many_chunks_come_out_in_order(tmp_path):
     table = pq.read_table(path, columns=["row", "id"])
     assert table["row"].to_pylist() == list(range(count))
     assert table["id"].to_pylist() == [f"id {row}" for row in range(count)]
+
+
+def test_parquet_has_groups_of_ten_thousand_rows_however_appended(tmp_path):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        work(journal, numbered(20_500), pack=700)
+        journal.publish()
+    metadata = pq.read_metadata(path)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [10_000, 10_000, 500]
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+@pytest.mark.slow
+def test_long_answers_make_smaller_groups(tmp_path):
+    path = tmp_path / "out.parquet"
+    with start(path) as journal:
+        work(journal, numbered(6), answer="x" * (20 << 20))
+        journal.publish()
+    metadata = pq.read_metadata(path)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 2]

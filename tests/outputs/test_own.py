@@ -13,9 +13,9 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs import replacing
-from pipeline.outputs.answers import output_schema
+from pipeline.outputs.answers import answers_table, output_schema
 from pipeline.outputs.sidecar import Written, sidecar_path, write_sidecar
-from pipeline.outputs.writing import AnswerWriter, check_output
+from pipeline.outputs.writing import check_output, output_writer
 from pipeline.records import Answer
 
 METADATA = {"marsinfer": json.dumps({"settings_that_decide": {}})}
@@ -25,8 +25,8 @@ NAMES = ("out.parquet", "out.arrow", "out.arrows", "out.jsonl")
 
 def write_output(path, schema=SCHEMA):
     """An output of one row, with what a run leaves beside it."""
-    with AnswerWriter(path, schema) as writer:
-        writer.write([Answer(id="a", row=0)])
+    with output_writer(path, schema) as writer:
+        writer.write_table(answers_table([Answer(id="a", row=0)], schema))
     if path.suffix == ".jsonl":
         write_sidecar(path, Written(path.stat().st_size, schema), path.with_name("partial"))
     return path

@@ -1,5 +1,6 @@
 """A night's work in object storage: journal, resume, publishing, and storage that fails."""
 
+import errno
 import json
 import os
 
@@ -94,6 +95,22 @@ def test_every_pack_is_an_object(output, bucket):
     killed(output, numbered(7))
     next_run = f"{JOURNAL}/part-0002-000000000000"
     assert objects(bucket) == [FIRST, second, next_run, f"{JOURNAL}/settings.json"]
+
+
+def test_a_journal_that_cannot_be_taken_in_is_not_said_to_be_gone(output, monkeypatch, scratch):
+    killed(output, numbered(3))
+
+    def enter(*args, **flags):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.outputs.rowindex.RowIndex.enter", enter)
+        told = refusal(output, StorageError)
+    assert told.endswith(
+        f"{JOURNAL} cannot be used: Input/output error; the journal is intact, and --resume continues once "
+        "that is put right"
+    )
+    assert finish(output, numbered(4)) == ["id 3"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", "cut", "gone", "longer"])

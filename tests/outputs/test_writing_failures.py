@@ -11,18 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.outputs.answers import output_schema
-from pipeline.outputs.writing import AnswerWriter
+from pipeline.outputs.answers import answers_table, output_schema
+from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]
 NOTHING = pa.schema([])
+SCHEMA = output_schema(NOTHING, {})
 
 
 def write(path, answers, passthrough=NOTHING, *, metadata=None, overwrite=False):
     schema = output_schema(passthrough, metadata or {})
-    with AnswerWriter(path, schema, overwrite) as writer:
-        writer.write(answers)
+    with output_writer(path, schema, overwrite) as writer:
+        if answers:
+            writer.write_table(answers_table(answers, schema))
 
 
 def read(path):
@@ -45,8 +47,8 @@ def answers(count, **values):
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_an_exception_leaves_nothing(tmp_path, extension):
     def interrupted():
-        with AnswerWriter(tmp_path / f"out{extension}", output_schema(NOTHING, {})) as writer:
-            writer.write(answers(1500))
+        with output_writer(tmp_path / f"out{extension}", SCHEMA) as writer:
+            writer.write_table(answers_table(answers(1500), SCHEMA))
             assert os.listdir(tmp_path) == [f".out{extension}.partial-{os.getpid()}"]
             raise KeyboardInterrupt
 
@@ -59,8 +61,8 @@ def test_an_old_output_stays_whole_until_the_new_one_is(tmp_path):
     path = tmp_path / "out.parquet"
     write(path, answers(2))
     old = path.read_bytes()
-    with AnswerWriter(path, output_schema(NOTHING, {}), overwrite=True) as writer:
-        writer.write(answers(5000))
+    with output_writer(path, SCHEMA, overwrite=True) as writer:
+        writer.write_table(answers_table(answers(5000), SCHEMA))
         assert path.read_bytes() == old
     assert len(rows(path)) == 5000
     assert os.listdir(tmp_path) == ["out.parquet"]
@@ -87,7 +89,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / "out.parquet"
 
     def overtaken():
-        with AnswerWriter(path, output_schema(NOTHING, {})):
+        with output_writer(path, output_schema(NOTHING, {})):
             path.write_text("another's")
 
     with pytest.raises(ConfigError, match="exists; --overwrite"):
@@ -148,8 +150,8 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
     path.parent.mkdir()
 
     def bereft():
-        with AnswerWriter(path, output_schema(NOTHING, {})) as writer:
-            writer.write(answers(1))
+        with output_writer(path, SCHEMA) as writer:
+            writer.write_table(answers_table(answers(1), SCHEMA))
             shutil.rmtree(path.parent)
 
     with pytest.raises(StorageError) as caught:
@@ -160,7 +162,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
 
 def test_a_type_that_a_format_lacks_is_refused_at_once(tmp_path):
     schema = output_schema(pa.schema([("span", pa.month_day_nano_interval())]), {})
-    with pytest.raises(ConfigError) as caught, AnswerWriter(tmp_path / "out.parquet", schema):
+    with pytest.raises(ConfigError) as caught, output_writer(tmp_path / "out.parquet", schema):
         pytest.fail("the writer must not open")
     assert str(caught.value).startswith(f"{tmp_path}/out.parquet cannot be written as .parquet: ")
     assert str(caught.value).endswith("; leave that column out with --keep-columns, or choose .arrows")

@@ -24,7 +24,7 @@ def rows_of(given, columns=("id", "row", "status", "answer")):
 
 
 def start(path, **flags):
-    return Journal.open(path, schema_of(), SETTINGS, resume=True, **flags)
+    return Journal(path, schema_of(), SETTINGS, resume=True, **flags)
 
 
 def run_of(path, answers, *, finish=False, **flags):
@@ -126,7 +126,7 @@ def test_an_output_that_is_being_extended_is_read_with_its_journal(tmp_path):
 
 def test_an_output_that_is_being_replaced_gives_way_to_the_run_that_replaces_it(tmp_path):
     path = write(tmp_path / "out.parquet", [answered(n) for n in range(9)])
-    with Journal.open(path, schema_of(), SETTINGS, resume=False, overwrite=True) as journal:
+    with Journal(path, schema_of(), SETTINGS, resume=False, overwrite=True) as journal:
         journal.append([answered(0)])
         run, rows = rows_of(path)
     assert len(rows) == 1
@@ -220,7 +220,7 @@ def test_a_large_journal_is_read_in_tables_of_a_bounded_size(tmp_path):
 
 def test_a_damaged_journal_is_told(tmp_path):
     path = tmp_path / "out.parquet"
-    with Journal.open(path, schema_of(), SETTINGS, resume=True) as journal:
+    with Journal(path, schema_of(), SETTINGS, resume=True) as journal:
         for n in range(3):
             journal.is_done(Row(row=n, id=f"id {n}", place=""), f"hash {n}")
             journal.append([answered(n)])

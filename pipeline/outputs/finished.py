@@ -1,0 +1,76 @@
+"""What is known of finished rows as the rows of the input come: which are done, come back, stay or leave."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from pipeline.outputs.rowindex import Copy, RowIndex, beside
+from pipeline.records import Row
+
+
+class FinishedRows:
+    """A view of the index that a journal, or a dry run, makes of the rows that earlier runs have finished."""
+
+    files: list[tuple[str, int]] | None = None  # of the output, with their rows; None where it does not say
+    can_drop: bool = True  # whether rows that leave can be kept beside the output; if not, they must stay
+    done_at_start: Counter[str]  # rows by status
+    lasting_at_start: int  # how many rows there were but for errors that are worth nothing by themselves
+
+    def __init__(
+        self,
+        index: RowIndex,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+        copy: Copy = beside,
+    ) -> None:
+        """`guard` tells errors of the index, `copy` takes the copied columns of rows that are done."""
+        self.index, self._guard, self._copy = index, guard, copy
+        self.notes: list[str] = []  # what of a journal is lost
+        self.count_at_start()
+
+    def count_at_start(self) -> None:
+        """To be called when all rows of earlier runs are in the index, and none of the input's."""
+        self.done_at_start, self.lasting_at_start = self.index.counts(), self.index.leaving()
+
+    def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
+        """Whether a row's answer is known; to be asked once for every row, in the order of the input.
+
+        A known answer takes the row's present number and copied columns. An id that came before is a
+        `RowError`, whose row must be appended as failed like any other, and so is that of an answer for what
+        `is_fault`, which stands for rows that could not be read. May be called from one other thread.
+        """
+        with self._guard():
+            return self.index.see(source, row_hash, is_fault=is_fault, copy=self._copy)
+
+    def done_now(self) -> Counter[str]:
+        """Those that were done at the start, by status, without those that have another version now."""
+        return self.done_at_start - self.index.replaced
+
+    @property
+    def passed_over(self) -> int:
+        """How many rows were asked for that are done."""
+        return self.index.passed_over
+
+    @property
+    def returned(self) -> int:
+        """How many had left the output, and came back."""
+        return self.index.returned
+
+    def counts(self) -> Counter[str]:
+        """How many rows the output will hold, by status: those of this run, and those that stay."""
+        with self._guard():
+            return self.index.counts(seen=True)
+
+    def leaving(self) -> int:
+        """How many have not come, and leave the output."""
+        with self._guard():
+            return self.index.leaving()
+
+    def stay(self, *, fleeting: bool) -> int:
+        """Keep in the output what has not come; returns how many would have left.
+
+        With `fleeting` errors of rows that could not be read stay too: else this run has tried them again.
+        """
+        with self._guard():
+            return self.index.stay(fleeting=fleeting)
