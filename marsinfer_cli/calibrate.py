@@ -9,7 +9,7 @@ from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.console_settings import CalibrateSwitches
 
 if TYPE_CHECKING:
-    from pipeline.calibrate.calibration import Calibration
+    from pipeline.calibrate.ladder import Calibration
 
 
 @takes(CalibrateConfig, CalibrateSwitches)

@@ -74,7 +74,7 @@ def _print(result: CheckResult) -> None:
     console = Console()
     if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
         console.width = max(console.width, 120)
-    title = f"{config.gate_metric}, at most {config.bound_text} below {result.against}"
+    title = f"{config.gate_metric}, at most {config.bound} below {result.against}"
     table = Table(
         *(
             Column(Text(head), justify="right" if 0 < n < 7 else "left")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from pipeline.bench.ceilings import wait_for
+from pipeline.bench.timing import best_seconds
 from pipeline.engines.memory import Packer
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.texts.words import counted
 
 TRIAL_S = 0.2  # of each rate
-MOST_TRIALS = 50
 # of the rate of a matrix product, what prefills reach: long documents on a GPU, and short ones or a busy CPU
 BEST_SHARE, WORST_SHARE = 0.85, 0.4
 # columns by which rows that are done tell how fast that was
@@ -147,27 +144,13 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: ModelShape) -
     try:
         x_TD = torch.zeros(tokens, shape.hidden, **options)
         w_DF = torch.zeros(shape.hidden, shape.ffn, **options)
-        matrix_s = _best_seconds(lambda: x_TD @ w_DF, device)
+        matrix_s = best_seconds(lambda: x_TD @ w_DF, device, longest_s=TRIAL_S, fewest=1)
         source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
-        copy_s = _best_seconds(source.clone, device)
+        copy_s = best_seconds(source.clone, device, longest_s=TRIAL_S, fewest=1)
     except (torch.OutOfMemoryError, MemoryError):
         return None
     operations = 2 * tokens * shape.hidden * shape.ffn
     return Rates(matrix=operations / matrix_s, memory=2 * source.numel() / copy_s)
-
-
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    run()
-    best, began = float("inf"), time.perf_counter()
-    for _ in range(MOST_TRIALS):
-        wait_for(device)
-        started = time.perf_counter()
-        run()
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-        if time.perf_counter() - began > TRIAL_S:
-            break
-    return max(best, 1e-9)
 
 
 def _duration(seconds: float) -> str:

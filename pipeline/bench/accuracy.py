@@ -14,19 +14,18 @@ from typing import Any
 
 from pipeline.engines.answering import rules_of
 from pipeline.evaluate.cases import make_cases
-from pipeline.evaluate.check_rows import read_rows
-from pipeline.evaluate.drops import Drop, paired_drop
-from pipeline.evaluate.forced import Forced
-from pipeline.evaluate.scores import Case, CaseScore, evaluate
-from pipeline.evaluate.workbench import DENSE
-from pipeline.kernels.sparse import shortest
+from pipeline.evaluate.check_rows import CheckRow, read_rows
+from pipeline.evaluate.drops import Drop, Paired
+from pipeline.evaluate.predicting import Forced
+from pipeline.evaluate.workbench import DENSE, TOP, CaseScore, Evaluated, Workbench, sparse_from
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
 from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import make_prompts
-from pipeline.suites.samples import NEEDLES
+from pipeline.suites.samples import NEEDLES, grouped
 
 ROWS = "rows"  # that are no needles
+Scores = tuple[CaseScore, CaseScore]  # dense's and a method's of one case
 SHARES = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio", "kv_ratio")
 
 
@@ -67,7 +66,7 @@ class Accuracy:
 
 def measure_accuracy(
     model: LoadedModel,
-    cases: Sequence[Case],
+    cases: Sequence[CheckRow],
     variants: Sequence[Variant],
     *,
     long_tokens: int,
@@ -79,44 +78,34 @@ def measure_accuracy(
     raise to give up.
     """
     prepare(model, [DENSE, *variants])
-    shape = model.shape
-    sparse_from = shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
-    dense, forced = _run(model, DENSE, cases, None, check)
-    yield _accuracy(DENSE.name, dense, dense, long_tokens, sparse_from)
-    for variant in variants:
-        scores, _ = _run(model, variant, cases, forced, check)
-        yield _accuracy(variant.name, dense, scores, long_tokens, sparse_from)
+    bench, least = Workbench(model=model, check=check), sparse_from(model)
+    dense = _run(bench, DENSE, cases)
+    for variant in (DENSE, *variants):
+        runs = dense if variant is DENSE else _run(bench, variant, cases, dense)
+        pairs = [(base.score, own.score) for base, own in zip(dense, runs, strict=True)]
+        yield _accuracy(variant.name, pairs, long_tokens, least)
 
 
 def _run(
-    model: LoadedModel,
-    variant: Variant,
-    cases: Sequence[Case],
-    dense: Sequence[Forced] | None,
-    check: Callable[[], None],
-) -> tuple[list[CaseScore], list[Forced]]:
+    bench: Workbench, variant: Variant, cases: Sequence[CheckRow], dense: Sequence[Evaluated] = ()
+) -> list[Evaluated]:
+    """Every case, compared with `dense` where that has been run."""
     ordered = sorted(cases, key=lambda case: case.document.prompt_tokens)
-    for _ in evaluate(model, variant, [ordered[len(ordered) // 2], ordered[-1]], check=check):
-        pass  # warms up, so that no case's time holds the loading of kernels
-    scores, forced = zip(*evaluate(model, variant, cases, dense=dense, check=check), strict=True)
-    return list(scores), list(forced)
+    for case in (ordered[len(ordered) // 2], ordered[-1]):
+        bench.run(variant, case)  # warms up, so that no case's time holds the loading of kernels
+    known: list[Forced | None] = [run.forced for run in dense] or [None] * len(cases)
+    return [
+        bench.run(variant, case, dense=forced, top=TOP) for case, forced in zip(cases, known, strict=True)
+    ]
 
 
-def _accuracy(
-    name: str,
-    dense: Sequence[CaseScore],
-    scores: Sequence[CaseScore],
-    long_tokens: int,
-    sparse_from: int | None,
-) -> Accuracy:
-    pairs: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
-    for base, own in zip(dense, scores, strict=True):
-        pairs.setdefault(own.task if own.task.startswith(NEEDLES) else ROWS, []).append((base, own))
-    rows = pairs.pop(ROWS, [])
-    sparse = [pair for pair in rows if sparse_from is not None and pair[1].prompt_tokens >= sparse_from]
+def _accuracy(name: str, both: Sequence[Scores], long_tokens: int, least: int | None) -> Accuracy:
+    pairs = grouped(both, lambda pair: pair[1].task if pair[1].task.startswith(NEEDLES) else ROWS)
+    rows, scores = pairs.pop(ROWS, []), [own for _, own in both]
+    sparse = [pair for pair in rows if least is not None and pair[1].prompt_tokens >= least]
     groups = {ROWS: rows} if rows else {}
     if 0 < len(sparse) < len(rows):
-        groups[f"{ROWS} from {sparse_from:,} tokens"] = sparse
+        groups[f"{ROWS} from {least:,} tokens"] = sparse
     groups |= pairs
     divergences = [score.divergence for score in scores if score.divergence is not None]
     long = [score.ttft_ms for score in scores if score.prompt_tokens > long_tokens]
@@ -126,18 +115,18 @@ def _accuracy(
         divergence=statistics.fmean(divergences) if divergences else None,
         long_ttft_ms=statistics.median(long) if long else None,
         long_cases=len(long),
-        speed_up=_speed_up(list(zip(dense, scores, strict=True))),
+        speed_up=_speed_up(both),
         shares={share: statistics.fmean(getattr(score, share) for score in scores) for share in SHARES},
     )
 
 
-def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> CaseGroup:
+def _group(name: str, pairs: Sequence[Scores]) -> CaseGroup:
     def drop(measure: Callable[[CaseScore], float]) -> Drop:
-        return paired_drop(
+        return Paired.of(
             [measure(base) for base, _ in pairs],
             [measure(own) for _, own in pairs],
             documents=[own.document_key for _, own in pairs],
-        )
+        ).drop()
 
     tokens, found = drop(lambda score: score.correct / score.tokens), drop(lambda score: score.found)
     return CaseGroup(
@@ -154,7 +143,7 @@ def _group(name: str, pairs: Sequence[tuple[CaseScore, CaseScore]]) -> CaseGroup
     )
 
 
-def _speed_up(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> float:
+def _speed_up(pairs: Sequence[Scores]) -> float:
     return 1 / slowdown([base.ttft_ms for base, _ in pairs], [own.ttft_ms for _, own in pairs])
 
 
@@ -174,21 +163,20 @@ def slowdown(before_ms: Sequence[float], own_ms: Sequence[float]) -> float:
     raise ValueError("no cases")
 
 
-def _by_length(pairs: Sequence[tuple[CaseScore, CaseScore]]) -> dict[int, float]:
-    ratios: dict[int, list[float]] = {}
-    for base, own in pairs:
-        ratios.setdefault(2 ** round(math.log2(own.prompt_tokens)), []).append(base.ttft_ms / own.ttft_ms)
-    return {length: statistics.median(ratios[length]) for length in sorted(ratios)}
+def _by_length(pairs: Sequence[Scores]) -> dict[int, float]:
+    lengths = grouped(pairs, lambda pair: 2 ** round(math.log2(pair[1].prompt_tokens)))
+    return {
+        length: statistics.median(base.ttft_ms / own.ttft_ms for base, own in lengths[length])
+        for length in sorted(lengths)
+    }
 
 
 def read_cases(
     config: RowSettings, model: LoadedModel, check: Callable[[], None] = lambda: None
-) -> tuple[list[Case], tuple[str, ...]]:
+) -> tuple[list[CheckRow], tuple[str, ...]]:
     """The rows that `config` names, as `check` reads them, and why others were left out.
 
     A row without a right answer has dense's own, which is generated here. Raises what `read_rows` does.
     """
     rows = read_rows(config, make_prompts(config, model, config.max_new_tokens))
-    prepare(model, [DENSE])
-    DENSE.use(model)
     return make_cases(model, rows.rows, rules_of(config, model), check), rows.left_out

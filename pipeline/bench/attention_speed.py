@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.bench.ceilings import wait_for
+from pipeline.bench.ceilings import random_qkv
+from pipeline.bench.timing import now
 from pipeline.checkpoints.random_weights import SHAPES
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
@@ -22,17 +22,11 @@ from pipeline.pruning.operations import attention_flops
 from pipeline.pruning.shape import ModelShape
 
 CANDIDATES = tuple(BACKENDS)
-
+# causal attention within each document of a pack: (T, H, d), (T, K, d) twice -> (T, H, d)
+Prefill = Callable[..., Tensor]
 TRIAL_LENGTHS = (331, 64, 129)  # against the reference, which holds whole matrices in float64
 SHORTEST_TURN_S = 0.02  # calls are timed in runs that last so long: one is short beside a wait for the device
 MOST_CALLS = 50
-
-
-class Candidate(NamedTuple):
-    """Something that computes causal attention within each document of a pack."""
-
-    name: str
-    prefill: Callable[[Tensor, Tensor, Tensor, Segments], Tensor]  # (T, H, d), (T, K, d) twice -> (T, H, d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +73,12 @@ def attention_shape(
 
 def available(
     names: Sequence[str], shape: ModelShape, *, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Candidate], dict[str, str]]:
+) -> tuple[dict[str, Prefill], dict[str, str]]:
     """The backends that pass their trial here, and why the others do not; ConfigError for unknown names."""
     unknown = next((name for name in names if name not in CANDIDATES), None)
     if unknown is not None:
         raise ConfigError(f"unknown attention backend {unknown!r}; backends: {', '.join(CANDIDATES)}")
-    found: list[Candidate] = []
+    found: dict[str, Prefill] = {}
     refused: dict[str, str] = {}
     for name in dict.fromkeys(names):
         try:
@@ -92,13 +86,13 @@ def available(
         except ConfigError as error:
             refused[name] = str(error).rpartition(f" {name}: ")[2]
         else:
-            found.append(Candidate(name, backend.prefill))
+            found[name] = backend.prefill
     return found, refused
 
 
 @torch.inference_mode()
 def measure_attention(
-    candidates: Sequence[Candidate],
+    candidates: Mapping[str, Prefill],
     packs: Mapping[str, Sequence[int]],
     shape: ModelShape,
     *,
@@ -107,35 +101,29 @@ def measure_attention(
     repeats: int,
 ) -> list[AttentionMeasurement]:
     """Run every candidate on every pack (a name, and the lengths of its documents), taking turns."""
-    results = [
-        AttentionMeasurement(
-            backend=candidate.name,
-            relative_error=relative_error(candidate, shape, device=device, dtype=dtype),
+    results = {
+        name: AttentionMeasurement(
+            backend=name, relative_error=relative_error(prefill, shape, device=device, dtype=dtype)
         )
-        for candidate in candidates
-    ]
+        for name, prefill in candidates.items()
+    }
     for pack, lengths in packs.items():
         segments = Segments.of(lengths, device)
-        qkv = _random_qkv(shape, segments, dtype)
+        qkv = _seeded_qkv(shape, segments, dtype)
         operations = sum(attention_flops(shape, length) for length in lengths)
-        runs: list[tuple[AttentionMeasurement, Candidate, int, list[float]]] = []
-        for result, candidate in zip(results, candidates, strict=True):
+        calls: dict[str, int] = {}
+        for name, prefill in candidates.items():
             try:
-                calls = _calls_a_turn(candidate, qkv, segments)
-            except (
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:  # out of memory, or a size that its kernel does not take
-                result.failures[pack] = f"{type(error).__name__}: {error}".splitlines()[0]
-            else:
-                runs.append((result, candidate, calls, []))
+                calls[name] = _calls_a_turn(prefill, qkv, segments)
+            except (RuntimeError, TypeError, ValueError) as error:  # no memory, or a size that it cannot take
+                results[name].failures[pack] = f"{type(error).__name__}: {error}".splitlines()[0]
+        times_ms: dict[str, list[float]] = {name: [] for name in calls}
         for _turn in range(repeats):
-            for _result, candidate, calls, times in runs:
-                times.append(_seconds(candidate, qkv, segments, calls) / calls * 1e3)
-        for result, _candidate, _calls, times in runs:
+            for name, count in calls.items():
+                times_ms[name].append(_seconds(candidates[name], qkv, segments, count) / count * 1e3)
+        for name, times in times_ms.items():
             median = statistics.median(times)
-            result.rates.append(
+            results[name].rates.append(
                 PackRate(
                     pack=pack,
                     documents=len(lengths),
@@ -147,45 +135,34 @@ def measure_attention(
                 )
             )
         del qkv
-    return results
+    return list(results.values())
 
 
 @torch.inference_mode()
-def relative_error(
-    candidate: Candidate, shape: ModelShape, *, device: torch.device, dtype: torch.dtype
-) -> float:
+def relative_error(prefill: Prefill, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> float:
     """How far a candidate is from float64 on the same rounded inputs, in a small pack."""
     segments = Segments.of(TRIAL_LENGTHS, device)
-    q_THd, k_TKd, v_TKd = _random_qkv(shape, segments, dtype)
+    q_THd, k_TKd, v_TKd = _seeded_qkv(shape, segments, dtype)
     expected = reference.causal_attention(q_THd, k_TKd, v_TKd, segments)
-    difference = candidate.prefill(q_THd, k_TKd, v_TKd, segments).double() - expected
+    difference = prefill(q_THd, k_TKd, v_TKd, segments).double() - expected
     return (difference.norm() / expected.norm()).item()
 
 
-def _random_qkv(shape: ModelShape, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(segments.device).manual_seed(0)
-    q, k, v = (
-        torch.randn(
-            segments.total, heads, shape.head_dim, generator=generator, device=segments.device, dtype=dtype
-        )
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
-    return q, k, v
+def _seeded_qkv(shape: ModelShape, segments: Segments, dtype: torch.dtype) -> list[Tensor]:
+    device = segments.device
+    generator = torch.Generator(device).manual_seed(0)
+    return random_qkv(shape, segments.total, generator=generator, device=device, dtype=dtype)
 
 
-def _calls_a_turn(candidate: Candidate, qkv: tuple[Tensor, Tensor, Tensor], segments: Segments) -> int:
+def _calls_a_turn(prefill: Prefill, qkv: Sequence[Tensor], segments: Segments) -> int:
     """Calls that last long enough to be timed, after one that warms up."""
-    _seconds(candidate, qkv, segments, 1)
-    seconds = _seconds(candidate, qkv, segments, 1)
+    _seconds(prefill, qkv, segments, 1)
+    seconds = _seconds(prefill, qkv, segments, 1)
     return max(1, min(MOST_CALLS, round(SHORTEST_TURN_S / seconds)))
 
 
-def _seconds(
-    candidate: Candidate, qkv: tuple[Tensor, Tensor, Tensor], segments: Segments, calls: int
-) -> float:
-    wait_for(segments.device)
-    started = time.perf_counter()
+def _seconds(prefill: Prefill, qkv: Sequence[Tensor], segments: Segments, calls: int) -> float:
+    started = now(segments.device)
     for _call in range(calls):
-        candidate.prefill(*qkv, segments)
-    wait_for(segments.device)
-    return time.perf_counter() - started
+        prefill(*qkv, segments)
+    return now(segments.device) - started

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.bench.timing import best_seconds
 from pipeline.errors import ConfigError
-from pipeline.families.adapters import check_fp8
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear
 from pipeline.kernels.fused import quantize_rows
 from pipeline.kernels.segments import Segments
@@ -25,9 +25,6 @@ from pipeline.pruning.operations import (
     projections_flops,
 )
 from pipeline.pruning.shape import ModelShape
-
-LONGEST_TRIAL_S = 1.0
-FEWEST_TRIALS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +65,15 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
     shape, adapter, tokens = model.adapter.shape, model.adapter, sum(lengths)
     options: Any = {"device": adapter.device, "dtype": adapter.dtype}
     x_TD, w_DF = torch.randn(tokens, shape.hidden, **options), torch.randn(shape.hidden, shape.ffn, **options)
-    matrix_s = _best_seconds(lambda: x_TD @ w_DF, adapter.device)
-    q, k, v = (
-        torch.randn(tokens, heads, shape.head_dim, **options)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
+    matrix_s = best_seconds(lambda: x_TD @ w_DF, adapter.device)
+    q, k, v = random_qkv(shape, tokens, **options)
     operations = 2 * tokens * shape.hidden * shape.ffn
     fp8_matrix = None
     if _can_fp8(model):
         weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
-        fp8_matrix = operations / _best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
+        fp8_matrix = operations / best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
     segments = Segments.of(lengths, adapter.device)
-    attention_s = _best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
+    attention_s = best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
     return Ceilings(
         tokens=tokens,
         matrix=operations / matrix_s,
@@ -90,25 +84,13 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
 
 def _can_fp8(model: LoadedModel) -> bool:
     try:
-        check_fp8(model.device, model.dtype, model.shape)
+        model.check_fp8()
     except ConfigError:
         return False
     return True
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    best, began, trials = float("inf"), time.perf_counter(), 0
-    run()
-    while trials < FEWEST_TRIALS or (time.perf_counter() - began < LONGEST_TRIAL_S and trials < 50):
-        wait_for(device)
-        started = time.perf_counter()
-        run()
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-        trials += 1
-    return best
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def random_qkv(shape: ModelShape, tokens: int, **options: Any) -> list[Tensor]:
+    """Queries (T, H, d), keys and values (T, K, d); `options` are `torch.randn`'s."""
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    return [torch.randn(tokens, each, shape.head_dim, **options) for each in heads]

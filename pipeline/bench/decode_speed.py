@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.ceilings import wait_for
 from pipeline.bench.inputs import random_document
+from pipeline.bench.timing import best_seconds, wait_for
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
@@ -20,7 +20,6 @@ from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare
 
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 32}  # more than any cache of the device holds
-COPIES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +167,5 @@ def copy_bytes_per_second(device: torch.device) -> float:
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target, best = torch.zeros_like(source), float("inf")
-    for _turn in range(COPIES):
-        wait_for(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size / best
+    target = torch.zeros_like(source)
+    return 2 * size / best_seconds(lambda: target.copy_(source), device)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from pipeline.bench.ceilings import wait_for
+from pipeline.bench.timing import now, peak_bytes, tidied
 from pipeline.errors import ConfigError, RowError
+from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.offload import KvLimits, OffloadedCache
-from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 
@@ -31,13 +28,13 @@ class OffloadMeasurement:
     step_ms: float  # of a decode step
     step_ms_spread: tuple[float, float]
     device_kv_bytes: int
-    host_kv_bytes: int
+    host_kv_bytes: int = 0
     peak_bytes: int | None
-    decisions: int
-    swaps: int
-    swapped_bytes_per_step: float
-    copy_ms_per_step: float | None  # on the copying stream; None on the CPU
-    stall_ms_per_step: float | None  # of the computing stream, waiting for copies
+    decisions: int = 0
+    swaps: int = 0
+    swapped_bytes_per_step: float = 0.0
+    copy_ms_per_step: float | None = None  # on the copying stream; None on the CPU
+    stall_ms_per_step: float | None = None  # of the computing stream, waiting for copies
     # share of the answer up to the first token that differs from that of the cache that stays on the device,
     # whose active set is larger, and from that of synchronous copies, whose active set is the same
     same_as_resident: float | None = None
@@ -77,111 +74,88 @@ def measure_offload(
     }
     if not with_resident:
         del variants["all on the device"]
-    runs: dict[str, list[_OffloadRun]] = {name: [] for name in variants}
+    runs: dict[str, list[OffloadMeasurement]] = {name: [] for name in variants}
+    answers: dict[str, list[list[int]]] = {name: [] for name in variants}
     for _turn in range(repeats + 1):  # the first turn warms up
         for name, chosen in variants.items():
-            runs[name].append(_run(model, document, method, chosen, new_tokens))
-    resident = runs["all on the device"][0].answer if with_resident else None
-    synchronous = runs["offloaded, synchronous"][0].answer
+            measured, answer = _run(model, document, method, name, chosen, new_tokens)
+            runs[name].append(measured)
+            answers[name].append(answer)
+    resident = answers["all on the device"][0] if with_resident else None
+    synchronous = answers["offloaded, synchronous"][0]
     return [
         replace(
-            _measurement(name, document, timed[1:]),
-            same_as_resident=_agreement(timed, resident) if resident else None,
-            same_as_synchronous=_agreement(timed, synchronous) if chosen else None,
+            _medians(runs[name][1:]),
+            same_as_resident=_agreement(answers[name], resident) if resident else None,
+            same_as_synchronous=_agreement(answers[name], synchronous) if chosen else None,
         )
-        for (name, timed), chosen in zip(runs.items(), variants.values(), strict=True)
+        for name, chosen in variants.items()
     ]
-
-
-@dataclass(kw_only=True)
-class _OffloadRun:
-    ttft_ms: float
-    step_ms: float
-    answer: list[int]
-    peak_bytes: int | None
-    device_kv_bytes: int
-    host_kv_bytes: int = 0
-    decisions: int = 0
-    swaps: int = 0
-    swapped_bytes: int = 0
-    copy_ms: float | None = None
-    stall_ms: float | None = None
-    steps: int = 1
 
 
 def _run(
     model: LoadedModel,
     document: EncodedDocument,
     method: PruningMethod,
+    variant: str,
     limits: KvLimits | None,
     new_tokens: int,
-) -> _OffloadRun:
-    cuda = model.device.type == "cuda"
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(model.device)
+) -> tuple[OffloadMeasurement, list[int]]:
+    """One answer, measured, and its tokens."""
     pack = Pack.of([document], model.device)
-    started = _now(model.device)
+    started = tidied(model.device)
     try:
         prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens, limits=limits)
     except RowError as error:
         raise ConfigError(str(error)) from error
-    first_at = _now(model.device)
+    first_at = now(model.device)
     rules = StopRules(max_new_tokens=new_tokens)
     (generated,) = decode(model.adapter, model.attention, prefilled, rules)
-    ended = _now(model.device)
-    run = _OffloadRun(
-        ttft_ms=(first_at - started) * 1e3,
-        step_ms=(ended - first_at) * 1e3 / max(new_tokens - 1, 1),
-        answer=generated.tokens,
-        peak_bytes=torch.cuda.max_memory_allocated(model.device) if cuda else None,
-        device_kv_bytes=prefilled.cache.nbytes,
-    )
-    _add_traffic(run, prefilled)
-    return run
-
-
-def _add_traffic(run: _OffloadRun, prefilled: Prefilled) -> None:
-    cache = prefilled.cache
-    if not isinstance(cache, OffloadedCache):
-        return
-    traffic = cache.counts
-    run.host_kv_bytes, run.steps = cache.host_bytes, max(traffic.steps, 1)
-    run.decisions, run.swaps, run.swapped_bytes = traffic.decisions, traffic.swaps, traffic.swapped_bytes
-    run.copy_ms, run.stall_ms = cache.copy_ms()
-
-
-def _measurement(name: str, document: EncodedDocument, runs: Sequence[_OffloadRun]) -> OffloadMeasurement:
-    last = runs[-1]
-    copies = [run.copy_ms / run.steps for run in runs if run.copy_ms is not None]
-    stalls = [run.stall_ms / run.steps for run in runs if run.stall_ms is not None]
-    steps_ms = sorted(run.step_ms for run in runs)
-    return OffloadMeasurement(
-        variant=name,
+    step_ms = (now(model.device) - first_at) * 1e3 / max(new_tokens - 1, 1)
+    measured = OffloadMeasurement(
+        variant=variant,
         tokens=document.prompt_tokens,
-        ttft_ms=statistics.median(run.ttft_ms for run in runs),
-        step_ms=statistics.median(steps_ms),
-        step_ms_spread=(steps_ms[0], steps_ms[-1]),
-        device_kv_bytes=last.device_kv_bytes,
-        host_kv_bytes=last.host_kv_bytes,
-        peak_bytes=last.peak_bytes,
-        decisions=last.decisions,
-        swaps=last.swaps,
-        swapped_bytes_per_step=last.swapped_bytes / last.steps,
-        copy_ms_per_step=statistics.median(copies) if copies else None,
-        stall_ms_per_step=statistics.median(stalls) if stalls else None,
+        ttft_ms=(first_at - started) * 1e3,
+        step_ms=step_ms,
+        step_ms_spread=(step_ms, step_ms),
+        device_kv_bytes=prefilled.cache.nbytes,
+        peak_bytes=peak_bytes(model.device),
+    )
+    return _with_traffic(measured, prefilled.cache), generated.tokens
+
+
+def _with_traffic(measured: OffloadMeasurement, cache: RaggedCache) -> OffloadMeasurement:
+    """With what went between device and host, if anything could."""
+    if not isinstance(cache, OffloadedCache):
+        return measured
+    traffic, times_ms = cache.counts, cache.copy_ms()
+    steps = max(traffic.steps, 1)
+    copy_ms, stall_ms = (None if ms is None else ms / steps for ms in times_ms)
+    return replace(
+        measured,
+        host_kv_bytes=cache.host_bytes,
+        decisions=traffic.decisions,
+        swaps=traffic.swaps,
+        swapped_bytes_per_step=traffic.swapped_bytes / steps,
+        copy_ms_per_step=copy_ms,
+        stall_ms_per_step=stall_ms,
     )
 
 
-def _agreement(runs: Sequence[_OffloadRun], reference: Sequence[int]) -> float:
-    """Share of tokens up to the first that differs, in the worst run."""
+def _medians(runs: Sequence[OffloadMeasurement]) -> OffloadMeasurement:
+    """The last run, with the times of them all."""
+    steps_ms = [run.step_ms for run in runs]
+    times: dict[str, Any] = {"step_ms_spread": (min(steps_ms), max(steps_ms))}
+    for name in ("ttft_ms", "step_ms", "copy_ms_per_step", "stall_ms_per_step"):
+        known = [ms for run in runs if (ms := getattr(run, name)) is not None]
+        times[name] = statistics.median(known) if known else None
+    return replace(runs[-1], **times)
+
+
+def _agreement(answers: Sequence[Sequence[int]], reference: Sequence[int]) -> float:
+    """Share of tokens up to the first that differs, in the worst of several answers."""
     same = len(reference)
-    for run in runs:
-        pairs = zip(run.answer, reference, strict=True)
+    for answer in answers:
+        pairs = zip(answer, reference, strict=True)
         same = min(same, next((i for i, (a, b) in enumerate(pairs) if a != b), same))
     return same / len(reference)
-
-
-def _now(device: torch.device) -> float:
-    wait_for(device)
-    return time.perf_counter()

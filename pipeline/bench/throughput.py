@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
-from pipeline.bench.ceilings import wait_for
+from pipeline.bench.timing import wait_for
 from pipeline.errors import InputError
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.bench.ceilings import Ceilings
+from pipeline.bench.timing import now, peak_bytes, tidied, wait_for
 from pipeline.errors import ConfigError
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
@@ -79,18 +82,17 @@ def measure_ttft(
     prepare(model, methods)
     for variant in methods:
         runs[variant.name] = _method_run(model, pack, variant)
-    answers = {variant.name: _answer_run(model, pack, variant, new_tokens) for variant in methods}
+    answers = {variant.name: _method_run(model, pack, variant, new_tokens) for variant in methods}
     in_fp8 = {variant.name for variant in methods if variant.linears_in_fp8}
     times: dict[str, list[float]] = {name: [] for name in runs}
     to_the_end: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, int | None] = {}
     work: dict[str, dict[str, Any]] = {}
     for turn in range(repeats + 1):  # the first turn warms up
         for name, run in runs.items():
             milliseconds, peak, prefilled = _timed(run, model.device)
             if turn == 0:
-                peaks[name] = peak
-                work[name] = _work(model, prefilled, ceilings, linears_in_fp8=name in in_fp8)
+                done = _work(model, prefilled, ceilings, linears_in_fp8=name in in_fp8)
+                work[name] = {"peak_bytes": peak, **done}
             else:
                 times[name].append(milliseconds)
             del prefilled
@@ -99,9 +101,7 @@ def measure_ttft(
     for _turn in range(min(repeats, MOST_ANSWERS) if new_tokens else 0):
         for name, run_to_end in answers.items():
             to_the_end[name].append(_timed(run_to_end, model.device)[0])
-    return [
-        _measurement(name, documents, times[name], peaks[name], work[name], to_the_end[name]) for name in runs
-    ]
+    return [_measurement(name, documents, times[name], work[name], to_the_end[name]) for name in runs]
 
 
 def check_baselines(baselines: Sequence[str], documents: int) -> None:
@@ -116,23 +116,20 @@ def check_baselines(baselines: Sequence[str], documents: int) -> None:
         raise ConfigError(f"unknown baseline {unknown!r}; baselines: {', '.join(BASELINES)}")
 
 
-def _method_run(model: LoadedModel, pack: Pack, variant: Variant) -> Callable[[], Prefilled]:
-    def run() -> Prefilled:
-        method = variant.use(model)  # which sets the model's attention, too
-        prefilled = prefill(model.adapter, model.attention, method, pack)
-        prefilled.logits_BV.argmax(-1).tolist()  # the first tokens, on the host
-        return prefilled
-
-    return run
-
-
-def _answer_run(model: LoadedModel, pack: Pack, variant: Variant, new_tokens: int) -> Callable[[], None]:
+def _method_run(
+    model: LoadedModel, pack: Pack, variant: Variant, new_tokens: int = 0
+) -> Callable[[], Prefilled]:
+    """A prefill to the first tokens on the host, or to the end of answers of `new_tokens`."""
     rules = StopRules(max_new_tokens=new_tokens)
 
-    def run() -> None:
-        method = variant.use(model)
+    def run() -> Prefilled:
+        method = variant.use(model)  # which sets the model's attention, too
         prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
-        decode(model.adapter, model.attention, prefilled, rules)
+        if new_tokens:
+            decode(model.adapter, model.attention, prefilled, rules)
+        else:
+            prefilled.logits_BV.argmax(-1).tolist()
+        return prefilled
 
     return run
 
@@ -165,8 +162,7 @@ def _select_ms(model: LoadedModel, pack: Pack, method: PruningMethod) -> float:
     """Time in the method's scoring and selection over one prefill."""
     timed = _TimedMethod(method, model.device)
     prefill(model.adapter, model.attention, cast(PruningMethod, timed), pack)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    wait_for(model.device)
     return sum(
         entry[0].elapsed_time(entry[1]) if isinstance(entry, tuple) else entry for entry in timed.milliseconds
     )
@@ -174,10 +170,6 @@ def _select_ms(model: LoadedModel, pack: Pack, method: PruningMethod) -> float:
 
 def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable[[], None]:
     """Stock transformers on the same weights: `default` attention is its SDPA with torch's choice."""
-    from contextlib import nullcontext
-
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     if baseline == "transformers-cudnn" and model.device.type != "cuda":
         raise ConfigError(f"baseline {baseline} needs an NVIDIA GPU; leave it out")
 
@@ -194,17 +186,10 @@ def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable
 def _timed(
     run: Callable[[], Prefilled | None], device: torch.device
 ) -> tuple[float, int | None, Prefilled | None]:
-    cuda = device.type == "cuda"
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    """Milliseconds, the peak of the device's memory, and what the run gave."""
+    started = tidied(device)
     result = run()
-    if cuda:
-        torch.cuda.synchronize(device)
-    milliseconds = (time.perf_counter() - started) * 1e3
-    return milliseconds, torch.cuda.max_memory_allocated(device) if cuda else None, result
+    return (now(device) - started) * 1e3, peak_bytes(device), result
 
 
 def _work(
@@ -216,12 +201,9 @@ def _work(
     shape = model.adapter.shape
     lengths, by_document = prefilled.lengths, prefilled.by_document()
     done = sum(passes_flops(shape, passes) for passes in by_document)
-    kept, ffn = zip(*map(layer_tokens, by_document), strict=True)
-    dense = [layer_tokens([dense_work(shape.layers, length)]) for length in lengths]
-    kept_shares, ffn_shares = (
-        _mean_shares(own, of_dense)
-        for own, of_dense in zip((kept, ffn), zip(*dense, strict=True), strict=True)
-    )
+    tokens_D2L = np.array([layer_tokens(passes) for passes in by_document])  # that entered, or passed FFNs
+    dense_D2L = np.array([layer_tokens([dense_work(shape.layers, length)]) for length in lengths])
+    kept_shares, ffn_shares = (tokens_D2L / dense_D2L).mean(0).round(4).tolist()
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
     dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
     return {
@@ -233,22 +215,15 @@ def _work(
         ),
         "kv_bytes": prefilled.cache.nbytes,
         "kv_ratio": prefilled.cache.nbytes / dense_kv,
-        "ffn_share_by_layer": tuple(round(share, 4) for share in ffn_shares),
-        "kept_share_by_layer": tuple(round(share, 4) for share in kept_shares),
+        "ffn_share_by_layer": tuple(ffn_shares),
+        "kept_share_by_layer": tuple(kept_shares),
     }
-
-
-def _mean_shares(tokens: Sequence[Sequence[int]], of_dense: Sequence[Sequence[int]]) -> list[float]:
-    """Of each layer, the mean over documents of what share of dense's the `tokens` are, a list a document."""
-    by_layer = zip(zip(*tokens, strict=True), zip(*of_dense, strict=True), strict=True)
-    return [statistics.mean(n / most for n, most in zip(*layer, strict=True)) for layer in by_layer]
 
 
 def _measurement(
     name: str,
     documents: Sequence[EncodedDocument],
     times: Sequence[float],
-    peak: int | None,
     work: dict[str, Any],
     to_the_end: Sequence[float],
 ) -> Measurement:
@@ -263,7 +238,6 @@ def _measurement(
         fastest_ms=min(times),
         slowest_ms=max(times),
         repeats=len(times),
-        peak_bytes=peak,
         tflops_per_second=flops / median / 1e9 if flops else None,
         end_to_end_ms=statistics.median(to_the_end) if to_the_end else None,
         **work,

@@ -6,33 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
-from pipeline.evaluate.scores import CaseScore
+from pipeline.evaluate.workbench import CaseScore
 from pipeline.settings.calibrate_settings import CalibrateConfig
-from pipeline.settings.parse import parse_drop
-from pipeline.suites.samples import NEEDLES
+from pipeline.settings.parse import Bound, parse_drop
+from pipeline.suites.samples import NEEDLES, grouped
 from pipeline.texts.words import counted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """A largest drop: points of the score, or percent of dense's."""
-
-    value: float
-    relative: bool
-
-    @classmethod
-    def of(cls, text: str, flag: str) -> Bound:
-        """`1pt` or `1%`. Raises ConfigError."""
-        value, relative = parse_drop(text, flag)
-        return cls(value=value, relative=relative)
-
-    @property
-    def unit(self) -> str:
-        return "%" if self.relative else "pt"
-
-    def __str__(self) -> str:
-        return f"{self.value:g}{self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +66,8 @@ class Bounds:
     def of(cls, config: CalibrateConfig) -> Bounds:
         """Those that a calibration is given."""
         return cls(
-            main=Bound.of(str(config.max_drop), "--max-drop"),
-            needles=Bound.of(config.needle_drop, "--needle-drop"),
+            main=parse_drop(str(config.max_drop)),
+            needles=parse_drop(config.needle_drop, "--needle-drop"),
             main_name="token accuracy" if config.has_references else "agreement",
         )
 
@@ -114,20 +94,18 @@ class Bounds:
             for gate, paired in self._paired(dense, scores).items()
         )
 
-    def supplies(self, documents: Iterable[tuple[str, str]], tasks: Iterable[str]) -> list[Supply]:
-        """Of the gate of each of these tasks; the documents are each given behind its task."""
-        found: dict[str, set[str]] = {self.gate_of(task): set() for task in tasks}
-        for task, document in documents:
-            found[self.gate_of(task)].add(document)
+    def supplies(self, held_out: Iterable[CheckRow], rows: Iterable[CheckRow]) -> list[Supply]:
+        """Of the gate of each of the rows: what those that are held out supply it with."""
+        found: dict[str, set[str]] = {self.gate_of(row.task): set() for row in rows}
+        for row in held_out:
+            found[self.gate_of(row.task)].add(row.sample.document_key)
         return [
             Supply(gate, bound := self.bound_of(gate), len(own), fewest_documents(bound.value))
             for gate, own in found.items()
         ]
 
     def _paired(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> dict[str, Paired]:
-        parts: dict[str, list[tuple[CaseScore, CaseScore]]] = {}
-        for pair in zip(dense, scores, strict=True):
-            parts.setdefault(self.gate_of(pair[1].task), []).append(pair)
+        parts = grouped(zip(dense, scores, strict=True), lambda pair: self.gate_of(pair[1].task))
         return {
             gate: Paired.of(
                 [score_of(base) for base, _ in pairs],

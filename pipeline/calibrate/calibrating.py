@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.calibrate.bounds import Bounds, Supply
+from pipeline.calibrate.ladder import Calibration
+from pipeline.calibrate.phases import Phases
 from pipeline.errors import GateInconclusive, MarsError, is_failure
+from pipeline.evaluate.cases import Sides, in_all, split
+from pipeline.evaluate.check_rows import read_rows
+from pipeline.evaluate.workbench import Deadline, Workbench
+from pipeline.interrupts import nothing_to_lose
+from pipeline.model.loading import Model, open_model
 from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.setup.auto import keep_profile
 from pipeline.setup.intake import make_prompts
-
-if TYPE_CHECKING:
-    from pipeline.calibrate.bounds import Bounds, Supply
-    from pipeline.calibrate.calibration import Calibration
-    from pipeline.evaluate.cases import Sides
-    from pipeline.evaluate.check_rows import CheckRow
-    from pipeline.evaluate.workbench import Deadline
-    from pipeline.model.loading import Model
-    from pipeline.setup.profile import Profile
+from pipeline.setup.profile import Profile, write_profile
+from pipeline.suites.samples import NEEDLES
 
 Progress = Callable[[str, float], None]  # what is being done, and the seconds left
 
@@ -41,35 +43,34 @@ def run_calibrate(
     MarsError, of which GateInconclusive, before the weights are loaded, says that there are too few documents
     for anything to pass. That nothing passes is no error but a result without a profile.
     """
-    from pipeline.calibrate.bounds import Bounds
-    from pipeline.calibrate.phases import Phases
-    from pipeline.evaluate.cases import split
-    from pipeline.evaluate.check_rows import data_hash
-    from pipeline.evaluate.workbench import Deadline
-    from pipeline.model.loading import open_model
-    from pipeline.setup.profile import write_profile
-
     clock = clock or Deadline(config.minutes * 60)
-    tell = _teller(progress, clock)
+
+    def tell(text: str) -> None:
+        progress(text, max(0.0, clock.left))
+
     tell("reading and tokenizing")
     model = model or open_model(config)
     for text in model.notes:
         note(text)
-    rows = _read(config, model, note)
+    found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
+    for message in found.left_out:
+        note(f"left out: {message}")
+    sides = split(found.rows, str(config.seed))
     bounds = Bounds.of(config)
-    sides = split(rows, str(config.seed))
     _check_supplies(bounds, sides, note)
     tell("loading the model")
     check()
-    run = Phases(config, model, sides, clock, tell, note, check)
+    with nothing_to_lose():
+        bench = Workbench.of(model.load(), check)
+    run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
     try:
-        result = run.calibrate(data_hash(rows))
+        result = run.calibrate(found.data_hash, clock)
     except MarsError:
         raise
     except BaseException as error:  # whatever it is, the row must be named
         if not is_failure(error):
             raise
-        raise MarsError(f"{run.bench.running} fails: {type(error).__name__}: {error}") from error
+        raise MarsError(f"{bench.running} fails: {type(error).__name__}: {error}") from error
     if result.profile is not None:
         write_profile(config.profile_file, result.profile)
         _keep(result.profile, note)
@@ -78,20 +79,13 @@ def run_calibrate(
 
 def _check_supplies(bounds: Bounds, sides: Sides, note: Callable[[str], None]) -> None:
     """Say what it takes to pass. Raises GateInconclusive where no setting could."""
-    supplies = bounds.supplies(
-        [(row.sample.task, row.sample.document_key) for row in sides.held_out],
-        [row.sample.task for row in (*sides.search, *sides.held_out)],
-    )
-    for supply in supplies:
+    for supply in bounds.supplies(sides.held_out, (*sides.search, *sides.held_out)):
         if supply.is_short:
             raise GateInconclusive(f"{supply}; {_remedy(supply)}")
         note(str(supply))
 
 
 def _remedy(supply: Supply) -> str:
-    from pipeline.evaluate.cases import in_all
-    from pipeline.suites.samples import NEEDLES
-
     is_needles = supply.gate.startswith(NEEDLES)
     larger = f"a larger {'--needle-drop' if is_needles else '--max-drop'}"
     if supply.needed is None:
@@ -103,24 +97,9 @@ def _remedy(supply: Supply) -> str:
 
 def _keep(profile: Profile, note: Callable[[str], None]) -> None:
     """Where runs with --method auto find it."""
-    from pipeline.setup.auto import keep_profile
-
     try:
         kept = keep_profile(profile)
     except MarsError as error:
         note(f"--method auto will not find the profile: {error}")
         return
     note(f"--method auto takes this profile from now on, from {kept}")
-
-
-def _teller(progress: Progress, clock: Deadline) -> Callable[[str], None]:
-    return lambda text: progress(text, max(0.0, clock.left))
-
-
-def _read(config: CalibrateConfig, model: Model, note: Callable[[str], None]) -> tuple[CheckRow, ...]:
-    from pipeline.evaluate.check_rows import read_rows
-
-    found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
-    for message in found.left_out:
-        note(f"left out: {message}")
-    return found.rows

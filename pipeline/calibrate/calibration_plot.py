@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.bench.plot import save_figure
 
 if TYPE_CHECKING:
-    from pipeline.calibrate.calibration import Calibration
+    from pipeline.calibrate.ladder import Calibration
 
 
 def save_ladder(path: str, result: Calibration) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pipeline.calibrate.bounds import Verified
+from pipeline.calibrate.ladder import Calibration, RungResult
 from pipeline.calibrate.sensitivity import MASSES
 from pipeline.errors import GateFailed
 from pipeline.texts.words import counted
-
-if TYPE_CHECKING:
-    from pipeline.calibrate.bounds import Verified
-    from pipeline.calibrate.calibration import Calibration
-    from pipeline.calibrate.ladder import RungResult
 
 LADDER_HEADS = ("rung", "expected", "drop held out", "interval", "predicted", "times as fast", "verdict")
 

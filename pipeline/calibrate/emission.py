@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pipeline.calibrate.bounds import Bounds, Verified
 from pipeline.calibrate.ladder import Rung, RungResult
-from pipeline.evaluate.scores import Case
-from pipeline.kernels.sparse import first_choosing, shortest
+from pipeline.evaluate.check_rows import CheckRow
+from pipeline.evaluate.workbench import sparse_from
+from pipeline.kernels.sparse import first_choosing
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.guard import spoken_for
 from pipeline.setup.profile import FORMAT, Profile
-from pipeline.setup.provenance import PACKAGES
 from pipeline.suites.samples import NEEDLES
-from pipeline.texts.versions import version_of
+from pipeline.texts.versions import timestamp, versions
 
 
 def make_profile(
@@ -29,7 +27,7 @@ def make_profile(
     chosen: RungResult,
     tested: Sequence[RungResult],
     ladder: Sequence[Rung],
-    cases: Sequence[Case],
+    cases: Sequence[CheckRow],
     data_hash: str,
 ) -> Profile:
     """`tested` are the first rungs of the `ladder`; `cases` are those of both sides."""
@@ -41,7 +39,7 @@ def make_profile(
         "fingerprint": model.fingerprint,
         "device": model.device_name(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": timestamp(),
         "data_sha256": data_hash,
         "objective": "ttft",
         **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
@@ -60,7 +58,7 @@ def make_profile(
         "guard": spoken_for(
             _tasks(config, cases), chosen.trial.scores, sparse_from=sparse_from_of(model, variant.method)
         ),
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "versions": versions(),
     }
     batch = {
         "method": variant.method.name,
@@ -70,7 +68,7 @@ def make_profile(
     return Profile(about=about, batch=batch)
 
 
-def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
+def _tasks(config: CalibrateConfig, cases: Sequence[CheckRow]) -> list[str]:
     """The tasks that were told apart; needles are none that a user asks for."""
     if config.task_column is None and not config.row_suites:
         return []
@@ -79,10 +77,8 @@ def _tasks(config: CalibrateConfig, cases: Sequence[Case]) -> list[str]:
 
 def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:
     """Prompt tokens from which on attention chooses blocks on the model's device; None: it never does."""
-    shape = model.shape
-    if first_choosing(method.attention_masses(shape.layers)) is None:
-        return None
-    return shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
+    chooses = first_choosing(method.attention_masses(model.shape.layers)) is not None
+    return sparse_from(model) if chooses else None
 
 
 def _tested(tested: RungResult, bounds: Bounds) -> dict[str, Any]:

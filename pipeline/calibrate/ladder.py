@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
-from pipeline.calibrate.bounds import Verified
+from pipeline.calibrate.bounds import Bounds, Verified
 from pipeline.calibrate.rungs import describe
+from pipeline.calibrate.sensitivity import Sensitivity
+from pipeline.evaluate.drops import worst
 from pipeline.evaluate.workbench import Trial
 from pipeline.model.variant import Variant
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.setup.profile import Profile
 
 MILD = 0.5  # of the bound, that a precision may be expected to cost which all else is tried in
 WORTH = 1.02  # times as fast a rung has to be as the one before
@@ -100,36 +104,6 @@ def _ever_faster(rungs: Iterable[Rung]) -> list[Rung]:
     return chosen
 
 
-class Outcome(Protocol):
-    """What became of a rung that was tested."""
-
-    @property
-    def passes(self) -> bool: ...
-
-    @property
-    def speed_up(self) -> float: ...
-
-
-R = TypeVar("R")
-T = TypeVar("T", bound=Outcome)
-
-
-def climb(rungs: Iterable[R], test: Callable[[R], T]) -> list[T]:
-    """Test rungs in their order, up to the first that does not pass, which is the last of the result."""
-    tested: list[T] = []
-    for rung in rungs:
-        tested.append(test(rung))
-        if not tested[-1].passes:
-            break
-    return tested
-
-
-def fastest_passed(tested: Iterable[T]) -> T | None:
-    """The fastest that passed, as measured, if it is faster than dense."""
-    passed = [each for each in tested if each.passes and each.speed_up > 1]
-    return max(passed, key=lambda each: each.speed_up, default=None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RungResult:
     """A rung on the cases held out; what was given up for lack of time has not passed, and has no gates."""
@@ -152,10 +126,45 @@ class RungResult:
         """The worst of its gates, or that it was given up."""
         if not self.trial.complete:
             return "given up"
-        found = {gate.verdict for gate in self.gates}
-        return next(verdict for verdict in ("fail", "inconclusive", "pass") if verdict in found)
+        return worst(gate.verdict for gate in self.gates)
 
     @property
     def worst_gate(self) -> Verified:
         """The one whose interval comes nearest to its bound, or goes farthest beyond it."""
         return max(self.gates, key=lambda gate: gate.drop.high - gate.judgement.bound)
+
+
+def climb(rungs: Iterable[Rung], test: Callable[[Rung], RungResult]) -> list[RungResult]:
+    """Test rungs in their order, up to the first that does not pass, which is the last of the result."""
+    tested: list[RungResult] = []
+    for rung in rungs:
+        tested.append(test(rung))
+        if not tested[-1].passes:
+            break
+    return tested
+
+
+def fastest_passed(tested: Iterable[RungResult]) -> RungResult | None:
+    """The fastest that passed, as measured, if it is faster than dense."""
+    passed = [each for each in tested if each.passes and each.speed_up > 1]
+    return max(passed, key=lambda each: each.speed_up, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was found; without a profile nothing held."""
+
+    config: CalibrateConfig
+    profile: Profile | None
+    probes: tuple[Sensitivity, ...]
+    ladder: tuple[Rung, ...]
+    tested: tuple[RungResult, ...]  # the first rungs, in their order
+    chosen: RungResult | None
+    searched: int  # cases
+    held_out: int
+    seconds: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """What was allowed to be lost."""
+        return Bounds.of(self.config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 from pipeline.calibrate.bounds import Bounds
-from pipeline.calibrate.calibration import Calibration
 from pipeline.calibrate.emission import make_profile
 from pipeline.calibrate.ladder import (
     FAR,
+    Calibration,
     Rung,
     RungResult,
     Seen,
@@ -25,11 +27,7 @@ from pipeline.engines.answering import rules_of
 from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.evaluate.check_rows import CheckRow
-from pipeline.evaluate.scores import TOP, Case, CaseScore, Evaluated
-from pipeline.evaluate.workbench import DENSE, LOW, TIMED, Deadline, Workbench
-from pipeline.interrupts import nothing_to_lose
-from pipeline.kernels import sparse
-from pipeline.model.loading import Model
+from pipeline.evaluate.workbench import DENSE, LOW, TIMED, TOP, Deadline, Evaluated, Workbench, sparse_from
 from pipeline.model.variant import Variant
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.texts.words import counted
@@ -42,26 +40,19 @@ MOST_CASES, FEWEST_CASES, MOST_PROBED = 48, 3, 8  # of the search side
 LONG = 0.75  # of the longest prompt: such cases tell what block-sparse attention does
 
 
+@dataclass(frozen=True)
 class Phases:
     """One calibration, phase by phase."""
 
-    def __init__(
-        self,
-        config: CalibrateConfig,
-        model: Model,
-        sides: Sides,
-        clock: Deadline,
-        tell: Callable[[str], None],
-        note: Callable[[str], None],
-        check: Callable[[], None],
-    ) -> None:
-        with nothing_to_lose():
-            self.bench: Workbench = Workbench.of(model.load(), check)
-        self.config, self.sides, self.bounds = config, sides, Bounds.of(config)
-        self.clock, self.whole_clock = clock.rest(), clock
-        self.tell, self.note = tell, note
+    config: CalibrateConfig
+    bench: Workbench
+    bounds: Bounds
+    sides: Sides
+    clock: Deadline  # of the phases alone, of whose time each has a share
+    tell: Callable[[str], None]
+    note: Callable[[str], None]
 
-    def calibrate(self, data_hash: str) -> Calibration:
+    def calibrate(self, data_hash: str, whole_clock: Deadline) -> Calibration:
         """Raises GateInconclusive where the time allows too few cases for any rung to pass."""
         self.tell("timing dense")
         pace_s, answer_s = self._pace()
@@ -85,7 +76,7 @@ class Phases:
             chosen=chosen,
             searched=len(searched),
             held_out=len(held_out),
-            seconds=self.whole_clock.passed,
+            seconds=whole_clock.passed,
         )
 
     def _pace(self) -> tuple[float, float]:
@@ -103,48 +94,37 @@ class Phases:
         pace_s = max(self.clock.passed - warm, 1e-3)
         return pace_s, 0.0 if row.reference else answered - began
 
-    def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[Case]:
+    def _cases(self, rows: Sequence[CheckRow], count: int, until: float) -> list[CheckRow]:
         chosen = thin(rows, count, self.config.seed)
         self.tell(f"answers of dense to {counted(len(chosen), 'row')}")
         return self._make(chosen, self.clock.before(until))
 
-    def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[Case]:
+    def _make(self, rows: Sequence[CheckRow], within: Callable[[], bool]) -> list[CheckRow]:
         return make_cases(
             self.bench.model, rows, rules_of(self.config, self.bench.model), self.bench.check, within
         )
 
-    def _probe(self, cases: Sequence[Case], dense: Sequence[Evaluated], pace_s: float) -> list[Sensitivity]:
+    def _probe(
+        self, cases: Sequence[CheckRow], dense: Sequence[Evaluated], pace_s: float
+    ) -> list[Sensitivity]:
         """Each layer's attention in the longest cases, where they are long enough to be block-sparse."""
         longest = max(case.document.prompt_tokens for case in cases)
-        if not self._sparse(longest):
+        shortest = sparse_from(self.bench.model)
+        if shortest is None or longest < shortest:
             return []
         layers = self.bench.model.shape.layers
         mean = statistics.fmean(case.document.prompt_tokens for case in cases)
         left_s = max(0.0, PROBED * self.clock.seconds - self.clock.passed)
         count = int(min(MOST_PROBED, max(1, left_s / (pace_s * longest / mean) / (layers * len(MASSES)))))
-        places = longest_in_turn(cases, LONG * longest, count)
+        probed = [(cases[at], dense[at]) for at in longest_in_turn(cases, LONG * longest, count)]
         rows: list[Sensitivity] = []
         for mass in MASSES:
-            self.tell(f"probing {counted(layers, 'layer')} on {counted(len(places), 'row')}: {mass:g}")
-            rows += measure_sensitivity(
-                self.bench,
-                [cases[place] for place in places],
-                [dense[place] for place in places],
-                self.bounds,
-                layers=layers,
-                mass=mass,
-                within=self.clock.before(PROBED),
-            )
+            self.tell(f"probing {counted(layers, 'layer')} on {counted(len(probed), 'row')}: {mass:g}")
+            rows += measure_sensitivity(self.bench, probed, self.bounds, mass, self.clock.before(PROBED))
         return sorted(rows, key=lambda row: (row.layer, -row.mass))
 
-    def _sparse(self, longest: int) -> bool:
-        """Whether attention of a prompt of so many tokens can be block-sparse here."""
-        model = self.bench.model
-        width = model.shape.heads * model.shape.head_dim
-        return sparse.applies(longest, width, model.device, model.attention.sparse_from)
-
     def _ladder(
-        self, cases: Sequence[Case], dense: Sequence[Evaluated], probes: Sequence[Sensitivity]
+        self, cases: Sequence[CheckRow], dense: Sequence[Evaluated], probes: Sequence[Sensitivity]
     ) -> list[Rung]:
         """Rungs in the order in which they will be tested; what follows looks at no other case."""
         shape, bound = self.bench.model.shape, self.bounds.main.value
@@ -176,7 +156,7 @@ class Phases:
         others = tried(other_rungs(shape, linears), float("inf"))
         return make_ladder(expecting(precisions), expecting(mars), expecting(others), bound)
 
-    def _search(self, variant: Variant, cases: Sequence[Case], dense: Sequence[Evaluated]) -> Rung | None:
+    def _search(self, variant: Variant, cases: Sequence[CheckRow], dense: Sequence[Evaluated]) -> Rung | None:
         """What the search side says of a variant; None if it cannot run, or not in the time left."""
         within = self.clock.before(SEARCHED)
         try:
@@ -196,14 +176,11 @@ class Phases:
 
     def _climb(
         self, ladder: Sequence[Rung], pace_s: float, answer_s: float
-    ) -> tuple[list[Case], list[RungResult]]:
+    ) -> tuple[list[CheckRow], list[RungResult]]:
         """The cases held out, and the rungs tested on them."""
         count = self._held_out(ladder, pace_s, answer_s)
         cases = self._cases(self.sides.held_out, count, (SEARCHED + DONE) / 2)
-        supplies = self.bounds.supplies(
-            [(case.task, case.document_key) for case in cases],
-            [row.sample.task for row in self.sides.held_out],
-        )
+        supplies = self.bounds.supplies(cases, self.sides.held_out)
         short = next((supply for supply in supplies if supply.is_short), None)
         if short is not None:
             raise GateInconclusive(
@@ -212,11 +189,7 @@ class Phases:
             )
         within = self.clock.before(DONE)
         self.tell(f"testing {counted(len(ladder), 'rung')} on {counted(len(cases), 'row')} held out")
-        dense: list[CaseScore] = []
-        for case in cases:
-            if not within():
-                break
-            dense.append(self.bench.run(DENSE, case).score)
+        dense = [self.bench.run(DENSE, case).score for case in takewhile(lambda case: within(), cases)]
 
         def test(rung: Rung) -> RungResult:
             trial = self.bench.try_out(rung.variant, cases, within=within)

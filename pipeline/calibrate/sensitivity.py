@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.calibrate.bounds import Bounds
-from pipeline.evaluate.scores import Case, Evaluated
-from pipeline.evaluate.workbench import Workbench
+from pipeline.evaluate.check_rows import CheckRow
+from pipeline.evaluate.workbench import Evaluated, Workbench
 from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import LayerWork
@@ -30,27 +30,25 @@ class Sensitivity:
 
 def measure_sensitivity(
     bench: Workbench,
-    cases: Sequence[Case],
-    dense: Sequence[Evaluated],
+    cases: Sequence[tuple[CheckRow, Evaluated]],
     bounds: Bounds,
-    *,
-    layers: int,
     mass: float,
     within: Callable[[], bool] = lambda: True,
 ) -> list[Sensitivity]:
-    """Make each of so many layers block-sparse with a mass, while `within` says that there is time.
+    """Make each layer block-sparse with a mass, while `within` says that there is time.
 
-    `dense` are the cases under dense, with likeliest tokens to diverge from. Layers are taken in an order
-    whose every beginning covers the depth evenly, so that a lack of time leaves gaps and not an end; the
-    result is sorted by layer.
+    Each of the cases stands beside its run under dense, with likeliest tokens to diverge from. Layers are
+    taken in an order whose every beginning covers the depth evenly, so that a lack of time leaves gaps and
+    not an end; the result is sorted by layer.
     """
+    layers = bench.model.shape.layers
     found: list[Sensitivity] = []
     for layer in spread(range(layers)):
         if not within():
             break
         masses = tuple(mass if each == layer else 1.0 for each in range(layers))
         variant = Variant(f"{mass:g} at {layer}", Dense(sparse_attention=masses))
-        runs = [bench.run(variant, case, dense=base.forced) for case, base in zip(cases, dense, strict=True)]
+        runs = [bench.run(variant, case, dense=base.forced) for case, base in cases]
         scores = [run.score for run in runs]
         found.append(
             Sensitivity(
@@ -58,7 +56,7 @@ def measure_sensitivity(
                 mass=mass,
                 cases=len(scores),
                 divergence=statistics.fmean(score.divergence or 0.0 for score in scores),
-                drop=bounds.main_drop([base.score for base in dense], scores),
+                drop=bounds.main_drop([base.score for _, base in cases], scores),
                 attended=statistics.fmean(_attended(run.passes[0][layer]) for run in runs),
             )
         )

@@ -10,8 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from pipeline.errors import ConfigError
 from pipeline.evaluate.check_rows import CheckRow
@@ -28,7 +27,7 @@ _START_OVER = "leave out --resume to start over"
 
 
 class CheckJournal:
-    """Finished rows of both sides, beside the result; a context manager that closes the file."""
+    """Finished rows of both sides, beside the result; to be closed."""
 
     def __init__(self, path: Path, decides: Mapping[str, Any], *, resume: bool) -> None:
         """With `resume` go on with what is there, damaged lines left out.
@@ -69,16 +68,11 @@ class CheckJournal:
 
     def remove(self) -> None:
         """What it holds is in the result now."""
-        self._file.close()
+        self.close()
         with suppress(OSError):
             self.path.unlink()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def _append(self, content: Mapping[str, Any]) -> None:
@@ -115,9 +109,8 @@ class CheckJournal:
 
 def _refuse_foreign(path: Path) -> None:
     """A ConfigError for a link, and for whatever else no check has begun, which would be overwritten."""
-    if path.is_symlink():
-        raise in_the_way(path)
-    if path.exists() and (not path.is_file() or not _begins_as_ours(path)):
+    is_ours = not path.exists() or (path.is_file() and _begins_as_ours(path))
+    if path.is_symlink() or not is_ours:
         raise in_the_way(path)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.check.baseline import Baseline, baseline_settings, read_baseline, write_baseline
+from pipeline.check.check_journal import CheckJournal, journal_path, journal_settings
 from pipeline.check.gates import (
     CheckResult,
     Pair,
@@ -19,31 +19,33 @@ from pipeline.check.gates import (
     make_gates,
     refuse_too_few,
     speeds,
-    verdict_of,
 )
+from pipeline.check.reports import refuse_foreign_files, write_reports
 from pipeline.errors import GateInconclusive
+from pipeline.evaluate.check_rows import CheckRows, read_rows
+from pipeline.evaluate.drops import worst
+from pipeline.evaluate.row_results import RowResult, Side
+from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.interrupts import nothing_to_lose
+from pipeline.model.loading import Model, open_model
+from pipeline.model.variant import Variant, prepare
+from pipeline.prompts.builder import PromptBuilder
+from pipeline.prompts.chat import parse_moment
+from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.method_settings import AUTO
+from pipeline.setup.auto import proven
 from pipeline.setup.intake import make_prompts
-from pipeline.setup.provenance import PACKAGES, moment_of
+from pipeline.setup.profile import check_profile, load_profile
+from pipeline.setup.provenance import moment_of
 from pipeline.summary import Tally
-from pipeline.texts.versions import version_of
+from pipeline.texts.versions import timestamp, versions
 from pipeline.texts.words import counted
 
-if TYPE_CHECKING:
-    from pipeline.check.baseline import Baseline
-    from pipeline.check.check_journal import CheckJournal
-    from pipeline.evaluate.check_rows import CheckRow, CheckRows
-    from pipeline.evaluate.row_results import RowResult
-    from pipeline.model.loading import LoadedModel, Model
-    from pipeline.prompts.builder import PromptBuilder
-    from pipeline.pruning.base import PruningMethod
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Check:
     """A check whose settings fit its model and data, of which no weights are loaded yet."""
 
@@ -55,6 +57,12 @@ class _Check:
     note: Callable[[str], None]
     progress: Callable[[Tally], None]
     check: Callable[[], None]
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """Each side: dense in the model's own precision, the method as it is asked for."""
+        method = Variant(self.method.name, self.method, linears=self.config.linear_dtype)
+        return {"dense": DENSE, "method": method}
 
     def dense_decides(self) -> dict[str, Any]:
         """The settings of which each can change a result of the dense side.
@@ -86,6 +94,21 @@ class _Check:
             "attention_dtype": "auto",  # as in the settings that decide a run
         }
 
+    def about(self) -> dict[str, Any]:
+        return {
+            **self.decides(),
+            "data_sha256": self.rows.data_hash,
+            "name": self.model.name,
+            "device": self.model.device_name(),
+            "attention": self.model.attention.name,
+            "versions": versions(),
+            "started": timestamp(),
+        }
+
+    def write_baseline(self, dense: Sequence[RowResult], accepted: Sequence[RowResult]) -> None:
+        assert self.config.baseline is not None
+        write_baseline(Path(self.config.baseline), dense, accepted, self.dense_decides(), self.about())
+
 
 def _nothing(*_: Any) -> None:
     pass
@@ -106,14 +129,21 @@ def run_check(
     `note` with what a user should know, `check` before every row and between the steps of generated answers:
     it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
     """
-    from pipeline.check.check_journal import CheckJournal, journal_path
-    from pipeline.check.reports import refuse_foreign_files, write_reports
-
     refuse_foreign_files(config)
-    run = _prepare(config, model, method, note, progress, check)
+    if model is None:
+        model = open_model(config)
+    for text in model.notes:
+        note(text)
+    if method is None and config.method == AUTO:
+        config = proven(config, model)
+    method = make_method(config.method, config.settings) if method is None else method
+    _check_method(config, model, method, note)
+    prompts = _prompts(config, model)
+    rows = _read(config, method, prompts, note)
+    run = _Check(config, model, method, prompts, rows, note, progress, check)
     file = config.result_file
     journal = None if file is None else CheckJournal(journal_path(file), run.decides(), resume=config.resume)
-    with journal if journal is not None else nullcontext():
+    with nullcontext() if journal is None else closing(journal):
         if journal is not None and journal.damaged:
             note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
         if journal is not None and journal.resumed:
@@ -127,26 +157,10 @@ def run_check(
     return result
 
 
-def _prepare(
-    config: CheckConfig,
-    model: Model | None,
-    method: PruningMethod | None,
-    note: Callable[[str], None],
-    progress: Callable[[Tally], None],
-    check: Callable[[], None],
-) -> _Check:
-    from pipeline.evaluate.check_rows import read_rows
-    from pipeline.model.loading import open_model
-    from pipeline.setup.auto import proven
-    from pipeline.setup.profile import check_profile, load_profile
-
-    if model is None:
-        model = open_model(config)
-    for text in model.notes:
-        note(text)
-    if method is None and config.method == AUTO:
-        config = proven(config, model)
-    method = make_method(config.method, config.settings) if method is None else method
+def _check_method(
+    config: CheckConfig, model: Model, method: PruningMethod, note: Callable[[str], None]
+) -> None:
+    """Raise MarsError for settings that do not fit the model."""
     if config.profile is not None:
         profile = load_profile(config.profile)
         for text in check_profile(config.profile, profile, model):
@@ -156,7 +170,12 @@ def _prepare(
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.linear_dtype != "auto" or uses_fp8(method):
         model.check_fp8()
-    prompts = _prompts(config, model)
+
+
+def _read(
+    config: CheckConfig, method: PruningMethod, prompts: PromptBuilder, note: Callable[[str], None]
+) -> CheckRows:
+    """The rows to check. Raises GateInconclusive where no check of them could pass."""
     rows = read_rows(config, prompts)
     for text in rows.notes:
         note(text)
@@ -167,23 +186,12 @@ def _prepare(
     cost = refuse_too_few(config, rows.rows)
     if cost is not None:
         note(cost)
-    return _Check(
-        config=config,
-        model=model,
-        method=method,
-        prompts=prompts,
-        rows=rows,
-        note=note,
-        progress=progress,
-        check=check,
-    )
+    return rows
 
 
 def _refuse_dense(config: CheckConfig, method: PruningMethod) -> None:
     """GateInconclusive where the method is dense itself, and no scores of an earlier run are there."""
-    from pipeline.pruning.dense import Dense
-
-    if method == Dense() and config.linear_dtype == "auto" and not _reuses(config):
+    if method == DENSE.method and config.linear_dtype == "auto" and not _reuses(config):
         raise GateInconclusive(
             "nothing to compare: dense against itself; name a method with --method, or with --scope rows a "
             "--baseline of an earlier run"
@@ -197,10 +205,6 @@ def _reuses(config: CheckConfig) -> bool:
 
 def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
     """The check's prompts, which print the date of the results that they are held against, if any."""
-    from pipeline.check.baseline import baseline_settings
-    from pipeline.check.check_journal import journal_path, journal_settings
-    from pipeline.prompts.chat import parse_moment
-
     prompts = make_prompts(config, model, config.max_new_tokens)
     if moment_of(prompts) is None:
         return prompts
@@ -216,136 +220,85 @@ def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """Results by id."""
+    """Every row under both sides, and the baseline that was there."""
 
-    dense: Mapping[str, RowResult]
-    method: Mapping[str, RowResult]
-    baseline: Baseline | None  # that was there
+    pairs: tuple[Pair, ...]
+    baseline: Baseline | None
     same_run: bool  # whether this run timed all of both
-
-    @property
-    def accepted(self) -> Mapping[str, RowResult]:
-        """What the method is held against instead of dense, if anything."""
-        return {} if self.baseline is None else self.baseline.accepted
 
 
 def _run_sides(run: _Check, journal: CheckJournal | None) -> _Found:
-    from pipeline.check.baseline import read_baseline, write_baseline
-
-    rows = run.rows.rows
-    tally = Tally()
-    load = cache(partial(_load, run))
-    path = None if run.config.baseline is None else Path(run.config.baseline)
-    baseline = None
-    dense: dict[str, RowResult] = {}
-    if path is not None and _reuses(run.config):
-        baseline = read_baseline(path, rows, run.dense_decides())
-        dense = dict(baseline.dense)
-        run.note(f"dense is taken from {path}, of {baseline.about.get('started')}")
-    elif journal is not None:
-        dense = journal.found("dense", rows)
-    method = {} if journal is None else journal.found("method", rows)
-    # what was forced may be dense's answer, which a newer baseline may have changed
-    method = {
-        id: result for id, result in method.items() if id in dense and result.answer == dense[id].answer
-    }
+    rows, config = run.rows.rows, run.config
+    ids = [row.sample.id for row in rows]
+    baseline, dense, method = _known(run, journal)
     same_run = not (dense or method)
+    tally = Tally()
     tally.expected_rows = 2 * len(rows) - len(dense) - len(method)
+    load = cache(lambda: _load(run))
     for name, found in (("dense", dense), ("method", method)):
         pending = [row for row in rows if row.sample.id not in found]
         if pending:
-            _run_side(run, load(), name, pending, found, dense, journal, tally)
-        if name == "dense" and path is not None and baseline is None:
-            write_baseline(path, [dense[row.sample.id] for row in rows], (), run.dense_decides(), _about(run))
-    return _Found(dense=dense, method=method, baseline=baseline, same_run=same_run)
+            side = Side(bench=load(), variant=run.variants[name], config=config)
+            for result in side.run(pending, None if name == "dense" else dense):
+                if journal is not None:
+                    journal.add(name, result)
+                found[result.id] = result
+                tally.count("ok", prompt_tokens=result.score.prompt_tokens)
+                run.progress(tally)
+        if name == "dense" and config.baseline is not None and baseline is None:
+            run.write_baseline(dense=[dense[id] for id in ids], accepted=())
+    accepted = baseline.accepted if baseline is not None and config.scope == "rows" else {}
+    pairs = tuple(
+        Pair(row=row, dense=dense[id], method=method[id], accepted=accepted.get(id))
+        for id, row in zip(ids, rows, strict=True)
+    )
+    return _Found(pairs=pairs, baseline=baseline, same_run=same_run)
+
+
+def _known(
+    run: _Check, journal: CheckJournal | None
+) -> tuple[Baseline | None, dict[str, RowResult], dict[str, RowResult]]:
+    """The baseline, if it is to be taken, and the results of both sides that need no run, by id."""
+    rows, baseline = run.rows.rows, None
+    dense, method = ({} if journal is None else journal.found(name, rows) for name in run.variants)
+    if run.config.baseline is not None and _reuses(run.config):
+        baseline = read_baseline(Path(run.config.baseline), rows, run.dense_decides())
+        dense = dict(baseline.dense)
+        run.note(f"dense is taken from {run.config.baseline}, of {baseline.about.get('started')}")
+    # what was forced may be dense's answer, which a newer baseline may have changed
+    same = {id for id, result in method.items() if id in dense and result.answer == dense[id].answer}
+    return baseline, dense, {id: method[id] for id in same}
 
 
 def _accept(run: _Check, found: _Found, result: CheckResult) -> None:
     """Add what the method scored to a baseline that has nothing of the kind yet, if the check passed."""
-    from pipeline.check.baseline import write_baseline
-
-    lacks = found.baseline is None or (found.baseline.is_whole and not found.accepted)
+    lacks = found.baseline is None or (found.baseline.is_whole and not found.baseline.accepted)
     if run.config.baseline is None or result.verdict != "pass" or not lacks:
         return
-    dense, method = ([side[row.sample.id] for row in run.rows.rows] for side in (found.dense, found.method))
-    write_baseline(Path(run.config.baseline), dense, method, run.dense_decides(), _about(run))
+    run.write_baseline(
+        dense=[pair.dense for pair in found.pairs], accepted=[pair.method for pair in found.pairs]
+    )
     if run.config.scope == "rows":
         run.note(f"what the method scored is what later runs are held against, in {run.config.baseline}")
 
 
-def _run_side(
-    run: _Check,
-    model: LoadedModel,
-    name: str,
-    pending: Sequence[CheckRow],
-    found: dict[str, RowResult],
-    dense: Mapping[str, RowResult],
-    journal: CheckJournal | None,
-    tally: Tally,
-) -> None:
-    """Add a result to `found` for each of the rows that are pending."""
-    from pipeline.engines.answering import rules_of, sampling_of
-    from pipeline.evaluate.row_results import Side
-
-    side = Side(
-        model=model,
-        variant=_variants(run)[name],
-        rules=rules_of(run.config, model),
-        generates=run.config.generate,
-        sampling=sampling_of(run.config),
-        check=run.check,
-    )
-    for result in side.run(pending, None if name == "dense" else dense):
-        if journal is not None:
-            journal.add(name, result)
-        found[result.id] = result
-        tally.count("ok", prompt_tokens=result.score.prompt_tokens)
-        run.progress(tally)
-
-
-def _load(run: _Check) -> LoadedModel:
-    from pipeline.model.variant import prepare
-
+def _load(run: _Check) -> Workbench:
     run.check()
     with nothing_to_lose():
         model = run.model.load()
-    prepare(model, _variants(run).values())
-    return model
-
-
-def _variants(run: _Check) -> dict[str, Any]:
-    """Each side: dense in the model's own precision, the method as it is asked for."""
-    from pipeline.model.variant import Variant
-    from pipeline.pruning.dense import Dense
-
-    return {
-        "dense": Variant("dense", Dense()),
-        "method": Variant(
-            run.method.name,
-            run.method,
-            linears=run.config.linear_dtype,
-        ),
-    }
+    prepare(model, run.variants.values())
+    return Workbench(model=model, check=run.check)
 
 
 def _compare(run: _Check, found: _Found) -> CheckResult:
-    config, rows = run.config, run.rows.rows
-    accepted = found.accepted if config.scope == "rows" else {}
-    pairs = tuple(
-        Pair(
-            row=row,
-            dense=found.dense[row.sample.id],
-            method=found.method[row.sample.id],
-            accepted=accepted.get(row.sample.id),
-        )
-        for row in rows
-    )
+    config, rows, pairs = run.config, run.rows.rows, found.pairs
+    accepted = pairs[0].accepted is not None  # of every row, or of none
     pruned = has_pruned(config, pairs, ffn_in_fp8=uses_fp8(run.method))
-    gates = make_gates(config, pairs, pruned=pruned or bool(accepted and run.method.name == "dense"))
+    gates = make_gates(config, pairs, pruned=pruned or (accepted and run.method.name == "dense"))
     cut = [row.document.truncated_tokens for row in rows]
     return CheckResult(
         config=config,
-        verdict=verdict_of(gates),
+        verdict=worst(gate.verdict for gate in gates if gate.decides),
         gates=gates,
         against="accepted" if accepted else "dense",
         speed=speeds(pairs, same_run=found.same_run),
@@ -359,18 +312,6 @@ def _compare(run: _Check, found: _Found) -> CheckResult:
             "forced_tokens": sum(pair.dense.score.tokens for pair in pairs),
         },
         left_out=run.rows.left_out,
-        about=_about(run),
+        about=run.about(),
         pairs=pairs,
     )
-
-
-def _about(run: _Check) -> dict[str, Any]:
-    return {
-        **run.decides(),
-        "data_sha256": run.rows.data_hash,
-        "name": run.model.name,
-        "device": run.model.device_name(),
-        "attention": run.model.attention.name,
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }

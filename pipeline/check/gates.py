@@ -17,6 +17,7 @@ from pipeline.evaluate.row_results import RowResult
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.gate_settings import FORCED_METRICS
 from pipeline.suites.metrics import score as score_text
+from pipeline.suites.samples import grouped
 from pipeline.texts.words import counted
 
 T = TypeVar("T")
@@ -115,38 +116,32 @@ def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = Tru
     )
 
 
-def verdict_of(gates: Sequence[Gate]) -> Verdict:
-    """The worst of those that decide."""
-    found = {gate.verdict for gate in gates if gate.decides}
-    return next(verdict for verdict in ("fail", "inconclusive", "pass") if verdict in found)
-
-
 def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
     """What a pass will cost, if that is worth a note, before any row runs.
 
     Raises GateInconclusive where so few documents cannot pass the bound even if none of them loses anything.
     """
-    bound, relative = config.bound
+    bound = config.bound
     if config.scope == "rows" or config.gate_metric == "nll":  # of which no loss of all is known
         return None
     groups = _by_task(rows, lambda row: row)
     counts = {task: len({row.sample.document_key for row in own}) for task, own in groups.items()}
     task, fewest = min(((task, counts[task]) for task in _deciding(config, groups)), key=lambda each: each[1])
-    needed = fewest_documents(bound)
+    needed = fewest_documents(bound.value)
     of_task = "" if task == ALL or len(groups) == 1 else f" of {task}"
     there = f"{counted(fewest, 'document')}{of_task}"
     if needed is None or fewest < needed:
-        unit = "%" if relative else " points"
+        unit = "%" if bound.relative else " points"
         costs = "no number of documents is enough" if needed is None else f"{needed:,} documents are needed"
         raise GateInconclusive(
-            f"{there} cannot show a drop within --max-drop {config.bound_text}: {costs} even if none loses "
+            f"{there} cannot show a drop within --max-drop {bound}: {costs} even if none loses "
             f"anything, and these show {smallest_bound(fewest):.1f}{unit} at best; give more, or with "
             "--scope rows hold these rows alone against their last scores"
         )
     if fewest >= RECOMMENDED:
         return None
     return (
-        f"{there} pass --max-drop {config.bound_text} only if they lose next to nothing ({needed:,} would "
+        f"{there} pass --max-drop {bound} only if they lose next to nothing ({needed:,} would "
         f"without any loss); {RECOMMENDED} are recommended"
     )
 
@@ -161,9 +156,7 @@ def has_pruned(config: CheckConfig, pairs: Sequence[Pair], *, ffn_in_fp8: bool) 
 
 def _by_task(items: Sequence[T], row_of: Callable[[T], CheckRow]) -> dict[str, list[T]]:
     """The items of each task, and all of them where there are several."""
-    groups: dict[str, list[T]] = {}
-    for item in items:
-        groups.setdefault(row_of(item).sample.task, []).append(item)
+    groups = grouped(items, lambda item: row_of(item).task)
     return {**groups, ALL: list(items)} if len(groups) > 1 else groups
 
 
@@ -179,13 +172,13 @@ def _compared(config: CheckConfig, pairs: Sequence[Pair]) -> Paired:
         [_score(metric, pair.row, pair.reference) for pair in pairs],
         [_score(metric, pair.row, pair.method) for pair in pairs],
         documents=[pair.row.sample.document_key for pair in pairs],
-        relative=config.bound[1],
+        relative=config.bound.relative,
         losses=metric == "nll",
     )
 
 
 def _judged(config: CheckConfig, compared: Paired, *, pruned: bool) -> Judgement:
-    bound, _ = config.bound
+    bound = config.bound.value
     judgement = compared.judge(bound) if config.scope == "documents" else compared.judge_rows(bound)
     if pruned or judgement.verdict == "fail" or judgement.reason is not None:
         return judgement
@@ -229,11 +222,11 @@ def _measures(config: CheckConfig, pairs: Sequence[Pair]) -> list[Measure]:
 
 
 def _mean(name: str, pairs: Sequence[Pair], *, dense: bool) -> float:
-    scores: dict[str, list[float]] = {}
-    for pair in pairs:
-        own = scores.setdefault(pair.row.sample.document_key, [])
-        own.append(_score(name, pair.row, pair.dense if dense else pair.method))
-    return statistics.fmean(map(statistics.fmean, scores.values()))
+    documents = grouped(pairs, lambda pair: pair.row.sample.document_key).values()
+    return statistics.fmean(
+        statistics.fmean(_score(name, pair.row, pair.dense if dense else pair.method) for pair in own)
+        for own in documents
+    )
 
 
 def _can(name: str, pairs: Sequence[Pair]) -> bool:

@@ -42,7 +42,7 @@ def gate_text(result: CheckResult, gate: Gate) -> str:
     config, drop = result.config, gate.drop
     of_task = "" if gate.task == ALL or len(result.gates) == 1 else f" of {gate.task}"
     changed = "rose" if config.gate_metric == "nll" else "dropped"
-    bound = f"--max-drop {config.bound_text}"
+    bound = f"--max-drop {config.bound}"
     fell = f"{config.gate_metric}{of_task} {changed} by {amount(gate, drop.drop)} ({interval(result, gate)})"
     if gate.judgement.reason is not None:
         return f"{fell}, but {gate.judgement.reason}"
@@ -135,7 +135,7 @@ def as_dict(result: CheckResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "message": verdict_text(result),
         "metric": result.config.gate_metric,
-        "max_drop": result.config.bound_text,
+        "max_drop": str(result.config.bound),
         "scope": result.config.scope,
         "against": result.against,
         "gates": [_gate(result, gate) for gate in result.gates],
@@ -191,7 +191,7 @@ def junit(result: CheckResult) -> ElementTree.ElementTree[ElementTree.Element]:
         },
     )
     for gate in gates:
-        name = in_xml(f"{gate.task}: {result.config.gate_metric} within {result.config.bound_text}")
+        name = in_xml(f"{gate.task}: {result.config.gate_metric} within {result.config.bound}")
         case = ElementTree.SubElement(suite, "testcase", {"classname": "marsinfer.check", "name": name})
         text = in_xml(gate_text(result, gate))
         if gate.verdict == "pass":

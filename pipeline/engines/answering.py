@@ -16,15 +16,7 @@ from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.prompts.tokenizing import stop_token_ids
-from pipeline.pruning.operations import (
-    attention_ratio,
-    dense_flops,
-    ffn_ratio,
-    fp8_tokens,
-    kept_ratio,
-    layer_tokens,
-    passes_flops,
-)
+from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
 from pipeline.records import Answer, EncodedDocument
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
@@ -59,10 +51,8 @@ def prefilled_rows(
         row = row_of(document, method)
         row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
         row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=model.adapter.linears_in_fp8)
-        row.kept_ratio = kept_ratio(shape, passes, document.prompt_tokens)
-        row.ffn_ratio = ffn_ratio(shape, passes, document.prompt_tokens)
-        row.attention_ratio = attention_ratio(shape, passes, document.prompt_tokens)
-        row.flops_ratio = passes_flops(shape, passes) / dense_flops(shape, document.prompt_tokens)
+        for name, ratio in shares_of_dense(shape, passes, document.prompt_tokens).items():
+            setattr(row, name, ratio)
         row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(
             model.adapter.dtype.itemsize
         )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
 from pipeline.evaluate.check_rows import CheckRow
-from pipeline.evaluate.generate import generate
-from pipeline.evaluate.scores import Case
+from pipeline.evaluate.predicting import generate
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
-from pipeline.suites.samples import NEEDLES, in_turn, searched_count, searched_keys
+from pipeline.suites.samples import NEEDLES, grouped, in_turn, searched_count, searched_keys, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +49,21 @@ def thin(rows: Sequence[CheckRow], count: int, seed: int = 0) -> list[CheckRow]:
 
     Documents of rows and needles alternate, each in the order of their hash.
     """
-    documents: dict[str, list[CheckRow]] = {}
-    for row in sorted(rows, key=lambda row: _hash(f"{seed}\0{row.sample.document_key}\0{row.sample.id}")):
-        documents.setdefault(row.sample.document_key, []).append(row)
+    shuffled = sorted(rows, key=lambda row: sha256(f"{seed}\0{row.sample.document_key}\0{row.sample.id}"))
+    documents = grouped(shuffled, lambda row: row.sample.document_key)
     kinds: dict[str, list[str]] = {"rows": [], "needles": []}
-    for key in sorted(documents, key=lambda key: _hash(f"{seed}\0{key}")):
+    for key in sorted(documents, key=lambda key: sha256(f"{seed}\0{key}")):
         kinds["needles" if documents[key][0].sample.task.startswith(NEEDLES) else "rows"].append(key)
     ordered = {key: documents[key] for key in in_turn(kinds, None)}
     taken = {id(row) for row in in_turn(ordered, count)}
     return [row for row in rows if id(row) in taken]
 
 
-def longest_in_turn(cases: Sequence[Case], least: float, count: int) -> list[int]:
+def longest_in_turn(cases: Sequence[CheckRow], least: float, count: int) -> list[int]:
     """Places of up to so many of the cases of at least so many tokens, tasks in turn, the longest first."""
-    tasks: dict[str, list[int]] = {}
-    for place in sorted(range(len(cases)), key=lambda place: -cases[place].document.prompt_tokens):
-        if cases[place].document.prompt_tokens >= least:
-            tasks.setdefault(cases[place].task, []).append(place)
-    return in_turn(tasks, count)
+    long = [place for place, case in enumerate(cases) if case.document.prompt_tokens >= least]
+    long.sort(key=lambda place: -cases[place].document.prompt_tokens)
+    return in_turn(grouped(long, lambda place: cases[place].task), count)
 
 
 def make_cases(
@@ -77,32 +72,18 @@ def make_cases(
     rules: StopRules,
     check: Callable[[], None] = lambda: None,
     within: Callable[[], bool] = lambda: True,
-) -> list[Case]:
+) -> list[CheckRow]:
     """Rows with their right answers; one without has dense's own greedy answer, which is generated here
     and ends by `rules`.
 
     Rows whose answer would have to be generated when there is no more time are left out.
     """
-    cases: list[Case] = []
+    cases: list[CheckRow] = []
     for row in rows:
         answer = row.reference
         if not answer:
             if cases and not within():
                 continue
-            (greedy,) = generate(model, Dense(), [row.document], rules, check)
-            answer = tuple(greedy.not_empty)
-        cases.append(
-            Case(
-                id=row.sample.id,
-                task=row.sample.task,
-                document_key=row.sample.document_key,
-                document=row.document,
-                answer=answer,
-                parts=row.parts,
-            )
-        )
+            answer = tuple(generate(model, Dense(), row.document, rules, check).not_empty)
+        cases.append(replace(row, reference=answer))
     return cases
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -48,7 +48,10 @@ HAYSTACK_CHARACTERS = 64 << 20  # of the user's documents, enough variety for an
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow:
-    """A sample, its prompt, and its right answer in tokens; no tokens where there is no right answer."""
+    """A sample, its prompt, and its right answer in tokens.
+
+    Without a right answer there are no tokens; `make_cases` takes dense's own instead.
+    """
 
     sample: Sample
     document: EncodedDocument
@@ -56,6 +59,10 @@ class CheckRow:
     reference_cut: int  # tokens of the reference beyond --max-new-tokens
     parts: tuple[tuple[int, int], ...] = ()  # ranges of its tokens that are found or not one by one
     row_hash: str  # of the prompt's tokens and the right answers
+
+    @property
+    def task(self) -> str:
+        return self.sample.task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +76,7 @@ class CheckRows:
     @property
     def data_hash(self) -> str:
         """SHA-256, in hex, of all rows."""
-        return data_hash(self.rows)
-
-
-def data_hash(rows: Sequence[CheckRow]) -> str:
-    """SHA-256, in hex, of these rows."""
-    return hashlib.sha256("\n".join(row.row_hash for row in rows).encode()).hexdigest()
+        return hashlib.sha256("\n".join(row.row_hash for row in self.rows).encode()).hexdigest()
 
 
 def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
@@ -88,15 +90,15 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     sources = [of_input, *(suite.samples for suite in suites)]
     _check_tasks(config, list(chain.from_iterable(sources)))
     sources = [[each for each in own if _takes(config, each.document_key)] for own in sources]
-    asked = [first_in_turn(_asked(config, own), config.limit) for own in sources]
+    wanted = [[each for each in own if not config.tasks or each.task in config.tasks] for own in sources]
+    asked = [first_in_turn(own, config.limit) for own in wanted]
     samples = take(list(chain.from_iterable(asked)), config.limit_per_task, config.seed)
     rows, failed = _encode_all(config, samples, prompts)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
         needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
-        samples += needles
-        hidden_in, unfit = _encode_all(config, needles, prompts, first=len(samples) - len(needles))
-        rows, failed = rows + hidden_in, failed + unfit
+        hidden_in, unfit = _encode_all(config, needles, prompts, first=len(samples))
+        samples, rows, failed = samples + needles, rows + hidden_in, failed + unfit
     _refuse_twins(samples)
     failed = unread + failed
     count = len(rows) + len(failed)
@@ -125,8 +127,8 @@ def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
         return None, ()
     if config.has_needles and "-" in config.input:
         raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
-    kept = dict.fromkeys(_kept(config))
-    source, settled = open_columns(replace(config, task_column=None), kept, asks=config.asks_rows)
+    unnamed = replace(config, task_column=None)
+    source, settled = open_columns(unnamed, _kept(config), asks=config.asks_rows)
     return source, settled.notes
 
 
@@ -154,10 +156,10 @@ def _takes(config: RowSettings, key: str) -> bool:
     return part_of(key, parts) == part - 1
 
 
-def _kept(config: RowSettings) -> list[str]:
+def _kept(config: RowSettings) -> dict[str, None]:
     """The columns that are read beside text, question and id."""
     names = (config.reference_column, config.task_column)
-    return list(dict.fromkeys(name for name in names if name is not None))
+    return dict.fromkeys(name for name in names if name is not None)
 
 
 def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
@@ -189,7 +191,7 @@ def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
 def _cell(config: RowSettings, source: Row, column: str) -> Any:
     assert source.passthrough is not None
     # by place: a column that has the name of one of batch's output is renamed
-    return source.passthrough.column(_kept(config).index(column))[0].as_py()
+    return source.passthrough.column(list(_kept(config)).index(column))[0].as_py()
 
 
 def _references(value: Any) -> tuple[str, ...]:
@@ -215,16 +217,11 @@ def _check_tasks(config: RowSettings, samples: Sequence[Sample]) -> None:
         )
 
 
-def _asked(config: RowSettings, samples: Sequence[Sample]) -> list[Sample]:
-    return [sample for sample in samples if not config.tasks or sample.task in config.tasks]
-
-
 def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> dict[str, str]:
     """Documents to hide needles in by their keys: those of the input, or without one the suites'."""
     if documents is not None:
         records = (row.text for row in _records(config, documents) if isinstance(row, Document))
         found: Iterable[tuple[str, str]] = ((document_key(text), text) for text in records)
-        found = ((key, text) for key, text in found if _takes(config, key))
     else:
         found = ((sample.document_key, sample.text) for sample in samples)
     texts: dict[str, str] = {}
@@ -232,7 +229,7 @@ def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[
     for key, text in found:
         if left <= 0:
             break
-        if key not in texts:
+        if key not in texts and _takes(config, key):
             texts[key] = text[:left]
             left -= len(text)
     if not texts:

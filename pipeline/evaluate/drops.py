@@ -7,7 +7,7 @@ and all documents weigh equally. Nothing else is supposed of how drops are sprea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -186,16 +186,11 @@ class Paired:
         return max(math.ceil(most), have + 1)
 
 
-def paired_drop(
-    dense: Sequence[float],
-    method: Sequence[float],
-    *,
-    documents: Sequence[str] | None = None,
-    relative: bool = False,
-    losses: bool = False,
-) -> Drop:
-    """The drop of the mean score, and its interval; arguments and errors are those of `Paired.of`."""
-    return Paired.of(dense, method, documents=documents, relative=relative, losses=losses).drop()
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of several gates that all have to pass."""
+    found = set(verdicts)
+    order: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
+    return next(verdict for verdict in order if verdict in found)
 
 
 def fewest_documents(bound: float) -> int | None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 
-from pipeline.engines.answering import answer_text
+from pipeline.engines.answering import answer_text, rules_of, sampling_of
 from pipeline.errors import MarsError, is_failure
 from pipeline.evaluate.check_rows import CheckRow
-from pipeline.evaluate.forced import Forced
-from pipeline.evaluate.generate import generate
-from pipeline.evaluate.scores import Case, CaseScore, evaluate
+from pipeline.evaluate.predicting import Forced, GeneratedAnswer, generate
+from pipeline.evaluate.workbench import TOP, CaseScore, Workbench
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.model.variant import Variant
 from pipeline.records import EncodedDocument
+from pipeline.settings.check_settings import CheckConfig
 
 _FORCED = ("logprobs", "choices", "probes", "probed")
 _SCORE = tuple(field.name for field in fields(CaseScore))
@@ -74,12 +73,9 @@ def _forced(values: Mapping[str, Any], count: int) -> Forced:
 class Side:
     """One way to run the model over the rows of a check."""
 
-    model: LoadedModel
+    bench: Workbench
     variant: Variant
-    rules: StopRules
-    generates: bool  # answers to be scored against references
-    sampling: Sampling = field(default_factory=Sampling)  # of these answers; what is forced is greedy
-    check: Callable[[], None] = lambda: None
+    config: CheckConfig
 
     def run(
         self, rows: Sequence[CheckRow], dense: Mapping[str, RowResult] | None = None
@@ -89,71 +85,50 @@ class Side:
         What is forced is the right answer, or where there is none dense's own. Raises MarsError, with the
         row, for one that fails.
         """
-        if not rows:
-            return
-        asked = _Asked(rows[0])
-        known = None if dense is None else [_forced_of(dense[row.sample.id]) for row in rows]
-        try:
-            self._warm_up(rows[0].document)
-            cases = self._cases(rows, dense, asked)
-            for score, forced in evaluate(self.model, self.variant, cases, dense=known, check=self.check):
-                yield RowResult(
-                    row_hash=asked.row.row_hash,
-                    score=score,
-                    answer=asked.answer,
-                    generated=asked.generated,
-                    forced=forced if dense is None else None,
-                )
-        except MarsError:
-            raise
-        except BaseException as error:  # whatever it is, the row must be named
-            if not is_failure(error):
+        for place, row in enumerate(rows):
+            document = row.document
+            try:
+                if place == 0:
+                    self._warm_up(document)
+                result = self._result(row, None if dense is None else dense[row.sample.id])
+            except MarsError:
                 raise
-            document = asked.row.document
-            raise MarsError(
-                f"{document.source.place}, {document.prompt_tokens:,} tokens, fails under "
-                f"{self.variant.name}: {type(error).__name__}: {error}"
-            ) from error
+            except BaseException as error:  # whatever it is, the row must be named
+                if not is_failure(error):
+                    raise
+                raise MarsError(
+                    f"{document.source.place}, {document.prompt_tokens:,} tokens, fails under "
+                    f"{self.variant.name}: {type(error).__name__}: {error}"
+                ) from error
+            yield result
 
-    def _cases(
-        self, rows: Sequence[CheckRow], dense: Mapping[str, RowResult] | None, asked: _Asked
-    ) -> Iterator[Case]:
-        """A case for each row, made when it is its turn; `asked` then tells of it."""
-        for row in rows:
-            asked.row, asked.generated = row, None
-            asked.answer = row.reference if dense is None else dense[row.sample.id].answer
-            if self.generates or not asked.answer:
-                method = self.variant.use(self.model)
-                sampling = self.sampling if self.generates else None
-                (own,) = generate(self.model, method, [row.document], self.rules, self.check, sampling)
-                asked.answer = asked.answer or tuple(own.not_empty)
-                if self.generates:
-                    asked.generated = answer_text(own.tokens, self.rules, self.model)
-            yield Case(
-                id=row.sample.id,
-                task=row.sample.task,
-                document_key=row.sample.document_key,
-                document=row.document,
-                answer=asked.answer,
-                parts=row.parts,
-            )
+    def _result(self, row: CheckRow, dense: RowResult | None) -> RowResult:
+        answer = row.reference if dense is None else dense.answer
+        generated, generates = None, self.config.generate
+        if generates or not answer:
+            rules = rules_of(self.config, self.bench.model)
+            # what is forced is greedy
+            own = self._generate(row.document, rules, sampling_of(self.config) if generates else None)
+            answer = answer or tuple(own.not_empty)
+            if generates:
+                generated = answer_text(own.tokens, rules, self.bench.model)
+        compared = None if dense is None else dense.forced
+        found = self.bench.run(self.variant, replace(row, reference=answer), dense=compared, top=TOP)
+        return RowResult(
+            row_hash=row.row_hash,
+            score=found.score,
+            answer=answer,
+            generated=generated,
+            forced=found.forced if dense is None else None,
+        )
 
     def _warm_up(self, document: EncodedDocument) -> None:
         """On a GPU, load kernels before the first row's time to first token is taken."""
-        if self.model.device.type == "cuda":
-            method, rules = self.variant.use(self.model), StopRules(max_new_tokens=1)
-            generate(self.model, method, [document], rules, self.check)
+        if self.bench.model.device.type == "cuda":
+            self._generate(document, StopRules(max_new_tokens=1))
 
-
-@dataclass
-class _Asked:
-    """The row that is being run."""
-
-    row: CheckRow
-    answer: tuple[int, ...] = ()
-    generated: str | None = None
-
-
-def _forced_of(result: RowResult) -> Forced:
-    assert result.forced is not None, "not a result of dense"
-    return result.forced
+    def _generate(
+        self, document: EncodedDocument, rules: StopRules, sampling: Sampling | None = None
+    ) -> GeneratedAnswer:
+        model = self.bench.model
+        return generate(model, self.variant.use(model), document, rules, self.bench.check, sampling)

@@ -1,21 +1,28 @@
-"""Where variants of one model are run on cases, timed in turns with dense."""
+"""Where variants of one model are run on cases: how they predict right answers, and how fast they are."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pipeline.errors import ConfigError
-from pipeline.evaluate.forced import Forced
-from pipeline.evaluate.scores import Case, CaseScore, Evaluated, evaluate_case
+from pipeline.evaluate.check_rows import CheckRow
+from pipeline.evaluate.predicting import Forced, divergence, score_answer
+from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import Passes, shares_of_dense
+from pipeline.pruning.shape import ModelShape
 
 DENSE = Variant(Dense.name, Dense())
 LOW = tuple(Variant(linears, Dense(), linears) for linears in ("mixed", "fp8"))  # dense in low precision
+TOP = 64  # likeliest tokens of dense at each place, by which a divergence is measured
 TIMED = 10  # cases, each twice: the first run may compile kernels, or be disturbed, so the shorter counts
 
 
@@ -45,6 +52,45 @@ class Deadline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaseScore:
+    """What a method made of one case."""
+
+    id: str
+    task: str
+    document_key: str
+    prompt_tokens: int
+    tokens: int  # of the right answer
+    correct: int  # of these, predicted
+    nll: float  # sum over the tokens, in nats
+    ttft_ms: float
+    kept_ratio: float  # of the prompt, mean over layers
+    ffn_ratio: float  # tokens that passed FFNs, over those of a dense prefill
+    attention_ratio: float  # query-key pairs of this prefill over those of a dense one
+    flops_ratio: float  # operations of this prefill over a dense one's
+    kv_ratio: float  # of the keys and values that dense stores
+    agreed: int | None = None  # tokens at which it chooses what dense does
+    parted_at: int | None = None  # the first token, from 0, at which it does not
+    divergence: float | None = None  # KL from dense, mean over the tokens, in nats
+    parts_found: float | None = None  # of an answer in parts, the share of which all tokens are predicted
+
+    @property
+    def found(self) -> float:
+        """From 0 to 1: the share of the right answer's parts of which all tokens are predicted.
+
+        Of an answer that is a whole it is 1 where greedy decoding would begin with it, else 0.
+        """
+        return float(self.correct == self.tokens) if self.parts_found is None else self.parts_found
+
+
+class Evaluated(NamedTuple):
+    """One case under one method."""
+
+    score: CaseScore
+    forced: Forced
+    passes: Passes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """What a variant made of cases: of the first ones alone where time ran out."""
 
@@ -70,7 +116,7 @@ class Workbench:
     """A model prepared for all variants that its device can run."""
 
     model: LoadedModel
-    fp8: bool  # whether its device can compute linear layers in fp8
+    fp8: bool = False  # whether its device can compute linear layers in fp8
     check: Callable[[], None] = lambda: None  # called before every run, and may raise to end all
     running: str = "the first run"  # for messages: the variant and the row
 
@@ -79,20 +125,37 @@ class Workbench:
         """Quantise what can be; the model's own precision is kept beside it."""
         return cls(model=model, fp8=_can(model, LOW), check=check)
 
-    def run(self, variant: Variant, case: Case, *, dense: Forced | None = None, top: int = 0) -> Evaluated:
-        """One case, prefilled alone.
+    def run(
+        self, variant: Variant, case: CheckRow, *, dense: Forced | None = None, top: int = 0
+    ) -> Evaluated:
+        """One case, prefilled alone, so that it has a TTFT of its own and its score depends on no other.
 
-        `dense` is to be diverged from, which has been run with some `top` tokens.
+        It is compared with what dense makes of it, if that is known, from a run with some `top`: as many
+        likeliest tokens are kept to be compared with.
         """
         self.check()
         document = case.document
         self.running = f"{variant.name} on {document.source.place}, {document.prompt_tokens:,} tokens,"
-        return evaluate_case(self.model, variant.use(self.model), case, dense=dense, top=top)
+        probes = None if dense is None else dense.probes
+        forced, prefilled, ttft_ms = score_answer(
+            self.model, variant.use(self.model), document, case.reference, top=top, probes=probes
+        )
+        (passes,) = prefilled.by_document()
+        stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
+        score = _score(self.model.shape, case, forced, passes, stored, ttft_ms)
+        if dense is not None:
+            score = replace(
+                score,
+                agreed=int(np.sum(forced.choices == dense.choices)),
+                parted_at=_first(forced.choices != dense.choices),
+                divergence=divergence(dense, forced),
+            )
+        return Evaluated(score, forced, passes)
 
     def try_out(
         self,
         variant: Variant,
-        cases: Sequence[Case],
+        cases: Sequence[CheckRow],
         *,
         dense: Sequence[Forced] | None = None,
         within: Callable[[], bool],
@@ -125,7 +188,13 @@ class Workbench:
         )
 
 
-def timed_places(cases: Sequence[Case]) -> list[int]:
+def sparse_from(model: LoadedModel) -> int | None:
+    """Prompt tokens from which on attention can be block-sparse on the model's device; None: it never is."""
+    shape = model.shape
+    return shortest(shape.heads * shape.head_dim, model.device, model.attention.sparse_from)
+
+
+def timed_places(cases: Sequence[CheckRow]) -> list[int]:
     """The places of up to `TIMED` cases that are spread evenly over all lengths, the shortest first."""
     by_length = sorted(range(len(cases)), key=lambda place: cases[place].document.prompt_tokens)
     count = min(TIMED, len(cases))
@@ -138,3 +207,35 @@ def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _score(
+    shape: ModelShape, case: CheckRow, forced: Forced, passes: Passes, stored: int, ttft_ms: float
+) -> CaseScore:
+    """Of a case whose answer has at least one token; `stored` are tokens with K/V, over all layers."""
+    length = case.document.prompt_tokens
+    ratios: dict[str, Any] = shares_of_dense(shape, passes, length)
+    hits = forced.choices == case.reference
+    return CaseScore(
+        id=case.sample.id,
+        task=case.task,
+        document_key=case.sample.document_key,
+        prompt_tokens=length,
+        tokens=len(case.reference),
+        correct=int(np.sum(hits)),
+        nll=float(-forced.logprobs.astype(np.float64).sum()),
+        ttft_ms=ttft_ms,
+        kv_ratio=stored / (shape.layers * length),
+        parts_found=_share_found(hits, case.parts),
+        **ratios,
+    )
+
+
+def _share_found(hits: np.ndarray, parts: Sequence[tuple[int, int]]) -> float | None:
+    """Of ranges of tokens, the share of which all are hits; None without any."""
+    return float(np.mean([hits[start:end].all() for start, end in parts])) if parts else None
+
+
+def _first(marks: np.ndarray) -> int | None:
+    """The place of the first true one."""
+    return int(np.argmax(marks)) if marks.any() else None

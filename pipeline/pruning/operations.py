@@ -74,6 +74,16 @@ def attention_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
     return computed / sum(map(attended_pairs, dense_work(shape.layers, length)))
 
 
+def shares_of_dense(shape: ModelShape, passes: Passes, length: int) -> dict[str, float]:
+    """What a prompt of `length` tokens took, of what dense takes: the ratios of an output row, by name."""
+    return {
+        "kept_ratio": kept_ratio(shape, passes, length),
+        "ffn_ratio": ffn_ratio(shape, passes, length),
+        "attention_ratio": attention_ratio(shape, passes, length),
+        "flops_ratio": passes_flops(shape, passes) / dense_flops(shape, length),
+    }
+
+
 def dense_work(layers: int, length: int) -> list[LayerWork]:
     """An unpruned prefill of `length` tokens: of the last layer nothing is read but the last token.
 

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.gate_settings import GENERATED_METRICS, GateSettings
 from pipeline.settings.method_settings import MethodSettings
-from pipeline.settings.parse import NEEDLES, parse_drop
+from pipeline.settings.parse import NEEDLES, Bound, parse_drop
 from pipeline.settings.row_settings import RowSettings
 
 
@@ -35,15 +35,10 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
         return "found" if set(self.suite) == {NEEDLES} and not self.asks_rows else "token-accuracy"
 
     @property
-    def bound(self) -> tuple[float, bool]:
-        """The largest drop allowed: points of the score and False, or percent of dense's and True."""
+    def bound(self) -> Bound:
+        """The largest drop allowed."""
         default = "2%" if self.gate_metric == "nll" else "2pt"
         return parse_drop(default if self.max_drop is None else self.max_drop)
-
-    @property
-    def bound_text(self) -> str:
-        value, relative = self.bound
-        return f"{value:g}{'%' if relative else 'pt'}"
 
     @property
     def result_file(self) -> Path | None:
@@ -52,7 +47,7 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values; `metric` and `max_drop` as they were understood."""
-        return {**super().resolved(), "metric": self.gate_metric, "max_drop": self.bound_text}
+        return {**super().resolved(), "metric": self.gate_metric, "max_drop": str(self.bound)}
 
     def _check_metric(self) -> None:
         if self.generate and not self.has_references:
@@ -65,7 +60,7 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
             raise ConfigError(
                 f"--metric {self.metric} needs references: give --reference-column or a --suite"
             )
-        if self.gate_metric == "nll" and not self.bound[1]:
+        if self.gate_metric == "nll" and not self.bound.relative:
             raise ConfigError(f"--max-drop {self.max_drop}: nll has no points; give % of dense's, as in 1%")
 
     def _check_files(self) -> None:

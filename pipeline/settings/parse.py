@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.texts.toml import LARGEST
@@ -155,8 +156,22 @@ def check_between(flag: str, value: float, low: float, high: float, *, open_low:
 _DROP = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)")
 
 
-def parse_drop(text: str, flag: str = "--max-drop") -> tuple[float, bool]:
-    """`1pt`, points of the score, as (1.0, False); `1%`, percent of dense's score, as (1.0, True)."""
+class Bound(NamedTuple):
+    """A largest drop: points of the score, or percent of dense's."""
+
+    value: float
+    relative: bool
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.relative else "pt"
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}"
+
+
+def parse_drop(text: str, flag: str = "--max-drop") -> Bound:
+    """`1pt` or `1%`."""
     found = _DROP.fullmatch(text.strip())
     if found is None:
         raise ConfigError(
@@ -165,7 +180,7 @@ def parse_drop(text: str, flag: str = "--max-drop") -> tuple[float, bool]:
     value = float(found.group(1))
     if value > 100:
         raise ConfigError(f"{flag} {text!r}: must be from 0 to 100")
-    return value, found.group(2) == "%"
+    return Bound(value, found.group(2) == "%")
 
 
 def parse_list(flag: str, text: str) -> tuple[str, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.texts.versions import version_of
+from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
 # under which words they are stored: "auto" meant what "any" does today, and outputs of then go on
 GROUPS = {"any": "auto", "auto": "method", "off": "off"}
-PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
 def deciding_settings(
@@ -79,6 +76,6 @@ def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> 
         "model": model.name,
         "device": model.device_name(),
         "attention": {"backend": model.attention_name, "refused": model.attention_refused},
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
+        "started": timestamp(),
     }

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.settings.parse import SuiteName, parse_suite
+from pipeline.settings.parse import SuiteName
 from pipeline.suites.leval import load_leval
 from pipeline.suites.longbench import load_longbench
-from pipeline.suites.samples import Sample, document_key, part_of, take
 from pipeline.suites.suite_files import Loaded
-
-__all__ = [
-    "NOT_COMPARABLE",
-    "Loaded",
-    "Sample",
-    "SuiteName",
-    "document_key",
-    "load_leval",
-    "load_longbench",
-    "load_suite",
-    "parse_suite",
-    "part_of",
-    "take",
-]
 
 NOT_COMPARABLE = "not comparable with published scores"  # those of the suites: other prompts and metrics
 LOADERS = {"leval": load_leval, "longbench": load_longbench}  # of all of `SUITES`

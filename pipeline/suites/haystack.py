@@ -41,6 +41,7 @@ class Pool:
     tokens: tuple[int, ...]
     documents: tuple[range, ...]  # the sentences of each document, at least one
     words: frozenset[str]  # in them, in lower case
+    count_tokens: TokenCounter
 
     @classmethod
     def of(
@@ -60,7 +61,8 @@ class Pool:
         if not sentences:
             raise InputError("no text in the documents to hide needles in")
         words = frozenset(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
-        return cls(tuple(sentences), tuple(count_tokens(sentences)), tuple(documents), words)
+        counts = tuple(count_tokens(sentences))
+        return cls(tuple(sentences), counts, tuple(documents), words, count_tokens)
 
     def draw(self, tokens: int, rng: random.Random) -> list[int]:
         """Indices of a random haystack's sentences: as many as have at most `tokens` together.

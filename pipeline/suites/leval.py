@@ -96,51 +96,34 @@ def _samples(row: dict[str, Any], place: Place) -> Iterator[Sample | str]:
         facets["source"] = source
     key = document_key(document)
     for number, (instruction, output) in enumerate(zip(instructions, outputs, strict=True), start=1):
-        question = _question_of(place.stem, evaluation, instruction, output)
-        if isinstance(question, str):
-            yield f"instruction {number}: {question}"
+        try:
+            right = _right_answers(instruction, output)
+        except InputError as error:
+            yield f"instruction {number}: {error}"
             continue
-        changed = {} if question.output is None else {"output": question.output}
+        form = _form(place.stem, evaluation, right[0])
+        references = tuple(dict.fromkeys(_reference(form, each) for each in right))
+        changed = {} if references == tuple(right) else {"output": right[0]}
         yield Sample(
             id=f"{place.stem}/{place.line}/{number}",
             task=place.stem,
             text=document,
-            question=question.text,
-            references=question.references,
-            metric=question.metric,
+            question=_question(form, instruction, references[0]),
+            references=references,
+            metric=form.metric,
             document_key=key,
             facets={**facets, **changed},
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """What is asked about a document, and how an answer to it is scored."""
-
-    text: str
-    references: tuple[str, ...]
-    metric: str
-    output: str | None  # the row's own output, where the references have another form
-
-
-def _question_of(task: str, evaluation: str, instruction: Any, output: Any) -> _Question | str:
-    """A question, or why there is none."""
+def _right_answers(instruction: Any, output: Any) -> list[str]:
+    """At least one; `InputError` for an instruction that cannot be asked."""
     if not isinstance(instruction, str) or not instruction.strip():
-        return "it is not a text, or empty"
-    try:
-        outputs = texts_of({"outputs": output}, "outputs")
-    except InputError as error:
-        return str(error)
+        raise InputError("it is not a text, or empty")
+    outputs = texts_of({"outputs": output}, "outputs")
     if not outputs:
-        return "its output is empty"
-    form = _form(task, evaluation, outputs[0])
-    references = tuple(dict.fromkeys(_reference(form, each) for each in outputs))
-    return _Question(
-        text=_question(form, instruction, references[0]),
-        references=references,
-        metric=form.metric,
-        output=None if references == tuple(outputs) else outputs[0],
-    )
+        raise InputError("its output is empty")
+    return outputs
 
 
 def _form(task: str, evaluation: str, output: str) -> _Form:

@@ -102,7 +102,7 @@ def make_needles(
     for kind in dict.fromkeys(kinds):
         for number in range(count):
             length = lengths[number % len(lengths)]
-            made = _KINDS[kind](pool, length, random.Random(f"{drawn}/{kind}/{number}"), count_tokens)
+            made = _KINDS[kind](pool, length, random.Random(f"{drawn}/{kind}/{number}"))
             samples.append(_sample(made, kind, length, number, side))
     return samples
 
@@ -136,17 +136,13 @@ def _check(kinds: Sequence[str], lengths: Sequence[int], count: int) -> None:
 
 
 def _hidden(
-    puzzle_of: Callable[[random.Random, frozenset[str]], _Puzzle],
-    pool: Pool,
-    length: int,
-    rng: random.Random,
-    count_tokens: TokenCounter,
+    puzzle_of: Callable[[random.Random, frozenset[str]], _Puzzle], pool: Pool, length: int, rng: random.Random
 ) -> _Made:
     """A puzzle's sentences at random depths of a random haystack."""
     puzzle = puzzle_of(rng, pool.words)
     series = (puzzle.asked, *puzzle.others)
     needles = [f" {needle}" for each in series for needle in each]
-    needle_tokens = sum(count_tokens(needles))
+    needle_tokens = sum(pool.count_tokens(needles))
     hay = pool.draw(length - FRAME_TOKENS - needle_tokens, rng)
     if len(hay) < 2:
         least = FRAME_TOKENS + needle_tokens + 2 * max(pool.tokens)
@@ -200,28 +196,35 @@ def _boundary(ends: Sequence[int], depth: float) -> int:
     return place if wanted - start < ends[place] - wanted else place + 1
 
 
-def _single(rng: random.Random, words: frozenset[str]) -> _Puzzle:
-    (key,), (value,) = _keys(rng, words, 1), _numbers(rng, words, 1, digits=7)
-    return _code_puzzle(key, value, others=())
-
-
-def _multi_key(rng: random.Random, words: frozenset[str]) -> _Puzzle:
-    keys = _keys(rng, words, 1 + DISTRACTORS)
-    values = _numbers(rng, words, len(keys), digits=7)
-    others = tuple((_code(key, value),) for key, value in zip(keys[1:], values[1:], strict=True))
-    return _code_puzzle(keys[0], values[0], others)
+def _one_code(distractors: int, rng: random.Random, words: frozenset[str]) -> _Puzzle:
+    """The code of one key, among those of so many others."""
+    keys, values, (asked, *others) = _codes(rng, words, 1 + distractors)
+    return _Puzzle(
+        asked=asked,
+        others=tuple(others),
+        question=f"What is the access code of {keys[0]}? Answer with the number only.",
+        answer=(values[0],),
+    )
 
 
 def _multi_query(rng: random.Random, words: frozenset[str]) -> _Puzzle:
-    keys, values = _keys(rng, words, QUERIES), _numbers(rng, words, QUERIES, digits=7)
-    first, *others = (_code(key, value) for key, value in zip(keys, values, strict=True))
+    keys, values, (first, *others) = _codes(rng, words, QUERIES)
     return _Puzzle(
-        asked=(first,),
-        others=tuple((other,) for other in others),
+        asked=first,
+        others=tuple(others),
         question=f"What are the access codes of {', '.join(keys[:-1])} and {keys[-1]}? Answer with the"
         f" {QUERIES} numbers only, in this order, separated by commas.",
         answer=tuple(values),
     )
+
+
+def _codes(
+    rng: random.Random, words: frozenset[str], count: int
+) -> tuple[list[str], list[str], list[tuple[str]]]:
+    """Keys, their codes, and for each the one sentence that tells it."""
+    keys, values = _keys(rng, words, count), _numbers(rng, words, count, digits=7)
+    told = [(f"The access code of {key} is {value}.",) for key, value in zip(keys, values, strict=True)]
+    return keys, values, told
 
 
 def _multi_value(rng: random.Random, words: frozenset[str]) -> _Puzzle:
@@ -255,19 +258,6 @@ def _chain(names: Sequence[str], value: str) -> tuple[str, ...]:
     return f"Variable {names[0]} = {value}.", *copies
 
 
-def _code_puzzle(key: str, value: str, others: tuple[tuple[str, ...], ...]) -> _Puzzle:
-    return _Puzzle(
-        asked=(_code(key, value),),
-        others=others,
-        question=f"What is the access code of {key}? Answer with the number only.",
-        answer=(value,),
-    )
-
-
-def _code(key: str, value: str) -> str:
-    return f"The access code of {key} is {value}."
-
-
 def _keys(rng: random.Random, words: frozenset[str], count: int) -> list[str]:
     return rng.sample([key for key in _KEYS if key not in words], count)
 
@@ -289,13 +279,13 @@ def _unused(draw: Callable[[], str], words: frozenset[str], count: int) -> list[
     return list(found)
 
 
-def _common_words(_: Pool, length: int, rng: random.Random, count_tokens: TokenCounter) -> _Made:
+def _common_words(pool: Pool, length: int, rng: random.Random) -> _Made:
     """A shuffled list of words, of which some stand there `FREQUENCY` times as often as the others.
 
     All common words stand there equally often, at least twice. In a list too short for all others, those
     that are there stand there once.
     """
-    tokens = dict(zip(_WORDS, count_tokens([f" {word}" for word in _WORDS]), strict=True))
+    tokens = dict(zip(_WORDS, pool.count_tokens([f" {word}" for word in _WORDS]), strict=True))
     # of every common word once, and of as many others as that makes
     entries_a_time = COMMON + (len(_WORDS) - COMMON) / FREQUENCY
     tokens_a_time = entries_a_time * sum(tokens.values()) / len(tokens)
@@ -323,9 +313,9 @@ def _common_words(_: Pool, length: int, rng: random.Random, count_tokens: TokenC
 
 
 # of all of `NEEDLE_KINDS`
-_KINDS: dict[str, Callable[[Pool, int, random.Random, TokenCounter], _Made]] = {
-    "single": partial(_hidden, _single),
-    "multi-key": partial(_hidden, _multi_key),
+_KINDS: dict[str, Callable[[Pool, int, random.Random], _Made]] = {
+    "single": partial(_hidden, partial(_one_code, 0)),
+    "multi-key": partial(_hidden, partial(_one_code, DISTRACTORS)),
     "multi-value": partial(_hidden, _multi_value),
     "multi-query": partial(_hidden, _multi_query),
     "tracking": partial(_hidden, _tracking),

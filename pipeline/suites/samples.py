@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -18,6 +17,7 @@ SEARCH_SHARE, PLENTY_SHARE = 0.4, 1 / 12  # up to so few, and beyond
 Side = Literal["search", "held-out"]  # of a calibration
 NEEDLES = "needles-"  # the beginning of the tasks that are gates of their own
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +49,12 @@ def is_unicode(text: str) -> bool:
 
 def document_key(text: str) -> str:
     """SHA-256, in hex, of a document's text."""
-    return _sha256(text).hex()
+    return sha256(text).hex()
 
 
 def part_of(key: str, parts: int) -> int:
     """In which of so many parts, from 0, a document is: by its key, whatever other documents there are."""
-    return int.from_bytes(_sha256(f"\0{key}")[:8]) * parts >> 64
+    return int.from_bytes(sha256(f"\0{key}")[:8]) * parts >> 64
 
 
 def searched_keys(keys: Iterable[str], salt: str) -> set[str]:
@@ -62,7 +62,7 @@ def searched_keys(keys: Iterable[str], salt: str) -> set[str]:
 
     All others are held out.
     """
-    ordered = sorted({*keys}, key=lambda key: _sha256(f"{salt}\0{key}"))
+    ordered = sorted({*keys}, key=lambda key: sha256(f"{salt}\0{key}"))
     return set(ordered[: searched_count(len(ordered))])
 
 
@@ -81,12 +81,9 @@ def take(samples: Sequence[Sample], limit_per_task: int | None, seed: int = 0) -
         return list(samples)
     if limit_per_task < 1:
         raise ConfigError(f"{limit_per_task} samples a task: must be at least 1")
-    tasks: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    hashes = [_sha256(f"{seed}\0{sample.id}") for sample in samples]
-    for index in sorted(range(len(samples)), key=hashes.__getitem__):
-        tasks[samples[index].task][samples[index].document_key].append(index)
+    hashes = [sha256(f"{seed}\0{sample.id}") for sample in samples]
     chosen: list[int] = []
-    for documents in tasks.values():
+    for documents in _by_document(samples, sorted(range(len(samples)), key=hashes.__getitem__)).values():
         turns = [(turn, hashes[index], index) for own in documents.values() for turn, index in enumerate(own)]
         chosen += [index for _, _, index in sorted(turns)[:limit_per_task]]
     return [samples[index] for index in sorted(chosen)]
@@ -97,11 +94,23 @@ def first_in_turn(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
 
     Of a task they are from as many documents as can be: the first about each, then the second, and so on.
     """
-    tasks: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, sample in enumerate(samples):
-        tasks[sample.task][sample.document_key].append(index)
+    tasks = _by_document(samples, range(len(samples)))
     by_task = {task: in_turn(documents, None) for task, documents in tasks.items()}
     return [samples[index] for index in sorted(in_turn(by_task, limit))]
+
+
+def _by_document(samples: Sequence[Sample], order: Iterable[int]) -> dict[str, dict[str, list[int]]]:
+    """Of each task, the places of the samples about each document, as they come in the order."""
+    tasks = grouped(order, lambda index: samples[index].task)
+    return {task: grouped(own, lambda index: samples[index].document_key) for task, own in tasks.items()}
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key, in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:
@@ -110,5 +119,6 @@ def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:
     return [own[turn] for turn in range(longest) for own in groups.values() if turn < len(own)][:count]
 
 
-def _sha256(text: str) -> bytes:
+def sha256(text: str) -> bytes:
+    """The digest of a text, by which rows and documents are put in an order that says nothing of them."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()

@@ -91,7 +91,7 @@ def test_rows_that_block_sparse_attention_touches_stand_beside_all(suite, sharp_
     rows, touched = mars.groups
     assert (rows.name, rows.rows) == ("rows", len(cases))
     assert (touched.name, touched.rows) == (f"rows from {LONG} tokens", len(long))
-    assert touched.documents == len({case.document_key for case in long})
+    assert touched.documents == len({case.sample.document_key for case in long})
     assert touched.nll != rows.nll
 
 

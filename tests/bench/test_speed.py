@@ -10,7 +10,7 @@ from conftest import document, tiny_model
 
 from marsinfer_cli.app import run
 from marsinfer_cli.variants import parse_packs
-from pipeline.bench.attention_speed import Candidate, attention_shape, measure_attention
+from pipeline.bench.attention_speed import attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
@@ -56,7 +56,7 @@ def test_a_candidate_that_is_wrong_or_fails_shows_it():
         return SdpaAttention().prefill(q_THd, k_TKd, v_TKd, segments) / 2
 
     shape = attention_shape("qwen2-7b", heads=4, kv_heads=2, head_dim=16)
-    candidates = [Candidate("half", half), Candidate("whole", SdpaAttention().prefill)]
+    candidates = {"half": half, "whole": SdpaAttention().prefill}
     packs = {"9": [9], "8": [8]}
     wrong, right = measure_attention(candidates, packs, shape, device=CPU, dtype=torch.float32, repeats=1)
     assert wrong.relative_error == pytest.approx(0.5, rel=1e-4)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.calibrate.bounds import Bound, Bounds
+from pipeline.calibrate.bounds import Bounds
 from pipeline.errors import InputError
 from pipeline.evaluate.cases import Sides, in_all, split, thin
 from pipeline.evaluate.drops import fewest_documents, smallest_bound
+from pipeline.settings.parse import Bound
 
 BOUNDS = Bounds(
     main=Bound(value=2, relative=False), needles=Bound(value=5, relative=False), main_name="agreement"
@@ -54,21 +55,22 @@ def test_the_smallest_bound_of_so_many_documents_takes_no_more_than_these(docume
 
 
 def test_every_gate_needs_documents():
-    documents = [("data", "a"), ("data", "a"), ("data", "b"), ("needles-single", "n")]
-    main, single, tracking = BOUNDS.supplies(documents, ["data", "needles-single", "needles-tracking"])
+    held_out = [row(document) for document in ("a", "a", "b")] + [row("n", task="needles-single")]
+    others = [row("x", task="needles-tracking")]
+    main, single, tracking = BOUNDS.supplies(held_out, [*held_out, *others])
     assert (main.gate, main.documents, main.needed, main.is_short) == ("agreement", 2, 183, True)
     assert (single.documents, single.needed) == (1, 72)
     assert (tracking.gate, tracking.documents) == ("needles-tracking", 0)
     assert str(tracking).endswith("; there are 0")
-    (enough,) = BOUNDS.supplies([("data", str(n)) for n in range(183)], ["data"])
+    many = [row(str(n)) for n in range(183)]
+    (enough,) = BOUNDS.supplies(many, many)
     assert not enough.is_short
     assert str(enough).endswith("and more if any of them loses; there are 183")
 
 
 def row(document, number=0, task="data"):
-    return SimpleNamespace(
-        sample=SimpleNamespace(document_key=document, side=None, id=f"{document}/{number}", task=task)
-    )
+    sample = SimpleNamespace(document_key=document, side=None, id=f"{document}/{number}", task=task)
+    return SimpleNamespace(sample=sample, task=task)
 
 
 def documents_of(rows, task="data"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from conftest import document, tiny_model
 
-from pipeline.calibrate.bounds import Bound, Bounds
+from pipeline.calibrate.bounds import Bounds
 from pipeline.calibrate.sensitivity import measure_sensitivity, spread
-from pipeline.evaluate.scores import Case
+from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.model.loading import LoadedModel
+from pipeline.settings.parse import Bound
+from pipeline.suites.samples import Sample
 
 
 def loaded(adapter, sdpa):
@@ -25,12 +27,21 @@ def loaded(adapter, sdpa):
 
 def case_of(length, seed):
     answer = tuple(document(12, seed=seed + 50).input_ids[:5].tolist())
-    return Case(
+    sample = Sample(
         id=str(seed),
         task="data",
+        text="",
+        question="",
+        references=(),
+        metric="token_f1",
         document_key=str(seed),
+    )
+    return CheckRow(
+        sample=sample,
         document=document(length, seed=seed, row=seed),
-        answer=answer,
+        reference=answer,
+        reference_cut=0,
+        row_hash="",
     )
 
 
@@ -47,9 +58,8 @@ def bench(sdpa):
 
 
 def probed(bench, **options):
-    settings = {"layers": 4, "mass": 0.3, **options}
-    dense = [bench.run(DENSE, case, top=20) for case in CASES]
-    return measure_sensitivity(bench, CASES, dense, BOUNDS, **settings)
+    cases = [(case, bench.run(DENSE, case, top=20)) for case in CASES]
+    return measure_sensitivity(bench, cases, BOUNDS, **{"mass": 0.3, **options})
 
 
 def test_a_layer_is_made_sparse_alone(bench):

@@ -16,7 +16,7 @@ from pipeline.calibrate import calibrating as calibrate_module
 from pipeline.calibrate.calibrating import run_calibrate
 from pipeline.calibrate.calibration_report import layer_heads, layer_rows, raise_unless_held
 from pipeline.errors import GateFailed
-from pipeline.evaluate import scores as evaluate
+from pipeline.evaluate import workbench
 from pipeline.evaluate.workbench import Deadline
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.pruning.operations import passes_flops
@@ -42,14 +42,14 @@ def rows_of(count, words=120, seed=0):
 @pytest.fixture(autouse=True)
 def set_times(monkeypatch):
     """A prefill takes as long as its operations say, and the command's time is that of `calibrated`."""
-    real = evaluate.score_answers
+    real = workbench.score_answer
 
-    def score_answers(model, *arguments, **options):
-        results, prefilled, _ = real(model, *arguments, **options)
+    def score_answer(model, *arguments, **options):
+        forced, prefilled, _ = real(model, *arguments, **options)
         flops = sum(passes_flops(model.shape, passes) for passes in prefilled.by_document())
-        return results, prefilled, flops / 1e6
+        return forced, prefilled, flops / 1e6
 
-    monkeypatch.setattr(evaluate, "score_answers", score_answers)
+    monkeypatch.setattr(workbench, "score_answer", score_answer)
     monkeypatch.setattr(calibrate_module, "run_calibrate", calibrated)
 
 
@@ -142,15 +142,15 @@ def test_the_ladder_ends_at_the_first_rung_that_does_not_pass(
     data, tmp_path, sharp_model_folder, monkeypatch
 ):
     # documents that lose nothing would pass, and here all methods mistake two tokens of five
-    real = evaluate.score_answers
+    real = workbench.score_answer
 
-    def score_answers(model, method, *arguments, **options):
-        (forced,), *more = real(model, method, *arguments, **options)
+    def score_answer(model, method, *arguments, **options):
+        forced, *more = real(model, method, *arguments, **options)
         if method.name != "dense":
             forced = replace(forced, choices=np.where(np.arange(len(forced.choices)) < 2, -1, forced.choices))
-        return (forced,), *more
+        return forced, *more
 
-    monkeypatch.setattr(evaluate, "score_answers", score_answers)
+    monkeypatch.setattr(workbench, "score_answer", score_answer)
     result = calibrated(config_of(data, tmp_path, sharp_model_folder, max_drop="47pt"))
     (tested,) = result.tested
     assert tested.rung is result.ladder[0]

@@ -11,11 +11,10 @@ import pytest
 from pipeline.engines.answering import rules_of
 from pipeline.errors import InputError
 from pipeline.evaluate.cases import make_cases, split
-from pipeline.evaluate.check_rows import CheckRows, read_rows
+from pipeline.evaluate.check_rows import CheckRow, CheckRows, read_rows
 from pipeline.evaluate.row_results import RowResult
-from pipeline.evaluate.scores import Case, CaseScore, evaluate_case
+from pipeline.evaluate.workbench import DENSE, CaseScore, Workbench
 from pipeline.model.loading import load_model
-from pipeline.pruning.dense import Dense
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.row_settings import RowSettings
@@ -154,10 +153,10 @@ def test_parts_are_found_one_by_one(calibrate, model, source):
     config = calibrate(input=(str(source),), question="q", suite=(), limit=2, max_new_tokens=6)
     row = rows_of(config, model).rows[0]
     (case,) = make_cases(model, [row], rules_of(replace(config, max_new_tokens=6), model))
-    answer = case.answer
+    answer = case.reference
     assert len(answer) > 2
     # the last token is not the one that the model chooses
-    wrong = replace(case, answer=(*answer[:-1], (answer[-1] + 1) % 256))
+    wrong = replace(case, reference=(*answer[:-1], (answer[-1] + 1) % 256))
     last = len(answer) - 1
     found = {
         parts: score_of(model, replace(wrong, parts=parts))
@@ -172,8 +171,8 @@ def test_parts_are_found_one_by_one(calibrate, model, source):
         assert (again, again.score.found) == (result, score.found)
 
 
-def score_of(model, case: Case) -> CaseScore:
-    return evaluate_case(model, Dense(), case).score
+def score_of(model, case: CheckRow) -> CaseScore:
+    return Workbench(model=model).run(DENSE, case).score
 
 
 def test_a_haystack_in_two_rows_counts_once(calibrate, model, source):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.evaluate.drops import Paired, fewest_documents, paired_drop
+from pipeline.evaluate.drops import Paired, fewest_documents
 from pipeline.settings.parse import parse_drop
 
 
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 57])
 def test_dense_against_itself_drops_by_nothing_as_far_as_so_few_can_tell(relative, rows):
-    drop = paired_drop([1.0] * rows, [1.0] * rows, relative=relative)
+    drop = Paired.of([1.0] * rows, [1.0] * rows, relative=relative).drop()
     assert drop.drop == 0
     assert drop.high == pytest.approx(100 * (1 - 0.025 ** (1 / rows)))
     assert drop.low < 0 < drop.high
@@ -23,7 +23,7 @@ def test_dense_against_itself_drops_by_nothing_as_far_as_so_few_can_tell(relativ
 
 def test_points_and_percent():
     dense, method = [1.0, 0.5, 0.5, 0.0] * 30, [0.5, 0.5, 0.5, 0.0] * 30
-    points, percent = (paired_drop(dense, method, relative=relative) for relative in (False, True))
+    points, percent = (Paired.of(dense, method, relative=relative).drop() for relative in (False, True))
     assert (points.dense, points.method) == (0.5, 0.375)
     assert (points.drop, percent.drop) == pytest.approx((12.5, 25.0))
     assert 5 < points.low < points.drop < points.high < 20
@@ -31,7 +31,7 @@ def test_points_and_percent():
 
 
 def test_a_method_that_is_better_drops_below_zero():
-    drop = paired_drop([0.0, 1.0, 0.0] * 70, [1.0] * 210)
+    drop = Paired.of([0.0, 1.0, 0.0] * 70, [1.0] * 210).drop()
     assert drop.high < 0
 
 
@@ -39,9 +39,9 @@ def test_documents_weigh_equally_however_many_rows_they_have():
     dense = [1.0] * 10
     method = [0.0, *[1.0] * 9]
     documents = ["a", *["b"] * 9]
-    drop = paired_drop(dense, method, documents=documents)
+    drop = Paired.of(dense, method, documents=documents).drop()
     assert (drop.rows, drop.documents, drop.drop) == (10, 2, 50.0)
-    assert paired_drop(dense, method).drop == pytest.approx(10.0)
+    assert Paired.of(dense, method).drop().drop == pytest.approx(10.0)
 
 
 def test_rows_of_one_document_are_no_evidence_of_others():
@@ -80,20 +80,20 @@ def test_the_documents_that_are_said_to_decide_do():
 
 def test_losses_drop_by_their_rise_which_is_cut_at_a_nat():
     dense = [2.0, 4.0, 3.0, 3.0] * 50
-    drop = paired_drop(dense, [2.5, 4.0, 3.5, 3.2] * 50, losses=True)
+    drop = Paired.of(dense, [2.5, 4.0, 3.5, 3.2] * 50, losses=True).drop()
     assert (drop.relative, drop.drop) == (True, pytest.approx(10.0))
     assert 5 < drop.low < drop.drop < drop.high < 20
     wild = Paired.of(dense, [*dense[1:], 1000.0], losses=True)
     tame = Paired.of(dense, [*dense[1:], 100.0], losses=True)
     assert wild.p_beyond(5.0) == tame.p_beyond(5.0)
-    one = paired_drop([2.0], [2.5], losses=True)
+    one = Paired.of([2.0], [2.5], losses=True).drop()
     assert (one.low, one.high) == (-math.inf, math.inf)
 
 
 def test_a_relative_drop_where_dense_scores_nothing():
-    better = paired_drop([0.0] * 6, [0.0, 1.0] * 3, relative=True)
+    better = Paired.of([0.0] * 6, [0.0, 1.0] * 3, relative=True).drop()
     assert (better.drop, better.low) == (-math.inf, -math.inf)
-    nothing = paired_drop([0.0] * 5, [0.0] * 5, relative=True)
+    nothing = Paired.of([0.0] * 5, [0.0] * 5, relative=True).drop()
     assert (nothing.drop, nothing.low) == (0.0, -math.inf)
 
 
@@ -120,7 +120,7 @@ def test_rows_alone_are_judged_by_their_own_drop(lost, verdict):
 def test_the_same_scores_give_the_same_numbers():
     rng = np.random.default_rng(0)
     dense, method = rng.random(60).tolist(), rng.random(60).tolist()
-    assert paired_drop(dense, method) == paired_drop(dense, method)
+    assert Paired.of(dense, method).drop() == Paired.of(dense, method).drop()
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_the_same_scores_give_the_same_numbers():
 )
 def test_scores_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
-        paired_drop(*arguments)
+        Paired.of(*arguments).drop()
 
 
 def test_losses_and_documents_that_cannot_be():
     with pytest.raises(ValueError, match="a loss is below 0"):
-        paired_drop([1.0], [-0.5], losses=True)
+        Paired.of([1.0], [-0.5], losses=True).drop()
     with pytest.raises(ValueError, match="1 documents of 2 rows"):
-        paired_drop([1.0, 1.0], [1.0, 0.0], documents=["a"])
+        Paired.of([1.0, 1.0], [1.0, 0.0], documents=["a"]).drop()
 
 
 @pytest.mark.parametrize(

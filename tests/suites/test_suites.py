@@ -9,20 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.suites.by_name import (
-    Sample,
-    SuiteName,
-    document_key,
-    load_leval,
-    load_longbench,
-    load_suite,
-    parse_suite,
-    part_of,
-    take,
-)
-from pipeline.suites.longbench import DATASETS
+from pipeline.settings.parse import SuiteName, parse_suite
+from pipeline.suites.by_name import load_suite
+from pipeline.suites.leval import load_leval
+from pipeline.suites.longbench import DATASETS, load_longbench
 from pipeline.suites.metrics import METRICS, score
-from pipeline.suites.samples import first_in_turn, searched_keys
+from pipeline.suites.samples import Sample, document_key, first_in_turn, part_of, searched_keys, take
 
 
 def write(path: Path, *rows: object) -> Path:

@@ -1,23 +1,24 @@
-"""What a model makes of a given answer, token by token: one prefill and one short forward, no decoding.
+"""What a model answers to a prompt, and what it makes of a given answer: one prefill, one short forward.
 
-Teacher-forced: at each of the answer's tokens the model is asked for the next one and then given the right
-one, so that an early difference does not make the rest incomparable.
+Of a given answer no token is decoded. Teacher-forced: at each of the answer's tokens the model is asked for
+the next one and then given the right one, so that an early difference does not make the rest incomparable.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.kernels.segments import Segments
 from pipeline.model.continuation import continue_with
+from pipeline.model.decode import StopRules, decode, first_tokens
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 
@@ -33,55 +34,44 @@ class Forced:
     probed: np.ndarray  # (n, k) float32, log-probabilities of the tokens asked for
     probes: np.ndarray  # (n, k) int64, these tokens: the k most likely ones unless given
 
-    @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood of a token, in nats."""
-        return float(-self.logprobs.mean())
 
-
-def score_answers(
+def score_answer(
     model: LoadedModel,
     method: PruningMethod,
-    documents: Sequence[EncodedDocument],
-    answers: Sequence[Sequence[int]],
+    document: EncodedDocument,
+    answer: Sequence[int],
     *,
     top: int = 0,
-    probes: Sequence[np.ndarray] | None = None,
-) -> tuple[list[Forced], Prefilled, float]:
-    """Score one pack's answers, of at least one token each; also the prefill, and its TTFT in milliseconds.
+    probes: np.ndarray | None = None,
+) -> tuple[Forced, Prefilled, float]:
+    """Score an answer of at least one token; also the prefill, and its TTFT in milliseconds.
 
-    `top` asks for the log-probabilities of so many of the most likely tokens at each place, `probes` for
-    those of given tokens, (n, k) for each document. The time ends with each document's first choice on the
-    host.
+    `top` asks for the log-probabilities of so many of the most likely tokens at each place, `probes`, (n, k),
+    for those of given tokens. The time ends with the first choice on the host.
     """
-    pack = Pack.of(documents, model.device)
+    pack = Pack.of([document], model.device)
     started = time.perf_counter()
-    prefilled = prefill(model.adapter, model.attention, method, pack, max(map(len, answers)))
+    prefilled = prefill(model.adapter, model.attention, method, pack, len(answer))
     prefilled.logits_BV.argmax(-1).tolist()
     ttft_ms = (time.perf_counter() - started) * 1e3
     hidden_ND = continue_with(
-        model.adapter, model.attention, prefilled.cache, answers, prefilled.next_positions
+        model.adapter, model.attention, prefilled.cache, [answer], prefilled.next_positions
     )
-    results = []
-    for b, (start, end) in enumerate(Segments.of([len(answer) for answer in answers]).ranges()):
-        known = None if probes is None else probes[b]
-        first_V, rest_ND = prefilled.logits_BV[b], hidden_ND[start : end - 1]
-        results.append(_score(model, first_V, rest_ND, answers[b], top, known))
-    return results, prefilled, ttft_ms
+    return _score(model, prefilled.logits_BV, hidden_ND[:-1], answer, top, probes), prefilled, ttft_ms
 
 
 @torch.inference_mode()
 def _score(
     model: LoadedModel,
-    first_V: Tensor,
+    first_1V: Tensor,
     rest_ND: Tensor,
     answer: Sequence[int],
     top: int,
     probes: np.ndarray | None,
 ) -> Forced:
-    """Of one document, as many tokens at a time as keep the logits within `VALUES_AT_ONCE`."""
+    """As many tokens at a time as keep the logits within `VALUES_AT_ONCE`."""
     at_once = max(1, VALUES_AT_ONCE // model.shape.vocab)
-    parts = [first_V[None], *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())]
+    parts = [first_1V, *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())]
     logprobs, choices, probed, asked = [], [], [], []
     done = 0
     for part in parts:
@@ -111,3 +101,47 @@ def divergence(dense: Forced, other: Forced) -> float:
     within = (np.exp(p) * (p - q)).sum(-1)
     rest_p, rest_q = (np.clip(1 - np.exp(x).sum(-1), 1e-12, 1) for x in (p, q))
     return float((within + rest_p * (np.log(rest_p) - np.log(rest_q))).mean())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedAnswer:
+    """One document's answer."""
+
+    tokens: list[int]  # without the stop token
+    first: int  # the first token, even if it is a stop token
+
+    @property
+    def not_empty(self) -> list[int]:
+        """The tokens; of an answer that is empty its stop token."""
+        return self.tokens or [self.first]
+
+
+def generate(
+    model: LoadedModel,
+    method: PruningMethod,
+    document: EncodedDocument,
+    rules: StopRules,
+    check: Callable[[], None] = lambda: None,
+    sampling: Sampling | None = None,
+) -> GeneratedAnswer:
+    """Answer a prompt, greedily without `sampling`, whose draws depend on the row's number.
+
+    `check` is called between layers and steps, and may raise to give up.
+    """
+    sampling = sampling or Sampling()
+    row = document.source.row
+    uniforms = [] if sampling.is_greedy else [sampling.uniforms(row, rules.max_new_tokens)]
+    pack = Pack.of([document], model.device)
+    prefilled = prefill(model.adapter, model.attention, method, pack, rules.max_new_tokens, check)
+    first = first_tokens(prefilled.logits_BV, sampling, uniforms)
+    (answer,) = decode(
+        model.adapter,
+        model.attention,
+        prefilled,
+        rules,
+        sampling=sampling,
+        uniforms=uniforms,
+        first=first,
+        check=check,
+    )
+    return GeneratedAnswer(tokens=answer.tokens, first=first[0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import document, tiny_model
 
-from pipeline.evaluate import forced
-from pipeline.evaluate.forced import divergence, score_answers
+from pipeline.evaluate import predicting
+from pipeline.evaluate.predicting import divergence, score_answer
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
@@ -34,6 +34,15 @@ def documents():
     return [document(60), document(20, seed=1)]
 
 
+def scored(model, method, *, probes=None, **options):
+    """What the model makes of each document's answer."""
+    asked = [None, None] if probes is None else probes
+    return [
+        score_answer(model, method, doc, answer, probes=probe, **options)[0]
+        for doc, answer, probe in zip(documents(), ANSWERS, asked, strict=True)
+    ]
+
+
 def logprobs_of(model, doc, answer):
     ids = torch.cat([torch.from_numpy(doc.input_ids), torch.tensor(answer)])
     with torch.inference_mode():
@@ -43,11 +52,11 @@ def logprobs_of(model, doc, answer):
 
 @pytest.mark.parametrize("values_at_once", [1 << 28, 2 * 256])
 def test_scores_are_those_of_the_whole_text(model, monkeypatch, values_at_once):
-    monkeypatch.setattr(forced, "VALUES_AT_ONCE", values_at_once)
-    scores, prefilled, ttft_ms = score_answers(model, Dense(), documents(), ANSWERS, top=3)
-    assert prefilled.lengths == (60, 20)
-    assert ttft_ms > 0
-    for doc, answer, score in zip(documents(), ANSWERS, scores, strict=True):
+    monkeypatch.setattr(predicting, "VALUES_AT_ONCE", values_at_once)
+    for doc, answer, length in zip(documents(), ANSWERS, (60, 20), strict=True):
+        score, prefilled, ttft_ms = score_answer(model, Dense(), doc, answer, top=3)
+        assert prefilled.lengths == (length,)
+        assert ttft_ms > 0
         expected = logprobs_of(model, doc, answer)
         assert np.abs(score.logprobs - expected[range(len(answer)), answer]).max() < 1e-3
         assert score.choices.tolist() == expected.argmax(-1).tolist()
@@ -55,15 +64,14 @@ def test_scores_are_those_of_the_whole_text(model, monkeypatch, values_at_once):
         assert (score.probes[:, 0] == score.choices).all()
         best = np.sort(expected, axis=-1)[:, ::-1][:, :3]
         assert np.abs(score.probed - best).max() < 1e-3
-        assert score.nll == pytest.approx(-score.logprobs.mean())
 
 
 def test_divergence_is_zero_from_itself_and_bounded_by_the_whole_one(model):
-    dense, _, _ = score_answers(model, Dense(), documents(), ANSWERS, top=200)
+    dense = scored(model, Dense(), top=200)
     probes = [score.probes for score in dense]
-    again, _, _ = score_answers(model, Dense(), documents(), ANSWERS, probes=probes)
-    pruned, _, _ = score_answers(model, PRUNED, documents(), ANSWERS, probes=probes)
-    full, _, _ = score_answers(model, PRUNED, documents(), ANSWERS, top=256)
+    again = scored(model, Dense(), probes=probes)
+    pruned = scored(model, PRUNED, probes=probes)
+    full = scored(model, PRUNED, top=256)
     assert [divergence(a, b) for a, b in zip(dense, again, strict=True)] == pytest.approx([0, 0], abs=1e-7)
     for b, answer in enumerate(ANSWERS):
         p = logprobs_of(model, documents()[b], answer).astype(np.float64)
@@ -75,7 +83,7 @@ def test_divergence_is_zero_from_itself_and_bounded_by_the_whole_one(model):
 
 
 def test_other_probes_cannot_be_compared(model):
-    dense, _, _ = score_answers(model, Dense(), documents(), ANSWERS, top=3)
-    fewer, _, _ = score_answers(model, Dense(), documents(), ANSWERS, top=2)
+    dense = scored(model, Dense(), top=3)
+    fewer = scored(model, Dense(), top=2)
     with pytest.raises(AssertionError, match="other tokens"):
         divergence(dense[0], fewer[0])

@@ -1,0 +1,54 @@
+"""Times of what runs on a device, read when it has done its work; and the memory that it took."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+
+LONGEST_TRIAL_S = 1.0
+FEWEST_TRIALS, MOST_TRIALS = 3, 50
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was given."""
+    wait_for(device)
+    return time.perf_counter()
+
+
+def tidied(device: torch.device) -> float:
+    """`now`, with what nobody holds freed, and the peak of the device's memory forgotten."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return now(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that the device's allocator held since `tidied`; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def best_seconds(
+    run: Callable[[], object],
+    device: torch.device,
+    *,
+    longest_s: float = LONGEST_TRIAL_S,
+    fewest: int = FEWEST_TRIALS,
+) -> float:
+    """The shortest of several runs, after one that warms up: of at least `fewest`, until `longest_s`."""
+    best, began, trials = float("inf"), time.perf_counter(), 0
+    run()
+    while trials < fewest or (time.perf_counter() - began < longest_s and trials < MOST_TRIALS):
+        started = now(device)
+        run()
+        best = min(best, now(device) - started)
+        trials += 1
+    return max(best, 1e-9)
