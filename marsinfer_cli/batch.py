@@ -100,7 +100,7 @@ def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int | None:
 
 
 def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:
-    from pipeline.rendering import rendered_prompts
+    from pipeline.setup.preparation import rendered_prompts
 
     for shown in rendered_prompts(config, count):
         if as_json:

@@ -12,12 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.engines.packing import windows
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
-from pipeline.inputs.reading import Reading
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import refuse_locked
 from pipeline.outputs.standing import done_rows, no_rows, refuse_unfinished
@@ -25,19 +24,17 @@ from pipeline.outputs.writing import check_output
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.capabilities import expected_passes
 from pipeline.pruning.operations import dense_flops, passes_flops
-from pipeline.records import EncodedDocument, RowFailure
-from pipeline.run import stop_if_broken
+from pipeline.records import EncodedDocument, RowError
+from pipeline.run import read_windows
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.intake import Item, item_prompts, item_tokens, new_rows, open_rows
-from pipeline.setup.lacking import refuse_lacking
-from pipeline.setup.leaving import notes_of, settle
+from pipeline.setup.intake import Item, item_prompts, open_rows
+from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import output_place
 from pipeline.summary import Tally
 from pipeline.texts.redaction import hidden
 from pipeline.texts.words import counted
 
-SHOWN_MESSAGES = 3
 SHOWN_SPLIT = 10
 BAR_WIDTH = 40
 
@@ -46,22 +43,17 @@ BAR_WIDTH = 40
 class DryRunReport:
     """Counts of a dry run."""
 
-    config: BatchConfig
-    schema: dict[str, str]  # pass-through columns and their types
-    limit_tokens: int  # the longest prompt
+    run: Preparation
     packer: Packer
-    device: str
-    refusal: MarsError | None  # why the run could not write its output
-    output_is_there: bool
-    notes: list[str]
+    refusal: MarsError | None = None  # why the run could not write its output
+    output_is_there: bool = False
+    notes: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)  # rows of earlier runs by status, under --resume
     left_rows: int = 0  # of earlier runs, that would leave the output
     returned_rows: int = 0  # that had left it, and would come back
     estimate: Estimate | None = None
     pace: Pace = field(init=False)  # of the rows that are done
     tally: Tally = field(default_factory=Tally)
-    messages: dict[str, list[str]] = field(default_factory=dict)  # by kind, the first few
-    prompts: int = 0  # parts of documents counted each
     lengths: Counter[int] = field(default_factory=Counter)  # by power of two: 2**n up to 2**(n+1) - 1
     longest_tokens: int = 0
     truncated_rows: int = 0
@@ -78,13 +70,80 @@ class DryRunReport:
     method_flops: int = 0  # of the run's, as far as its method says what it does
 
     def __post_init__(self) -> None:
+        self.notes += self.run.notes
         self.pace = Pace(shape=self.packer.shape)
+
+    @property
+    def config(self) -> BatchConfig:
+        return self.run.config
+
+    @property
+    def prompts(self) -> int:
+        """How many there are, parts of documents counted each."""
+        return self.lengths.total()
+
+    @property
+    def schema(self) -> dict[str, str]:
+        """Columns that are passed through, and their types."""
+        return {column.name: str(column.type) for column in self.run.source.schema}
+
+    def open_done(self, opened: ExitStack) -> FinishedRows:
+        """What earlier runs have done; nothing where the run would be refused, which is noted."""
+        config = self.config
+        try:
+            check_output(config.output, self.run.source.files, config.overwrite or config.resume)
+            refuse_locked(config.output)
+            self.output_is_there = output_place(config.output).exists()
+            if config.resume:
+                rows = done_rows(
+                    config.output,
+                    self.run.schema(),
+                    self.run.decides(),
+                    retry_errors=config.retry_errors,
+                    timed=TIMED,
+                    heed=self.pace.add,
+                )
+                done = opened.enter_context(rows)
+                self.notes += done.notes
+                return done
+            if not config.overwrite:
+                refuse_unfinished(config.output)
+        except MarsError as error:
+            self.refusal = error
+        return opened.enter_context(no_rows())
+
+    def read(self, done: FinishedRows, progress: Callable[[Tally], None]) -> None:
+        """Count all rows that are not done, and what would become of those of earlier runs."""
+        run, rows = self.run, self.run.rows()
+        for window in read_windows(run, rows, done, self.tally):
+            self.add(window)
+            progress(self.tally)
+        try:
+            if run.source.out_of_reach:
+                raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
+            self.notes += Leaving(run.config, run.source, rows, done).settle()
+            self.returned_rows = done.returned
+        except MarsError as error:
+            self.refusal = self.refusal or error
+        self.left_rows = done.leaving()
+        self.done = done.counts()
+
+    def foretell(self) -> None:
+        """Estimate the time, by the rows that are done, or else by the rates of the device."""
+        model, counts = self.run.model, {"flops": self.method_flops, "prompts": self.prompts}
+        if not self.prompts:
+            return
+        if self.pace.says_something:
+            self.estimate = estimate_by_pace(self.packer, self.pace, **counts)
+        elif rates := measure_rates(model.device, model.dtype, model.shape):
+            tokens = self.tally.prompt_tokens
+            self.estimate = estimate(self.packer, rates, **counts, prompt_tokens=tokens)
 
     def add(self, window: Sequence[Item]) -> None:
         documents = []
         for item in window:
-            if isinstance(item, RowFailure):
-                self._add_failure(item)
+            if isinstance(item, RowError):
+                self.tally.count(item.status, item.kind, message=item.message)
                 continue
             self.tally.count("ok", prompt_tokens=item.prompt_tokens)
             if isinstance(item, SplitDocument):
@@ -119,12 +178,6 @@ class DryRunReport:
         self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
         self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
-    def _add_failure(self, failure: RowFailure) -> None:
-        self.tally.count(failure.status, failure.kind, message=failure.message)
-        messages = self.messages.setdefault(failure.kind, [])
-        if len(messages) < SHOWN_MESSAGES:
-            messages.append(failure.message)
-
     def _add_split(self, document: SplitDocument) -> None:
         parts = len(document.prompts)
         self.split_rows += 1
@@ -135,7 +188,6 @@ class DryRunReport:
 
     def _add_prompt(self, document: EncodedDocument) -> None:
         tokens = document.prompt_tokens
-        self.prompts += 1
         self.lengths[tokens.bit_length() - 1] += 1
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
@@ -158,12 +210,12 @@ class DryRunReport:
             "errors": self.tally.status["error"],
             "skipped": self.tally.status["skipped"],
             "error_types": {
-                kind: {"rows": rows, "first": self.messages[kind]}
+                kind: {"rows": rows, "first": self.tally.messages[kind]}
                 for kind, rows in self.tally.errors.most_common()
             },
             "over_long": {
                 "policy": self.config.on_overlong,
-                "limit_tokens": self.limit_tokens,
+                "limit_tokens": self.run.prompts.limit,
                 "rows": self._over_long_rows(),
                 "truncated_tokens": self.truncated_tokens,
                 "split_rows": self.split_rows,
@@ -180,7 +232,7 @@ class DryRunReport:
             },
             "packing": {
                 "method": self.packer.method.name,
-                "device": self.device,
+                "device": str(self.run.model.device),
                 "pack_tokens": self.packer.pack_tokens,
                 "packs": self.packs,
                 "largest_pack_tokens": self.largest_pack_tokens,
@@ -202,7 +254,7 @@ class DryRunReport:
         lines.append(f"{new}: {tally.documents:,}, of which {tally.status['ok']:,} can be answered")
         for kind, rows in tally.errors.most_common():
             lines.append(f"  {kind}: {rows:,}")
-            lines += [f"    {' '.join(message.split())}" for message in self.messages[kind]]
+            lines += [f"    {' '.join(message.split())}" for message in tally.messages[kind]]
         lines += [*self._over_long(), *self._histogram(), *self._plan()]
         return "\n".join(lines)
 
@@ -236,7 +288,7 @@ class DryRunReport:
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
         policy = f"--on-overlong {self.config.on_overlong}"
         rows = self._over_long_rows()
-        lines = [f"over {self.limit_tokens:,} prompt tokens: {counted(rows, 'row')} ({policy}{cut})"]
+        lines = [f"over {self.run.prompts.limit:,} prompt tokens: {counted(rows, 'row')} ({policy}{cut})"]
         if self.split_rows:
             lines.append(
                 f"split: {counted(self.split_rows, 'row')} into {counted(self.parts, 'part')}; "
@@ -272,7 +324,7 @@ class DryRunReport:
         together = f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
         return [
             *([together] if self.grouped_documents else []),
-            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.device}, "
+            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}, "
             f"the largest {self.largest_pack_tokens:,}",
             f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
             f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP",
@@ -282,100 +334,14 @@ class DryRunReport:
 
 def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> DryRunReport:
     """Read and tokenize everything, and report what the run would do; `progress` is called now and then."""
-    run = _prepare(config)
-    config = run.config
-    report = DryRunReport(
-        config=config,
-        schema={column.name: str(column.type) for column in run.source.schema},
-        limit_tokens=run.prompts.limit,
-        packer=_packer(run),
-        device=str(run.model.device),
-        refusal=None,
-        output_is_there=False,
-        notes=list(run.notes),
-    )
+    run = prepare(open_rows(config), config.model)
+    report = DryRunReport(run=run, packer=_packer(run))
     with ExitStack() as opened:
-        _read(run, report, _done_rows(run, report, opened), progress)
+        report.read(report.open_done(opened), progress)
     text = run.length_note(report.longest_tokens)
     report.notes += [] if text is None else [text]
-    report.estimate = _estimate(run, report)
+    report.foretell()
     return report
-
-
-def _done_rows(run: Preparation, report: DryRunReport, opened: ExitStack) -> FinishedRows:
-    """What earlier runs have done; nothing where the run would be refused, of which the report hears."""
-    config = run.config
-    try:
-        check_output(config.output, run.source.files, config.overwrite or config.resume)
-        refuse_locked(config.output)
-        report.output_is_there = output_place(config.output).exists()
-        if config.resume:
-            settings = (run.schema(), run.decides())
-            rows = done_rows(
-                config.output,
-                *settings,
-                retry_errors=config.retry_errors,
-                timed=TIMED,
-                heed=report.pace.add,
-            )
-            done = opened.enter_context(rows)
-            report.notes += done.notes
-            return done
-        if not config.overwrite:
-            refuse_unfinished(config.output)
-    except MarsError as error:
-        report.refusal = error
-    return opened.enter_context(no_rows())
-
-
-def _read(
-    run: Preparation, report: DryRunReport, done: FinishedRows, progress: Callable[[Tally], None]
-) -> None:
-    """Count all rows that are not done."""
-    rows, before = run.rows(), done.done_at_start
-    read = windows(run.encode(new_rows(rows, done, renames=run.source.columns.takes_ids)), item_tokens)
-    for window in refuse_lacking(read, run.config, answered=before["ok"] > 0):
-        report.add(window)
-        counts = {"passed_over": done.passed_over, "done_before": before.total()}
-        report.tally.expect(len(window), rows.total, rows.fraction_read, rows.most, **counts)
-        progress(report.tally)
-    _settle(run, report, rows, done)
-
-
-def _settle(run: Preparation, report: DryRunReport, rows: Reading, done: FinishedRows) -> None:
-    """What would become of the rows of earlier runs, and whether the run would end for that."""
-    drop = run.config.drop_missing
-    try:
-        if run.source.out_of_reach:
-            raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
-        kept = settle(run.source, rows, done, drop_missing=drop)
-        report.left_rows, report.returned_rows = done.leaving(), done.returned
-        report.notes += notes_of(run.config.output, report.left_rows, report.returned_rows, kept)
-    except MarsError as error:
-        report.left_rows = done.leaving()
-        report.refusal = report.refusal or error
-    report.done = done.counts()
-
-
-def _estimate(run: Preparation, report: DryRunReport) -> Estimate | None:
-    if not report.prompts:
-        return None
-    if report.pace.says_something:
-        return estimate_by_pace(report.packer, report.pace, flops=report.method_flops, prompts=report.prompts)
-    rates = measure_rates(run.model.device, run.model.dtype, run.model.shape)
-    if rates is None:
-        return None
-    return estimate(
-        report.packer,
-        rates,
-        flops=report.method_flops,
-        prompts=report.prompts,
-        prompt_tokens=report.tally.prompt_tokens,
-    )
-
-
-def _prepare(config: BatchConfig) -> Preparation:
-    return prepare(open_rows(config), config.model)
 
 
 def _packer(run: Preparation) -> Packer:

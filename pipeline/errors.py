@@ -31,7 +31,7 @@ class ConfigError(MarsError):
 
 
 class InputError(MarsError):
-    """Input that cannot be read at all (a single bad row is a `RowError`, not this)."""
+    """Input that cannot be read at all (a single bad row is a `records.RowError`, not this)."""
 
     exit_code = 2
 
@@ -84,17 +84,6 @@ class Interrupted(MarsError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class RowError(Exception):
-    """One row cannot be answered; it becomes an error row and the run goes on.
-
-    `kind` is the stable word written to the output's `error_type`.
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(without_secrets(message))
-        self.kind = kind
 
 
 def is_failure(error: BaseException) -> bool:

@@ -120,8 +120,6 @@ def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, prompts: int) ->
 
 def _decode_s(packer: Packer, rates: Rates, prompts: int, prompt_tokens: int) -> float:
     """Each step reads all weights, and the keys and values of the rows that are decoded together."""
-    if not prompts:
-        return 0.0
     together = min(packer.in_flight, prompts)
     parameters = _parameters(packer.shape)
     a_row = packer.kv_bytes([prompt_tokens // prompts])

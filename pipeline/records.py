@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import RowError
+from pipeline.texts.redaction import without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,39 @@ class Row:
         return self.row + (0 if self.question_index is None else (self.question_index + 1) * 0x9E3779B1)
 
 
+NO_ROW = Row(row=-1, id="", place="")
+
+
+@dataclass(eq=False)
+class RowError(Exception):
+    """Why one row is not answered: raised where that is found, and then, of its `source`, in the row's place.
+
+    `kind` is the stable word written to the output's `error_type`, `status` is `error` or `skipped`.
+    """
+
+    kind: str
+    message: str
+    source: Row = NO_ROW  # until it is known
+    _: KW_ONLY
+    status: str = "error"
+    document_tokens: int | None = None
+    prompt_tokens: int | None = None
+    excess_tokens: int = 0  # of a prompt that is too long: above the limit
+    lacks: str | None = None  # the column that the row does not have
+    is_fault: bool = False  # it stands for rows that could not be read, of which nothing is known
+
+    def __post_init__(self) -> None:
+        self.message = without_secrets(self.message)
+        self.args = (self.kind, self.message)  # with which it is unpickled
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at(self, source: Row, **details: Any) -> RowError:
+        """The same of this row, whose place the message then begins with."""
+        return replace(self, message=f"{source.place}: {self}", source=source, **details)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """One row that was read."""
@@ -44,21 +77,7 @@ class Document:
         return self.source.question
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowFailure:
-    """One row that will not be answered: `status` is `error` or `skipped`."""
-
-    source: Row
-    kind: str
-    message: str
-    status: str = "error"
-    document_tokens: int | None = None
-    prompt_tokens: int | None = None
-    lacks: str | None = None  # the column that the row does not have
-    is_fault: bool = False  # it stands for rows that could not be read, of which nothing is known
-
-
-Record = Document | RowFailure
+Record = Document | RowError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,10 +191,14 @@ class Answer:
             passthrough=source.passthrough,
         )
 
+    def fail(self, error: RowError) -> None:
+        """Say that there is no answer, and why."""
+        self.status, self.error_type, self.error_message = error.status, error.kind, error.message
+
     @classmethod
-    def from_failure(cls, failure: RowFailure, method: str) -> Answer:
+    def from_failure(cls, failure: RowError, method: str) -> Answer:
         answer = cls.begin(failure.source, method)
-        answer.status, answer.error_type, answer.error_message = failure.status, failure.kind, failure.message
+        answer.fail(failure)
         answer.document_tokens, answer.prompt_tokens = failure.document_tokens, failure.prompt_tokens
         return answer
 

@@ -16,6 +16,7 @@ from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
 from pipeline.texts.words import counted
 
 NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
+MOST_MESSAGES = 3  # kept of each kind of error
 MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word
 
 
@@ -26,7 +27,7 @@ class Tally:
         """`began` is when the run did, by time.perf_counter(); None: now."""
         self.status: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
-        self.first_messages: dict[str, str] = {}  # likewise
+        self.messages: dict[str, list[str]] = {}  # likewise, the first few
         self.prompt_tokens = 0
         self.expected_rows: float | None = None
         self._read = 0
@@ -71,7 +72,9 @@ class Tally:
             self.prompt_tokens += prompt_tokens
         else:
             self.errors[str(error_type)] += 1
-            self.first_messages.setdefault(str(error_type), " ".join((message or "").split()))
+            messages = self.messages.setdefault(str(error_type), [])
+            if len(messages) < MOST_MESSAGES:
+                messages.append(message or "")
 
     @property
     def commonest_error(self) -> str | None:
@@ -80,6 +83,11 @@ class Tally:
             return None
         ((kind, count),) = self.errors.most_common(1)
         return f"{kind} ({counted(count, 'row')}): {self.first_messages[kind]}"
+
+    @property
+    def first_messages(self) -> dict[str, str]:
+        """By error_type the first message, in one line."""
+        return {kind: " ".join(messages[0].split()) for kind, messages in self.messages.items()}
 
     def expect(
         self,
@@ -252,7 +260,7 @@ class Summary(Tally):
             "errors": self.status["error"],
             "skipped": self.status["skipped"],
             "error_types": dict(self.errors),
-            "error_messages": dict(self.first_messages),
+            "error_messages": self.first_messages,
             "in_output": {status: self.in_output[status] for status in ("ok", "error", "skipped")},
             "left_rows": self.left_rows,
             "returned_rows": self.returned_rows,

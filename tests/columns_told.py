@@ -1,7 +1,7 @@
 """What an input says of its columns before it is opened, for the tests of it."""
 
 from pipeline.inputs.finding import find_files
-from pipeline.inputs.peek import first_columns
+from pipeline.inputs.source import first_columns
 
 
 def columns_told(*inputs):

@@ -23,7 +23,6 @@ HEAVY = [
         "pipeline.engines.warm_up",
         "pipeline.outputs.standing",
         "pipeline.model.loading",
-        "pipeline.prompts.vocabulary",
     ),
     # what transformers imports only for the tests' models
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2_fast"),

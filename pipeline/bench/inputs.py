@@ -6,11 +6,11 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.errors import InputError, RowError
+from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.model.loading import LoadedModel
-from pipeline.records import EncodedDocument, Row, RowFailure, Spans
+from pipeline.records import EncodedDocument, Row, RowError, Spans
 from pipeline.settings.data_settings import TextSettings
 from pipeline.settings.prompt_settings import PromptSettings
 from pipeline.setup.asking import Types, text_column
@@ -43,7 +43,7 @@ def real_documents(
     source = open_source([path], columns)
     encoded = []
     for document in islice(source, rows.start, rows.stop):
-        if isinstance(document, RowFailure):
+        if isinstance(document, RowError):
             raise InputError(document.message)
         try:
             encoded.append(builder.encode(document))

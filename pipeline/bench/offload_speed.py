@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.bench.timing import now, peak_bytes, tidied
-from pipeline.errors import ConfigError, RowError
+from pipeline.errors import ConfigError
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import EncodedDocument
+from pipeline.records import EncodedDocument, RowError
 
 
 @dataclass(frozen=True, kw_only=True)

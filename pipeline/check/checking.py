@@ -38,8 +38,8 @@ from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.method_settings import AUTO
 from pipeline.setup.auto import proven
 from pipeline.setup.intake import make_prompts
+from pipeline.setup.preparation import moment_of
 from pipeline.setup.profile import check_profile, load_profile
-from pipeline.setup.provenance import moment_of
 from pipeline.summary import Tally
 from pipeline.texts.versions import timestamp, versions
 from pipeline.texts.words import counted

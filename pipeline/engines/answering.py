@@ -8,7 +8,6 @@ import torch
 
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer
-from pipeline.errors import RowError
 from pipeline.model.characters import whole_characters
 from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
@@ -17,7 +16,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
-from pipeline.records import Answer, EncodedDocument
+from pipeline.records import Answer, EncodedDocument, RowError
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
 
@@ -32,7 +31,7 @@ def row_of(document: EncodedDocument, method: str) -> Answer:
 def failed(document: EncodedDocument, method: str, failure: RowError) -> Answer:
     """The error row of a document."""
     row = row_of(document, method)
-    row.status, row.error_type, row.error_message = "error", failure.kind, str(failure)
+    row.fail(failure)
     return row
 
 

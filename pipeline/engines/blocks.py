@@ -15,7 +15,7 @@ from itertools import chain
 from pipeline.engines.grouping import same_documents
 from pipeline.engines.packing import WINDOW_DOCUMENTS
 from pipeline.prompts.splitting import SplitDocument
-from pipeline.records import Answer, EncodedDocument, Row, RowFailure
+from pipeline.records import Answer, EncodedDocument, Row, RowError
 from pipeline.setup.intake import Item, item_prompts, item_tokens
 
 # few, so that what a dead worker leaves is soon done again; more than one, so that batches are full
@@ -35,19 +35,19 @@ class Opened:
     """A window of which blocks are made, with its rows that failed before they reached a worker."""
 
     units: deque[Unit]  # longest first
-    failures: list[RowFailure]
+    failures: list[RowError]
     unfinished: int  # rows with prompts
 
     @classmethod
     def of(cls, items: Sequence[Item], *, together: bool) -> Opened:
         """With `together`, rows about the same document are one unit."""
-        failures = [item for item in items if isinstance(item, RowFailure)]
-        others: list[Item] = [item for item in items if not isinstance(item, RowFailure)]
+        failures = [item for item in items if isinstance(item, RowError)]
+        others: list[Item] = [item for item in items if not isinstance(item, RowError)]
         units = units_of(others) if together else [[item] for item in others]
         units.sort(key=unit_tokens, reverse=True)
         return cls(units=deque(units), failures=failures, unfinished=len(others))
 
-    def finish(self, rows: int) -> list[RowFailure]:
+    def finish(self, rows: int) -> list[RowError]:
         """Count rows as answered; the failures once all are, lest their share look too large before."""
         self.unfinished -= rows
         return [] if self.unfinished else self.failures

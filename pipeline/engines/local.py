@@ -19,13 +19,13 @@ from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import Check, PrefilledPack, Prefiller
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, Table
-from pipeline.errors import MarsError, RowError, is_failure
+from pipeline.errors import MarsError, is_failure
 from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, Answered, EncodedDocument
+from pipeline.records import Answer, Answered, EncodedDocument, RowError
 from pipeline.setup.guard import Guard
 
 # tokens of a part of a pack that use a device well: fewer wait until more rows have left

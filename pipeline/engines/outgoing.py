@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pipeline.engines.blocks import Key, key_of
-from pipeline.records import Answer, RowFailure
+from pipeline.records import Answer, RowError
 from pipeline.setup.intake import Item
 
 MOST_ROWS = 64
@@ -17,8 +17,8 @@ class _Window:
     """The rows of a window that are not answered yet, and its failures."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        self.failures = [item for item in items if isinstance(item, RowFailure)]
-        self.keys = [key_of(item.source) for item in items if not isinstance(item, RowFailure)]
+        self.failures = [item for item in items if isinstance(item, RowError)]
+        self.keys = [key_of(item.source) for item in items if not isinstance(item, RowError)]
         self.unfinished = len(self.keys)
 
 

@@ -25,7 +25,7 @@ from pipeline.engines.clock import EngineTimes
 from pipeline.engines.ray_cluster import RayCluster, got
 from pipeline.engines.ray_worker import Started, Told
 from pipeline.errors import KEPT, MarsError
-from pipeline.records import Answer, RowFailure
+from pipeline.records import Answer, RowError
 from pipeline.setup.intake import Item
 from pipeline.setup.preparation import Preparation
 from pipeline.texts.words import counted
@@ -210,12 +210,12 @@ class RayEngine:
         if failures:
             yield self._failed(failures)
 
-    def _failed(self, failures: Sequence[RowFailure]) -> list[Answer]:
+    def _failed(self, failures: Sequence[RowError]) -> list[Answer]:
         return [Answer.from_failure(failure, self._run.method.name) for failure in failures]
 
-    def _blamed(self, item: Item, error: RayError) -> RowFailure:
+    def _blamed(self, item: Item, error: RayError) -> RowError:
         message = f"{item.source.place}: two workers died while they answered it ({_cause(error)})"
-        return RowFailure(
+        return RowError(
             source=item.source,
             kind="worker_died",
             message=message,

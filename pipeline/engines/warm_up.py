@@ -20,12 +20,11 @@ from pipeline.engines.grouped import rehearse_group
 from pipeline.engines.jobs import Job
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import free_bytes
-from pipeline.errors import RowError
 from pipeline.kernels import sparse
 from pipeline.model import precision
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import Pack, prefill
-from pipeline.records import EncodedDocument, Row, Spans
+from pipeline.records import EncodedDocument, Row, RowError, Spans
 
 # of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
 WARM_UP_TOKENS = {"cpu": 64, "cuda": 4096}

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, InputError, RowError, did_you_mean
-from pipeline.inputs.reading import each_question
-from pipeline.inputs.selection import select_rows
+from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.inputs.reading import each_question, select_rows
 from pipeline.inputs.source import Source
-from pipeline.records import Document, EncodedDocument, Row, RowFailure
+from pipeline.records import Document, EncodedDocument, Row, RowError
 from pipeline.settings.parse import parse_shard
 from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import open_columns
@@ -132,7 +131,7 @@ def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
     return source, settled.notes
 
 
-def _renamed(records: Iterable[Document | RowFailure], *, takes_ids: bool) -> Iterator[Document | RowFailure]:
+def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iterator[Document | RowError]:
     """With the row's number behind an id that comes again, where nobody named the column of ids."""
     seen: set[str] = set()
     for record in records:
@@ -143,7 +142,7 @@ def _renamed(records: Iterable[Document | RowFailure], *, takes_ids: bool) -> It
         yield record
 
 
-def _records(config: RowSettings, source: Source) -> Iterator[Document | RowFailure]:
+def _records(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
     """The rows of the input that are asked for, a record for each question."""
     return chain.from_iterable(map(each_question, select_rows(source, config, source.total_rows)))
 
@@ -162,9 +161,9 @@ def _kept(config: RowSettings) -> dict[str, None]:
     return dict.fromkeys(name for name in names if name is not None)
 
 
-def _sample(config: RowSettings, record: Document | RowFailure) -> Sample | str:
+def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
     """A row of the data, or why it is left out."""
-    if isinstance(record, RowFailure):
+    if isinstance(record, RowError):
         return record.message
     references: tuple[str, ...] = ()
     if config.reference_column is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,14 +12,14 @@ import pyarrow.fs as fs
 
 from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
-from pipeline.inputs.finding import InputFile
+from pipeline.inputs.finding import FILE_MAGIC, InputFile
 from pipeline.inputs.long_integers import long_integers
 from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.table_rows import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
-from pipeline.records import Record
-from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, until_fault
+from pipeline.inputs.rows import rest_lost, until_fault
+from pipeline.inputs.table_rows import TableReader, as_stream, is_sound
+from pipeline.records import Record, RowError
+from pipeline.storage.causes import READ_ERRORS, cause
 
-FILE_MAGIC = b"ARROW1"
 FEATHER_V1_MAGIC = b"FEA1"
 MOST_SCHEMA_BYTES = 1 << 20
 MOST_ROWS_A_BYTE = 100  # documents that compress better have no text worth an answer
@@ -32,14 +32,11 @@ def open_arrow(file: InputFile, columns: Columns) -> ArrowFileReader | ArrowStre
             magic = handle.read(len(FILE_MAGIC))
         if magic.startswith(FEATHER_V1_MAGIC):
             raise ValueError("it is Feather version 1; write it again as version 2 or as Parquet")
-        reader = ArrowFileReader if magic == FILE_MAGIC else ArrowStreamReader
-        opened = reader(file, columns)
+        return (ArrowFileReader if magic == FILE_MAGIC else ArrowStreamReader)(file, columns)
     except pa.ArrowNotImplementedError as error:
         raise InputError(_not_implemented(file) or _not_readable(file, error)) from error
     except READ_ERRORS as error:
         raise InputError(_not_readable(file, error)) from error
-    check_columns(file, opened.schema, columns)
-    return opened
 
 
 def _not_readable(file: InputFile, error: BaseException) -> str:
@@ -58,70 +55,47 @@ def _not_implemented(file: InputFile) -> str | None:
     return told and f"{file.label}: {told}, which cannot be read; write the file without it, or as Parquet"
 
 
-class ArrowFileReader:
+class ArrowFileReader(TableReader):
     """One Arrow IPC file, memory-mapped where it is local."""
 
     def __init__(self, file: InputFile, columns: Columns) -> None:
-        self.file = file
-        self.fraction = 0.0
-        self._columns = columns
         with file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
-            self.schema = reader.schema
-        check_names(file, self.schema)
+            super().__init__(file, columns, reader.schema)
         # Counts from the batches' headers, where the IPC reader would decompress every batch.
-        self._total = _count_rows(file)
+        self.num_rows = self._total = _count_rows(file)
         if not 0 <= self._total <= file.size * MOST_ROWS_A_BYTE:
             raise ValueError(f"its batches claim {self._total} rows")
-        self.num_rows: int | None = self._total
 
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """The records of all rows; returns how many rows there are."""
-        rows = TableRows(self.file, self._columns, plan, base)
-        done, fault = 0, ReadFault("the file holds fewer rows than its batches say")
-        for batch in until_fault(self._batches()):
-            if isinstance(batch, ReadFault):
-                fault = batch
-                break
-            batch = batch.slice(0, self._total - done)
-            yield from _small_batches(batch, rows, done)
-            done += batch.num_rows
-            self.fraction = done / max(self._total, 1)
-        yield from rows.unreadable(done, self._total - done, fault)
-        return self._total
+    def _records(self) -> Iterator[Record]:
+        return self._all_of(self._batches(), 0, self._total)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
+        """All that there are; at their end, a ValueError for rows that did not come."""
         # Reading all columns copies nothing; a selection would be copied, the text with it, into one buffer.
         with self.file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
             if reader.schema != self.schema:
                 raise ValueError("the file was changed during the run")
             for i in range(reader.num_record_batches):
                 yield _whole(reader.get_batch(i))
+        raise ValueError("the file holds fewer rows than its batches say")
 
 
-class ArrowStreamReader:
+class ArrowStreamReader(TableReader):
     """One Arrow IPC stream; how many rows it has is known only at its end."""
 
-    num_rows: int | None = None
-
     def __init__(self, file: InputFile, columns: Columns) -> None:
-        self.file = file
-        self.fraction = 0.0
-        self._columns = columns
         with file.native() as source, pa.ipc.open_stream(source) as reader:
-            self.schema = reader.schema
-        check_names(file, self.schema)
+            super().__init__(file, columns, reader.schema)
 
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """The records of all rows, then one failure if the stream is cut short; returns how many records."""
-        rows = TableRows(self.file, self._columns, plan, base)
-        done = 0
+    def _records(self) -> Iterator[Record]:
+        """Those of all rows, then one failure if the stream is cut short."""
         for batch in until_fault(self._batches()):
-            if isinstance(batch, ReadFault):
-                yield rows.unreadable_from(done, batch)
-                return done + 1
-            yield from _small_batches(_detached(batch, plan), rows, done)
-            done += batch.num_rows
-        return done
+            if isinstance(batch, RowError):
+                yield rest_lost(self.place(self.rows_read), batch)
+                self.rows_read += 1
+                return
+            yield from self._rows_of(_detached(batch, self._plan), self.rows_read)
+            self.rows_read += batch.num_rows
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         with self.file.native() as source, pa.ipc.open_stream(source) as reader:
@@ -146,26 +120,11 @@ def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
-def _small_batches(batch: pa.RecordBatch, rows: TableRows, first: int) -> Iterator[Record]:
-    """A file's batches may hold millions of rows: convert few at a time, but check a sound one only once."""
-    sound = is_sound(batch)
-    for start in range(0, batch.num_rows, BATCH_ROWS):
-        part = batch.slice(start, BATCH_ROWS)
-        yield from rows.records(part, first + start, sound=sound or is_sound(part))
-
-
 def _detached(batch: pa.RecordBatch, plan: PassPlan) -> pa.RecordBatch:
     """The batch with copies of what rows carry on: in a stream all columns share one buffer with the text."""
     names = [name for name in batch.schema.names if name in plan.sources]
     if not names or not is_sound(batch):
         return batch
-    copies = _copy(batch.select(names))
+    copies = pa.ipc.open_stream(as_stream(batch.select(names))).read_next_batch()
     columns = {name: batch.column(name) for name in batch.schema.names}
     return pa.RecordBatch.from_pydict(columns | {name: copies.column(name) for name in names})
-
-
-def _copy(batch: pa.RecordBatch) -> pa.RecordBatch:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return pa.ipc.open_stream(sink.getvalue()).read_next_batch()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
-from pipeline.inputs.lines import LONGEST
 
-Keep = tuple[tuple[str, str | None], ...]
+Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
+
+LONGEST = 2**30  # bytes of a line; what pyarrow and JSON can hold of one text is not much more
+Partitions = Mapping[str, str | None]  # columns that stand in the names of folders, by Hive and Spark
+PARTITION_TYPE = pa.large_string()
+NULL = "__HIVE_DEFAULT_PARTITION__"
 
 SHORT_TYPES = {"string": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 SOME_TYPES = "string, int, float, bool, int32, float32, date32, timestamp[us], binary"
@@ -33,7 +38,7 @@ class Columns:
     takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
     holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
-    keep: Mapping[str, str | None] | Keep | None = None
+    keep: Keep | None = None
     longest_line: int = LONGEST  # of JSON lines, in bytes
 
     def __post_init__(self) -> None:
@@ -44,12 +49,9 @@ class Columns:
             )
         if self.text in (self.question, self.questions):
             raise ConfigError(f"the question column is the text column, {self.text!r}")
-        _check_keep(self.kept or ())
-
-    @property
-    def kept(self) -> Keep | None:
-        """`keep` in its one form."""
-        return tuple(self.keep.items()) if isinstance(self.keep, Mapping) else self.keep
+        for type_name in (self.keep or {}).values():
+            if type_name is not None:
+                type_named(type_name)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -65,10 +67,14 @@ class Columns:
 
 def parse_keep_columns(spec: str) -> Keep:
     """Parse `a:int,b:string,c`; a column without a type keeps its own (JSONL: string)."""
-    if not spec.strip():
-        return ()
-    keep = tuple(_parse_one(part.strip(), spec) for part in spec.split(","))
-    _check_keep(keep)
+    keep: dict[str, str | None] = {}
+    for part in spec.split(",") if spec.strip() else ():
+        name, type_name = _parse_one(part.strip(), spec)
+        if name in keep:
+            raise ConfigError(f"kept column {name!r} is named twice")
+        if type_name is not None:
+            type_named(type_name)
+        keep[name] = type_name
     return keep
 
 
@@ -92,10 +98,29 @@ def _parse_one(part: str, spec: str) -> tuple[str, str | None]:
     return name, type_name or None
 
 
-def _check_keep(keep: Keep) -> None:
-    names = [name for name, _ in keep]
-    for name, type_name in keep:
-        if names.count(name) > 1:
-            raise ConfigError(f"kept column {name!r} is named twice")
-        if type_name is not None:
-            type_named(type_name)
+def partitions_of(folders: Sequence[str]) -> dict[str, str | None]:
+    """The columns that the names of folders say, `year=2024/`, outermost first; other names say none."""
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        key, equals, value = folder.partition("=")
+        if key and equals:
+            found[unquote(key)] = None if value == NULL else unquote(value)
+    return found
+
+
+def with_fields(schema: pa.Schema, partitions: Partitions) -> pa.Schema:
+    """The schema with a text column for each key that it lacks."""
+    for key in partitions:
+        if key not in schema.names:
+            schema = schema.append(pa.field(key, PARTITION_TYPE))
+    return schema
+
+
+def with_arrays(batch: pa.RecordBatch, partitions: Partitions) -> pa.RecordBatch:
+    """The batch with a column of one value for each key that it lacks."""
+    for key, value in partitions.items():
+        if key not in batch.schema.names:
+            batch = batch.append_column(
+                pa.field(key, PARTITION_TYPE), pa.repeat(pa.scalar(value, PARTITION_TYPE), batch.num_rows)
+            )
+    return batch

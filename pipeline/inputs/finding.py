@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, StorageError
-from pipeline.inputs.globs import has_magic, matches
-from pipeline.inputs.listing import files_below, refuse_broken_link
-from pipeline.inputs.partitions import Partitions, partitions_of
+from pipeline.inputs.columns import Partitions, partitions_of
+from pipeline.inputs.listing import files_below, has_magic, matches, refuse_broken_link
 from pipeline.outputs.own import is_own_lines, is_own_table
 from pipeline.outputs.sidecar import SIDECAR
 from pipeline.storage import stdin
@@ -25,8 +24,8 @@ from pipeline.storage.sniff import HEAD_BYTES, misnamed
 from pipeline.storage.stdin import Stdin
 from pipeline.texts.redaction import bare
 
-# Suffix -> (format, compression).
 FILE_MAGIC = b"ARROW1"
+# Suffix -> (format, compression).
 FORMATS: dict[str, tuple[str, str | None]] = {
     ".parquet": ("parquet", None),
     ".pq": ("parquet", None),
@@ -43,6 +42,7 @@ FORMATS: dict[str, tuple[str, str | None]] = {
     ".txt": ("text", None),
     ".md": ("text", None),
 }
+Origin = Literal["named", "folder", "pattern"]
 KNOWN = ", ".join(FORMATS)
 MOST_TOLD = 3
 
@@ -66,7 +66,7 @@ class InputFile:
     format: str
     compression: str | None
     size: int
-    origin: Literal["named", "folder", "pattern"] = "named"
+    origin: Origin = "named"
     partitions: Partitions = field(default_factory=dict)
     out_of_reach: str | None = None
 
@@ -90,7 +90,15 @@ class InputFile:
     def schema(self) -> tuple[pa.Schema, bool]:
         """A table's schema, and whether it may have rows; raises one of `READ_ERRORS`."""
         with closing(self.native()) as source:
-            return table_schema(source, self.format)
+            if self.format == "parquet":
+                parquet = pq.ParquetFile(source, pre_buffer=False)
+                return parquet.schema_arrow, parquet.metadata.num_rows > 0
+            magic = source.read(len(FILE_MAGIC))
+            source.seek(0)
+            if magic == FILE_MAGIC:
+                opened = pa.ipc.open_file(source)
+                return opened.schema, opened.num_record_batches > 0
+            return pa.ipc.open_stream(source).schema, True
 
 
 Found = tuple[tuple[InputFile, ...], list[str]]
@@ -152,13 +160,12 @@ def with_unique_labels(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
 
 def own_note(paths: Sequence[Place | Stdin]) -> str:
     """What to say of outputs that were found and left out."""
-    return f"not read, as marsinfer wrote it: {some([str(path) for path in paths], 3)}; to read one, name it"
+    return f"not read, as marsinfer wrote it: {some(paths, 3)}; to read one, name it"
 
 
 def only_own(paths: Sequence[Place | Stdin]) -> str:
     """The refusal of a pattern that matches nothing else."""
-    told = some([str(path) for path in paths], 3)
-    return f"nothing matches but what marsinfer wrote: {told}; to read one, name it"
+    return f"nothing matches but what marsinfer wrote: {some(paths, 3)}; to read one, name it"
 
 
 def _with_all_keys(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
@@ -233,7 +240,7 @@ def _of_folder(folder: Place, base: Place, notes: list[str]) -> list[InputFile]:
     files, own = _choose(paths, listed, notes)
     if not files and not own:
         raise NothingReadable(f"{folder} holds no file that can be read; known extensions are {KNOWN}")
-    found = [_found(path, base, _label(path, folder), "folder") for path in files]
+    found = [_input_file(path, _label(path, folder), "folder", base) for path in files]
     return _of_one_kind(folder, found, notes)
 
 
@@ -251,7 +258,7 @@ def _of_pattern(given: str | Place, pattern: Place, notes: list[str]) -> list[In
             except NothingReadable:
                 unreadable = True
         elif str(path) in chosen:
-            found.append(_found(path, match.base, path.name, "pattern"))
+            found.append(_input_file(path, path.name, "pattern", match.base))
     if not found and own:
         raise InputError(only_own(own))
     if not found and unreadable:
@@ -273,11 +280,6 @@ def _choose(
     if ignored:
         notes.append(f"not read, of a kind that is not known: {some(ignored, 3)}")
     return [path for path in known if str(path) not in left_out], own
-
-
-def _found(path: Place, base: Place, label: str, origin: Literal["folder", "pattern"]) -> InputFile:
-    file = _input_file(path, label)
-    return replace(file, origin=origin, partitions=partitions_of(relative(path, base).parts[:-1]))
 
 
 def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> list[InputFile]:
@@ -304,7 +306,14 @@ def _label(path: Place, root: Place) -> str:
     return path.name
 
 
-def _input_file(path: Place, label: str, out_of_reach: str | None = None) -> InputFile:
+def _input_file(
+    path: Place,
+    label: str,
+    origin: Origin = "named",
+    base: Place | None = None,
+    out_of_reach: str | None = None,
+) -> InputFile:
+    """Folders below `base` may say columns."""
     known = format_of(path)
     assert known is not None
     size = 0
@@ -322,6 +331,8 @@ def _input_file(path: Place, label: str, out_of_reach: str | None = None) -> Inp
         format=known[0],
         compression=known[1],
         size=size,
+        origin=origin,
+        partitions={} if base is None else partitions_of(relative(path, base).parts[:-1]),
         out_of_reach=out_of_reach,
     )
 
@@ -337,16 +348,3 @@ def _local_size(path: Path, format: str, compression: str | None) -> int:
 
 def _absolute(path: Place | Stdin) -> str:
     return os.path.abspath(path) if isinstance(path, Path) else bare(str(path))
-
-
-def table_schema(source: pa.NativeFile, format: str) -> tuple[pa.Schema, bool]:
-    """The schema of a Parquet or Arrow file, and whether it may have rows; raises one of `READ_ERRORS`."""
-    if format == "parquet":
-        parquet = pq.ParquetFile(source, pre_buffer=False)
-        return parquet.schema_arrow, parquet.metadata.num_rows > 0
-    magic = source.read(len(FILE_MAGIC))
-    source.seek(0)
-    if magic == FILE_MAGIC:
-        opened = pa.ipc.open_file(source)
-        return opened.schema, opened.num_record_batches > 0
-    return pa.ipc.open_stream(source).schema, True

@@ -5,84 +5,91 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.errors import InputError, RowError
-from pipeline.inputs.columns import Columns
+from pipeline.errors import InputError
+from pipeline.inputs.columns import LONGEST, Columns
 from pipeline.inputs.finding import InputFile
-from pipeline.inputs.lines import LongLine, bounded_lines
-from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.rows import Spot, build, json_type
-from pipeline.inputs.zstd import ZstdReader
-from pipeline.records import Record
-from pipeline.storage.causes import ReadFault, until_fault
+from pipeline.inputs.readers import Reader, long_line
+from pipeline.inputs.rows import build, failed, json_type, or_error, rest_lost, until_fault
+from pipeline.records import Record, Row, RowError
+from pipeline.storage.causes import NetworkError
 from pipeline.storage.sniff import CR_ENDS
 from pipeline.values.jsonvalues import parse_json
 
+PASSED_BYTES = 1 << 20  # read at a time of what is passed over
+SKIP_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16)))
 
 
-class JsonlReader:
+class JsonlReader(Reader):
     """One file of JSON lines; how many lines it has is known only at its end."""
 
-    num_rows: int | None = None
-
     def __init__(self, file: InputFile, columns: Columns) -> None:
-        self.file = file
-        self.fraction = 0.0
+        super().__init__(file)
         self._columns = columns
         if file.compression is not None and file.path.is_file():
             _check_magic(file)
 
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """The records of all lines but blank ones; returns how many lines there are."""
-        index = -1
+    def _records(self) -> Iterator[Record]:
+        """The records of all lines but blank ones."""
         for index, line in enumerate(until_fault(self._lines())):
-            spot = self._spot(base, index)
-            if isinstance(line, ReadFault):
-                yield spot.rest_lost(line)
-            elif isinstance(line, LongLine):
-                yield spot.failure("long_line", str(line))
-            elif line.strip():
-                yield self._record(line, plan, spot)
-        return index + 1
+            row = replace(self.place(index), place=f"{self.file.label} line {index + 1}")
+            if isinstance(line, bytes):
+                if line.strip():
+                    yield self._record(line, row)
+            elif line.kind == "unreadable":
+                yield rest_lost(row, line)
+            else:
+                yield failed(row, line.kind, str(line))
+            self.rows_read = index + 1
 
-    def _record(self, line: bytes, plan: PassPlan, spot: Spot) -> Record:
+    def _record(self, line: bytes, row: Row) -> Record:
         try:
-            row = {**self.file.partitions, **_parse(line)}
+            cells = {**self.file.partitions, **_parse(line)}
         except RowError as error:
-            failed = spot.failure if line.endswith(b"\n") else spot.as_fault  # where the file may be cut
-            return failed(error.kind, str(error))
-        return build(self._columns, spot, row, _copied(plan, row))
+            is_fault = not line.endswith(b"\n")  # where the file may be cut
+            return failed(row, error.kind, str(error), is_fault=is_fault)
+        return build(self._columns, row, cells, or_error(self._plan.of_object, cells))
 
-    def _spot(self, base: int, index: int) -> Spot:
-        label = self.file.label
-        return Spot(base + index, f"{label} line {index + 1}", f"{label}:{index}")
-
-    def _lines(self) -> Iterator[bytes | LongLine]:
-        with ExitStack() as opened:
-            raw = opened.enter_context(self.file.open())
-            stream = opened.enter_context(_decompressed(raw, self.file.compression))
+    def _lines(self) -> Iterator[bytes | RowError]:
+        """Lines without a mark at their beginning, also midway, where files were joined."""
+        with open_lines(self.file) as (raw, stream):
             for line in bounded_lines(stream, self._columns.longest_line):
                 if self.file.size:
                     self.fraction = min(raw.tell() / self.file.size, 1.0)
-                yield (
-                    line if isinstance(line, LongLine) else line.removeprefix(BOM)
-                )  # also midway, where files were joined
+                yield line.removeprefix(BOM) if isinstance(line, bytes) else line
+
+
+def bounded_lines(stream: BinaryIO, longest: int = LONGEST) -> Iterator[bytes | RowError]:
+    """All lines, with their ends; in place of one of more than `longest` bytes, decompressed, an error.
+
+    None is read beyond the bound: one without an end costs its row, no memory.
+    """
+
+    def following() -> bytes | RowError:
+        line = stream.readline(longest + 2)  # its end, or a byte too many and a sign of more
+        if len(line) <= longest or len(line.rstrip(b"\r\n")) <= longest:
+            return line
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(PASSED_BYTES)
+        return long_line(longest)
+
+    return iter(following, b"")
 
 
 @contextmanager
-def open_lines(file: InputFile) -> Iterator[BinaryIO]:
-    """The file's lines as bytes, decompressed."""
-    with ExitStack() as opened:
-        raw = opened.enter_context(file.open())
-        yield opened.enter_context(_decompressed(raw, file.compression))
+def open_lines(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file as it is, and its lines as bytes, decompressed."""
+    with file.open() as raw, _decompressed(raw, file.compression) as stream:
+        yield raw, stream
 
 
 def _check_magic(file: InputFile) -> None:
@@ -101,13 +108,6 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
     if compression == "zstd":
         return cast(BinaryIO, io.BufferedReader(ZstdReader(raw)))
     return raw
-
-
-def _copied(plan: PassPlan, row: dict[str, object]) -> pa.RecordBatch | RowError | None:
-    try:
-        return plan.of_object(row)
-    except RowError as error:
-        return error
 
 
 def _parse(line: bytes) -> dict[str, object]:
@@ -129,3 +129,41 @@ def _parse(line: bytes) -> dict[str, object]:
             "not_an_object", f"is {json_type(row)}, not an object; each line must be one JSON object"
         )
     return row
+
+
+class ZstdReader(io.RawIOBase):
+    """Decompresses all frames of an open Zstandard file, with pyarrow alone.
+
+    Arrow's stream, asked for n bytes of which the file has fewer before a cut, fails without giving those. So
+    after a failure this one starts again, skips what it gave already, and asks for single bytes.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._stream = pa.CompressedInputStream(raw, "zstd")
+        self._given = 0
+        self._has_failed = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        try:
+            data = self._stream.read(1 if self._has_failed else len(buffer))
+        except OSError as error:
+            if self._has_failed or isinstance(error, NetworkError) or not self._raw.seekable():
+                raise
+            self._start_again()
+            data = self._stream.read(1)
+        buffer[: len(data)] = data
+        self._given += len(data)
+        return len(data)
+
+    def _start_again(self) -> None:
+        self._has_failed = True
+        self._failed_stream = self._stream  # its end would close the file
+        self._raw.seek(0)
+        self._stream = pa.CompressedInputStream(self._raw, "zstd")
+        left = self._given
+        while left:
+            left -= len(self._stream.read(min(left, SKIP_BYTES)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,48 +13,42 @@ from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.long_integers import readable_footer
-from pipeline.inputs.passthrough import PassPlan
-from pipeline.inputs.table_rows import BATCH_ROWS, TableRows, check_columns, check_names, is_sound
+from pipeline.inputs.rows import read_fault
+from pipeline.inputs.table_rows import BATCH_ROWS, TableReader
 from pipeline.records import Record
-from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, until_fault
+from pipeline.storage.causes import READ_ERRORS, cause
 
 # Without it pyarrow reads whole column chunks, which of a text column is nearly the whole row group.
 BUFFER_BYTES = 1 << 20
 BATCH_BYTES = 16 << 20
 
 
-class ParquetReader:
+class ParquetReader(TableReader):
     """One Parquet file; its footer is read at once, its rows only in `read`."""
 
     def __init__(self, file: InputFile, columns: Columns) -> None:
-        self.file = file
-        self.fraction = 0.0
-        self._columns = columns
         try:
-            parquet, self.unreadable = _open(file)
+            parquet, unreadable = _open(file)
             with parquet:
-                self.schema, self._groups = _layout(parquet, self.unreadable)
+                schema, self._groups = _layout(parquet, unreadable)
         except READ_ERRORS as error:
             raise InputError(f"{file.path} is not a readable Parquet file: {cause(error)}") from error
-        self.num_rows: int | None = sum(self._groups)
-        check_names(file, self.schema)
-        check_columns(file, self.schema, columns, self.unreadable)
+        self.num_rows = sum(self._groups)
+        super().__init__(file, columns, schema, unreadable)
 
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """The records of all rows; returns how many rows there are."""
-        rows = TableRows(self.file, self._columns, plan, base)
-        total = sum(self._groups)
+    def _records(self) -> Iterator[Record]:
         try:
             parquet = self._reopen()
         except READ_ERRORS as error:
-            yield from rows.unreadable(0, total, ReadFault.of(error))
-            return total
+            fault = read_fault(error)
+            if self.num_rows:
+                yield self._unreadable(0, self.num_rows, fault)
+            return
         with parquet:
             first = 0
             for group, count in enumerate(self._groups):
-                yield from self._read_group(self._batches(parquet, group, plan), rows, first, count)
+                yield from self._all_of(self._batches(parquet, group), first, count)
                 first += count
-        return total
 
     def _reopen(self) -> pq.ParquetFile:
         parquet, unreadable = _open(self.file)
@@ -63,25 +57,12 @@ class ParquetReader:
             raise ValueError("the file was changed during the run")
         return parquet
 
-    def _batches(self, parquet: pq.ParquetFile, group: int, plan: PassPlan) -> Iterator[pa.RecordBatch]:
-        wanted = {*self._columns.read, *plan.sources}
+    def _batches(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+        """All of a row group; at their end, a ValueError for rows that did not come."""
+        wanted = {*self._columns.read, *self._plan.sources}
         names = [name for name in self.schema.names if name in wanted]
-        return parquet.iter_batches(_batch_rows(parquet, group), row_groups=[group], columns=names)
-
-    def _read_group(
-        self, batches: Iterator[pa.RecordBatch], rows: TableRows, first: int, count: int
-    ) -> Iterator[Record]:
-        """Exactly `count` records: what the footer promises and the pages do not hold is unreadable."""
-        done, fault = 0, ReadFault("the row group holds fewer rows than the footer says")
-        for batch in until_fault(batches):
-            if isinstance(batch, ReadFault):
-                fault = batch
-                break
-            batch = batch.slice(0, count - done)
-            yield from rows.records(batch, first + done, sound=is_sound(batch))
-            done += batch.num_rows
-            self.fraction = (first + done) / sum(self._groups)
-        yield from rows.unreadable(first + done, count - done, fault)
+        yield from parquet.iter_batches(_batch_rows(parquet, group), row_groups=[group], columns=names)
+        raise ValueError("the row group holds fewer rows than the footer says")
 
 
 def _open(file: InputFile) -> tuple[pq.ParquetFile, dict[str, str]]:

@@ -1,22 +1,32 @@
-"""Columns copied from the input to the output: which, under which names, as which types."""
+"""Columns copied from the input to the output: which, under which names, as which types.
+
+That the output can hold them is proven by writing a row before any is answered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import InputError, RowError
-from pipeline.inputs.columns import Columns, type_named
-from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME
+from pipeline.errors import ConfigError, InputError
+from pipeline.inputs.columns import Columns, Keep, type_named
+from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME, answers_table, output_schema
+from pipeline.outputs.chunks import pack_chunk
+from pipeline.outputs.formats import SINKS, Published
+from pipeline.records import Answer, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, some
 from pipeline.values.converting import STRINGS, converted, converts
-from pipeline.values.dictionaries import settled
+from pipeline.values.dictionaries import TWINS, has_twins, settled
 from pipeline.values.jsonvalues import KEYS, held_text
 from pipeline.values.unify import common
 
 EXTRA = "extra"
+OTHER_FORMATS = (".arrows", ".arrow", ".parquet", ".jsonl")
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class PassPlan:
         `partitions` are keys of JSONL that get columns of their own, as folders say them. With `as_keys` the
         others remain keys in the output.
         """
-        kept = columns.kept
+        kept = columns.keep
         if kept is None:
             wanted = _all_columns(columns, tables)
         else:
@@ -109,11 +119,11 @@ def _all_columns(columns: Columns, tables: Sequence[InputTable]) -> list[tuple[s
 
 
 def _kept_columns(
-    kept: tuple[tuple[str, str | None], ...], tables: Sequence[InputTable], *, has_jsonl: bool
+    kept: Keep, tables: Sequence[InputTable], *, has_jsonl: bool
 ) -> list[tuple[str | None, pa.Field]]:
     wanted: list[tuple[str | None, pa.Field]] = []
     there = list(dict.fromkeys(name for table in tables for name in table.schema.names))
-    for name, type_name in kept:
+    for name, type_name in kept.items():
         _refuse_unreadable(name, tables)
         if name not in there and not has_jsonl:
             has = f"it has: {some(there)}" if there else "text documents have none"
@@ -207,8 +217,8 @@ def _own_names(columns: Columns) -> frozenset[str]:
     return frozenset(name for name in ANSWER_NAMES if columns.holds_question or name != QUESTION_NAME)
 
 
-def _free(name: str, taken: frozenset[str], others: Mapping[str, object]) -> str:
-    """A key under a name that is none of the output's, nor another key's."""
+def _free(name: str, taken: Collection[str], others: Collection[str]) -> str:
+    """A name that is none of those taken, and unless it is the one that was wanted, none of the others."""
     free = name
     while free in taken or (free != name and free in others):
         free += "_input"
@@ -223,9 +233,7 @@ def _rename(
     free = {field.name for _, field in wanted} - taken
     columns, notes = [], []
     for source, field in wanted:
-        name = field.name
-        while name in taken or (name != field.name and name in free):
-            name += "_input"
+        name = _free(field.name, taken, free)
         if name != field.name:
             notes.append(
                 f"input column {field.name!r} is written as {name!r}, as there is another {field.name!r}"
@@ -282,3 +290,58 @@ def _json_text(name: str, value: object) -> str:
         return held_text(value)
     except (ValueError, RecursionError) as error:
         raise RowError("bad_value", f"{name!r} cannot be copied as JSON: {cause(error)}") from error
+
+
+def check_held(output: str, columns: Sequence[PassColumn]) -> None:
+    """Refuse columns that an output of this name, by its extension, cannot hold.
+
+    The message names the first of them, its type, and what helps, which is tried too. An extension that is
+    not known is told elsewhere.
+    """
+    suffix = Path(output).suffix.lower()
+    if suffix not in SINKS or _cannot_hold(suffix, columns) is None:
+        return
+    for column in columns:
+        why = _cannot_hold(suffix, [column])
+        if why is not None:
+            raise ConfigError(
+                f"column {column.field.name!r} is {column.field.type}, which {suffix} cannot hold ({why}); "
+                f"{_other_ways(suffix, column, columns)}"
+            )
+    raise ConfigError(f"{output} cannot be written as {suffix}: {_cannot_hold(suffix, columns)}")
+
+
+def _cannot_hold(suffix: str, columns: Sequence[PassColumn]) -> str | None:
+    """Why such columns cannot be kept in a journal, written and read back; None if a row of nulls can."""
+    if suffix == ".jsonl" and any(has_twins(column.field.type) for column in columns):
+        return TWINS
+    copied = pa.schema([column.field for column in columns])
+    schema = output_schema(copied, {}, holds_question=QUESTION_NAME not in copied.names)
+    content = io.BytesIO()
+    try:
+        table = answers_table([Answer(id="", row=0)], schema)
+        pack_chunk(table)
+        sink = SINKS[suffix](content, schema)
+        sink.write(table)
+        sink.finish()
+        if suffix != ".jsonl":
+            written = Published(Path(f"output{suffix}"), pa.py_buffer(content.getvalue()))
+            for group in written:
+                written.read(group)
+    except (TypeError, *READ_ERRORS) as error:
+        return cause(error)
+    return None
+
+
+def _other_ways(suffix: str, column: PassColumn, columns: Sequence[PassColumn]) -> str:
+    """All that helps: another format, text, or going without."""
+    able = [other for other in OTHER_FORMATS if other != suffix and _cannot_hold(other, columns) is None]
+    remedies = [f"name an output with {able[0]}"] if able else []
+    names = [other.source for other in columns if other is not column and other.source is not None]
+    others = names[:MOST_NAMED]
+    if column.source is not None and converts(column.field.type, pa.large_string()):
+        as_text = ",".join([f"{column.source}:string", *others])
+        remedies.append(f"keep it as text, as in --keep-columns {as_text}")
+    if others:
+        remedies.append(f"leave it out, as in --keep-columns {','.join(others)}")
+    return ", or ".join(remedies)

@@ -1,17 +1,23 @@
-"""The rows that a run takes from its input, a record for each question, and how far it has read them."""
+"""The rows that a run takes from its input, a record for each question, and how far it has read them.
+
+It takes a shard of them, a sample of that, and of that the first ones. Nothing is kept but counts. A sample
+draws a row with the chance (rows still wanted) / (rows still to come), so that exactly as many come out as
+were asked for; whether it does hangs on the seed and the row's number alone. That needs the number of rows:
+where no file tells it (JSON lines, Arrow streams), the input is read once before to count them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import islice
 
-from pipeline.inputs.selection import most_rows, select_rows, selected_rows
-from pipeline.records import Document, Record, RowFailure
-from pipeline.settings.run_settings import BatchConfig
-
-if TYPE_CHECKING:
-    from pipeline.inputs.source import Source
+from pipeline.errors import ConfigError
+from pipeline.inputs.source import Source
+from pipeline.records import Document, Record, RowError
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.parse import parse_shard
 
 
 class Reading:
@@ -21,7 +27,7 @@ class Reading:
     hangs on the number of its rows.
     """
 
-    def __init__(self, source: Source, config: BatchConfig) -> None:
+    def __init__(self, source: Source, config: DataSettings) -> None:
         self._source, self._config = source, config
         self._rows = self._records = 0
         self._ended = False
@@ -70,7 +76,7 @@ class Reading:
 
 def each_question(record: Record) -> Iterable[Record]:
     """A row with a list of questions as a record for each; a question that cannot be asked is a failure."""
-    if isinstance(record, RowFailure) or record.questions is None:
+    if isinstance(record, RowError) or record.questions is None:
         yield record
         return
     for index, question in enumerate(record.questions):
@@ -82,4 +88,72 @@ def each_question(record: Record) -> Iterable[Record]:
             yield Document(source=replace(source, question=question), text=record.text)
         else:
             message = f"{row.place}: {question}"
-            yield RowFailure(source=source, kind=question.kind, message=message)
+            yield RowError(source=source, kind=question.kind, message=message)
+
+
+def select_rows(source: Iterable[Record], config: DataSettings, total_rows: int | None) -> Iterator[Record]:
+    """The rows of `source` that `config` asks for, in their order and with their own row numbers.
+
+    Raises ConfigError for a sample of an input that can be read only once.
+    """
+    rows = _shard(source, config)
+    if config.sample is not None:
+        count = _rows_of_shard(config, total_rows)
+        if count is None:
+            count = _count(source, config)
+        rows = _sample(rows, config.sample, count, config.seed)
+    return islice(rows, config.limit)
+
+
+def selected_rows(config: DataSettings, total_rows: int | None) -> int | None:
+    """How many rows `select_rows` will yield, where that is known before reading."""
+    count = _rows_of_shard(config, total_rows)
+    most = most_rows(config)
+    return count if count is None or most is None else min(count, most)
+
+
+def most_rows(config: DataSettings) -> int | None:
+    """The number that `select_rows` will not exceed, however many rows there are; None without a bound."""
+    return min((bound for bound in (config.sample, config.limit) if bound is not None), default=None)
+
+
+def _shard(source: Iterable[Record], config: DataSettings) -> Iterator[Record]:
+    if config.shard is None:
+        return iter(source)
+    part, parts = parse_shard(config.shard)
+    return (record for record in source if record.source.row % parts == part - 1)
+
+
+def _rows_of_shard(config: DataSettings, total_rows: int | None) -> int | None:
+    if total_rows is None or config.shard is None:
+        return total_rows
+    part, parts = parse_shard(config.shard)
+    return len(range(part - 1, total_rows, parts))
+
+
+def _count(source: Iterable[Record], config: DataSettings) -> int:
+    pipes = [path for path in getattr(source, "files", ()) if not path.is_file()]
+    if isinstance(source, Iterator) or pipes:
+        name = str(pipes[0]) if pipes else "the input"
+        raise ConfigError(
+            f"--sample counts the rows first, and {name} can be read only once: "
+            "save it to a file, or use --limit"
+        )
+    return sum(1 for _ in _shard(source, config))
+
+
+def _sample(rows: Iterable[Record], wanted: int, left: int, seed: int) -> Iterator[Record]:
+    """Knuth's selection sampling: `wanted` of the `left` rows, in one pass."""
+    for record in rows:
+        if wanted < 1:
+            return
+        if _uniform(seed, record.source.row) * left < wanted:
+            wanted -= 1
+            yield record
+        left -= 1
+
+
+def _uniform(seed: int, row: int) -> float:
+    """A number in [0, 1) for a row; unlike Python's own hash it is the same in every process and release."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=7).digest()
+    return (int.from_bytes(digest) >> 3) / 2**53

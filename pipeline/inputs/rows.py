@@ -1,41 +1,26 @@
-"""From the values found in one row to a `Document`, or to the `RowFailure` that says what is wrong."""
+"""From the values found in one row to a `Document`, or to the `RowError` that says what is wrong."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
 
-from pipeline.errors import RowError
 from pipeline.inputs.columns import Columns
-from pipeline.records import Document, Record, Row, RowFailure
-from pipeline.storage.causes import ReadFault, some
+from pipeline.records import Document, Record, Row, RowError
+from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Stands in a row where a value could not be had; `kind` is the failure's."""
-
-    kind: str
-    what: str
-
-
-class Lacking(RowError):
-    """A row has no such column at all."""
-
-    def __init__(self, kind: str, column: str, flag: str, cells: Mapping[str, object]) -> None:
-        super().__init__(kind, f"there is no {column!r}; it has: {some(list(cells)) or 'nothing'} ({flag})")
-        self.column = column
-
-
-BAD_UTF8 = Fault("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
+BAD_UTF8 = RowError("bad_utf8", "is not valid UTF-8; convert the file to UTF-8")
+REWRITE = "write the file again from its source"
 
 UNASKED = "question"  # where a run asks for summaries only because the first row has none
 UNASKED_REMEDY = f"--question-column {UNASKED} asks it, --summarise leaves it aside"
-_MISSING = object()
 # Letters and marks without a shape: a joiner, Hangul and Khmer fillers, Braille's blank, variation selectors.
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -58,60 +43,87 @@ def json_type(value: object) -> str:
     return next(told, "null" if value is None else "a string")
 
 
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """Where a row stands: its number over the whole input, its place in messages, its id if not given."""
+def read_fault(error: BaseException) -> RowError:
+    """What is at the end of all that could be read; an error that no bytes are to blame for is raised."""
+    if is_out_of_reach(error):
+        raise error
+    return RowError("unreadable", f"{cause(error)}; {REWRITE}")
 
-    row: int
-    place: str
-    default_id: str
 
-    def failure(self, kind: str, message: str) -> RowFailure:
-        """A failure of a row of which nothing is known but where it stands."""
-        source = Row(row=self.row, id=self.default_id, place=self.place)
-        return RowFailure(source=source, kind=kind, message=f"{self.place} {message}")
+def until_fault(items: Iterator[T]) -> Iterator[T | RowError]:
+    """`items`, ended by what went wrong if producing the next one fails; errors of the consumer pass by."""
 
-    def rest_lost(self, fault: ReadFault) -> RowFailure:
-        """The one failure for this row and all after it in the file, however many they are."""
-        return self.as_fault("unreadable", f"and all after it cannot be read: {fault}")
+    def following() -> T | RowError | None:
+        try:
+            return next(items, None)
+        except READ_ERRORS as error:
+            return read_fault(error)
 
-    def as_fault(self, kind: str, message: str) -> RowFailure:
-        """The one failure for this row and others after it."""
-        return replace(self.failure(kind, message), is_fault=True)
+    return iter(following, None)
+
+
+def failed(row: Row, kind: str, message: str, *, is_fault: bool = False) -> RowError:
+    """The failure of a row of which nothing is known but where it stands, and of all after it, if a fault."""
+    return RowError(kind, f"{row.place} {message}", row, is_fault=is_fault)
+
+
+def rest_lost(row: Row, fault: RowError) -> RowError:
+    """The one failure for this row and all after it in the file, however many they are."""
+    return failed(row, fault.kind, f"and all after it cannot be read: {fault}", is_fault=True)
+
+
+def or_error(make: Callable[..., T], *arguments: object) -> T | RowError:
+    """What is made of these, or what ails them."""
+    try:
+        return make(*arguments)
+    except RowError as error:
+        return error
 
 
 def build(
-    columns: Columns, spot: Spot, cells: Mapping[str, object], passthrough: pa.RecordBatch | RowError | None
+    columns: Columns, row: Row, cells: Mapping[str, object], passthrough: pa.RecordBatch | RowError | None
 ) -> Record:
-    """The record of one row from its cells, which hold Python values or `Fault`s."""
-    failed_copy = passthrough if isinstance(passthrough, RowError) else None
-    row_id, failed_id = _id(columns, spot, cells)
-    failed_id = None if columns.takes_ids else failed_id
-    source = Row(
-        row=spot.row,
-        id=row_id,
-        place=spot.place,
+    """The record of one row from its cells: Python values, or for one that could not be had, why.
+
+    `row` says where it stands, and the id that it has unless a column says another.
+    """
+    own_id = None if columns.id is None else or_error(_own_id, columns.id, cells.get(columns.id))
+    source = replace(
+        row,
+        id=own_id if isinstance(own_id, str) else row.id,
         task=None if columns.task is None else _task(cells.get(columns.task)),
         passthrough=None if isinstance(passthrough, RowError) else passthrough,
     )
     try:
         text = _text(columns.text, cells)
         question, questions = _question(columns, cells), _questions(columns, cells)
-        for failed in (failed_id, failed_copy):
-            if failed is not None:
-                raise failed
+        for each in (None if columns.takes_ids else own_id, passthrough):
+            if isinstance(each, RowError):
+                raise each
     except RowError as error:
-        lacks = error.column if isinstance(error, Lacking) else None
-        return RowFailure(source=source, kind=error.kind, message=f"{spot.place}: {error}", lacks=lacks)
+        return error.at(source)
     return Document(source=replace(source, question=question), text=text, questions=questions)
 
 
+def _cell(name: str, cells: Mapping[str, object], kind: str, flag: str) -> object:
+    """The value of a column that each row must have; `kind` is that of the failure of one that has not."""
+    if name not in cells:
+        message = f"there is no {name!r}; it has: {some(cells) or 'nothing'} ({flag})"
+        raise RowError(kind, message, lacks=name)
+    if cells[name] is None:
+        raise RowError(kind, f"{name!r} is null")
+    return _sound(repr(name), cells[name])
+
+
+def _sound(what: str, value: object) -> object:
+    """The value, if it could be read."""
+    if isinstance(value, RowError):
+        raise RowError(value.kind, f"{what} {value}")
+    return value
+
+
 def _text(name: str, cells: Mapping[str, object]) -> str:
-    value = cells.get(name, _MISSING)
-    if value is _MISSING:
-        raise Lacking("missing_text", name, "--text-column names the text", cells)
-    if value is None:
-        raise RowError("missing_text", f"{name!r} is null")
+    value = _cell(name, cells, "missing_text", "--text-column names the text")
     text = _string(repr(name), value, "bad_text_type")
     if is_blank(text):
         raise RowError("empty_document", f"{name!r} is empty")
@@ -127,9 +139,7 @@ def _question(columns: Columns, cells: Mapping[str, object]) -> str | None:
         )
     if name is None:
         return columns.fixed_question
-    value = cells.get(name, _MISSING)
-    if value is _MISSING:
-        raise Lacking("missing_question", name, "--question-column names the question", cells)
+    value = _cell(name, cells, "missing_question", "--question-column names the question")
     return _asked(repr(name), value)
 
 
@@ -148,13 +158,7 @@ def _questions(columns: Columns, cells: Mapping[str, object]) -> tuple[str | Row
     name = columns.questions
     if name is None:
         return None
-    value = cells.get(name, _MISSING)
-    if value is _MISSING:
-        raise Lacking("missing_question", name, "--questions-column names the questions", cells)
-    if value is None:
-        raise RowError("missing_question", f"{name!r} is null")
-    if isinstance(value, Fault):
-        raise RowError(value.kind, f"{name!r} {value.what}")
+    value = _cell(name, cells, "missing_question", "--questions-column names the questions")
     if not isinstance(value, list):
         raise RowError(
             "bad_question_type",
@@ -162,43 +166,23 @@ def _questions(columns: Columns, cells: Mapping[str, object]) -> tuple[str | Row
         )
     if not value:
         raise RowError("missing_question", f"{name!r} is an empty list")
-    return tuple(_asked_or_error(f"question {i} of {name!r}", each) for i, each in enumerate(value))
-
-
-def _asked_or_error(what: str, value: object) -> str | RowError:
-    try:
-        return _asked(what, value)
-    except RowError as error:
-        return error
+    return tuple(or_error(_asked, f"question {i} of {name!r}", each) for i, each in enumerate(value))
 
 
 def _string(what: str, value: object, wrong_type: str) -> str:
-    if isinstance(value, Fault):
-        raise RowError(value.kind, f"{what} {value.what}")
     if not isinstance(value, str):
         raise RowError(wrong_type, f"{what} is {json_type(value)}, not a string")
     _refuse_surrogates(what, value)
     return value
 
 
-def _id(columns: Columns, spot: Spot, cells: Mapping[str, object]) -> tuple[str, RowError | None]:
-    """The row's id, or the default one with what is wrong with its own."""
-    if columns.id is None:
-        return spot.default_id, None
-    try:
-        return _own_id(columns.id, cells.get(columns.id)), None
-    except RowError as error:
-        return spot.default_id, error
-
-
 def _task(value: object) -> str:
     """What cannot be read is no task that is known."""
-    return "" if value is None or isinstance(value, Fault) else _as_text(value)
+    return "" if value is None or isinstance(value, RowError) else _as_text(value)
 
 
 def _own_id(name: str, value: object) -> str:
-    if isinstance(value, Fault):
-        raise RowError(value.kind, f"{name!r} {value.what}")
+    value = _sound(repr(name), value)
     text = value if isinstance(value, str) else "" if value is None else _as_text(value)
     if is_blank(text):
         raise RowError("missing_id", f"there is no id in {name!r}; --id-column names the id")

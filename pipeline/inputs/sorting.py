@@ -12,7 +12,7 @@ from hashlib import blake2b
 import pyarrow as pa
 
 from pipeline.errors import StorageError
-from pipeline.inputs.table_rows import lone
+from pipeline.inputs.table_rows import as_stream, lone
 from pipeline.records import Document, Record, Row
 from pipeline.storage.causes import cause
 
@@ -84,16 +84,13 @@ def _packed(record: Record) -> tuple[bytes, bytes | None]:
     bare = replace(record, source=replace(record.source, passthrough=None))
     if isinstance(bare, Document):
         bare = replace(bare, text="")
-    return pickle.dumps(bare), None if copied is None else _as_stream(copied)
+    return pickle.dumps(bare), None if copied is None else _row_as_stream(copied)
 
 
-def _as_stream(row: pa.RecordBatch) -> bytes:
+def _row_as_stream(row: pa.RecordBatch) -> bytes:
     columns = [lone(column) if isinstance(column, pa.DictionaryArray) else column for column in row.columns]
     row = pa.RecordBatch.from_arrays(columns, schema=row.schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, row.schema) as writer:
-        writer.write_batch(row)
-    return sink.getvalue().to_pybytes()
+    return as_stream(row).to_pybytes()
 
 
 def _with_copied(source: Row, copied: bytes | None) -> Row:

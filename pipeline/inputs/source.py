@@ -2,103 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 
-from pipeline.errors import InputError, StorageError
+from pipeline.errors import InputError
 from pipeline.inputs.arrow import open_arrow
-from pipeline.inputs.columns import Columns
+from pipeline.inputs.columns import PARTITION_TYPE, Columns, with_fields
 from pipeline.inputs.finding import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
-from pipeline.inputs.jsonl import JsonlReader
+from pipeline.inputs.jsonl import BOM, JsonlReader, bounded_lines, open_lines
 from pipeline.inputs.parquet import ParquetReader
-from pipeline.inputs.partitions import with_fields
-from pipeline.inputs.passthrough import InputTable, PassPlan
-from pipeline.inputs.peek import first_columns
-from pipeline.inputs.proof import check_held
-from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY, Spot
-from pipeline.inputs.text import TextReader
+from pipeline.inputs.passthrough import InputTable, PassPlan, check_held
+from pipeline.inputs.readers import EmptyReader, LostReader, Reader, TextReader
+from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY
 from pipeline.outputs.formats import type_held
 from pipeline.outputs.own import is_own_table
-from pipeline.records import Record, RowFailure
-from pipeline.storage.causes import OutOfReach, ReadFault, cause, is_out_of_reach, some
+from pipeline.records import Record, RowError
+from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, is_out_of_reach, some
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin
 
-
-class Reader(Protocol):
-    """One opened file of any format."""
-
-    file: InputFile
-    num_rows: int | None
-    fraction: float
-
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """Records numbered from `base`; returns how many rows the file has, blank lines included.
-
-        Raises OutOfReach where the rest of the file cannot be had now.
-        """
-        ...
-
-
-class EmptyReader:
-    """A file without a byte, which has no rows, whatever its name says."""
-
-    num_rows: int | None = 0
-
-    def __init__(self, file: InputFile) -> None:
-        self.file = file
-        self.fraction = 1.0
-
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """No records."""
-        yield from ()
-        return 0
-
-
-class UnreachableReader:
-    """A file of which nothing can be had now."""
-
-    num_rows: int | None = None
-
-    def __init__(self, file: InputFile, why: str) -> None:
-        self.file = file
-        self.fraction = 1.0
-        self.why = why
-
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """Raises OutOfReach at once."""
-        yield from ()
-        raise OutOfReach(self.why)
-
-
-class DamagedReader:
-    """A file that cannot be read from its beginning on, such as a table that was cut."""
-
-    num_rows: int | None = None
-
-    def __init__(self, file: InputFile, error: InputError, fault: ReadFault) -> None:
-        self.file = file
-        self.fraction = 1.0
-        self.error = error
-        self.fault = fault
-
-    def read(self, plan: PassPlan, base: int) -> Generator[Record, None, int]:
-        """The one failure for all of its rows, however many they are."""
-        label = self.file.label
-        yield Spot(base, f"{label} row 0", f"{label}:0").rest_lost(self.fault)
-        return 1
-
-
+LINES_TRIED = 100  # for the columns of JSON lines, until one is an object
 OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
 
 
 class Source:
-    """The input, checked and opened; iterating yields `Document`s and `RowFailure`s in input order.
+    """The input, checked and opened; iterating yields `Document`s and `RowError`s in input order.
 
     `total_rows` is exact, or None if a file tells its rows only when read (JSON lines, Arrow streams). Of
     the last iteration, `out_of_reach` names the files whose rest could not be had, with the cause, and
@@ -149,26 +82,18 @@ class Source:
         self._records = [0] * len(self._readers)
         self.out_of_reach, self.has_faults = [], False
         for number, reader in enumerate(self._readers):
-            self._current, reader.fraction = number, 0.0
-            base += yield from self._rows(number, base)
-        self._current = len(self._readers)
-
-    def _rows(self, number: int, base: int) -> Generator[Record, None, int]:
-        """The records of one file; returns how many rows it has, as far as they could be read."""
-        reader, read = self._readers[number], 0
-        rows = reader.read(self._plan, base)
-        while True:
+            self._current = number
             try:
-                record = next(rows)
-            except StopIteration as end:
-                return int(end.value)
-            except OutOfReach as error:
-                self.out_of_reach.append(f"{reader.file.path} cannot be read: {error}")
-                return reader.num_rows or read
-            read = record.source.row + 1 - base
-            self._records[number] += 1
-            self.has_faults |= isinstance(record, RowFailure) and record.is_fault
-            yield record
+                for record in reader.read(self._plan, base):
+                    self._records[number] += 1
+                    self.has_faults |= isinstance(record, RowError) and record.is_fault
+                    yield record
+            except OSError as error:
+                if not is_out_of_reach(error):
+                    raise
+                self.out_of_reach.append(f"{reader.file.path} cannot be read: {cause(error)}")
+            base += reader.rows_read if reader.num_rows is None else reader.num_rows
+        self._current = len(self._readers)
 
 
 def _has_rows(reader: Reader) -> bool:
@@ -211,20 +136,15 @@ def open_source(
 
 def _refuse_lost(readers: Sequence[Reader]) -> None:
     """A StorageError, or else an InputError, if all files are out of reach or damaged."""
-    unreachable = [reader for reader in readers if isinstance(reader, UnreachableReader)]
-    damaged = [reader for reader in readers if isinstance(reader, DamagedReader)]
-    if len(unreachable) + len(damaged) < len(readers):
-        return
-    if unreachable:
-        raise StorageError(f"{unreachable[0].file.path} cannot be read: {unreachable[0].why}")
-    if damaged:
-        raise damaged[0].error
+    lost = [reader for reader in readers if isinstance(reader, LostReader)]
+    if lost and len(lost) == len(readers):
+        raise next((reader for reader in lost if reader.is_out_of_reach), lost[0]).refusal
 
 
 def _table(reader: Reader) -> InputTable:
     """The columns of a file, and those of the folders that it lies in."""
-    schema = with_fields(_schema(reader), reader.file.partitions)
-    return InputTable(reader.file.label, schema, getattr(reader, "unreadable", {}))
+    schema = with_fields(reader.schema, reader.file.partitions)
+    return InputTable(reader.file.label, schema, reader.unreadable)
 
 
 def _refuse_questions(tables: Sequence[InputTable]) -> None:
@@ -236,17 +156,11 @@ def _refuse_questions(tables: Sequence[InputTable]) -> None:
         )
 
 
-def _schema(reader: Reader) -> pa.Schema:
-    """The columns that a file itself says before it is read."""
-    schema: pa.Schema = getattr(reader, "schema", pa.schema([]))
-    return schema
-
-
 def _has_keys(readers: Sequence[Reader], columns: Columns) -> bool:
     """Whether the columns to copy may be keys of JSON lines; if no file has a row, any may be asked for."""
     if any(reader.file.format == "jsonl" for reader in readers):
         return True
-    return columns.kept is not None and all(isinstance(reader, EmptyReader) for reader in readers)
+    return columns.keep is not None and all(isinstance(reader, EmptyReader) for reader in readers)
 
 
 def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> list[Reader]:
@@ -274,20 +188,17 @@ def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> l
 def _open(file: InputFile, columns: Columns) -> Reader | None:
     """None for an output of ours, unless the user named it."""
     if file.out_of_reach is not None:
-        return UnreachableReader(file, file.out_of_reach)
+        return LostReader(file, NetworkError(file.out_of_reach))
     try:
         return _open_reached(file, columns)
     except OSError as error:
         if not is_out_of_reach(error):
             raise
-        return UnreachableReader(file, cause(error))
+        return LostReader(file, error)
     except InputError as error:
-        why = error.__cause__
-        if why is None:  # nothing is wrong with its bytes
+        if error.__cause__ is None:  # nothing is wrong with its bytes
             raise
-        if is_out_of_reach(why):
-            return UnreachableReader(file, cause(why))
-        return DamagedReader(file, error, ReadFault.of(why))
+        return LostReader(file, error.__cause__, error)
 
 
 def _open_reached(file: InputFile, columns: Columns) -> Reader | None:
@@ -302,4 +213,66 @@ def _open_reached(file: InputFile, columns: Columns) -> Reader | None:
         if is_own(file):
             return None
         raise
-    return None if is_own_table(_schema(reader)) else reader
+    return None if is_own_table(reader.schema) else reader
+
+
+def first_columns(files: Iterable[InputFile]) -> dict[str, str] | None:
+    """Names and Arrow types of the columns of the first file with rows, else of the first that says them.
+
+    None if no file says them. Of JSON lines they are the keys of the first object, of a text document `text`.
+    """
+    empty: dict[str, str] | None = None
+    for file in files:
+        try:
+            columns, has_rows = _columns(file)
+        except READ_ERRORS:  # which opening it will tell
+            continue
+        if columns is not None and has_rows:
+            return columns
+        if empty is None:
+            empty = columns
+    return empty
+
+
+def _columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
+    """The columns, those that folders say included, and whether there may be rows."""
+    columns, has_rows = _own_columns(file)
+    said = {key: str(PARTITION_TYPE) for key in file.partitions}
+    return (None if columns is None else {**said, **columns}), has_rows
+
+
+def _own_columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
+    if file.is_empty:
+        return None, False
+    if file.format == "text":
+        return {"text": "string"}, True
+    if file.format != "jsonl":
+        schema, has_rows = file.schema()
+        if file.origin != "named" and is_own_table(schema):
+            return None, False
+        return {field.name: str(field.type) for field in schema}, has_rows
+    if isinstance(file.path, Stdin):
+        line = file.path.first_line()
+        return (None, True) if line is None else (_keys([line]), True)
+    if not file.path.is_file():  # a named pipe, which can be read only once
+        return None, True
+    with open_lines(file) as (_, stream):
+        return _keys(line for line in bounded_lines(stream) if isinstance(line, bytes)), True
+
+
+def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
+    for line in islice(lines, LINES_TRIED):
+        try:
+            row = json.loads(line.removeprefix(BOM).decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            return {key: _type_of(value) for key, value in row.items()}
+    return None
+
+
+def _type_of(value: object) -> str:
+    try:
+        return str(pa.infer_type([value]))
+    except (pa.ArrowException, ValueError, OverflowError, TypeError):
+        return "null"

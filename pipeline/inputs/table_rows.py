@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 
-from pipeline.errors import InputError, RowError
-from pipeline.inputs.columns import Columns
+from pipeline.errors import InputError
+from pipeline.inputs.columns import Columns, with_arrays, with_fields
 from pipeline.inputs.finding import InputFile
-from pipeline.inputs.partitions import with_arrays, with_fields
-from pipeline.inputs.passthrough import PassPlan, cannot_be_read
-from pipeline.inputs.rows import BAD_UTF8, Fault, Spot, build
-from pipeline.records import Record
-from pipeline.storage.causes import READ_ERRORS, ReadFault, cause, some
+from pipeline.inputs.passthrough import cannot_be_read
+from pipeline.inputs.readers import Reader
+from pipeline.inputs.rows import BAD_UTF8, build, failed, or_error, until_fault
+from pipeline.records import Record, RowError
+from pipeline.storage.causes import READ_ERRORS, cause, some
 
 BATCH_ROWS = 64
 
@@ -24,46 +24,32 @@ _AS_BINARY = {
 }
 
 
-def check_columns(
-    file: InputFile, schema: pa.Schema, columns: Columns, unreadable: Mapping[str, str] | None = None
+def _check_columns(
+    file: InputFile, schema: pa.Schema, columns: Columns, unreadable: Mapping[str, str]
 ) -> None:
-    """Refuse a file that lacks a column read by name, or whose text is no text.
-
-    `unreadable` are the types of columns that it has, but that are not in `schema`.
-    """
     schema = with_fields(schema, file.partitions)
     for needed in columns.read:
-        if unreadable and needed in unreadable:
+        if needed in unreadable:
             raise InputError(f"{file.label}: {cannot_be_read(needed, unreadable[needed])}")
-    wanted = (("--text-column", "text", columns.text), ("--question-column", "question", columns.question))
-    for flag, role, name in wanted:
-        if name is not None:
-            _check_present(file, schema, name, f"({flag} names the {role})")
-            found = schema.field(name).type
-            if not _is_text(found):
-                raise InputError(
-                    f"{file.label}: column {name!r} is {found}, not a string ({flag} names the {role})"
-                )
-    if columns.questions is not None:
-        hint = "(--questions-column names the list of questions)"
-        _check_present(file, schema, columns.questions, hint)
-        found = schema.field(columns.questions).type
-        if not _is_list_of_text(found):
-            raise InputError(
-                f"{file.label}: column {columns.questions!r} is {found}, not a list of strings {hint}"
-            )
-    if columns.id is not None:
-        _check_present(file, schema, columns.id, "(--id-column names the id)")
-    if columns.task is not None:
-        _check_present(file, schema, columns.task, "(--task-column names the kind of task)")
+    lists = "a list of strings", _is_list_of_text
+    wanted = (
+        (columns.text, "--text-column names the text", "a string", _is_text),
+        (columns.question, "--question-column names the question", "a string", _is_text),
+        (columns.questions, "--questions-column names the list of questions", *lists),
+        (columns.id, "--id-column names the id", "", _is_any),
+        (columns.task, "--task-column names the kind of task", "", _is_any),
+    )
+    for name, hint, what, fits in wanted:
+        if name is None:
+            continue
+        if name not in schema.names:
+            raise InputError(f"{file.label} has no column {name!r}; it has: {some(schema.names)} ({hint})")
+        found = schema.field(name).type
+        if not fits(found):
+            raise InputError(f"{file.label}: column {name!r} is {found}, not {what} ({hint})")
 
 
-def _check_present(file: InputFile, schema: pa.Schema, name: str, hint: str) -> None:
-    if name not in schema.names:
-        raise InputError(f"{file.label} has no column {name!r}; it has: {some(schema.names)} {hint}")
-
-
-def check_names(file: InputFile, schema: pa.Schema) -> None:
+def _check_names(file: InputFile, schema: pa.Schema) -> None:
     """Refuse names that are no text, and columns that share one: which was meant cannot be told."""
     try:
         for field in schema:
@@ -82,6 +68,10 @@ def _decode_names(field: pa.Field) -> None:
     assert field.name is not None
     for i in range(field.type.num_fields):
         _decode_names(field.type.field(i))
+
+
+def _is_any(found: pa.DataType) -> bool:
+    return True
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -107,67 +97,90 @@ def is_sound(batch: pa.RecordBatch) -> bool:
     return True
 
 
-class TableRows:
-    """Makes the records of one file's rows; `base` is the number of its first row over the whole input."""
+def as_stream(batch: pa.RecordBatch) -> pa.Buffer:
+    """A stream of this batch alone, which shares no buffer with others."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
 
-    def __init__(self, file: InputFile, columns: Columns, plan: PassPlan, base: int) -> None:
-        self._file = file
+
+class TableReader(Reader):
+    """One file of a table, from batches of which it makes records."""
+
+    def __init__(
+        self,
+        file: InputFile,
+        columns: Columns,
+        schema: pa.Schema,
+        unreadable: Mapping[str, str] | None = None,
+    ) -> None:
+        """Refuses a file that lacks a column read by name, or whose text is no text.
+
+        `unreadable` are the types of columns that it has, but that are not in `schema`.
+        """
+        super().__init__(file)
         self._columns = columns
-        self._plan = plan
-        self._base = base
+        self.schema, self.unreadable = schema, unreadable or {}
+        _check_names(file, schema)
+        _check_columns(file, schema, columns, self.unreadable)
 
-    def records(self, batch: pa.RecordBatch, index: int, *, sound: bool) -> Iterator[Record]:
+    def _all_of(self, batches: Iterator[pa.RecordBatch], first: int, count: int) -> Iterator[Record]:
+        """The records of `count` rows from row `first` on; those that do not come are one failure."""
+        done = 0
+        for batch in until_fault(batches):
+            if isinstance(batch, RowError):
+                if done < count:
+                    yield self._unreadable(first + done, count - done, batch)
+                return
+            batch = batch.slice(0, count - done)
+            yield from self._rows_of(batch, first + done)
+            done += batch.num_rows
+            self.fraction = (first + done) / max(self.num_rows or 0, 1)
+
+    def _unreadable(self, index: int, count: int, fault: RowError) -> RowError:
+        """One failure for all of `count` rows that are known to be there but cannot be had."""
+        to_last = "" if count == 1 else f"to row {index + count - 1} "
+        return failed(self.place(index), fault.kind, f"{to_last}cannot be read: {fault}", is_fault=True)
+
+    def _rows_of(self, batch: pa.RecordBatch, first: int) -> Iterator[Record]:
+        """A batch may hold millions of rows: convert few at a time, but check a sound one only once."""
+        sound = is_sound(batch)
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            part = batch.slice(start, BATCH_ROWS)
+            yield from self._converted(part, first + start, sound=sound or is_sound(part))
+
+    def _converted(self, batch: pa.RecordBatch, index: int, *, sound: bool) -> Iterator[Record]:
         """The records of a batch whose first row is row `index` of the file."""
-        batch = with_arrays(batch, self._file.partitions)
+        batch = with_arrays(batch, self.file.partitions)
         try:
             passthrough = self._plan.of_batch(batch) if sound else None
         except RowError:
             sound = False
-        if not sound:
-            for i in range(batch.num_rows):
-                yield self._single(batch.slice(i, 1), index + i)
-            return
         for i in range(batch.num_rows):
+            if not sound:
+                yield self._single(batch.slice(i, 1), index + i)
+                continue
             cells = {name: _value(batch.column(name)[i]) for name in self._columns.read}
             copied = None if passthrough is None else passthrough.slice(i, 1)
-            yield build(self._columns, self._spot(index + i), cells, copied)
-
-    def unreadable(self, index: int, count: int, fault: ReadFault) -> Iterator[Record]:
-        """One failure for all of `count` rows, if any, that are known to be there but cannot be had."""
-        if count:
-            to_last = "" if count == 1 else f"to row {index + count - 1} "
-            yield self._spot(index).as_fault("unreadable", f"{to_last}cannot be read: {fault}")
-
-    def unreadable_from(self, index: int, fault: ReadFault) -> Record:
-        """One failure for the rest of a file whose number of rows is not known."""
-        return self._spot(index).rest_lost(fault)
-
-    def _spot(self, index: int) -> Spot:
-        label = self._file.label
-        return Spot(self._base + index, f"{label} row {index}", f"{label}:{index}")
+            yield build(self._columns, self.place(index + i), cells, copied)
 
     def _single(self, row: pa.RecordBatch, index: int) -> Record:
         """A row of a batch in which some value is damaged, perhaps one of this row's."""
         used = [name for name in row.schema.names if name in {*self._columns.read, *self._plan.sources}]
         values = {name: lone(row.column(name)) for name in used}
         faults = {name: fault for name, value in values.items() if (fault := _fault(value)) is not None}
+        copied = or_error(self._copy, values, faults)
         cells = {name: faults.get(name) or _value(values[name][0]) for name in self._columns.read}
-        return build(self._columns, self._spot(index), cells, self._copy(values, faults))
+        return build(self._columns, self.place(index), cells, copied)
 
-    def _copy(
-        self, values: dict[str, pa.Array], faults: dict[str, Fault]
-    ) -> pa.RecordBatch | RowError | None:
+    def _copy(self, values: dict[str, pa.Array], faults: dict[str, RowError]) -> pa.RecordBatch | None:
         for name in self._plan.sources:
             if name in faults:
-                return RowError(faults[name].kind, f"{name!r} {faults[name].what}")
+                raise RowError(faults[name].kind, f"{name!r} {faults[name]}")
         sound = {name: value for name, value in values.items() if name not in faults}
-        if not self._plan.columns:
-            return None
-        try:
-            # Absent names become nulls, so a column to hang one row on is needed when all are absent.
-            return self._plan.of_batch(pa.RecordBatch.from_pydict(sound or {"": pa.nulls(1)}))
-        except RowError as error:
-            return error
+        # Absent names become nulls, so a column to hang one row on is needed when all are absent.
+        return self._plan.of_batch(pa.RecordBatch.from_pydict(sound or {"": pa.nulls(1)}))
 
 
 def lone(column: pa.Array) -> pa.Array:
@@ -188,13 +201,13 @@ def lone(column: pa.Array) -> pa.Array:
         return column
 
 
-def _fault(column: pa.Array) -> Fault | None:
+def _fault(column: pa.Array) -> RowError | None:
     try:
         column.validate(full=True)
     except READ_ERRORS as error:
-        return (
-            BAD_UTF8 if _is_sound_as_bytes(column) else Fault("unreadable", f"cannot be read: {cause(error)}")
-        )
+        if _is_sound_as_bytes(column):
+            return BAD_UTF8
+        return RowError("unreadable", f"cannot be read: {cause(error)}")
     return None
 
 
@@ -219,4 +232,4 @@ def _value(scalar: pa.Scalar) -> object:
     try:
         return scalar.cast(pa.string()).as_py()
     except READ_ERRORS as error:
-        return Fault("bad_value", f"is {scalar.type}, of which this value cannot be read: {cause(error)}")
+        return RowError("bad_value", f"is {scalar.type}, of which this value cannot be read: {cause(error)}")

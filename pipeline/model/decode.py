@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.errors import RowError
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
@@ -26,6 +25,7 @@ from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.stopping import StopTexts
 from pipeline.model.store import Extent, KvStore, slots_needed
+from pipeline.records import RowError
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
 LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at

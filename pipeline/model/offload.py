@@ -17,13 +17,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from pipeline.errors import RowError
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.select import top_blocks
 from pipeline.kernels.swap import BlockCopies, as_rows
 from pipeline.model.cache import RaggedCache, Slots
 from pipeline.pruning.base import Plan
 from pipeline.pruning.capabilities import Rescoring
+from pipeline.records import RowError
 
 Score = Callable[[int, Tensor], Tensor | None]  # blocks' scores at a layer, by the queries (H, d) of a token
 

@@ -14,9 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.errors import RowError
 from pipeline.outputs.answers import without_lone_surrogates
-from pipeline.records import Row
+from pipeline.records import Row, RowError
 
 Order = Literal["input", "completion"]
 

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import ConfigError, ModelError, RowError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.prompts.chat import ChatTemplate, chat_source
-from pipeline.prompts.forms import Form
+from pipeline.prompts.forms import Form, Template
 from pipeline.prompts.templates import FileTemplate
-from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids
-from pipeline.prompts.vocabulary import Vocabulary
-from pipeline.records import Document, EncodedDocument, Spans
+from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
+from pipeline.records import Document, EncodedDocument, RowError, Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class OverLong(RowError):
-    """The prompt exceeds the context: kind `over_long`, with the lengths in tokens."""
-
-    def __init__(self, message: str, *, document_tokens: int, prompt_tokens: int, excess_tokens: int) -> None:
-        super().__init__("over_long", message)
-        self.document_tokens = document_tokens
-        self.prompt_tokens = prompt_tokens
-        self.excess_tokens = excess_tokens
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PromptBuilder:
     """Turns documents into prompts; `encode` may be called from any thread.
 
@@ -54,12 +44,6 @@ class PromptBuilder:
     on_overlong: str = "error"  # or skip, split, truncate-left, truncate-right, truncate-middle
     vocab: int | None = None
     now: datetime = field(default_factory=datetime.now)
-    _source: str = field(init=False, repr=False)
-    _codec: Codec = field(init=False, repr=False)
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _template: ChatTemplate | FileTemplate = field(init=False, repr=False)
-    _forms: dict[bool, Form] = field(init=False, repr=False)  # by: has a question
-    _layouts: dict[bool, PromptLayout] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -68,34 +52,29 @@ class PromptBuilder:
             )
         if not getattr(self.tokenizer, "is_fast", False):
             raise ModelError(f"the tokenizer {type(self.tokenizer).__name__} has no fast version")
-        template = self._made_template()
+        body = None if self.body is None else FileTemplate(self.body)
+        self._template: Template = (
+            ChatTemplate.of(self.tokenizer, body, self.now)
+            if self.template is None
+            else FileTemplate(self.template)
+        )
         chat = chat_source(self.tokenizer)
-        forms = {asks: Form.of(template, asks=asks, system=self.system or "") for asks in (False, True)}
-        rendered = {asks: "".join(text for _, text in form.segments) for asks, form in forms.items()}
-        bos = bos_ids(self.tokenizer, rendered[False]) if self.template is not None else []
-        codec = Codec(self.tokenizer, [self.template or "", chat, *rendered.values()])
+        # by: has a question
+        self._forms = {
+            asks: Form.of(self._template, asks=asks, system=self.system or "") for asks in (False, True)
+        }
+        rendered = {asks: "".join(text for _, text in form.segments) for asks, form in self._forms.items()}
+        bos = [] if self.template is None else bos_ids(self.tokenizer, rendered[False])
+        self._codec = Codec(self.tokenizer, [self.template or "", chat, *rendered.values()])
         try:
-            layouts = {asks: codec.layout(form.with_system(), bos) for asks, form in forms.items()}
+            self._layouts = {
+                asks: self._codec.layout(form.with_system(), bos) for asks, form in self._forms.items()
+            }
         except RowError as error:
             raise ConfigError(f"system message or prompt template: {error}") from error
-        vocabulary = Vocabulary(self.tokenizer, self.vocab)
-        vocabulary.check_template(template, layouts.values())
-        source = (f"{chat}\0{self.body}" if self.body else chat) if self.template is None else self.template
-        for name, value in {
-            "_source": source,
-            "_codec": codec,
-            "_vocabulary": vocabulary,
-            "_template": template,
-            "_forms": forms,
-            "_layouts": layouts,
-        }.items():
-            object.__setattr__(self, name, value)
-
-    def _made_template(self) -> ChatTemplate | FileTemplate:
-        if self.template is not None:
-            return FileTemplate(self.template)
-        body = None if self.body is None else FileTemplate(self.body)
-        return ChatTemplate.of(self.tokenizer, body, self.now)
+        self._vocabulary = Vocabulary(self.tokenizer, self.vocab)
+        self._vocabulary.check_template(self._template, self._layouts.values())
+        self._source = self.template or (f"{chat}\0{self.body}" if self.body else chat)
 
     @property
     def limit(self) -> int:
@@ -122,8 +101,8 @@ class PromptBuilder:
 
         A row without a question gets an empty span behind the document. A cut falls between tokens, so it can
         split a character of several bytes. Raises `RowError` of the kind `empty_document`, `bad_text`,
-        `template` or `over_long` (an `OverLong`, for `error` as for `skip` and `split`), and `ConfigError`
-        for a question that the template has no place for.
+        `template` or `over_long` (for `error` as for `skip` and `split`, with the lengths in tokens), and
+        `ConfigError` for a question that the template has no place for.
         """
         began = time.perf_counter()
         if document.question and not self.uses_question:
@@ -185,7 +164,8 @@ class PromptBuilder:
             return ids
         if keep < 1 or not self.on_overlong.startswith("truncate"):
             message = self._too_long(len(ids), other_tokens)
-            raise OverLong(
+            raise RowError(
+                "over_long",
                 message,
                 document_tokens=len(ids),
                 prompt_tokens=len(ids) + other_tokens,
@@ -206,3 +186,42 @@ class PromptBuilder:
             f"the prompt has {total:,} tokens, {total - self.limit:,} more than the limit of {limit};"
             " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
         )
+
+
+class Vocabulary:
+    """Of a tokenizer's tokens those that a model of `size` of them knows, by the rows of its embedding.
+
+    All where `size` is None.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int | None) -> None:
+        self._tokenizer = tokenizer
+        own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+        count = max(own, *(token + 1 for token in tokenizer.added_tokens_decoder), 0)
+        self._size = None if size is None or count <= size else size
+
+    def check_template(self, template: Template, layouts: Iterable[PromptLayout]) -> None:
+        """Raise `ModelError` where a prompt or the end of an answer would have a token beyond the model's."""
+        if self._size is None:
+            return
+        fixed = [part for layout in layouts for part in layout.parts if not isinstance(part, str)]
+        uses = {f"the {template.what} writes": [token for part in fixed for token in part]}
+        uses["answers end with"] = sorted(stop_token_ids(self._tokenizer, None))
+        for what, tokens in uses.items():
+            beyond = next((token for token in tokens if token >= self._size), None)
+            if beyond is not None:
+                raise ModelError(
+                    f"{what} {self._told(beyond)}; use the tokenizer that belongs to the model's weights"
+                )
+
+    def check_text(self, ids: list[int]) -> None:
+        """Raise `RowError`, of the kind `bad_text`, for a prompt with a token beyond the model's."""
+        if self._size is None:
+            return
+        beyond = next((token for token in ids if token >= self._size), None)
+        if beyond is not None:
+            raise RowError("bad_text", f"the text has {self._told(beyond)}; take it out of the text")
+
+    def _told(self, token: int) -> str:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return f"the token {name!r}, number {token:,}, and the model knows {self._size or 0:,} tokens"

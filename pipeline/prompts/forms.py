@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import RowError
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.templates import NAMES, RENDER_ERRORS, SENTINELS, FileTemplate, told
 from pipeline.prompts.tokenizing import Segment
+from pipeline.records import RowError
 
 Template = ChatTemplate | FileTemplate
 

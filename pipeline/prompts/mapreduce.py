@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from pipeline.errors import MarsError, RowError, is_failure
 from pipeline.prompts.splitting import SplitDocument, Splitter, groups_that_fit
-from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer
+from pipeline.prompts.within import tokenizer_faults
+from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer, RowError
 
 # the user's message where the model has a chat template, and what takes the place of both where it has none
 COMBINE = """\
@@ -131,14 +131,10 @@ class _SplitRow:
             return []
         began = time.perf_counter()
         try:
-            self._level = self._combined(said)
+            with tokenizer_faults():
+                self._level = self._combined(said)
         except RowError as error:
             self._error = error
-            return []
-        except BaseException as error:  # a tokenizer's fault costs its row, not the run
-            if isinstance(error, MarsError) or not is_failure(error):
-                raise
-            self._error = RowError("tokenizer", f"{type(error).__name__}: {error}")
             return []
         finally:
             self._tokenize_ms += (time.perf_counter() - began) * 1e3
@@ -148,8 +144,6 @@ class _SplitRow:
 
     def _combined(self, said: list[_Step]) -> list[_Step]:
         """The next level: prompts of neighbours, and whatever has none beside it that fits."""
-        from pipeline.prompts.builder import OverLong
-
         combine = self._splitter.combine
         sizes = [len(combine.token_starts(f"{step.titled()}\n\n")) for step in said]
         room = combine.room(self._question)
@@ -159,7 +153,10 @@ class _SplitRow:
                 raise self._no_progress(said, min(map(sum, pairwise(sizes))))
             try:
                 return [self._combination([said[i] for i in group]) for group in groups]
-            except OverLong as error:  # joined they have more tokens than alone
+            except RowError as error:
+                if not error.excess_tokens:
+                    raise
+                # joined they have more tokens than alone
                 room -= error.excess_tokens
 
     def _combination(self, steps: list[_Step]) -> _Step:
@@ -206,8 +203,7 @@ class _SplitRow:
             answer.status = "error"
             answer.error_type, answer.error_message = failed.error_type, failed.error_message
         elif self._error is not None:
-            answer.status, answer.error_type = "error", self._error.kind
-            answer.error_message = f"{self._document.source.place}: {self._error}"
+            answer.fail(self._error.at(self._document.source))
         else:
             (last,) = self._level
             assert last.answer is not None

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import RowError
 from pipeline.inputs.rows import is_blank
-from pipeline.records import Document, EncodedDocument, Row
+from pipeline.records import Document, EncodedDocument, Row, RowError
 
 if TYPE_CHECKING:
-    from pipeline.prompts.builder import OverLong, PromptBuilder
+    from pipeline.prompts.builder import PromptBuilder
 
 _NEWLINE = r"(?:\r\n|[\n\v\f\r\x85\u2028\u2029])"
 _BLANK = r"[^\S\n\v\f\r\x85\u2028\u2029]"
@@ -125,8 +124,8 @@ def cut_parts(
     """Parts that cover the text in order, each sharing its first `overlap` tokens with the one before.
 
     `room` is how many tokens of the text a part may have, at least twice the overlap. `encode` makes the
-    prompt of a part, or raises `OverLong`, upon which the part is made shorter. Raises `RowError` where no
-    part would fit.
+    prompt of a part; where it raises a `RowError` with excess tokens, the part is made shorter. Raises
+    `RowError` where no part would fit.
     """
     first = 0
     while True:
@@ -140,8 +139,6 @@ def cut_parts(
 def _part_that_fits(
     text: TokenizedText, first: int, room: int, overlap: int, encode: Callable[[str], EncodedDocument | None]
 ) -> tuple[int, Part]:
-    from pipeline.prompts.builder import OverLong
-
     start = text.char(first)
     while room > overlap:
         least = max(math.ceil(room * LEAST_FILLED), min(room, overlap + math.ceil(room * LEAST_NEW)))
@@ -151,7 +148,9 @@ def _part_that_fits(
         end = text.char(token)
         try:
             return token, Part(start=start, end=end, encoded=encode(text.text[start:end]))
-        except OverLong as error:
+        except RowError as error:
+            if not error.excess_tokens:
+                raise
             room = min(room, token - first) - max(1, error.excess_tokens)
     raise RowError(
         "over_long",
@@ -183,20 +182,20 @@ class Splitter:
     overlap: int  # tokens
 
     def encode(self, document: Document) -> EncodedDocument | SplitDocument:
-        """As `PromptBuilder.encode`; raises `OverLong` where even a part of the document would be."""
-        from pipeline.prompts.builder import OverLong
-
+        """As `PromptBuilder.encode`; raises `RowError` where even a part of the document would be."""
         began = time.perf_counter()
         try:
             return self.prompts.encode(document)
-        except OverLong as error:
+        except RowError as error:
+            if not error.excess_tokens:
+                raise
             return self._split(document, began, error)
 
     def combine_question(self, question: str | None) -> str | None:
         """The question as the prompt that combines has a place for it."""
         return question if self.combine.uses_question else None
 
-    def _split(self, document: Document, began: float, error: OverLong) -> SplitDocument:
+    def _split(self, document: Document, began: float, error: RowError) -> SplitDocument:
         room = self.prompts.room(document.question)
         if room < 1:
             raise error
@@ -209,6 +208,7 @@ class Splitter:
         if self.combine.room(self.combine_question(document.question)) < 1:
             message = "the prompt that combines answers has no room for any; shorten it or the question"
             raise RowError("over_long", message)
+        assert error.document_tokens is not None
         text = TokenizedText(document.text, self.prompts.token_starts(document.text))
 
         def encode(part: str) -> EncodedDocument | None:

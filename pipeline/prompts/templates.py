@@ -39,9 +39,12 @@ class FileTemplate:
 
     def __post_init__(self) -> None:
         try:
-            if not self._is_plain():
-                check_ends(f"file\0{self.text}", self._tried)
-            self._check_names()
+            tree = _environment().parse(self.text)
+            # of texts and names alone, which nothing can make long
+            is_plain = all(isinstance(node, _PLAIN) for node in tree.find_all(nodes.Node))
+            if not is_plain:
+                check_ends(f"file\0{self.text}", lambda: self._tried(tree))
+            _check_names(tree)
         except TemplateSyntaxError as error:
             raise ConfigError(f"prompt template line {error.lineno}: {error.message}") from error
         except RENDER_ERRORS as error:
@@ -56,22 +59,9 @@ class FileTemplate:
         """The text with these fields, of which those that are not there are empty; raises RENDER_ERRORS."""
         return _compiled(self.text).render(dict(fields))
 
-    def _check_names(self) -> None:
-        environment = _environment()
-        _check_names(environment.parse(self.text), {*environment.globals, *NAMES})
-
-    def _is_plain(self) -> bool:
-        """Whether it is made of texts and names alone, which nothing can make long."""
-        try:
-            return all(
-                isinstance(node, _PLAIN) for node in _environment().parse(self.text).find_all(nodes.Node)
-            )
-        except RENDER_ERRORS:
-            return False
-
-    def _tried(self) -> Iterator[str]:
+    def _tried(self, tree: nodes.Template) -> Iterator[str]:
         """What it writes for short texts and for long ones."""
-        self._check_names()  # compiles it, which computes what is constant
+        _check_names(tree)  # compiles it, which computes what is constant
         for fields in (SENTINELS, dict.fromkeys(NAMES, LONG_TEXT)):
             yield self.render(fields)
 
@@ -93,9 +83,9 @@ def _compiled(text: str) -> Template:
     return _environment().from_string(text)
 
 
-def _check_names(tree: nodes.Template, known: set[str]) -> None:
+def _check_names(tree: nodes.Template) -> None:
     """Refuse names that do not exist, and expressions on user text, which would see its sentinel."""
-    unknown = meta.find_undeclared_variables(tree) - known
+    unknown = meta.find_undeclared_variables(tree) - {*_environment().globals, *NAMES}
     for name in tree.find_all(nodes.Name):
         if name.name in unknown:
             where = f"prompt template line {name.lineno}"

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ModelError, RowError
+from pipeline.errors import ModelError
 from pipeline.prompts.chat import chat_messages, check_chat
 from pipeline.prompts.templates import RENDER_ERRORS, SENTINELS
 from pipeline.prompts.whole import Tokens, WholeTexts, encoded
+from pipeline.records import RowError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -10,7 +10,6 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 
 from jinja2 import TemplateError
 
@@ -19,6 +18,7 @@ MEMORY_BYTES = 2**30  # on top of what this process has
 MOST_CHARACTERS = 20_000_000  # of what a template writes around texts
 LONG_TEXT = "word \n" * 50_000  # of as many lines as a document may have
 
+VERDICTS: dict[str, str | None] = {}  # by key, what is wrong with each template that was tried
 _ENDED, _MEMORY, _LENGTH = 0, 3, 4  # exit codes of the trial
 _SAYS = {
     _MEMORY: f"it takes more than {MEMORY_BYTES >> 30} GiB of memory",
@@ -32,33 +32,21 @@ def check_ends(key: str, texts: Callable[[], Iterable[str]]) -> None:
     `key` stands for the template and the texts: of what was tried once, the verdict is known. Errors that the
     template raises are left to whoever renders it.
     """
-    fault = _verdict(key, _Ignored(texts))
+    if key not in VERDICTS:
+        VERDICTS[key] = _verdict(texts)
+    fault = VERDICTS[key]
     if fault is not None:
         raise TemplateError(fault)
 
 
-class _Ignored:
-    """A function that is no part of the key under which its result is kept."""
-
-    def __init__(self, texts: Callable[[], Iterable[str]]) -> None:
-        self.texts = texts
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Ignored)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=256)
-def _verdict(key: str, ignored: _Ignored) -> str | None:
+def _verdict(texts: Callable[[], Iterable[str]]) -> str | None:
     if not hasattr(os, "fork"):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which the trial needs
         child = os.fork()
     if child == 0:
-        _try(ignored.texts)
+        _try(texts)
     try:
         _, status = os.waitpid(child, 0)
     except BaseException:  # a signal

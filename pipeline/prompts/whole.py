@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.errors import RowError
+from pipeline.records import RowError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

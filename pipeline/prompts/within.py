@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pipeline.errors import RowError
+from pipeline.errors import MarsError, is_failure
+from pipeline.records import RowError
 
 T = TypeVar("T")
 MOST_BEHIND = 4  # threads that nobody waits for any more; then one of them is waited for
@@ -43,6 +45,19 @@ class Within:
                 raise error
             return value
         raise RowError("timeout", f"the text was not tokenized within --row-timeout {self._seconds:g} s")
+
+
+@contextmanager
+def tokenizer_faults() -> Iterator[None]:
+    """What a tokenizer raises costs its row, not the run: a RowError of the kind `tokenizer`."""
+    try:
+        yield
+    except (RowError, MarsError):
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise RowError("tokenizer", f"{type(error).__name__}: {error}") from error
 
 
 def _keep(work: Callable[[], Any], made: list[Any]) -> None:

@@ -65,7 +65,7 @@ def read_config(path: str) -> dict[str, Any]:
     """
     place, known = f"--config {path}", _known()
     values: dict[str, Any] = {}
-    for key, value in _toml(place, path).items():
+    for key, value in read_toml(place, path).items():
         name = key.replace("-", "_")
         if name not in known:
             raise ConfigError(f"{place}: unknown key {key!r}{_hint(name)}")
@@ -84,7 +84,8 @@ def refuse_code(place: str, values: Mapping[str, Any]) -> None:
                 each.refuse_code(f"{place}: {each.name.replace('_', '-')}", values[each.name])
 
 
-def _toml(place: str, path: str) -> dict[str, Any]:
+def read_toml(place: str, path: str) -> dict[str, Any]:
+    """What a TOML file holds. Raises ConfigError, which begins with `place`."""
     try:
         return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:

@@ -19,7 +19,6 @@ from pipeline.settings.method_settings import AUTO, MethodSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import Guard
 from pipeline.setup.profile import Profile, load_profile, write_profile
-from pipeline.setup.provenance import GROUPS
 from pipeline.texts.redaction import hidden
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
     from pipeline.settings.check_settings import CheckConfig
 
+# under which words they are stored: "auto" meant what "any" does today, and outputs of then go on
+GROUPS = {"any": "auto", "auto": "method", "off": "off"}
 GROUPED = {stored: group for group, stored in GROUPS.items()}
 MEASURED_TOKENS = 24_000  # of the prompts in the README's table of what mars gains
 # what a device's name says beside its kind: memory, and the form of the board
@@ -35,12 +36,12 @@ _FORM = re.compile(r"[ -](?:\d+GB|HBM\d\w*|PCIe|SXM\d*|NVL)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A run's method by name, with all that goes with it."""
+    """A run's method by name, with all that goes with it, and what a user should know of it."""
 
     config: BatchConfig
     method: PruningMethod
     profile: Profile | None = None
-    guard: Guard | None = None
+    guard: Guard | None = None  # of what the profile does not speak for
     notes: tuple[str, ...] = ()
 
 
@@ -60,7 +61,9 @@ def choose(config: BatchConfig, model: Model, begun: Mapping[str, Any] | None) -
             notes=(_told_of_dense(config, model),),
         )
     path, profile = found
-    config = replace(config, **profile.batch, profile=str(path), group=_group(config))
+    # no method was asked for by name, so that dense may answer rows where it is cheaper
+    group = "any" if config.group == "auto" else config.group
+    config = replace(config, **profile.batch, profile=str(path), group=group)
     return Chosen(
         config=config,
         method=make_method(config.method, config.settings),
@@ -97,11 +100,6 @@ def _as_begun(config: BatchConfig, begun: Mapping[str, Any]) -> Chosen:
         guard=Guard.from_dict(begun["guard"]) if guard else None,
         notes=() if name == "dense" else (f"--method auto: {name}, as the run began",),
     )
-
-
-def _group(config: BatchConfig) -> str:
-    """No method was asked for by name, so that dense may answer rows where it is cheaper."""
-    return "any" if config.group == "auto" else config.group
 
 
 def profile_folder() -> Path:

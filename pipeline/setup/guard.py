@@ -81,13 +81,8 @@ class Guard:
     @classmethod
     def of(cls, profile: Profile) -> Self:
         told = profile.about.get("guard", {})
-        by_octave = "shares" not in told
-        return cls(
-            tasks=frozenset(told.get("tasks", ())),
-            longest=profile.longest,
-            most=_by_length(told if by_octave else told["shares"]),
-            by_octave=by_octave,
-        )
+        shares = {"shares": told["shares"]} if "shares" in told else {"most": told}
+        return cls.from_dict({"tasks": told.get("tasks", ()), "longest": profile.longest, **shares})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:

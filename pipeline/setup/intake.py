@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError, MarsError, RowError, is_failure
-from pipeline.inputs.columns import Columns, Keep, parse_keep_columns
-from pipeline.inputs.lines import LONGEST
+from pipeline.errors import ConfigError, InputError
+from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
 from pipeline.inputs.source import Source, open_source
+from pipeline.outputs.standing import begun_with
+from pipeline.prompts.builder import PromptBuilder
+from pipeline.prompts.chat import chat_source
+from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
 from pipeline.prompts.splitting import SplitDocument, Splitter
-from pipeline.prompts.within import Within
-from pipeline.records import Document, EncodedDocument, Record, Row, RowFailure
+from pipeline.prompts.templates import FileTemplate
+from pipeline.prompts.within import Within, tokenizer_faults
+from pipeline.records import Document, EncodedDocument, Record, RowError
+from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
@@ -29,14 +34,19 @@ from pipeline.setup.asking import (
     settled,
     with_lengths,
 )
+from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.outputs.finished import FinishedRows
-    from pipeline.prompts.builder import PromptBuilder
 
 COLUMNS = "columns"  # of the settings that decide: which were decided
-Item = EncodedDocument | SplitDocument | RowFailure
+Item = EncodedDocument | SplitDocument | RowError
+
+# of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
+OF_TEXTS = ("missing_text", "empty_document", "bad_text_type")
+OF_QUESTIONS = ("missing_question", "bad_question_type")
+OF_PROMPTS = ("over_long", "template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +67,6 @@ class Intake:
 
 def open_rows(config: BatchConfig) -> Intake:
     """The input of a run, checked and opened, and what its settings leave open decided by it."""
-    from pipeline.outputs.standing import begun_with
-
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
     source, settled = open_columns(config, keep, config.output, begun)
@@ -75,7 +83,7 @@ def open_rows(config: BatchConfig) -> Intake:
 
 def open_columns(
     data: Data,
-    keep: Mapping[str, str | None] | Keep | None,
+    keep: Keep | None,
     output: str = "",
     begun: Any = None,
     *,
@@ -99,16 +107,12 @@ def open_columns(
 def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Settled[Data]:
     if begun is not None:
         return as_begun(data, begun[COLUMNS]) if COLUMNS in begun else as_before(data)
-    from pipeline.prompts.templates import FileTemplate
-
     template = data.template_text() if isinstance(data, PromptSettings) else None
     template_asks = None if template is None else FileTemplate(template).asks
     return settled(data, types, template_asks=template_asks if asks else False)
 
 
-def _columns(
-    settled: Settled[Any], keep: Mapping[str, str | None] | Keep | None, *, holds_question: bool
-) -> Columns:
+def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) -> Columns:
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
@@ -138,8 +142,6 @@ def make_prompts(
 
     `now` is the moment whose date a chat template prints, the present where it is None.
     """
-    from pipeline.prompts.builder import PromptBuilder
-
     context = model.shape.context
     return PromptBuilder(
         model.tokenizer,
@@ -155,9 +157,6 @@ def make_prompts(
 
 def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | None:
     """How a run with such prompts cuts over-long documents, if it does."""
-    from pipeline.prompts.chat import chat_source
-    from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
-
     if config.on_overlong != "split":
         return None
     template, body = config.combine_text(), None
@@ -184,7 +183,7 @@ def item_tokens(item: Item) -> int:
     return sum(prompt.prompt_tokens for prompt in item_prompts(item))
 
 
-def new_rows(records: Iterable[Record], finished: FinishedRows, *, renames: bool = False) -> Iterator[Record]:
+def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = False) -> Iterator[Record]:
     """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
 
     With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
@@ -192,24 +191,20 @@ def new_rows(records: Iterable[Record], finished: FinishedRows, *, renames: bool
     """
     for record in records:
         row = record.source
-        ids = (row.id, f"{row.id}#{row.row}") if renames else (row.id,)
-        if isinstance(record, RowFailure) and record.is_fault:
-            ids = (row.id, f"{row.id}-")
-        if (new := _new((_hashed(record, id) for id in ids), finished)) is not None:
-            yield new
-
-
-def _new(names: Iterable[Record], finished: FinishedRows) -> Record | None:
-    """A record under the first of several ids that has not come before, unless it is done."""
-    failed: Record | None = None
-    for record in names:
-        try:
-            is_fault = isinstance(record, RowFailure) and record.is_fault
-            done = finished.is_done(record.source, record.source.row_hash or "", is_fault=is_fault)
-            return None if done else record
-        except RowError as error:
-            failed = failed or _failure(record.source, error.kind, str(error))
-    return failed
+        is_fault = isinstance(record, RowError) and record.is_fault
+        others = [f"{row.id}#{row.row}"] if renames else []
+        if is_fault:
+            others = [f"{row.id}-"]
+        failures: list[RowError] = []
+        for each in (_hashed(record, id) for id in (row.id, *others)):
+            try:
+                if not done.is_done(each.source, each.source.row_hash or "", is_fault=is_fault):
+                    yield each
+                break
+            except RowError as error:
+                failures.append(error.at(each.source))
+        else:
+            yield failures[0]
 
 
 def _hashed(record: Record, id: str) -> Record:
@@ -238,31 +233,51 @@ def encode_rows(
 ) -> Iterator[Item]:
     """Tokenize what was read; a row that cannot be encoded, or not in time, becomes a failure in place."""
     within = Within(timeout_s)
-    for record in records:
-        if isinstance(record, RowFailure):
-            yield record
-            continue
+
+    def encode(record: Record) -> Item:
+        if isinstance(record, RowError):
+            return record
         try:
-            yield within.run(partial(prompts.encode, record))
+            with tokenizer_faults():
+                return within.run(partial(prompts.encode, record))
         except RowError as error:
-            yield _encoding_failure(record.source, error, on_overlong)
-        except MarsError:
-            raise
-        except BaseException as error:  # a tokenizer's fault costs its row, not the run
-            if not is_failure(error):
-                raise
-            yield _failure(record.source, "tokenizer", f"{type(error).__name__}: {error}")
+            skipped = error.kind == "over_long" and on_overlong == "skip"
+            return error.at(record.source, status="skipped" if skipped else "error")
+
+    return map(encode, records)
 
 
-def _encoding_failure(source: Row, error: RowError, on_overlong: str) -> RowFailure:
-    skipped = error.kind == "over_long" and on_overlong == "skip"
-    return replace(
-        _failure(source, error.kind, str(error)),
-        status="skipped" if skipped else "error",
-        document_tokens=getattr(error, "document_tokens", None),
-        prompt_tokens=getattr(error, "prompt_tokens", None),
-    )
+class SoughtColumns:
+    """The columns of text and question, until a row of the input has shown that they are there."""
+
+    def __init__(self, data: DataSettings, *, answered: bool = False) -> None:
+        """`answered` says that earlier runs have answered rows, which had them."""
+        self._text = data.text_column
+        columns = () if answered else (data.text_column, data.question_column, data.questions_column)
+        self._left = [name for name in columns if name is not None]
+        self._read = 0
+
+    def look(self, window: Sequence[Item]) -> None:
+        """Look at the next rows. Raises InputError where none has a column, nor had before.
+
+        It names the column, those there are, and the flag.
+        """
+        self._read += len(window)
+        for name in tuple(self._left):
+            lacking = [item for item in window if isinstance(item, RowError) and item.lacks == name]
+            if any(_has(item, is_text=name == self._text) for item in window):
+                self._left.remove(name)
+            elif lacking:
+                read = counted(self._read, "row")
+                raise InputError(
+                    f"no row has {name!r} of the {read} read so far, and none is answered; {lacking[0]}"
+                )
 
 
-def _failure(source: Row, kind: str, what: str) -> RowFailure:
-    return RowFailure(source=source, kind=kind, message=f"{source.place}: {what}")
+def _has(item: Item, *, is_text: bool) -> bool:
+    if not isinstance(item, RowError):
+        return True
+    if (item.kind in OF_QUESTIONS and item.lacks is None) or item.kind in OF_PROMPTS:
+        return True
+    of_text = item.kind in OF_TEXTS and item.lacks is None
+    return is_text and (of_text or item.kind in OF_QUESTIONS)

@@ -4,86 +4,90 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from pipeline.errors import InputError
+from pipeline.inputs.reading import Reading
+from pipeline.inputs.source import Source
+from pipeline.outputs.finished import FinishedRows
+from pipeline.settings.run_settings import BatchConfig
 from pipeline.storage.causes import some
 from pipeline.texts.words import counted
-
-if TYPE_CHECKING:
-    from pipeline.inputs.reading import Reading
-    from pipeline.inputs.source import Source
-    from pipeline.outputs.finished import FinishedRows
 
 REMEDY = "--drop-missing lets them go"
 MOST_TOLD = 3
 
-Files = Sequence[tuple[str, int]]  # names, and how many rows each has; a name may come twice
 
+@dataclass(frozen=True)
+class Leaving:
+    """The rows of earlier runs, beside those that are read now."""
 
-def refuse_at_start(source: Source, rows: Reading, earlier: FinishedRows, *, drop_missing: bool) -> None:
-    """An InputError for a file that is known to be missing or empty before anything is read.
+    config: BatchConfig
+    source: Source
+    rows: Reading
+    earlier: FinishedRows
 
-    Where a column says the ids, its rows may stand in another file now: that is known when all is read.
-    """
-    if source.columns.id is None and not (rows.is_selective or drop_missing):
-        refuse_missing(earlier.files, source.files_told)
+    def refuse_at_start(self) -> None:
+        """An InputError for a file that is known to be missing or empty before anything is read.
 
+        Where a column says the ids, its rows may stand in another file now: that is known when all is read.
+        """
+        if self.source.columns.id is None and not (self.rows.is_selective or self.config.drop_missing):
+            self._refuse_missing(self.source.files_told)
 
-def settle(source: Source, rows: Reading, earlier: FinishedRows, *, drop_missing: bool) -> int:
-    """When all is read: which rows of earlier runs leave; returns how many stay though they did not come.
+    def settle(self) -> list[str]:
+        """When all is read: decide which rows of earlier runs leave, and give what to say of it.
 
-    Raises InputError where they are all, or some while a file is missing, and `drop_missing` does not let
-    them go.
-    """
-    if not (rows.saw_all and earlier.can_drop):
-        return earlier.stay(fleeting=rows.is_selective)
-    if earlier.leaving() and not drop_missing:
-        refuse_missing(earlier.files, source.files_read)
-        refuse_all(earlier.leaving(), earlier.lasting_at_start)
-    return 0
+        Raises InputError where they are all, or some while a file is missing, and `drop_missing` does not let
+        them go.
+        """
+        kept, earlier = 0, self.earlier
+        if not (self.rows.saw_all and earlier.can_drop):
+            kept = earlier.stay(fleeting=self.rows.is_selective)
+        elif earlier.leaving() and not self.config.drop_missing:
+            self._refuse_missing(self.source.files_read)
+            self._refuse_all()
+        return _notes(self.config.output, earlier.leaving(), earlier.returned, kept)
 
+    def files(self) -> list[tuple[str, int]]:
+        """The files that the output has rows of, sorted by name: all that were read.
 
-def refuse_missing(before: Files | None, now: Sequence[tuple[str, int | None]]) -> None:
-    """An InputError where a file that the output has rows of is not there any more, or has no rows.
+        Where not all was, those of before too, with as many rows as they had.
+        """
+        if self.rows.saw_all:
+            return sorted(self.source.files_read)
+        pairs, missing = _paired(self.earlier.files or (), self.source.files_read)
+        return sorted([*((name, max(rows or 0, then or 0)) for name, rows, then in pairs), *missing])
 
-    `before` are the files of the output, None where it does not say; None for rows: not known yet.
-    """
-    pairs, missing = _paired(before or (), now)
-    gone = [name for name, rows in missing if rows]
-    gone += [f"{name} (empty)" for name, rows, then in pairs if rows == 0 and then]
-    if gone:
-        raise InputError(
-            f"of the files of the last run {counted(len(gone), 'file')} {'is' if len(gone) == 1 else 'are'} "
-            f"missing or empty: {some(gone, MOST_TOLD)}; the output stays as it is: bring them back, or "
-            f"{REMEDY}, and their rows with them"
-        )
+    def _refuse_missing(self, now: Sequence[tuple[str, int | None]]) -> None:
+        """An InputError where a file that the output has rows of is not there any more, or has no rows.
 
+        Of the rows of a file that is there, None: not known yet.
+        """
+        pairs, missing = _paired(self.earlier.files or (), now)
+        gone = [name for name, rows in missing if rows]
+        gone += [f"{name} (empty)" for name, rows, then in pairs if rows == 0 and then]
+        if gone:
+            raise InputError(
+                f"of the files of the last run {counted(len(gone), 'file')} "
+                f"{'is' if len(gone) == 1 else 'are'} missing or empty: {some(gone, MOST_TOLD)}; the output "
+                f"stays as it is: bring them back, or {REMEDY}, and their rows with them"
+            )
 
-def refuse_all(leaving: int, earlier: int) -> None:
-    """An InputError where all rows of earlier runs would leave: then it is rather the input that is wrong."""
-    if earlier and leaving == earlier:
-        raise InputError(
-            f"the input has none of the {counted(earlier, 'row')} of earlier runs: all would leave the "
-            f"output, which stays as it is; is it the right input, and --id-column? If so, {REMEDY}"
-        )
-
-
-def files_of(before: Files | None, now: Files, *, saw_all: bool) -> list[tuple[str, int]]:
-    """The files that the output has rows of, sorted by name: all that were read.
-
-    Where not all was, those of before too, with as many rows as they had.
-    """
-    if saw_all:
-        return sorted(now)
-    pairs, missing = _paired(before or (), now)
-    return sorted([*((name, max(rows or 0, then or 0)) for name, rows, then in pairs), *missing])
+    def _refuse_all(self) -> None:
+        """An InputError where all rows of earlier runs would leave: then the input is rather wrong."""
+        earlier = self.earlier.lasting_at_start
+        if earlier and self.earlier.leaving() == earlier:
+            raise InputError(
+                f"the input has none of the {counted(earlier, 'row')} of earlier runs: all would leave the "
+                f"output, which stays as it is; is it the right input, and --id-column? If so, {REMEDY}"
+            )
 
 
 def _paired(
-    before: Files, now: Sequence[tuple[str, int | None]]
+    before: Sequence[tuple[str, int]], now: Sequence[tuple[str, int | None]]
 ) -> tuple[list[tuple[str, int | None, int | None]], list[tuple[str, int]]]:
-    """Each file with its rows now and before, and the files that are no longer there."""
+    """Each file with its rows now and before, and the files that are gone; a name may come twice."""
     left: dict[str, list[int]] = defaultdict(list)
     for name, rows in before:
         left[name].append(rows)
@@ -91,7 +95,7 @@ def _paired(
     return pairs, [(name, rows) for name, found in left.items() for rows in found]
 
 
-def notes_of(output: str, left: int, returned: int, kept: int) -> list[str]:
+def _notes(output: str, left: int, returned: int, kept: int) -> list[str]:
     """What to say of rows that left the output, came back to it, or stay though they did not come."""
     beside, notes = f".{output.rpartition('/')[2]}.dropped.parquet", []
     if left:

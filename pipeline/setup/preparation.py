@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import output_schema
+from pipeline.prompts.builder import PromptBuilder
+from pipeline.prompts.chat import parse_moment
+from pipeline.prompts.splitting import SplitDocument, Splitter
+from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
+from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
-from pipeline.records import Record
+from pipeline.records import Record, RowError
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.auto import Chosen, choose
-from pipeline.setup.intake import Intake, Item, encode_rows, make_prompts, make_splitter
-from pipeline.setup.provenance import deciding_settings, describe_run, moment_of
+from pipeline.setup.auto import GROUPS, Chosen, choose
+from pipeline.setup.guard import Guard
+from pipeline.setup.intake import (
+    Intake,
+    Item,
+    encode_rows,
+    item_prompts,
+    make_prompts,
+    make_splitter,
+    open_rows,
+)
+from pipeline.setup.profile import check_profile, length_note, load_profile
+from pipeline.texts.versions import version_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from pipeline.model.loading import Model, UnloadedModel
-    from pipeline.prompts.builder import PromptBuilder
-    from pipeline.prompts.splitting import Splitter
-    from pipeline.pruning.base import PruningMethod
-    from pipeline.setup.guard import Guard
-    from pipeline.setup.profile import Profile
+
+PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Chosen):
     """All that answering takes but weights: settings, model, method and prompts that fit each other."""
 
-    config: BatchConfig
     model: Model
-    method: PruningMethod
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
-    profile: Profile | None = None
-    guard: Guard | None = None  # of what the profile does not speak for
-    notes: tuple[str, ...] = ()  # what a user should know of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +78,43 @@ class Preparation(Setup):
 
     def length_note(self, prompt_tokens: int) -> str | None:
         """What to say of a prompt of such a length, for which the profile says little."""
-        from pipeline.setup.profile import length_note
-
         if self.profile is None or self.guard is not None:  # which tells it in the row
             return None
         return length_note(self.profile, prompt_tokens)
 
     def decides(self) -> dict[str, Any]:
-        return deciding_settings(
-            self.config,
-            self.model,
-            self.method,
-            self.prompts,
-            self.splitter,
-            self.guard,
-            self.intake.columns,
-        )
+        """The settings of which each can change an answer: a run may be resumed only under the same.
+
+        Rows that are answered together may be answered by dense in place of a pruning method.
+
+        Packs, device and attention backend are not among them: they change the last bits of sums, no more.
+        What may stay on the device is, as a document's active blocks depend on it.
+        """
+        config, method, splitter, columns = self.config, self.method, self.splitter, self.intake.columns
+        moment = moment_of(self.prompts, splitter)
+        return {
+            "model": {
+                "fingerprint": self.model.fingerprint,
+                "dtype": str(self.model.dtype),
+                "linear_dtype": config.linear_dtype,
+                "attention_dtype": "auto",  # which was a setting once, so that outputs of then go on
+                "rope_scaling": self.model.rope_scaling,
+            },
+            "method": {"name": method.name, "settings": asdict(method)},
+            **({} if columns is None else {"columns": columns}),
+            "template_sha256": self.prompts.template_hash,
+            **({} if moment is None else {"date": moment}),
+            "on_overlong": config.on_overlong,
+            "split": None
+            if splitter is None
+            else {"overlap": splitter.overlap, "combine_sha256": splitter.combine.template_hash},
+            "max_new_tokens": config.max_new_tokens,
+            "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
+            "stop": list(config.stop),
+            "kv_memory": config.kv_memory,
+            "guard": None if self.guard is None else self.guard.as_dict(),
+            "group": None if method.name == "dense" else GROUPS[config.group],
+        }
 
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
@@ -137,8 +167,18 @@ def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chose
     if intake.is_old and config.group == "auto":  # which then meant what any does
         config = replace(config, group="any")
     method = method or make_method(config.method, config.settings)
-    profile, guard, notes = _profiled(config, model, method)
-    return Chosen(config=config, method=method, profile=profile, guard=guard, notes=notes)
+    if config.profile is None:
+        return Chosen(config=config, method=method)
+    profile, guard = load_profile(config.profile), None
+    notes = check_profile(config.profile, profile, model)
+    if config.guard != "off" and not isinstance(method, Dense):
+        if profile.is_of(config, method):
+            guard = Guard.of(profile)
+        else:
+            notes.append(
+                "other settings stand above the profile's, which was not verified with them: no guard"
+            )
+    return Chosen(config=config, method=method, profile=profile, guard=guard, notes=tuple(notes))
 
 
 def _demonstration(config: BatchConfig) -> tuple[str, ...]:
@@ -152,8 +192,6 @@ def _prompts(
     config: BatchConfig, model: Model, begun: Mapping[str, Any] | None
 ) -> tuple[PromptBuilder, Splitter | None]:
     """The run's prompts, which print the date of the run that it resumes, if they print any."""
-    from pipeline.prompts.chat import parse_moment
-
     prompts = make_prompts(config, model, config.max_new_tokens)
     splitter = make_splitter(config, prompts)
     then = (begun or {}).get("date")
@@ -170,21 +208,43 @@ def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
     return open_model(ModelSettings.of(config, **elsewhere))
 
 
-def _profiled(
-    config: BatchConfig, model: Model, method: PruningMethod
-) -> tuple[Profile | None, Guard | None, tuple[str, ...]]:
-    """The run's profile, what guards documents that it does not speak for, and what to say of it."""
-    from pipeline.pruning.dense import Dense
-    from pipeline.setup.guard import Guard
-    from pipeline.setup.profile import check_profile, load_profile
+def moment_of(prompts: PromptBuilder, splitter: Splitter | None = None) -> str | None:
+    """The date that the prompts of a run print, if any of them does: it stays, however long the run takes."""
+    return prompts.moment or (None if splitter is None else splitter.combine.moment)
 
-    if config.profile is None:
-        return None, None, ()
-    profile = load_profile(config.profile)
-    notes = check_profile(config.profile, profile, model)
-    if config.guard == "off" or isinstance(method, Dense):
-        return profile, None, tuple(notes)
-    if not profile.is_of(config, method):
-        notes.append("other settings stand above the profile's, which was not verified with them: no guard")
-        return profile, None, tuple(notes)
-    return profile, Guard.of(profile), tuple(notes)
+
+def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> dict[str, Any]:
+    """What the output's metadata holds, under the key `marsinfer`."""
+    return {
+        "config": config.resolved(),
+        "settings_that_decide": decides,
+        "model": model.name,
+        "device": model.device_name(),
+        "attention": {"backend": model.attention_name, "refused": model.attention_refused},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` prompts as the model will see them, and the errors of rows before and between."""
+    run = prepare(open_rows(config), config.model)
+    for item in run.encode(run.rows()):
+        if isinstance(item, RowError):
+            yield {"row": item.source.row, "id": item.source.id, "error": item.message}
+            continue
+        prompts = item_prompts(item)
+        for number, prompt in enumerate(prompts, start=1):
+            ids = prompt.input_ids.tolist()
+            yield {
+                "row": item.source.row,
+                "id": item.source.id,
+                **({"part": number, "parts": len(prompts)} if isinstance(item, SplitDocument) else {}),
+                "prompt_tokens": prompt.prompt_tokens,
+                "document_tokens": prompt.document_tokens,
+                "truncated_tokens": prompt.truncated_tokens,
+                "prompt": run.model.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            }
+            count -= 1
+            if not count:
+                return

@@ -9,7 +9,6 @@ Format 1 was written of what a bootstrapped interval let pass, or was accepted a
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO, MethodSettings
 from pipeline.settings.option import settings_of
-from pipeline.settings.sources import merge, refuse_code, renewed
+from pipeline.settings.sources import merge, read_toml, refuse_code, renewed
 from pipeline.storage.whole_file import writing
 from pipeline.texts.toml import toml_of
 
@@ -85,12 +84,7 @@ def load_profile(path: str) -> Profile:
 
     Likewise, with the gate's name, for one of which a gate did not pass.
     """
-    try:
-        table = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"--profile {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--profile {path} is no TOML: {error}") from error
+    table = read_toml(f"--profile {path}", path)
     about, batch = table.get("profile"), table.get("batch")
     if not isinstance(about, dict) or not isinstance(batch, dict):
         raise ConfigError(f"--profile {path} has no tables [profile] and [batch]; calibrate makes one")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection
+from itertools import islice
 
 import pyarrow as pa
 
@@ -18,8 +17,6 @@ from pipeline.texts.redaction import without_secrets
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, pa.ArrowException)
 
 LONGEST_CAUSE = 200
-
-REWRITE = "write the file again from its source"
 
 _OUT_OF_REACH = frozenset(
     getattr(errno, name)
@@ -32,8 +29,6 @@ _OUT_OF_REACH = frozenset(
 
 # Arrow repeats the path and tells the system's reason last.
 _SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
-
-T = TypeVar("T")
 
 
 class NetworkError(OSError):
@@ -49,10 +44,6 @@ def storage_failure(message: str, error: OSError) -> ConfigError | StorageError:
     return (ConfigError if isinstance(error, CredentialsError) else StorageError)(message)
 
 
-class OutOfReach(Exception):
-    """A file of which nothing more can be had now, though it may be sound; says why."""
-
-
 def is_out_of_reach(error: BaseException) -> bool:
     """Whether an error of reading says nothing of a file's content: rights, a network, storage elsewhere."""
     if isinstance(error, CredentialsError):
@@ -63,23 +54,6 @@ def is_out_of_reach(error: BaseException) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFault:
-    """Stands at the end of what could be read."""
-
-    cause: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> ReadFault:
-        """Raises OutOfReach for an error that no bytes are to blame for."""
-        if is_out_of_reach(error):
-            raise OutOfReach(cause(error)) from error
-        return cls(cause(error))
-
-    def __str__(self) -> str:
-        return f"{self.cause}; {REWRITE}"
-
-
 def cause(error: BaseException) -> str:
     """The first line of an error's message, without the path that the caller names anyway."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -88,23 +62,7 @@ def cause(error: BaseException) -> str:
     return without_secrets(system[1] if system else line)[:LONGEST_CAUSE].rstrip(".")
 
 
-def until_fault(items: Iterator[T]) -> Iterator[T | ReadFault]:
-    """`items`, ended by a `ReadFault` if producing the next one fails; errors of the consumer pass by.
-
-    Raises OutOfReach where the file is out of reach.
-    """
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except READ_ERRORS as error:
-            yield ReadFault.of(error)
-            return
-        yield item
-
-
-def some(names: list[str], limit: int = 20) -> str:
+def some(names: Collection[object], limit: int = 20) -> str:
     """Names for a message, cut where nobody reads on."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(str, islice(names, limit))) + more

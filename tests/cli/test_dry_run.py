@@ -126,7 +126,7 @@ def test_the_plan_is_the_runs(call, fish, tmp_path, capfd):
 @pytest.mark.parametrize(("flags", "lines"), [([], 3), (["--quiet"], 0)])
 def test_a_long_dry_run_shows_progress(call, fish, tmp_path, capfd, monkeypatch, flags, lines):
     monkeypatch.setattr("marsinfer_cli.progress.PLAIN_EVERY_S", 0.0)
-    monkeypatch.setattr("pipeline.dryrun.windows", partial(windows, documents=1))
+    monkeypatch.setattr("pipeline.run.windows", partial(windows, documents=1))
     assert call(fish, tmp_path / "out.parquet", *ASK, "--dry-run", "--json", *flags) == 0
     printed = capfd.readouterr()
     assert json.loads(printed.out)["rows"] == 3

@@ -10,7 +10,7 @@ import pytest
 from conftest import document
 
 from pipeline.engines.blocks import Backlog, Opened, moved
-from pipeline.records import Answer, RowFailure
+from pipeline.records import Answer, RowError
 
 
 def rows(*lengths, together=False):
@@ -86,7 +86,7 @@ def test_another_window_is_wanted_until_each_worker_finds_a_block():
 
 
 def test_failures_wait_for_the_windows_other_rows():
-    failure = RowFailure(source=document(10, row=9).source, kind="bad", message="m")
+    failure = RowError(source=document(10, row=9).source, kind="bad", message="m")
     window = Opened.of([failure, document(10, row=0), document(10, row=1)], together=False)
     assert window.finish(1) == []
     assert window.finish(1) == [failure]

@@ -6,11 +6,11 @@ from conftest import document
 
 from pipeline.engines import outgoing
 from pipeline.engines.outgoing import Outgoing
-from pipeline.records import Answer, Row, RowFailure
+from pipeline.records import Answer, Row, RowError
 
 
 def failure(row):
-    return RowFailure(source=Row(row=row, id=str(row), place=f"row {row}"), kind="bad", message="bad")
+    return RowError(source=Row(row=row, id=str(row), place=f"row {row}"), kind="bad", message="bad")
 
 
 def answered(row):

@@ -12,7 +12,7 @@ from decode_steps import EndAt
 
 import pipeline.model.decode as decode_module
 from pipeline.checkpoints.building import random_model
-from pipeline.errors import ConfigError, RowError
+from pipeline.errors import ConfigError
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
 from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
@@ -23,6 +23,7 @@ from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
+from pipeline.records import RowError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda", 0)

@@ -14,7 +14,7 @@ import zstandard
 from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
-from pipeline.records import Document, RowFailure
+from pipeline.records import Document, RowError
 
 REWRITE = "write the file again from its source"
 
@@ -65,7 +65,7 @@ def test_a_truncated_table_costs_the_other_files_nothing(tmp_path, keep, suffix,
     paths[1].write_bytes(paths[1].read_bytes()[:keep])
     source = open_source(paths if named else [tmp_path], Columns())
     records = list(source)
-    (failure,) = (record for record in records if isinstance(record, RowFailure))
+    (failure,) = (record for record in records if isinstance(record, RowError))
     assert (failure.kind, failure.is_fault, failure.source.id) == ("unreadable", True, f"b{suffix}:0")
     assert failure.message.startswith(f"b{suffix} row 0 and all after it cannot be read: ")
     assert failure.message.endswith(REWRITE)
@@ -207,7 +207,7 @@ def test_a_bad_dictionary_entry_costs_only_rows_that_use_it(tmp_path):
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0], pa.int8()), dictionary)
     write_arrow(tmp_path / "t.arrow", pa.table({"text": ["a", "b", "c", "d"], "k": column}))
     records = read(tmp_path / "t.arrow")
-    assert [type(record) for record in records] == [Document, RowFailure, Document, Document]
+    assert [type(record) for record in records] == [Document, RowError, Document, Document]
     assert [record.source.passthrough.to_pylist() for record in records if isinstance(record, Document)] == [
         [{"k": "fine"}],
         [{"k": None}],
@@ -261,7 +261,7 @@ def test_a_damaged_batch_costs_the_rest_of_an_arrow_file(tmp_path):
     start = path.read_bytes().index(b"\x28\xb5\x2f\xfd", len(path.read_bytes()) // 3)
     damage(path, start, 4)
     records = read(path)
-    assert [type(record) for record in records] == [Document] * 100 + [RowFailure]
+    assert [type(record) for record in records] == [Document] * 100 + [RowError]
     assert records[100].message.startswith("t.arrow row 100 to row 299 cannot be read: ")
 
 

@@ -37,7 +37,7 @@ def test_kept_columns_only(tmp_path):
 def test_keeping_nothing(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "x": ["5"]}), tmp_path / "a.parquet")
     write_lines(tmp_path / "b.jsonl", {"text": "b", "x": 2})
-    source = open_source([tmp_path], Columns(keep=()))
+    source = open_source([tmp_path], Columns(keep={}))
     assert source.schema.names == []
     assert [record.source.passthrough for record in source] == [None, None]
 
@@ -101,7 +101,7 @@ def test_values_of_a_table_that_do_not_fit_are_failures(tmp_path):
 )
 def test_values_of_lines_become_their_type(tmp_path, kind, value, expected):
     write_lines(tmp_path / "c.jsonl", {"text": "a", "x": value})
-    source = open_source([tmp_path / "c.jsonl"], Columns(keep=(("x", kind),)))
+    source = open_source([tmp_path / "c.jsonl"], Columns(keep={"x": kind}))
     assert copied(source).to_pylist() == [{"x": expected}]
 
 
@@ -138,9 +138,9 @@ def test_half_a_surrogate_pair_does_not_fit_a_string(tmp_path):
 
 
 def test_keep_columns_are_parsed():
-    assert parse_keep_columns("a:int, b:string ,c") == (("a", "int"), ("b", "string"), ("c", None))
-    assert parse_keep_columns("t:timestamp[us],a b:float32") == (("t", "timestamp[us]"), ("a b", "float32"))
-    assert parse_keep_columns(" ") == ()
+    assert parse_keep_columns("a:int, b:string ,c") == {"a": "int", "b": "string", "c": None}
+    assert parse_keep_columns("t:timestamp[us],a b:float32") == {"t": "timestamp[us]", "a b": "float32"}
+    assert parse_keep_columns(" ") == {}
 
 
 @pytest.mark.parametrize(

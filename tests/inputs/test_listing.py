@@ -99,7 +99,7 @@ def test_empty_files_and_folders_have_no_rows(tmp_path, in_memory):
         assert source.fraction_read == 1.0
         first = ", ".join(f"{folder}/{name}" for name in names[:3])
         assert source.notes[1] == f"of no bytes, and so of no rows: {first} and 3 more"
-    source = open_source([tmp_path / "day", f"{tmp_path}/da*"], Columns(keep=(("year", None),)))
+    source = open_source([tmp_path / "day", f"{tmp_path}/da*"], Columns(keep={"year": None}))
     assert (list(source), source.total_rows) == ([], 0)
     assert source.notes == [f"{tmp_path}/day holds no files: no rows come from it"] * 2
 

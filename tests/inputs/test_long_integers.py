@@ -50,9 +50,7 @@ def test_the_column_is_left_out_with_a_note(parquet):
     assert open_source([parquet], Columns(keep=parse_keep_columns("kind"))).notes == []
 
 
-@pytest.mark.parametrize(
-    "columns", [{"keep": (("big", None),)}, {"keep": (("big", "string"),)}, {"id": "big"}]
-)
+@pytest.mark.parametrize("columns", [{"keep": {"big": None}}, {"keep": {"big": "string"}}, {"id": "big"}])
 def test_the_column_is_named_where_it_is_needed(parquet, columns):
     with pytest.raises(InputError) as caught:
         open_source([parquet], Columns(**columns))

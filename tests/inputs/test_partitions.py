@@ -90,3 +90,11 @@ def test_texts_without_such_a_folder_take_no_column(tmp_path):
     path = write(tmp_path / "a.txt", "a")
     with pytest.raises(InputError, match="leave out --id-column"):
         open_source([path], Columns(id="year"))
+
+
+def test_a_folder_that_does_not_fit_its_column_costs_the_row_of_a_text_document(tmp_path):
+    (tmp_path / "year=x").mkdir()
+    (tmp_path / "year=x" / "a.txt").write_text("a")
+    (failed,) = open_source([tmp_path], Columns(keep=parse_keep_columns("year:int")))
+    assert failed.kind == "bad_value"
+    assert failed.message.startswith("year=x/a.txt: 'year' does not fit int64: ")

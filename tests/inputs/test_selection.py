@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.inputs.columns import Columns
-from pipeline.inputs.selection import select_rows, selected_rows
+from pipeline.inputs.reading import select_rows, selected_rows
 from pipeline.inputs.source import open_source
 from pipeline.records import Document, Row
 from pipeline.settings.run_settings import BatchConfig

@@ -48,7 +48,7 @@ def test_rows_follow_the_first_of_their_document(tmp_path):
 def test_rows_without_copied_columns_and_odd_texts_come_back(tmp_path):
     texts = ["nul \0 inside", "é" * 1000, "\U0001f41f"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
-    source = open_source([tmp_path / "in.jsonl"], Columns(keep=()))
+    source = open_source([tmp_path / "in.jsonl"], Columns(keep={}))
     found = list(by_document(source))
     assert [record.text for record in found] == [text for text in texts for _ in "ab"]
     assert [record.source.row for record in found] == [0, 3, 1, 4, 2, 5]

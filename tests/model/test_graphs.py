@@ -10,7 +10,6 @@ from conftest import document, pack_of, tiny_model
 from decode_steps import METHODS, EagerRecorder, EndAt
 
 import pipeline.model.decode as decode_module
-from pipeline.errors import RowError
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
@@ -30,6 +29,7 @@ from pipeline.model.prefill import prefill
 from pipeline.model.sampling import NOT_FINITE, Sampling
 from pipeline.model.store import KvStore
 from pipeline.pruning.registry import make_method
+from pipeline.records import RowError
 
 pytestmark = pytest.mark.slow
 

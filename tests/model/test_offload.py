@@ -12,7 +12,6 @@ import torch
 from conftest import document, pack_of, tiny_model
 
 import pipeline.model.prefill as prefill_module
-from pipeline.errors import RowError
 from pipeline.kernels.attention import DecodeSlots
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
@@ -20,6 +19,7 @@ from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.sliminfer import SlimInfer
+from pipeline.records import RowError
 
 pytestmark = pytest.mark.slow
 

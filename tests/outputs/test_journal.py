@@ -21,8 +21,8 @@ from journal_runs import (
     work,
 )
 
-from pipeline.errors import RowError
 from pipeline.outputs.journal import journal_folder
+from pipeline.records import RowError
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)

@@ -15,7 +15,7 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import SELECTION_NAMES, answers_table, output_schema
 from pipeline.outputs.writing import output_writer
-from pipeline.records import Answer, PartAnswer, Row, RowFailure
+from pipeline.records import Answer, PartAnswer, Row, RowError
 
 EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]
 NOTHING = pa.schema([])
@@ -132,7 +132,7 @@ def test_no_answers_still_make_a_file(tmp_path, extension):
 
 def test_failures_become_rows(tmp_path):
     source = Row(row=3, id="x", place="t.parquet row 3")
-    failure = RowFailure(source=source, kind="bad_utf8", message="t.parquet row 3: bad")
+    failure = RowError(source=source, kind="bad_utf8", message="t.parquet row 3: bad")
     write(tmp_path / "out.parquet", [Answer.from_failure(failure, "dense")])
     (row,) = rows(tmp_path / "out.parquet")
     assert (row["id"], row["row"], row["status"]) == ("x", 3, "error")

@@ -9,8 +9,8 @@ from prompt_parts import CHATML, INST, PARTS, builder, byte_tokenizer, document,
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.errors import RowError
 from pipeline.prompts import whole
+from pipeline.records import RowError
 
 TURNS = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 SWALLOWING = "<s>{% for m in messages %}<|user|>\n{{ m.content }} <|end|>\n{% endfor %}"

@@ -7,7 +7,8 @@ import re
 import pytest
 from prompt_parts import CHATML, builder, byte_tokenizer, decode, document
 
-from pipeline.errors import ConfigError, ModelError, RowError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.records import RowError
 
 REMEDY = "give --prompt-template FILE"
 

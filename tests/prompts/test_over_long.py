@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from prompt_parts import builder, byte_tokenizer, decode, document, space_tokenizer
 
-from pipeline.errors import ConfigError, RowError
-from pipeline.prompts.builder import OverLong
+from pipeline.errors import ConfigError
+from pipeline.records import RowError
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,16 @@ def test_truncation_at_its_limits(policy: Any, context: int, kept: int) -> None:
 def test_over_long_says_how_much(policy: Any) -> None:
     prompts = builder(template="{{ document }}", context=1600, max_new_tokens=100, on_overlong=policy)
     assert prompts.encode(document("a" * 1500)).prompt_tokens == prompts.limit == 1500
-    with pytest.raises(OverLong) as caught:
+    with pytest.raises(RowError) as caught:
         prompts.encode(document("a" * 1510))
     assert str(caught.value) == (
         "the prompt has 1,510 tokens, 10 more than the limit of 1,500"
         " (context 1,600 less 100 for the answer);"
         " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
     )
-    assert (caught.value.kind, caught.value.document_tokens, caught.value.prompt_tokens) == (
-        "over_long",
-        1510,
-        1510,
-    )
+    error = caught.value
+    assert (error.kind, error.document_tokens, error.prompt_tokens) == ("over_long", 1510, 1510)
+    assert error.excess_tokens == 10
 
 
 @pytest.mark.parametrize("policy", ["error", "skip", "truncate-left", "truncate-right", "truncate-middle"])
@@ -70,13 +68,19 @@ def test_no_room_for_the_document(policy: Any) -> None:
     prompts = builder(
         template="{{ question }}{{ document }}", context=12, max_new_tokens=2, on_overlong=policy
     )
-    with pytest.raises(OverLong) as caught:
+    with pytest.raises(RowError) as caught:
         prompts.encode(document("abc", "0123456789"))
     assert str(caught.value) == (
         "instruction and question alone have 10 tokens, no room for the document under the limit of 10"
         " (context 12 less 2 for the answer); shorten them or lower --max-new-tokens"
     )
-    assert (caught.value.document_tokens, caught.value.prompt_tokens) == (3, 13)
+    error = caught.value
+    assert (error.kind, error.document_tokens, error.prompt_tokens, error.excess_tokens) == (
+        "over_long",
+        3,
+        13,
+        3,
+    )
 
 
 def test_no_room_for_any_prompt() -> None:

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompt_parts import builder, byte_tokenizer, document, space_tokenizer, span_text
 
-from pipeline.errors import RowError
 from pipeline.prompts.splitting import SplitDocument, Splitter, TokenizedText, cut_parts, groups_that_fit
-from pipeline.records import EncodedDocument
+from pipeline.records import EncodedDocument, RowError
 
 TEMPLATE = "<{{ document }}>{{ question }}?"
 COMBINE = "{{ document }}{{ question }}!"

@@ -20,9 +20,9 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
 def limits(monkeypatch):
     monkeypatch.setattr(trial, "CPU_S", 1)
     monkeypatch.setattr(trial, "MOST_CHARACTERS", 1_000_000)
-    trial._verdict.cache_clear()
+    trial.VERDICTS.clear()
     yield
-    trial._verdict.cache_clear()
+    trial.VERDICTS.clear()
 
 
 CASES = [

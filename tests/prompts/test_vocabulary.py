@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from prompt_parts import CHATML, builder, byte_tokenizer, document
 
-from pipeline.errors import ModelError, RowError
+from pipeline.errors import ModelError
+from pipeline.records import RowError
 
 TOKENIZER = byte_tokenizer()
 MARK, END, NOTE = TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<note>"])

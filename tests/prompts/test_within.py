@@ -7,8 +7,8 @@ import threading
 import pytest
 from prompt_parts import document
 
-from pipeline.errors import RowError
 from pipeline.prompts.within import MOST_BEHIND, Within
+from pipeline.records import RowError
 from pipeline.setup.intake import encode_rows
 
 LATE = "the text was not tokenized within --row-timeout {:g} s"

@@ -6,17 +6,15 @@ import pytest
 from conftest import document
 
 from pipeline.errors import InputError
-from pipeline.records import Row, RowFailure
+from pipeline.records import Row, RowError
 from pipeline.settings.data_settings import DataSettings
-from pipeline.setup.lacking import refuse_lacking
+from pipeline.setup.intake import SoughtColumns
 
 DATA = DataSettings(input=("in.jsonl",), text_column="text", question_column="ask")
 
 
 def failure(kind, lacks=None):
-    return RowFailure(
-        source=Row(row=0, id="a", place="line 1"), kind=kind, message="line 1: why", lacks=lacks
-    )
+    return RowError(source=Row(row=0, id="a", place="line 1"), kind=kind, message="line 1: why", lacks=lacks)
 
 
 OK = document(20)
@@ -47,7 +45,9 @@ def test_rows_without_a_column_are_counted_as_they_come(windows, refused):
     taken = []
 
     def take():
-        for window in refuse_lacking(windows, DATA):
+        sought = SoughtColumns(DATA)
+        for window in windows:
+            sought.look(window)
             taken.append(window)
 
     if refused is None:
@@ -60,4 +60,6 @@ def test_rows_without_a_column_are_counted_as_they_come(windows, refused):
 
 
 def test_rows_that_earlier_runs_answered_had_the_column():
-    assert list(refuse_lacking([[NO_TEXT]], DATA, answered=True)) == [[NO_TEXT]]
+    SoughtColumns(DATA, answered=True).look([NO_TEXT])  # which raises otherwise
+    with pytest.raises(InputError):
+        SoughtColumns(DATA).look([NO_TEXT])

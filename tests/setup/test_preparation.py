@@ -8,8 +8,7 @@ from pipeline.model.loading import UnloadedModel, load_model, open_model
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import open_rows
-from pipeline.setup.preparation import prepare
-from pipeline.setup.provenance import describe_run
+from pipeline.setup.preparation import describe_run, prepare
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from marsinfer_cli.events import print_event
-from pipeline.errors import InputError, RowError
+from pipeline.errors import InputError
+from pipeline.records import RowError
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import to_toml
 from pipeline.storage.remote import place_of

@@ -1,0 +1,90 @@
+"""Keys and values in e4m3: a scale for each row and key head, and keys without the row's mean key.
+
+Keys of some families, Qwen2's for one, have biases that are far larger than what tells one key from another:
+without their mean (as in SageAttention, arXiv 2410.02367) e4m3's three bits of mantissa are left for the
+difference. A constant added to all keys of a row changes no weight of its softmax; where a row attends to
+several ranges, each with a mean of its own, the kernel adds what it counts to the range's log-sum-exp.
+
+Letters beside those of decoding.py: L lines of scales, one for each row or document, B rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.decoding import Fp8Scales, dequantised
+from pipeline.kernels.fused import FP8, FP8_MAX, SMALLEST_SCALE
+from pipeline.kernels.segments import Segments
+
+HEADROOM = 2.0  # generated tokens may be so much larger than the prompt's before they are cut off
+
+
+class KvTarget(NamedTuple):
+    """Where a step puts keys and values: slots of a buffer, in its type."""
+
+    keys_SKd: Tensor
+    values_SKd: Tensor
+    places_B: Tensor
+    scales: Fp8Scales | None = None  # of a buffer in e4m3
+    lines_B: Tensor | None = None  # in the scales, of each token's row
+
+    def put(self, k_BKd: Tensor, v_BKd: Tensor) -> None:
+        """Store a token of each row."""
+        if self.scales is not None and self.lines_B is not None:
+            k_BKd, v_BKd = _quantised(k_BKd, v_BKd, self.scales, self.lines_B.long())
+        put_rows(self.keys_SKd, self.places_B, k_BKd)
+        put_rows(self.values_SKd, self.places_B, v_BKd)
+
+
+def put_rows(buffer_SKd: Tensor, places_T: Tensor, rows_TKd: Tensor) -> None:
+    """Write rows to their places; float8 as bytes, which is how torch can copy it by index."""
+    if buffer_SKd.dtype == FP8:
+        buffer_SKd, rows_TKd = buffer_SKd.view(torch.uint8), rows_TKd.to(FP8).view(torch.uint8)
+    buffer_SKd.index_copy_(0, places_T, rows_TKd.to(buffer_SKd.dtype))
+
+
+def scales_of(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Fp8Scales:
+    """Scales and mean keys of a pack's prompts, a line each."""
+    document_T, count = segments.document_T, len(segments)
+    lengths_B11 = segments.lengths_B[:, None, None]
+    keys, values = k_TKd.float(), v_TKd.float()
+    sums = torch.zeros((count, *keys.shape[1:]), dtype=torch.float32, device=keys.device)
+    means_BKd = sums.index_add_(0, document_T, keys) / lengths_B11
+    return Fp8Scales(
+        keys_LK=_scale_of(keys - means_BKd[document_T], document_T, count),
+        values_LK=_scale_of(values, document_T, count),
+        means_LKd=means_BKd,
+    )
+
+
+def _scale_of(x_TKd: Tensor, document_T: Tensor, count: int) -> Tensor:
+    """(B, K) by which the largest magnitude of a document becomes e4m3's largest, less the headroom."""
+    largest_BK = torch.zeros((count, x_TKd.shape[1]), dtype=torch.float32, device=x_TKd.device)
+    largest_BK.index_reduce_(0, document_T, x_TKd.abs().amax(-1), "amax")
+    return (largest_BK * (HEADROOM / FP8_MAX)).clamp_(min=SMALLEST_SCALE)
+
+
+def quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Keys and values of a pack's prompts in e4m3, by the scales of their documents."""
+    return _quantised(k_TKd, v_TKd, scales, segments.document_T)
+
+
+def rounded(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """What is left of keys and values, in their own type, once they have been in e4m3."""
+    scales = scales_of(k_TKd, v_TKd, segments)
+    k8_TKd, v8_TKd = quantised(k_TKd, v_TKd, scales, segments)
+    parts = [
+        dequantised(k8_TKd[a:b], v8_TKd[a:b], scales, line) for line, (a, b) in enumerate(segments.ranges())
+    ]
+    keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return keys.to(k_TKd.dtype), values.to(v_TKd.dtype)
+
+
+def _quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line_T: Tensor) -> tuple[Tensor, Tensor]:
+    centred_TKd = k_TKd.float() - scales.means_LKd[line_T]
+    keys = centred_TKd / scales.keys_LK[line_T][..., None]
+    values = v_TKd.float() / scales.values_LK[line_T][..., None]
+    return tuple(x.clamp(-FP8_MAX, FP8_MAX).to(FP8) for x in (keys, values))  # type: ignore[return-value]
