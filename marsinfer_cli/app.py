@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from marsinfer_cli.bench import bench_app
 from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
 from marsinfer_cli.doctor import doctor
-from marsinfer_cli.events import print_event, wants_events
+from marsinfer_cli.events import print_event, say, wants_events
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.messages import best_effort, keep_descriptors
 from marsinfer_cli.methods import methods
@@ -23,7 +24,6 @@ from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
 from pipeline.interrupts import SIGNALS
-from pipeline.texts.shown import printable
 from pipeline.texts.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code instead of leaving the process."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    complain = _complain_in_events if wants_events(words) else _complain
+    complain = partial(_complain, in_events=wants_events(words))
     with best_effort() as out:
         code = _run(words, complain)
         out.flush()
@@ -104,11 +104,10 @@ def _run(words: list[str], complain: Callable[[str, int], int]) -> int | None:
     return result if isinstance(result, int) else None
 
 
-def _complain(message: str, code: int) -> int:
-    print(f"marsinfer: error: {printable(' '.join(message.split()))}", file=sys.stderr)
-    return code
-
-
-def _complain_in_events(message: str, code: int) -> int:
-    print_event("error", message=" ".join(message.split()), exit_code=code)
+def _complain(message: str, code: int, *, in_events: bool) -> int:
+    message = " ".join(message.split())
+    if in_events:
+        print_event("error", message=message, exit_code=code)
+    else:
+        say(f"error: {message}")
     return code

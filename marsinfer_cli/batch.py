@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
+from pipeline.errors import NoneAnswered
 from pipeline.settings.console_settings import BatchSwitches
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.shown import printable
@@ -31,27 +33,21 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
     summary = _run(config, switches)
     if switches.as_json:
         print(json.dumps(summary.as_dict()))
-    _refuse_none_answered(summary.none_answered())
+    none_answered = summary.none_answered()
+    if none_answered is not None:
+        raise NoneAnswered(none_answered)
     return 3 if switches.fail_on_error and summary.in_output["error"] else 0
-
-
-def _refuse_none_answered(text: str | None) -> None:
-    from pipeline.errors import NoneAnswered
-
-    if text is not None:
-        raise NoneAnswered(text)
 
 
 def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
     from marsinfer_cli.progress import BatchProgress
-    from marsinfer_cli.started import process_began
     from pipeline.interrupts import graceful_stop
     from pipeline.run import run_batch
 
     options = config.options_of(BatchConfig)
     inputs, output = options.pop("input"), options.pop("output")
     as_json = switches.log_format == "json"
-    began = process_began()
+    began = _process_began()
     shown = BatchProgress(quiet=switches.quiet, as_json=as_json, began=began)
     with shown as progress, graceful_stop() as check:
         progress.start(config)
@@ -70,6 +66,14 @@ def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
             )
     progress.end(summary)
     return summary
+
+
+def _process_began() -> float:
+    """When a user began to wait, by time.perf_counter(), from which all times of a run are told."""
+    import psutil
+
+    age_s = time.time() - psutil.Process().create_time()
+    return time.perf_counter() - max(0.0, age_s)
 
 
 def _print_settings(config: BatchConfig) -> None:

@@ -1,21 +1,35 @@
-"""`marsinfer bench`: how fast the methods are, measured beside transformers in the same run."""
+"""`marsinfer bench`: how fast and how accurate the methods are, measured beside dense in the same run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import typer
 
-from marsinfer_cli.bench_accuracy import accuracy, agreement
-from marsinfer_cli.bench_speed import attention, throughput
+from marsinfer_cli import tables
+from marsinfer_cli.events import note, saying
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.signature import takes
-from marsinfer_cli.tables import conditions_of, print_decode_table, print_offload_table, print_ttft_table
-from marsinfer_cli.variants import parse_lengths, parse_shares, parse_variant, parse_variants
-from pipeline.settings.bench_settings import DecodeConfig, OffloadConfig, TtftConfig
-from pipeline.settings.console_settings import BenchSwitches, PlotSwitch
+from marsinfer_cli.variants import parse_lengths, parse_packs, parse_shares, parse_variant, parse_variants
+from pipeline.errors import ConfigError
+from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.bench_settings import (
+    PACKS,
+    AccuracyConfig,
+    AgreementConfig,
+    DecodeConfig,
+    KernelConfig,
+    OffloadConfig,
+    ThroughputConfig,
+    TtftConfig,
+)
+from pipeline.settings.console_settings import AccuracySwitches, BenchSwitches, PlotSwitch
+from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.prompt_settings import SplitSettings
+from pipeline.settings.run_settings import PackSettings
 
 bench_app = typer.Typer(help="Measure speed.", epilog=epilog("bench ttft"))
 
@@ -63,13 +77,10 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
             new_tokens=config.new_tokens,
             ceilings=ceilings[-1],
         )
-    conditions = {**conditions_of(model), "ceilings": [measured.as_dict() for measured in ceilings]}
+    conditions = {**tables.conditions_of(model), "ceilings": [measured.as_dict() for measured in ceilings]}
     if drawn.plot:
         save_plot(drawn.plot, f"{conditions['model']}, {conditions['device']}", results)
-    if switches.as_json:
-        _print_json(conditions, results)
-    else:
-        print_ttft_table(conditions, results)
+    _show(switches, conditions, results, tables.print_ttft_table)
 
 
 @takes(OffloadConfig, BenchSwitches)
@@ -100,11 +111,8 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
             with_resident=config.resident,
         )
     settings = {"method": config.variant, "kv_memory": config.kv_memory, "new_tokens": config.new_tokens}
-    conditions = {**conditions_of(model), **settings}
-    if switches.as_json:
-        _print_json(conditions, results)
-    else:
-        print_offload_table(conditions, results)
+    conditions = {**tables.conditions_of(model), **settings}
+    _show(switches, conditions, results, tables.print_offload_table)
 
 
 @takes(DecodeConfig, BenchSwitches)
@@ -125,15 +133,145 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
             new_tokens=config.new_tokens,
             repeats=config.repeats,
         )
-    conditions = {**conditions_of(model), "new_tokens": config.new_tokens}
+    conditions = {**tables.conditions_of(model), "new_tokens": config.new_tokens}
+    _show(switches, conditions, results, tables.print_decode_table)
+
+
+@takes(KernelConfig, BenchSwitches)
+def attention(config: KernelConfig, switches: BenchSwitches) -> None:
+    """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
+    from pipeline.bench.attention_speed import CANDIDATES, attention_shape, available, measure_attention
+    from pipeline.model.loading import pick_device, pick_dtype, use_device
+    from pipeline.texts.versions import version_of
+
+    sizes = attention_shape(
+        config.shape, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim
+    )
+    wanted = parse_packs(config.packs) if config.packs is not None else None
+    target = use_device(pick_device(config.device))
+    number = pick_dtype(config.dtype, target)
+    names = [name.strip() for name in config.backends.split(",")]
+    candidates, refused = available(
+        list(CANDIDATES) if names == ["auto"] else names, sizes, device=target, dtype=number
+    )
+    results = measure_attention(
+        candidates,
+        wanted or parse_packs(PACKS[target.type]),
+        sizes,
+        device=target,
+        dtype=number,
+        repeats=config.repeats,
+    )
+    conditions = {
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "device": tables.device_named(target),
+        "dtype": str(number).removeprefix("torch."),
+        "torch": version_of("torch"),
+    }
     if switches.as_json:
-        _print_json(conditions, results)
+        measured = [result.as_dict() for result in results]
+        print(json.dumps({**conditions, "results": measured, "not_available": refused}))
     else:
-        print_decode_table(conditions, results)
+        tables.print_attention_table(conditions, results, refused)
 
 
-def _print_json(conditions: dict[str, Any], results: Sequence[Any]) -> None:
-    print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+@takes(ThroughputConfig, BenchSwitches)
+def throughput(config: ThroughputConfig, switches: BenchSwitches) -> None:
+    """Documents and tokens a second of a whole run, its answers thrown away, and the GPU's idle share.
+
+    On a GPU the run is made twice: for the throughput, and once more under the profiler, which slows it
+    down, for the share of the time in which neither a kernel nor a copy ran. Without a question a summary
+    is asked for.
+    """
+    from pipeline.bench.throughput import measure_throughput
+    from pipeline.model.loading import open_model
+    from pipeline.model.variant import prepare
+
+    if not config.input:
+        raise ConfigError("Missing argument 'INPUT...'")
+    if "-" in config.input:
+        raise ConfigError("bench batch reads its input more than once: give a file instead of -")
+    chosen = parse_variant(config.variant.strip(), None)
+    options = config.options_of(DataSettings, SplitSettings, SamplingSettings, PackSettings)
+    model = open_model(config).load()
+    prepare(model, [chosen])
+    result = measure_throughput(model, chosen, options.pop("input"), note=note, **options)
+    conditions = {**tables.conditions_of(model), "max_new_tokens": config.max_new_tokens}
+    if switches.as_json:
+        print(json.dumps({**conditions, **result.as_dict()}))
+    else:
+        tables.print_throughput_table(conditions, result)
+
+
+@takes(AccuracyConfig, AccuracySwitches)
+def accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
+    """Right tokens, needles found, shares kept and TTFT of many methods, each held against dense.
+
+    Teacher-forced: one prefill and one short forward over the right answer, or without one over dense's own,
+    each document alone. Drops are below dense, with their 95% intervals over documents.
+    """
+    _run_accuracy(config, switches)
+
+
+@takes(AgreementConfig, AccuracySwitches)
+def agreement(config: AgreementConfig, switches: AccuracySwitches) -> None:
+    """Now bench accuracy, which without --reference-column measures the agreement with dense."""
+    if not switches.quiet:
+        note("bench agreement is now bench accuracy; the next version does not know it any more")
+    _run_accuracy(config, switches)
+
+
+def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
+    from pipeline.bench.plot import check_plot, save_accuracy
+
+    config.check_data()
+    if switches.plot is not None:
+        check_plot(switches.plot)
+    conditions, results = _accuracies(config, saying(quiet=switches.quiet))
+    if switches.plot is not None:
+        save_accuracy(switches.plot, f"{conditions['model']}, {conditions['device']}", results)
+    show = partial(tables.print_accuracy_tables, long_tokens=config.long_tokens)
+    _show(switches, conditions, results, show)
+
+
+def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:
+    from pipeline.bench.accuracy import measure_accuracy, read_cases
+    from pipeline.interrupts import graceful_stop
+    from pipeline.model.loading import open_model
+    from pipeline.suites.by_name import NOT_COMPARABLE
+
+    variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
+    model = open_model(config).load()
+    results = []
+    with graceful_stop("nothing is kept of a measurement that did not end") as stop:
+        cases, left_out = read_cases(config, model, stop)
+        for message in left_out:
+            say(f"left out: {message}")
+        for result in measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=stop):
+            say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
+            results.append(result)
+    tokens = sum(case.document.prompt_tokens for case in cases)
+    held = "right answers" if config.has_references else "dense's own answers"
+    about = {"held against": held, "rows": len(cases), "prompt tokens": tokens}
+    conditions = {**tables.conditions_of(model), **about}
+    if config.suite:
+        conditions["suites"] = NOT_COMPARABLE
+    return conditions, results
+
+
+def _show(
+    switches: BenchSwitches | AccuracySwitches,
+    conditions: dict[str, Any],
+    results: Sequence[Any],
+    show: Callable[[dict[str, Any], Any], None],
+) -> None:
+    """Print what was measured, as JSON or as tables."""
+    if switches.as_json:
+        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+    else:
+        show(conditions, results)
 
 
 for name, command in {

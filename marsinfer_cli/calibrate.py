@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from marsinfer_cli.events import saying
 from marsinfer_cli.signature import takes
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.console_settings import CalibrateSwitches
@@ -36,15 +37,10 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
 
 
 def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
-    from marsinfer_cli.console import Console
     from pipeline.calibrate.calibrating import run_calibrate
     from pipeline.interrupts import graceful_stop
 
-    console = Console(stderr=True, quiet=quiet)
-
-    def say(text: str) -> None:
-        console.print(f"marsinfer: {text}", markup=False, highlight=False, soft_wrap=True)
-
+    say = saying(quiet=quiet)
     with graceful_stop("nothing is kept of a calibration that did not end") as stop:
         return run_calibrate(
             config,
@@ -55,27 +51,15 @@ def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
 
 
 def _print(result: Calibration) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from marsinfer_cli.console import Console
+    from marsinfer_cli.console import result_console
     from pipeline.calibrate import calibration_report as report
 
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
-        console.width = max(console.width, 140)
+    console = result_console()
     if result.probes:
-        layers = Table(*(Column(head, justify="right") for head in report.layer_heads(result)))
-        layers.title = "Divergence from dense where one layer alone is block-sparse, by mass"
-        for row in report.layer_rows(result):
-            layers.add_row(*map(Text, row))
-        console.print(layers)
+        title = "Divergence from dense where one layer alone is block-sparse, by mass"
+        console.table(report.layer_heads(result), report.layer_rows(result), title=title, words=())
     if result.ladder:
-        heads = enumerate(report.LADDER_HEADS)
-        ladder = Table(*(Column(head, justify="right" if n else "left") for n, head in heads))
-        ladder.title = f"Ladder: {result.bounds.main_name}, at most {result.bounds.main} below dense"
-        for row in report.ladder_rows(result):
-            ladder.add_row(*map(Text, row))
-        console.print(ladder)
+        title = f"Ladder: {result.bounds.main_name}, at most {result.bounds.main} below dense"
+        console.table(report.LADDER_HEADS, report.ladder_rows(result), title=title)
     for line in report.lines(result):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.plain(line)

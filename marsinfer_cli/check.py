@@ -23,14 +23,14 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     with 5 where the method scores less than when its scores were accepted, by more than the bound. Dense runs
     in the model's --dtype; --linear-dtype is the method's.
     """
-    from pipeline.check.reports import as_dict, raise_verdict
+    from pipeline.check import reports
 
     result = _run(config, quiet=switches.quiet)
     if config.out == "-":
-        print(json.dumps(as_dict(result)))
+        print(json.dumps(reports.as_dict(result)))
     else:
         _print(result)
-    raise_verdict(result)
+    reports.raise_verdict(result)
     return None if config.out == "-" else 0
 
 
@@ -57,40 +57,14 @@ def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
 
 
 def _print(result: CheckResult) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
+    from marsinfer_cli.console import result_console
+    from pipeline.check import reports
 
-    from marsinfer_cli.console import Console
-    from pipeline.check.reports import (
-        counts_text,
-        heads,
-        measure_rows,
-        speed_text,
-        table_rows,
-        verdict_text,
-    )
-
-    config = result.config
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own, and 80 characters would cut the numbers
-        console.width = max(console.width, 120)
+    config, console = result.config, result_console()
     title = f"{config.gate_metric}, at most {config.bound} below {result.against}"
-    table = Table(
-        *(
-            Column(Text(head), justify="right" if 0 < n < 7 else "left")
-            for n, head in enumerate(heads(result))
-        )
-    )
-    table.title = title
-    for row in table_rows(result):
-        table.add_row(*map(Text, row))
-    measures = Table(
-        "all rows", Column("dense", justify="right"), Column(Text(result.method), justify="right")
-    )
-    for row in measure_rows(result):
-        measures.add_row(*map(Text, row))
-    console.print(table, measures)
-    for line in (counts_text(result), speed_text(result)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.table(reports.heads(result), reports.table_rows(result), title=title, words=(0, 7))
+    console.table(["all rows", "dense", result.method], reports.measure_rows(result))
+    console.plain(reports.counts_text(result))
+    console.plain(reports.speed_text(result))
     if result.verdict == "pass":  # any other is the error that ends the command
-        console.print(f"pass: {verdict_text(result)}", markup=False, highlight=False, soft_wrap=True)
+        console.plain(f"pass: {reports.verdict_text(result)}")

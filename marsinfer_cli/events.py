@@ -1,15 +1,37 @@
-"""`--log-format json`: one JSON object a line on stderr. Light, for errors before anything is imported."""
+"""What is said on stderr: lines, or with `--log-format json` one JSON object a line.
+
+Light, for errors before anything is imported.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
 from pipeline.texts.redaction import redacted
+from pipeline.texts.shown import printable
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    print(f"marsinfer: {printable(text)}", file=sys.stderr)
+
+
+def saying(*, quiet: bool) -> Callable[[str], None]:
+    """`say`, or what says nothing."""
+    return (lambda text: None) if quiet else say
+
+
+def note(text: str, *, in_events: bool = False) -> None:
+    """What is to be known, and is no error."""
+    if in_events:
+        print_event("note", message=text)
+    else:
+        say(f"note: {text}")
 
 
 def print_event(event: str, **fields: Any) -> None:

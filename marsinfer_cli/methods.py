@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from marsinfer_cli.signature import takes
 from pipeline.settings.console_settings import MethodsSwitches
+from pipeline.settings.parse import as_set
 
 if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
@@ -33,7 +34,7 @@ def _print_method(method: dict[str, Any]) -> None:
     print(f"{method['name']}: {_headline(method)}\n")
     if method["description"]:
         print(f"{method['description']}\n")
-    rows = [[p["name"], _as_set(p["default"]), p["help"]] for p in method["parameters"]]
+    rows = [[p["name"], as_set(p["default"]), p["help"]] for p in method["parameters"]]
     if rows:
         _print_table(["parameter", "default", "what it is"], rows)
     else:
@@ -41,26 +42,14 @@ def _print_method(method: dict[str, Any]) -> None:
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
-
     from marsinfer_cli.console import Console
 
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    Console().table(columns, rows, words=range(len(columns)))
 
 
 def _headline(method: dict[str, Any]) -> str:
     source = f" ({method['source']})" if method["source"] else ""
     return f"{method['summary'] or 'its class has no docstring'}{source}"
-
-
-def _as_set(value: Any) -> str:
-    """A value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(_as_set, value))
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _describe(method: type[PruningMethod]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from marsinfer_cli.console import Console
-from marsinfer_cli.events import print_event
+from marsinfer_cli.events import note, print_event
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import FLAT
 from pipeline.summary import Summary, Tally
-from pipeline.texts.words import counted
+from pipeline.texts.words import counted, percent_of
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
@@ -114,11 +114,7 @@ class BatchProgress:
             print_event("start", config=config.resolved())
 
     def note(self, text: str) -> None:
-        if self.as_json:
-            print_event("note", message=text)
-            return
-        console = Console(stderr=True)  # a note is said even when quiet
-        console.print(f"marsinfer: note: {text}", markup=False, highlight=False, soft_wrap=True)
+        note(text, in_events=self.as_json)  # even when quiet
 
     def end(self, summary: Summary) -> None:
         """The closing table, or the last event; what should be said of the run stands with it."""
@@ -154,7 +150,7 @@ class BatchProgress:
             seconds = round(time.perf_counter() - self._began, 1)
             print_event("progress", **self._latest_counts, seconds=seconds, phase=self._phase)
         else:
-            self.console.print(f"marsinfer: {line}", markup=False, highlight=False, soft_wrap=True)
+            self.console.plain(f"marsinfer: {line}")
 
 
 def _counts(tally: Tally) -> dict[str, Any]:
@@ -179,7 +175,7 @@ def _worker_counts(tally: Tally) -> dict[str, Any]:
 def print_summary(summary: Summary) -> None:
     """The closing table."""
     console = Console(stderr=True)
-    console.print(f"{summary.method}: {summary.output}", markup=False, highlight=False, soft_wrap=True)
+    console.plain(f"{summary.method}: {summary.output}")
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -187,8 +183,7 @@ def print_summary(summary: Summary) -> None:
         table.add_row(name, value)
     console.print(table)
     for kind, message in summary.first_messages.items():
-        text = f"first {kind}: {message}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.plain(f"first {kind}: {message}")
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
@@ -213,9 +208,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         facts += [(f"  by {kind}", f"{count:,}") for kind, count in summary.guarded.most_common()]
     if summary.guarded[FLAT]:
         facts.append(("  second prefills, after flat attention", f"{summary.times.again_s:,.1f} s"))
-    facts.append(("FFN work skipped", _percent(summary.ffn_skipped())))
-    ratio = summary.flops_ratio()
-    facts.append(("operations, of dense", _percent(ratio)))
+    facts.append(("FFN work skipped", percent_of(summary.ffn_skipped())))
+    facts.append(("operations, of dense", percent_of(summary.flops_ratio())))
     facts.append(("time", f"{summary.seconds:,.1f} s"))
     facts.append(("  loading the model", f"{summary.times.load_s:,.1f} s"))
     facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
@@ -266,7 +260,3 @@ def _expected_tokens(tally: Tally) -> float | None:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f} ms"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

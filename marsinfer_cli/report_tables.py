@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import groupby
 
 import numpy as np
-from rich.table import Column, Table
-from rich.text import Text
 
-from marsinfer_cli.console import Console
-from pipeline.report.figures import percent_of
+from marsinfer_cli.console import Console, result_console
+from pipeline.report.compare import Comparison
+from pipeline.report.figures import Figures
 from pipeline.report.page import cut
-from pipeline.report.reporting import comparison_figures, headline_rows, pair_facts, phase_rows
-from pipeline.texts.words import counted
-
-if TYPE_CHECKING:
-    from pipeline.report.compare import Comparison
-    from pipeline.report.figures import Figures
-    from pipeline.report.pruning_map import PruningMap
-    from pipeline.report.reporting import Report
+from pipeline.report.pruning_map import PruningMap, layer_rows
+from pipeline.report.reporting import Report, comparison_figures, headline_rows, pair_facts, phase_rows
+from pipeline.texts.words import counted, percent_of
 
 FEW_PAIRS = 5
 LONGEST_ANSWER = 200  # characters
-NOT_A_TERMINAL = 120  # columns: a log has no width of its own
 
 
 def print_report(report: Report) -> None:
-    console = _console()
+    console = result_console()
     labels = [figures.run.label for figures in report.runs]
     for figures in report.runs:
         for note in figures.run.notes:
-            _line(console, f"{figures.run.label}: {note}")
+            console.plain(f"{figures.run.label}: {note}")
     _print_table(console, "Headline figures", ["", *labels], headline_rows(report.runs))
     heads = [word for label in labels for word in (f"{label} p50", "p95")]
     _print_table(console, "Time by phase", ["phase", *heads], phase_rows(report.runs))
@@ -45,12 +38,10 @@ def print_report(report: Report) -> None:
 
 def print_row(pruning: PruningMap) -> None:
     """One row: question, answer, and what each layer did with the prompt's tokens."""
-    from pipeline.report.pruning_map import layer_rows
-
-    console, facts = _console(), pruning.facts
-    _line(console, f"row {facts['row']}, {facts['id']}, {facts['method']}, {facts['prompt_tokens']:,} tokens")
-    _line(console, f"question: {pruning.question_text.strip()}")
-    _line(console, f"answer: {facts['answer']}")
+    console, facts = result_console(), pruning.facts
+    console.plain(f"row {facts['row']}, {facts['id']}, {facts['method']}, {facts['prompt_tokens']:,} tokens")
+    console.plain(f"question: {pruning.question_text.strip()}")
+    console.plain(f"answer: {facts['answer']}")
     heads = ["layers", "FFN in full", "in fp8", "skipped", "had left"]
     _print_table(console, "Tokens by layer", heads, [(name, counts) for name, *counts in layer_rows(pruning)])
 
@@ -60,12 +51,9 @@ def _layer_rows(runs: tuple[Figures, ...]) -> list[tuple[str, list[str]]]:
     depth = max((run.layers.layers for run in runs if run.layers is not None), default=0)
     rows: list[tuple[str, list[str]]] = []
     columns = [column for run in runs for column in _layer_columns(run, depth)]
-    for layer in range(depth):
-        told = [column[layer] for column in columns]
-        if rows and rows[-1][1] == told:
-            rows[-1] = (f"{rows[-1][0].partition('-')[0]}-{layer}", told)
-        else:
-            rows.append((str(layer), told))
+    for shares, equal in groupby(range(depth), key=lambda layer: [column[layer] for column in columns]):
+        first, *others = equal
+        rows.append((f"{first}-{others[-1]}" if others else str(first), shares))
     return rows
 
 
@@ -81,9 +69,9 @@ def _layer_columns(run: Figures, depth: int) -> list[list[str]]:
 def _print_errors(console: Console, report: Report) -> None:
     for figures in report.runs:
         for kind, error in figures.errors.items():
-            _line(console, f"{figures.run.label}: {counted(error.count, 'row')} {kind}, first:", style="bold")
+            console.plain(f"{figures.run.label}: {counted(error.count, 'row')} {kind}, first:", style="bold")
             for row, id, message in error.first:
-                _line(console, f"  row {row}, {id}: {cut(message, LONGEST_ANSWER)}")
+                console.plain(f"  row {row}, {id}: {cut(message, LONGEST_ANSWER)}")
 
 
 def _print_comparison(console: Console, comparison: Comparison, labels: list[str]) -> None:
@@ -93,33 +81,17 @@ def _print_comparison(console: Console, comparison: Comparison, labels: list[str
     title = f"{labels[0]} (first) and {labels[1]} (second), joined by {comparison.joined_by}"
     _print_table(console, title, ["", "rows"], rows)
     if comparison.most:
-        _line(console, f"Rows that disagree most, by {comparison.measure}", style="bold")
+        console.plain(f"Rows that disagree most, by {comparison.measure}", style="bold")
     for pair in comparison.most[:FEW_PAIRS]:
-        _line(console, f"{pair.first['id']}: {pair_facts(pair)}")
+        console.plain(f"{pair.first['id']}: {pair_facts(pair)}")
         for label, facts in zip(labels, (pair.first, pair.second), strict=True):
             said = (
                 facts["answer"]
                 if facts["status"] == "ok"
                 else f"{facts['error_type']}: {facts['error_message']}"
             )
-            _line(console, f"  {label}: {cut(' '.join((said or '').split()), LONGEST_ANSWER)}")
+            console.plain(f"  {label}: {cut(' '.join((said or '').split()), LONGEST_ANSWER)}")
 
 
 def _print_table(console: Console, title: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> None:
-    columns = [Column(Text(head), justify="right" if n else "left") for n, head in enumerate(heads)]
-    table = Table(*columns, title=Text(title))
-    for name, values in rows:
-        table.add_row(Text(name), *map(Text, values))
-    console.print(table)
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, NOT_A_TERMINAL)
-    return console
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    """As it is: documents and answers may hold what looks like markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+    console.table(heads, [[name, *values] for name, values in rows], title=title)

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from marsinfer_cli import completion
-from marsinfer_cli.events import print_event
+from marsinfer_cli.events import note
+from pipeline.checkpoints.names import local_models
 from pipeline.errors import ConfigError
+from pipeline.pruning.registry import method_names
+from pipeline.settings import sources
 from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import PANELS, Renamed, Setting, Settings, renamed_of, settings_of
-from pipeline.settings.sources import (
-    CONFIGURED,
-    from_elsewhere,
-    merge,
-    read_config,
-    read_environment,
-    taken,
-)
-from pipeline.texts.shown import printable
 
 Body = Callable[..., Any]
-BARE = {each.flag: each.about for cls in CONFIGURED for each in settings_of(cls) if each.about.bare}
+BARE = {each.flag: each.about for cls in sources.CONFIGURED for each in settings_of(cls) if each.about.bare}
 
 
 class Command(TyperCommand):
@@ -51,7 +43,8 @@ def _valued(args: Sequence[str]) -> Iterator[str]:
             yield f"{word}={about.bare}"
 
 
-OFFERED = {"methods": completion.methods, "models": completion.models}
+# what shells offer for a value that is being typed; where none fits, they go on with files
+OFFERED = {"methods": method_names, "models": local_models}
 
 
 def takes(*classes: type[Settings]) -> Callable[[Body], Body]:
@@ -125,10 +118,17 @@ def _default(setting: Setting) -> Any:
     return None
 
 
-def _completion(setting: Setting) -> completion.Complete | None:
-    if setting.about.choices is not None:
-        return completion.one_of(setting.about.choices)
-    return None if setting.about.offered is None else OFFERED[setting.about.offered]
+def _completion(setting: Setting) -> Callable[[str], list[str]] | None:
+    """The words that begin as a value does; read at every press of Tab."""
+    about = setting.about
+    if about.choices is None and about.offered is None:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        words = about.choices or OFFERED[str(about.offered)]()
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
 
 
 def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[Settings]:
@@ -137,14 +137,14 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
     notes: list[str] = []
     path = given.get("config")
     is_configured = any(each.about.in_file for cls in classes for each in settings_of(cls))
-    file = read_config(path) if path is not None else {}
-    environment = read_environment(os.environ) if is_configured else {}
+    file = sources.read_config(path) if path is not None else {}
+    environment = sources.read_environment(os.environ) if is_configured else {}
     made = []
     for cls in classes:
         flags = _flags(cls, given)
         words = _words(cls, flags)
-        elsewhere = (from_elsewhere(cls, layer, notes.append) for layer in (file, environment))
-        values = merge(*elsewhere, taken(cls, flags, notes.append))
+        elsewhere = (sources.from_elsewhere(cls, layer, notes.append) for layer in (file, environment))
+        values = sources.merge(*elsewhere, sources.taken(cls, flags, notes.append))
         if words is not None:
             values |= _places(words, values, path)
         if issubclass(cls, MethodSettings) and values.get("profile") is not None:
@@ -153,11 +153,8 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
             values = with_profile(values)
         made.append(cls(**values))
     # once all is known to be right: what is refused is told in one line
-    for note in dict.fromkeys(notes):
-        if given.get("log_format") == "json":
-            print_event("note", message=note)
-        else:
-            print(f"marsinfer: note: {printable(note)}", file=sys.stderr)
+    for text in dict.fromkeys(notes):
+        note(text, in_events=given.get("log_format") == "json")
     return made
 
 

@@ -6,9 +6,13 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from pipeline.texts.shown import in_cell
+from pipeline.texts.versions import version_of
+from pipeline.texts.words import percent_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from pipeline.bench.accuracy import Accuracy
     from pipeline.bench.attention_speed import AttentionMeasurement
@@ -22,11 +26,9 @@ if TYPE_CHECKING:
 
 def conditions_of(model: LoadedModel) -> dict[str, Any]:
     """What the numbers depend on, beside the settings of the command."""
-    from pipeline.texts.versions import version_of
-
     return {
         "model": model.name,
-        "device": model.device_name() if model.device.type == "cuda" else processor(),
+        "device": device_named(model.device),
         "dtype": str(model.adapter.dtype).removeprefix("torch."),
         "attention": model.attention.name,
         "torch": version_of("torch"),
@@ -34,8 +36,11 @@ def conditions_of(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    return f"CPU ({platform.machine()})"
+def device_named(device: torch.device) -> str:
+    """A GPU's name, or what kind of CPU it is."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
 def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> None:
@@ -54,14 +59,14 @@ def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> 
                 "TTFT ms": f"{result.ttft_ms:,.1f}",
                 "fastest-slowest": f"{result.fastest_ms:,.1f}-{result.slowest_ms:,.1f}",
                 "speed-up": f"{base.ttft_ms / result.ttft_ms:.3f}" if base else "-",
-                "operations": _share(result.flops_ratio),
-                "of predicted saving": _share(saving_reached(result, base) if base else None),
+                "operations": percent_of(result.flops_ratio),
+                "of predicted saving": percent_of(saving_reached(result, base) if base else None),
                 "TFLOP/s": _number(result.tflops_per_second),
-                "of ceiling": _share(result.floor_ms / result.ttft_ms if result.floor_ms else None),
-                "selection": _share(result.select_ms / result.ttft_ms if result.select_ms else None),
+                "of ceiling": percent_of(result.floor_ms / result.ttft_ms if result.floor_ms else None),
+                "selection": percent_of(result.select_ms / result.ttft_ms if result.select_ms else None),
                 "peak GB": _gigabytes(result.peak_bytes),
                 "K/V GB": _gigabytes(result.kv_bytes),
-                "K/V of dense": _share(result.kv_ratio),
+                "K/V of dense": percent_of(result.kv_ratio),
                 "end to end ms": _number(result.end_to_end_ms),
             }
         )
@@ -89,9 +94,9 @@ def print_offload_table(conditions: dict[str, Any], results: list[OffloadMeasure
                 "MB swapped a step": f"{result.swapped_bytes_per_step / 1e6:,.2f}",
                 "copy ms a step": _number(result.copy_ms_per_step),
                 "waited ms a step": _number(result.stall_ms_per_step),
-                "hidden": _share(result.hidden),
-                "tokens as resident": _share(result.same_as_resident),
-                "as synchronous": _share(result.same_as_synchronous),
+                "hidden": percent_of(result.hidden),
+                "tokens as resident": percent_of(result.same_as_resident),
+                "as synchronous": percent_of(result.same_as_synchronous),
             }
             for result in results
         ]
@@ -114,7 +119,7 @@ def print_decode_table(conditions: dict[str, Any], results: list[DecodeMeasureme
                 "K/V GB": _gigabytes(result.kv_bytes),
                 "GB/s": f"{result.bytes_per_second / 1e9:,.1f}",
                 "copy GB/s": f"{result.copy_bytes_per_second / 1e9:,.1f}",
-                "of copy": _share(result.bandwidth_share),
+                "of copy": percent_of(result.bandwidth_share),
                 "same tokens": "-" if result.same_tokens is None else str(result.same_tokens),
             }
             for result in results
@@ -135,9 +140,9 @@ def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy
             group = next(group for group in result.groups if group.name == head)
             row = {
                 "variant": result.variant,
-                "right tokens": _share(group.token_accuracy),
+                "right tokens": percent_of(group.token_accuracy),
                 "drop, points": _drop(group.token_drop),
-                "found": _share(group.found),
+                "found": percent_of(group.found),
                 "drop of found, points": _drop(group.found_drop),
                 "NLL": f"{group.nll:.3f}",
                 "times as fast": f"{group.speed_up:.2f}",
@@ -148,7 +153,7 @@ def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy
                     "KL": "-" if result.divergence is None else f"{result.divergence:.4f}",
                     f"TTFT > {long_tokens:,}, ms": _number(result.long_ttft_ms),
                     "all cases, times as fast": f"{result.speed_up:.2f}",
-                    **{_SHARE_HEADS[name]: _share(share) for name, share in result.shares.items()},
+                    **{_SHARE_HEADS[name]: percent_of(share) for name, share in result.shares.items()},
                 }
             rows.append(row)
         group = next(group for group in results[0].groups if group.name == head)
@@ -212,10 +217,10 @@ def print_throughput_table(conditions: dict[str, Any], result: Throughput) -> No
                 "prompt tokens/s": _number(result.per_second(result.prompt_tokens)),
                 "new tokens/s": _number(result.per_second(result.new_tokens)),
                 "wall s": _number(result.wall_s),
-                "prefill": _share(result.share(result.prefill_s)),
-                "decode": _share(result.share(result.decode_s)),
-                "between packs": _share(result.share(result.between_packs_s)),
-                "idle": _share(idle and idle.share),
+                "prefill": percent_of(result.share(result.prefill_s)),
+                "decode": percent_of(result.share(result.decode_s)),
+                "between packs": percent_of(result.share(result.between_packs_s)),
+                "idle": percent_of(idle and idle.share),
                 "wall s, profiled": _number(idle and idle.wall_s),
             }
         ]
@@ -264,7 +269,3 @@ def _number(value: float | None) -> str:
 
 def _gigabytes(value: float | None) -> str:
     return "-" if not value else f"{value / 1e9:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.errors import ConfigError
+from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import LINEAR_DTYPES, NO_FP8_ATTENTION
+from pipeline.settings.parse import parse_count, parse_settings
 
 if TYPE_CHECKING:
     from pipeline.model.variant import Variant
@@ -16,8 +19,6 @@ ATTENTION_IN_FP8 = "attention-fp8"  # of the version before
 
 
 def parse_variants(specs: str, keep: str | None) -> list[Variant]:
-    from pipeline.errors import ConfigError
-
     shares = parse_shares(keep) if keep else None
     names = [spec.strip() for spec in specs.split(",")]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -27,10 +28,7 @@ def parse_variants(specs: str, keep: str | None) -> list[Variant]:
 
 
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
-    from pipeline.errors import ConfigError
     from pipeline.model.variant import Variant
-    from pipeline.pruning.registry import make_method
-    from pipeline.settings.parse import parse_settings
 
     if spec.startswith("@"):
         return _profile_variant(spec)
@@ -62,7 +60,6 @@ def _with_keep(method: PruningMethod, shares: tuple[float, ...]) -> PruningMetho
 def _profile_variant(spec: str) -> Variant:
     """`@FILE`: the settings and the precision of a profile."""
     from pipeline.model.variant import Variant
-    from pipeline.pruning.registry import make_method
     from pipeline.setup.profile import load_profile
 
     batch = load_profile(spec[1:]).batch
@@ -71,9 +68,6 @@ def _profile_variant(spec: str) -> Variant:
 
 
 def parse_lengths(text: str) -> list[int]:
-    from pipeline.errors import ConfigError
-    from pipeline.settings.parse import parse_count
-
     lengths = [parse_count("--lengths", part) for part in text.split(",")]
     if not all(lengths):
         raise ConfigError(f"--lengths {text!r}: a prompt has at least one token")
@@ -82,9 +76,6 @@ def parse_lengths(text: str) -> list[int]:
 
 def parse_packs(text: str) -> dict[str, list[int]]:
     """Packs such as `8k;4x8k;16k+8k+5k`: of each as written, the lengths of its documents."""
-    from pipeline.errors import ConfigError
-    from pipeline.settings.parse import parse_count
-
     packs: dict[str, list[int]] = {}
     for pack in text.replace(";", " ").split():
         lengths: list[int] = []
@@ -101,8 +92,6 @@ def parse_packs(text: str) -> dict[str, list[int]]:
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    from pipeline.errors import ConfigError
-
     try:
         shares = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.bench.plot import save_figure
+from pipeline.bench.plot import save_picture
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from pipeline.calibrate.ladder import Calibration
 
 
@@ -15,11 +18,12 @@ def save_ladder(path: str, result: Calibration) -> None:
 
     Raises ConfigError if it cannot be saved.
     """
-    from matplotlib.figure import Figure
+    title = f"{result.config.model}: {result.held_out:,} rows held out"
+    save_picture(path, title, partial(_draw_ladder, result))
 
+
+def _draw_ladder(result: Calibration, axes: Axes) -> None:
     bounds = result.bounds
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
     axes.plot(
         [rung.speed_up for rung in result.ladder],
         [rung.expected_drop for rung in result.ladder],
@@ -44,6 +48,3 @@ def save_ladder(path: str, result: Calibration) -> None:
     axes.axhline(bounds.main.value, linestyle="--", linewidth=0.8, color="gray", label=f"bound {bounds.main}")
     axes.set(xlabel="times as fast as dense", ylabel=f"drop of {bounds.main_name}, in {bounds.main.unit}")
     axes.legend(fontsize=7)
-    axes.set_title(f"{result.config.model}: {result.held_out:,} rows held out", fontsize=9)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)

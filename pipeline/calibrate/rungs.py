@@ -12,6 +12,7 @@ from pipeline.model.variant import Variant
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.registry import make_method
 from pipeline.pruning.shape import ModelShape
+from pipeline.settings.parse import as_set
 
 EXCHANGES = (1, 2, 4, 8, 16, 32)  # times what a pair costs in divergence with one mass, that it may cost
 EXITS = (7 / 8, 3 / 4, 2 / 3, 1 / 2)  # of the depth, that all tokens pass
@@ -28,10 +29,8 @@ def describe(variant: Variant) -> str:
 
 
 def _short(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    if len(value) <= 4:
-        return ",".join(map(_short, value))
+    if not isinstance(value, tuple) or len(value) <= 4:
+        return as_set(value)
     return f"({sum(each < 1 for each in value)} of {len(value)} layers, mean {sum(value) / len(value):.2f})"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ class Layout:
             if there & {one, other}:
                 there |= {one, other}
         return [name for name in self.shapes if name not in there]
+
+
+@contextmanager
+def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
+    """Loaders raise whatever their libraries do; the user gets one line that names the model."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cannot = "had from the hub" if on_hub else "loaded"
+        raise ModelError(f"model {name!r} cannot be {cannot}: {first_line(error)}") from error
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
@@ -105,10 +118,3 @@ def with_weights(
     if not torch.isfinite(rotary.inv_freq).all():
         raise ModelError("the rotary frequencies of this configuration are not finite")
     return model
-
-
-def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that `with_weights` asks for, by its name."""
-    model = _skeleton(config, torch.float32)
-    model.tie_weights()
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

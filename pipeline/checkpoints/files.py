@@ -1,11 +1,10 @@
-"""A model's files, by name: a hub id, a folder, a GGUF file (see gguf.py), or the embedded default."""
+"""Where a model comes from, by its name: the hub, a folder, a GGUF file (see gguf.py), or random weights."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,24 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.checkpoints.building import layout_of
-from pipeline.checkpoints.fingerprint import folder_fingerprint
+from pipeline.checkpoints import quantised
+from pipeline.checkpoints.building import as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
     cached_checkpoint,
     check_files,
     find_checkpoint,
+    folder_fingerprint,
     folder_notes,
 )
 from pipeline.checkpoints.gguf import GgufFiles
 from pipeline.checkpoints.names import EMBEDDED
-from pipeline.checkpoints.quantised import (
-    apply_scales_,
-    check_own_files,
-    check_quantisation,
-    quantisation,
-    scales_of,
-    without_quantisation,
-)
+from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.safetensor_files import Stored
 from pipeline.checkpoints.tensors import check_loaded, check_tensors
 from pipeline.checkpoints.tokenizers import open_tokenizer
-from pipeline.errors import ModelError, first_line
+from pipeline.errors import ModelError
+from pipeline.settings.model_settings import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +56,13 @@ class ModelFiles:
 
         What it returns is worth a note. Of a model of the hub nothing is known before it has been downloaded.
         """
-        check_quantisation(self.name, config)
+        quantised.check_quantisation(self.name, config)
         with self._as_model_error():
             checkpoint = self._checkpoint(config)
             if checkpoint is None or self._is_custom(config):
                 return []
-            if not quantisation(config):
-                check_own_files(self.name, checkpoint.folder)
+            if not quantised.quantisation(config):
+                quantised.check_own_files(self.name, checkpoint.folder)
             ignored = self.ignore_unused_tensors
             unused = check_tensors(self.name, checkpoint, config, layout_of(config), ignored)
             return [*folder_notes(checkpoint.folder), *unused]
@@ -86,7 +80,7 @@ class ModelFiles:
             return folder_fingerprint(find_checkpoint(Path(self.location), config))
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        options = {**self.options, "config": without_quantisation(config), "use_safetensors": True}
+        options = {**self.options, "config": quantised.without_quantisation(config), "use_safetensors": True}
         with self._as_model_error():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.location, dtype=dtype, output_loading_info=True, **options
@@ -96,16 +90,16 @@ class ModelFiles:
             known = {each.name for each in scales.values()}
             check_loaded(self.name, model, report, known, self.ignore_unused_tensors)
         model = model.to(device)
-        apply_scales_(model, scales, config)
+        quantised.apply_scales_(model, scales, config)
         return model
 
     def _scales(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """The scales of FP8 weights by the names of the model's parameters."""
-        checkpoint = self._checkpoint(config) if quantisation(config) else None
+        checkpoint = self._checkpoint(config) if quantised.quantisation(config) else None
         if checkpoint is None:
             return {}
         layout = layout_of(config)
-        found = scales_of(checkpoint.stored(), config)
+        found = quantised.scales_of(checkpoint.stored(), config)
         return {layout.place(name): scale for name, scale in found.items()}
 
     def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint | None:
@@ -119,54 +113,38 @@ class ModelFiles:
         """Whether code of the model's own, which we know nothing of, reads its weights."""
         return bool(self.options.get("trust_remote_code")) and hasattr(config, "auto_map")
 
-    @contextmanager
-    def _as_model_error(self) -> Iterator[None]:
-        """Loaders raise whatever their libraries do; the user gets one line that names the model."""
-        try:
-            yield
-        except ModelError:
-            raise
-        except Exception as error:
-            if self.location == self.name and not Path(self.location).exists():
-                raise ModelError(
-                    f"model {self.name!r} cannot be had from the hub: {first_line(error)}"
-                ) from error
-            raise ModelError(f"model {self.name!r} cannot be loaded: {first_line(error)}") from error
+    def _as_model_error(self) -> AbstractContextManager[None]:
+        on_hub = self.location == self.name and not Path(self.location).exists()
+        return as_model_error(self.name, on_hub=on_hub)
 
 
-def locate(
-    model: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    ignore_unused_tensors: str | None = None,
-) -> ModelFiles | GgufFiles:
-    """Find a model's files, and refuse unsafe ones, without loading anything."""
+ModelSource = ModelFiles | GgufFiles | RandomWeights
+
+
+def locate(settings: ModelSettings) -> ModelSource:
+    """Find where a model comes from, and refuse unsafe files, without loading anything."""
+    model, ignored = settings.model, settings.ignore_unused_tensors
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     path = Path(model).expanduser()
+    if model.startswith(PREFIX):
+        return RandomWeights(name=model)
     if model in EMBEDDED:
         return GgufFiles(name=model, path=_embedded_file(model))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {model}: there is no such file")
-        return GgufFiles(name=model, path=path, ignore_unused_tensors=ignore_unused_tensors)
+        return GgufFiles(name=model, path=path, ignore_unused_tensors=ignored)
     if path.is_dir():
         check_files(model, path)
-        _check_folder(path, trust_remote_code)
-        return ModelFiles(
-            name=model,
-            location=str(path),
-            options={"trust_remote_code": trust_remote_code},
-            ignore_unused_tensors=ignore_unused_tensors,
-        )
+        _check_folder(path, settings.trust_remote_code)
+        return ModelFiles(name=model, location=str(path), options=options, ignore_unused_tensors=ignored)
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
         raise ModelError(
             f"unknown model {model!r}: it is no folder, no .gguf file, no hub id (owner/name) and not "
             f"the embedded {', '.join(EMBEDDED)}"
         )
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    return ModelFiles(
-        name=model, location=model, options=options, ignore_unused_tensors=ignore_unused_tensors
-    )
+    options["revision"] = settings.revision
+    return ModelFiles(name=model, location=model, options=options, ignore_unused_tensors=ignored)
 
 
 def _embedded_file(model: str) -> Path:

@@ -1,10 +1,15 @@
-"""What a model's folder holds, told from its files' names and first bytes: weights, an adapter, pointers."""
+"""What a model's folder holds, told from its files' names and first bytes: weights, an adapter, pointers.
+
+The fingerprint of a folder is of what its files hold, wherever and whenever they were copied.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from pipeline.checkpoints.safetensor_files import (
     is_lfs_pointer,
     lfs_message,
     read_header,
+    sampled,
     seem_equal,
 )
 from pipeline.errors import ModelError
@@ -37,6 +43,8 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+FINGERPRINT_PREFIX = "content:"
+WHOLE_BYTES = 64 << 20  # of weights, up to which all are read for the fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,3 +185,36 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _listed(names: list[str], most: int = 3) -> str:
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+
+
+def folder_fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of configuration, tokenizer and weights.
+
+    Of large weights all headers are read, and a sample of each tensor (`sampled`): some thousandths of the
+    whole, so that a model of tens of GB takes about a second and another training of it differs.
+    """
+    digest = hashlib.sha256()
+    for name in (*SETTINGS, *TOKENIZER):
+        path = checkpoint.folder / name
+        if path.is_file():
+            _add(digest, name, [path.read_bytes()])
+    whole = sum(path.stat().st_size for path in checkpoint.files) <= WHOLE_BYTES
+    for path in checkpoint.files:
+        _add(digest, path.name, [path.read_bytes()] if whole else _sample(path))
+    return FINGERPRINT_PREFIX + digest.hexdigest()
+
+
+def _sample(path: Path) -> Iterable[bytes]:
+    """A file's size, its header, and bytes of each of its tensors."""
+    yield path.stat().st_size.to_bytes(8, "little")
+    for stored in sorted(read_header(path), key=lambda each: each.name):
+        yield repr((stored.name, stored.dtype, stored.shape, stored.begin)).encode()
+        yield from sampled(stored)
+
+
+def _add(digest: hashlib._Hash, name: str, pieces: Iterable[bytes]) -> None:
+    """Each file as a hash of its own, so that no bytes can pass from one to the next."""
+    own = hashlib.sha256()
+    for piece in pieces:
+        own.update(piece)
+    digest.update(f"{name} {own.hexdigest()}\n".encode())

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from pipeline.checkpoints.building import with_weights
+from pipeline.checkpoints.building import as_model_error, with_weights
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
 from pipeline.checkpoints.gguf_tensors import Found, Weights, check_tensors, found_tensors, values
-from pipeline.errors import ModelError, first_line
 from pipeline.families.adapters import check_config, check_family
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
@@ -57,7 +54,7 @@ class GgufFiles:
     ignore_unused_tensors: str | None = None  # a pattern of their names
 
     def config(self) -> PreTrainedConfig:
-        with self._as_model_error():
+        with as_model_error(self.name):
             check_family(self._family)
             config = AutoConfig.for_model(self._family, **self._settings())
             check_config(config)
@@ -65,11 +62,11 @@ class GgufFiles:
 
     def check(self, config: PreTrainedConfig) -> list[str]:
         """Raise ModelError for tensors that are not those of this configuration, by their headers alone."""
-        with self._as_model_error():
+        with as_model_error(self.name):
             return check_tensors(self.path.name, config, self._tensors, self.ignore_unused_tensors)
 
     def tokenizer(self) -> Any:
-        with self._as_model_error():
+        with as_model_error(self.name):
             path = self._parts[0].path
             if "tokenizer.ggml.model" not in self._parts[0].settings:
                 raise GgufError(
@@ -82,7 +79,7 @@ class GgufFiles:
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """The hash of the file's bytes, or of all parts' in their order."""
         digest = hashlib.sha256()
-        with self._as_model_error():
+        with as_model_error(self.name):
             for part in self._parts:
                 with part.path.open("rb") as file:
                     # hashlib.file_digest updates what it is told to make
@@ -90,7 +87,7 @@ class GgufFiles:
         return "sha256:" + digest.hexdigest()
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        with self._as_model_error():
+        with as_model_error(self.name):
             return with_weights(config, Weights(config, self._tensors), device=device, dtype=dtype)
 
     @cached_property
@@ -142,31 +139,19 @@ class GgufFiles:
         """Rows of the embedding, of which converters may write more than there are tokens."""
         if "token_embd.weight" not in self._tensors:
             raise GgufError(f"{self.path.name} lacks token_embd.weight, the embedding of its tokens")
-        rows = self._tensors["token_embd.weight"][1].shape[0]
+        rows = self._tensors["token_embd.weight"].shape[0]
         tokens = self._parts[0].settings.get("tokenizer.ggml.tokens", 0)
         if tokens > rows:
             raise GgufError(f"{self.path.name} is damaged: it has {tokens:,} tokens, and embeds {rows:,}")
         return rows
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
-        divisors = None
-        if FREQUENCIES in self._tensors and self._family == "llama":
-            part, entry = self._tensors[FREQUENCIES]
-            divisors = values(part, entry)
+        has_divisors = FREQUENCIES in self._tensors and self._family == "llama"
+        divisors = values(self._tensors[FREQUENCIES]) if has_divisors else None
         try:
             return rope_parameters(self._parts[0].settings, self._family, head_dim, divisors)
         except GgufError as error:
             raise GgufError(f"{self.path.name} {error}") from error
-
-    @contextmanager
-    def _as_model_error(self) -> Iterator[None]:
-        """Libraries raise what they like; the user gets one line that names the model."""
-        try:
-            yield
-        except (ModelError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise ModelError(f"model {self.name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _part_paths(path: Path) -> list[Path]:

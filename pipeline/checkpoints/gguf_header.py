@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf
 
-from pipeline.checkpoints.safetensor_files import is_lfs_pointer, lfs_message
+from pipeline.checkpoints.safetensor_files import Stored, is_lfs_pointer, lfs_message
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -31,21 +31,10 @@ class GgufError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """A tensor's line in the header."""
-
-    name: str
-    shape: tuple[int, ...]  # in torch's order, rows first
-    kind: gguf.GGMLQuantizationType
-    start: int  # of its bytes, from the beginning of the file
-    size: int  # in bytes
-
-
-@dataclass(frozen=True, kw_only=True)
 class GgufHeader:
     path: Path
     settings: dict[str, Any]  # by key; of an array of strings, how many there are
-    tensors: tuple[TensorEntry, ...]
+    tensors: tuple[Stored, ...]  # their shapes in torch's order, rows first
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -65,7 +54,7 @@ def read_header(path: Path) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError(f"{path.name} is damaged: its alignment is {alignment!r}")
     begin = -(-end // alignment) * alignment
-    tensors = tuple(_entry(path.name, begin, *line) for line in lines)
+    tensors = tuple(_stored(path, begin, *line) for line in lines)
     _check_places(path.name, tensors, size)
     return GgufHeader(path=path, settings=settings, tensors=tensors)
 
@@ -134,29 +123,29 @@ def _packed(name: str, kind: int) -> str:
     return PACKED[kind]
 
 
-def _entry(file: str, begin: int, name: str, shape: tuple[int, ...], number: int, place: int) -> TensorEntry:
+def _stored(file: Path, begin: int, name: str, shape: tuple[int, ...], number: int, place: int) -> Stored:
     try:
         kind = gguf.GGMLQuantizationType(number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         raise GgufError(
-            f"{file} stores {name} in type {number}, which the installed gguf package does not know; a newer"
-            " release may, or get the model in another quantisation"
+            f"{file.name} stores {name} in type {number}, which the installed gguf package does not know;"
+            " a newer release may, or get the model in another quantisation"
         ) from None
     if not shape or shape[-1] % block:
-        raise GgufError(f"{file} is damaged: the rows of {name} are no whole blocks of type {kind.name}")
-    size = prod(shape) // block * block_bytes
-    return TensorEntry(name=name, shape=shape, kind=kind, start=begin + place, size=size)
+        raise GgufError(f"{file.name} is damaged: the rows of {name} are no whole blocks of type {kind.name}")
+    begin, size = begin + place, prod(shape) // block * block_bytes
+    return Stored(name=name, dtype=kind.name, shape=shape, file=file, begin=begin, end=begin + size)
 
 
-def _check_places(file: str, tensors: tuple[TensorEntry, ...], size: int) -> None:
+def _check_places(file: str, tensors: tuple[Stored, ...], size: int) -> None:
     """Every tensor must stand in the file, and once."""
-    twice = [name for name, count in Counter(entry.name for entry in tensors).items() if count > 1]
+    twice = [name for name, count in Counter(each.name for each in tensors).items() if count > 1]
     if twice:
         raise GgufError(f"{file} is damaged: it names {twice[0]} twice")
-    last = max(tensors, key=lambda entry: entry.start + entry.size, default=None)
-    if last is not None and last.start + last.size > size:
+    last = max(tensors, key=lambda each: each.end, default=None)
+    if last is not None and last.end > size:
         raise GgufError(
-            f"{file} is cut short: it has {size:,} bytes, and {last.name} would end at"
-            f" {last.start + last.size:,}; copy or download it again"
+            f"{file} is cut short: it has {size:,} bytes, and {last.name} would end at {last.end:,};"
+            " copy or download it again"
         )

@@ -12,27 +12,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline.checkpoints.building import parameter_shapes
-from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, TensorEntry
+from pipeline.checkpoints.building import layout_of
+from pipeline.checkpoints.gguf_header import GgufError, GgufHeader
 from pipeline.checkpoints.gguf_rope import FREQUENCIES
+from pipeline.checkpoints.safetensor_files import Stored
 
 NUMBERS_AT_ONCE = 1 << 20  # that are dequantised, in whole rows
 NAMED = 4  # tensors in a message
 HARMLESS = ".attn_rot_embd."  # the frequencies again, in files of 2023; llama.cpp passes over them too
 
-Found = dict[str, tuple[GgufHeader, TensorEntry]]  # by the tensor's name
+Found = dict[str, Stored]  # by the tensor's name
 
 
 def found_tensors(parts: Iterable[GgufHeader]) -> Found:
     found: Found = {}
     for part in parts:
-        for entry in part.tensors:
-            if entry.name in found:
-                first = found[entry.name][0].path.name
-                raise GgufError(
-                    f"{part.path.name} is no part of the same model: {first} has {entry.name} too"
-                )
-            found[entry.name] = (part, entry)
+        for each in part.tensors:
+            if each.name in found:
+                first = found[each.name].file.name
+                raise GgufError(f"{part.path.name} is no part of the same model: {first} has {each.name} too")
+            found[each.name] = each
     return found
 
 
@@ -50,8 +49,8 @@ def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: st
 
     Those that match the pattern `ignored` may be there; what it returns is worth a note.
     """
-    named = gguf_namer(config)
-    shapes = {named(parameter): shape for parameter, shape in parameter_shapes(config).items()}
+    named, layout = gguf_namer(config), layout_of(config)
+    shapes = {named(each): shape for each, shape in layout.shapes.items() if each not in layout.tied}
     kind = f"a {config.model_type} of {config.num_hidden_layers} blocks"
     missing = [name for name in shapes if name not in found]
     if missing:
@@ -65,16 +64,16 @@ def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: st
             " another model's; --ignore-unused-tensors REGEX goes on without those that it matches"
         )
     for name, shape in shapes.items():
-        entry = found[name][1]
-        if entry.shape != shape:
-            raise GgufError(f"{file} is damaged: {name} is {_sides(entry.shape)}, not {_sides(shape)}")
+        held = found[name].shape
+        if held != shape:
+            raise GgufError(f"{file} is damaged: {name} is {_sides(held)}, not {_sides(shape)}")
     _check_kinds(file, found)
     return [f"{file} holds {_listed(others)}, which {kind} does not use: they are left out"] if others else []
 
 
 def _check_kinds(file: str, found: Found) -> None:
     """Each type is tried on one block: the package knows the sizes of more types than it can read."""
-    for kind in {entry.kind for _, entry in found.values()}:
+    for kind in {gguf.GGMLQuantizationType[each.dtype] for each in found.values()}:
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
         except NotImplementedError:
@@ -84,9 +83,9 @@ def _check_kinds(file: str, found: Found) -> None:
             ) from None
 
 
-def values(part: GgufHeader, entry: TensorEntry) -> np.ndarray:
+def values(stored: Stored) -> np.ndarray:
     """A small tensor, such as the divisors of frequencies, in float32."""
-    return np.concatenate([rows for _, rows in _pieces(part, entry)]).reshape(entry.shape)
+    return np.concatenate([rows for _, rows in _pieces(stored)]).reshape(stored.shape)
 
 
 class Weights:
@@ -99,18 +98,18 @@ class Weights:
 
     def __call__(self, parameter: str, target: Tensor) -> None:
         """Write the tensor of the parameter of this name to `target`, of its shape, on any device."""
-        part, entry = self.found[self.named(parameter)]
-        places = self._places(parameter, entry)
-        rows = target.reshape(-1, entry.shape[-1]) if places is None else target.reshape(len(places), -1)
-        for first, piece in _pieces(part, entry):
+        stored = self.found[self.named(parameter)]
+        places = self._places(parameter, stored.shape[0])
+        rows = target.reshape(-1, stored.shape[-1]) if places is None else target.reshape(len(places), -1)
+        for first, piece in _pieces(stored):
             numbers = torch.from_numpy(piece).to(target.dtype).to(target.device).reshape(-1, rows.shape[1])
             if places is None:
                 rows[first : first + len(numbers)].copy_(numbers)
             else:
                 rows.index_copy_(0, places[first : first + len(numbers)].to(target.device), numbers)
 
-    def _places(self, parameter: str, entry: TensorEntry) -> Tensor | None:
-        """Where each row of the file goes, if not to its own place.
+    def _places(self, parameter: str, rows: int) -> Tensor | None:
+        """Where each of the file's rows goes, if not to its own place.
 
         llama.cpp rotates neighbours, transformers the two halves of a head, so that of Llama's queries and
         keys the converter writes rows h and h + d / 2 of a head side by side.
@@ -122,19 +121,18 @@ class Weights:
         module = parameter.split(".")[-2]
         if self.config.model_type != "llama" or module not in heads:
             return None
-        rows = entry.shape[0]
         order = torch.arange(rows).view(heads[module], 2, rows // heads[module] // 2)
         return order.transpose(1, 2).reshape(-1)
 
 
-def _pieces(part: GgufHeader, entry: TensorEntry) -> Iterable[tuple[int, np.ndarray]]:
+def _pieces(stored: Stored) -> Iterable[tuple[int, np.ndarray]]:
     """(first row, rows in float32) of a tensor, a few rows at a time; a vector is one row."""
-    stored = np.memmap(part.path, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.size,))
-    width = entry.shape[-1]
-    rows = stored.reshape(prod(entry.shape[:-1]), -1)
-    step = max(1, NUMBERS_AT_ONCE // width)
+    kind, size = gguf.GGMLQuantizationType[stored.dtype], stored.end - stored.begin
+    data = np.memmap(stored.file, dtype=np.uint8, mode="r", offset=stored.begin, shape=(size,))
+    rows = data.reshape(prod(stored.shape[:-1]), -1)
+    step = max(1, NUMBERS_AT_ONCE // stored.shape[-1])
     for first in range(0, len(rows), step):
-        piece = gguf.dequantize(np.array(rows[first : first + step]), entry.kind)
+        piece = gguf.dequantize(np.array(rows[first : first + step]), kind)
         yield first, np.asarray(piece, dtype=np.float32)
 
 

@@ -7,13 +7,12 @@ tell which. The result is the same on every device, and needs no other package.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoints.safetensor_files import Stored
@@ -153,16 +152,12 @@ def _block_of(
 def apply_scales_(model: PreTrainedModel, scales: Mapping[str, Stored], config: PreTrainedConfig) -> None:
     """Multiply weights, which were read as they are, by `scales`, whose keys are the model's parameters."""
     block = _block(quantisation(config) or {})
-    for name, scale in zip(scales, _read(scales.values()), strict=True):
+    for name, stored in scales.items():
+        with safe_open(stored.file, framework="pt") as file:
+            scale = file.get_tensor(stored.name)
         weight = model.get_parameter(name)
         rows, columns = _block_of(tuple(weight.shape), tuple(scale.shape), block)
         grid = scale.float().to(weight.device).reshape(-(-weight.shape[0] // rows), -1)
         full = grid.repeat_interleave(rows, 0)[: weight.shape[0]]
         full = full.repeat_interleave(columns, 1)[:, : weight.shape[1]]
         weight.copy_(weight.float() * full)
-
-
-def _read(stored: Iterable[Stored]) -> Iterable[Tensor]:
-    for each in stored:
-        with safe_open(each.file, framework="pt") as file:
-            yield file.get_tensor(each.name)

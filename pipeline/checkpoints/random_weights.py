@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,56 +28,21 @@ CHAT_TEMPLATE = (
     + "\n{% endfor %}"
     "{% if add_generation_prompt %}" + TURN_BEGINS + "assistant\n{% endif %}"
 )
-# family and published dimensions, by the configuration names of transformers; those of `tiny` are ours
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2-7b": (
-        "qwen2",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "llama-3.1-8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "qwen2.5-1.5b": (
-        "qwen2",
-        {
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 131072,
-        },
-    ),
-    "tiny": (
-        "qwen2",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 28,  # as deep as the large ones: the methods' settings by depth fit
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-            "max_position_embeddings": 131072,
-        },
-    ),
+DIMENSIONS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings"),
+)
+# family and published dimensions; those of `tiny` are ours, as deep as the large ones: the methods' settings
+# by depth fit
+PUBLISHED = {
+    "qwen2-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, 131072),
+    "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072),
+    "tiny": ("qwen2", 64, 128, 28, 4, 2, 512, 131072),
+}
+# family, and dimensions by the configuration names of transformers
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    name: (family, dict(zip(DIMENSIONS, sizes, strict=True))) for name, (family, *sizes) in PUBLISHED.items()
 }
 
 
@@ -88,12 +52,10 @@ class RandomWeights:
 
     name: str  # as the user wrote it, PREFIX included
 
-    @classmethod
-    def named(cls, name: str) -> Self:
+    def __post_init__(self) -> None:
         """Raises ModelError where no shape has this name."""
-        if name.removeprefix(PREFIX) not in SHAPES:
-            raise ModelError(f"model {name!r}: there is no such shape; shapes: {', '.join(SHAPES)}")
-        return cls(name=name)
+        if self.name.removeprefix(PREFIX) not in SHAPES:
+            raise ModelError(f"model {self.name!r}: there is no such shape; shapes: {', '.join(SHAPES)}")
 
     def config(self) -> PreTrainedConfig:
         family, settings = self._shape
@@ -114,7 +76,7 @@ class RandomWeights:
         return with_random_weights(config, device=device, dtype=dtype, seed=SEED)
 
     @property
-    def _shape(self) -> tuple[str, dict[str, Any]]:
+    def _shape(self) -> tuple[str, dict[str, int]]:
         return SHAPES[self.name.removeprefix(PREFIX)]
 
 

@@ -22,7 +22,7 @@ class Stored:
     """A tensor of a file; `begin` and `end` are offsets from the file's first byte."""
 
     name: str
-    dtype: str  # as safetensors names it: F32, BF16, F8_E4M3
+    dtype: str  # as safetensors names it (F32, BF16, F8_E4M3), or GGUF (Q8_0)
     shape: tuple[int, ...]
     file: Path
     begin: int

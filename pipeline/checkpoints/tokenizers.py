@@ -74,8 +74,6 @@ def _chat_template(location: str, options: Mapping[str, Any]) -> Any:
 
 def _found(location: str, options: Mapping[str, Any], name: str) -> Path | None:
     """A file of the model, fetched if it is on the hub; None where there is no such file."""
-    if options.get("gguf_file"):
-        return None
     path = cached_file(
         location,
         name,

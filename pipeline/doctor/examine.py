@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from pipeline.doctor.findings import Finding, Probe
-from pipeline.doctor.probes import all_probes
+from pipeline.doctor.packages import OPTIONAL, REQUIRED
+from pipeline.pruning.registry import method_names
 
 FORMAT = 1  # of `as_dict`, to be raised when a key changes its meaning or goes
 PROBE_TIMEOUT_S = 180.0  # the first that touches a GPU loads its libraries, some compile kernels
@@ -26,6 +27,42 @@ BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from pipeline.doctor.child import main; main(sys.argv[2:])"
 )
+
+GROUPS = (
+    VERSIONS := "versions",
+    MACHINE := "machine",
+    MODEL := "embedded model",
+    ATTENTION := "attention backends",
+    PRECISION := "precisions",
+    KERNELS := "kernels",
+    SELF_TEST := "self-test",
+)
+
+
+def all_probes() -> tuple[Probe, ...]:
+    """Every probe, in the order in which they are run and shown."""
+    return (
+        _probe(VERSIONS, "marsinfer", "packages:marsinfer"),
+        _probe(VERSIONS, "python", "packages:python"),
+        *_probes(VERSIONS, "packages:package", [*REQUIRED, *OPTIONAL]),
+        *(_probe(MACHINE, name, f"machine:{name}") for name in ("gpu", "memory", "disk", "scratch")),
+        _probe(MODEL, "smollm2-135m", "machine:embedded"),
+        *_probes(ATTENTION, "abilities:attention", ["fa3", "flash", "cudnn", "varlen", "sdpa"]),
+        *_probes(PRECISION, "abilities:precision", ["float32", "bfloat16", "float16"]),
+        _probe(PRECISION, "fp8 linear layers", "abilities:fp8_linears"),
+        _probe(KERNELS, "sparse attention", "abilities:sparse_attention"),
+        _probe(KERNELS, "CUDA graphs", "abilities:cuda_graphs"),
+        *_probes(SELF_TEST, "selftest:method", method_names()),
+    )
+
+
+def _probe(group: str, name: str, where: str, *arguments: str) -> Probe:
+    return Probe(group=group, name=name, where=f"pipeline.doctor.{where}", arguments=arguments)
+
+
+def _probes(group: str, where: str, names: Sequence[str]) -> list[Probe]:
+    """One for each name, which is given to the same function."""
+    return [_probe(group, name, where, name) for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)

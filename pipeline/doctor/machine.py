@@ -113,9 +113,10 @@ def embedded() -> Finding:
     from pipeline.checkpoints.files import locate
     from pipeline.checkpoints.gguf import GgufFiles
     from pipeline.errors import ModelError
+    from pipeline.settings.model_settings import ModelSettings
 
     try:
-        source = locate("smollm2-135m")
+        source = locate(ModelSettings())
     except ModelError as error:
         return Finding(status="absent", text=str(error), facts={"path": None})
     assert isinstance(source, GgufFiles)

@@ -7,24 +7,15 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.doctor.findings import Finding, one_line
 
-# distribution: module
-REQUIRED = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
-    "pyarrow": "pyarrow",
-    "gguf": "gguf",
-    "numpy": "numpy",
-    "fsspec": "fsspec",
-    "jinja2": "jinja2",
-    "psutil": "psutil",
-    "rich": "rich",
-    "typer": "typer",
-}
+# whose modules have the same names
+REQUIRED = (
+    *("torch", "transformers", "accelerate", "pyarrow", "gguf", "numpy"),
+    *("fsspec", "jinja2", "psutil", "rich", "typer"),
+)
 
 
 class Optional(NamedTuple):
@@ -85,18 +76,18 @@ def package(name: str) -> Finding:
         return Finding(status="absent", text=text, facts=missing)
     facts = {"version": installed}
     try:
-        import_module(optional.module if optional else REQUIRED[name])
+        import_module(optional.module if optional else name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a package does when it is imported
         text = f"{installed} is installed, but cannot be imported: {one_line(error)}"
         return Finding(status="broken", text=text, facts=facts)
     wanted = _wanted(name)
-    if wanted is not None and not _fits(installed, wanted):
+    if wanted is not None and not wanted.contains(installed, prereleases=True):
         return Finding(status="note", text=f"{installed}, and tested is {wanted}", facts=facts)
     return Finding(status="ok", text=installed, facts=facts)
 
 
-def _wanted(name: str) -> str | None:
-    """The versions of a package that marsinfer asks for, as `>=1,<2`."""
+def _wanted(name: str) -> Any:
+    """The versions of a package that marsinfer asks for, as packaging's SpecifierSet, or None."""
     from packaging.requirements import Requirement
 
     try:
@@ -104,10 +95,4 @@ def _wanted(name: str) -> str | None:
     except PackageNotFoundError:
         return None
     found = [Requirement(line) for line in lines]
-    return next((str(wanted.specifier) for wanted in found if wanted.name == name), None)
-
-
-def _fits(installed: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(wanted).contains(installed, prereleases=True)
+    return next((wanted.specifier for wanted in found if wanted.name == name), None)

@@ -1,4 +1,6 @@
-"""transformers' decoder layers, opened up into their parts; only building.py knows of its internals too.
+"""transformers' decoder layers, opened up into their parts.
+
+Of its internals only projection.py and building.py know too.
 
 The forward pass of a layer is ours (see layers.py); the weights and modules are transformers'.
 Supported families are an allow-list, each tested against stock transformers on small configurations.
@@ -12,24 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.projection import Projection
+from pipeline.families.projection import Layer, Norm, Projection
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
-from pipeline.kernels.fused import (
-    Quantised,
-    quantize_rows,
-    rms_norm_quantized,
-    rope_,
-    silu_mul,
-    silu_mul_quantized,
-)
+from pipeline.kernels.fused import Quantised, quantize_rows, rope_, silu_mul, silu_mul_quantized
 from pipeline.kernels.step import (
     Product,
     add_product_,
-    add_product_normed_,
     has_kernels,
     product_silu_mul_quantized,
     rope_and_store_,
@@ -50,13 +43,12 @@ def check_config(config: PreTrainedConfig) -> None:
     activation = getattr(config, "hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"activation {activation!r} is not supported (silu is)")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope_type = _rope_parameters(config).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         # dynamic and LongRoPE choose frequencies by the longest sequence of a call, so a pack's
         # documents would change each other
         raise ModelError(f"RoPE type {rope_type!r} is not supported; types: {', '.join(ROPE_TYPES)}")
-
-    factor = getattr(config, "rope_parameters", {}).get("factor", 1.0) if rope_type != "default" else 1.0
+    factor = _rope_parameters(config).get("factor", 1.0) if rope_type != "default" else 1.0
     if not isinstance(factor, (int, float)) or factor < 1:
         raise ModelError(
             f"RoPE type {rope_type!r} has the factor {factor!r}, and it must be a number from 1 on"
@@ -67,6 +59,10 @@ def check_family(family: str) -> None:
     """Raise ModelError for a `model_type` this file cannot open."""
     if family not in FAMILIES:
         raise ModelError(f"model family {family!r} is not supported; families: {', '.join(FAMILIES)}")
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
@@ -97,7 +93,7 @@ def _context(config: PreTrainedConfig) -> int:
     nobody can say whether it is in it already.
     """
     own: int = config.max_position_embeddings
-    scaling = getattr(config, "rope_parameters", None) or {}
+    scaling = _rope_parameters(config)
     if scaling.get("rope_type") != "yarn":
         return own
     return max(own, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
@@ -111,7 +107,7 @@ def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
     Raises ModelError for a model that scales already, or whose context would not grow.
     """
     factor, original = parse_rope_scaling(spec)
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = _rope_parameters(config)
     if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
         raise ModelError(
             f"--rope-scaling {spec}: the model's configuration scales its RoPE already"
@@ -140,7 +136,7 @@ def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
 
 def _scaling_in_words(config: PreTrainedConfig) -> str:
     """As `yarn, factor 4 over 32,768 tokens: a context of 131,072`."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = _rope_parameters(config)
     factor, original = parameters.get("factor"), parameters.get("original_max_position_embeddings")
     words = str(parameters.get("rope_type", "a type without rope_theta"))
     words += f", factor {factor:g}" if factor else ""
@@ -160,19 +156,6 @@ def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> No
         raise ConfigError(f"fp8 cannot be used here: {reason}")
 
 
-class Layer:
-    """The weights of one decoder layer."""
-
-    def __init__(self, block: Any) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.input_norm, self.ffn_norm = block.input_layernorm, block.post_attention_layernorm
-        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Projection(attention.o_proj)
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = Projection(mlp.down_proj)
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-
-
 class DecoderAdapter:
     """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension.
 
@@ -190,6 +173,7 @@ class DecoderAdapter:
             raise ModelError(f"attention scaling {scaling} is not supported (1/sqrt(head size) is)")
         with torch.no_grad():
             self._layers = [Layer(block) for block in self._decoder.layers]
+        self._last_norm = Norm(self._decoder.norm)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
 
@@ -301,7 +285,7 @@ class DecoderAdapter:
 
         if self.linears_in_fp8:
             return self._step_in_fp8_(layer, hidden_BD, mixed, normed)
-        qkv_BN = weights.qkv(_norm(weights.input_norm, hidden_BD))
+        qkv_BN = weights.qkv(weights.input_norm(hidden_BD))
         self.add_attention_(layer, hidden_BD, mixed(Product(qkv_BN)))
         self.add_feed_forward_(layer, hidden_BD)
         return None
@@ -322,22 +306,21 @@ class DecoderAdapter:
         """`step_layer_` with products whose scales are applied by the kernels between them."""
         weights, last = self._layers[layer], layer + 1 == len(self._layers)
         if normed is None:
-            normed = rms_norm_quantized(hidden_BD, *_weight_and_eps(weights.input_norm))
+            normed = weights.input_norm.quantised(hidden_BD)
         mixed_BHd = mixed(weights.qkv.unscaled(normed))
         attended = weights.output.unscaled(quantize_rows(mixed_BHd.flatten(1)))
-        normed = add_product_normed_(hidden_BD, attended, *_weight_and_eps(weights.ffn_norm))
+        normed = weights.ffn_norm.quantised_sum_(hidden_BD, attended)
         gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
         fed_forward = weights.down.unscaled(gated)
         if last:
             add_product_(hidden_BD, fed_forward)
             return None
-        following = self._layers[layer + 1].input_norm
-        return add_product_normed_(hidden_BD, fed_forward, *_weight_and_eps(following))
+        return self._layers[layer + 1].input_norm.quantised_sum_(hidden_BD, fed_forward)
 
     def head(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
         head: Any = self.model.lm_head
-        return head(_norm(self._decoder.norm, hidden_BD))
+        return head(self._last_norm(hidden_BD))
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
@@ -375,8 +358,8 @@ class DecoderAdapter:
         )
         q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
         if weights.k_norm is not None:
-            q_THd = _norm(weights.q_norm, q_THd) if heads else q_THd
-            k_TKd = _norm(weights.k_norm, k_TKd)
+            q_THd = weights.q_norm(q_THd) if heads and weights.q_norm else q_THd
+            k_TKd = weights.k_norm(k_TKd)
         rope_(q_THd, k_TKd, *rope)
         return q_THd, k_TKd, v_TKd
 
@@ -398,7 +381,7 @@ class DecoderAdapter:
     def _normed(
         self,
         hidden_TD: Tensor,
-        norm: Any,
+        norm: Norm,
         projection: Projection,
         *,
         fp8: bool,
@@ -406,15 +389,5 @@ class DecoderAdapter:
     ) -> Tensor:
         """(T, N) a projection of the normed residual stream; written to `out_TN` if there is one."""
         if fp8:
-            quantised = rms_norm_quantized(hidden_TD, norm.weight, norm.variance_epsilon)
-            return projection.in_fp8(*quantised, out_TN)
-        return projection(_norm(norm, hidden_TD), out_TN)
-
-
-def _norm(module: Any, x: Tensor) -> Tensor:
-    """RMSNorm in torch's single fused kernel; the modules' own forward makes six passes over memory."""
-    return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-
-def _weight_and_eps(module: Any) -> tuple[Tensor, float]:
-    return module.weight, module.variance_epsilon
+            return projection.in_fp8(*norm.quantised(hidden_TD), out_TN)
+        return projection(norm(hidden_TD), out_TN)

@@ -1,15 +1,37 @@
-"""Linear layers that read the same input, as one product, in the model's dtype or in fp8."""
+"""The weights of a decoder layer: norms, and linear layers that read the same input as one product."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
-from pipeline.kernels.fused import Quantised
-from pipeline.kernels.step import Product
+from pipeline.kernels.fused import Quantised, rms_norm_quantized
+from pipeline.kernels.step import Product, add_product_normed_
+
+
+class Norm:
+    """A module's RMSNorm in torch's single fused kernel; its own forward makes six passes over memory."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight: Tensor = module.weight
+        self.eps: float = module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """In the dtype of `x`, over its last dimension."""
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def quantised(self, x_TD: Tensor) -> Quantised:
+        """The same in fp8, a scale a row."""
+        return rms_norm_quantized(x_TD, self.weight, self.eps)
+
+    def quantised_sum_(self, total_TD: Tensor, product: Product) -> Quantised:
+        """Add a product to `total_TD` in place, and norm the sum in fp8."""
+        return add_product_normed_(total_TD, product, self.weight, self.eps)
 
 
 class Projection:
@@ -86,3 +108,18 @@ class Projection:
             for module in self._modules:
                 module.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
             self.weight = None
+
+
+class Layer:
+    """The weights of one decoder layer."""
+
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.input_norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Projection(attention.o_proj)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
+        self.down = Projection(mlp.down_proj)
+        # some families norm the queries and keys of single heads
+        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else None

@@ -8,49 +8,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pipeline.checkpoints.files import locate
-from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
+from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+class _OnDevice:
+    """What a model, loaded or not, says of itself and its device."""
 
-class ModelSource(Protocol):
-    """Where the parts of a model come from; each method raises ModelError where it has none."""
+    shape: ModelShape
+    device: torch.device
+    dtype: torch.dtype
 
-    @property
-    def name(self) -> str: ...  # as the user wrote it
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
-    def config(self) -> PreTrainedConfig: ...
-
-    def check(self, config: PreTrainedConfig) -> list[str]:
-        """Raise ModelError for weights that do not fit, none of which is read; return what to tell a user."""
-        ...
-
-    def tokenizer(self) -> Any: ...
-
-    def fingerprint(self, config: PreTrainedConfig) -> str:
-        """What identifies the weights."""
-        ...
-
-    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        """transformers' model of this configuration, on the device."""
-        ...
+    def check_fp8(self) -> None:
+        """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
+        check_fp8(self.device, self.dtype, self.shape)
 
 
 @dataclass(kw_only=True)
-class LoadedModel:
+class LoadedModel(_OnDevice):
     """A model on its device, with what produced it; make one with `load_model`.
 
     `shape` has its dimensions, of which `context` is the longest sequence in tokens, prompt and answer
@@ -67,28 +56,12 @@ class LoadedModel:
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     notes: tuple[str, ...] = ()  # what a user should know of its files
 
-    @property
-    def shape(self) -> ModelShape:
-        return self.adapter.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.adapter.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.adapter.dtype
+    def __post_init__(self) -> None:
+        self.shape, self.device, self.dtype = self.adapter.shape, self.adapter.device, self.adapter.dtype
 
     @property
     def attention_name(self) -> str:
         return self.attention.name
-
-    def device_name(self) -> str:
-        return _device_name(self.device)
-
-    def check_fp8(self) -> None:
-        """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
-        check_fp8(self.device, self.dtype, self.shape)
 
     def load(self) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
@@ -96,7 +69,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnloadedModel:
+class UnloadedModel(_OnDevice):
     """A model without its weights, that says of itself what the loaded one will; `open_model` makes it."""
 
     source: ModelSource
@@ -133,13 +106,6 @@ class UnloadedModel:
     @property
     def attention_name(self) -> str:
         return self.attention.name
-
-    def device_name(self) -> str:
-        return _device_name(self.device)
-
-    def check_fp8(self) -> None:
-        """As of a loaded model."""
-        check_fp8(self.device, self.dtype, self.shape)
 
     def load(self) -> LoadedModel:
         """Raises ModelError for weights that cannot be read."""
@@ -202,7 +168,7 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(settings.device)
     torch_dtype = pick_dtype(settings.dtype, target)
-    source = find_source(settings)
+    source = locate(settings)
     with _quiet():
         config = source.config()
         check_config(config)
@@ -218,22 +184,6 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
             rope_scaling=settings.rope_scaling,
             notes=tuple(notes),
         )
-
-
-def find_source(settings: ModelSettings) -> ModelSource:
-    """Where the model comes from; nothing is loaded."""
-    if settings.model.startswith(PREFIX):
-        return RandomWeights.named(settings.model)
-    return locate(
-        settings.model,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        ignore_unused_tensors=settings.ignore_unused_tensors,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def pick_device(device: str) -> torch.device:
@@ -259,11 +209,10 @@ def use_device(device: torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Of `DTYPES`, the settings'."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return getattr(torch, dtype)
 
 
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""Pictures of times and answers: TTFT by length, phases, and how two runs differ."""
+"""Pictures of times, answers and layers: TTFT, phases, how two runs differ, what became of tokens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.report import svg
-from pipeline.report.chart_parts import MOST_SERIES, Chart, format_ticks, legend_of, scale, tick_ms
+from pipeline.report import drawing
 from pipeline.report.compare import Comparison
+from pipeline.report.drawing import Chart, draw, format_ticks, legend_of, percent, scale, tick_ms
 from pipeline.report.figures import Figures, milliseconds, phases
+from pipeline.report.layer_shares import LayerShares
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 MOST_POINTS = 1_200  # of all series together
 MEDIAN_BINS = 12
+POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.6}
+TIER_COLOURS = {"FFN in full": "full", "FFN in fp8": "fp8", "FFN skipped": "skipped", "left before": "left"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ def ttft_chart(runs: Sequence[Figures]) -> Chart | None:
         caption += " No dense run is among these outputs: name one too for its line."
     if packed:
         caption += f" In packs, which share one TTFT: {', '.join(packed)}."
-    drawn = svg.draw("ttft", partial(_draw_ttft, series))
+    drawn = draw("ttft", partial(_draw_ttft, series))
     return Chart(
         title="Time to first token by document length",
         alt="; ".join(lines),
@@ -68,24 +71,15 @@ def _ttft_series(runs: Sequence[Figures]) -> list[Series]:
             if known.any():
                 is_dense = method == "dense"
                 series.append(Series(label=label, is_dense=is_dense, tokens=tokens[known], ms=ms[known]))
-    return series[:MOST_SERIES]
+    return series[: drawing.MOST_SERIES]
 
 
-def _draw_ttft(series: Sequence[Series], figure: Figure) -> None:
-    axes = figure.add_subplot()
+def _draw_ttft(series: Sequence[Series], axes: Axes) -> None:
     random = np.random.default_rng(0)
     for n, one in enumerate(series):
         few = random.permutation(len(one.ms))[: MOST_POINTS // len(series)]
-        style: dict[str, Any] = {"color": svg.SERIES[n], "marker": svg.MARKERS[n]}
-        axes.plot(
-            one.tokens[few],
-            one.ms[few],
-            linestyle="none",
-            markersize=4,
-            markeredgewidth=0,
-            alpha=0.55,
-            **style,
-        )
+        style: dict[str, Any] = {"color": drawing.SERIES[n], "marker": drawing.MARKERS[n]}
+        axes.plot(one.tokens[few], one.ms[few], **style, **POINTS)
         axes.plot(
             *_medians(one), linestyle="--" if one.is_dense else "-", markersize=4, linewidth=1.6, **style
         )
@@ -109,7 +103,7 @@ def _medians(series: Series) -> tuple[list[float], list[float]]:
 
 def phase_chart(runs: Sequence[Figures]) -> Chart | None:
     """Median and 95th percentile of each phase."""
-    runs = runs[:MOST_SERIES]
+    runs = runs[: drawing.MOST_SERIES]
     if not any(run.answered for run in runs):
         return None
     told = [
@@ -120,14 +114,13 @@ def phase_chart(runs: Sequence[Figures]) -> Chart | None:
     return Chart(
         title="Time by phase",
         alt="Medians: " + "; ".join(told),
-        svg=svg.draw("phases", partial(_draw_phases, runs)),
+        svg=draw("phases", partial(_draw_phases, runs)),
         caption="As rows see it: median, and a line to the 95th percentile. A pack's rows share its prefill.",
         legend=legend_of([run.run.label for run in runs]),
     )
 
 
-def _draw_phases(runs: Sequence[Figures], figure: Figure) -> None:
-    axes = figure.add_subplot()
+def _draw_phases(runs: Sequence[Figures], axes: Axes) -> None:
     names = [label for label, *_ in phases(runs[0])]
     known = []
     for n, run in enumerate(runs):
@@ -136,8 +129,8 @@ def _draw_phases(runs: Sequence[Figures], figure: Figure) -> None:
                 continue
             height = place + (n - (len(runs) - 1) / 2) * 0.7 / len(runs)
             low, high = max(median, 1e-3), max(slow, 1e-3)
-            axes.plot([low, high], [height, height], color=svg.SERIES[n], linewidth=1.6)
-            axes.plot([low], [height], color=svg.SERIES[n], marker=svg.MARKERS[n], markersize=5)
+            axes.plot([low, high], [height, height], color=drawing.SERIES[n], linewidth=1.6)
+            axes.plot([low], [height], color=drawing.SERIES[n], marker=drawing.MARKERS[n], markersize=5)
             known += [low, high]
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.5, -0.5))
@@ -154,7 +147,7 @@ def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[C
         Chart(
             title="How alike the answers are",
             alt=f"Median similarity {np.median(similarity):.2f}, lowest {similarity.min():.2f}",
-            svg=svg.draw("similarity", partial(_draw_similarity, similarity)),
+            svg=draw("similarity", partial(_draw_similarity, similarity)),
             caption=f"{comparison.measure}; 1 is the same answer.",
         )
     ]
@@ -165,37 +158,122 @@ def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[C
             Chart(
                 title=f"TTFT of {labels[0]} over that of {labels[1]}",
                 alt=f"Median {np.median(ratios):.2f}, {ratios.min():.2f} to {ratios.max():.2f}",
-                svg=svg.draw("ratios", partial(_draw_ratios, tokens, ratios)),
+                svg=draw("ratios", partial(_draw_ratios, tokens, ratios)),
                 caption=f"Above 1, {labels[1]} was faster.",
             )
         )
     return charts
 
 
-def _draw_similarity(similarity: np.ndarray, figure: Figure) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.add_subplot()
-    axes.hist(similarity, bins=20, range=(0, 1), color=svg.SERIES[0], rwidth=0.92)
+def _draw_similarity(similarity: np.ndarray, axes: Axes) -> None:
+    axes.hist(similarity, bins=20, range=(0, 1), color=drawing.SERIES[0], rwidth=0.92)
     axes.set(xlabel="similarity", ylabel="rows")
     axes.grid(visible=False, axis="x")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    format_ticks(axes, integers="y")
 
 
-def _draw_ratios(tokens: np.ndarray, ratios: np.ndarray, figure: Figure) -> None:
-    axes = figure.add_subplot()
+def _draw_ratios(tokens: np.ndarray, ratios: np.ndarray, axes: Axes) -> None:
     few = np.random.default_rng(0).permutation(len(ratios))[:MOST_POINTS]
-    axes.axhline(1, color=svg.INK, linewidth=0.8)
-    axes.plot(
-        tokens[few],
-        ratios[few],
-        marker="o",
-        markersize=4,
-        markeredgewidth=0,
-        alpha=0.6,
-        linestyle="none",
-        color=svg.SERIES[1],
-    )
+    axes.axhline(1, color=drawing.INK, linewidth=0.8)
+    axes.plot(tokens[few], ratios[few], marker="o", color=drawing.SERIES[1], **POINTS)
     axes.set(xlabel="document tokens", ylabel="times as fast")
     scale(axes, "x", tokens)
     format_ticks(axes)
+
+
+def tier_chart(figures: Figures, name: str) -> Chart | None:
+    """What became of the tokens in each layer, mean over documents; None where it was the same for all."""
+    if figures.layers is None:
+        return None
+    tiers = figures.layers.tiers()
+    drawn = {label: share for label, share in tiers.items() if share.max() > 0}
+    if len(drawn) == 1:  # every token had the same in every layer
+        return None
+    means = ", ".join(f"{label} {share.mean():.1%}" for label, share in drawn.items())
+    return Chart(
+        title=f"What became of tokens, layer by layer: {figures.run.label}",
+        alt=f"Shares of all tokens, mean over layers: {means}",
+        svg=draw(name, partial(_draw_tiers, drawn)),
+        caption=f"Mean over {figures.layers.documents:,} documents.",
+        legend=tuple((f"tier-{TIER_COLOURS[label]}", label) for label in drawn),
+    )
+
+
+def _draw_tiers(tiers: dict[str, np.ndarray], axes: Axes) -> None:
+    colours = {"full": drawing.FULL, "fp8": drawing.FP8, "skipped": drawing.SKIPPED, "left": drawing.LEFT}
+    bottom = 0.0 * next(iter(tiers.values()))
+    for label, share in tiers.items():
+        axes.bar(np.arange(len(share)), share, 0.9, bottom=bottom, color=colours[TIER_COLOURS[label]])
+        bottom = bottom + share
+    axes.set(xlabel="layer", ylabel="share of the prompt's tokens", ylim=(0, max(1.0, bottom.max())))
+    axes.grid(visible=False, axis="x")
+    format_ticks(axes, y=percent, integers="x")
+
+
+def layer_chart(runs: Sequence[Figures], what: int, name: str) -> Chart | None:
+    """Median and spread of the share that entered each layer (0) or passed its FFN (1); None if all did."""
+    known = [(run.run.label, run.layers) for run in runs if run.layers is not None][: drawing.MOST_SERIES]
+    if all(layers.quantile(what, 0.1).min() >= 1 for _, layers in known):
+        return None
+    medians = [
+        f"{label}: median of the last layer {layers.quantile(what, 0.5)[-1]:.1%}" for label, layers in known
+    ]
+    return Chart(
+        title=("Tokens kept by layer", "Tokens that passed the FFN by layer")[what],
+        alt="; ".join(medians),
+        svg=draw(name, partial(_draw_layers, [layers for _, layers in known], what)),
+        caption="Median over documents; the band holds four fifths of them.",
+        legend=legend_of([label for label, _ in known]),
+    )
+
+
+def _draw_layers(runs: Sequence[LayerShares], what: int, axes: Axes) -> None:
+    highest = 1.0
+    for n, shares in enumerate(runs):
+        low, median, high = (shares.quantile(what, share) for share in (0.1, 0.5, 0.9))
+        layers = np.arange(len(median))
+        axes.fill_between(layers, low, high, step="mid", color=drawing.SERIES[n], alpha=0.25, linewidth=0)
+        axes.plot(layers, median, drawstyle="steps-mid", color=drawing.SERIES[n], linewidth=1.6)
+        highest = max(highest, float(high.max()))
+    axes.set(xlabel="layer", ylabel="share of the prompt's tokens", ylim=(0, highest * 1.02))
+    format_ticks(axes, y=percent, integers="x")
+
+
+def heat_chart(figures: Figures, what: int, name: str) -> Chart | None:
+    """Documents by layers; None where every document kept everything."""
+    if figures.layers is None:
+        return None
+    tokens, *both = figures.layers.sampled()
+    shares = both[what]
+    if shares.min(initial=1) >= 1:
+        return None
+    few = (
+        f"{len(tokens):,} of {figures.layers.documents:,}"
+        if len(tokens) < figures.layers.documents
+        else "all"
+    )
+    noun = ("kept", "that passed the FFN")[what]
+    return Chart(
+        title=f"Tokens {noun}, by document: {figures.run.label}",
+        alt=f"Share of tokens {noun} for {few} documents, {shares.min():.0%} to {shares.max():.0%}",
+        svg=draw(name, partial(_draw_heat, tokens, shares)),
+        caption=f"A row a document, the shortest on top ({few} documents).",
+    )
+
+
+def _draw_heat(tokens: np.ndarray, shares: np.ndarray, axes: Axes) -> None:
+    image = axes.imshow(
+        shares,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0,
+        vmax=max(1.0, float(shares.max())),
+        interpolation="nearest",
+    )
+    axes.grid(visible=False)
+    axes.set(xlabel="layer", ylabel="prompt tokens")
+    places = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), 6)).astype(int))
+    axes.set_yticks(places, [f"{tokens[place]:,.0f}" for place in places])
+    bar = axes.figure.colorbar(image, ax=axes, format=percent)
+    bar.outline.set_visible(False)
+    format_ticks(axes, integers="x")

@@ -6,10 +6,9 @@ import heapq
 import sqlite3
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ PAIRED = ("document_tokens", "first_ms", "second_ms", "similarity")
 
 _TABLE = f"CREATE TABLE first ({', '.join(COLUMNS)}, seen INTEGER DEFAULT 0)"
 _COLUMN_LIST = ", ".join(COLUMNS)
+
+RowPair = tuple[dict[str, Any] | None, dict[str, Any]]  # of the first run, if it has the row, and the second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Comparison:
         known = (first > 0) & (second > 0)
         return first[known] / second[known]
 
-    def _count(self, pair: AnswerPair) -> None:
+    def count(self, pair: AnswerPair) -> None:
         self.joined += 1
         self.other_input += pair.other_input
         if pair.similarity is None:
@@ -104,25 +105,27 @@ def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
             _load(database, first)
             joined_by = "id" if _shares_ids(database, second) else "row"
             comparison = Comparison(joined_by=joined_by, measure=measure_name)
-            worst: list[tuple[tuple[float, ...], int, AnswerPair]] = []
-            order = count(0, -1)  # of equal pairs, those that came first stay
-            for ours, theirs in _joined(database, second, joined_by):
-                if ours is None:
-                    comparison.only_second += 1
-                    continue
-                pair = AnswerPair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
-                comparison._count(pair)
-                entry = _disagreement(pair), next(order), pair
-                if len(worst) < most:
-                    heapq.heappush(worst, entry)
-                else:
-                    heapq.heappushpop(worst, entry)
-            (left,) = database.execute("SELECT count(*) FROM first WHERE NOT seen").fetchone()
+            pairs = _counted(comparison, _joined(database, second, joined_by), measure)
+            comparison.most = heapq.nlargest(most, pairs, key=_disagreement)
+            (comparison.only_first,) = database.execute(
+                "SELECT count(*) FROM first WHERE NOT seen"
+            ).fetchone()
         finally:
             database.close()
-    comparison.only_first = left
-    comparison.most = [pair for *_, pair in sorted(worst, key=lambda entry: entry[:2], reverse=True)]
     return comparison
+
+
+def _counted(
+    comparison: Comparison, rows: Iterable[RowPair], measure: Callable[[str, str], float]
+) -> Iterator[AnswerPair]:
+    """The rows that are in both runs; all are counted."""
+    for ours, theirs in rows:
+        if ours is None:
+            comparison.only_second += 1
+            continue
+        pair = AnswerPair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
+        comparison.count(pair)
+        yield pair
 
 
 def _similarity(measure: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
@@ -160,9 +163,7 @@ def _shares_ids(database: sqlite3.Connection, run: Run) -> bool:
     return any(database.execute(query, (id,)).fetchone() for (id, *_) in _rows(run))
 
 
-def _joined(
-    database: sqlite3.Connection, run: Run, joined_by: str
-) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
+def _joined(database: sqlite3.Connection, run: Run, joined_by: str) -> Iterator[RowPair]:
     """Each row of the second run with that of the first; of rows that share an id, the one of its number."""
     query = (
         f"SELECT rowid, {_COLUMN_LIST} FROM first WHERE {joined_by} = ? "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline.report.layer_shares import LAYER_COLUMNS, LayerShares, add_layers
 from pipeline.report.output_reading import Run
 from pipeline.setup.guard import kind_of
+from pipeline.texts.words import percent_of
 
 PHASES = {"queue_ms": "queue", "tokenize_ms": "tokenize", "prefill_ms": "prefill", "decode_ms": "decode"}
 WEIGHED = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio")
@@ -52,9 +53,8 @@ class Figures:
     layers: LayerShares | None = None
     _times: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in TIMED})
     _method_codes: array = field(default_factory=lambda: array("B"))
-    _weights: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # sum of shares times tokens, and of tokens
+    _weighed: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # shares times tokens
+    _weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # tokens of those shares
 
     @property
     def rows(self) -> int:
@@ -79,8 +79,8 @@ class Figures:
 
     def share(self, name: str) -> float | None:
         """Mean of a ratio over the rows that have one, weighed by prompt tokens."""
-        total, tokens = self._weights.get(name, (0.0, 0.0))
-        return total / tokens if tokens else None
+        tokens = self._weights[name]
+        return self._weighed[name] / tokens if tokens else None
 
     def prefill_rate(self) -> float | None:
         """Prompt tokens a second of prefill, all rows of a pack together."""
@@ -115,9 +115,8 @@ class Figures:
         for name in WEIGHED:
             shares = _numbers(table, name)
             known = np.isfinite(shares) & np.isfinite(tokens)
-            total, weight = self._weights.get(name, (0.0, 0.0))
-            of_table = float((shares * tokens)[known].sum()), float(tokens[known].sum())
-            self._weights[name] = [total + of_table[0], weight + of_table[1]]
+            self._weighed[name] += float((shares * tokens)[known].sum())
+            self._weights[name] += float(tokens[known].sum())
         self.layers = add_layers(self.layers, table)
 
     def _add_errors(self, table: pa.Table, places: list[int]) -> None:
@@ -184,10 +183,6 @@ def milliseconds(value: float | None) -> str:
     if value < 1_000:
         return f"{value:,.1f} ms" if value < 100 else f"{value:,.0f} ms"
     return f"{value / 1e3:,.2f} s" if value < 10_000 else f"{value / 1e3:,.1f} s"
-
-
-def percent_of(value: float | None) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.1%}"
 
 
 def phases(figures: Figures) -> list[tuple[str, float | None, float | None]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pyarrow as pa
 
@@ -12,26 +10,19 @@ SAMPLED = 240  # documents of the heat maps
 LAYER_COLUMNS = ("prompt_tokens", "kept_tokens", "ffn_tokens", "ffn_fp8_tokens")
 
 
-@dataclass(kw_only=True)
 class LayerShares:
     """Of each layer: what share of a prompt's tokens entered it, passed its FFN, and passed it in fp8.
 
     Means are over documents, quantiles exact to a thousandth; a sample of documents is kept whole.
     """
 
-    layers: int
-    documents: int = 0
-    sums: np.ndarray = field(init=False)  # (3, L): entered, FFN, fp8
-    _bins: np.ndarray = field(init=False)  # (2, L, bins): entered, FFN
-    _sample: np.ndarray = field(init=False)  # (n, 1 + 2 L): tokens, then both shares by layer
-    _draws: np.ndarray = field(init=False)  # (n,) by which the sample is chosen
-    _random: np.random.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sums = np.zeros((3, self.layers))
-        self._bins = np.zeros((2, self.layers, 2 * BINS + 1), np.int64)
-        self._sample = np.zeros((0, 1 + 2 * self.layers), np.float32)
-        self._draws = np.zeros(0)
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.documents = 0
+        self.sums = np.zeros((3, layers))  # entered, FFN, fp8
+        self._bins = np.zeros((2, layers, 2 * BINS + 1), np.int64)  # entered, FFN
+        self._sample = np.zeros((0, 1 + 2 * layers), np.float32)  # tokens, then both shares by layer
+        self._draws = np.zeros(0)  # a number a document of the sample, by which it was chosen
         self._random = np.random.default_rng(0)
 
     def add(self, tokens_N: np.ndarray, counts_3NL: np.ndarray) -> None:

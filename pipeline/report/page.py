@@ -32,7 +32,6 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["cut"] = cut
-    environment.filters["script_safe"] = script_safe
     code = "" if script is None else (TEMPLATES / script).read_text(encoding="utf-8")
     return environment.get_template(template).render(
         policy=_policy(code), script=Markup(code), version=version_of("marsinfer"), **values
@@ -48,11 +47,6 @@ def cut(text: str | None, length: int) -> str:
     """A text as far as it is worth its place in a page."""
     text = "" if text is None else text
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def script_safe(json_text: str) -> Markup:
-    """JSON as it may stand in a script element, which ends at `</script` whatever is quoted."""
-    return Markup(json_text.replace("<", "\\u003c"))
 
 
 def _policy(code: str) -> str:

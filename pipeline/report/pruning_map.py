@@ -7,7 +7,8 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import pyarrow.compute as pc
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import SELECTION_NAMES
 from pipeline.pruning.tiers import GONE, IN_FP8, IN_FULL, SKIPPED, LayerStates, unpack_layers
-from pipeline.report.figures import milliseconds, percent_of
+from pipeline.report.figures import milliseconds
 from pipeline.report.output_reading import Run
 from pipeline.report.page import render
+from pipeline.texts.words import percent_of
 
 MOST_BYTES = 2_900_000  # of the page
 FACTS = ("id", "row", "status", "error_type", "error_message", "method", "answer", "document_tokens")
@@ -117,7 +119,7 @@ def _page(run: Run, pruning: PruningMap, shown: int) -> str:
         shown=shown,
         total=len(pruning.pieces),
         last=len(pruning.layers),
-        about=json.dumps(about),
+        about=about,
         pieces=_packed(json.dumps(pruning.pieces[:shown]).encode()),
         states=_packed(_two_bits(states)),
         has_fp8=bool((states == IN_FP8).any()),
@@ -153,10 +155,8 @@ def _packed(content: bytes) -> str:
 def layer_rows(pruning: PruningMap) -> Sequence[tuple[str, ...]]:
     """For a terminal: of each run of equal layers, what became of the tokens."""
     rows: list[tuple[str, ...]] = []
-    for name, counts in zip(pruning.names(), pruning.counts(), strict=True):
-        told = tuple(f"{count:,}" for count in counts)
-        if rows and rows[-1][1:] == told:
-            rows[-1] = (f"{rows[-1][0].partition(' to ')[0]} to {name.rpartition(' ')[2]}", *told)
-        else:
-            rows.append((name, *told))
+    for counts, equal in groupby(zip(pruning.names(), pruning.counts(), strict=True), key=itemgetter(1)):
+        first, *others = (name for name, _ in equal)
+        last = f" to {others[-1].rpartition(' ')[2]}" if others else ""
+        rows.append((first + last, *(f"{count:,}" for count in counts)))
     return rows

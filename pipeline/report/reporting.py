@@ -7,21 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.report.chart_parts import Chart
-from pipeline.report.charts import comparison_charts, phase_chart, ttft_chart
+from pipeline.report import charts
 from pipeline.report.compare import AnswerPair, Comparison, compare
-from pipeline.report.figures import (
-    Figures,
-    configuration,
-    figures_of,
-    headline,
-    milliseconds,
-    percent_of,
-    phases,
-)
-from pipeline.report.layer_charts import heat_chart, layer_chart, tier_chart
+from pipeline.report.drawing import Chart
+from pipeline.report.figures import Figures, configuration, figures_of, headline, milliseconds, phases
 from pipeline.report.output_reading import Run
 from pipeline.report.page import render
+from pipeline.texts.words import percent_of
 
 FEW = 2  # runs of which each has pictures of its own
 
@@ -57,14 +49,14 @@ def headline_rows(runs: Sequence[Figures]) -> list[tuple[str, list[str]]]:
 def comparison_figures(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """What two runs have in common, as name and value."""
     yield "rows in both", f"{comparison.joined:,}"
-    if comparison.only_first:
-        yield "only in the first", f"{comparison.only_first:,}"
-    if comparison.only_second:
-        yield "only in the second", f"{comparison.only_second:,}"
-    if comparison.one_failed:
-        yield "failed in one", f"{comparison.one_failed:,}"
-    if comparison.both_failed:
-        yield "failed in both", f"{comparison.both_failed:,}"
+    for name, count in (
+        ("only in the first", comparison.only_first),
+        ("only in the second", comparison.only_second),
+        ("failed in one", comparison.one_failed),
+        ("failed in both", comparison.both_failed),
+    ):
+        if count:
+            yield name, f"{count:,}"
     if not comparison.both_answered:
         return
     similarity, ratios = comparison.pairs("similarity"), comparison.speed_ratios()
@@ -108,7 +100,7 @@ def report_page(report: Report) -> str:
     runs = report.runs
     beside = []
     if report.comparison is not None:
-        beside = comparison_charts(report.comparison, (runs[0].run.label, runs[1].run.label))
+        beside = charts.comparison_charts(report.comparison, (runs[0].run.label, runs[1].run.label))
     return render(
         "report.html.j2",
         title=title_of(report),
@@ -127,9 +119,9 @@ def report_page(report: Report) -> str:
 
 
 def _charts(runs: Sequence[Figures]) -> list[Chart]:
-    charts = [ttft_chart(runs), phase_chart(runs)]
-    charts += [layer_chart(runs, what, f"layers-{what}") for what in (0, 1)]
+    made = [charts.ttft_chart(runs), charts.phase_chart(runs)]
+    made += [charts.layer_chart(runs, what, f"layers-{what}") for what in (0, 1)]
     for n, figures in enumerate(runs if len(runs) <= FEW else ()):
-        charts.append(tier_chart(figures, f"tiers-{n}"))
-        charts += [heat_chart(figures, what, f"heat-{n}-{what}") for what in (0, 1)]
-    return [chart for chart in charts if chart is not None]
+        made.append(charts.tier_chart(figures, f"tiers-{n}"))
+        made += [charts.heat_chart(figures, what, f"heat-{n}-{what}") for what in (0, 1)]
+    return [chart for chart in made if chart is not None]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipeline.errors import ConfigError
 from pipeline.settings.data_settings import SeedSettings
 from pipeline.settings.option import ANSWERS, option
 from pipeline.settings.question_settings import ANSWER_TOKENS, SUMMARY_TOKENS
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerSettings(SeedSettings):
+class AnswerSettings(SeedSettings, panel=ANSWERS):
     """Where an answer ends."""
 
     max_new_tokens: int = option(
@@ -19,12 +16,10 @@ class AnswerSettings(SeedSettings):
         help="Longest answer, and longest part of a right answer, in tokens.",
         shown_default=f"{ANSWER_TOKENS}, or {SUMMARY_TOKENS} for a summary",
         least=1,
-        panel=ANSWERS,
     )
     stop: tuple[str, ...] = option(
         (),
         help="Text that ends an answer; repeatable.",
-        shown_default="none",
         may_be_empty=True,  # a line's end is a text
         panel=ANSWERS,
     )
@@ -35,16 +30,10 @@ class AnswerSettings(SeedSettings):
             raise ConfigError("--stop takes a text that is not empty")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings(AnswerSettings):
+class SamplingSettings(AnswerSettings, panel=ANSWERS):
     """How tokens are drawn, where answers are generated and not forced."""
 
-    temperature: float = option(0.0, help="0 is greedy.", least=0, most=100, panel=ANSWERS)
+    temperature: float = option(0.0, help="0 is greedy.", least=0, most=100)
     top_p: float = option(
-        1.0,
-        help="Nucleus sampling's share of probability.",
-        least=0,
-        most=1,
-        above_least=True,
-        panel=ANSWERS,
+        1.0, help="Nucleus sampling's share of probability.", least=0, most=1, above_least=True
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 from pipeline.settings.answer_settings import SamplingSettings
@@ -17,30 +16,23 @@ from pipeline.settings.question_settings import SUMMARIES
 from pipeline.settings.row_settings import RowSettings
 from pipeline.settings.run_settings import KvSettings, PackSettings
 
-option = partial(any_option, in_file=False, in_environment=False)
+option = partial(any_option, panel=MEASURED, in_file=False, in_environment=False)
 
 PACKS = {"cuda": "8k;32k;128k;4x8k;16k+8k+5k+3k;16x2k", "cpu": "1k;2k;4x512;1k+512+320+192"}
 
 
-@dataclass(frozen=True, kw_only=True)
 class RepeatSettings(Settings):
     """How often each thing is timed."""
 
-    repeats: int = option(
-        5, help="Timed runs of each variant, after one to warm up.", least=1, panel=MEASURED
-    )
+    repeats: int = option(5, help="Timed runs of each variant, after one to warm up.", least=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class VariantSettings(Settings):
     """One method."""
 
-    variant: str = option(
-        "mars", flag="--method", help="Method, with settings as in bench ttft.", panel=MEASURED
-    )
+    variant: str = option("mars", flag="--method", help="Method, with settings as in bench ttft.")
 
 
-@dataclass(frozen=True, kw_only=True)
 class VariantsSettings(Settings):
     """Several methods, side by side."""
 
@@ -49,11 +41,9 @@ class VariantsSettings(Settings):
         help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
         "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 and :mixed are --linear-dtype; "
         "@FILE is a profile.",
-        panel=MEASURED,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TimedSettings(ModelSettings, RepeatSettings):
     """Prompts of given lengths, whose speed is that of any other."""
 
@@ -73,30 +63,23 @@ class TimedSettings(ModelSettings, RepeatSettings):
         help="Fixed shares of the prompt to keep, one or one a pruning layer, for methods without "
         "settings of their own: random weights attend to nothing.",
         shown_default="by attention",
-        panel=MEASURED,
     )
     lengths: str | None = option(
         "8k",
         help="Prompt lengths, e.g. 8k,32k; a real document is cut in its middle.",
         shown_default="8k, or a real document's own",
-        panel=MEASURED,
     )
     new_tokens: int = option(
-        64,
-        help="Tokens of each answer; of bench ttft 0 is the first token alone.",
-        least=0,
-        panel=MEASURED,
+        64, help="Tokens of each answer; of bench ttft 0 is the first token alone.", least=0
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TogetherSettings(VariantsSettings, TimedSettings):
     """Documents that share a pack or a batch."""
 
-    documents: int = option(1, help="Documents together, each of the given length.", least=1, panel=MEASURED)
+    documents: int = option(1, help="Documents together, each of the given length.", least=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class TtftConfig(
     TextSettings,
     PromptSettings,
@@ -109,7 +92,6 @@ class TtftConfig(
         None,
         help="Comma-separated: transformers, transformers-cudnn; none leaves them out.",
         shown_default="transformers for one document, none for several",
-        panel=MEASURED,
     )
     document: str | None = option(
         None,
@@ -121,7 +103,6 @@ class TtftConfig(
     row: int = option(0, help="Row of the file, from 0; of several, the first.", least=0, panel=READING)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OffloadConfig(
     VariantSettings,
     TimedSettings,
@@ -130,16 +111,13 @@ class OffloadConfig(
 ):
     """Of `bench offload`."""
 
-    resident: bool = option(
-        True, help="Also run with all K/V on the device, to compare the answers.", panel=MEASURED
-    )
+    resident: bool = option(True, help="Also run with all K/V on the device, to compare the answers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("--new-tokens", self.new_tokens, 2)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DecodeConfig(TogetherSettings, defaults={"methods": "dense,sliminfer", "repeats": 3, "documents": 8}):
     """Of `bench decode`."""
 
@@ -148,7 +126,6 @@ class DecodeConfig(TogetherSettings, defaults={"methods": "dense,sliminfer", "re
         check_at_least("--new-tokens", self.new_tokens, 2)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ThroughputConfig(
     DataSettings,
     SplitSettings,
@@ -161,56 +138,40 @@ class ThroughputConfig(
     """Of `bench batch`."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class KernelConfig(DeviceSettings, RepeatSettings):
     """Of `bench attention`."""
 
-    shape: str = option(
-        "qwen2-7b",
-        help="Heads of a published shape: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.",
-        panel=MEASURED,
-    )
+    shape: str = option("qwen2-7b", help="Heads of a published shape: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b.")
     heads: int | None = option(
-        None,
-        help="Query heads, instead of the shape's.",
-        shown_default="the shape's",
-        least=1,
-        panel=MEASURED,
+        None, help="Query heads, instead of the shape's.", shown_default="the shape's", least=1
     )
     kv_heads: int | None = option(
-        None, help="Key/value heads, likewise.", shown_default="the shape's", least=1, panel=MEASURED
+        None, help="Key/value heads, likewise.", shown_default="the shape's", least=1
     )
     head_dim: int | None = option(
-        None, help="Size of a head, likewise.", shown_default="the shape's", least=1, panel=MEASURED
+        None, help="Size of a head, likewise.", shown_default="the shape's", least=1
     )
     packs: str | None = option(
         None,
         help="Packs with ; or a space between them: 32k is one document, 4x8k are four, 16k+8k+5k three.",
         shown_default=f"{PACKS['cuda']} on a GPU, {PACKS['cpu']} on the CPU",
-        panel=MEASURED,
     )
     backends: str = option(
-        "auto",
-        help="Comma-separated: fa3, flash, cudnn, varlen, sdpa; auto takes them all.",
-        panel=MEASURED,
+        "auto", help="Comma-separated: fa3, flash, cudnn, varlen, sdpa; auto takes them all."
     )
 
 
 OTHERS = "marsinfer,sliminfer,uniprefill,fastkv,gemfilter"
 
 
-@dataclass(frozen=True, kw_only=True)
 class AccuracyConfig(
     VariantsSettings, RowSettings, defaults={"methods": f"mars,{OTHERS}", "max_new_tokens": 64}
 ):
     """Of `bench accuracy`."""
 
-    long_tokens: int = option(
-        24_000, help="Prompts of more tokens count for the TTFT that is told.", least=0, panel=MEASURED
-    )
+    long_tokens: int = option(24_000, help="Prompts of more tokens count for the TTFT that is told.", least=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class AgreementConfig(
     AccuracyConfig,
     defaults={"methods": f"dense,{OTHERS}", "max_new_tokens": 32},

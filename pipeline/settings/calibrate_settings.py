@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -13,7 +12,6 @@ from pipeline.settings.parse import check_at_least
 from pipeline.settings.row_settings import RowSettings
 
 
-@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(
     RowSettings,
     SoughtSettings,

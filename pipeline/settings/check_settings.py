@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pipeline.settings.parse import NEEDLES, Bound, parse_drop
 from pipeline.settings.row_settings import RowSettings
 
 
-@dataclass(frozen=True, kw_only=True)
 class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
     """The settings of `marsinfer check`, named as its flags. Raises ConfigError for one that cannot work."""
 

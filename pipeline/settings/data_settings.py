@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 
 from pipeline.errors import ConfigError
@@ -12,35 +11,26 @@ from pipeline.settings.parse import parse_shard
 from pipeline.settings.question_settings import ASKED, SUMMARIES
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeedSettings(Settings):
+class SeedSettings(Settings, panel=ANSWERS):
     """Of all that is drawn."""
 
     seed: int = option(
-        0,
-        help="Seed of all draws: answers (with each row's number), rows, needles, intervals.",
-        least=0,
-        panel=ANSWERS,
+        0, help="Seed of all draws: answers (with each row's number), rows, needles, intervals.", least=0
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextSettings(Settings):
+class TextSettings(Settings, panel=READING):
     """Where a document's text is, and one question to all of them."""
 
     text_column: str | None = option(
         None,
         help="Column of the document.",
         shown_default="text, or else the only one of document, content, contents, body",
-        panel=READING,
     )
-    question: str | None = option(
-        None, help="One question for all rows.", shown_default="none", panel=READING
-    )
+    question: str | None = option(None, help="One question for all rows.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(TextSettings, SeedSettings):
+class DataSettings(TextSettings, SeedSettings, panel=READING):
     """Rows of documents and what is asked of them.
 
     `input` are files, globs, folders or URLs; `shard` is text such as 2/8; `sample` and `limit` are rows.
@@ -52,15 +42,13 @@ class DataSettings(TextSettings, SeedSettings):
         help="Files, globs, folders or URLs of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
         "- is JSONL from stdin.",
         in_environment=False,
+        panel=None,
     )
     question_column: str | None = option(
-        None, help="Column of the question.", shown_default="question, if there is one", panel=READING
+        None, help="Column of the question.", shown_default="question, if there is one"
     )
     questions_column: str | None = option(
-        None,
-        help="Column of a list of questions, each of which gets an answer row.",
-        shown_default="none",
-        panel=READING,
+        None, help="Column of a list of questions, each of which gets an answer row."
     )
     summarise: str | None = option(
         None,
@@ -69,19 +57,12 @@ class DataSettings(TextSettings, SeedSettings):
         choices=tuple(SUMMARIES),
         bare="short",
         shown_default="short, where no question is found",
-        panel=READING,
     )
     id_column: str | None = option(
-        None,
-        help="Column of the id.",
-        shown_default="id, if there is one, or else file and row number",
-        panel=READING,
+        None, help="Column of the id.", shown_default="id, if there is one, or else file and row number"
     )
     task_column: str | None = option(
-        None,
-        help="Column of the kind of task, which profiles and the tables of check tell apart.",
-        shown_default="none",
-        panel=READING,
+        None, help="Column of the kind of task, which profiles and the tables of check tell apart."
     )
     longest_line: int | None = option(
         None,
@@ -91,7 +72,6 @@ class DataSettings(TextSettings, SeedSettings):
         shown_default="1GiB",
         kind=BYTES,
         least=1,
-        panel=READING,
     )
     shard: str | None = option(
         None,
@@ -99,15 +79,9 @@ class DataSettings(TextSettings, SeedSettings):
         help="Every N-th row, from the I-th on.",
         shown_default="all rows",
         check=parse_shard,
-        panel=READING,
     )
     sample: int | None = option(
-        None,
-        metavar="N",
-        help="N rows drawn with --seed (of the shard).",
-        shown_default="all rows",
-        least=1,
-        panel=READING,
+        None, metavar="N", help="N rows drawn with --seed (of the shard).", shown_default="all rows", least=1
     )
     limit: int | None = option(
         None,
@@ -115,7 +89,6 @@ class DataSettings(TextSettings, SeedSettings):
         help="First N rows (of shard and sample); of a suite, tasks and documents in turn.",
         shown_default="all rows",
         least=1,
-        panel=READING,
     )
 
     def __post_init__(self) -> None:

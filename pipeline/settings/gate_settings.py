@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.errors import ConfigError
@@ -16,8 +15,7 @@ GENERATED_METRICS = ("score", "exact-match", "token-f1", "rouge-l", "edit-simila
 METRICS = FORCED_METRICS + GENERATED_METRICS
 
 
-@dataclass(frozen=True, kw_only=True)
-class DropSettings(Settings):
+class DropSettings(Settings, panel=GATE):
     """The bound of a gate, and where the result goes."""
 
     max_drop: str | None = option(
@@ -27,37 +25,30 @@ class DropSettings(Settings):
         "nll takes %, of its rise.",
         shown_default="2pt, 2% for nll",
         check=parse_drop,
-        panel=GATE,
     )
     out: str | None = option(
         None,
         metavar="FILE",
         help="The result: check's as JSON (- prints it; finished rows are kept beside the file), "
         "calibrate's profile as TOML.",
-        shown_default="none",
         in_environment=False,
         panel=FILES,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResumeSettings(Settings):
+class ResumeSettings(Settings, panel=RUN):
     """Going on with what was stopped."""
 
-    resume: bool = option(
-        False, help="Go on with a run that was stopped, or with a published output.", panel=RUN
-    )
+    resume: bool = option(False, help="Go on with a run that was stopped, or with a published output.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverwriteSettings(Settings):
+class OverwriteSettings(Settings, panel=RUN):
     """Replacing what is there."""
 
-    overwrite: bool = option(False, help="Replace an output that exists.", panel=RUN)
+    overwrite: bool = option(False, help="Replace an output that exists.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GateSettings(DropSettings, ResumeSettings):
+class GateSettings(DropSettings, ResumeSettings, panel=FILES):
     """What `marsinfer check` decides by, and writes."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = (
@@ -101,22 +92,12 @@ class GateSettings(DropSettings, ResumeSettings):
         metavar="FILE",
         help="Parquet file of dense's results, and of the method's that were accepted: made if it is not "
         "there, else dense's are used instead of running.",
-        shown_default="none",
-        panel=FILES,
     )
     overwrite_baseline: bool = option(
-        False, help="Make the baseline anew, and accept what the method scores now.", panel=FILES
+        False, help="Make the baseline anew, and accept what the method scores now."
     )
-    junit: str | None = option(
-        None, metavar="FILE", help="Gates as JUnit XML.", shown_default="none", panel=FILES
-    )
-    markdown: str | None = option(
-        None,
-        metavar="FILE",
-        help="Tables as Markdown, added to the end of FILE.",
-        shown_default="none",
-        panel=FILES,
-    )
+    junit: str | None = option(None, metavar="FILE", help="Gates as JUnit XML.")
+    markdown: str | None = option(None, metavar="FILE", help="Tables as Markdown, added to the end of FILE.")
 
 
 def _no_mass(mass: float) -> dict[str, object]:
@@ -138,8 +119,7 @@ def _objective(name: str) -> dict[str, object]:
     return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SoughtSettings(DropSettings, OverwriteSettings):
+class SoughtSettings(DropSettings, OverwriteSettings, panel=SOUGHT):
     """What `marsinfer calibrate` looks for."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = (
@@ -165,7 +145,6 @@ class SoughtSettings(DropSettings, OverwriteSettings):
         metavar="Npt|N%",
         help="With --suite needles: largest drop of the share of each kind that is found.",
         check=parse_drop,
-        panel=SOUGHT,
     )
     minutes: float = option(
         10.0,
@@ -173,5 +152,4 @@ class SoughtSettings(DropSettings, OverwriteSettings):
         least=0,
         most=24 * 60,
         above_least=True,
-        panel=SOUGHT,
     )

@@ -19,8 +19,8 @@ class Kind:
     expected = "a text"
 
     def of_flag(self, place: str, value: Any) -> Any:
-        """A value of the command line, of type `flag_type`."""
-        return self.of_text(place, value)
+        """A value of the command line, of type `flag_type`: a text, or what it is already."""
+        return self.of_text(place, value) if isinstance(value, str) else value
 
     def of_text(self, place: str, text: str) -> Any:
         """A value of the environment. Raises ConfigError."""
@@ -45,9 +45,6 @@ class _Number(Kind):
     def __init__(self, flag_type: type, expected: str) -> None:
         self.flag_type, self.expected = flag_type, expected
 
-    def of_flag(self, place: str, value: Any) -> Any:
-        return value
-
     def of_text(self, place: str, text: str) -> Any:
         try:
             return self.flag_type(text)
@@ -64,9 +61,6 @@ class _Switch(Kind):
     flag_type = bool
     expected = "true or false"
     WORDS: Mapping[str, bool] = {"1": True, "true": True, "0": False, "false": False}
-
-    def of_flag(self, place: str, value: Any) -> Any:
-        return value
 
     def of_text(self, place: str, text: str) -> bool:
         if text.strip().lower() not in self.WORDS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.errors import ConfigError
@@ -31,8 +30,7 @@ def _attention_dtype(name: str) -> dict[str, Any]:
     return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings(Settings):
+class MethodSettings(Settings, panel=METHOD):
     """A method by name; `settings` are its parameters, as numbers or as text."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = (
@@ -60,7 +58,6 @@ class MethodSettings(Settings):
         check=lambda name, flag: None if name == AUTO else check_method_name(name),
         in_profile=True,
         brings_code=brings_code,
-        panel=METHOD,
     )
     settings: Mapping[str, Any] = option(
         factory=dict,
@@ -70,14 +67,11 @@ class MethodSettings(Settings):
         kind=PARAMETERS,
         in_environment=False,
         in_profile=True,
-        panel=METHOD,
     )
     profile: str | None = option(
         None,
         metavar="FILE",
         help="Method, settings and precisions as calibrate found them; all other places stand above.",
-        shown_default="none",
-        panel=METHOD,
     )
     linear_dtype: str = option(
         "auto",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from inspect import get_annotations
-from typing import Any, ClassVar, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from pipeline.errors import ConfigError
 from pipeline.settings.kinds import KINDS, Kind
@@ -13,6 +14,7 @@ from pipeline.settings.parse import check_at_least, check_between, check_choice,
 from pipeline.texts.redaction import redacted
 
 _KEY = "setting"
+OF_GROUP = "its group's"  # the panel, where an option does not say another
 
 # panels of --help, in their order
 PANELS = (
@@ -37,9 +39,9 @@ class About:
     """What is known of a setting beside its name, type and default."""
 
     help: str
-    panel: str | None = None  # None: an argument, which is given by its place
+    panel: str | None = OF_GROUP  # None: an argument, which is given by its place
     metavar: str | None = None
-    shown_default: str | None = None  # where the default itself says nothing to a user
+    shown_default: str = "none"  # where the default itself says nothing to a user
     choices: Sequence[str] | None = None
     offered: str | None = None  # what a shell completes: "methods" or "models"
     least: float | None = None
@@ -81,8 +83,7 @@ class Setting:
     @property
     def shown_default(self) -> str:
         """The default in words; empty for a switch, which is off."""
-        says_something = isinstance(self.default, str | int | float)
-        if self.about.shown_default is not None and not says_something:
+        if not isinstance(self.default, str | int | float):
             return self.about.shown_default
         return "" if self.default is False else self.kind.shown(self.default)
 
@@ -147,22 +148,36 @@ class Renamed:
         return f"{self.flag} is now {self.now}; the next version does not know it any more"
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What groups and configurations have in common. A new one raises ConfigError for what cannot work."""
+    """What groups and configurations have in common: each subclass is a frozen dataclass.
+
+    A new object raises ConfigError for what cannot work.
+    """
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
     # what a file or the environment says of these is meant for another command
     on_command_line_alone: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **more: Any) -> None:
-        """`defaults` stand for those of the groups, in this configuration alone."""
+    def __init_subclass__(
+        cls, *, panel: str | None = None, defaults: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """`panel` is that of the group's options in --help.
+
+        `defaults` stand for those of the groups, in this configuration alone.
+        """
         super().__init_subclass__(**more)
+        for each in vars(cls).values():
+            if isinstance(each, Field) and each.metadata[_KEY].panel == OF_GROUP:
+                about = replace(each.metadata[_KEY], panel=panel)
+                each.metadata = MappingProxyType({_KEY: about})
         inherited = {each.name: each for base in cls.__bases__ for each in fields(base)}
         for name, default in (defaults or {}).items():
             known = inherited[name]
             cls.__annotations__ = {**get_annotations(cls), name: known.type}
             setattr(cls, name, field(default=default, metadata=known.metadata))
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         for each in settings_of(type(self)):
@@ -205,9 +220,4 @@ def _setting(declared: Any) -> Setting:
 
 def renamed_of(cls: type[Settings]) -> tuple[Renamed, ...]:
     """The flags of the version before that a configuration still takes."""
-    return tuple(_renamed(cls))
-
-
-def _renamed(cls: type[Settings]) -> Iterator[Renamed]:
-    for base in cls.__mro__:
-        yield from base.__dict__.get("renamed", ())
+    return tuple(each for base in cls.__mro__ for each in base.__dict__.get("renamed", ()))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.texts.toml import LARGEST
@@ -31,6 +31,13 @@ def parse_settings(pairs: Sequence[str], flag: str = "--set") -> dict[str, str]:
             raise ConfigError(f"{flag} {pair!r}: write it as NAME=VALUE, for example --set eta=0.95")
         settings[name.strip()] = value.strip()
     return settings
+
+
+def as_set(value: Any) -> str:
+    """A method's parameter as `--set` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_set, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse_count(flag: str, text: str) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipeline.errors import ConfigError
 from pipeline.settings.option import PROMPTS, Settings, option
 from pipeline.settings.parse import read_template
@@ -11,17 +9,15 @@ from pipeline.settings.parse import read_template
 ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptSettings(Settings):
+class PromptSettings(Settings, panel=PROMPTS):
     """The prompt around a document, and what becomes of one that exceeds the context."""
 
-    system: str | None = option(None, help="System message.", shown_default="none", panel=PROMPTS)
+    system: str | None = option(None, help="System message.")
     prompt_template: str | None = option(
         None,
         metavar="FILE",
         help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}.",
         shown_default="the model's chat template",
-        panel=PROMPTS,
     )
     on_overlong: str = option(
         "error",
@@ -29,7 +25,6 @@ class PromptSettings(Settings):
         "combine), truncate-left, truncate-right, truncate-middle.",
         choices=ON_OVERLONG,
         shown_default="error, or split for a summary",
-        panel=PROMPTS,
     )
 
     def template_text(self) -> str | None:
@@ -37,8 +32,7 @@ class PromptSettings(Settings):
         return read_template(self.prompt_template)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSettings(PromptSettings):
+class SplitSettings(PromptSettings, panel=PROMPTS):
     """How a document over the context is answered in parts, which only a run does that decodes them."""
 
     split_overlap: int = option(
@@ -46,7 +40,6 @@ class SplitSettings(PromptSettings):
         metavar="TOKENS",
         help="With --on-overlong split: what a part shares with the one before.",
         least=0,
-        panel=PROMPTS,
     )
     combine_template: str | None = option(
         None,
@@ -54,7 +47,6 @@ class SplitSettings(PromptSettings):
         help="With --on-overlong split: Jinja prompt that combines the answers of parts, which are its "
         "{{ document }}.",
         shown_default="one of ours",
-        panel=PROMPTS,
     )
 
     def __post_init__(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipeline.errors import ConfigError
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
@@ -21,36 +19,29 @@ GROUP = ("auto", "any", "off")
 ENGINES = ("local", "ray")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings(Settings):
+class EngineSettings(Settings, panel=RUN):
     """Where rows are answered: in this process, or by workers on as many GPUs and machines as there are."""
 
     engine: str = option(
-        "local",
-        help="local (this process, one device) or ray (workers, each with a model).",
-        choices=ENGINES,
-        panel=RUN,
+        "local", help="local (this process, one device) or ray (workers, each with a model).", choices=ENGINES
     )
     ray_address: str | None = option(
         None,
         metavar="HOST:PORT",
         help="With --engine ray: the cluster that this machine belongs to, or auto, which finds it.",
         shown_default="a Ray of the run's own, here",
-        panel=RUN,
     )
     workers: str = option(
         "all",
         metavar="N|all",
         help="With --engine ray: how many; all is one for each GPU, or CPU core where there is none.",
         kind=TEXT_OR_WHOLE,
-        panel=RUN,
     )
     gpus_per_worker: int | None = option(
         None,
         metavar="1|0",
         help="With --engine ray: a GPU for each worker, or a CPU core.",
         shown_default="1 where there are GPUs",
-        panel=RUN,
     )
 
     def __post_init__(self) -> None:
@@ -70,8 +61,7 @@ class EngineSettings(Settings):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class KvSettings(Settings):
+class KvSettings(Settings, panel=RUN):
     """Where keys and values are. `kv_memory` is in bytes."""
 
     kv_memory: int | None = option(
@@ -81,12 +71,10 @@ class KvSettings(Settings):
         shown_default="no bound",
         kind=BYTES,
         least=1,
-        panel=RUN,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackSettings(KvSettings):
+class PackSettings(KvSettings, panel=RUN):
     """What is on the device at once. `pack_tokens` are tokens, `in_flight` rows."""
 
     pack_tokens: int | None = option(
@@ -95,7 +83,6 @@ class PackSettings(KvSettings):
         shown_default="from free memory",
         kind=COUNT,
         least=1,
-        panel=RUN,
     )
     in_flight: int | None = option(
         None,
@@ -103,18 +90,17 @@ class PackSettings(KvSettings):
         help="Rows that are decoded together, at most; a kill costs no more than these.",
         shown_default="256 on a GPU, 16 on a CPU",
         least=1,
-        panel=RUN,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSettings):
+class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSettings, panel=RUN):
     """All that only a run has which writes answers. `row_timeout` is in seconds."""
 
     output: str = option(
         metavar="OUTPUT",
         help="A file, or an s3:// or gs:// URL: .parquet, .arrow, .arrows or .jsonl.",
         in_environment=False,
+        panel=None,
     )
     keep_columns: str | None = option(
         None,
@@ -135,27 +121,19 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         help="Rows about the same document: auto (together, what they share computed once, where that is "
         "cheaper), any (also by dense in place of the method), off.",
         choices=GROUP,
-        panel=RUN,
     )
     sort_by_document: bool = option(
-        False,
-        help="Read all rows first and put those about the same document together, on disk.",
-        panel=RUN,
+        False, help="Read all rows first and put those about the same document together, on disk."
     )
-    order: str = option(
-        "input", help="Rows of the output: input (order) or completion.", choices=ORDERS, panel=RUN
-    )
+    order: str = option("input", help="Rows of the output: input (order) or completion.", choices=ORDERS)
     save_selection: bool = option(
-        False,
-        help="Store which tokens each layer kept, with the prompt's text, for report --row.",
-        panel=RUN,
+        False, help="Store which tokens each layer kept, with the prompt's text, for report --row."
     )
-    retry_errors: bool = option(False, help="With --resume: run rows that failed again.", panel=RUN)
+    retry_errors: bool = option(False, help="With --resume: run rows that failed again.")
     drop_missing: bool = option(
         False,
         help="With --resume: rows may leave the output though a file of the last run is missing or empty, or "
         "though none is left.",
-        panel=RUN,
     )
     max_errors: str | None = option(
         None,
@@ -164,14 +142,12 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         shown_default="no bound",
         kind=TEXT_OR_WHOLE,
         check=parse_max_errors,
-        panel=RUN,
     )
     row_timeout: float | None = option(
         None,
         metavar="SECONDS",
         help="A row that takes longer is an error; the rest of its pack runs again.",
         shown_default="no bound",
-        panel=RUN,
     )
 
     def __post_init__(self) -> None:
@@ -192,7 +168,6 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
             raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BatchConfig(
     DataSettings,
     SplitSettings,

@@ -15,8 +15,8 @@ from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
 from pipeline.settings.question_settings import ASKED
+from pipeline.settings.row_settings import SuiteSettings
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.settings.suite_settings import SuiteSettings
 from pipeline.texts.redaction import redacted
 from pipeline.texts.toml import toml_key, toml_value
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.errors import ConfigError
-from pipeline.settings.suite_settings import NEEDLE_KINDS, check_needle_kind
+from pipeline.settings.row_settings import NEEDLE_KINDS, check_needle_kind
 from pipeline.suites.haystack import Pool, TokenCounter
 from pipeline.suites.picks import recall
 from pipeline.suites.samples import Sample, Side, document_key

@@ -12,7 +12,6 @@ import pytest
 from commands import commands, default_of, options
 
 from marsinfer_cli.app import run
-from marsinfer_cli.completion import models
 from marsinfer_cli.examples import EXAMPLES
 from pipeline.checkpoints.names import local_models
 from pipeline.pruning.registry import method_names
@@ -92,7 +91,7 @@ def test_models_that_are_here_are_completed(tmp_path):
     assert local_models({"HF_HOME": str(tmp_path)}) == ["smollm2-135m", "Qwen/Qwen2.5-1.5B"]
     assert local_models({"HF_HUB_CACHE": str(tmp_path / "none")}) == ["smollm2-135m"]
     assert completed("marsinfer batch --model Q", HF_HOME=str(tmp_path)) == ["Qwen/Qwen2.5-1.5B"]
-    assert models("./my-mod") == []  # and bash goes on with files
+    assert completed("marsinfer batch --model ./my-mod") == []  # and bash goes on with files
 
 
 def test_completion_is_there_to_be_installed():

@@ -15,7 +15,7 @@ import pytest
 from marsinfer_cli.app import run
 from pipeline.bench.attention_speed import CANDIDATES
 from pipeline.doctor import examine as examination
-from pipeline.doctor import packages, probes, selftest
+from pipeline.doctor import packages, selftest
 from pipeline.doctor.examine import examine
 from pipeline.doctor.findings import Probe
 from pipeline.pruning.registry import METHODS, method_names
@@ -71,8 +71,8 @@ def whole():
 @pytest.mark.slow
 def test_nothing_is_broken_here_and_everything_was_looked_at(whole):
     assert [(probe.name, finding.text) for probe, finding in whole.broken] == []
-    names = {group: [p.name for p, _ in whole.findings if p.group == group] for group in probes.GROUPS}
-    assert list(dict.fromkeys(p.group for p, _ in whole.findings)) == list(probes.GROUPS)
+    names = {group: [p.name for p, _ in whole.findings if p.group == group] for group in examination.GROUPS}
+    assert list(dict.fromkeys(p.group for p, _ in whole.findings)) == list(examination.GROUPS)
     assert names["attention backends"] == list(CANDIDATES)
     assert names["self-test"] == method_names()
     assert all(finding.text and "\n" not in finding.text for _, finding in whole.findings)
@@ -140,9 +140,9 @@ def test_an_installed_package_that_cannot_be_imported_is_broken(tmp_path, monkey
         (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     of_packages = tuple(
-        probe for probe in probes.all_probes() if probe.name in ("fa3-fwd", "flash-attn", "rich")
+        probe for probe in examination.all_probes() if probe.name in ("fa3-fwd", "flash-attn", "rich")
     )
-    of_packages = tuple(probe for probe in of_packages if probe.group == probes.VERSIONS)
+    of_packages = tuple(probe for probe in of_packages if probe.group == examination.VERSIONS)
     monkeypatch.setattr(examination, "all_probes", lambda: of_packages)
     assert run(["doctor", "--json"]) == 1
     printed = capfd.readouterr()
@@ -259,5 +259,4 @@ def test_a_package_that_is_missing_says_what_it_would_give(monkeypatch):
         "absent",
         "not installed; it gives rhymes (pip install '.[quality]')",
     )
-    monkeypatch.setitem(packages.REQUIRED, "none-such", "none_such")
-    assert packages.package("none-such").status == "broken"
+    assert packages.package("none-such").status == "broken"  # what is not optional is required

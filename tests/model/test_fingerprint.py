@@ -9,12 +9,12 @@ import pytest
 import torch
 from checkpoints import WEIGHTS, change_config, copied, opened, shard, tensors, write
 
-from pipeline.checkpoints import fingerprint
+from pipeline.checkpoints import folder as module
 
 
-@pytest.fixture(params=[fingerprint.WHOLE_BYTES, 0], ids=["whole", "sampled"])
+@pytest.fixture(params=[module.WHOLE_BYTES, 0], ids=["whole", "sampled"])
 def folder(request, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", request.param)
+    monkeypatch.setattr(module, "WHOLE_BYTES", request.param)
     return copied(model_folder, tmp_path / "model")
 
 
@@ -66,8 +66,8 @@ def test_large_weights_are_read_in_part(tmp_path, monkeypatch):
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + (1 << 30))
-    (stored,) = fingerprint.read_header(path)
+    (stored,) = module.read_header(path)
     began = time.perf_counter()
-    pieces = list(fingerprint.sampled(stored))
+    pieces = list(module.sampled(stored))
     assert sum(map(len, pieces)) == 256 * 4096
     assert time.perf_counter() - began < 1

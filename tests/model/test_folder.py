@@ -21,6 +21,7 @@ from checkpoints import (
 
 from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
+from pipeline.settings.model_settings import ModelSettings
 
 AGAIN = "download or copy it again"
 
@@ -55,7 +56,7 @@ def test_a_gguf_file_that_is_a_pointer(tmp_path):
     with pytest.raises(
         ModelError, match=r"model.gguf is a Git LFS pointer, not the file: run `git lfs pull`"
     ):
-        locate(str(path)).config()
+        locate(ModelSettings(model=str(path))).config()
 
 
 def make_adapter(folder, **about):

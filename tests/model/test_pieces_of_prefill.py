@@ -11,8 +11,8 @@ from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines import memory
 from pipeline.engines.memory import Packer
-from pipeline.families import adapters
 from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.projection import Norm
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
@@ -50,8 +50,8 @@ def test_pieces_change_nothing(adapter, sdpa, name):
 
 def test_the_largest_matrix_products_are_of_a_piece(sdpa, monkeypatch):
     adapter, seen = tiny_model("qwen3"), []
-    real = adapters._norm
-    monkeypatch.setattr(adapters, "_norm", lambda module, x: seen.append(len(x)) or real(module, x))
+    real = Norm.__call__
+    monkeypatch.setattr(Norm, "__call__", lambda norm, x: seen.append(len(x)) or real(norm, x))
     adapter.piece_tokens = PIECE
     prefill(adapter, sdpa, Dense(), pack_of(*documents()))
     assert max(seen) == PIECE

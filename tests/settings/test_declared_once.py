@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 import typer
@@ -101,7 +101,6 @@ def test_all_that_a_command_reads_from_files_is_known_there():
         assert {each.name for each in settings_of(cls) if each.about.in_file} <= known
 
 
-@dataclass(frozen=True, kw_only=True)
 class Widened(ModelSettings):
     """A group with one more setting: this line is all that it takes."""
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.settings.suite_settings import NEEDLE_KINDS
+from pipeline.settings.row_settings import NEEDLE_KINDS
 from pipeline.suites.haystack import token_counter
 from pipeline.suites.metrics import score
 from pipeline.suites.needles import (
