@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # among a method's settings in --methods
 LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
+KV_IN_FP8 = "kv-fp8"  # likewise: keys and values behind the prefill
 ATTENTION_IN_FP8 = "attention-fp8"  # of the version before
 
 
@@ -38,13 +39,14 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
         raise ConfigError(f"--methods {spec!r}: give fp8 or mixed, not both")
     if ATTENTION_IN_FP8 in parts:
         raise ConfigError(f"--methods {spec!r}: {NO_FP8_ATTENTION}")
-    parts = [part for part in parts if part not in LINEARS]
+    parts = [part for part in parts if part not in (*LINEARS, KV_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
     return Variant(
         spec,
         method if settings or keep is None else _with_keep(method, keep),
         linears[0] if linears else "auto",
+        "fp8" if KV_IN_FP8 in spec.split(":") else "auto",
     )
 
 

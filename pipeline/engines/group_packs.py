@@ -91,7 +91,9 @@ class GroupPacker:
         """Keys and values of a chunk of rows, and of the documents that the pack's rows share."""
         whole, prefixes = self._is_whole(pack.sharing), [group.shared_tokens for group in pack.groups]
         lengths = [row.prompt_tokens - prefixes[number] * whole for number, row in rows]
-        shared = sum(prefixes) * pack.sharing.layers * self.packer.slot_bytes
+        shared = (
+            sum(prefixes) * pack.sharing.layers * self.packer.shape.kv_bytes_per_token(self.packer.itemsize)
+        )
         return self._of(pack.sharing).kv_bytes(lengths) + shared
 
     def _slots(self, sharing: Sharing, shared: int, prompt: int) -> int:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.engines.group_packs import GroupPack, GroupPacker, Numbered
+from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.shared import SharedPrefixes, prefill_behind, prefill_prefixes
@@ -77,12 +79,15 @@ class Prefix:
         )
 
 
-def rehearse_group(model: LoadedModel, ids: np.ndarray, check: Callable[[], None]) -> None:
-    """Prefill two rows about a throw-away document: the second forward pass has kernels of its own."""
+def rehearse_group(
+    model: LoadedModel, ids: np.ndarray, check: Callable[[], None], kv_dtype: torch.dtype | None = None
+) -> None:
+    """Answer two rows about a throw-away document: what they read together has kernels of its own."""
     adapter, attention, dense = model.adapter, model.attention, Dense()
     end = len(ids) - min(REHEARSED_TOKENS, len(ids) - 1)
     spans = Spans(document=(0, end), question=(end, len(ids)))
     row = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
     layers = adapter.shape.layers
     shared = prefill_prefixes(adapter, attention, dense, [ids[:end]], layers, check)
-    prefill_behind(adapter, attention, dense, shared, [row, row], [0, 0], 1, check)
+    made = prefill_behind(adapter, attention, dense, shared, [row, row], [0, 0], 1, check)
+    decode(adapter, attention, made, StopRules(max_new_tokens=2), graphs=False, kv_dtype=kv_dtype)

@@ -20,6 +20,7 @@ from pipeline.engines.prefilling import Check, PrefilledPack, Prefiller
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, Table
 from pipeline.errors import MarsError, is_failure
+from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
@@ -52,6 +53,7 @@ class LocalEngine:
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
+        kv_dtype: str = "auto",
         in_flight: int | None = None,
         group: str = "off",
         guard: Guard | None = None,
@@ -63,11 +65,13 @@ class LocalEngine:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
-        dense. `in_flight` bounds the rows that are decoded at once. `check` is called often, between layers
-        too; what it raises ends the run. `phase` is told of each pack that is prefilled.
+        dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. `in_flight` bounds the
+        rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
+        run. `phase` is told of each pack that is prefilled.
         """
         self.model, self.rules, self.sampling = model, rules, sampling
         self.row_timeout, self.check, self._note = row_timeout, check, note
+        self.kv_dtype = FP8 if kv_dtype == "fp8" else model.adapter.dtype
         packer = Packer.on(
             model.device,
             method,
@@ -76,6 +80,7 @@ class LocalEngine:
             new_tokens=rules.max_new_tokens,
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
+            kv_itemsize=self.kv_dtype.itemsize,
             in_flight=in_flight,
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
@@ -362,6 +367,7 @@ class LocalEngine:
             first=pack.tokens,
             check=check,
             stats=self.stats,
+            kv_dtype=self.kv_dtype,
         )
         answer.decode_ms = (generated.finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
@@ -422,7 +428,9 @@ class LocalEngine:
 
     def _open_table(self) -> Table:
         if self._table is None:
-            self._table = Table.of(self.model, self.packer, self.rules, self.sampling, self.stats)
+            self._table = Table.of(
+                self.model, self.packer, self.rules, self.sampling, self.stats, self.kv_dtype
+            )
         return self._table
 
     def _close_table(self) -> None:

@@ -45,6 +45,7 @@ class Packer:
     store_bytes: int = 0  # of keys and values of the rows that are decoded
     in_flight: int = 1  # rows that are decoded together, at most
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
+    kv_itemsize: int | None = None  # bytes of a number in the store, where that is not `itemsize`
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -58,6 +59,7 @@ class Packer:
         new_tokens: int,
         pack_tokens: int | None,
         kv_memory: int | None = None,
+        kv_itemsize: int | None = None,
         in_flight: int | None = None,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
@@ -75,6 +77,7 @@ class Packer:
             max_bytes=0,
             in_flight=_in_flight(in_flight, pack_tokens, device),
             kv_memory=kv_memory,
+            kv_itemsize=kv_itemsize,
             host_bytes=host_kv_bytes(),
         )
         return whole.within(free_bytes(device))
@@ -97,8 +100,8 @@ class Packer:
 
     @property
     def slot_bytes(self) -> int:
-        """Of a token's keys and values in one layer."""
-        return self.shape.kv_bytes_per_token(self.itemsize)
+        """Of a token's keys and values in one layer of the store."""
+        return self.shape.kv_bytes_per_token(self.kv_itemsize or self.itemsize)
 
     @property
     def store_slots(self) -> int:

@@ -168,6 +168,7 @@ def start_engine(
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
+        kv_dtype=config.kv_dtype,
         in_flight=config.in_flight,
         # marks are kept of rows that run on their own alone
         group="off" if config.save_selection else config.group,

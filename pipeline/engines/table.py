@@ -56,10 +56,16 @@ class Table:
 
     @classmethod
     def of(
-        cls, model: LoadedModel, packer: Packer, rules: StopRules, sampling: Sampling, stats: DecodeStats
+        cls,
+        model: LoadedModel,
+        packer: Packer,
+        rules: StopRules,
+        sampling: Sampling,
+        stats: DecodeStats,
+        kv_dtype: torch.dtype,
     ) -> Self:
         """As large as planned, or as there is memory for after all; raises torch.OutOfMemoryError."""
-        store = _store(model, packer.store_slots)
+        store = _store(model, packer, kv_dtype)
         decoder = Decoder(
             model.adapter,
             model.attention,
@@ -96,6 +102,7 @@ class Table:
                 starts=extents[b].starts,
                 used=extents[b].stored,
                 position=positions[b],
+                line=extents[b].line,
                 shared=documents[b].extent if documents else None,
             )
             for b in places
@@ -173,11 +180,13 @@ class Table:
         self._documents.clear()
 
 
-def _store(model: LoadedModel, slots: int) -> KvStore:
-    share, adapter = 1.0, model.adapter
+def _store(model: LoadedModel, packer: Packer, dtype: torch.dtype) -> KvStore:
+    share, shape = 1.0, model.adapter.shape
+    extents = 2 * packer.in_flight + 1  # each row's, and its document's; one more is in the making
     while True:
         try:
-            return KvStore(int(slots * share), adapter.shape, dtype=adapter.dtype, device=model.device)
+            slots = int(packer.store_slots * share)
+            return KvStore(slots, shape, dtype=dtype, device=model.device, extents=extents)
         except torch.OutOfMemoryError:
             share *= SMALLER
             if share < SMALLEST:

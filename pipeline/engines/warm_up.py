@@ -140,7 +140,7 @@ def _rehearse(engine: LocalEngine, length: int, check: Callable[[], None]) -> bo
     try:
         _answer(engine, ids, check)
         if engine.packs.group != "off" and model.device.type == "cuda":
-            rehearse_group(model, ids, check)
+            rehearse_group(model, ids, check, engine.kv_dtype)
         return True
     except RowError as error:  # where even this exceeds --kv-memory, say, the rows will say so
         return error.kind != "timeout"
@@ -171,4 +171,12 @@ def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> 
     pack = Pack.of([document], model.device)
     limits, new_tokens = engine.packer.limits, rules.max_new_tokens
     prefilled = prefill(model.adapter, model.attention, engine.method, pack, new_tokens, check, limits)
-    decode(model.adapter, model.attention, prefilled, rules, check=check, graphs=False)
+    decode(
+        model.adapter,
+        model.attention,
+        prefilled,
+        rules,
+        check=check,
+        graphs=False,
+        kv_dtype=None if engine.packer.limits else engine.kv_dtype,
+    )

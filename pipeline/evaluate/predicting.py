@@ -43,17 +43,21 @@ def score_answer(
     *,
     top: int = 0,
     probes: np.ndarray | None = None,
+    kv: str = "auto",
 ) -> tuple[Forced, Prefilled, float]:
     """Score an answer of at least one token; also the prefill, and its TTFT in milliseconds.
 
     `top` asks for the log-probabilities of so many of the most likely tokens at each place, `probes`, (n, k),
-    for those of given tokens. The time ends with the first choice on the host.
+    for those of given tokens. With `kv` fp8 the answer's tokens read the prompt's keys and values as e4m3
+    leaves them; their own stay as they are. The time ends with the first choice on the host.
     """
     pack = Pack.of([document], model.device)
     started = time.perf_counter()
     prefilled = prefill(model.adapter, model.attention, method, pack, len(answer))
     prefilled.logits_BV.argmax(-1).tolist()
     ttft_ms = (time.perf_counter() - started) * 1e3
+    if kv == "fp8":
+        prefilled.cache.round_to_e4m3()
     hidden_ND = continue_with(
         model.adapter, model.attention, prefilled.cache, [answer], prefilled.next_positions
     )

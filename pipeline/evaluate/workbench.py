@@ -138,7 +138,13 @@ class Workbench:
         self.running = f"{variant.name} on {document.source.place}, {document.prompt_tokens:,} tokens,"
         probes = None if dense is None else dense.probes
         forced, prefilled, ttft_ms = score_answer(
-            self.model, variant.use(self.model), document, case.reference, top=top, probes=probes
+            self.model,
+            variant.use(self.model),
+            document,
+            case.reference,
+            top=top,
+            probes=probes,
+            kv=variant.kv,
         )
         (passes,) = prefilled.by_document()
         stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())

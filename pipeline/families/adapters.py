@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.families.projection import Layer, Norm, Projection
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.kernels.fused import Quantised, quantize_rows, rope_, silu_mul, silu_mul_quantized
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.step import (
     Product,
     add_product_,
@@ -259,29 +260,26 @@ class DecoderAdapter:
         layer: int,
         hidden_BD: Tensor,
         rope: Rope,
-        keys_SKd: Tensor,
-        values_SKd: Tensor,
-        places_B: Tensor,
+        target: KvTarget,
         attend: Callable[[Tensor], Tensor],
         normed: Quantised | None = None,
     ) -> Quantised | None:
         """Run a layer for one new token of each row, on the residual stream in place.
 
-        The tokens' keys and values go to the slots `places_B`, and then `attend` mixes values for their
+        The tokens' keys and values go to the `target`, and then `attend` mixes values for their
         queries, (B, H, d) both. Where that saves a kernel the layer also norms its result for the next one:
         what is returned may be given to it as `normed`, if the stream is left as it is in between.
         """
         weights = self._layers[layer]
         if not self._steps_by_kernels(weights, hidden_BD):
             q_BHd, k_BKd, v_BKd = self.qkv(layer, hidden_BD, rope)
-            keys_SKd.index_copy_(0, places_B, k_BKd)
-            values_SKd.index_copy_(0, places_B, v_BKd)
+            target.put(k_BKd, v_BKd)
             self.add_attention_(layer, hidden_BD, attend(q_BHd))
             self.add_feed_forward_(layer, hidden_BD)
             return None
 
         def mixed(qkv: Product) -> Tensor:
-            return attend(rope_and_store_(qkv, *rope, keys_SKd, values_SKd, places_B))
+            return attend(rope_and_store_(qkv, *rope, target))
 
         if self.linears_in_fp8:
             return self._step_in_fp8_(layer, hidden_BD, mixed, normed)

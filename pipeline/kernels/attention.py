@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import decoding, reference
-from pipeline.kernels.decoding import Ranges
+from pipeline.kernels.decoding import Fp8Scales, Ranges
 from pipeline.kernels.segments import Segments, on_device
 
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
@@ -48,6 +48,8 @@ class DecodeSlots:
     queries_B1: Tensor  # bounds of each document's queries
     queries: tuple[int, ...]  # how many each document has, at least 1
     shared: Ranges | None = None  # slots before these that several documents share, of the same buffer
+    scales: Fp8Scales | None = None  # of a buffer in e4m3
+    lines_B: Tensor | None = None  # of each document, in the scales
 
     @classmethod
     def of(
@@ -79,6 +81,8 @@ class DecodeSlots:
             queries_N1=self.queries_B1,
             most_queries=max(self.queries),
             longest=self.longest,
+            scales=self.scales,
+            lines_N=self.lines_B,
         )
 
 
@@ -107,7 +111,7 @@ class AttentionBackend(ABC):
         if slots.shared is not None:
             attended = [(k_SKd, v_SKd, ranges) for ranges in (slots.ranges, slots.shared)]
             return decoding.attention(q_QHd, attended)
-        if decoding.takes(q_QHd, k_SKd, max(slots.queries)):
+        if slots.scales is not None or decoding.takes(q_QHd, k_SKd, max(slots.queries)):
             return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)])
         return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
 

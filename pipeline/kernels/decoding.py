@@ -80,7 +80,7 @@ def own_ranges(
         for first in range(0, asked, most)
         for end in [min(asked, first + most)]
     ]
-    return _ranges(pieces, device)
+    return _ranges(pieces, most, device)
 
 
 def shared_ranges(
@@ -97,19 +97,22 @@ def shared_ranges(
         for first in range(0, len(names), most)
     ]
     order = [name for *_, names in chunks for name in names]
-    return _ranges([(start, count, len(names)) for start, count, names in chunks], device, order)
+    return _ranges([(start, count, len(names)) for start, count, names in chunks], most, device, order)
 
 
 def _ranges(
-    pieces: Sequence[tuple[int, int, int]], device: torch.device, order: Sequence[int] | None = None
+    pieces: Sequence[tuple[int, int, int]],
+    most: int,
+    device: torch.device,
+    order: Sequence[int] | None = None,
 ) -> Ranges:
-    """Of each piece its start, its slots, and how many queries it has."""
+    """Of each piece its start, its slots, and how many queries it has, of `most` that it could have."""
     starts, used, queries = zip(*pieces, strict=True)
     return Ranges(
         starts_N=on_device(starts, device, torch.int32),
         used_N=on_device(used, device, torch.int32),
         queries_N1=on_device([0, *accumulate(queries)], device, torch.int32),
-        most_queries=max(queries),
+        most_queries=most,
         longest=max(used),
         order_O=None if order is None else on_device(order, device, torch.int32),
     )

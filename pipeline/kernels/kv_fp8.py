@@ -10,15 +10,18 @@ Letters beside those of decoding.py: L lines of scales, one for each row or docu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.kernels.decoding import Fp8Scales, dequantised
 from pipeline.kernels.fused import FP8, FP8_MAX, SMALLEST_SCALE
+from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.segments import Segments
 
+TOKENS = 128  # that a program quantises at a time
 HEADROOM = 2.0  # generated tokens may be so much larger than the prompt's before they are cut off
 
 
@@ -46,24 +49,45 @@ def put_rows(buffer_SKd: Tensor, places_T: Tensor, rows_TKd: Tensor) -> None:
     buffer_SKd.index_copy_(0, places_T, rows_TKd.to(buffer_SKd.dtype))
 
 
-def scales_of(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Fp8Scales:
-    """Scales and mean keys of a pack's prompts, a line each."""
-    document_T, count = segments.document_T, len(segments)
-    lengths_B11 = segments.lengths_B[:, None, None]
-    keys, values = k_TKd.float(), v_TKd.float()
-    sums = torch.zeros((count, *keys.shape[1:]), dtype=torch.float32, device=keys.device)
-    means_BKd = sums.index_add_(0, document_T, keys) / lengths_B11
-    return Fp8Scales(
-        keys_LK=_scale_of(keys - means_BKd[document_T], document_T, count),
-        values_LK=_scale_of(values, document_T, count),
-        means_LKd=means_BKd,
+def put_prompts(k_TKd: Tensor, v_TKd: Tensor, segments: Segments, target: KvTarget) -> None:
+    """Store a pack's prompts in e4m3, each from its place at the `target` on, with scales in its line."""
+    keys_SKd, values_SKd, starts_B, scales, lines_B = target
+    assert scales is not None
+    assert lines_B is not None
+    kernels = _kernels(k_TKd)
+    if kernels is None:
+        own = scales_of(k_TKd, v_TKd, segments)
+        scales.keys_LK[lines_B], scales.values_LK[lines_B] = own.keys_LK, own.values_LK
+        scales.means_LKd[lines_B] = own.means_LKd
+        places_T = starts_B[segments.document_T] + segments.index_in_document_T
+        k8_TKd, v8_TKd = quantised(k_TKd, v_TKd, own, segments)
+        put_rows(keys_SKd, places_T, k8_TKd)
+        put_rows(values_SKd, places_T, v8_TKd)
+        return
+    kv_heads, head_dim = k_TKd.shape[1:]
+    kernels.put_prompts_kernel[(len(segments), kv_heads, 2)](
+        *(k_TKd, *k_TKd.stride()[:2], v_TKd, *v_TKd.stride()[:2], segments.cu_seqlens),
+        *(keys_SKd, *keys_SKd.stride()[:2], values_SKd, *values_SKd.stride()[:2], starts_B),
+        *(scales.keys_LK, scales.values_LK, scales.means_LKd, lines_B, kv_heads, head_dim, HEADROOM),
+        TOKENS=TOKENS,
+        WIDTH=power_of_two(head_dim),
+        num_warps=8,
     )
 
 
-def _scale_of(x_TKd: Tensor, document_T: Tensor, count: int) -> Tensor:
-    """(B, K) by which the largest magnitude of a document becomes e4m3's largest, less the headroom."""
-    largest_BK = torch.zeros((count, x_TKd.shape[1]), dtype=torch.float32, device=x_TKd.device)
-    largest_BK.index_reduce_(0, document_T, x_TKd.abs().amax(-1), "amax")
+def scales_of(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Fp8Scales:
+    """Scales and mean keys of a pack's prompts, a line each."""
+    documents = [(k_TKd[a:b].float(), v_TKd[a:b].float()) for a, b in segments.ranges()]
+    means_BKd = torch.stack([keys.mean(0) for keys, _ in documents])
+    keys = [keys - mean_Kd for (keys, _), mean_Kd in zip(documents, means_BKd, strict=True)]
+    return Fp8Scales(
+        keys_LK=_scale_of(keys), values_LK=_scale_of([values for _, values in documents]), means_LKd=means_BKd
+    )
+
+
+def _scale_of(documents: Sequence[Tensor]) -> Tensor:
+    """(B, K) by which the largest magnitude of each becomes e4m3's largest, less the headroom."""
+    largest_BK = torch.stack([x_TKd.abs().amax((0, 2)) for x_TKd in documents])
     return (largest_BK * (HEADROOM / FP8_MAX)).clamp_(min=SMALLEST_SCALE)
 
 
@@ -88,3 +112,8 @@ def _quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line_T: Tensor) 
     keys = centred_TKd / scales.keys_LK[line_T][..., None]
     values = v_TKd.float() / scales.values_LK[line_T][..., None]
     return tuple(x.clamp(-FP8_MAX, FP8_MAX).to(FP8) for x in (keys, values))  # type: ignore[return-value]
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of Triton kernels where they can run on this tensor, else None."""
+    return kernels_for(x, "triton_kernels")

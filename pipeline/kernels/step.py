@@ -24,6 +24,7 @@ from pipeline.kernels.fused import (
     silu_mul,
     warps_for,
 )
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.modules import kernels_for, power_of_two
 
 
@@ -60,14 +61,13 @@ def rope_and_store_(
     qkv: Product,
     cos_Bd: Tensor,
     sin_Bd: Tensor,
-    keys_SKd: Tensor,
-    values_SKd: Tensor,
-    places_B: Tensor,
+    target: KvTarget,
 ) -> Tensor:
-    """Turn queries and keys as `rope_`, store keys and values in the slots `places_B`; (B, H, d) queries.
+    """Turn queries and keys as `rope_`, store keys and values at the `target`; (B, H, d) queries.
 
     `qkv` holds queries first, then keys, then values. What is returned overwrites the first of its columns.
     """
+    keys_SKd, values_SKd, places_B, scales, lines_B = target
     kv_heads, head_dim = keys_SKd.shape[1:]
     heads_BNd = qkv.raw_BN.unflatten(1, (-1, head_dim))
     heads = heads_BNd.shape[1] - 2 * kv_heads
@@ -78,15 +78,16 @@ def rope_and_store_(
         turned_BHd, k_BKd, v_BKd = values_BNd.split((heads, kv_heads, kv_heads), dim=1)
         rope_(turned_BHd, k_BKd, cos_Bd, sin_Bd)
         q_BHd.copy_(turned_BHd)
-        keys_SKd.index_copy_(0, places_B, k_BKd.to(keys_SKd.dtype))
-        values_SKd.index_copy_(0, places_B, v_BKd.to(values_SKd.dtype))
+        target.put(k_BKd, v_BKd)
         return q_BHd
     group, half = heads // kv_heads, head_dim // 2
     blocks = {"GROUP": power_of_two(group), "HALF": power_of_two(half)}
     kernels.rope_and_store_kernel[(len(q_BHd), kv_heads)](
         *qkv.arguments(),
         *(cos_Bd, cos_Bd.stride(0), sin_Bd, sin_Bd.stride(0)),
-        *(keys_SKd, *keys_SKd.stride()[:2], values_SKd, *values_SKd.stride()[:2], places_B, group, half),
+        *(keys_SKd, *keys_SKd.stride()[:2], values_SKd, *values_SKd.stride()[:2], places_B),
+        *((None,) * 3 if scales is None else (scales.keys_LK, scales.values_LK, scales.means_LKd)),
+        *(lines_B, group, half),
         **blocks,
         num_warps=warps_for(2 * blocks["GROUP"] * blocks["HALF"]),
     )

@@ -16,7 +16,20 @@ import triton.language as tl
 from pipeline.kernels.triton_parts import larger, plus
 
 
-@triton.jit(do_not_specialize=["first_part", "all_parts", "splits", "least"])
+# the address of a layer's part of a table may divide by 16 or not
+@triton.jit(
+    do_not_specialize=[
+        "first_part",
+        "all_parts",
+        "splits",
+        "least",
+        "starts",
+        "used",
+        "queries",
+        "order",
+        "lines",
+    ]
+)
 def partial_attention_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,

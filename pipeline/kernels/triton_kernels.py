@@ -74,7 +74,7 @@ def _rotate(start, head_stride, heads, cosines, sines, half, HEADS: tl.constexpr
     _store_turned(firsts, first, second, cosines, sines, half, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def rope_and_store_kernel(  # type: ignore[no-untyped-def]
     qkv,
     stride,
@@ -92,6 +92,10 @@ def rope_and_store_kernel(  # type: ignore[no-untyped-def]
     values_slot_stride,
     values_head_stride,
     places,
+    k_scales,
+    v_scales,
+    k_means,
+    lines,
     group,
     half,
     GROUP: tl.constexpr,
@@ -122,9 +126,27 @@ def rope_and_store_kernel(  # type: ignore[no-untyped-def]
     k_to = keys + place * keys_slot_stride + kv_head * keys_head_stride + at
     v_to = values + place * values_slot_stride + kv_head * values_head_stride + at
     _store_turned(q_to, q_first, q_second, cosines, sines, half, within)
-    _store_turned(k_to, k_first, k_second, cosines, sines, half, inside)
+    if k_scales is None:
+        _store_turned(k_to, k_first, k_second, cosines, sines, half, inside)
+    else:
+        line = tl.load(lines + token).to(tl.int64) * kv_heads + kv_head
+        mean = k_means + line * (2 * half) + at
+        turned_first = k_first * cosines - k_second * sines - tl.load(mean, mask=inside, other=0)
+        turned_second = k_second * cosines + k_first * sines - tl.load(mean + half, mask=inside, other=0)
+        k_scale, v_scale = tl.load(k_scales + line), tl.load(v_scales + line)
+        tl.store(k_to, _in_fp8(turned_first, k_scale, keys), mask=inside)
+        tl.store(k_to + half, _in_fp8(turned_second, k_scale, keys), mask=inside)
+        v_first, v_second = _in_fp8(v_first, v_scale, values), _in_fp8(v_second, v_scale, values)
     tl.store(v_to, v_first.to(values.dtype.element_ty), mask=inside)
     tl.store(v_to + half, v_second.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _in_fp8(values, scale, buffer):  # type: ignore[no-untyped-def]
+    scaled = values / scale
+    # a NaN is to stay one: maxima and minima would lose it
+    scaled = tl.where(scaled > FP8_MAX, FP8_MAX, tl.where(scaled < -FP8_MAX, -FP8_MAX, scaled))
+    return scaled.to(buffer.dtype.element_ty)
 
 
 @triton.jit
@@ -144,6 +166,100 @@ def _completed(product, stride, row_scales, column_scales, bias, row, columns, i
     if bias is not None:
         values = values + tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
     return values
+
+
+@triton.jit(do_not_specialize=["bounds", "starts", "lines"])
+def put_prompts_kernel(  # type: ignore[no-untyped-def]
+    k,
+    k_token_stride,
+    k_head_stride,
+    v,
+    v_token_stride,
+    v_head_stride,
+    bounds,
+    keys,
+    keys_slot_stride,
+    keys_head_stride,
+    values,
+    values_slot_stride,
+    values_head_stride,
+    starts,
+    k_scales,
+    v_scales,
+    k_means,
+    lines,
+    kv_heads,
+    head_dim,
+    headroom,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """See `kv_fp8.put_prompts`: a program takes the keys, or the values, of one head of one document."""
+    document, kv_head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(bounds + document).to(tl.int64)
+    count = tl.load(bounds + document + 1).to(tl.int64) - first
+    start = tl.load(starts + document).to(tl.int64)
+    line = tl.load(lines + document).to(tl.int64) * kv_heads + kv_head
+    at = tl.arange(0, WIDTH)
+    if tl.program_id(2) == 0:
+        source = k + first * k_token_stride + kv_head * k_head_stride
+        mean = tl.full([WIDTH], 0.0, tl.float32)
+        for token in range(0, count, TOKENS):
+            mean += tl.reduce(_tokens(source, k_token_stride, token, count, head_dim, TOKENS, WIDTH), 0, plus)
+        mean = mean / count
+        tl.store(k_means + line * head_dim + at, mean, mask=at < head_dim)
+        target = keys + start * keys_slot_stride + kv_head * keys_head_stride
+        scale = _put_centred(
+            source, k_token_stride, target, keys_slot_stride, count, mean, head_dim, headroom, TOKENS, WIDTH
+        )
+        tl.store(k_scales + line, scale)
+    else:
+        source = v + first * v_token_stride + kv_head * v_head_stride
+        target = values + start * values_slot_stride + kv_head * values_head_stride
+        none = tl.full([WIDTH], 0.0, tl.float32)
+        scale = _put_centred(
+            source, v_token_stride, target, values_slot_stride, count, none, head_dim, headroom, TOKENS, WIDTH
+        )
+        tl.store(v_scales + line, scale)
+
+
+@triton.jit
+def _put_centred(  # type: ignore[no-untyped-def]
+    source,
+    stride,
+    target,
+    slot_stride,
+    count,
+    mean,
+    head_dim,
+    headroom,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Quantise tokens less their mean by one scale, which is returned."""
+    at, largest = tl.arange(0, WIDTH)[None, :], tl.full([WIDTH], 0, tl.int32)
+    for token in range(0, count, TOKENS):
+        there = ((token + tl.arange(0, TOKENS)) < count)[:, None] & (at < head_dim)
+        centred = _tokens(source, stride, token, count, head_dim, TOKENS, WIDTH) - mean[None, :]
+        largest = tl.maximum(largest, tl.reduce(_magnitude(tl.where(there, centred, 0.0)), 0, larger))
+    scale = _scale_of(tl.reduce(largest, 0, larger)) * headroom
+    for token in range(0, count, TOKENS):
+        slot = token + tl.arange(0, TOKENS)
+        centred = _tokens(source, stride, token, count, head_dim, TOKENS, WIDTH) - mean[None, :]
+        places = target + slot[:, None].to(tl.int64) * slot_stride + at
+        tl.store(places, _in_fp8(centred, scale, target), mask=(slot < count)[:, None] & (at < head_dim))
+    return scale
+
+
+@triton.jit
+def _tokens(  # type: ignore[no-untyped-def]
+    source, stride, first, count, head_dim, TOKENS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """(TOKENS, WIDTH) float32, zeros beyond."""
+    token, at = first + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    inside = (token < count)[:, None] & (at < head_dim)[None, :]
+    places = source + token[:, None].to(tl.int64) * stride + at[None, :]
+    return tl.load(places, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

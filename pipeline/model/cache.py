@@ -9,6 +9,8 @@ from operator import add
 import torch
 from torch import Tensor
 
+from pipeline.kernels.decoding import Fp8Scales
+from pipeline.kernels.kv_fp8 import rounded
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.shape import ModelShape
 
@@ -19,6 +21,10 @@ class KeysValues:
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (S, K, d) of a layer; those of several layers may share them."""
         raise NotImplementedError
+
+    def scales(self, layer: int) -> Fp8Scales | None:
+        """Of a layer whose keys and values are in e4m3."""
+        return None
 
     def ready(self, layer: int) -> None:
         """Make sure that a layer's keys and values are there for the work queued from now on."""
@@ -58,7 +64,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedDocuments:
     """Documents' keys and values that stand before the slots of a cache, the same for several of its rows."""
 
     cache: RaggedCache  # of the documents, which have equally many tokens in each layer
@@ -75,7 +81,7 @@ class Shared:
 class RaggedCache(KeysValues):
     """What one prefill makes: keys and values of all layers; lengths may differ by layer."""
 
-    def __init__(self, new_tokens: int, shared: Shared | None = None) -> None:
+    def __init__(self, new_tokens: int, shared: SharedDocuments | None = None) -> None:
         self.new_tokens = new_tokens
         self.shared = shared
         self.keys: list[Tensor] = []  # of each layer, (S, K, d)
@@ -146,6 +152,16 @@ class RaggedCache(KeysValues):
 
     def distinct_slots(self) -> list[Slots]:
         return list({id(slots): slots for slots in self.slots}.values())
+
+    @torch.inference_mode()
+    def round_to_e4m3(self) -> None:
+        """Leave of the prompts' keys and values what float8 would, in their own type."""
+        for layer, slots in enumerate(self.slots):
+            buffers = self.buffers(layer)
+            k_TKd, v_TKd = (buffer[slots.prompt_T] for buffer in buffers)
+            near = rounded(k_TKd, v_TKd, slots.segments)
+            for buffer, values in zip(buffers, near, strict=True):
+                buffer.index_copy_(0, slots.prompt_T, values)
 
     def own_tokens(self) -> list[list[int]]:
         """Of each layer, the prompt tokens of each document that are stored here."""

@@ -228,12 +228,14 @@ def decode(
     graphs: bool = True,
     stats: DecodeStats | None = None,
     late: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Generated]:
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `uniforms` has each row's numbers, by default those of rows 0, 1, ... `first`
-    are the first tokens, if they have been chosen. `check` is called before every step, and may raise to give
-    the pack up. Raises RowError where the model's output is not finite.
+    are the first tokens, if they have been chosen. With a `kv_dtype` of float8_e4m3fn keys and values are
+    rounded to it first, and those of the prefill freed. `check` is called before every step, and may raise to
+    give the pack up. Raises RowError where the model's output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
@@ -245,9 +247,9 @@ def decode(
     for answer, token in zip(answers, first, strict=True):
         answer.take(token, rules)
     cache = prefilled.cache
-    kv, starts, documents = _rows_in(cache, adapter, rules.max_new_tokens)
+    own = [cache.used(b) for b in range(count)]
+    kv, extents, documents = _rows_in(cache, adapter, rules.max_new_tokens, kv_dtype or adapter.dtype)
     shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
-    used = [cache.used(b) for b in range(count)]
     decoder = Decoder(
         adapter,
         attention,
@@ -255,14 +257,20 @@ def decode(
         rules=rules,
         sampling=sampling,
         capacity=count,
-        longest=max(map(max, used)) + rules.max_new_tokens,
+        longest=max(map(max, own)) + rules.max_new_tokens,
         graphs=graphs,
         stats=stats,
         late=late,
     )
     live = [b for b, answer in enumerate(answers) if answer.finish_reason is None]
     seats = [
-        Seat(starts=starts[b], used=used[b], position=prefilled.next_positions[b], shared=shared[b])
+        Seat(
+            starts=extents[b].starts if extents else cache.starts(b),
+            used=own[b],
+            position=prefilled.next_positions[b],
+            line=extents[b].line if extents else 0,
+            shared=shared[b],
+        )
         for b in live
     ]
     try:
@@ -283,20 +291,23 @@ def _any_not_finite(answers: Sequence[Generated]) -> bool:
 
 
 def _rows_in(
-    cache: RaggedCache, adapter: DecoderAdapter, new_tokens: int
-) -> tuple[KeysValues, list[list[int]], list[Extent]]:
-    """Where rows of a prefill are decoded, where each begins there, by layer, and the documents they share.
+    cache: RaggedCache, adapter: DecoderAdapter, new_tokens: int, dtype: torch.dtype
+) -> tuple[KeysValues, list[Extent], list[Extent]]:
+    """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
 
-    A single one that shares nothing stays where it is; others go where a batch can be padded.
+    A single one that shares nothing, and stays in its type, stays where it is, without an extent; others go
+    where a batch can be padded.
     """
     own = list(zip(*cache.own_tokens(), strict=True))
-    if len(own) == 1 and cache.shared is None:
+    if len(own) == 1 and cache.shared is None and dtype == adapter.dtype:
         assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
-        return cache, [cache.starts(0)], []
+        return cache, [], []
     before = None if cache.shared is None else cache.shared.cache
     documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
     slots = sum(slots_needed(layers, new_tokens, adapter.device) for layers in own)
     slots += sum(slots_needed(layers, 0, adapter.device) for layers in documents)
-    store = KvStore(slots, adapter.shape, dtype=adapter.dtype, device=adapter.device)
+    store = KvStore(
+        slots, adapter.shape, dtype=dtype, device=adapter.device, extents=len(own) + len(documents)
+    )
     shared = [] if before is None else store.adopt(before, 0)
-    return store, [extent.starts for extent in store.adopt(cache, new_tokens)], shared
+    return store, store.adopt(cache, new_tokens, frees=dtype != adapter.dtype), shared

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
-from pipeline.kernels.decoding import Ranges, queries_of_a_range
+from pipeline.kernels.decoding import Fp8Scales, Ranges, queries_of_a_range
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
 from pipeline.model.sampling import Sampling, next_tokens
@@ -33,6 +34,7 @@ class Seat:
     starts: Sequence[int]
     used: Sequence[int]
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
+    line: int = 0  # of the scales of keys and values in e4m3
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
 
 
@@ -61,6 +63,7 @@ class DecodeBatch:
         self._used_LC = np.ones((layers, capacity), np.int32)  # the next token counts
         self._position_C = np.zeros(capacity, np.int64)
         self._drawn_C = np.zeros(capacity, np.int64)
+        self._lines_C = np.zeros(capacity, np.int32)
         self._moving_C = np.zeros(capacity, np.int32)
         self.tokens_C = torch.zeros(capacity, dtype=torch.int64, device=device)  # the newest, to be stored
         self.next_C = torch.zeros_like(self.tokens_C)  # what the last step chose; NOT_FINITE is among them
@@ -70,6 +73,7 @@ class DecodeBatch:
         self._position_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._moving_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._drawn_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._lines_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._queries_dev = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._shared = _SharedTables(adapter.shape, capacity, device)
         draws = 0 if self.sampling.is_greedy else new_tokens
@@ -94,6 +98,7 @@ class DecodeBatch:
         self._used_LC[:, new] = np.array([seat.used for seat in seats], np.int32).T + 1
         self._position_C[new] = [seat.position for seat in seats]
         self._drawn_C[new] = 1  # the first token was drawn after the prefill
+        self._lines_C[new] = [seat.line for seat in seats]
         self._moving_C[new] = 1
         self.tokens_C[new] = on_device(tokens, self.tokens_C.device)
         if self._uniform_CN.shape[1]:
@@ -112,6 +117,7 @@ class DecodeBatch:
             (self._used_LC, 1),
             (self._position_C, 0),
             (self._drawn_C, 0),
+            (self._lines_C, 0),
             (self._moving_C, 0),
         ):
             values[..., :kept] = values[..., chosen]
@@ -136,6 +142,7 @@ class DecodeBatch:
             (self._position_dev, self._position_C),
             (self._moving_dev, self._moving_C),
             (self._drawn_dev, self._drawn_C),
+            (self._lines_dev, self._lines_C),
         )
         for target, source in pairs:
             _to_device(target, source)
@@ -160,7 +167,8 @@ class DecodeBatch:
         rope = adapter.rope(hidden_BD, self._position_dev[:columns])
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(adapter.shape.layers):
-            keys_SKd, values_SKd = kv.buffers(layer)
+            places_B, lines_B = self._places_dev[layer, :columns], self._lines_dev[:columns]
+            target = KvTarget(*kv.buffers(layer), places_B, kv.scales(layer), lines_B)
             slots = self._slots(layer, columns)
 
             def attend(q_BHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
@@ -169,10 +177,7 @@ class DecodeBatch:
                 kv.observe(layer, q_BHd)
                 return mixed_BHd
 
-            places_B = self._places_dev[layer, :columns]
-            normed = adapter.step_layer_(
-                layer, hidden_BD, rope, keys_SKd, values_SKd, places_B, attend, normed
-            )
+            normed = adapter.step_layer_(layer, hidden_BD, rope, target, attend, normed)
         self._choose_(adapter.head(hidden_BD), columns)
         moving_C = self._moving_dev[:columns]
         self._used_dev[:, :columns].add_(moving_C)
@@ -199,6 +204,7 @@ class DecodeBatch:
         self._kv.stepped()
 
     def _slots(self, layer: int, columns: int) -> DecodeSlots:
+        scales = self._kv.scales(layer)
         return DecodeSlots(
             starts=self._starts_LC[layer, :columns].tolist(),
             used=self._used_LC[layer, :columns].tolist(),
@@ -207,7 +213,9 @@ class DecodeBatch:
             bounds_B1=self._starts_dev[layer, : columns + 1],
             queries_B1=self._queries_dev[: columns + 1],
             queries=(1,) * columns,
-            shared=self._shared.ranges(layer, columns, self._longest) if self.shares else None,
+            shared=self._shared.ranges(layer, columns, self._longest, scales) if self.shares else None,
+            scales=scales,
+            lines_B=None if scales is None else self._lines_dev[:columns],
         )
 
 
@@ -223,12 +231,13 @@ class _SharedTables:
         self._most = queries_of_a_range(shape.heads, shape.kv_heads)
         self._starts_LR = np.zeros((shape.layers, capacity), np.int32)
         self._used_LR = np.zeros((shape.layers, capacity), np.int32)
+        self._lines_R = np.zeros(capacity, np.int32)
         self._queries_R1 = np.zeros(capacity + 1, np.int32)
         self._order_C = np.zeros(capacity, np.int32)
         self._told = False  # whether the device knows of a range
-        self._starts_dev, self._used_dev, self._queries_dev, self._order_dev = (
+        self._starts_dev, self._used_dev, self._lines_dev, self._queries_dev, self._order_dev = (
             torch.zeros(values.shape, dtype=torch.int32, device=device)
-            for values in (self._starts_LR, self._used_LR, self._queries_R1, self._order_C)
+            for values in (self._starts_LR, self._used_LR, self._lines_R, self._queries_R1, self._order_C)
         )
 
     def __bool__(self) -> bool:
@@ -254,10 +263,12 @@ class _SharedTables:
             extent = self.extents[columns[0]]
             assert extent is not None
             self._starts_LR[:, n], self._used_LR[:, n] = extent.starts, extent.stored
+            self._lines_R[n] = extent.line
             self._order_C[self._queries_R1[n] : self._queries_R1[n + 1]] = columns
         pairs = (
             (self._starts_dev, self._starts_LR),
             (self._used_dev, self._used_LR),
+            (self._lines_dev, self._lines_R),
             (self._queries_dev, self._queries_R1),
             (self._order_dev, self._order_C),
         )
@@ -265,7 +276,7 @@ class _SharedTables:
             _to_device(target, source)
         self._told = bool(self)
 
-    def ranges(self, layer: int, columns: int, longest: int) -> Ranges:
+    def ranges(self, layer: int, columns: int, longest: int, scales: Fp8Scales | None) -> Ranges:
         """Of a step of so many columns."""
         return Ranges(
             starts_N=self._starts_dev[layer, :columns],
@@ -274,6 +285,8 @@ class _SharedTables:
             most_queries=self._most,
             longest=longest,
             order_O=self._order_dev,
+            scales=scales,
+            lines_N=None if scales is None else self._lines_dev[:columns],
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.model.cache import RaggedCache, Shared
+from pipeline.model.cache import RaggedCache, SharedDocuments
 from pipeline.model.continuation import continue_with
 from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
 from pipeline.model.prefill import Prefilled, prefill
@@ -97,7 +97,7 @@ def prefill_behind(
     asked = [document.input_ids[n:].tolist() for document, n in zip(documents, known, strict=True)]
     behind = Segments.of([len(part) for part in asked], adapter.device)
     ends = shared.layers == adapter.shape.layers
-    cache = RaggedCache(new_tokens, Shared(shared.cache, tuple(of_prefix)) if ends else None)
+    cache = RaggedCache(new_tokens, SharedDocuments(shared.cache, tuple(of_prefix)) if ends else None)
     places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
     if ends:
         cache.reserve(behind, adapter.shape, adapter.dtype)

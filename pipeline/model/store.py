@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.kernels.decoding import Fp8Scales
+from pipeline.kernels.fused import FP8
+from pipeline.kernels.kv_fp8 import KvTarget, put_prompts
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.extents import Extents
@@ -35,6 +38,7 @@ class Extent:
     offsets: tuple[int, ...]  # of each layer's first token
     stored: tuple[int, ...]  # prompt tokens of each layer
     size: int
+    line: int = 0  # of the scales of a store in e4m3
 
     @property
     def starts(self) -> list[int]:
@@ -53,8 +57,10 @@ class KvStore(KeysValues):
     has_spare_slot = True
     moves = 0  # how often rows have been moved, after which their starts are others
 
-    def __init__(self, slots: int, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Of `slots` for rows, behind those of nobody.
+    def __init__(
+        self, slots: int, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, extents: int = 0
+    ) -> None:
+        """Of `slots` for rows, behind those of nobody; in e4m3 for so many rows and documents at once.
 
         On a GPU the memory is taken here, on a CPU when rows first write to it.
         """
@@ -64,9 +70,20 @@ class KvStore(KeysValues):
         self._pool = [_zeros((total, shape.kv_heads, shape.head_dim), dtype, device) for _ in range(2)]
         self._extents = Extents(first, total)
         self._rows: dict[int, Extent] = {}  # by their starts
+        lines = extents + 1 if dtype == FP8 else 0  # the first is of nobody
+        self._lines = list(range(lines - 1, 0, -1))  # that are free
+        self._scales: list[Fp8Scales] = []  # of each layer
+        for _layer in range(shape.layers if lines else 0):
+            size = (lines, shape.kv_heads)
+            keys, values = (torch.ones(size, dtype=torch.float32, device=device) for _ in range(2))
+            means = torch.zeros((*size, shape.head_dim), dtype=torch.float32, device=device)
+            self._scales.append(Fp8Scales(keys_LK=keys, values_LK=values, means_LKd=means))
 
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._pool[0], self._pool[1]
+
+    def scales(self, layer: int) -> Fp8Scales | None:
+        return self._scales[layer] if self._scales else None
 
     @property
     def free(self) -> int:
@@ -80,23 +97,35 @@ class KvStore(KeysValues):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._pool)
+        means = sum(scales.means_LKd.nbytes for scales in self._scales)
+        return sum(tensor.nbytes for tensor in self._pool) + means
 
     @torch.inference_mode()
-    def adopt(self, cache: RaggedCache, new_tokens: int) -> list[Extent]:
+    def adopt(self, cache: RaggedCache, new_tokens: int, *, frees: bool = False) -> list[Extent]:
         """Copy a prefilled pack's keys and values: of each document its extent, with room for `new_tokens`.
 
         There must be as many free slots; rows that are there already may be moved. What the documents share
-        with others is not copied.
+        with others is not copied. With `frees` the cache loses each layer once it is copied.
         """
         stored = list(zip(*cache.own_tokens(), strict=True))  # of each document, by layer
         extents = [self._take(layers, new_tokens) for layers in stored]
         starts_LB = on_device(list(zip(*(extent.starts for extent in extents), strict=True)), cache.device)
+        lines_B = on_device([extent.line for extent in extents], cache.device)
         for layer, slots in enumerate(cache.slots):
             segments = slots.segments
-            places_T = starts_LB[layer][segments.document_T] + segments.index_in_document_T
-            for pool, source in zip(self._pool, cache.buffers(layer), strict=True):
-                pool.index_copy_(0, places_T, source if not slots.new_tokens else source[slots.prompt_T])
+            k_TKd, v_TKd = (
+                source if not slots.new_tokens else source[slots.prompt_T] for source in cache.buffers(layer)
+            )
+            if self._scales:
+                scales = self._scales[layer]
+                target = KvTarget(self._pool[0], self._pool[1], starts_LB[layer], scales, lines_B)
+                put_prompts(k_TKd, v_TKd, segments, target)
+            else:
+                places_T = starts_LB[layer][segments.document_T] + segments.index_in_document_T
+                for pool, source in zip(self._pool, (k_TKd, v_TKd), strict=True):
+                    pool.index_copy_(0, places_T, source)
+            if frees:
+                cache.keys[layer], cache.values[layer] = k_TKd[:0], v_TKd[:0]
         return extents
 
     @torch.inference_mode()
@@ -104,9 +133,11 @@ class KvStore(KeysValues):
         """Give a row's slots back, and with `wipe` what is in them: NaN must not outlive its row."""
         del self._rows[extent.start]
         self._extents.give_back(extent.start)
+        if self._scales:
+            self._lines.append(extent.line)
         if wipe:
             for pool in self._pool:
-                pool[extent.start : extent.start + extent.size].zero_()
+                _bytes(pool)[extent.start : extent.start + extent.size].zero_()
 
     def _take(self, stored: Sequence[int], new_tokens: int) -> Extent:
         rooms = [max(tokens, self._overshoot) + new_tokens for tokens in stored]
@@ -120,7 +151,8 @@ class KvStore(KeysValues):
         offsets = tuple(
             first + max(0, self._overshoot - tokens) for first, tokens in zip(firsts, stored, strict=True)
         )
-        extent = Extent(start=start, offsets=offsets, stored=tuple(stored), size=size)
+        line = self._lines.pop() if self._scales else 0
+        extent = Extent(start=start, offsets=offsets, stored=tuple(stored), size=size, line=line)
         self._rows[start] = extent
         return extent
 
@@ -129,12 +161,17 @@ class KvStore(KeysValues):
         for move in self._extents.compact():
             for done in range(0, move.size, MOVED_AT_ONCE):
                 count = min(MOVED_AT_ONCE, move.size - done)
-                for pool in self._pool:  # through a copy: the two places may overlap
+                for pool in map(_bytes, self._pool):  # through a copy: the two places may overlap
                     part = pool[move.start + done : move.start + done + count].clone()
                     pool[move.to + done : move.to + done + count] = part
             extent = self._rows.pop(move.start)
             extent.start = move.to
             self._rows[move.to] = extent
+
+
+def _bytes(pool: Tensor) -> Tensor:
+    """A pool in e4m3 as bytes, in which zeros are zeros too."""
+    return pool.view(torch.uint8) if pool.dtype == FP8 else pool
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ class Variant(NamedTuple):
     name: str
     method: PruningMethod
     linears: str = "auto"  # of `LINEAR_DTYPES`
+    kv: str = "auto"  # of `KV_DTYPES`: keys and values behind the prefill
 
     @property
     def linears_in_fp8(self) -> bool:

@@ -7,7 +7,7 @@ from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.gate_settings import OverwriteSettings, ResumeSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
-from pipeline.settings.method_settings import MethodSettings
+from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_max_errors, parse_workers
@@ -121,6 +121,12 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         help="Rows about the same document: auto (together, what they share computed once, where that is "
         "cheaper), any (also by dense in place of the method), off.",
         choices=GROUP,
+    )
+    kv_dtype: str = option(
+        "auto",
+        help="Keys and values while answers are decoded: auto (as --dtype) or, on a GPU that can, fp8: half "
+        "of their memory, and of the time that reading them takes.",
+        choices=KV_DTYPES,
     )
     sort_by_document: bool = option(
         False, help="Read all rows first and put those about the same document together, on disk."

@@ -97,6 +97,7 @@ class Preparation(Setup):
                 "fingerprint": self.model.fingerprint,
                 "dtype": str(self.model.dtype),
                 "linear_dtype": config.linear_dtype,
+                **({} if config.kv_dtype == AUTO else {"kv_dtype": config.kv_dtype}),
                 "attention_dtype": "auto",  # which was a setting once, so that outputs of then go on
                 "rope_scaling": self.model.rope_scaling,
             },
@@ -144,7 +145,11 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
-    if config.linear_dtype != "auto" or uses_fp8(method):
+    if config.kv_dtype != AUTO and config.kv_memory is not None:
+        raise ConfigError(
+            "--kv-dtype fp8 and --kv-memory exclude each other: offloaded blocks are in --dtype"
+        )
+    if config.linear_dtype != AUTO or config.kv_dtype != AUTO or uses_fp8(method):
         model.check_fp8()
     return Preparation(
         config=config,

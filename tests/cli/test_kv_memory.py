@@ -63,6 +63,15 @@ def test_a_method_that_cannot_offload_is_refused_before_anything_is_read(refusal
     assert said == "--kv-memory needs a method that can offload keys and values, not dense"
 
 
+def test_keys_and_values_in_fp8_need_a_gpu_and_are_not_offloaded(refusal, documents, tmp_path):
+    flags = [documents, tmp_path / "out.parquet", "--question", "?", "--kv-dtype", "fp8"]
+    assert refusal(*flags) == (
+        "fp8 cannot be used here: FP8 needs an NVIDIA GPU, and on a CPU would only be slower"
+    )
+    said = refusal(*flags, "--kv-memory", "1GiB", "--method", "sliminfer")
+    assert said == "--kv-dtype fp8 and --kv-memory exclude each other: offloaded blocks are in --dtype"
+
+
 @pytest.mark.parametrize("size", ["lots", "0", "1XB", "-1"])
 def test_a_size_that_is_none_is_refused(refusal, documents, tmp_path, size):
     said = refusal(documents, tmp_path / "out.parquet", "--question", "?", f"--kv-memory={size}")

@@ -11,6 +11,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.attention import choose_attention
+from pipeline.kernels.fused import FP8
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill
@@ -100,14 +101,31 @@ def test_in_bf16_it_is_near_on_each_backend(name, backend_name):
         assert error < 0.1
 
 
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # whose steps run by other kernels
 @pytest.mark.parametrize("name", METHODS)
-def test_answers_from_graphs_are_those_from_python(name):
-    backend = backend_named("fa3", torch.bfloat16)
-    adapter, method = cuda_adapter("qwen2", torch.bfloat16), make_method(name, METHODS[name])
+def test_answers_from_graphs_are_those_from_python(name, family, kv_dtype):
+    backend = backend_named("varlen", torch.bfloat16)
+    adapter, method = cuda_adapter(family, torch.bfloat16), make_method(name, METHODS[name])
     rules, stats = StopRules(max_new_tokens=40), DecodeStats()
+    options = {"rules": rules, "kv_dtype": kv_dtype}
     together = grouped(adapter, backend, method, 40)
-    replayed = [answer.tokens for answer in decode(adapter, backend, together, rules, stats=stats)]
+    replayed = [answer.tokens for answer in decode(adapter, backend, together, **options, stats=stats)]
     together = grouped(adapter, backend, method, 40)
-    eager = [answer.tokens for answer in decode(adapter, backend, together, rules, graphs=False)]
+    eager = [answer.tokens for answer in decode(adapter, backend, together, **options, graphs=False)]
     assert stats.captures == 1
     assert replayed == eager
+
+
+def test_steps_over_e4m3_are_near_those_over_all_bits():
+    """Of a model whose answers repeat themselves little: most first tokens are the same."""
+    backend, adapter = backend_named("varlen", torch.bfloat16), cuda_adapter("qwen2", torch.bfloat16)
+    method, rules = make_method("dense"), StopRules(max_new_tokens=3)
+    answers = {}
+    for kv_dtype in (None, FP8):
+        together = grouped(adapter, backend, method, 3)
+        answers[kv_dtype] = [
+            answer.tokens for answer in decode(adapter, backend, together, rules, kv_dtype=kv_dtype)
+        ]
+    pairs = list(zip(answers[None], answers[FP8], strict=True))
+    assert sum(a[:2] == b[:2] for a, b in pairs) >= len(pairs) // 2

@@ -9,6 +9,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.families import adapters, projection
 from pipeline.families.adapters import DecoderAdapter
 from pipeline.kernels.fp8 import fp8_available
+from pipeline.kernels.kv_fp8 import KvTarget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda", 0)
@@ -63,7 +64,7 @@ class Step:
                 new = keys.index_select(0, self.places) + values.index_select(0, self.places)
                 return q_BHd + new.repeat_interleave(self.groups, dim=1)
 
-            arguments = keys, values, self.places, attend, normed
+            arguments = KvTarget(keys, values, self.places), attend, normed
             normed = self.adapter.step_layer_(layer, self.hidden, rope, *arguments)
         return queries
 

@@ -13,12 +13,24 @@ import pytest
 import torch
 
 import pipeline.kernels
-from pipeline.kernels import modules, scoring, sparse, swap
+from pipeline.kernels import decoding, modules, scoring, sparse, swap
 from pipeline.kernels.segments import Segments
 
 FOLDER = Path(pipeline.kernels.__file__).parent
 # arguments that a model, a method or a device has one of, whatever the documents
-OF_THE_MODEL = {"heads", "kv_heads", "group", "head_dim", "half", "width", "words", "scale", "eps", "mass"}
+OF_THE_MODEL = {
+    "heads",
+    "kv_heads",
+    "group",
+    "head_dim",
+    "half",
+    "width",
+    "words",
+    "scale",
+    "eps",
+    "mass",
+    "headroom",
+}
 LENGTHS = [8192, 16384, 9001, 12345, 32768, 32769]
 
 
@@ -37,7 +49,7 @@ def kernels_of(module):
     return found
 
 
-MODULES = ["triton_kernels", "triton_scoring", "triton_sparse"]
+MODULES = ["triton_decoding", "triton_kernels", "triton_scoring", "triton_sparse"]
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
@@ -53,7 +65,8 @@ TENSORS |= {
     "slots",
     "blocks",
 }
-TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums"}
+TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts"}
+TENSORS |= {"k_scales", "v_scales", "k_means"}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -90,7 +103,7 @@ class Recording:
 
 def what_is_known(value, name, unspecialised):
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), value.data_ptr() % 16 == 0
+        return str(value.dtype), name in unspecialised or value.data_ptr() % 16 == 0
     if isinstance(value, int):
         wide = value >= 2**31
         return ("int", wide) if name in unspecialised else ("int", wide, value == 1, value % 16 == 0)
@@ -141,6 +154,26 @@ def test_scoring_compiles_nothing_at_new_lengths_and_packs(monkeypatch):
         scoring.window_importance(q, k, segments, 64)
     assert {name: len(variants) for name, variants in seen.items()} == dict.fromkeys(seen, 1)
     assert len(seen) == 3
+
+
+def test_decode_steps_compile_nothing_at_new_layers_lengths_and_batches(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(decoding, "_kernels", lambda x: Recorded(seen))
+    table = torch.zeros(4, 300, dtype=torch.int32)
+    for layer, columns, longest in ((0, 1, 500), (1, 3, 4096), (3, 16, 5000), (2, 256, 131_072)):
+        q, k, v = (torch.zeros(columns, heads, 16) for heads in (4, 2, 2))
+        ranges = decoding.Ranges(
+            starts_N=table[layer, layer : layer + columns],
+            used_N=table[layer, :columns],
+            queries_N1=table[0, : columns + 1],
+            most_queries=1,
+            longest=longest,
+        )
+        decoding.attention(q, [(k, v, ranges)])
+    assert {name: len(variants) for name, variants in seen.items()} == {
+        "partial_attention_kernel": 1,
+        "merge_kernel": 3,  # by how many parts there are, in powers of two
+    }
 
 
 def test_fetching_blocks_compiles_nothing_at_new_numbers_of_them(monkeypatch):

@@ -26,7 +26,9 @@ from kernel_cases import (
 )
 
 from pipeline.kernels import fused, step
+from pipeline.kernels.decoding import Fp8Scales
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.step import Product
 
 pytestmark = pytest.mark.slow
@@ -91,7 +93,7 @@ def test_heads_are_turned_and_stored_and_nothing_else_is_written(kernels, shape,
     before, exact = qkv.raw_BN.clone(), completed64(qkv).unflatten(1, (-1, head_dim))
     keys, values, wide = buffers(10, kv_heads, head_dim, dtype)
     call = plain if path == "plain" else lambda function, *arguments: function(*arguments)
-    q = call(step.rope_and_store_, qkv, cos, sin, keys, values, places)
+    q = call(step.rope_and_store_, qkv, cos, sin, KvTarget(keys, values, places))
 
     wanted_q, k, v = exact.split((heads, kv_heads, kv_heads), dim=1)
     tolerance = {**TOLERANCES[dtype], "atol": 2e-5}  # of float32 sums that nearly cancel
@@ -118,11 +120,34 @@ def test_without_scales_the_kernel_gives_the_bytes_of_the_separate_steps(kernels
     q, k, v = copied(qkv).raw_BN.unflatten(1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
     fused.rope_(q, k, cos, sin)
     keys, values, _ = buffers(tokens, kv_heads, head_dim, dtype)
-    turned = step.rope_and_store_(qkv, cos, sin, keys, values, places)
+    turned = step.rope_and_store_(qkv, cos, sin, KvTarget(keys, values, places))
     assert torch.equal(values, v)
     for actual, wanted in ((turned, q), (keys, k)):
         # compiled apart, the sums of two products may be rounded in another order
         torch.testing.assert_close(actual, wanted, **(TOLERANCES[dtype] if GPU else {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("kind", ["whole", "scaled"])
+@pytest.mark.parametrize("shape", HEADS)
+def test_what_is_stored_in_e4m3_is_what_plain_torch_stores(kernels, shape, kind):
+    tokens, heads, kv_heads, head_dim = shape
+    qkv = product(tokens, (heads + 2 * kv_heads) * head_dim, torch.bfloat16, kind)
+    cos, sin = rotary(tokens, head_dim, torch.bfloat16)
+    scales = Fp8Scales(
+        keys_LK=normal(7, kv_heads).abs() / 10 + 0.01,
+        values_LK=normal(7, kv_heads, seed=1).abs() / 10 + 0.01,
+        means_LKd=normal(7, kv_heads, head_dim),
+    )
+    lines = torch.tensor([6, 1, 1, 3], dtype=torch.int32, device=DEVICE)[:tokens]
+    places, stored = torch.tensor([8, 0, 5, 2], device=DEVICE)[:tokens], []
+    for call in (plain, lambda function, *arguments: function(*arguments)):
+        buffers = [torch.zeros(10, kv_heads, head_dim, device=DEVICE).to(fused.FP8) for _ in range(2)]
+        q = call(step.rope_and_store_, copied(qkv), cos, sin, KvTarget(*buffers, places, scales, lines))
+        stored.append((q, *(codes(buffer) for buffer in buffers)))
+    torch.testing.assert_close(stored[1][0], stored[0][0], **TOLERANCES[torch.bfloat16])
+    for mine, plainly in zip(stored[1][1:], stored[0][1:], strict=True):
+        assert (mine - plainly).abs().max() <= 1  # a step of e4m3, where sums are rounded in another order
+        assert (mine != plainly).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.families import adapters, projection
 from pipeline.families.adapters import STEP_ROWS, DecoderAdapter
 from pipeline.kernels import fused, step
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.model.sampling import most_likely
 
 SLOTS = 600
@@ -53,8 +54,8 @@ def separately(run, adapter, layer, rope):
 
 
 def in_a_step(run, adapter, layer, rope):
-    stored = run.keys[layer], run.values[layer]
-    arguments = (*stored, run.places, lambda q: run.attend(layer, q), run.normed)
+    target = KvTarget(run.keys[layer], run.values[layer], run.places)
+    arguments = target, lambda q: run.attend(layer, q), run.normed
     run.normed = adapter.step_layer_(layer, run.hidden, rope, *arguments)
 
 
