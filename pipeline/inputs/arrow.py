@@ -11,56 +11,55 @@ import pyarrow.dataset as ds
 import pyarrow.fs as fs
 
 from pipeline.errors import InputError
-from pipeline.inputs.columns import Columns
-from pipeline.inputs.finding import FILE_MAGIC, InputFile
+from pipeline.inputs.finding import InputFile
 from pipeline.inputs.long_integers import long_integers
 from pipeline.inputs.passthrough import PassPlan
 from pipeline.inputs.rows import rest_lost, until_fault
 from pipeline.inputs.table_rows import TableReader, as_stream, is_sound
 from pipeline.records import Record, RowError
-from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.storage.causes import READ_ERRORS, told
+from pipeline.storage.sniff import ARROW_FILE
 
 FEATHER_V1_MAGIC = b"FEA1"
 MOST_SCHEMA_BYTES = 1 << 20
 MOST_ROWS_A_BYTE = 100  # documents that compress better have no text worth an answer
 
 
-def open_arrow(file: InputFile, columns: Columns) -> ArrowFileReader | ArrowStreamReader:
+def open_arrow(file: InputFile) -> ArrowFileReader | ArrowStreamReader:
     """The reader that a file's content asks for, as names do not tell files from streams."""
-    try:
+    with told(f"{file.path} is not a readable Arrow file", kind=InputError, of=READ_ERRORS):
         with file.open() as handle:
-            magic = handle.read(len(FILE_MAGIC))
+            magic = handle.read(len(ARROW_FILE))
         if magic.startswith(FEATHER_V1_MAGIC):
             raise ValueError("it is Feather version 1; write it again as version 2 or as Parquet")
-        return (ArrowFileReader if magic == FILE_MAGIC else ArrowStreamReader)(file, columns)
-    except pa.ArrowNotImplementedError as error:
-        raise InputError(_not_implemented(file) or _not_readable(file, error)) from error
-    except READ_ERRORS as error:
-        raise InputError(_not_readable(file, error)) from error
+        try:
+            return (ArrowFileReader if magic == ARROW_FILE else ArrowStreamReader)(file)
+        except pa.ArrowNotImplementedError as error:
+            _refuse_long_integers(file, error)
+            raise
 
 
-def _not_readable(file: InputFile, error: BaseException) -> str:
-    return f"{file.path} is not a readable Arrow file: {cause(error)}"
-
-
-def _not_implemented(file: InputFile) -> str | None:
-    """Which column it is that keeps the file from being read, if that can be told."""
+def _refuse_long_integers(file: InputFile, error: pa.ArrowNotImplementedError) -> None:
+    """An `InputError` that names the column that keeps the file from being read, if that can be told."""
     with file.open() as handle:
         message = handle.read(MOST_SCHEMA_BYTES)
     try:
-        found = long_integers(message[8 if message.startswith(FILE_MAGIC) else 0 :])
+        found = long_integers(message[8 if message.startswith(ARROW_FILE) else 0 :])
     except (ValueError, LookupError, struct.error):
-        return None
-    told = f"column {found[0].column!r} is {found[0].type_name}" if found else None
-    return told and f"{file.label}: {told}, which cannot be read; write the file without it, or as Parquet"
+        return
+    if found:
+        raise InputError(
+            f"{file.label}: column {found[0].column!r} is {found[0].type_name}, which cannot be read; "
+            "write the file without it, or as Parquet"
+        ) from error
 
 
 class ArrowFileReader(TableReader):
     """One Arrow IPC file, memory-mapped where it is local."""
 
-    def __init__(self, file: InputFile, columns: Columns) -> None:
+    def __init__(self, file: InputFile) -> None:
         with file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
-            super().__init__(file, columns, reader.schema)
+            super().__init__(file, reader.schema)
         # Counts from the batches' headers, where the IPC reader would decompress every batch.
         self.num_rows = self._total = _count_rows(file)
         if not 0 <= self._total <= file.size * MOST_ROWS_A_BYTE:
@@ -83,9 +82,9 @@ class ArrowFileReader(TableReader):
 class ArrowStreamReader(TableReader):
     """One Arrow IPC stream; how many rows it has is known only at its end."""
 
-    def __init__(self, file: InputFile, columns: Columns) -> None:
+    def __init__(self, file: InputFile) -> None:
         with file.native() as source, pa.ipc.open_stream(source) as reader:
-            super().__init__(file, columns, reader.schema)
+            super().__init__(file, reader.schema)
 
     def _records(self) -> Iterator[Record]:
         """Those of all rows, then one failure if the stream is cut short."""

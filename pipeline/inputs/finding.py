@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, StorageError
 from pipeline.inputs.columns import Partitions, partitions_of
 from pipeline.inputs.listing import files_below, has_magic, matches, refuse_broken_link
-from pipeline.outputs.own import is_own_lines, is_own_table
+from pipeline.outputs.own import is_own_lines, is_own_table, table_schema
 from pipeline.outputs.sidecar import SIDECAR
 from pipeline.storage import stdin
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
@@ -24,23 +22,16 @@ from pipeline.storage.sniff import HEAD_BYTES, misnamed
 from pipeline.storage.stdin import Stdin
 from pipeline.texts.redaction import bare
 
-FILE_MAGIC = b"ARROW1"
 # Suffix -> (format, compression).
 FORMATS: dict[str, tuple[str, str | None]] = {
-    ".parquet": ("parquet", None),
-    ".pq": ("parquet", None),
-    ".jsonl": ("jsonl", None),
-    ".jsonl.gz": ("jsonl", "gzip"),
-    ".jsonl.zst": ("jsonl", "zstd"),
-    ".ndjson": ("jsonl", None),
-    ".ndjson.gz": ("jsonl", "gzip"),
-    ".ndjson.zst": ("jsonl", "zstd"),
-    ".arrow": ("arrow", None),
-    ".arrows": ("arrow", None),
-    ".feather": ("arrow", None),
-    ".ipc": ("arrow", None),
-    ".txt": ("text", None),
-    ".md": ("text", None),
+    **dict.fromkeys((".parquet", ".pq"), ("parquet", None)),
+    **{
+        f"{suffix}{packed}": ("jsonl", compression)
+        for suffix in (".jsonl", ".ndjson")
+        for packed, compression in (("", None), (".gz", "gzip"), (".zst", "zstd"))
+    },
+    **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), ("arrow", None)),
+    **dict.fromkeys((".txt", ".md"), ("text", None)),
 }
 Origin = Literal["named", "folder", "pattern"]
 KNOWN = ", ".join(FORMATS)
@@ -62,10 +53,10 @@ class InputFile:
 
     path: Place | Stdin
     name: str
-    label: str
     format: str
     compression: str | None
     size: int
+    label: str = ""
     origin: Origin = "named"
     partitions: Partitions = field(default_factory=dict)
     out_of_reach: str | None = None
@@ -87,32 +78,16 @@ class InputFile:
             return pa.PythonFile(self.open(), mode="r")
         return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
 
-    def schema(self) -> tuple[pa.Schema, bool]:
-        """A table's schema, and whether it may have rows; raises one of `READ_ERRORS`."""
-        with closing(self.native()) as source:
-            if self.format == "parquet":
-                parquet = pq.ParquetFile(source, pre_buffer=False)
-                return parquet.schema_arrow, parquet.metadata.num_rows > 0
-            magic = source.read(len(FILE_MAGIC))
-            source.seek(0)
-            if magic == FILE_MAGIC:
-                opened = pa.ipc.open_file(source)
-                return opened.schema, opened.num_record_batches > 0
-            return pa.ipc.open_stream(source).schema, True
-
-
-Found = tuple[tuple[InputFile, ...], list[str]]
-
 
 def is_own(file: InputFile) -> bool:
     """Whether a table is an output of ours; what cannot be read is none."""
     try:
-        return is_own_table(file.schema()[0])
+        return not isinstance(file.path, Stdin) and is_own_table(table_schema(file.path))
     except READ_ERRORS:
         return False
 
 
-def find_files(inputs: Sequence[str | Path]) -> Found:
+def find_files(inputs: Sequence[str | Path]) -> tuple[tuple[InputFile, ...], list[str]]:
     """The files of all inputs in the order given, each once, with notes on what was left out.
 
     There may be none, where a folder is empty. Raises InputError for what does not exist or cannot be read,
@@ -121,7 +96,7 @@ def find_files(inputs: Sequence[str | Path]) -> Found:
     if not inputs:
         raise InputError("no input was named")
     if any(given in stdin.NAMES for given in map(str, inputs)):
-        return (_standard_input(inputs),), []
+        return with_unique_labels((_standard_input(inputs),)), []
     notes: list[str] = []
     found: dict[str, InputFile] = {}
     for given in inputs:
@@ -180,7 +155,7 @@ def _standard_input(inputs: Sequence[str | Path]) -> InputFile:
         raise InputError("standard input (-) cannot be mixed with other inputs; pipe them all, or name files")
     path = Stdin()
     path.check()
-    return InputFile(path=path, name=path.name, label=path.name, format="jsonl", compression=None, size=0)
+    return InputFile(path=path, name=path.name, format="jsonl", compression=None, size=0)
 
 
 def _address(path: Place | Stdin) -> str:
@@ -246,19 +221,19 @@ def _of_folder(folder: Place, base: Place, notes: list[str]) -> list[InputFile]:
 
 def _of_pattern(given: str | Place, pattern: Place, notes: list[str]) -> list[InputFile]:
     """The files that match, and those of folders that match."""
-    match = matches(pattern, notes)
-    files, own = _choose(match.files, match.sidecars, notes)
+    base, matching, sidecars = matches(pattern, notes)
+    files, own = _choose([path for path in matching if not matching[path]], sidecars, notes)
     chosen = set(map(str, files))
     found: list[InputFile] = []
-    unreadable = not match.folders
-    for path in match.paths:
-        if path in match.folders:
+    unreadable = not any(matching.values())
+    for path, is_folder in matching.items():
+        if is_folder:
             try:
-                found += _of_folder(path, match.base, notes)
+                found += _of_folder(path, base, notes)
             except NothingReadable:
                 unreadable = True
         elif str(path) in chosen:
-            found.append(_input_file(path, path.name, "pattern", match.base))
+            found.append(_input_file(path, path.name, "pattern", base))
     if not found and own:
         raise InputError(only_own(own))
     if not found and unreadable:
@@ -292,7 +267,7 @@ def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> lis
     left = [file for file in tables if file not in own]
     if left:
         raise InputError(
-            f"{folder} holds both tables ({left[0].label}) and text documents ({texts[0].label}); "
+            f"{folder} holds both tables ({left[0].name}) and text documents ({texts[0].name}); "
             f"choose with a glob, such as '{folder}/**/*{left[0].path.suffix}'"
         )
     notes.append(own_note([file.path for file in own]))
@@ -308,7 +283,7 @@ def _label(path: Place, root: Place) -> str:
 
 def _input_file(
     path: Place,
-    label: str,
+    name: str,
     origin: Origin = "named",
     base: Place | None = None,
     out_of_reach: str | None = None,
@@ -326,8 +301,7 @@ def _input_file(
         out_of_reach = cause(error)
     return InputFile(
         path=path,
-        name=label,
-        label=label,
+        name=name,
         format=known[0],
         compression=known[1],
         size=size,

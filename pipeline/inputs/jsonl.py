@@ -5,23 +5,26 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.inputs.columns import LONGEST, Columns
+from pipeline.inputs.columns import LONGEST
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.readers import Reader, long_line
 from pipeline.inputs.rows import build, failed, json_type, or_error, rest_lost, until_fault
 from pipeline.records import Record, Row, RowError
 from pipeline.storage.causes import NetworkError
 from pipeline.storage.sniff import CR_ENDS
+from pipeline.storage.stdin import Stdin
 from pipeline.values.jsonvalues import parse_json
 
+LINES_TRIED = 100  # for the columns, until one is an object
 PASSED_BYTES = 1 << 20  # read at a time of what is passed over
 SKIP_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -32,11 +35,21 @@ ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i 
 class JsonlReader(Reader):
     """One file of JSON lines; how many lines it has is known only at its end."""
 
-    def __init__(self, file: InputFile, columns: Columns) -> None:
+    def __init__(self, file: InputFile) -> None:
         super().__init__(file)
-        self._columns = columns
         if file.compression is not None and file.path.is_file():
             _check_magic(file)
+
+    def columns_told(self) -> dict[str, str] | None:
+        """The keys of the first object; of what can be read only once, if it has come already."""
+        path = self.file.path
+        if isinstance(path, Stdin):
+            line = path.first_line()
+            return None if line is None else _keys([line])
+        if not path.is_file():  # a named pipe
+            return None
+        with open_lines(self.file) as (_, stream):
+            return _keys(line for line in bounded_lines(stream) if isinstance(line, bytes))
 
     def _records(self) -> Iterator[Record]:
         """The records of all lines but blank ones."""
@@ -129,6 +142,24 @@ def _parse(line: bytes) -> dict[str, object]:
             "not_an_object", f"is {json_type(row)}, not an object; each line must be one JSON object"
         )
     return row
+
+
+def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
+    for line in islice(lines, LINES_TRIED):
+        try:
+            row = json.loads(line.removeprefix(BOM).decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            return {key: _type_of(value) for key, value in row.items()}
+    return None
+
+
+def _type_of(value: object) -> str:
+    try:
+        return str(pa.infer_type([value]))
+    except (pa.ArrowException, ValueError, OverflowError, TypeError):
+        return "null"
 
 
 class ZstdReader(io.RawIOBase):

@@ -7,12 +7,11 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from pipeline.errors import InputError
 from pipeline.outputs.sidecar import SIDECAR
-from pipeline.storage.causes import cause, some
+from pipeline.storage.causes import some, told
 from pipeline.storage.remote import WEB, Place, RemotePath, relative
 
 Parts = tuple[str, ...]
@@ -95,11 +94,8 @@ def _local(root: Path, notes: list[str]) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {cause(error)}") from error
+    with told(f"{folder} cannot be read", kind=InputError), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _data_files(folder: Place, files: Mapping[Parts, Place], notes: list[str]) -> list[Place]:
@@ -152,32 +148,16 @@ def _names(path: Place, key: str) -> list[str] | None:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matches:
-    """What a pattern matches: `base` is the folder that it begins in.
-
-    `files` and `folders` are in one order, that of `paths`; no other match lies in one of the folders.
-    `sidecars` are the names, as shown, of remote files that say how a run made the file beside them.
-    """
-
-    base: Place
-    paths: tuple[Place, ...]
-    folders: frozenset[Place]
-    sidecars: Collection[str]
-
-    @property
-    def files(self) -> list[Place]:
-        return [path for path in self.paths if path not in self.folders]
-
-
 def has_magic(path: Place) -> bool:
     """Whether a path is a pattern."""
     return _is_magic(path.bare if isinstance(path, RemotePath) else str(path), path)
 
 
-def matches(pattern: Place, notes: list[str]) -> Matches:
-    """Files and folders that match; wildcards stand for no names that say that they are no data.
+def matches(pattern: Place, notes: list[str]) -> tuple[Place, dict[Place, bool], Collection[str]]:
+    """The folder that a pattern begins in, what matches and whether it is a folder, and sidecars.
 
+    Wildcards stand for no names that say that they are no data, and no match lies in a folder that matches.
+    The sidecars are the names, as shown, of remote files that say how a run made the file beside them.
     Raises InputError for a link that leads nowhere, OSError where storage elsewhere fails.
     """
     names = pattern.key.split("/") if isinstance(pattern, RemotePath) else list(pattern.parts)
@@ -196,13 +176,8 @@ def matches(pattern: Place, notes: list[str]) -> Matches:
     without = {*hidden, *caches}
     left = {path: found[path] for path in found if path not in without}
     above = {parent for path in left for parent in _pure(path).parents}
-    paths = tuple(path for path in left if not left[path] or _pure(path) not in above)
-    return Matches(
-        base=base,
-        paths=paths,
-        folders=frozenset(path for path in paths if left[path]),
-        sidecars=_sidecars(pattern, paths),
-    )
+    outermost = {path: left[path] for path in left if not left[path] or _pure(path) not in above}
+    return base, outermost, _sidecars(pattern, outermost)
 
 
 def _pure(path: Place) -> PurePath:

@@ -10,13 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
-from pipeline.inputs.columns import Columns
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.long_integers import readable_footer
 from pipeline.inputs.rows import read_fault
 from pipeline.inputs.table_rows import BATCH_ROWS, TableReader
 from pipeline.records import Record
-from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.storage.causes import READ_ERRORS, told
 
 # Without it pyarrow reads whole column chunks, which of a text column is nearly the whole row group.
 BUFFER_BYTES = 1 << 20
@@ -26,15 +25,13 @@ BATCH_BYTES = 16 << 20
 class ParquetReader(TableReader):
     """One Parquet file; its footer is read at once, its rows only in `read`."""
 
-    def __init__(self, file: InputFile, columns: Columns) -> None:
-        try:
+    def __init__(self, file: InputFile) -> None:
+        with told(f"{file.path} is not a readable Parquet file", kind=InputError, of=READ_ERRORS):
             parquet, unreadable = _open(file)
             with parquet:
                 schema, self._groups = _layout(parquet, unreadable)
-        except READ_ERRORS as error:
-            raise InputError(f"{file.path} is not a readable Parquet file: {cause(error)}") from error
         self.num_rows = sum(self._groups)
-        super().__init__(file, columns, schema, unreadable)
+        super().__init__(file, schema, unreadable)
 
     def _records(self) -> Iterator[Record]:
         try:

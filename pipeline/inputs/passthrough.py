@@ -6,8 +6,10 @@ That the output can hold them is proven by writing a row before any is answered.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,17 +18,18 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns, Keep, type_named
 from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.chunks import pack_chunk
-from pipeline.outputs.formats import SINKS, Published
+from pipeline.outputs.formats import SINKS, Published, type_held
 from pipeline.records import Answer, RowError
-from pipeline.storage.causes import READ_ERRORS, cause, some
-from pipeline.values.converting import STRINGS, converted, converts
-from pipeline.values.dictionaries import TWINS, has_twins, settled
+from pipeline.storage.causes import READ_ERRORS, cause, some, told
+from pipeline.values.converting import converted, converts
+from pipeline.values.dictionaries import BYTES, STRINGS, TWINS, has_twins, settled
 from pipeline.values.jsonvalues import KEYS, held_text
 from pipeline.values.unify import common
 
 EXTRA = "extra"
 OTHER_FORMATS = (".arrows", ".arrow", ".parquet", ".jsonl")
 MOST_NAMED = 5
+BAD_VALUE = partial(RowError, "bad_value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +56,17 @@ class PassPlan:
         self,
         columns: Columns,
         tables: Sequence[InputTable],
+        output: Path,
         *,
         has_jsonl: bool,
-        type_held: Callable[[pa.DataType], pa.DataType] = lambda kind: kind,
-        partitions: frozenset[str] = frozenset(),
-        as_keys: bool = False,
+        partitions: frozenset[str],
     ) -> None:
-        """`type_held` says in which type the output holds a value: one that does not fit costs its row.
+        """The types are those in which `output` holds values: one that does not fit costs its row.
 
-        `partitions` are keys of JSONL that get columns of their own, as folders say them. With `as_keys` the
-        others remain keys in the output.
+        `partitions` are keys of JSONL that get columns of their own, as folders say them. The others remain
+        keys in an output of JSON lines, unless it is of the first version.
         """
+        as_keys = columns.holds_question and output.suffix.lower() == ".jsonl"
         kept = columns.keep
         if kept is None:
             wanted = _all_columns(columns, tables)
@@ -74,7 +77,7 @@ class PassPlan:
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
         self._partitions = partitions
-        wanted = [(source, field.with_type(type_held(field.type))) for source, field in wanted]
+        wanted = [(source, field.with_type(type_held(output, field.type))) for source, field in wanted]
         self.columns, self.notes = _rename(wanted, _own_names(columns))
         if kept is None:
             self.notes += _left_out(tables)
@@ -178,14 +181,10 @@ def _remedy(name: str, tables: Sequence[InputTable]) -> str:
     """What makes one type of a column that has several, or leaves it out."""
     kinds = [table.schema.field(name).type for table in tables if name in table.schema.names]
     # bytes need not be text
-    for type_name in ("binary", "string") if any(map(_is_binary, kinds)) else ("string",):
+    for type_name in ("binary", "string") if any(kind in BYTES for kind in kinds) else ("string",):
         if all(converts(kind, type_named(type_name)) for kind in kinds):
             return f"keep it as one type for both, as in --keep-columns {name}:{type_name}"
     return f"leave it out: name all columns but {name!r} in --keep-columns"
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _copied_field(field: pa.Field, kind: pa.DataType) -> pa.Field:
@@ -247,10 +246,8 @@ def _from_batch(column: PassColumn, batch: pa.RecordBatch) -> pa.Array:
     position = batch.schema.get_field_index(column.source) if column.source is not None else -1
     if position < 0:
         return pa.nulls(batch.num_rows, column.field.type)
-    try:
+    with _misfits_told(str(column.source), column.field.type):
         return converted(batch.column(position), column.field.type)
-    except READ_ERRORS as error:
-        raise _misfit(str(column.source), column.field.type, error) from error
 
 
 def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
@@ -259,13 +256,11 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
         return pa.nulls(1, wanted)
     if wanted in STRINGS and not isinstance(value, str):
         value = _json_text(name, value)
-    try:
+    with _misfits_told(name, wanted):
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
         array = pa.array([value])
         _refuse_more_fields(array.type, wanted)
         return array.cast(wanted)
-    except (TypeError, *READ_ERRORS) as error:
-        raise _misfit(name, wanted, error) from error
 
 
 def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:
@@ -279,17 +274,15 @@ def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:
         _refuse_more_fields(own.value_type, wanted.field(0).type)
 
 
-def _misfit(name: str, wanted: pa.DataType, error: BaseException) -> RowError:
-    return RowError(
-        "bad_value", f"{name!r} does not fit {wanted}: {cause(error)}; keep it as another type, or not at all"
-    )
+def _misfits_told(name: str, wanted: pa.DataType) -> AbstractContextManager[None]:
+    """Turn what a value that does not fit its type raises into the error of its row."""
+    remedy = "; keep it as another type, or not at all"
+    return told(f"{name!r} does not fit {wanted}", remedy, BAD_VALUE, (TypeError, *READ_ERRORS))
 
 
 def _json_text(name: str, value: object) -> str:
-    try:
+    with told(f"{name!r} cannot be copied as JSON", kind=BAD_VALUE, of=(ValueError, RecursionError)):
         return held_text(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError("bad_value", f"{name!r} cannot be copied as JSON: {cause(error)}") from error
 
 
 def check_held(output: str, columns: Sequence[PassColumn]) -> None:

@@ -27,6 +27,14 @@ class Reader:
         self.fraction = 0.0  # of the file that is read
         self.rows_read = 0  # so far, blank lines included, where `num_rows` does not tell
 
+    def use(self, columns: Columns) -> None:
+        """Settle what `read` reads; an `InputError` if the file cannot give it."""
+        self._columns = columns
+
+    def columns_told(self) -> dict[str, str] | None:
+        """Names and Arrow types of the columns, as far as the file says them before it is read."""
+        return {field.name: str(field.type) for field in self.schema} or None
+
     def read(self, plan: PassPlan, base: int) -> Iterator[Record]:
         """Records numbered from `base`; what is raised where the rest cannot be had now `is_out_of_reach`."""
         self.fraction, self.rows_read = 0.0, 0
@@ -75,9 +83,9 @@ class TextReader(Reader):
 
     num_rows = 1
 
-    def __init__(self, file: InputFile, columns: Columns) -> None:
-        super().__init__(file)
-        self._columns = columns
+    def use(self, columns: Columns) -> None:
+        super().use(columns)
+        file = self.file
         if columns.questions is not None or not self._has(columns.question):
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"
@@ -86,14 +94,17 @@ class TextReader(Reader):
             if not self._has(name):
                 raise InputError(f"{file.label} is a text document without columns; leave out {flag}")
 
+    def columns_told(self) -> dict[str, str] | None:
+        return {"text": "string"}
+
     def _has(self, name: str | None) -> bool:
         return name is None or name in self.file.partitions
 
     def _records(self) -> Iterator[Record]:
-        yield self._record(Row(row=self._base, id=self.file.label, place=self.file.label))
+        row = Row(row=self._base, id=self.file.label, place=self.file.label)
+        yield self._record(row, self._columns.longest_line)
 
-    def _record(self, row: Row) -> Record:
-        longest = self._columns.longest_line
+    def _record(self, row: Row, longest: int) -> Record:
         try:
             with self.file.open() as file:
                 content = file.read(longest + 1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,19 +12,17 @@ from pipeline.errors import InputError
 from pipeline.inputs.arrow import open_arrow
 from pipeline.inputs.columns import PARTITION_TYPE, Columns, with_fields
 from pipeline.inputs.finding import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
-from pipeline.inputs.jsonl import BOM, JsonlReader, bounded_lines, open_lines
+from pipeline.inputs.jsonl import JsonlReader
 from pipeline.inputs.parquet import ParquetReader
 from pipeline.inputs.passthrough import InputTable, PassPlan, check_held
 from pipeline.inputs.readers import EmptyReader, LostReader, Reader, TextReader
 from pipeline.inputs.rows import UNASKED, UNASKED_REMEDY
-from pipeline.outputs.formats import type_held
 from pipeline.outputs.own import is_own_table
 from pipeline.records import Record, RowError
 from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, is_out_of_reach, some
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin
 
-LINES_TRIED = 100  # for the columns of JSON lines, until one is an object
 OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
 
 
@@ -115,9 +111,11 @@ def open_source(
     """
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
+    readers = open_readers(files, notes)
     if not isinstance(columns, Columns):
-        columns = columns(first_columns(files))
-    readers = _opened(files, columns, notes)
+        columns = columns(first_columns(readers))
+    for reader in readers:
+        reader.use(columns)
     _refuse_lost(readers)
     tables = [table for table in map(_table, readers) if table.schema.names]
     if columns.asks_summary:
@@ -125,9 +123,8 @@ def open_source(
     plan = PassPlan(
         columns,
         tables,
+        Path(output),
         has_jsonl=_has_keys(readers, columns),
-        type_held=partial(type_held, Path(output)),
-        as_keys=columns.holds_question and Path(output).suffix.lower() == ".jsonl",
         partitions=frozenset(key for reader in readers for key in reader.file.partitions),
     )
     check_held(output, plan.columns)
@@ -163,7 +160,7 @@ def _has_keys(readers: Sequence[Reader], columns: Columns) -> bool:
     return columns.keep is not None and all(isinstance(reader, EmptyReader) for reader in readers)
 
 
-def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> list[Reader]:
+def open_readers(files: Sequence[InputFile], notes: list[str]) -> list[Reader]:
     """A reader for each file but outputs of ours, which are known once they are opened."""
     readers: list[Reader] = []
     own: list[InputFile] = []
@@ -171,7 +168,7 @@ def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> l
     if empty:
         notes.append(f"of no bytes, and so of no rows: {some(empty, 3)}")
     for file in files:
-        reader = _open(file, columns)
+        reader = _open(file)
         readers.append(reader) if reader is not None else own.append(file)
     if own:
         paths = [file.path for file in own]
@@ -185,12 +182,12 @@ def _opened(files: Sequence[InputFile], columns: Columns, notes: list[str]) -> l
     return readers
 
 
-def _open(file: InputFile, columns: Columns) -> Reader | None:
+def _open(file: InputFile) -> Reader | None:
     """None for an output of ours, unless the user named it."""
     if file.out_of_reach is not None:
         return LostReader(file, NetworkError(file.out_of_reach))
     try:
-        return _open_reached(file, columns)
+        return _open_reached(file)
     except OSError as error:
         if not is_out_of_reach(error):
             raise
@@ -201,78 +198,34 @@ def _open(file: InputFile, columns: Columns) -> Reader | None:
         return LostReader(file, error.__cause__, error)
 
 
-def _open_reached(file: InputFile, columns: Columns) -> Reader | None:
+def _open_reached(file: InputFile) -> Reader | None:
     if file.is_empty:
         return EmptyReader(file)
-    opener = OPENERS[file.format]
-    if file.origin == "named" or file.format not in ("parquet", "arrow"):
-        return opener(file, columns)
+    is_chosen = file.origin == "named"
     try:
-        reader: Reader = opener(file, columns)
+        reader: Reader = OPENERS[file.format](file)
     except InputError:
-        if is_own(file):
+        if not is_chosen and is_own(file):
             return None
         raise
-    return None if is_own_table(reader.schema) else reader
+    return reader if is_chosen or not is_own_table(reader.schema) else None
 
 
-def first_columns(files: Iterable[InputFile]) -> dict[str, str] | None:
+def first_columns(readers: Iterable[Reader]) -> dict[str, str] | None:
     """Names and Arrow types of the columns of the first file with rows, else of the first that says them.
 
-    None if no file says them. Of JSON lines they are the keys of the first object, of a text document `text`.
+    Those that folders say are included. None if no file says any. Of JSON lines they are the keys of the
+    first object, of a text document `text`.
     """
     empty: dict[str, str] | None = None
-    for file in files:
+    for reader in readers:
         try:
-            columns, has_rows = _columns(file)
-        except READ_ERRORS:  # which opening it will tell
+            columns = reader.columns_told()
+        except READ_ERRORS:  # which reading it will tell
             continue
-        if columns is not None and has_rows:
-            return columns
-        if empty is None:
-            empty = columns
+        if columns is not None:
+            columns = {key: str(PARTITION_TYPE) for key in reader.file.partitions} | columns
+            if reader.num_rows != 0:
+                return columns
+            empty = empty or columns
     return empty
-
-
-def _columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
-    """The columns, those that folders say included, and whether there may be rows."""
-    columns, has_rows = _own_columns(file)
-    said = {key: str(PARTITION_TYPE) for key in file.partitions}
-    return (None if columns is None else {**said, **columns}), has_rows
-
-
-def _own_columns(file: InputFile) -> tuple[dict[str, str] | None, bool]:
-    if file.is_empty:
-        return None, False
-    if file.format == "text":
-        return {"text": "string"}, True
-    if file.format != "jsonl":
-        schema, has_rows = file.schema()
-        if file.origin != "named" and is_own_table(schema):
-            return None, False
-        return {field.name: str(field.type) for field in schema}, has_rows
-    if isinstance(file.path, Stdin):
-        line = file.path.first_line()
-        return (None, True) if line is None else (_keys([line]), True)
-    if not file.path.is_file():  # a named pipe, which can be read only once
-        return None, True
-    with open_lines(file) as (_, stream):
-        return _keys(line for line in bounded_lines(stream) if isinstance(line, bytes)), True
-
-
-def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
-    for line in islice(lines, LINES_TRIED):
-        try:
-            row = json.loads(line.removeprefix(BOM).decode())
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            return {key: _type_of(value) for key, value in row.items()}
-    return None
-
-
-def _type_of(value: object) -> str:
-    try:
-        return str(pa.infer_type([value]))
-    except (pa.ArrowException, ValueError, OverflowError, TypeError):
-        return "null"

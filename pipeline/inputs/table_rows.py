@@ -13,15 +13,12 @@ from pipeline.inputs.passthrough import cannot_be_read
 from pipeline.inputs.readers import Reader
 from pipeline.inputs.rows import BAD_UTF8, build, failed, or_error, until_fault
 from pipeline.records import Record, RowError
-from pipeline.storage.causes import READ_ERRORS, cause, some
+from pipeline.storage.causes import READ_ERRORS, can_be_read, cause, some
+from pipeline.values.dictionaries import BYTES, STRINGS
 
 BATCH_ROWS = 64
 
-_AS_BINARY = {
-    pa.string(): pa.binary(),
-    pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-}
+_AS_BINARY = dict(zip(STRINGS, BYTES, strict=True))
 
 
 def _check_columns(
@@ -90,11 +87,7 @@ def _is_list_of_text(found: pa.DataType) -> bool:
 
 def is_sound(batch: pa.RecordBatch) -> bool:
     """Whether offsets, indices and UTF-8 of all values hold; reading unsound ones could crash the process."""
-    try:
-        batch.validate(full=True)
-    except READ_ERRORS:
-        return False
-    return True
+    return can_be_read(lambda: batch.validate(full=True))
 
 
 def as_stream(batch: pa.RecordBatch) -> pa.Buffer:
@@ -109,21 +102,17 @@ class TableReader(Reader):
     """One file of a table, from batches of which it makes records."""
 
     def __init__(
-        self,
-        file: InputFile,
-        columns: Columns,
-        schema: pa.Schema,
-        unreadable: Mapping[str, str] | None = None,
+        self, file: InputFile, schema: pa.Schema, unreadable: Mapping[str, str] | None = None
     ) -> None:
-        """Refuses a file that lacks a column read by name, or whose text is no text.
-
-        `unreadable` are the types of columns that it has, but that are not in `schema`.
-        """
+        """`unreadable` are the types of columns that the file has, but that are not in `schema`."""
         super().__init__(file)
-        self._columns = columns
         self.schema, self.unreadable = schema, unreadable or {}
         _check_names(file, schema)
-        _check_columns(file, schema, columns, self.unreadable)
+
+    def use(self, columns: Columns) -> None:
+        """Refuses a file that lacks a column read by name, or whose text is no text."""
+        super().use(columns)
+        _check_columns(self.file, self.schema, columns, self.unreadable)
 
     def _all_of(self, batches: Iterator[pa.RecordBatch], first: int, count: int) -> Iterator[Record]:
         """The records of `count` rows from row `first` on; those that do not come are one failure."""
@@ -214,13 +203,8 @@ def _fault(column: pa.Array) -> RowError | None:
 def _is_sound_as_bytes(column: pa.Array) -> bool:
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary
-    if column.type not in _AS_BINARY:
-        return False
-    try:
-        column.view(_AS_BINARY[column.type]).validate(full=True)
-    except READ_ERRORS:
-        return False
-    return True
+    plain = _AS_BINARY.get(column.type)
+    return plain is not None and can_be_read(lambda: column.view(plain).validate(full=True))
 
 
 def _value(scalar: pa.Scalar) -> object:

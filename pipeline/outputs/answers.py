@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.records import Answer, PartAnswer
 
-_INT_LISTS = pa.list_(pa.int32())
-
-_TYPES = {
-    "id": pa.large_string(),
-    "row": pa.int64(),
-    "question_index": pa.int32(),
-    "question": pa.large_string(),
-    "status": pa.string(),
-    "answer": pa.large_string(),
-    "finish_reason": pa.string(),
-    "error_type": pa.string(),
-    "error_message": pa.large_string(),
-    "document_tokens": pa.int64(),
-    "prompt_tokens": pa.int64(),
-    "truncated_tokens": pa.int64(),
-    "new_tokens": pa.int32(),
-    "queue_ms": pa.float64(),
-    "tokenize_ms": pa.float64(),
-    "prefill_ms": pa.float64(),
-    "ttft_ms": pa.float64(),
-    "decode_ms": pa.float64(),
-    "pack_documents": pa.int32(),
-    "pack_tokens": pa.int64(),
-    "shared_ms": pa.float64(),
-    "group_rows": pa.int32(),
-    "method": pa.string(),
-    "kept_tokens": _INT_LISTS,
-    "ffn_tokens": _INT_LISTS,
-    "ffn_fp8_tokens": _INT_LISTS,
-    "kept_ratio": pa.float64(),
-    "ffn_ratio": pa.float64(),
-    "attention_ratio": pa.float64(),
-    "flops_ratio": pa.float64(),
-    "kv_bytes": pa.int64(),
-    "kv_host_bytes": pa.int64(),
-    "kv_swapped_bytes": pa.int64(),
-    "guard": pa.string(),
-    "row_hash": pa.string(),
-    "selection": pa.list_(pa.binary()),
-    "prompt_text": pa.large_string(),
-    "prompt_token_chars": _INT_LISTS,
-    "prompt_spans": _INT_LISTS,
+_TYPES = {  # by how `Answer` declares a column
+    "str": pa.large_string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "list[int]": pa.list_(pa.int32()),
+    "list[bytes]": pa.list_(pa.binary()),
 }
+_SHORT = ("status", "finish_reason", "error_type", "method", "guard", "row_hash")  # strings
+_SMALL = ("question_index", "new_tokens", "pack_documents", "group_rows", "depth")  # integers
 
-_PART_TYPES = {**_TYPES, "depth": pa.int32(), "start": pa.int64(), "end": pa.int64()}
-_TYPES["parts"] = pa.list_(pa.struct([(field.name, _PART_TYPES[field.name]) for field in fields(PartAnswer)]))
+
+def _type(field: Field[Any]) -> pa.DataType:
+    """The type of a column of answers, or of one of their parts."""
+    if field.name in (*_SHORT, *_SMALL):
+        return pa.string() if field.name in _SHORT else pa.int32()
+    return _TYPES[str(field.type).removesuffix(" | None")]
+
+
+_TYPES["list[PartAnswer]"] = pa.list_(pa.struct([(field.name, _type(field)) for field in fields(PartAnswer)]))
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
 ANSWER_FIELDS = tuple(
-    pa.field(field.name, _TYPES[field.name], nullable=field.name != "id")
+    pa.field(field.name, _type(field), nullable=field.name != "id")
     for field in fields(Answer)
     if field.name != "passthrough"
 )

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import halves
 from pipeline.outputs.chunks import scan_part
+from pipeline.storage.remote import Place
 from pipeline.storage.whole_file import open_new, sync_folder
 from pipeline.values.dictionaries import settled
 
@@ -93,7 +94,7 @@ def plain(settings: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(settings))
 
 
-def settings_in(path: Path, schema: pa.Schema) -> Any:
+def settings_in(path: Place, schema: pa.Schema) -> Any:
     """The settings in an output's metadata; a `ConfigError` if it has none."""
     try:
         return json.loads((schema.metadata or {})[METADATA_KEY])[SETTINGS_KEY]

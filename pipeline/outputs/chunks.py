@@ -63,8 +63,7 @@ def pack_chunk(table: pa.Table) -> bytes:
 def read_chunk(path: Path, offset: int) -> pa.Table:
     """The chunk that begins at `offset`, known to be whole when the part was scanned or written."""
     with path.open("rb") as part:
-        size = path.stat().st_size
-        chunk = _next_chunk(_Readable(part, size), offset, size)
+        chunk = _next_chunk(_Readable(part, path.stat().st_size), offset)
     if chunk is None:
         raise OSError(errno.EIO, f"{path.name} was damaged during the run")
     return chunk.table
@@ -87,10 +86,10 @@ def whole_chunks(
     """
     readable, end = _Readable(part, size), 0
     while end < size:
-        chunk = _next_chunk(readable, end, size)
+        chunk = _next_chunk(readable, end)
         if chunk is None:
-            chunk = _chunk_behind(readable, end, size)
-            damage = _damage(readable, end, size if chunk is None else chunk.offset, size)
+            chunk = _chunk_behind(readable, end)
+            damage = _damage(readable, end, size if chunk is None else chunk.offset)
             if damage is not None:
                 lost(damage)
         if chunk is None:
@@ -103,7 +102,7 @@ class _Readable:
     """The first `size` bytes of a file, of which bad sectors read as zeros, which no checksum lets pass."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._descriptor, self._size = file.fileno(), size
+        self._descriptor, self.size = file.fileno(), size
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from `offset` on, fewer at the end. An OSError where the file fails at other places too."""
@@ -112,13 +111,13 @@ class _Readable:
         except OSError as error:
             if error.errno != errno.EIO or not self._is_readable():
                 raise
-        starts = range(offset - offset % _SECTOR_BYTES, min(offset + length, self._size), _SECTOR_BYTES)
+        starts = range(offset - offset % _SECTOR_BYTES, min(offset + length, self.size), _SECTOR_BYTES)
         sectors = b"".join(self._sector(start) or bytes(_SECTOR_BYTES) for start in starts)
         return sectors[offset - starts.start :][:length]
 
     def _is_readable(self) -> bool:
         """Whether one of three places can be read: else it is rather the disk that fails, or the network."""
-        return any(self._sector(place) for place in (0, self._size // 2, max(self._size - _SECTOR_BYTES, 0)))
+        return any(self._sector(place) for place in (0, self.size // 2, max(self.size - _SECTOR_BYTES, 0)))
 
     def _sector(self, start: int) -> bytes | None:
         """None for a bad one."""
@@ -138,9 +137,9 @@ class _Readable:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _next_chunk(part: _Readable, offset: int, size: int) -> Chunk | None:
+def _next_chunk(part: _Readable, offset: int) -> Chunk | None:
     end = _stated_end(part, offset)
-    if end is None or end > size:  # a damaged length must not be read into memory
+    if end is None or end > part.size:  # a damaged length must not be read into memory
         return None
     try:
         content = part.read(offset, end - offset)
@@ -163,15 +162,15 @@ def _stated_end(part: _Readable, offset: int) -> int | None:
     return offset + HEADER.size + length if magic == MAGIC else None
 
 
-def _chunk_behind(part: _Readable, offset: int, size: int) -> Chunk | None:
+def _chunk_behind(part: _Readable, offset: int) -> Chunk | None:
     """The first whole chunk behind one that is not: where that says that it ends, or wherever one begins.
 
     What the damaged chunk holds may look like a chunk itself, so that its own word comes first.
     """
     end = _stated_end(part, offset)
-    if end is not None and end < size and (chunk := _next_chunk(part, end, size)) is not None:
+    if end is not None and end < part.size and (chunk := _next_chunk(part, end)) is not None:
         return chunk
-    found = (_next_chunk(part, start, size) for start in _beginnings(part, offset + 1, size))
+    found = (_next_chunk(part, start) for start in _beginnings(part, offset + 1, part.size))
     return next((chunk for chunk in found if chunk is not None), None)
 
 
@@ -188,12 +187,12 @@ def _beginnings(part: _Readable, start: int, end: int) -> Iterator[int]:
         start += len(window) - len(MAGIC) + 1
 
 
-def _damage(part: _Readable, start: int, end: int, size: int) -> Damage | None:
+def _damage(part: _Readable, start: int, end: int) -> Damage | None:
     """What the bytes between two offsets were; None for an end that was never finished."""
     ends = [*_beginnings(part, start + 1, end), end]
     known = [rows for rows in (_rows_told(part, place) for place in ends) if rows is not None]
     stated = _stated_end(part, start)
-    if end == size and not known and (stated is None or stated > size):
+    if end == part.size and not known and (stated is None or stated > end):
         return None
     return Damage(start, end, sum(known) if known else None)
 
@@ -231,10 +230,9 @@ class PartWriter:
             os.fsync(self._descriptor)
             self._check_name()
         except BaseException:
-            # Reading stops at a torn chunk as well; this is for what would be appended behind it.
+            # Of a chunk that was not durable in time nothing is to be read later.
             with suppress(OSError):
                 os.ftruncate(self._descriptor, offset)
-                os.lseek(self._descriptor, offset, os.SEEK_SET)
             raise
         self._length += len(chunk)
         return offset

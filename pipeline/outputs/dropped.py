@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError
 from pipeline.outputs.beginnings import check_columns, check_settings, settings_in
 from pipeline.outputs.formats import Published
-from pipeline.outputs.rowindex import DROPPED, INDEXED, RowIndex
+from pipeline.outputs.rowindex import INDEXED, RowIndex
 from pipeline.outputs.writing import output_writer, schema_as_written
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.whole_file import sync_folder
@@ -39,59 +40,38 @@ class DroppedRows:
         """Opens the file if a run resumes; one that begins afresh has no use for it."""
         self.path = dropped_path(output)
         self._output, self._schema = output, schema
-        self._later = self.path.with_name(
-            self.path.name.replace(".dropped.parquet", ".dropped-later.parquet")
-        )
-        self._is_ready = False
+        self._later = self.path.with_stem(f"{self.path.stem}-later")
+        self._last_step: Callable[[], object] | None = None  # once the output is durable
         written = self._written()
         self.can_hold = written is not None
-        self._rows = None if written is None or not resume else self._opened(written, settings)
-        self.is_gone = False
-
-    def __iter__(self) -> Iterator[int]:
-        """The groups of rows."""
-        return iter(self._rows or ())
-
-    def replay(self, index: RowIndex) -> None:
-        """Enter the rows, which count for nothing until the input has them."""
-        for group in self:
-            assert self._rows is not None
-            index.enter(self.read(group, INDEXED), DROPPED, group, self._rows.row_bytes(group))
+        self.rows = None if written is None or not resume else self._opened(written, settings)
 
     def end_if_all_are_elsewhere(self, index: RowIndex) -> None:
         """Remove the file where a run was killed before it did, all its rows being in output or journal."""
-        if any(True for _ in self) and not index.has_left():
-            self._rows = None
+        if any(True for _ in self.rows or ()) and not index.has_left():
+            self.rows = None
             self.path.unlink()
             sync_folder(self.path.parent)
 
-    def read(self, group: int, columns: Iterable[str] | None = None) -> pa.Table:
-        """One group of rows."""
-        assert self._rows is not None
-        return self._rows.read(group, None if columns is None else list(columns))
-
-    def write(self, tables: Tables, partial: Path) -> None:
-        """Make these its rows, durable on return; `partial` is a name on the same file system."""
-        if self._rows is None and self.path.exists():
+    def write(self, tables: Tables, temporary: Path) -> None:
+        """Make these its rows, durable on return; `temporary` is a name on the same file system."""
+        if self.rows is None and self.path.exists():
             self._move_away()
-        self._write(self.path, tables, partial)
+        self._write(self.path, tables, temporary)
 
     def write_later(self, tables: Tables | None) -> None:
         """Make ready what `tidy` makes its rows; None: it will have none."""
         if tables is None:
-            self.is_gone = True
+            self._last_step = partial(self.path.unlink, missing_ok=True)
         else:
             self._write(self._later, tables, self._later.with_name(f"{self._later.name}.partial"))
-            self._is_ready = True
+            self._last_step = partial(os.replace, self._later, self.path)
 
     def tidy(self) -> bool:
         """Let rows go that are in the output again, once that is durable; returns whether there are any."""
-        if self.is_gone:
-            self.path.unlink(missing_ok=True)
-        elif self._is_ready:
-            os.replace(self._later, self.path)
-        else:
+        if self._last_step is None:
             return False
+        self._last_step()
         sync_folder(self.path.parent)
         return True
 
@@ -120,11 +100,11 @@ class DroppedRows:
         names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
         os.replace(self.path, next(name for name in names if not name.exists()))
 
-    def _write(self, path: Path, tables: Tables, partial: Path) -> None:
+    def _write(self, path: Path, tables: Tables, temporary: Path) -> None:
         def as_private_as_the_output(size: int, schema: pa.Schema) -> None:
             if self._output.exists():
-                shutil.copymode(self._output, partial)
+                shutil.copymode(self._output, temporary)
 
-        with output_writer(path, self._schema, True, partial, as_private_as_the_output) as writer:
+        with output_writer(path, self._schema, True, temporary, as_private_as_the_output) as writer:
             for table in tables(writer.schema):
                 writer.write_table(table)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
+from pipeline.storage.remote import Place
 from pipeline.values import dictionaries
 from pipeline.values.jsonvalues import held_text, holds_keys, json_value, parse_json
 
@@ -105,7 +106,7 @@ SINKS: dict[str, OpenSink] = {
 }
 
 
-def sink_type(path: Path) -> OpenSink:
+def sink_type(path: Place) -> OpenSink:
     """The sink that an output's extension asks for."""
     try:
         return SINKS[path.suffix.lower()]
@@ -131,77 +132,47 @@ def _without_null_entries(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Chun
     return column.cast(kind)
 
 
-class _Groups:
-    """The groups of a file; `batch` reads one of a format whose groups are Arrow's batches."""
+class _Parquet:
+    """Row groups."""
 
-    schema: pa.Schema
-    count: int
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        raise NotImplementedError
-
-    def read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
-        table = pa.Table.from_batches([self.batch(number)])
-        return table if columns is None else table.select(list(columns))
-
-    def row_bytes(self, number: int) -> int:
-        batch = self.batch(number)
-        return batch.nbytes // max(batch.num_rows, 1)
-
-
-class _Parquet(_Groups):
-    def __init__(self, source: str | pa.Buffer) -> None:
-        opened = source if isinstance(source, str) else pa.BufferReader(source)
-        self._file = pq.ParquetFile(opened, pre_buffer=False, page_checksum_verification=True)
+    def __init__(self, path: Path, content: pa.Buffer | None) -> None:
+        source = str(path) if content is None else pa.BufferReader(content)
+        self._file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
         self.schema = self._file.schema_arrow
         self.count = self._file.num_row_groups
 
-    def read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
-        return self._file.read_row_group(number, None if columns is None else list(columns))
+    def read(self, number: int, columns: list[str] | None) -> pa.Table:
+        return self._file.read_row_group(number, columns)
 
     def row_bytes(self, number: int) -> int:
         group = self._file.metadata.row_group(number)
         return group.total_byte_size // max(group.num_rows, 1)
 
 
-class _ArrowFile(_Groups):
-    def __init__(self, source: str | pa.Buffer) -> None:
-        self._file = pa.ipc.open_file(_mapped(source))
-        self.schema = self._file.schema
-        self.count = self._file.num_record_batches
+class _Arrow:
+    """Batches of a file or a stream, mapped into memory, so that to hold them all costs next to nothing."""
 
-    def batch(self, number: int) -> pa.RecordBatch:
-        return self._file.get_batch(number)
+    def __init__(self, path: Path, content: pa.Buffer | None) -> None:
+        source = pa.memory_map(str(path)) if content is None else pa.BufferReader(content)
+        if path.suffix.lower() == ".arrows":
+            stream = pa.ipc.open_stream(source)
+            self.schema, self._batches = stream.schema, list(stream)
+        else:
+            file = pa.ipc.open_file(source)
+            self.schema = file.schema
+            self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        self.count = len(self._batches)
 
+    def read(self, number: int, columns: list[str] | None) -> pa.Table:
+        table = pa.Table.from_batches([self._batches[number]])
+        return table if columns is None else table.select(columns)
 
-class _ArrowStream(_Groups):
-    """A stream is read forwards only; passing over mapped batches costs next to nothing."""
-
-    def __init__(self, source: str | pa.Buffer) -> None:
-        self._source = source
-        self._last: tuple[int, pa.RecordBatch] | None = None
-        self._reopen()
-        self.schema = self._reader.schema
-        self.count = sum(1 for _ in self._reader)
-        self._reopen()
-
-    def _reopen(self) -> None:
-        self._reader = pa.ipc.open_stream(_mapped(self._source))
-        self._next = 0
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        if self._last is not None and self._last[0] == number:
-            return self._last[1]
-        if number < self._next:
-            self._reopen()
-        while self._next <= number:
-            self._last = self._next, self._reader.read_next_batch()
-            self._next += 1
-        assert self._last is not None
-        return self._last[1]
+    def row_bytes(self, number: int) -> int:
+        batch = self._batches[number]
+        return batch.nbytes // max(batch.num_rows, 1)
 
 
-class _JsonLines(_Groups):
+class _JsonLines:
     """Runs of lines, of which only the offsets are kept."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -222,7 +193,7 @@ class _JsonLines(_Groups):
             self._end_group(rows, end)
         self.count = len(self._rows)
 
-    def read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
+    def read(self, number: int, columns: list[str] | None) -> pa.Table:
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         with self._path.open("rb") as file:
             file.seek(self._starts[number])
@@ -255,10 +226,11 @@ class Published:
         self, path: Path, content: pa.Buffer | None = None, lines_schema: pa.Schema | None = None
     ) -> None:
         """Open the file, or `content` that stands for it; JSON lines do not hold their schema."""
+        self._groups: _Parquet | _Arrow | _JsonLines
         if lines_schema is not None:
-            self._groups: _Groups = _JsonLines(path, lines_schema)
+            self._groups = _JsonLines(path, lines_schema)
         else:
-            self._groups = _opener(path.suffix.lower())(str(path) if content is None else content)
+            self._groups = (_Parquet if path.suffix.lower() == ".parquet" else _Arrow)(path, content)
         self.schema = self._groups.schema
 
     def __iter__(self) -> Iterator[int]:
@@ -266,20 +238,10 @@ class Published:
 
     def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One group, all of it or some columns."""
-        table = self._groups.read(number, columns)
+        table = self._groups.read(number, None if columns is None else list(columns))
         table.validate(full=True)  # Arrow has no checksums, and unsound offsets could crash the process
         return table
 
     def row_bytes(self, number: int) -> int:
         """About what a row of the group takes in memory."""
         return self._groups.row_bytes(number)
-
-
-def _opener(suffix: str) -> Callable[[str | pa.Buffer], _Groups]:
-    if suffix == ".parquet":
-        return _Parquet
-    return _ArrowStream if suffix == ".arrows" else _ArrowFile
-
-
-def _mapped(source: str | pa.Buffer) -> pa.NativeFile:
-    return pa.memory_map(source) if isinstance(source, str) else pa.BufferReader(source)

@@ -18,29 +18,25 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, halves
-from pipeline.outputs.beginnings import check_columns, copies_alike, files_in, plain, with_files
+from pipeline.outputs.beginnings import copies_alike, files_in, plain, with_files
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
 from pipeline.outputs.dropped import DroppedRows
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.merge import Convert, merge, null_misfits, refuse_misfit
 from pipeline.outputs.parts import (
-    COPIES_FILE,
     DAMAGED,
-    INDEX_FILE,
-    PARTIAL_DROPPED,
-    PARTIAL_OUTPUT,
-    PARTIAL_SIDECAR,
     Parts,
     begin_journal,
     damage_told,
+    finished_tables,
     has_answers,
     journal_failures_told,
     journal_folder,
     output_failures_told,
     remove_journal,
 )
-from pipeline.outputs.rowindex import COPIES, DROPPED, INDEXED, PUBLISHED, Location, Order, RowIndex
+from pipeline.outputs.rowindex import COPIES, PUBLISHED, Location, Order, RowIndex
 from pipeline.outputs.sidecar import Written, needs_sidecar, refuse_foreign, write_sidecar
 from pipeline.outputs.writing import output_writer, refuse_existing, schema_as_written
 from pipeline.records import Answer
@@ -83,9 +79,10 @@ class Journal(FinishedRows):
             self._chunk_schema = self._beginning.mark(schema)
             self._parts = Parts(self._folder)
             self._dropped = DroppedRows(self._output, schema, now, resume=resume)
-            self._dropped.is_gone = overwrite
-            self._copies = CurrentCopies(self._folder / COPIES_FILE, halves(schema)[1])
-            super().__init__(RowIndex(self._folder / INDEX_FILE), guard, self._copies.add)
+            if overwrite:
+                self._dropped.write_later(None)
+            self._copies = CurrentCopies(self._folder / "copies.partial", halves(schema)[1])
+            super().__init__(RowIndex(self._folder / "index.sqlite"), guard, self._copies.add)
             try:
                 self._replay(retry_errors)
             except BaseException:
@@ -114,7 +111,8 @@ class Journal(FinishedRows):
             location = self.index.first_failure()
             if location is None:
                 return None
-            row = self._read(location.part, location.chunk).slice(location.place, 1)
+            chunk, place = location.own
+            row = self._read(*chunk).slice(place, 1)
         kind, message = (row[name][0].as_py() for name in ("error_type", "error_message"))
         return f"{kind}: {' '.join((message or '').split())}"
 
@@ -168,14 +166,15 @@ class Journal(FinishedRows):
         self._parts.close()
 
     def _replay(self, retry_errors: bool) -> None:
-        self._dropped.replay(self.index)  # first: of a row that is in the output too, that one counts
-        self._held, self._is_sorted = self._replay_output()
+        self._held, self._is_sorted, self._last_place = 0, True, (-1, -1)
         has_chunks = False  # answers beside those of the base
-        for number, chunk in self._parts.scan():
-            check_columns(self._output, chunk.table.schema, self._chunk_schema)
-            row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
-            self.index.enter(chunk.table, number, chunk.offset, row_bytes)
-            has_chunks = True
+        for table, part, chunk, row_bytes in finished_tables(
+            self._output, self._chunk_schema, self._dropped.rows, self._base, self._parts.scan()
+        ):
+            self.index.enter(table, part, chunk, row_bytes)
+            has_chunks |= part > PUBLISHED
+            if part == PUBLISHED:
+                self._note_places(table)
         for name, damages in self._parts.damages.items():
             told = f"{damage_told(damages)} and will be answered again"
             self.notes.append(f"{told}; all else is kept, and {self._kept(name)}")
@@ -187,21 +186,13 @@ class Journal(FinishedRows):
         self.count_at_start()
         self.resumed = self._base is not None or has_chunks
 
-    def _replay_output(self) -> tuple[int, bool]:
-        """Enter the rows of the output that is extended; how many, and whether in the order of the input."""
-        rows, is_sorted, last = 0, True, (-1, -1)
-        if self._base is None:
-            return rows, is_sorted
-        with output_failures_told(self._output):
-            for group in self._base:
-                table = self._base.read(group, INDEXED)
-                self.index.enter(table, PUBLISHED, group, self._base.row_bytes(group))
-                rows += table.num_rows
-                indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
-                places = [last, *zip(table["row"].to_pylist(), indices, strict=True)]
-                is_sorted &= all(first <= second for first, second in pairwise(places))
-                last = places[-1]
-        return rows, is_sorted
+    def _note_places(self, table: pa.Table) -> None:
+        """Count rows of the output that is extended, and see whether they are in the order of the input."""
+        indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
+        places = [self._last_place, *zip(table["row"].to_pylist(), indices, strict=True)]
+        self._held += table.num_rows
+        self._is_sorted &= all(first <= second for first, second in pairwise(places))
+        self._last_place = places[-1]
 
     def _kept(self, part: str) -> str:
         """Where a user finds a part that is damaged."""
@@ -238,7 +229,7 @@ class Journal(FinishedRows):
         What it raises leaves the journal, and the output that was there, intact.
         """
         self._write_dropped()
-        temporary, replaces = self._folder / PARTIAL_OUTPUT, self._beginning.replaces
+        temporary, replaces = self._folder / "output.partial", self._beginning.replaces
         schema = self._schema if files is None else with_files(self._schema, files)
         with output_writer(self._output, schema, replaces, temporary, self._write_sidecar) as writer:
             for table in self._merged(self.index.locations(order), writer.schema, refuse_misfit):
@@ -254,14 +245,14 @@ class Journal(FinishedRows):
             return lambda schema: self._merged(self.index.dropped(after=after), schema, null_misfits)
 
         if self.index.leaving():
-            self._dropped.write(tables(after=False), self._folder / PARTIAL_DROPPED)
+            self._dropped.write(tables(after=False), self._folder / "dropped.partial")
         if self.index.returned:
             self._dropped.write_later(tables(after=True) if self.index.has_dropped(after=True) else None)
 
     def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
         if needs_sidecar(self._output):
             base = () if self._base is None else (Written(self._output.stat().st_size, self._base.schema),)
-            write_sidecar(self._output, Written(size, schema), self._folder / PARTIAL_SIDECAR, base)
+            write_sidecar(self._output, Written(size, schema), self._folder / "sidecar.partial", base)
 
     def _merged(
         self, locations: Iterator[Location], schema: pa.Schema, convert: Convert
@@ -275,10 +266,9 @@ class Journal(FinishedRows):
         self._check()
         if part == COPIES:
             return self._copies.read(chunk)
-        if part == DROPPED:
-            return self._dropped.read(chunk)
-        if part != PUBLISHED:
+        if part > PUBLISHED:
             return self._parts.read(part, chunk)
-        assert self._base is not None
+        rows = self._base if part == PUBLISHED else self._dropped.rows
+        assert rows is not None
         with output_failures_told(self._output):
-            return self._base.read(chunk, columns)
+            return rows.read(chunk, columns)

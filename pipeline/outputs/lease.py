@@ -19,8 +19,8 @@ from typing import Self
 
 import psutil
 
-from pipeline.errors import ConfigError, LockedError, MarsError, StorageError
-from pipeline.storage.causes import cause, storage_failure
+from pipeline.errors import ConfigError, LockedError, MarsError
+from pipeline.storage.causes import told
 from pipeline.storage.remote import RemotePath
 
 LEASE_S = 600.0  # without a sign of life for this long, a lock may be taken over
@@ -93,16 +93,12 @@ class LeaseLock:
 
     def __enter__(self) -> Self:
         _held.add(self._holder.token)
+        no_bucket = f"{self._output} cannot be written", "; make the bucket first"
         try:
-            self._acquire()
-        except BaseException as error:
+            with told(f"{self._output} cannot be locked"), told(*no_bucket, ConfigError, FileNotFoundError):
+                self._acquire()
+        except BaseException:
             _held.discard(self._holder.token)
-            if isinstance(error, FileNotFoundError):
-                raise ConfigError(
-                    f"{self._output} cannot be written: {cause(error)}; make the bucket first"
-                ) from error
-            if isinstance(error, OSError):
-                raise storage_failure(f"{self._output} cannot be locked: {cause(error)}", error) from error
             raise
         self._thread.start()
         return self
@@ -117,10 +113,8 @@ class LeaseLock:
 
     def check(self) -> None:
         """Ask storage whether the lock is still held; to be called before anything is written."""
-        try:
+        with told(f"{self._output}: its lock cannot be read"):
             newest = self._newest()
-        except OSError as error:
-            raise StorageError(f"{self._output}: its lock cannot be read: {cause(error)}") from error
         if self._is_lost or newest != self._number or self._has_lapsed():
             self._is_lost = True
             raise LockedError(f"{self._output} was taken over by {self._taker(newest)}; this run has ended")

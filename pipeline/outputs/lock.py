@@ -6,13 +6,13 @@ import errno
 import fcntl
 import os
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
-from pipeline.errors import LockedError, StorageError
+from pipeline.errors import LockedError
 from pipeline.outputs.lease import Holder, LeaseLock
-from pipeline.storage.causes import cause
+from pipeline.storage.causes import told
 from pipeline.storage.remote import RemotePath, output_place
 from pipeline.storage.whole_file import in_the_way
 
@@ -49,16 +49,11 @@ class OutputLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
-        try:
-            descriptor = self._acquire()
-        except OSError as error:
-            raise StorageError(
-                f"{self._path} cannot be locked: {cause(error)}; choose a writable folder on a local disk"
-            ) from error
-        self._descriptor = descriptor
+        with told(f"{self._path} cannot be locked", "; choose a writable folder on a local disk"):
+            self._descriptor = self._acquire()
         with suppress(OSError):  # a full disk; the lock holds all the same
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, Holder().dump())
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, Holder().dump())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,36 +71,32 @@ class OutputLock:
         """A `LockedError` if a run holds the lock; an OSError where that cannot be found out."""
         descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._held(descriptor) from None
+            self._lock(descriptor, fcntl.LOCK_SH)
         finally:
             os.close(descriptor)
 
-    def _held(self, descriptor: int) -> LockedError:
-        holder = None
-        with suppress(OSError):
-            holder = Holder.parse(os.pread(descriptor, _LONGEST_HOLDER, 0))
-        return LockedError(
-            f"{self._output} is being written by {holder or 'another process'}; wait for it, or name another "
-            "output"
-        )
-
     def _acquire(self) -> int:
         while True:
-            descriptor = _opened(self._path)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with ExitStack() as opened:
+                descriptor = _opened(self._path)
+                opened.callback(os.close, descriptor)
+                self._lock(descriptor, fcntl.LOCK_EX)
                 if _is_at(descriptor, self._path):
+                    opened.pop_all()
                     return descriptor
-            except BlockingIOError:
-                held = self._held(descriptor)
-                os.close(descriptor)
-                raise held from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+
+    def _lock(self, descriptor: int, mode: int) -> None:
+        """Lock an open lock file; a `LockedError` that names the run which holds it."""
+        try:
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = None
+            with suppress(OSError):
+                holder = Holder.parse(os.pread(descriptor, _LONGEST_HOLDER, 0))
+            raise LockedError(
+                f"{self._output} is being written by {holder or 'another process'}; wait for it, or name "
+                "another output"
+            ) from None
 
 
 def _opened(path: Path) -> int:

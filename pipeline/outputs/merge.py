@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import combined
-from pipeline.outputs.rowindex import ChunkKey, Location
-from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.outputs.rowindex import ChunkKey, Location, Place
+from pipeline.storage.causes import READ_ERRORS, told
 from pipeline.values.converting import converted
 
 GROUP_ROWS = 10_000
@@ -21,7 +21,6 @@ CACHED_BYTES = 16 << 20
 
 ReadChunk = Callable[[int, int], pa.Table]  # by part, and where in it
 Convert = Callable[[str, pa.Array, pa.DataType], pa.Array]  # values of a copied column, by name
-Place = tuple[ChunkKey, int]
 
 
 def merge(
@@ -51,13 +50,10 @@ def merge(
 
 def refuse_misfit(name: str, array: pa.Array, kind: pa.DataType) -> pa.Array:
     """The values as `kind`; a `ConfigError` if one of them does not fit."""
-    try:
+    what = f"{name!r} of a row that stays, though this run did not read it, is {array.type}"
+    remedy = f"; --keep-columns {name}:string keeps both"
+    with told(f"{what} and does not fit {kind}", remedy, ConfigError, READ_ERRORS):
         return converted(array, kind)
-    except READ_ERRORS as error:
-        raise ConfigError(
-            f"{name!r} of a row that stays, though this run did not read it, is {array.type} and does not "
-            f"fit {kind}: {cause(error)}; --keep-columns {name}:string keeps both"
-        ) from error
 
 
 def null_misfits(name: str, array: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -35,7 +35,7 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
 from pipeline.outputs.writing import refuse_existing
 from pipeline.records import Answer
-from pipeline.storage.causes import cause, storage_failure
+from pipeline.storage.causes import told
 from pipeline.storage.remote import RemotePath, output_place
 
 AT_ONCE = 16  # objects read or removed side by side
@@ -131,10 +131,8 @@ class Mirror:
     def __init__(self, output: RemotePath, check: Callable[[], None]) -> None:
         self.output = output
         self._check = check
-        try:
+        with told("there is no scratch space", "; set TMPDIR"):
             self._scratch = Path(os.path.realpath(tempfile.mkdtemp(prefix="marsinfer-")))
-        except OSError as error:
-            raise StorageError(f"there is no scratch space: {cause(error)}; set TMPDIR") from error
         self.file = self._scratch / output.name
         self._folder = journal_folder(self.file)
         self._put_bytes: Counter[str] = Counter()  # of each part
@@ -321,12 +319,8 @@ class Mirror:
             self._check()
             put(self.output.beside(f"{self._folder.name}/{name}"))
 
-    @contextmanager
-    def _failures_told(self, what: str, remedy: str = "") -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise storage_failure(f"{self.output} {what}: {cause(error)}{remedy}", error) from error
+    def _failures_told(self, what: str, remedy: str = "") -> AbstractContextManager[None]:
+        return told(f"{self.output} {what}", remedy)
 
 
 def _is_journal(names: Iterable[str]) -> bool:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.outputs.sidecar import SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.remote import Place
+from pipeline.storage.sniff import ARROW_FILE
 
 BASELINE_KEY = b"marsinfer_baseline"
 
@@ -52,8 +52,7 @@ def may_be_replaced(path: Place) -> bool:
     if needs_sidecar(path):
         return _bytes(path) in _sizes_told(sidecar_path(path))
     try:
-        with path.open("rb") as file:
-            return OUTPUT.has(written_schema(pa.PythonFile(file, "r"), path.name))
+        return OUTPUT.has(table_schema(path))
     except READ_ERRORS:
         return False
 
@@ -68,7 +67,7 @@ def foreign_sidecar(path: Place) -> Place | None:
     if not needs_sidecar(path):
         return None
     sidecar = sidecar_path(path)
-    if not sidecar.exists() or _bytes(sidecar) == 0 or _says_settings(sidecar):
+    if not sidecar.exists() or _bytes(sidecar) == 0 or _sizes_told(sidecar):
         return None
     return sidecar
 
@@ -77,12 +76,14 @@ def _bytes(path: Place) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.size()
 
 
-def written_schema(file: pa.NativeFile, name: str) -> pa.Schema:
-    """The schema of an output that is a table, by the extension of its name; reads no rows."""
-    if name.lower().endswith(".parquet"):
-        return pq.read_schema(file)
-    opened = pa.ipc.open_stream if name.lower().endswith(".arrows") else pa.ipc.open_file
-    return opened(file).schema
+def table_schema(path: Place) -> pa.Schema:
+    """The schema of a table, whose format its first bytes tell; reads no rows."""
+    with path.open("rb") as opened, pa.PythonFile(opened, "r") as file:
+        magic = file.read(len(ARROW_FILE))
+        file.seek(0)
+        if magic.startswith(b"PAR1"):
+            return pq.read_schema(file)
+        return (pa.ipc.open_file if magic == ARROW_FILE else pa.ipc.open_stream)(file).schema
 
 
 def _says(schema: pa.Schema, key: bytes) -> bool:
@@ -95,39 +96,28 @@ def _says(schema: pa.Schema, key: bytes) -> bool:
 def is_own_lines(path: Place, listed: Collection[str]) -> bool:
     """Whether JSON lines are an output: whether the file beside them that says how they were made is there.
 
-    `listed` are the names, as shown, that were found in remote folders: none of them is asked for again.
+    `listed` are the names, as shown, that were found in remote folders: for no others storage is asked.
     """
     if not needs_sidecar(path):
         return False
     if isinstance(path, Path):
         # the links of its folders lead to the same place
         sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
-        is_there = sidecar.exists()
     else:
         sidecar = sidecar_path(path)
-        is_there = str(sidecar) in listed
-    return is_there and _says_settings(sidecar)
+        if str(sidecar) not in listed:
+            return False
+    return bool(_sizes_told(sidecar))
 
 
 def _sizes_told(sidecar: Place) -> list[int]:
     """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
-    content = _content(sidecar) if sidecar.exists() else None
-    if content is None:
+    if not sidecar.exists():
         return []
-    try:
-        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
-    except (LookupError, TypeError):
-        return []
-
-
-def _says_settings(sidecar: Place) -> bool:
-    return _content(sidecar) is not None
-
-
-def _content(sidecar: Place) -> dict[str, Any] | None:
-    """What a run wrote beside its lines; None if it is no run's."""
     try:
         content = json.loads(sidecar.read_bytes())
-        return content if "arrow_schema" in content and METADATA_KEY.decode() in content else None
-    except (*READ_ERRORS, TypeError):
-        return None
+        if "arrow_schema" not in content or METADATA_KEY.decode() not in content:
+            return []
+        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
+    except (*READ_ERRORS, LookupError, TypeError):
+        return []

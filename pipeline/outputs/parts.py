@@ -10,32 +10,27 @@ import re
 import shutil
 import sqlite3
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.beginnings import START_OVER, Beginning, check_columns, check_settings, settings_in
 from pipeline.outputs.chunks import Chunk, Damage, PartWriter, read_chunk, scan_part
 from pipeline.outputs.formats import Published
+from pipeline.outputs.rowindex import DROPPED, INDEXED, PUBLISHED
 from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import refuse_existing
-from pipeline.storage.causes import READ_ERRORS, cause
+from pipeline.storage.causes import READ_ERRORS, cause, told
 from pipeline.storage.whole_file import folder_like, in_the_way, sync_folder
 from pipeline.texts.words import counted
 
-INDEX_FILE = "index.sqlite"
-# in the folder, so that what a killed run left of them goes with the journal
-PARTIAL_OUTPUT = "output.partial"
-PARTIAL_SIDECAR = "sidecar.partial"
-PARTIAL_DROPPED = "dropped.partial"
-COPIES_FILE = "copies.partial"
-
 DAMAGED = ".damaged"
 _PART = re.compile(rf"part-(\d{{4,}})(?:{re.escape(DAMAGED)})?")
+# partial files lie in the folder, so that what a killed run left of them goes with the journal
 # .nfs: what a network's file system keeps of a file that was removed while it was open
 _OURS = re.compile(
     rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped|copies)\.partial|\.nfs\w+"
@@ -67,16 +62,20 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._growing: PartWriter | None = None
-        self.damages: dict[str, list[Damage]] = {}  # newly found, by the part's name
+        self.damages: dict[str, list[Damage]] = {}  # found, by the part's name
 
-    def scan(self) -> Iterator[tuple[int, Chunk]]:
-        """All whole chunks, with their part; parts that are found to be damaged get names that say so."""
+    def scan(self, *, set_aside: bool = True) -> Iterator[tuple[int, Chunk]]:
+        """All whole chunks, with their part.
+
+        With `set_aside` parts that are found to be damaged get names that say so, and are told of no more.
+        """
         for path in journal_parts(self._folder):
             damages: list[Damage] = []
             for chunk in scan_part(path, damages.append):
                 yield part_number(path), chunk
-            if damages and not path.name.endswith(DAMAGED):
-                path.rename(path.with_name(f"{path.name}{DAMAGED}"))
+            if damages and not (set_aside and path.name.endswith(DAMAGED)):
+                if set_aside:
+                    path.rename(path.with_name(f"{path.name}{DAMAGED}"))
                 self.damages[path.name] = damages
 
     def read(self, number: int, offset: int) -> pa.Table:
@@ -132,21 +131,6 @@ def clear_discarded(folder: Path) -> None:
     shutil.rmtree(discarded(folder), ignore_errors=True)
 
 
-def discard(folder: Path) -> None:
-    """Remove a journal: renamed first, as one that is half removed would look like one that is damaged.
-
-    What somebody else has put into it meanwhile stays, in the folder of its new name.
-    """
-    left = discarded(folder)
-    refuse_foreign_folder(left)
-    shutil.rmtree(left, ignore_errors=True)
-    folder.rename(left)
-    for name in filter(_OURS.fullmatch, os.listdir(left)):
-        (left / name).unlink(missing_ok=True)
-    if not os.listdir(left):
-        left.rmdir()
-
-
 def discarded(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-discarded")
 
@@ -183,6 +167,30 @@ def begun(output: Path, written: pa.Schema, now: Any) -> tuple[Beginning | None,
     return beginning, _open_base(output, written, now) if extends else None
 
 
+def finished_tables(
+    output: Path,
+    schema: pa.Schema,
+    dropped: Published | None,
+    base: Published | None,
+    chunks: Iterable[tuple[int, Chunk]],
+    columns: Sequence[str] = INDEXED,
+) -> Iterator[tuple[pa.Table, int, int, int]]:
+    """The rows that earlier runs finished: tables, with the part and chunk of each and about a row's bytes.
+
+    Of a row that comes twice the later one counts: those that left the output come first, and answers of a
+    run that was not published last. A ConfigError for chunks whose own columns are not those of `schema`.
+    """
+    with output_failures_told(output):
+        for part, rows in ((DROPPED, dropped), (PUBLISHED, base)):
+            if rows is not None:
+                for group in rows:
+                    yield rows.read(group, columns), part, group, rows.row_bytes(group)
+    for number, chunk in chunks:
+        check_columns(output, chunk.table.schema, schema)
+        row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
+        yield chunk.table.select(columns), number, chunk.offset, row_bytes
+
+
 def refuse_leftovers(output: Path, overwrite: bool) -> None:
     """A ConfigError if an output or an unfinished run is there that may not be replaced."""
     folder = journal_folder(output)
@@ -193,13 +201,9 @@ def refuse_leftovers(output: Path, overwrite: bool) -> None:
 
 def _start(output: Path, beginning: Beginning) -> Beginning:
     folder = journal_folder(output)
-    try:
+    with told(f"{folder} cannot be made", "; choose a folder that is writable"):
         folder.mkdir(exist_ok=True)
         folder_like(folder, output)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be made: {cause(error)}; choose a folder that is writable"
-        ) from error
     beginning.save(folder)
     sync_folder(folder.parent)
     return beginning
@@ -219,19 +223,27 @@ def has_answers(folder: Path) -> bool:
 
 
 def remove_journal(folder: Path) -> None:
-    """Remove a journal, if it is there."""
-    if folder.is_dir():
-        with journal_failures_told(folder):
-            discard(folder)
+    """Remove a journal, if it is there.
+
+    It is renamed first, as one that is half removed would look like one that is damaged. What somebody else
+    has put into it meanwhile stays, in the folder of its new name.
+    """
+    if not folder.is_dir():
+        return
+    with journal_failures_told(folder):
+        left = discarded(folder)
+        refuse_foreign_folder(left)
+        shutil.rmtree(left, ignore_errors=True)
+        folder.rename(left)
+        for name in filter(_OURS.fullmatch, os.listdir(left)):
+            (left / name).unlink(missing_ok=True)
+        if not os.listdir(left):
+            left.rmdir()
 
 
-@contextmanager
-def output_failures_told(output: Path) -> Iterator[None]:
+def output_failures_told(output: Path) -> AbstractContextManager[None]:
     """Turn what reading an output raises into a `ConfigError`."""
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise ConfigError(f"{output} cannot be read: {cause(error)}; {START_OVER}") from error
+    return told(f"{output} cannot be read", f"; {START_OVER}", ConfigError, READ_ERRORS)
 
 
 @contextmanager
@@ -239,8 +251,6 @@ def journal_failures_told(folder: Path) -> Iterator[None]:
     """Turn what working with a journal raises into a `StorageError`."""
     try:
         yield
-    except MarsError:
-        raise
     except (OSError, sqlite3.Error, pa.ArrowException) as error:
         if not folder.is_dir():
             raise StorageError(f"{folder} is gone, and the answers in it; run again") from error

@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,9 +45,10 @@ CREATE TABLE rows (
 """
 _LEAVES = "NOT seen AND part >= 0 AND NOT fleeting"
 _ORDERS = {"input": "row, question", "completion": "part, chunk, place"}
-_LOCATION = "row, part, chunk, place, bytes, copied_chunk, copied_place"
+_LOCATION = "row, bytes, part, chunk, place, copied_chunk, copied_place"
 
 ChunkKey = tuple[int, int]  # part, and where in it
+Place = tuple[ChunkKey, int]  # chunk, and which of its rows
 
 
 class Copied(NamedTuple):
@@ -67,32 +67,20 @@ def beside(row: pa.RecordBatch | None) -> Copied | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where the answer to a row is: chunk of a part, place in the chunk; about how many bytes it takes.
-
-    `copied_chunk` and `copied_place` are None where the copied columns beside the answer are those to take.
-    """
+class Location(NamedTuple):
+    """Where the answer to a row is, and where its copied columns are; about how many bytes it takes."""
 
     row: int
-    part: int
-    chunk: int
-    place: int
     bytes: int
-    copied_chunk: int | None = None
-    copied_place: int | None = None
+    own: Place
+    copied: Place
 
-    @property
-    def own(self) -> tuple[ChunkKey, int]:
-        """Chunk and place of the answer's own columns."""
-        return (self.part, self.chunk), self.place
 
-    @property
-    def copied(self) -> tuple[ChunkKey, int]:
-        """Chunk and place of the copied columns."""
-        if self.copied_chunk is None or self.copied_place is None:
-            return self.own
-        return (COPIES, self.copied_chunk), self.copied_place
+def _location(found: tuple[Any, ...]) -> Location:
+    """From the columns `_LOCATION`; without a copy, the copied columns are those beside the answer."""
+    row, size, part, chunk, place, copied_chunk, copied_place = found
+    own = (part, chunk), place
+    return Location(row, size, own, own if copied_chunk is None else ((COPIES, copied_chunk), copied_place))
 
 
 class RowIndex:
@@ -176,7 +164,7 @@ class RowIndex:
         )
         with self._lock:
             found = self._database.execute(query).fetchone()
-        return None if found is None else Location(*found)
+        return None if found is None else _location(found)
 
     def see(self, source: Row, row_hash: str, *, is_fault: bool = False, copy: Copy = beside) -> bool:
         """Note that the input has this row, and say whether its answer is known.
@@ -227,7 +215,7 @@ class RowIndex:
                 found = cursor.fetchmany(FETCHED)
             if not found:
                 return
-            yield from (Location(*values) for values in found)
+            yield from map(_location, found)
 
     def close(self) -> None:
         """Let go of the file; what it holds is worth nothing from here on."""

@@ -15,13 +15,13 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.beginnings import METADATA_KEY, START_OVER, save_json
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.remote import Place, RemotePath
+from pipeline.values.dictionaries import STRINGS
 from pipeline.values.jsonvalues import holds_keys
 
 SIDECAR = ".run.json"
 VERSION = 1
 
 _SCALARS = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 
 AnyPlace = TypeVar("AnyPlace", Path, RemotePath, Place)
 
@@ -134,4 +134,4 @@ def _comes_back(kind: pa.DataType) -> bool:
         return len(set(names)) == len(names) and all(_comes_back(field.type) for field in kind)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _comes_back(kind.value_type)
-    return kind in _STRINGS or any(is_kind(kind) for is_kind in _SCALARS)
+    return kind in STRINGS or any(is_kind(kind) for is_kind in _SCALARS)

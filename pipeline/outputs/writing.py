@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, MarsError, StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.formats import Published, Sink, sink_type
 from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
 from pipeline.outputs.sidecar import needs_sidecar
-from pipeline.storage.causes import cause, storage_failure
+from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
 from pipeline.storage.stdin import Stdin
 from pipeline.storage.whole_file import open_new, partial_path, sync_folder
@@ -34,45 +34,30 @@ _OTHER_REMEDY = "check the disk and run again"
 def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
     """Refuse, before any work, an output that could not be written or would destroy something."""
     place = output_place(path)
+    sink_type(place)
+    folder = Path(os.path.realpath(place)).parent if isinstance(place, Path) else None
+    if isinstance(place, Path) and place.is_dir():
+        raise ConfigError(f"{place} is a folder; name a file in it")
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{place} cannot be written: there is no folder {folder}; make it first")
+    for file in inputs:
+        if _is_same(place, file):
+            named = f" ({file})" if isinstance(place, Path) else ""
+            raise ConfigError(f"{place} is also an input{named}; name another output")
+    with told(f"{place} cannot be written"):
+        refuse_foreign_output(place)
+        refuse_existing(place, overwrite)
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{place} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
+
+
+def _is_same(place: Place, other: str | Place | Stdin) -> bool:
     if isinstance(place, RemotePath):
-        _check_remote(place, inputs, overwrite)
-    else:
-        _check_local(place, inputs, overwrite)
-
-
-def _check_remote(path: RemotePath, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
-    sink_type(Path(path.name))
-    for file in inputs:
-        if isinstance(file, RemotePath) and file.address == path.address:
-            raise ConfigError(f"{path} is also an input; name another output")
-    try:
-        refuse_foreign_output(path)
-        refuse_existing(path, overwrite)
-    except OSError as error:
-        raise storage_failure(f"{path} cannot be written: {cause(error)}", error) from error
-
-
-def _check_local(path: Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
-    sink_type(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file in it")
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {folder}; make it first")
-    for file in inputs:
-        if _same_file(path, file):
-            raise ConfigError(f"{path} is also an input ({file}); name another output")
-    refuse_foreign_output(path)
-    refuse_existing(path, overwrite)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
-
-
-def _same_file(path: Path, other: str | Place | Stdin) -> bool:
+        return isinstance(other, RemotePath) and other.address == place.address
     if not isinstance(other, str | Path):
         return False
     try:
-        return os.path.samefile(path, other)
+        return os.path.samefile(place, other)
     except OSError:  # one of them is not there
         return False
 
@@ -174,8 +159,6 @@ def _quietly(action: Callable[[], object]) -> None:
 def _failures_told(path: Path) -> Iterator[None]:
     try:
         yield
-    except MarsError:
-        raise
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, _OTHER_REMEDY)
         raise StorageError(f"{path} cannot be written: {cause(error)}; {remedy}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import pyarrow as pa
@@ -39,9 +40,32 @@ class CredentialsError(NetworkError):
     """Nobody has said who asks: no fault of the storage, but something to set up."""
 
 
-def storage_failure(message: str, error: OSError) -> ConfigError | StorageError:
-    """The error that ends a run for which storage elsewhere failed, or for which nothing was set up."""
-    return (ConfigError if isinstance(error, CredentialsError) else StorageError)(message)
+@contextmanager
+def told(
+    what: str,
+    remedy: str = "",
+    kind: Callable[[str], Exception] = StorageError,
+    of: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> Iterator[None]:
+    """Turn an error `of` some types into one of a `kind` that says what failed, why, and what helps.
+
+    In place of a `StorageError` it is a `ConfigError` where nobody has set the storage up.
+    """
+    try:
+        yield
+    except of as error:
+        if kind is StorageError and isinstance(error, CredentialsError):
+            kind = ConfigError
+        raise kind(f"{what}: {cause(error)}{remedy}") from error
+
+
+def can_be_read(read: Callable[[], object]) -> bool:
+    """Whether this raises none of `READ_ERRORS`."""
+    try:
+        read()
+    except READ_ERRORS:
+        return False
+    return True
 
 
 def is_out_of_reach(error: BaseException) -> bool:

@@ -6,10 +6,10 @@ import errno
 import io
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
@@ -316,7 +316,7 @@ class _Blocks(_RemoteFile):
     def __init__(self, inner: Any, size: int) -> None:
         super().__init__(inner)
         self._size = size
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._block = lru_cache(BLOCKS)(self._fetched)
 
     def seekable(self) -> bool:
         return True
@@ -327,7 +327,7 @@ class _Blocks(_RemoteFile):
         return self._position
 
     def close(self) -> None:
-        self._kept.clear()
+        self._block.cache_clear()
         super().close()
 
     def _part(self, length: int) -> bytes | memoryview:
@@ -336,10 +336,7 @@ class _Blocks(_RemoteFile):
         number, start = divmod(self._position, BLOCK_BYTES)
         return memoryview(self._block(number))[start : start + length]
 
-    def _block(self, number: int) -> bytes:
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
+    def _fetched(self, number: int) -> bytes:
         first = number * BLOCK_BYTES
         wanted = min(BLOCK_BYTES, self._size - first)
         try:
@@ -349,9 +346,6 @@ class _Blocks(_RemoteFile):
             raise _network_error(error) from error
         if len(data) != wanted:
             raise NetworkError(errno.EIO, "it ended early, or was changed during the run")
-        self._kept[number] = data
-        if len(self._kept) > BLOCKS:
-            self._kept.popitem(last=False)
         return data
 
 

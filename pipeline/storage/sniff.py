@@ -6,11 +6,12 @@ import re
 
 HEAD_BYTES = 4096
 
+ARROW_FILE = b"ARROW1"  # with a footer, as against a stream
 LFS = b"version https://git-lfs.github.com/spec/"
 
 MAGICS = {
     b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
+    ARROW_FILE: "Arrow",
     b"\xff\xff\xff\xff": "Arrow",
     b"\x1f\x8b": "compressed with gzip",
     b"\x28\xb5\x2f\xfd": "compressed with zstd",

@@ -6,12 +6,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import ConfigError, StorageError
-from pipeline.storage.causes import cause
+from pipeline.errors import ConfigError
+from pipeline.storage.causes import told
 
 _GROUP = 0o070
 
@@ -97,15 +97,9 @@ def folder_like(folder: Path, output: Path) -> None:
         give_access(folder, model, mode | (mode & 0o444) >> 2 | 0o700 | inherits)
 
 
-@contextmanager
-def failures_told(path: Path) -> Iterator[None]:
+def failures_told(path: Path) -> AbstractContextManager[None]:
     """Turn an OSError into a StorageError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {cause(error)}; check the disk and run again"
-        ) from error
+    return told(f"{path} cannot be written", "; check the disk and run again")
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.storage.causes import READ_ERRORS
-from pipeline.values.dictionaries import TWINS, has_twins, settled
+from pipeline.storage.causes import can_be_read
+from pipeline.values.dictionaries import STRINGS, TWINS, has_twins, settled
 from pipeline.values.jsonvalues import json_text, json_value
-
-STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 
 
 def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -39,11 +35,7 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 def converts(own: pa.DataType, kind: pa.DataType) -> bool:
     """Whether values of one type can become another, by trying with a null."""
-    try:
-        converted(pa.nulls(1, own), kind)
-    except READ_ERRORS:
-        return False
-    return True
+    return can_be_read(lambda: converted(pa.nulls(1, own), kind))
 
 
 def _has_no_text(kind: pa.DataType) -> bool:
@@ -72,11 +64,10 @@ def _settled(array: pa.Array) -> pa.Array:
         values = _values(array.dictionary, settled(kind).value_type)
         return pa.DictionaryArray.from_arrays(array.indices, values, ordered=kind.ordered)
     if pa.types.is_struct(kind) and kind.num_fields:
-        return _structured(array).cast(settled(kind))
-    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
-        return _listed(array, pa.ListArray.from_arrays, pa.int32()).cast(settled(kind))
-    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
-        return _listed(array, pa.LargeListArray.from_arrays, pa.int64()).cast(settled(kind))
+        columns = [_settled(column) for column in array.flatten()]
+        return pa.StructArray.from_arrays(columns, fields=list(settled(kind)), mask=array.is_null())
+    if isinstance(settled(kind), pa.ListType | pa.LargeListType):
+        return _listed(array, settled(kind))
     return array.cast(settled(kind))
 
 
@@ -86,22 +77,12 @@ def _values(values: pa.Array, kind: pa.DataType) -> pa.Array:
     return values.cast(kind) if is_view else _settled(values)
 
 
-def _structured(array: pa.StructArray) -> pa.StructArray:
-    fields = list(array.type)
-    columns = [_settled(column) for column in array.flatten()]
-    return pa.StructArray.from_arrays(
-        columns,
-        fields=[
-            field.with_type(column.type).with_nullable(True)
-            for field, column in zip(fields, columns, strict=True)
-        ],
-        mask=array.is_null(),
-    )
-
-
-def _listed(array: pa.Array, make: Callable[..., pa.Array], offset_type: pa.DataType) -> pa.Array:
+def _listed(array: pa.Array, kind: pa.ListType | pa.LargeListType) -> pa.Array:
     """A list of any layout as one that holds its values in their order, without gaps."""
+    made, offset = (
+        (pa.LargeListArray, pa.int64()) if pa.types.is_large_list(kind) else (pa.ListArray, pa.int32())
+    )
     lengths = pc.fill_null(pc.list_value_length(array), 0)
     ends = pc.cumulative_sum(lengths.cast(pa.int64()))
-    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(offset_type)
-    return make(offsets, _settled(array.flatten()), mask=array.is_null())
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(offset)
+    return made.from_arrays(offsets, _settled(array.flatten()), type=kind, mask=array.is_null())

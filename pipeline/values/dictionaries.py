@@ -9,8 +9,8 @@ import pyarrow as pa
 
 TWINS = "Two fields of a struct have one name, of which JSON keeps one"  # of what `has_twins` finds
 
-_STRINGS = (pa.string(), pa.large_string())
-_BYTES = (pa.binary(), pa.large_binary())
+STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _WITHOUT_VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
 
@@ -71,29 +71,24 @@ def plain_strings(kind: pa.DataType) -> pa.DataType:
     """Strings in place of dictionaries of them, for JSON, from which nothing else comes back."""
     return _changed(
         kind,
-        lambda dictionary: dictionary.value_type if dictionary.value_type in _STRINGS else dictionary,
+        lambda dictionary: dictionary.value_type if dictionary.value_type in STRINGS else dictionary,
     )
 
 
 def without_seconds(kind: pa.DataType) -> pa.DataType:
     """Milliseconds in place of seconds, for Parquet, which has none."""
-    return _changed(kind, _milliseconds, pa.TimestampType)
-
-
-def _widened(dictionary: pa.DictionaryType) -> pa.DataType:
-    if dictionary.index_type.bit_width >= 32:
-        return dictionary
-    return pa.dictionary(pa.int32(), dictionary.value_type, ordered=dictionary.ordered)
+    return _changed(
+        kind, lambda time: pa.timestamp("ms", time.tz) if time.unit == "s" else time, pa.TimestampType
+    )
 
 
 def _in_parquet(dictionary: pa.DictionaryType) -> pa.DataType:
-    if dictionary.value_type in (*_STRINGS, *_BYTES):
-        return _widened(dictionary)
-    return dictionary if pa.types.is_nested(dictionary.value_type) else dictionary.value_type
-
-
-def _milliseconds(time: pa.TimestampType) -> pa.DataType:
-    return pa.timestamp("ms", time.tz) if time.unit == "s" else time
+    values = dictionary.value_type
+    if values not in (*STRINGS, *BYTES):
+        return dictionary if pa.types.is_nested(values) else values
+    if dictionary.index_type.bit_width >= 32:
+        return dictionary
+    return pa.dictionary(pa.int32(), values, ordered=dictionary.ordered)
 
 
 def _changed(

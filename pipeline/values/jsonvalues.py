@@ -9,6 +9,8 @@ import uuid
 
 import pyarrow as pa
 
+from pipeline.values.dictionaries import STRINGS
+
 KEYS = {b"marsinfer": b"keys"}  # metadata of a column whose JSON objects are keys of their own in JSON lines
 
 
@@ -101,7 +103,7 @@ def json_value(scalar: pa.Scalar) -> object:
         return _nested(scalar)
     if pa.types.is_temporal(kind):
         return _temporal(scalar)
-    if kind in _STRINGS:
+    if kind in STRINGS:
         return str(scalar.as_buffer(), "utf-8", "replace")
     return _plain(scalar.as_py())
 
@@ -118,9 +120,6 @@ def _same_column(then: pa.ChunkedArray, now: pa.ChunkedArray) -> bool:
     if then.equals(now):
         return True
     return all(json_value(old) == json_value(new) for old, new in zip(then, now, strict=True))
-
-
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _extension(scalar: pa.Scalar) -> object:

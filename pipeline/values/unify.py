@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view())
+from pipeline.values.dictionaries import BYTES, STRINGS
+
 _AS_DECIMAL = {  # with all digits that an integer may have
     **dict.fromkeys((pa.int8(), pa.uint8()), pa.decimal32(3)),
     **dict.fromkeys((pa.int16(), pa.uint16()), pa.decimal32(5)),
@@ -19,35 +20,28 @@ def common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The type that both become without loss, None where there is none; both `settled`.
 
     Nulls take any type, numbers the wider one, strings, bytes and lists the large kind; structs are joined by
-    the names of their fields, and dictionaries by their values. Times take the finer unit, which has no room
+    the names of their fields, and dictionaries by their values. What only one of the two is, a dictionary or
+    an extension, gives way to its values or to what it stores. Times take the finer unit, which has no room
     for the far future and past, and different time zones become UTC.
     """
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
-    for join in (_extensions, _dictionaries, _texts, _bytes, _numbers, _times, _structs, _maps, _lists):
+    for outer, inside in ((pa.BaseExtensionType, "storage_type"), (pa.DictionaryType, "value_type")):
+        if isinstance(one, outer) and not isinstance(other, outer):
+            return common(getattr(one, inside), other)
+        if isinstance(other, outer) and not isinstance(one, outer):
+            return common(one, getattr(other, inside))
+    for join in (_dictionaries, _texts, _bytes, _numbers, _times, _structs, _maps, _lists):
         joined = join(one, other)
         if joined is not None:
             return joined
     return None
 
 
-def _extensions(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """Beside plain values an extension's are what it stores; of two extensions neither is the other."""
-    extended = [isinstance(kind, pa.BaseExtensionType) for kind in (one, other)]
-    if extended == [True, False]:
-        return common(one.storage_type, other)
-    return common(one, other.storage_type) if extended == [False, True] else None
-
-
 def _dictionaries(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    encoded = [pa.types.is_dictionary(kind) for kind in (one, other)]
-    if encoded == [True, False]:
-        return common(one.value_type, other)
-    if encoded == [False, True]:
-        return common(one, other.value_type)
-    if encoded != [True, True]:
+    if not (pa.types.is_dictionary(one) and pa.types.is_dictionary(other)):
         return None
     values = common(one.value_type, other.value_type)
     indices = _numbers(one.index_type, other.index_type) or pa.int64()
@@ -57,14 +51,12 @@ def _dictionaries(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def _texts(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    return pa.large_string() if one in _STRINGS and other in _STRINGS else None
+    return pa.large_string() if one in STRINGS and other in STRINGS else None
 
 
 def _bytes(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     def holds_bytes(kind: pa.DataType) -> bool:
-        return kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or isinstance(
-            kind, pa.FixedSizeBinaryType
-        )
+        return kind in BYTES or isinstance(kind, pa.FixedSizeBinaryType)
 
     # decimals are a kind of fixed-size bytes to Arrow's classes
     if pa.types.is_decimal(one) or pa.types.is_decimal(other):

@@ -244,7 +244,7 @@ def test_few_blocks_are_kept(folder, small_blocks):
     with remote.place_of(f"{folder}/d.jsonl").open() as file:
         raw = file.raw
         assert file.read() == LINES
-        assert len(raw._kept) == 3
+        assert raw._block.cache_info().currsize == 3
         assert file.seek(-10, 2) == len(LINES) - 10
         assert file.read() == LINES[-10:]
         file.seek(3995)
