@@ -24,7 +24,9 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
     """Answer a question about every document of INPUT and write OUTPUT."""
     logging.getLogger("marsinfer").setLevel(logging.INFO if switches.verbose else logging.NOTSET)
     if switches.verbose and switches.log_format == "text":
-        _print_settings(config)
+        from pipeline.settings.sources import to_toml
+
+        print(to_toml(config), end="", file=sys.stderr)
     if switches.dry_run:
         return _dry_run(config, switches)
     if switches.show_prompt is not None:
@@ -74,12 +76,6 @@ def _process_began() -> float:
 
     age_s = time.time() - psutil.Process().create_time()
     return time.perf_counter() - max(0.0, age_s)
-
-
-def _print_settings(config: BatchConfig) -> None:
-    from pipeline.settings.sources import to_toml
-
-    print(to_toml(config), end="", file=sys.stderr)
 
 
 def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import typer
@@ -26,7 +25,7 @@ from pipeline.settings.bench_settings import (
     ThroughputConfig,
     TtftConfig,
 )
-from pipeline.settings.console_settings import AccuracySwitches, BenchSwitches, PlotSwitch
+from pipeline.settings.console_settings import AccuracySwitches, BenchSwitches, JsonSwitch, PlotSwitch
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import SplitSettings
 from pipeline.settings.run_settings import PackSettings
@@ -80,7 +79,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     conditions = {**tables.conditions_of(model), "ceilings": [measured.as_dict() for measured in ceilings]}
     if drawn.plot:
         save_plot(drawn.plot, f"{conditions['model']}, {conditions['device']}", results)
-    _show(switches, conditions, results, tables.print_ttft_table)
+    _show(switches, conditions, _dicts(results), tables.ttft_lines(results))
 
 
 @takes(OffloadConfig, BenchSwitches)
@@ -112,7 +111,7 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
         )
     settings = {"method": config.variant, "kv_memory": config.kv_memory, "new_tokens": config.new_tokens}
     conditions = {**tables.conditions_of(model), **settings}
-    _show(switches, conditions, results, tables.print_offload_table)
+    _show(switches, conditions, _dicts(results), tables.offload_lines(results))
 
 
 @takes(DecodeConfig, BenchSwitches)
@@ -134,7 +133,7 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
             repeats=config.repeats,
         )
     conditions = {**tables.conditions_of(model), "new_tokens": config.new_tokens}
-    _show(switches, conditions, results, tables.print_decode_table)
+    _show(switches, conditions, _dicts(results), tables.decode_lines(results))
 
 
 @takes(KernelConfig, BenchSwitches)
@@ -170,15 +169,12 @@ def attention(config: KernelConfig, switches: BenchSwitches) -> None:
         "dtype": str(number).removeprefix("torch."),
         "torch": version_of("torch"),
     }
-    if switches.as_json:
-        measured = [result.as_dict() for result in results]
-        print(json.dumps({**conditions, "results": measured, "not_available": refused}))
-    else:
-        tables.print_attention_table(conditions, results, refused)
+    measured = {**_dicts(results), "not_available": refused}
+    _show(switches, conditions, measured, tables.attention_lines(results, refused))
 
 
 @takes(ThroughputConfig, BenchSwitches)
-def throughput(config: ThroughputConfig, switches: BenchSwitches) -> None:
+def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
     """Documents and tokens a second of a whole run, its answers thrown away, and the GPU's idle share.
 
     On a GPU the run is made twice: for the throughput, and once more under the profiler, which slows it
@@ -199,10 +195,7 @@ def throughput(config: ThroughputConfig, switches: BenchSwitches) -> None:
     prepare(model, [chosen])
     result = measure_throughput(model, chosen, options.pop("input"), note=note, **options)
     conditions = {**tables.conditions_of(model), "max_new_tokens": config.max_new_tokens}
-    if switches.as_json:
-        print(json.dumps({**conditions, **result.as_dict()}))
-    else:
-        tables.print_throughput_table(conditions, result)
+    _show(switches, conditions, result.as_dict(), tables.throughput_lines(result))
 
 
 @takes(AccuracyConfig, AccuracySwitches)
@@ -232,8 +225,7 @@ def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     conditions, results = _accuracies(config, saying(quiet=switches.quiet))
     if switches.plot is not None:
         save_accuracy(switches.plot, f"{conditions['model']}, {conditions['device']}", results)
-    show = partial(tables.print_accuracy_tables, long_tokens=config.long_tokens)
-    _show(switches, conditions, results, show)
+    _show(switches, conditions, _dicts(results), tables.accuracy_lines(results, config.long_tokens))
 
 
 def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:
@@ -261,26 +253,20 @@ def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dic
     return conditions, results
 
 
+def _dicts(results: Sequence[Any]) -> dict[str, Any]:
+    return {"results": [result.as_dict() for result in results]}
+
+
 def _show(
-    switches: BenchSwitches | AccuracySwitches,
-    conditions: dict[str, Any],
-    results: Sequence[Any],
-    show: Callable[[dict[str, Any], Any], None],
+    switches: JsonSwitch, conditions: dict[str, Any], measured: dict[str, Any], lines: Iterable[str]
 ) -> None:
-    """Print what was measured, as JSON or as tables."""
+    """Print what was measured, as JSON or as lines of text."""
     if switches.as_json:
-        print(json.dumps({**conditions, "results": [result.as_dict() for result in results]}))
+        print(json.dumps({**conditions, **measured}))
     else:
-        show(conditions, results)
+        print(*tables.condition_lines(conditions), *lines, sep="\n")
 
 
-for name, command in {
-    "accuracy": accuracy,
-    "attention": attention,
-    "batch": throughput,
-    "ttft": ttft,
-    "offload": offload,
-    "decode": decode,
-}.items():
-    bench_app.command(name, epilog=epilog(f"bench {name}"))(command)
+for command in (accuracy, attention, batch, ttft, offload, decode):
+    bench_app.command(epilog=epilog(f"bench {command.__name__}"))(command)
 bench_app.command("agreement", hidden=True)(agreement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
@@ -13,6 +14,7 @@ from pipeline.settings.console_settings import DoctorSwitches
 if TYPE_CHECKING:
     from marsinfer_cli.console import Console
     from pipeline.doctor.examine import Examination
+    from pipeline.doctor.findings import Finding, Probe
 
 STYLES = {"ok": "green", "absent": "dim", "note": "yellow", "broken": "bold red"}
 WORDS = {"ok": "ok", "absent": "-", "note": "note", "broken": "BROKEN"}
@@ -59,36 +61,33 @@ def _print(result: Examination) -> None:
         console.print("\nNothing is broken.", style="green", highlight=False)
 
 
+def _group(found: tuple[Probe, Finding]) -> str:
+    return found[0].group
+
+
 def _lines(result: Examination) -> Iterator[str]:
     """For a log, which has no width: each finding in one line, so that paths stay whole."""
     width = max((len(probe.name) for probe, _ in result.findings), default=0)
     statuses = max(map(len, WORDS.values()))
-    group = None
-    for probe, finding in result.findings:
-        if probe.group != group:
-            yield probe.group if group is None else f"\n{probe.group}"
-            group = probe.group
-        yield f"  {probe.name:<{width}}  {WORDS[finding.status]:<{statuses}}  {finding.text}".rstrip()
+    for number, (group, findings) in enumerate(groupby(result.findings, key=_group)):
+        yield f"\n{group}" if number else group
+        for probe, finding in findings:
+            yield f"  {probe.name:<{width}}  {WORDS[finding.status]:<{statuses}}  {finding.text}".rstrip()
 
 
 def _print_table(result: Examination, console: Console) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("name", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("text", overflow="fold")
-    group = None
-    for probe, finding in result.findings:
-        if probe.group != group:
-            table.add_row(Text(("" if group is None else "\n") + probe.group, style="bold"))
-            group = probe.group
-        style = STYLES[finding.status]
-        plain = "dim" if finding.status == "absent" else ""
-        table.add_row(
-            Text(f"  {probe.name}", style=plain),
-            Text(WORDS[finding.status], style=style),
-            Text(finding.text, style=plain),
-        )
+    columns = Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, (group, findings) in enumerate(groupby(result.findings, key=_group)):
+        table.add_row(Text(f"\n{group}" if number else group, style="bold"))
+        for probe, finding in findings:
+            plain = "dim" if finding.status == "absent" else ""
+            table.add_row(
+                Text(f"  {probe.name}", style=plain),
+                Text(WORDS[finding.status], style=STYLES[finding.status]),
+                Text(finding.text, style=plain),
+            )
     console.print(table)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from marsinfer_cli.console import Console
 from marsinfer_cli.events import note, print_event
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import FLAT
 from pipeline.summary import Summary, Tally
-from pipeline.texts.words import counted, percent_of
+from pipeline.texts.words import counted, duration, percent_of
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
@@ -76,9 +75,7 @@ class BatchProgress:
             self._heart.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         if self._heart is not None:
             self._heart.join()
@@ -97,7 +94,8 @@ class BatchProgress:
             self._bar.update(task, description=line, completed=tally.prompt_tokens, total=total)
             return
         with self._lock:
-            self._latest = line + (_time_left(tally) if self._has_rate else "")
+            left = tally.seconds_left if self._has_rate else None
+            self._latest = f"{line}, about {duration(left)} left" if left else line
             self._latest_counts = counts
             if time.monotonic() - self._last_line >= PLAIN_EVERY_S:
                 self._print_progress(self._latest)
@@ -135,14 +133,10 @@ class BatchProgress:
                 wait = self._last_line + HEARTBEAT_S - time.monotonic()
                 if wait <= 0:
                     minutes = (time.perf_counter() - self._began) / 60
-                    self._print_progress(f"still running after {minutes:,.1f} min; {self._state}")
+                    doing = "" if self._phase is None else f": {self._phase}"
+                    state = self._latest or f"nothing has finished yet{doing}"
+                    self._print_progress(f"still running after {minutes:,.1f} min; {state}")
                     wait = HEARTBEAT_S
-
-    @property
-    def _state(self) -> str:
-        """The last numbers, or as long as there are none, what is being done."""
-        doing = "" if self._phase is None else f": {self._phase}"
-        return self._latest or f"nothing has finished yet{doing}"
 
     def _print_progress(self, line: str) -> None:
         self._last_line = time.monotonic()
@@ -176,9 +170,7 @@ def print_summary(summary: Summary) -> None:
     """The closing table."""
     console = Console(stderr=True)
     console.plain(f"{summary.method}: {summary.output}")
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = Table(Column(style="bold"), Column(justify="right"), show_header=False)
     for name, value in _facts(summary):
         table.add_row(name, value)
     console.print(table)
@@ -191,7 +183,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.in_output.total() != summary.documents:
         facts.append(("rows of the output", f"{summary.in_output.total():,}"))
         facts.append(("  of which errors", f"{summary.in_output['error']:,}"))
-    facts += [(f"rows that {what}", f"{count:,}") for what, count in _moved(summary) if count]
+    moved = {"left the output": summary.left_rows, "came back": summary.returned_rows}
+    facts += [(f"rows that {what}", f"{count:,}") for what, count in moved.items() if count]
     facts += [(f"  {kind}", f"{count:,}") for kind, count in summary.errors.most_common()]
     if summary.status["skipped"]:
         facts.append(("skipped", f"{summary.status['skipped']:,}"))
@@ -218,10 +211,6 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return facts
 
 
-def _moved(summary: Summary) -> list[tuple[str, int]]:
-    return [("left the output", summary.left_rows), ("came back", summary.returned_rows)]
-
-
 def _line(tally: Tally, noun: str, has_rate: bool) -> str:
     rows = f"{tally.documents:,}"
     if tally.expected_rows:
@@ -233,16 +222,6 @@ def _line(tally: Tally, noun: str, has_rate: bool) -> str:
         f"{rows} {noun.removesuffix('s') if one else noun}, "
         f"{counted(tally.prompt_tokens, 'token')}{rate}{errors}{_several(tally)}"
     )
-
-
-def _time_left(tally: Tally) -> str:
-    seconds = tally.seconds_left
-    if not seconds:
-        return ""
-    if seconds < 90:
-        return f", about {seconds:,.0f} s left"
-    minutes = seconds / 60
-    return f", about {minutes:,.0f} min left" if minutes < 90 else f", about {minutes / 60:,.1f} h left"
 
 
 def _several(tally: Tally) -> str:

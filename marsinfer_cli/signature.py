@@ -143,8 +143,8 @@ def resolve(context: typer.Context, classes: Sequence[type[Settings]]) -> list[S
     for cls in classes:
         flags = _flags(cls, given)
         words = _words(cls, flags)
-        elsewhere = (sources.from_elsewhere(cls, layer, notes.append) for layer in (file, environment))
-        values = sources.merge(*elsewhere, sources.taken(cls, flags, notes.append))
+        elsewhere = (sources.taken(cls, layer, notes.append) for layer in (file, environment))
+        values = sources.merge(*elsewhere, sources.renewed(cls, flags, notes.append))
         if words is not None:
             values |= _places(words, values, path)
         if issubclass(cls, MethodSettings) and values.get("profile") is not None:

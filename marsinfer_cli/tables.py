@@ -1,4 +1,4 @@
-"""Measurements as Markdown tables: readable as they are, and ready to be kept."""
+"""Measurements as lines of Markdown tables: readable as they are, and ready to be kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.texts.versions import version_of
 from pipeline.texts.words import percent_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -43,10 +43,9 @@ def device_named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
-def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> None:
+def ttft_lines(results: Sequence[Measurement]) -> Iterator[str]:
     from pipeline.bench.ttft import saving_reached
 
-    _print_conditions(conditions)
     dense = {result.tokens: result for result in results if result.variant == "dense"}
     rows = []
     for result in results:
@@ -70,15 +69,17 @@ def print_ttft_table(conditions: dict[str, Any], results: list[Measurement]) -> 
                 "end to end ms": _number(result.end_to_end_ms),
             }
         )
-    _print_rows(rows)
+    yield from _table(rows)
     for result in results:
-        variant = f"{result.variant}, {result.tokens:,} tokens"
-        _print_by_layer(variant, result.kept_share_by_layer, result.ffn_share_by_layer)
+        by_layer = {"tokens": result.kept_share_by_layer, "FFN tokens": result.ffn_share_by_layer}
+        for what, shares in by_layer.items():
+            if shares and set(shares) != {1}:
+                told = " ".join(f"{share:.0%}" for share in shares)
+                yield f"\n{result.variant}, {result.tokens:,} tokens: {what} by layer: {told}"
 
 
-def print_offload_table(conditions: dict[str, Any], results: list[OffloadMeasurement]) -> None:
-    _print_conditions(conditions)
-    _print_rows(
+def offload_lines(results: Sequence[OffloadMeasurement]) -> Iterator[str]:
+    return _table(
         [
             {
                 "tokens": f"{result.tokens:,}",
@@ -103,9 +104,8 @@ def print_offload_table(conditions: dict[str, Any], results: list[OffloadMeasure
     )
 
 
-def print_decode_table(conditions: dict[str, Any], results: list[DecodeMeasurement]) -> None:
-    _print_conditions(conditions)
-    _print_rows(
+def decode_lines(results: Sequence[DecodeMeasurement]) -> Iterator[str]:
+    yield from _table(
         [
             {
                 "documents": str(result.documents),
@@ -127,12 +127,11 @@ def print_decode_table(conditions: dict[str, Any], results: list[DecodeMeasureme
     )
     for result in results:
         if result.capture_failure:
-            print(f"\n{result.variant}: decoded without graphs: {result.capture_failure}")
+            yield f"\n{result.variant}: decoded without graphs: {result.capture_failure}"
 
 
-def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy], long_tokens: int) -> None:
+def accuracy_lines(results: Sequence[Accuracy], long_tokens: int) -> Iterator[str]:
     """One table of all rows that are no needles with speed and shares, then one of each kind of needles."""
-    _print_conditions(conditions)
     heads = dict.fromkeys(group.name for result in results for group in result.groups)
     for head in heads:
         rows = []
@@ -157,9 +156,9 @@ def print_accuracy_tables(conditions: dict[str, Any], results: Sequence[Accuracy
                 }
             rows.append(row)
         group = next(group for group in results[0].groups if group.name == head)
-        print(f"{head}: {group.rows:,} of {group.documents:,} documents\n")
-        _print_rows(rows)
-        print()
+        yield f"{head}: {group.rows:,} of {group.documents:,} documents\n"
+        yield from _table(rows)
+        yield ""
 
 
 _SHARE_HEADS = {
@@ -175,38 +174,33 @@ def _drop(drop: Drop) -> str:
     return f"{drop.drop + 0:.2f} ({drop.low + 0:.2f} to {drop.high + 0:.2f})"
 
 
-def print_attention_table(
-    conditions: dict[str, Any], results: list[AttentionMeasurement], refused: dict[str, str]
-) -> None:
+def attention_lines(results: Sequence[AttentionMeasurement], refused: dict[str, str]) -> Iterator[str]:
     """TFLOP/s, a row a backend and a column a pack; below it, what could not be measured."""
-    _print_conditions(conditions)
     packs = dict.fromkeys(pack for result in results for pack in (*rates_of(result), *result.failures))
-    if results:
-        _print_rows(
-            [
-                {
-                    "backend": result.backend,
-                    "relative error": f"{result.relative_error:.1e}",
-                    **{f"{pack} TFLOP/s": _number(rates_of(result).get(pack)) for pack in packs},
-                }
-                for result in results
-            ]
-        )
+    rows = [
+        {
+            "backend": result.backend,
+            "relative error": f"{result.relative_error:.1e}",
+            **{f"{pack} TFLOP/s": _number(rates_of(result).get(pack)) for pack in packs},
+        }
+        for result in results
+    ]
+    if rows:
+        yield from _table(rows)
     for name, reason in refused.items():
-        print(f"\n{name}: not available: {reason}")
+        yield f"\n{name}: not available: {reason}"
     for result in results:
         for pack, reason in result.failures.items():
-            print(f"\n{result.backend}, {pack}: failed: {reason}")
+            yield f"\n{result.backend}, {pack}: failed: {reason}"
 
 
 def rates_of(result: AttentionMeasurement) -> dict[str, float]:
     return {rate.pack: rate.tflops_per_second for rate in result.rates}
 
 
-def print_throughput_table(conditions: dict[str, Any], result: Throughput) -> None:
-    _print_conditions(conditions)
+def throughput_lines(result: Throughput) -> Iterator[str]:
     idle = result.idle
-    _print_rows(
+    yield from _table(
         [
             {
                 "variant": result.variant,
@@ -225,42 +219,37 @@ def print_throughput_table(conditions: dict[str, Any], result: Throughput) -> No
             }
         ]
     )
-    warm_up = f"{result.warm_up_s:,.2f} s of it warming up"
-    print("\nwall: from the first pack's start to the last one's end; ", end="")
-    print(f"the whole run took {result.run_s:,.2f} s, {warm_up}")
+    yield (
+        "\nwall: from the first pack's start to the last one's end; the whole run took "
+        f"{result.run_s:,.2f} s, {result.warm_up_s:,.2f} s of it warming up"
+    )
     if idle:
-        print("idle: without a kernel or a copy on the device, in a second run, under the profiler")
+        yield "idle: without a kernel or a copy on the device, in a second run, under the profiler"
     else:
-        print("idle: not measured: no GPU, or the profiler saw nothing of it")
+        yield "idle: not measured: no GPU, or the profiler saw nothing of it"
 
 
-def _print_by_layer(variant: str, kept: tuple[float, ...] | None, ffn: tuple[float, ...] | None) -> None:
-    for what, shares in (("tokens by layer", kept), ("FFN tokens by layer", ffn)):
-        if shares and set(shares) != {1}:
-            print(f"\n{variant}: {what}: {' '.join(f'{share:.0%}' for share in shares)}")
-
-
-def _print_conditions(conditions: dict[str, Any]) -> None:
-    ceilings = conditions.get("ceilings", [])
-    print(", ".join(f"{name} {value}" for name, value in conditions.items() if name != "ceilings"))
-    for measured in ceilings:
+def condition_lines(conditions: dict[str, Any]) -> Iterator[str]:
+    """What the numbers depend on, above their tables."""
+    yield ", ".join(f"{name} {value}" for name, value in conditions.items() if name != "ceilings")
+    for measured in conditions.get("ceilings", []):
         rate = measured["fp8_matrix_tflops"]
         fp8 = f" (fp8 {rate:,.2f})" if rate else ""
-        print(
+        yield (
             f"ceilings at {measured['tokens']:,} tokens: matrix product "
             f"{measured['matrix_tflops']:,.2f} TFLOP/s{fp8}, "
             f"attention {measured['attention_tflops']:,.2f} TFLOP/s"
         )
-    print()
+    yield ""
 
 
-def _print_rows(rows: list[dict[str, str]]) -> None:
+def _table(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     """A Markdown table without the columns in which no row has anything."""
     columns = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     for row in rows:
-        print("| " + " | ".join(in_cell(row[name]) for name in columns) + " |")
+        yield "| " + " | ".join(in_cell(row[name]) for name in columns) + " |"
 
 
 def _number(value: float | None) -> str:

@@ -51,7 +51,6 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
 
 
 def _with_keep(method: PruningMethod, shares: tuple[float, ...]) -> PruningMethod:
-    from pipeline.errors import ConfigError
     from pipeline.pruning.capabilities import FixesShares
 
     if not isinstance(method, FixesShares):

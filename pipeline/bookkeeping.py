@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.engines.one_process import Engine
+from pipeline.engines.one_process import Engine, Hooks
 from pipeline.errors import TooManyErrors
 from pipeline.outputs.journal import Journal
 from pipeline.records import Answer
@@ -31,8 +31,7 @@ class Books:
     engine: Engine
     summary: Summary
     progress: Progress
-    note: Note
-    phase: Note
+    hooks: Hooks
     told_length: bool = False  # of a prompt that the run's profile says little about
 
     def begin(self) -> None:
@@ -42,16 +41,16 @@ class Books:
         itemsize = run.model.dtype.itemsize
         summary.kv_bytes_per_token = run.model.shape.layers * run.model.shape.kv_bytes_per_token(itemsize)
         summary.start_work()
-        self.phase("reading and tokenizing")
+        self.hooks.phase("reading and tokenizing")
 
     def opened(self, journal: Journal) -> None:
         """Tell what earlier runs have done; raises TooManyErrors where too many of their rows failed."""
         self.summary.kept_before = journal.resumed
         for text in journal.notes:
-            self.note(text)
+            self.hooks.note(text)
         if journal.resumed:
             done = journal.done_at_start.total()
-            self.note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
+            self.hooks.note(f"resuming: {counted(done, 'row')} {'is' if done == 1 else 'are'} done")
             refuse_broken(self.run.config, journal.done_at_start)
 
     def taken(self, items: list[Item] | None) -> list[Item] | None:
@@ -65,9 +64,9 @@ class Books:
             text = self.run.length_note(longest)
             self.told_length = text is not None
             if text is not None:
-                self.note(text)
+                self.hooks.note(text)
         if self.engine.workers is not None and not self.summary.documents:
-            self.phase("loading the model in the workers, and answering the first rows")
+            self.hooks.phase("loading the model in the workers, and answering the first rows")
         return items
 
     def saved(self, answers: Sequence[Answer], before: Counter[str]) -> None:
@@ -83,8 +82,8 @@ class Books:
         summary.times = self.engine.times
         summary.left_rows, summary.returned_rows = journal.leaving(), journal.returned
         for text in notes:
-            self.note(text)
-        self.phase("writing the output")
+            self.hooks.note(text)
+        self.hooks.phase("writing the output")
         summary.in_output = journal.counts()
         if not (summary.in_output["ok"] or summary.errors):
             summary.failed_before = journal.first_failure()
@@ -93,7 +92,7 @@ class Books:
         """Tell a user who waits for new rows that there are none."""
         if journal.resumed and not self.summary.documents:
             stays = "" if written else f"; {self.summary.output} stays as it is"
-            self.note(f"nothing new: every row was done{stays}")
+            self.hooks.note(f"nothing new: every row was done{stays}")
 
     def end(self) -> None:
         self.summary.finish()

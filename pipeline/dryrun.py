@@ -7,7 +7,7 @@ the rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,14 +249,15 @@ class DryRunReport:
         lines = [f"note: {note}" for note in self.notes]
         lines += [f"output: {self._output()}", "columns passed through:"]
         lines += [f"  {name}: {kind}" for name, kind in self.schema.items()] or ["  none"]
+        return "\n".join([*lines, *self._rows(), *self._over_long(), *self._histogram(), *self._plan()])
+
+    def _rows(self) -> Iterator[str]:
         tally = self.tally
         new = "new rows" if self.done else "rows"
-        lines.append(f"{new}: {tally.documents:,}, of which {tally.status['ok']:,} can be answered")
+        yield f"{new}: {tally.documents:,}, of which {tally.status['ok']:,} can be answered"
         for kind, rows in tally.errors.most_common():
-            lines.append(f"  {kind}: {rows:,}")
-            lines += [f"    {' '.join(message.split())}" for message in tally.messages[kind]]
-        lines += [*self._over_long(), *self._histogram(), *self._plan()]
-        return "\n".join(lines)
+            yield f"  {kind}: {rows:,}"
+            yield from (f"    {' '.join(message.split())}" for message in tally.messages[kind])
 
     def _output(self) -> str:
         """Where answers go, and what becomes of what is there."""
@@ -284,52 +285,46 @@ class DryRunReport:
             why = self.tally.commonest_error or "all of them failed in earlier runs"
             raise NoneAnswered(f"none of {counted(rows, 'row')} can be answered; {why}")
 
-    def _over_long(self) -> list[str]:
+    def _over_long(self) -> Iterator[str]:
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
         policy = f"--on-overlong {self.config.on_overlong}"
         rows = self._over_long_rows()
-        lines = [f"over {self.run.prompts.limit:,} prompt tokens: {counted(rows, 'row')} ({policy}{cut})"]
+        yield f"over {self.run.prompts.limit:,} prompt tokens: {counted(rows, 'row')} ({policy}{cut})"
         if self.split_rows:
-            lines.append(
-                f"split: {counted(self.split_rows, 'row')} into {counted(self.parts, 'part')}; "
-                "combining them comes on top"
-            )
-            lines += [
-                f"  row {row['row']}, id {row['id']}: "
-                f"{row['document_tokens']:,} tokens in {row['parts']:,} parts"
-                for row in self.split
-            ]
-        return lines
+            parts = counted(self.parts, "part")
+            yield f"split: {counted(self.split_rows, 'row')} into {parts}; combining them comes on top"
+        for row in self.split:
+            tokens = f"{row['document_tokens']:,} tokens in {row['parts']:,} parts"
+            yield f"  row {row['row']}, id {row['id']}: {tokens}"
 
     def _over_long_rows(self) -> int:
         return self.tally.errors["over_long"] + self.truncated_rows + self.split_rows
 
-    def _histogram(self) -> list[str]:
-        lines = [f"prompts: {self.tally.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"]
+    def _histogram(self) -> Iterator[str]:
+        yield f"prompts: {self.tally.prompt_tokens:,} tokens, the longest {self.longest_tokens:,}"
         most = max(self.lengths.values(), default=1)
         for power in self._powers():
             rows = self.lengths[power]
             # a bar that is not empty for any row at all
             bar = "#" * -(-rows * BAR_WIDTH // most)
             span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
-            lines.append(f"  {span:>22} {rows:>10,} {bar}".rstrip())
-        return lines
+            yield f"  {span:>22} {rows:>10,} {bar}".rstrip()
 
     def _powers(self) -> range:
         return range(min(self.lengths), max(self.lengths) + 1) if self.lengths else range(0)
 
-    def _plan(self) -> list[str]:
+    def _plan(self) -> Iterator[str]:
         packer = self.packer
-        documents = counted(self.grouped_documents, "document")
-        together = f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
-        return [
-            *([together] if self.grouped_documents else []),
-            f"packs: {self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}, "
-            f"the largest {self.largest_pack_tokens:,}",
-            f"keys and values of the largest pack: {_figures(self.kv_bytes / 1e9)} GB ({packer.method.name})",
-            f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP",
-            *([] if self.estimate is None else [self.estimate.as_text()]),
-        ]
+        if self.grouped_documents:
+            documents = counted(self.grouped_documents, "document")
+            yield f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
+        packs = f"{self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
+        yield f"packs: {packs}, the largest {self.largest_pack_tokens:,}"
+        gigabytes = _figures(self.kv_bytes / 1e9)
+        yield f"keys and values of the largest pack: {gigabytes} GB ({packer.method.name})"
+        yield f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP"
+        if self.estimate is not None:
+            yield self.estimate.as_text()
 
 
 def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> DryRunReport:

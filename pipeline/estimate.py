@@ -12,7 +12,7 @@ from pipeline.bench.timing import best_seconds
 from pipeline.engines.memory import Packer
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
-from pipeline.texts.words import counted
+from pipeline.texts.words import counted, duration
 
 TRIAL_S = 0.2  # of each rate
 # of the rate of a matrix product, what prefills reach: long documents on a GPU, and short ones or a busy CPU
@@ -152,9 +152,4 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: ModelShape) -
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "less than 1 s"
-    if seconds < 90:
-        return f"{seconds:,.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:,.0f} min" if minutes < 90 else f"{minutes / 60:,.1f} h"
+    return "less than 1 s" if seconds < 1 else duration(seconds)

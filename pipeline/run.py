@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.bookkeeping import Books, Note, Progress
-from pipeline.engines.one_process import Engine, OneProcess
+from pipeline.engines.one_process import Engine, Hooks, OneProcess
 from pipeline.engines.packing import windows
 from pipeline.engines.prefetch import ahead
 from pipeline.errors import (
@@ -52,20 +52,16 @@ WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one m
 Inputs = str | os.PathLike[str]
 
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
 def run_batch(
     input: Inputs | Sequence[Inputs],
     output: str | os.PathLike[str],
     *,
     model: str | LoadedModel = "smollm2-135m",
     method: str | PruningMethod | None = None,
-    progress: Progress = _nothing,
-    note: Note = _nothing,
-    check: Callable[[], None] = _nothing,
-    phase: Note = _nothing,
+    progress: Progress = lambda summary: None,
+    note: Note = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+    phase: Note = lambda text: None,
     began: float | None = None,
     **options: Any,
 ) -> Summary:
@@ -98,21 +94,16 @@ def run_batch(
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
             note(text)
-        engine = _engine(run, cluster, check=check, note=note, phase=phase)
-        books = Books(run=run, engine=engine, summary=summary, progress=progress, note=note, phase=phase)
-        answer_all(run, engine, books, check=check, still_locked=lock.check)
+        hooks = Hooks(check=check, note=note, phase=phase)
+        engine = _engine(run, cluster, hooks)
+        books = Books(run=run, engine=engine, summary=summary, progress=progress, hooks=hooks)
+        answer_all(books, still_locked=lock.check)
     return summary
 
 
-def answer_all(
-    run: Preparation,
-    engine: Engine,
-    books: Books,
-    *,
-    check: Callable[[], None],
-    still_locked: Callable[[], None],
-) -> None:
+def answer_all(books: Books, still_locked: Callable[[], None]) -> None:
     """Run every new row through the model, into the journal, and publish the output."""
+    run, engine, check = books.run, books.engine, books.hooks.check
     config = run.config
     books.begin()
     with open_journal(
@@ -146,19 +137,11 @@ def answer_all(
 
 def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tally) -> Iterator[list[Item]]:
     """The new rows, tokenized, some at a time; the tally expects as many as these let it."""
-    before = done.done_at_start
-    sought = SoughtColumns(run.config, answered=before["ok"] > 0)
+    sought = SoughtColumns(run.config, answered=done.done_at_start["ok"] > 0)
 
     def heed(items: list[Item]) -> list[Item]:
         sought.look(items)
-        tally.expect(
-            len(items),
-            rows.total,
-            rows.fraction_read,
-            rows.most,
-            passed_over=done.passed_over,
-            done_before=before.total(),
-        )
+        tally.expect(len(items), rows, done)
         return items
 
     new = new_rows(rows, done, renames=run.source.columns.takes_ids)
@@ -230,17 +213,15 @@ def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextM
         return nullcontext()
     from pipeline.engines.ray_cluster import RayCluster
 
-    return RayCluster(config, check)
+    return closing(RayCluster(config, check))
 
 
-def _engine(
-    run: Preparation, cluster: RayCluster | None, *, check: Callable[[], None], note: Note, phase: Note
-) -> Engine:
+def _engine(run: Preparation, cluster: RayCluster | None, hooks: Hooks) -> Engine:
     if cluster is None:
-        return OneProcess(run, check, note, phase)
+        return OneProcess(run, hooks)
     from pipeline.engines.ray import RayEngine
 
-    return RayEngine(run, cluster, note)
+    return RayEngine(run, cluster, hooks.note)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from pipeline.engines.clock import EngineTimes
 from pipeline.records import Answer
 from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
 from pipeline.texts.words import counted
+
+if TYPE_CHECKING:
+    from pipeline.inputs.reading import Reading
+    from pipeline.outputs.finished import FinishedRows
 
 NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
 MOST_MESSAGES = 3  # kept of each kind of error
@@ -89,30 +93,21 @@ class Tally:
         """By error_type the first message, in one line."""
         return {kind: " ".join(messages[0].split()) for kind, messages in self.messages.items()}
 
-    def expect(
-        self,
-        newly_read: int,
-        total_rows: int | None,
-        fraction_read: float,
-        at_most: int | None = None,
-        *,
-        passed_over: int = 0,
-        done_before: int = 0,
-    ) -> None:
+    def expect(self, newly_read: int, rows: Reading, done: FinishedRows) -> None:
         """Estimate how many rows the run will have, from what has been read so far.
 
-        `total_rows`, `fraction_read` and `at_most` are of all rows that it takes from its input. Of them
-        `passed_over` have been found to be done, of the `done_before` that an earlier run has finished.
+        `rows` are all that it takes from its input, and `done` those that an earlier run has finished, of
+        which some have been found among them.
         """
         self._read += newly_read
-        if total_rows is None and at_most is None and not fraction_read:
+        if rows.total is None and rows.most is None and not rows.fraction_read:
             return  # a pipe does not tell how much is to come
-        read = self._read + passed_over
-        total = read / max(fraction_read, 1e-6) if total_rows is None else total_rows
-        if at_most is not None:
-            total = min(total, at_most)
-        to_pass_over = min(max(done_before - passed_over, 0), max(total - read, 0))
-        self.expected_rows = max(total - passed_over - to_pass_over, self._read)
+        read = self._read + done.passed_over
+        total = read / max(rows.fraction_read, 1e-6) if rows.total is None else rows.total
+        if rows.most is not None:
+            total = min(total, rows.most)
+        to_pass_over = min(max(done.done_at_start.total() - done.passed_over, 0), max(total - read, 0))
+        self.expected_rows = max(total - done.passed_over - to_pass_over, self._read)
 
     def start_work(self) -> None:
         """From here on rows are read and answered: what came before is no part of `working_s`."""

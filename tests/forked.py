@@ -105,7 +105,7 @@ def held_run(words: Sequence[str], printed: Path) -> Iterator[Forked]:
 
 def hold(say: Say) -> None:
     """Have a run wait once a few rows are saved, as in a layer without end: what `check` raises ends it."""
-    from pipeline.engines import outgoing
+    from pipeline.engines import one_process
     from pipeline.engines.local import LocalEngine
     from pipeline.outputs.journal import Journal
 
@@ -123,7 +123,7 @@ def hold(say: Say) -> None:
             self.check()
             time.sleep(0.01)
 
-    outgoing.MOST_S = 0.0
+    one_process.MOST_S = 0.0
     Journal.append, LocalEngine.advance = append_counted, advance_or_wait
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 
 from marsinfer_cli.progress import print_summary
@@ -10,13 +13,21 @@ from pipeline.records import Answer
 from pipeline.summary import Summary
 
 
+def reading(total_rows, fraction_read, at_most=None):
+    return SimpleNamespace(total=total_rows, fraction_read=fraction_read, most=at_most)
+
+
+def finished(passed_over=0, done_before=0):
+    return SimpleNamespace(passed_over=passed_over, done_at_start=Counter(ok=done_before))
+
+
 @pytest.mark.parametrize(
     ("total_rows", "fraction_read", "at_most", "expected"),
     [(100, 0.3, None, 100), (None, 0.25, None, 40), (None, 0.25, 12, 12), (None, 1.0, 50, 10)],
 )
 def test_expected_rows(total_rows, fraction_read, at_most, expected):
     summary = Summary(method="dense", output="out.parquet")
-    summary.expect(10, total_rows, fraction_read, at_most)
+    summary.expect(10, reading(total_rows, fraction_read, at_most), finished())
     assert summary.expected_rows == expected
 
 
@@ -37,14 +48,14 @@ def test_rows_that_are_done_are_not_expected(
     total_rows, fraction_read, at_most, passed_over, done_before, expected
 ):
     summary = Summary(method="dense", output="out.parquet")
-    counts = {"passed_over": passed_over, "done_before": done_before}
-    summary.expect(10, total_rows, fraction_read, at_most, **counts)
+    rows, done = reading(total_rows, fraction_read, at_most), finished(passed_over, done_before)
+    summary.expect(10, rows, done)
     assert summary.expected_rows == expected
 
 
 def test_in_the_end_there_is_no_more_to_expect():
     summary = Summary(method="dense", output="out.parquet")
-    summary.expect(1, None, 0.5)
+    summary.expect(1, reading(None, 0.5), finished())
     summary.count("ok", prompt_tokens=7)
     summary.finish()
     assert (summary.expected_rows, summary.prompt_tokens) == (1, 7)
@@ -157,7 +168,7 @@ def test_the_time_is_all_of_it_and_that_of_a_row_its_work(clock):
     summary.start_work()
     summary.times = EngineTimes(load_s=5.0, warm_up_s=3.0)
     summary.add([answer(n, prompt_tokens=30) for n in range(2)])
-    summary.expect(6, 6, 1.0)
+    summary.expect(6, reading(6, 1.0), finished())
     clock.now = 80.0
     assert summary.seconds_left == pytest.approx(4 * 12 / 2)
     summary.finish()

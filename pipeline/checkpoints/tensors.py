@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoints.building import Layout
-from pipeline.checkpoints.folder import Checkpoint
+from pipeline.checkpoints.folder import Checkpoint, first_of
 from pipeline.checkpoints.quantised import FP8_DTYPES, scales_of
 from pipeline.checkpoints.safetensor_files import Stored, seem_equal
 from pipeline.errors import ModelError
@@ -36,7 +36,6 @@ HARMLESS = (
     r"^(model\.)?(multi_modal_projector|mm_projector)\.",
     r"^(model\.)?(mtp|mtp_layers|medusa_heads?|eagle|hydra_heads?|draft_model)\.",  # draft heads
 )
-SHOWN = 3  # names in a message
 # what trainers and torch.compile put into names, somewhere
 WRAPPERS = (
     "base_model.model.",
@@ -146,7 +145,9 @@ def check_loaded(
     Releases differ in the keys of `report`. `scales` are tensors that transformers does not know and we use.
     """
     config, layout = loaded.config, Layout.of(loaded)
-    missing = [_name(key) for key in (*report.get("missing_keys", ()), *report.get("mismatched_keys", ()))]
+    keys = (*report.get("missing_keys", ()), *report.get("mismatched_keys", ()))
+    # what is mismatched stands with its shapes
+    missing = [key if isinstance(key, str) else str(key[0]) for key in keys]
     if missing:
         raise lacks(model, config.model_type, missing, REMEDY)
     compared = TensorComparison(model=model, config=config, layout=layout, stored={}, named={})
@@ -154,11 +155,6 @@ def check_loaded(
     for head, embedding in layout.tied.items():
         if loaded.get_parameter(head) is not loaded.get_parameter(embedding):
             raise untied(model, head, embedding)
-
-
-def _name(key: Any) -> str:
-    """Of what lacks, or of what is mismatched, which stands with its shapes."""
-    return key if isinstance(key, str) else str(key[0])
 
 
 def lacks(model: str, family: str, missing: Collection[str], remedy: str) -> ModelError:
@@ -269,8 +265,7 @@ def count(names: Collection[str]) -> str:
 
 def listed(names: Collection[str]) -> str:
     """The first of them, layer 2 before layer 10."""
-    first = sorted(names, key=_natural)[:SHOWN]
-    return ", ".join([*first, *(["..."] if len(names) > SHOWN else [])])
+    return first_of(sorted(names, key=_natural))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

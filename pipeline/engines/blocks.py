@@ -8,9 +8,8 @@ whoever is done first takes the next one: no worker is left alone with a large p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 from pipeline.engines.grouping import same_documents
 from pipeline.engines.packing import WINDOW_DOCUMENTS
@@ -31,12 +30,26 @@ def key_of(row: Row | Answer) -> Key:
 
 
 @dataclass(kw_only=True, eq=False)
-class Opened:
-    """A window of which blocks are made, with its rows that failed before they reached a worker."""
+class Window:
+    """A window's rows that failed before they reached a model, which wait until all others are answered."""
 
-    units: deque[Unit]  # longest first
     failures: list[RowError]
     unfinished: int  # rows with prompts
+
+    def finish(self, rows: int) -> list[RowError]:
+        """Count rows as answered; the failures once all are, lest their share look too large before."""
+        self.unfinished -= rows
+        if self.unfinished:
+            return []
+        failures, self.failures = self.failures, []
+        return failures
+
+
+@dataclass(kw_only=True, eq=False)
+class Opened(Window):
+    """A window of which blocks are made."""
+
+    units: deque[Unit]  # longest first
 
     @classmethod
     def of(cls, items: Sequence[Item], *, together: bool) -> Opened:
@@ -46,11 +59,6 @@ class Opened:
         units = units_of(others) if together else [[item] for item in others]
         units.sort(key=unit_tokens, reverse=True)
         return cls(units=deque(units), failures=failures, unfinished=len(others))
-
-    def finish(self, rows: int) -> list[RowError]:
-        """Count rows as answered; the failures once all are, lest their share look too large before."""
-        self.unfinished -= rows
-        return [] if self.unfinished else self.failures
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,10 +72,6 @@ class Block:
 
     def __post_init__(self) -> None:
         self.open = {key_of(item.source): item.source for unit in self.units for item in unit}
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(unit_tokens, self.units))
 
     def sent(self) -> list[Unit]:
         """The units as they are sent: what is copied to the output stays here."""
@@ -158,31 +162,20 @@ def unit_tokens(unit: Unit) -> int:
     return sum(map(item_tokens, unit))
 
 
+def with_prompts(item: Item, change: Callable[[EncodedDocument], EncodedDocument]) -> Item:
+    """An item with each of its prompts changed."""
+    if isinstance(item, SplitDocument):
+        parts = tuple(replace(part, encoded=part.encoded and change(part.encoded)) for part in item.parts)
+        return replace(item, parts=parts)
+    return change(item) if isinstance(item, EncodedDocument) else item
+
+
 def without_passthrough(item: Item) -> Item:
     """What a worker needs of a row."""
-    if isinstance(item, SplitDocument):
-        parts = tuple(replace(part, encoded=part.encoded and _bare(part.encoded)) for part in item.parts)
-        return replace(item, source=replace(item.source, passthrough=None), parts=parts)
-    return _bare(item) if isinstance(item, EncodedDocument) else item
-
-
-def _bare(document: EncodedDocument) -> EncodedDocument:
-    return replace(document, source=replace(document.source, passthrough=None))
+    bare = with_prompts(item, lambda prompt: replace(prompt, source=replace(prompt.source, passthrough=None)))
+    return replace(bare, source=replace(bare.source, passthrough=None))
 
 
 def moved(item: Item, seconds: float) -> Item:
     """With `ready_at` so many seconds later: an age, in place of a time of the clock of one machine."""
-    if isinstance(item, SplitDocument):
-        parts = tuple(
-            replace(part, encoded=part.encoded and _moved(part.encoded, seconds)) for part in item.parts
-        )
-        return replace(item, parts=parts)
-    return _moved(item, seconds) if isinstance(item, EncodedDocument) else item
-
-
-def _moved(document: EncodedDocument, seconds: float) -> EncodedDocument:
-    return replace(document, ready_at=document.ready_at + seconds)
-
-
-def rows_of(units: Iterable[Unit]) -> Iterator[Item]:
-    return chain.from_iterable(units)
+    return with_prompts(item, lambda prompt: replace(prompt, ready_at=prompt.ready_at + seconds))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from pipeline.engines.blocks import Key, Window, key_of
 from pipeline.engines.clock import EngineTimes
-from pipeline.engines.outgoing import MOST_ROWS, Outgoing
 from pipeline.errors import MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.capabilities import uses_fp8
-from pipeline.records import Answer, EncodedDocument
+from pipeline.records import Answer, EncodedDocument, RowError
 from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
+# answers go to the journal a few at a time, since each time costs a write that is waited for
+MOST_ROWS = 64
+MOST_S = 1.0  # that an answer waits for others
+
+
+class Hooks(NamedTuple):
+    """What is called during a run: `check` often, and it may raise; `note` and `phase` with texts."""
+
+    check: Callable[[], None] = lambda: None
+    note: Callable[[str], None] = lambda text: None  # of what a user should know
+    phase: Callable[[str], None] = lambda text: None  # of what is being done, whenever that changes
 
 
 class Engine(Protocol):
@@ -49,15 +60,8 @@ class OneProcess:
     patience_s: float | None = PATIENCE_S
     workers: int | None = None
 
-    def __init__(
-        self,
-        setup: Setup,
-        check: Callable[[], None],
-        note: Callable[[str], None],
-        phase: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """`phase` is told what is being done, whenever that changes."""
-        self._setup, self._check, self._note, self._phase = setup, check, note, phase
+    def __init__(self, setup: Setup, hooks: Hooks) -> None:
+        self._setup, self._hooks = setup, hooks
         self._engine: LocalEngine | None = None
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
@@ -65,7 +69,7 @@ class OneProcess:
             yield from answer_windows(self._start, windows, self._setup)
             if self._engine is not None:
                 for text in last_notes(self._engine):
-                    self._note(text)
+                    self._hooks.note(text)
         finally:
             if self._engine is not None:
                 self._engine.close()
@@ -76,7 +80,7 @@ class OneProcess:
 
     def _start(self, prompts: Sequence[EncodedDocument]) -> LocalEngine:
         if self._engine is None:
-            self._engine = start_engine(self._setup, self._check, self._note, prompts, self._phase)
+            self._engine = start_engine(self._setup, self._hooks, prompts)
         return self._engine
 
 
@@ -126,6 +130,53 @@ def answer_windows(
     yield from outgoing.rest()
 
 
+class Outgoing:
+    """Answers that are to be handed on, and the failures of windows of which all else is answered."""
+
+    def __init__(self, method: str) -> None:
+        """`method` is what rows name that never reached one."""
+        self._method = method
+        self.most_rows = MOST_ROWS  # that wait for others
+        self._ready: list[Answer] = []
+        self._since = 0.0
+        self._window_of: dict[Key, Window] = {}
+
+    def expect(self, items: Sequence[Item]) -> None:
+        """Learn which rows a window has."""
+        failures = [item for item in items if isinstance(item, RowError)]
+        keys = [key_of(item.source) for item in items if not isinstance(item, RowError)]
+        window = Window(failures=failures, unfinished=len(keys))
+        self._window_of |= dict.fromkeys(keys, window)
+        self._finish(window, 0)
+
+    def put(self, answer: Answer | None) -> None:
+        """Take in a row's answer, if there is one, and behind its window's last one the failures."""
+        if answer is not None:
+            self._put([answer])
+            self._finish(self._window_of.pop(key_of(answer)), 1)
+
+    def _finish(self, window: Window, rows: int) -> None:
+        self._put([Answer.from_failure(failure, self._method) for failure in window.finish(rows)])
+
+    def _put(self, answers: Sequence[Answer]) -> None:
+        if not self._ready:
+            self._since = time.perf_counter()
+        self._ready += answers
+
+    def due(self) -> Iterator[list[Answer]]:
+        """What is there, if it is enough or has waited long enough."""
+        if len(self._ready) >= self.most_rows or (
+            self._ready and time.perf_counter() - self._since >= MOST_S
+        ):
+            yield from self.rest()
+
+    def rest(self) -> Iterator[list[Answer]]:
+        """Whatever is there."""
+        if self._ready:
+            ready, self._ready = self._ready, []
+            yield ready
+
+
 def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocument]:
     """What is to be answered of a window at first."""
     for item in window:
@@ -134,25 +185,19 @@ def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocume
     return [item for item in window if isinstance(item, EncodedDocument)] + reduction.prompts()
 
 
-def start_engine(
-    setup: Setup,
-    check: Callable[[], None],
-    note: Callable[[str], None],
-    prompts: Sequence[EncodedDocument] | None = None,
-    phase: Callable[[str], None] = lambda text: None,
-) -> LocalEngine:
+def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] | None = None) -> LocalEngine:
     """Load the weights and warm up, and note how long that took where it took long.
 
     `prompts` are the first that will be answered, None where they are not known.
     """
-    phase("loading the model")
+    hooks.phase("loading the model")
     started = time.perf_counter()
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
 
     config = setup.config
-    check()
+    hooks.check()
     with nothing_to_lose():
         model = setup.model.load()
     model.adapter.use_linears(
@@ -174,12 +219,10 @@ def start_engine(
         group="off" if config.save_selection else config.group,
         guard=setup.guard,
         save_selection=config.save_selection,
-        check=check,
-        note=note,
-        phase=phase,
+        **hooks._asdict(),
     )
     loaded_s = engine.now() - started
-    phase("warming up")
-    warm_up(engine, LONGEST_WARM_UP_S, note, prompts)
+    hooks.phase("warming up")
+    warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)
     engine.times.load_s = loaded_s
     return engine

@@ -51,11 +51,8 @@ class _Seat:
 
     @property
     def awaited(self) -> Any:
+        """What is to come of it; None where it is idle."""
         return self.starting if self.stream is None else self.stream
-
-    @property
-    def is_idle(self) -> bool:
-        return self.awaited is None
 
 
 class RayEngine:
@@ -108,7 +105,7 @@ class RayEngine:
         """Take in a window; if no row of it is to be answered, its failures are all of it."""
         window = Opened.of(items, together=self._run.config.group != "off")
         if not window.units:
-            yield self._failed(window.failures)
+            yield self._failed(window.finish(0))
             return
         self._backlog.add(window)
         if not self._seats:
@@ -134,7 +131,7 @@ class RayEngine:
         for seat in self._seats:
             if not self._backlog:
                 return
-            if seat.is_idle:
+            if seat.awaited is None:
                 seat.block = self._backlog.take(len(self._seats), self._block_tokens)
                 now = time.perf_counter()
                 units = [[moved(item, -now) for item in unit] for unit in seat.block.sent()]
@@ -143,7 +140,7 @@ class RayEngine:
 
     def _collect(self) -> Iterator[list[Answer]]:
         """What workers have to tell, waiting a little where that is nothing."""
-        awaited = {id(seat.awaited): seat for seat in self._seats if not seat.is_idle}
+        awaited = {id(seat.awaited): seat for seat in self._seats if seat.awaited is not None}
         references = [seat.awaited for seat in awaited.values()]
         if not references:
             return
@@ -206,8 +203,7 @@ class RayEngine:
                 )
 
     def _finish(self, block: Block, rows: int) -> Iterator[list[Answer]]:
-        failures = block.window.finish(rows) if rows else []
-        if failures:
+        if failures := block.window.finish(rows):
             yield self._failed(failures)
 
     def _failed(self, failures: Sequence[RowError]) -> list[Answer]:
@@ -233,12 +229,13 @@ class RayEngine:
 
 def _raised(error: RayError) -> str:
     """The last line of a traceback of Ray's, which is what was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _short(lines[-1] if lines else type(error).__name__)
+    return _line(error, -1)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:157]}..."
+def _line(error: RayError, place: int) -> str:
+    """One of the lines of what an error says, made short; of one that says nothing its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[place] if len(lines[place]) <= 160 else f"{lines[place][:157]}..."
 
 
 def _cause(error: RayError) -> str:
@@ -247,6 +244,4 @@ def _cause(error: RayError) -> str:
         return f"its start raised {_raised(error)}"
     if isinstance(error, RayActorError):
         return "its process or its machine is gone"
-    return _short(
-        next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    )
+    return _line(error, 0)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.engines.ray_pulse import Pulse
 from pipeline.errors import ConfigError, MarsError
@@ -86,7 +85,7 @@ class _Places(list[str]):
 
 
 class RayCluster:
-    """A context manager: the cluster that a run names, or a Ray of its own, here, which ends with it."""
+    """The cluster that a run names, or a Ray of its own, here, which ends with it: see `close`."""
 
     def __init__(self, config: BatchConfig, check: Callable[[], None]) -> None:
         """Connects when something is asked of it."""
@@ -95,14 +94,6 @@ class RayCluster:
         self._connected = self._was_connected = False
         self._actors: list[Any] = []
         self._given: tuple[Any, str] = (None, "")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the workers, and the packs in flight with them, and leave the cluster."""
@@ -149,13 +140,16 @@ class RayCluster:
                 "logging_level": logging.INFO if shown else logging.CRITICAL,
                 "job_config": JobConfig(_py_driver_sys_path=_Places([str(HOME)])),
             }
+            if address is None:
+                options |= {
+                    "include_dashboard": False,
+                    "num_cpus": max(os.cpu_count() or 1, parse_workers(self._config.workers) or 1),
+                    "object_store_memory": OBJECT_STORE_BYTES,
+                }
             _check_listens(address)
             with _own_signals():
                 try:
-                    if address is None:
-                        ray.init(address="local", **options, **self._own_ray())
-                    else:
-                        ray.init(address=address, **options)
+                    ray.init(address=address or "local", **options)
                 except (OSError, RuntimeError, ValueError) as error:
                     where = "here" if address is None else f"at --ray-address {address}"
                     what = str(error).partition(". ")[0] or type(error).__name__
@@ -164,14 +158,6 @@ class RayCluster:
                     ) from error
         self._connected = True
         self._pulse = Pulse.of(ray, is_own=not self._was_connected and address is None)
-
-    def _own_ray(self) -> dict[str, Any]:
-        wanted = parse_workers(self._config.workers) or 1
-        return {
-            "include_dashboard": False,
-            "num_cpus": max(os.cpu_count() or 1, wanted),
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
 
     @property
     def gpus_per_worker(self) -> int:

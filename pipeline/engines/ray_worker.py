@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 
-from pipeline.engines.blocks import Unit, moved, rows_of
+from pipeline.engines.blocks import Unit, moved
 from pipeline.engines.clock import EngineTimes
-from pipeline.engines.one_process import answer_windows, last_notes, start_engine
+from pipeline.engines.one_process import Hooks, answer_windows, last_notes, start_engine
 from pipeline.errors import ConfigError, MarsError, ModelError
 from pipeline.records import Answer
 from pipeline.settings.run_settings import BatchConfig
@@ -80,7 +81,7 @@ class Worker:
         node = ray.util.get_node_ip_address()
         try:
             setup = replace(setup, model=self._open(setup, fingerprint))
-            engine = start_engine(setup, lambda: None, self._notes.append)
+            engine = start_engine(setup, Hooks(note=lambda text: self._notes.append(text)))
         except MarsError as error:
             raise type(error)(f"on {node}: {error}") from error
         self._share_memory(engine)
@@ -102,7 +103,7 @@ class Worker:
         assert self._ready is not None
         (setup, engine), now = self._ready, time.perf_counter()
         here = [[moved(item, now) for item in unit] for unit in units]
-        for items in here if apart else [list(rows_of(here))]:
+        for items in here if apart else [list(chain.from_iterable(here))]:
             for answers in answer_windows(lambda prompts: engine, [items], setup):
                 yield self._told(engine, answers)
         self._notes += last_notes(engine)

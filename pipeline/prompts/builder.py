@@ -208,20 +208,18 @@ class Vocabulary:
         uses = {f"the {template.what} writes": [token for part in fixed for token in part]}
         uses["answers end with"] = sorted(stop_token_ids(self._tokenizer, None))
         for what, tokens in uses.items():
-            beyond = next((token for token in tokens if token >= self._size), None)
-            if beyond is not None:
-                raise ModelError(
-                    f"{what} {self._told(beyond)}; use the tokenizer that belongs to the model's weights"
-                )
+            if beyond := self._beyond(tokens):
+                raise ModelError(f"{what} {beyond}; use the tokenizer that belongs to the model's weights")
 
     def check_text(self, ids: list[int]) -> None:
         """Raise `RowError`, of the kind `bad_text`, for a prompt with a token beyond the model's."""
-        if self._size is None:
-            return
-        beyond = next((token for token in ids if token >= self._size), None)
-        if beyond is not None:
-            raise RowError("bad_text", f"the text has {self._told(beyond)}; take it out of the text")
+        if beyond := self._beyond(ids):
+            raise RowError("bad_text", f"the text has {beyond}; take it out of the text")
 
-    def _told(self, token: int) -> str:
+    def _beyond(self, ids: list[int]) -> str | None:
+        """In words the first token that the model does not know; None where it knows all."""
+        size = self._size
+        if size is None or (token := next((token for token in ids if token >= size), None)) is None:
+            return None
         name = self._tokenizer.convert_ids_to_tokens(token)
-        return f"the token {name!r}, number {token:,}, and the model knows {self._size or 0:,} tokens"
+        return f"the token {name!r}, number {token:,}, and the model knows {size:,} tokens"

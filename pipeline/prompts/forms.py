@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.prompts.chat import ChatTemplate
 from pipeline.prompts.templates import NAMES, RENDER_ERRORS, SENTINELS, FileTemplate, told
@@ -77,9 +77,7 @@ class Form:
         edges = {name: Edges() for name, _ in segments if name}
         form = cls(template, segments, edges, system)
         probes = {"document": _PROBES, "question": _PROBES, "system": (system,)}
-        return cls(
-            template, segments, {name: form._edges_of(name, probes[name], fields) for name in edges}, system
-        )
+        return replace(form, edges={name: form._edges_of(name, probes[name], fields) for name in edges})
 
     def filled(self, texts: Mapping[str, str]) -> list[Segment]:
         """What the template writes with these texts, each without what the template takes away."""

@@ -97,10 +97,6 @@ class _Step:
     def text(self) -> str:
         return "" if self.answer is None else (self.answer.answer or "").strip()
 
-    @property
-    def failed(self) -> bool:
-        return self.answer is not None and self.answer.status != "ok"
-
     def titled(self) -> str:
         """The answer under the numbers of its parts, from 1."""
         first, last = self.parts.start + 1, self.parts.stop
@@ -123,7 +119,7 @@ class _SplitRow:
 
     def combinations(self) -> list[_Step]:
         """The steps that follow now that all are answered; none where the row is done or has failed."""
-        if any(step.failed for step in self.steps):
+        if any(answer.status != "ok" for answer in self.answers):
             return []
         said = [step for step in self._level if step.text]
         if len(said) < 2:  # where nothing was said, the last answer, which says nothing
@@ -177,6 +173,11 @@ class _SplitRow:
         )
 
     @property
+    def answers(self) -> list[Answer]:
+        """So far, of all steps in their order."""
+        return [step.answer for step in self.steps if step.answer is not None]
+
+    @property
     def _question(self) -> str | None:
         return self._splitter.combine_question(self._document.source.question)
 
@@ -192,13 +193,12 @@ class _SplitRow:
     def as_answer(self) -> Answer:
         """The row of the output."""
         answer = Answer.begin(self._document.source, self._method)
-        _add_statistics(answer, self.steps)
+        _add_statistics(answer, self.answers)
         answer.document_tokens, answer.truncated_tokens = self._document.document_tokens, 0
         answer.tokenize_ms = self._tokenize_ms
-        reasons = (step.answer.guard for step in self.steps if step.answer is not None)
-        answer.guard = next((reason for reason in reasons if reason is not None), None)
+        answer.guard = next((each.guard for each in self.answers if each.guard is not None), None)
         answer.parts = [_part(step) for step in self.steps]
-        failed = next((step.answer for step in self.steps if step.answer is not None and step.failed), None)
+        failed = next((each for each in self.answers if each.status != "ok"), None)
         if failed is not None:
             answer.status = "error"
             answer.error_type, answer.error_message = failed.error_type, failed.error_message
@@ -226,10 +226,8 @@ def _part(step: _Step) -> PartAnswer:
     return PartAnswer(**values)
 
 
-def _add_statistics(answer: Answer, steps: Sequence[_Step]) -> None:
-    """Sums over the steps that were answered; shares are means over their prompt tokens."""
-    done = [step for step in steps if step.answer is not None]
-    sent = [step.answer for step in done if step.answer is not None]
+def _add_statistics(answer: Answer, sent: Sequence[Answer]) -> None:
+    """Sums over the answers to a row's prompts; shares are means over their prompt tokens."""
     answer.prompt_tokens = sum(each.prompt_tokens or 0 for each in sent)
     ok = [each for each in sent if each.status == "ok"]
     if not ok:

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.errors import ModelError
 from pipeline.prompts.chat import chat_messages, check_chat
 from pipeline.prompts.templates import RENDER_ERRORS, SENTINELS
-from pipeline.prompts.whole import Tokens, WholeTexts, encoded
+from pipeline.prompts.whole import WholeTexts, encoded
 from pipeline.records import RowError
 
 if TYPE_CHECKING:
@@ -215,15 +215,18 @@ class Codec:
         if any(self._spells(text) for name, text in segments if name):
             return None
         text = "".join(text for _, text in segments)
-        tokens = self._texts.encode(text, _end_of_document(segments))
-        ids = tokens.ids
+        behind = [name for name, _ in segments].index("document") + 1
+        tokens = self._texts.encode(text, sum(len(text) for _, text in segments[:behind]))
+        ids, every = tokens.ids, range(len(tokens.ids))
         spans: dict[str, tuple[int, int]] = {}
         end = place = 0
         for name, text in segments:
             start, place = place, place + len(text)
             if name is not None:
-                first = max(end, _first_behind(tokens, start))  # the text before may share the token
-                end = max(first, _first_from(tokens, place))
+                # the first token that ends behind the text's beginning, which the text before may share
+                first = max(end, bisect_right(every, start, key=lambda token: tokens.span(token)[1]))
+                # the first that begins at the text's end or later
+                end = max(first, bisect_left(every, place, key=lambda token: tokens.span(token)[0]))
                 # the template's own, which may swallow white space beside them
                 if first < end and ids[first] in self._control_ids and tokens.span(first)[0] < start:
                     first += 1
@@ -273,23 +276,3 @@ class Codec:
             if ids[:skip] == anchor_ids:
                 return ids[skip:], encoding, anchor
         raise RowError("bad_text", "the tokenizer does not split the text from the one before it")
-
-
-def _end_of_document(segments: Sequence[Segment]) -> int:
-    """Characters up to the document's end."""
-    place = 0
-    for name, text in segments:
-        place += len(text)
-        if name == "document":
-            break
-    return place
-
-
-def _first_behind(tokens: Tokens, place: int) -> int:
-    """The first token that ends behind this character's beginning."""
-    return bisect_right(range(len(tokens.ids)), place, key=lambda token: tokens.span(token)[1])
-
-
-def _first_from(tokens: Tokens, place: int) -> int:
-    """The first token that begins at this character or later."""
-    return bisect_left(range(len(tokens.ids)), place, key=lambda token: tokens.span(token)[0])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
-from pipeline.settings.data_settings import SeedSettings
+from pipeline.settings.data_settings import ANSWER_TOKENS, SUMMARY_TOKENS, SeedSettings
 from pipeline.settings.option import ANSWERS, option
-from pipeline.settings.question_settings import ANSWER_TOKENS, SUMMARY_TOKENS
 
 
 class AnswerSettings(SeedSettings, panel=ANSWERS):

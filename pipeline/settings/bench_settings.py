@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from pipeline.settings.answer_settings import SamplingSettings
-from pipeline.settings.data_settings import DataSettings, TextSettings
+from pipeline.settings.data_settings import SUMMARIES, DataSettings, TextSettings
 from pipeline.settings.kinds import TEXT, WHOLE
 from pipeline.settings.model_settings import DeviceSettings, ModelSettings
 from pipeline.settings.option import MEASURED, READING, Renamed, Settings
 from pipeline.settings.option import option as any_option
 from pipeline.settings.parse import check_at_least
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
-from pipeline.settings.question_settings import SUMMARIES
 from pipeline.settings.row_settings import RowSettings
 from pipeline.settings.run_settings import KvSettings, PackSettings
 

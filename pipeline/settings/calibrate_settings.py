@@ -6,15 +6,19 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.replacing import is_profile, refuse_foreign_file
-from pipeline.settings.check_settings import check_place
-from pipeline.settings.gate_settings import SoughtSettings
-from pipeline.settings.parse import check_at_least
+from pipeline.settings.check_settings import DropSettings, check_place
+from pipeline.settings.kinds import NUMBER, SWITCH, TEXT
+from pipeline.settings.option import SOUGHT, Renamed, gone, option
+from pipeline.settings.parse import NEEDLES, check_at_least, parse_drop
 from pipeline.settings.row_settings import RowSettings
+from pipeline.settings.run_settings import OverwriteSettings
 
 
 class CalibrateConfig(
     RowSettings,
-    SoughtSettings,
+    DropSettings,
+    OverwriteSettings,
+    panel=SOUGHT,
     defaults={
         "max_new_tokens": 32,
         "limit": 1000,
@@ -26,6 +30,51 @@ class CalibrateConfig(
     """The settings of `marsinfer calibrate`, named as its flags. Raises ConfigError for what cannot work."""
 
     on_command_line_alone = ("overwrite",)
+    renamed = (
+        Renamed(
+            name="needles",
+            kind=SWITCH,
+            now="--suite needles",
+            values=lambda wanted: {"suite": (NEEDLES,)} if wanted else {},
+        ),
+        Renamed(
+            name="objective",
+            kind=TEXT,
+            now="left out: TTFT is what is made least",
+            values=gone("--objective {!r}: TTFT is all that calibrate can make least", "ttft"),
+            metavar="ttft",
+        ),
+        Renamed(
+            name="mass",
+            kind=NUMBER,
+            now="left out",
+            values=gone("--mass {:g} is gone: calibrate probes the masses that its profiles use", None),
+            metavar="M",
+        ),
+        Renamed(
+            name="accept_inconclusive",
+            kind=SWITCH,
+            now="left out",
+            values=gone(
+                "--accept-inconclusive is gone: a profile holds only what was shown to be within the bounds; "
+                "give more documents, or a larger --max-drop"
+            ),
+        ),
+    )
+
+    needle_drop: str = option(
+        "2pt",
+        metavar="Npt|N%",
+        help="With --suite needles: largest drop of the share of each kind that is found.",
+        check=parse_drop,
+    )
+    minutes: float = option(
+        10.0,
+        help="Longest time in all; more time, more rows and more rungs.",
+        least=0,
+        most=24 * 60,
+        above_least=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,16 +7,91 @@ from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.settings.answer_settings import SamplingSettings
-from pipeline.settings.gate_settings import GENERATED_METRICS, GateSettings
+from pipeline.settings.kinds import TEXT
 from pipeline.settings.method_settings import MethodSettings
+from pipeline.settings.option import ANSWERS, FILES, GATE, Renamed, Settings, option
 from pipeline.settings.parse import NEEDLES, Bound, parse_drop
 from pipeline.settings.row_settings import RowSettings
+from pipeline.settings.run_settings import ResumeSettings
+
+# of a gate's metric: the name of its measure; the first four need no generated answer
+FORCED_METRICS = ("token-accuracy", "nll", "found", "agreement")
+GENERATED_METRICS = ("score", "exact-match", "token-f1", "rouge-l", "edit-similarity", "choice")
+METRICS = FORCED_METRICS + GENERATED_METRICS
 
 
-class CheckConfig(RowSettings, MethodSettings, SamplingSettings, GateSettings):
+class DropSettings(Settings, panel=GATE):
+    """The bound of a gate, and where the result goes."""
+
+    max_drop: str | None = option(
+        None,
+        metavar="Npt|N%",
+        help="Largest drop below dense: 1pt is 0.01 of the score, 1% a hundredth of dense's; "
+        "nll takes %, of its rise.",
+        shown_default="2pt, 2% for nll",
+        check=parse_drop,
+    )
+    out: str | None = option(
+        None,
+        metavar="FILE",
+        help="The result: check's as JSON (- prints it; finished rows are kept beside the file), "
+        "calibrate's profile as TOML.",
+        in_environment=False,
+        panel=FILES,
+    )
+
+
+class CheckConfig(RowSettings, MethodSettings, SamplingSettings, DropSettings, ResumeSettings, panel=FILES):
     """The settings of `marsinfer check`, named as its flags. Raises ConfigError for one that cannot work."""
 
     on_command_line_alone = ("resume",)
+    renamed = (
+        Renamed(
+            name="json",
+            kind=TEXT,
+            now="--out FILE",
+            values=lambda path: {"out": path},
+            metavar="FILE",
+        ),
+    )
+
+    scope: str = option(
+        "documents",
+        help="documents: what documents like these lose, of which enough are needed to tell; rows: these "
+        "rows alone, against the scores in --baseline that were accepted last, or else dense's: a few will "
+        "do, for CI.",
+        choices=("documents", "rows"),
+        panel=GATE,
+    )
+    generate: bool = option(
+        False, help="Also generate answers, and score them against the references.", panel=ANSWERS
+    )
+    metric: str | None = option(
+        None,
+        help="token-accuracy: share of a reference's tokens that are predicted (the default with "
+        "references); nll: nats a token; found: the share of a reference's parts of which all tokens are "
+        "predicted, where a reference that is no list is one part (the default of needles alone); "
+        "agreement: share of the tokens at which dense chooses the same (the default without "
+        "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
+        "edit-similarity, choice. All are means over documents.",
+        shown_default="by the rows",
+        choices=METRICS,
+        panel=GATE,
+    )
+    per_task: bool = option(
+        False, help="Each task is a gate of its own; all of them have to pass.", panel=GATE
+    )
+    baseline: str | None = option(
+        None,
+        metavar="FILE",
+        help="Parquet file of dense's results, and of the method's that were accepted: made if it is not "
+        "there, else dense's are used instead of running.",
+    )
+    overwrite_baseline: bool = option(
+        False, help="Make the baseline anew, and accept what the method scores now."
+    )
+    junit: str | None = option(None, metavar="FILE", help="Gates as JUnit XML.")
+    markdown: str | None = option(None, metavar="FILE", help="Tables as Markdown, added to the end of FILE.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

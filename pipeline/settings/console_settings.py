@@ -10,8 +10,6 @@ from pipeline.settings.option import option as any_option
 
 option = partial(any_option, in_file=False, in_environment=False)
 
-LOG_FORMATS = ("text", "json")
-
 
 class ConfigSwitch(Settings, panel=READING):
     """A file of settings."""
@@ -54,7 +52,7 @@ class BatchSwitches(ConfigSwitch, QuietSwitch, JsonSwitch, panel=TRYING):
     log_format: str = option(
         "text",
         help="Messages on stderr: text, or json (one event a line).",
-        choices=LOG_FORMATS,
+        choices=("text", "json"),
         panel=MESSAGES,
     )
     verbose: bool = option(

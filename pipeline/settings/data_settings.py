@@ -1,4 +1,4 @@
-"""Which rows are read, and which of their columns."""
+"""Which rows are read, which of their columns, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from pipeline.errors import ConfigError
 from pipeline.settings.kinds import BYTES
 from pipeline.settings.option import ANSWERS, READING, Settings, option
 from pipeline.settings.parse import parse_shard
-from pipeline.settings.question_settings import ASKED, SUMMARIES
+
+# what the model is asked for, by the word of --summarise
+SUMMARIES = {
+    "short": "Summarise this document in a few sentences.",
+    "page": "Summarise this document on one page: what it is about, its main points, and what follows from "
+    "them.",
+    "detailed": "Summarise this document in detail, section by section, with the names, figures and dates "
+    "that matter.",
+}
+SUMMARY_TOKENS = 512  # longest summary, and longest part of one, unless --max-new-tokens says otherwise
+ANSWER_TOKENS = 128  # longest answer to a question
+
+# of these settings one at most is given
+ASKED = ("question", "question_column", "questions_column", "summarise")
 
 
 class SeedSettings(Settings, panel=ANSWERS):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pipeline.errors import ConfigError
 from pipeline.pruning.registry import brings_code, check_method_name
 from pipeline.settings.kinds import NUMBER, PARAMETERS, TEXT
-from pipeline.settings.option import METHOD, MODEL, Renamed, Settings, option
+from pipeline.settings.option import METHOD, MODEL, Renamed, Settings, gone, option
 from pipeline.settings.parse import check_between
 
 AUTO = "auto"
@@ -23,12 +23,6 @@ NO_FP8_ATTENTION = (
 def _sparse_attention(mass: float) -> dict[str, Any]:
     check_between("--sparse-attention", mass, 0, 1)
     return {"settings": {"sparse_attention": mass}}
-
-
-def _attention_dtype(name: str) -> dict[str, Any]:
-    if name != "auto":
-        raise ConfigError(f"--attention-dtype {name}: {NO_FP8_ATTENTION}")
-    return {}
 
 
 class MethodSettings(Settings, panel=METHOD):
@@ -46,7 +40,7 @@ class MethodSettings(Settings, panel=METHOD):
             name="attention_dtype",
             kind=TEXT,
             now="left out: attention is computed in --dtype",
-            values=_attention_dtype,
+            values=gone("--attention-dtype {}: " + NO_FP8_ATTENTION, "auto"),
             metavar="auto",
         ),
     )

@@ -148,6 +148,20 @@ class Renamed:
         return f"{self.flag} is now {self.now}; the next version does not know it any more"
 
 
+def gone(why: str, harmless: Any = False) -> Callable[[Any], dict[str, Any]]:
+    """The `values` of a flag that stands for nothing any more: any value but `harmless` is a ConfigError.
+
+    The error says `why`, with the value where {} stands.
+    """
+
+    def values(value: Any) -> dict[str, Any]:
+        if value != harmless:
+            raise ConfigError(why.format(value))
+        return {}
+
+    return values
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Settings:

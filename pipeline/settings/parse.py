@@ -42,13 +42,18 @@ def as_set(value: Any) -> str:
 
 def parse_count(flag: str, text: str) -> int:
     """A count that may end in k or m, in thousands and millions of 1,024: `32k` is 32,768."""
-    digits, factor = text.strip().lower(), 1
-    if digits and digits[-1] in "km":
-        factor = 1024 if digits[-1] == "k" else 1024 * 1024
-        digits = digits[:-1]
-    if not digits.isdecimal():
+    found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    if found is None:
         raise ConfigError(f"{flag} {text!r}: give a whole number such as 8192, 32k or 1m")
-    return _whole(flag, digits, factor)
+    return _whole(flag, found[1], {"": 1, "k": 1024, "m": 1024 * 1024}[found[2]])
+
+
+def parse_switch(place: str, text: str) -> bool:
+    """`1` and `true`, `0` and `false`."""
+    words = {"1": True, "true": True, "0": False, "false": False}
+    if text.strip().lower() not in words:
+        raise ConfigError(f"{place}={text}: must be 1, 0, true or false")
+    return words[text.strip().lower()]
 
 
 def parse_rope_scaling(text: str, flag: str = "--rope-scaling") -> tuple[float, int | None]:
@@ -160,9 +165,6 @@ def check_between(flag: str, value: float, low: float, high: float, *, open_low:
         raise ConfigError(f"{flag} {value}: must be {bounds}")
 
 
-_DROP = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)")
-
-
 class Bound(NamedTuple):
     """A largest drop: points of the score, or percent of dense's."""
 
@@ -179,7 +181,7 @@ class Bound(NamedTuple):
 
 def parse_drop(text: str, flag: str = "--max-drop") -> Bound:
     """`1pt` or `1%`."""
-    found = _DROP.fullmatch(text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)", text.strip())
     if found is None:
         raise ConfigError(
             f"{flag} {text!r}: write a number and unit, 1pt (points of the score) or 1% (of dense's score)"
@@ -200,7 +202,6 @@ def parse_list(flag: str, text: str) -> tuple[str, ...]:
 
 NEEDLES = "needles"
 SUITES = ("leval", "longbench")  # that lie in a folder
-_FORMS = "leval:DIR, longbench:DIR or needles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +226,7 @@ def parse_suite(text: str) -> SuiteName:
         return SuiteName(NEEDLES)
     if kind not in SUITES:
         hint = did_you_mean(kind.lower(), [*SUITES, NEEDLES])
-        raise ConfigError(f"unknown suite {text!r}{hint}; write {_FORMS}")
+        raise ConfigError(f"unknown suite {text!r}{hint}; write leval:DIR, longbench:DIR or needles")
     if not folder.strip():
         raise ConfigError(f"suite {text!r}: name the folder of its files, as {kind}:DIR")
     path = Path(folder).expanduser()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.settings.answer_settings import AnswerSettings
-from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.data_settings import ASKED, DataSettings
 from pipeline.settings.kinds import COUNTS, WORDS
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import READING, SUITES, Settings, option
 from pipeline.settings.parse import NEEDLES, SuiteName, parse_shard, parse_suite
 from pipeline.settings.prompt_settings import PromptSettings
-from pipeline.settings.question_settings import ASKED
 
 # a prompt that is measured by itself is cut where a run might answer it in parts
 ON_OVERLONG = "truncate-middle"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pipeline.errors import ConfigError
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.gate_settings import OverwriteSettings, ResumeSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
@@ -13,17 +12,14 @@ from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
 
-ORDERS = ("input", "completion")
-GUARD = ("auto", "off")
-GROUP = ("auto", "any", "off")
-ENGINES = ("local", "ray")
-
 
 class EngineSettings(Settings, panel=RUN):
     """Where rows are answered: in this process, or by workers on as many GPUs and machines as there are."""
 
     engine: str = option(
-        "local", help="local (this process, one device) or ray (workers, each with a model).", choices=ENGINES
+        "local",
+        help="local (this process, one device) or ray (workers, each with a model).",
+        choices=("local", "ray"),
     )
     ray_address: str | None = option(
         None,
@@ -93,6 +89,18 @@ class PackSettings(KvSettings, panel=RUN):
     )
 
 
+class ResumeSettings(Settings, panel=RUN):
+    """Going on with what was stopped."""
+
+    resume: bool = option(False, help="Go on with a run that was stopped, or with a published output.")
+
+
+class OverwriteSettings(Settings, panel=RUN):
+    """Replacing what is there."""
+
+    overwrite: bool = option(False, help="Replace an output that exists.")
+
+
 class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSettings, panel=RUN):
     """All that only a run has which writes answers. `row_timeout` is in seconds."""
 
@@ -113,14 +121,14 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         "auto",
         help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
         "attention), off.",
-        choices=GUARD,
+        choices=("auto", "off"),
         panel=METHOD,
     )
     group: str = option(
         "auto",
         help="Rows about the same document: auto (together, what they share computed once, where that is "
         "cheaper), any (also by dense in place of the method), off.",
-        choices=GROUP,
+        choices=("auto", "any", "off"),
     )
     kv_dtype: str = option(
         "auto",
@@ -131,7 +139,9 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     sort_by_document: bool = option(
         False, help="Read all rows first and put those about the same document together, on disk."
     )
-    order: str = option("input", help="Rows of the output: input (order) or completion.", choices=ORDERS)
+    order: str = option(
+        "input", help="Rows of the output: input (order) or completion.", choices=("input", "completion")
+    )
     save_selection: bool = option(
         False, help="Store which tokens each layer kept, with the prompt's text, for report --row."
     )

@@ -9,20 +9,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
-from pipeline.settings.gate_settings import GateSettings, SoughtSettings
+from pipeline.errors import ConfigError, did_you_mean
+from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.data_settings import ASKED
 from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
-from pipeline.settings.question_settings import ASKED
-from pipeline.settings.row_settings import SuiteSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.redaction import redacted
 from pipeline.texts.toml import toml_key, toml_value
 
 PREFIX = "MARSINFER_"
 # together they have every setting that a file or the environment may hold
-CONFIGURED = (BatchConfig, SuiteSettings, GateSettings, SoughtSettings)
+CONFIGURED = (BatchConfig, CheckConfig, CalibrateConfig)
 # of these, what a stronger place sets takes back what a weaker one has set for the other
 EXCLUSIVE = (*combinations(ASKED, 2), ("resume", "overwrite"))
 Note = Callable[[str], None]
@@ -68,7 +68,9 @@ def read_config(path: str) -> dict[str, Any]:
     for key, value in read_toml(place, path).items():
         name = key.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"{place}: unknown key {key!r}{_hint(name)}")
+            taken_today = [name for name, each in known.items() if isinstance(each, Setting)]
+            hint = did_you_mean(name, taken_today) or f"; known are {', '.join(taken_today)}"
+            raise ConfigError(f"{place}: unknown key {key!r}{hint}")
         if name in values:
             raise ConfigError(f"{place}: {name} is set twice, with dashes and with underscores")
         values[name] = known[name].kind.of_toml(f"{place}: {key}", value)
@@ -133,15 +135,9 @@ def _known() -> dict[str, Setting | Renamed]:
     return known | {each.name: each for each in every if each.about.in_file}
 
 
-def from_elsewhere(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:
-    """Of the settings of a file or the environment those that `wanted` takes from there."""
-    current = taken(wanted, values, note)
-    return {name: value for name, value in current.items() if name not in wanted.on_command_line_alone}
-
-
 def taken(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:
-    """Of settings of whatever command those that `wanted` takes, under their names of today."""
-    names = {each.name for each in settings_of(wanted)}
+    """Of the settings of a file or the environment those that `wanted` takes from there, renewed."""
+    names = {each.name for each in settings_of(wanted)} - set(wanted.on_command_line_alone)
     current = renewed(wanted, values, note)
     return {name: value for name, value in current.items() if name in names}
 
@@ -189,9 +185,3 @@ def to_toml(config: Settings) -> str:
     lines += ["", f"{mark}[settings]"] if parameters else []
     lines += [f"{mark}{toml_key(name)} = {toml_value(value)}" for name, value in parameters.items()]
     return "\n".join(lines) + "\n"
-
-
-def _hint(name: str) -> str:
-    known = [name for name, each in _known().items() if isinstance(each, Setting)]
-    close = get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; known are {', '.join(known)}"

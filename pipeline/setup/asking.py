@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError
-from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.question_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS
+from pipeline.settings.data_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS, DataSettings
 from pipeline.settings.run_settings import BatchConfig
 
 TEXT, QUESTION, ID = "text", "question", "id"
@@ -44,11 +43,12 @@ def settled(data: Data, types: Types | None, *, template_asks: bool | None = Non
     Raises ConfigError for columns of which several could be meant.
     """
     notes: list[str] = []
+    types = types or {}
     text = text_column(data.text_column, types, notes)
     values: dict[str, Any] = {"text_column": text}
     if not data.is_asked and template_asks is not False:
         values |= _asked(types, notes, in_template=template_asks is not None)
-    takes_ids = data.id_column is None and ID in (types or {}) and text != ID
+    takes_ids = data.id_column is None and ID in types and text != ID
     if takes_ids:
         values["id_column"] = ID
     asks_summary = "summarise" in values
@@ -102,9 +102,8 @@ def text_column(given: str | None, types: Types | None, notes: list[str]) -> str
     return found[0]
 
 
-def _asked(types: Types | None, notes: list[str], *, in_template: bool) -> dict[str, Any]:
+def _asked(types: Types, notes: list[str], *, in_template: bool) -> dict[str, Any]:
     """What is asked, where the settings do not say it."""
-    types = types or {}
     if QUESTION in types:
         if is_list(types[QUESTION]):
             raise ConfigError(f"{QUESTION!r} is a column of lists: --questions-column {QUESTION} asks each")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +37,10 @@ from pipeline.setup.intake import (
     open_rows,
 )
 from pipeline.setup.profile import check_profile, length_note, load_profile
-from pipeline.texts.versions import version_of
+from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model, UnloadedModel
-
-PACKAGES = ("marsinfer", "torch", "transformers", "tokenizers", "pyarrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +115,20 @@ class Preparation(Setup):
 
     def schema(self) -> pa.Schema:
         """The output's columns, and in its metadata how it was made."""
-        metadata = json.dumps(describe_run(self.config, self.model, self.decides()))
-        keeps = self.config.save_selection
+        model = self.model
+        about = {
+            "config": self.config.resolved(),
+            "settings_that_decide": self.decides(),
+            "model": model.name,
+            "device": model.device_name(),
+            "attention": {"backend": model.attention_name, "refused": model.attention_refused},
+            "versions": versions(),
+            "started": timestamp(),
+        }
         return output_schema(
             self.source.schema,
-            {"marsinfer": metadata},
-            save_selection=keeps,
+            {"marsinfer": json.dumps(about)},
+            save_selection=self.config.save_selection,
             holds_question=self.source.columns.holds_question,
         )
 
@@ -141,7 +145,10 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
-    prompts, splitter = _prompts(config, model, intake.begun)
+    date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
+    now = None if date is None else parse_moment(date)
+    prompts = make_prompts(config, model, config.max_new_tokens, now=now)
+    splitter = make_splitter(config, prompts)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
@@ -151,6 +158,11 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         )
     if config.linear_dtype != AUTO or config.kv_dtype != AUTO or uses_fp8(method):
         model.check_fp8()
+    notes = [*intake.notes, *model.notes]
+    if config.model == WeightsSettings.model:  # which nobody chose
+        notes.append(
+            f"{config.model} is a model for demonstration, and often wrong: --model names a larger one"
+        )
     return Preparation(
         config=config,
         intake=intake,
@@ -160,7 +172,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         splitter=splitter,
         profile=chosen.profile,
         guard=chosen.guard,
-        notes=(*intake.notes, *model.notes, *_demonstration(config), *chosen.notes),
+        notes=(*notes, *chosen.notes),
     )
 
 
@@ -186,26 +198,6 @@ def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chose
     return Chosen(config=config, method=method, profile=profile, guard=guard, notes=tuple(notes))
 
 
-def _demonstration(config: BatchConfig) -> tuple[str, ...]:
-    """What to say where nobody chose the model."""
-    if config.model != WeightsSettings.model:
-        return ()
-    return (f"{config.model} is a model for demonstration, and often wrong: --model names a larger one",)
-
-
-def _prompts(
-    config: BatchConfig, model: Model, begun: Mapping[str, Any] | None
-) -> tuple[PromptBuilder, Splitter | None]:
-    """The run's prompts, which print the date of the run that it resumes, if they print any."""
-    prompts = make_prompts(config, model, config.max_new_tokens)
-    splitter = make_splitter(config, prompts)
-    then = (begun or {}).get("date")
-    if then is None or not moment_of(prompts, splitter):
-        return prompts, splitter
-    prompts = make_prompts(config, model, config.max_new_tokens, now=parse_moment(then))
-    return prompts, make_splitter(config, prompts)
-
-
 def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
     """The model of a run; `elsewhere` are the dtype and device that stand above the configuration's."""
     from pipeline.model.loading import open_model
@@ -216,19 +208,6 @@ def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
 def moment_of(prompts: PromptBuilder, splitter: Splitter | None = None) -> str | None:
     """The date that the prompts of a run print, if any of them does: it stays, however long the run takes."""
     return prompts.moment or (None if splitter is None else splitter.combine.moment)
-
-
-def describe_run(config: BatchConfig, model: Model, decides: dict[str, Any]) -> dict[str, Any]:
-    """What the output's metadata holds, under the key `marsinfer`."""
-    return {
-        "config": config.resolved(),
-        "settings_that_decide": decides,
-        "model": model.name,
-        "device": model.device_name(),
-        "attention": {"backend": model.attention_name, "refused": model.attention_refused},
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def rendered_prompts(config: BatchConfig, count: int) -> Iterator[dict[str, Any]]:

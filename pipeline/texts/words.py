@@ -10,6 +10,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """`80 s`, `12 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:,.0f} min" if minutes < 90 else f"{minutes / 60:,.1f} h"
+
+
 def percent_of(share: float | None) -> str:
     """`12.5%`, or a dash for a share that is not known."""
     return "-" if share is None or not math.isfinite(share) else f"{share:.1%}"

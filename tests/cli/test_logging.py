@@ -6,6 +6,8 @@ import json
 import re
 import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +19,12 @@ from pipeline.records import Answer
 from pipeline.summary import Summary
 
 ASK = ["--text-column", "body", "--question-column", "ask", "--max-new-tokens", "3"]
+
+
+def expected(total, fraction_read):
+    """The rows of an input, of which none was done before."""
+    rows = SimpleNamespace(total=total, fraction_read=fraction_read, most=None)
+    return rows, SimpleNamespace(passed_over=0, done_at_start=Counter())
 
 
 def events(printed):
@@ -126,7 +134,7 @@ def test_the_phases_of_a_run(fish, tmp_path, model_folder):
 def test_plain_lines_tell_the_time_left(capfd, clock, seconds, told):
     summary = Summary(method="dense", output="o")
     summary.count("ok", prompt_tokens=100)
-    summary.expect(2, 2, 1.0)
+    summary.expect(2, *expected(total=2, fraction_read=1.0))
     clock.now += seconds
     with BatchProgress(quiet=False) as progress:
         progress(summary)
@@ -152,7 +160,7 @@ def test_the_table_shows_the_first_message_of_each_kind(capfd):
 
 def test_signs_of_life_repeat_the_last_numbers(fast_heart, capfd):
     summary = Summary(method="dense", output="o")
-    summary.expect(0, 7, 0.0)
+    summary.expect(0, *expected(total=7, fraction_read=0.0))
     with BatchProgress(quiet=False, as_json=True) as progress:
         progress(summary)
         printed = two_lines(capfd)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from conftest import document
 
-from pipeline.engines import outgoing
-from pipeline.engines.outgoing import Outgoing
+from pipeline.engines import one_process
+from pipeline.engines.one_process import Outgoing
 from pipeline.records import Answer, Row, RowError
 
 
@@ -26,7 +26,7 @@ def test_answers_wait_for_others_but_not_long(clock):
     out.expect([document(20, row=row) for row in range(3)])
     out.put(answered(1))
     assert rows(out.due()) == []
-    clock.now += outgoing.MOST_S - 0.01
+    clock.now += one_process.MOST_S - 0.01
     out.put(answered(0))
     assert rows(out.due()) == []
     clock.now += 0.01

@@ -17,13 +17,12 @@ from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.console_settings import BatchSwitches, CheckSwitches
 from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.gate_settings import GateSettings
 from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import MODEL, PANELS, Settings, option, settings_of
 from pipeline.settings.prompt_settings import PromptSettings
-from pipeline.settings.run_settings import BatchConfig
-from pipeline.settings.sources import CONFIGURED, from_elsewhere, merge, read_config, read_environment, taken
+from pipeline.settings.run_settings import BatchConfig, OverwriteSettings
+from pipeline.settings.sources import CONFIGURED, merge, read_config, read_environment, taken
 
 CONFIGS = (BatchConfig, CheckConfig, CalibrateConfig, AccuracyConfig, ThroughputConfig)
 # what a command's configuration says of a default that another has otherwise
@@ -184,11 +183,11 @@ def test_one_file_serves_several_commands(tmp_path):
 def test_a_nightly_file_does_not_stand_in_the_way_of_a_check(tmp_path):
     night = {"input": ("in.jsonl",), "question_column": "q", "id_column": "id", "seed": 1, "resume": True}
     night |= {"overwrite": True}
-    assert "resume" not in from_elsewhere(CheckConfig, night, print)
-    assert "overwrite" not in from_elsewhere(CalibrateConfig, night, print)
-    assert from_elsewhere(BatchConfig, night, print) == night
+    assert "resume" not in taken(CheckConfig, night, print)
+    assert "overwrite" not in taken(CalibrateConfig, night, print)
+    assert taken(BatchConfig, night, print) == night
     suite = f"leval:{tmp_path}"
-    rows = from_elsewhere(CheckConfig, night, print)
+    rows = taken(CheckConfig, night, print)
     # a suite takes the place of the file's rows, needles are hidden in their documents
     assert merge(rows, {"suite": (suite,)}) == {"seed": 1, "suite": (suite,)}
     assert merge(rows, {"suite": ("needles",)}) == {"input": ("in.jsonl",), "seed": 1, "suite": ("needles",)}
@@ -202,4 +201,4 @@ def test_the_environment_holds_lists_and_sizes():
     given = {"MARSINFER_NEEDLE_LENGTHS": "1k,512", "MARSINFER_TASKS": "a, b", "MARSINFER_PACK_TOKENS": "2k"}
     values = read_environment(given)
     assert values == {"needle_lengths": (1024, 512), "tasks": ("a", "b"), "pack_tokens": 2048}
-    assert taken(GateSettings, values, print) == {}
+    assert taken(OverwriteSettings, values, print) == {}
