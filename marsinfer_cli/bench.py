@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import typer
@@ -45,7 +47,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     """Time to first token of a prompt, or of a pack of them: median and spread, operations, memory."""
     from pipeline.bench.ceilings import measure_ceilings
     from pipeline.bench.inputs import random_document, real_documents
-    from pipeline.bench.plot import check_plot, save_plot
+    from pipeline.bench.plot import check_plot, draw_ttft, save_picture
     from pipeline.bench.ttft import check_baselines, measure_ttft
     from pipeline.model.loading import open_model
 
@@ -60,9 +62,8 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     model = open_model(config).load()
     results, ceilings = [], []
     for length in wanted:
-        rows = range(config.row, config.row + together)
         pack = (
-            real_documents(model, config.document, rows, config, config, length)
+            real_documents(model, config.document, config, length)
             if config.document
             else [random_document(model, length or 8192, number) for number in range(together)]
         )
@@ -76,9 +77,10 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
             new_tokens=config.new_tokens,
             ceilings=ceilings[-1],
         )
-    conditions = {**tables.conditions_of(model), "ceilings": [measured.as_dict() for measured in ceilings]}
+    conditions = {**tables.conditions_of(model), "ceilings": list(map(asdict, ceilings))}
     if drawn.plot:
-        save_plot(drawn.plot, f"{conditions['model']}, {conditions['device']}", results)
+        title = f"{conditions['model']}, {conditions['device']}"
+        save_picture(drawn.plot, title, partial(draw_ttft, results))
     _show(switches, conditions, _dicts(results), tables.ttft_lines(results))
 
 
@@ -195,7 +197,7 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
     prepare(model, [chosen])
     result = measure_throughput(model, chosen, options.pop("input"), note=note, **options)
     conditions = {**tables.conditions_of(model), "max_new_tokens": config.max_new_tokens}
-    _show(switches, conditions, result.as_dict(), tables.throughput_lines(result))
+    _show(switches, conditions, asdict(result), tables.throughput_lines(result))
 
 
 @takes(AccuracyConfig, AccuracySwitches)
@@ -217,14 +219,15 @@ def agreement(config: AgreementConfig, switches: AccuracySwitches) -> None:
 
 
 def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
-    from pipeline.bench.plot import check_plot, save_accuracy
+    from pipeline.bench.plot import check_plot, draw_accuracy, save_picture
 
     config.check_data()
     if switches.plot is not None:
         check_plot(switches.plot)
     conditions, results = _accuracies(config, saying(quiet=switches.quiet))
     if switches.plot is not None:
-        save_accuracy(switches.plot, f"{conditions['model']}, {conditions['device']}", results)
+        title = f"{conditions['model']}, {conditions['device']}"
+        save_picture(switches.plot, title, partial(draw_accuracy, results))
     _show(switches, conditions, _dicts(results), tables.accuracy_lines(results, config.long_tokens))
 
 
@@ -254,7 +257,7 @@ def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dic
 
 
 def _dicts(results: Sequence[Any]) -> dict[str, Any]:
-    return {"results": [result.as_dict() for result in results]}
+    return {"results": list(map(asdict, results))}
 
 
 def _show(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.events import saying
@@ -21,7 +22,7 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     first that is not shown to be within the bounds; the fastest before it is written. Exits with 5 if there
     is none, with 6 if there are too few documents for any.
     """
-    from pipeline.bench.plot import check_plot
+    from pipeline.bench.plot import check_plot, save_picture
     from pipeline.calibrate.calibration_report import raise_unless_held
 
     if switches.plot is not None:
@@ -29,9 +30,10 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     result = _run(config, quiet=switches.quiet)
     _print(result)
     if switches.plot is not None:
-        from pipeline.calibrate.calibration_plot import save_ladder
+        from pipeline.calibrate.calibration_plot import draw_ladder
 
-        save_ladder(switches.plot, result)
+        title = f"{config.model}: {result.held_out:,} rows held out"
+        save_picture(switches.plot, title, partial(draw_ladder, result))
     raise_unless_held(result)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from pipeline.texts.shown import in_cell
+from pipeline.texts.shown import in_cell, markdown_table
 from pipeline.texts.versions import version_of
 from pipeline.texts.words import percent_of
 
@@ -171,7 +171,9 @@ _SHARE_HEADS = {
 
 
 def _drop(drop: Drop) -> str:
-    return f"{drop.drop + 0:.2f} ({drop.low + 0:.2f} to {drop.high + 0:.2f})"
+    from pipeline.evaluate.drops import hundredths
+
+    return f"{hundredths(drop.drop)} ({drop.interval})"
 
 
 def attention_lines(results: Sequence[AttentionMeasurement], refused: dict[str, str]) -> Iterator[str]:
@@ -199,7 +201,6 @@ def rates_of(result: AttentionMeasurement) -> dict[str, float]:
 
 
 def throughput_lines(result: Throughput) -> Iterator[str]:
-    idle = result.idle
     yield from _table(
         [
             {
@@ -207,15 +208,15 @@ def throughput_lines(result: Throughput) -> Iterator[str]:
                 "documents": f"{result.documents:,}",
                 "errors": str(result.errors) if result.errors else "-",
                 "packs": f"{result.packs:,}",
-                "documents/s": _number(result.per_second(result.documents)),
-                "prompt tokens/s": _number(result.per_second(result.prompt_tokens)),
-                "new tokens/s": _number(result.per_second(result.new_tokens)),
+                "documents/s": _number(result.documents_per_second),
+                "prompt tokens/s": _number(result.prompt_tokens_per_second),
+                "new tokens/s": _number(result.new_tokens_per_second),
                 "wall s": _number(result.wall_s),
-                "prefill": percent_of(result.share(result.prefill_s)),
-                "decode": percent_of(result.share(result.decode_s)),
-                "between packs": percent_of(result.share(result.between_packs_s)),
-                "idle": percent_of(idle and idle.share),
-                "wall s, profiled": _number(idle and idle.wall_s),
+                "prefill": percent_of(result.prefill_share),
+                "decode": percent_of(result.decode_share),
+                "between packs": percent_of(result.between_packs_share),
+                "idle": percent_of(result.idle),
+                "wall s, profiled": _number(result.profiled_wall_s),
             }
         ]
     )
@@ -223,7 +224,7 @@ def throughput_lines(result: Throughput) -> Iterator[str]:
         "\nwall: from the first pack's start to the last one's end; the whole run took "
         f"{result.run_s:,.2f} s, {result.warm_up_s:,.2f} s of it warming up"
     )
-    if idle:
+    if result.idle is not None:
         yield "idle: without a kernel or a copy on the device, in a second run, under the profiler"
     else:
         yield "idle: not measured: no GPU, or the profiler saw nothing of it"
@@ -246,10 +247,7 @@ def condition_lines(conditions: dict[str, Any]) -> Iterator[str]:
 def _table(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     """A Markdown table without the columns in which no row has anything."""
     columns = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * len(columns)
-    for row in rows:
-        yield "| " + " | ".join(in_cell(row[name]) for name in columns) + " |"
+    yield markdown_table(columns, [[row[name] for name in columns] for row in rows], in_cell)
 
 
 def _number(value: float | None) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from pipeline.engines.answering import rules_of
 from pipeline.evaluate.cases import make_cases
@@ -59,9 +58,6 @@ class Accuracy:
     long_cases: int
     speed_up: float  # over dense on the same cases, the median weighted by dense's times
     shares: dict[str, float]  # means over all cases, by the names in `SHARES`
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_accuracy(

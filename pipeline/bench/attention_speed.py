@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline.bench.ceilings import random_qkv
-from pipeline.bench.timing import now
+from pipeline.bench.timing import in_turns, now
 from pipeline.checkpoints.random_weights import SHAPES
 from pipeline.errors import ConfigError
 from pipeline.kernels import reference
@@ -50,9 +50,6 @@ class AttentionMeasurement:
     relative_error: float  # Frobenius norm of the difference from float64, over that of float64's result
     rates: list[PackRate] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # of a pack: why not
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def attention_shape(
@@ -109,7 +106,7 @@ def measure_attention(
     }
     for pack, lengths in packs.items():
         segments = Segments.of(lengths, device)
-        qkv = _seeded_qkv(shape, segments, dtype)
+        qkv = random_qkv(shape, segments.total, device, dtype)
         operations = sum(attention_flops(shape, length) for length in lengths)
         calls: dict[str, int] = {}
         for name, prefill in candidates.items():
@@ -117,11 +114,9 @@ def measure_attention(
                 calls[name] = _calls_a_turn(prefill, qkv, segments)
             except (RuntimeError, TypeError, ValueError) as error:  # no memory, or a size that it cannot take
                 results[name].failures[pack] = f"{type(error).__name__}: {error}".splitlines()[0]
-        times_ms: dict[str, list[float]] = {name: [] for name in calls}
-        for _turn in range(repeats):
-            for name, count in calls.items():
-                times_ms[name].append(_seconds(candidates[name], qkv, segments, count) / count * 1e3)
-        for name, times in times_ms.items():
+        runs = {name: partial(_seconds, candidates[name], qkv, segments, n) for name, n in calls.items()}
+        for name, seconds in in_turns(runs, repeats).items():
+            times = [each / calls[name] * 1e3 for each in seconds]
             median = statistics.median(times)
             results[name].rates.append(
                 PackRate(
@@ -142,16 +137,14 @@ def measure_attention(
 def relative_error(prefill: Prefill, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> float:
     """How far a candidate is from float64 on the same rounded inputs, in a small pack."""
     segments = Segments.of(TRIAL_LENGTHS, device)
-    q_THd, k_TKd, v_TKd = _seeded_qkv(shape, segments, dtype)
+    q_THd, k_TKd, v_TKd = random_qkv(shape, segments.total, device, dtype)
     expected = reference.causal_attention(q_THd, k_TKd, v_TKd, segments)
-    difference = prefill(q_THd, k_TKd, v_TKd, segments).double() - expected
-    return (difference.norm() / expected.norm()).item()
+    return distance(prefill(q_THd, k_TKd, v_TKd, segments), expected)
 
 
-def _seeded_qkv(shape: ModelShape, segments: Segments, dtype: torch.dtype) -> list[Tensor]:
-    device = segments.device
-    generator = torch.Generator(device).manual_seed(0)
-    return random_qkv(shape, segments.total, generator=generator, device=device, dtype=dtype)
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what is expected; not a number where `got` holds one."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def _calls_a_turn(prefill: Prefill, qkv: Sequence[Tensor], segments: Segments) -> int:

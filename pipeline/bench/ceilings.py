@@ -29,12 +29,12 @@ from pipeline.pruning.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Operations a second of the model's largest matrix product and of its attention, for one pack."""
+    """Tera-operations a second of the model's largest matrix product and of its attention, for one pack."""
 
     tokens: int  # of all documents
-    matrix: float
-    attention: float
-    fp8_matrix: float | None = None  # where the device can
+    matrix_tflops: float
+    attention_tflops: float
+    fp8_matrix_tflops: float | None = None  # where the device can
 
     def floor_ms(self, shape: ModelShape, passes: Passes, linears_in_fp8: bool = False) -> float:
         """Milliseconds that a document's operations take at these rates, with nothing between them."""
@@ -44,16 +44,8 @@ class Ceilings:
         if linears_in_fp8:
             in_fp8 += sum(projections_flops(shape, work) for work in works)
         in_matrices = passes_flops(shape, passes) - in_attention - in_fp8
-        seconds = in_matrices / self.matrix + in_attention / self.attention
-        return (seconds + in_fp8 / (self.fp8_matrix or self.matrix)) * 1e3
-
-    def as_dict(self) -> dict[str, float | None]:
-        return {
-            "tokens": self.tokens,
-            "matrix_tflops": self.matrix / 1e12,
-            "attention_tflops": self.attention / 1e12,
-            "fp8_matrix_tflops": self.fp8_matrix and self.fp8_matrix / 1e12,
-        }
+        picoseconds = in_matrices / self.matrix_tflops + in_attention / self.attention_tflops
+        return (picoseconds + in_fp8 / (self.fp8_matrix_tflops or self.matrix_tflops)) / 1e9
 
 
 @torch.inference_mode()
@@ -67,30 +59,26 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
     x_TD, w_DF = torch.randn(tokens, shape.hidden, **options), torch.randn(shape.hidden, shape.ffn, **options)
     matrix_s = best_seconds(lambda: x_TD @ w_DF, adapter.device)
     q, k, v = random_qkv(shape, tokens, **options)
-    operations = 2 * tokens * shape.hidden * shape.ffn
-    fp8_matrix = None
-    if _can_fp8(model):
+    tera_operations = 2 * tokens * shape.hidden * shape.ffn / 1e12
+    try:
+        model.check_fp8()
+    except ConfigError:
+        fp8_tflops = None
+    else:
         weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
-        fp8_matrix = operations / best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
+        fp8_tflops = tera_operations / best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
     segments = Segments.of(lengths, adapter.device)
     attention_s = best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
     return Ceilings(
         tokens=tokens,
-        matrix=operations / matrix_s,
-        fp8_matrix=fp8_matrix,
-        attention=sum(attention_flops(shape, length) for length in lengths) / attention_s,
+        matrix_tflops=tera_operations / matrix_s,
+        attention_tflops=sum(attention_flops(shape, length) for length in lengths) / attention_s / 1e12,
+        fp8_matrix_tflops=fp8_tflops,
     )
 
 
-def _can_fp8(model: LoadedModel) -> bool:
-    try:
-        model.check_fp8()
-    except ConfigError:
-        return False
-    return True
-
-
-def random_qkv(shape: ModelShape, tokens: int, **options: Any) -> list[Tensor]:
-    """Queries (T, H, d), keys and values (T, K, d); `options` are `torch.randn`'s."""
+def random_qkv(shape: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Queries (T, H, d), keys and values (T, K, d), the same each time."""
+    options: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device, "dtype": dtype}
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     return [torch.randn(tokens, each, shape.head_dim, **options) for each in heads]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from pipeline.bench.inputs import random_document
-from pipeline.bench.timing import best_seconds, wait_for
+from pipeline.bench.timing import best_seconds, in_turns, wait_for
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
@@ -38,27 +38,13 @@ class DecodeMeasurement:
     kv_bytes: int  # read by a step in the middle of the answer
     copy_bytes_per_second: float  # read and written, by a large copy on the device in the same run
     same_tokens: bool | None  # with graphs as without
-    capture_failure: str | None = None
+    capture_failure: str | None
+    bytes_per_second: float  # read by the faster of the two steps
+    bandwidth_share: float  # of what a copy reaches
 
     @property
     def step_ms(self) -> float:
         return self.eager_step_ms if self.graph_step_ms is None else self.graph_step_ms
-
-    @property
-    def bytes_per_second(self) -> float:
-        return (self.weight_bytes + self.kv_bytes) / self.step_ms * 1e3
-
-    @property
-    def bandwidth_share(self) -> float:
-        """Of what a copy reaches."""
-        return self.bytes_per_second / self.copy_bytes_per_second
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "bytes_per_second": self.bytes_per_second,
-            "bandwidth_share": self.bandwidth_share,
-        }
 
 
 def measure_decode(
@@ -95,26 +81,31 @@ class _DecodeRun:
 def _measure(
     model: LoadedModel, variant: Variant, prefilled: Prefilled, new_tokens: int, repeats: int, copied: float
 ) -> DecodeMeasurement:
-    runs: dict[bool, list[_DecodeRun]] = {False: [], True: []}
-    for _turn in range(repeats + 1):  # the first turn warms up
-        for graphs, done in runs.items():
-            done.append(_run(model, prefilled, new_tokens, graphs))
+    both = {graphs: partial(_run, model, prefilled, new_tokens, graphs) for graphs in (False, True)}
+    runs = in_turns(both, repeats + 1)  # the first turn warms up
     eager, graphed = runs[False][1:], runs[True][1:]
     replayed = [ms for run in graphed for ms in run.replayed_ms]
+    eager_ms = statistics.median(ms for run in eager for ms in run.steps_ms)
+    graph_ms = statistics.median(replayed) if replayed else None
+    weight_bytes = weight_bytes_read(model, linears_in_fp8=variant.linears_in_fp8)
+    kv_bytes = _kv_bytes_read(model, prefilled, new_tokens)
+    rate = (weight_bytes + kv_bytes) / (eager_ms if graph_ms is None else graph_ms) * 1e3
     return DecodeMeasurement(
         variant=variant.name,
         tokens=sum(prefilled.lengths),
         documents=len(prefilled.lengths),
         new_tokens=new_tokens,
-        eager_step_ms=statistics.median(ms for run in eager for ms in run.steps_ms),
-        graph_step_ms=statistics.median(replayed) if replayed else None,
+        eager_step_ms=eager_ms,
+        graph_step_ms=graph_ms,
         graph_answer_ms=statistics.median(run.answer_ms for run in graphed) if replayed else None,
         eager_answer_ms=statistics.median(run.answer_ms for run in eager),
-        weight_bytes=weight_bytes_read(model, linears_in_fp8=variant.linears_in_fp8),
-        kv_bytes=_kv_bytes_read(model, prefilled, new_tokens),
+        weight_bytes=weight_bytes,
+        kv_bytes=kv_bytes,
         copy_bytes_per_second=copied,
         same_tokens=graphed[-1].answers == eager[-1].answers if replayed else None,
         capture_failure=next((run.failure for run in runs[True] if run.failure), None),
+        bytes_per_second=rate,
+        bandwidth_share=rate / copied,
     )
 
 

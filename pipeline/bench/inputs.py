@@ -11,7 +11,7 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.model.loading import LoadedModel
 from pipeline.records import EncodedDocument, Row, RowError, Spans
-from pipeline.settings.data_settings import TextSettings
+from pipeline.settings.bench_settings import TtftConfig
 from pipeline.settings.prompt_settings import PromptSettings
 from pipeline.setup.asking import Types, text_column
 from pipeline.setup.intake import make_prompts
@@ -25,20 +25,17 @@ def random_document(model: LoadedModel, length: int, row: int = 0) -> EncodedDoc
 
 
 def real_documents(
-    model: LoadedModel,
-    path: str,
-    rows: range,
-    text: TextSettings,
-    prompts: PromptSettings,
-    length: int | None,
+    model: LoadedModel, path: str, config: TtftConfig, length: int | None
 ) -> list[EncodedDocument]:
-    """The prompts of these rows of a file, with `length` cut in their middle to so many tokens."""
+    """The prompts of the rows that `config` names, with `length` cut in their middle to so many tokens."""
+    rows = range(config.row, config.row + config.documents)
+    prompts: PromptSettings = config
     if length is not None:
-        prompts = PromptSettings.of(prompts, on_overlong="truncate-middle")
+        prompts = PromptSettings.of(config, on_overlong="truncate-middle")
     builder = make_prompts(prompts, model, 0, longest=length)
 
     def columns(types: Types | None) -> Columns:
-        return Columns(text=text_column(text.text_column, types, []), fixed_question=text.question)
+        return Columns(text=text_column(config.text_column, types, []), fixed_question=config.question)
 
     source = open_source([path], columns)
     encoded = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from pipeline.bench.timing import now, peak_bytes, tidied
+from pipeline.bench.timing import in_turns, now, peak_bytes, tidied
 from pipeline.errors import ConfigError
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
@@ -39,16 +40,7 @@ class OffloadMeasurement:
     # whose active set is larger, and from that of synchronous copies, whose active set is the same
     same_as_resident: float | None = None
     same_as_synchronous: float | None = None
-
-    @property
-    def hidden(self) -> float | None:
-        """Share of the copies' time in which the computing stream did not wait."""
-        if not self.copy_ms_per_step or self.stall_ms_per_step is None:
-            return None
-        return max(0.0, 1 - self.stall_ms_per_step / self.copy_ms_per_step)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "hidden": self.hidden}
+    hidden: float | None = None  # share of the copies' time in which the computing stream did not wait
 
 
 def measure_offload(
@@ -74,18 +66,15 @@ def measure_offload(
     }
     if not with_resident:
         del variants["all on the device"]
-    runs: dict[str, list[OffloadMeasurement]] = {name: [] for name in variants}
-    answers: dict[str, list[list[int]]] = {name: [] for name in variants}
-    for _turn in range(repeats + 1):  # the first turn warms up
-        for name, chosen in variants.items():
-            measured, answer = _run(model, document, method, name, chosen, new_tokens)
-            runs[name].append(measured)
-            answers[name].append(answer)
+    run = partial(_run, model, document, method, new_tokens)
+    runs = {name: partial(run, name, chosen) for name, chosen in variants.items()}
+    done = in_turns(runs, repeats + 1)  # the first turn warms up
+    answers = {name: [answer for _, answer in own] for name, own in done.items()}
     resident = answers["all on the device"][0] if with_resident else None
     synchronous = answers["offloaded, synchronous"][0]
     return [
         replace(
-            _medians(runs[name][1:]),
+            _medians([measured for measured, _ in done[name][1:]]),
             same_as_resident=_agreement(answers[name], resident) if resident else None,
             same_as_synchronous=_agreement(answers[name], synchronous) if chosen else None,
         )
@@ -97,9 +86,9 @@ def _run(
     model: LoadedModel,
     document: EncodedDocument,
     method: PruningMethod,
+    new_tokens: int,
     variant: str,
     limits: KvLimits | None,
-    new_tokens: int,
 ) -> tuple[OffloadMeasurement, list[int]]:
     """One answer, measured, and its tokens."""
     pack = Pack.of([document], model.device)
@@ -112,7 +101,7 @@ def _run(
     rules = StopRules(max_new_tokens=new_tokens)
     (generated,) = decode(model.adapter, model.attention, prefilled, rules)
     step_ms = (now(model.device) - first_at) * 1e3 / max(new_tokens - 1, 1)
-    measured = OffloadMeasurement(
+    return OffloadMeasurement(
         variant=variant,
         tokens=document.prompt_tokens,
         ttft_ms=(first_at - started) * 1e3,
@@ -120,26 +109,25 @@ def _run(
         step_ms_spread=(step_ms, step_ms),
         device_kv_bytes=prefilled.cache.nbytes,
         peak_bytes=peak_bytes(model.device),
-    )
-    return _with_traffic(measured, prefilled.cache), generated.tokens
+        **_traffic(prefilled.cache),
+    ), generated.tokens
 
 
-def _with_traffic(measured: OffloadMeasurement, cache: RaggedCache) -> OffloadMeasurement:
-    """With what went between device and host, if anything could."""
+def _traffic(cache: RaggedCache) -> dict[str, Any]:
+    """Fields of a measurement: what went between device and host, if anything could."""
     if not isinstance(cache, OffloadedCache):
-        return measured
-    traffic, times_ms = cache.counts, cache.copy_ms()
-    steps = max(traffic.steps, 1)
+        return {}
+    counts, times_ms = cache.counts, cache.copy_ms()
+    steps = max(counts.steps, 1)
     copy_ms, stall_ms = (None if ms is None else ms / steps for ms in times_ms)
-    return replace(
-        measured,
-        host_kv_bytes=cache.host_bytes,
-        decisions=traffic.decisions,
-        swaps=traffic.swaps,
-        swapped_bytes_per_step=traffic.swapped_bytes / steps,
-        copy_ms_per_step=copy_ms,
-        stall_ms_per_step=stall_ms,
-    )
+    return {
+        "host_kv_bytes": cache.host_bytes,
+        "decisions": counts.decisions,
+        "swaps": counts.swaps,
+        "swapped_bytes_per_step": counts.swapped_bytes / steps,
+        "copy_ms_per_step": copy_ms,
+        "stall_ms_per_step": stall_ms,
+    }
 
 
 def _medians(runs: Sequence[OffloadMeasurement]) -> OffloadMeasurement:
@@ -149,7 +137,9 @@ def _medians(runs: Sequence[OffloadMeasurement]) -> OffloadMeasurement:
     for name in ("ttft_ms", "step_ms", "copy_ms_per_step", "stall_ms_per_step"):
         known = [ms for run in runs if (ms := getattr(run, name)) is not None]
         times[name] = statistics.median(known) if known else None
-    return replace(runs[-1], **times)
+    copy_ms, stall_ms = times["copy_ms_per_step"], times["stall_ms_per_step"]
+    hidden = max(0.0, 1 - stall_ms / copy_ms) if copy_ms and stall_ms is not None else None
+    return replace(runs[-1], hidden=hidden, **times)
 
 
 def _agreement(answers: Sequence[Sequence[int]], reference: Sequence[int]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from pipeline.storage.whole_file import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def check_plot(path: str) -> None:
@@ -29,12 +27,8 @@ def check_plot(path: str) -> None:
     refuse_foreign_file("--plot", Path(path), is_picture)
 
 
-def save_plot(path: str, title: str, results: Sequence[Measurement]) -> None:
-    """Draw medians with their spread; of a single length, bars. StorageError if it cannot be saved."""
-    save_picture(path, title, partial(_draw_ttft, results))
-
-
-def _draw_ttft(results: Sequence[Measurement], axes: Axes) -> None:
+def draw_ttft(results: Sequence[Measurement], axes: Axes) -> None:
+    """Medians with their spread; of a single length, bars."""
     lengths = sorted({result.tokens for result in results})
     for variant in dict.fromkeys(result.variant for result in results):
         points = [result for result in results if result.variant == variant]
@@ -56,15 +50,11 @@ def _draw_ttft(results: Sequence[Measurement], axes: Axes) -> None:
         axes.legend()
 
 
-def save_accuracy(path: str, title: str, results: Sequence[Accuracy]) -> None:
-    """Drop of the first group's token accuracy, with its interval. ConfigError if it cannot be saved.
+def draw_accuracy(results: Sequence[Accuracy], axes: Axes) -> None:
+    """Drop of the first group's token accuracy, with its interval.
 
     Variants of one method with one first setting form a line, so that a grid reads as a frontier.
     """
-    save_picture(path, title, partial(_draw_accuracy, results))
-
-
-def _draw_accuracy(results: Sequence[Accuracy], axes: Axes) -> None:
     lines: dict[str, list[Accuracy]] = {}
     for result in results:
         lines.setdefault(":".join(result.variant.split(":")[:2]), []).append(result)
@@ -89,7 +79,7 @@ def _draw_accuracy(results: Sequence[Accuracy], axes: Axes) -> None:
 
 
 def save_picture(path: str, title: str, fill: Callable[[Axes], None]) -> None:
-    """Save what `fill` draws. StorageError if it cannot be written."""
+    """Replace a picture whole by what `fill` draws. StorageError if it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -97,11 +87,6 @@ def save_picture(path: str, title: str, fill: Callable[[Axes], None]) -> None:
     fill(axes)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: str) -> None:
-    """Replace the picture whole. StorageError if it cannot be written."""
     suffix = Path(path).suffix.lower()
     with writing(Path(path)) as file:
         figure.savefig(file, format=suffix[1:], dpi=150, metadata=picture_metadata(suffix))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -21,13 +21,6 @@ from pipeline.run import run_batch
 from pipeline.summary import Summary
 
 Interval = tuple[int, int]  # start and end in nanoseconds
-
-
-class Idle(NamedTuple):
-    """A run under the profiler."""
-
-    share: float  # of the time from the first pack's start to the last one's end: no kernel, no copy ran
-    wall_s: float  # that time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,34 +38,15 @@ class Throughput:
     wall_s: float
     prefill_s: float  # until the first tokens were known, over all packs
     decode_s: float
-    idle: Idle | None  # of a second run, which the profiler slows down; None on the CPU
-
-    @property
-    def between_packs_s(self) -> float:
-        """Neither prefill nor decode: statistics, the journal, making packs, waiting for rows."""
-        return self.wall_s - self.prefill_s - self.decode_s
-
-    def share(self, seconds: float) -> float:
-        """Of the wall time."""
-        return seconds / self.wall_s
-
-    def per_second(self, count: int) -> float:
-        return count / self.wall_s
-
-    def as_dict(self) -> dict[str, Any]:
-        idle = self.idle
-        return {
-            **asdict(self),
-            "idle": idle and idle.share,
-            "profiled_wall_s": idle and idle.wall_s,
-            "between_packs_s": self.between_packs_s,
-            "documents_per_second": self.per_second(self.documents),
-            "prompt_tokens_per_second": self.per_second(self.prompt_tokens),
-            "new_tokens_per_second": self.per_second(self.new_tokens),
-            "prefill_share": self.share(self.prefill_s),
-            "decode_share": self.share(self.decode_s),
-            "between_packs_share": self.share(self.between_packs_s),
-        }
+    idle: float | None  # share without a kernel or a copy, of a second run's wall time; None on the CPU
+    profiled_wall_s: float | None  # of that run, which the profiler slows down
+    between_packs_s: float  # neither prefill nor decode: statistics, the journal, packing, waiting for rows
+    documents_per_second: float  # of the wall time, as all that follow
+    prompt_tokens_per_second: float
+    new_tokens_per_second: float
+    prefill_share: float
+    decode_share: float
+    between_packs_share: float
 
 
 def measure_throughput(
@@ -108,6 +82,8 @@ def measure_throughput(
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.errors.most_common(3))
         named = input if isinstance(input, str) else ", ".join(input)
         raise InputError(f"{named} has no row that was answered" + (f" ({kinds})" if kinds else ""))
+    idle = _profiled(run, model.device) if model.device.type == "cuda" else None
+    wall_s, between_s = times.span_s, times.span_s - times.prefill_s - times.decode_s
     return Throughput(
         variant=variant.name,
         documents=summary.status["ok"],
@@ -117,15 +93,23 @@ def measure_throughput(
         packs=times.packs,
         run_s=summary.seconds,
         warm_up_s=times.warm_up_s,
-        wall_s=times.span_s,
+        wall_s=wall_s,
         prefill_s=times.prefill_s,
         decode_s=times.decode_s,
-        idle=_profiled(run, model.device) if model.device.type == "cuda" else None,
+        idle=idle and idle[0],
+        profiled_wall_s=idle and idle[1],
+        between_packs_s=between_s,
+        documents_per_second=summary.status["ok"] / wall_s,
+        prompt_tokens_per_second=summary.prompt_tokens / wall_s,
+        new_tokens_per_second=summary.new_tokens / wall_s,
+        prefill_share=times.prefill_s / wall_s,
+        decode_share=times.decode_s / wall_s,
+        between_packs_share=between_s / wall_s,
     )
 
 
-def _profiled(run: Callable[[], Summary], device: torch.device) -> Idle | None:
-    """The idle share of a run; None where the profiler saw nothing."""
+def _profiled(run: Callable[[], Summary], device: torch.device) -> tuple[float, float] | None:
+    """The idle share of a run's wall time, and that time; None where the profiler saw nothing."""
     _mark(device)  # the marker's kernel is loaded before it is timed
     with profile(use_cpu=False, use_device="cuda", use_kineto=True) as profiler:
         marked_ns = _mark(device)
@@ -144,7 +128,7 @@ def _profiled(run: Callable[[], Summary], device: torch.device) -> Idle | None:
     # the profiler's clock is not ours: the first thing that it saw is the marker
     offset_ns = min(busy)[0] - marked_ns
     window = (int(times.began * 1e9) + offset_ns, int(times.ended * 1e9) + offset_ns)
-    return Idle(share=idle_share(busy, window), wall_s=times.span_s)
+    return idle_share(busy, window), times.span_s
 
 
 def _mark(device: torch.device) -> int:

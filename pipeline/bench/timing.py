@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
 LONGEST_TRIAL_S = 1.0
 FEWEST_TRIALS, MOST_TRIALS = 3, 50
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def wait_for(device: torch.device) -> None:
@@ -34,6 +37,15 @@ def tidied(device: torch.device) -> float:
 def peak_bytes(device: torch.device) -> int | None:
     """The most that the device's allocator held since `tidied`; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def in_turns(runs: Mapping[K, Callable[[], T]], turns: int) -> dict[K, list[T]]:
+    """What all runs give, one after the other in each turn, so that a drifting clock touches all alike."""
+    results: dict[K, list[T]] = {name: [] for name in runs}
+    for _turn in range(turns):
+        for name, run in runs.items():
+            results[name].append(run())
+    return results
 
 
 def best_seconds(

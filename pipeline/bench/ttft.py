@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.bench.ceilings import Ceilings
-from pipeline.bench.timing import now, peak_bytes, tidied, wait_for
+from pipeline.bench.timing import in_turns, now, peak_bytes, tidied, wait_for
 from pipeline.errors import ConfigError
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import LoadedModel
@@ -26,6 +27,7 @@ from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument
 
 BASELINES = ("transformers", "transformers-cudnn")
+Timed = tuple[float, dict[str, Any]]  # milliseconds of a run, and what it did
 MOST_ANSWERS = 3  # timed runs to the end of an answer, which decoding makes slow
 
 
@@ -55,9 +57,6 @@ class Measurement:
     ffn_share_by_layer: tuple[float, ...] | None = None
     kept_share_by_layer: tuple[float, ...] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def measure_ttft(
     model: LoadedModel,
@@ -76,32 +75,19 @@ def measure_ttft(
     """
     check_baselines(baselines, len(documents))
     pack = Pack.of(documents, model.device)
-    runs: dict[str, Callable[[], Prefilled | None]] = {}
-    for baseline in baselines:
-        runs[baseline] = _transformers_run(model, pack, baseline)
+    runs = {name: partial(_timed, model, _transformers_run(model, pack, name)) for name in baselines}
+    answers = {}
     prepare(model, methods)
     for variant in methods:
-        runs[variant.name] = _method_run(model, pack, variant)
-    answers = {variant.name: _method_run(model, pack, variant, new_tokens) for variant in methods}
-    in_fp8 = {variant.name for variant in methods if variant.linears_in_fp8}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    to_the_end: dict[str, list[float]] = {name: [] for name in runs}
-    work: dict[str, dict[str, Any]] = {}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, run in runs.items():
-            milliseconds, peak, prefilled = _timed(run, model.device)
-            if turn == 0:
-                done = _work(model, prefilled, ceilings, linears_in_fp8=name in in_fp8)
-                work[name] = {"peak_bytes": peak, **done}
-            else:
-                times[name].append(milliseconds)
-            del prefilled
-    for variant in methods:
-        work[variant.name]["select_ms"] = _select_ms(model, pack, variant.use(model))
-    for _turn in range(min(repeats, MOST_ANSWERS) if new_tokens else 0):
-        for name, run_to_end in answers.items():
-            to_the_end[name].append(_timed(run_to_end, model.device)[0])
-    return [_measurement(name, documents, times[name], work[name], to_the_end[name]) for name in runs]
+        run, to_the_end = (_method_run(model, pack, variant, tokens) for tokens in (0, new_tokens))
+        runs[variant.name] = partial(_timed, model, run, ceilings, variant.linears_in_fp8)
+        answers[variant.name] = partial(_timed, model, to_the_end)
+    times = in_turns(runs, repeats + 1)  # the first turn warms up, and tells what was done
+    select_ms = {variant.name: _select_ms(model, pack, variant.use(model)) for variant in methods}
+    ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0)
+    return [
+        _measurement(name, documents, times[name], select_ms.get(name), ends.get(name, ())) for name in runs
+    ]
 
 
 def check_baselines(baselines: Sequence[str], documents: int) -> None:
@@ -184,20 +170,24 @@ def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable
 
 
 def _timed(
-    run: Callable[[], Prefilled | None], device: torch.device
-) -> tuple[float, int | None, Prefilled | None]:
-    """Milliseconds, the peak of the device's memory, and what the run gave."""
-    started = tidied(device)
-    result = run()
-    return (now(device) - started) * 1e3, peak_bytes(device), result
+    model: LoadedModel,
+    run: Callable[[], Prefilled | None],
+    ceilings: Ceilings | None = None,
+    linears_in_fp8: bool = False,
+) -> Timed:
+    """Time a run to its end, and note the peak of the device's memory."""
+    started = tidied(model.device)
+    prefilled = run()
+    milliseconds, peak = (now(model.device) - started) * 1e3, peak_bytes(model.device)
+    # a baseline is dense and reports nothing of its own
+    done = {} if prefilled is None else _work(model, prefilled, ceilings, linears_in_fp8)
+    return milliseconds, {"peak_bytes": peak, **done}
 
 
 def _work(
-    model: LoadedModel, prefilled: Prefilled | None, ceilings: Ceilings | None, *, linears_in_fp8: bool
+    model: LoadedModel, prefilled: Prefilled, ceilings: Ceilings | None, linears_in_fp8: bool
 ) -> dict[str, Any]:
-    """What the method did; a baseline is dense and reports nothing of its own."""
-    if prefilled is None:
-        return {}
+    """What the method did."""
     shape = model.adapter.shape
     lengths, by_document = prefilled.lengths, prefilled.by_document()
     done = sum(passes_flops(shape, passes) for passes in by_document)
@@ -223,13 +213,13 @@ def _work(
 def _measurement(
     name: str,
     documents: Sequence[EncodedDocument],
-    times: Sequence[float],
-    work: dict[str, Any],
-    to_the_end: Sequence[float],
+    timed: Sequence[Timed],
+    select_ms: float | None,
+    to_the_end: Sequence[Timed],
 ) -> Measurement:
-    work = dict(work)
-    flops = work.pop("flops", None)
-    median = statistics.median(times)
+    (_, work), *turns = timed
+    times = [milliseconds for milliseconds, _ in turns]
+    flops, median = work.pop("flops", None), statistics.median(times)
     return Measurement(
         variant=name,
         tokens=sum(document.prompt_tokens for document in documents),
@@ -239,7 +229,8 @@ def _measurement(
         slowest_ms=max(times),
         repeats=len(times),
         tflops_per_second=flops / median / 1e9 if flops else None,
-        end_to_end_ms=statistics.median(to_the_end) if to_the_end else None,
+        select_ms=select_ms,
+        end_to_end_ms=statistics.median(ms for ms, _ in to_the_end) if to_the_end else None,
         **work,
     )
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from pipeline.calibrate.bounds import Bounds, Supply
 from pipeline.calibrate.ladder import Calibration
 from pipeline.calibrate.phases import Phases
-from pipeline.errors import GateInconclusive, MarsError, is_failure
+from pipeline.errors import GateInconclusive, MarsError
 from pipeline.evaluate.cases import Sides, in_all, split
 from pipeline.evaluate.check_rows import read_rows
-from pipeline.evaluate.workbench import Deadline, Workbench
+from pipeline.evaluate.workbench import Deadline, Workbench, failures_named
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
 from pipeline.settings.calibrate_settings import CalibrateConfig
@@ -20,28 +19,23 @@ from pipeline.setup.intake import make_prompts
 from pipeline.setup.profile import Profile, write_profile
 from pipeline.suites.samples import NEEDLES
 
-Progress = Callable[[str, float], None]  # what is being done, and the seconds left
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
 
 def run_calibrate(
     config: CalibrateConfig,
     *,
     model: Model | None = None,
     clock: Deadline | None = None,
-    progress: Progress = _nothing,
-    note: Callable[[str], None] = _nothing,
-    check: Callable[[], None] = _nothing,
+    progress: Callable[[str, float], None] = lambda text, left_s: None,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Find settings within the bounds, and write the profile if some pass on the documents held out.
 
-    `model` stands for the one that `config` names, `clock` for `config.minutes` from now. `check` is called
-    before every prefill and between the steps of generated answers, and may raise to end all. Raises
-    MarsError, of which GateInconclusive, before the weights are loaded, says that there are too few documents
-    for anything to pass. That nothing passes is no error but a result without a profile.
+    `model` stands for the one that `config` names, `clock` for `config.minutes` from now. `progress` is
+    called with what is being done and the seconds left, `check` before every prefill and between the steps
+    of generated answers: it may raise to end all. Raises MarsError, of which GateInconclusive, before the
+    weights are loaded, says that there are too few documents for anything to pass. That nothing passes is no
+    error but a result without a profile.
     """
     clock = clock or Deadline(config.minutes * 60)
 
@@ -63,14 +57,8 @@ def run_calibrate(
     with nothing_to_lose():
         bench = Workbench.of(model.load(), check)
     run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
-    try:
+    with failures_named(lambda: f"{bench.running} fails"):
         result = run.calibrate(found.data_hash, clock)
-    except MarsError:
-        raise
-    except BaseException as error:  # whatever it is, the row must be named
-        if not is_failure(error):
-            raise
-        raise MarsError(f"{bench.running} fails: {type(error).__name__}: {error}") from error
     if result.profile is not None:
         write_profile(config.profile_file, result.profile)
         _keep(result.profile, note)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
-
-from pipeline.bench.plot import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,16 +10,8 @@ if TYPE_CHECKING:
     from pipeline.calibrate.ladder import Calibration
 
 
-def save_ladder(path: str, result: Calibration) -> None:
-    """Draw the expected drop of all rungs, and the main gate's, with its interval, of those tested.
-
-    Raises ConfigError if it cannot be saved.
-    """
-    title = f"{result.config.model}: {result.held_out:,} rows held out"
-    save_picture(path, title, partial(_draw_ladder, result))
-
-
-def _draw_ladder(result: Calibration, axes: Axes) -> None:
+def draw_ladder(result: Calibration, axes: Axes) -> None:
+    """The expected drop of all rungs, and the main gate's, with its interval, of those tested."""
     bounds = result.bounds
     axes.plot(
         [rung.speed_up for rung in result.ladder],

@@ -6,6 +6,7 @@ from pipeline.calibrate.bounds import Verified
 from pipeline.calibrate.ladder import Calibration, RungResult
 from pipeline.calibrate.sensitivity import MASSES
 from pipeline.errors import GateFailed
+from pipeline.evaluate.drops import hundredths
 from pipeline.texts.words import counted
 
 LADDER_HEADS = ("rung", "expected", "drop held out", "interval", "predicted", "times as fast", "verdict")
@@ -20,7 +21,7 @@ def ladder_rows(result: Calibration) -> list[tuple[str, ...]]:
         found = tested.get(id(rung))
         measured = ("-", "-", "-", "not tested") if found is None else _measured(found, result)
         drop, interval, speed_up, verdict = measured
-        expected, predicted = f"{rung.expected_drop + 0:.2f}{unit}", f"{rung.speed_up:.2f}"
+        expected, predicted = f"{hundredths(rung.expected_drop)}{unit}", f"{rung.speed_up:.2f}"
         rows.append((rung.name, expected, drop, interval, predicted, speed_up, verdict))
     return rows
 
@@ -32,8 +33,8 @@ def _measured(tested: RungResult, result: Calibration) -> tuple[str, str, str, s
     drop, unit = main.drop, result.bounds.main.unit
     failed = [gate.gate for gate in tested.gates if gate.verdict == tested.verdict != "pass"]
     return (
-        f"{drop.drop + 0:.2f}{unit}",
-        f"{drop.low + 0:.2f} to {drop.high + 0:.2f}",
+        f"{hundredths(drop.drop)}{unit}",
+        drop.interval,
         f"{tested.speed_up:.2f}",
         ": ".join([tested.verdict, ", ".join(failed)] if failed else [tested.verdict]),
     )
@@ -83,7 +84,7 @@ def gate_text(gate: Verified, result: Calibration) -> str:
     bound = result.bounds.bound_of(gate.gate)
     drop = gate.drop
     return (
-        f"{gate.gate} dropped by {drop.drop + 0:.2f}{bound.unit} ({drop.low + 0:.2f} to {drop.high + 0:.2f} "
+        f"{gate.gate} dropped by {hundredths(drop.drop)}{bound.unit} ({drop.interval} "
         f"at {drop.confidence:.0%}) over {counted(drop.rows, 'row')} of "
         f"{counted(drop.documents, 'document')} held out, bound {bound}: {gate.verdict}"
     )

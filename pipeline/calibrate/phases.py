@@ -27,6 +27,7 @@ from pipeline.engines.answering import rules_of
 from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.evaluate.check_rows import CheckRow
+from pipeline.evaluate.drops import hundredths
 from pipeline.evaluate.workbench import DENSE, LOW, TIMED, TOP, Deadline, Evaluated, Workbench, sparse_from
 from pipeline.model.variant import Variant
 from pipeline.settings.calibrate_settings import CalibrateConfig
@@ -170,7 +171,7 @@ class Phases:
         if not trial.complete:
             return None
         rung = Rung(trial=trial, drop=self.bounds.main_drop([run.score for run in dense], trial.scores))
-        drop = f"{rung.drop + 0:.2f}{self.bounds.main.unit}, KL from dense {trial.divergence:.4f}"
+        drop = f"{hundredths(rung.drop)}{self.bounds.main.unit}, KL from dense {trial.divergence:.4f}"
         self.tell(f"{rung.name}: {rung.speed_up:.2f} times as fast, drop {drop}")
         return rung
 

@@ -25,7 +25,8 @@ from pipeline.storage.whole_file import writing
 VERSION = 3
 _DENSE_ALONE = 2  # the version before, which says of no row whose it is
 _ANEW = "--overwrite-baseline makes it anew"
-_SIDES = (_DENSE, _ACCEPTED) = ("dense", "accepted")
+_DENSE = "dense"
+_SIDES = (_DENSE, "accepted")
 
 _TEXT, _COUNT, _NUMBER = pa.string(), pa.int64(), pa.float64()
 _SCHEMA = pa.schema(
@@ -88,22 +89,13 @@ def read_baseline(path: Path, rows: Sequence[CheckRow], decides: Mapping[str, An
             f"--baseline {path} is no baseline of marsinfer check; name another file, which will be made"
         ) from error
     check_settings(path, then, plain(decides), _ANEW)
-    sides = {}
     for side, results in found.items():
-        if side == _ACCEPTED and not results:
-            sides[side] = results
-            continue
-        for row in rows:
+        for row in rows if results or side == _DENSE else ():
             what = _misfit(row, results.get(row.sample.id))
             if what is not None:
                 raise ConfigError(f"--baseline {path} is of other rows: {row.sample.id!r} {what}; {_ANEW}")
-        sides[side] = {row.sample.id: results[row.sample.id] for row in rows}
-    return Baseline(
-        dense=sides[_DENSE],
-        accepted=sides[_ACCEPTED],
-        about=about,
-        is_whole=len(found[_DENSE]) == len(rows),
-    )
+    dense, accepted = ({row.sample.id: own[row.sample.id] for row in rows if own} for own in found.values())
+    return Baseline(dense=dense, accepted=accepted, about=about, is_whole=len(found[_DENSE]) == len(rows))
 
 
 def baseline_settings(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ class _Check:
         method = Variant(self.method.name, self.method, linears=self.config.linear_dtype)
         return {"dense": DENSE, "method": method}
 
+    @cached_property
+    def bench(self) -> Workbench:
+        """The model, loaded when a row has to be run."""
+        self.check()
+        with nothing_to_lose():
+            model = self.model.load()
+        prepare(model, self.variants.values())
+        return Workbench(model=model, check=self.check)
+
     def dense_decides(self) -> dict[str, Any]:
         """The settings of which each can change a result of the dense side.
 
@@ -110,18 +119,14 @@ class _Check:
         write_baseline(Path(self.config.baseline), dense, accepted, self.dense_decides(), self.about())
 
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
 def run_check(
     config: CheckConfig,
     *,
     model: Model | None = None,
     method: PruningMethod | None = None,
-    progress: Callable[[Tally], None] = _nothing,
-    note: Callable[[str], None] = _nothing,
-    check: Callable[[], None] = _nothing,
+    progress: Callable[[Tally], None] = lambda tally: None,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
 ) -> CheckResult:
     """Run dense and the method on the same rows and compare them; write the baseline and reports asked for.
 
@@ -148,9 +153,9 @@ def run_check(
             note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
         if journal is not None and journal.resumed:
             note(f"resuming: {journal.resumed:,} results are done")
-        found = _run_sides(run, journal)
-        result = _compare(run, found)
-        _accept(run, found, result)
+        pairs, baseline, same_run = _run_sides(run, journal)
+        result = _compare(run, pairs, same_run=same_run)
+        _accept(run, baseline, result)
         write_reports(result)
         if journal is not None:
             journal.remove()
@@ -218,27 +223,18 @@ def _prompts(config: CheckConfig, model: Model) -> PromptBuilder:
     return make_prompts(config, model, config.max_new_tokens, now=parse_moment(begun["date"]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """Every row under both sides, and the baseline that was there."""
-
-    pairs: tuple[Pair, ...]
-    baseline: Baseline | None
-    same_run: bool  # whether this run timed all of both
-
-
-def _run_sides(run: _Check, journal: CheckJournal | None) -> _Found:
+def _run_sides(run: _Check, journal: CheckJournal | None) -> tuple[tuple[Pair, ...], Baseline | None, bool]:
+    """Every row under both sides, the baseline that was there, and whether this run timed all of both."""
     rows, config = run.rows.rows, run.config
     ids = [row.sample.id for row in rows]
     baseline, dense, method = _known(run, journal)
     same_run = not (dense or method)
     tally = Tally()
     tally.expected_rows = 2 * len(rows) - len(dense) - len(method)
-    load = cache(lambda: _load(run))
     for name, found in (("dense", dense), ("method", method)):
         pending = [row for row in rows if row.sample.id not in found]
         if pending:
-            side = Side(bench=load(), variant=run.variants[name], config=config)
+            side = Side(bench=run.bench, variant=run.variants[name], config=config)
             for result in side.run(pending, None if name == "dense" else dense):
                 if journal is not None:
                     journal.add(name, result)
@@ -252,7 +248,7 @@ def _run_sides(run: _Check, journal: CheckJournal | None) -> _Found:
         Pair(row=row, dense=dense[id], method=method[id], accepted=accepted.get(id))
         for id, row in zip(ids, rows, strict=True)
     )
-    return _Found(pairs=pairs, baseline=baseline, same_run=same_run)
+    return pairs, baseline, same_run
 
 
 def _known(
@@ -270,28 +266,19 @@ def _known(
     return baseline, dense, {id: method[id] for id in same}
 
 
-def _accept(run: _Check, found: _Found, result: CheckResult) -> None:
+def _accept(run: _Check, baseline: Baseline | None, result: CheckResult) -> None:
     """Add what the method scored to a baseline that has nothing of the kind yet, if the check passed."""
-    lacks = found.baseline is None or (found.baseline.is_whole and not found.baseline.accepted)
+    lacks = baseline is None or (baseline.is_whole and not baseline.accepted)
     if run.config.baseline is None or result.verdict != "pass" or not lacks:
         return
-    run.write_baseline(
-        dense=[pair.dense for pair in found.pairs], accepted=[pair.method for pair in found.pairs]
-    )
+    pairs = result.pairs
+    run.write_baseline(dense=[pair.dense for pair in pairs], accepted=[pair.method for pair in pairs])
     if run.config.scope == "rows":
         run.note(f"what the method scored is what later runs are held against, in {run.config.baseline}")
 
 
-def _load(run: _Check) -> Workbench:
-    run.check()
-    with nothing_to_lose():
-        model = run.model.load()
-    prepare(model, run.variants.values())
-    return Workbench(model=model, check=run.check)
-
-
-def _compare(run: _Check, found: _Found) -> CheckResult:
-    config, rows, pairs = run.config, run.rows.rows, found.pairs
+def _compare(run: _Check, pairs: tuple[Pair, ...], *, same_run: bool) -> CheckResult:
+    config, rows = run.config, run.rows.rows
     accepted = pairs[0].accepted is not None  # of every row, or of none
     pruned = has_pruned(config, pairs, ffn_in_fp8=uses_fp8(run.method))
     gates = make_gates(config, pairs, pruned=pruned or (accepted and run.method.name == "dense"))
@@ -301,7 +288,7 @@ def _compare(run: _Check, found: _Found) -> CheckResult:
         verdict=worst(gate.verdict for gate in gates if gate.decides),
         gates=gates,
         against="accepted" if accepted else "dense",
-        speed=speeds(pairs, same_run=found.same_run),
+        speed=speeds(pairs, same_run=same_run),
         counts={
             "rows": len(rows),
             "documents": len({row.sample.document_key for row in rows}),

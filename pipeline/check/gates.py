@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
@@ -30,6 +30,7 @@ SCORERS = {
 }
 KL, NEVER, FIRST = "KL from dense", "never diverges", "first divergence"
 UNITS = {"nll": "nats", KL: "nats", FIRST: "tokens"}  # all other measures are shares
+SHARES = {"ffn_ratio": "FFN", "kept_ratio": "tokens", "kv_ratio": "K/V", "flops_ratio": "operations"}
 RECOMMENDED = 400  # documents: those that lose next to nothing pass 2pt, and such a loss is seen
 NOTHING_PRUNED = "nothing was pruned: the method did to every row what dense does"
 
@@ -49,8 +50,7 @@ class Pair:
         return self.dense if self.accepted is None else self.accepted
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
+class Measure(NamedTuple):
     """Means over the documents of a task; of dense there is none where the measure compares with it."""
 
     name: str
@@ -201,23 +201,16 @@ def _measures(config: CheckConfig, pairs: Sequence[Pair]) -> list[Measure]:
     if config.generate:
         # what packages that are not installed would tell is left out, but for the gate's own metric
         names += [name for name in ("score", *SCORERS) if name == config.gate_metric or _can(name, pairs)]
-    measures = [
-        Measure(
-            name=name,
-            dense=None if name == "agreement" else _mean(name, pairs, dense=True),
-            method=_mean(name, pairs, dense=False),
-        )
-        for name in names
-    ]
     divergences = [pair.method.score.divergence for pair in pairs if pair.method.score.divergence is not None]
     parted = [pair.method.score.parted_at for pair in pairs if pair.method.score.parted_at is not None]
-    never = 1 - len(parted) / len(pairs)
-    extras = (
-        (KL, statistics.mean(divergences)),
-        (NEVER, never),
-        (FIRST, statistics.median(parted) if parted else None),
-    )
-    return measures + [Measure(name=name, dense=None, method=value) for name, value in extras]
+    held_against = [None if name == "agreement" else _mean(name, pairs, dense=True) for name in names]
+    own = [_mean(name, pairs, dense=False) for name in names]
+    return [
+        *map(Measure, names, held_against, own),
+        Measure(KL, None, statistics.mean(divergences)),
+        Measure(NEVER, None, 1 - len(parted) / len(pairs)),
+        Measure(FIRST, None, statistics.median(parted) if parted else None),
+    ]
 
 
 def _mean(name: str, pairs: Sequence[Pair], *, dense: bool) -> float:
@@ -268,8 +261,7 @@ def speeds(pairs: Sequence[Pair], *, same_run: bool) -> dict[str, float | None]:
     """
     dense_ms = statistics.median(pair.dense.score.ttft_ms for pair in pairs)
     method_ms = statistics.median(pair.method.score.ttft_ms for pair in pairs)
-    shares = ("kept_ratio", "ffn_ratio", "flops_ratio", "kv_ratio")
-    means = {name: statistics.fmean(getattr(pair.method.score, name) for pair in pairs) for name in shares}
+    means = {name: statistics.fmean(getattr(pair.method.score, name) for pair in pairs) for name in SHARES}
     return {
         "dense_ttft_p50_ms": dense_ms if same_run else None,
         "method_ttft_p50_ms": method_ms,

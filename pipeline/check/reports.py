@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
-from pipeline.check.gates import ALL, UNITS, Gate, Measure
+from pipeline.check.gates import ALL, SHARES, UNITS, CheckResult, Gate, Measure
 from pipeline.errors import GateFailed, GateInconclusive
+from pipeline.evaluate.drops import hundredths
 from pipeline.outputs.replacing import JUNIT_NAME, is_baseline, is_junit, is_result, refuse_foreign_file
+from pipeline.settings.check_settings import CheckConfig
 from pipeline.storage.whole_file import failures_told, writing
 from pipeline.suites.by_name import NOT_COMPARABLE
-from pipeline.texts.shown import in_markdown, in_xml
+from pipeline.texts.shown import in_markdown, in_xml, markdown_table
 from pipeline.texts.words import counted
-
-if TYPE_CHECKING:
-    from pipeline.check.gates import CheckResult
-    from pipeline.settings.check_settings import CheckConfig
 
 _AGAINST = {"dense": "dense", "accepted": "its accepted scores"}
 MOST_LEFT_OUT = 20  # messages that JSON repeats; the notes of the run told all
@@ -60,7 +58,7 @@ def gate_text(result: CheckResult, gate: Gate) -> str:
 
 def amount(gate: Gate, value: float) -> str:
     """`1.2 points`, or `1.2%` of dense's."""
-    return f"{number(value)}{'%' if gate.drop.relative else ' points'}"
+    return f"{hundredths(value)}{'%' if gate.drop.relative else ' points'}"
 
 
 def interval(result: CheckResult, gate: Gate) -> str:
@@ -69,13 +67,7 @@ def interval(result: CheckResult, gate: Gate) -> str:
     if result.config.scope == "rows":
         since = "since they were accepted" if result.against == "accepted" else "against dense"
         return f"these rows alone, {since}"
-    return f"{number(drop.low)} to {number(drop.high)} at {drop.confidence:.0%}"
-
-
-def number(value: float) -> str:
-    if math.isinf(value):
-        return "any" if value > 0 else "-any"
-    return f"{round(value, 2) + 0:.2f}"  # adding 0 takes the sign from a zero
+    return f"{drop.interval} at {drop.confidence:.0%}"
 
 
 def measure_text(measure: Measure, value: float | None) -> str:
@@ -91,13 +83,7 @@ def speed_text(result: CheckResult) -> str:
     """One line: times, and what was kept."""
     speed = result.speed
     dense, method = speed["dense_ttft_p50_ms"], speed["method_ttft_p50_ms"]
-    shares = (
-        ("FFN", "ffn_ratio"),
-        ("tokens", "kept_ratio"),
-        ("K/V", "kv_ratio"),
-        ("operations", "flops_ratio"),
-    )
-    kept = ", ".join(f"{name} {speed[key]:.1%}" for name, key in shares)
+    kept = ", ".join(f"{label} {speed[name]:.1%}" for name, label in SHARES.items())
     times = (
         f"{method:,.1f} ms" if dense is None else f"{dense:,.1f} ms dense, {method:,.1f} ms {result.method}"
     )
@@ -236,9 +222,9 @@ def markdown(result: CheckResult) -> str:
         "",
         in_markdown(verdict_text(result)),
         "",
-        *_table(heads(result), table_rows(result)),
+        markdown_table(heads(result), table_rows(result), in_markdown),
         "",
-        *_table(("measure, all rows", "dense", result.method), measure_rows(result)),
+        markdown_table(("measure, all rows", "dense", result.method), measure_rows(result), in_markdown),
         "",
         in_markdown(f"{counts_text(result)}. {speed_text(result)}."),
         "",
@@ -247,11 +233,6 @@ def markdown(result: CheckResult) -> str:
         "",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _table(heads: tuple[str, ...], rows: list[Any]) -> list[str]:
-    cells = [[in_markdown(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [map(in_markdown, heads), ["---"] * len(heads), *cells]]
 
 
 def _gate(result: CheckResult, gate: Gate) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.bench.attention_speed import attention_shape, available
+from pipeline.bench.attention_speed import attention_shape, available, distance
 from pipeline.doctor.findings import Finding
-from pipeline.doctor.tiny import device, distance, stock_logits, subject
+from pipeline.doctor.tiny import device, stock_logits, subject
 from pipeline.errors import ConfigError
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
@@ -31,12 +31,11 @@ def attention(name: str) -> Finding:
     dtype = pick_dtype("auto", target)
     found, refused = available([name], shape, device=target, dtype=dtype)
     if found:
+        dtype_name = str(dtype).removeprefix("torch.")
         chosen = attention_for("auto", target, dtype, shape)[0].name == name
-        return Finding(
-            status="ok", text=f"agrees with the reference in {_named(dtype)}{TAKEN if chosen else ''}"
-        )
+        return Finding("ok", f"agrees with the reference in {dtype_name}{TAKEN if chosen else ''}")
     # the one that needs nothing but torch, and that auto falls back on
-    return Finding(status="broken" if name == "sdpa" else "absent", text=refused[name])
+    return Finding("broken" if name == "sdpa" else "absent", refused[name])
 
 
 def precision(dtype: str) -> Finding:
@@ -44,7 +43,7 @@ def precision(dtype: str) -> Finding:
     try:
         logits = subject(dtype).prefill(Dense()).logits_BV
     except ConfigError as error:
-        return Finding(status="absent", text=str(error))
+        return Finding("absent", str(error))
     return _judged(distance(logits, stock_logits()), TOLERANCES[dtype], "transformers", _speed(dtype))
 
 
@@ -64,7 +63,7 @@ def fp8_linears() -> Finding:
     try:
         tried.adapter.use_linears("fp8", keep=True)
     except ConfigError as error:
-        return Finding(status="absent", text=str(error).removeprefix("fp8 cannot be used here: "))
+        return Finding("absent", str(error).removeprefix("fp8 cannot be used here: "))
     try:
         logits = tried.prefill(Dense()).logits_BV
     finally:
@@ -76,30 +75,25 @@ def sparse_attention() -> Finding:
     """The kernels of block-sparse attention, against plain torch on the CPU with the same blocks."""
     target = device()
     if target.type == "cpu":
-        return Finding(status="absent", text="needs a GPU; on a CPU attention is whole")
+        return Finding("absent", "needs a GPU; on a CPU attention is whole")
     heads, kv_heads = SPARSE_HEADS
     generator = torch.Generator().manual_seed(0)
     joined = torch.randn(SPARSE_TOKENS, heads + 2 * kv_heads, SPARSE_HEAD_DIM, generator=generator)
     q, k, v = joined.to(target, torch.bfloat16).split((heads, kv_heads, kv_heads), dim=1)
     if kernels_for(q, "triton_sparse") is None:
-        return Finding(status="absent", text="Triton cannot be imported: attention is whole")
+        return Finding("absent", "Triton cannot be imported: attention is whole")
     blocks = choose_blocks(q, k, SPARSE_MASS)
     q_host, k_host, v_host = (x.cpu().float() for x in (q, k, v))
-    same = _same_blocks(blocks, choose_blocks(q_host, k_host, SPARSE_MASS))
+    got, wanted = _as_masks(blocks), _as_masks(choose_blocks(q_host, k_host, SPARSE_MASS))
+    same = ((got & wanted).sum() / (got | wanted).sum()).item()
     if not same >= SAME_BLOCKS:
         text = f"only {same:.0%} of the blocks chosen are those that the reference chooses"
-        return Finding(status="broken", text=text, facts={"same_blocks": same})
+        return Finding("broken", text, {"same_blocks": same})
     assert blocks.indices is not None
     on_host = BlockLists(blocks.indices.cpu(), blocks.counts.cpu())
     expected = block_sparse_attention(q_host, k_host, v_host, on_host)
     off = distance(block_sparse_attention(q, k, v, blocks).cpu(), expected)
     return _judged(off, SPARSE_TOLERANCE, "the reference")
-
-
-def _same_blocks(blocks: BlockLists, expected: BlockLists) -> float:
-    """Share of the blocks of either that are in both."""
-    got, wanted = (_as_masks(x) for x in (blocks, expected))
-    return ((got & wanted).sum() / (got | wanted).sum()).item()
 
 
 def _as_masks(blocks: BlockLists) -> torch.Tensor:
@@ -117,35 +111,24 @@ def cuda_graphs() -> Finding:
     """Decode steps replayed from a CUDA graph, against the same steps launched one by one."""
     target = device()
     if target.type == "cpu":
-        return Finding(status="absent", text="need a GPU")
+        return Finding("absent", "need a GPU")
     tried = subject()
     prefilled = tried.prefill(Dense(), NEW_TOKENS)
     if recorder_for(target, tried.adapter.dtype, tried.attention) is None:
-        text = (
-            f"need Triton, or FlashAttention-3; attention is {tried.attention.name}: each kernel is launched"
-        )
-        return Finding(status="absent", text=text)
+        needed = "need Triton, or FlashAttention-3"
+        return Finding("absent", f"{needed}; attention is {tried.attention.name}: each kernel is launched")
     stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)
     replayed = decode(*tried, prefilled, rules, stats=stats)
     if not stats.replayed_steps:
-        text = f"a step could not be captured, so each kernel is launched: {stats.failure}"
-        return Finding(status="note", text=text)
+        return Finding("note", f"a step could not be captured, so each kernel is launched: {stats.failure}")
     launched = decode(*tried, tried.prefill(Dense(), NEW_TOKENS), rules, graphs=False)
     if [answer.tokens for answer in replayed] != [answer.tokens for answer in launched]:
-        return Finding(status="broken", text="replayed steps give other tokens than launched ones")
-    return Finding(status="ok", text=f"{stats.replayed_steps} steps replayed, the same tokens as launched")
+        return Finding("broken", "replayed steps give other tokens than launched ones")
+    return Finding("ok", f"{stats.replayed_steps} steps replayed, the same tokens as launched")
 
 
 def _judged(off: float, tolerance: float, reference: str, more: str = "") -> Finding:
     facts = {"off": off, "tolerance": tolerance}
     if off <= tolerance:
-        return Finding(
-            status="ok", text=f"within {tolerance:g} of {reference} ({off:.2g}){more}", facts=facts
-        )
-    return Finding(
-        status="broken", text=f"off {reference} by {off:.3g}, more than {tolerance:g}", facts=facts
-    )
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return Finding("ok", f"within {tolerance:g} of {reference} ({off:.2g}){more}", facts)
+    return Finding("broken", f"off {reference} by {off:.3g}, more than {tolerance:g}", facts)

@@ -1,4 +1,4 @@
-"""The process in which probes run: begins and findings go to its parent, a JSON object a line."""
+"""The process in which probes run: begins and findings go to its parent, as JSON through a pipe."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline.doctor.findings import Finding, Probe, one_line
 
 
-def main(lines: Sequence[str]) -> None:
-    """Run probes, each given as the JSON of its fields, until one leaves the GPU unusable."""
-    say = _channel()
-    for number, line in enumerate(lines):
-        say({"begin": number})
-        fields = json.loads(line)
-        probe = Probe(**{**fields, "arguments": tuple(fields["arguments"])})
-        finding, goes_on = run_probe(probe)
-        say({"end": number, **asdict(finding)})
-        if not goes_on:
-            break
+def main(channel: int, lines: Sequence[str]) -> None:
+    """Run probes, each given as the JSON of its fields, until one leaves the GPU unusable.
+
+    Through the file descriptor `channel` goes null before each of them, and then its finding.
+    """
+    with Connection(channel, readable=False) as parent:
+        for line in lines:
+            parent.send_bytes(b"null")
+            fields = json.loads(line)
+            probe = Probe(**{**fields, "arguments": tuple(fields["arguments"])})
+            finding, goes_on = run_probe(probe)
+            parent.send_bytes(json.dumps(asdict(finding), default=str).encode())
+            if not goes_on:
+                break
     # not by way of interpreter shutdown, in which libraries that were loaded may still fail
     sys.stderr.flush()
     os._exit(0)
@@ -33,7 +37,7 @@ def run_probe(probe: Probe) -> tuple[Finding, bool]:
     try:
         finding = probe.run()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what was to be found out
-        finding = Finding(status="broken", text=one_line(error))
+        finding = Finding("broken", one_line(error))
     harm = gpu_failure()
     if harm is None:
         return finding, True
@@ -52,14 +56,3 @@ def gpu_failure() -> str | None:
     except RuntimeError as error:
         return one_line(error)
     return None
-
-
-def _channel() -> Any:
-    """A function that prints an object for the parent, whatever libraries print on stdout meanwhile."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(values: dict[str, Any]) -> None:
-        print(json.dumps(values, default=str), file=channel, flush=True)
-
-    return say

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import IO, Any
 
 from pipeline.doctor.findings import Finding, Probe
@@ -25,7 +25,7 @@ LAST_WORDS = 2000  # bytes of what a child that died printed, of which the last 
 # the caller's own path, lest a folder called pipeline where the command runs be taken for this package
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from pipeline.doctor.child import main; main(sys.argv[2:])"
+    "from pipeline.doctor.child import main; main(int(sys.argv[2]), sys.argv[3:])"
 )
 
 GROUPS = (
@@ -106,64 +106,51 @@ def examine(
 def _in_child(probes: Sequence[Probe], progress: Callable[[Probe], None], timeout_s: float) -> list[Finding]:
     """What the first of `probes` find, at least one of them."""
     words = [json.dumps(sys.path), *(json.dumps(asdict(probe)) for probe in probes)]
-    with tempfile.TemporaryFile() as printed:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", BOOT, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=printed,
-            encoding="utf-8",
-        )
+    said, saying = Pipe(duplex=False)
+    with tempfile.TemporaryFile() as printed, said:
+        with saying:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-c", BOOT, *words[:1], str(saying.fileno()), *words[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=[saying.fileno()],
+            )
         try:
-            return list(_findings_of(child, printed, probes, progress, timeout_s))
+            return list(_findings_of(child, said, printed, probes, progress, timeout_s))
         finally:
             child.kill()
             child.wait()
 
 
 def _findings_of(
-    child: subprocess.Popen[str],
+    child: subprocess.Popen[bytes],
+    said: Connection,
     printed: IO[bytes],
     probes: Sequence[Probe],
     progress: Callable[[Probe], None],
     timeout_s: float,
 ) -> Iterator[Finding]:
     """What a child says, until it has said all, ends, or is found hanging."""
-    said, begun, ended = _lines_of(child), 0, 0
+    begun = ended = 0
     while ended < len(probes):
         wait_s = timeout_s if begun > ended else START_TIMEOUT_S
-        try:
-            line = said.get(timeout=wait_s)
-        except queue.Empty:
-            yield Finding(status="broken", text=f"took longer than {wait_s:g} s, and was stopped")
+        if not said.poll(wait_s):
+            yield Finding("broken", f"took longer than {wait_s:g} s, and was stopped")
             return
-        if line is None:
+        try:
+            told = json.loads(said.recv_bytes())
+        except (EOFError, OSError):
             code = child.wait()
             if code or not ended:  # else it has left a GPU that was unusable
-                yield Finding(status="broken", text=_end_of(code, printed))
+                yield Finding("broken", _end_of(code, printed))
             return
-        told = json.loads(line)
-        if "begin" in told:
+        if told is None:
+            progress(probes[begun])
             begun += 1
-            progress(probes[told["begin"]])
         else:
-            ended = told.pop("end") + 1
             yield Finding(**told)
-
-
-def _lines_of(child: subprocess.Popen[str]) -> queue.Queue[str | None]:
-    """What a child says, line by line, and None at its end."""
-    lines: queue.Queue[str | None] = queue.Queue()
-    stream = child.stdout
-    assert stream is not None
-
-    def read() -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
+            ended += 1
 
 
 def _end_of(code: int, printed: IO[bytes]) -> str:

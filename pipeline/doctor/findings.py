@@ -10,7 +10,7 @@ from typing import Any, Literal
 Status = Literal["ok", "absent", "note", "broken"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """What a probe found.
 

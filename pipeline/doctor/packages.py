@@ -47,8 +47,8 @@ def marsinfer() -> Finding:
         installed = version("marsinfer")
     except PackageNotFoundError:
         text = f"not installed, run from {place}: --version and version checks have nothing to go by"
-        return Finding(status="note", text=text, facts={"version": None, "path": place})
-    return Finding(status="ok", text=f"{installed}, {place}", facts={"version": installed, "path": place})
+        return Finding("note", text, {"version": None, "path": place})
+    return Finding("ok", f"{installed}, {place}", {"version": installed, "path": place})
 
 
 def python() -> Finding:
@@ -58,7 +58,7 @@ def python() -> Finding:
         "executable": sys.executable,
         "platform": platform.platform(),
     }
-    return Finding(status="ok", text="{version}, {executable}, {platform}".format(**facts), facts=facts)
+    return Finding("ok", "{version}, {executable}, {platform}".format(**facts), facts)
 
 
 def package(name: str) -> Finding:
@@ -69,21 +69,21 @@ def package(name: str) -> Finding:
     except PackageNotFoundError:
         if optional is None:
             text = "not installed, and nothing works without it: pip install marsinfer again"
-            return Finding(status="broken", text=text, facts={"version": None})
+            return Finding("broken", text, {"version": None})
         how = f" (pip install '.[{optional.extra}]')" if optional.extra else ""
         text = f"not installed; it gives {optional.gives}{how}"
         missing = {"version": None, "extra": optional.extra, "gives": optional.gives}
-        return Finding(status="absent", text=text, facts=missing)
+        return Finding("absent", text, missing)
     facts = {"version": installed}
     try:
         import_module(optional.module if optional else name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a package does when it is imported
         text = f"{installed} is installed, but cannot be imported: {one_line(error)}"
-        return Finding(status="broken", text=text, facts=facts)
+        return Finding("broken", text, facts)
     wanted = _wanted(name)
     if wanted is not None and not wanted.contains(installed, prereleases=True):
-        return Finding(status="note", text=f"{installed}, and tested is {wanted}", facts=facts)
-    return Finding(status="ok", text=installed, facts=facts)
+        return Finding("note", f"{installed}, and tested is {wanted}", facts)
+    return Finding("ok", installed, facts)
 
 
 def _wanted(name: str) -> Any:

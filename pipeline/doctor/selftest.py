@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 
 import torch
 
+from pipeline.bench.attention_speed import distance
 from pipeline.doctor.findings import Finding
-from pipeline.doctor.tiny import LAYERS, distance, subject
+from pipeline.doctor.tiny import LAYERS, subject
 from pipeline.model.prefill import Prefilled
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
@@ -66,11 +67,11 @@ def method(name: str) -> Finding:
     if name != Dense.name and not share < 1:
         faults.append("a prefill that should be pruned is not")
     if faults:
-        return Finding(status="broken", text="; ".join(faults), facts=facts)
+        return Finding("broken", "; ".join(faults), facts)
     if name == Dense.name:
-        return Finding(status="ok", text=f"the same when run again ({off:.2g})", facts=facts)
+        return Finding("ok", f"the same when run again ({off:.2g})", facts)
     text = f"with full settings within {tolerance:g} of dense ({off:.2g}); pruned, {share:.0%} of FFN tokens"
-    return Finding(status="ok", text=text, facts=facts)
+    return Finding("ok", text, facts)
 
 
 def ffn_tokens(prefilled: Prefilled) -> int:

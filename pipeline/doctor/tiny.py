@@ -79,11 +79,6 @@ def stock_logits() -> Tensor:
     return torch.stack([adapter.model(ids_1T).logits[0, -1].float() for ids_1T in ids])
 
 
-def distance(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over that of what is expected; not a number where `got` holds one."""
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def _document(number: int, tokens: int) -> EncodedDocument:
     ids = np.random.default_rng(number).integers(0, SIZES["vocab_size"], tokens)
     spans = Spans(document=(2, tokens - 5), question=(tokens - 5, tokens - 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -31,6 +32,7 @@ from pipeline.suites.samples import (
     first_in_turn,
     is_unicode,
     part_of,
+    parted,
     searched_count,
     searched_keys,
     take,
@@ -92,11 +94,12 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     wanted = [[each for each in own if not config.tasks or each.task in config.tasks] for own in sources]
     asked = [first_in_turn(own, config.limit) for own in wanted]
     samples = take(list(chain.from_iterable(asked)), config.limit_per_task, config.seed)
-    rows, failed = _encode_all(config, samples, prompts)
+    rows, failed = parted(_encode(config, *numbered, prompts) for numbered in enumerate(samples))
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
         needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
-        hidden_in, unfit = _encode_all(config, needles, prompts, first=len(samples))
+        of_needles = enumerate(needles, start=len(samples))
+        hidden_in, unfit = parted(_encode(config, *numbered, prompts) for numbered in of_needles)
         samples, rows, failed = samples + needles, rows + hidden_in, failed + unfit
     _refuse_twins(samples)
     failed = unread + failed
@@ -111,13 +114,10 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
 
 def _input_samples(config: RowSettings, documents: Source | None) -> tuple[list[Sample], list[str]]:
     """Those of the input's rows, where they are asked, and why others are none."""
-    samples: list[Sample] = []
-    failed: list[str] = []
-    if documents is not None and config.asks_rows:
-        for record in _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids):
-            found = _sample(config, record)
-            failed.append(found) if isinstance(found, str) else samples.append(found)
-    return samples, failed
+    if documents is None or not config.asks_rows:
+        return [], []
+    records = _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids)
+    return parted(_sample(config, record) for record in records)
 
 
 def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
@@ -196,11 +196,8 @@ def _cell(config: RowSettings, source: Row, column: str) -> Any:
 def _references(value: Any) -> tuple[str, ...]:
     """One right answer, or several of a list, which JSON lines bring as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = None
-        value = parsed if isinstance(parsed, list) else value
+        with suppress(ValueError):
+            value = json.loads(value)
     given = value if isinstance(value, list) else [value]
     texts = [str(one).strip() for one in given if isinstance(one, str | int | float)]
     return tuple(dict.fromkeys(text for text in texts if text))
@@ -292,19 +289,8 @@ def _place(sample: Sample) -> str:
     return str(sample.facets.get("place", f"{sample.task} {sample.id}"))
 
 
-def _encode_all(
-    config: RowSettings, samples: Sequence[Sample], prompts: PromptBuilder, first: int = 0
-) -> tuple[list[CheckRow], list[str]]:
-    """Rows of samples, numbered from `first` on, and why others are none."""
-    rows: list[CheckRow] = []
-    failed: list[str] = []
-    for number, sample in enumerate(samples, start=first):
-        row = _encode(config, number, sample, prompts)
-        failed.append(row) if isinstance(row, str) else rows.append(row)
-    return rows, failed
-
-
 def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
+    """A sample as the row of this number, or why it is none."""
     source = Row(row=number, id=sample.id, place=_place(sample), question=sample.question or None)
     try:
         document = prompts.encode(Document(source=source, text=sample.text))

@@ -41,6 +41,11 @@ class Drop:
     high: float
     confidence: float = 1 - 2 * TAIL
 
+    @property
+    def interval(self) -> str:
+        """`-0.10 to 0.32`."""
+        return f"{hundredths(self.low)} to {hundredths(self.high)}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
@@ -184,6 +189,13 @@ class Paired:
             middle = math.sqrt(least * most)
             least, most = (least, middle) if decides(middle) else (middle, most)
         return max(math.ceil(most), have + 1)
+
+
+def hundredths(value: float) -> str:
+    """An end of an interval, or a drop, as it is told."""
+    if math.isinf(value):
+        return "any" if value > 0 else "-any"
+    return f"{round(value, 2) + 0:.2f}"  # adding 0 takes the sign from a zero
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

@@ -25,7 +25,7 @@ from pipeline.records import EncodedDocument
 VALUES_AT_ONCE = 1 << 28  # of logits: 1 GB as float32
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Forced:
     """One document's answer of n tokens, as the model predicts it."""
 
@@ -75,23 +75,20 @@ def _score(
 ) -> Forced:
     """As many tokens at a time as keep the logits within `VALUES_AT_ONCE`."""
     at_once = max(1, VALUES_AT_ONCE // model.shape.vocab)
-    parts = [first_1V, *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())]
-    logprobs, choices, probed, asked = [], [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     done = 0
-    for part in parts:
-        logprobs_NV = part.log_softmax(-1)
-        span = slice(done, done + len(part))
-        tokens_N1 = torch.tensor(answer[span], device=part.device)[:, None]
-        logprobs.append(logprobs_NV.gather(1, tokens_N1)[:, 0])
-        choices.append(part.argmax(-1))
+    for logits_NV in (first_1V, *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())):
+        span = slice(done, done + len(logits_NV))
+        done = span.stop
+        logprobs_NV = logits_NV.log_softmax(-1)
+        tokens_N1 = torch.tensor(answer[span], device=logits_NV.device)[:, None]
         if probes is None:
-            asked.append(logprobs_NV.topk(top).indices)
+            asked_NK = logprobs_NV.topk(top).indices
         else:
-            asked.append(torch.from_numpy(probes[span]).to(part.device))
-        probed.append(logprobs_NV.gather(1, asked[-1]))
-        done += len(part)
-    columns = (torch.cat(column).cpu().numpy() for column in (logprobs, choices, probed, asked))
-    return Forced(**dict(zip(("logprobs", "choices", "probed", "probes"), columns, strict=True)))
+            asked_NK = torch.from_numpy(probes[span]).to(logits_NV.device)
+        own_N, probed_NK = logprobs_NV.gather(1, tokens_N1)[:, 0], logprobs_NV.gather(1, asked_NK)
+        parts.append((own_N, logits_NV.argmax(-1), probed_NK, asked_NK))
+    return Forced(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
 def divergence(dense: Forced, other: Forced) -> float:

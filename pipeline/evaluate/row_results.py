@@ -9,10 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.engines.answering import answer_text, rules_of, sampling_of
-from pipeline.errors import MarsError, is_failure
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import Forced, GeneratedAnswer, generate
-from pipeline.evaluate.workbench import TOP, CaseScore, Workbench
+from pipeline.evaluate.workbench import TOP, CaseScore, Workbench, failures_named
 from pipeline.model.decode import StopRules
 from pipeline.model.sampling import Sampling
 from pipeline.model.variant import Variant
@@ -86,34 +85,26 @@ class Side:
         row, for one that fails.
         """
         for place, row in enumerate(rows):
-            document = row.document
-            try:
-                if place == 0:
-                    self._warm_up(document)
-                result = self._result(row, None if dense is None else dense[row.sample.id])
-            except MarsError:
-                raise
-            except BaseException as error:  # whatever it is, the row must be named
-                if not is_failure(error):
-                    raise
-                raise MarsError(
-                    f"{document.source.place}, {document.prompt_tokens:,} tokens, fails under "
-                    f"{self.variant.name}: {type(error).__name__}: {error}"
-                ) from error
-            yield result
+            yield self._result(row, None if dense is None else dense[row.sample.id], warms_up=place == 0)
 
-    def _result(self, row: CheckRow, dense: RowResult | None) -> RowResult:
-        answer = row.reference if dense is None else dense.answer
-        generated, generates = None, self.config.generate
-        if generates or not answer:
-            rules = rules_of(self.config, self.bench.model)
-            # what is forced is greedy
-            own = self._generate(row.document, rules, sampling_of(self.config) if generates else None)
-            answer = answer or tuple(own.not_empty)
-            if generates:
-                generated = answer_text(own.tokens, rules, self.bench.model)
-        compared = None if dense is None else dense.forced
-        found = self.bench.run(self.variant, replace(row, reference=answer), dense=compared, top=TOP)
+    def _result(self, row: CheckRow, dense: RowResult | None, *, warms_up: bool) -> RowResult:
+        document, named = row.document, self.variant.name
+        place = f"{document.source.place}, {document.prompt_tokens:,} tokens,"
+        with failures_named(lambda: f"{place} fails under {named}"):
+            if warms_up and self.bench.model.device.type == "cuda":
+                # loads kernels before the first row's time to first token is taken
+                self._generate(document, StopRules(max_new_tokens=1))
+            answer = row.reference if dense is None else dense.answer
+            generated, generates = None, self.config.generate
+            if generates or not answer:
+                rules = rules_of(self.config, self.bench.model)
+                # what is forced is greedy
+                own = self._generate(document, rules, sampling_of(self.config) if generates else None)
+                answer = answer or tuple(own.not_empty)
+                if generates:
+                    generated = answer_text(own.tokens, rules, self.bench.model)
+            compared = None if dense is None else dense.forced
+            found = self.bench.run(self.variant, replace(row, reference=answer), dense=compared, top=TOP)
         return RowResult(
             row_hash=row.row_hash,
             score=found.score,
@@ -121,11 +112,6 @@ class Side:
             generated=generated,
             forced=found.forced if dense is None else None,
         )
-
-    def _warm_up(self, document: EncodedDocument) -> None:
-        """On a GPU, load kernels before the first row's time to first token is taken."""
-        if self.bench.model.device.type == "cuda":
-            self._generate(document, StopRules(max_new_tokens=1))
 
     def _generate(
         self, document: EncodedDocument, rules: StopRules, sampling: Sampling | None = None

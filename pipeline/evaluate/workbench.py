@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MarsError, is_failure
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import Forced, divergence, score_answer
 from pipeline.kernels.sparse import shortest
@@ -123,7 +124,11 @@ class Workbench:
     @classmethod
     def of(cls, model: LoadedModel, check: Callable[[], None] = lambda: None) -> Workbench:
         """Quantise what can be; the model's own precision is kept beside it."""
-        return cls(model=model, fp8=_can(model, LOW), check=check)
+        try:
+            prepare(model, LOW)
+        except ConfigError:
+            return cls(model=model, check=check)
+        return cls(model=model, fp8=True, check=check)
 
     def run(
         self, variant: Variant, case: CheckRow, *, dense: Forced | None = None, top: int = 0
@@ -150,10 +155,11 @@ class Workbench:
         stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
         score = _score(self.model.shape, case, forced, passes, stored, ttft_ms)
         if dense is not None:
+            differs = forced.choices != dense.choices
             score = replace(
                 score,
-                agreed=int(np.sum(forced.choices == dense.choices)),
-                parted_at=_first(forced.choices != dense.choices),
+                agreed=int(np.sum(~differs)),
+                parted_at=int(np.argmax(differs)) if differs.any() else None,
                 divergence=divergence(dense, forced),
             )
         return Evaluated(score, forced, passes)
@@ -194,6 +200,19 @@ class Workbench:
         )
 
 
+@contextmanager
+def failures_named(describe: Callable[[], str]) -> Iterator[None]:
+    """Whatever fails and is no MarsError yet becomes one that begins with what was running."""
+    try:
+        yield
+    except MarsError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise MarsError(f"{describe()}: {type(error).__name__}: {error}") from error
+
+
 def sparse_from(model: LoadedModel) -> int | None:
     """Prompt tokens from which on attention can be block-sparse on the model's device; None: it never is."""
     shape = model.shape
@@ -207,14 +226,6 @@ def timed_places(cases: Sequence[CheckRow]) -> list[int]:
     return [by_length[(2 * n + 1) * len(cases) // (2 * count)] for n in range(count)]
 
 
-def _can(model: LoadedModel, variants: Iterable[Variant]) -> bool:
-    try:
-        prepare(model, variants)
-    except ConfigError:
-        return False
-    return True
-
-
 def _score(
     shape: ModelShape, case: CheckRow, forced: Forced, passes: Passes, stored: int, ttft_ms: float
 ) -> CaseScore:
@@ -222,6 +233,7 @@ def _score(
     length = case.document.prompt_tokens
     ratios: dict[str, Any] = shares_of_dense(shape, passes, length)
     hits = forced.choices == case.reference
+    found = [hits[start:end].all() for start, end in case.parts]
     return CaseScore(
         id=case.sample.id,
         task=case.task,
@@ -232,16 +244,6 @@ def _score(
         nll=float(-forced.logprobs.astype(np.float64).sum()),
         ttft_ms=ttft_ms,
         kv_ratio=stored / (shape.layers * length),
-        parts_found=_share_found(hits, case.parts),
+        parts_found=float(np.mean(found)) if found else None,
         **ratios,
     )
-
-
-def _share_found(hits: np.ndarray, parts: Sequence[tuple[int, int]]) -> float | None:
-    """Of ranges of tokens, the share of which all are hits; None without any."""
-    return float(np.mean([hits[start:end].all() for start, end in parts])) if parts else None
-
-
-def _first(marks: np.ndarray) -> int | None:
-    """The place of the first true one."""
-    return int(np.argmax(marks)) if marks.any() else None

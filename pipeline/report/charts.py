@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 1_200  # of all series together
 MEDIAN_BINS = 12
-POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.6}
 TIER_COLOURS = {"FFN in full": "full", "FFN in fp8": "fp8", "FFN skipped": "skipped", "left before": "left"}
+POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[C
     """How alike the answers are, and how much faster the second run was, row by row."""
     if not comparison.both_answered:
         return []
-    similarity, ratios = comparison.pairs("similarity"), comparison.speed_ratios()
+    similarity, (tokens, ratios) = comparison.pairs("similarity"), comparison.speed_ratios()
     charts = [
         Chart(
             title="How alike the answers are",
@@ -152,8 +152,6 @@ def comparison_charts(comparison: Comparison, labels: tuple[str, str]) -> list[C
         )
     ]
     if len(ratios):
-        known = (comparison.pairs("first_ms") > 0) & (comparison.pairs("second_ms") > 0)
-        tokens = comparison.pairs("document_tokens")[known]
         charts.append(
             Chart(
                 title=f"TTFT of {labels[0]} over that of {labels[1]}",
@@ -200,10 +198,9 @@ def tier_chart(figures: Figures, name: str) -> Chart | None:
 
 
 def _draw_tiers(tiers: dict[str, np.ndarray], axes: Axes) -> None:
-    colours = {"full": drawing.FULL, "fp8": drawing.FP8, "skipped": drawing.SKIPPED, "left": drawing.LEFT}
     bottom = 0.0 * next(iter(tiers.values()))
     for label, share in tiers.items():
-        axes.bar(np.arange(len(share)), share, 0.9, bottom=bottom, color=colours[TIER_COLOURS[label]])
+        axes.bar(np.arange(len(share)), share, 0.9, bottom=bottom, color=drawing.TIERS[TIER_COLOURS[label]])
         bottom = bottom + share
     axes.set(xlabel="layer", ylabel="share of the prompt's tokens", ylim=(0, max(1.0, bottom.max())))
     axes.grid(visible=False, axis="x")

@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -76,11 +77,11 @@ class Comparison:
     def both_answered(self) -> int:
         return len(self._pairs["similarity"])
 
-    def speed_ratios(self) -> np.ndarray:
-        """(n,) the first run's TTFT over the second's, of the rows that both answered and timed."""
+    def speed_ratios(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) document tokens, and the first run's TTFT over the second's, where both answered and timed."""
         first, second = self.pairs("first_ms"), self.pairs("second_ms")
         known = (first > 0) & (second > 0)
-        return first[known] / second[known]
+        return self.pairs("document_tokens")[known], first[known] / second[known]
 
     def count(self, pair: AnswerPair) -> None:
         self.joined += 1
@@ -99,19 +100,17 @@ class Comparison:
 def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
     """Join two runs by id or, if they have no id in common, by row number, and sort by disagreement."""
     measure, measure_name = likeness()
-    with tempfile.TemporaryDirectory(prefix="marsinfer-report-") as scratch:
-        database = sqlite3.connect(Path(scratch) / "rows.sqlite")
-        try:
-            _load(database, first)
-            joined_by = "id" if _shares_ids(database, second) else "row"
-            comparison = Comparison(joined_by=joined_by, measure=measure_name)
-            pairs = _counted(comparison, _joined(database, second, joined_by), measure)
-            comparison.most = heapq.nlargest(most, pairs, key=_disagreement)
-            (comparison.only_first,) = database.execute(
-                "SELECT count(*) FROM first WHERE NOT seen"
-            ).fetchone()
-        finally:
-            database.close()
+    with (
+        tempfile.TemporaryDirectory(prefix="marsinfer-report-") as scratch,
+        closing(sqlite3.connect(Path(scratch) / "rows.sqlite")) as database,
+    ):
+        database.row_factory = sqlite3.Row
+        _load(database, first)
+        joined_by = "id" if _shares_ids(database, second) else "row"
+        comparison = Comparison(joined_by=joined_by, measure=measure_name)
+        pairs = _counted(comparison, _joined(database, second, joined_by), measure)
+        comparison.most = heapq.nlargest(most, pairs, key=_disagreement)
+        (comparison.only_first,) = database.execute("SELECT count(*) FROM first WHERE NOT seen").fetchone()
     return comparison
 
 
@@ -166,7 +165,7 @@ def _shares_ids(database: sqlite3.Connection, run: Run) -> bool:
 def _joined(database: sqlite3.Connection, run: Run, joined_by: str) -> Iterator[RowPair]:
     """Each row of the second run with that of the first; of rows that share an id, the one of its number."""
     query = (
-        f"SELECT rowid, {_COLUMN_LIST} FROM first WHERE {joined_by} = ? "
+        f"SELECT rowid AS place, {_COLUMN_LIST} FROM first WHERE {joined_by} = ? "
         "ORDER BY seen, row != ?, status != 'ok' LIMIT 1"
     )
     for values in _rows(run):
@@ -175,8 +174,8 @@ def _joined(database: sqlite3.Connection, run: Run, joined_by: str) -> Iterator[
         if found is None:
             yield None, theirs
             continue
-        database.execute("UPDATE first SET seen = 1 WHERE rowid = ?", found[:1])
-        yield dict(zip(COLUMNS, found[1:], strict=True)), theirs
+        database.execute("UPDATE first SET seen = 1 WHERE rowid = ?", (found["place"],))
+        yield dict(found), theirs
 
 
 def likeness() -> tuple[Callable[[str, str], float], str]:
@@ -190,6 +189,4 @@ def likeness() -> tuple[Callable[[str, str], float], str]:
 
 def by_words(first: str, second: str) -> float:
     """Twice the matching words over the words of both: characters would take too long without a package."""
-    if first == second:
-        return 1.0
     return SequenceMatcher(None, first.split(), second.split(), autojunk=False).ratio()

@@ -22,15 +22,12 @@ IMAGE_DPI = 144
 # Colours are drawn as these and replaced by the page's variables, which differ by theme.
 INK, FAINT = "#010101", "#010102"
 SERIES = tuple(f"#0101{n:02x}" for n in range(0x10, 0x16))
-FULL, FP8, SKIPPED, LEFT = (f"#0101{n:02x}" for n in range(0x20, 0x24))
+TIERS = {name: f"#0101{n:02x}" for n, name in enumerate(("full", "fp8", "skipped", "left"), start=0x20)}
 _VARIABLES = {
     INK: "ink",
     FAINT: "faint",
     **{colour: f"series-{n}" for n, colour in enumerate(SERIES)},
-    FULL: "tier-full",
-    FP8: "tier-fp8",
-    SKIPPED: "tier-skipped",
-    LEFT: "tier-left",
+    **{colour: f"tier-{name}" for name, colour in TIERS.items()},
 }
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MOST_SERIES = len(SERIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.report.layer_shares import LAYER_COLUMNS, LayerShares, add_layers
 from pipeline.report.output_reading import Run
@@ -17,9 +17,17 @@ from pipeline.setup.guard import kind_of
 from pipeline.texts.words import percent_of
 
 PHASES = {"queue_ms": "queue", "tokenize_ms": "tokenize", "prefill_ms": "prefill", "decode_ms": "decode"}
-WEIGHED = ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio")
+WEIGHED = {
+    "kept_ratio": "tokens kept",
+    "ffn_ratio": "FFN passed",
+    "attention_ratio": "attention",
+    "flops_ratio": "operations",
+}
 SUMMED = ("prompt_tokens", "new_tokens", "truncated_tokens", "kv_bytes")
 TIMED = ("ttft_ms", "document_tokens", "pack_documents", *PHASES)
+TIMES = pa.schema(
+    [("method", pa.dictionary(pa.int32(), pa.string())), *((name, pa.float32()) for name in TIMED)]
+)
 FIRST_ERRORS = 3
 COLUMNS = tuple(
     dict.fromkeys(
@@ -51,8 +59,7 @@ class Figures:
     sums: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     layers: LayerShares | None = None
-    _times: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in TIMED})
-    _method_codes: array = field(default_factory=lambda: array("B"))
+    _timed: list[pa.Table] = field(default_factory=lambda: [TIMES.empty_table()])
     _weighed: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # shares times tokens
     _weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # tokens of those shares
 
@@ -66,11 +73,10 @@ class Figures:
 
     def times(self, name: str, method: str | None = None) -> np.ndarray:
         """(n,) a time in ms, or count, of each answered row, of all methods or one; NaN where unknown."""
-        values = np.frombuffer(self._times[name], np.float32)
-        if method is None:
-            return values
-        code = list(self.methods).index(method)
-        return values[np.frombuffer(self._method_codes, np.uint8) == code]
+        answered = pa.concat_tables(self._timed)
+        if method is not None:
+            answered = answered.filter(pc.equal(answered["method"], method))
+        return answered[name].to_numpy()
 
     def percentile(self, name: str, percent: float) -> float | None:
         values = self.times(name)
@@ -104,10 +110,8 @@ class Figures:
             return
         methods = [str(value) for value in table["method"].to_pylist()]
         self.methods.update(methods)
-        codes = {method: min(code, 255) for code, method in enumerate(self.methods)}
-        self._method_codes.extend(codes[method] for method in methods)
-        for name in TIMED:
-            self._times[name].frombytes(_numbers(table, name).astype(np.float32).tobytes())
+        times = [table[name].cast(pa.float32(), safe=False) for name in TIMED]
+        self._timed.append(pa.table([pa.array(methods, TIMES.types[0]), *times], TIMES))
         tokens = _numbers(table, "prompt_tokens")
         self.longest = max(self.longest, int(np.nan_to_num(tokens).max(initial=0)))
         for name in SUMMED:
@@ -159,12 +163,7 @@ def headline(figures: Figures) -> Iterator[tuple[str, str]]:
         yield f"TTFT p{percent}", milliseconds(figures.percentile("ttft_ms", percent))
     rate = figures.prefill_rate()
     yield "prefill", "-" if rate is None else f"{rate:,.0f} tokens/s"
-    for name, label in (
-        ("kept_ratio", "tokens kept"),
-        ("ffn_ratio", "FFN passed"),
-        ("attention_ratio", "attention"),
-        ("flops_ratio", "operations"),
-    ):
+    for name, label in WEIGHED.items():
         yield label, percent_of(figures.share(name))
     yield "K/V stored", f"{sums['kv_bytes'] / 1e9:,.3f} GB"
     yield "new tokens", f"{sums['new_tokens']:,}"

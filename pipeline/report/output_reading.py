@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,21 +76,17 @@ def _open(given: str, label: str, stack: ExitStack) -> Run:
     place, given = place_of(given), hidden(given)
     try:
         if isinstance(place, RemotePath):
-            return _open_remote(given, label, place, stack)
+            # by way of a copy in scratch space, as a resumed run would read it
+            mirror = Mirror(place, lambda: None)
+            stack.callback(mirror.close)
+            mirror.fetch()
+            return _open_local(given, label, mirror.file, stack)
         try:
             return _open_local(given, label, place, stack)
         except FileNotFoundError:  # the run has published its output in this very moment
             return _open_local(given, label, place, stack)
     except READ_ERRORS as error:
         raise ConfigError(f"{given} cannot be read: {cause(error)}") from error
-
-
-def _open_remote(given: str, label: str, place: RemotePath, stack: ExitStack) -> Run:
-    """By way of a copy in scratch space, as a resumed run would read it."""
-    mirror = Mirror(place, lambda: None)
-    stack.callback(mirror.close)
-    mirror.fetch()
-    return _open_local(given, label, mirror.file, stack)
 
 
 def _open_local(given: str, label: str, path: Path, stack: ExitStack) -> Run:
@@ -106,17 +102,12 @@ def _open_local(given: str, label: str, path: Path, stack: ExitStack) -> Run:
     sizes = [part.seek(0, 2) for part in parts]
     if not any(sizes):
         if path.exists():
-            return _finished(given, label, path)
+            published, metadata = _publication(given, path)
+            names, read = frozenset(published.schema.names), partial(_read_published, published)
+            return Run(given=given, label=label, metadata=metadata, columns=names, read=read)
         if not folder.is_dir():
             raise ConfigError(f"{given} does not exist, nor does the journal of a run that writes it")
     return _unfinished(given, label, path, list(zip(parts, sizes, strict=True)))
-
-
-def _finished(given: str, label: str, path: Path) -> Run:
-    published, metadata = _publication(given, path)
-    names = frozenset(published.schema.names)
-    read = partial(_read_published, published)
-    return Run(given=given, label=label, metadata=metadata, columns=names, read=read)
 
 
 def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
@@ -223,20 +214,17 @@ def _key(id: str, row: int, error_type: str | None) -> int:
 
 
 def _chunks(part: BinaryIO, size: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-    chunks = whole_chunks(part, size)
-    while some := _at_least(chunks, columns):
-        yield pa.concat_tables(some)
-
-
-def _at_least(chunks: Iterator[Any], columns: Sequence[str]) -> list[pa.Table]:
+    """The rows of a part, in tables of `FEWEST_AT_ONCE` rows or of as many chunks, and the rest."""
     tables: list[pa.Table] = []
     rows = 0
-    for chunk in islice(chunks, FEWEST_AT_ONCE):
+    for chunk in whole_chunks(part, size):
         tables.append(_with_all(chunk.table, columns))
         rows += chunk.table.num_rows
-        if rows >= FEWEST_AT_ONCE:
-            break
-    return tables
+        if max(rows, len(tables)) >= FEWEST_AT_ONCE:
+            yield pa.concat_tables(tables)
+            tables, rows = [], 0
+    if tables:
+        yield pa.concat_tables(tables)
 
 
 def _with_all(table: pa.Table, columns: Sequence[str]) -> pa.Table:

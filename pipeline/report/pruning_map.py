@@ -141,11 +141,8 @@ def _figures(pruning: PruningMap) -> list[tuple[str, str]]:
 
 def _two_bits(states_LT: np.ndarray) -> bytes:
     """Four tokens a byte, the first in the lowest bits, each layer padded to whole bytes."""
-    layers, tokens = states_LT.shape
-    padded = np.zeros((layers, -(-tokens // 4) * 4), np.uint8)
-    padded[:, :tokens] = states_LT
-    quads = padded.reshape(layers, -1, 4)
-    return (quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6).tobytes()
+    bits_LT2 = np.stack([states_LT & 1, states_LT >> 1], axis=-1)
+    return np.packbits(bits_LT2.reshape(len(states_LT), -1), axis=1, bitorder="little").tobytes()
 
 
 def _packed(content: bytes) -> str:

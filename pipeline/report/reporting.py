@@ -59,7 +59,7 @@ def comparison_figures(comparison: Comparison) -> Iterator[tuple[str, str]]:
             yield name, f"{count:,}"
     if not comparison.both_answered:
         return
-    similarity, ratios = comparison.pairs("similarity"), comparison.speed_ratios()
+    similarity, (_, ratios) = comparison.pairs("similarity"), comparison.speed_ratios()
     yield "same answers", percent_of(comparison.same_answers / comparison.both_answered)
     yield "similarity, mean", f"{float(similarity.mean()):.3f}"
     yield "similarity, p10", f"{float(np.percentile(similarity, 10)):.3f}"

@@ -19,10 +19,6 @@ class _Dataset:
     metric: str
     question: str
 
-    @property
-    def needs_input(self) -> bool:
-        return "{input}" in self.question
-
 
 _PHRASE = "Answer with the shortest phrase that answers it only, without explanation."
 _PASSAGES = _Dataset(
@@ -120,7 +116,7 @@ def _samples(row: dict[str, Any], place: Place) -> Iterator[Sample]:
     dataset = DATASETS.get(task)
     if dataset is None:
         raise InputError(f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}")
-    asked = text_of(row, "input", may_be_empty=not dataset.needs_input)
+    asked = text_of(row, "input", may_be_empty="{input}" not in dataset.question)
     answers = tuple(dict.fromkeys(texts_of(row, "answers")))
     if not answers:
         raise InputError("the field 'answers' is empty")

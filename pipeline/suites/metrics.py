@@ -18,16 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.suites.picks import (
-    choice_match,
-    class_match,
-    count_score,
-    items_of,
-    number_match,
-    recall,
-    retrieval_score,
-)
-from pipeline.suites.similarity import character_rouge_l, code_line_similarity, edit_similarity, rouge_l
+from pipeline.suites import picks, similarity
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -93,16 +84,16 @@ METRICS: dict[str, Callable[..., float]] = {
         token_f1,
         character_f1,
         contains,
-        rouge_l,
-        character_rouge_l,
-        edit_similarity,
-        code_line_similarity,
-        choice_match,
-        number_match,
-        recall,
-        class_match,
-        retrieval_score,
-        count_score,
+        similarity.rouge_l,
+        similarity.character_rouge_l,
+        similarity.edit_similarity,
+        similarity.code_line_similarity,
+        picks.choice_match,
+        picks.number_match,
+        picks.recall,
+        picks.class_match,
+        picks.retrieval_score,
+        picks.count_score,
     )
 }
 WITH_CHOICES = frozenset({"class_match"})  # they take all that could be answered, too
@@ -124,4 +115,4 @@ def score(metric: str, prediction: str, references: Sequence[str], choices: Sequ
 
 def parts_of(metric: str, reference: str) -> list[str]:
     """What of a reference counts one by one, in its order: the items of a list, else the whole of it."""
-    return items_of(reference) if metric == recall.__name__ else [reference]
+    return picks.items_of(reference) if metric == picks.recall.__name__ else [reference]

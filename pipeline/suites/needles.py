@@ -196,35 +196,19 @@ def _boundary(ends: Sequence[int], depth: float) -> int:
     return place if wanted - start < ends[place] - wanted else place + 1
 
 
-def _one_code(distractors: int, rng: random.Random, words: frozenset[str]) -> _Puzzle:
-    """The code of one key, among those of so many others."""
-    keys, values, (asked, *others) = _codes(rng, words, 1 + distractors)
-    return _Puzzle(
-        asked=asked,
-        others=tuple(others),
-        question=f"What is the access code of {keys[0]}? Answer with the number only.",
-        answer=(values[0],),
-    )
-
-
-def _multi_query(rng: random.Random, words: frozenset[str]) -> _Puzzle:
-    keys, values, (first, *others) = _codes(rng, words, QUERIES)
-    return _Puzzle(
-        asked=first,
-        others=tuple(others),
-        question=f"What are the access codes of {', '.join(keys[:-1])} and {keys[-1]}? Answer with the"
-        f" {QUERIES} numbers only, in this order, separated by commas.",
-        answer=tuple(values),
-    )
-
-
-def _codes(
-    rng: random.Random, words: frozenset[str], count: int
-) -> tuple[list[str], list[str], list[tuple[str]]]:
-    """Keys, their codes, and for each the one sentence that tells it."""
+def _codes(asked: int, distractors: int, rng: random.Random, words: frozenset[str]) -> _Puzzle:
+    """The codes of so many keys, in sentences of their own among those of other keys."""
+    count = asked + distractors
     keys, values = _keys(rng, words, count), _numbers(rng, words, count, digits=7)
     told = [(f"The access code of {key} is {value}.",) for key, value in zip(keys, values, strict=True)]
-    return keys, values, told
+    *first, last = keys[:asked]
+    question = f"What is the access code of {last}? Answer with the number only."
+    if first:
+        question = (
+            f"What are the access codes of {', '.join(first)} and {last}? Answer with the {asked} numbers"
+            " only, in this order, separated by commas."
+        )
+    return _Puzzle(asked=told[0], others=tuple(told[1:]), question=question, answer=tuple(values[:asked]))
 
 
 def _multi_value(rng: random.Random, words: frozenset[str]) -> _Puzzle:
@@ -314,10 +298,10 @@ def _common_words(pool: Pool, length: int, rng: random.Random) -> _Made:
 
 # of all of `NEEDLE_KINDS`
 _KINDS: dict[str, Callable[[Pool, int, random.Random], _Made]] = {
-    "single": partial(_hidden, partial(_one_code, 0)),
-    "multi-key": partial(_hidden, partial(_one_code, DISTRACTORS)),
+    "single": partial(_hidden, partial(_codes, 1, 0)),
+    "multi-key": partial(_hidden, partial(_codes, 1, DISTRACTORS)),
     "multi-value": partial(_hidden, _multi_value),
-    "multi-query": partial(_hidden, _multi_query),
+    "multi-query": partial(_hidden, partial(_codes, QUERIES, 0)),
     "tracking": partial(_hidden, _tracking),
     "common-words": _common_words,
 }

@@ -85,7 +85,7 @@ def class_match(prediction: str, reference: str, choices: Sequence[str] = ()) ->
     arXiv:2308.14508) is meant to do the same, but passes over every second such class, and reads the first
     line as empty where it holds white space alone.
     """
-    answer = _first_line(prediction)
+    answer = next(iter(prediction.lstrip().splitlines()), "")
     classes = {*choices, reference}
     named = [name for name in classes if name in answer and (name == reference or name not in reference)]
     return 1 / len(named) if reference in named else 0.0
@@ -108,10 +108,6 @@ def count_score(prediction: str, reference: str) -> float:
 
 def _share(found: list[str], expected: Sequence[str]) -> float:
     return sum(number in expected for number in found) / len(found) if found else 0.0
-
-
-def _first_line(text: str) -> str:
-    return next(iter(text.lstrip().splitlines()), "")
 
 
 def _truth(text: str) -> str | None:

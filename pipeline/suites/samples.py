@@ -113,6 +113,15 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
+def parted(found: Iterable[T | str]) -> tuple[list[T], list[str]]:
+    """What can be used, and in place of all else the texts that say why it cannot."""
+    usable: list[T] = []
+    reasons: list[str] = []
+    for each in found:
+        reasons.append(each) if isinstance(each, str) else usable.append(each)
+    return usable, reasons
+
+
 def in_turn(groups: Mapping[str, Sequence[T]], count: int | None) -> list[T]:
     """The first of each group, then the second of each that has one, and so on up to so many."""
     longest = max(map(len, groups.values()), default=0)

@@ -7,13 +7,12 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from io import BufferedReader
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
-from pipeline.suites.samples import Sample, is_unicode
+from pipeline.suites.samples import Sample, is_unicode, parted
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -55,16 +54,16 @@ def load_files(folder: str | Path, samples_of: SamplesOf) -> Loaded:
     """
     loaded = Loaded([], [])
     for path in _files(folder):
-        found = _load_file(path, samples_of)
-        if found.left_out and not found.samples:
-            raise InputError(f"nothing in {path.name} can be used: {found.left_out[0]}")
-        loaded.samples.extend(found.samples)
-        loaded.left_out.extend(found.left_out)
+        samples, left_out = parted(_found_in(path, samples_of))
+        if left_out and not samples:
+            raise InputError(f"nothing in {path.name} can be used: {left_out[0]}")
+        loaded.samples.extend(samples)
+        loaded.left_out.extend(left_out)
     if not loaded.samples:
         raise InputError(f"{folder}: no rows in its *.jsonl files")
-    left_out, count = len(loaded.left_out), len(loaded.left_out) + len(loaded.samples)
-    if 2 * left_out > count:
-        raise InputError(f"{folder}: {left_out:,} of {count:,} rows cannot be used: {loaded.left_out[0]}")
+    left_out, count = loaded.left_out, len(loaded.left_out) + len(loaded.samples)
+    if 2 * len(left_out) > count:
+        raise InputError(f"{folder}: {len(left_out):,} of {count:,} rows cannot be used: {left_out[0]}")
     return loaded
 
 
@@ -75,7 +74,9 @@ def texts_of(row: Mapping[str, Any], name: str) -> list[str]:
     """
     value = row.get(name)
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, str | int) or _is_finite(each) for each in values):
+    if not all(
+        isinstance(each, str | int) or (isinstance(each, float) and math.isfinite(each)) for each in values
+    ):
         raise InputError(f"{_unfit(row, name)} a list of texts")
     texts = (str(each).strip() for each in values)
     return [text for text in texts if text]
@@ -107,33 +108,25 @@ def _files(folder: str | Path) -> list[Path]:
     return files
 
 
-def _load_file(path: Path, samples_of: SamplesOf) -> Loaded:
-    loaded = Loaded([], [])
+def _found_in(path: Path, samples_of: SamplesOf) -> Iterator[Sample | str]:
+    """The samples of a file's rows, and in place of others why there are none."""
     line = 0
     try:
-        with _opened(path) as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for line, content in enumerate(lines, start=1):
                 if content.strip():
-                    _add_row(loaded, content, Place(path, line), samples_of)
+                    yield from _of_row(content, Place(path, line), samples_of)
     except (OSError, EOFError, zlib.error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        loaded.left_out.append(f"{Place(path, line + 1)}: cannot be read from here on: {reason}")
-    return loaded
+        yield f"{Place(path, line + 1)}: cannot be read from here on: {reason}"
 
 
-def _add_row(loaded: Loaded, content: bytes, place: Place, samples_of: SamplesOf) -> None:
+def _of_row(content: bytes, place: Place, samples_of: SamplesOf) -> Iterator[Sample | str]:
     try:
         for found in samples_of(_object(content), place):
-            if isinstance(found, str):
-                loaded.left_out.append(f"{place}: {found}")
-            else:
-                loaded.samples.append(found)
+            yield f"{place}: {found}" if isinstance(found, str) else found
     except InputError as error:
-        loaded.left_out.append(f"{place}: {error}")
-
-
-def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+        yield f"{place}: {error}"
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -148,10 +141,6 @@ def _object(content: bytes) -> dict[str, Any]:
     if _SURROGATE.search(content) and not is_unicode(json.dumps(row, ensure_ascii=False)):
         raise InputError("an escape such as \\ud83d stands alone, and is no character")
     return row
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def _unfit(row: Mapping[str, Any], name: str) -> str:

@@ -6,6 +6,7 @@ What would control a terminal or is no character is replaced, and what would be 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -27,6 +28,12 @@ def in_xml(text: str) -> str:
 def in_cell(text: str) -> str:
     """A text of our own making, with names of others in it, as a cell of a table in Markdown."""
     return printable(" ".join(text.split())).replace("|", "\\|")
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], as_cell: Callable[[str], str]) -> str:
+    """A table in Markdown; `as_cell` is `in_cell` or `in_markdown`."""
+    head, *lines = (f"| {' | '.join(map(as_cell, row))} |" for row in (heads, *rows))
+    return "\n".join([head, "|" + " --- |" * len(heads), *lines])
 
 
 def in_markdown(text: str) -> str:

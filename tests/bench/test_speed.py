@@ -112,7 +112,7 @@ def test_operations_and_bytes_of_a_pack_are_sums_over_its_documents(tiny):
     settings = {"share": "0.5", "start_layer": "2", "window": "4", "prefix": "4"}
     halved = make_method("marsinfer", settings)
     variants = [Variant("dense", Dense()), Variant("halved", halved)]
-    ceilings = Ceilings(tokens=130, matrix=1e9, attention=2e9)
+    ceilings = Ceilings(tokens=130, matrix_tflops=1e-3, attention_tflops=2e-3)
     dense, half = measure_ttft(tiny, documents, variants, repeats=1, new_tokens=3, ceilings=ceilings)
     assert (dense.documents, dense.tokens) == (half.documents, half.tokens) == (2, 130)
     whole = sum(dense_flops(shape, length) for length in lengths)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import tomllib
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,11 +166,15 @@ def hurried(monkeypatch):
     """Gives the probe that hangs up at once, and all others time, however busy the machine is."""
     begun = []
 
-    class Said(queue.Queue):
-        def get(self, timeout):
-            return super().get(timeout=0.1 if (timeout, *begun[-1:]) == (2, "hangs") else 300)
+    class Said(Connection):
+        def poll(self, timeout):
+            return super().poll(0.1 if (timeout, *begun[-1:]) == (2, "hangs") else 300)
 
-    monkeypatch.setattr(examination, "queue", SimpleNamespace(Queue=Said, Empty=queue.Empty))
+    def pipe(duplex):
+        said, saying = Pipe(duplex)
+        return Said(os.dup(said.fileno()), writable=False), saying
+
+    monkeypatch.setattr(examination, "Pipe", pipe)
     return lambda probes: examine(probes, progress=lambda probe: begun.append(probe.name), timeout_s=2)
 
 

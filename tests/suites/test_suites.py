@@ -217,7 +217,7 @@ def test_longbench_datasets(tmp_path: Path, dataset: str, suffix: str) -> None:
     assert found.references == ("that", "this")
     assert found.choices == ("that", "x")
     assert found.metric in METRICS
-    assert ("What?" in found.question) == DATASETS[dataset].needs_input
+    assert ("What?" in found.question) == ("{input}" in DATASETS[dataset].question)
     assert "{" not in found.question
     assert found.facets == {"line": 1, "length": 2, "language": "en", "_id": "c0ffee"}
 
