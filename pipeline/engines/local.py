@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
-import torch
-
-from pipeline.engines.answering import add_answer, describe, failed, memory_message
+from pipeline.engines.answering import add_answer, failed, memory_message
+from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.memory import Packer
-from pipeline.engines.prefilling import Check, PrefilledPack, Prefiller
+from pipeline.engines.prefilling import PrefilledPack, Prefiller
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, Table
-from pipeline.errors import MarsError, is_failure
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
 from pipeline.model.graphs import DecodeStats
@@ -32,8 +28,6 @@ from pipeline.setup.guard import Guard
 # tokens of a part of a pack that use a device well: fewer wait until more rows have left
 WORTHWHILE_TOKENS = {"cpu": 1, "cuda": 8192}
 FEWEST_PIECE_TOKENS = 1024  # of the pieces of a prefill, which become smaller where memory runs out
-
-T = TypeVar("T")
 
 
 class LocalEngine:
@@ -70,7 +64,7 @@ class LocalEngine:
         run. `phase` is told of each pack that is prefilled.
         """
         self.model, self.rules, self.sampling = model, rules, sampling
-        self.row_timeout, self.check, self._note = row_timeout, check, note
+        self._note = note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.adapter.dtype
         packer = Packer.on(
             model.device,
@@ -84,6 +78,7 @@ class LocalEngine:
             in_flight=in_flight,
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
+        self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)
         self.times, self.stats = EngineTimes(), DecodeStats()
         self._clock = DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(
@@ -94,7 +89,7 @@ class LocalEngine:
             sampling=sampling,
             new_tokens=rules.max_new_tokens,
             save_selection=save_selection,
-            now=self.now,
+            now=self.attempts.now,
             phase=phase,
         )
         self._prefix: Prefix | None = None  # of the group whose rows are being prefilled
@@ -164,7 +159,7 @@ class LocalEngine:
                 return []
         prefix = self._prefix
         shared_s = 0.0 if prefix is None else prefix.seconds
-        made = self.attempt(partial(self._prefill, jobs, prefix), jobs[0].document, shared_s)
+        made = self.attempts.run(partial(self._prefill, jobs, prefix), jobs[0].document, shared_s)
         if isinstance(made, RowError):
             made = self._again(jobs, made)
         following = self._scheduler.first
@@ -180,9 +175,10 @@ class LocalEngine:
 
     def _prefixed(self, jobs: Sequence[Job]) -> Prefix | None:
         """What a group's rows share, prefilled; if it cannot be, all of them wait in other packs."""
-        group, started = jobs[0].group, self.now()
+        group, started = jobs[0].group, self.attempts.now()
         assert group is not None
-        made = self.attempt(partial(Prefix.of, group, self.model, self.now), group.groups[0].rows[0])
+        prefill = partial(Prefix.of, group, self.model, self.attempts.now)
+        made = self.attempts.run(prefill, group.groups[0].rows[0])
         if isinstance(made, Prefix) and self._holds(made):
             self.times.add_shared(started, started + made.seconds)
             return made
@@ -258,7 +254,7 @@ class LocalEngine:
 
     def _step(self) -> list[Answered]:
         """Queue one step for all rows; those that have ended or taken too long leave."""
-        self.check()
+        self.attempts.check()
         assert self._table is not None
         self._clock.start()
         ended = self._decode(self._table.decoder.step)
@@ -281,7 +277,7 @@ class LocalEngine:
         rows = list(self._running)
         if not rows:
             return []
-        made = self.attempt(lambda check: act(), rows[0].job.document)
+        made = self.attempts.run(lambda check: act(), rows[0].job.document)
         if isinstance(made, RowError):
             self._close_table()
             self._scheduler.put_back(self.packs.waiting([row.job for row in rows], alone=True))
@@ -292,18 +288,10 @@ class LocalEngine:
 
     def _too_late(self) -> list[Running]:
         """Rows that took longer than a row may, by their prefill and the steps that they took part in."""
-        if self.row_timeout is None or self._table is None:
+        most = self.attempts.row_timeout
+        if most is None or self._table is None:
             return []
-        now = self._clock.seconds
-        late = [
-            row
-            for row in self._running
-            if row.finish_reason is None and row.first_at - row.began + now - row.joined_s > self.row_timeout
-        ]
-        for row in late:
-            row.finish_reason, row.finished_at = "timeout", time.perf_counter()
-        self._table.decoder.leave(late)
-        return late
+        return self._table.end_late(most, self._clock.seconds)
 
     def _finish(self, row: Running) -> Answered:
         """The output row of one that has ended, whose part of the store is free again."""
@@ -312,9 +300,9 @@ class LocalEngine:
             self._table.leave(row)
         if row.finish_reason == "not_finite":
             error = RowError("not_finite", NOT_FINITE_MESSAGE)
-            return self._failed(row.job, self._describe(error, row.job.document))
+            return self._failed(row.job, self.attempts.described(error, row.job.document))
         if row.finish_reason == "timeout":
-            return self._failed(row.job, self._describe(self._timeout(), row.job.document))
+            return self._failed(row.job, self.attempts.described(self.attempts.timeout(), row.job.document))
         wall_s = row.finished_at - row.first_at
         decoding_s = min(self._clock.seconds - row.joined_s, wall_s)
         row.answer.decode_ms = decoding_s * 1e3
@@ -326,7 +314,7 @@ class LocalEngine:
     def _written(self, job: Job, answer: Answer, generated: Generated, began: float) -> Answered:
         """The row with its answer; a fault of the tokenizer costs its row alone."""
         write = partial(add_answer, answer, generated, self.rules, self.model)
-        made = self.attempt(lambda check: write(), job.document)
+        made = self.attempts.run(lambda check: write(), job.document)
         return (
             self._failed(job, made) if isinstance(made, RowError) else Answered(job.document, answer, began)
         )
@@ -343,10 +331,10 @@ class LocalEngine:
             message = memory_message(job.document, packer, str(self.model.device))
             return [self._failed(job, RowError("out_of_memory", message))]
         run = partial(self._run_alone, job)
-        made = self.attempt(run, job.document)
+        made = self.attempts.run(run, job.document)
         if isinstance(made, RowError) and made.kind == "out_of_memory":
             # a second time, in memory that the larger packs before it no longer hold in pieces
-            made = self.attempt(run, job.document)
+            made = self.attempts.run(run, job.document)
         return [self._failed(job, made)] if isinstance(made, RowError) else made
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
@@ -375,42 +363,10 @@ class LocalEngine:
         self.times.add_decode(generated.finished_at - pack.first_at, generated.finished_at)
         return [self._written(job, answer, generated, pack.began)]
 
-    # what goes wrong
-
-    def attempt(
-        self, run: Callable[[Check], T], document: EncodedDocument, taken_s: float = 0.0
-    ) -> T | RowError:
-        """What `run` makes, given the check between its steps; or what went wrong, with the memory freed.
-
-        `document` is the one that messages name; `taken_s` counts as time that its row has taken before.
-        """
-        try:
-            return run(partial(self._check, time.perf_counter() - taken_s))
-        except MarsError:
-            raise
-        except BaseException as error:  # whatever one row does, the others get their answers
-            if not is_failure(error):
-                raise
-            failure = self._describe(error, document)
-        self._free()  # outside the handler, whose traceback keeps the failed pack's tensors alive
-        return failure
-
-    def _describe(self, error: BaseException, document: EncodedDocument) -> RowError:
-        return describe(error, document, self.packer, str(self.model.device))
-
     def _failed(self, job: Job, failure: RowError) -> Answered:
         answer = failed(job.document, job.method.name, failure)
         answer.guard = job.guard
         return Answered(job.document, answer)
-
-    def _check(self, started: float) -> None:
-        """Called between layers: give up a prefill that takes longer than one row may."""
-        self.check()
-        if self.row_timeout is not None and time.perf_counter() - started > self.row_timeout:
-            raise self._timeout()
-
-    def _timeout(self) -> RowError:
-        return RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
 
     # memory and time
 
@@ -439,16 +395,4 @@ class LocalEngine:
         if self._table is not None:
             self._table.close()
             self._table = None
-            self._free()
-
-    def _free(self) -> None:
-        """Give back the memory of what failed or has ended."""
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def now(self) -> float:
-        """Seconds, after all work on the device has ended."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+            self.attempts.free()

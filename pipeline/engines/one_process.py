@@ -221,7 +221,7 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         save_selection=config.save_selection,
         **hooks._asdict(),
     )
-    loaded_s = engine.now() - started
+    loaded_s = engine.attempts.now() - started
     hooks.phase("warming up")
     warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)
     engine.times.load_s = loaded_s

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.engines.answering import prefilled_rows
+from pipeline.engines.attempts import Check
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
@@ -19,8 +20,6 @@ from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.records import Answer
 from pipeline.texts.words import counted
-
-Check = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -152,6 +153,18 @@ class Table:
         extent = self._rows[id(row)].extent
         assert extent is not None
         return extent.starts
+
+    def end_late(self, most: float, decoding_s: float) -> list[Running]:
+        """Rows whose prefill and steps took over `most` seconds; `decoding_s` is the clock of decoding."""
+        late = [
+            row
+            for row in self.rows
+            if row.finish_reason is None and row.first_at - row.began + decoding_s - row.joined_s > most
+        ]
+        for row in late:
+            row.finish_reason, row.finished_at = "timeout", time.perf_counter()
+        self.decoder.leave(late)
+        return late
 
     def leave(self, row: Running) -> None:
         """Give back what a row has of the store."""

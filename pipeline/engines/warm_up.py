@@ -54,7 +54,7 @@ def warm_up(
     started = time.perf_counter()
 
     def check() -> None:
-        engine.check()
+        engine.attempts.check()
         if time.perf_counter() - started > limit_s:
             raise RowError("timeout", f"the warm-up took longer than {limit_s:g} s")
 
@@ -65,7 +65,7 @@ def warm_up(
         told = f": {engine.prepare(free_bytes(engine.model.device))}"
     # behind all that gives memory back: the first of these packs finds the memory of the one before
     ran = ran and all(_prefill_once(engine, pack, check) for pack in _first_packs(engine, prompts or ()))
-    engine.times = EngineTimes(warm_up_s=engine.now() - started)
+    engine.times = EngineTimes(warm_up_s=engine.attempts.now() - started)
     if not ran:
         note(
             f"the warm-up was given up after {limit_s:g} s: "
@@ -158,7 +158,7 @@ def _prefill_once(
     """Prefill a pack as the run will, and forget it; False where there was no time for it."""
     jobs = [Job(document=document, method=engine.method) for document in documents]
     # what fails here will fail in its row, which says why
-    made = engine.attempt(lambda _: engine.prefiller.run(jobs, engine.packs, check), documents[0])
+    made = engine.attempts.run(lambda _: engine.prefiller.run(jobs, engine.packs, check), documents[0])
     return not (isinstance(made, RowError) and made.kind == "timeout")
 
 

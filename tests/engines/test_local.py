@@ -129,7 +129,7 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
 
     monkeypatch.setattr(prefilling.Pack, "of", remember)
     model.adapter.add_attention_ = add_attention_
-    engine.row_timeout = 0.3
+    engine.attempts.row_timeout = 0.3
     rows = engine.answer(documents())
     assert [row.status for row in rows] == ["ok"] * 4 + ["error"] + ["ok"] * 2
     assert rows[4].error_type == "timeout"
@@ -139,7 +139,7 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
 
 def test_the_warm_up_is_not_under_the_time_limit_of_a_row(model):
     engine = engine_for(model)
-    engine.row_timeout = 1e-9
+    engine.attempts.row_timeout = 1e-9
     assert warm_up.warm_up(engine, 60)
     assert engine.answer(documents()[:1])[0].error_type == "timeout"
 
@@ -174,7 +174,7 @@ def test_a_document_as_long_as_a_pack_warms_up(model, monkeypatch, pack_tokens, 
     rules = StopRules(max_new_tokens=12, token_ids=frozenset(range(256)))
     engine = LocalEngine(model, Dense(), rules=rules, sampling=Sampling(), pack_tokens=pack_tokens)
     steps = []
-    monkeypatch.setattr(engine, "check", lambda: steps.append(1))
+    monkeypatch.setattr(engine.attempts, "check", lambda: steps.append(1))
     assert warm_up_lengths(engine, monkeypatch) == expected
     # four layers and eleven steps each: no stop token ends an answer that warms up
     assert len(steps) == len(expected) * (4 + 11)
@@ -193,7 +193,7 @@ def test_a_warm_up_can_be_interrupted(model):
         raise Interrupted("enough", 143)
 
     engine = engine_for(model)
-    engine.check = check
+    engine.attempts.check = check
     with pytest.raises(Interrupted):
         warm_up.warm_up(engine, 60)
 
@@ -226,7 +226,7 @@ def test_a_check_between_layers_and_steps_can_end_the_run(model, calls):
             raise Interrupted("enough", 143)
 
     engine = engine_for(model)
-    engine.check = check
+    engine.attempts.check = check
     with pytest.raises(Interrupted):
         engine.answer(documents())
     assert len(seen) == calls
@@ -300,7 +300,7 @@ def test_the_time_limit_of_a_row_counts_its_own_steps(model, limit, status):
     engine = LocalEngine(
         model, Dense(), rules=StopRules(max_new_tokens=6), sampling=Sampling(), in_flight=2, pack_tokens=30
     )
-    engine._clock, engine.row_timeout = StepClock(), limit
+    engine._clock, engine.attempts.row_timeout = StepClock(), limit
     for row in documents():
         engine.add([row])
     rows = []
