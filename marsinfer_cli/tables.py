@@ -29,7 +29,7 @@ def conditions_of(model: LoadedModel) -> dict[str, Any]:
     return {
         "model": model.name,
         "device": device_named(model.device),
-        "dtype": str(model.adapter.dtype).removeprefix("torch."),
+        "dtype": str(model.decoder.dtype).removeprefix("torch."),
         "attention": model.attention.name,
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),

@@ -25,8 +25,9 @@ from marsinfer_cli.app import run
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines import warm_up
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import SdpaAttention
+from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack
 from pipeline.records import EncodedDocument, Row, Spans
 
@@ -117,10 +118,30 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
-def tiny_model(family: str, seed: int = 0) -> DecoderAdapter:
+class Numbers:
+    """A tokenizer that writes tokens as their numbers."""
+
+    @staticmethod
+    def decode(tokens, **_):
+        return " ".join(map(str, tokens))
+
+
+def loaded(decoder=None, tokenizer=Numbers, attention=None):
+    """A loaded model around a decoder, of two layers by default, which never was in a file."""
+    return LoadedModel(
+        decoder=decoder or tiny_model("qwen2"),
+        tokenizer=tokenizer,
+        attention=attention or SdpaAttention(),
+        generation_config=None,
+        name="tiny",
+        fingerprint="",
+    )
+
+
+def tiny_model(family: str, seed: int = 0) -> Decoder:
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.float32, seed=seed)
-    return DecoderAdapter(sharpened(model))
+    return Decoder(sharpened(model))
 
 
 def sharpened(model: torch.nn.Module) -> Any:
@@ -143,7 +164,7 @@ def pack_of(*documents: EncodedDocument) -> Pack:
 
 
 @pytest.fixture(params=sorted(FAMILY_SETTINGS))
-def adapter(request: pytest.FixtureRequest) -> DecoderAdapter:
+def decoder(request: pytest.FixtureRequest) -> Decoder:
     return tiny_model(request.param)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 
 METHODS = {
     "dense": {},
@@ -63,4 +63,4 @@ def exact_model(family="qwen2"):
     """In float64: sums in another order, as other batch sizes have them, never choose another token."""
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.float64)
-    return DecoderAdapter(sharpened(model))
+    return Decoder(sharpened(model))

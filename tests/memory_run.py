@@ -25,7 +25,7 @@ def stub_answers(engine, jobs):
     from pipeline.engines.answering import row_of
     from pipeline.records import Answered
 
-    layers = engine.model.adapter.shape.layers
+    layers = engine.model.decoder.shape.layers
     answered = []
     for job in jobs:
         document, row = job.document, row_of(job.document, job.method.name)

@@ -54,10 +54,10 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
 
     `lengths` are the documents', each of which attends within itself.
     """
-    shape, adapter, tokens = model.adapter.shape, model.adapter, sum(lengths)
-    options: Any = {"device": adapter.device, "dtype": adapter.dtype}
+    shape, decoder, tokens = model.decoder.shape, model.decoder, sum(lengths)
+    options: Any = {"device": decoder.device, "dtype": decoder.dtype}
     x_TD, w_DF = torch.randn(tokens, shape.hidden, **options), torch.randn(shape.hidden, shape.ffn, **options)
-    matrix_s = best_seconds(lambda: x_TD @ w_DF, adapter.device)
+    matrix_s = best_seconds(lambda: x_TD @ w_DF, decoder.device)
     q, k, v = random_qkv(shape, tokens, **options)
     tera_operations = 2 * tokens * shape.hidden * shape.ffn / 1e12
     try:
@@ -66,9 +66,9 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
         fp8_tflops = None
     else:
         weight, quantised = Fp8Weight.of(w_DF.T.contiguous()), quantize_rows(x_TD)
-        fp8_tflops = tera_operations / best_seconds(lambda: fp8_linear(*quantised, weight), adapter.device)
-    segments = Segments.of(lengths, adapter.device)
-    attention_s = best_seconds(lambda: model.attention.prefill(q, k, v, segments), adapter.device)
+        fp8_tflops = tera_operations / best_seconds(lambda: fp8_linear(*quantised, weight), decoder.device)
+    segments = Segments.of(lengths, decoder.device)
+    attention_s = best_seconds(lambda: model.attention.prefill(q, k, v, segments), decoder.device)
     return Ceilings(
         tokens=tokens,
         matrix_tflops=tera_operations / matrix_s,

@@ -63,7 +63,7 @@ def measure_decode(
     for variant in methods:
         pack = Pack.of(documents, model.device)
         method = variant.use(model)  # which sets the model's attention, too
-        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
+        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens)
         results.append(_measure(model, variant, prefilled, new_tokens, repeats, copied))
         del prefilled
     return results
@@ -122,7 +122,7 @@ def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool
     rules = StopRules(max_new_tokens=new_tokens)
     wait_for(model.device)
     generated = decode(
-        model.adapter, model.attention, prefilled, rules, check=check, graphs=graphs, stats=stats
+        model.decoder, model.attention, prefilled, rules, check=check, graphs=graphs, stats=stats
     )
     check()
     steps = [(later - earlier) * 1e3 for earlier, later in pairwise(times)]

@@ -94,12 +94,12 @@ def _run(
     pack = Pack.of([document], model.device)
     started = tidied(model.device)
     try:
-        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens, limits=limits)
+        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens, limits=limits)
     except RowError as error:
         raise ConfigError(str(error)) from error
     first_at = now(model.device)
     rules = StopRules(max_new_tokens=new_tokens)
-    (generated,) = decode(model.adapter, model.attention, prefilled, rules)
+    (generated,) = decode(model.decoder, model.attention, prefilled, rules)
     step_ms = (now(model.device) - first_at) * 1e3 / max(new_tokens - 1, 1)
     return OffloadMeasurement(
         variant=variant,

@@ -110,9 +110,9 @@ def _method_run(
 
     def run() -> Prefilled:
         method = variant.use(model)  # which sets the model's attention, too
-        prefilled = prefill(model.adapter, model.attention, method, pack, new_tokens)
+        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens)
         if new_tokens:
-            decode(model.adapter, model.attention, prefilled, rules)
+            decode(model.decoder, model.attention, prefilled, rules)
         else:
             prefilled.logits_BV.argmax(-1).tolist()
         return prefilled
@@ -147,7 +147,7 @@ class _TimedMethod:
 def _select_ms(model: LoadedModel, pack: Pack, method: PruningMethod) -> float:
     """Time in the method's scoring and selection over one prefill."""
     timed = _TimedMethod(method, model.device)
-    prefill(model.adapter, model.attention, cast(PruningMethod, timed), pack)
+    prefill(model.decoder, model.attention, cast(PruningMethod, timed), pack)
     wait_for(model.device)
     return sum(
         entry[0].elapsed_time(entry[1]) if isinstance(entry, tuple) else entry for entry in timed.milliseconds
@@ -163,7 +163,7 @@ def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable
     def run() -> None:
         forced = baseline == "transformers-cudnn"
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if forced else nullcontext():
-            output = model.adapter.model(pack.input_ids[None], use_cache=True, logits_to_keep=1)
+            output = model.decoder.model(pack.input_ids[None], use_cache=True, logits_to_keep=1)
         output.logits[:, -1].argmax(-1).tolist()
 
     return run
@@ -188,14 +188,14 @@ def _work(
     model: LoadedModel, prefilled: Prefilled, ceilings: Ceilings | None, linears_in_fp8: bool
 ) -> dict[str, Any]:
     """What the method did."""
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     lengths, by_document = prefilled.lengths, prefilled.by_document()
     done = sum(passes_flops(shape, passes) for passes in by_document)
     tokens_D2L = np.array([layer_tokens(passes) for passes in by_document])  # that entered, or passed FFNs
     dense_D2L = np.array([layer_tokens([dense_work(shape.layers, length)]) for length in lengths])
     kept_shares, ffn_shares = (tokens_D2L / dense_D2L).mean(0).round(4).tolist()
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
-    dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.adapter.dtype.itemsize)
+    dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.decoder.dtype.itemsize)
     return {
         "flops": done,
         "flops_ratio": done / sum(dense_flops(shape, length) for length in lengths),

@@ -61,13 +61,13 @@ def fp8_linears() -> Finding:
     """`--linear-dtype fp8` on a small model, against transformers in float32."""
     tried = subject("bfloat16")
     try:
-        tried.adapter.use_linears("fp8", keep=True)
+        tried.decoder.use_linears("fp8", keep=True)
     except ConfigError as error:
         return Finding("absent", str(error).removeprefix("fp8 cannot be used here: "))
     try:
         logits = tried.prefill(Dense()).logits_BV
     finally:
-        tried.adapter.use_linears("auto")
+        tried.decoder.use_linears("auto")
     return _judged(distance(logits, stock_logits()), FP8_TOLERANCE, "transformers")
 
 
@@ -114,7 +114,7 @@ def cuda_graphs() -> Finding:
         return Finding("absent", "need a GPU")
     tried = subject()
     prefilled = tried.prefill(Dense(), NEW_TOKENS)
-    if recorder_for(target, tried.adapter.dtype, tried.attention) is None:
+    if recorder_for(target, tried.decoder.dtype, tried.attention) is None:
         needed = "need Triton, or FlashAttention-3"
         return Finding("absent", f"{needed}; attention is {tried.attention.name}: each kernel is launched")
     stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)

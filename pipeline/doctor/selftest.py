@@ -56,7 +56,7 @@ def method(name: str) -> Finding:
     tried, pruning = subject(), small(name)
     dense, whole, pruned = (tried.prefill(each) for each in (Dense(), full(pruning), pruning))
     off = distance(whole.logits_BV, dense.logits_BV)
-    tolerance = TOLERANCES[tried.adapter.dtype.itemsize * 8]
+    tolerance = TOLERANCES[tried.decoder.dtype.itemsize * 8]
     share = ffn_tokens(pruned) / ffn_tokens(dense)
     facts = {"off": off, "tolerance": tolerance, "ffn_share": share}
     faults = []

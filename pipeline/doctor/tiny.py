@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.loading import attention_for, pick_device, pick_dtype, use_device
 from pipeline.model.prefill import Pack, Prefilled, prefill
@@ -38,16 +38,16 @@ LENGTHS = (150, 9, 64)  # tokens of the documents
 class Subject(NamedTuple):
     """A model on the device of `--device auto`, and how it attends."""
 
-    adapter: DecoderAdapter
+    decoder: Decoder
     attention: AttentionBackend
 
     def prefill(self, method: PruningMethod, new_tokens: int = 0) -> Prefilled:
         """Of the documents."""
-        return prefill(self.adapter, self.attention, method, self.pack(), new_tokens)
+        return prefill(self.decoder, self.attention, method, self.pack(), new_tokens)
 
     def pack(self) -> Pack:
         """Documents of random tokens, the same for every subject."""
-        return Pack.of([_document(n, tokens) for n, tokens in enumerate(LENGTHS)], self.adapter.device)
+        return Pack.of([_document(n, tokens) for n, tokens in enumerate(LENGTHS)], self.decoder.device)
 
 
 def device() -> torch.device:
@@ -65,18 +65,18 @@ def subject(dtype: str = "auto") -> Subject:
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), drawn.parameters(), strict=True):
             parameter.copy_(weight * SHARPER if weight.dim() > 1 else weight)
-    adapter = DecoderAdapter(model)
-    return Subject(adapter, attention_for("auto", target, adapter.dtype, adapter.shape)[0])
+    decoder = Decoder(model)
+    return Subject(decoder, attention_for("auto", target, decoder.dtype, decoder.shape)[0])
 
 
 @cache
 @torch.inference_mode()
 def stock_logits() -> Tensor:
     """(B, vocabulary) of transformers' own forward pass in float32, a document at a time."""
-    adapter = subject("float32").adapter
+    decoder = subject("float32").decoder
     documents = [_document(n, tokens) for n, tokens in enumerate(LENGTHS)]
-    ids = [torch.from_numpy(document.input_ids)[None].to(adapter.device) for document in documents]
-    return torch.stack([adapter.model(ids_1T).logits[0, -1].float() for ids_1T in ids])
+    ids = [torch.from_numpy(document.input_ids)[None].to(decoder.device) for document in documents]
+    return torch.stack([decoder.model(ids_1T).logits[0, -1].float() for ids_1T in ids])
 
 
 def _document(number: int, tokens: int) -> EncodedDocument:

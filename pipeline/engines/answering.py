@@ -43,17 +43,17 @@ def prefilled_rows(
     shared: Shared | None,
 ) -> list[Answer]:
     """The documents' rows with what their prefill came to, times left out."""
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     stored = prefilled.cache.prompt_tokens()
     rows = []
     for b, (document, passes) in enumerate(zip(documents, prefilled.by_document(), strict=True)):
         row = row_of(document, method)
         row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
-        row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=model.adapter.linears_in_fp8)
+        row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=model.decoder.linears_in_fp8)
         for name, ratio in shares_of_dense(shape, passes, document.prompt_tokens).items():
             setattr(row, name, ratio)
         row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(
-            model.adapter.dtype.itemsize
+            model.decoder.dtype.itemsize
         )
         row.pack_documents, row.pack_tokens = len(documents), sum(prefilled.lengths)
         rows.append(row)
@@ -64,7 +64,7 @@ def prefilled_rows(
 
 def _tell_shared(rows: Sequence[Answer], shared: Shared, model: LoadedModel) -> None:
     """Say what rows share; of its operations each counts an equal part as its own."""
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     for row, flops, count in zip(rows, shared.flops, shared.group_rows, strict=True):
         row.method, row.shared_ms, row.group_rows = shared.method, shared.ms, count
         row.pack_tokens = shared.pack_tokens

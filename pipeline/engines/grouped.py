@@ -45,7 +45,7 @@ class Prefix:
         """`now` tells the time once the device has done what was queued."""
         started = now()
         prefixes = prefill_prefixes(
-            model.adapter,
+            model.decoder,
             model.attention,
             pack.sharing.method,
             [group.rows[0].input_ids[: group.shared_tokens] for group in pack.groups],
@@ -57,7 +57,7 @@ class Prefix:
     def prefill(self, model: LoadedModel, chunk: Sequence[Numbered], check: Callable[[], None]) -> Prefilled:
         """What is left of the prompts of some of the pack's rows."""
         return prefill_behind(
-            model.adapter,
+            model.decoder,
             model.attention,
             self.pack.sharing.method,
             self.made,
@@ -69,7 +69,7 @@ class Prefix:
 
     def shared_by(self, chunk: Sequence[Numbered], model: LoadedModel, packer: GroupPacker) -> Shared:
         """What to say of it in the rows of a chunk."""
-        flops = self.made.flops(model.adapter)
+        flops = self.made.flops(model.decoder)
         return Shared(
             method=self.pack.sharing.method.name,
             ms=self.seconds * 1e3,
@@ -83,11 +83,11 @@ def rehearse_group(
     model: LoadedModel, ids: np.ndarray, check: Callable[[], None], kv_dtype: torch.dtype | None = None
 ) -> None:
     """Answer two rows about a throw-away document: what they read together has kernels of its own."""
-    adapter, attention, dense = model.adapter, model.attention, Dense()
+    decoder, attention, dense = model.decoder, model.attention, Dense()
     end = len(ids) - min(REHEARSED_TOKENS, len(ids) - 1)
     spans = Spans(document=(0, end), question=(end, len(ids)))
     row = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
-    layers = adapter.shape.layers
-    shared = prefill_prefixes(adapter, attention, dense, [ids[:end]], layers, check)
-    made = prefill_behind(adapter, attention, dense, shared, [row, row], [0, 0], 1, check)
-    decode(adapter, attention, made, StopRules(max_new_tokens=2), graphs=False, kv_dtype=kv_dtype)
+    layers = decoder.shape.layers
+    shared = prefill_prefixes(decoder, attention, dense, [ids[:end]], layers, check)
+    made = prefill_behind(decoder, attention, dense, shared, [row, row], [0, 0], 1, check)
+    decode(decoder, attention, made, StopRules(max_new_tokens=2), graphs=False, kv_dtype=kv_dtype)

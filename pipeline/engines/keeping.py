@@ -22,7 +22,7 @@ def keep_selection(
     rows: Sequence[Answer], documents: Sequence[EncodedDocument], prefilled: Prefilled, model: LoadedModel
 ) -> None:
     """Fill in a pack's rows from a prefill that was asked for its marks; copies them to the host."""
-    everywhere = model.adapter.linears_in_fp8
+    everywhere = model.decoder.linears_in_fp8
     passes = [_marks_by_document(work, everywhere) for work in prefilled.passes]
     decode = partial(model.tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
     for b, (row, document) in enumerate(zip(rows, documents, strict=True)):

@@ -65,12 +65,12 @@ class LocalEngine:
         """
         self.model, self.rules, self.sampling = model, rules, sampling
         self._note = note
-        self.kv_dtype = FP8 if kv_dtype == "fp8" else model.adapter.dtype
+        self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         packer = Packer.on(
             model.device,
             method,
-            model.adapter.shape,
-            itemsize=model.adapter.dtype.itemsize,
+            model.decoder.shape,
+            itemsize=model.decoder.dtype.itemsize,
             new_tokens=rules.max_new_tokens,
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
@@ -194,7 +194,7 @@ class LocalEngine:
 
     def _holds(self, prefix: Prefix) -> bool:
         """Put a prefix that rows read as it is, not a copy of it, into the store, if there is room."""
-        whole = prefix.made.layers == self.model.adapter.shape.layers
+        whole = prefix.made.layers == self.model.decoder.shape.layers
         return not whole or self._open_table().hold(prefix.made.cache)
 
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
@@ -231,10 +231,10 @@ class LocalEngine:
 
     def _again(self, jobs: Sequence[Job], failure: RowError) -> list[Answered]:
         """After a prefill that failed: smaller pieces, smaller packs, and at last the culprit alone."""
-        adapter = self.model.adapter
-        piece = min(adapter.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
+        decoder = self.model.decoder
+        piece = min(decoder.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
         if failure.kind == "out_of_memory" and piece >= FEWEST_PIECE_TOKENS:
-            adapter.piece_tokens = piece
+            decoder.piece_tokens = piece
             self._scheduler.put_back(self.packs.waiting(jobs))
         elif len(jobs) > 1:
             self._scheduler.put_back(self.packs.halves(jobs))
@@ -257,14 +257,14 @@ class LocalEngine:
         self.attempts.check()
         assert self._table is not None
         self._clock.start()
-        ended = self._decode(self._table.decoder.step)
+        ended = self._decode(self._table.loop.step)
         if not self._running:
             self._pause()
         return ended
 
     def _settle(self) -> list[Answered]:
         """Wait for the steps that are on their way, so that a prefill has the device to itself."""
-        ended = [] if self._table is None else self._decode(self._table.decoder.drain)
+        ended = [] if self._table is None else self._decode(self._table.loop.drain)
         self._pause()
         return ended
 
@@ -346,7 +346,7 @@ class LocalEngine:
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
         (generated,) = decode(
-            self.model.adapter,
+            self.model.decoder,
             self.model.attention,
             pack.prefilled,
             self.rules,

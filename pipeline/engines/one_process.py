@@ -200,7 +200,7 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     hooks.check()
     with nothing_to_lose():
         model = setup.model.load()
-    model.adapter.use_linears(
+    model.decoder.use_linears(
         config.linear_dtype,
         ffn=uses_fp8(setup.method),
         keep=model is setup.model,  # who gave a loaded model may want its own precision later

@@ -73,7 +73,7 @@ class Prefiller:
         if prefix is None:
             limits = packs.of(jobs[0].method).limits if room else None
             prefilled = prefill(
-                self.model.adapter,
+                self.model.decoder,
                 self.model.attention,
                 jobs[0].method,
                 Pack.of(documents, self.model.device),

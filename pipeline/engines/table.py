@@ -13,7 +13,7 @@ from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import Decoder, Generated, StopRules
+from pipeline.model.decode import DecodeLoop, Generated, StopRules
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
@@ -49,8 +49,8 @@ class StoredDocument:
 class Table:
     """A store and the batch of its rows."""
 
-    def __init__(self, store: KvStore, decoder: Decoder, device: torch.device) -> None:
-        self.decoder = decoder
+    def __init__(self, store: KvStore, loop: DecodeLoop, device: torch.device) -> None:
+        self.loop = loop
         self._store, self._device = store, device
         self._rows: dict[int, Running] = {}  # by id: also those that have all their tokens on their way
         self._documents: dict[int, list[StoredDocument]] = {}  # by the id of the cache that they came in
@@ -67,17 +67,17 @@ class Table:
     ) -> Self:
         """As large as planned, or as there is memory for after all; raises torch.OutOfMemoryError."""
         store = _store(model, packer, kv_dtype)
-        decoder = Decoder(
-            model.adapter,
+        loop = DecodeLoop(
+            model.decoder,
             model.attention,
             store,
             rules=rules,
             sampling=sampling,
             capacity=packer.in_flight,
-            longest=model.adapter.shape.context + rules.max_new_tokens,
+            longest=model.decoder.shape.context + rules.max_new_tokens,
             stats=stats,
         )
-        return cls(store, decoder, model.device)
+        return cls(store, loop, model.device)
 
     @property
     def rows(self) -> Sequence[Running]:
@@ -90,7 +90,7 @@ class Table:
 
     def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
         """Take in rows of a prefilled pack, where they have `places`, with all that others may need."""
-        new_tokens, moves = self.decoder.rules.max_new_tokens, self._store.moves
+        new_tokens, moves = self.loop.rules.max_new_tokens, self._store.moves
         cache = pack.prefilled.cache
         extents = self._store.adopt(cache, new_tokens)
         self._follow(moves)
@@ -108,7 +108,7 @@ class Table:
             )
             for b in places
         ]
-        self.decoder.join(rows, seats, [pack.uniforms[b] for b in places] if pack.uniforms else ())
+        self.loop.join(rows, seats, [pack.uniforms[b] for b in places] if pack.uniforms else ())
         for row, b in zip(rows, places, strict=True):
             row.extent = extents[b]
             self._rows[id(row)] = row
@@ -147,7 +147,7 @@ class Table:
     def _follow(self, moves: int) -> None:
         """Tell the batch where its rows are, if they have been moved since so many moves."""
         if self._store.moves > moves:
-            self.decoder.moved([self._starts(row) for row in self.decoder.rows])
+            self.loop.moved([self._starts(row) for row in self.loop.rows])
 
     def _starts(self, row: Generated) -> list[int]:
         extent = self._rows[id(row)].extent
@@ -163,7 +163,7 @@ class Table:
         ]
         for row in late:
             row.finish_reason, row.finished_at = "timeout", time.perf_counter()
-        self.decoder.leave(late)
+        self.loop.leave(late)
         return late
 
     def leave(self, row: Running) -> None:
@@ -179,22 +179,22 @@ class Table:
     def prepare(self) -> str:
         """Capture the steps of all batch sizes; returns what to tell of the memory that is taken."""
         before = torch.cuda.mem_get_info(self._device)[0]
-        sizes = self.decoder.prepare()
+        sizes = self.loop.prepare()
         taken = before - torch.cuda.mem_get_info(self._device)[0]
         return (
-            f"{self._store.nbytes / 1e9:.1f} GB for keys and values of up to {self.decoder.capacity:,} rows, "
+            f"{self._store.nbytes / 1e9:.1f} GB for keys and values of up to {self.loop.capacity:,} rows, "
             f"{taken / 1e9:.2f} GB for graphs of {sizes} batch sizes"
         )
 
     def close(self) -> None:
         """Free the graphs, and forget the rows."""
-        self.decoder.close()
+        self.loop.close()
         self._rows.clear()
         self._documents.clear()
 
 
 def _store(model: LoadedModel, packer: Packer, dtype: torch.dtype) -> KvStore:
-    share, shape = 1.0, model.adapter.shape
+    share, shape = 1.0, model.decoder.shape
     extents = 2 * packer.in_flight + 1  # each row's, and its document's; one more is in the making
     while True:
         try:

@@ -77,7 +77,7 @@ def warm_up(
 
 
 def _lengths(engine: LocalEngine, longest: int | None = None) -> list[int]:
-    kind, shape = engine.model.device.type, engine.model.adapter.shape
+    kind, shape = engine.model.device.type, engine.model.decoder.shape
     room = shape.context - min(engine.rules.max_new_tokens, WARM_UP_NEW_TOKENS)
     # packs of one token mean one document at a time, of whatever length
     usual = engine.packer.pack_tokens if engine.packer.pack_tokens > 1 else WARM_UP_TOKENS[kind]
@@ -93,12 +93,12 @@ def _longer(engine: LocalEngine, room: int, longest: int | None = None) -> set[i
 
     The longest prompt that is known, if one is, bounds what is run to load the libraries' kernels.
     """
-    adapter, device = engine.model.adapter, engine.model.device
-    shape = adapter.shape
+    decoder, device = engine.model.decoder, engine.model.device
+    shape = decoder.shape
     if device.type == "cpu":
         return set()
     lengths: set[int] = set()
-    if adapter.linears == "mixed":
+    if decoder.linears == "mixed":
         lengths.add(_first(lambda n: precision.worthwhile(n, shape, device), room) + precision.WINDOW)
     if any(mass is not None for mass in engine.method.attention_masses(shape.layers)):
         width, least = shape.heads * shape.head_dim, engine.model.attention.sparse_from
@@ -136,7 +136,7 @@ def _tokens(pack: Sequence[EncodedDocument]) -> int:
 def _rehearse(engine: LocalEngine, length: int, check: Callable[[], None]) -> bool:
     """Answer a document of so many tokens; False where there was no time for it."""
     model = engine.model
-    ids = np.arange(length, dtype=np.int64) % model.adapter.shape.vocab
+    ids = np.arange(length, dtype=np.int64) % model.decoder.shape.vocab
     try:
         _answer(engine, ids, check)
         if engine.packs.group != "off" and model.device.type == "cuda":
@@ -170,9 +170,9 @@ def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> 
     document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
     pack = Pack.of([document], model.device)
     limits, new_tokens = engine.packer.limits, rules.max_new_tokens
-    prefilled = prefill(model.adapter, model.attention, engine.method, pack, new_tokens, check, limits)
+    prefilled = prefill(model.decoder, model.attention, engine.method, pack, new_tokens, check, limits)
     decode(
-        model.adapter,
+        model.decoder,
         model.attention,
         prefilled,
         rules,

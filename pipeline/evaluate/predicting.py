@@ -53,13 +53,13 @@ def score_answer(
     """
     pack = Pack.of([document], model.device)
     started = time.perf_counter()
-    prefilled = prefill(model.adapter, model.attention, method, pack, len(answer))
+    prefilled = prefill(model.decoder, model.attention, method, pack, len(answer))
     prefilled.logits_BV.argmax(-1).tolist()
     ttft_ms = (time.perf_counter() - started) * 1e3
     if kv == "fp8":
         prefilled.cache.round_to_e4m3()
     hidden_ND = continue_with(
-        model.adapter, model.attention, prefilled.cache, [answer], prefilled.next_positions
+        model.decoder, model.attention, prefilled.cache, [answer], prefilled.next_positions
     )
     return _score(model, prefilled.logits_BV, hidden_ND[:-1], answer, top, probes), prefilled, ttft_ms
 
@@ -77,7 +77,7 @@ def _score(
     at_once = max(1, VALUES_AT_ONCE // model.shape.vocab)
     parts: list[tuple[Tensor, ...]] = []
     done = 0
-    for logits_NV in (first_1V, *map(model.adapter.logits, rest_ND.split(at_once) if len(rest_ND) else ())):
+    for logits_NV in (first_1V, *map(model.decoder.logits, rest_ND.split(at_once) if len(rest_ND) else ())):
         span = slice(done, done + len(logits_NV))
         done = span.stop
         logprobs_NV = logits_NV.log_softmax(-1)
@@ -133,10 +133,10 @@ def generate(
     row = document.source.row
     uniforms = [] if sampling.is_greedy else [sampling.uniforms(row, rules.max_new_tokens)]
     pack = Pack.of([document], model.device)
-    prefilled = prefill(model.adapter, model.attention, method, pack, rules.max_new_tokens, check)
+    prefilled = prefill(model.decoder, model.attention, method, pack, rules.max_new_tokens, check)
     first = first_tokens(prefilled.logits_BV, sampling, uniforms)
     (answer,) = decode(
-        model.adapter,
+        model.decoder,
         model.attention,
         prefilled,
         rules,

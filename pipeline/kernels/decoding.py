@@ -241,8 +241,10 @@ def _plain_partial(
         unseen_QT = torch.arange(used, device=q_QHd.device) >= seen_Q[:, None]
         scores_QHT = scores_QKGT.masked_fill_(unseen_QT[:, None, None], -math.inf).flatten(1, 2)
         logs_QHP[asked_Q, :, part] = scores_QHT.logsumexp(-1) / math.log(2)
-        mixed_QKGd = torch.einsum("qkgt,tkd->qkgd", scores_QHT.softmax(-1).unflatten(1, (-1, group)), v_TKd)
-        parts_QHPd[asked_Q, :, part] = mixed_QKGd.flatten(1, 2)
+        attended_QKGd = torch.einsum(
+            "qkgt,tkd->qkgd", scores_QHT.softmax(-1).unflatten(1, (-1, group)), v_TKd
+        )
+        parts_QHPd[asked_Q, :, part] = attended_QKGd.flatten(1, 2)
 
 
 def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int) -> tuple[Tensor, Tensor]:

@@ -94,12 +94,12 @@ class SparsePrefill:
                 outputs.append(next(of_short))
                 whole = length * (length + 1) // 2
                 pairs.append(torch.full((), whole, dtype=torch.int64, device=q_THd.device))
-        mixed_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        attended_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         asked, slots = self.last
         own_QHd = self.attention.decode(torch.cat([q_THd[rows] for rows in asked]), k_TKd, v_TKd, slots)
         for rows, own in zip(asked, own_QHd.split(slots.queries), strict=True):
-            mixed_THd[rows] = own
-        return mixed_THd, torch.stack(pairs)
+            attended_THd[rows] = own
+        return attended_THd, torch.stack(pairs)
 
     def estimated_pairs(self, mass: float) -> tuple[int, ...]:
         """Query-key products, of all heads, by which `attend` chooses blocks, of each document."""

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels import decoding
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.decoding import Ranges, own_ranges, queries_of_a_range, shared_ranges
@@ -20,7 +20,7 @@ from pipeline.model.cache import RaggedCache, Slots
 
 @torch.inference_mode()
 def continue_with(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     cache: RaggedCache,
     tokens: Sequence[Sequence[int]],
@@ -31,39 +31,39 @@ def continue_with(
     """Run `tokens`, at least one of each document, through the layers that the cache has, and into it.
 
     `first_positions` are those of each document's first token. Returns the last layer's residual stream,
-    (N, D), document by document: `adapter.logits` of that of the model's last layer predicts the tokens that
+    (N, D), document by document: `decoder.logits` of that of the model's last layer predicts the tokens that
     follow each. The cache must be one that keeps all its blocks on the device, with room for the tokens.
     `check` is called before every layer, and may raise. With `last_only` the last layer computes, beyond keys
     and values, each document's last token alone, and that is returned: (B, D).
     """
-    device = adapter.device
+    device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)
-    hidden_ND = adapter.embed(on_device([token for part in tokens for token in part], device))
+    hidden_ND = decoder.embed(on_device([token for part in tokens for token in part], device))
     first_B = on_device(first_positions, device)
-    rope = adapter.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
+    rope = decoder.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
-    behind = None if cache.shared is None else _Behind.of(adapter, cache, places[id(cache.slots[0])][0])
+    behind = None if cache.shared is None else _Behind.of(decoder, cache, places[id(cache.slots[0])][0])
     for layer in range(len(cache.slots)):
         check()
         at, places_N = places[id(cache.slots[layer])]
         keys, values = cache.keys[layer], cache.values[layer]
         if last_only and layer == len(cache.slots) - 1:
-            k_NKd, v_NKd = adapter.keys_values(layer, hidden_ND, rope)
+            k_NKd, v_NKd = decoder.keys_values(layer, hidden_ND, rope)
             last_B = asked.last_indices()
             hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
-            q_NHd, _, _ = adapter.qkv(layer, hidden_ND, rope)
+            q_NHd, _, _ = decoder.qkv(layer, hidden_ND, rope)
             at = DecodeSlots.of(at.starts, at.used, len(keys), device)
-            behind = None if behind is None else _Behind.of(adapter, cache, at)
+            behind = None if behind is None else _Behind.of(decoder, cache, at)
         else:
-            q_NHd, k_NKd, v_NKd = adapter.qkv(layer, hidden_ND, rope)
+            q_NHd, k_NKd, v_NKd = decoder.qkv(layer, hidden_ND, rope)
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:
-            mixed_NHd = attention.decode(q_NHd, keys, values, at)
+            attended_NHd = attention.decode(q_NHd, keys, values, at)
         else:
-            mixed_NHd = behind.attend(layer, q_NHd, keys, values)
-        adapter.add_attention_(layer, hidden_ND, mixed_NHd)
-        adapter.add_feed_forward_(layer, hidden_ND)
+            attended_NHd = behind.attend(layer, q_NHd, keys, values)
+        decoder.add_attention_(layer, hidden_ND, attended_NHd)
+        decoder.add_feed_forward_(layer, hidden_ND)
     cache.advance(asked.lengths)
     return hidden_ND
 
@@ -77,11 +77,11 @@ class _Behind:
     before: Ranges  # of the documents' slots, the same in every layer
 
     @classmethod
-    def of(cls, adapter: DecoderAdapter, cache: RaggedCache, at: DecodeSlots) -> Self:
+    def of(cls, decoder: Decoder, cache: RaggedCache, at: DecodeSlots) -> Self:
         """For the queries of `at`."""
         assert cache.shared is not None
-        documents, device = cache.shared.cache.slots[0], adapter.device
-        most = queries_of_a_range(adapter.shape.heads, adapter.shape.kv_heads)
+        documents, device = cache.shared.cache.slots[0], decoder.device
+        most = queries_of_a_range(decoder.shape.heads, decoder.shape.kv_heads)
         firsts = [0, *accumulate(at.queries)]
         queries = [
             [query for row in rows for query in range(firsts[row], firsts[row + 1])]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.decode_batch import DecodeBatch, Seat
@@ -79,12 +79,12 @@ class _Queued(NamedTuple):
     done: torch.cuda.Event | None
 
 
-class Decoder:
+class DecodeLoop:
     """A batch of growing answers over one `kv`, which holds the keys and values of its rows."""
 
     def __init__(
         self,
-        adapter: DecoderAdapter,
+        decoder: Decoder,
         attention: AttentionBackend,
         kv: KeysValues,
         *,
@@ -99,7 +99,7 @@ class Decoder:
         """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`."""
         self.rules, self.stats = rules, stats or DecodeStats()
         self._batch = DecodeBatch(
-            adapter,
+            decoder,
             attention,
             kv,
             capacity=capacity,
@@ -110,12 +110,12 @@ class Decoder:
         captured = graphs and kv.on_device_alone
         self._runner = StepRunner(
             lambda size: self._batch.step(size.columns),
-            recorder_for(adapter.device, adapter.dtype, attention) if captured else None,
+            recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
             attention,
             self.stats,
         )
         self._pads = kv.has_spare_slot
-        self._late = LATE[adapter.device.type] if late is None else late
+        self._late = LATE[decoder.device.type] if late is None else late
         self.rows: list[Generated] = []  # those that take part in the next step, by their columns
         self._pending: deque[_Queued] = deque()
 
@@ -216,7 +216,7 @@ def first_tokens(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[Tenso
 
 @torch.inference_mode()
 def decode(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     prefilled: Prefilled,
     rules: StopRules,
@@ -248,10 +248,10 @@ def decode(
         answer.take(token, rules)
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
-    kv, extents, documents = _rows_in(cache, adapter, rules.max_new_tokens, kv_dtype or adapter.dtype)
+    kv, extents, documents = _rows_in(cache, decoder, rules.max_new_tokens, kv_dtype or decoder.dtype)
     shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
-    decoder = Decoder(
-        adapter,
+    loop = DecodeLoop(
+        decoder,
         attention,
         kv,
         rules=rules,
@@ -275,12 +275,12 @@ def decode(
     ]
     try:
         if live:
-            decoder.join([answers[b] for b in live], seats, [uniforms[b] for b in live] if uniforms else ())
-        while decoder.is_busy and not _any_not_finite(answers):
+            loop.join([answers[b] for b in live], seats, [uniforms[b] for b in live] if uniforms else ())
+        while loop.is_busy and not _any_not_finite(answers):
             check()
-            decoder.step()
+            loop.step()
     finally:
-        decoder.close()
+        loop.close()
     if _any_not_finite(answers):
         raise RowError("not_finite", NOT_FINITE_MESSAGE)
     return answers
@@ -291,7 +291,7 @@ def _any_not_finite(answers: Sequence[Generated]) -> bool:
 
 
 def _rows_in(
-    cache: RaggedCache, adapter: DecoderAdapter, new_tokens: int, dtype: torch.dtype
+    cache: RaggedCache, decoder: Decoder, new_tokens: int, dtype: torch.dtype
 ) -> tuple[KeysValues, list[Extent], list[Extent]]:
     """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
 
@@ -299,15 +299,15 @@ def _rows_in(
     where a batch can be padded.
     """
     own = list(zip(*cache.own_tokens(), strict=True))
-    if len(own) == 1 and cache.shared is None and dtype == adapter.dtype:
+    if len(own) == 1 and cache.shared is None and dtype == decoder.dtype:
         assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
         return cache, [], []
     before = None if cache.shared is None else cache.shared.cache
     documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
-    slots = sum(slots_needed(layers, new_tokens, adapter.device) for layers in own)
-    slots += sum(slots_needed(layers, 0, adapter.device) for layers in documents)
+    slots = sum(slots_needed(layers, new_tokens, decoder.device) for layers in own)
+    slots += sum(slots_needed(layers, 0, decoder.device) for layers in documents)
     store = KvStore(
-        slots, adapter.shape, dtype=dtype, device=adapter.device, extents=len(own) + len(documents)
+        slots, decoder.shape, dtype=dtype, device=decoder.device, extents=len(own) + len(documents)
     )
     shared = [] if before is None else store.adopt(before, 0)
-    return store, store.adopt(cache, new_tokens, frees=dtype != adapter.dtype), shared
+    return store, store.adopt(cache, new_tokens, frees=dtype != decoder.dtype), shared

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.decoding import Fp8Scales, Ranges, queries_of_a_range
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -43,7 +43,7 @@ class DecodeBatch:
 
     def __init__(
         self,
-        adapter: DecoderAdapter,
+        decoder: Decoder,
         attention: AttentionBackend,
         kv: KeysValues,
         *,
@@ -53,10 +53,10 @@ class DecodeBatch:
         new_tokens: int = 0,
     ) -> None:
         """No row ever has more than `longest` tokens in a layer; those that draw do so for `new_tokens`."""
-        self._adapter, self._attention, self._kv = adapter, attention, kv
+        self._decoder, self._attention, self._kv = decoder, attention, kv
         self._longest = longest
         self.sampling = sampling or Sampling()
-        device, layers = adapter.device, adapter.shape.layers
+        device, layers = decoder.device, decoder.shape.layers
         self.rows = 0
         # of each column: its row's counts on the host, and what of it the device needs
         self._starts_LC = np.zeros((layers, capacity + 1), np.int32)
@@ -75,7 +75,7 @@ class DecodeBatch:
         self._drawn_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._lines_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._queries_dev = torch.arange(capacity + 1, dtype=torch.int32, device=device)
-        self._shared = _SharedTables(adapter.shape, capacity, device)
+        self._shared = _SharedTables(decoder.shape, capacity, device)
         draws = 0 if self.sampling.is_greedy else new_tokens
         self._uniform_CN = torch.zeros((capacity, draws), dtype=torch.float32, device=device)
 
@@ -162,23 +162,23 @@ class DecodeBatch:
         Reads nothing of the host that changes from step to step, if the attention `captures`. Keeps the
         tokens chosen in `next_C`, and goes on to them.
         """
-        adapter, kv = self._adapter, self._kv
-        hidden_BD = adapter.embed(self.tokens_C[:columns])
-        rope = adapter.rope(hidden_BD, self._position_dev[:columns])
+        decoder, kv = self._decoder, self._kv
+        hidden_BD = decoder.embed(self.tokens_C[:columns])
+        rope = decoder.rope(hidden_BD, self._position_dev[:columns])
         normed = None  # the next layer's input, where a layer's last kernel makes it
-        for layer in range(adapter.shape.layers):
+        for layer in range(decoder.shape.layers):
             places_B, lines_B = self._places_dev[layer, :columns], self._lines_dev[:columns]
             target = KvTarget(*kv.buffers(layer), places_B, kv.scales(layer), lines_B)
             slots = self._slots(layer, columns)
 
             def attend(q_BHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
                 kv.ready(layer)
-                mixed_BHd = self._attention.decode(q_BHd, *kv.buffers(layer), slots)
+                attended_BHd = self._attention.decode(q_BHd, *kv.buffers(layer), slots)
                 kv.observe(layer, q_BHd)
-                return mixed_BHd
+                return attended_BHd
 
-            normed = adapter.step_layer_(layer, hidden_BD, rope, target, attend, normed)
-        self._choose_(adapter.head(hidden_BD), columns)
+            normed = decoder.step_layer_(layer, hidden_BD, rope, target, attend, normed)
+        self._choose_(decoder.head(hidden_BD), columns)
         moving_C = self._moving_dev[:columns]
         self._used_dev[:, :columns].add_(moving_C)
         self._position_dev[:columns].add_(moving_C)

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter, Rope
+from pipeline.families.decoder import Decoder, Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 
@@ -50,11 +50,11 @@ class EarlyExit:
         return tuple(n - left for n, left in zip(self.whole.lengths, self.live.lengths, strict=True))
 
     def keys_values(
-        self, adapter: DecoderAdapter, layer: int, k_QKd: Tensor, v_QKd: Tensor
+        self, decoder: Decoder, layer: int, k_QKd: Tensor, v_QKd: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of all tokens, (T, K, d) each."""
         merged = []
-        exited = adapter.keys_values(layer, self.hidden_PD, self.rope)
+        exited = decoder.keys_values(layer, self.hidden_PD, self.rope)
         for x_QKd, x_PKd in zip((k_QKd, v_QKd), exited, strict=True):
             whole = x_QKd.new_empty(self.whole.total, *x_QKd.shape[1:])
             merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.exited_P, x_PKd))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import MarsError
-from pipeline.families.adapters import DecoderAdapter, Rope
+from pipeline.families.decoder import Decoder, Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import SparsePrefill
@@ -59,11 +59,9 @@ class PartialPrefill:
     work: Work
 
     @classmethod
-    def afresh(
-        cls, adapter: DecoderAdapter, pack: Pack, cache: RaggedCache, marks: bool = False
-    ) -> PartialPrefill:
+    def afresh(cls, decoder: Decoder, pack: Pack, cache: RaggedCache, marks: bool = False) -> PartialPrefill:
         work = Work(marks=[] if marks else None)
-        return cls(layers=0, hidden_TD=adapter.embed(pack.input_ids), cache=cache, work=work)
+        return cls(layers=0, hidden_TD=decoder.embed(pack.input_ids), cache=cache, work=work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class Survivors:
 
 
 def run_layers(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     method: PruningMethod,
     pack: Pack,
@@ -92,12 +90,12 @@ def run_layers(
     model's last layer computes keys and values of all tokens, and beyond that, unless `method` is to see it,
     the last token alone.
     """
-    run = _Run.of(adapter, attention, method, pack, state, begun)
-    last = adapter.shape.layers - 1
-    for layer in range(begun.layers, adapter.shape.layers if stop is None else stop):
+    run = _Run.of(decoder, attention, method, pack, state, begun)
+    last = decoder.shape.layers - 1
+    for layer in range(begun.layers, decoder.shape.layers if stop is None else stop):
         check()
         ends = stop is None and layer == last
-        if ends and not method.needs_last_layer(adapter.shape):
+        if ends and not method.needs_last_layer(decoder.shape):
             run.end(layer)
             continue
         restart = run.layer(layer, ends=ends)
@@ -111,7 +109,7 @@ def run_layers(
 class _Attended(NamedTuple):
     """What a layer's attention makes, and what it took."""
 
-    mixed_THd: Tensor
+    attended_THd: Tensor
     stored: tuple[Tensor, Tensor, Segments]  # keys and values that there are to be stored
     pairs_B: Tensor | None = None  # query-key pairs; None for all causal ones
     estimated: tuple[int, ...] | None = None  # those by which blocks were chosen; None for none
@@ -121,7 +119,7 @@ class _Attended(NamedTuple):
 class _Run:
     """A pack between two layers of a pass: what is left of its tokens."""
 
-    adapter: DecoderAdapter
+    decoder: Decoder
     attention: AttentionBackend
     method: PruningMethod
     pack: Pack
@@ -141,7 +139,7 @@ class _Run:
     @classmethod
     def of(
         cls,
-        adapter: DecoderAdapter,
+        decoder: Decoder,
         attention: AttentionBackend,
         method: PruningMethod,
         pack: Pack,
@@ -150,7 +148,7 @@ class _Run:
     ) -> _Run:
         positions_T = pack.segments.index_in_document_T
         return cls(
-            adapter=adapter,
+            decoder=decoder,
             attention=attention,
             method=method,
             pack=pack,
@@ -160,10 +158,10 @@ class _Run:
             hidden_TD=begun.hidden_TD,
             positions_T=positions_T,
             segments=pack.segments,
-            rope=adapter.rope(begun.hidden_TD, positions_T),
-            masses=method.attention_masses(adapter.shape.layers),
-            kept=_kept(adapter, pack.segments),
-            sparse=_sparse(adapter, attention, pack.segments),
+            rope=decoder.rope(begun.hidden_TD, positions_T),
+            masses=method.attention_masses(decoder.shape.layers),
+            kept=_kept(decoder, pack.segments),
+            sparse=_sparse(decoder, attention, pack.segments),
         )
 
     def layer(self, layer: int, *, ends: bool) -> Selection | None:
@@ -172,11 +170,11 @@ class _Run:
         If it `ends` the run, of the tokens that `select` sends through the FFN only each prompt's last does
         pass it, and goes on.
         """
-        adapter, work = self.adapter, self.work
-        q_THd, k_TKd, v_TKd = adapter.qkv(layer, self.hidden_TD, self.rope)
-        mixed_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
+        decoder, work = self.decoder, self.work
+        q_THd, k_TKd, v_TKd = decoder.qkv(layer, self.hidden_TD, self.rope)
+        attended_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
         for rows, fp8 in _ALL if self.kept is None else self.kept.parts:
-            adapter.add_attention_(layer, self.hidden_TD[rows], mixed_THd[rows], fp8)
+            decoder.add_attention_(layer, self.hidden_TD[rows], attended_THd[rows], fp8)
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
         if selection.restart is not None:
@@ -187,7 +185,7 @@ class _Run:
             self.cache.settle(layer, selection.blocks)
         _store(self.cache, *stored, selection)
         read = self._last_tokens() if ends else None
-        ffn, ffn_fp8 = _feed_forward(adapter, layer, self.hidden_TD, selection, self.kept, read)
+        ffn, ffn_fp8 = _feed_forward(decoder, layer, self.hidden_TD, selection, self.kept, read)
         counts = None if self.exited is None else self.exited.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
@@ -203,32 +201,32 @@ class _Run:
         The last token reads everything, also under block-sparse attention, and is always in the model's
         dtype where only some tokens are.
         """
-        adapter, segments = self.adapter, self.segments
+        decoder, segments = self.decoder, self.segments
         last_B = self._last_tokens()
-        k_TKd, v_TKd = adapter.keys_values(layer, self.hidden_TD, self.rope)
+        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope)
         counts = None
         if self.exited is not None:
-            k_TKd, v_TKd = self.exited.keys_values(adapter, layer, k_TKd, v_TKd)
+            k_TKd, v_TKd = self.exited.keys_values(decoder, layer, k_TKd, v_TKd)
             segments, counts = self.exited.whole, self.exited.counts
         self.cache.store(k_TKd, v_TKd, segments)
         self.work.count_end(self.segments, last_B, counts)
         self._keep(last_B, _singles(segments))
-        q_BHd, _, _ = adapter.qkv(layer, self.hidden_TD, self.rope)
+        q_BHd, _, _ = decoder.qkv(layer, self.hidden_TD, self.rope)
         slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, segments.device)
-        mixed_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots)
-        adapter.add_attention_(layer, self.hidden_TD, mixed_BHd)
-        adapter.add_feed_forward_(layer, self.hidden_TD)
+        attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots)
+        decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
+        decoder.add_feed_forward_(layer, self.hidden_TD)
 
     def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
         if self.exited is not None:
-            keys, values = self.exited.keys_values(self.adapter, layer, k_TKd, v_TKd)
-            mixed_THd = self.exited.attend(self.attention, q_THd, keys, values)
-            return _Attended(mixed_THd, (keys, values, self.exited.whole), self.exited.pairs_B())
+            keys, values = self.exited.keys_values(self.decoder, layer, k_TKd, v_TKd)
+            attended_THd = self.exited.attend(self.attention, q_THd, keys, values)
+            return _Attended(attended_THd, (keys, values, self.exited.whole), self.exited.pairs_B())
         stored = (k_TKd, v_TKd, self.segments)
         if (mass := self.masses[layer]) is None:
             return _Attended(self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored)
-        mixed_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
-        return _Attended(mixed_THd, stored, pairs_B, self.sparse.estimated_pairs(mass))
+        attended_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
+        return _Attended(attended_THd, stored, pairs_B, self.sparse.estimated_pairs(mass))
 
     def _view(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
         return LayerView(
@@ -251,8 +249,8 @@ class _Run:
             self.exited = EarlyExit.of(self.pack.segments, segments, live_C, self.hidden_TD, self.rope)
         self.whole = False
         self._keep(live_C, segments)
-        self.kept = _kept(self.adapter, self.segments)
-        self.sparse = _sparse(self.adapter, self.attention, self.segments)
+        self.kept = _kept(self.decoder, self.segments)
+        self.sparse = _sparse(self.decoder, self.attention, self.segments)
 
     def _keep(self, live_C: Tensor, segments: Segments) -> None:
         self.segments = segments
@@ -272,17 +270,17 @@ def _singles(segments: Segments) -> Segments:
     return Segments.of((1,) * len(segments), segments.device)
 
 
-def _kept(adapter: DecoderAdapter, segments: Segments) -> Kept | None:
+def _kept(decoder: Decoder, segments: Segments) -> Kept | None:
     """The tokens that keep the model's dtype beside others in fp8; None: all are in one precision."""
-    return kept_of(segments, adapter.shape) if adapter.linears == "mixed" else None
+    return kept_of(segments, decoder.shape) if decoder.linears == "mixed" else None
 
 
-def _sparse(adapter: DecoderAdapter, attention: AttentionBackend, segments: Segments) -> SparsePrefill:
-    return SparsePrefill(attention, segments, width=adapter.shape.heads * adapter.shape.head_dim)
+def _sparse(decoder: Decoder, attention: AttentionBackend, segments: Segments) -> SparsePrefill:
+    return SparsePrefill(attention, segments, width=decoder.shape.heads * decoder.shape.head_dim)
 
 
 def _feed_forward(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     layer: int,
     hidden_TD: Tensor,
     selection: Selection,
@@ -303,19 +301,19 @@ def _feed_forward(
         own, others = kept.split(ffn)
         if ffn is None:
             for rows, fp8 in kept.parts:
-                adapter.add_feed_forward_(layer, hidden_TD[rows], fp8)
+                decoder.add_feed_forward_(layer, hidden_TD[rows], fp8)
             return own, others
         ffn, ffn_fp8 = own, others
     if ffn_fp8 is None:
-        feed_forward_(adapter, layer, hidden_TD, ffn)
+        feed_forward_(decoder, layer, hidden_TD, ffn)
     else:
-        feed_forward_(adapter, layer, hidden_TD, ffn, fp8=False)
-        feed_forward_(adapter, layer, hidden_TD, ffn_fp8, fp8=True)
+        feed_forward_(decoder, layer, hidden_TD, ffn, fp8=False)
+        feed_forward_(decoder, layer, hidden_TD, ffn_fp8, fp8=True)
     return ffn, ffn_fp8
 
 
 def feed_forward_(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     layer: int,
     hidden_TD: Tensor,
     passes: Tensor | None,
@@ -327,12 +325,12 @@ def feed_forward_(
     not touched. `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
-        adapter.add_feed_forward_(layer, hidden_TD, fp8)
+        decoder.add_feed_forward_(layer, hidden_TD, fp8)
         return
-    for rows in adapter.pieces(len(passes)):
+    for rows in decoder.pieces(len(passes)):
         chosen_C = passes[rows]
         chosen_CD = hidden_TD.index_select(0, chosen_C)
-        adapter.add_feed_forward_(layer, chosen_CD, fp8)
+        decoder.add_feed_forward_(layer, chosen_CD, fp8)
         hidden_TD.index_copy_(0, chosen_C, chosen_CD)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.adapters import DecoderAdapter, check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.decoder import Decoder, check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
@@ -46,7 +46,7 @@ class LoadedModel(_OnDevice):
     together; `device` and `dtype` are torch's, `attention` is the backend that its prefills use.
     """
 
-    adapter: DecoderAdapter
+    decoder: Decoder
     tokenizer: Any
     attention: AttentionBackend
     generation_config: Any
@@ -57,7 +57,7 @@ class LoadedModel(_OnDevice):
     notes: tuple[str, ...] = ()  # what a user should know of its files
 
     def __post_init__(self) -> None:
-        self.shape, self.device, self.dtype = self.adapter.shape, self.adapter.device, self.adapter.dtype
+        self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype
 
     @property
     def attention_name(self) -> str:
@@ -115,9 +115,9 @@ class UnloadedModel(_OnDevice):
             config = _scaled(self.config, self.rope_scaling)
             with _fits(self.name, self.device):
                 weights = self.source.weights(config, self.dtype, self.device).eval()
-                adapter = DecoderAdapter(weights)
+                decoder = Decoder(weights)
         return LoadedModel(
-            adapter=adapter,
+            decoder=decoder,
             tokenizer=self.tokenizer,
             attention=attention,
             generation_config=weights.generation_config,

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
@@ -44,7 +44,7 @@ class Prefilled:
 
 @torch.inference_mode()
 def prefill(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     method: PruningMethod,
     pack: Pack,
@@ -63,7 +63,7 @@ def prefill(
     keeps its position, unless the method begins anew.
     """
     lengths = pack.segments.lengths
-    plan = method.plan(adapter.shape, lengths)
+    plan = method.plan(decoder.shape, lengths)
     state = method.begin(plan)
     rescores = partial(method.select_decode, state=state) if isinstance(method, RescoresBlocks) else None
     passes: list[Work] = []
@@ -73,20 +73,20 @@ def prefill(
                 plan,
                 new_tokens,
                 limits,
-                device=adapter.device,
-                itemsize=adapter.dtype.itemsize,
+                device=decoder.device,
+                itemsize=decoder.dtype.itemsize,
                 score=rescores,
             )
-            begun = PartialPrefill.afresh(adapter, pack, cache, marks)
+            begun = PartialPrefill.afresh(decoder, pack, cache, marks)
         passes.append(begun.work)
-        outcome = run_layers(adapter, attention, method, pack, state, begun, check)
+        outcome = run_layers(decoder, attention, method, pack, state, begun, check)
         if isinstance(outcome, Selection):
             assert outcome.restart is not None
             pack, begun = pack.only(outcome.restart), None
             continue
         _check_last_token(method, outcome, pack.segments)
         return Prefilled(
-            logits_BV=adapter.logits(outcome.hidden_TD),
+            logits_BV=decoder.logits(outcome.hidden_TD),
             cache=begun.cache,
             passes=passes,
             lengths=lengths,

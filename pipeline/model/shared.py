@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache, SharedDocuments
@@ -40,17 +40,17 @@ class SharedPrefixes:
         """How many layers are shared."""
         return len(self.cache.slots)
 
-    def flops(self, adapter: DecoderAdapter) -> list[int]:
+    def flops(self, decoder: Decoder) -> list[int]:
         """Operations that each prefix took."""
         by_layer = self.work.by_layer()
         return [
-            sum(layer_flops(adapter.shape, layer[g]) for layer in by_layer) for g in range(len(self.segments))
+            sum(layer_flops(decoder.shape, layer[g]) for layer in by_layer) for g in range(len(self.segments))
         ]
 
 
 @torch.inference_mode()
 def prefill_prefixes(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     method: PruningMethod,
     prefixes: Sequence[np.ndarray],
@@ -62,22 +62,22 @@ def prefill_prefixes(
     Where its attention is block-sparse, the last blocks of a prefix attend to everything before them, as
     those of a prompt do: what follows reads a document that is computed no less exactly than in its prompt.
     """
-    ids = torch.cat([torch.from_numpy(part) for part in prefixes]).to(adapter.device)
-    segments = Segments.of([len(part) for part in prefixes], adapter.device)
+    ids = torch.cat([torch.from_numpy(part) for part in prefixes]).to(decoder.device)
+    segments = Segments.of([len(part) for part in prefixes], decoder.device)
     spans = tuple(Spans(document=(0, n), question=(n, n)) for n in segments.lengths)
     pack = Pack(input_ids=ids, segments=segments, spans=spans)
-    dense = Dense.attending_as(method, adapter.shape)
-    begun = PartialPrefill.afresh(adapter, pack, RaggedCache(0))
+    dense = Dense.attending_as(method, decoder.shape)
+    begun = PartialPrefill.afresh(decoder, pack, RaggedCache(0))
     # behind all layers no row reads more of a document than its keys and values
-    stop = layers if layers < adapter.shape.layers else None
-    outcome = run_layers(adapter, attention, dense, pack, None, begun, check, stop=stop)
+    stop = layers if layers < decoder.shape.layers else None
+    outcome = run_layers(decoder, attention, dense, pack, None, begun, check, stop=stop)
     assert isinstance(outcome, Survivors)
     return SharedPrefixes(segments=segments, cache=begun.cache, hidden_PD=outcome.hidden_TD, work=begun.work)
 
 
 @torch.inference_mode()
 def prefill_behind(
-    adapter: DecoderAdapter,
+    decoder: Decoder,
     attention: AttentionBackend,
     method: PruningMethod,
     shared: SharedPrefixes,
@@ -92,27 +92,27 @@ def prefill_behind(
     follow run over the whole prompts, pruned by `method`, and want a copy of the keys and values that are
     shared. If all layers are shared nothing is copied: the prompts' cache names the documents'.
     """
-    pack = Pack.of(documents, adapter.device)
+    pack = Pack.of(documents, decoder.device)
     known = [shared.segments.lengths[g] for g in of_prefix]
     asked = [document.input_ids[n:].tolist() for document, n in zip(documents, known, strict=True)]
-    behind = Segments.of([len(part) for part in asked], adapter.device)
-    ends = shared.layers == adapter.shape.layers
+    behind = Segments.of([len(part) for part in asked], decoder.device)
+    ends = shared.layers == decoder.shape.layers
     cache = RaggedCache(new_tokens, SharedDocuments(shared.cache, tuple(of_prefix)) if ends else None)
     places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
     if ends:
-        cache.reserve(behind, adapter.shape, adapter.dtype)
+        cache.reserve(behind, decoder.shape, decoder.dtype)
     else:
         pairs = list(zip(shared.cache.keys, shared.cache.values, strict=True))
         cache.share(pairs, places, pack.segments)
-    hidden_ND = continue_with(adapter, attention, cache, asked, known, check, last_only=ends)
+    hidden_ND = continue_with(decoder, attention, cache, asked, known, check, last_only=ends)
     work = Work()
     work.count_behind(shared.work, pack.segments, of_prefix)
     if not ends:
         hidden_TD = _joined(shared, places, hidden_ND, behind, pack.segments)
         begun = PartialPrefill(layers=shared.layers, hidden_TD=hidden_TD, cache=cache, work=work)
-        return prefill(adapter, attention, method, pack, new_tokens, check, begun=begun)
+        return prefill(decoder, attention, method, pack, new_tokens, check, begun=begun)
     return Prefilled(
-        logits_BV=adapter.logits(hidden_ND),
+        logits_BV=decoder.logits(hidden_ND),
         cache=cache,
         passes=[work],
         lengths=pack.segments.lengths,

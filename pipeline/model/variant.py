@@ -25,7 +25,7 @@ class Variant(NamedTuple):
 
     def use(self, model: LoadedModel) -> PruningMethod:
         """Set the model, which `prepare` has seen, to this variant's precision; returns the method."""
-        model.adapter.linears = self.linears
+        model.decoder.linears = self.linears
         return self.method
 
 
@@ -34,5 +34,5 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     variants = list(variants)
     ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
-        model.adapter.use_linears(linears, ffn=ffn, keep=True)
-    model.adapter.linears = "auto"
+        model.decoder.use_linears(linears, ffn=ffn, keep=True)
+    model.decoder.linears = "auto"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import document, tiny_model
+from conftest import document, loaded
 
 from marsinfer_cli.app import run
 from marsinfer_cli.variants import parse_packs
@@ -15,7 +15,6 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import LayerWork, attention_flops, dense_flops, dense_work, passes_flops
@@ -96,14 +95,7 @@ def test_without_a_backend_the_reasons_remain(capfd):
 
 @pytest.fixture
 def tiny():
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=None,
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded(tokenizer=None)
 
 
 def test_operations_and_bytes_of_a_pack_are_sums_over_its_documents(tiny):

@@ -14,9 +14,9 @@ from pipeline.settings.parse import Bound
 from pipeline.suites.samples import Sample
 
 
-def loaded(adapter, sdpa):
+def loaded(decoder, sdpa):
     return LoadedModel(
-        adapter=adapter,
+        decoder=decoder,
         tokenizer=None,
         attention=sdpa,
         generation_config=None,

@@ -10,16 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILY_SETTINGS, SIZES, document, sharpened
+from conftest import FAMILY_SETTINGS, SIZES, document, loaded, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines.local import LocalEngine
-from pipeline.families.adapters import DecoderAdapter
-from pipeline.kernels.attention import SdpaAttention
+from pipeline.families.decoder import Decoder
 from pipeline.model import decode as decode_module
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.model.store import slots_needed
 from pipeline.pruning.dense import Dense
@@ -35,18 +33,9 @@ STOPS = StopRules(max_new_tokens=NEW_TOKENS, token_ids=frozenset(range(0, 256, 1
 @pytest.fixture(scope="module", params=sorted(FAMILY_SETTINGS))
 def model(request):
     settings = {**SIZES, **FAMILY_SETTINGS[request.param]}
-    adapter = DecoderAdapter(
-        sharpened(random_model(request.param, settings, device=CPU, dtype=torch.float64))
-    )
+    decoder = Decoder(sharpened(random_model(request.param, settings, device=CPU, dtype=torch.float64)))
     tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
-    return LoadedModel(
-        adapter=adapter,
-        tokenizer=tokenizer,
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded(decoder, tokenizer=tokenizer)
 
 
 def engine_for(model, method, *, sampling=None, **options):
@@ -117,7 +106,7 @@ def test_a_document_larger_than_the_store_runs_alone_among_others(model):
     rows = [*documents(), document(300, seed=99, row=ROWS)]
     alone = [told(engine_for(model, Dense(), pack_tokens=1).answer([row])[0]) for row in rows]
     engine = squeezed(engine_for(model, Dense(), in_flight=6, pack_tokens=200), rows[:ROWS], 2)
-    layers = model.adapter.shape.layers
+    layers = model.decoder.shape.layers
     assert slots_needed([300] * layers, NEW_TOKENS, CPU) > engine.packer.store_slots
     assert fuzzed(engine, rows, random.Random(1)) == alone
 
@@ -126,7 +115,7 @@ def test_a_row_that_is_not_finite_harms_no_neighbour(model, monkeypatch):
     rows = documents()
     expected = [told(answer) for answer in engine_for(model, Dense()).answer(rows)]
     long_answer = next(row for row, (*_, new_tokens, _) in zip(rows, expected, strict=True) if new_tokens > 4)
-    sick, real = long_answer.prompt_tokens, DecoderAdapter.head
+    sick, real = long_answer.prompt_tokens, Decoder.head
     positions = {sick + 2}  # of its third token, which the fourth is chosen by
 
     def head(self, hidden):
@@ -135,15 +124,15 @@ def test_a_row_that_is_not_finite_harms_no_neighbour(model, monkeypatch):
             logits[[int(n) in positions for n in self.seen]] = float("nan")
         return logits
 
-    rope = DecoderAdapter.rope
+    rope = Decoder.rope
 
     def remember(self, hidden, at):
         self.seen = at.clone()
         return rope(self, hidden, at)
 
-    monkeypatch.setattr(DecoderAdapter, "seen", None, raising=False)
-    monkeypatch.setattr(DecoderAdapter, "head", head)
-    monkeypatch.setattr(DecoderAdapter, "rope", remember)
+    monkeypatch.setattr(Decoder, "seen", None, raising=False)
+    monkeypatch.setattr(Decoder, "head", head)
+    monkeypatch.setattr(Decoder, "rope", remember)
     others = [row for row in rows if sick + 2 not in range(row.prompt_tokens, row.prompt_tokens + NEW_TOKENS)]
     assert len(others) > 4
     answers = [told(answer) for answer in engine_for(model, Dense()).answer([long_answer, *others])]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, document, tiny_model
+from conftest import SIZES, document, loaded
 
 from pipeline.engines import grouped, prefilling
 from pipeline.engines.local import LocalEngine
-from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import dense_flops
@@ -32,15 +29,7 @@ DOCUMENT_TOKENS = (200, 64, 90, 31)
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setitem(SIZES, "num_hidden_layers", LAYERS)
-    tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=tokenizer,
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded()
 
 
 def rows(given=ROWS):
@@ -156,7 +145,7 @@ def test_shared_time_and_work_are_told_apart(model):
         assert row.flops_ratio < 1
         assert row.prompt_tokens == document_row.prompt_tokens
     of_first = [row for row in answers if row.group_rows == 4]
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     done = sum(row.flops_ratio * dense_flops(shape, row.prompt_tokens) for row in of_first)
     whole = sum(dense_flops(shape, row.prompt_tokens) for row in of_first)
     alone = dense_flops(shape, DOCUMENT_TOKENS[0]) - 2 * shape.hidden * shape.vocab
@@ -214,8 +203,8 @@ def watched_caches(monkeypatch):
     """Bytes of keys and values, the shared ones included, after each prefill behind them."""
     seen, real = [], grouped.prefill_behind
 
-    def prefill_behind(adapter, attention, method, shared, *options):
-        made = real(adapter, attention, method, shared, *options)
+    def prefill_behind(decoder, attention, method, shared, *options):
+        made = real(decoder, attention, method, shared, *options)
         shared_bytes = shared.cache.nbytes + shared.hidden_PD.nbytes
         seen.append(made.cache.nbytes + shared_bytes)
         return made
@@ -228,7 +217,7 @@ def failing(monkeypatch, name, error, wrong):
     """A prefill of one of the two parts that fails with `error` where `wrong` says so of its lengths."""
     real = getattr(grouped, name)
 
-    def prefill(adapter, attention, method, *rest):
+    def prefill(decoder, attention, method, *rest):
         lengths = (
             [len(part) for part in rest[0]]
             if name == "prefill_prefixes"
@@ -236,7 +225,7 @@ def failing(monkeypatch, name, error, wrong):
         )
         if wrong(lengths):
             raise error
-        return real(adapter, attention, method, *rest)
+        return real(decoder, attention, method, *rest)
 
     monkeypatch.setattr(grouped, name, prefill)
 
@@ -277,12 +266,12 @@ def test_a_row_that_takes_too_long_costs_its_group_nothing(model, monkeypatch, c
     expected = answered(engine_for(model))
     real = grouped.prefill_behind
 
-    def slow(adapter, attention, method, shared, given, numbers, new_tokens, check):
+    def slow(decoder, attention, method, shared, given, numbers, new_tokens, check):
         def slow_check():
             clock.now += 0.2 if any(row.prompt_tokens == 209 for row in given) else 0
             check()
 
-        return real(adapter, attention, method, shared, given, numbers, new_tokens, slow_check)
+        return real(decoder, attention, method, shared, given, numbers, new_tokens, slow_check)
 
     monkeypatch.setattr(grouped, "prefill_behind", slow)
     answers = answered(engine_for(model, row_timeout=0.3))
@@ -308,7 +297,7 @@ def test_time_that_is_shared_counts_for_each_row(model, monkeypatch, clock):
 def test_a_group_can_be_rehearsed(model):
     checks = []
     grouped.rehearse_group(model, np.arange(64), lambda: checks.append(1))
-    assert len(checks) == 2 * model.adapter.shape.layers
+    assert len(checks) == 2 * model.decoder.shape.layers
 
 
 def test_documents_that_may_be_offloaded_are_not_shared(model):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZES, document, tiny_model
+from conftest import SIZES, document, loaded
 
 from pipeline.calibrate.emission import sparse_from_of
 from pipeline.engines import prefilling
@@ -16,7 +16,6 @@ from pipeline.engines.local import LocalEngine
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.records import EncodedDocument, Row, Spans
@@ -32,14 +31,7 @@ def model(monkeypatch):
     monkeypatch.setattr(sparse, "BLOCK", 32)
     attention = SdpaAttention()
     attention.sparse_from = SPARSE_FROM
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens))),
-        attention=attention,
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded(attention=attention)
 
 
 def guard_with(bound, method, model):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import document, tiny_model
+from conftest import document, loaded
 
 from pipeline.engines import local, memory, prefilling, warm_up
 from pipeline.engines.local import LocalEngine
@@ -19,9 +18,7 @@ from pipeline.engines.memory import (
     running_bytes,
 )
 from pipeline.errors import Interrupted, MarsError
-from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import Decoder, StopRules
-from pipeline.model.loading import LoadedModel
+from pipeline.model.decode import DecodeLoop, StopRules
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
@@ -30,15 +27,7 @@ from pipeline.pruning.shape import PIECE_TOKENS
 
 @pytest.fixture
 def model():
-    tokenizer = SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens)))
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=tokenizer,
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded()
 
 
 def engine_for(model, method=None):
@@ -53,10 +42,10 @@ def failing_on(row, error, monkeypatch, module=prefilling):
     """A prefill that fails whenever a given document is in the pack."""
     real, culprit = module.prefill, document(20 + row, seed=row, row=row).prompt_tokens
 
-    def prefill(adapter, attention, method, pack, *options, **more):
+    def prefill(decoder, attention, method, pack, *options, **more):
         if culprit in pack.segments.lengths:
             raise error
-        return real(adapter, attention, method, pack, *options, **more)
+        return real(decoder, attention, method, pack, *options, **more)
 
     monkeypatch.setattr(module, "prefill", prefill)
 
@@ -81,13 +70,13 @@ def test_the_culprit_of_a_pack_stands_alone(model, monkeypatch, error, kind):
 def test_output_that_is_not_finite_is_an_error_and_no_answer(model):
     expected = [row.answer for row in engine_for(model).answer(documents())]
     shortest = documents()[0].prompt_tokens
-    real = model.adapter.rope
+    real = model.decoder.rope
 
     def poison(hidden, positions):  # every pack that the shortest document leads
         cos, sin = real(hidden, positions)
         return (cos * float("nan"), sin) if len(positions) == shortest else (cos, sin)
 
-    model.adapter.rope = poison
+    model.decoder.rope = poison
     rows = engine_for(model).answer(documents()[:1]) + engine_for(model).answer(documents()[1:])
     assert (rows[0].status, rows[0].error_type, rows[0].answer) == ("error", "not_finite", None)
     assert rows[0].error_message.startswith("row 0: the model's output is not finite")
@@ -112,7 +101,7 @@ def test_on_the_cpu_a_document_over_the_memory_is_refused_before_it_runs(model):
 def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypatch, clock):
     engine = engine_for(model)
     expected = [row.answer for row in engine.answer(documents())]
-    slow, real = documents()[4].prompt_tokens, model.adapter.add_attention_
+    slow, real = documents()[4].prompt_tokens, model.decoder.add_attention_
 
     def add_attention_(layer, hidden, mixed, fp8=None):
         clock.now += 0.4 if slow in lengths and len(hidden) > len(documents()) else 0  # not in decode steps
@@ -128,7 +117,7 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
         return pack
 
     monkeypatch.setattr(prefilling.Pack, "of", remember)
-    model.adapter.add_attention_ = add_attention_
+    model.decoder.add_attention_ = add_attention_
     engine.attempts.row_timeout = 0.3
     rows = engine.answer(documents())
     assert [row.status for row in rows] == ["ok"] * 4 + ["error"] + ["ok"] * 2
@@ -148,9 +137,9 @@ def warm_up_lengths(engine, monkeypatch):
     """Tokens of each document that warms up, and of its answer."""
     seen, real = [], warm_up.prefill
 
-    def prefill(adapter, attention, method, pack, new_tokens, *options, **more):
+    def prefill(decoder, attention, method, pack, new_tokens, *options, **more):
         seen.append((*pack.segments.lengths, new_tokens))
-        return real(adapter, attention, method, pack, new_tokens, *options, **more)
+        return real(decoder, attention, method, pack, new_tokens, *options, **more)
 
     monkeypatch.setattr(warm_up, "prefill", prefill)
     assert warm_up.warm_up(engine, 60)
@@ -247,7 +236,7 @@ def test_a_method_that_breaks_the_contract_ends_the_run(model):
 
 
 def test_planned_bytes_grow_with_tokens_and_documents(model):
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     cpu = torch.device("cpu")
     planned = Packer.on(cpu, Dense(), shape, itemsize=4, new_tokens=10, pack_tokens=None).planned_bytes
     kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
@@ -258,7 +247,7 @@ def test_planned_bytes_grow_with_tokens_and_documents(model):
 
 
 def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):
-    shape, cpu = model.adapter.shape, torch.device("cpu")
+    shape, cpu = model.decoder.shape, torch.device("cpu")
     assert default_pack_tokens(shape, itemsize=4, device=cpu) == 8192
     monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 1_000_000)
     assert 1 < default_pack_tokens(shape, itemsize=4, device=cpu) < 1_000
@@ -267,7 +256,7 @@ def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):
 
 
 def test_what_is_wide_is_planned_for_a_piece_and_the_rest_for_every_token(model, monkeypatch):
-    shape = model.adapter.shape
+    shape = model.decoder.shape
     piece = PIECE_TOKENS
     a_token, wide = activation_bytes(shape, 4), piece_bytes(shape, 4, 1)
     assert wide >= (3 * shape.ffn + shape.hidden) * 4
@@ -320,7 +309,7 @@ def test_a_step_that_fails_has_its_rows_run_again_and_says_so(model, monkeypatch
         model, Dense(), rules=StopRules(max_new_tokens=3), sampling=Sampling(), note=notes.append
     )
     expected = [row.answer for row in engine.answer(documents())]
-    calls, real = [], Decoder.step
+    calls, real = [], DecodeLoop.step
 
     def step(self):
         calls.append(1)
@@ -328,7 +317,7 @@ def test_a_step_that_fails_has_its_rows_run_again_and_says_so(model, monkeypatch
             raise RuntimeError("bad luck")
         return real(self)
 
-    monkeypatch.setattr(Decoder, "step", step)
+    monkeypatch.setattr(DecodeLoop, "step", step)
     rows = engine.answer(documents())
     assert [row.answer for row in rows] == expected
     assert {row.pack_documents for row in rows} == {1}
@@ -337,16 +326,16 @@ def test_a_step_that_fails_has_its_rows_run_again_and_says_so(model, monkeypatch
 
 def test_memory_that_runs_out_makes_pieces_smaller_before_packs(model, monkeypatch):
     monkeypatch.setattr(local, "FEWEST_PIECE_TOKENS", 20)
-    monkeypatch.setattr(model.adapter, "piece_tokens", 10_000)
+    monkeypatch.setattr(model.decoder, "piece_tokens", 10_000)
     engine = engine_for(model)
     expected = [row.answer for row in engine.answer(documents())]
     real, sizes = prefilling.prefill, []
 
-    def prefill(adapter, attention, method, pack, *options, **more):
-        sizes.append((len(pack.segments), adapter.piece_tokens))
-        if adapter.piece_tokens > 50:
+    def prefill(decoder, attention, method, pack, *options, **more):
+        sizes.append((len(pack.segments), decoder.piece_tokens))
+        if decoder.piece_tokens > 50:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(adapter, attention, method, pack, *options, **more)
+        return real(decoder, attention, method, pack, *options, **more)
 
     monkeypatch.setattr(prefilling, "prefill", prefill)
     assert [row.answer for row in engine.answer(documents())] == expected

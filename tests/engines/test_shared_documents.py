@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SIZES, document, tiny_model
+from conftest import SIZES, document, loaded
 
 from pipeline.engines.local import LocalEngine
-from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.records import EncodedDocument, Row, Spans
@@ -25,14 +22,7 @@ DOCUMENT_TOKENS = (200, 90, 60)
 
 @pytest.fixture
 def model():
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens))),
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded()
 
 
 def rows():

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-from conftest import document, tiny_model
+from conftest import document, loaded
 
 from pipeline.engines import prefilling
 from pipeline.engines.local import LocalEngine
-from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import Decoder, StopRules
-from pipeline.model.loading import LoadedModel
+from pipeline.model.decode import DecodeLoop, StopRules
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 
 
 @pytest.fixture
 def model():
-    return LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens))),
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    return loaded()
 
 
 def taking(seconds, clock, function):
@@ -49,7 +39,7 @@ def test_ttft_is_the_prefill_and_the_choice_of_the_first_token(
     for place, name, seconds in (
         (prefilling, "prefill", 2.0),
         (prefilling, "first_tokens", 0.25),
-        (Decoder, "step", 1.0),
+        (DecodeLoop, "step", 1.0),
     ):
         monkeypatch.setattr(place, name, taking(seconds, clock, getattr(place, name)))
     rules = StopRules(max_new_tokens=3)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import document, tiny_model
+from conftest import document, loaded
 
 from pipeline.engines import warm_up
 from pipeline.engines.local import LocalEngine
@@ -14,7 +14,6 @@ from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import precision
 from pipeline.model.decode import StopRules
-from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 from pipeline.pruning.shape import ModelShape
@@ -26,9 +25,9 @@ SHAPE = ModelShape(
 
 
 def engine(linears="auto", method="dense", device=GPU):
-    adapter = SimpleNamespace(shape=SHAPE, linears=linears)
+    decoder = SimpleNamespace(shape=SHAPE, linears=linears)
     return SimpleNamespace(
-        model=SimpleNamespace(adapter=adapter, device=device, attention=SdpaAttention()),
+        model=SimpleNamespace(decoder=decoder, device=device, attention=SdpaAttention()),
         method=make_method(method, {}),
     )
 
@@ -72,14 +71,7 @@ def test_nothing_is_longer_than_the_context_and_a_cpu_has_one_kind_of_kernel(roo
 
 
 def local_engine(**options):
-    model = LoadedModel(
-        adapter=tiny_model("qwen2"),
-        tokenizer=None,
-        attention=SdpaAttention(),
-        generation_config=None,
-        name="tiny",
-        fingerprint="",
-    )
+    model = loaded(tokenizer=None)
     rules = StopRules(max_new_tokens=3)
     return LocalEngine(model, make_method("dense", {}), rules=rules, sampling=Sampling(), **options)
 

@@ -21,7 +21,7 @@ PRUNED = MarsInfer(start_layer=1, window=4, prefix=2, share=0.4)
 @pytest.fixture(scope="module")
 def model():
     return LoadedModel(
-        adapter=tiny_model("qwen2"),
+        decoder=tiny_model("qwen2"),
         tokenizer=None,
         attention=SdpaAttention(),
         generation_config=None,
@@ -46,7 +46,7 @@ def scored(model, method, *, probes=None, **options):
 def logprobs_of(model, doc, answer):
     ids = torch.cat([torch.from_numpy(doc.input_ids), torch.tensor(answer)])
     with torch.inference_mode():
-        logits = model.adapter.model(ids[None]).logits[0, -len(answer) - 1 : -1]
+        logits = model.decoder.model(ids[None]).logits[0, -len(answer) - 1 : -1]
     return logits.log_softmax(-1).numpy()
 
 

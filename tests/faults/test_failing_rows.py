@@ -7,7 +7,7 @@ import pytest
 from faults.job import TOGETHER, check_rows, read
 from pipeline.engines import local
 from pipeline.engines.table import Running
-from pipeline.model.decode import Decoder
+from pipeline.model.decode import DecodeLoop
 from pipeline.prompts.tokenizing import Codec
 
 pytestmark = pytest.mark.slow
@@ -65,12 +65,12 @@ def test_a_row_whose_decoding_fails_is_the_only_error(make_job, monkeypatch):
     expected = job.undisturbed()
     culprit, real = culprit_tokens(expected), local.decode
 
-    def decode(adapter, attention, prefilled, *rest, **more):
+    def decode(decoder, attention, prefilled, *rest, **more):
         if culprit in prefilled.lengths:
             raise RuntimeError("an illegal memory access was encountered")
-        return real(adapter, attention, prefilled, *rest, **more)
+        return real(decoder, attention, prefilled, *rest, **more)
 
-    step = Decoder.step
+    step = DecodeLoop.step
 
     def step_together(self):
         if any(culprit == row.job.document.prompt_tokens for row in self.rows if isinstance(row, Running)):
@@ -78,7 +78,7 @@ def test_a_row_whose_decoding_fails_is_the_only_error(make_job, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(local, "decode", decode)
-    monkeypatch.setattr(Decoder, "step", step_together)
+    monkeypatch.setattr(DecodeLoop, "step", step_together)
     assert job.run() == 0
     check_rows(read(job.output), expected, {CULPRIT: "internal"})
 

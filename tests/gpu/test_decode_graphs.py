@@ -13,9 +13,9 @@ from decode_steps import EndAt
 import pipeline.model.decode as decode_module
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
-from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
 from pipeline.model.offload import KvLimits
@@ -61,30 +61,30 @@ def fa3():
         pytest.skip(str(error))
 
 
-def cuda_adapter(family="qwen2"):
+def cuda_decoder(family="qwen2"):
     sizes = {**SIZES, **FAMILY_SETTINGS[family], "num_attention_heads": 4, "head_dim": 64}
     model = random_model(family, sizes, device=CUDA, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return DecoderAdapter(model)
+    return Decoder(model)
 
 
-def prefilled_pack(adapter, attention, method, rows, new_tokens, limits=None):
+def prefilled_pack(decoder, attention, method, rows, new_tokens, limits=None):
     pack = Pack.of([document(n, seed=n, row=row) for row, n in enumerate(LENGTHS[:rows])], CUDA)
     chosen = make_method(method, METHODS[method])
-    return prefill(adapter, attention, chosen, pack, new_tokens, limits=limits)
+    return prefill(decoder, attention, chosen, pack, new_tokens, limits=limits)
 
 
 def answers(
-    adapter, attention, method, rules, *, rows=8, check=lambda: None, limits=None, late=None, **sampling
+    decoder, attention, method, rules, *, rows=8, check=lambda: None, limits=None, late=None, **sampling
 ):
     """Tokens of each document, and how the steps were run."""
-    prefilled = prefilled_pack(adapter, attention, method, rows, rules.max_new_tokens, limits)
+    prefilled = prefilled_pack(decoder, attention, method, rows, rules.max_new_tokens, limits)
     chosen, stats = Sampling(**sampling), DecodeStats()
     generated = decode(
-        adapter, attention, prefilled, rules, sampling=chosen, check=check, stats=stats, late=late
+        decoder, attention, prefilled, rules, sampling=chosen, check=check, stats=stats, late=late
     )
     return [answer.tokens for answer in generated], stats
 
@@ -93,15 +93,15 @@ def answers(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", ENDS)
 def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch, family, method, rows):
-    # head_dim 64 throughout: what cuda_adapter makes of every family
-    adapter = cuda_adapter(family)
+    # head_dim 64 throughout: what cuda_decoder makes of every family
+    decoder = cuda_decoder(family)
     ends = ENDS[rows]
-    replayed, stats = answers(adapter, fa3, method, EndAt(ends), rows=rows)
+    replayed, stats = answers(decoder, fa3, method, EndAt(ends), rows=rows)
     assert stats.failure is None
     assert stats.captures == CAPTURES[rows]
     assert stats.replayed_steps == max(ends) - 1 - stats.captures * WARM_UP_STEPS
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
-    from_python, _ = answers(adapter, fa3, method, EndAt(ends), rows=rows)
+    from_python, _ = answers(decoder, fa3, method, EndAt(ends), rows=rows)
     assert replayed == from_python
     assert [len(tokens) for tokens in replayed] == ends
     assert len({token for tokens in replayed for token in tokens}) > 1  # not vacuous
@@ -111,35 +111,35 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch,
 @pytest.mark.parametrize("method", METHODS)
 def test_one_document_gives_the_tokens_of_plain_decoding(fa3, monkeypatch, method, late):
     """Alone, no batch changes its size, so that not even the sums' order differs."""
-    adapter = cuda_adapter()
-    replayed, stats = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1, late=late)
+    decoder = cuda_decoder()
+    replayed, stats = answers(decoder, fa3, method, StopRules(max_new_tokens=60), rows=1, late=late)
     assert stats.replayed_steps > 0
     monkeypatch.setattr(decode_module, "recorder_for", lambda *_: None)
-    plain, without = answers(adapter, fa3, method, StopRules(max_new_tokens=60), rows=1, late=0)
+    plain, without = answers(decoder, fa3, method, StopRules(max_new_tokens=60), rows=1, late=0)
     assert without.replayed_steps == 0
     assert replayed == plain
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
-    adapter, settings = cuda_adapter(), {"temperature": 1.5, "top_p": top_p, "seed": 3}
-    replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)
+    decoder, settings = cuda_decoder(), {"temperature": 1.5, "top_p": top_p, "seed": 3}
+    replayed, stats = answers(decoder, fa3, "dense", EndAt(ENDS[8]), **settings)
     assert stats.replayed_steps > 0
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
-    assert answers(adapter, fa3, "dense", EndAt(ENDS[8]), **settings)[0] == replayed
-    other_seed, _ = answers(adapter, fa3, "dense", EndAt(ENDS[8]), **{**settings, "seed": 4})
+    assert answers(decoder, fa3, "dense", EndAt(ENDS[8]), **settings)[0] == replayed
+    other_seed, _ = answers(decoder, fa3, "dense", EndAt(ENDS[8]), **{**settings, "seed": 4})
     assert other_seed != replayed
 
 
-def answers_of_prepared_steps(adapter, attention, method, rules):
+def answers_of_prepared_steps(decoder, attention, method, rules):
     """Rows of a store let in two at a time, with a few steps in between; and how the steps were run."""
-    prefilled = prefilled_pack(adapter, attention, method, 8, 0)
+    prefilled = prefilled_pack(decoder, attention, method, 8, 0)
     by_row = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
     slots = sum(slots_needed(layers, rules.max_new_tokens, CUDA) for layers in by_row)
-    store = KvStore(slots, adapter.shape, dtype=adapter.dtype, device=CUDA)
+    store = KvStore(slots, decoder.shape, dtype=decoder.dtype, device=CUDA)
     extents, stats = store.adopt(prefilled.cache, rules.max_new_tokens), DecodeStats()
-    decoder = Decoder(
-        adapter,
+    loop = DecodeLoop(
+        decoder,
         attention,
         store,
         rules=rules,
@@ -148,7 +148,7 @@ def answers_of_prepared_steps(adapter, attention, method, rules):
         longest=max(LENGTHS) + rules.max_new_tokens,
         stats=stats,
     )
-    assert decoder.prepare() == 4  # of 8, 4, 2 and 1 columns
+    assert loop.prepare() == 4  # of 8, 4, 2 and 1 columns
     rows = [Generated() for _ in by_row]
     for row, token in zip(rows, first_tokens(prefilled.logits_BV, Sampling(), ()), strict=True):
         row.take(token, rules)
@@ -158,29 +158,29 @@ def answers_of_prepared_steps(adapter, attention, method, rules):
             Seat(starts=extents[b].starts, used=extents[b].stored, position=prefilled.next_positions[b])
             for b in pair
         ]
-        decoder.join([rows[b] for b in pair], seats)
+        loop.join([rows[b] for b in pair], seats)
         for _step in range(3):
-            decoder.step()
-    while decoder.is_busy:
-        decoder.step()
-    decoder.close()
+            loop.step()
+    while loop.is_busy:
+        loop.step()
+    loop.close()
     return [row.tokens for row in rows], stats
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_captured_beforehand_serve_rows_that_come_and_go(fa3, monkeypatch, method):
-    adapter = cuda_adapter()
-    replayed, stats = answers_of_prepared_steps(adapter, fa3, method, EndAt(ENDS[8]))
+    decoder = cuda_decoder()
+    replayed, stats = answers_of_prepared_steps(decoder, fa3, method, EndAt(ENDS[8]))
     assert (stats.eager_steps, stats.failure) == (0, None)
     assert stats.replayed_steps > 59
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
-    from_python, _ = answers_of_prepared_steps(adapter, fa3, method, EndAt(ENDS[8]))
+    from_python, _ = answers_of_prepared_steps(decoder, fa3, method, EndAt(ENDS[8]))
     assert replayed == from_python
     assert [len(tokens) for tokens in replayed] == ENDS[8]
 
 
 def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):
-    adapter, rules = cuda_adapter(), EndAt
+    decoder, rules = cuda_decoder(), EndAt
     steps = count()
 
     def give_up():
@@ -193,30 +193,30 @@ def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
     for _turn in range(2):  # kernels' workspaces stay
-        answers(adapter, fa3, "dense", rules(ENDS[8]))
+        answers(decoder, fa3, "dense", rules(ENDS[8]))
     before = settled()
     for _turn in range(3):
-        _, stats = answers(adapter, fa3, "dense", rules(ENDS[8]))
+        _, stats = answers(decoder, fa3, "dense", rules(ENDS[8]))
         assert stats.captures == CAPTURES[8]
         assert settled() == before
     with pytest.raises(RowError, match="in the middle"):
-        answers(adapter, fa3, "dense", StopRules(max_new_tokens=60), check=give_up)
+        answers(decoder, fa3, "dense", StopRules(max_new_tokens=60), check=give_up)
     assert next(steps) == 31
     assert settled()[0] == before[0]
-    answers(adapter, fa3, "dense", rules(ENDS[8]))
+    answers(decoder, fa3, "dense", rules(ENDS[8]))
     assert settled() == before
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_memory_held_before_does_not_reach_an_answer(fa3, method):
-    adapter = cuda_adapter()
-    expected, _ = answers(adapter, fa3, method, EndAt(ENDS[3]), rows=3)
+    decoder = cuda_decoder()
+    expected, _ = answers(decoder, fa3, method, EndAt(ENDS[3]), rows=3)
     torch.cuda.empty_cache()
     waste = [
         torch.full((n,), float("nan"), device=CUDA, dtype=torch.bfloat16) for n in [2**15] * 200 + [2**26]
     ]
     del waste
-    got, stats = answers(adapter, fa3, method, EndAt(ENDS[3]), rows=3)
+    got, stats = answers(decoder, fa3, method, EndAt(ENDS[3]), rows=3)
     assert got == expected
     assert stats.replayed_steps > 0
 
@@ -230,23 +230,23 @@ class Waits(SdpaAttention):
 
 
 def test_a_step_that_cannot_be_captured_is_decoded_from_python():
-    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
-    expected, captured = answers(adapter, SdpaAttention(), "dense", rules, rows=3)
+    decoder, rules = cuda_decoder(), StopRules(max_new_tokens=30)
+    expected, captured = answers(decoder, SdpaAttention(), "dense", rules, rows=3)
     attention = Waits()
-    got, stats = answers(adapter, attention, "dense", rules, rows=3)
+    got, stats = answers(decoder, attention, "dense", rules, rows=3)
     assert got == expected
     assert captured.replayed_steps > 0  # any backend's steps, by kernels of ours
     assert (stats.captures, stats.replayed_steps, captured.failure) == (0, 0, None)
     assert attention.capture_failure == stats.failure is not None
-    _, again = answers(adapter, attention, "dense", rules, rows=3)
+    _, again = answers(decoder, attention, "dense", rules, rows=3)
     assert again == DecodeStats(eager_steps=29)  # a reason that stays is not tried twice
 
 
 def test_a_failed_capture_leaves_the_allocator_in_order(fa3):
     """Later packs are captured, and memory used across streams is given back."""
-    adapter = cuda_adapter()
-    answers(adapter, Waits(), "dense", StopRules(max_new_tokens=30), rows=3)
-    replayed, stats = answers(adapter, fa3, "dense", EndAt(ENDS[3]), rows=3)
+    decoder = cuda_decoder()
+    answers(decoder, Waits(), "dense", StopRules(max_new_tokens=30), rows=3)
+    replayed, stats = answers(decoder, fa3, "dense", EndAt(ENDS[3]), rows=3)
     assert stats.captures == CAPTURES[3]
     assert [len(tokens) for tokens in replayed] == ENDS[3]
     torch.cuda.synchronize()
@@ -263,9 +263,9 @@ def test_a_failed_capture_leaves_the_allocator_in_order(fa3):
 
 
 def test_running_out_of_memory_while_capturing_is_decoded_from_python(fa3, monkeypatch):
-    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
-    expected, _ = answers(adapter, fa3, "dense", rules, rows=1)
-    real = DecoderAdapter.head
+    decoder, rules = cuda_decoder(), StopRules(max_new_tokens=30)
+    expected, _ = answers(decoder, fa3, "dense", rules, rows=1)
+    real = Decoder.head
 
     def head(self, hidden_BD):
         if torch.cuda.is_current_stream_capturing():
@@ -273,34 +273,34 @@ def test_running_out_of_memory_while_capturing_is_decoded_from_python(fa3, monke
         return real(self, hidden_BD)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DecoderAdapter, "head", head)
-        got, stats = answers(adapter, fa3, "dense", rules, rows=1)
+        patched.setattr(Decoder, "head", head)
+        got, stats = answers(decoder, fa3, "dense", rules, rows=1)
     assert got == expected
     assert stats.failure == "OutOfMemoryError: CUDA out of memory"
     assert fa3.capture_failure is None  # the next pack is tried again
-    assert answers(adapter, fa3, "dense", rules, rows=1)[1].captures == 1
+    assert answers(decoder, fa3, "dense", rules, rows=1)[1].captures == 1
 
 
 def test_a_nearly_full_device_gives_cached_memory_back_before_the_capture(fa3):
-    adapter, rules = cuda_adapter(), StopRules(max_new_tokens=30)
-    expected, _ = answers(adapter, fa3, "dense", rules)
+    decoder, rules = cuda_decoder(), StopRules(max_new_tokens=30)
+    expected, _ = answers(decoder, fa3, "dense", rules)
     torch.cuda.empty_cache()
     cached = []
     while torch.cuda.mem_get_info(CUDA)[0] > FREE_BYTES:
         cached.append(torch.empty(FREE_BYTES // 2, dtype=torch.uint8, device=CUDA))
     del cached
-    got, stats = answers(adapter, fa3, "dense", rules)
+    got, stats = answers(decoder, fa3, "dense", rules)
     torch.cuda.empty_cache()
     assert (got, stats.failure, stats.captures) == (expected, None, 1)
 
 
 def test_an_offloaded_cache_is_not_captured(fa3):
-    adapter = cuda_adapter("llama")
+    decoder = cuda_decoder("llama")
     method = make_method("sliminfer", METHODS["sliminfer"])
-    planned = method.plan(adapter.shape, [LENGTHS[0]]).kv_bytes(2, 40)
+    planned = method.plan(decoder.shape, [LENGTHS[0]]).kv_bytes(2, 40)
     limits = KvLimits(device_bytes=int(planned * 0.7), host_bytes=1 << 30)
     rules = StopRules(max_new_tokens=40)
-    _, stats = answers(adapter, fa3, "sliminfer", rules, rows=1, limits=limits)
+    _, stats = answers(decoder, fa3, "sliminfer", rules, rows=1, limits=limits)
     assert stats == DecodeStats(eager_steps=39)
 
 

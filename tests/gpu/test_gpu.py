@@ -11,7 +11,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, DecodeSlots, SdpaAttention, choose_attention
 from pipeline.kernels.scoring import window_importance
@@ -72,31 +72,31 @@ def test_scoring_agrees_with_the_reference(dtype):
     ).abs().max() < 1e-4 * expected.max() + 1e-7
 
 
-def cuda_adapter(family, dtype):
+def cuda_decoder(family, dtype):
     sizes = {**SIZES, **FAMILY_SETTINGS[family], "num_attention_heads": 4, "head_dim": 64}
     model = random_model(family, sizes, device=CUDA, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return DecoderAdapter(model)
+    return Decoder(model)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
 def test_dense_in_fp32_gives_the_logits_and_tokens_of_stock_transformers(family):
-    adapter = cuda_adapter(family, torch.float32)
+    decoder = cuda_decoder(family, torch.float32)
     backend = backend_named("sdpa", torch.float32)
     doc = document(300)
-    prefilled = prefill(adapter, backend, Dense(), Pack.of([doc], CUDA), new_tokens=8)
+    prefilled = prefill(decoder, backend, Dense(), Pack.of([doc], CUDA), new_tokens=8)
     ids = torch.from_numpy(doc.input_ids)[None].to(CUDA)
     with torch.inference_mode():
-        stock = adapter.model(ids).logits[0, -1]
+        stock = decoder.model(ids).logits[0, -1]
     assert (prefilled.logits_BV[0] - stock).abs().max() < 1e-3
-    answer = decode(adapter, backend, prefilled, StopRules(max_new_tokens=8))[0].tokens
+    answer = decode(decoder, backend, prefilled, StopRules(max_new_tokens=8))[0].tokens
     mask = torch.ones_like(ids)
     assert (
         answer
-        == adapter.model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[
+        == decoder.model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[
             0, 300:
         ].tolist()
     )
@@ -105,13 +105,13 @@ def test_dense_in_fp32_gives_the_logits_and_tokens_of_stock_transformers(family)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_bf16_pack_agrees_with_its_documents_alone(name):
     """Matrix shapes change bf16 sums, so the logits' distance is bounded rather than zero."""
-    adapter = cuda_adapter("qwen2", torch.bfloat16)
+    decoder = cuda_decoder("qwen2", torch.bfloat16)
     backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
     method = MarsInfer(share=0.5, start_layer=1, window=8, prefix=8)
     documents = [document(n, seed=n) for n in (400, 33, 120)]
-    together = prefill(adapter, backend, method, Pack.of(documents, CUDA))
+    together = prefill(decoder, backend, method, Pack.of(documents, CUDA))
     for b, doc in enumerate(documents):
-        alone = prefill(adapter, backend, method, Pack.of([doc], CUDA))
+        alone = prefill(decoder, backend, method, Pack.of([doc], CUDA))
         distance = (together.logits_BV[b] - alone.logits_BV[0]).norm() / alone.logits_BV[0].norm()
         assert distance < 0.05
         assert [row[b] for row in together.work.ffn()] == [row[0] for row in alone.work.ffn()]
@@ -119,13 +119,13 @@ def test_a_bf16_pack_agrees_with_its_documents_alone(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_memory_held_before_does_not_reach_an_answer(name):
-    adapter = cuda_adapter("qwen2", torch.bfloat16)
+    decoder = cuda_decoder("qwen2", torch.bfloat16)
     backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
     doc = document(200)
 
     def answer():
-        prefilled = prefill(adapter, backend, Dense(), Pack.of([doc], CUDA), new_tokens=40)
-        return decode(adapter, backend, prefilled, StopRules(max_new_tokens=40))[0].tokens
+        prefilled = prefill(decoder, backend, Dense(), Pack.of([doc], CUDA), new_tokens=40)
+        return decode(decoder, backend, prefilled, StopRules(max_new_tokens=40))[0].tokens
 
     expected = answer()
     torch.cuda.empty_cache()
@@ -138,14 +138,14 @@ def test_what_memory_held_before_does_not_reach_an_answer(name):
 
 def test_dense_copies_nothing_to_the_host():
     """The prefill of a method that keeps all tokens must not wait for the device."""
-    adapter = cuda_adapter("llama", torch.bfloat16)
+    decoder = cuda_decoder("llama", torch.bfloat16)
     backend = backend_named("sdpa")
     pack = Pack.of([document(200), document(50, seed=1)], CUDA)
-    prefill(adapter, backend, Dense(), pack)
+    prefill(decoder, backend, Dense(), pack)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        prefilled = prefill(adapter, backend, Dense(), pack)
+        prefilled = prefill(decoder, backend, Dense(), pack)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert np.isfinite(prefilled.logits_BV.cpu().numpy()).all()
@@ -160,9 +160,9 @@ METHODS = {
 }
 
 
-def answer_of(adapter, backend, prefilled, new_tokens, late=None):
+def answer_of(decoder, backend, prefilled, new_tokens, late=None):
     rules = StopRules(max_new_tokens=new_tokens)
-    return [generated.tokens for generated in decode(adapter, backend, prefilled, rules, late=late)]
+    return [generated.tokens for generated in decode(decoder, backend, prefilled, rules, late=late)]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -172,13 +172,13 @@ def test_each_method_works_on_the_gpu_as_on_the_cpu(name):
     documents = [document(n, seed=n) for n in (400, 210, 120)]
     counts, logits = [], []
     for device in (torch.device("cpu"), CUDA):
-        adapter = cuda_adapter("qwen2", torch.float32)
-        adapter.model.to(device)
-        adapter = DecoderAdapter(adapter.model)
-        prefilled = prefill(adapter, SdpaAttention(), method, Pack.of(documents, device), new_tokens=12)
+        decoder = cuda_decoder("qwen2", torch.float32)
+        decoder.model.to(device)
+        decoder = Decoder(decoder.model)
+        prefilled = prefill(decoder, SdpaAttention(), method, Pack.of(documents, device), new_tokens=12)
         counts.append(prefilled.by_document())
         logits.append(prefilled.logits_BV.cpu())
-        assert all(len(tokens) == 12 for tokens in answer_of(adapter, SdpaAttention(), prefilled, 12))
+        assert all(len(tokens) == 12 for tokens in answer_of(decoder, SdpaAttention(), prefilled, 12))
     assert counts[0] == counts[1]
     assert (logits[0] - logits[1]).norm() / logits[0].norm() < 0.02
 
@@ -186,25 +186,25 @@ def test_each_method_works_on_the_gpu_as_on_the_cpu(name):
 def offloading(share, **options):
     """SlimInfer, a long document, and limits under which `share` of its K/V stay on the device."""
     method = make_method("sliminfer", {**METHODS["sliminfer"], **options})
-    adapter = cuda_adapter("llama", torch.bfloat16)
-    planned = method.plan(adapter.shape, [490]).kv_bytes(2, 40)
+    decoder = cuda_decoder("llama", torch.bfloat16)
+    planned = method.plan(decoder.shape, [490]).kv_bytes(2, 40)
     limits = KvLimits(device_bytes=int(planned * share), host_bytes=1 << 30)
-    return method, adapter, Pack.of([document(490, seed=3)], CUDA), limits
+    return method, decoder, Pack.of([document(490, seed=3)], CUDA), limits
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_with_every_block_active_an_offloaded_cache_answers_as_one_that_stays(name, monkeypatch):
-    method, adapter, pack, _ = offloading(1.0)
+    method, decoder, pack, _ = offloading(1.0)
     backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
-    expected = answer_of(adapter, backend, prefill(adapter, backend, method, pack, 40), 40)
+    expected = answer_of(decoder, backend, prefill(decoder, backend, method, pack, 40), 40)
 
     def always_offload(plan, new_tokens, _, *, device, itemsize, score):
         room = KvLimits(device_bytes=plan.kv_bytes(itemsize, new_tokens), host_bytes=1 << 30)
         return OffloadedCache(plan, plan.rescoring, new_tokens, room, device, itemsize, score)
 
     monkeypatch.setattr("pipeline.model.prefill.make_cache", always_offload)
-    moved = prefill(adapter, backend, method, pack, 40)
-    assert answer_of(adapter, backend, moved, 40) == expected
+    moved = prefill(decoder, backend, method, pack, 40)
+    assert answer_of(decoder, backend, moved, 40) == expected
     assert moved.cache.counts.decisions > 0
 
 
@@ -213,12 +213,12 @@ def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
 
     Also where tokens are looked at while the next step is on its way, and where they are not.
     """
-    method, adapter, pack, limits = offloading(0.55, gamma=1.0)
+    method, decoder, pack, limits = offloading(0.55, gamma=1.0)
     backend = backend_named("sdpa", sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
-    synchronous = prefill(adapter, backend, method, pack, 40, limits=replace(limits, synchronous=True))
-    expected = answer_of(adapter, backend, synchronous, 40)
+    synchronous = prefill(decoder, backend, method, pack, 40, limits=replace(limits, synchronous=True))
+    expected = answer_of(decoder, backend, synchronous, 40)
     assert synchronous.cache.counts.swaps > 10
-    real_copy, real_qkv, real_step = Copier.copy, adapter.qkv, adapter.step_layer_
+    real_copy, real_qkv, real_step = Copier.copy, decoder.qkv, decoder.step_layer_
     random = np.random.default_rng(0)
 
     def slow_copy(self, target, source):
@@ -242,51 +242,51 @@ def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
         return real_step(layer, hidden, rope, keys, values, places, slow_attend, normed)
 
     monkeypatch.setattr(Copier, "copy", slow_copy)
-    monkeypatch.setattr(adapter, "qkv", slow_qkv)
-    monkeypatch.setattr(adapter, "step_layer_", slow_step)
+    monkeypatch.setattr(decoder, "qkv", slow_qkv)
+    monkeypatch.setattr(decoder, "step_layer_", slow_step)
     for turn in range(6):
-        prefilled = prefill(adapter, backend, method, pack, 40, limits=limits)
-        assert answer_of(adapter, backend, prefilled, 40, late=turn % 2) == expected
+        prefilled = prefill(decoder, backend, method, pack, 40, limits=limits)
+        assert answer_of(decoder, backend, prefilled, 40, late=turn % 2) == expected
         assert prefilled.cache.counts.swaps == synchronous.cache.counts.swaps
 
 
 def test_offloading_frees_the_device_after_a_pack_and_after_an_exception():
-    method, adapter, pack, limits = offloading(0.55)
+    method, decoder, pack, limits = offloading(0.55)
     backend = backend_named("sdpa", sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
     layers = iter(range(2))
 
     def run():
-        answer_of(adapter, backend, prefill(adapter, backend, method, pack, 40, limits=limits), 40)
+        answer_of(decoder, backend, prefill(decoder, backend, method, pack, 40, limits=limits), 40)
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
     before = run()
     assert run() == before
     with pytest.raises(StopIteration):
-        prefill(adapter, backend, method, pack, 40, lambda: next(layers), limits)
+        prefill(decoder, backend, method, pack, 40, lambda: next(layers), limits)
     assert run() == before
 
 
 def test_linear_layers_in_fp8_stay_close_and_tiers_count(monkeypatch):
-    adapter = cuda_adapter("qwen2", torch.bfloat16)
+    decoder = cuda_decoder("qwen2", torch.bfloat16)
     backend = backend_named("sdpa")
     pack = Pack.of([document(400), document(33, seed=1)], CUDA)
-    full = prefill(adapter, backend, Dense(), pack).logits_BV
+    full = prefill(decoder, backend, Dense(), pack).logits_BV
     tiers = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=8, prefix=8)
-    adapter.use_linears("fp8", ffn=True, keep=True)
+    decoder.use_linears("fp8", ffn=True, keep=True)
     for method in (Dense(), tiers):
-        prefilled = prefill(adapter, backend, method, pack)
+        prefilled = prefill(decoder, backend, method, pack)
         assert torch.isfinite(prefilled.logits_BV).all()
     assert all(work.ffn_fp8_tokens > 0 for (layers,) in prefilled.by_document() for work in layers[1:-1])
     assert [layers[-1].ffn_tokens for (layers,) in prefilled.by_document()] == [1, 1]
-    fp8 = prefill(adapter, backend, Dense(), pack).logits_BV
+    fp8 = prefill(decoder, backend, Dense(), pack).logits_BV
     assert 0 < (fp8 - full).norm() / full.norm() < 0.3
-    adapter.use_linears("mixed", keep=True)
+    decoder.use_linears("mixed", keep=True)
     # on a GPU documents as short as these gain nothing
-    assert torch.equal(prefill(adapter, backend, Dense(), pack).logits_BV, full)
+    assert torch.equal(prefill(decoder, backend, Dense(), pack).logits_BV, full)
     monkeypatch.setattr("pipeline.model.precision.LEAST_WORK", 0)
-    mixed = prefill(adapter, backend, Dense(), pack)
+    mixed = prefill(decoder, backend, Dense(), pack)
     assert 0 < (mixed.logits_BV - full).norm() < (fp8 - full).norm() / 2
     assert [works[0].ffn_fp8_tokens for (works,) in mixed.by_document()] == [400 - 64, 0]
-    adapter.use_linears("auto")
-    assert torch.equal(prefill(adapter, backend, Dense(), pack).logits_BV, full)
+    decoder.use_linears("auto")
+    assert torch.equal(prefill(decoder, backend, Dense(), pack).logits_BV, full)

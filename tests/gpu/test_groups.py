@@ -9,7 +9,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import choose_attention
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import StopRules, decode
@@ -33,7 +33,7 @@ DOCUMENTS = (5000, 300, 77)
 OF_PREFIX = (0, 1, 0, 2, 0, 1, 0, 0)
 
 
-def cuda_adapter(family, dtype):
+def cuda_decoder(family, dtype):
     sizes = {**SIZES, **FAMILY_SETTINGS[family], **{"num_attention_heads": 4, "head_dim": 64}}
     sizes["max_position_embeddings"] = 8192
     model = random_model(family, sizes, device=CUDA, dtype=dtype)
@@ -41,7 +41,7 @@ def cuda_adapter(family, dtype):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return DecoderAdapter(model)
+    return Decoder(model)
 
 
 def backend_named(name, dtype):
@@ -67,34 +67,34 @@ def prompts():
     return made
 
 
-def grouped(adapter, backend, method, new_tokens):
-    layers = method.shared_layers(adapter.shape)
-    shared = prefill_prefixes(adapter, backend, method, prefixes(), layers)
-    return prefill_behind(adapter, backend, method, shared, prompts(), OF_PREFIX, new_tokens)
+def grouped(decoder, backend, method, new_tokens):
+    layers = method.shared_layers(decoder.shape)
+    shared = prefill_prefixes(decoder, backend, method, prefixes(), layers)
+    return prefill_behind(decoder, backend, method, shared, prompts(), OF_PREFIX, new_tokens)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
 @pytest.mark.parametrize("name", METHODS)
 def test_in_fp32_it_equals_the_prefill_of_each_prompt(name, family):
-    adapter, backend = cuda_adapter(family, torch.float32), backend_named("sdpa", torch.float32)
+    decoder, backend = cuda_decoder(family, torch.float32), backend_named("sdpa", torch.float32)
     # without block-sparse attention, which computes more of a document that is shared
     method = make_method(name, {**METHODS[name], "sparse_attention": None})
-    together = grouped(adapter, backend, method, 8)
-    whole = prefill(adapter, backend, method, Pack.of(prompts(), CUDA), new_tokens=8)
+    together = grouped(decoder, backend, method, 8)
+    whole = prefill(decoder, backend, method, Pack.of(prompts(), CUDA), new_tokens=8)
     assert (together.logits_BV - whole.logits_BV).abs().max() < 1e-3
     assert together.by_document() == whole.by_document()
     rules = StopRules(max_new_tokens=9)
-    expected = [answer.tokens for answer in decode(adapter, backend, whole, rules)]
-    assert [answer.tokens for answer in decode(adapter, backend, together, rules)] == expected
+    expected = [answer.tokens for answer in decode(decoder, backend, whole, rules)]
+    assert [answer.tokens for answer in decode(decoder, backend, together, rules)] == expected
 
 
 @pytest.mark.parametrize("backend_name", ["fa3", "flash", "cudnn", "varlen", "sdpa"])
 @pytest.mark.parametrize("name", METHODS)
 def test_in_bf16_it_is_near_on_each_backend(name, backend_name):
     backend = backend_named(backend_name, torch.bfloat16)
-    adapter, method = cuda_adapter("qwen2", torch.bfloat16), make_method(name, METHODS[name])
-    together = grouped(adapter, backend, method, 8)
-    whole = prefill(adapter, backend, method, Pack.of(prompts(), CUDA), new_tokens=8)
+    decoder, method = cuda_decoder("qwen2", torch.bfloat16), make_method(name, METHODS[name])
+    together = grouped(decoder, backend, method, 8)
+    whole = prefill(decoder, backend, method, Pack.of(prompts(), CUDA), new_tokens=8)
     assert torch.isfinite(together.logits_BV).all()
     if name in ("dense", "mars"):  # others may choose other tokens where scores are near
         error = (together.logits_BV - whole.logits_BV).norm() / whole.logits_BV.norm()
@@ -106,26 +106,26 @@ def test_in_bf16_it_is_near_on_each_backend(name, backend_name):
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_from_graphs_are_those_from_python(name, family, kv_dtype):
     backend = backend_named("varlen", torch.bfloat16)
-    adapter, method = cuda_adapter(family, torch.bfloat16), make_method(name, METHODS[name])
+    decoder, method = cuda_decoder(family, torch.bfloat16), make_method(name, METHODS[name])
     rules, stats = StopRules(max_new_tokens=40), DecodeStats()
     options = {"rules": rules, "kv_dtype": kv_dtype}
-    together = grouped(adapter, backend, method, 40)
-    replayed = [answer.tokens for answer in decode(adapter, backend, together, **options, stats=stats)]
-    together = grouped(adapter, backend, method, 40)
-    eager = [answer.tokens for answer in decode(adapter, backend, together, **options, graphs=False)]
+    together = grouped(decoder, backend, method, 40)
+    replayed = [answer.tokens for answer in decode(decoder, backend, together, **options, stats=stats)]
+    together = grouped(decoder, backend, method, 40)
+    eager = [answer.tokens for answer in decode(decoder, backend, together, **options, graphs=False)]
     assert stats.captures == 1
     assert replayed == eager
 
 
 def test_steps_over_e4m3_are_near_those_over_all_bits():
     """Of a model whose answers repeat themselves little: most first tokens are the same."""
-    backend, adapter = backend_named("varlen", torch.bfloat16), cuda_adapter("qwen2", torch.bfloat16)
+    backend, decoder = backend_named("varlen", torch.bfloat16), cuda_decoder("qwen2", torch.bfloat16)
     method, rules = make_method("dense"), StopRules(max_new_tokens=3)
     answers = {}
     for kv_dtype in (None, FP8):
-        together = grouped(adapter, backend, method, 3)
+        together = grouped(decoder, backend, method, 3)
         answers[kv_dtype] = [
-            answer.tokens for answer in decode(adapter, backend, together, rules, kv_dtype=kv_dtype)
+            answer.tokens for answer in decode(decoder, backend, together, rules, kv_dtype=kv_dtype)
         ]
     pairs = list(zip(answers[None], answers[FP8], strict=True))
     assert sum(a[:2] == b[:2] for a, b in pairs) >= len(pairs) // 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families import adapters, projection
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families import decoders, projection
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.fp8 import fp8_available
 from pipeline.kernels.kv_fp8 import KvTarget
 
@@ -35,15 +35,15 @@ MODELS = {
 class Step:
     """All layers for a token of each row, from the same state each time."""
 
-    def __init__(self, adapter, rows):
-        shape, generator = adapter.shape, torch.Generator(device=CUDA).manual_seed(rows)
+    def __init__(self, decoder, rows):
+        shape, generator = decoder.shape, torch.Generator(device=CUDA).manual_seed(rows)
         sizes = SLOTS, shape.kv_heads, shape.head_dim
 
         def normal(*sizes):
-            return torch.randn(*sizes, generator=generator, device=CUDA).to(adapter.dtype)
+            return torch.randn(*sizes, generator=generator, device=CUDA).to(decoder.dtype)
 
-        self.adapter, self.start, self.hidden = (
-            adapter,
+        self.decoder, self.start, self.hidden = (
+            decoder,
             normal(rows, shape.hidden),
             normal(rows, shape.hidden),
         )
@@ -55,7 +55,7 @@ class Step:
     def run(self):
         """Returns the queries of each layer, which share no memory."""
         self.hidden.copy_(self.start)
-        rope, queries, normed = self.adapter.rope(self.hidden, self.positions), [], None
+        rope, queries, normed = self.decoder.rope(self.hidden, self.positions), [], None
 
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
 
@@ -65,7 +65,7 @@ class Step:
                 return q_BHd + new.repeat_interleave(self.groups, dim=1)
 
             arguments = KvTarget(keys, values, self.places), attend, normed
-            normed = self.adapter.step_layer_(layer, self.hidden, rope, *arguments)
+            normed = self.decoder.step_layer_(layer, self.hidden, rope, *arguments)
         return queries
 
     def results(self):
@@ -74,26 +74,24 @@ class Step:
         return [x.clone() for x in (self.hidden, *queries, *new)]
 
 
-def cuda_adapter(family, linears="auto"):
-    adapter = DecoderAdapter(
-        random_model(family, {**SIZES, **MODELS[family]}, device=CUDA, dtype=torch.bfloat16)
-    )
-    for parameter in adapter.model.parameters():
+def cuda_decoder(family, linears="auto"):
+    decoder = Decoder(random_model(family, {**SIZES, **MODELS[family]}, device=CUDA, dtype=torch.bfloat16))
+    for parameter in decoder.model.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
-    for layer in adapter._layers:  # biases lie joined besides
+    for layer in decoder._layers:  # biases lie joined besides
         for part in (layer.qkv, layer.output, layer.gate_up, layer.down):
             if part.bias is not None:
                 part.bias.normal_(std=0.3)
     if linears == "fp8" and (reason := fp8_available(CUDA)):
         pytest.skip(reason)
-    adapter.use_linears(linears, keep=True)
-    return adapter
+    decoder.use_linears(linears, keep=True)
+    return decoder
 
 
 def separately(monkeypatch, step):
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "has_kernels", lambda x: False)
+        patch.setattr(decoders, "has_kernels", lambda x: False)
         return step.results()
 
 
@@ -112,7 +110,7 @@ def inference():
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", MODELS)
 def test_in_bf16_it_agrees_with_the_separate_operations(monkeypatch, family, rows):
-    step = Step(cuda_adapter(family), rows)
+    step = Step(cuda_decoder(family), rows)
     expected = separately(monkeypatch, step)
     assert max(distances(step.results(), expected)) < 0.005
 
@@ -120,13 +118,13 @@ def test_in_bf16_it_agrees_with_the_separate_operations(monkeypatch, family, row
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_in_fp8_it_is_as_near_to_bf16_as_the_separate_operations(monkeypatch, family, rows):
-    adapter = cuda_adapter(family, "fp8")
-    step, calls, product = Step(adapter, rows), [], projection.fp8_product
+    decoder = cuda_decoder(family, "fp8")
+    step, calls, product = Step(decoder, rows), [], projection.fp8_product
     row_wise = separately(monkeypatch, step)
     monkeypatch.setattr(projection, "fp8_product", lambda *x: calls.append(x) or product(*x))
     results = step.results()
     assert len(calls) == 4 * SIZES["num_hidden_layers"]
-    adapter.use_linears("auto")
+    decoder.use_linears("auto")
     exact = separately(monkeypatch, step)
     near, far, apart = (
         distances(*pair) for pair in ((results, exact), (row_wise, exact), (results, row_wise))
@@ -142,7 +140,7 @@ def test_in_fp8_it_is_as_near_to_bf16_as_the_separate_operations(monkeypatch, fa
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("linears", ["auto", "fp8"])
 def test_it_can_be_captured(linears, rows):
-    step = Step(cuda_adapter("qwen2", linears), rows)
+    step = Step(cuda_decoder("qwen2", linears), rows)
     stream = torch.cuda.Stream(CUDA)
     stream.wait_stream(torch.cuda.current_stream(CUDA))
     with torch.cuda.stream(stream):

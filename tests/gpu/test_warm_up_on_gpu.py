@@ -11,7 +11,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from pipeline.checkpoints.building import random_model
 from pipeline.engines import warm_up
 from pipeline.engines.local import LocalEngine
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import choose_attention
 from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
@@ -28,11 +28,11 @@ HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 64}
 def gpu_engine(name, **settings):
     sizes = {**SIZES, **FAMILY_SETTINGS["qwen3"], "num_attention_heads": 4, "head_dim": 64}
     sizes["max_position_embeddings"] = 65536
-    adapter = DecoderAdapter(random_model("qwen3", sizes, device=CUDA, dtype=torch.bfloat16))
+    decoder = Decoder(random_model("qwen3", sizes, device=CUDA, dtype=torch.bfloat16))
     attention, _ = choose_attention("auto", device=CUDA, dtype=torch.bfloat16, **HEADS)
     attention.sparse_from = SPARSE_FROM
     model = LoadedModel(
-        adapter=adapter,
+        decoder=decoder,
         tokenizer=SimpleNamespace(decode=lambda tokens, **_: ""),
         attention=attention,
         generation_config=None,

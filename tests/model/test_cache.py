@@ -30,9 +30,9 @@ def test_each_document_has_room_of_its_own_and_the_room_is_zero():
 
 def batch_of(cache):
     """A batch of the cache's documents, which have one token each that is to be stored next."""
-    adapter = tiny_model("llama")
+    decoder = tiny_model("llama")
     documents = range(len(cache.slots[0].used))
-    batch = DecodeBatch(adapter, None, cache, capacity=len(documents), longest=9)
+    batch = DecodeBatch(decoder, None, cache, capacity=len(documents), longest=9)
     seats = [Seat(starts=cache.starts(b), used=cache.used(b), position=7 + b) for b in documents]
     batch.join(seats, [40 + b for b in documents])
     return batch
@@ -41,7 +41,7 @@ def batch_of(cache):
 def step(batch, monkeypatch):
     """A step of which nothing is computed: the counts alone move."""
     with monkeypatch.context() as patched:
-        patched.setattr(batch._adapter, "step_layer_", lambda *_: None)
+        patched.setattr(batch._decoder, "step_layer_", lambda *_: None)
         patched.setattr(batch, "_slots", lambda *_: None)
         batch.step(batch.rows)
     batch.count()
@@ -85,7 +85,7 @@ def test_a_column_of_nobody_stays_in_the_first_slot(monkeypatch):
         assert batch._places_dev[0].tolist() == [count - 1, 0]
         with monkeypatch.context() as patched:
             patched.setattr(batch, "_slots", lambda *_: None)
-            patched.setattr(batch._adapter, "step_layer_", lambda *_: None)
+            patched.setattr(batch._decoder, "step_layer_", lambda *_: None)
             batch.step(2)
         batch.count()
 

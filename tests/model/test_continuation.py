@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.kernels import reference
 from pipeline.kernels.attention import DecodeSlots
 from pipeline.kernels.segments import Segments
@@ -23,14 +23,14 @@ def documents():
     return [document(60), document(9, seed=1), document(33, seed=2)]
 
 
-def test_it_equals_the_whole_text_in_one_forward(adapter, sdpa):
-    prefilled = prefill(adapter, sdpa, Dense(), pack_of(*documents()), new_tokens=5)
-    hidden = continue_with(adapter, sdpa, prefilled.cache, ANSWERS, prefilled.next_positions)
-    parts = adapter.logits(hidden).split([len(answer) for answer in ANSWERS])
+def test_it_equals_the_whole_text_in_one_forward(decoder, sdpa):
+    prefilled = prefill(decoder, sdpa, Dense(), pack_of(*documents()), new_tokens=5)
+    hidden = continue_with(decoder, sdpa, prefilled.cache, ANSWERS, prefilled.next_positions)
+    parts = decoder.logits(hidden).split([len(answer) for answer in ANSWERS])
     for doc, answer, logits in zip(documents(), ANSWERS, parts, strict=True):
         ids = torch.cat([torch.from_numpy(doc.input_ids), torch.tensor(answer)])
         with torch.inference_mode():
-            expected = adapter.model(ids[None]).logits[0, -len(answer) :]
+            expected = decoder.model(ids[None]).logits[0, -len(answer) :]
         assert (logits - expected).abs().max() < 1e-3
 
 
@@ -56,13 +56,13 @@ def test_it_equals_steps_of_one_token_where_layers_hold_different_tokens(name, s
 
 def steps_of_one_token(model, sdpa, prefilled, answer, monkeypatch):
     """The logits that decode steps make of each of an answer's tokens, whatever they would choose."""
-    cache, seen, head = prefilled.cache, [], DecoderAdapter.head
+    cache, seen, head = prefilled.cache, [], Decoder.head
 
-    def watched(adapter, hidden):
-        seen.append(head(adapter, hidden)[0])
+    def watched(decoder, hidden):
+        seen.append(head(decoder, hidden)[0])
         return seen[-1][None]
 
-    monkeypatch.setattr(DecoderAdapter, "head", watched)
+    monkeypatch.setattr(Decoder, "head", watched)
     batch = DecodeBatch(model, sdpa, cache, capacity=1, longest=100)
     seat = Seat(starts=cache.starts(0), used=cache.used(0), position=prefilled.next_positions[0])
     batch.join([seat], [answer[0]])
@@ -70,7 +70,7 @@ def steps_of_one_token(model, sdpa, prefilled, answer, monkeypatch):
         batch.tokens_C.fill_(token)
         batch.step(1)
         batch.count()
-    monkeypatch.setattr(DecoderAdapter, "head", head)
+    monkeypatch.setattr(Decoder, "head", head)
     assert len(seen) == len(answer)
     return seen
 

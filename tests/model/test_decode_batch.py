@@ -14,7 +14,7 @@ from decode_steps import METHODS, EagerRecorder, exact_model
 
 import pipeline.model.decode as decode_module
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import Decoder, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import DecodeBatch, Seat
 from pipeline.model.prefill import prefill
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
@@ -83,7 +83,7 @@ class Row(Generated):
 
 
 class Run:
-    """A store and a decoder of few columns, whose counts are looked at after all that is done."""
+    """A store and a loop of few columns, whose counts are looked at after all that is done."""
 
     def __init__(self, method, kind, late, *, columns=5):
         self.method, self.sampling = method, SAMPLINGS[kind]
@@ -91,7 +91,7 @@ class Run:
         shape = model().shape
         slots = 3 * slots_needed([max(LENGTHS)] * shape.layers, NEW_TOKENS, model().device)
         self.store = KvStore(slots, shape, dtype=model().dtype, device=torch.device("cpu"))
-        self.decoder = Decoder(
+        self.loop = DecodeLoop(
             model(),
             SdpaAttention(),
             self.store,
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def batch(self):
-        return self.decoder._batch
+        return self.loop._batch
 
     def has_room_for(self, numbers):
         """As if nothing were pruned."""
@@ -121,7 +121,7 @@ class Run:
         moves = self.store.moves
         extents = self.store.adopt(pack.cache, NEW_TOKENS)
         if self.store.moves > moves:
-            self.decoder.moved([row.extent.starts for row in self.decoder.rows])
+            self.loop.moved([row.extent.starts for row in self.loop.rows])
         rows = [
             Row(number=number, extent=extent, position=position)
             for number, extent, position in zip(numbers, extents, pack.next_positions, strict=True)
@@ -134,20 +134,20 @@ class Run:
         ]
         if live:
             drawn = [] if self.sampling.is_greedy else [uniforms[b] for b in live]
-            self.decoder.join([rows[b] for b in live], seats, drawn)
+            self.loop.join([rows[b] for b in live], seats, drawn)
         self.running += rows
         self.check_counts()
         return self.finish([row for row in rows if row.finish_reason is not None])
 
     def step(self):
-        ended = self.decoder.step()
+        ended = self.loop.step()
         self.check_counts()
         return self.finish(ended)
 
     def give_up(self, row):
         """Take a row out in the middle of its answer."""
         row.finish_reason = "timeout"
-        self.decoder.leave([row])
+        self.loop.leave([row])
         self.check_counts()
         return self.finish([row])
 
@@ -166,7 +166,7 @@ class Run:
 
     def check_counts(self):
         """The host counts as the device does, where rows are and in the columns of nobody."""
-        batch, rows = self.batch, self.decoder.rows
+        batch, rows = self.batch, self.loop.rows
         assert batch.rows == len(rows)
         for device, host in (
             (batch._starts_dev, batch._starts_LC),
@@ -198,22 +198,22 @@ def test_rows_that_come_and_go_have_the_answers_that_they_have_alone(method, kin
         if chosen and run.has_room_for(chosen) and random_.random() < 0.4:
             waiting = waiting[len(chosen) :]
             ended += run.admit(chosen)
-        elif run.decoder.rows and random_.random() < 0.05:
+        elif run.loop.rows and random_.random() < 0.05:
             given_up += 1
-            ended += run.give_up(random_.choice(run.decoder.rows))
+            ended += run.give_up(random_.choice(run.loop.rows))
         else:
             ended += run.step()
     # a step may be on its way that nobody waits for, of rows that had ended before it
-    assert run.decoder.drain() == []
-    assert not run.decoder.is_busy
+    assert run.loop.drain() == []
+    assert not run.loop.is_busy
     assert run.store.free == run.store.size
     assert len(ended) == 2 * len(LENGTHS)
     for row in ended:
         run.check(row)
     assert sum(row.finish_reason == "timeout" for row in ended) == given_up
     if recorder is not None:
-        assert run.decoder.stats.replayed_steps > 0
-        run.decoder.close()
+        assert run.loop.stats.replayed_steps > 0
+        run.loop.close()
         assert all(again.closed for again in recorder.recorded)
 
 
@@ -235,7 +235,7 @@ def test_rows_that_have_been_moved_go_on(recorder, late):
 def test_steps_captured_beforehand_serve_rows_that_come_and_go(kind, late, monkeypatch):
     monkeypatch.setattr(decode_module, "recorder_for", lambda *_: EagerRecorder())
     run, ended = Run("sliminfer", kind, late), []
-    assert run.decoder.prepare() == 4  # of 5, 4, 2 and 1 columns
+    assert run.loop.prepare() == 4  # of 5, 4, 2 and 1 columns
     run.check_counts()
     waiting = list(range(len(LENGTHS)))
     while waiting or run.running:
@@ -245,7 +245,7 @@ def test_steps_captured_beforehand_serve_rows_that_come_and_go(kind, late, monke
     assert len(ended) == len(LENGTHS)
     for row in ended:
         run.check(row)
-    stats = run.decoder.stats
+    stats = run.loop.stats
     assert (stats.eager_steps, stats.captures) == (0, 4)
     assert stats.replayed_steps > NEW_TOKENS
 
@@ -278,7 +278,7 @@ def poison_store(run, row, monkeypatch):
 
 def poison_output(run, row, monkeypatch):
     """Of the row's column; for once, since others take the column when it has left."""
-    column, real, calls = run.decoder.rows.index(row), model().head, count()
+    column, real, calls = run.loop.rows.index(row), model().head, count()
 
     def head(hidden):
         logits = real(hidden)

@@ -34,22 +34,22 @@ class Exiting(PruningMethod):
 
 
 @torch.inference_mode()
-def naive_logits(adapter, method, ids, prompt_tokens):
+def naive_logits(decoder, method, ids, prompt_tokens):
     """(T, vocabulary): all tokens pass all layers, but what one that has left becomes is thrown away."""
-    decoder = adapter.model.model
-    adapter.model.set_attn_implementation("eager")
+    body = decoder.model.model
+    decoder.model.set_attn_implementation("eager")
     n = len(ids)
-    hidden = decoder.embed_tokens(ids)[None]
+    hidden = body.embed_tokens(ids)[None]
     goes_on = torch.ones(n, dtype=torch.bool)
-    rope = decoder.rotary_emb(hidden, torch.arange(n)[None])
+    rope = body.rotary_emb(hidden, torch.arange(n)[None])
     mask = torch.full((n, n), float("-inf")).triu(1)[None, None]
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(body.layers):
         after = hidden + layer.self_attn(layer.input_layernorm(hidden), rope, mask)[0]
         after = after + layer.mlp(layer.post_attention_layernorm(after))
         hidden = torch.where(goes_on[None, :, None], after, hidden)
         if index == method.at:
             goes_on[: prompt_tokens - method.tail] = False
-    return adapter.model.lm_head(decoder.norm(hidden))[0]
+    return decoder.model.lm_head(body.norm(hidden))[0]
 
 
 def documents():
@@ -61,20 +61,20 @@ def documents():
     [Exiting(at=0, tail=1), Exiting(at=1, tail=4), Exiting(at=2, tail=30), Exiting(at=3, tail=2)],
     ids=str,
 )
-def test_prompt_and_answer_equal_the_naive_ones(adapter, sdpa, method):
-    prefilled = prefill(adapter, sdpa, method, pack_of(*documents()), new_tokens=3)
-    hidden = continue_with(adapter, sdpa, prefilled.cache, ANSWERS, prefilled.next_positions)
-    answers = adapter.logits(hidden).split([len(answer) for answer in ANSWERS])
+def test_prompt_and_answer_equal_the_naive_ones(decoder, sdpa, method):
+    prefilled = prefill(decoder, sdpa, method, pack_of(*documents()), new_tokens=3)
+    hidden = continue_with(decoder, sdpa, prefilled.cache, ANSWERS, prefilled.next_positions)
+    answers = decoder.logits(hidden).split([len(answer) for answer in ANSWERS])
     for b, (doc, answer) in enumerate(zip(documents(), ANSWERS, strict=True)):
         ids = torch.cat([torch.from_numpy(doc.input_ids), torch.tensor(answer)])
-        expected = naive_logits(adapter, method, ids, doc.prompt_tokens)
+        expected = naive_logits(decoder, method, ids, doc.prompt_tokens)
         assert (prefilled.logits_BV[b] - expected[doc.prompt_tokens - 1]).abs().max() < 1e-3
         assert (answers[b] - expected[doc.prompt_tokens :]).abs().max() < 1e-3
 
 
-def test_what_was_computed_is_counted(adapter, sdpa):
+def test_what_was_computed_is_counted(decoder, sdpa):
     method = Exiting(at=1, tail=4)
-    prefilled = prefill(adapter, sdpa, method, pack_of(*documents()))
+    prefilled = prefill(decoder, sdpa, method, pack_of(*documents()))
     for doc, (layers,) in zip(documents(), prefilled.by_document(), strict=True):
         n = doc.prompt_tokens
         whole = LayerWork(tokens=n, ffn_tokens=n)

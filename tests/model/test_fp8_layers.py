@@ -8,7 +8,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
 
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.model.continuation import continue_with
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -20,7 +20,7 @@ TIERS = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=6, pre
 
 @pytest.fixture
 def slow_cpu(monkeypatch):
-    monkeypatch.setattr("pipeline.families.adapters.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
 
 
 def bf16_model(family="qwen3"):
@@ -31,11 +31,11 @@ def bf16_model(family="qwen3"):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return DecoderAdapter(model)
+    return Decoder(model)
 
 
-def logits(adapter, sdpa, method=Dense()):  # noqa: B008 - immutable
-    return prefill(adapter, sdpa, method, pack_of(document(120), document(40, seed=1)))
+def logits(decoder, sdpa, method=Dense()):  # noqa: B008 - immutable
+    return prefill(decoder, sdpa, method, pack_of(document(120), document(40, seed=1)))
 
 
 def distance(a, b):
@@ -44,32 +44,32 @@ def distance(a, b):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_linear_layers_in_fp8_stay_close(slow_cpu, sdpa, family):
-    adapter = bf16_model(family)
-    full = logits(adapter, sdpa).logits_BV
-    adapter.use_linears("fp8", keep=True)
-    assert 0 < distance(logits(adapter, sdpa).logits_BV, full) < 0.3
-    adapter.use_linears("auto")
-    assert torch.equal(logits(adapter, sdpa).logits_BV, full)
+    decoder = bf16_model(family)
+    full = logits(decoder, sdpa).logits_BV
+    decoder.use_linears("fp8", keep=True)
+    assert 0 < distance(logits(decoder, sdpa).logits_BV, full) < 0.3
+    decoder.use_linears("auto")
+    assert torch.equal(logits(decoder, sdpa).logits_BV, full)
 
 
 def test_without_keep_the_other_weights_are_given_up(slow_cpu, sdpa):
-    adapter = bf16_model()
-    before = sum(p.numel() for p in adapter.model.parameters())
-    adapter.use_linears("fp8")
-    logits(adapter, sdpa)
-    block = adapter.model.model.layers[0]
+    decoder = bf16_model()
+    before = sum(p.numel() for p in decoder.model.parameters())
+    decoder.use_linears("fp8")
+    logits(decoder, sdpa)
+    block = decoder.model.model.layers[0]
     assert block.mlp.up_proj.weight.numel() == block.self_attn.q_proj.weight.numel() == 0
-    assert sum(p.numel() for p in adapter.model.parameters()) < before
+    assert sum(p.numel() for p in decoder.model.parameters()) < before
 
 
 def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu, sdpa):
-    adapter = bf16_model("qwen2")
+    decoder = bf16_model("qwen2")
     pack = pack_of(document(150), document(70, seed=1), document(40, seed=2))
-    full = prefill(adapter, sdpa, Dense(), pack).logits_BV
-    adapter.use_linears("fp8", keep=True)
-    in_fp8 = prefill(adapter, sdpa, Dense(), pack).logits_BV
-    adapter.use_linears("mixed", keep=True)
-    prefilled = prefill(adapter, sdpa, Dense(), pack, new_tokens=3)
+    full = prefill(decoder, sdpa, Dense(), pack).logits_BV
+    decoder.use_linears("fp8", keep=True)
+    in_fp8 = prefill(decoder, sdpa, Dense(), pack).logits_BV
+    decoder.use_linears("mixed", keep=True)
+    prefilled = prefill(decoder, sdpa, Dense(), pack, new_tokens=3)
     near, far = (distance(x[:2], full[:2]) for x in (prefilled.logits_BV, in_fp8))
     assert 0 < near < far / 2
     # a document of at most the window is computed as without fp8
@@ -77,22 +77,22 @@ def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu
     for ((*works, last),), length in zip(prefilled.by_document(), (150, 70, 40), strict=True):
         assert (last.ffn_tokens, last.ffn_fp8_tokens) == (1, 0)
         assert {(work.ffn_tokens, work.ffn_fp8_tokens) for work in works} == {(length, max(0, length - 64))}
-    behind = continue_with(adapter, sdpa, prefilled.cache, [[1, 2]] * 3, prefilled.next_positions)
-    adapter.use_linears("auto")
-    plain = prefill(adapter, sdpa, Dense(), pack, new_tokens=3)
-    expected = continue_with(adapter, sdpa, plain.cache, [[1, 2]] * 3, plain.next_positions)
+    behind = continue_with(decoder, sdpa, prefilled.cache, [[1, 2]] * 3, prefilled.next_positions)
+    decoder.use_linears("auto")
+    plain = prefill(decoder, sdpa, Dense(), pack, new_tokens=3)
+    expected = continue_with(decoder, sdpa, plain.cache, [[1, 2]] * 3, plain.next_positions)
     assert distance(behind[4:], expected[4:]) < 1e-2
     assert 0 < distance(behind[:4], expected[:4]) < 0.2
 
 
 def test_mixed_keeps_short_documents_whatever_their_pack(slow_cpu, sdpa, monkeypatch):
     monkeypatch.setattr("pipeline.model.precision.worthwhile", lambda length, *_: length >= 100)
-    adapter = bf16_model("qwen2")
+    decoder = bf16_model("qwen2")
     long, short = document(150), document(90, seed=1)
-    full = prefill(adapter, sdpa, Dense(), pack_of(short)).logits_BV
-    adapter.use_linears("mixed", keep=True)
-    alone = prefill(adapter, sdpa, Dense(), pack_of(short))
-    packed = prefill(adapter, sdpa, Dense(), pack_of(long, short))
+    full = prefill(decoder, sdpa, Dense(), pack_of(short)).logits_BV
+    decoder.use_linears("mixed", keep=True)
+    alone = prefill(decoder, sdpa, Dense(), pack_of(short))
+    packed = prefill(decoder, sdpa, Dense(), pack_of(long, short))
     assert torch.equal(alone.logits_BV[0], full[0])
     assert distance(packed.logits_BV[1], full[0]) < 1e-2
     assert [works[0].ffn_fp8_tokens for (works,) in packed.by_document()] == [150 - 64, 0]
@@ -100,10 +100,10 @@ def test_mixed_keeps_short_documents_whatever_their_pack(slow_cpu, sdpa, monkeyp
 
 @pytest.mark.parametrize("method", [MarsInfer(start_layer=1, eta=0.7), Mars(last_full=1, window=70, most=70)])
 def test_mixed_goes_with_methods_that_select(slow_cpu, sdpa, method):
-    adapter = bf16_model("qwen2")
-    full = logits(adapter, sdpa, method)
-    adapter.use_linears("mixed", keep=True)
-    mixed = logits(adapter, sdpa, method)
+    decoder = bf16_model("qwen2")
+    full = logits(decoder, sdpa, method)
+    decoder.use_linears("mixed", keep=True)
+    mixed = logits(decoder, sdpa, method)
     for (before,), (after,) in zip(full.by_document(), mixed.by_document(), strict=True):
         assert [work.tokens for work in after] == [work.tokens for work in before]
         assert all(work.ffn_fp8_tokens <= max(0, work.ffn_tokens - min(64, work.tokens)) for work in after)
@@ -112,16 +112,16 @@ def test_mixed_goes_with_methods_that_select(slow_cpu, sdpa, method):
 
 
 def test_mixed_keeps_both_forms_of_its_weights(slow_cpu, sdpa):
-    adapter = bf16_model()
-    before = sum(p.numel() for p in adapter.model.parameters())
-    adapter.use_linears("mixed")
-    assert sum(p.numel() for p in adapter.model.parameters()) == before
+    decoder = bf16_model()
+    before = sum(p.numel() for p in decoder.model.parameters())
+    decoder.use_linears("mixed")
+    assert sum(p.numel() for p in decoder.model.parameters()) == before
 
 
 def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
-    adapter = bf16_model()
-    adapter.use_linears("auto", ffn=True)
-    prefilled = logits(adapter, sdpa, TIERS)
+    decoder = bf16_model()
+    decoder.use_linears("auto", ffn=True)
+    prefilled = logits(decoder, sdpa, TIERS)
     for passes in prefilled.by_document():
         first, *others, last = passes[0]
         assert (last.tokens, last.ffn_tokens, last.ffn_fp8_tokens) == (first.tokens, 1, 0)
@@ -132,16 +132,16 @@ def test_tiers_count_what_each_precision_did(slow_cpu, sdpa):
 
 
 def test_all_tokens_in_the_high_tier_equal_dense(slow_cpu, sdpa):
-    adapter = bf16_model()
-    adapter.use_linears("auto", ffn=True)
+    decoder = bf16_model()
+    decoder.use_linears("auto", ffn=True)
     everything = MarsInfer(low="fp8", start_layer=1, eta=1.0, eta_high=1.0)
-    assert torch.equal(logits(adapter, sdpa, everything).logits_BV, logits(adapter, sdpa).logits_BV)
+    assert torch.equal(logits(decoder, sdpa, everything).logits_BV, logits(decoder, sdpa).logits_BV)
 
 
 def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_eta_1(slow_cpu, sdpa):
-    adapter = bf16_model()
-    adapter.use_linears("auto", ffn=True)
-    prefilled = logits(adapter, sdpa, MarsInfer(low="fp8", start_layer=0, eta=1.0))
+    decoder = bf16_model()
+    decoder.use_linears("auto", ffn=True)
+    prefilled = logits(decoder, sdpa, MarsInfer(low="fp8", start_layer=0, eta=1.0))
     for ((*layers, last),) in prefilled.by_document():
         assert all(work.ffn_fp8_tokens == work.tokens for work in layers)
         assert last.ffn_fp8_tokens == last.ffn_tokens == 1
@@ -150,10 +150,10 @@ def test_with_no_high_tier_kept_tokens_are_all_in_fp8_and_nothing_is_scored_for_
 
 def test_weights_whose_sides_the_tensor_cores_do_not_take_are_refused(slow_cpu):
     sizes = {**SIZES, **FAMILY_SETTINGS["llama"], "intermediate_size": 100}
-    adapter = DecoderAdapter(random_model("llama", sizes, device=torch.device("cpu"), dtype=torch.bfloat16))
+    decoder = Decoder(random_model("llama", sizes, device=torch.device("cpu"), dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match=r"the sides of its weights, .* 100, .* must divide by 16"):
-        adapter.use_linears("fp8")
-    assert not adapter.linears_in_fp8
+        decoder.use_linears("fp8")
+    assert not decoder.linears_in_fp8
 
 
 @pytest.mark.parametrize(

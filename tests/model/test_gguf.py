@@ -15,7 +15,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.gguf_header import read_header
 from pipeline.checkpoints.gguf_rope import LLAMA_3, GgufError, llama3_divisors, rope_parameters
 from pipeline.errors import ModelError
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -42,8 +42,8 @@ def llama():
     return SimpleNamespace(settings=settings_of(model), tensors=tensors_of(model), model=model)
 
 
-def logits(adapter, sdpa, length=400):
-    return prefill(adapter, sdpa, Dense(), pack_of(document(length))).logits_BV[0]
+def logits(decoder, sdpa, length=400):
+    return prefill(decoder, sdpa, Dense(), pack_of(document(length))).logits_BV[0]
 
 
 def loaded(path):
@@ -72,7 +72,7 @@ def test_the_logits_are_those_of_the_model_that_was_written(family, settings, sd
             torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.manual_seed(len(name)))
     path = write(tmp_path / "m.gguf", family, settings_of(model), tensors_of(model))
     ours = loaded(path)
-    assert torch.equal(logits(ours.adapter, sdpa), logits(DecoderAdapter(model), sdpa))
+    assert torch.equal(logits(ours.decoder, sdpa), logits(Decoder(model), sdpa))
     assert ours.tokenizer.decode(ours.tokenizer.encode("a tin<|im_end|>")) == "a tin<|im_end|>"
     assert ours.generation_config.eos_token_id == 259
 
@@ -83,9 +83,9 @@ def test_the_logits_are_those_of_the_model_that_was_written(family, settings, sd
 def test_rope_scaling_acts(rope, sdpa, tmp_path):
     model = model_of(rope_parameters=rope)
     path = write(tmp_path / "m.gguf", "llama", settings_of(model), tensors_of(model))
-    ours = logits(loaded(path).adapter, sdpa)
-    stock = logits(DecoderAdapter(model), sdpa)
-    unscaled = logits(DecoderAdapter(model_of()), sdpa)
+    ours = logits(loaded(path).decoder, sdpa)
+    stock = logits(Decoder(model), sdpa)
+    unscaled = logits(Decoder(model_of()), sdpa)
     assert (ours - stock).abs().max() <= 1e-4
     assert (ours - unscaled).abs().max() > 1e-2
 
@@ -174,8 +174,8 @@ def test_quantised_tensors_are_read(llama, sdpa, tmp_path, kind):
     }
     quantised = loaded(write(tmp_path / "q.gguf", "llama", llama.settings, llama.tensors, kind=kind))
     reference = loaded(write(tmp_path / "m.gguf", "llama", llama.settings, rounded))
-    assert torch.equal(logits(quantised.adapter, sdpa), logits(reference.adapter, sdpa))
-    assert not torch.equal(logits(quantised.adapter, sdpa), logits(DecoderAdapter(llama.model), sdpa))
+    assert torch.equal(logits(quantised.decoder, sdpa), logits(reference.decoder, sdpa))
+    assert not torch.equal(logits(quantised.decoder, sdpa), logits(Decoder(llama.model), sdpa))
 
 
 def test_types_that_nobody_can_read_are_refused(llama, tmp_path):
@@ -196,7 +196,7 @@ def test_any_part_stands_for_the_whole(llama, sdpa, tmp_path):
     paths = write_parts(tmp_path, "llama", llama.settings, llama.tensors)
     for path in (paths[0], paths[2]):
         model = loaded(path)
-        assert torch.equal(logits(model.adapter, sdpa), logits(whole.adapter, sdpa))
+        assert torch.equal(logits(model.decoder, sdpa), logits(whole.decoder, sdpa))
         assert model.tokenizer.encode("a tin") == whole.tokenizer.encode("a tin")
     assert loaded(paths[0]).fingerprint == loaded(paths[1]).fingerprint != whole.fingerprint
 
@@ -272,7 +272,7 @@ def test_frequencies_of_a_family_that_has_none_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"general.type": "adapter"}, "m.gguf holds no model, but what its header calls 'adapter'"),
+        ({"general.type": "decoder"}, "m.gguf holds no model, but what its header calls 'decoder'"),
         ({"llama.expert_count": 8}, "m.gguf has llama.expert_count 8, which is not supported"),
         ({"llama.rope.dimension_count": 16, "llama.attention.key_length": 32},
          "m.gguf rotates 16 of 32 dimensions of a head, which is not supported"),

@@ -50,10 +50,10 @@ def late(request):
     return request.param
 
 
-def prefilled_pack(adapter, method="dense", lengths=LENGTHS, new_tokens=NEW_TOKENS):
+def prefilled_pack(decoder, method="dense", lengths=LENGTHS, new_tokens=NEW_TOKENS):
     documents = [document(length, seed=length, row=row) for row, length in enumerate(lengths)]
     return prefill(
-        adapter, SdpaAttention(), make_method(method, METHODS[method]), pack_of(*documents), new_tokens
+        decoder, SdpaAttention(), make_method(method, METHODS[method]), pack_of(*documents), new_tokens
     )
 
 
@@ -61,27 +61,27 @@ def stop_rules(token_ids=(), new_tokens=NEW_TOKENS):
     return StopRules(max_new_tokens=new_tokens, token_ids=frozenset(token_ids))
 
 
-def answers(adapter, prefilled, rules, **options):
+def answers(decoder, prefilled, rules, **options):
     """The tokens of each document, and how the steps were run."""
     stats = DecodeStats()
-    generated = decode(adapter, SdpaAttention(), prefilled, rules, stats=stats, **options)
+    generated = decode(decoder, SdpaAttention(), prefilled, rules, stats=stats, **options)
     return [(answer.tokens, answer.finish_reason) for answer in generated], stats
 
 
 @torch.inference_mode()
-def naive_answers(adapter, prefilled, rules):
+def naive_answers(decoder, prefilled, rules):
     """Greedy, by host numbers, each finished document leaving at once."""
     cache, attention = prefilled.cache, SdpaAttention()
     starts = [list(slots.starts) for slots in cache.slots]
     used = [list(slots.segments.lengths) for slots in cache.slots]
     tokens = [[token] for token in prefilled.logits_BV.argmax(-1).tolist()]
     while live := [b for b, answer in enumerate(tokens) if rules.reason(answer) is None]:
-        hidden = adapter.embed(torch.tensor([tokens[b][-1] for b in live]))
+        hidden = decoder.embed(torch.tensor([tokens[b][-1] for b in live]))
         at = [prefilled.next_positions[b] + len(tokens[b]) - 1 for b in live]
-        rope = adapter.rope(hidden, torch.tensor(at))
-        for layer in range(adapter.shape.layers):
+        rope = decoder.rope(hidden, torch.tensor(at))
+        for layer in range(decoder.shape.layers):
             keys, values = cache.keys[layer], cache.values[layer]
-            q, k, v = adapter.qkv(layer, hidden, rope)
+            q, k, v = decoder.qkv(layer, hidden, rope)
             for row, b in enumerate(live):
                 place = starts[layer][b] + used[layer][b]
                 keys[place], values[place] = k[row], v[row]
@@ -89,9 +89,9 @@ def naive_answers(adapter, prefilled, rules):
             slots = DecodeSlots.of(
                 [starts[layer][b] for b in live], [used[layer][b] for b in live], len(keys), keys.device
             )
-            adapter.add_attention_(layer, hidden, attention.decode(q, keys, values, slots))
-            adapter.add_feed_forward_(layer, hidden)
-        for b, token in zip(live, adapter.logits(hidden).argmax(-1).tolist(), strict=True):
+            decoder.add_attention_(layer, hidden, attention.decode(q, keys, values, slots))
+            decoder.add_feed_forward_(layer, hidden)
+        for b, token in zip(live, decoder.logits(hidden).argmax(-1).tolist(), strict=True):
             tokens[b].append(token)
     reasons = [rules.reason(answer) for answer in tokens]
     return [
@@ -100,9 +100,9 @@ def naive_answers(adapter, prefilled, rules):
     ]
 
 
-def rules_with_different_stops(adapter, method):
+def rules_with_different_stops(decoder, method):
     """Stop tokens at which several documents end, each at another step, and others go on."""
-    tokens = [answer for answer, _ in naive_answers(adapter, prefilled_pack(adapter, method), stop_rules())]
+    tokens = [answer for answer, _ in naive_answers(decoder, prefilled_pack(decoder, method), stop_rules())]
     rules = stop_rules({tokens[0][14], tokens[1][20], tokens[2][25]})
     ends = [
         next((at for at, token in enumerate(answer) if token in rules.token_ids), NEW_TOKENS)
@@ -112,40 +112,40 @@ def rules_with_different_stops(adapter, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_static_steps_give_the_tokens_of_the_plain_loop(adapter, recorder, method, late):
-    rules, ends = rules_with_different_stops(adapter, method)
+def test_static_steps_give_the_tokens_of_the_plain_loop(decoder, recorder, method, late):
+    rules, ends = rules_with_different_stops(decoder, method)
     assert len(set(ends)) > 2  # not vacuous: documents end at different steps
-    expected = naive_answers(adapter, prefilled_pack(adapter, method), rules)
-    got, stats = answers(adapter, prefilled_pack(adapter, method), rules, late=late)
+    expected = naive_answers(decoder, prefilled_pack(decoder, method), rules)
+    got, stats = answers(decoder, prefilled_pack(decoder, method), rules, late=late)
     assert got == expected
     assert stats.replayed_steps > 0
     assert all(made.closed for made in recorder.recorded)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_recorder_the_tokens_are_the_same(adapter, method, late):
-    rules, _ = rules_with_different_stops(adapter, method)
-    expected = naive_answers(adapter, prefilled_pack(adapter, method), rules)
-    got, stats = answers(adapter, prefilled_pack(adapter, method), rules, late=late)
+def test_without_a_recorder_the_tokens_are_the_same(decoder, method, late):
+    rules, _ = rules_with_different_stops(decoder, method)
+    expected = naive_answers(decoder, prefilled_pack(decoder, method), rules)
+    got, stats = answers(decoder, prefilled_pack(decoder, method), rules, late=late)
     assert got == expected
     assert (stats.replayed_steps, stats.captures) == (0, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_document_is_decoded_where_it_was_prefilled(adapter, recorder, method, late, monkeypatch):
+def test_one_document_is_decoded_where_it_was_prefilled(decoder, recorder, method, late, monkeypatch):
     def never(*_):
         raise AssertionError("copied to a store")
 
     monkeypatch.setattr(KvStore, "adopt", never)
-    prefilled = prefilled_pack(adapter, method, lengths=LENGTHS[:1])
-    expected = naive_answers(adapter, prefilled, stop_rules())
-    assert answers(adapter, prefilled, stop_rules(), late=late)[0] == expected
+    prefilled = prefilled_pack(decoder, method, lengths=LENGTHS[:1])
+    expected = naive_answers(decoder, prefilled, stop_rules())
+    assert answers(decoder, prefilled, stop_rules(), late=late)[0] == expected
     assert recorder.recorded
 
 
 def ends_and_columns(monkeypatch, ends, late=0):
     """Documents that end after so many tokens; of each step how many rows there were, and columns."""
-    adapter, rows, columns = tiny_model("llama"), [], []
+    decoder, rows, columns = tiny_model("llama"), [], []
     real = DecodeBatch.step
 
     def step(self, count):
@@ -155,10 +155,10 @@ def ends_and_columns(monkeypatch, ends, late=0):
         real(self, count)
 
     lengths = LENGTHS[: len(ends)]
-    whole = naive_answers(adapter, prefilled_pack(adapter, lengths=lengths), stop_rules())
+    whole = naive_answers(decoder, prefilled_pack(decoder, lengths=lengths), stop_rules())
     with monkeypatch.context() as patched:
         patched.setattr(DecodeBatch, "step", step)
-        got, stats = answers(adapter, prefilled_pack(adapter, lengths=lengths), EndAt(ends), late=late)
+        got, stats = answers(decoder, prefilled_pack(decoder, lengths=lengths), EndAt(ends), late=late)
     assert [tokens for tokens, _ in got] == [
         tokens[:end] for (tokens, _), end in zip(whole, ends, strict=True)
     ]
@@ -239,13 +239,13 @@ def test_every_step_writes_where_its_rows_have_room(recorder, monkeypatch, late)
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_sampling_does_not_depend_on_how_batches_are_padded(recorder, late, top_p):
-    adapter = tiny_model("qwen2")
+    decoder = tiny_model("qwen2")
     sampling = Sampling(temperature=1.5, top_p=top_p, seed=3)
     ends = [10, 40, 15, 40]
 
     def run(**options):
-        prefilled = prefilled_pack(adapter, lengths=LENGTHS[:4])
-        return answers(adapter, prefilled, EndAt(ends), sampling=sampling, **options)
+        prefilled = prefilled_pack(decoder, lengths=LENGTHS[:4])
+        return answers(decoder, prefilled, EndAt(ends), sampling=sampling, **options)
 
     (replayed, stats), (plain, eager) = run(late=late), run(late=0, graphs=False)
     assert replayed == plain
@@ -258,10 +258,10 @@ def test_sampling_does_not_depend_on_how_batches_are_padded(recorder, late, top_
 )
 def test_a_failed_capture_is_recorded_and_decoding_goes_on(recorder, error, remembered, late):
     recorder.error = error
-    adapter, attention = tiny_model("llama"), SdpaAttention()
-    expected = naive_answers(adapter, prefilled_pack(adapter), stop_rules())
-    prefilled, stats = prefilled_pack(adapter), DecodeStats()
-    got = decode(adapter, attention, prefilled, stop_rules(), stats=stats, late=late)
+    decoder, attention = tiny_model("llama"), SdpaAttention()
+    expected = naive_answers(decoder, prefilled_pack(decoder), stop_rules())
+    prefilled, stats = prefilled_pack(decoder), DecodeStats()
+    got = decode(decoder, attention, prefilled, stop_rules(), stats=stats, late=late)
     assert [(answer.tokens, answer.finish_reason) for answer in got] == expected
     assert stats.failure == f"{type(error).__name__}: {error}"
     assert (stats.captures, stats.replayed_steps) == (0, 0)
@@ -269,8 +269,8 @@ def test_a_failed_capture_is_recorded_and_decoding_goes_on(recorder, error, reme
 
 
 def test_the_check_is_called_before_every_step_and_may_give_up(recorder, late):
-    adapter, calls = tiny_model("llama"), count()
-    answers(adapter, prefilled_pack(adapter), stop_rules(), check=lambda: next(calls), late=late)
+    decoder, calls = tiny_model("llama"), count()
+    answers(decoder, prefilled_pack(decoder), stop_rules(), check=lambda: next(calls), late=late)
     assert next(calls) == NEW_TOKENS - 1 + late  # and before what is looked at when no step is left
 
     steps = count()
@@ -280,14 +280,14 @@ def test_the_check_is_called_before_every_step_and_may_give_up(recorder, late):
             raise RowError("timeout", "too long")
 
     with pytest.raises(RowError, match="too long"):
-        answers(adapter, prefilled_pack(adapter), stop_rules(), check=give_up, late=late)
+        answers(decoder, prefilled_pack(decoder), stop_rules(), check=give_up, late=late)
     assert len(recorder.recorded) == 2
     assert all(made.closed for made in recorder.recorded)
 
 
 def test_output_that_is_not_finite_fails_its_pack_but_not_that_of_nobody(recorder, monkeypatch, late):
     """What pads the batch, and the step that a row takes after its end, may make anything."""
-    adapter, real, steps = tiny_model("llama"), DecodeBatch._choose_, count(1)
+    decoder, real, steps = tiny_model("llama"), DecodeBatch._choose_, count(1)
     ends, at = [10] + [40] * 4, 10  # the first row has its tenth token by the ninth step
 
     def choose(self, logits, columns, spoilt=()):
@@ -299,27 +299,27 @@ def test_output_that_is_not_finite_fails_its_pack_but_not_that_of_nobody(recorde
         assert self.tokens_C.ge(0).all()  # they are looked up in the next step
 
     lengths = LENGTHS[:5]
-    expected = naive_answers(adapter, prefilled_pack(adapter, lengths=lengths), stop_rules())
-    prefilled = [prefilled_pack(adapter, lengths=lengths) for _ in range(2)]
+    expected = naive_answers(decoder, prefilled_pack(decoder, lengths=lengths), stop_rules())
+    prefilled = [prefilled_pack(decoder, lengths=lengths) for _ in range(2)]
     after_the_end = ((at, 0),) if late else ()
     with monkeypatch.context() as patched:
         patched.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, after_the_end))
-        got, _ = answers(adapter, prefilled[0], EndAt(ends), late=late)
+        got, _ = answers(decoder, prefilled[0], EndAt(ends), late=late)
     assert [tokens for tokens, _ in got] == [expected[0][0][:10], *(tokens for tokens, _ in expected[1:])]
     steps = count(1)
     monkeypatch.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, ((15, 2),)))
     with pytest.raises(RowError, match="not finite"):
-        answers(adapter, prefilled[1], stop_rules(), late=late)
+        answers(decoder, prefilled[1], stop_rules(), late=late)
     assert next(steps) == 15 + 1 + late  # given up at once
 
 
 def test_a_prefill_whose_output_is_not_finite_is_given_up(late):
-    adapter = tiny_model("llama")
-    prefilled = prefilled_pack(adapter, lengths=LENGTHS[:2])
+    decoder = tiny_model("llama")
+    prefilled = prefilled_pack(decoder, lengths=LENGTHS[:2])
     with torch.inference_mode():
         prefilled.logits_BV[1] = float("nan")
     with pytest.raises(RowError, match="not finite"):
-        answers(adapter, prefilled, stop_rules(), late=late)
+        answers(decoder, prefilled, stop_rules(), late=late)
 
 
 def test_only_a_gpu_with_a_backend_that_can_be_captured_is_recorded():
@@ -340,20 +340,20 @@ def test_steps_over_a_cache_that_needs_the_host_are_not_recorded(recorder, late)
         on_device_alone = OffloadedCache.on_device_alone
 
     assert RaggedCache(1).on_device_alone
-    adapter = tiny_model("llama")
-    prefilled = prefilled_pack(adapter, lengths=LENGTHS[:1])
-    expected = naive_answers(adapter, prefilled, stop_rules())
+    decoder = tiny_model("llama")
+    prefilled = prefilled_pack(decoder, lengths=LENGTHS[:1])
+    expected = naive_answers(decoder, prefilled, stop_rules())
     prefilled.cache.__class__ = Offloading
-    got, stats = answers(adapter, prefilled, stop_rules(), late=late)
+    got, stats = answers(decoder, prefilled, stop_rules(), late=late)
     assert got == expected
     assert stats == DecodeStats(eager_steps=39)
     assert recorder.recorded == []
 
 
 def test_a_cache_without_room_for_the_answer_is_an_error_of_the_caller():
-    adapter = tiny_model("llama")
+    decoder = tiny_model("llama")
     with pytest.raises(AssertionError, match="no room"):
-        answers(adapter, prefilled_pack(adapter, lengths=LENGTHS[:1], new_tokens=5), stop_rules())
+        answers(decoder, prefilled_pack(decoder, lengths=LENGTHS[:1], new_tokens=5), stop_rules())
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 100, 256, 700])

@@ -82,11 +82,11 @@ def assert_same(ours, reference):
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_what_is_read_is_what_would_be_without(adapter, sdpa, name):
+def test_what_is_read_is_what_would_be_without(decoder, sdpa, name):
     method, pack = easy(name), pack_of(*documents())
-    assert not method.needs_last_layer(adapter.shape)
-    ours = prefill(adapter, sdpa, method, pack, new_tokens=2)
-    reference = prefill(adapter, sdpa, asked(method), pack, new_tokens=2)
+    assert not method.needs_last_layer(decoder.shape)
+    ours = prefill(decoder, sdpa, method, pack, new_tokens=2)
+    reference = prefill(decoder, sdpa, asked(method), pack, new_tokens=2)
     assert_same(ours, reference)
     assert ours.work.last_only == [False, False, False, True]
     assert reference.work.last_only == [False] * 4
@@ -96,13 +96,13 @@ def test_what_is_read_is_what_would_be_without(adapter, sdpa, name):
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(adapter, sdpa, name, monkeypatch):
+def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(decoder, sdpa, name, monkeypatch):
     """All of it, as a layer that is not the last computes it, gives the same."""
     method, pack = asked(small(name)), pack_of(*documents())
-    ours = prefill(adapter, sdpa, method, pack, new_tokens=2)
+    ours = prefill(decoder, sdpa, method, pack, new_tokens=2)
     real = module._feed_forward
     monkeypatch.setattr(module, "_feed_forward", lambda *given: real(*given[:-1], None))
-    reference = prefill(adapter, sdpa, method, pack, new_tokens=2)
+    reference = prefill(decoder, sdpa, method, pack, new_tokens=2)
     assert reference.work.ffn()[-1] != [1, 1, 1]
     assert_same(ours, reference)
 
@@ -110,9 +110,9 @@ def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(adapter, sdp
 def test_block_sparse_attention_of_the_last_token_is_whole(sdpa, monkeypatch):
     sdpa.sparse_from = 300
     monkeypatch.setattr(sparse, "BLOCK", 32)
-    adapter, pack = tiny_model("qwen3"), pack_of(document(450), document(40, seed=1))
+    decoder, pack = tiny_model("qwen3"), pack_of(document(450), document(40, seed=1))
     method = Dense(sparse_attention=0.2)
-    ours, reference = (prefill(adapter, sdpa, each, pack) for each in (method, asked(method)))
+    ours, reference = (prefill(decoder, sdpa, each, pack) for each in (method, asked(method)))
     assert reference.by_document()[0][0][-1].pairs < 450 * 451 // 2
     assert_same(ours, reference)
 
@@ -160,12 +160,12 @@ class AtTheLast(PruningMethod):
 
 
 def test_a_method_that_does_not_say_is_asked(sdpa):
-    adapter, pack = tiny_model("llama"), pack_of(*documents())
-    ours, dense = (prefill(adapter, sdpa, method, pack) for method in (AtTheLast(), Dense()))
+    decoder, pack = tiny_model("llama"), pack_of(*documents())
+    ours, dense = (prefill(decoder, sdpa, method, pack) for method in (AtTheLast(), Dense()))
     assert ours.cache.prompt_tokens() == [list(LENGTHS)] * 3 + [[60, 5, 32]]
     assert torch.equal(ours.cache.keys[-1][:60], dense.cache.keys[-1][:120:2])
     assert (ours.logits_BV - dense.logits_BV).abs().max() <= 1e-4
-    skips = prefill(adapter, sdpa, AtTheLast(ffn=False), pack)
+    skips = prefill(decoder, sdpa, AtTheLast(ffn=False), pack)
     assert skips.work.ffn()[-1] == [0, 0, 0]
     assert (skips.logits_BV - dense.logits_BV).abs().max() > 1e-2
 
@@ -210,33 +210,33 @@ class Counting(SdpaAttention):
 
 
 def test_only_the_last_token_is_attended_for(monkeypatch):
-    adapter, counting, passed = tiny_model("qwen2"), Counting(), []
-    real = adapter.add_feed_forward_
+    decoder, counting, passed = tiny_model("qwen2"), Counting(), []
+    real = decoder.add_feed_forward_
     monkeypatch.setattr(
-        adapter, "add_feed_forward_", lambda *given: passed.append(len(given[1])) or real(*given)
+        decoder, "add_feed_forward_", lambda *given: passed.append(len(given[1])) or real(*given)
     )
-    prefill(adapter, counting, Dense(), pack_of(*documents()))
+    prefill(decoder, counting, Dense(), pack_of(*documents()))
     assert counting.queries == passed == [sum(LENGTHS)] * 3 + [3]
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_shares_are_of_what_dense_does(sdpa, name):
-    adapter, pack = tiny_model("qwen2"), pack_of(*documents())
+    decoder, pack = tiny_model("qwen2"), pack_of(*documents())
     for method in (full(small(name)), easy(name), small(name)):
-        prefilled = prefill(adapter, sdpa, method, pack)
+        prefilled = prefill(decoder, sdpa, method, pack)
         for passes, length in zip(prefilled.by_document(), LENGTHS, strict=True):
             shares = (
-                kept_ratio(adapter.shape, passes, length),
-                ffn_ratio(adapter.shape, passes, length),
-                attention_ratio(adapter.shape, passes, length),
-                passes_flops(adapter.shape, passes) / dense_flops(adapter.shape, length),
+                kept_ratio(decoder.shape, passes, length),
+                ffn_ratio(decoder.shape, passes, length),
+                attention_ratio(decoder.shape, passes, length),
+                passes_flops(decoder.shape, passes) / dense_flops(decoder.shape, length),
             )
             if name == "dense":
                 assert shares == (1, 1, 1, 1)
                 assert passes == [dense_work(4, length)]
             # gemfilter runs twice; who must see the last layer computes attention that dense does not
             assert max(shares[:2]) <= 1 or name == "gemfilter"
-            assert shares[2] <= 1 or name == "gemfilter" or method.needs_last_layer(adapter.shape)
+            assert shares[2] <= 1 or name == "gemfilter" or method.needs_last_layer(decoder.shape)
 
 
 def test_operations_of_a_last_layer_by_hand():

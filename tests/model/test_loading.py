@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
-from pipeline.families.adapters import DecoderAdapter, check_config, shape_of
+from pipeline.families.decoder import Decoder, check_config, shape_of
 from pipeline.model.loading import load_model
 from pipeline.settings.model_settings import ModelSettings
 
@@ -31,8 +31,8 @@ def change_config(folder, **changes):
 
 def test_a_folder_is_loaded_with_its_fingerprint(folder):
     model = load_model(str(folder), device="cpu")
-    assert model.adapter.dtype == torch.float32
-    assert (model.adapter.shape.layers, model.adapter.shape.context) == (4, 1024)
+    assert model.decoder.dtype == torch.float32
+    assert (model.decoder.shape.layers, model.decoder.shape.context) == (4, 1024)
     assert model.fingerprint.startswith("content:")
     assert load_model(str(folder), device="cpu").fingerprint == model.fingerprint
     change_config(folder, rms_norm_eps=1e-3)
@@ -40,7 +40,7 @@ def test_a_folder_is_loaded_with_its_fingerprint(folder):
 
 
 def test_dtype_is_the_one_asked_for(folder):
-    assert load_model(str(folder), device="cpu", dtype="bfloat16").adapter.dtype == torch.bfloat16
+    assert load_model(str(folder), device="cpu", dtype="bfloat16").decoder.dtype == torch.bfloat16
 
 
 def refusal(model, **options):
@@ -59,10 +59,10 @@ class PackedLinear(torch.nn.Linear):
 
 
 def test_layers_that_a_quantiser_replaced_are_refused(folder):
-    model = load_model(str(folder), device="cpu").adapter.model
+    model = load_model(str(folder), device="cpu").decoder.model
     model.model.layers[1].mlp.up_proj = PackedLinear(64, 64)
     with pytest.raises(ModelError, match="layers of type PackedLinear are not supported"):
-        DecoderAdapter(model)
+        Decoder(model)
 
 
 def test_remote_code_needs_leave(folder):

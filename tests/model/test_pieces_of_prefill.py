@@ -11,7 +11,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines import memory
 from pipeline.engines.memory import Packer
-from pipeline.families.adapters import DecoderAdapter
+from pipeline.families.decoder import Decoder
 from pipeline.families.projection import Norm
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -27,12 +27,12 @@ def documents():
     return [document(60), document(9, seed=1), document(33, seed=2)]
 
 
-def both(adapter, sdpa, method, given=None):
+def both(decoder, sdpa, method, given=None):
     """The same pack in one piece, and in pieces of a few tokens."""
     pack = pack_of(*(given or documents()))
-    whole = prefill(adapter, sdpa, method, pack, new_tokens=2)
-    adapter.piece_tokens = PIECE
-    return whole, prefill(adapter, sdpa, method, pack, new_tokens=2)
+    whole = prefill(decoder, sdpa, method, pack, new_tokens=2)
+    decoder.piece_tokens = PIECE
+    return whole, prefill(decoder, sdpa, method, pack, new_tokens=2)
 
 
 def assert_same(whole, pieced, tolerance=1e-4):
@@ -44,36 +44,36 @@ def assert_same(whole, pieced, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_pieces_change_nothing(adapter, sdpa, name):
-    assert_same(*both(adapter, sdpa, small(name)))
+def test_pieces_change_nothing(decoder, sdpa, name):
+    assert_same(*both(decoder, sdpa, small(name)))
 
 
 def test_the_largest_matrix_products_are_of_a_piece(sdpa, monkeypatch):
-    adapter, seen = tiny_model("qwen3"), []
+    decoder, seen = tiny_model("qwen3"), []
     real = Norm.__call__
     monkeypatch.setattr(Norm, "__call__", lambda norm, x: seen.append(len(x)) or real(norm, x))
-    adapter.piece_tokens = PIECE
-    prefill(adapter, sdpa, Dense(), pack_of(*documents()))
+    decoder.piece_tokens = PIECE
+    prefill(decoder, sdpa, Dense(), pack_of(*documents()))
     assert max(seen) == PIECE
     seen.clear()
-    prefill(adapter, sdpa, MarsInfer(share=0.5, start_layer=0, window=5, prefix=4), pack_of(*documents()))
+    prefill(decoder, sdpa, MarsInfer(share=0.5, start_layer=0, window=5, prefix=4), pack_of(*documents()))
     assert max(seen) == PIECE
 
 
 def test_what_fits_a_piece_is_computed_as_ever(sdpa):
-    adapter = tiny_model("qwen2")
-    whole = prefill(adapter, sdpa, Dense(), pack_of(document(60)))
-    adapter.piece_tokens = 60
-    assert torch.equal(prefill(adapter, sdpa, Dense(), pack_of(document(60))).logits_BV, whole.logits_BV)
+    decoder = tiny_model("qwen2")
+    whole = prefill(decoder, sdpa, Dense(), pack_of(document(60)))
+    decoder.piece_tokens = 60
+    assert torch.equal(prefill(decoder, sdpa, Dense(), pack_of(document(60))).logits_BV, whole.logits_BV)
 
 
 @pytest.mark.parametrize(
     ("tokens", "sizes"), [(0, []), (7, [7]), (8, [4, 4]), (20, [7, 7, 6]), (22, [6, 6, 6, 4]), (1, [1])]
 )
 def test_pieces_are_few_and_of_like_size(tokens, sizes):
-    adapter = tiny_model("llama")
-    adapter.piece_tokens = PIECE
-    pieces = adapter.pieces(tokens)
+    decoder = tiny_model("llama")
+    decoder.piece_tokens = PIECE
+    pieces = decoder.pieces(tokens)
     assert [piece.stop - piece.start for piece in pieces] == sizes
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(tokens))
 
@@ -81,13 +81,13 @@ def test_pieces_are_few_and_of_like_size(tokens, sizes):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("linears", ["fp8", "mixed"])
 def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
-    monkeypatch.setattr("pipeline.families.adapters.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
-    adapter = DecoderAdapter(sharpened(model))
-    adapter.use_linears(linears, ffn=True, keep=True)
+    decoder = Decoder(sharpened(model))
+    decoder.use_linears(linears, ffn=True, keep=True)
     method = MarsInfer(low="fp8", start_layer=2, eta=1.0, eta_high=0.0, window=6, prefix=4)
-    whole, pieced = both(adapter, sdpa, method, [document(150), document(70, seed=1)])
+    whole, pieced = both(decoder, sdpa, method, [document(150), document(70, seed=1)])
     assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.05 * whole.logits_BV.norm()
 
 
@@ -97,12 +97,12 @@ def test_planned_bytes_bound_what_a_prefill_takes(sdpa, monkeypatch, name, piece
     """Of a model whose feed-forward network is wide, as real ones' are."""
     monkeypatch.setitem(SIZES, "intermediate_size", 512)
     monkeypatch.setattr(memory, "PIECE_TOKENS", piece)
-    adapter, method = tiny_model("qwen3"), small(name)
-    adapter.piece_tokens = piece
-    packer = Packer.on(adapter.device, method, adapter.shape, itemsize=4, new_tokens=2, pack_tokens=None)
+    decoder, method = tiny_model("qwen3"), small(name)
+    decoder.piece_tokens = piece
+    packer = Packer.on(decoder.device, method, decoder.shape, itemsize=4, new_tokens=2, pack_tokens=None)
     lengths = (1500, 400, 900)
     given = pack_of(*(document(length, seed=length) for length in lengths))
-    peak = peak_bytes(lambda: prefill(adapter, sdpa, method, given, new_tokens=2))
+    peak = peak_bytes(lambda: prefill(decoder, sdpa, method, given, new_tokens=2))
     planned = packer.planned_bytes(lengths)
     assert planned / 4 < peak <= planned
 

@@ -66,7 +66,7 @@ def make_fp8(folder, form):
 def test_fp8_weights_are_dequantised(folder, form, dtype):
     wanted = make_fp8(folder, form)
     model = opened(folder, dtype=dtype).load()
-    state = model.adapter.model.state_dict()
+    state = model.decoder.model.state_dict()
     assert state.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(state[name], tensor.to(model.dtype)), name
@@ -75,7 +75,7 @@ def test_fp8_weights_are_dequantised(folder, form, dtype):
 def test_an_fp8_decoder_without_its_prefix(folder):
     wanted = make_fp8(folder, "blocks")
     write(folder, {name.removeprefix("model."): each for name, each in tensors(folder).items()})
-    state = opened(folder).load().adapter.model.state_dict()
+    state = opened(folder).load().decoder.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 

@@ -18,7 +18,7 @@ from pipeline.settings.model_settings import ModelSettings
 def test_two_processes_would_draw_the_same_weights():
     first, second = (load_model("random:tiny", device="cpu", dtype="bfloat16") for _ in range(2))
     assert first.dtype == torch.bfloat16
-    pairs = zip(first.adapter.model.named_parameters(), second.adapter.model.named_parameters(), strict=True)
+    pairs = zip(first.decoder.model.named_parameters(), second.decoder.model.named_parameters(), strict=True)
     drawn = 0
     for (name, weight), (_, other) in pairs:
         assert torch.equal(weight, other), name

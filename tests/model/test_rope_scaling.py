@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline import run_batch
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.adapters import check_config, shape_of, with_rope_scaling
+from pipeline.families.decoder import check_config, shape_of, with_rope_scaling
 from pipeline.model.loading import load_model, open_model
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
@@ -50,11 +50,11 @@ def test_the_logits_are_those_of_stock_transformers(folder, sdpa, tmp_path, spec
     model = load_model(str(folder), device="cpu", rope_scaling=spec)
     assert (model.shape.context, model.rope_scaling) == (context, spec)
     doc = document(context - 3)
-    ours = prefill(model.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0]
+    ours = prefill(model.decoder, sdpa, Dense(), pack_of(doc)).logits_BV[0]
     unscaled = load_model(str(folder), device="cpu")
     assert unscaled.shape.context == 128
     assert unscaled.fingerprint == model.fingerprint
-    without = prefill(unscaled.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0]
+    without = prefill(unscaled.decoder, sdpa, Dense(), pack_of(doc)).logits_BV[0]
     shutil.copytree(folder, tmp_path / "by_hand")
     stock_model = by_hand(tmp_path / "by_hand", factor=factor, original_max_position_embeddings=original)
     with torch.inference_mode():
@@ -87,11 +87,11 @@ def test_yarn_in_the_configuration_extends_the_context(folder, sdpa, tmp_path):
     assert model.shape == flagged.shape
     assert model.shape.context == 512
     doc = document(500)
-    ours = prefill(model.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0]
+    ours = prefill(model.decoder, sdpa, Dense(), pack_of(doc)).logits_BV[0]
     with torch.inference_mode():
         stock = stock_model(torch.from_numpy(doc.input_ids)[None]).logits[0, -1]
     assert (ours - stock).abs().max() <= 1e-4
-    assert torch.equal(ours, prefill(flagged.adapter, sdpa, Dense(), pack_of(doc)).logits_BV[0])
+    assert torch.equal(ours, prefill(flagged.decoder, sdpa, Dense(), pack_of(doc)).logits_BV[0])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def smollm2_file():
 @pytest.fixture(scope="module")
 def smollm2(smollm2_file):
     model = smollm2_file.load()
-    model.adapter.piece_tokens = PIECE_TOKENS
+    model.decoder.piece_tokens = PIECE_TOKENS
     return model
 
 
@@ -68,7 +68,7 @@ def documents(smollm2):
 @pytest.fixture(scope="module")
 def dense(smollm2, documents):
     """The pack of both documents, prefilled."""
-    return prefill(smollm2.adapter, smollm2.attention, Dense(), pack_of(*documents), NEW_TOKENS)
+    return prefill(smollm2.decoder, smollm2.attention, Dense(), pack_of(*documents), NEW_TOKENS)
 
 
 def test_the_file_says_what_the_loaded_model_does(smollm2_file, smollm2):
@@ -77,12 +77,12 @@ def test_the_file_says_what_the_loaded_model_does(smollm2_file, smollm2):
 
 
 def test_dense_gives_the_logits_and_the_answer_of_transformers(smollm2, documents, dense):
-    model = smollm2.adapter.model
+    model = smollm2.decoder.model
     assert documents[0].prompt_tokens > 3 * PIECE_TOKENS
     rules = StopRules(
         max_new_tokens=NEW_TOKENS, token_ids=stop_token_ids(smollm2.tokenizer, smollm2.generation_config)
     )
-    answers = decode(smollm2.adapter, smollm2.attention, dense, rules)
+    answers = decode(smollm2.decoder, smollm2.attention, dense, rules)
     for b, document in enumerate(documents):
         ids = torch.from_numpy(document.input_ids)[None]
         with torch.inference_mode():
@@ -103,13 +103,13 @@ def test_dense_gives_the_logits_and_the_answer_of_transformers(smollm2, document
 
 def test_full_eta_equals_dense_through_the_real_gather(smollm2, documents, dense):
     for b, document in enumerate(documents):
-        full = prefill(smollm2.adapter, smollm2.attention, MarsInfer(eta=1.0), pack_of(document))
+        full = prefill(smollm2.decoder, smollm2.attention, MarsInfer(eta=1.0), pack_of(document))
         assert (full.logits_BV[0] - dense.logits_BV[b]).abs().max() <= 1e-4
         assert full.logits_BV[0].argmax() == dense.logits_BV[b].argmax()
 
 
 def test_the_papers_settings_prune_from_their_first_layer_on(smollm2, documents):
-    pruned = prefill(smollm2.adapter, smollm2.attention, MarsInfer(eta=0.9), pack_of(documents[1]))
+    pruned = prefill(smollm2.decoder, smollm2.attention, MarsInfer(eta=0.9), pack_of(documents[1]))
     shares = [layer[0] / documents[1].prompt_tokens for layer in pruned.work.ffn()]
     assert shares[:10] == [1.0] * 10
     assert 0.1 < sum(shares[10:]) / 20 < 0.9

@@ -8,8 +8,8 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened, tiny_model
 from kernel_cases import rounding_to_nearest
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families import adapters, projection
-from pipeline.families.adapters import STEP_ROWS, DecoderAdapter
+from pipeline.families import decoders, projection
+from pipeline.families.decoder import STEP_ROWS, Decoder
 from pipeline.kernels import fused, step
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.model.sampling import most_likely
@@ -22,18 +22,18 @@ class Run:
     """All layers for one token of each row: what was stored, what was asked, and the residual stream."""
 
     @torch.inference_mode()
-    def __init__(self, adapter, rows, run_layer):
-        shape, generator = adapter.shape, torch.Generator().manual_seed(rows)
+    def __init__(self, decoder, rows, run_layer):
+        shape, generator = decoder.shape, torch.Generator().manual_seed(rows)
         sizes = SLOTS, shape.kv_heads, shape.head_dim
-        self.hidden = torch.randn(rows, shape.hidden, generator=generator).to(adapter.dtype)
+        self.hidden = torch.randn(rows, shape.hidden, generator=generator).to(decoder.dtype)
         self.places = torch.randperm(SLOTS, generator=generator)[:rows]
-        self.keys = [torch.randn(sizes, generator=generator).to(adapter.dtype) for _ in range(shape.layers)]
-        self.values = [torch.randn(sizes, generator=generator).to(adapter.dtype) for _ in range(shape.layers)]
+        self.keys = [torch.randn(sizes, generator=generator).to(decoder.dtype) for _ in range(shape.layers)]
+        self.values = [torch.randn(sizes, generator=generator).to(decoder.dtype) for _ in range(shape.layers)]
         self.queries, self.groups = [], shape.heads // shape.kv_heads
         self.normed = None
-        rope = adapter.rope(self.hidden, torch.randint(0, 400, (rows,), generator=generator))
+        rope = decoder.rope(self.hidden, torch.randint(0, 400, (rows,), generator=generator))
         for layer in range(shape.layers):
-            run_layer(self, adapter, layer, rope)
+            run_layer(self, decoder, layer, rope)
 
     def attend(self, layer, q_BHd):
         """Something of the queries and of the new keys and values, which must have been stored by now."""
@@ -45,23 +45,23 @@ class Run:
         return [self.hidden, *self.keys, *self.values, *self.queries]
 
 
-def separately(run, adapter, layer, rope):
-    q_BHd, k_BKd, v_BKd = adapter.qkv(layer, run.hidden, rope)
+def separately(run, decoder, layer, rope):
+    q_BHd, k_BKd, v_BKd = decoder.qkv(layer, run.hidden, rope)
     run.keys[layer].index_copy_(0, run.places, k_BKd)
     run.values[layer].index_copy_(0, run.places, v_BKd)
-    adapter.add_attention_(layer, run.hidden, run.attend(layer, q_BHd))
-    adapter.add_feed_forward_(layer, run.hidden)
+    decoder.add_attention_(layer, run.hidden, run.attend(layer, q_BHd))
+    decoder.add_feed_forward_(layer, run.hidden)
 
 
-def in_a_step(run, adapter, layer, rope):
+def in_a_step(run, decoder, layer, rope):
     target = KvTarget(run.keys[layer], run.values[layer], run.places)
     arguments = target, lambda q: run.attend(layer, q), run.normed
-    run.normed = adapter.step_layer_(layer, run.hidden, rope, *arguments)
+    run.normed = decoder.step_layer_(layer, run.hidden, rope, *arguments)
 
 
-def forgetting_the_norm(run, adapter, layer, rope):
+def forgetting_the_norm(run, decoder, layer, rope):
     run.normed = None
-    in_a_step(run, adapter, layer, rope)
+    in_a_step(run, decoder, layer, rope)
 
 
 def assert_equal(run, other):
@@ -89,20 +89,18 @@ def distances_of_first_layer(run, other):
 
 def bf16_model(family, **settings):
     sizes = {**SIZES, **FAMILY_SETTINGS[family], **settings}
-    return DecoderAdapter(
-        sharpened(random_model(family, sizes, device=torch.device("cpu"), dtype=torch.bfloat16))
-    )
+    return Decoder(sharpened(random_model(family, sizes, device=torch.device("cpu"), dtype=torch.bfloat16)))
 
 
 @pytest.fixture
-def fp8_adapter(monkeypatch):
+def fp8_decoder(monkeypatch):
     """Of a family, with every linear layer in fp8 by torch's slow path."""
-    monkeypatch.setattr(adapters, "fp8_available", lambda device: None)
+    monkeypatch.setattr(decoders, "fp8_available", lambda device: None)
 
     def make(family, **settings):
-        adapter = bf16_model(family, **settings)
-        adapter.use_linears("fp8", keep=True)
-        return adapter
+        decoder = bf16_model(family, **settings)
+        decoder.use_linears("fp8", keep=True)
+        return decoder
 
     return make
 
@@ -110,7 +108,7 @@ def fp8_adapter(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Steps take the way of a GPU, by the functions' paths in plain torch."""
-    monkeypatch.setattr(adapters, "has_kernels", lambda x: True)
+    monkeypatch.setattr(decoders, "has_kernels", lambda x: True)
 
 
 @pytest.fixture
@@ -122,24 +120,24 @@ def row_wise_products(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_on_a_cpu_it_equals_the_separate_operations(adapter, rows):
-    assert_equal(Run(adapter, rows, in_a_step), Run(adapter, rows, separately))
+def test_on_a_cpu_it_equals_the_separate_operations(decoder, rows):
+    assert_equal(Run(decoder, rows, in_a_step), Run(decoder, rows, separately))
 
 
 @pytest.mark.parametrize("linears", ["auto", "fp8", "mixed"])
 @pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
-def test_without_kernels_so_it_does_in_every_precision(fp8_adapter, family, linears):
-    adapter = fp8_adapter(family)
-    adapter.use_linears(linears, keep=True)
-    run = Run(adapter, 5, in_a_step)
-    assert_equal(run, Run(adapter, 5, separately))
+def test_without_kernels_so_it_does_in_every_precision(fp8_decoder, family, linears):
+    decoder = fp8_decoder(family)
+    decoder.use_linears(linears, keep=True)
+    run = Run(decoder, 5, in_a_step)
+    assert_equal(run, Run(decoder, 5, separately))
     assert run.normed is None
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_SETTINGS))
 def test_kernels_in_bf16_store_and_turn_as_the_separate_operations(as_on_a_gpu, family):
-    adapter = bf16_model(family)
-    assert_equal(Run(adapter, 5, in_a_step), Run(adapter, 5, separately))
+    decoder = bf16_model(family)
+    assert_equal(Run(decoder, 5, in_a_step), Run(decoder, 5, separately))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -147,58 +145,58 @@ def test_kernels_in_bf16_store_and_turn_as_the_separate_operations(as_on_a_gpu, 
     ("family", "settings"), [("llama", {}), ("llama", BIASES), ("mistral", {}), ("qwen2", {})]
 )
 def test_fp8_products_without_scales_are_near_those_with_them(
-    fp8_adapter, as_on_a_gpu, row_wise_products, family, settings, rows
+    fp8_decoder, as_on_a_gpu, row_wise_products, family, settings, rows
 ):
-    adapter = fp8_adapter(family, **settings)
-    expected = Run(adapter, rows, separately)
+    decoder = fp8_decoder(family, **settings)
+    expected = Run(decoder, rows, separately)
     assert row_wise_products
     row_wise_products.clear()
-    run = Run(adapter, rows, in_a_step)
+    run = Run(decoder, rows, in_a_step)
     assert row_wise_products == []
     # the first layer's products differ by roundings, and by those what is quantised next: a step of float8
     # is sixteen of bfloat16
     assert 0 < max(distances_of_first_layer(run, expected)) < 0.006
     assert max(distances(run, expected)) < 0.13
-    adapter.use_linears("auto")
-    exact = Run(adapter, rows, separately)
+    decoder.use_linears("auto")
+    exact = Run(decoder, rows, separately)
     near, far = (sum(distances(other, exact)) for other in (run, expected))
     assert near < 1.3 * far  # no less exact, but for chance
-    adapter.use_linears("fp8", keep=True)
-    assert_equal(Run(adapter, rows, forgetting_the_norm), run)
+    decoder.use_linears("fp8", keep=True)
+    assert_equal(Run(decoder, rows, forgetting_the_norm), run)
 
 
 @pytest.mark.slow
-def test_the_kernels_are_given_what_they_want(fp8_adapter, as_on_a_gpu, monkeypatch):
+def test_the_kernels_are_given_what_they_want(fp8_decoder, as_on_a_gpu, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
     pytest.importorskip("triton")
     from triton.runtime import interpreter
 
     from pipeline.kernels import triton_kernels
 
-    adapter = fp8_adapter("llama", **BIASES)
-    expected = Run(adapter, 3, in_a_step)
+    decoder = fp8_decoder("llama", **BIASES)
+    expected = Run(decoder, 3, in_a_step)
     for module in (fused, step):
         monkeypatch.setattr(module, "_kernels", lambda x: triton_kernels)
     monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
-    assert max(distances(Run(adapter, 3, in_a_step), expected)) < 0.03
-    adapter.use_linears("auto")
-    assert max(distances(Run(adapter, 3, in_a_step), Run(adapter, 3, separately))) < 0.03
+    assert max(distances(Run(decoder, 3, in_a_step), expected)) < 0.03
+    decoder.use_linears("auto")
+    assert max(distances(Run(decoder, 3, in_a_step), Run(decoder, 3, separately))) < 0.03
 
 
 @pytest.mark.parametrize(("family", "rows"), [("qwen3", 5), ("qwen2", STEP_ROWS + 1)])
 def test_norms_of_heads_and_many_rows_in_fp8_take_the_separate_operations(
-    fp8_adapter, as_on_a_gpu, family, rows
+    fp8_decoder, as_on_a_gpu, family, rows
 ):
-    adapter = fp8_adapter(family)
-    assert_equal(Run(adapter, rows, in_a_step), Run(adapter, rows, separately))
+    decoder = fp8_decoder(family)
+    assert_equal(Run(decoder, rows, in_a_step), Run(decoder, rows, separately))
 
 
 def test_the_head_orders_tokens_as_the_logits_do():
-    adapter = bf16_model("llama", vocab_size=5000)
-    hidden = torch.randn(40, adapter.shape.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    decoder = bf16_model("llama", vocab_size=5000)
+    hidden = torch.randn(40, decoder.shape.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
     hidden[3] = torch.nan
     with torch.inference_mode():
-        scores, logits = adapter.head(hidden), adapter.logits(hidden)
+        scores, logits = decoder.head(hidden), decoder.logits(hidden)
     assert (scores.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(most_likely(scores), most_likely(logits))
     tied = (scores == scores.amax(-1, keepdim=True)).sum(-1)

@@ -30,8 +30,8 @@ def tied(folder):
 
 def same_weights(folder, original):
     """Whether a folder's model has the weights of another's."""
-    ours = opened(folder).load().adapter.model.state_dict()
-    theirs = opened(original).load().adapter.model.state_dict()
+    ours = opened(folder).load().decoder.model.state_dict()
+    theirs = opened(original).load().decoder.model.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -250,7 +250,7 @@ REPORT = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": se
     ],
 )
 def test_what_transformers_reports_is_refused_too(model_folder, report, message):
-    model = opened(model_folder).load().adapter.model
+    model = opened(model_folder).load().decoder.model
     check_loaded("m", model, {}, (), None)
     check_loaded("m", model, {**REPORT, "unexpected_keys": {"a.scale"}}, {"a.scale"}, None)
     with pytest.raises(ModelError) as caught:

@@ -68,14 +68,14 @@ class Trace:
 
 
 @torch.inference_mode()
-def naive_prefill(adapter, ids: Tensor, choose: Callable[[Seen], Choice]) -> Trace:
-    decoder, trace, tokens = adapter.model.model, Trace(), list(range(len(ids)))
-    adapter.model.set_attn_implementation("eager")
-    hidden = decoder.embed_tokens(ids)[None]
-    for index, layer in enumerate(decoder.layers):
+def naive_prefill(decoder, ids: Tensor, choose: Callable[[Seen], Choice]) -> Trace:
+    body, trace, tokens = decoder.model.model, Trace(), list(range(len(ids)))
+    decoder.model.set_attn_implementation("eager")
+    hidden = body.embed_tokens(ids)[None]
+    for index, layer in enumerate(body.layers):
         n = len(tokens)
         mask = torch.full((n, n), float("-inf")).triu(1)[None, None]
-        rope = decoder.rotary_emb(hidden, torch.tensor(tokens)[None])
+        rope = body.rotary_emb(hidden, torch.tensor(tokens)[None])
         normed = layer.input_layernorm(hidden)
         queries = rotated_queries(layer.self_attn, normed, rope)
         mixed, weights = layer.self_attn(normed, rope, mask, past_key_values=trace.stored)
@@ -92,7 +92,7 @@ def naive_prefill(adapter, ids: Tensor, choose: Callable[[Seen], Choice]) -> Tra
         trace.ffn.append([tokens[place] for place in ffn])
         hidden[:, ffn] += layer.mlp(layer.post_attention_layernorm(hidden[:, ffn]))
         hidden, tokens = hidden[:, live], [tokens[place] for place in live]
-    trace.logits = adapter.model.lm_head(decoder.norm(hidden))[0, -1]
+    trace.logits = decoder.model.lm_head(body.norm(hidden))[0, -1]
     return trace
 
 
@@ -106,25 +106,25 @@ def rotated_queries(attention, normed, rope):
 
 
 @torch.inference_mode()
-def naive_decode(adapter, trace: Trace, position: int, new_tokens: int) -> list[int]:
+def naive_decode(decoder, trace: Trace, position: int, new_tokens: int) -> list[int]:
     """Greedy tokens after a prefill, the first of them from its logits; `position` is that token's."""
-    decoder = adapter.model.model
+    body = decoder.model.model
     answer = [int(trace.logits.argmax())]
     while len(answer) < new_tokens:
-        hidden = decoder.embed_tokens(torch.tensor(answer[-1:]))[None]
-        rope = decoder.rotary_emb(hidden, torch.tensor([[position + len(answer) - 1]]))
-        for layer in decoder.layers:
+        hidden = body.embed_tokens(torch.tensor(answer[-1:]))[None]
+        rope = body.rotary_emb(hidden, torch.tensor([[position + len(answer) - 1]]))
+        for layer in body.layers:
             normed = layer.input_layernorm(hidden)
             hidden = hidden + layer.self_attn(normed, rope, None, past_key_values=trace.stored)[0]
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        answer.append(int(adapter.model.lm_head(decoder.norm(hidden))[0, -1].argmax()))
+        answer.append(int(decoder.model.lm_head(body.norm(hidden))[0, -1].argmax()))
     return answer
 
 
-def generated(adapter, attention, prefilled, new_tokens: int) -> list[list[int]]:
+def generated(decoder, attention, prefilled, new_tokens: int) -> list[list[int]]:
     """Greedy tokens of each document, by the code under test."""
     rules = StopRules(max_new_tokens=new_tokens)
-    return [answer.tokens for answer in decode(adapter, attention, prefilled, rules)]
+    return [answer.tokens for answer in decode(decoder, attention, prefilled, rules)]
 
 
 class Watched:

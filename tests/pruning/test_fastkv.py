@@ -57,17 +57,17 @@ def naive_choice(seen, layer, share, kv_share, window, pool):
     return Choice(live=live, cache=[chosen(row, kv_share) for row in scores])
 
 
-def traces(adapter, settings):
+def traces(decoder, settings):
     ids = [torch.from_numpy(doc.input_ids) for doc in documents()]
-    return [naive_prefill(adapter, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
+    return [naive_prefill(decoder, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_same_tokens_go_on_and_each_head_stores_its_own(adapter, sdpa, settings):
+def test_the_same_tokens_go_on_and_each_head_stores_its_own(decoder, sdpa, settings):
     watched = Watched(FastKV(**settings))
-    prefilled = prefill(adapter, sdpa, watched, pack_of(*documents()))
-    expected = traces(adapter, settings)
+    prefilled = prefill(decoder, sdpa, watched, pack_of(*documents()))
+    expected = traces(decoder, settings)
     for b, trace in enumerate(expected):
         assert_same(trace, watched, prefilled, b)
     after_the_drop = settings["layer"] < 3 and settings["share"] < 1
@@ -76,21 +76,21 @@ def test_the_same_tokens_go_on_and_each_head_stores_its_own(adapter, sdpa, setti
     assert any(heads_differ) == (settings["kv_share"] < 1)
 
 
-def test_decoding_goes_on_from_the_original_position(adapter, sdpa):
+def test_decoding_goes_on_from_the_original_position(decoder, sdpa):
     settings = SETTINGS[0]
-    prefilled = prefill(adapter, sdpa, FastKV(**settings), pack_of(*documents()), new_tokens=12)
-    answers = generated(adapter, sdpa, prefilled, 12)
-    for doc, trace, answer in zip(documents(), traces(adapter, settings), answers, strict=True):
-        assert answer == naive_decode(adapter, trace, doc.prompt_tokens, 12)
-    left = traces(adapter, settings)[0]
-    assert answers[0] != naive_decode(adapter, left, len(left.entered[-1]), 12)  # the position matters
+    prefilled = prefill(decoder, sdpa, FastKV(**settings), pack_of(*documents()), new_tokens=12)
+    answers = generated(decoder, sdpa, prefilled, 12)
+    for doc, trace, answer in zip(documents(), traces(decoder, settings), answers, strict=True):
+        assert answer == naive_decode(decoder, trace, doc.prompt_tokens, 12)
+    left = traces(decoder, settings)[0]
+    assert answers[0] != naive_decode(decoder, left, len(left.entered[-1]), 12)  # the position matters
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_plan_is_what_is_stored(sdpa, settings):
-    adapter, method = tiny_model("llama"), FastKV(**settings)
-    plan = method.plan(adapter.shape, [doc.prompt_tokens for doc in documents()])
-    cache = prefill(adapter, sdpa, method, pack_of(*documents())).cache
+    decoder, method = tiny_model("llama"), FastKV(**settings)
+    plan = method.plan(decoder.shape, [doc.prompt_tokens for doc in documents()])
+    cache = prefill(decoder, sdpa, method, pack_of(*documents())).cache
     assert plan.cache_tokens == tuple(map(sum, cache.prompt_tokens()))
     assert plan.kv_bytes(itemsize=4) == cache.nbytes
 

@@ -26,7 +26,7 @@ def documents():
     return [document(150), document(3, seed=1), document(1, seed=4), document(71, seed=2)]
 
 
-def two_passes(adapter, doc, layer, keep, pool):
+def two_passes(decoder, doc, layer, keep, pool):
     """The chosen tokens, and the trace of the second pass, whose tokens count from 0."""
     ids = torch.from_numpy(doc.input_ids)
     scores = []
@@ -36,11 +36,11 @@ def two_passes(adapter, doc, layer, keep, pool):
             scores.extend(last_query_scores(seen))
         return Choice()
 
-    naive_prefill(adapter, ids, look)
+    naive_prefill(decoder, ids, look)
     scores = pooled(scores, pool)
     scores[-1] = float("inf")
     chosen = sorted(best(scores, max(1, ceil(keep * len(ids) if keep <= 1 else keep))))
-    return chosen, naive_prefill(adapter, ids[chosen], lambda seen: Choice())
+    return chosen, naive_prefill(decoder, ids[chosen], lambda seen: Choice())
 
 
 def last_query_scores(seen):
@@ -51,11 +51,11 @@ def last_query_scores(seen):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_same_tokens_are_chosen_and_run_anew(adapter, sdpa, settings):
+def test_the_same_tokens_are_chosen_and_run_anew(decoder, sdpa, settings):
     watched = Watched(GemFilter(**settings))
-    prefilled = prefill(adapter, sdpa, watched, pack_of(*documents()))
+    prefilled = prefill(decoder, sdpa, watched, pack_of(*documents()))
     for b, doc in enumerate(documents()):
-        chosen, trace = two_passes(adapter, doc, **settings)
+        chosen, trace = two_passes(decoder, doc, **settings)
         assert watched.restarted[b] == chosen
         assert_same(trace, watched, prefilled, b)
     assert len(watched.restarted[0]) < 150
@@ -63,22 +63,22 @@ def test_the_same_tokens_are_chosen_and_run_anew(adapter, sdpa, settings):
     assert prefilled.lengths == (150, 3, 1, 71)
 
 
-def test_decoding_goes_on_from_the_second_pass(adapter, sdpa):
+def test_decoding_goes_on_from_the_second_pass(decoder, sdpa):
     settings = SETTINGS[0]
-    prefilled = prefill(adapter, sdpa, GemFilter(**settings), pack_of(*documents()), new_tokens=12)
-    answers = generated(adapter, sdpa, prefilled, 12)
+    prefilled = prefill(decoder, sdpa, GemFilter(**settings), pack_of(*documents()), new_tokens=12)
+    answers = generated(decoder, sdpa, prefilled, 12)
     for doc, answer in zip(documents(), answers, strict=True):
-        chosen, trace = two_passes(adapter, doc, **settings)
-        assert answer == naive_decode(adapter, trace, len(chosen), 12)
-    _, left = two_passes(adapter, documents()[0], **settings)
-    assert answers[0] != naive_decode(adapter, left, 150, 12)  # the position matters
+        chosen, trace = two_passes(decoder, doc, **settings)
+        assert answer == naive_decode(decoder, trace, len(chosen), 12)
+    _, left = two_passes(decoder, documents()[0], **settings)
+    assert answers[0] != naive_decode(decoder, left, 150, 12)  # the position matters
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_plan_is_what_is_stored(sdpa, settings):
-    adapter, method = tiny_model("llama"), GemFilter(**settings)
-    plan = method.plan(adapter.shape, [doc.prompt_tokens for doc in documents()])
-    cache = prefill(adapter, sdpa, method, pack_of(*documents())).cache
+    decoder, method = tiny_model("llama"), GemFilter(**settings)
+    plan = method.plan(decoder.shape, [doc.prompt_tokens for doc in documents()])
+    cache = prefill(decoder, sdpa, method, pack_of(*documents())).cache
     assert plan.cache_tokens == tuple(map(sum, cache.prompt_tokens()))
     assert plan.kv_bytes(itemsize=4) == cache.nbytes
 

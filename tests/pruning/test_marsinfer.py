@@ -13,17 +13,17 @@ from pipeline.model.prefill import prefill
 from pipeline.pruning.marsinfer import MarsInfer
 
 
-def naive_kept_tokens(adapter, doc, start_layer, eta, window, prefix):
+def naive_kept_tokens(decoder, doc, start_layer, eta, window, prefix):
     """Stock layers with eager attention, whole weight matrices, a Python loop over sorted tokens."""
-    decoder = adapter.model.model
-    adapter.model.set_attn_implementation("eager")
+    body = decoder.model.model
+    decoder.model.set_attn_implementation("eager")
     length = doc.prompt_tokens
     mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
     kept_by_layer = []
     with torch.inference_mode():
-        hidden = decoder.embed_tokens(torch.from_numpy(doc.input_ids))[None]
-        rope = decoder.rotary_emb(hidden, torch.arange(length)[None])
-        for index, layer in enumerate(decoder.layers):
+        hidden = body.embed_tokens(torch.from_numpy(doc.input_ids))[None]
+        rope = body.rotary_emb(hidden, torch.arange(length)[None])
+        for index, layer in enumerate(body.layers):
             mixed, weights = layer.self_attn(layer.input_layernorm(hidden), rope, mask)
             hidden = hidden + mixed
             kept = set(range(length))
@@ -34,7 +34,7 @@ def naive_kept_tokens(adapter, doc, start_layer, eta, window, prefix):
             rows = sorted(kept)
             hidden[:, rows] += layer.mlp(layer.post_attention_layernorm(hidden[:, rows]))
             kept_by_layer.append(rows)
-        logits = adapter.model.lm_head(decoder.norm(hidden))[0, -1]
+        logits = decoder.model.lm_head(body.norm(hidden))[0, -1]
     return kept_by_layer, logits
 
 
@@ -64,14 +64,14 @@ class Recording(MarsInfer):
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.8, 0.95])
-def test_the_same_tokens_are_chosen_at_every_layer(adapter, sdpa, eta):
+def test_the_same_tokens_are_chosen_at_every_layer(decoder, sdpa, eta):
     settings = {"start_layer": 1, "eta": eta, "window": 7, "prefix": 5}
     documents = [document(150), document(9, seed=1), document(71, seed=2)]
     method = Recording(**settings)
-    prefilled = prefill(adapter, sdpa, method, pack_of(*documents))
+    prefilled = prefill(decoder, sdpa, method, pack_of(*documents))
     pruned = 0
     for b, doc in enumerate(documents):
-        expected, logits = naive_kept_tokens(adapter, doc, **settings)
+        expected, logits = naive_kept_tokens(decoder, doc, **settings)
         # of the last layer the last token alone is read, so nothing is chosen there
         assert [layer[b] for layer in method.chosen] == expected[:-1]
         assert (prefilled.logits_BV[b] - logits).abs().max() <= 1e-4
@@ -81,17 +81,17 @@ def test_the_same_tokens_are_chosen_at_every_layer(adapter, sdpa, eta):
 
 
 def test_a_share_keeps_that_many_tokens_and_counts_the_protected_ones(sdpa):
-    adapter = tiny_model("llama")
+    decoder = tiny_model("llama")
     method = MarsInfer(share=0.5, start_layer=1, window=10, prefix=10)
-    work = prefill(adapter, sdpa, method, pack_of(document(101), document(24, seed=1))).work
+    work = prefill(decoder, sdpa, method, pack_of(document(101), document(24, seed=1))).work
     # ceil(50.5) = 51; of 24 tokens 20 are protected, more than the share's 12, and stay
     assert work.ffn() == [[101, 24], [51, 20], [51, 20], [1, 1]]
 
 
 def test_a_setting_may_have_one_value_a_layer(sdpa):
-    adapter = tiny_model("llama")
+    decoder = tiny_model("llama")
     method = MarsInfer(share=(0.25, 0.5, 1.0, 0.25), start_layer=1, window=4, prefix=4)
-    work = prefill(adapter, sdpa, method, pack_of(document(100))).work
+    work = prefill(decoder, sdpa, method, pack_of(document(100))).work
     assert work.ffn() == [[100], [50], [100], [1]]
 
 

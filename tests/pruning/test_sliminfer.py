@@ -57,37 +57,37 @@ def unit_score(query, keys):
     return sum(products) / len(products)
 
 
-def traces(adapter, settings):
+def traces(decoder, settings):
     ids = [torch.from_numpy(doc.input_ids) for doc in documents()]
-    return [naive_prefill(adapter, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
+    return [naive_prefill(decoder, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_same_blocks_are_kept_at_every_layer(adapter, sdpa, settings):
+def test_the_same_blocks_are_kept_at_every_layer(decoder, sdpa, settings):
     watched = Watched(SlimInfer(**settings))
-    prefilled = prefill(adapter, sdpa, watched, pack_of(*documents()))
-    expected = traces(adapter, settings)
+    prefilled = prefill(decoder, sdpa, watched, pack_of(*documents()))
+    expected = traces(decoder, settings)
     for b, trace in enumerate(expected):
         assert_same(trace, watched, prefilled, b)
     assert left_out(expected[:1]) > 0
     assert left_out(expected[1:3] + expected[4:]) == 0  # one block or two always stay
 
 
-def test_decoding_goes_on_from_the_original_position(adapter, sdpa):
+def test_decoding_goes_on_from_the_original_position(decoder, sdpa):
     settings = SETTINGS[0]
-    prefilled = prefill(adapter, sdpa, SlimInfer(**settings), pack_of(*documents()), new_tokens=12)
-    answers = generated(adapter, sdpa, prefilled, 12)
-    for doc, trace, answer in zip(documents(), traces(adapter, settings), answers, strict=True):
-        assert answer == naive_decode(adapter, trace, doc.prompt_tokens, 12)
-    left = traces(adapter, settings)[0]
-    assert answers[0] != naive_decode(adapter, left, len(left.entered[-1]), 12)  # the position matters
+    prefilled = prefill(decoder, sdpa, SlimInfer(**settings), pack_of(*documents()), new_tokens=12)
+    answers = generated(decoder, sdpa, prefilled, 12)
+    for doc, trace, answer in zip(documents(), traces(decoder, settings), answers, strict=True):
+        assert answer == naive_decode(decoder, trace, doc.prompt_tokens, 12)
+    left = traces(decoder, settings)[0]
+    assert answers[0] != naive_decode(decoder, left, len(left.entered[-1]), 12)  # the position matters
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_plan_is_what_is_stored(sdpa, settings):
-    adapter, method = tiny_model("llama"), SlimInfer(**settings)
-    plan = method.plan(adapter.shape, [doc.prompt_tokens for doc in documents()])
-    cache = prefill(adapter, sdpa, method, pack_of(*documents())).cache
+    decoder, method = tiny_model("llama"), SlimInfer(**settings)
+    plan = method.plan(decoder.shape, [doc.prompt_tokens for doc in documents()])
+    cache = prefill(decoder, sdpa, method, pack_of(*documents())).cache
     assert plan.cache_tokens == tuple(map(sum, cache.prompt_tokens()))
     assert plan.kv_bytes(itemsize=4) == cache.nbytes
 

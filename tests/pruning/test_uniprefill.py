@@ -64,30 +64,30 @@ def smallest_set(means, p):
     return chosen
 
 
-def traces(adapter, settings):
+def traces(decoder, settings):
     ids = [torch.from_numpy(doc.input_ids) for doc in documents()]
-    return [naive_prefill(adapter, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
+    return [naive_prefill(decoder, row, lambda seen: naive_choice(seen, **settings)) for row in ids]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_same_blocks_are_kept_at_every_layer(adapter, sdpa, settings):
+def test_the_same_blocks_are_kept_at_every_layer(decoder, sdpa, settings):
     watched = Watched(UniPrefill(**settings))
-    prefilled = prefill(adapter, sdpa, watched, pack_of(*documents()))
-    expected = traces(adapter, settings)
+    prefilled = prefill(decoder, sdpa, watched, pack_of(*documents()))
+    expected = traces(decoder, settings)
     for b, trace in enumerate(expected):
         assert_same(trace, watched, prefilled, b)
     assert left_out(expected[:1]) > 0
     assert left_out(expected[2:3]) == 0  # a lone token stays
 
 
-def test_decoding_goes_on_from_the_original_position(adapter, sdpa):
+def test_decoding_goes_on_from_the_original_position(decoder, sdpa):
     settings = SETTINGS[1]
-    prefilled = prefill(adapter, sdpa, UniPrefill(**settings), pack_of(*documents()), new_tokens=12)
-    answers = generated(adapter, sdpa, prefilled, 12)
-    for doc, trace, answer in zip(documents(), traces(adapter, settings), answers, strict=True):
-        assert answer == naive_decode(adapter, trace, doc.prompt_tokens, 12)
-    left = traces(adapter, settings)[0]
-    assert answers[0] != naive_decode(adapter, left, len(left.entered[-1]), 12)  # the position matters
+    prefilled = prefill(decoder, sdpa, UniPrefill(**settings), pack_of(*documents()), new_tokens=12)
+    answers = generated(decoder, sdpa, prefilled, 12)
+    for doc, trace, answer in zip(documents(), traces(decoder, settings), answers, strict=True):
+        assert answer == naive_decode(decoder, trace, doc.prompt_tokens, 12)
+    left = traces(decoder, settings)[0]
+    assert answers[0] != naive_decode(decoder, left, len(left.entered[-1]), 12)  # the position matters
 
 
 def test_the_dropping_layer_stores_all_tokens_that_entered_it(sdpa):

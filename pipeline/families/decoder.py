@@ -157,7 +157,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> No
         raise ConfigError(f"fp8 cannot be used here: {reason}")
 
 
-class DecoderAdapter:
+class Decoder:
     """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension.
 
     Linear layers run on at most `piece_tokens` tokens at once: what is wider than the residual stream or
@@ -168,23 +168,23 @@ class DecoderAdapter:
         check_config(model.config)
         self.model = model
         self.shape = shape_of(model.config)
-        self._decoder: Any = model.model
-        scaling = self._decoder.layers[0].self_attn.scaling
+        self._body: Any = model.model
+        scaling = self._body.layers[0].self_attn.scaling
         if abs(scaling - self.shape.head_dim**-0.5) > 1e-6:
             raise ModelError(f"attention scaling {scaling} is not supported (1/sqrt(head size) is)")
         with torch.no_grad():
-            self._layers = [Layer(block) for block in self._decoder.layers]
-        self._last_norm = Norm(self._decoder.norm)
+            self._layers = [Layer(block) for block in self._body.layers]
+        self._last_norm = Norm(self._body.norm)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
 
     @property
     def device(self) -> torch.device:
-        return self._decoder.embed_tokens.weight.device
+        return self._body.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._decoder.embed_tokens.weight.dtype
+        return self._body.embed_tokens.weight.dtype
 
     @property
     def linears_in_fp8(self) -> bool:
@@ -214,11 +214,11 @@ class DecoderAdapter:
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """(T, D) start of the residual stream."""
-        return self._decoder.embed_tokens(ids_T)
+        return self._body.embed_tokens(ids_T)
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor) -> Rope:
         """Rotary embedding of original positions."""
-        cos_1Td, sin_1Td = self._decoder.rotary_emb(hidden_TD, positions_T[None])
+        cos_1Td, sin_1Td = self._body.rotary_emb(hidden_TD, positions_T[None])
         return cos_1Td[0], sin_1Td[0]
 
     def pieces(self, tokens: int) -> list[slice]:
@@ -237,17 +237,17 @@ class DecoderAdapter:
         return k_TKd, v_TKd
 
     def add_attention_(
-        self, layer: int, hidden_TD: Tensor, mixed_THd: Tensor, fp8: bool | None = None
+        self, layer: int, hidden_TD: Tensor, attended_THd: Tensor, fp8: bool | None = None
     ) -> None:
         """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         projection = self._layers[layer].output
         for rows in self.pieces(len(hidden_TD)):
-            own_TD, mixed_TN = hidden_TD[rows], mixed_THd[rows].flatten(1)
+            own_TD, attended_TN = hidden_TD[rows], attended_THd[rows].flatten(1)
             if fp8:
-                own_TD += projection.in_fp8(*quantize_rows(mixed_TN))
+                own_TD += projection.in_fp8(*quantize_rows(attended_TN))
             else:
-                projection.add_to_(own_TD, mixed_TN)
+                projection.add_to_(own_TD, attended_TN)
 
     def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
         """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
@@ -305,8 +305,8 @@ class DecoderAdapter:
         weights, last = self._layers[layer], layer + 1 == len(self._layers)
         if normed is None:
             normed = weights.input_norm.quantised(hidden_BD)
-        mixed_BHd = mixed(weights.qkv.unscaled(normed))
-        attended = weights.output.unscaled(quantize_rows(mixed_BHd.flatten(1)))
+        attended_BHd = mixed(weights.qkv.unscaled(normed))
+        attended = weights.output.unscaled(quantize_rows(attended_BHd.flatten(1)))
         normed = weights.ffn_norm.quantised_sum_(hidden_BD, attended)
         gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
         fed_forward = weights.down.unscaled(gated)
