@@ -136,23 +136,19 @@ class TableReader(Reader):
         """A batch may hold millions of rows: convert few at a time, but check a sound one only once."""
         sound = is_sound(batch)
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            part = batch.slice(start, BATCH_ROWS)
-            yield from self._converted(part, first + start, sound=sound or is_sound(part))
+            part = with_arrays(batch.slice(start, BATCH_ROWS), self.file.partitions)
+            copies = or_error(self._plan.of_batch, part) if sound or is_sound(part) else BAD_UTF8
+            for i in range(part.num_rows):
+                if isinstance(copies, RowError):  # some value is damaged, perhaps of this row
+                    yield self._single(part.slice(i, 1), first + start + i)
+                else:
+                    yield self._sound(part, i, first + start, copies)
 
-    def _converted(self, batch: pa.RecordBatch, index: int, *, sound: bool) -> Iterator[Record]:
-        """The records of a batch whose first row is row `index` of the file."""
-        batch = with_arrays(batch, self.file.partitions)
-        try:
-            passthrough = self._plan.of_batch(batch) if sound else None
-        except RowError:
-            sound = False
-        for i in range(batch.num_rows):
-            if not sound:
-                yield self._single(batch.slice(i, 1), index + i)
-                continue
-            cells = {name: _value(batch.column(name)[i]) for name in self._columns.read}
-            copied = None if passthrough is None else passthrough.slice(i, 1)
-            yield build(self._columns, self.place(index + i), cells, copied)
+    def _sound(self, part: pa.RecordBatch, i: int, first: int, copies: pa.RecordBatch | None) -> Record:
+        """Row `i` of some whose values are all sound, the first of which is row `first` of the file."""
+        cells = {name: _value(part.column(name)[i]) for name in self._columns.read}
+        copied = None if copies is None else copies.slice(i, 1)
+        return build(self._columns, self.place(first + i), cells, copied)
 
     def _single(self, row: pa.RecordBatch, index: int) -> Record:
         """A row of a batch in which some value is damaged, perhaps one of this row's."""
