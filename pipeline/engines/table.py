@@ -54,6 +54,7 @@ class Table:
         self._store, self._device = store, device
         self._rows: dict[int, Running] = {}  # by id: also those that have all their tokens on their way
         self._documents: dict[int, list[StoredDocument]] = {}  # by the id of the cache that they came in
+        self._held = 0  # documents in the store, those included of which no more rows will come
 
     @classmethod
     def of(
@@ -118,13 +119,15 @@ class Table:
 
     def hold(self, cache: RaggedCache) -> bool:
         """Keep documents that rows will share, until `let_go`; False where there is no room for them."""
-        stored = zip(*cache.own_tokens(), strict=True)
-        if sum(slots_needed(layers, 0, self._device) for layers in stored) > self._store.free:
+        stored = list(zip(*cache.own_tokens(), strict=True))
+        slots = sum(slots_needed(layers, 0, self._device) for layers in stored)
+        if slots > self._store.free or self._held + len(stored) > self.loop.capacity + 1:
             return False
         moves = self._store.moves
         extents = self._store.adopt(cache, 0)
         self._follow(moves)
         self._documents[id(cache)] = [StoredDocument(extent=extent, readers=1) for extent in extents]
+        self._held += len(extents)
         return True
 
     def let_go(self, cache: RaggedCache) -> None:
@@ -136,6 +139,7 @@ class Table:
         document.readers -= 1
         if not document.readers:
             self._store.release(document.extent)
+            self._held -= 1
 
     def _shared_by(self, cache: RaggedCache) -> list[StoredDocument]:
         """Of each row the document that stands before it; none where rows share nothing."""
@@ -191,11 +195,12 @@ class Table:
         self.loop.close()
         self._rows.clear()
         self._documents.clear()
+        self._held = 0
 
 
 def _store(model: LoadedModel, packer: Packer, dtype: torch.dtype) -> KvStore:
     share, shape = 1.0, model.decoder.shape
-    extents = 2 * packer.in_flight + 1  # each row's, and its document's; one more is in the making
+    extents = 2 * packer.in_flight + 1  # each row's, and as many documents' and one more, see `Table.hold`
     while True:
         try:
             slots = int(packer.store_slots * share)

@@ -262,6 +262,9 @@ def choose_attention(
     candidates = list(BACKENDS) if wanted == "auto" else [wanted]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     refused: dict[str, str] = {}
+    reason = decoding.try_once(device, dtype, **sizes)
+    if reason is not None:
+        refused["kernel of decode steps"] = reason
     for name in candidates:
         try:
             if device.type == "cpu" and name != "sdpa":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import first_line, is_failure
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 from pipeline.kernels.segments import on_device
 
@@ -25,6 +26,9 @@ KEYS = 64  # of a range that a program looks at at a time
 FEWEST_ROWS = 16  # that Triton multiplies
 MOST_ROWS = 64  # queries of a range times the heads that share keys: what a program holds
 MOST_SPLITS = 32  # of a range
+WIDE_HEAD = 128  # dimensions, beyond which a program looks at fewer keys at a time
+TOLERANCE = 0.02  # of the largest value, for a trial in bf16
+_REFUSED: dict[torch.device, str] = {}  # devices on which a trial of the kernels failed, and why
 MOST_PROGRAMS = 8192  # by which splits are limited where ranges are many
 # keys of a split at least, by how many ranges times key heads there are up to: fewer fill no device unless
 # they are cut finely, of more a split that is worth its launch is longer
@@ -120,7 +124,40 @@ def _ranges(
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such queries, as far as can be told without importing one."""
-    return kernels_on(device.type) and dtype != torch.float64
+    return kernels_on(device.type) and dtype != torch.float64 and device not in _REFUSED
+
+
+def try_once(
+    device: torch.device, dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int
+) -> str | None:
+    """Why a small trial of the kernels fails on a device, on which plain torch then takes their place.
+
+    None where they work, or where there are none.
+    """
+    if not available(device, dtype):
+        return _REFUSED.get(device)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, heads), (200, kv_heads), (200, kv_heads))
+    q, k, v = (torch.randn(*size, head_dim, generator=generator).to(device, dtype) for size in sizes)
+    most = queries_of_a_range(heads, kv_heads)
+    own = own_ranges([90, 130, 150], [40, 3, 50], [1, 1, 2], most, device)
+    shared = shared_ranges([0], [90], [[2, 0]], most, device)
+    attended = [(k, v, own), (k, v, shared)]
+    try:
+        made = attention(q, attended)
+    except BaseException as failure:  # whatever a compiler raises
+        if not is_failure(failure):
+            raise
+        _REFUSED[q.device] = first_line(failure)
+        return _REFUSED[q.device]
+    _REFUSED[q.device] = "on trial"  # so that plain torch makes what to compare with
+    exact = attention(q, attended)
+    error = ((made - exact).abs().max() / exact.abs().max()).item()
+    if error <= TOLERANCE:
+        del _REFUSED[q.device]
+        return None
+    _REFUSED[q.device] = f"off by {error:.3g} on a trial"
+    return _REFUSED[q.device]
 
 
 def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
@@ -179,9 +216,10 @@ def partial_attention(
         GROUP=heads // kv_heads,
         ROWS=power_of_two(heads // kv_heads * ranges.most_queries, FEWEST_ROWS),
         WIDTH=power_of_two(head_dim, 16),
-        KEYS=KEYS if q_QHd.itemsize < 4 else max(FEWEST_ROWS, KEYS // 2),
+        # within the shared memory of small GPUs
+        KEYS=KEYS if q_QHd.itemsize < 4 and head_dim <= WIDE_HEAD else max(FEWEST_ROWS, KEYS // 2),
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if q_QHd.itemsize < 4 else 2,
     )
 
 
@@ -255,4 +293,4 @@ def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int) -> t
 
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    return kernels_for(x, "triton_decoding")
+    return None if x.device in _REFUSED else kernels_for(x, "triton_decoding")

@@ -135,3 +135,28 @@ def test_a_step_that_fails_costs_nothing_but_time(model, monkeypatch):
     monkeypatch.setattr(model.attention, "decode", failing)
     assert texts(engine) == expected
     assert any(shared is not None for shared in calls)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_no_more_documents_are_held_than_rows_run(model, in_flight, kv_dtype):
+    """And one, which is in the making: a store in e4m3 has as many lines of scales."""
+    engine = engine_for(model, in_flight=in_flight, kv_dtype=kv_dtype)
+    engine.add(rows())
+    most, statuses = 0, []
+    while engine.is_busy:
+        statuses += [answer.status for _, answer, _ in engine.advance()]
+        most = max(most, engine._table._held if engine._table else 0)
+    assert 0 < most <= in_flight + 1
+    assert statuses == ["ok"] * len(rows())
+    assert taken(engine) == engine._table._held == 0
+
+
+def test_keys_and_values_in_e4m3_take_a_quarter_of_float32_and_give_near_answers(model):
+    exact, near = engine_for(model), engine_for(model, kv_dtype="fp8")
+    answers = [texts(engine) for engine in (exact, near)]
+    assert near.packer.slot_bytes * 4 == exact.packer.slot_bytes
+    assert {status for status, _ in answers[1]} == {"ok"}
+    first = [[text.split()[0] for _, text in each] for each in answers]
+    assert first[0] == first[1]  # chosen by the prefill
+    assert answers[0] != answers[1]  # a model of random weights, whose logits are near each other

@@ -209,3 +209,61 @@ def test_splits_suit_few_ranges_and_many():
     assert splits(256, 33_000) == (8, 2048)
     assert splits(4096, 33_000) == (1, 2048)
     assert splits(64, 1000) == (1, 1024)
+
+
+class Broken:
+    """Stands for kernels that no device could run, or that do nothing."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **options):
+        if self.error is not None:
+            raise self.error
+
+
+class TooLarge(Exception):
+    """As a compiler says it."""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [
+        (Broken(TooLarge("out of resource: shared memory\nand more")), "out of resource: shared memory"),
+        (Broken(), "off by"),
+    ],
+)
+def test_kernels_that_fail_on_a_trial_are_not_used(kernels, reason, monkeypatch):
+    monkeypatch.setattr(decoding, "_REFUSED", {})
+    monkeypatch.setattr(decoding, "kernels_on", lambda kind: True)
+    monkeypatch.setattr(decoding, "kernels_for", lambda x, module: kernels)
+    empty = torch.empty  # of which nothing is known
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(9))
+    device = torch.device(DEVICE) if not GPU else torch.device("cuda", 0)
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH}
+    assert decoding.available(device, torch.float32)
+    found = decoding.try_once(device, torch.float32, **sizes)
+    assert found.startswith(reason)
+    assert not decoding.available(device, torch.float32)
+    assert decoding.try_once(device, torch.float32, **sizes) == found
+    q, k, v = buffers(300, 1)
+    made = attention(q, [(k, v, own([100], [70], [1]))])
+    assert (made - expected(q, k, v, [list(range(100, 170))])).abs().max() < 1e-5
+
+
+def test_kernels_that_work_are_used(monkeypatch):
+    with_kernels(monkeypatch)
+    used = decoding._kernels
+    monkeypatch.setattr(decoding, "_REFUSED", {})
+    monkeypatch.setattr(decoding, "kernels_on", lambda kind: True)
+    module = used(torch.zeros(1, device=DEVICE))
+    monkeypatch.setattr(decoding, "_kernels", lambda x: None if x.device in decoding._REFUSED else module)
+    device = torch.device(DEVICE) if not GPU else torch.device("cuda", 0)
+    assert decoding.try_once(device, torch.float32, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH) is None
+    assert decoding.available(device, torch.float32)
