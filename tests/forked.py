@@ -120,7 +120,7 @@ def hold(say: Say) -> None:
             return advance(self)
         say("waiting")
         while True:
-            self.check()
+            self.attempts.check()
             time.sleep(0.01)
 
     one_process.MOST_S = 0.0

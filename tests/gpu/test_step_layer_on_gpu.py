@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families import decoders, projection
+from pipeline.families import decoder as decoder_module
+from pipeline.families import projection
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.fp8 import fp8_available
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -91,7 +92,7 @@ def cuda_decoder(family, linears="auto"):
 
 def separately(monkeypatch, step):
     with monkeypatch.context() as patch:
-        patch.setattr(decoders, "has_kernels", lambda x: False)
+        patch.setattr(decoder_module, "has_kernels", lambda x: False)
         return step.results()
 
 

@@ -177,5 +177,5 @@ def test_a_configuration_that_is_no_object(folder):
 @pytest.mark.parametrize("name", ["kernels-community/flash-attn", "flash_attention_2", "sdpa"])
 def test_attention_that_a_folder_names_is_not_loaded(folder, name):
     change_config(folder, attn_implementation=name, _attn_implementation=name)
-    model = opened(folder).load().adapter.model
+    model = opened(folder).load().decoder.model
     assert model.config._attn_implementation == "eager"

@@ -8,7 +8,8 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened, tiny_model
 from kernel_cases import rounding_to_nearest
 
 from pipeline.checkpoints.building import random_model
-from pipeline.families import decoders, projection
+from pipeline.families import decoder as decoder_module
+from pipeline.families import projection
 from pipeline.families.decoder import STEP_ROWS, Decoder
 from pipeline.kernels import fused, step
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -95,7 +96,7 @@ def bf16_model(family, **settings):
 @pytest.fixture
 def fp8_decoder(monkeypatch):
     """Of a family, with every linear layer in fp8 by torch's slow path."""
-    monkeypatch.setattr(decoders, "fp8_available", lambda device: None)
+    monkeypatch.setattr(decoder_module, "fp8_available", lambda device: None)
 
     def make(family, **settings):
         decoder = bf16_model(family, **settings)
@@ -108,7 +109,7 @@ def fp8_decoder(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Steps take the way of a GPU, by the functions' paths in plain torch."""
-    monkeypatch.setattr(decoders, "has_kernels", lambda x: True)
+    monkeypatch.setattr(decoder_module, "has_kernels", lambda x: True)
 
 
 @pytest.fixture
