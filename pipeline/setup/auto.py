@@ -53,7 +53,7 @@ def choose(config: BatchConfig, model: Model, begun: Mapping[str, Any] | None) -
     """
     if begun is not None:
         return _as_begun(config, begun)
-    found = None if config.kv_memory is not None else _found(config, model)
+    found = None if _is_unproven(config) else _found(config, model)
     if found is None:
         return Chosen(
             config=replace(config, method="dense"),
@@ -167,8 +167,13 @@ def _told_of_profile(path: Path, profile: Profile) -> str:
     )
 
 
+def _is_unproven(config: BatchConfig) -> bool:
+    """Whether settings are given that no profile was proven with."""
+    return config.linear_dtype != AUTO or config.kv_dtype != AUTO or config.kv_memory is not None
+
+
 def _told_of_dense(config: BatchConfig, model: Model) -> str:
-    if config.linear_dtype != AUTO or config.kv_memory is not None:
+    if _is_unproven(config):
         return "--method auto: dense, as settings are given that no profile was proven with"
     head = (
         f"--method auto: dense, as no profile of {model.name} on {device_class(model.device_name())} is kept"

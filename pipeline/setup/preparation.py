@@ -188,6 +188,8 @@ def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chose
         return Chosen(config=config, method=method)
     profile, guard = load_profile(config.profile), None
     notes = check_profile(config.profile, profile, model)
+    if config.kv_dtype != AUTO:
+        notes.append(f"the profile was verified with keys and values in --dtype, not in {config.kv_dtype}")
     if config.guard != "off" and not isinstance(method, Dense):
         if profile.is_of(config, method):
             guard = Guard.of(profile)

@@ -111,6 +111,13 @@ def test_precisions_that_are_asked_for_stand_above_a_profile():
         replace(CONFIG, settings={"eta": 0.9})
 
 
+def test_keys_and_values_in_fp8_are_no_part_of_what_was_proven():
+    keep_profile(profile_of("pass"))
+    chosen = choose(replace(CONFIG, kv_dtype="fp8"), Model(), None)
+    assert (chosen.method, chosen.config.kv_dtype) == (Dense(), "fp8")
+    assert chosen.notes == ("--method auto: dense, as settings are given that no profile was proven with",)
+
+
 def test_a_run_that_goes_on_keeps_its_method_whatever_was_proven_since():
     keep_profile(profile_of("pass"))
     first = choose(CONFIG, Model(), None)

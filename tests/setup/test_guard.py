@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.model.loading import open_model
+from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.setup.profile import Profile, write_profile
 
@@ -92,3 +92,11 @@ def test_a_run_is_not_resumed_under_another_guard(batch, profile, capfd):
     assert batch("out", "--profile", profile(tasks=["count"]))
     assert batch("out", "--profile", profile(tasks=["count"]), "--guard", "off", "--resume") == 2
     assert "guard" in capfd.readouterr().err
+
+
+def test_a_profile_says_nothing_of_keys_and_values_in_fp8(batch, profile, capfd, monkeypatch):
+    monkeypatch.setattr(UnloadedModel, "check_fp8", lambda self: None)  # which a CPU can, slowly
+    rows = batch("kv", "--profile", profile(tasks=["count"]), "--kv-dtype", "fp8")
+    assert (rows["a"]["method"], rows["b"]["method"]) == ("marsinfer", "dense")  # the guard is there
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert "the profile was verified with keys and values in --dtype, not in fp8" in capfd.readouterr().err
