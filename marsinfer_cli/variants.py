@@ -39,6 +39,7 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
         raise ConfigError(f"--methods {spec!r}: give fp8 or mixed, not both")
     if ATTENTION_IN_FP8 in parts:
         raise ConfigError(f"--methods {spec!r}: {NO_FP8_ATTENTION}")
+    kv = "fp8" if KV_IN_FP8 in parts else "auto"
     parts = [part for part in parts if part not in (*LINEARS, KV_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
@@ -46,7 +47,7 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
         spec,
         method if settings or keep is None else _with_keep(method, keep),
         linears[0] if linears else "auto",
-        "fp8" if KV_IN_FP8 in spec.split(":") else "auto",
+        kv,
     )
 
 

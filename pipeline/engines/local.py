@@ -10,6 +10,7 @@ from functools import partial
 from pipeline.engines.answering import add_answer, failed, memory_message
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
+from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.memory import Packer
@@ -177,9 +178,8 @@ class LocalEngine:
         """What a group's rows share, prefilled; if it cannot be, all of them wait in other packs."""
         group, started = jobs[0].group, self.attempts.now()
         assert group is not None
-        prefill = partial(Prefix.of, group, self.model, self.attempts.now)
-        made = self.attempts.run(prefill, group.groups[0].rows[0])
-        if isinstance(made, Prefix) and self._holds(made):
+        made = self.attempts.run(partial(self._held_prefix, group), group.groups[0].rows[0])
+        if isinstance(made, Prefix):
             self.times.add_shared(started, started + made.seconds)
             return made
         others = self._scheduler.remove(lambda pack: pack.rows[0].row.group is group)
@@ -192,10 +192,11 @@ class LocalEngine:
         needed = sum(waiting.slots for pack in self.packs.waiting(jobs) for waiting in pack.rows)
         return needed <= (self.packer.store_slots if self._table is None else self._table.free)
 
-    def _holds(self, prefix: Prefix) -> bool:
-        """Put a prefix that rows read as it is, not a copy of it, into the store, if there is room."""
+    def _held_prefix(self, group: GroupPack, check: Check) -> Prefix | None:
+        """Documents, prefilled and, if rows read no copy of them, in the store; None without room there."""
+        prefix = Prefix.of(group, self.model, self.attempts.now, check)
         whole = prefix.made.layers == self.model.decoder.shape.layers
-        return not whole or self._open_table().hold(prefix.made.cache)
+        return prefix if not whole or self._open_table().hold(prefix.made.cache) else None
 
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)

@@ -138,7 +138,7 @@ class Table:
     def _stop_reading(self, document: StoredDocument) -> None:
         document.readers -= 1
         if not document.readers:
-            self._store.release(document.extent)
+            self._store.release(document.extent, wipe=True)  # its prefill may have made NaN
             self._held -= 1
 
     def _shared_by(self, cache: RaggedCache) -> list[StoredDocument]:

@@ -96,12 +96,17 @@ def shared_ranges(
 ) -> Ranges:
     """Of documents' slots, each with the queries that see all of them; at most `most` queries a range."""
     chunks = [
-        (start, count, names[first : first + most])
+        (start, count, chunk)
         for start, count, names in zip(starts, used, members, strict=True)
-        for first in range(0, len(names), most)
+        for chunk in in_chunks(names, most)
     ]
     order = [name for *_, names in chunks for name in names]
     return _ranges([(start, count, len(names)) for start, count, names in chunks], most, device, order)
+
+
+def in_chunks(queries: Sequence[int], most: int) -> list[Sequence[int]]:
+    """The queries of a document, at most `most` a range."""
+    return [queries[first : first + most] for first in range(0, len(queries), most)]
 
 
 def _ranges(
@@ -162,8 +167,7 @@ def try_once(
 
 def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
     """Whether there are kernels for so many queries a range."""
-    has_kernels = q_QHd.dtype != torch.float64 and _kernels(q_QHd) is not None
-    return has_kernels and most_queries <= queries_of_a_range(q_QHd.shape[1], k_SKd.shape[1])
+    return _kernels(q_QHd) is not None and most_queries <= queries_of_a_range(q_QHd.shape[1], k_SKd.shape[1])
 
 
 def attention(q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]]) -> Tensor:
@@ -285,12 +289,14 @@ def _plain_partial(
         parts_QHPd[asked_Q, :, part] = attended_QKGd.flatten(1, 2)
 
 
-def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int) -> tuple[Tensor, Tensor]:
-    """Keys and values in float32 of their float8 values."""
-    keys = k_TKd.float() * scales.keys_LK[line, :, None] + scales.means_LKd[line]
-    return keys, v_TKd.float() * scales.values_LK[line, :, None]
+def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in float32 of their float8 values; all are of one line, or each of its own, (T,)."""
+    keys = k_TKd.float() * scales.keys_LK[line][..., None] + scales.means_LKd[line]
+    return keys, v_TKd.float() * scales.values_LK[line][..., None]
 
 
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    return None if x.device in _REFUSED else kernels_for(x, "triton_decoding")
+    if x.dtype == torch.float64 or x.device in _REFUSED:
+        return None
+    return kernels_for(x, "triton_decoding")

@@ -37,7 +37,7 @@ class KvTarget(NamedTuple):
     def put(self, k_BKd: Tensor, v_BKd: Tensor) -> None:
         """Store a token of each row."""
         if self.scales is not None and self.lines_B is not None:
-            k_BKd, v_BKd = _quantised(k_BKd, v_BKd, self.scales, self.lines_B.long())
+            k_BKd, v_BKd = quantised(k_BKd, v_BKd, self.scales, self.lines_B.long())
         put_rows(self.keys_SKd, self.places_B, k_BKd)
         put_rows(self.values_SKd, self.places_B, v_BKd)
 
@@ -60,7 +60,7 @@ def put_prompts(k_TKd: Tensor, v_TKd: Tensor, segments: Segments, target: KvTarg
         scales.keys_LK[lines_B], scales.values_LK[lines_B] = own.keys_LK, own.values_LK
         scales.means_LKd[lines_B] = own.means_LKd
         places_T = starts_B[segments.document_T] + segments.index_in_document_T
-        k8_TKd, v8_TKd = quantised(k_TKd, v_TKd, own, segments)
+        k8_TKd, v8_TKd = quantised(k_TKd, v_TKd, own, segments.document_T)
         put_rows(keys_SKd, places_T, k8_TKd)
         put_rows(values_SKd, places_T, v8_TKd)
         return
@@ -91,27 +91,18 @@ def _scale_of(documents: Sequence[Tensor]) -> Tensor:
     return (largest_BK * (HEADROOM / FP8_MAX)).clamp_(min=SMALLEST_SCALE)
 
 
-def quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Keys and values of a pack's prompts in e4m3, by the scales of their documents."""
-    return _quantised(k_TKd, v_TKd, scales, segments.document_T)
+def quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in e4m3, each token's by a line of the scales."""
+    keys = (k_TKd.float() - scales.means_LKd[line_T]) / scales.keys_LK[line_T][..., None]
+    values = v_TKd.float() / scales.values_LK[line_T][..., None]
+    return keys.clamp(-FP8_MAX, FP8_MAX).to(FP8), values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def rounded(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """What is left of keys and values, in their own type, once they have been in e4m3."""
-    scales = scales_of(k_TKd, v_TKd, segments)
-    k8_TKd, v8_TKd = quantised(k_TKd, v_TKd, scales, segments)
-    parts = [
-        dequantised(k8_TKd[a:b], v8_TKd[a:b], scales, line) for line, (a, b) in enumerate(segments.ranges())
-    ]
-    keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    scales, line_T = scales_of(k_TKd, v_TKd, segments), segments.document_T
+    keys, values = dequantised(*quantised(k_TKd, v_TKd, scales, line_T), scales, line_T)
     return keys.to(k_TKd.dtype), values.to(v_TKd.dtype)
-
-
-def _quantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line_T: Tensor) -> tuple[Tensor, Tensor]:
-    centred_TKd = k_TKd.float() - scales.means_LKd[line_T]
-    keys = centred_TKd / scales.keys_LK[line_T][..., None]
-    values = v_TKd.float() / scales.values_LK[line_T][..., None]
-    return tuple(x.clamp(-FP8_MAX, FP8_MAX).to(FP8) for x in (keys, values))  # type: ignore[return-value]
 
 
 def _kernels(x: Tensor) -> Any | None:

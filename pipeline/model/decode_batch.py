@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
-from pipeline.kernels.decoding import Fp8Scales, Ranges, queries_of_a_range
+from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
@@ -251,11 +251,7 @@ class _SharedTables:
         for column, extent in enumerate(self.extents):
             if extent is not None:
                 members.setdefault(id(extent), []).append(column)
-        chunks = [
-            columns[first : first + self._most]
-            for columns in members.values()
-            for first in range(0, len(columns), self._most)
-        ]
+        chunks = [chunk for columns in members.values() for chunk in in_chunks(columns, self._most)]
         self._used_LR[:] = 0
         self._queries_R1[:] = sum(map(len, chunks))
         self._queries_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import SIZES, document, loaded
 
 from pipeline.engines.local import LocalEngine
+from pipeline.engines.table import Table
 from pipeline.model.decode import StopRules
 from pipeline.model.sampling import Sampling
+from pipeline.model.store import KvStore
 from pipeline.pruning.dense import Dense
 from pipeline.records import EncodedDocument, Row, Spans
 
@@ -160,3 +163,32 @@ def test_keys_and_values_in_e4m3_take_a_quarter_of_float32_and_give_near_answers
     first = [[text.split()[0] for _, text in each] for each in answers]
     assert first[0] == first[1]  # chosen by the prefill
     assert answers[0] != answers[1]  # a model of random weights, whose logits are near each other
+
+
+def test_a_store_without_memory_costs_sharing_alone(model, monkeypatch):
+    expected = texts(engine_for(model, group="off"))
+    engine, hold, refused = engine_for(model), Table.hold, []
+
+    def without_memory(self, cache):
+        refused.append(len(cache.own_tokens()[0]))
+        if len(refused) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hold(self, cache)
+
+    monkeypatch.setattr(Table, "hold", without_memory)
+    assert texts(engine) == expected
+    assert refused[:3] == [2, 1, 1]  # both documents of a pack, then each by itself
+    assert taken(engine) == 0
+
+
+def test_what_a_document_made_does_not_outlive_it(model, monkeypatch):
+    wiped, release = [], KvStore.release
+
+    def watched(self, extent, *, wipe=False):
+        release(self, extent, wipe=wipe)
+        part = slice(extent.start, extent.start + extent.size)
+        wiped.append((extent.stored[0], not any(pool[part].any() for pool in self._pool)))
+
+    monkeypatch.setattr(KvStore, "release", watched)
+    texts(engine_for(model))
+    assert [dict(wiped)[tokens] for tokens in DOCUMENT_TOKENS[:2]] == [True, True]

@@ -83,11 +83,11 @@ def test_attention_over_e4m3_is_near_that_over_all_bits(bias, monkeypatch):
 
     scales, lines = scales_of(k, v, segments), torch.arange(2, device=DEVICE).int()
     if GPU:
-        near = attended(q, *quantised(k, v, scales, segments), scales=scales, lines_N=lines)
+        near = attended(q, *quantised(k, v, scales, segments.document_T), scales=scales, lines_N=lines)
     monkeypatch.setattr("pipeline.kernels.decoding._kernels", lambda x: None)
     exact = attended(q.float(), k, v)
     if not GPU:
-        near = attended(q, *quantised(k, v, scales, segments), scales=scales, lines_N=lines)
+        near = attended(q, *quantised(k, v, scales, segments.document_T), scales=scales, lines_N=lines)
     assert (near - exact).norm() / exact.norm() < 0.1
 
 

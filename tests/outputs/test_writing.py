@@ -3,47 +3,19 @@
 import base64
 import dataclasses
 import datetime
-import json
 import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from written_outputs import EXTENSIONS, answers, read, rows, write
 
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import SELECTION_NAMES, answers_table, output_schema
 from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer, PartAnswer, Row, RowError
-
-EXTENSIONS = [".parquet", ".arrow", ".feather", ".ipc", ".arrows", ".jsonl"]
-NOTHING = pa.schema([])
-
-
-def write(path, answers, passthrough=NOTHING, *, metadata=None, overwrite=False, **options):
-    schema = output_schema(passthrough, metadata or {}, **options)
-    with output_writer(path, schema, overwrite) as writer:
-        if answers:
-            writer.write_table(answers_table(answers, schema))
-
-
-def read(path):
-    if path.suffix == ".parquet":
-        return pq.read_table(path)
-    opened = pa.ipc.open_stream if path.suffix == ".arrows" else pa.ipc.open_file
-    return opened(path.read_bytes()).read_all()
-
-
-def rows(path):
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return read(path).to_pylist()
-
-
-def answers(count, **values):
-    return [Answer(id=f"id {i}", row=i, answer=f"answer {i}", **values) for i in range(count)]
-
 
 FULL = Answer(
     id="a",
