@@ -171,6 +171,8 @@ class Answer:
     parts: list[PartAnswer] | None = None
     guard: str | None = None
     row_hash: str | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
     # from here on only with --save-selection
     selection: list[bytes] | None = field(default=None, repr=False)  # as tiers.py packs it
     prompt_text: str | None = field(default=None, repr=False)

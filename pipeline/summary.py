@@ -130,6 +130,7 @@ class Summary(Tally):
         self.method, self.output = method, output
         self.kv_bytes_per_token = kv_bytes_per_token
         self.new_tokens = 0
+        self.draft_tokens, self.accepted_tokens = 0, 0  # that were looked up, and those of them in answers
         self.ended_by_length = 0  # answers
         self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
@@ -168,6 +169,8 @@ class Summary(Tally):
             if answer.status != "ok":
                 continue
             self.new_tokens += answer.new_tokens or 0
+            self.draft_tokens += answer.draft_tokens or 0
+            self.accepted_tokens += answer.accepted_tokens or 0
             self.ended_by_length += answer.finish_reason == "length"
             self.unchanged_rows += self._is_unchanged(answer)
             self.grouped_rows += answer.group_rows is not None
@@ -263,6 +266,8 @@ class Summary(Tally):
             "unchanged_rows": self.unchanged_rows,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
+            "draft_tokens": self.draft_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "seconds": self.seconds,
             "workers": self.workers,
             "load_s": self.times.load_s,

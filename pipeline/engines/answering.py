@@ -8,9 +8,12 @@ import torch
 
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer
+from pipeline.kernels import decoding
+from pipeline.kernels.decoding import queries_of_a_range
 from pipeline.model.characters import whole_characters
 from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
+from pipeline.model.lookup import MOST_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
@@ -87,6 +90,20 @@ def sampling_of(settings: SamplingSettings) -> Sampling:
     return Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
 
 
+def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Lookup | None:
+    """How drafts are looked up, where they are: `wanted` many tokens, or None for what is best here.
+
+    Tokens that are drawn are seldom those that stand in the prompt, and a draw of each draft takes time.
+    """
+    if wanted == 0 or (wanted is None and not sampling.is_greedy):
+        return None
+    drafts = wanted or MOST_DRAFTS
+    if decoding.available(model.device, model.decoder.dtype):
+        shape = model.decoder.shape
+        drafts = min(drafts, queries_of_a_range(shape.heads, shape.kv_heads) - 1)
+    return Lookup(drafts=drafts, adaptive=wanted is None) if drafts else None
+
+
 def answer_text(tokens: Sequence[int], rules: StopRules, model: LoadedModel) -> str:
     """An answer that has ended, up to the first stop text in it, or else to its last whole character."""
     cut = None if rules.texts is None else rules.texts.cut(tokens)
@@ -97,6 +114,8 @@ def add_answer(row: Answer, generated: Generated, rules: StopRules, model: Loade
     """Write an answer that has ended into its row, as text and in numbers."""
     row.answer = answer_text(generated.tokens, rules, model)
     row.new_tokens = len(generated.tokens)
+    if generated.drafts is not None:
+        row.draft_tokens, row.accepted_tokens = generated.drafts, generated.accepted
     row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
 
 

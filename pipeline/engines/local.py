@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.engines.answering import add_answer, failed, memory_message
+from pipeline.engines.answering import add_answer, failed, lookup_of, memory_message
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
@@ -49,6 +49,7 @@ class LocalEngine:
         row_timeout: float | None = None,
         kv_memory: int | None = None,
         kv_dtype: str = "auto",
+        lookup: int | None = 0,
         in_flight: int | None = None,
         group: str = "off",
         guard: Guard | None = None,
@@ -60,19 +61,21 @@ class LocalEngine:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
-        dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. `in_flight` bounds the
+        dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. With `lookup` so many
+        tokens of a row are drafted for a step, with None as many as suit the device. `in_flight` bounds the
         rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
         run. `phase` is told of each pack that is prefilled.
         """
         self.model, self.rules, self.sampling = model, rules, sampling
         self._note = note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
+        self.lookup = lookup_of(lookup, sampling, model)
         packer = Packer.on(
             model.device,
             method,
             model.decoder.shape,
             itemsize=model.decoder.dtype.itemsize,
-            new_tokens=rules.max_new_tokens,
+            new_tokens=rules.max_new_tokens + (0 if self.lookup is None else self.lookup.drafts),
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
@@ -386,7 +389,13 @@ class LocalEngine:
     def _open_table(self) -> Table:
         if self._table is None:
             self._table = Table.of(
-                self.model, self.packer, self.rules, self.sampling, self.stats, self.kv_dtype
+                self.model,
+                self.packer,
+                self.rules,
+                self.sampling,
+                self.stats,
+                kv_dtype=self.kv_dtype,
+                lookup=self.lookup,
             )
         return self._table
 

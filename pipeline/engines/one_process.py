@@ -14,6 +14,7 @@ from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.records import Answer, EncodedDocument, RowError
+from pipeline.settings.parse import parse_lookup
 from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,
         kv_dtype=config.kv_dtype,
+        lookup=parse_lookup(config.lookup),
         in_flight=config.in_flight,
         # marks are kept of rows that run on their own alone
         group="off" if config.save_selection else config.group,

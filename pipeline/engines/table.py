@@ -17,6 +17,7 @@ from pipeline.model.decode import DecodeLoop, Generated, StopRules
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
+from pipeline.model.lookup import Lookup
 from pipeline.model.sampling import Sampling
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Answer
@@ -64,7 +65,9 @@ class Table:
         rules: StopRules,
         sampling: Sampling,
         stats: DecodeStats,
+        *,
         kv_dtype: torch.dtype,
+        lookup: Lookup | None = None,
     ) -> Self:
         """As large as planned, or as there is memory for after all; raises torch.OutOfMemoryError."""
         store = _store(model, packer, kv_dtype)
@@ -76,6 +79,7 @@ class Table:
             sampling=sampling,
             capacity=packer.in_flight,
             longest=model.decoder.shape.context + rules.max_new_tokens,
+            lookup=lookup,
             stats=stats,
         )
         return cls(store, loop, model.device)
@@ -91,9 +95,8 @@ class Table:
 
     def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
         """Take in rows of a prefilled pack, where they have `places`, with all that others may need."""
-        new_tokens, moves = self.loop.rules.max_new_tokens, self._store.moves
-        cache = pack.prefilled.cache
-        extents = self._store.adopt(cache, new_tokens)
+        moves, cache = self._store.moves, pack.prefilled.cache
+        extents = self._store.adopt(cache, self.loop.room)
         self._follow(moves)
         for b, extent in enumerate(extents):
             if b not in places:  # its prefill may have made NaN
@@ -106,6 +109,7 @@ class Table:
                 position=positions[b],
                 line=extents[b].line,
                 shared=documents[b].extent if documents else None,
+                prompt=pack.jobs[b].document.input_ids,
             )
             for b in places
         ]

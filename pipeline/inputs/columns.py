@@ -37,7 +37,7 @@ class Columns:
     task: str | None = None  # a kind of task; also copied, if it is among what is copied
     takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
-    holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
+    lacks: frozenset[str] = frozenset()  # columns of answers that the output, of an earlier version, has not
     keep: Keep | None = None
     longest_line: int = LONGEST  # of JSON lines, in bytes
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,21 +32,28 @@ class AttentionUnavailable(Exception):
     """Why a backend cannot be used here."""
 
 
-@dataclass(kw_only=True)
-class DecodeSlots:
-    """The slots of one buffer that the queries of a decode step attend to, on the host and on the device.
-
-    Document b's are starts[b] .. starts[b] + used[b], of which its queries are the last. The device's counts
-    go on within a captured step, in which the host's are not looked at.
-    """
+class HostSlots(NamedTuple):
+    """What the host knows of `DecodeSlots`, by document."""
 
     starts: tuple[int, ...]
-    used: list[int]  # the new tokens count: at least as many as queries
+    used: list[int]
+    queries: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class DecodeSlots:
+    """The slots of one buffer that the queries of a decode step attend to.
+
+    Document b's are starts[b] .. starts[b] + used[b], new tokens included, of which its queries, at least
+    one, are the last. Within a captured step the device's counts go on, and the host has none.
+    """
+
     longest: int  # no document ever uses more slots
     used_B: Tensor  # int32, as the following
     bounds_B1: Tensor  # the starts and the buffer's end
     queries_B1: Tensor  # bounds of each document's queries
-    queries: tuple[int, ...]  # how many each document has, at least 1
+    most_queries: int  # of a document
+    host: HostSlots | None
     shared: Ranges | None = None  # slots before these that several documents share, of the same buffer
     scales: Fp8Scales | None = None  # of a buffer in e4m3
     lines_B: Tensor | None = None  # of each document, in the scales
@@ -63,14 +70,19 @@ class DecodeSlots:
         """Of a buffer of `slots`, for a step that will not be captured; one query a document by default."""
         asked = Segments.of((1,) * len(starts) if queries is None else queries, device)
         return cls(
-            starts=tuple(starts),
-            used=list(used),
             longest=max(used),
             used_B=on_device(used, device, torch.int32),
             bounds_B1=on_device([*starts, slots], device, torch.int32),
             queries_B1=asked.cu_seqlens,
-            queries=asked.lengths,
+            most_queries=asked.longest,
+            host=HostSlots(tuple(starts), list(used), asked.lengths),
         )
+
+    @property
+    def known(self) -> HostSlots:
+        """The host's counts, where there are any."""
+        assert self.host is not None, "the device alone knows these slots"
+        return self.host
 
     @property
     def ranges(self) -> Ranges:
@@ -79,7 +91,7 @@ class DecodeSlots:
             starts_N=self.bounds_B1[:-1],
             used_N=self.used_B,
             queries_N1=self.queries_B1,
-            most_queries=max(self.queries),
+            most_queries=self.most_queries,
             longest=self.longest,
             scales=self.scales,
             lines_N=self.lines_B,
@@ -111,16 +123,17 @@ class AttentionBackend(ABC):
         if slots.shared is not None:
             attended = [(k_SKd, v_SKd, ranges) for ranges in (slots.ranges, slots.shared)]
             return decoding.attention(q_QHd, attended)
-        if slots.scales is not None or decoding.takes(q_QHd, k_SKd, max(slots.queries)):
+        by_ranges = slots.scales is not None or slots.host is None
+        if by_ranges or decoding.takes(q_QHd, k_SKd, slots.most_queries):
             return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)])
         return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
 
     def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         """The same for any number of queries."""
-        asked = q_QHd.split(slots.queries)
+        starts, used, queries = slots.known
         outputs = [
             _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count])
-            for q, start, count in zip(asked, slots.starts, slots.used, strict=True)
+            for q, start, count in zip(q_QHd.split(queries), starts, used, strict=True)
         ]
         return torch.cat(outputs)
 
@@ -227,7 +240,7 @@ class Flash3Attention(FlashAttention):
             v_SKd,
             cu_seqlens_q=slots.queries_B1,
             cu_seqlens_k=slots.bounds_B1,
-            max_seqlen_q=max(slots.queries),
+            max_seqlen_q=slots.most_queries,
             max_seqlen_k=slots.longest,
             seqused_k=slots.used_B,
             causal=True,

@@ -171,7 +171,7 @@ def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
 
 
 def attention(q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]]) -> Tensor:
-    """(Q, H, d) of queries to all their ranges together.
+    """(Q, H, d) of queries to all their ranges together; zeros for a query of none.
 
     Each of `attended` are keys and values (S, K, d), and ranges of their slots.
     """
@@ -231,7 +231,7 @@ def merged(parts_QHPd: Tensor, logs_QHP: Tensor, dtype: torch.dtype) -> Tensor:
     """(Q, H, d) the sum of the parts, each by its share of the weights."""
     kernels = _kernels(parts_QHPd)
     if kernels is None:
-        weights_QHP = (logs_QHP * math.log(2)).softmax(-1)
+        weights_QHP = (logs_QHP * math.log(2)).softmax(-1).nan_to_num(0)  # of a query without ranges
         parts_QHPd = parts_QHPd.masked_fill((weights_QHP == 0)[..., None], 0)  # which are undefined
         return torch.einsum("qhp,qhpd->qhd", weights_QHP, parts_QHPd).to(dtype)
     queries, heads, count, head_dim = parts_QHPd.shape
@@ -275,9 +275,10 @@ def _plain_partial(
             asked_Q, seen_Q = ranges.order_O[asked_Q].long(), torch.full_like(asked_Q, used)
         if not len(asked_Q):
             continue
-        k_TKd, v_TKd = (x[start : start + used].to(parts_QHPd.dtype) for x in (k_SKd, v_SKd))
+        k_TKd, v_TKd = (x[start : start + used] for x in (k_SKd, v_SKd))
         if ranges.scales is not None and ranges.lines_N is not None:
             k_TKd, v_TKd = dequantised(k_TKd, v_TKd, ranges.scales, int(ranges.lines_N[n]))
+        k_TKd, v_TKd = k_TKd.to(parts_QHPd.dtype), v_TKd.to(parts_QHPd.dtype)
         q_QKGd = q_QHd[asked_Q].to(k_TKd.dtype).unflatten(1, (-1, group))
         scores_QKGT = torch.einsum("qkgd,tkd->qkgt", q_QKGd, k_TKd) * scale
         unseen_QT = torch.arange(used, device=q_QHd.device) >= seen_Q[:, None]

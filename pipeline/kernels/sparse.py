@@ -97,7 +97,7 @@ class SparsePrefill:
         attended_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         asked, slots = self.last
         own_QHd = self.attention.decode(torch.cat([q_THd[rows] for rows in asked]), k_TKd, v_TKd, slots)
-        for rows, own in zip(asked, own_QHd.split(slots.queries), strict=True):
+        for rows, own in zip(asked, own_QHd.split(slots.known.queries), strict=True):
             attended_THd[rows] = own
         return attended_THd, torch.stack(pairs)
 

@@ -161,6 +161,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     weights = tl.exp2(log - tl.where(largest == float("-inf"), 0.0, largest))
     inside = ((part < count) & (weights > 0))[:, None] & (at < head_dim)[None, :]
     mixed = tl.load(parts + (first + part)[:, None] * head_dim + at[None, :], mask=inside, other=0)
-    merged = tl.reduce(mixed * weights[:, None], 0, plus) / tl.reduce(weights, 0, plus)
+    total = tl.reduce(weights, 0, plus)  # 0 of a query without ranges
+    merged = tl.reduce(mixed * weights[:, None], 0, plus) / tl.where(total > 0, total, 1.0)
     place = out + query * out_token_stride + head * out_head_stride + at
     tl.store(place, merged.to(out.dtype.element_ty), mask=at < head_dim)

@@ -52,7 +52,7 @@ def continue_with(
             last_B = asked.last_indices()
             hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
             q_NHd, _, _ = decoder.qkv(layer, hidden_ND, rope)
-            at = DecodeSlots.of(at.starts, at.used, len(keys), device)
+            at = DecodeSlots.of(*at.known[:2], len(keys), device)
             behind = None if behind is None else _Behind.of(decoder, cache, at)
         else:
             q_NHd, k_NKd, v_NKd = decoder.qkv(layer, hidden_ND, rope)
@@ -82,14 +82,14 @@ class _Behind:
         assert cache.shared is not None
         documents, device = cache.shared.cache.slots[0], decoder.device
         most = queries_of_a_range(decoder.shape.heads, decoder.shape.kv_heads)
-        firsts = [0, *accumulate(at.queries)]
+        firsts = [0, *accumulate(at.known.queries)]
         queries = [
             [query for row in rows for query in range(firsts[row], firsts[row + 1])]
             for rows in cache.shared.members()
         ]
         return cls(
             shared=cache.shared.cache,
-            own=own_ranges(at.starts, at.used, at.queries, most, device),
+            own=own_ranges(*at.known, most, device),
             before=shared_ranges(documents.starts, documents.used, queries, most, device),
         )
 

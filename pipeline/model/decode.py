@@ -19,8 +19,9 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
-from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
+from pipeline.model.lookup import Lookup, Pace
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.stopping import StopTexts
@@ -55,7 +56,9 @@ class Generated:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # as `StopRules.reason` says it, or `not_finite`
     finished_at: float = 0.0  # time.perf_counter()
-    queued: int = 1  # tokens that are there or will be: that of the prefill, and one for each step queued
+    queued: int = 1  # tokens that are there or will be at least: that of the prefill, and one a step
+    drafts: int | None = None  # that were verified, where any are looked up
+    accepted: int = 0  # of them, which are part of the answer
 
     def take(self, token: int, rules: StopRules) -> None:
         """Add a token, and end the answer where it ends."""
@@ -70,13 +73,26 @@ class Generated:
         if self.finish_reason == "stop":
             self.tokens.pop()
 
+    def take_step(self, drafts: int, tokens: Sequence[int], rules: StopRules) -> int:
+        """Add what a step made, up to where the answer ends; returns how many drafts are among it."""
+        before = len(self.tokens)
+        for token in tokens:
+            if token == NOTHING or self.finish_reason is not None:
+                break
+            self.take(token, rules)
+        accepted = min(drafts, max(0, len(self.tokens) - before - 1))
+        if self.drafts is not None:
+            self.drafts, self.accepted = self.drafts + drafts, self.accepted + accepted
+        return accepted
+
 
 class _Queued(NamedTuple):
-    """A step on its way: whose tokens it makes, and where they will be on the host."""
+    """A step on its way: whose tokens it makes, and where what came of it will be on the host."""
 
     rows: list[Generated]
-    tokens: Tensor
+    outcome: Tensor
     done: torch.cuda.Event | None
+    verifies: bool  # drafts
 
 
 class DecodeLoop:
@@ -92,12 +108,20 @@ class DecodeLoop:
         sampling: Sampling,
         capacity: int,
         longest: int,
+        lookup: Lookup | None = None,
         graphs: bool = True,
         stats: DecodeStats | None = None,
         late: int | None = None,
     ) -> None:
-        """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`."""
+        """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`.
+
+        With `lookup` drafts are verified, for which each row needs `room` behind its prompt.
+        """
+        assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
         self.rules, self.stats = rules, stats or DecodeStats()
+        self._kv, self._lookup = kv, lookup
+        self._pace = None if lookup is None else Pace(lookup)
+        self._device = decoder.device
         self._batch = DecodeBatch(
             decoder,
             attention,
@@ -106,10 +130,11 @@ class DecodeLoop:
             longest=longest,
             sampling=sampling,
             new_tokens=rules.max_new_tokens,
+            lookup=lookup,
         )
         captured = graphs and kv.on_device_alone
         self._runner = StepRunner(
-            lambda size: self._batch.step(size.columns),
+            lambda size: self._batch.step(size),
             recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
             attention,
             self.stats,
@@ -121,11 +146,21 @@ class DecodeLoop:
 
     def prepare(self) -> int:
         """Capture the steps of all sizes; returns how many there are."""
-        return self._runner.prepare(self._batch.capacity)
+        columns = {self._runner.columns(rows, self.capacity) for rows in range(1, self.capacity + 1)}
+        plain = {StepSize(count, count) for count in columns}
+        if self._lookup is None:
+            return self._runner.prepare(plain)
+        verifying = {StepSize(count, self._lookup.queries(count, self._device)) for count in columns}
+        return self._runner.prepare(plain | verifying)
 
     @property
     def capacity(self) -> int:
         return self._batch.capacity
+
+    @property
+    def room(self) -> int:
+        """Slots that a row needs in each layer behind its prompt."""
+        return self.rules.max_new_tokens + (0 if self._lookup is None else self._lookup.drafts)
 
     @property
     def is_busy(self) -> bool:
@@ -136,6 +171,10 @@ class DecodeLoop:
         """Add rows that have their first token, and are to have more."""
         self._batch.join(seats, [row.tokens[-1] for row in rows], uniforms)
         self.rows += rows
+        if self._pace is not None:
+            self._pace.joined()
+            for row in rows:
+                row.drafts = 0
 
     def leave(self, gone: Sequence[Generated]) -> None:
         """Go on without these rows."""
@@ -171,22 +210,33 @@ class DecodeLoop:
         batch, count = self._batch, len(self.rows)
         columns = self._runner.columns(count, batch.capacity) if self._pads else count
         most = self.rules.max_new_tokens
-        size = StepSize(columns, batch.shares)
+        size = StepSize(columns, self._queries(columns), batch.shares)
         self._runner.run(size, most - min(row.queued for row in self.rows))
-        batch.count()
-        self._pending.append(_Queued(self.rows.copy(), *_to_host(batch.next_C[:count])))
+        self._kv.stepped()
+        outcome = _to_host(batch.outcome_CX[:count])
+        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns))
         for row in self.rows:
             row.queued += 1
         self.leave([row for row in self.rows if row.queued >= most])
+
+    def _queries(self, columns: int) -> int:
+        """Of the next step."""
+        if self._lookup is None or self._pace is None:
+            return columns
+        queries = self._lookup.queries(columns, self._device)
+        return queries if queries > columns and self._pace.drafts() else columns
 
     def _look(self) -> list[Generated]:
         queued = self._pending.popleft()
         if queued.done is not None:
             queued.done.synchronize()
         going = [row for row in queued.rows if row.finish_reason is None]
-        for row, token in zip(queued.rows, queued.tokens.tolist(), strict=True):
+        accepted = 0
+        for row, (drafts, *tokens) in zip(queued.rows, queued.outcome.tolist(), strict=True):
             if row.finish_reason is None:
-                row.take(token, self.rules)
+                accepted += row.take_step(drafts, tokens, self.rules)
+        if self._pace is not None and queued.verifies and going:
+            self._pace.made(len(going), accepted)
         ended = [row for row in going if row.finish_reason is not None]
         self.leave(ended)
         return ended
@@ -196,13 +246,13 @@ class DecodeLoop:
         self._runner.close()
 
 
-def _to_host(tokens_B: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Tokens on their way to the host, behind the step that makes them."""
-    if not tokens_B.is_cuda:
-        return tokens_B.clone(), None
-    host = torch.empty(tokens_B.shape, dtype=tokens_B.dtype, pin_memory=True)
-    host.copy_(tokens_B, non_blocking=True)
-    return host, torch.cuda.current_stream(tokens_B.device).record_event()
+def _to_host(outcome_BX: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """What came of a step on its way to the host, behind the step."""
+    if not outcome_BX.is_cuda:
+        return outcome_BX.clone(), None
+    host = torch.empty(outcome_BX.shape, dtype=outcome_BX.dtype, pin_memory=True)
+    host.copy_(outcome_BX, non_blocking=True)
+    return host, torch.cuda.current_stream(outcome_BX.device).record_event()
 
 
 @torch.inference_mode()

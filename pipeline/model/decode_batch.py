@@ -1,9 +1,10 @@
 """The rows that take decode steps together, wherever their keys and values lie.
 
-What a step works on stays at its place on the device, so that it can be replayed as a CUDA graph. The host
-counts along, since a step adds one token to each row: it need not ask the device. Rows are the batch's first
-columns; where a batch is padded to the size of a graph, the columns behind them read and write a slot of
-nobody. Letters: C columns that there are, B those of a step, L layers, N new tokens.
+What a step works on stays at its place on the device, so that it can be replayed as a CUDA graph, and it is
+the device that counts: how many of its drafts a row accepts, the host learns later. Rows are the batch's
+first columns; where a batch is padded to the size of a graph, the columns behind them read and write a slot
+of nobody. Letters: C columns that there are, B those of a step, L layers, N drafts of a row at most, K tokens
+that a step makes of it at most, Q queries of a step, X numbers that are kept of a column.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
-from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.attention import AttentionBackend, DecodeSlots, HostSlots
 from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
+from pipeline.model.graphs import StepSize
+from pipeline.model.lookup import Lookup, Spread, Texts
 from pipeline.model.sampling import Sampling, next_tokens
 from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
+
+NOTHING = -2  # in place of a token that a step might have made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,29 @@ class Seat:
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
     line: int = 0  # of the scales of keys and values in e4m3
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
+    prompt: np.ndarray | None = None  # (T,) token ids, in which drafts are looked up
+
+
+class _Drafts(NamedTuple):
+    """What is looked up for a step, and the queries that verify it."""
+
+    tokens_BN: Tensor
+    count_B: Tensor
+    spread: Spread  # of the queries over the columns, the first of each being its newest token
+
+
+class _Queries(NamedTuple):
+    """What a step runs through the model."""
+
+    column_Q: Tensor
+    tokens_Q: Tensor
+    position_Q: Tensor
+    drawn_Q: Tensor  # how many tokens the row has before the one that comes of it
+    places_LQ: Tensor  # where keys and values go
+    lines_Q: Tensor
+    used_LB: Tensor  # of each column, all of these tokens included
+    bounds_B1: Tensor  # of each column's queries
+    most: int  # of a column
 
 
 class DecodeBatch:
@@ -49,39 +78,41 @@ class DecodeBatch:
         *,
         capacity: int,
         longest: int,
+        new_tokens: int,
         sampling: Sampling | None = None,
-        new_tokens: int = 0,
+        lookup: Lookup | None = None,
     ) -> None:
-        """No row ever has more than `longest` tokens in a layer; those that draw do so for `new_tokens`."""
+        """No row ever has more than `longest` tokens in a layer, of which it makes `new_tokens` at most.
+
+        With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts.
+        """
         self._decoder, self._attention, self._kv = decoder, attention, kv
-        self._longest = longest
+        self._new_tokens = new_tokens
         self.sampling = sampling or Sampling()
-        device, layers = decoder.device, decoder.shape.layers
+        device, layers, drafts = decoder.device, decoder.shape.layers, 0 if lookup is None else lookup.drafts
+        self._longest = longest + drafts
+        self._by_device = attention.captures(device, decoder.dtype)  # attention needs no counts of the host
         self.rows = 0
-        # of each column: its row's counts on the host, and what of it the device needs
-        self._starts_LC = np.zeros((layers, capacity + 1), np.int32)
-        self._used_LC = np.ones((layers, capacity), np.int32)  # the next token counts
-        self._position_C = np.zeros(capacity, np.int64)
-        self._drawn_C = np.zeros(capacity, np.int64)
-        self._lines_C = np.zeros(capacity, np.int32)
-        self._moving_C = np.zeros(capacity, np.int32)
-        self.tokens_C = torch.zeros(capacity, dtype=torch.int64, device=device)  # the newest, to be stored
-        self.next_C = torch.zeros_like(self.tokens_C)  # what the last step chose; NOT_FINITE is among them
-        self._starts_dev = torch.zeros((layers, capacity + 1), dtype=torch.int32, device=device)
-        self._used_dev = torch.ones((layers, capacity), dtype=torch.int32, device=device)
-        self._places_dev = torch.zeros((layers, capacity), dtype=torch.int64, device=device)
-        self._position_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._moving_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._drawn_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._lines_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self._queries_dev = torch.arange(capacity + 1, dtype=torch.int32, device=device)
-        self._shared = _SharedTables(decoder.shape, capacity, device)
+        self._state_XC = torch.zeros((2 * layers + 5, capacity + 1), dtype=torch.int32, device=device)
+        self._starts_LC, self._used_LC = self._state_XC[:layers], self._state_XC[layers : 2 * layers]
+        self._used_LC.fill_(1)  # the newest token, which is to be stored, counts
+        # that token, its position, how many tokens there are of the answer, and whether the column has a row
+        self._tokens_C, self._position_C, self._drawn_C, self._lines_C, self._moving_C = self._state_XC[
+            2 * layers :
+        ]
+        self._nobody_X1 = self._state_XC[:, :1].clone()
+        # of each column, how many drafts the last step verified, and the tokens that it made
+        self.outcome_CX = torch.zeros((capacity, 2 + drafts), dtype=torch.int64, device=device)
+        self._queries_B1 = torch.arange(capacity + 1, dtype=torch.int32, device=device)
+        self._index_K = torch.arange(1 + drafts, dtype=torch.int32, device=device)
+        self._shared = _SharedTables(decoder.shape, capacity, device, drafts)
+        self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
         draws = 0 if self.sampling.is_greedy else new_tokens
         self._uniform_CN = torch.zeros((capacity, draws), dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
-        return len(self.tokens_C)
+        return len(self.outcome_CX)
 
     @property
     def shares(self) -> bool:
@@ -93,152 +124,180 @@ class DecodeBatch:
         """Add rows behind those that are there, each with its newest token, and its numbers for draws."""
         first, last = self.rows, self.rows + len(seats)
         assert last <= self.capacity, "more rows than the batch has columns"
-        new = slice(first, last)
-        self._starts_LC[:, new] = np.array([seat.starts for seat in seats], np.int32).T
-        self._used_LC[:, new] = np.array([seat.used for seat in seats], np.int32).T + 1
-        self._position_C[new] = [seat.position for seat in seats]
-        self._drawn_C[new] = 1  # the first token was drawn after the prefill
-        self._lines_C[new] = [seat.line for seat in seats]
-        self._moving_C[new] = 1
-        self.tokens_C[new] = on_device(tokens, self.tokens_C.device)
+        columns = [
+            (*seat.starts, *(used + 1 for used in seat.used), token, seat.position, 1, seat.line, 1)
+            for seat, token in zip(seats, tokens, strict=True)
+        ]
+        _to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
         if self._uniform_CN.shape[1]:
-            self._uniform_CN[new] = torch.stack(list(uniforms)).to(self._uniform_CN.device)
+            self._uniform_CN[first:last] = torch.stack(list(uniforms)).to(self._uniform_CN.device)
+        if self._texts is not None:
+            for column, (seat, token) in enumerate(zip(seats, tokens, strict=True), first):
+                assert seat.prompt is not None
+                self._texts.join(column, torch.from_numpy(seat.prompt), token)
         self._shared.extents += [seat.shared for seat in seats]
         self.rows = last
-        self._tell_device()
+        self._shared.tell_device()
 
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], starts: Sequence[Sequence[int]] | None = None) -> None:
         """Go on with the rows in these columns, in this order; `starts` where they have been moved."""
-        kept = len(columns)
-        chosen = list(columns)
-        kept_LC = self._starts_LC[:, chosen] if starts is None else np.array(starts, np.int32).T
-        for values, nobody in (
-            (self._used_LC, 1),
-            (self._position_C, 0),
-            (self._drawn_C, 0),
-            (self._lines_C, 0),
-            (self._moving_C, 0),
-        ):
-            values[..., :kept] = values[..., chosen]
-            values[..., kept : self.rows] = nobody
-        self._starts_LC[:, :kept] = kept_LC
-        self._starts_LC[:, kept : self.rows] = 0
+        kept, chosen = len(columns), list(columns)
         if chosen != list(range(kept)):
-            order_B = on_device(chosen, self.tokens_C.device)
-            self.tokens_C[:kept] = self.tokens_C.index_select(0, order_B)
+            order_B = on_device(chosen, self._state_XC.device)
+            self._state_XC[:, :kept] = self._state_XC.index_select(1, order_B)
             if self._uniform_CN.shape[1]:
                 self._uniform_CN[:kept] = self._uniform_CN.index_select(0, order_B)
-        self.tokens_C[kept : self.rows] = 0
+            if self._texts is not None:
+                self._texts.keep(order_B)
+        if starts is not None and kept:
+            _to_device(self._starts_LC[:, :kept], np.array(starts, np.int32).T)
+        self._state_XC[:, kept : self.rows] = self._nobody_X1
         self._shared.extents = [self._shared.extents[column] for column in chosen]
         self.rows = kept
-        self._tell_device()
-
-    def _tell_device(self) -> None:
-        """Bring the host's counts to their places on the device, in order behind the work queued so far."""
-        pairs = (
-            (self._starts_dev, self._starts_LC),
-            (self._used_dev, self._used_LC),
-            (self._position_dev, self._position_C),
-            (self._moving_dev, self._moving_C),
-            (self._drawn_dev, self._drawn_C),
-            (self._lines_dev, self._lines_C),
-        )
-        for target, source in pairs:
-            _to_device(target, source)
-        self._place_(self.capacity)
         self._shared.tell_device()
 
-    def _place_(self, columns: int) -> None:
-        """Where the next tokens go: each behind the others of its row."""
-        part = (slice(None), slice(columns))
-        torch.add(self._starts_dev[part], self._used_dev[part], alpha=1, out=self._places_dev[part])
-        self._places_dev[part].sub_(1)
-
     @torch.inference_mode()
-    def step(self, columns: int) -> None:
-        """Run the newest tokens of the first `columns` columns through the model, and choose the next ones.
+    def step(self, size: StepSize) -> None:
+        """Run the newest tokens of the first columns through the model, with drafts if it has more queries.
 
-        Reads nothing of the host that changes from step to step, if the attention `captures`. Keeps the
-        tokens chosen in `next_C`, and goes on to them.
+        Reads nothing of the host that changes from step to step, if the attention `captures`. Says in
+        `outcome_CX` what came of it, and goes on to the newest of these tokens.
         """
         decoder, kv = self._decoder, self._kv
-        hidden_BD = decoder.embed(self.tokens_C[:columns])
-        rope = decoder.rope(hidden_BD, self._position_dev[:columns])
+        drafts = self._drafts(size) if size.queries > size.columns else None
+        asked = self._queries(size.columns, drafts)
+        hidden_QD = decoder.embed(asked.tokens_Q)
+        rope = decoder.rope(hidden_QD, asked.position_Q)
+        shared = self._shared.of_step(size, drafts and drafts.spread) if size.shares else None
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(decoder.shape.layers):
-            places_B, lines_B = self._places_dev[layer, :columns], self._lines_dev[:columns]
-            target = KvTarget(*kv.buffers(layer), places_B, kv.scales(layer), lines_B)
-            slots = self._slots(layer, columns)
+            target = KvTarget(*kv.buffers(layer), asked.places_LQ[layer], kv.scales(layer), asked.lines_Q)
+            slots = self._slots(layer, size.columns, asked, shared)
 
-            def attend(q_BHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
+            def attend(q_QHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
                 kv.ready(layer)
-                attended_BHd = self._attention.decode(q_BHd, *kv.buffers(layer), slots)
-                kv.observe(layer, q_BHd)
-                return attended_BHd
+                attended_QHd = self._attention.decode(q_QHd, *kv.buffers(layer), slots)
+                kv.observe(layer, q_QHd)
+                return attended_QHd
 
-            normed = decoder.step_layer_(layer, hidden_BD, rope, target, attend, normed)
-        self._choose_(decoder.head(hidden_BD), columns)
-        moving_C = self._moving_dev[:columns]
-        self._used_dev[:, :columns].add_(moving_C)
-        self._position_dev[:columns].add_(moving_C)
-        self._drawn_dev[:columns].add_(moving_C)
-        self._place_(columns)
+            normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
+        self._take(self._chosen(decoder.head(hidden_QD), asked), size.columns, drafts)
 
-    def _choose_(self, logits_BV: Tensor, columns: int) -> None:
-        uniform_B = None
+    def _drafts(self, size: StepSize) -> _Drafts:
+        assert self._texts is not None
+        moving_B = self._moving_C[: size.columns]
+        tokens_BN, count_B = self._texts.drafts(moving_B, size.queries - size.columns)
+        return _Drafts(tokens_BN, count_B, Spread.of(count_B + 1, size.queries))
+
+    def _queries(self, columns: int, drafts: _Drafts | None) -> _Queries:
+        """Of a step: each column's newest token, and the drafts behind it."""
+        used_LB = self._used_LC[:, :columns]
+        places_LB = (self._starts_LC[:, :columns] + used_LB - 1).long()
+        of_column = (self._tokens_C, self._position_C, self._drawn_C, self._lines_C)
+        tokens_B, position_B, drawn_B, lines_B = (values_C[:columns] for values_C in of_column)
+        if drafts is None:
+            bounds_B1 = self._queries_B1[: columns + 1]
+            own = (bounds_B1[:-1], tokens_B, position_B, drawn_B, places_LB, lines_B)
+            return _Queries(*own, used_LB=used_LB, bounds_B1=bounds_B1, most=1)
+        _, column_Q, index_Q, spare_Q = drafts.spread
+        tokens_BK = torch.cat([tokens_B[:, None], drafts.tokens_BN], 1)
+        most = tokens_BK.shape[1]
+        return _Queries(
+            column_Q=column_Q,
+            tokens_Q=tokens_BK[column_Q, index_Q.clamp(max=most - 1)],
+            # what pads the step is nobody's
+            position_Q=(position_B[column_Q] + index_Q).masked_fill(spare_Q, 0),
+            drawn_Q=drawn_B[column_Q] + index_Q,
+            places_LQ=(places_LB[:, column_Q] + index_Q).masked_fill(spare_Q, 0),
+            lines_Q=lines_B[column_Q].masked_fill(spare_Q, 0),
+            used_LB=used_LB + drafts.count_B,
+            bounds_B1=drafts.spread.bounds_N1,
+            most=most,
+        )
+
+    def _chosen(self, logits_QV: Tensor, asked: _Queries) -> Tensor:
+        """(Q,) the token that follows each query."""
+        uniform_Q = None
         if not self.sampling.is_greedy:
             last = self._uniform_CN.shape[1] - 1
-            drawn_B1 = self._drawn_dev[:columns, None].clamp(max=last)
-            uniform_B = self._uniform_CN[:columns].gather(1, drawn_B1)[:, 0]
-        self.next_C[:columns] = next_tokens(logits_BV, self.sampling, uniform_B)
+            uniform_Q = self._uniform_CN[asked.column_Q.long(), asked.drawn_Q.long().clamp(max=last)]
+        return next_tokens(logits_QV, self.sampling, uniform_Q)
+
+    def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
+        """Go on to the newest of the tokens that a step made."""
+        drawn_B, moving_B = self._drawn_C[:columns], self._moving_C[:columns]
+        next_BK, verified_B = next_Q[:, None], torch.zeros_like(drawn_B)
+        accepted_B = verified_B
+        if drafts is not None:
+            verified_B = drafts.count_B
+            at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
+            next_BK = next_Q[at_BK.clamp(max=len(next_Q) - 1)]
+            right_BN = next_BK[:, :-1] == drafts.tokens_BN
+            right_BN &= self._index_K[:-1] < verified_B[:, None]
+            accepted_B = right_BN.int().cumprod(1).sum(1).int()
+        made_B = (accepted_B + 1).minimum(self._new_tokens - drawn_B).clamp(min=0) * moving_B
+        there_BK = self._index_K[: next_BK.shape[1]] < made_B[:, None]
+        self.outcome_CX[:columns] = NOTHING
+        self.outcome_CX[:columns, 0] = verified_B
+        self.outcome_CX[:columns, 1 : 1 + next_BK.shape[1]] = next_BK.masked_fill(~there_BK, NOTHING)
+        if self._texts is not None:
+            self._texts.take(next_BK, made_B, verified_B, accepted_B)
         # rows are looked up by their tokens, those that have ended too: NOT_FINITE would be no row
-        torch.clamp(self.next_C[:columns], min=0, out=self.tokens_C[:columns])
+        newest_B = next_BK.gather(1, (made_B - 1).clamp(min=0).long()[:, None])[:, 0].clamp(min=0)
+        self._tokens_C[:columns] = torch.where(made_B > 0, newest_B, self._tokens_C[:columns])
+        self._used_LC[:, :columns] += made_B
+        self._position_C[:columns] += made_B
+        self._drawn_C[:columns] += made_B
 
-    def count(self) -> None:
-        """Let the host's counts follow a step."""
-        moving_C = self._moving_C[: self.rows]
-        self._used_LC[:, : self.rows] += moving_C
-        self._position_C[: self.rows] += moving_C
-        self._drawn_C[: self.rows] += moving_C
-        self._kv.stepped()
-
-    def _slots(self, layer: int, columns: int) -> DecodeSlots:
-        scales = self._kv.scales(layer)
+    def _slots(self, layer: int, columns: int, asked: _Queries, shared: _SharedQueries | None) -> DecodeSlots:
+        scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]
+        used_B, host = asked.used_LB[layer], None
+        if asked.most == 1 and not self._by_device:
+            host = HostSlots(tuple(starts_B1[:-1].tolist()), used_B.tolist(), (1,) * columns)
         return DecodeSlots(
-            starts=self._starts_LC[layer, :columns].tolist(),
-            used=self._used_LC[layer, :columns].tolist(),
             longest=self._longest,
-            used_B=self._used_dev[layer, :columns],
-            bounds_B1=self._starts_dev[layer, : columns + 1],
-            queries_B1=self._queries_dev[: columns + 1],
-            queries=(1,) * columns,
-            shared=self._shared.ranges(layer, columns, self._longest, scales) if self.shares else None,
+            used_B=used_B,
+            bounds_B1=starts_B1,
+            queries_B1=asked.bounds_B1,
+            most_queries=asked.most,
+            host=host,
+            shared=None if shared is None else self._shared.ranges(layer, shared, self._longest, scales),
             scales=scales,
-            lines_B=None if scales is None else self._lines_dev[:columns],
+            lines_B=None if scales is None else self._lines_C[:columns],
         )
+
+
+class _SharedQueries(NamedTuple):
+    """Of a step: which of its queries attend to each range of the documents that rows share."""
+
+    queries_N1: Tensor
+    order_O: Tensor
 
 
 class _SharedTables:
     """Which columns read the same document, as a step finds it on the device: R ranges of a document's slots.
 
-    Columns with the same one are put together, as many in a range as a program of the kernel holds. There are
-    no more ranges than columns; those behind the last are empty, so that a captured step serves all.
+    Columns with the same one are put together, as many in a range as a program of the kernel holds, each with
+    all its drafts. There are no more ranges than columns; those behind the last are empty, so that a captured
+    step serves all.
     """
 
-    def __init__(self, shape: ModelShape, capacity: int, device: torch.device) -> None:
+    def __init__(self, shape: ModelShape, capacity: int, device: torch.device, drafts: int) -> None:
         self.extents: list[Extent | None] = []  # of each column's row
-        self._most = queries_of_a_range(shape.heads, shape.kv_heads)
+        self._columns = max(1, queries_of_a_range(shape.heads, shape.kv_heads) // (1 + drafts))
+        self._most = self._columns * (1 + drafts)
         self._starts_LR = np.zeros((shape.layers, capacity), np.int32)
         self._used_LR = np.zeros((shape.layers, capacity), np.int32)
         self._lines_R = np.zeros(capacity, np.int32)
-        self._queries_R1 = np.zeros(capacity + 1, np.int32)
+        self._members_R1 = np.zeros(capacity + 1, np.int32)  # bounds of each range's columns in the order
         self._order_C = np.zeros(capacity, np.int32)
         self._told = False  # whether the device knows of a range
-        self._starts_dev, self._used_dev, self._lines_dev, self._queries_dev, self._order_dev = (
+        self._starts_dev, self._used_dev, self._lines_dev, self._members_dev, self._order_dev = (
             torch.zeros(values.shape, dtype=torch.int32, device=device)
-            for values in (self._starts_LR, self._used_LR, self._lines_R, self._queries_R1, self._order_C)
+            for values in (self._starts_LR, self._used_LR, self._lines_R, self._members_R1, self._order_C)
         )
+        self._place_C = torch.arange(capacity, dtype=torch.int32, device=device)
 
     def __bool__(self) -> bool:
         return any(extent is not None for extent in self.extents)
@@ -251,36 +310,49 @@ class _SharedTables:
         for column, extent in enumerate(self.extents):
             if extent is not None:
                 members.setdefault(id(extent), []).append(column)
-        chunks = [chunk for columns in members.values() for chunk in in_chunks(columns, self._most)]
+        chunks = [chunk for columns in members.values() for chunk in in_chunks(columns, self._columns)]
         self._used_LR[:] = 0
-        self._queries_R1[:] = sum(map(len, chunks))
-        self._queries_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]
+        self._members_R1[:] = sum(map(len, chunks))
+        self._members_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]
         for n, columns in enumerate(chunks):
             extent = self.extents[columns[0]]
             assert extent is not None
             self._starts_LR[:, n], self._used_LR[:, n] = extent.starts, extent.stored
             self._lines_R[n] = extent.line
-            self._order_C[self._queries_R1[n] : self._queries_R1[n + 1]] = columns
+            self._order_C[self._members_R1[n] : self._members_R1[n + 1]] = columns
         pairs = (
             (self._starts_dev, self._starts_LR),
             (self._used_dev, self._used_LR),
             (self._lines_dev, self._lines_R),
-            (self._queries_dev, self._queries_R1),
+            (self._members_dev, self._members_R1),
             (self._order_dev, self._order_C),
         )
         for target, source in pairs:
             _to_device(target, source)
         self._told = bool(self)
 
-    def ranges(self, layer: int, columns: int, longest: int, scales: Fp8Scales | None) -> Ranges:
-        """Of a step of so many columns."""
+    def of_step(self, size: StepSize, spread: Spread | None) -> _SharedQueries:
+        """The queries of each range: of its columns all that `spread` gives them, or one each."""
+        members_N1 = self._members_dev[: size.columns + 1]
+        if spread is None:
+            return _SharedQueries(members_N1, self._order_dev)
+        bounds_C1 = spread.bounds_N1.new_zeros(len(self._order_dev) + 1)
+        bounds_C1[: size.columns + 1] = spread.bounds_N1
+        count_O = bounds_C1.diff()[self._order_dev].masked_fill(self._place_C >= members_N1[-1], 0)
+        own = Spread.of(count_O, size.queries)
+        order_Q = bounds_C1[self._order_dev[own.owner_Q]] + own.index_Q
+        return _SharedQueries(own.bounds_N1[members_N1], order_Q)
+
+    def ranges(self, layer: int, asked: _SharedQueries, longest: int, scales: Fp8Scales | None) -> Ranges:
+        """Of a step with these queries."""
+        columns = len(asked.queries_N1) - 1
         return Ranges(
             starts_N=self._starts_dev[layer, :columns],
             used_N=self._used_dev[layer, :columns],
-            queries_N1=self._queries_dev[: columns + 1],
+            queries_N1=asked.queries_N1,
             most_queries=self._most,
             longest=longest,
-            order_O=self._order_dev,
+            order_O=asked.order_O,
             scales=scales,
             lines_N=None if scales is None else self._lines_dev[:columns],
         )
@@ -288,5 +360,5 @@ class _SharedTables:
 
 def _to_device(target: Tensor, source: np.ndarray) -> None:
     """Copy, in order behind the work queued so far, without waiting for it."""
-    values = torch.from_numpy(source.copy())
+    values = torch.from_numpy(np.ascontiguousarray(source).copy())
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

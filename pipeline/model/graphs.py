@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +29,7 @@ class StepSize(NamedTuple):
     """What a step is captured for."""
 
     columns: int
+    queries: int  # as many, or more where drafts are verified
     shares: bool = False  # whether rows read documents that they share
 
 
@@ -138,10 +139,9 @@ class StepRunner:
         self._recorded: dict[StepSize, Recorded] = {}
         self._warm: Counter[StepSize] = Counter()
 
-    def prepare(self, most_rows: int) -> int:
-        """Capture steps of all sizes of up to `most_rows` columns, the largest first; returns how many."""
-        sizes = {StepSize(self.columns(rows, most_rows)) for rows in range(1, most_rows + 1)}
-        for size in sorted(sizes, reverse=True):
+    def prepare(self, sizes: Iterable[StepSize]) -> int:
+        """Capture steps of these sizes, the largest first; returns how many."""
+        for size in sorted(set(sizes), reverse=True):
             if self._recorder is None:
                 break
             for _ in range(WARM_UP_STEPS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
@@ -18,7 +18,8 @@ _TYPES = {  # by how `Answer` declares a column
     "list[bytes]": pa.list_(pa.binary()),
 }
 _SHORT = ("status", "finish_reason", "error_type", "method", "guard", "row_hash")  # strings
-_SMALL = ("question_index", "new_tokens", "pack_documents", "group_rows", "depth")  # integers
+_OF_ANSWER = ("new_tokens", "draft_tokens", "accepted_tokens")
+_SMALL = ("question_index", *_OF_ANSWER, "pack_documents", "group_rows", "depth")  # integers
 
 
 def _type(field: Field[Any]) -> pa.DataType:
@@ -38,6 +39,7 @@ ANSWER_FIELDS = tuple(
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
 QUESTION_NAME = "question"  # which outputs of the first version do not have
+LATER_NAMES = ("draft_tokens", "accepted_tokens")  # which outputs of earlier versions go on without
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 
@@ -46,10 +48,10 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
-    holds_question: bool = True,
+    lacks: Collection[str] = (),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own, then those copied from the input."""
-    left_out = (*(() if save_selection else SELECTION_NAMES), *(() if holds_question else (QUESTION_NAME,)))
+    """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
+    left_out = (*(() if save_selection else SELECTION_NAMES), *lacks)
     own = [field for field in ANSWER_FIELDS if field.name not in left_out]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
@@ -64,7 +66,7 @@ def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
 
 def halves(schema: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
     """Of an output's columns the answer's own, which stand first, and the copied ones."""
-    # by their order, as an output without a question of its own may copy a column of that name
+    # by their order, as an output of an earlier version may copy a column of a name that came later
     own: list[pa.Field] = []
     for field in ANSWER_FIELDS:
         if len(own) < len(schema) and schema.field(len(own)).name == field.name:

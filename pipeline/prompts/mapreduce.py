@@ -233,6 +233,9 @@ def _add_statistics(answer: Answer, sent: Sequence[Answer]) -> None:
     if not ok:
         return
     answer.new_tokens = sum(each.new_tokens or 0 for each in ok)
+    for name in ("draft_tokens", "accepted_tokens"):
+        counts = [count for each in ok if (count := getattr(each, name)) is not None]
+        setattr(answer, name, sum(counts) if counts else None)
     answer.queue_ms = next(each.queue_ms for each in ok)
     for name in ("kept_tokens", "ffn_tokens", "ffn_fp8_tokens"):
         lists = [value for each in ok if (value := getattr(each, name)) is not None]

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.texts.toml import LARGEST
 
+MOST_DRAFTS = 64  # of a row and step
+
 
 def read_template(path: str | None, flag: str = "--prompt-template") -> str | None:
     """The text of the prompt template in a file that this flag names."""
@@ -115,6 +117,17 @@ def parse_workers(text: str, flag: str = "--workers") -> int | None:
     if count < 1:
         raise ConfigError(f"{flag} {text!r}: give a number of at least 1, or all")
     return count
+
+
+def parse_lookup(text: str, flag: str = "--lookup") -> int | None:
+    """`off` as 0, `auto` as None, and else how many tokens are drafted."""
+    words = {"off": 0, "auto": None}
+    value = text.strip().lower()
+    if value in words:
+        return words[value]
+    if not re.fullmatch(r"\d{1,3}", value) or not 1 <= int(value) <= MOST_DRAFTS:
+        raise ConfigError(f"{flag} {text!r}: give auto, off or a number of tokens from 1 to {MOST_DRAFTS}")
+    return int(value)
 
 
 def parse_max_errors(text: str, flag: str = "--max-errors") -> tuple[float, bool]:

@@ -9,7 +9,7 @@ from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
-from pipeline.settings.parse import parse_max_errors, parse_workers
+from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
 
 
@@ -135,6 +135,14 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         help="Keys and values while answers are decoded: auto (as --dtype) or, on a GPU that can, fp8: half "
         "of their memory, and of the time that reading them takes.",
         choices=KV_DTYPES,
+    )
+    lookup: str = option(
+        "off",
+        metavar="auto|off|N",
+        help="For answers that quote: guess that what followed their newest tokens in the prompt follows "
+        "again, up to N tokens (auto: 8, fewer where they are refused), and verify them in one decode step.",
+        kind=TEXT_OR_WHOLE,
+        check=parse_lookup,
     )
     sort_by_document: bool = option(
         False, help="Read all rows first and put those about the same document together, on disk."

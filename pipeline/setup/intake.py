@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
 from pipeline.inputs.source import Source, open_source
+from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import chat_source
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.outputs.finished import FinishedRows
 
 COLUMNS = "columns"  # of the settings that decide: which were decided
+LATER = "later_columns"  # of them: those of the output that earlier versions did not have
 Item = EncodedDocument | SplitDocument | RowError
 
 # of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
@@ -76,7 +78,7 @@ def open_rows(config: BatchConfig) -> Intake:
         config=with_lengths(settled.settings),
         source=source,
         begun=begun,
-        columns=columns_decided(settled) if source.columns.holds_question else None,
+        columns=columns_decided(settled) if begun is None or COLUMNS in begun else None,
         notes=(*source.notes, *settled.notes),
     )
 
@@ -98,7 +100,7 @@ def open_columns(
 
     def columns(types: Types | None) -> Columns:
         found.append(_settled(data, types, begun, asks=asks))
-        return _columns(found[-1], keep, holds_question=begun is None or COLUMNS in begun)
+        return _columns(found[-1], keep, lacks=_lacks(begun))
 
     source = open_source(data.input, columns, output)
     return source, found[-1]
@@ -112,7 +114,15 @@ def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Sett
     return settled(data, types, template_asks=template_asks if asks else False)
 
 
-def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) -> Columns:
+def _lacks(begun: Any) -> frozenset[str]:
+    """Columns of answers that the output of a run that began with these settings does not have."""
+    if begun is None:
+        return frozenset()
+    question = () if COLUMNS in begun else (QUESTION_NAME,)
+    return frozenset((*question, *LATER_NAMES)) - frozenset(begun.get(LATER, ()))
+
+
+def _columns(settled: Settled[Any], keep: Keep | None, *, lacks: frozenset[str]) -> Columns:
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
@@ -125,7 +135,7 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) 
         keep=keep,
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
-        holds_question=holds_question,
+        lacks=lacks,
         longest_line=data.longest_line or LONGEST,
     )
 

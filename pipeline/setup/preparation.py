@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
-from pipeline.outputs.answers import output_schema
+from pipeline.outputs.answers import LATER_NAMES, output_schema
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
@@ -28,6 +28,7 @@ from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import GROUPS, Chosen, choose
 from pipeline.setup.guard import Guard
 from pipeline.setup.intake import (
+    LATER,
     Intake,
     Item,
     encode_rows,
@@ -88,6 +89,7 @@ class Preparation(Setup):
         """
         config, method, splitter, columns = self.config, self.method, self.splitter, self.intake.columns
         moment = moment_of(self.prompts, splitter)
+        later = [name for name in LATER_NAMES if name not in self.source.columns.lacks]
         return {
             "model": {
                 "fingerprint": self.model.fingerprint,
@@ -99,6 +101,7 @@ class Preparation(Setup):
             },
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if columns is None else {"columns": columns}),
+            **({LATER: later} if later else {}),
             "template_sha256": self.prompts.template_hash,
             **({} if moment is None else {"date": moment}),
             "on_overlong": config.on_overlong,
@@ -129,7 +132,7 @@ class Preparation(Setup):
             self.source.schema,
             {"marsinfer": json.dumps(about)},
             save_selection=self.config.save_selection,
-            holds_question=self.source.columns.holds_question,
+            lacks=self.source.columns.lacks,
         )
 
 

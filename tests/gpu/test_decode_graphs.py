@@ -18,6 +18,7 @@ from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attent
 from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
+from pipeline.model.lookup import Lookup
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
@@ -131,13 +132,14 @@ def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
     assert other_seed != replayed
 
 
-def answers_of_prepared_steps(decoder, attention, method, rules):
+def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):
     """Rows of a store let in two at a time, with a few steps in between; and how the steps were run."""
+    room = rules.max_new_tokens + (0 if lookup is None else lookup.drafts)
     prefilled = prefilled_pack(decoder, attention, method, 8, 0)
     by_row = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
-    slots = sum(slots_needed(layers, rules.max_new_tokens, CUDA) for layers in by_row)
+    slots = sum(slots_needed(layers, room, CUDA) for layers in by_row)
     store = KvStore(slots, decoder.shape, dtype=decoder.dtype, device=CUDA)
-    extents, stats = store.adopt(prefilled.cache, rules.max_new_tokens), DecodeStats()
+    extents, stats = store.adopt(prefilled.cache, room), DecodeStats()
     loop = DecodeLoop(
         decoder,
         attention,
@@ -146,16 +148,22 @@ def answers_of_prepared_steps(decoder, attention, method, rules):
         sampling=Sampling(),
         capacity=8,
         longest=max(LENGTHS) + rules.max_new_tokens,
+        lookup=lookup,
         stats=stats,
     )
-    assert loop.prepare() == 4  # of 8, 4, 2 and 1 columns
+    assert loop.prepare() == (4 if lookup is None else 8)  # of 8, 4, 2 and 1 columns, without drafts and with
     rows = [Generated() for _ in by_row]
     for row, token in zip(rows, first_tokens(prefilled.logits_BV, Sampling(), ()), strict=True):
         row.take(token, rules)
     for first in range(0, 8, 2):
         pair = range(first, first + 2)
         seats = [
-            Seat(starts=extents[b].starts, used=extents[b].stored, position=prefilled.next_positions[b])
+            Seat(
+                starts=extents[b].starts,
+                used=extents[b].stored,
+                position=prefilled.next_positions[b],
+                prompt=document(LENGTHS[b], seed=LENGTHS[b]).input_ids,
+            )
             for b in pair
         ]
         loop.join([rows[b] for b in pair], seats)
@@ -164,7 +172,21 @@ def answers_of_prepared_steps(decoder, attention, method, rules):
     while loop.is_busy:
         loop.step()
     loop.close()
-    return [row.tokens for row in rows], stats
+    return rows, stats
+
+
+def test_drafts_are_verified_by_captured_steps(fa3, monkeypatch):
+    """The same tokens as by these steps from Python, and more than one a step."""
+    decoder, rules = cuda_decoder("llama"), StopRules(max_new_tokens=200)
+    lookup = Lookup(drafts=4, adaptive=False)
+    replayed, stats = answers_of_prepared_steps(decoder, fa3, "dense", rules, lookup)
+    assert (stats.eager_steps, stats.failure) == (0, None)
+    assert {len(row.tokens) for row in replayed} == {200}
+    accepted, drafts = sum(row.accepted for row in replayed), sum(row.drafts for row in replayed)
+    assert 0 < accepted < drafts
+    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    from_python, _ = answers_of_prepared_steps(decoder, fa3, "dense", rules, lookup)
+    assert [row.tokens for row in from_python] == [row.tokens for row in replayed]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -175,8 +197,8 @@ def test_steps_captured_beforehand_serve_rows_that_come_and_go(fa3, monkeypatch,
     assert stats.replayed_steps > 59
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python, _ = answers_of_prepared_steps(decoder, fa3, method, EndAt(ENDS[8]))
-    assert replayed == from_python
-    assert [len(tokens) for tokens in replayed] == ENDS[8]
+    assert [row.tokens for row in replayed] == [row.tokens for row in from_python]
+    assert [len(row.tokens) for row in replayed] == ENDS[8]
 
 
 def test_memory_returns_to_its_start_after_a_pack_and_after_an_exception(fa3):

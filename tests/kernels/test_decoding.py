@@ -143,6 +143,15 @@ def test_ranges_that_rows_share_are_merged_with_their_own(either_path, monkeypat
     assert (made - expected(q, k, v, seen)).abs().max() < 1e-5
 
 
+def test_a_query_without_a_range_gets_zeros(either_path):
+    """As those have that pad a step; and the device alone knows how many queries a range has."""
+    q, k, v = buffers(100, 7)
+    ranges = own([10, 0, 50], [40, 9, 30], [3, 1, 2])
+    made = attention(q, [(k, v, ranges)])
+    assert (made[6] == 0).all()
+    assert (made[:6] - expected(q[:6], k, v, causal([10, 0, 50], [40, 9, 30], [3, 1, 2]))).abs().max() < 1e-5
+
+
 def test_a_merge_holds_where_one_part_outweighs_the_other(either_path):
     q, k, v = buffers(64, 1)
     k[:32] = 60 * q[0, ::3]  # scores of thousands: exponentials of them would overflow

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.graphs import StepSize
 
 
 def stored(lengths=(3, 2), new_tokens=2, layers=1):
@@ -32,7 +34,7 @@ def batch_of(cache):
     """A batch of the cache's documents, which have one token each that is to be stored next."""
     decoder = tiny_model("llama")
     documents = range(len(cache.slots[0].used))
-    batch = DecodeBatch(decoder, None, cache, capacity=len(documents), longest=9)
+    batch = DecodeBatch(decoder, SdpaAttention(), cache, capacity=len(documents), longest=9, new_tokens=9)
     seats = [Seat(starts=cache.starts(b), used=cache.used(b), position=7 + b) for b in documents]
     batch.join(seats, [40 + b for b in documents])
     return batch
@@ -43,13 +45,12 @@ def step(batch, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(batch._decoder, "step_layer_", lambda *_: None)
         patched.setattr(batch, "_slots", lambda *_: None)
-        batch.step(batch.rows)
-    batch.count()
+        batch.step(StepSize(batch.rows, batch.rows))
 
 
 def next_places(batch):
     """The same in every layer."""
-    places = batch._places_dev[:, : batch.rows]
+    places = batch._queries(batch.rows, None).places_LQ
     assert (places == places[0]).all()
     return places[0].tolist()
 
@@ -61,17 +62,17 @@ def test_the_next_slot_moves_and_documents_that_leave_make_no_gap(monkeypatch):
     assert next_places(batch) == [4, 8]
     batch.keep([1])
     assert next_places(batch) == [8]
-    assert batch._position_dev.tolist() == [9, 0]
+    assert batch._position_C[:2].tolist() == [9, 0]
 
 
 def test_the_counts_of_device_and_host_move_alike(monkeypatch):
     batch, seen = batch_of(stored(new_tokens=3, layers=4)), []
     for _step in range(3):
-        slots = batch._slots(0, 2)
-        assert slots.used == slots.used_B.tolist()
-        assert list(slots.starts) == slots.bounds_B1[:2].tolist()
+        slots = batch._slots(0, 2, batch._queries(2, None), None)
+        assert slots.known.used == slots.used_B.tolist()
+        assert list(slots.known.starts) == slots.bounds_B1[:2].tolist()
         assert slots.longest == 9
-        seen.append((slots.used, next_places(batch)))
+        seen.append((slots.known.used, next_places(batch)))
         step(batch, monkeypatch)
     assert seen == [([4, 3], [3, 8]), ([5, 4], [4, 9]), ([6, 5], [5, 10])]
 
@@ -80,14 +81,14 @@ def test_a_column_of_nobody_stays_in_the_first_slot(monkeypatch):
     batch = batch_of(stored(new_tokens=4, layers=4))
     batch.keep([0])
     for count in (4, 5):
-        slots = batch._slots(0, 2)
-        assert (slots.used, slots.used_B.tolist()) == ([count, 1], [count, 1])
-        assert batch._places_dev[0].tolist() == [count - 1, 0]
+        asked = batch._queries(2, None)
+        slots = batch._slots(0, 2, asked, None)
+        assert (slots.known.used, slots.used_B.tolist()) == ([count, 1], [count, 1])
+        assert asked.places_LQ[0].tolist() == [count - 1, 0]
         with monkeypatch.context() as patched:
             patched.setattr(batch, "_slots", lambda *_: None)
             patched.setattr(batch._decoder, "step_layer_", lambda *_: None)
-            batch.step(2)
-        batch.count()
+            batch.step(StepSize(2, 2))
 
 
 def test_layers_of_the_same_tokens_share_their_slots_and_others_do_not():

@@ -12,6 +12,7 @@ from pipeline.kernels.attention import DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.model.continuation import continue_with
 from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.graphs import StepSize
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
@@ -63,13 +64,12 @@ def steps_of_one_token(model, sdpa, prefilled, answer, monkeypatch):
         return seen[-1][None]
 
     monkeypatch.setattr(Decoder, "head", watched)
-    batch = DecodeBatch(model, sdpa, cache, capacity=1, longest=100)
+    batch = DecodeBatch(model, sdpa, cache, capacity=1, longest=100, new_tokens=100)
     seat = Seat(starts=cache.starts(0), used=cache.used(0), position=prefilled.next_positions[0])
     batch.join([seat], [answer[0]])
     for token in answer:
-        batch.tokens_C.fill_(token)
-        batch.step(1)
-        batch.count()
+        batch._tokens_C.fill_(token)
+        batch.step(StepSize(1, 1))
     monkeypatch.setattr(Decoder, "head", head)
     assert len(seen) == len(answer)
     return seen

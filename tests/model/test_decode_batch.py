@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from functools import cache
 from itertools import count
 
 import pytest
 import torch
-from conftest import document, pack_of
-from decode_steps import METHODS, EagerRecorder, exact_model
+from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, model
+from decode_steps import METHODS, EagerRecorder
 
 import pipeline.model.decode as decode_module
-from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
-from pipeline.model.decode_batch import DecodeBatch, Seat
-from pipeline.model.prefill import prefill
+from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
-from pipeline.model.store import Extent, KvStore, slots_needed
-from pipeline.pruning.registry import make_method
 
 pytestmark = pytest.mark.slow
-
-NEW_TOKENS = 14
-LENGTHS = (61, 23, 40, 97, 55, 12, 48, 83, 30, 71)
-SAMPLINGS = {
-    "greedy": Sampling(),
-    "sampled": Sampling(temperature=1.0, seed=5),
-    "top_p": Sampling(temperature=1.0, top_p=0.9, seed=5),
-}
-model = cache(exact_model)
 
 
 @pytest.fixture(params=[0, 1])
@@ -45,145 +29,6 @@ def recorder(request, monkeypatch):
     made = EagerRecorder() if request.param == "padded" else None
     monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
     return made
-
-
-def prefilled(rows, method, new_tokens=0):
-    documents = [document(LENGTHS[row], seed=row, row=row) for row in rows]
-    chosen = make_method(method, METHODS[method])
-    return prefill(model(), SdpaAttention(), chosen, pack_of(*documents), new_tokens)
-
-
-def drawn_alone(row, method, sampling, rules):
-    uniforms = [sampling.uniforms(row, NEW_TOKENS)]
-    pack = prefilled([row], method, NEW_TOKENS)
-    return decode(model(), SdpaAttention(), pack, rules, sampling=sampling, uniforms=uniforms, late=0)[0]
-
-
-@cache
-def alone(method, kind):
-    """The rules of a run in which rows end at many lengths, and each row's answer without any other."""
-    sampling = SAMPLINGS[kind]
-    whole = [
-        drawn_alone(row, method, sampling, StopRules(max_new_tokens=NEW_TOKENS)).tokens
-        for row in range(len(LENGTHS))
-    ]
-    stops = frozenset({whole[1][4], whole[3][9], whole[4][0]})
-    rules = StopRules(max_new_tokens=NEW_TOKENS, token_ids=stops)
-    answers = [drawn_alone(row, method, sampling, rules) for row in range(len(LENGTHS))]
-    assert len({len(answer.tokens) for answer in answers}) > 2  # not vacuous
-    assert len({tuple(answer.tokens) for answer in answers}) > 5
-    return rules, [(answer.tokens, answer.finish_reason) for answer in answers]
-
-
-@dataclass(kw_only=True, eq=False)
-class Row(Generated):
-    number: int
-    extent: Extent
-    position: int  # of the first token
-
-
-class Run:
-    """A store and a loop of few columns, whose counts are looked at after all that is done."""
-
-    def __init__(self, method, kind, late, *, columns=5):
-        self.method, self.sampling = method, SAMPLINGS[kind]
-        self.rules, self.expected = alone(method, kind)
-        shape = model().shape
-        slots = 3 * slots_needed([max(LENGTHS)] * shape.layers, NEW_TOKENS, model().device)
-        self.store = KvStore(slots, shape, dtype=model().dtype, device=torch.device("cpu"))
-        self.loop = DecodeLoop(
-            model(),
-            SdpaAttention(),
-            self.store,
-            rules=self.rules,
-            sampling=self.sampling,
-            capacity=columns,
-            longest=max(LENGTHS) + NEW_TOKENS,
-            late=late,
-        )
-        self.running: list[Row] = []  # also those whose last tokens are on their way
-
-    @property
-    def batch(self):
-        return self.loop._batch
-
-    def has_room_for(self, numbers):
-        """As if nothing were pruned."""
-        layers, device = model().shape.layers, model().device
-        needed = sum(slots_needed([LENGTHS[number]] * layers, NEW_TOKENS, device) for number in numbers)
-        return needed <= self.store.free and len(self.running) + len(numbers) <= self.batch.capacity
-
-    def admit(self, numbers):
-        """Prefill rows together and let them in; returns those that end with their first token."""
-        pack = prefilled(numbers, self.method)
-        uniforms = [self.sampling.uniforms(number, NEW_TOKENS) for number in numbers]
-        tokens = first_tokens(pack.logits_BV, self.sampling, uniforms)
-        moves = self.store.moves
-        extents = self.store.adopt(pack.cache, NEW_TOKENS)
-        if self.store.moves > moves:
-            self.loop.moved([row.extent.starts for row in self.loop.rows])
-        rows = [
-            Row(number=number, extent=extent, position=position)
-            for number, extent, position in zip(numbers, extents, pack.next_positions, strict=True)
-        ]
-        for row, token in zip(rows, tokens, strict=True):
-            row.take(token, self.rules)
-        live = [b for b, row in enumerate(rows) if row.finish_reason is None]
-        seats = [
-            Seat(starts=extents[b].starts, used=extents[b].stored, position=rows[b].position) for b in live
-        ]
-        if live:
-            drawn = [] if self.sampling.is_greedy else [uniforms[b] for b in live]
-            self.loop.join([rows[b] for b in live], seats, drawn)
-        self.running += rows
-        self.check_counts()
-        return self.finish([row for row in rows if row.finish_reason is not None])
-
-    def step(self):
-        ended = self.loop.step()
-        self.check_counts()
-        return self.finish(ended)
-
-    def give_up(self, row):
-        """Take a row out in the middle of its answer."""
-        row.finish_reason = "timeout"
-        self.loop.leave([row])
-        self.check_counts()
-        return self.finish([row])
-
-    def finish(self, rows):
-        for row in rows:
-            self.running.remove(row)
-            self.store.release(row.extent, wipe=row.finish_reason == "not_finite")
-        return rows
-
-    def check(self, row):
-        tokens, reason = self.expected[row.number]
-        if row.finish_reason in ("timeout", "not_finite"):
-            assert row.tokens == tokens[: len(row.tokens)]
-        else:
-            assert (row.tokens, row.finish_reason) == (tokens, reason)
-
-    def check_counts(self):
-        """The host counts as the device does, where rows are and in the columns of nobody."""
-        batch, rows = self.batch, self.loop.rows
-        assert batch.rows == len(rows)
-        for device, host in (
-            (batch._starts_dev, batch._starts_LC),
-            (batch._used_dev, batch._used_LC),
-            (batch._position_dev, batch._position_C),
-            (batch._drawn_dev, batch._drawn_C),
-            (batch._moving_dev, batch._moving_C),
-        ):
-            assert device.tolist() == host.tolist()
-        assert batch._places_dev.tolist() == (batch._starts_LC[:, :-1] + batch._used_LC - 1).tolist()
-        assert batch._starts_LC[:, : len(rows)].T.tolist() == [row.extent.starts for row in rows]
-        stored = [[tokens + row.queued for tokens in row.extent.stored] for row in rows]
-        assert batch._used_LC[:, : len(rows)].T.tolist() == stored
-        assert batch._position_C[: len(rows)].tolist() == [row.position + row.queued - 1 for row in rows]
-        assert batch._drawn_C[: len(rows)].tolist() == [row.queued for row in rows]
-        assert batch._moving_C.tolist() == [1] * len(rows) + [0] * (batch.capacity - len(rows))
-        assert (batch._places_dev[:, len(rows) :] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -254,9 +99,9 @@ def test_steps_captured_beforehand_serve_rows_that_come_and_go(kind, late, monke
 def test_columns_are_those_of_the_next_size_and_no_more_than_there_are(recorder, late, columns, monkeypatch):
     seen, real = [], DecodeBatch.step
 
-    def step(batch, count):
-        seen.append((batch.rows, count))
-        real(batch, count)
+    def step(batch, size):
+        seen.append((batch.rows, size.columns))
+        real(batch, size)
 
     _, answers = alone("dense", "greedy")  # before steps are seen
     by_length = {len(tokens): number for number, (tokens, _) in enumerate(answers) if len(tokens) > 1}

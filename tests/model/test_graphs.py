@@ -148,11 +148,11 @@ def ends_and_columns(monkeypatch, ends, late=0):
     decoder, rows, columns = tiny_model("llama"), [], []
     real = DecodeBatch.step
 
-    def step(self, count):
+    def step(self, size):
         rows.append(self.rows)
-        columns.append(count)
-        assert_places_of_its_own(self, count)
-        real(self, count)
+        columns.append(size.columns)
+        assert_places_of_its_own(self, size.columns)
+        real(self, size)
 
     lengths = LENGTHS[: len(ends)]
     whole = naive_answers(decoder, prefilled_pack(decoder, lengths=lengths), stop_rules())
@@ -167,12 +167,12 @@ def ends_and_columns(monkeypatch, ends, late=0):
 
 def assert_places_of_its_own(batch, columns):
     """Every row's next token goes to a slot of its own, that of a column that pads to the one of nobody."""
-    for layer, places in enumerate(batch._places_dev[:, :columns].tolist()):
+    for layer, places in enumerate(batch._queries(columns, None).places_LQ.tolist()):
         for column, place in enumerate(places):
             if column >= batch.rows:
                 assert place == 0
                 continue
-            start, used = (counts[layer, column] for counts in (batch._starts_LC, batch._used_LC))
+            start, used = (int(counts[layer, column]) for counts in (batch._starts_LC, batch._used_LC))
             assert place == start + used - 1
             (extent,) = [
                 extent
@@ -203,7 +203,7 @@ def test_a_size_that_comes_again_is_not_captured_again():
     made, ran = EagerRecorder(), []
     runner = StepRunner(ran.append, made, SdpaAttention(), stats := DecodeStats())
     for columns in (4, 4, 4, 2, 4, 2, 2, 4):
-        runner.run(StepSize(columns), 100)
+        runner.run(StepSize(columns, columns), 100)
     assert [size.columns for size in ran] == [4, 4, 4, 2, 4, 2, 2, 4]
     assert stats == DecodeStats(eager_steps=4, replayed_steps=4, captures=2)
     runner.close()
@@ -287,27 +287,28 @@ def test_the_check_is_called_before_every_step_and_may_give_up(recorder, late):
 
 def test_output_that_is_not_finite_fails_its_pack_but_not_that_of_nobody(recorder, monkeypatch, late):
     """What pads the batch, and the step that a row takes after its end, may make anything."""
-    decoder, real, steps = tiny_model("llama"), DecodeBatch._choose_, count(1)
+    decoder, real, steps = tiny_model("llama"), DecodeBatch._chosen, count(1)
     ends, at = [10] + [40] * 4, 10  # the first row has its tenth token by the ninth step
 
-    def choose(self, logits, columns, spoilt=()):
+    def choose(self, logits, asked, spoilt=()):
         logits[self.rows :] = float("nan")
         step = next(steps)
         logits[[column for n, column in spoilt if n == step]] = float("nan")
-        real(self, logits, columns)
-        assert self.next_C[self.rows : columns].eq(NOT_FINITE).all()
-        assert self.tokens_C.ge(0).all()  # they are looked up in the next step
+        chosen = real(self, logits, asked)
+        assert chosen[self.rows :].eq(NOT_FINITE).all()
+        assert self._tokens_C.ge(0).all()  # by which embeddings were looked up
+        return chosen
 
     lengths = LENGTHS[:5]
     expected = naive_answers(decoder, prefilled_pack(decoder, lengths=lengths), stop_rules())
     prefilled = [prefilled_pack(decoder, lengths=lengths) for _ in range(2)]
     after_the_end = ((at, 0),) if late else ()
     with monkeypatch.context() as patched:
-        patched.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, after_the_end))
+        patched.setattr(DecodeBatch, "_chosen", lambda *given: choose(*given, after_the_end))
         got, _ = answers(decoder, prefilled[0], EndAt(ends), late=late)
     assert [tokens for tokens, _ in got] == [expected[0][0][:10], *(tokens for tokens, _ in expected[1:])]
     steps = count(1)
-    monkeypatch.setattr(DecodeBatch, "_choose_", lambda *given: choose(*given, ((15, 2),)))
+    monkeypatch.setattr(DecodeBatch, "_chosen", lambda *given: choose(*given, ((15, 2),)))
     with pytest.raises(RowError, match="not finite"):
         answers(decoder, prefilled[1], stop_rules(), late=late)
     assert next(steps) == 15 + 1 + late  # given up at once
@@ -363,16 +364,18 @@ def test_all_sizes_are_captured_beforehand_the_largest_first(most):
     needed = {runner.columns(rows, most) for rows in range(1, most + 1)}
     assert max(needed) == most
     assert len(needed) <= len(SIZES) + 1
-    assert runner.prepare(most) == len(needed)
-    assert ran == [StepSize(size) for size in sorted(needed, reverse=True) for _ in range(WARM_UP_STEPS)]
+    assert runner.prepare(StepSize(size, size) for size in needed) == len(needed)
+    largest_first = sorted(needed, reverse=True)
+    assert ran == [StepSize(size, size) for size in largest_first for _ in range(WARM_UP_STEPS)]
     for rows in range(1, most + 1):
-        runner.run(StepSize(runner.columns(rows, most)), 1)
+        columns = runner.columns(rows, most)
+        runner.run(StepSize(columns, columns), 1)
     assert stats == DecodeStats(replayed_steps=most, captures=len(needed))
 
 
 def test_nothing_is_captured_beforehand_where_nothing_can_be():
     runner = StepRunner(lambda columns: None, None, SdpaAttention(), DecodeStats())
-    assert runner.prepare(8) == 0
+    assert runner.prepare([StepSize(8, 8)]) == 0
     assert [runner.columns(rows, 8) for rows in (1, 3, 7)] == [1, 3, 7]
 
 
