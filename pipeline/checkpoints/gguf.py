@@ -20,7 +20,7 @@ from pipeline.checkpoints.building import as_model_error, with_weights
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
 from pipeline.checkpoints.gguf_tensors import Found, Weights, check_tensors, found_tensors, values
-from pipeline.families.decoder import check_config, check_family
+from pipeline.families.configuration import check_config, check_family
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 TOKENIZERS = {"qwen2": Qwen2Tokenizer, "qwen3": Qwen2Tokenizer}  # as AutoTokenizer would choose

@@ -42,15 +42,16 @@ def continue_with(
     first_B = on_device(first_positions, device)
     rope = decoder.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
+    assert cache.shared is None or not decoder.shape.slides, "a window that begins in a shared document"
     behind = None if cache.shared is None else _Behind.of(decoder, cache, places[id(cache.slots[0])][0])
     for layer in range(len(cache.slots)):
         check()
         at, places_N = places[id(cache.slots[layer])]
-        keys, values = cache.keys[layer], cache.values[layer]
+        keys, values, window = cache.keys[layer], cache.values[layer], decoder.shape.window(layer)
         if last_only and layer == len(cache.slots) - 1:
             k_NKd, v_NKd = decoder.keys_values(layer, hidden_ND, rope)
             last_B = asked.last_indices()
-            hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
+            hidden_ND, rope = hidden_ND[last_B], rope.at(last_B)
             q_NHd, _, _ = decoder.qkv(layer, hidden_ND, rope)
             at = DecodeSlots.of(at.starts, at.used, len(keys), device)
             behind = None if behind is None else _Behind.of(decoder, cache, at)
@@ -59,7 +60,7 @@ def continue_with(
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:
-            attended_NHd = attention.decode(q_NHd, keys, values, at)
+            attended_NHd = attention.decode(q_NHd, keys, values, at.within(window))
         else:
             attended_NHd = behind.attend(layer, q_NHd, keys, values)
         decoder.add_attention_(layer, hidden_ND, attended_NHd)

@@ -169,7 +169,7 @@ class DecodeBatch:
         for layer in range(decoder.shape.layers):
             places_B, lines_B = self._places_dev[layer, :columns], self._lines_dev[:columns]
             target = KvTarget(*kv.buffers(layer), places_B, kv.scales(layer), lines_B)
-            slots = self._slots(layer, columns)
+            slots = self._slots(layer, columns).within(decoder.shape.window(layer))
 
             def attend(q_BHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
                 kv.ready(layer)

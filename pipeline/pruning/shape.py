@@ -15,13 +15,30 @@ class ModelShape:
 
     layers: int
     hidden: int  # D, width of the residual stream
-    ffn: int  # width inside the gated feed-forward network
+    ffn: int  # width inside the gated feed-forward network, or inside each of the experts
     heads: int  # H, query heads
     kv_heads: int  # K, key/value heads
     head_dim: int  # d
     vocab: int
     context: int  # longest sequence in tokens, prompt and answer together
+    windows: tuple[int | None, ...] = ()  # of each layer, as `window` tells it; empty: no layer has one
+    experts: int = 0  # feed-forward networks of each layer, among which a token has some; 0: one for all
+    experts_per_token: int = 1
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * itemsize
+
+    def window(self, layer: int) -> int | None:
+        """The last positions that a token attends to, its own among them; None: all before it."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def slides(self) -> bool:
+        """Whether the attention of any layer has a window."""
+        return any(self.windows)
+
+    @property
+    def ffn_per_token(self) -> int:
+        """Width of all feed-forward networks that a token passes in a layer."""
+        return self.ffn * self.experts_per_token

@@ -107,19 +107,21 @@ def test_operations_and_bytes_of_a_pack_are_sums_over_its_documents(tiny):
     ceilings = Ceilings(tokens=130, matrix_tflops=1e-3, attention_tflops=2e-3)
     dense, half = measure_ttft(tiny, documents, variants, repeats=1, new_tokens=3, ceilings=ceilings)
     assert (dense.documents, dense.tokens) == (half.documents, half.tokens) == (2, 130)
-    whole = sum(dense_flops(shape, length) for length in lengths)
+    every = sum(dense_flops(shape, length) for length in lengths)
     attended = 3 * sum(attention_flops(shape, length) for length in lengths)
     attended += 4 * shape.heads * shape.head_dim * sum(lengths)  # the last tokens' in the last layer
-    assert dense.floor_ms == pytest.approx(((whole - attended) / 1e9 + attended / 2e9) * 1e3)
-    assert dense.tflops_per_second == pytest.approx(whole / dense.ttft_ms / 1e9)
+    assert dense.floor_ms == pytest.approx(((every - attended) / 1e9 + attended / 2e9) * 1e3)
+    assert dense.tflops_per_second == pytest.approx(every / dense.ttft_ms / 1e9)
     assert dense.kv_bytes == half.kv_bytes == 130 * shape.layers * shape.kv_bytes_per_token(4)
     assert (dense.flops_ratio, dense.kv_ratio, dense.ffn_ratio) == (1, 1, 1)
-    passed = [(*dense_work(4, n)[:2], LayerWork(n, n // 2), dense_work(4, n)[-1]) for n in lengths]
+    whole = [dense_work(shape, n) for n in lengths]
+    pruned = [LayerWork(n, n // 2) for n in lengths]
+    passed = [(*layers[:2], half_layer, layers[-1]) for layers, half_layer in zip(whole, pruned, strict=True)]
     done = sum(passes_flops(shape, [layers]) for layers in passed)
     assert half.ffn_share_by_layer == (1, 1, 0.5, 1)
     assert half.ffn_ratio == pytest.approx(sum((2.5 * n + 1) / (3 * n + 1) for n in lengths) / 2)
-    assert half.flops_ratio == pytest.approx(done / whole, rel=0.05)  # scoring comes on top
-    assert half.flops_ratio > done / whole
+    assert half.flops_ratio == pytest.approx(done / every, rel=0.05)  # scoring comes on top
+    assert half.flops_ratio > done / every
     assert half.end_to_end_ms > 0
 
 
