@@ -34,9 +34,9 @@ def check_config(config: PreTrainedConfig) -> None:
     """Raise ModelError, before any weight is loaded, for a model this file cannot open."""
     check_family(config.model_type)
     _check_fields(config, FAMILIES[config.model_type])
-    slots_of(config)
+    slots = slots_of(config)
     for parameters in _all_rope_parameters(config):
-        _check_rope(parameters)
+        _check_rope(parameters, rotates_part=slots.rotates_part)
 
 
 def slots_of(config: PreTrainedConfig) -> LayerSlots:
@@ -58,7 +58,7 @@ def _check_fields(config: PreTrainedConfig, family: Family) -> None:
             )
 
 
-def _check_rope(parameters: dict[str, Any]) -> None:
+def _check_rope(parameters: dict[str, Any], *, rotates_part: bool) -> None:
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         # dynamic and LongRoPE choose frequencies by the longest sequence of a call, so a pack's
@@ -70,7 +70,7 @@ def _check_rope(parameters: dict[str, Any]) -> None:
             f"RoPE type {rope_type!r} has the factor {factor!r}, and it must be a number from 1 on"
         )
     partial = parameters.get("partial_rotary_factor", 1.0)
-    if partial != 1:
+    if partial != 1 and not rotates_part:
         raise ModelError(f"partial_rotary_factor={partial!r} of RoPE is not supported (1.0 is)")
 
 

@@ -78,7 +78,7 @@ class Decoder:
             and first.attention_post_norm is None
             and first.ffn_post_norm is None
             and first.input_norm is not None
-            and slots.norm_offset == 0
+            and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
         )
 
     @property
@@ -122,14 +122,21 @@ class Decoder:
         return hidden_TD if scale == 1 else hidden_TD * scale
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor) -> Rope:
-        """Rotary embeddings of original positions."""
-        return Rope(
-            {
-                kind: self._rope_table(kind, hidden_TD, positions_T)
-                for kind in dict.fromkeys(self._slots.ropes)
-                if kind is not None
-            }
-        )
+        """Rotary embeddings of original positions.
+
+        Where queries grow with their position, by 1 + beta * log(1 + the number of whole stretches of some
+        length before it), the two are the slot's (Llama 4's rule).
+        """
+        tables = {
+            kind: self._rope_table(kind, hidden_TD, positions_T)
+            for kind in dict.fromkeys(self._slots.ropes)
+            if kind is not None
+        }
+        if self._slots.query_growth is None:
+            return Rope(tables=tables)
+        beta, length = self._slots.query_growth
+        scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
+        return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
 
     def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor) -> Table:
         of_kind = () if kind == ONE_ROPE else (kind,)
@@ -249,14 +256,13 @@ class Decoder:
         self, layer: int, hidden_TD: Tensor, rope: Rope, projection: Projection, heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
-        weights, tokens, table = self._layers[layer], len(hidden_TD), rope.of(self._slots.ropes[layer])
+        weights, tokens = self._layers[layer], len(hidden_TD)
         if tokens <= self.piece_tokens:
-            return self._heads_of_piece(weights, hidden_TD, table, projection, heads)
+            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
-            own_table = None if table is None else (table[0][rows], table[1][rows])
             out_TN = joined_TN[rows]
-            made = self._heads_of_piece(weights, hidden_TD[rows], own_table, projection, heads, out_TN)
+            made = self._heads_of_piece(layer, hidden_TD[rows], rope.at(rows), projection, heads, out_TN)
             if weights.k_norm is not None:  # queries and keys were not normed in place
                 for source_TNd, target_TNd in zip(made[:2], self._split(out_TN, heads)[:2], strict=True):
                     target_TNd.copy_(source_TNd)
@@ -264,14 +270,15 @@ class Decoder:
 
     def _heads_of_piece(
         self,
-        weights: Layer,
+        layer: int,
         hidden_TD: Tensor,
-        table: Table | None,
+        rope: Rope,
         projection: Projection,
         heads: int,
         out_TN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of few tokens; their projection is written to `out_TN` if there is one."""
+        weights, table = self._layers[layer], rope.of(self._slots.ropes[layer])
         heads_TN = self._normed(
             hidden_TD, weights.input_norm, projection, fp8=self.linears_in_fp8, out_TN=out_TN
         )
@@ -280,9 +287,12 @@ class Decoder:
             q_THd = weights.q_norm.of_heads(q_THd) if heads and weights.q_norm else q_THd
             k_TKd = weights.k_norm.of_heads(k_TKd)
         if table is not None:
-            rope_(q_THd, k_TKd, *table)
+            turned = slice(0, table[0].shape[-1])
+            rope_(q_THd[..., turned], k_TKd[..., turned], *table)
         if heads and not math.isclose(self._query_scale, 1):
             q_THd.mul_(self._query_scale)
+        if heads and rope.query_scale_T is not None:
+            q_THd.mul_(rope.query_scale_T[:, None, None])
         return q_THd, k_TKd, v_TKd
 
     def _split(self, heads_TN: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,8 @@ def _slots(config: PreTrainedConfig) -> LayerSlots:
     )
 
 
-def _layer(block: Any, slots: LayerSlots) -> Layer:
+def expert_layer(block: Any, slots: LayerSlots) -> Layer:
+    """Of a block whose FFN is a router and experts."""
     router, weights = block.mlp.gate, block.mlp.experts
     experts = Experts(
         router.weight,
@@ -47,5 +48,5 @@ QWEN3_MOE = Family(
         }
     ),
     slots=_slots,
-    layer=_layer,
+    layer=expert_layer,
 )

@@ -39,6 +39,66 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3_text-whole": ("gemma3_text", {"head_dim": 32, "sliding_window": 512, "attention_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-windows": ("mixtral", {"num_local_experts": 6, "sliding_window": WINDOW}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3-windows": (
+        "olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3-windows": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-windows": (
+        "phi3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
 }
 SLIDING = [name for name in CASES if name.endswith("-windows") or name in ("gemma3_text",)]
 WHOLE = [name for name in CASES if name not in SLIDING]

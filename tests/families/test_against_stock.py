@@ -68,6 +68,14 @@ def test_greedy_tokens_of_a_pack_and_of_a_document_alone(name, method, sdpa):
     assert answers(decoder, sdpa, method, documents()[2:]) == expected[2:]
 
 
+def test_steps_as_on_a_gpu_where_layers_are_plain(name, sdpa, monkeypatch):
+    """What its kernels do not compute is left to the separate operations, whatever the device."""
+    decoder = model_of(name, torch.bfloat16)
+    expected = answers(decoder, sdpa, Dense(), documents())
+    monkeypatch.setattr("pipeline.families.decoder.has_kernels", lambda x: True)
+    assert answers(decoder, sdpa, Dense(), documents()) == expected
+
+
 def test_a_short_forward_behind_a_prefill(name, sdpa):
     decoder, added = model_of(name), [[7, 200, 31], [4], list(range(40, 75))]
     prefilled = prefill(decoder, sdpa, Dense(), pack_of(*documents()), new_tokens=40)
