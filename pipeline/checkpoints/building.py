@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pipeline.errors import ModelError, first_line
 from pipeline.families.configuration import slots_of
+from pipeline.families.supported import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
-    """The layout of a model of this configuration, without weights."""
-    return Layout.of(_skeleton(config, torch.float32))
+    """The layout of a checkpoint of a model of this configuration, without weights."""
+    layout = Layout.of(_skeleton(config, torch.float32))
+    return replace(layout, shapes=FAMILIES[config.model_type].stored(layout.shapes))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

@@ -24,7 +24,7 @@ from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-# whose tensors are those of transformers' models but for the order of Llama's rows: others have norms, experts
+# whose tensors are transformers' own but for the order of Llama's rows: others hold norms, experts
 # or projections in another form
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENIZERS = {"qwen2": Qwen2Tokenizer, "qwen3": Qwen2Tokenizer}  # as AutoTokenizer would choose

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from pipeline.families.experts import Experts
 from pipeline.families.layer import Layer, attention, pre_norms
 from pipeline.families.llama import same_windows
-from pipeline.families.slots import Family, LayerSlots, refuse
+from pipeline.families.slots import Family, LayerSlots, Shapes, refuse
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
@@ -39,6 +39,25 @@ def expert_layer(block: Any, slots: LayerSlots) -> Layer:
     return Layer(**attention(block.self_attn), **pre_norms(block), experts=experts)
 
 
+def _stored(shapes: Shapes) -> Shapes:
+    return each_expert(shapes, "gate_proj", "up_proj", "down_proj")
+
+
+def each_expert(shapes: Shapes, gate: str, up: str, down: str) -> Shapes:
+    """With the matrices of each expert, of these names, in place of those that hold all experts'."""
+    found: Shapes = {}
+    for name, shape in shapes.items():
+        stem, _, kind = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            found[name] = shape
+            continue
+        experts, outputs, inputs = shape
+        parts = {"gate_up_proj": (gate, up), "down_proj": (down,)}[kind]
+        for expert in range(experts):
+            found |= {f"{stem}.{expert}.{part}.weight": (outputs // len(parts), inputs) for part in parts}
+    return found
+
+
 QWEN3_MOE = Family(
     settings=frozenset(
         {
@@ -49,4 +68,5 @@ QWEN3_MOE = Family(
     ),
     slots=_slots,
     layer=expert_layer,
+    stored=_stored,
 )

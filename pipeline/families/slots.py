@@ -35,6 +35,14 @@ class LayerSlots:
     experts_sum_to_one: bool = True  # the weights of a token's experts
 
 
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+
+
+def as_they_are(shapes: Shapes) -> Shapes:
+    """Of a family whose checkpoints hold the parameters of its modules."""
+    return shapes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one family's configurations and blocks are read.
@@ -46,6 +54,7 @@ class Family:
     settings: frozenset[str]
     slots: Callable[[PreTrainedConfig], LayerSlots]
     layer: Callable[[Any, LayerSlots], Layer]  # of a block of transformers
+    stored: Callable[[Shapes], Shapes] = as_they_are  # what checkpoints hold in place of a model's parameters
 
 
 def gate_of(activation: str) -> str:

@@ -14,6 +14,7 @@ from pipeline.bench.attention_speed import attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
+from pipeline.checkpoints.random_weights import SHAPES
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
@@ -72,7 +73,7 @@ def test_a_candidate_that_is_wrong_or_fails_shows_it():
             ["--backends", "fa4"],
             "unknown attention backend 'fa4'; backends: fa3, flash, cudnn, varlen, sdpa",
         ),
-        (["--shape", "gpt-5"], "--shape 'gpt-5': choose from qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"),
+        (["--shape", "gpt-5"], f"--shape 'gpt-5': choose from {', '.join(SHAPES)}"),
         (["--kv-heads", "5"], "--heads 28 is no multiple of --kv-heads 5"),
         (["--packs", "4x8q"], "--packs '8q': give a whole number such as 8192, 32k or 1m"),
         (["--packs", "8+0"], "--packs '8+0': a pack has documents, and a document at least one token"),
