@@ -109,9 +109,9 @@ class Grouping:
     def sharings(self) -> tuple[Sharing, ...]:
         """The method's own sharing, where it has any, and with `any_method` the document without pruning.
 
-        None where layers have windows, of which each row's would begin at another place in the document.
+        None of a model whose rows cannot share documents.
         """
-        if self.shape.slides:
+        if not self.shape.shares_documents:
             return ()
         from pipeline.pruning.dense import Dense
 

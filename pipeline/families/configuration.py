@@ -36,7 +36,7 @@ def check_config(config: PreTrainedConfig) -> None:
     _check_fields(config, FAMILIES[config.model_type])
     slots = slots_of(config)
     for parameters in _all_rope_parameters(config):
-        _check_rope(parameters, rotates_part=slots.rotates_part)
+        _check_rope(parameters, slots)
 
 
 def slots_of(config: PreTrainedConfig) -> LayerSlots:
@@ -58,19 +58,22 @@ def _check_fields(config: PreTrainedConfig, family: Family) -> None:
             )
 
 
-def _check_rope(parameters: dict[str, Any], *, rotates_part: bool) -> None:
+def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
     rope_type = parameters.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        # dynamic and LongRoPE choose frequencies by the longest sequence of a call, so a pack's
-        # documents would change each other
+    if rope_type == "longrope" and slots.long_rope:
+        if "original_max_position_embeddings" not in parameters:
+            raise ModelError("RoPE type 'longrope' lacks original_max_position_embeddings")
+    elif rope_type not in ROPE_TYPES:
+        # dynamic RoPE chooses frequencies by the longest sequence of a call, so a pack's documents would
+        # change each other; LongRoPE is known of families that are tried with it
         raise ModelError(f"RoPE type {rope_type!r} is not supported; types: {', '.join(ROPE_TYPES)}")
-    factor = parameters.get("factor", 1.0) if rope_type != "default" else 1.0
+    factor = parameters.get("factor", 1.0) if rope_type in ROPE_TYPES[1:] else 1.0
     if not isinstance(factor, (int, float)) or factor < 1:
         raise ModelError(
             f"RoPE type {rope_type!r} has the factor {factor!r}, and it must be a number from 1 on"
         )
     partial = parameters.get("partial_rotary_factor", 1.0)
-    if partial != 1 and not rotates_part:
+    if partial != 1 and not slots.rotates_part:
         raise ModelError(f"partial_rotary_factor={partial!r} of RoPE is not supported (1.0 is)")
 
 
@@ -108,6 +111,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         vocab=config.vocab_size,
         context=context,
         windows=windows if any(windows) else (),
+        has_long_rope=_rope_parameters(config).get("rope_type") == "longrope",
         experts=slots.experts,
         experts_per_token=slots.experts_per_token,
     )

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
 from pipeline.families.layer import Layer
+from pipeline.families.longrope import LongRope
 from pipeline.families.projection import Norm, Projection
 from pipeline.families.rope import Rope, Table
 from pipeline.families.slots import ONE_ROPE
@@ -55,6 +56,7 @@ class Decoder:
         with torch.no_grad():
             self._layers = [family.layer(block, self._slots) for block in self._body.layers]
             self._last_norm = Norm(self._body.norm, self._slots.norm_offset)
+        self._long_rope = LongRope.of(model.config, self.device)
         self._has_plain_layers = self._are_plain()
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
@@ -121,14 +123,14 @@ class Decoder:
         scale = self._slots.embedding_scale
         return hidden_TD if scale == 1 else hidden_TD * scale
 
-    def rope(self, hidden_TD: Tensor, positions_T: Tensor) -> Rope:
-        """Rotary embeddings of original positions.
+    def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
+        """Rotary embeddings of original positions, in documents that may come to have `reach_T` tokens.
 
         Where queries grow with their position, by 1 + beta * log(1 + the number of whole stretches of some
         length before it), the two are the slot's (Llama 4's rule).
         """
         tables = {
-            kind: self._rope_table(kind, hidden_TD, positions_T)
+            kind: self._rope_table(kind, hidden_TD, positions_T, reach_T)
             for kind in dict.fromkeys(self._slots.ropes)
             if kind is not None
         }
@@ -138,7 +140,10 @@ class Decoder:
         scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
         return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
 
-    def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor) -> Table:
+    def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None) -> Table:
+        if self._long_rope is not None:
+            assert reach_T is not None, "LongRoPE, of documents whose lengths are not told"
+            return self._long_rope.table(positions_T, reach_T, hidden_TD.dtype)
         of_kind = () if kind == ONE_ROPE else (kind,)
         cos_1Td, sin_1Td = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
         return cos_1Td[0], sin_1Td[0]

@@ -14,7 +14,7 @@ from pipeline.families.slots import Family, LayerSlots
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
-    return replace(same_windows(config), rotates_part=True)
+    return replace(same_windows(config), rotates_part=True, long_rope=True)
 
 
 def _layer(block: Any, slots: LayerSlots) -> Layer:

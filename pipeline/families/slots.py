@@ -27,6 +27,7 @@ class LayerSlots:
     attention_scale: float | None = None  # of products of queries and keys; None: 1/sqrt(head size)
     embedding_scale: float = 1.0
     query_growth: tuple[float, int] | None = None  # see `Decoder.rope`
+    long_rope: bool = False  # whether RoPE may be a LongRope
     rotates_part: bool = False  # whether RoPE may turn only the first dimensions of each head
     residual_scale: float = 1.0  # of what attention and FFN add to the residual stream
     logits_scale: float = 1.0

@@ -39,8 +39,9 @@ def continue_with(
     device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)
     hidden_ND = decoder.embed(on_device([token for part in tokens for token in part], device))
-    first_B = on_device(first_positions, device)
-    rope = decoder.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
+    first_B, document_N = on_device(first_positions, device), asked.document_T
+    reach_N = on_device(cache.reaches, device)[document_N] if cache.reaches else None
+    rope = decoder.rope(hidden_ND, first_B[document_N] + asked.index_in_document_T, reach_N)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
     assert cache.shared is None or not decoder.shape.slides, "a window that begins in a shared document"
     behind = None if cache.shared is None else _Behind.of(decoder, cache, places[id(cache.slots[0])][0])

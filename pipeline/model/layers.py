@@ -148,7 +148,9 @@ class _Run:
         state: Any,
         begun: PartialPrefill,
     ) -> _Run:
-        positions_T = pack.segments.index_in_document_T
+        segments, positions_T = pack.segments, pack.segments.index_in_document_T
+        begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in segments.lengths)
+        reach_T = (segments.lengths_B + begun.cache.new_tokens)[segments.document_T]
         return cls(
             decoder=decoder,
             attention=attention,
@@ -160,7 +162,7 @@ class _Run:
             hidden_TD=begun.hidden_TD,
             positions_T=positions_T,
             segments=pack.segments,
-            rope=decoder.rope(begun.hidden_TD, positions_T),
+            rope=decoder.rope(begun.hidden_TD, positions_T, reach_T),
             masses=method.masses_in(decoder.shape),
             kept=_kept(decoder, pack.segments),
             sparse=_sparse(decoder, attention, pack.segments),

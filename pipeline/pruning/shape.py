@@ -22,6 +22,7 @@ class ModelShape:
     vocab: int
     context: int  # longest sequence in tokens, prompt and answer together
     windows: tuple[int | None, ...] = ()  # of each layer, as `window` tells it; empty: no layer has one
+    has_long_rope: bool = False  # a document's keys depend on how long it and its answer may become
     experts: int = 0  # feed-forward networks of each layer, among which a token has some; 0: one for all
     experts_per_token: int = 1
 
@@ -37,6 +38,14 @@ class ModelShape:
     def slides(self) -> bool:
         """Whether the attention of any layer has a window."""
         return any(self.windows)
+
+    @property
+    def shares_documents(self) -> bool:
+        """Whether rows can read keys and values of one document that stands at the beginning of each.
+
+        With windows each row's would begin at another place in it, and with LongRoPE its keys may differ.
+        """
+        return not self.slides and not self.has_long_rope
 
     @property
     def ffn_per_token(self) -> int:

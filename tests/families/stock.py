@@ -12,6 +12,7 @@ from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
 
 WINDOW = 24
+SHORT = 50  # tokens of a document and its answer that keep the short frequencies of LongRoPE
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
@@ -88,6 +89,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", {}),
+    "phi3-long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": SHORT,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.2, 1.5, 1.6],
+                "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 9.0],
+                "original_max_position_embeddings": SHORT,
+            },
+        },
+    ),
     "phi3-windows": (
         "phi3",
         {

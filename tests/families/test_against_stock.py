@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import pack_of
+from conftest import document, pack_of
 from stock import (
     ALTERNATING,
     CASES,
@@ -95,6 +95,20 @@ def test_pieces_change_nothing(name, sdpa):
     assert (prefill(decoder, sdpa, Dense(), pack_of(*documents())).logits_BV - whole).abs().max() < TOLERANCE
 
 
+def test_a_document_whose_answer_may_outgrow_the_short_frequencies_has_the_long_ones(sdpa):
+    """As all tokens have them in stock transformers, once there are more."""
+    decoder, doc = model_of("phi3-long"), document(45)
+    with torch.inference_mode():
+        short = decoder.model(tokens_of(doc)).logits[0, -1]
+        beyond = torch.cat([tokens_of(doc), torch.zeros(1, 10, dtype=torch.int64)], dim=1)
+        long = decoder.model(beyond).logits[0, 44]
+    assert (short - long).abs().max() > 100 * TOLERANCE
+    for room, expected in ((5, short), (6, long)):
+        pack = pack_of(doc, *documents())
+        found = prefill(decoder, sdpa, Dense(), pack, new_tokens=room).logits_BV[0]
+        assert (found - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_method_that_drops_gives_a_pack_what_it_gives_documents(name, sdpa):
     decoder, method = model_of(name), small("sliminfer")
@@ -174,6 +188,6 @@ def test_what_windows_leave_of_attention_is_counted(sdpa):
         assert [attended_pairs(work) for work in layers] == [attended_pairs(work) for work in expected]
 
 
-def test_documents_are_not_shared_where_windows_begin_in_them():
-    shapes = [model_of(name).shape for name in ("mistral-windows", "mistral")]
-    assert [len(Grouping(method=Dense(), shape=shape).sharings) for shape in shapes] == [0, 1]
+def test_documents_are_not_shared_where_their_keys_or_windows_are_a_rows_own():
+    shapes = [model_of(name).shape for name in ("mistral-windows", "phi3-long", "mistral")]
+    assert [len(Grouping(method=Dense(), shape=shape).sharings) for shape in shapes] == [0, 0, 1]
