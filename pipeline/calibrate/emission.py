@@ -77,7 +77,7 @@ def _tasks(config: CalibrateConfig, cases: Sequence[CheckRow]) -> list[str]:
 
 def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:
     """Prompt tokens from which on attention chooses blocks on the model's device; None: it never does."""
-    chooses = first_choosing(method.attention_masses(model.shape.layers)) is not None
+    chooses = first_choosing(method.masses_in(model.shape)) is not None
     return sparse_from(model) if chooses else None
 
 

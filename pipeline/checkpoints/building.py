@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ModelError, first_line
+from pipeline.families.configuration import slots_of
+from pipeline.families.supported import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,9 @@ def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
-    """The layout of a model of this configuration, without weights."""
-    return Layout.of(_skeleton(config, torch.float32))
+    """The layout of a checkpoint of a model of this configuration, without weights."""
+    layout = Layout.of(_skeleton(config, torch.float32))
+    return replace(layout, shapes=FAMILIES[config.model_type].stored(layout.shapes))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -90,9 +93,11 @@ def with_random_weights(
     """
     generator = torch.Generator(device=device).manual_seed(seed)
 
+    norm = 1 - slots_of(config).norm_offset  # the weight that changes nothing
+
     def draw(name: str, parameter: Tensor) -> None:
         if parameter.dim() == 1 and not name.endswith("bias"):
-            nn.init.ones_(parameter)
+            nn.init.constant_(parameter, norm)
         else:
             parameter.normal_(std=0.02, generator=generator)
 
@@ -108,13 +113,23 @@ def with_weights(
 ) -> PreTrainedModel:
     """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
     model = _skeleton(config, dtype).to_empty(device=device).eval()
-    # the inverse frequencies are buffers that no checkpoint holds: to_empty left garbage there
-    rotary = type(model.model.rotary_emb)(config).to(device)
-    model.model.rotary_emb = rotary
+    _restore_buffers(model, device)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             write(name, parameter)
-    if not torch.isfinite(rotary.inv_freq).all():
-        raise ModelError("the rotary frequencies of this configuration are not finite")
     return model
+
+
+def _restore_buffers(model: Any, device: torch.device) -> None:
+    """Make those anew that no checkpoint holds, where `to_empty` left garbage."""
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(model.config).to(device)
+    if not all(torch.isfinite(buffer).all() for buffer in body.rotary_emb.buffers()):
+        raise ModelError("the rotary frequencies of this configuration are not finite")
+    restored = {f"model.rotary_emb.{name}" for name, _ in body.rotary_emb.named_buffers()}
+    if hasattr(body.embed_tokens, "embed_scale"):
+        body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
+        restored.add("model.embed_tokens.embed_scale")
+    if left := {name for name, _ in model.named_buffers()} - restored:
+        raise ModelError(f"nobody here knows what is in {', '.join(sorted(left))}")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,80 +21,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import decoding, reference
-from pipeline.kernels.decoding import Fp8Scales, Ranges
-from pipeline.kernels.segments import Segments, on_device
+from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.kernels.decoding import windowed_ranges
+from pipeline.kernels.segments import Segments
 
+WINDOW_BLOCK = 1024  # queries that plain torch takes at a time where attention has a window
+TRIAL_WINDOW = 24  # tokens
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
 
 
 class AttentionUnavailable(Exception):
     """Why a backend cannot be used here."""
-
-
-class HostSlots(NamedTuple):
-    """What the host knows of `DecodeSlots`, by document."""
-
-    starts: tuple[int, ...]
-    used: list[int]
-    queries: tuple[int, ...]
-
-
-@dataclass(kw_only=True)
-class DecodeSlots:
-    """The slots of one buffer that the queries of a decode step attend to.
-
-    Document b's are starts[b] .. starts[b] + used[b], new tokens included, of which its queries, at least
-    one, are the last. Within a captured step the device's counts go on, and the host has none.
-    """
-
-    longest: int  # no document ever uses more slots
-    used_B: Tensor  # int32, as the following
-    bounds_B1: Tensor  # the starts and the buffer's end
-    queries_B1: Tensor  # bounds of each document's queries
-    most_queries: int  # of a document
-    host: HostSlots | None
-    shared: Ranges | None = None  # slots before these that several documents share, of the same buffer
-    scales: Fp8Scales | None = None  # of a buffer in e4m3
-    lines_B: Tensor | None = None  # of each document, in the scales
-
-    @classmethod
-    def of(
-        cls,
-        starts: Sequence[int],
-        used: Sequence[int],
-        slots: int,
-        device: torch.device,
-        queries: Sequence[int] | None = None,
-    ) -> Self:
-        """Of a buffer of `slots`, for a step that will not be captured; one query a document by default."""
-        asked = Segments.of((1,) * len(starts) if queries is None else queries, device)
-        return cls(
-            longest=max(used),
-            used_B=on_device(used, device, torch.int32),
-            bounds_B1=on_device([*starts, slots], device, torch.int32),
-            queries_B1=asked.cu_seqlens,
-            most_queries=asked.longest,
-            host=HostSlots(tuple(starts), list(used), asked.lengths),
-        )
-
-    @property
-    def known(self) -> HostSlots:
-        """The host's counts, where there are any."""
-        assert self.host is not None, "the device alone knows these slots"
-        return self.host
-
-    @property
-    def ranges(self) -> Ranges:
-        """The same as the kernels for few queries want it."""
-        return Ranges(
-            starts_N=self.bounds_B1[:-1],
-            used_N=self.used_B,
-            queries_N1=self.queries_B1,
-            most_queries=self.most_queries,
-            longest=self.longest,
-            scales=self.scales,
-            lines_N=self.lines_B,
-        )
 
 
 class AttentionBackend(ABC):
@@ -115,24 +51,47 @@ class AttentionBackend(ABC):
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
         """Causal attention within each document, (T, H, d)."""
 
+    def prefill_within(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
+    ) -> Tensor:
+        """The same of tokens that attend to the last `window`, their own among them."""
+        parts = [
+            _sdpa_within(q_THd[start:end], k_TKd[start:end], v_TKd[start:end], window)
+            for start, end in segments.ranges()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         """Each document's queries over its slots, (Q, H, d): the last sees all, the one before one less.
 
-        By kernels of ours where there are any for so few queries, else as the backend does it.
+        With a window each sees the last so many of these. By kernels of ours where there are any for so few
+        queries, else as the backend does it.
         """
         if slots.shared is not None:
             attended = [(k_SKd, v_SKd, ranges) for ranges in (slots.ranges, slots.shared)]
             return decoding.attention(q_QHd, attended)
+        if slots.window is not None:
+            return self._decode_within(q_QHd, k_SKd, v_SKd, slots, slots.window)
         by_ranges = slots.scales is not None or slots.host is None
         if by_ranges or decoding.takes(q_QHd, k_SKd, slots.most_queries):
             return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)])
         return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
 
+    def _decode_within(
+        self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots, window: int
+    ) -> Tensor:
+        """Of several queries a document, with a window."""
+        assert slots.scales is None, "several tokens of a row behind keys and values in e4m3"
+        if not decoding.takes(q_QHd, k_SKd, slots.most_queries):
+            return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
+        ranges = windowed_ranges(*slots.known, window, q_QHd.device)
+        return decoding.attention(q_QHd, [(k_SKd, v_SKd, ranges)])
+
     def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
         """The same for any number of queries."""
         starts, used, queries = slots.known
         outputs = [
-            _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count])
+            _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count], slots.window)
             for q, start, count in zip(q_QHd.split(queries), starts, used, strict=True)
         ]
         return torch.cat(outputs)
@@ -180,7 +139,16 @@ class VarlenAttention(AttentionBackend):
         self._grouped = "enable_gqa" in inspect.signature(self._attend).parameters
 
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
-        options: dict[str, Any] = {"window_size": (-1, 0)}  # without it, attention is not causal
+        return self._causal(q_THd, k_TKd, v_TKd, segments, before=-1)
+
+    def prefill_within(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
+    ) -> Tensor:
+        return self._causal(q_THd, k_TKd, v_TKd, segments, before=window - 1)
+
+    def _causal(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, before: int) -> Tensor:
+        """Of tokens that attend to themselves and so many `before` them; -1: to all."""
+        options: dict[str, Any] = {"window_size": (before, 0)}  # without it, attention is not causal
         if self._grouped:
             options["enable_gqa"] = True
         else:
@@ -204,6 +172,16 @@ class FlashAttention(AttentionBackend):
             raise AttentionUnavailable(f"{self.module}.flash_attn_varlen_func: {error}") from error
 
     def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+        return self._causal(q_THd, k_TKd, v_TKd, segments)
+
+    def prefill_within(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
+    ) -> Tensor:
+        return self._causal(q_THd, k_TKd, v_TKd, segments, **_window_option(window))
+
+    def _causal(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, **options: Any
+    ) -> Tensor:
         bounds, longest = segments.cu_seqlens, segments.longest
         return self._call(
             q_THd,
@@ -214,6 +192,7 @@ class FlashAttention(AttentionBackend):
             max_seqlen_q=longest,
             max_seqlen_k=longest,
             causal=True,
+            **options,
         )
 
     def _call(self, *tensors: Tensor, **options: Any) -> Tensor:
@@ -245,6 +224,7 @@ class Flash3Attention(FlashAttention):
             seqused_k=slots.used_B,
             causal=True,
             num_splits=self.splits,
+            **_window_option(slots.window),
         )
 
 
@@ -258,6 +238,11 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 }
 
 
+def _window_option(window: int | None) -> dict[str, tuple[int, int]]:
+    """As FlashAttention wants it, which counts the tokens before a query's own."""
+    return {} if window is None else {"window_size": (window - 1, 0)}
+
+
 def choose_attention(
     wanted: str,
     *,
@@ -266,11 +251,13 @@ def choose_attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    slides: bool = False,
 ) -> tuple[AttentionBackend, dict[str, str]]:
     """The backend to use, and for each faster one why it was not taken.
 
-    `wanted` is a name of `BACKENDS` or `auto`. A backend is taken only after a small trial on the device
-    agrees with the reference. Raises ConfigError when none does, or the one asked for by name does not.
+    `wanted` is a name of `BACKENDS` or `auto`; with `slides` it is to have windows, too. A backend is taken
+    only after a small trial on the device agrees with the reference. Raises ConfigError when none does, or
+    the one asked for by name does not.
     """
     candidates = list(BACKENDS) if wanted == "auto" else [wanted]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
@@ -283,7 +270,7 @@ def choose_attention(
             if device.type == "cpu" and name != "sdpa":
                 raise AttentionUnavailable("needs a GPU")
             backend = BACKENDS[name]()
-            _try_once(backend, device=device, dtype=dtype, **sizes)
+            _try_once(backend, device=device, dtype=dtype, slides=slides, **sizes)
         except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
             refused[name] = first_line(error)
         else:
@@ -300,6 +287,7 @@ def _try_once(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    slides: bool,
 ) -> None:
     segments = Segments.of((70, 33), device)
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -310,6 +298,12 @@ def _try_once(
     _compare(backend.prefill(q, k, v, segments), expected, "prefill")
     slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
     _compare(backend.decode(q[last], k, v, slots), expected[last], "decode")
+    if slides:
+        expected = reference.causal_attention(q, k, v, segments, TRIAL_WINDOW)
+        got = backend.prefill_within(q, k, v, segments, TRIAL_WINDOW)
+        _compare(got, expected, "prefill with a window")
+        got = backend.decode(q[last], k, v, slots.within(TRIAL_WINDOW))
+        _compare(got, expected[last], "decode with a window")
 
 
 def _compare(got: Tensor, expected: Tensor, what: str) -> None:
@@ -318,14 +312,33 @@ def _compare(got: Tensor, expected: Tensor, what: str) -> None:
         raise AttentionUnavailable(f"its {what} is off by {error:.3g} on a trial")
 
 
-def _sdpa_last(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-    """A document's last Q tokens over all T: SDPA's own causal mask would take them for the first ones."""
+def _sdpa_within(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int) -> Tensor:
+    """A document whose tokens attend to the last `window`, a block of them at a time."""
+    tokens = len(q_THd)
+    if tokens <= window:
+        return _sdpa(q_THd, k_TKd, v_TKd, causal=True)
+    parts = []
+    for first in range(0, tokens, WINDOW_BLOCK):
+        end, reached = min(first + WINDOW_BLOCK, tokens), max(0, first - window + 1)
+        parts.append(_sdpa_last(q_THd[first:end], k_TKd[reached:end], v_TKd[reached:end], window))
+    return torch.cat(parts)
+
+
+def _sdpa_last(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int | None = None) -> Tensor:
+    """A document's last Q tokens over all T, or of these the last `window` each.
+
+    SDPA's own causal mask would take them for the first ones.
+    """
     queries, tokens = len(q_QHd), len(k_TKd)
-    if queries == 1:
+    if window is not None and window >= tokens:
+        window = None
+    if queries == 1 and window is None:
         return _sdpa(q_QHd, k_TKd, v_TKd, causal=False)
-    if queries == tokens:
+    if queries == tokens and window is None:
         return _sdpa(q_QHd, k_TKd, v_TKd, causal=True)
     seen_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHd.device).tril(tokens - queries)
+    if window is not None:
+        seen_QT = seen_QT.triu_(tokens - queries - window + 1)
     return _sdpa(q_QHd, k_TKd, v_TKd, causal=False, mask_QT=seen_QT)
 
 
@@ -335,8 +348,8 @@ def _sdpa(
     """One document through SDPA, which wants (1, heads, tokens, d)."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and q.dtype == torch.float32:
-        # no fused CUDA kernel takes grouped heads in fp32, and the plain one would hold the T x T matrix
+    if grouped and q.is_cuda and (q.dtype == torch.float32 or mask_QT is not None):
+        # no fused CUDA kernel takes grouped heads so, and the plain one would hold the Q x T matrix
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask_QT, is_causal=causal, enable_gqa=grouped)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pipeline.kernels.attention import AttentionBackend, DecodeSlots
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 from pipeline.kernels.segments import Segments
 

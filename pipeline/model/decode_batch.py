@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
-from pipeline.kernels.attention import AttentionBackend, DecodeSlots, HostSlots
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
 from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
@@ -40,6 +41,7 @@ class Seat:
     starts: Sequence[int]
     used: Sequence[int]
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
+    reach: int = 0  # tokens that its document may come to have, as `Decoder.rope` wants it
     line: int = 0  # of the scales of keys and values in e4m3
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
     prompt: np.ndarray | None = None  # (T,) token ids, in which drafts are looked up
@@ -59,6 +61,7 @@ class _Queries(NamedTuple):
     column_Q: Tensor
     tokens_Q: Tensor
     position_Q: Tensor
+    reach_Q: Tensor
     drawn_Q: Tensor  # how many tokens the row has before the one that comes of it
     places_LQ: Tensor  # where keys and values go
     lines_Q: Tensor
@@ -93,13 +96,13 @@ class DecodeBatch:
         self._longest = longest + drafts
         self._by_device = attention.captures(device, decoder.dtype)  # attention needs no counts of the host
         self.rows = 0
-        self._state_XC = torch.zeros((2 * layers + 5, capacity + 1), dtype=torch.int32, device=device)
+        self._state_XC = torch.zeros((2 * layers + 6, capacity + 1), dtype=torch.int32, device=device)
         self._starts_LC, self._used_LC = self._state_XC[:layers], self._state_XC[layers : 2 * layers]
         self._used_LC.fill_(1)  # the newest token, which is to be stored, counts
-        # that token, its position, how many tokens there are of the answer, and whether the column has a row
-        self._tokens_C, self._position_C, self._drawn_C, self._lines_C, self._moving_C = self._state_XC[
-            2 * layers :
-        ]
+        of_column = self._state_XC[2 * layers :]
+        self._tokens_C, self._position_C, self._reach_C = of_column[:3]  # of that token
+        # how many tokens there are of the answer, and whether the column has a row
+        self._drawn_C, self._lines_C, self._moving_C = of_column[3:]
         self._nobody_X1 = self._state_XC[:, :1].clone()
         # of each column, how many drafts the last step verified, and the tokens that it made
         self.outcome_CX = torch.zeros((capacity, 2 + drafts), dtype=torch.int64, device=device)
@@ -125,7 +128,16 @@ class DecodeBatch:
         first, last = self.rows, self.rows + len(seats)
         assert last <= self.capacity, "more rows than the batch has columns"
         columns = [
-            (*seat.starts, *(used + 1 for used in seat.used), token, seat.position, 1, seat.line, 1)
+            (
+                *seat.starts,
+                *(used + 1 for used in seat.used),
+                token,
+                seat.position,
+                seat.reach,
+                1,
+                seat.line,
+                1,
+            )
             for seat, token in zip(seats, tokens, strict=True)
         ]
         _to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
@@ -168,7 +180,7 @@ class DecodeBatch:
         drafts = self._drafts(size) if size.queries > size.columns else None
         asked = self._queries(size.columns, drafts)
         hidden_QD = decoder.embed(asked.tokens_Q)
-        rope = decoder.rope(hidden_QD, asked.position_Q)
+        rope = decoder.rope(hidden_QD, asked.position_Q, asked.reach_Q)
         shared = self._shared.of_step(size, drafts and drafts.spread) if size.shares else None
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(decoder.shape.layers):
@@ -194,11 +206,11 @@ class DecodeBatch:
         """Of a step: each column's newest token, and the drafts behind it."""
         used_LB = self._used_LC[:, :columns]
         places_LB = (self._starts_LC[:, :columns] + used_LB - 1).long()
-        of_column = (self._tokens_C, self._position_C, self._drawn_C, self._lines_C)
-        tokens_B, position_B, drawn_B, lines_B = (values_C[:columns] for values_C in of_column)
+        layers = self._decoder.shape.layers
+        tokens_B, position_B, reach_B, drawn_B, lines_B, _ = self._state_XC[2 * layers :, :columns]
         if drafts is None:
             bounds_B1 = self._queries_B1[: columns + 1]
-            own = (bounds_B1[:-1], tokens_B, position_B, drawn_B, places_LB, lines_B)
+            own = (bounds_B1[:-1], tokens_B, position_B, reach_B, drawn_B, places_LB, lines_B)
             return _Queries(*own, used_LB=used_LB, bounds_B1=bounds_B1, most=1)
         _, column_Q, index_Q, spare_Q = drafts.spread
         tokens_BK = torch.cat([tokens_B[:, None], drafts.tokens_BN], 1)
@@ -208,6 +220,7 @@ class DecodeBatch:
             tokens_Q=tokens_BK[column_Q, index_Q.clamp(max=most - 1)],
             # what pads the step is nobody's
             position_Q=(position_B[column_Q] + index_Q).masked_fill(spare_Q, 0),
+            reach_Q=reach_B[column_Q],
             drawn_Q=drawn_B[column_Q] + index_Q,
             places_LQ=(places_LB[:, column_Q] + index_Q).masked_fill(spare_Q, 0),
             lines_Q=lines_B[column_Q].masked_fill(spare_Q, 0),
@@ -252,10 +265,12 @@ class DecodeBatch:
 
     def _slots(self, layer: int, columns: int, asked: _Queries, shared: _SharedQueries | None) -> DecodeSlots:
         scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]
-        used_B, host = asked.used_LB[layer], None
+        window, used_B, host = self._decoder.shape.window(layer), asked.used_LB[layer], None
+        if window is not None and asked.most > 1:
+            return self._slots_of_queries(layer, asked).within(window)
         if asked.most == 1 and not self._by_device:
             host = HostSlots(tuple(starts_B1[:-1].tolist()), used_B.tolist(), (1,) * columns)
-        return DecodeSlots(
+        slots = DecodeSlots(
             longest=self._longest,
             used_B=used_B,
             bounds_B1=starts_B1,
@@ -265,6 +280,23 @@ class DecodeBatch:
             shared=None if shared is None else self._shared.ranges(layer, shared, self._longest, scales),
             scales=scales,
             lines_B=None if scales is None else self._lines_C[:columns],
+        )
+        return slots.within(window)
+
+    def _slots_of_queries(self, layer: int, asked: _Queries) -> DecodeSlots:
+        """Of each query its own, as of a document of one: in a window those of a row differ by a slot."""
+        scales, starts_Q = self._kv.scales(layer), self._starts_LC[layer][asked.column_Q]
+        queries = len(starts_Q)
+        places_Q = asked.places_LQ[layer].int()
+        return DecodeSlots(
+            longest=self._longest,
+            used_B=(places_Q + 1 - starts_Q).clamp(min=0),  # what pads the step has none
+            bounds_B1=torch.cat([starts_Q, starts_Q[:1]]),
+            queries_B1=torch.arange(queries + 1, dtype=torch.int32, device=starts_Q.device),
+            most_queries=1,
+            host=None,
+            scales=scales,
+            lines_B=None if scales is None else asked.lines_Q,
         )
 
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.decoder import Decoder, check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
@@ -143,6 +144,7 @@ def attention_for(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        slides=shape.slides,
     )
 
 

@@ -14,7 +14,8 @@ import pipeline.model.decode as decode_module
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
-from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
+from pipeline.kernels.attention import SdpaAttention, choose_attention
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats

@@ -13,7 +13,8 @@ from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.kernels import reference
-from pipeline.kernels.attention import BACKENDS, DecodeSlots, SdpaAttention, choose_attention
+from pipeline.kernels.attention import BACKENDS, SdpaAttention, choose_attention
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.decode import StopRules, decode

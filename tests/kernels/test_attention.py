@@ -7,7 +7,8 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.kernels import attention, reference
-from pipeline.kernels.attention import DecodeSlots, SdpaAttention, choose_attention
+from pipeline.kernels.attention import SdpaAttention, choose_attention
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.segments import Segments
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 16}

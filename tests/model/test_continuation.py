@@ -8,7 +8,7 @@ from conftest import document, pack_of, tiny_model
 
 from pipeline.families.decoder import Decoder
 from pipeline.kernels import reference
-from pipeline.kernels.attention import DecodeSlots
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.model.continuation import continue_with
 from pipeline.model.decode_batch import DecodeBatch, Seat

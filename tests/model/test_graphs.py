@@ -10,7 +10,8 @@ from conftest import document, pack_of, tiny_model
 from decode_steps import METHODS, EagerRecorder, EndAt
 
 import pipeline.model.decode as decode_module
-from pipeline.kernels.attention import DecodeSlots, SdpaAttention
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.decode_batch import DecodeBatch

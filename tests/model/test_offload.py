@@ -12,7 +12,7 @@ import torch
 from conftest import document, pack_of, tiny_model
 
 import pipeline.model.prefill as prefill_module
-from pipeline.kernels.attention import DecodeSlots
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import KvLimits, OffloadedCache
