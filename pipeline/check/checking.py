@@ -86,6 +86,7 @@ class _Check:
         return {
             "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype), **scaled},
             "template_sha256": self.prompts.template_hash,
+            **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if (moment := moment_of(self.prompts)) is None else {"date": moment}),
             "max_new_tokens": config.max_new_tokens,
             "forced": "references" if config.has_references else "dense answers",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,11 +27,12 @@ class PromptBuilder:
     """Turns documents into prompts; `encode` may be called from any thread.
 
     `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
-    `document`, `question` and `system`, the latter two empty where there is none; without it the tokenizer's
-    chat template is used, with the Jinja text `body` over the same names as the user's message, or else with
-    the document and then the question. `vocab` is of how many tokens the model knows the meaning, and `now`
-    the moment whose date a template prints, else the present. Raises `ConfigError` for settings that cannot
-    work, `ModelError` for a tokenizer or chat template that cannot.
+    `document`, `question` and `system`, the latter two empty where there is none; without it the
+    tokenizer's chat template is used, with the Jinja text `body` over the same names as the user's message,
+    or else with the document and then the question. `template_args` are arguments of the chat template.
+    `vocab` is of how many tokens the model knows the meaning, and `now` the moment whose date a template
+    prints, else the present. Raises `ConfigError` for settings that cannot work, `ModelError` for a
+    tokenizer or chat template that cannot.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -41,6 +42,7 @@ class PromptBuilder:
     system: str | None = None
     template: str | None = None
     body: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     on_overlong: str = "error"  # or skip, split, truncate-left, truncate-right, truncate-middle
     vocab: int | None = None
     now: datetime = field(default_factory=datetime.now)
@@ -54,7 +56,7 @@ class PromptBuilder:
             raise ModelError(f"the tokenizer {type(self.tokenizer).__name__} has no fast version")
         body = None if self.body is None else FileTemplate(self.body)
         self._template: Template = (
-            ChatTemplate.of(self.tokenizer, body, self.now)
+            ChatTemplate.of(self.tokenizer, body, self.now, self.template_args)
             if self.template is None
             else FileTemplate(self.template)
         )

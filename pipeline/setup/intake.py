@@ -149,6 +149,7 @@ def make_prompts(
         max_new_tokens=max_new_tokens,
         system=settings.system,
         template=settings.template_text(),
+        template_args=settings.template_args,
         on_overlong=settings.on_overlong,
         vocab=model.shape.vocab,
         now=now or datetime.now(),
@@ -165,7 +166,8 @@ def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | N
     elif template is None:
         template = COMBINE_AS_TEXT
     try:
-        combine = replace(prompts, template=template, body=body)
+        arguments = prompts.template_args if template is None else {}
+        combine = replace(prompts, template=template, template_args=arguments, body=body)
     except ConfigError as error:
         raise ConfigError(f"the prompt that combines answers (--combine-template): {error}") from error
     return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap)

@@ -100,6 +100,7 @@ class Preparation(Setup):
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if columns is None else {"columns": columns}),
             "template_sha256": self.prompts.template_hash,
+            **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if moment is None else {"date": moment}),
             "on_overlong": config.on_overlong,
             "split": None
