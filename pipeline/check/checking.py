@@ -34,10 +34,11 @@ from pipeline.prompts.chat import parse_moment
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
+from pipeline.records import Reasoning
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.method_settings import AUTO
 from pipeline.setup.auto import proven
-from pipeline.setup.intake import make_prompts
+from pipeline.setup.intake import REASONING, make_prompts
 from pipeline.setup.preparation import moment_of
 from pipeline.setup.profile import check_profile, load_profile
 from pipeline.summary import Tally
@@ -92,8 +93,13 @@ class _Check:
             "forced": "references" if config.has_references else "dense answers",
             "generate": config.generate,
             **stops,
+            **({REASONING: "apart"} if config.generate and self._may_reason else {}),
             **({"sampling": drawn} if config.generate and config.temperature else {}),
         }
+
+    @property
+    def _may_reason(self) -> bool:
+        return self.prompts.reasoning is not Reasoning.UNEXPECTED
 
     def decides(self) -> dict[str, Any]:
         """The same of both sides."""

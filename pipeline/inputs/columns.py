@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
+from pipeline.outputs.answers import QUESTION_NAME, REASONING_NAME
 
 Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
 
@@ -38,6 +39,7 @@ class Columns:
     takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
     holds_question: bool = True  # the output has a column for it, so that a copied one needs another name
+    holds_reasoning: bool = True  # likewise
     keep: Keep | None = None
     longest_line: int = LONGEST  # of JSON lines, in bytes
 
@@ -58,6 +60,12 @@ class Columns:
         """The columns that are read for themselves, each once."""
         names = (self.text, self.question, self.questions, self.id)
         return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def lacking(self) -> frozenset[str]:
+        """The answer's own columns that the output does not have, as an older version began it."""
+        held = {QUESTION_NAME: self.holds_question, REASONING_NAME: self.holds_reasoning}
+        return frozenset(name for name, is_held in held.items() if not is_held)
 
     @property
     def read(self) -> tuple[str, ...]:

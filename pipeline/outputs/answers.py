@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
@@ -37,7 +37,8 @@ ANSWER_FIELDS = tuple(
     if field.name != "passthrough"
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
-QUESTION_NAME = "question"  # which outputs of the first version do not have
+# which outputs that an older version began do not have
+QUESTION_NAME, REASONING_NAME = "question", "reasoning"
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 
@@ -46,10 +47,10 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
-    holds_question: bool = True,
+    lacking: Collection[str] = (),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own, then those copied from the input."""
-    left_out = (*(() if save_selection else SELECTION_NAMES), *(() if holds_question else (QUESTION_NAME,)))
+    """The columns of an output file: the answer's own but those `lacking`, then those of the input."""
+    left_out = (*(() if save_selection else SELECTION_NAMES), *lacking)
     own = [field for field in ANSWER_FIELDS if field.name not in left_out]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from pipeline.model.loading import Model
     from pipeline.outputs.finished import FinishedRows
 
-COLUMNS = "columns"  # of the settings that decide: which were decided
+# of the settings that decide: which columns were decided, and that reasoning stands apart from the answer
+COLUMNS, REASONING = "columns", "reasoning"
 Item = EncodedDocument | SplitDocument | RowError
 
 # of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
@@ -98,7 +99,8 @@ def open_columns(
 
     def columns(types: Types | None) -> Columns:
         found.append(_settled(data, types, begun, asks=asks))
-        return _columns(found[-1], keep, holds_question=begun is None or COLUMNS in begun)
+        question, reasoning = (begun is None or key in begun for key in (COLUMNS, REASONING))
+        return _columns(found[-1], keep, holds_question=question, holds_reasoning=reasoning)
 
     source = open_source(data.input, columns, output)
     return source, found[-1]
@@ -112,7 +114,7 @@ def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Sett
     return settled(data, types, template_asks=template_asks if asks else False)
 
 
-def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) -> Columns:
+def _columns(settled: Settled[Any], keep: Keep | None, **holds: bool) -> Columns:
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
@@ -125,7 +127,7 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) 
         keep=keep,
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
-        holds_question=holds_question,
+        **holds,
         longest_line=data.longest_line or LONGEST,
     )
 
@@ -137,10 +139,12 @@ def make_prompts(
     *,
     longest: int | None = None,
     now: datetime | None = None,
+    parts_reasoning: bool = True,
 ) -> PromptBuilder:
     """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
 
-    `now` is the moment whose date a chat template prints, the present where it is None.
+    `now` is the moment whose date a chat template prints, the present where it is None. Without
+    `parts_reasoning` all that the model writes is its answer.
     """
     context = model.shape.context
     return PromptBuilder(
@@ -153,6 +157,7 @@ def make_prompts(
         on_overlong=settings.on_overlong,
         vocab=model.shape.vocab,
         now=now or datetime.now(),
+        parts_reasoning=parts_reasoning,
     )
 
 

@@ -28,6 +28,7 @@ from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import GROUPS, Chosen, choose
 from pipeline.setup.guard import Guard
 from pipeline.setup.intake import (
+    REASONING,
     Intake,
     Item,
     encode_rows,
@@ -41,6 +42,8 @@ from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model, UnloadedModel
+
+REASONING_TOKENS = 2048  # below which an answer may never come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class Preparation(Setup):
             "max_new_tokens": config.max_new_tokens,
             "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
             "stop": list(config.stop),
+            **({} if self.prompts.reasoning is None else {REASONING: "apart"}),
             "kv_memory": config.kv_memory,
             "guard": None if self.guard is None else self.guard.as_dict(),
             "group": None if method.name == "dense" else GROUPS[config.group],
@@ -130,7 +134,7 @@ class Preparation(Setup):
             self.source.schema,
             {"marsinfer": json.dumps(about)},
             save_selection=self.config.save_selection,
-            holds_question=self.source.columns.holds_question,
+            lacking=self.source.columns.lacking,
         )
 
 
@@ -148,7 +152,13 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     config, method = chosen.config, chosen.method
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
     now = None if date is None else parse_moment(date)
-    prompts = make_prompts(config, model, config.max_new_tokens, now=now)
+    prompts = make_prompts(
+        config,
+        model,
+        config.max_new_tokens,
+        now=now,
+        parts_reasoning=intake.source.columns.holds_reasoning,
+    )
     splitter = make_splitter(config, prompts)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
@@ -163,6 +173,12 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     if config.model == WeightsSettings.model:  # which nobody chose
         notes.append(
             f"{config.model} is a model for demonstration, and often wrong: --model names a larger one"
+        )
+    if prompts.is_to_reason and config.max_new_tokens < REASONING_TOKENS:
+        other = f", or give {prompts.without_reasoning}" if prompts.without_reasoning else ""
+        notes.append(
+            f"the model reasons before it answers, and {config.max_new_tokens:,} new tokens are for both, "
+            f"while reasoning often takes thousands: raise --max-new-tokens{other}"
         )
     return Preparation(
         config=config,
