@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.checkpoints.names import COMMIT_PREFIX
 from pipeline.errors import ConfigError
 from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
@@ -148,6 +149,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         model = open_for_run(config)
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
+    _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
@@ -191,6 +193,20 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),
     )
+
+
+def _check_commit(config: BatchConfig, model: Model, begun: Any) -> None:
+    """Raise ConfigError where a run goes on and its model's branch on the hub has moved since it began."""
+    before = str(begun["model"]["fingerprint"]) if begun is not None else ""
+    if model.commit is None or not before.startswith(COMMIT_PREFIX):
+        return
+    commit = before.removeprefix(COMMIT_PREFIX)
+    if commit != model.commit:
+        raise ConfigError(
+            f"{config.output} was begun with commit {commit} of {model.name}, whose revision "
+            f"{config.revision or 'main'} is {model.commit[:12]} now: --revision {commit} goes on with it, "
+            "--overwrite starts over"
+        )
 
 
 def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chosen:
