@@ -192,7 +192,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("tokens/s", f"{summary.tokens_per_second:,.0f}"))
     facts.append(("TTFT p50 / p95", f"{_ms(summary.ttft_ms(50))} / {_ms(summary.ttft_ms(95))}"))
     if summary.unanswered_rows:
-        facts.append(("answers that reasoning left no tokens for", f"{summary.unanswered_rows:,}"))
+        facts.append(("rows of reasoning without an answer", f"{summary.unanswered_rows:,}"))
     if summary.ended_by_length:
         facts.append(("answers that ended by length", f"{summary.ended_by_length:,}"))
     if summary.grouped_rows:

@@ -208,9 +208,9 @@ class Summary(Tally):
             found.append(f"{self.method} changed nothing on {of} {counted(answered, 'row')}: {why}")
         if self.unanswered_rows:
             found.append(
-                f"{self.unanswered_rows:,} of {counted(answered, 'answer')} are empty or lack a part, as the "
-                "model reasoned until it had no tokens left: raise --max-new-tokens, or have it answer at "
-                "once, if its chat template can (--template-arg enable_thinking=false)"
+                f"no answer, or none from a part, in {self.unanswered_rows:,} of {counted(answered, 'row')}: "
+                "the model reasoned until it had no tokens left; raise --max-new-tokens, or have it answer "
+                "at once, if its chat template can (--template-arg enable_thinking=false)"
             )
         if self.ended_by_length > MANY_CUT * answered:
             found.append(

@@ -92,7 +92,10 @@ def test_texts_that_end_an_answer_count_behind_the_reasoning(answered, thinking,
 def test_an_answer_that_never_came_is_told(answered, batch, thinking, begun, capfd):
     assert answered(thinking, "--max-new-tokens", 3) == ("ab", "", "length", 3)
     told = capfd.readouterr().err
-    assert "2 of 2 answers are empty or lack a part, as the model reasoned until it had no tokens" in told
+    assert (
+        "no answer, or none from a part, in 2 of 2 rows: the model reasoned until it had no tokens left"
+        in told
+    )
     assert answered(begun, "--max-new-tokens", 2, "--stop", "b") == ("ab", "", "length", 2)
     capfd.readouterr()
     assert batch(thinking, "--max-new-tokens", 3, "--overwrite", "--json") == 0

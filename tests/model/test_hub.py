@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +17,7 @@ from conftest import SIZES
 from hub_commands import Commands
 from hub_server import TOKEN, Hub, files_of
 
-from pipeline.checkpoints import hub as hub_models
 from pipeline.checkpoints.building import random_model
-from pipeline.errors import ModelError
 
 pytestmark = pytest.mark.slow
 
@@ -391,45 +388,3 @@ def test_a_disk_that_is_full(hub, places, started, batch, files):
         f"marsinfer: error: model 'org/large' cannot be downloaded: no room in {places['HF_HUB_CACHE']} "
         "(file too large); free some, or set HF_HUB_CACHE to a folder on another disk"
     )
-
-
-def test_too_little_room_is_told_before(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub_models.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
-    listed = {"a": hub_models.HubFile(8, "x"), "b": hub_models.HubFile(3, "y")}
-    with pytest.raises(ModelError, match=r"no room in .* \(0.0 GB are needed, 0.0 are free\)"):
-        hub_models._check_room("org/x", tmp_path, listed.values())
-    blobs = tmp_path / "models--org--x" / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / "y").write_bytes(b"")
-    hub_models._check_room("org/x", tmp_path, listed.values())
-
-
-def test_a_hub_that_stays_ill_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub_models, "WAITS_S", (0.0, 0.0))
-    calls = []
-
-    def act():
-        calls.append(1)
-        error = hub_models.NO_ANSWER("ill")
-        error.response = SimpleNamespace(status_code=503)
-        raise error
-
-    with pytest.raises(hub_models.NO_ANSWER) as caught:
-        hub_models._patiently(act)
-    assert len(calls) == 3
-    assert (
-        hub_models._why("a/b", "main", caught.value) == "the hub answers with an error, 503; try again later"
-    )
-
-
-def test_the_code_of_a_model_is_fetched_where_it_may_run():
-    names = [
-        "config.json",
-        "modeling_own.py",
-        "deep/other.py",
-        "additional_chat_templates/rag.jinja",
-        "vocab.txt",
-    ]
-    kept = ["additional_chat_templates/rag.jinja", "config.json", "vocab.txt"]
-    assert hub_models._small(names, with_code=False) == kept
-    assert hub_models._small(names, with_code=True) == sorted([*kept, "modeling_own.py"])
