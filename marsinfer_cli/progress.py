@@ -194,6 +194,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     if summary.draft_tokens:
         accepted = f"{summary.accepted_tokens:,} ({summary.accepted_tokens / summary.draft_tokens:.0%})"
         facts.append(("tokens looked up and accepted", f"{accepted} of {summary.draft_tokens:,}"))
+    if summary.unanswered_rows:
+        facts.append(("rows of reasoning without an answer", f"{summary.unanswered_rows:,}"))
     if summary.ended_by_length:
         facts.append(("answers that ended by length", f"{summary.ended_by_length:,}"))
     if summary.grouped_rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.texts.redaction import without_secrets
@@ -88,6 +89,17 @@ class Spans:
     question: tuple[int, int]
 
 
+OPENS, CLOSES = "<think>", "</think>"  # what stands around the reasoning of models that think first
+
+
+class Reasoning(Enum):
+    """What a prompt says of reasoning that may stand before the answer."""
+
+    BEGUN = "begun"  # it ends with the mark that opens it
+    POSSIBLE = "possible"  # the model is one that may reason, and nothing is begun
+    UNEXPECTED = "unexpected"  # it was closed, or no such model: there is one only if it is opened
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedDocument:
     """A prompt ready for the model."""
@@ -98,6 +110,7 @@ class EncodedDocument:
     truncated_tokens: int = 0
     tokenize_ms: float = 0.0
     ready_at: float = 0.0  # time.perf_counter() when tokenization ended
+    reasoning: Reasoning | None = None  # None: whatever the model writes is the answer
 
     @property
     def prompt_tokens(self) -> int:
@@ -141,6 +154,7 @@ class Answer:
     question: str | None = None
     status: str = "ok"
     answer: str | None = None
+    reasoning: str | None = None
     finish_reason: str | None = None
     error_type: str | None = None
     error_message: str | None = None
@@ -148,6 +162,8 @@ class Answer:
     prompt_tokens: int | None = None
     truncated_tokens: int | None = None
     new_tokens: int | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
     queue_ms: float | None = None
     tokenize_ms: float | None = None
     prefill_ms: float | None = None
@@ -171,8 +187,6 @@ class Answer:
     parts: list[PartAnswer] | None = None
     guard: str | None = None
     row_hash: str | None = None
-    draft_tokens: int | None = None
-    accepted_tokens: int | None = None
     # from here on only with --save-selection
     selection: list[bytes] | None = field(default=None, repr=False)  # as tiers.py packs it
     prompt_text: str | None = field(default=None, repr=False)
@@ -196,6 +210,13 @@ class Answer:
     def fail(self, error: RowError) -> None:
         """Say that there is no answer, and why."""
         self.status, self.error_type, self.error_message = error.status, error.kind, error.message
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether the model reasoned here, or in one of the parts, until it had no tokens left to answer."""
+        if self.reasoning is not None and not self.answer:
+            return True
+        return any(part.finish_reason == "length" and not part.answer for part in self.parts or ())
 
     @classmethod
     def from_failure(cls, failure: RowError, method: str) -> Answer:

@@ -132,6 +132,7 @@ class Summary(Tally):
         self.new_tokens = 0
         self.draft_tokens, self.accepted_tokens = 0, 0  # that were looked up, and those of them in answers
         self.ended_by_length = 0  # answers
+        self.unanswered_rows = 0  # of which the model reasoned and came to no answer
         self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
         self.guarded: Counter[str] = Counter()  # rows that a guard had run dense, by the kind of its reason
@@ -172,6 +173,7 @@ class Summary(Tally):
             self.draft_tokens += answer.draft_tokens or 0
             self.accepted_tokens += answer.accepted_tokens or 0
             self.ended_by_length += answer.finish_reason == "length"
+            self.unanswered_rows += answer.is_unanswered
             self.unchanged_rows += self._is_unchanged(answer)
             self.grouped_rows += answer.group_rows is not None
             self._ttft_ms.append(answer.ttft_ms or 0.0)
@@ -207,6 +209,12 @@ class Summary(Tally):
             if self.unchanged_rows == answered:
                 why += ", or its settings leave nothing out"
             found.append(f"{self.method} changed nothing on {of} {counted(answered, 'row')}: {why}")
+        if self.unanswered_rows:
+            found.append(
+                f"no answer, or none from a part, in {self.unanswered_rows:,} of {counted(answered, 'row')}: "
+                "the model reasoned until it had no tokens left; raise --max-new-tokens, or have it answer "
+                "at once, if its chat template can (--template-arg enable_thinking=false)"
+            )
         if self.ended_by_length > MANY_CUT * answered:
             found.append(
                 f"{self.ended_by_length:,} of {counted(answered, 'answer')} ended by length, perhaps in "
@@ -263,6 +271,7 @@ class Summary(Tally):
             "left_rows": self.left_rows,
             "returned_rows": self.returned_rows,
             "ended_by_length": self.ended_by_length,
+            "unanswered_rows": self.unanswered_rows,
             "unchanged_rows": self.unchanged_rows,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

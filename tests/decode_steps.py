@@ -54,7 +54,7 @@ class EndAt:
     def __init__(self, ends):
         self.ends, self.max_new_tokens, self._of = ends, max(ends), {}
 
-    def reason(self, tokens):
+    def reason(self, tokens, start):
         document = self._of.setdefault(id(tokens), len(self._of))
         return "length" if len(tokens) >= self.ends[document] else None
 

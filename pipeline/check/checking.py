@@ -34,6 +34,7 @@ from pipeline.prompts.chat import parse_moment
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
+from pipeline.records import Reasoning
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.method_settings import AUTO
 from pipeline.setup.auto import proven
@@ -86,13 +87,19 @@ class _Check:
         return {
             "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype), **scaled},
             "template_sha256": self.prompts.template_hash,
+            **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if (moment := moment_of(self.prompts)) is None else {"date": moment}),
             "max_new_tokens": config.max_new_tokens,
             "forced": "references" if config.has_references else "dense answers",
             "generate": config.generate,
             **stops,
+            **({"reasoning": "apart"} if config.generate and self._may_reason else {}),
             **({"sampling": drawn} if config.generate and config.temperature else {}),
         }
+
+    @property
+    def _may_reason(self) -> bool:
+        return self.prompts.reasoning is not Reasoning.UNEXPECTED
 
     def decides(self) -> dict[str, Any]:
         """The same of both sides."""

@@ -54,15 +54,14 @@ class Layout:
 
 
 @contextmanager
-def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
+def as_model_error(name: str) -> Iterator[None]:
     """Loaders raise whatever their libraries do; the user gets one line that names the model."""
     try:
         yield
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        cannot = "had from the hub" if on_hub else "loaded"
-        raise ModelError(f"model {name!r} cannot be {cannot}: {first_line(error)}") from error
+        raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:

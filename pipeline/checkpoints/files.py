@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from pipeline.checkpoints import quantised
 from pipeline.checkpoints.building import as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
-    cached_checkpoint,
     check_files,
     find_checkpoint,
     folder_fingerprint,
     folder_notes,
 )
 from pipeline.checkpoints.gguf import GgufFiles
-from pipeline.checkpoints.names import EMBEDDED
+from pipeline.checkpoints.hub import HubModel
+from pipeline.checkpoints.names import COMMIT_PREFIX, EMBEDDED
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.safetensor_files import Stored
 from pipeline.checkpoints.tensors import check_loaded, check_tensors
@@ -40,12 +39,13 @@ class ModelFiles:
     """
 
     name: str  # as the user wrote it
-    location: str  # folder or hub id
-    options: dict[str, Any] = field(default_factory=dict)  # revision, trust_remote_code
+    location: str  # folder
+    hub: HubModel | None = None  # of which that is the folder
+    options: dict[str, Any] = field(default_factory=dict)  # trust_remote_code
     ignore_unused_tensors: str | None = None  # a pattern of their names
 
     def config(self) -> PreTrainedConfig:
-        with self._as_model_error():
+        with as_model_error(self.name):
             config = AutoConfig.from_pretrained(self.location, **self.options)
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
@@ -54,34 +54,36 @@ class ModelFiles:
     def check(self, config: PreTrainedConfig) -> list[str]:
         """Raise ModelError for weights that are not those of this configuration, without reading them.
 
-        What it returns is worth a note. Of a model of the hub nothing is known before it has been downloaded.
+        What it returns is worth a note. Of weights on the hub nothing is known before they are downloaded.
         """
         quantised.check_quantisation(self.name, config)
-        with self._as_model_error():
+        notes = [] if self.hub is None else [*self.hub.notes]
+        with as_model_error(self.name):
+            if (self.hub is not None and not self.hub.has_weights) or self._is_custom(config):
+                return notes
             checkpoint = self._checkpoint(config)
-            if checkpoint is None or self._is_custom(config):
-                return []
             if not quantised.quantisation(config):
                 quantised.check_own_files(self.name, checkpoint.folder)
             ignored = self.ignore_unused_tensors
             unused = check_tensors(self.name, checkpoint, config, layout_of(config), ignored)
-            return [*folder_notes(checkpoint.folder), *unused]
+            return [*notes, *folder_notes(checkpoint.folder), *unused]
 
     def tokenizer(self) -> Any:
-        with self._as_model_error():
+        with as_model_error(self.name):
             return open_tokenizer(self.location, self.options)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """What identifies the model: a hub commit, or the content of a folder."""
-        commit = getattr(config, "_commit_hash", None)
-        if commit and not Path(self.location).is_dir():
-            return f"commit:{commit}"
-        with self._as_model_error():
-            return folder_fingerprint(find_checkpoint(Path(self.location), config))
+        if self.hub is not None:
+            return f"{COMMIT_PREFIX}{self.hub.commit}"
+        with as_model_error(self.name):
+            return folder_fingerprint(self._checkpoint(config))
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+        if self.hub is not None and self.hub.fetch_weights():
+            self.check(config)
         options = {**self.options, "config": quantised.without_quantisation(config), "use_safetensors": True}
-        with self._as_model_error():
+        with as_model_error(self.name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.location, dtype=dtype, output_loading_info=True, **options
             )
@@ -95,34 +97,28 @@ class ModelFiles:
 
     def _scales(self, config: PreTrainedConfig) -> dict[str, Stored]:
         """The scales of FP8 weights by the names of the model's parameters."""
-        checkpoint = self._checkpoint(config) if quantised.quantisation(config) else None
-        if checkpoint is None:
+        if not quantised.quantisation(config):
             return {}
         layout = layout_of(config)
-        found = quantised.scales_of(checkpoint.stored(), config)
+        found = quantised.scales_of(self._checkpoint(config).stored(), config)
         return {layout.place(name): scale for name, scale in found.items()}
 
-    def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint | None:
-        """The files of the weights, where they are safetensors and on this machine."""
-        folder = Path(self.location)
-        if folder.is_dir():
-            return find_checkpoint(folder, config)
-        return cached_checkpoint(self.location, config)
+    def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint:
+        return find_checkpoint(Path(self.location), config)
 
     def _is_custom(self, config: PreTrainedConfig) -> bool:
         """Whether code of the model's own, which we know nothing of, reads its weights."""
         return bool(self.options.get("trust_remote_code")) and hasattr(config, "auto_map")
-
-    def _as_model_error(self) -> AbstractContextManager[None]:
-        on_hub = self.location == self.name and not Path(self.location).exists()
-        return as_model_error(self.name, on_hub=on_hub)
 
 
 ModelSource = ModelFiles | GgufFiles | RandomWeights
 
 
 def locate(settings: ModelSettings) -> ModelSource:
-    """Find where a model comes from, and refuse unsafe files, without loading anything."""
+    """Find where a model comes from, and refuse unsafe files, without loading anything.
+
+    Of a model on the hub the small files are fetched. Raises ModelError.
+    """
     model, ignored = settings.model, settings.ignore_unused_tensors
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     path = Path(model).expanduser()
@@ -136,15 +132,20 @@ def locate(settings: ModelSettings) -> ModelSource:
         return GgufFiles(name=model, path=path, ignore_unused_tensors=ignored)
     if path.is_dir():
         check_files(model, path)
-        _check_folder(path, settings.trust_remote_code)
+        _check_config(path, settings.trust_remote_code)
+        _check_has_weights(path)
         return ModelFiles(name=model, location=str(path), options=options, ignore_unused_tensors=ignored)
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
         raise ModelError(
             f"unknown model {model!r}: it is no folder, no .gguf file, no hub id (owner/name) and not "
             f"the embedded {', '.join(EMBEDDED)}"
         )
-    options["revision"] = settings.revision
-    return ModelFiles(name=model, location=model, options=options, ignore_unused_tensors=ignored)
+    hub = HubModel.find(model, settings.revision, with_code=settings.trust_remote_code)
+    check_files(model, hub.folder)
+    _check_config(hub.folder, settings.trust_remote_code)
+    return ModelFiles(
+        name=model, location=str(hub.folder), hub=hub, options=options, ignore_unused_tensors=ignored
+    )
 
 
 def _embedded_file(model: str) -> Path:
@@ -159,7 +160,7 @@ def _embedded_file(model: str) -> Path:
     return found[0]
 
 
-def _check_folder(path: Path, trust_remote_code: bool) -> None:
+def _check_config(path: Path, trust_remote_code: bool) -> None:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"model folder {path} has no config.json")
@@ -173,6 +174,9 @@ def _check_folder(path: Path, trust_remote_code: bool) -> None:
         raise ModelError(
             f"model folder {path} brings its own code, which would run here; --trust-remote-code allows it"
         )
+
+
+def _check_has_weights(path: Path) -> None:
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         reason = "only pickled weights, which can run code" if pickled else "no weights"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.safetensor_files import (
@@ -141,18 +140,6 @@ def find_checkpoint(folder: Path, config: PreTrainedConfig) -> Checkpoint:
             " download or copy the folder again"
         )
     return Checkpoint(folder=folder, files=files, named=named)
-
-
-def cached_checkpoint(repository: str, config: PreTrainedConfig) -> Checkpoint | None:
-    """The same of a model of the hub, if all of its files have been downloaded."""
-    commit = getattr(config, "_commit_hash", None)
-    path = try_to_load_from_cache(repository, "config.json", revision=commit) if commit else None
-    if not isinstance(path, str):
-        return None
-    try:
-        return find_checkpoint(Path(path).parent, config)
-    except ValueError:
-        return None
 
 
 def _first_file(folder: Path, names: tuple[str, ...]) -> Path:

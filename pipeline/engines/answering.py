@@ -15,11 +15,12 @@ from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import MOST_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
+from pipeline.model.reasoning import parted
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
-from pipeline.records import Answer, EncodedDocument, RowError
+from pipeline.records import Answer, EncodedDocument, Reasoning, RowError
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
 
@@ -104,15 +105,24 @@ def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Loo
     return Lookup(drafts=drafts, adaptive=wanted is None) if drafts else None
 
 
-def answer_text(tokens: Sequence[int], rules: StopRules, model: LoadedModel) -> str:
-    """An answer that has ended, up to the first stop text in it, or else to its last whole character."""
-    cut = None if rules.texts is None else rules.texts.cut(tokens)
-    return whole_characters(tokens, model.tokenizer) if cut is None else cut
+def texts_of(
+    tokens: Sequence[int], begins: Reasoning | None, rules: StopRules, model: LoadedModel
+) -> tuple[str | None, str]:
+    """The model's reasoning, None where there is none, and its answer, once it has ended.
+
+    The answer ends before the first stop text in it, or else with its last whole character. `begins` is what
+    the prompt says of reasoning.
+    """
+    own = parted(tokens, begins, model.tokenizer)
+    reasons = own.reasoning is not None
+    cut = None if rules.texts is None else rules.texts.cut(own.tokens, trims=reasons)
+    text = own.head + (whole_characters(own.tokens, model.tokenizer) if cut is None else cut)
+    return own.reasoning, text.lstrip() if reasons else text
 
 
 def add_answer(row: Answer, generated: Generated, rules: StopRules, model: LoadedModel) -> None:
     """Write an answer that has ended into its row, as text and in numbers."""
-    row.answer = answer_text(generated.tokens, rules, model)
+    row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, rules, model)
     row.new_tokens = len(generated.tokens)
     if generated.drafts is not None:
         row.draft_tokens, row.accepted_tokens = generated.drafts, generated.accepted

@@ -229,6 +229,7 @@ class LocalEngine:
                 began=pack.began,
                 first_at=pack.first_at,
                 joined_s=self._clock.seconds,
+                reasoning=job.document.reasoning,
             )
             for job, row in zip(pack.jobs, pack.rows, strict=True)
         ]
@@ -318,10 +319,8 @@ class LocalEngine:
     def _written(self, job: Job, answer: Answer, generated: Generated, began: float) -> Answered:
         """The row with its answer; a fault of the tokenizer costs its row alone."""
         write = partial(add_answer, answer, generated, self.rules, self.model)
-        made = self.attempts.run(lambda check: write(), job.document)
-        return (
-            self._failed(job, made) if isinstance(made, RowError) else Answered(job.document, answer, began)
-        )
+        made = self.attempts.run(lambda _: write(), job.document)
+        return Answered(job.document, answer, began) if made is None else self._failed(job, made)
 
     # rows that run alone
 
@@ -357,6 +356,7 @@ class LocalEngine:
             sampling=self.sampling,
             uniforms=pack.uniforms,
             first=pack.tokens,
+            reasoning=[job.document.reasoning],
             check=check,
             stats=self.stats,
             kv_dtype=self.kv_dtype,

@@ -90,7 +90,10 @@ class Worker:
 
     def _open(self, setup: Setup, fingerprint: str) -> UnloadedModel:
         dtype = str(setup.model.dtype).removeprefix("torch.")
-        model = open_for_run(setup.config, dtype=dtype, device="cuda" if self._gpus else "cpu")
+        # a branch may have moved since the run opened its model
+        pinned = {} if setup.model.commit is None else {"revision": setup.model.commit}
+        device = "cuda" if self._gpus else "cpu"
+        model = open_for_run(setup.config, dtype=dtype, device=device, **pinned)
         if model.fingerprint != fingerprint:
             raise ModelError(
                 f"{model.name} ({model.fingerprint[:20]}) is not the model of this run ({fingerprint[:20]}):"

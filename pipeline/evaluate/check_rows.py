@@ -109,6 +109,10 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     if len(failed) > len(rows):
         raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
     left_out = [message for suite in suites for message in suite.left_out]
+    if config.has_references and prompts.is_to_reason:
+        remedy = f"; {prompts.without_reasoning} has it answer at once" if prompts.without_reasoning else ""
+        told = f"right answers are measured where the model would reason before its own{remedy}"
+        notes = (*notes, told)
     return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
 
 

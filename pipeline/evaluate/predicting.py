@@ -143,6 +143,7 @@ def generate(
         sampling=sampling,
         uniforms=uniforms,
         first=first,
+        reasoning=[document.reasoning],
         check=check,
     )
     return GeneratedAnswer(tokens=answer.tokens, first=first[0])

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.engines.answering import answer_text, rules_of, sampling_of
+from pipeline.engines.answering import rules_of, sampling_of, texts_of
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import Forced, GeneratedAnswer, generate
 from pipeline.evaluate.workbench import TOP, CaseScore, Workbench, failures_named
@@ -102,7 +102,7 @@ class Side:
                 own = self._generate(document, rules, sampling_of(self.config) if generates else None)
                 answer = answer or tuple(own.not_empty)
                 if generates:
-                    generated = answer_text(own.tokens, rules, self.bench.model)
+                    _, generated = texts_of(own.tokens, document.reasoning, rules, self.bench.model)
             compared = None if dense is None else dense.forced
             found = self.bench.run(self.variant, replace(row, reference=answer), dense=compared, top=TOP)
         return RowResult(

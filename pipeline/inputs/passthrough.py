@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns, Keep, type_named
-from pipeline.outputs.answers import ANSWER_NAMES, LATER_NAMES, QUESTION_NAME, answers_table, output_schema
+from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.formats import SINKS, Published, type_held
 from pipeline.records import Answer, RowError
@@ -309,7 +309,7 @@ def _cannot_hold(suffix: str, columns: Sequence[PassColumn]) -> str | None:
     if suffix == ".jsonl" and any(has_twins(column.field.type) for column in columns):
         return TWINS
     copied = pa.schema([column.field for column in columns])
-    schema = output_schema(copied, {}, lacks={QUESTION_NAME, *LATER_NAMES}.intersection(copied.names))
+    schema = output_schema(copied, {}, lacks=copied.names)
     content = io.BytesIO()
     try:
         table = answers_table([Answer(id="", row=0)], schema)

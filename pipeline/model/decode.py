@@ -21,12 +21,13 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
-from pipeline.model.lookup import Lookup, Pace
+from pipeline.model.lookup import Lookup, DraftPace
 from pipeline.model.prefill import Prefilled
+from pipeline.model.reasoning import answer_start
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
 from pipeline.model.stopping import StopTexts
 from pipeline.model.store import Extent, KvStore, slots_needed
-from pipeline.records import RowError
+from pipeline.records import Reasoning, RowError
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
 LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at
@@ -40,11 +41,14 @@ class StopRules:
     token_ids: frozenset[int] = frozenset()  # never part of the answer
     texts: StopTexts | None = None
 
-    def reason(self, tokens: Sequence[int]) -> str | None:
-        """Why the answer ends with its newest token: `stop`, `stop_text`, `length`, or None."""
+    def reason(self, tokens: Sequence[int], start: int | None = 0) -> str | None:
+        """Why the answer ends with its newest token: `stop`, `stop_text`, `length`, or None.
+
+        `start` is its first token, behind the model's reasoning; None while the model reasons.
+        """
         if tokens[-1] in self.token_ids:
             return "stop"
-        if self.texts is not None and self.texts.found(tokens):
+        if self.texts is not None and self.texts.found(tokens, start):
             return "stop_text"
         return "length" if len(tokens) >= self.max_new_tokens else None
 
@@ -59,6 +63,11 @@ class Generated:
     queued: int = 1  # tokens that are there or will be at least: that of the prefill, and one a step
     drafts: int | None = None  # that were verified, where any are looked up
     accepted: int = 0  # of them, which are part of the answer
+    reasoning: Reasoning | None = None  # what its prompt says of it
+    start: int | None = field(init=False)  # the token from which stop texts count; None: from none so far
+
+    def __post_init__(self) -> None:
+        self.start = None if self.reasoning is Reasoning.BEGUN else 0
 
     def take(self, token: int, rules: StopRules) -> None:
         """Add a token, and end the answer where it ends."""
@@ -66,7 +75,9 @@ class Generated:
             self.finish_reason, self.finished_at = "not_finite", time.perf_counter()
             return
         self.tokens.append(token)
-        self.finish_reason = rules.reason(self.tokens)
+        if self.reasoning is not None and rules.texts is not None:
+            self.start = answer_start(self.tokens, self.start, self.reasoning, rules.texts.tokenizer)
+        self.finish_reason = rules.reason(self.tokens, self.start)
         if self.finish_reason is None:
             return
         self.finished_at = time.perf_counter()
@@ -120,7 +131,7 @@ class DecodeLoop:
         assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
         self.rules, self.stats = rules, stats or DecodeStats()
         self._kv, self._lookup = kv, lookup
-        self._pace = None if lookup is None else Pace(lookup)
+        self._pace = None if lookup is None else DraftPace(lookup)
         self._device = decoder.device
         self._batch = DecodeBatch(
             decoder,
@@ -274,6 +285,7 @@ def decode(
     sampling: Sampling | None = None,
     uniforms: Sequence[Tensor] = (),
     first: Sequence[int] | None = None,
+    reasoning: Sequence[Reasoning | None] | None = None,
     check: Callable[[], None] = lambda: None,
     graphs: bool = True,
     stats: DecodeStats | None = None,
@@ -283,9 +295,10 @@ def decode(
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `uniforms` has each row's numbers, by default those of rows 0, 1, ... `first`
-    are the first tokens, if they have been chosen. With a `kv_dtype` of float8_e4m3fn keys and values are
-    rounded to it first, and those of the prefill freed. `check` is called before every step, and may raise to
-    give the pack up. Raises RowError where the model's output is not finite.
+    are the first tokens, if they have been chosen, and `reasoning` is what each prompt says of it. With a
+    `kv_dtype` of float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed.
+    `check` is called before every step, and may raise to give the pack up. Raises RowError where the
+    model's output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
@@ -293,7 +306,7 @@ def decode(
         uniforms = [sampling.uniforms(row, rules.max_new_tokens) for row in range(count)]
     if first is None:
         first = first_tokens(prefilled.logits_BV, sampling, uniforms)
-    answers = [Generated() for _ in range(count)]
+    answers = [Generated(reasoning=each) for each in reasoning or [None] * count]
     for answer, token in zip(answers, first, strict=True):
         answer.take(token, rules)
     cache = prefilled.cache

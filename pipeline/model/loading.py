@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from pipeline.checkpoints.files import ModelSource, locate
+from pipeline.checkpoints.files import ModelFiles, ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.families.decoder import Decoder
@@ -53,6 +53,7 @@ class LoadedModel(_OnDevice):
     generation_config: Any
     name: str
     fingerprint: str  # as its source tells it: of files, of a revision on the hub, or of a random draw
+    commit: str | None = None  # on the hub, of its files; None where they are from elsewhere
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     notes: tuple[str, ...] = ()  # what a user should know of its files
@@ -95,6 +96,12 @@ class UnloadedModel(_OnDevice):
     def attention_refused(self) -> dict[str, str]:
         return self._attention[1]
 
+    @property
+    def commit(self) -> str | None:
+        """On the hub, of its files; None where they are from elsewhere."""
+        hub = self.source.hub if isinstance(self.source, ModelFiles) else None
+        return None if hub is None else hub.commit
+
     @cached_property
     def fingerprint(self) -> str:
         return self.source.fingerprint(self.config)
@@ -124,6 +131,7 @@ class UnloadedModel(_OnDevice):
             generation_config=weights.generation_config,
             name=self.name,
             fingerprint=self.fingerprint,
+            commit=self.commit,
             rope_scaling=self.rope_scaling,
             attention_refused=self.attention_refused,
             notes=self.notes,
@@ -170,8 +178,8 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
     """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
     target = pick_device(settings.device)
     torch_dtype = pick_dtype(settings.dtype, target)
-    source = locate(settings)
     with _quiet():
+        source = locate(settings)
         config = source.config()
         check_config(config)
         notes = source.check(config)

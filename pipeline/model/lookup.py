@@ -125,7 +125,7 @@ def _within(count_C: Tensor, drafts: int, most: int) -> Tensor:
     return torch.minimum(count_C, (sums_M <= most).sum().int())
 
 
-class Pace:
+class DraftPace:
     """Whether the next step verifies drafts: always, or as long as that pays.
 
     Decided by what steps made and not by their time, so that a run can be repeated.

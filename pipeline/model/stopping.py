@@ -15,17 +15,29 @@ class StopTexts:
     texts: tuple[str, ...]
     tokenizer: Any
 
-    def found(self, tokens: Sequence[int]) -> bool:
-        """Whether the newest tokens of an answer complete one of the texts."""
+    def found(self, tokens: Sequence[int], start: int | None = 0) -> bool:
+        """Whether the newest tokens complete one of the texts in the answer, which begins at `start`.
+
+        Where that is not 0, white space in front of the answer counts for nothing. None: it has not begun.
+        """
+        if start is None:
+            return False
+        tokens = tokens[start:] if start else tokens
         # a token that is written is at least a byte: no text can reach further back than this
         reach = max(len(text.encode()) for text in self.texts) + 4
-        tail = self._decode(last_written(tokens, reach, self._special))
+        newest = last_written(tokens, reach, self._special)
+        tail = self._decode(newest)
+        if start and len(newest) < reach:
+            tail = tail.lstrip()
         spelled = self._spelled(tokens[-reach:]) if self._marked else ""
         return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
 
-    def cut(self, tokens: Sequence[int]) -> str | None:
-        """The answer up to the first of the texts, or None if there is none in it."""
-        text = self._decode(tokens)
+    def cut(self, tokens: Sequence[int], *, trims: bool = False) -> str | None:
+        """The answer up to the first of the texts, or None if there is none in it.
+
+        With `trims` white space in front counts for nothing.
+        """
+        text = self._decode(tokens).lstrip() if trims else self._decode(tokens)
         ends = [text[: text.index(stop)] for stop in self.texts if stop in text]
         by_special = self._cut_by_special(tokens)
         return min(ends if by_special is None else [*ends, by_special], key=len, default=None)

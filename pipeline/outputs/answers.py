@@ -39,7 +39,9 @@ ANSWER_FIELDS = tuple(
 )
 ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
 QUESTION_NAME = "question"  # which outputs of the first version do not have
-LATER_NAMES = ("draft_tokens", "accepted_tokens")  # which outputs of earlier versions go on without
+REASONING_NAME = "reasoning"
+# which outputs of earlier versions go on without
+LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from pipeline.prompts.chat import ChatTemplate, chat_source
 from pipeline.prompts.forms import Form, Template
 from pipeline.prompts.templates import FileTemplate
 from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
-from pipeline.records import Document, EncodedDocument, RowError, Spans
+from pipeline.records import CLOSES, OPENS, Document, EncodedDocument, Reasoning, RowError, Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SWITCH = "enable_thinking"  # what chat templates call it, of models that may reason or not
 
 
 @dataclass(eq=False)
@@ -27,11 +29,12 @@ class PromptBuilder:
     """Turns documents into prompts; `encode` may be called from any thread.
 
     `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
-    `document`, `question` and `system`, the latter two empty where there is none; without it the tokenizer's
-    chat template is used, with the Jinja text `body` over the same names as the user's message, or else with
-    the document and then the question. `vocab` is of how many tokens the model knows the meaning, and `now`
-    the moment whose date a template prints, else the present. Raises `ConfigError` for settings that cannot
-    work, `ModelError` for a tokenizer or chat template that cannot.
+    `document`, `question` and `system`, the latter two empty where there is none; without it the
+    tokenizer's chat template is used, with the Jinja text `body` over the same names as the user's message,
+    or else with the document and then the question. `template_args` are arguments of the chat template.
+    `vocab` is of how many tokens the model knows the meaning, and `now` the moment whose date a template
+    prints, else the present. Without `parts_reasoning` all that a model writes is its answer. Raises
+    `ConfigError` for settings that cannot work, `ModelError` for a tokenizer or chat template that cannot.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -41,9 +44,11 @@ class PromptBuilder:
     system: str | None = None
     template: str | None = None
     body: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     on_overlong: str = "error"  # or skip, split, truncate-left, truncate-right, truncate-middle
     vocab: int | None = None
     now: datetime = field(default_factory=datetime.now)
+    parts_reasoning: bool = True
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -54,7 +59,7 @@ class PromptBuilder:
             raise ModelError(f"the tokenizer {type(self.tokenizer).__name__} has no fast version")
         body = None if self.body is None else FileTemplate(self.body)
         self._template: Template = (
-            ChatTemplate.of(self.tokenizer, body, self.now)
+            ChatTemplate.of(self.tokenizer, body, self.now, self.template_args)
             if self.template is None
             else FileTemplate(self.template)
         )
@@ -72,6 +77,7 @@ class PromptBuilder:
             }
         except RowError as error:
             raise ConfigError(f"system message or prompt template: {error}") from error
+        self._reasoning = {asks: self._reasoning_of(form) for asks, form in self._forms.items()}
         self._vocabulary = Vocabulary(self.tokenizer, self.vocab)
         self._vocabulary.check_template(self._template, self._layouts.values())
         self._source = self.template or (f"{chat}\0{self.body}" if self.body else chat)
@@ -85,6 +91,28 @@ class PromptBuilder:
     def uses_question(self) -> bool:
         """Whether the template has a place for a question."""
         return "question" in self._layouts[True].parts
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """What a prompt says of reasoning: one with a question, where there is a place for it."""
+        return self._reasoning[self.uses_question]
+
+    @property
+    def is_to_reason(self) -> bool:
+        """Whether the model will reason before it answers, as far as its chat template tells."""
+        return self.reasoning is Reasoning.BEGUN or (
+            self.reasoning is Reasoning.POSSIBLE and self._has_switch
+        )
+
+    @property
+    def without_reasoning(self) -> str | None:
+        """The flag that has the model answer at once; None where there is none."""
+        return f"--template-arg {SWITCH}=false" if self._has_switch else None
+
+    @property
+    def _has_switch(self) -> bool:
+        """Whether the chat template is one that turns reasoning on and off."""
+        return isinstance(self._template, ChatTemplate) and SWITCH in self._template.source
 
     @property
     def moment(self) -> str | None:
@@ -128,7 +156,20 @@ class PromptBuilder:
             truncated_tokens=end - start - len(kept),
             tokenize_ms=(ready_at - began) * 1e3,
             ready_at=ready_at,
+            reasoning=self._reasoning[self._asks(document.question)],
         )
+
+    def _reasoning_of(self, form: Form) -> Reasoning | None:
+        """What the end of a prompt says of reasoning; and where it says nothing, the model's other texts."""
+        if not self.parts_reasoning:
+            return None
+        name, text = form.segments[-1]
+        end = "" if name else text.rstrip()
+        if end.endswith(OPENS):
+            return Reasoning.BEGUN
+        known = CLOSES in f"{self.template or ''}{chat_source(self.tokenizer)}"
+        known = known or CLOSES in self.tokenizer.get_added_vocab()
+        return Reasoning.POSSIBLE if known and not end.endswith(CLOSES) else Reasoning.UNEXPECTED
 
     def _prompt(self, document: str, question: str) -> Prompt:
         """The prompt with the whole document."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError, ModelError
+from pipeline.prompts.arguments import check_arguments
 from pipeline.prompts.templates import EXPECTED, RENDER_ERRORS, SENTINELS, FileTemplate, told
 from pipeline.prompts.trial import LONG_TEXT, check_ends
 
@@ -47,12 +50,18 @@ def failing(error: BaseException) -> ModelError:
     return ModelError(f"the model's chat template fails: {told(error)}; {REMEDY}")
 
 
-def check_chat(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise TemplateError for a chat template that writes without end, before it is rendered here."""
-    check_ends(f"chat\0{tokenizer.chat_template}", lambda: _tried(tokenizer))
+def check_chat(
+    tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Raise TemplateError for a chat template that writes without end, before it is rendered here.
+
+    `arguments` are those that it is rendered with.
+    """
+    given = f"{json.dumps(dict(arguments))}\0" if arguments else ""
+    check_ends(f"chat\0{given}{tokenizer.chat_template}", lambda: _tried(tokenizer, arguments))
 
 
-def _tried(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def _tried(tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any]) -> Iterator[str]:
     """What the chat template writes for every form of messages, short and long, that it does not refuse."""
     short, long = SENTINELS["document"], LONG_TEXT
     for texts in ({"user": short, "assistant": short}, {"system": short, "user": short}, {"user": long}):
@@ -61,7 +70,10 @@ def _tried(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
                 messages = chat_messages(texts, in_parts=in_parts)
                 yield str(
                     tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt="assistant" not in texts
+                        messages,
+                        tokenize=False,
+                        add_generation_prompt="assistant" not in texts,
+                        **arguments,
                     )
                 )
 
@@ -78,14 +90,16 @@ def chat_messages(texts: Mapping[str, str], *, in_parts: bool) -> list[dict[str,
 class ChatTemplate:
     """The model's chat template around one message of the user, and a system message where there is one.
 
-    The user's message is the template `body`, or the document and then the question. `now` is the moment that
-    the template sees as the present. With `in_parts` a message is a list of parts, one text.
+    The user's message is the template `body`, or the document and then the question. `now` is the moment
+    that the template sees as the present, `arguments` a user's own values for names that it uses. With
+    `in_parts` a message is a list of parts, one text.
     """
 
     tokenizer: PreTrainedTokenizerFast
     source: str
     body: FileTemplate | None
     now: datetime
+    arguments: Mapping[str, Any]
     in_parts: bool = False
 
     what = "model's chat template"
@@ -93,15 +107,25 @@ class ChatTemplate:
     error = ModelError
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, body: FileTemplate | None, now: datetime) -> Self:
-        """Raises `ModelError` where the tokenizer has none, or none that is the default."""
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerFast,
+        body: FileTemplate | None,
+        now: datetime,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Raises `ModelError` where the tokenizer has none, or none that is the default.
+
+        Raises `ConfigError` for arguments that it does not take.
+        """
         source = chat_source(tokenizer)
         if not source:
             raise no_template(tokenizer)
-        chat = cls(tokenizer, source, body, now)
+        check_arguments(arguments, tokenizer, source)
+        chat = cls(tokenizer, source, body, now, arguments)
         in_parts = replace(chat, in_parts=True)
         try:
-            check_chat(tokenizer)
+            check_chat(tokenizer, arguments)
         except TemplateError as error:
             raise failing(error) from error
         return in_parts if not chat._writes_document() and in_parts._writes_document() else chat
@@ -122,7 +146,11 @@ class ChatTemplate:
         messages = chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts)
         return str(
             self.tokenizer.apply_chat_template(
-                messages, chat_template=self._dated, tokenize=False, add_generation_prompt=True
+                messages,
+                chat_template=self._dated,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.arguments,
             )
         )
 

@@ -207,7 +207,8 @@ class _SplitRow:
         else:
             (last,) = self._level
             assert last.answer is not None
-            answer.answer, answer.finish_reason = last.answer.answer, last.answer.finish_reason
+            for name in ("answer", "reasoning", "finish_reason"):
+                setattr(answer, name, getattr(last.answer, name))
             answer.ttft_ms = _ttft_ms(self.steps, last)
         return answer
 

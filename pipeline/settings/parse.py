@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,26 @@ def parse_settings(pairs: Sequence[str], flag: str = "--set") -> dict[str, str]:
             raise ConfigError(f"{flag} {pair!r}: write it as NAME=VALUE, for example --set eta=0.95")
         settings[name.strip()] = value.strip()
     return settings
+
+
+def parse_template_arg(text: str, flag: str = "--template-arg") -> tuple[str, Any]:
+    """`enable_thinking=false` as ("enable_thinking", False): a value is JSON where it can be, else a text.
+
+    Words that Python writes otherwise, such as False, count as JSON's.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not (equals and name.isidentifier() and value):
+        raise ConfigError(f"{flag} {text!r}: write it as NAME=VALUE, for example enable_thinking=false")
+    word = value.lower() if value in ("True", "False") else "null" if value == "None" else value
+    try:
+        return name, json.loads(word, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _no_number(word: str) -> Any:
+    """Raise ValueError for NaN and infinities, which JSON lacks."""
+    raise ValueError(word)
 
 
 def as_set(value: Any) -> str:

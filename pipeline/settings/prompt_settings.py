@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.errors import ConfigError
 from pipeline.settings.option import PROMPTS, Settings, option
-from pipeline.settings.parse import read_template
+from pipeline.settings.parse import parse_template_arg, read_template
 
 ON_OVERLONG = ("error", "skip", "split", "truncate-left", "truncate-right", "truncate-middle")
 
@@ -19,6 +21,12 @@ class PromptSettings(Settings, panel=PROMPTS):
         help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}.",
         shown_default="the model's chat template",
     )
+    template_arg: tuple[str, ...] = option(
+        (),
+        metavar="NAME=VALUE",
+        help="Argument of the model's chat template, such as enable_thinking=false; repeatable.",
+        check=parse_template_arg,
+    )
     on_overlong: str = option(
         "error",
         help="What to do with a document over the context: error, skip, split (answer in parts, then "
@@ -26,6 +34,23 @@ class PromptSettings(Settings, panel=PROMPTS):
         choices=ON_OVERLONG,
         shown_default="error, or split for a summary",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template_arg and self.prompt_template is not None:
+            raise ConfigError(
+                "--template-arg and --prompt-template exclude each other: arguments are for the model's chat "
+                "template, in whose place that file is used"
+            )
+        names = [parse_template_arg(text)[0] for text in self.template_arg]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"--template-arg {name} is given twice")
+
+    @property
+    def template_args(self) -> dict[str, Any]:
+        """The arguments of the chat template by their names."""
+        return dict(map(parse_template_arg, self.template_arg))
 
     def template_text(self) -> str | None:
         """The prompt template's text, read from its file."""

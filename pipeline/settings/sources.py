@@ -24,7 +24,11 @@ PREFIX = "MARSINFER_"
 # together they have every setting that a file or the environment may hold
 CONFIGURED = (BatchConfig, CheckConfig, CalibrateConfig)
 # of these, what a stronger place sets takes back what a weaker one has set for the other
-EXCLUSIVE = (*combinations(ASKED, 2), ("resume", "overwrite"))
+EXCLUSIVE = (
+    *combinations(ASKED, 2),
+    ("resume", "overwrite"),
+    ("prompt_template", "template_arg"),
+)
 Note = Callable[[str], None]
 
 

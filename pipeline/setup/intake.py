@@ -147,10 +147,12 @@ def make_prompts(
     *,
     longest: int | None = None,
     now: datetime | None = None,
+    parts_reasoning: bool = True,
 ) -> PromptBuilder:
     """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
 
-    `now` is the moment whose date a chat template prints, the present where it is None.
+    `now` is the moment whose date a chat template prints, the present where it is None. Without
+    `parts_reasoning` all that the model writes is its answer.
     """
     context = model.shape.context
     return PromptBuilder(
@@ -159,9 +161,11 @@ def make_prompts(
         max_new_tokens=max_new_tokens,
         system=settings.system,
         template=settings.template_text(),
+        template_args=settings.template_args,
         on_overlong=settings.on_overlong,
         vocab=model.shape.vocab,
         now=now or datetime.now(),
+        parts_reasoning=parts_reasoning,
     )
 
 
@@ -175,7 +179,8 @@ def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | N
     elif template is None:
         template = COMBINE_AS_TEXT
     try:
-        combine = replace(prompts, template=template, body=body)
+        arguments = prompts.template_args if template is None else {}
+        combine = replace(prompts, template=template, template_args=arguments, body=body)
     except ConfigError as error:
         raise ConfigError(f"the prompt that combines answers (--combine-template): {error}") from error
     return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.checkpoints.names import COMMIT_PREFIX
 from pipeline.errors import ConfigError
 from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
-from pipeline.outputs.answers import LATER_NAMES, output_schema
+from pipeline.outputs.answers import LATER_NAMES, REASONING_NAME, output_schema
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
@@ -42,6 +43,8 @@ from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model, UnloadedModel
+
+REASONING_TOKENS = 2048  # below which an answer may never come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,7 @@ class Preparation(Setup):
             **({} if columns is None else {"columns": columns}),
             **({LATER: later} if later else {}),
             "template_sha256": self.prompts.template_hash,
+            **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if moment is None else {"date": moment}),
             "on_overlong": config.on_overlong,
             "split": None
@@ -146,11 +150,18 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         model = open_for_run(config)
     elif config.rope_scaling is not None:
         raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
+    _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
     now = None if date is None else parse_moment(date)
-    prompts = make_prompts(config, model, config.max_new_tokens, now=now)
+    prompts = make_prompts(
+        config,
+        model,
+        config.max_new_tokens,
+        now=now,
+        parts_reasoning=REASONING_NAME not in intake.source.columns.lacks,
+    )
     splitter = make_splitter(config, prompts)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
@@ -166,6 +177,12 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         notes.append(
             f"{config.model} is a model for demonstration, and often wrong: --model names a larger one"
         )
+    if prompts.is_to_reason and config.max_new_tokens < REASONING_TOKENS:
+        other = f", or give {prompts.without_reasoning}" if prompts.without_reasoning else ""
+        notes.append(
+            f"the model reasons before it answers, and {config.max_new_tokens:,} new tokens are for both, "
+            f"while reasoning often takes thousands: raise --max-new-tokens{other}"
+        )
     return Preparation(
         config=config,
         intake=intake,
@@ -177,6 +194,20 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),
     )
+
+
+def _check_commit(config: BatchConfig, model: Model, begun: Any) -> None:
+    """Raise ConfigError where a run goes on and its model's branch on the hub has moved since it began."""
+    before = str(begun["model"]["fingerprint"]) if begun is not None else ""
+    if model.commit is None or not before.startswith(COMMIT_PREFIX):
+        return
+    commit = before.removeprefix(COMMIT_PREFIX)
+    if commit != model.commit:
+        raise ConfigError(
+            f"{config.output} was begun with commit {commit} of {model.name}, whose revision "
+            f"{config.revision or 'main'} is {model.commit[:12]} now: --revision {commit} goes on with it, "
+            "--overwrite starts over"
+        )
 
 
 def _chosen(intake: Intake, model: Model, method: PruningMethod | None) -> Chosen:

@@ -220,7 +220,7 @@ def test_a_bound_on_errors_is_a_count_or_a_share():
 def test_the_defaults_in_the_help_are_the_configurations():
     flags = inspect.signature(batch).parameters
     for field in fields(BatchConfig):
-        if field.name not in ("input", "output", "settings", "stop"):
+        if field.name not in ("input", "output", "settings", "stop", "template_arg"):
             assert flags[field.name].default == field.default, field.name
 
 
@@ -230,6 +230,7 @@ def test_toml_comes_back_as_it_was(file):
         output='o"u\\t.jsonl',
         question="a\n'b'\t\"c\" é \x7f \x01 🐟",
         stop=("\n",),
+        template_arg=("enable_thinking=false", 'form={"a": [1, null]}'),
         temperature=1e-05,
         pack_tokens=1,
         max_errors="5%",

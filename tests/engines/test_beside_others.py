@@ -126,9 +126,9 @@ def test_a_row_that_is_not_finite_harms_no_neighbour(model, monkeypatch):
 
     rope = Decoder.rope
 
-    def remember(self, hidden, at):
+    def remember(self, hidden, at, reach):
         self.seen = at.clone()
-        return rope(self, hidden, at)
+        return rope(self, hidden, at, reach)
 
     monkeypatch.setattr(Decoder, "seen", None, raising=False)
     monkeypatch.setattr(Decoder, "head", head)

@@ -100,7 +100,10 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as read from the environment
-    assert refusal("nobody/nothing").startswith("model 'nobody/nothing' cannot be had from the hub: ")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    assert refusal("nobody/nothing") == (
+        "model 'nobody/nothing' cannot be had: HF_HUB_OFFLINE is set; it is not in the cache, /nowhere"
+    )
 
 
 def test_the_embedded_model_says_how_to_install_its_weights(monkeypatch):

@@ -13,7 +13,7 @@ from decode_steps import METHODS, EagerRecorder
 import pipeline.model.decode as decode_module
 from pipeline.kernels.kv_fp8 import FP8
 from pipeline.model import lookup
-from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, Lookup, Pace, Spread, Texts
+from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, Lookup, DraftPace, Spread, Texts
 from pipeline.model.store import KvStore
 
 VOCABULARY = 90
@@ -110,7 +110,7 @@ def test_places_are_given_to_owners_in_turn():
 
 
 def test_steps_verify_drafts_as_long_as_that_pays():
-    pace, verified = Pace(ADAPTIVE), 0
+    pace, verified = DraftPace(ADAPTIVE), 0
     for _step in range(400):
         if pace.drafts():
             verified += 1
@@ -122,7 +122,7 @@ def test_steps_verify_drafts_as_long_as_that_pays():
     for _step in range(50):
         pace.made(4, 8)
         assert pace.drafts()
-    always = Pace(FIXED)
+    always = DraftPace(FIXED)
     for _step in range(50):
         assert always.drafts()
         always.made(4, 0)
