@@ -21,7 +21,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
-from pipeline.model.lookup import Lookup, DraftPace
+from pipeline.model.lookup import DraftPace, Lookup
 from pipeline.model.prefill import Prefilled
 from pipeline.model.reasoning import answer_start
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens

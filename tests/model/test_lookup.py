@@ -13,7 +13,7 @@ from decode_steps import METHODS, EagerRecorder
 import pipeline.model.decode as decode_module
 from pipeline.kernels.kv_fp8 import FP8
 from pipeline.model import lookup
-from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, Lookup, DraftPace, Spread, Texts
+from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, DraftPace, Lookup, Spread, Texts
 from pipeline.model.store import KvStore
 
 VOCABULARY = 90
