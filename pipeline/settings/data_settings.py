@@ -52,7 +52,7 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     input: tuple[str, ...] = option(
         (),
         metavar="INPUT...",
-        help="Files, globs, folders or URLs of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
+        help="Files, globs, folders or URLs of Parquet, JSONL or CSV (.gz, .zst), Arrow, or .txt/.md; "
         "- is JSONL from stdin.",
         in_environment=False,
         panel=None,
@@ -80,8 +80,8 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     longest_line: int | None = option(
         None,
         metavar="BYTES",
-        help="The longest line of JSONL, decompressed, or text document, e.g. 4GiB; a longer one is an error "
-        "row.",
+        help="The longest line of JSONL or row of CSV, decompressed, or text document, e.g. 4GiB; a longer "
+        "one is an error row.",
         shown_default="1GiB",
         kind=BYTES,
         least=1,
