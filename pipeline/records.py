@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,8 @@ class Row:
     passthrough: pa.RecordBatch | None = None  # one row
     task: str | None = None  # what kind it is of, where rows tell
     question: str | None = None  # that is asked about the document
-    row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
+    fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
+    row_hash: str | None = None  # of id, text, question and fields: by it a resumed run knows the row
     question_index: int | None = None  # from 0, of a row that asks several
 
     @property

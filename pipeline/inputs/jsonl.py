@@ -9,6 +9,7 @@ from itertools import islice
 
 import pyarrow as pa
 
+from pipeline.inputs.columns import Columns, lacking_field
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.lines import BOM, bounded_lines, check_magic, open_lines
 from pipeline.inputs.readers import Reader
@@ -18,7 +19,7 @@ from pipeline.storage.sniff import CR_ENDS
 from pipeline.storage.stdin import Stdin
 from pipeline.values.jsonvalues import parse_json
 
-LINES_TRIED = 100  # for the columns, until one is an object
+LINES_TRIED = 100  # for the columns
 
 
 class JsonlReader(Reader):
@@ -28,6 +29,18 @@ class JsonlReader(Reader):
         super().__init__(file)
         if file.compression is not None and file.path.is_file():
             check_magic(file)
+
+    def use(self, columns: Columns) -> None:
+        """Refuses a file of whose first rows none has a column that the prompt template writes."""
+        super().use(columns)
+        if not columns.fields or not self.file.path.is_file():
+            return
+        with open_lines(self.file) as (_, stream):
+            objects = list(_objects(line for line in bounded_lines(stream) if isinstance(line, bytes)))
+        names = dict.fromkeys(name for each in (self.file.partitions, *objects) for name in each)
+        for name in columns.fields:
+            if objects and name not in names:
+                raise lacking_field(self.file.label, name, names)
 
     def columns_told(self) -> dict[str, str] | None:
         """The keys of the first object; of what can be read only once, if it has come already."""
@@ -92,14 +105,19 @@ def _parse(line: bytes) -> dict[str, object]:
 
 
 def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
+    first = next(_objects(lines), None)
+    return None if first is None else {key: _type_of(value) for key, value in first.items()}
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, object]]:
+    """Those of the first lines that are objects."""
     for line in islice(lines, LINES_TRIED):
         try:
             row = json.loads(line.removeprefix(BOM).decode())
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            return {key: _type_of(value) for key, value in row.items()}
-    return None
+            yield row
 
 
 def _type_of(value: object) -> str:

@@ -97,12 +97,13 @@ def build(
     try:
         text = _text(columns.text, cells)
         question, questions = _question(columns, cells), _questions(columns, cells)
+        fields = {name: _field(name, cells) for name in columns.fields}
         for each in (None if columns.takes_ids else own_id, passthrough):
             if isinstance(each, RowError):
                 raise each
     except RowError as error:
         return error.at(source)
-    return Document(source=replace(source, question=question), text=text, questions=questions)
+    return Document(source=replace(source, question=question, fields=fields), text=text, questions=questions)
 
 
 def _cell(name: str, cells: Mapping[str, object], kind: str, flag: str) -> object:
@@ -127,6 +128,16 @@ def _text(name: str, cells: Mapping[str, object]) -> str:
     text = _string(repr(name), value, "bad_text_type")
     if is_blank(text):
         raise RowError("empty_document", f"{name!r} is empty")
+    return text
+
+
+def _field(name: str, cells: Mapping[str, object]) -> str:
+    """A value as the prompt template writes it: nothing for a null, JSON for lists and objects."""
+    if name in cells and cells[name] is None:
+        return ""
+    value = _cell(name, cells, "missing_field", "--prompt-template writes it")
+    text = value if isinstance(value, str) else _as_text(value)
+    _refuse_surrogates(repr(name), text)
     return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.inputs.columns import Columns, with_arrays, with_fields
+from pipeline.inputs.columns import Columns, lacking_field, with_arrays, with_fields
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.passthrough import cannot_be_read
 from pipeline.inputs.readers import Reader
@@ -44,6 +44,9 @@ def _check_columns(
         found = schema.field(name).type
         if not fits(found):
             raise InputError(f"{file.label}: column {name!r} is {found}, not {what} ({hint})")
+    for name in columns.fields:
+        if name not in schema.names:
+            raise lacking_field(file.label, name, schema.names)
 
 
 def _check_names(file: InputFile, schema: pa.Schema) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -14,12 +14,14 @@ import numpy as np
 from pipeline.errors import ConfigError, ModelError
 from pipeline.prompts.chat import ChatTemplate, chat_source
 from pipeline.prompts.forms import Form, Template
-from pipeline.prompts.templates import FileTemplate
+from pipeline.prompts.templates import ROW, FileTemplate
 from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
-from pipeline.records import Document, EncodedDocument, RowError, Spans
+from pipeline.records import Document, EncodedDocument, Row, RowError, Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+OWN = (None, "document", "system")  # names of a prompt's texts that are no other text of the row
 
 
 @dataclass(eq=False)
@@ -27,7 +29,8 @@ class PromptBuilder:
     """Turns documents into prompts; `encode` may be called from any thread.
 
     `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
-    `document`, `question` and `system`, the latter two empty where there is none; without it the tokenizer's
+    `document`, `question` and `system`, the latter two empty where there is none, and columns of `row`, which
+    are the fields of the document's source; without it the tokenizer's
     chat template is used, with the Jinja text `body` over the same names as the user's message, or else with
     the document and then the question. `vocab` is of how many tokens the model knows the meaning, and `now`
     the moment whose date a template prints, else the present. Raises `ConfigError` for settings that cannot
@@ -59,17 +62,18 @@ class PromptBuilder:
             else FileTemplate(self.template)
         )
         chat = chat_source(self.tokenizer)
-        # by: has a question
+        unasked = frozenset(f"{ROW}{name}" for name in self._template.columns)
+        self._asked = unasked | {"question"}
+        # by the names of the user texts that are given
         self._forms = {
-            asks: Form.of(self._template, asks=asks, system=self.system or "") for asks in (False, True)
+            given: Form.of(self._template, given=given, system=self.system or "")
+            for given in (unasked, self._asked)
         }
-        rendered = {asks: "".join(text for _, text in form.segments) for asks, form in self._forms.items()}
-        bos = [] if self.template is None else bos_ids(self.tokenizer, rendered[False])
-        self._codec = Codec(self.tokenizer, [self.template or "", chat, *rendered.values()])
+        rendered = ["".join(text for _, text in form.segments) for form in self._forms.values()]
+        self._bos = [] if self.template is None else bos_ids(self.tokenizer, rendered[0])
+        self._codec = Codec(self.tokenizer, [self.template or "", chat, *rendered])
         try:
-            self._layouts = {
-                asks: self._codec.layout(form.with_system(), bos) for asks, form in self._forms.items()
-            }
+            self._layouts = {given: self._layout(form) for given, form in self._forms.items()}
         except RowError as error:
             raise ConfigError(f"system message or prompt template: {error}") from error
         self._vocabulary = Vocabulary(self.tokenizer, self.vocab)
@@ -84,7 +88,7 @@ class PromptBuilder:
     @property
     def uses_question(self) -> bool:
         """Whether the template has a place for a question."""
-        return "question" in self._layouts[True].parts
+        return "question" in self._layouts[self._asked].parts
 
     @property
     def moment(self) -> str | None:
@@ -102,7 +106,8 @@ class PromptBuilder:
         A row without a question gets an empty span behind the document. A cut falls between tokens, so it can
         split a character of several bytes. Raises `RowError` of the kind `empty_document`, `bad_text`,
         `template` or `over_long` (for `error` as for `skip` and `split`, with the lengths in tokens), and
-        `ConfigError` for a question that the template has no place for.
+        `ConfigError` for a question that the template has no place for, and for a column that rows of this
+        kind do not have.
         """
         began = time.perf_counter()
         if document.question and not self.uses_question:
@@ -110,7 +115,7 @@ class PromptBuilder:
                 f"{document.source.place} has a question, but the prompt template has no place for it:"
                 " write {{ question }} there"
             )
-        prompt = self._prompt(document.text, document.question or "")
+        prompt = self._prompt(document)
         self._vocabulary.check_text(prompt.ids)
         start, end = prompt.spans["document"]
         if start == end:
@@ -130,28 +135,61 @@ class PromptBuilder:
             ready_at=ready_at,
         )
 
-    def _prompt(self, document: str, question: str) -> Prompt:
+    def _prompt(self, document: Document) -> Prompt:
         """The prompt with the whole document."""
-        asks = self._asks(question)
-        form = self._forms[asks]
-        texts = form.trimmed(document, question)
+        given = self._texts(document.text, document.source)
+        form, layout = self._form(given)
+        texts = form.trimmed(given)
         if not texts["document"]:
-            what = "white space alone, which the template leaves out" if document else "empty"
+            what = "white space alone, which the template leaves out" if document.text else "empty"
             raise RowError("empty_document", f"the document is {what}")
         segments = form.filled(texts)
-        form.check(document, question, "".join(text for _, text in segments))
-        return self._codec.prompt(self._layouts[asks], segments)
+        form.check(given, "".join(text for _, text in segments))
+        return self._codec.prompt(layout, segments)
 
-    def _asks(self, question: str | None) -> bool:
+    def _texts(self, document: str, row: Row) -> dict[str, str]:
+        """The user texts of a row's prompt by their names."""
+        texts = {"document": document, "question": row.question or "", "system": self.system or ""}
+        for name in self._template.columns:
+            if name not in row.fields:
+                raise ConfigError(f"{row.place} has no column {name!r}, which the prompt template writes")
+            texts[f"{ROW}{name}"] = row.fields[name]
+        return texts
+
+    def _form(self, texts: Mapping[str, str]) -> tuple[Form, PromptLayout]:
+        """What the template writes for such texts, by which of them are empty where that makes a difference.
+
+        Raises `RowError` of the kind `template` where it writes a text otherwise than as it is.
+        """
+        always = {f"{ROW}{name}" for name in set(self._template.columns) - self._template.conditions}
+        given = frozenset(
+            name for name in self._asked if name in always or (name != "question" and texts[name])
+        )
+        given |= {"question"} if self._asks(texts["question"]) else set()
+        if given not in self._layouts:
+            try:
+                form = Form.of(self._template, given=given, system=self.system or "")
+            except (ConfigError, ModelError) as error:
+                raise RowError("template", str(error)) from error
+            self._forms[given] = form
+            self._layouts[given] = self._layout(form)
+        return self._forms[given], self._layouts[given]
+
+    def _layout(self, form: Form) -> PromptLayout:
+        return self._codec.layout(form.with_system(), self._bos)
+
+    def _asks(self, question: str) -> bool:
         """Whether there is a question, be it of white space, unless the template would leave that out."""
-        edges = self._forms[True].edges.get("question")
-        return bool(question) and (edges is None or bool(edges(question or "")))
+        edges = self._forms[self._asked].edges.get("question")
+        return bool(question) and (edges is None or bool(edges(question)))
 
-    def room(self, question: str | None) -> int:
-        """About how many tokens a document may have beside this question; without any room less than 1."""
-        layout = self._layouts[self._asks(question)]
-        asked = self._codec.user(question or "", layout.leading == "question")
-        return self.limit - layout.fixed_tokens - len(asked)
+    def room(self, row: Row) -> int:
+        """About how many tokens a document may have in a row's prompt; without any room less than 1."""
+        texts = self._texts("", row)
+        form, layout = self._form(texts)
+        others = [(name, text) for name, text in form.filled(form.trimmed(texts)) if name not in OWN]
+        asked = sum(len(self._codec.user(text, layout.leading == name)) for name, text in others)
+        return self.limit - layout.fixed_tokens - asked
 
     def token_starts(self, text: str) -> np.ndarray:
         """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""

@@ -92,6 +92,16 @@ class ChatTemplate:
     remedy = REMEDY
     error = ModelError
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a row that the user's message is made with."""
+        return () if self.body is None else self.body.columns
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """See `FileTemplate.conditions`."""
+        return frozenset() if self.body is None else self.body.conditions
+
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, body: FileTemplate | None, now: datetime) -> Self:
         """Raises `ModelError` where the tokenizer has none, or none that is the default."""

@@ -16,7 +16,7 @@ class PromptSettings(Settings, panel=PROMPTS):
     prompt_template: str | None = option(
         None,
         metavar="FILE",
-        help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}.",
+        help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}, {{ row.COLUMN }}.",
         shown_default="the model's chat template",
     )
     on_overlong: str = option(

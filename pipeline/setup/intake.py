@@ -46,7 +46,7 @@ Item = EncodedDocument | SplitDocument | RowError
 # of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
 OF_TEXTS = ("missing_text", "empty_document", "bad_text_type")
 OF_QUESTIONS = ("missing_question", "bad_question_type")
-OF_PROMPTS = ("over_long", "template")
+OF_PROMPTS = ("over_long", "template", "missing_field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +122,21 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) 
         fixed_question=data.question_to_all,
         id=data.id_column,
         task=data.task_column,
+        fields=_template_columns(data),
         keep=keep,
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
         holds_question=holds_question,
         longest_line=data.longest_line or LONGEST,
     )
+
+
+def _template_columns(data: DataSettings) -> tuple[str, ...]:
+    """The columns of a row that the templates of a run write, each once."""
+    texts = [data.template_text()] if isinstance(data, PromptSettings) else []
+    texts += [data.combine_text()] if isinstance(data, SplitSettings) else []
+    names = [name for text in texts if text is not None for name in FileTemplate(text).columns]
+    return tuple(dict.fromkeys(names))
 
 
 def make_prompts(
@@ -213,9 +222,10 @@ def _hashed(record: Record, id: str) -> Record:
 
 
 def row_hash(record: Record) -> str:
-    """32 hex digits that tell whether a row is still the same: id, text and question, or what ails it."""
+    """32 hex digits of all that a row's prompt has of it, or of what ails it; they tell if it changed."""
     if isinstance(record, Document):
         fields = [record.source.id, record.text, record.question or ""]
+        fields += [text for field in sorted(record.source.fields.items()) for text in field]
     else:
         fields = [record.source.id, record.kind]
     digest = hashlib.blake2b(digest_size=16)
@@ -248,12 +258,13 @@ def encode_rows(
 
 
 class SoughtColumns:
-    """The columns of text and question, until a row of the input has shown that they are there."""
+    """The columns of text, question and templates, until a row of the input has shown that they are there."""
 
     def __init__(self, data: DataSettings, *, answered: bool = False) -> None:
         """`answered` says that earlier runs have answered rows, which had them."""
         self._text = data.text_column
-        columns = () if answered else (data.text_column, data.question_column, data.questions_column)
+        asked = data.text_column, data.question_column, data.questions_column
+        columns = () if answered else (*asked, *_template_columns(data))
         self._left = [name for name in columns if name is not None]
         self._read = 0
 
@@ -265,7 +276,7 @@ class SoughtColumns:
         self._read += len(window)
         for name in tuple(self._left):
             lacking = [item for item in window if isinstance(item, RowError) and item.lacks == name]
-            if any(_has(item, is_text=name == self._text) for item in window):
+            if any(_has(item, name, is_text=name == self._text) for item in window):
                 self._left.remove(name)
             elif lacking:
                 read = counted(self._read, "row")
@@ -274,9 +285,11 @@ class SoughtColumns:
                 )
 
 
-def _has(item: Item, *, is_text: bool) -> bool:
+def _has(item: Item, name: str, *, is_text: bool) -> bool:
     if not isinstance(item, RowError):
         return True
+    if item.lacks == name:
+        return False
     if (item.kind in OF_QUESTIONS and item.lacks is None) or item.kind in OF_PROMPTS:
         return True
     of_text = item.kind in OF_TEXTS and item.lacks is None
