@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+class Turn(NamedTuple):
+    """One message of a row that has messages."""
+
+    role: str
+    texts: tuple[str, ...]  # names of what it is joined of: document, question, row.NAME of a field
+    between: str  # what joins them
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """Where a record came from, and what is copied to the output untouched."""
@@ -24,6 +32,7 @@ class Row:
     task: str | None = None  # what kind it is of, where rows tell
     question: str | None = None  # that is asked about the document
     fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
+    turns: tuple[Turn, ...] = ()  # of a row that has messages
     row_hash: str | None = None  # of id, text, question and fields: by it a resumed run knows the row
     question_index: int | None = None  # from 0, of a row that asks several
 

@@ -31,6 +31,7 @@ class Columns:
     """
 
     text: str = "text"
+    messages: str | None = None  # of a chat, in the place of text and question
     question: str | None = None
     questions: str | None = None  # a list of questions, of which each gets an answer
     fixed_question: str | None = None
@@ -58,7 +59,7 @@ class Columns:
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns that are read for themselves, each once."""
-        names = (self.text, self.question, self.questions, self.id)
+        names = (self.messages or self.text, self.question, self.questions, self.id)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
     @property

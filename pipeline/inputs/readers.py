@@ -86,6 +86,8 @@ class TextReader(Reader):
     def use(self, columns: Columns) -> None:
         super().use(columns)
         file = self.file
+        if columns.messages is not None:
+            raise InputError(f"{file.label} is a text document without columns; leave out --messages-column")
         if columns.questions is not None or not self._has(columns.question):
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"

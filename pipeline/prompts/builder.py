@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -16,11 +17,12 @@ from pipeline.prompts.chat import ChatTemplate, chat_source
 from pipeline.prompts.forms import Form, Template
 from pipeline.prompts.templates import ROW, FileTemplate
 from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
-from pipeline.records import Document, EncodedDocument, Row, RowError, Spans
+from pipeline.records import Document, EncodedDocument, Row, RowError, Spans, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MOST_CONVERSATIONS = 64  # forms of messages that are held
 OWN = (None, "document", "system")  # names of a prompt's texts that are no other text of the row
 
 
@@ -62,6 +64,8 @@ class PromptBuilder:
             else FileTemplate(self.template)
         )
         chat = chat_source(self.tokenizer)
+        self._turns: tuple[Turn, ...] = ()  # of the messages that these prompts are made around
+        self._conversations: dict[tuple[Turn, ...], PromptBuilder] = {}
         unasked = frozenset(f"{ROW}{name}" for name in self._template.columns)
         self._asked = unasked | {"question"}
         # by the names of the user texts that are given
@@ -109,6 +113,8 @@ class PromptBuilder:
         `ConfigError` for a question that the template has no place for, and for a column that rows of this
         kind do not have.
         """
+        if document.source.turns and document.source.turns != self._turns:
+            return self._around(document.source.turns).encode(document)
         began = time.perf_counter()
         if document.question and not self.uses_question:
             raise ConfigError(
@@ -134,6 +140,32 @@ class PromptBuilder:
             tokenize_ms=(ready_at - began) * 1e3,
             ready_at=ready_at,
         )
+
+    def _around(self, turns: tuple[Turn, ...]) -> PromptBuilder:
+        """The prompts of rows with such messages.
+
+        Raises `RowError` of the kind `template` where the chat template does not take them as they are.
+        """
+        known = self._conversations
+        made = known.get(turns)
+        if made is None:
+            if not isinstance(self._template, ChatTemplate):
+                raise ConfigError("messages need the model's chat template, not a template of your own")
+            made = copy(self)
+            made._turns, made._template = turns, self._template.around(turns)
+            asks = any("question" in turn.texts for turn in turns)
+            made._asked = frozenset(f"{ROW}{name}" for name in made._template.columns)
+            made._asked |= {"question"} if asks else set()
+            try:
+                form = Form.of(made._template, given=made._asked, system=self.system or "")
+            except (ConfigError, ModelError) as error:
+                raise RowError("template", str(error)) from error
+            made._forms = {made._asked: form}
+            made._layouts = {made._asked: made._layout(form)}
+            if len(known) >= MOST_CONVERSATIONS:
+                known.clear()
+            known[turns] = made
+        return made
 
     def _prompt(self, document: Document) -> Prompt:
         """The prompt with the whole document."""
@@ -185,6 +217,8 @@ class PromptBuilder:
 
     def room(self, row: Row) -> int:
         """About how many tokens a document may have in a row's prompt; without any room less than 1."""
+        if row.turns and row.turns != self._turns:
+            return self._around(row.turns).room(row)
         texts = self._texts("", row)
         form, layout = self._form(texts)
         others = [(name, text) for name, text in form.filled(form.trimmed(texts)) if name not in OWN]

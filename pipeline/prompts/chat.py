@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.prompts.templates import EXPECTED, RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.prompts.templates import EXPECTED, RENDER_ERRORS, ROW, SENTINELS, FileTemplate, told
 from pipeline.prompts.trial import LONG_TEXT, check_ends
+from pipeline.records import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,7 +130,9 @@ class ChatTemplate:
     def render(self, fields: Mapping[str, str]) -> str:
         """The prompt with these texts, as transformers renders it; raises RENDER_ERRORS."""
         system = {"system": fields["system"]} if fields["system"] else {}
-        messages = chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts)
+        return self._applied(chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts))
+
+    def _applied(self, messages: list[dict[str, Any]]) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 messages, chat_template=self._dated, tokenize=False, add_generation_prompt=True
@@ -149,6 +152,10 @@ class ChatTemplate:
         if fields["system"] == SENTINELS["system"] and SENTINELS["system"] not in text:
             raise ConfigError(f"{refused}: it leaves it out")
         return text
+
+    def around(self, turns: tuple[Turn, ...]) -> ConversationTemplate:
+        """The same around the messages of a row."""
+        return ConversationTemplate(self.tokenizer, self.source, None, self.now, self.in_parts, turns)
 
     @cached_property
     def _dated(self) -> str:
@@ -173,6 +180,32 @@ class ChatTemplate:
             return replace(self, now=now).render({**SENTINELS, "system": ""})
         except RENDER_ERRORS:
             return ""
+
+
+@dataclass(frozen=True)
+class ConversationTemplate(ChatTemplate):
+    """The model's chat template around messages, of which `turns` says the roles and the texts' names.
+
+    A system message of the run's own comes in front of them; where they have one it is an error.
+    """
+
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        names = (name for turn in self.turns for name in turn.texts)
+        return tuple(name.removeprefix(ROW) for name in names if name.startswith(ROW))
+
+    def render(self, fields: Mapping[str, str]) -> str:
+        """The prompt with these texts by their names; raises RENDER_ERRORS."""
+        if fields["system"] and self.turns[0].role == "system":
+            raise ValueError("the row has a system message, and --system gives another")
+        texts = {"system": fields["system"]} if fields["system"] else {}
+        messages = chat_messages(texts, in_parts=self.in_parts)
+        for turn in self.turns:
+            text = turn.between.join(fields[name] for name in turn.texts)
+            messages += chat_messages({turn.role: text}, in_parts=self.in_parts)
+        return self._applied(messages)
 
 
 def parse_moment(text: str) -> datetime:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.prompts.chat import ChatTemplate
-from pipeline.prompts.templates import RENDER_ERRORS, FileTemplate, sentinels, told
+from pipeline.prompts.templates import RENDER_ERRORS, ROW, FileTemplate, sentinels, told
 from pipeline.prompts.tokenizing import Segment
 from pipeline.records import RowError
 
@@ -74,10 +74,11 @@ class Form:
         fields = {name: mark if name in texts else "" for name, mark in marks.items()}
         rendered = template.render_first(fields)
         chat = isinstance(template, ChatTemplate)
-        for name in ("document", "question", "system"):
+        for name in fields if chat else ("document", "question", "system"):
             count = rendered.count(fields[name]) if fields[name] else 1
             if count != 1 and (chat or name != "question" or count > 1):
-                fault = f"must write the {name} once and unchanged, but does so {count} times"
+                what = "message" if name.startswith(ROW) else name
+                fault = f"must write the {what} once and unchanged, but does so {count} times"
                 raise template.error(f"the {template.what} {fault}{f'; {template.remedy}' if chat else ''}")
         segments = tuple(_segments(rendered, marks))
         edges = {_base(name): Edges() for name, _ in segments if name}

@@ -193,7 +193,7 @@ class Splitter:
 
     def combining(self, row: Row) -> Row:
         """The row as the prompt that combines has a place for it: perhaps without its question."""
-        return row if self.combine.uses_question else replace(row, question=None)
+        return replace(row, question=row.question if self.combine.uses_question else None, turns=())
 
     def _split(self, document: Document, began: float, error: RowError) -> SplitDocument:
         room = self.prompts.room(document.source)

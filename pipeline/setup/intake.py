@@ -25,6 +25,7 @@ from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
     NO_QUESTION,
+    TEXT,
     Data,
     Settled,
     Types,
@@ -44,7 +45,8 @@ COLUMNS = "columns"  # of the settings that decide: which were decided
 Item = EncodedDocument | SplitDocument | RowError
 
 # of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
-OF_TEXTS = ("missing_text", "empty_document", "bad_text_type")
+OF_MESSAGES = ("missing_messages", "bad_messages", "unsupported")
+OF_TEXTS = ("missing_text", "empty_document", "bad_text_type", *OF_MESSAGES)
 OF_QUESTIONS = ("missing_question", "bad_question_type")
 OF_PROMPTS = ("over_long", "template", "missing_field")
 
@@ -70,6 +72,8 @@ def open_rows(config: BatchConfig) -> Intake:
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
     source, settled = open_columns(config, keep, config.output, begun)
+    if settled.settings.messages_column is not None and config.prompt_template is not None:
+        raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not settled.settings.is_asked and config.prompt_template is None:
         raise ConfigError(NO_QUESTION)
     return Intake(
@@ -116,7 +120,8 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) 
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
-        text=data.text_column,
+        text=data.text_column or TEXT,
+        messages=data.messages_column,
         question=data.question_column,
         questions=data.questions_column,
         fixed_question=data.question_to_all,
@@ -134,7 +139,10 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, holds_question: bool) 
 def _template_columns(data: DataSettings) -> tuple[str, ...]:
     """The columns of a row that the templates of a run write, each once."""
     texts = [data.template_text()] if isinstance(data, PromptSettings) else []
-    texts += [data.combine_text()] if isinstance(data, SplitSettings) else []
+    if isinstance(data, SplitSettings):
+        # which is usual for summaries
+        splits = data.on_overlong == "split" or (data.on_overlong is None and data.summarise is not None)
+        texts += [data.combine_text()] if splits else []
     names = [name for text in texts if text is not None for name in FileTemplate(text).columns]
     return tuple(dict.fromkeys(names))
 
@@ -225,6 +233,7 @@ def row_hash(record: Record) -> str:
     """32 hex digits of all that a row's prompt has of it, or of what ails it; they tell if it changed."""
     if isinstance(record, Document):
         fields = [record.source.id, record.text, record.question or ""]
+        fields += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
         fields += [text for field in sorted(record.source.fields.items()) for text in field]
     else:
         fields = [record.source.id, record.kind]
@@ -262,8 +271,8 @@ class SoughtColumns:
 
     def __init__(self, data: DataSettings, *, answered: bool = False) -> None:
         """`answered` says that earlier runs have answered rows, which had them."""
-        self._text = data.text_column
-        asked = data.text_column, data.question_column, data.questions_column
+        self._text = data.messages_column or data.text_column
+        asked = self._text, data.question_column, data.questions_column
         columns = () if answered else (*asked, *_template_columns(data))
         self._left = [name for name in columns if name is not None]
         self._read = 0
