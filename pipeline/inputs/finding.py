@@ -34,7 +34,9 @@ FORMATS: dict[str, tuple[str, str | None]] = {
     },
     **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), ("arrow", None)),
     **dict.fromkeys((".txt", ".md"), ("text", None)),
+    **{".pdf": ("pdf", None), ".docx": ("docx", None), ".html": ("html", None), ".htm": ("html", None)},
 }
+DOCUMENTS = ("text", "pdf", "docx", "html")  # formats of which a file is one row
 Origin = Literal["named", "folder", "pattern"]
 JSON = tuple(f".json{packed}" for packed in PACKED)
 _PLAIN = ", ".join(suffix for suffix in FORMATS if not suffix.endswith((".gz", ".zst")))
@@ -64,6 +66,11 @@ class InputFile:
     origin: Origin = "named"
     partitions: Partitions = field(default_factory=dict)
     out_of_reach: str | None = None
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is one row itself."""
+        return self.format in DOCUMENTS
 
     @property
     def is_empty(self) -> bool:
@@ -276,8 +283,8 @@ def _without_settings(paths: Sequence[Place], notes: list[str]) -> list[Place]:
 
 def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> list[InputFile]:
     """The files, if they are all tables or all texts; tables that are outputs of ours count for nothing."""
-    texts = [file for file in files if file.format == "text"]
-    tables = [file for file in files if file.format != "text"]
+    texts = [file for file in files if file.is_document]
+    tables = [file for file in files if not file.is_document]
     if not texts or not tables:
         return files
     own = [file for file in tables if is_own(file)]
@@ -293,7 +300,7 @@ def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> lis
 
 def _label(path: Place, root: Place) -> str:
     known = format_of(path)
-    if known is not None and known[0] == "text":
+    if known is not None and known[0] in DOCUMENTS:
         return relative(path, root).as_posix()
     return path.name
 

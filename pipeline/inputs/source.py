@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.arrow import open_arrow
 from pipeline.inputs.columns import PARTITION_TYPE, Columns, with_fields
 from pipeline.inputs.csv import CsvReader
+from pipeline.inputs.documents import DocumentReader
 from pipeline.inputs.finding import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
 from pipeline.inputs.jsonl import JsonlReader
 from pipeline.inputs.parquet import ParquetReader
@@ -30,6 +31,7 @@ OPENERS: dict[str, Callable[[InputFile], Reader]] = {
     "jsonl": JsonlReader,
     "csv": CsvReader,
     "text": TextReader,
+    **dict.fromkeys(("pdf", "docx", "html"), DocumentReader),
 }
 
 
@@ -101,7 +103,7 @@ class Source:
 
 def _has_rows(reader: Reader) -> bool:
     """Whether rows stand in the file: a text document is one itself."""
-    return reader.file.format != "text"
+    return not reader.file.is_document
 
 
 def open_source(

@@ -52,7 +52,8 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     input: tuple[str, ...] = option(
         (),
         metavar="INPUT...",
-        help="Files, globs, folders or URLs of Parquet, JSONL or CSV (.gz, .zst), Arrow, or .txt/.md; "
+        help="Files, globs, folders or URLs of Parquet, JSONL or CSV (.gz, .zst), Arrow, or "
+        "documents (.txt, .md, .pdf, .docx, .html); "
         "- is JSONL from stdin.",
         in_environment=False,
         panel=None,

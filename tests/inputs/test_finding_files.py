@@ -13,7 +13,8 @@ from pipeline.inputs.source import open_source
 from pipeline.storage.remote import output_place, place_of
 
 KNOWN = (
-    ".parquet, .pq, .jsonl, .ndjson, .json, .csv, .tsv, .arrow, .arrows, .feather, .ipc, .txt, .md; "
+    ".parquet, .pq, .jsonl, .ndjson, .json, .csv, .tsv, .arrow, .arrows, .feather, .ipc, .txt, .md, "
+    ".pdf, .docx, .html, .htm; "
     "JSON lines and CSV also with .gz or .zst"
 )
 
