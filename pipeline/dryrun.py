@@ -87,6 +87,11 @@ class DryRunReport:
         """Columns that are passed through, and their types."""
         return {column.name: str(column.type) for column in self.run.source.schema}
 
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns that the prompt template writes."""
+        return list(self.run.source.columns.fields)
+
     def open_done(self, opened: ExitStack) -> FinishedRows:
         """What earlier runs have done; nothing where the run would be refused, which is noted."""
         config = self.config
@@ -205,6 +210,7 @@ class DryRunReport:
             "returned_rows": self.returned_rows,
             "notes": self.notes,
             "schema": self.schema,
+            "prompt_columns": self.prompt_columns,
             "rows": self.tally.documents,
             "ok": self.tally.status["ok"],
             "errors": self.tally.status["error"],
@@ -249,6 +255,8 @@ class DryRunReport:
         lines = [f"note: {note}" for note in self.notes]
         lines += [f"output: {self._output()}", "columns passed through:"]
         lines += [f"  {name}: {kind}" for name, kind in self.schema.items()] or ["  none"]
+        if self.prompt_columns:
+            lines.append(f"columns in the prompt: {', '.join(self.prompt_columns)}")
         return "\n".join([*lines, *self._rows(), *self._over_long(), *self._histogram(), *self._plan()])
 
     def _rows(self) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,14 @@ from pipeline.texts.redaction import without_secrets
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+
+class Turn(NamedTuple):
+    """One message of a row that has messages."""
+
+    role: str
+    texts: tuple[str, ...]  # names of what it is joined of: document, question, row.NAME of a field
+    between: str  # what joins them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +32,9 @@ class Row:
     passthrough: pa.RecordBatch | None = None  # one row
     task: str | None = None  # what kind it is of, where rows tell
     question: str | None = None  # that is asked about the document
-    row_hash: str | None = None  # of id, text and question: by it a resumed run knows the row
+    fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
+    turns: tuple[Turn, ...] = ()  # of a row that has messages
+    row_hash: str | None = None  # of id, text, question and fields: by it a resumed run knows the row
     question_index: int | None = None  # from 0, of a row that asks several
 
     @property

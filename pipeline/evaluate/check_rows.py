@@ -169,6 +169,8 @@ def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
     """A row of the data, or why it is left out."""
     if isinstance(record, RowError):
         return record.message
+    if record.source.turns:
+        return f"{record.source.place} has messages, which marsinfer batch alone answers"
     references: tuple[str, ...] = ()
     if config.reference_column is not None:
         references = _references(_cell(config, record.source, config.reference_column))
@@ -187,6 +189,7 @@ def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
         references=references,
         metric=METRIC,
         document_key=document_key(record.text),
+        fields=record.source.fields,
         facets={"place": record.source.place},
     )
 
@@ -295,7 +298,13 @@ def _place(sample: Sample) -> str:
 
 def _encode(config: RowSettings, number: int, sample: Sample, prompts: PromptBuilder) -> CheckRow | str:
     """A sample as the row of this number, or why it is none."""
-    source = Row(row=number, id=sample.id, place=_place(sample), question=sample.question or None)
+    source = Row(
+        row=number,
+        id=sample.id,
+        place=_place(sample),
+        question=sample.question or None,
+        fields=sample.fields,
+    )
     try:
         document = prompts.encode(Document(source=source, text=sample.text))
     except RowError as error:

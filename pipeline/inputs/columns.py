@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.storage.causes import some
 
 Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
 
@@ -30,11 +31,13 @@ class Columns:
     """
 
     text: str = "text"
+    messages: str | None = None  # of a chat, in the place of text and question
     question: str | None = None
     questions: str | None = None  # a list of questions, of which each gets an answer
     fixed_question: str | None = None
     id: str | None = None
     task: str | None = None  # a kind of task; also copied, if it is among what is copied
+    fields: tuple[str, ...] = ()  # which the prompt template writes; also copied, likewise
     takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
     lacks: frozenset[str] = frozenset()  # columns of answers that the output, of an earlier version, has not
@@ -56,13 +59,22 @@ class Columns:
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns that are read for themselves, each once."""
-        names = (self.text, self.question, self.questions, self.id)
+        names = (self.messages or self.text, self.question, self.questions, self.id)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def read(self) -> tuple[str, ...]:
         """The columns that are looked at."""
-        return self.roles if self.task in (None, *self.roles) else (*self.roles, str(self.task))
+        task = () if self.task is None else (self.task,)
+        return tuple(dict.fromkeys((*self.roles, *task, *self.fields)))
+
+
+def lacking_field(label: str, name: str, names: Collection[str]) -> InputError:
+    """What to say of a file without a column that the prompt template writes."""
+    return InputError(
+        f"{label} has no column {name!r}{did_you_mean(name, names)}; it has: {some(names)} "
+        "(--prompt-template writes it)"
+    )
 
 
 def parse_keep_columns(spec: str) -> Keep:

@@ -22,19 +22,25 @@ from pipeline.storage.sniff import HEAD_BYTES, misnamed
 from pipeline.storage.stdin import Stdin
 from pipeline.texts.redaction import bare
 
+LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
+PACKED = {"": None, ".gz": "gzip", ".zst": "zstd"}
 # Suffix -> (format, compression).
 FORMATS: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys((".parquet", ".pq"), ("parquet", None)),
     **{
-        f"{suffix}{packed}": ("jsonl", compression)
-        for suffix in (".jsonl", ".ndjson")
-        for packed, compression in (("", None), (".gz", "gzip"), (".zst", "zstd"))
+        f"{suffix}{packed}": (format, compression)
+        for suffix, format in LINES.items()
+        for packed, compression in PACKED.items()
     },
     **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), ("arrow", None)),
     **dict.fromkeys((".txt", ".md"), ("text", None)),
+    **{".pdf": ("pdf", None), ".docx": ("docx", None), ".html": ("html", None), ".htm": ("html", None)},
 }
+DOCUMENTS = ("text", "pdf", "docx", "html")  # formats of which a file is one row
 Origin = Literal["named", "folder", "pattern"]
-KNOWN = ", ".join(FORMATS)
+JSON = tuple(f".json{packed}" for packed in PACKED)
+_PLAIN = ", ".join(suffix for suffix in FORMATS if not suffix.endswith((".gz", ".zst")))
+KNOWN = f"{_PLAIN}; JSON lines and CSV also with .gz or .zst"
 MOST_TOLD = 3
 
 
@@ -60,6 +66,11 @@ class InputFile:
     origin: Origin = "named"
     partitions: Partitions = field(default_factory=dict)
     out_of_reach: str | None = None
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is one row itself."""
+        return self.format in DOCUMENTS
 
     @property
     def is_empty(self) -> bool:
@@ -200,8 +211,7 @@ def _kind(path: Place) -> str | None:
 
 def _named(path: Place) -> InputFile:
     if format_of(path) is None:
-        hint = "; JSON lines must be named .jsonl" if path.suffix.lower() == ".json" else ""
-        raise InputError(f"{path} has an extension that is not known; known are {KNOWN}{hint}")
+        raise InputError(f"{path} has an extension that is not known; known are {KNOWN}")
     return _input_file(path, path.name)
 
 
@@ -245,22 +255,36 @@ def _choose(
     paths: Sequence[Place], listed: Collection[str], notes: list[str]
 ) -> tuple[list[Place], list[Place]]:
     """The readable ones, and outputs of ours, which are left out; anything left out is noted."""
-    known = [path for path in paths if format_of(path) and path.is_file()]
+    readable = [path for path in paths if format_of(path) and path.is_file()]
+    known = _without_settings(readable, notes)
     own = [path for path in known if is_own_lines(path, listed)]
     if own:
         notes.append(own_note(own))
     left_out = {*map(str, own), *(f"{path}{SIDECAR}" for path in own)}
-    taken = set(map(str, known)) | left_out
+    taken = set(map(str, readable)) | left_out
     ignored = [str(path) for path in paths if str(path) not in taken]
     if ignored:
         notes.append(f"not read, of a kind that is not known: {some(ignored, 3)}")
     return [path for path in known if str(path) not in left_out], own
 
 
+def _without_settings(paths: Sequence[Place], notes: list[str]) -> list[Place]:
+    """Without .json files where there are others: there they rather say something of these than hold rows."""
+    found = [path for path in paths if not path.name.endswith(SIDECAR)]
+    others = [path for path in found if not path.name.lower().endswith(JSON)]
+    left = [str(path) for path in found if path not in others]
+    if not others or not left:
+        return found
+    notes.append(
+        f"not read, as .json beside other files need not be rows: {some(left, 3)}; to read one, name it"
+    )
+    return others
+
+
 def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> list[InputFile]:
     """The files, if they are all tables or all texts; tables that are outputs of ours count for nothing."""
-    texts = [file for file in files if file.format == "text"]
-    tables = [file for file in files if file.format != "text"]
+    texts = [file for file in files if file.is_document]
+    tables = [file for file in files if not file.is_document]
     if not texts or not tables:
         return files
     own = [file for file in tables if is_own(file)]
@@ -276,7 +300,7 @@ def _of_one_kind(folder: Place, files: list[InputFile], notes: list[str]) -> lis
 
 def _label(path: Place, root: Place) -> str:
     known = format_of(path)
-    if known is not None and known[0] == "text":
+    if known is not None and known[0] in DOCUMENTS:
         return relative(path, root).as_posix()
     return path.name
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
-from pipeline.inputs.columns import LONGEST
+from pipeline.inputs.columns import Columns, lacking_field
 from pipeline.inputs.finding import InputFile
-from pipeline.inputs.readers import Reader, long_line
+from pipeline.inputs.lines import BOM, bounded_lines, check_magic, open_lines
+from pipeline.inputs.readers import Reader
 from pipeline.inputs.rows import build, failed, json_type, or_error, rest_lost, until_fault
 from pipeline.records import Record, Row, RowError
-from pipeline.storage.causes import NetworkError
 from pipeline.storage.sniff import CR_ENDS
 from pipeline.storage.stdin import Stdin
 from pipeline.values.jsonvalues import parse_json
 
-LINES_TRIED = 100  # for the columns, until one is an object
-PASSED_BYTES = 1 << 20  # read at a time of what is passed over
-SKIP_BYTES = 1 << 20
-BOM = b"\xef\xbb\xbf"
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16)))
+LINES_TRIED = 100  # for the columns
 
 
 class JsonlReader(Reader):
@@ -38,7 +28,19 @@ class JsonlReader(Reader):
     def __init__(self, file: InputFile) -> None:
         super().__init__(file)
         if file.compression is not None and file.path.is_file():
-            _check_magic(file)
+            check_magic(file)
+
+    def use(self, columns: Columns) -> None:
+        """Refuses a file of whose first rows none has a column that the prompt template writes."""
+        super().use(columns)
+        if not columns.fields or not self.file.path.is_file():
+            return
+        with open_lines(self.file) as (_, stream):
+            objects = list(_objects(line for line in bounded_lines(stream) if isinstance(line, bytes)))
+        names = dict.fromkeys(name for each in (self.file.partitions, *objects) for name in each)
+        for name in columns.fields:
+            if objects and name not in names:
+                raise lacking_field(self.file.label, name, names)
 
     def columns_told(self) -> dict[str, str] | None:
         """The keys of the first object; of what can be read only once, if it has come already."""
@@ -81,48 +83,6 @@ class JsonlReader(Reader):
                 yield line.removeprefix(BOM) if isinstance(line, bytes) else line
 
 
-def bounded_lines(stream: BinaryIO, longest: int = LONGEST) -> Iterator[bytes | RowError]:
-    """All lines, with their ends; in place of one of more than `longest` bytes, decompressed, an error.
-
-    None is read beyond the bound: one without an end costs its row, no memory.
-    """
-
-    def following() -> bytes | RowError:
-        line = stream.readline(longest + 2)  # its end, or a byte too many and a sign of more
-        if len(line) <= longest or len(line.rstrip(b"\r\n")) <= longest:
-            return line
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(PASSED_BYTES)
-        return long_line(longest)
-
-    return iter(following, b"")
-
-
-@contextmanager
-def open_lines(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as it is, and its lines as bytes, decompressed."""
-    with file.open() as raw, _decompressed(raw, file.compression) as stream:
-        yield raw, stream
-
-
-def _check_magic(file: InputFile) -> None:
-    with file.open() as handle:
-        start = handle.read(4)
-    magics = (GZIP_MAGIC,) if file.compression == "gzip" else ZSTD_MAGICS
-    if start and not start.startswith(magics):
-        raise InputError(
-            f"{file.path} is not compressed with {file.compression}, as its name says; rename it"
-        )
-
-
-def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
-    if compression == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if compression == "zstd":
-        return cast(BinaryIO, io.BufferedReader(ZstdReader(raw)))
-    return raw
-
-
 def _parse(line: bytes) -> dict[str, object]:
     try:
         row = parse_json(line.decode())
@@ -145,14 +105,19 @@ def _parse(line: bytes) -> dict[str, object]:
 
 
 def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
+    first = next(_objects(lines), None)
+    return None if first is None else {key: _type_of(value) for key, value in first.items()}
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, object]]:
+    """Those of the first lines that are objects."""
     for line in islice(lines, LINES_TRIED):
         try:
             row = json.loads(line.removeprefix(BOM).decode())
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            return {key: _type_of(value) for key, value in row.items()}
-    return None
+            yield row
 
 
 def _type_of(value: object) -> str:
@@ -160,41 +125,3 @@ def _type_of(value: object) -> str:
         return str(pa.infer_type([value]))
     except (pa.ArrowException, ValueError, OverflowError, TypeError):
         return "null"
-
-
-class ZstdReader(io.RawIOBase):
-    """Decompresses all frames of an open Zstandard file, with pyarrow alone.
-
-    Arrow's stream, asked for n bytes of which the file has fewer before a cut, fails without giving those. So
-    after a failure this one starts again, skips what it gave already, and asks for single bytes.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._stream = pa.CompressedInputStream(raw, "zstd")
-        self._given = 0
-        self._has_failed = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        try:
-            data = self._stream.read(1 if self._has_failed else len(buffer))
-        except OSError as error:
-            if self._has_failed or isinstance(error, NetworkError) or not self._raw.seekable():
-                raise
-            self._start_again()
-            data = self._stream.read(1)
-        buffer[: len(data)] = data
-        self._given += len(data)
-        return len(data)
-
-    def _start_again(self) -> None:
-        self._has_failed = True
-        self._failed_stream = self._stream  # its end would close the file
-        self._raw.seek(0)
-        self._stream = pa.CompressedInputStream(self._raw, "zstd")
-        left = self._given
-        while left:
-            left -= len(self._stream.read(min(left, SKIP_BYTES)))

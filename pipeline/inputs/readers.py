@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 
 from pipeline.errors import InputError, MarsError, StorageError
-from pipeline.inputs.columns import Columns
+from pipeline.inputs.columns import Columns, lacking_field
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.passthrough import PassPlan
 from pipeline.inputs.rows import BAD_UTF8, build, failed, or_error, read_fault, rest_lost
@@ -86,10 +86,15 @@ class TextReader(Reader):
     def use(self, columns: Columns) -> None:
         super().use(columns)
         file = self.file
+        if columns.messages is not None:
+            raise InputError(f"{file.label} is a text document without columns; leave out --messages-column")
         if columns.questions is not None or not self._has(columns.question):
             raise InputError(
                 f"{file.label} is a text document without columns; give one question for all documents"
             )
+        for field in columns.fields:
+            if not self._has(field):
+                raise lacking_field(file.label, field, ["text", *file.partitions])
         for flag, name in (("--id-column", columns.id), ("--task-column", columns.task)):
             if not self._has(name):
                 raise InputError(f"{file.label} is a text document without columns; leave out {flag}")

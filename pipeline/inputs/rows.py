@@ -11,6 +11,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipeline.inputs.columns import Columns
+from pipeline.inputs.conversations import Conversation, conversation
 from pipeline.records import Document, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 
@@ -95,14 +96,34 @@ def build(
         passthrough=None if isinstance(passthrough, RowError) else passthrough,
     )
     try:
+        if columns.messages is not None:
+            said = _conversation(columns.messages, cells)
+            _refuse_faults(None if columns.takes_ids else own_id, passthrough)
+            source = replace(source, question=said.question, turns=said.turns, fields=said.fields)
+            return Document(source=source, text=said.text)
         text = _text(columns.text, cells)
         question, questions = _question(columns, cells), _questions(columns, cells)
-        for each in (None if columns.takes_ids else own_id, passthrough):
-            if isinstance(each, RowError):
-                raise each
+        fields = {name: _field(name, cells) for name in columns.fields}
+        _refuse_faults(None if columns.takes_ids else own_id, passthrough)
     except RowError as error:
         return error.at(source)
-    return Document(source=replace(source, question=question), text=text, questions=questions)
+    return Document(source=replace(source, question=question, fields=fields), text=text, questions=questions)
+
+
+def _refuse_faults(*found: object) -> None:
+    """Raise the first of these that is a failure."""
+    for each in found:
+        if isinstance(each, RowError):
+            raise each
+
+
+def _conversation(name: str, cells: Mapping[str, object]) -> Conversation:
+    said = conversation(name, _cell(name, cells, "missing_messages", "--messages-column names the messages"))
+    for text in (said.text, said.question or "", *said.fields.values()):
+        _refuse_surrogates(repr(name), text)
+    if is_blank(said.text):
+        raise RowError("empty_document", f"{name!r} is empty")
+    return said
 
 
 def _cell(name: str, cells: Mapping[str, object], kind: str, flag: str) -> object:
@@ -127,6 +148,16 @@ def _text(name: str, cells: Mapping[str, object]) -> str:
     text = _string(repr(name), value, "bad_text_type")
     if is_blank(text):
         raise RowError("empty_document", f"{name!r} is empty")
+    return text
+
+
+def _field(name: str, cells: Mapping[str, object]) -> str:
+    """A value as the prompt template writes it: nothing for a null, JSON for lists and objects."""
+    if name in cells and cells[name] is None:
+        return ""
+    value = _cell(name, cells, "missing_field", "--prompt-template writes it")
+    text = value if isinstance(value, str) else _as_text(value)
+    _refuse_surrogates(repr(name), text)
     return text
 
 

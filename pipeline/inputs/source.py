@@ -11,6 +11,8 @@ import pyarrow as pa
 from pipeline.errors import InputError
 from pipeline.inputs.arrow import open_arrow
 from pipeline.inputs.columns import PARTITION_TYPE, Columns, with_fields
+from pipeline.inputs.csv import CsvReader
+from pipeline.inputs.documents import DocumentReader
 from pipeline.inputs.finding import InputFile, find_files, is_own, only_own, own_note, with_unique_labels
 from pipeline.inputs.jsonl import JsonlReader
 from pipeline.inputs.parquet import ParquetReader
@@ -23,7 +25,14 @@ from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, is_out_of_
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin
 
-OPENERS = {"parquet": ParquetReader, "arrow": open_arrow, "jsonl": JsonlReader, "text": TextReader}
+OPENERS: dict[str, Callable[[InputFile], Reader]] = {
+    "parquet": ParquetReader,
+    "arrow": open_arrow,
+    "jsonl": JsonlReader,
+    "csv": CsvReader,
+    "text": TextReader,
+    **dict.fromkeys(("pdf", "docx", "html"), DocumentReader),
+}
 
 
 class Source:
@@ -94,7 +103,7 @@ class Source:
 
 def _has_rows(reader: Reader) -> bool:
     """Whether rows stand in the file: a text document is one itself."""
-    return reader.file.format != "text"
+    return not reader.file.is_document
 
 
 def open_source(
@@ -203,7 +212,7 @@ def _open_reached(file: InputFile) -> Reader | None:
         return EmptyReader(file)
     is_chosen = file.origin == "named"
     try:
-        reader: Reader = OPENERS[file.format](file)
+        reader = OPENERS[file.format](file)
     except InputError:
         if not is_chosen and is_own(file):
             return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.inputs.columns import Columns, with_arrays, with_fields
+from pipeline.inputs.columns import Columns, lacking_field, with_arrays, with_fields
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.passthrough import cannot_be_read
 from pipeline.inputs.readers import Reader
@@ -30,7 +30,8 @@ def _check_columns(
             raise InputError(f"{file.label}: {cannot_be_read(needed, unreadable[needed])}")
     lists = "a list of strings", _is_list_of_text
     wanted = (
-        (columns.text, "--text-column names the text", "a string", _is_text),
+        (columns.messages, "--messages-column names the messages", "a list of messages", _may_be_messages),
+        (None if columns.messages else columns.text, "--text-column names the text", "a string", _is_text),
         (columns.question, "--question-column names the question", "a string", _is_text),
         (columns.questions, "--questions-column names the list of questions", *lists),
         (columns.id, "--id-column names the id", "", _is_any),
@@ -44,6 +45,9 @@ def _check_columns(
         found = schema.field(name).type
         if not fits(found):
             raise InputError(f"{file.label}: column {name!r} is {found}, not {what} ({hint})")
+    for name in columns.fields:
+        if name not in schema.names:
+            raise lacking_field(file.label, name, schema.names)
 
 
 def _check_names(file: InputFile, schema: pa.Schema) -> None:
@@ -78,6 +82,11 @@ def _is_text(found: pa.DataType) -> bool:
     if isinstance(found, pa.BaseExtensionType):
         return _is_text(found.storage_type)
     return found in _AS_BINARY or pa.types.is_null(found)
+
+
+def _may_be_messages(found: pa.DataType) -> bool:
+    kinds = (pa.ListType, pa.LargeListType, pa.ListViewType, pa.LargeListViewType, pa.FixedSizeListType)
+    return _is_text(found) or (isinstance(found, kinds) and pa.types.is_struct(found.value_type))
 
 
 def _is_list_of_text(found: pa.DataType) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,16 @@ import numpy as np
 from pipeline.errors import ConfigError, ModelError
 from pipeline.prompts.chat import ChatTemplate, chat_source
 from pipeline.prompts.forms import Form, Template
-from pipeline.prompts.templates import FileTemplate
+from pipeline.prompts.templates import ROW, FileTemplate
 from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
-from pipeline.records import CLOSES, OPENS, Document, EncodedDocument, Reasoning, RowError, Spans
+from pipeline.records import CLOSES, OPENS, Document, EncodedDocument, Reasoning, Row, RowError, Spans, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SWITCH = "enable_thinking"  # what chat templates call it, of models that may reason or not
+MOST_CONVERSATIONS = 64  # forms of messages that are held
+OWN = (None, "document", "system")  # names of a prompt's texts that are no other text of the row
 
 
 @dataclass(eq=False)
@@ -29,12 +32,13 @@ class PromptBuilder:
     """Turns documents into prompts; `encode` may be called from any thread.
 
     `context` and `max_new_tokens` are tokens. `template` is the text of a Jinja prompt template over
-    `document`, `question` and `system`, the latter two empty where there is none; without it the
-    tokenizer's chat template is used, with the Jinja text `body` over the same names as the user's message,
-    or else with the document and then the question. `template_args` are arguments of the chat template.
-    `vocab` is of how many tokens the model knows the meaning, and `now` the moment whose date a template
-    prints, else the present. Without `parts_reasoning` all that a model writes is its answer. Raises
-    `ConfigError` for settings that cannot work, `ModelError` for a tokenizer or chat template that cannot.
+    `document`, `question` and `system`, the latter two empty where there is none, and columns of `row`, which
+    are the fields of the document's source; without it the tokenizer's chat template is used, with the Jinja
+    text `body` over the same names as the user's message, or else with the document and then the question.
+    `template_args` are arguments of the chat template. `vocab` is of how many tokens the model knows the
+    meaning, and `now` the moment whose date a template prints, else the present. Without `parts_reasoning`
+    all that a model writes is its answer. Raises `ConfigError` for settings that cannot work, and
+    `ModelError` for a tokenizer or chat template that cannot.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -64,20 +68,24 @@ class PromptBuilder:
             else FileTemplate(self.template)
         )
         chat = chat_source(self.tokenizer)
-        # by: has a question
+        self._turns: tuple[Turn, ...] = ()  # of the messages that these prompts are made around
+        self._conversations: dict[tuple[Turn, ...], PromptBuilder] = {}
+        unasked = frozenset(f"{ROW}{name}" for name in self._template.columns)
+        self._asked = unasked | {"question"}
+        # by the names of the user texts that are given
         self._forms = {
-            asks: Form.of(self._template, asks=asks, system=self.system or "") for asks in (False, True)
+            given: Form.of(self._template, given=given, system=self.system or "")
+            for given in (unasked, self._asked)
         }
-        rendered = {asks: "".join(text for _, text in form.segments) for asks, form in self._forms.items()}
-        bos = [] if self.template is None else bos_ids(self.tokenizer, rendered[False])
-        self._codec = Codec(self.tokenizer, [self.template or "", chat, *rendered.values()])
+        rendered = ["".join(text for _, text in form.segments) for form in self._forms.values()]
+        self._bos = [] if self.template is None else bos_ids(self.tokenizer, rendered[0])
+        self._codec = Codec(self.tokenizer, [self.template or "", chat, *rendered])
         try:
-            self._layouts = {
-                asks: self._codec.layout(form.with_system(), bos) for asks, form in self._forms.items()
-            }
+            self._layouts = {given: self._layout(form) for given, form in self._forms.items()}
         except RowError as error:
             raise ConfigError(f"system message or prompt template: {error}") from error
-        self._reasoning = {asks: self._reasoning_of(form) for asks, form in self._forms.items()}
+        texts = f"{self.template or ''}{chat}"
+        self._knows_reasoning = CLOSES in texts or CLOSES in self.tokenizer.get_added_vocab()
         self._vocabulary = Vocabulary(self.tokenizer, self.vocab)
         self._vocabulary.check_template(self._template, self._layouts.values())
         self._source = self.template or (f"{chat}\0{self.body}" if self.body else chat)
@@ -90,12 +98,12 @@ class PromptBuilder:
     @property
     def uses_question(self) -> bool:
         """Whether the template has a place for a question."""
-        return "question" in self._layouts[True].parts
+        return "question" in self._layouts[self._asked].parts
 
     @property
     def reasoning(self) -> Reasoning | None:
         """What a prompt says of reasoning: one with a question, where there is a place for it."""
-        return self._reasoning[self.uses_question]
+        return self._reasoning_of(self._forms[self._asked])
 
     @property
     def is_to_reason(self) -> bool:
@@ -130,15 +138,18 @@ class PromptBuilder:
         A row without a question gets an empty span behind the document. A cut falls between tokens, so it can
         split a character of several bytes. Raises `RowError` of the kind `empty_document`, `bad_text`,
         `template` or `over_long` (for `error` as for `skip` and `split`, with the lengths in tokens), and
-        `ConfigError` for a question that the template has no place for.
+        `ConfigError` for a question that the template has no place for, and for a column that rows of this
+        kind do not have.
         """
+        if document.source.turns and document.source.turns != self._turns:
+            return self._around(document.source.turns).encode(document)
         began = time.perf_counter()
         if document.question and not self.uses_question:
             raise ConfigError(
                 f"{document.source.place} has a question, but the prompt template has no place for it:"
                 " write {{ question }} there"
             )
-        prompt = self._prompt(document.text, document.question or "")
+        prompt, form = self._prompt(document)
         self._vocabulary.check_text(prompt.ids)
         start, end = prompt.spans["document"]
         if start == end:
@@ -156,7 +167,7 @@ class PromptBuilder:
             truncated_tokens=end - start - len(kept),
             tokenize_ms=(ready_at - began) * 1e3,
             ready_at=ready_at,
-            reasoning=self._reasoning[self._asks(document.question)],
+            reasoning=self._reasoning_of(form),
         )
 
     def _reasoning_of(self, form: Form) -> Reasoning | None:
@@ -167,32 +178,92 @@ class PromptBuilder:
         end = "" if name else text.rstrip()
         if end.endswith(OPENS):
             return Reasoning.BEGUN
-        known = CLOSES in f"{self.template or ''}{chat_source(self.tokenizer)}"
-        known = known or CLOSES in self.tokenizer.get_added_vocab()
-        return Reasoning.POSSIBLE if known and not end.endswith(CLOSES) else Reasoning.UNEXPECTED
+        known = self._knows_reasoning and not end.endswith(CLOSES)
+        return Reasoning.POSSIBLE if known else Reasoning.UNEXPECTED
 
-    def _prompt(self, document: str, question: str) -> Prompt:
-        """The prompt with the whole document."""
-        asks = self._asks(question)
-        form = self._forms[asks]
-        texts = form.trimmed(document, question)
+    def _around(self, turns: tuple[Turn, ...]) -> PromptBuilder:
+        """The prompts of rows with such messages.
+
+        Raises `RowError` of the kind `template` where the chat template does not take them as they are.
+        """
+        known = self._conversations
+        made = known.get(turns)
+        if made is None:
+            if not isinstance(self._template, ChatTemplate):
+                raise ConfigError("messages need the model's chat template, not a template of your own")
+            made = copy(self)
+            made._turns, made._template = turns, self._template.around(turns)
+            asks = any("question" in turn.texts for turn in turns)
+            made._asked = frozenset(f"{ROW}{name}" for name in made._template.columns)
+            made._asked |= {"question"} if asks else set()
+            try:
+                form = Form.of(made._template, given=made._asked, system=self.system or "")
+            except (ConfigError, ModelError) as error:
+                raise RowError("template", str(error)) from error
+            made._forms = {made._asked: form}
+            made._layouts = {made._asked: made._layout(form)}
+            if len(known) >= MOST_CONVERSATIONS:
+                known.clear()
+            known[turns] = made
+        return made
+
+    def _prompt(self, document: Document) -> tuple[Prompt, Form]:
+        """The prompt with the whole document, and what the template writes around it."""
+        given = self._texts(document.text, document.source)
+        form, layout = self._form(given)
+        texts = form.trimmed(given)
         if not texts["document"]:
-            what = "white space alone, which the template leaves out" if document else "empty"
+            what = "white space alone, which the template leaves out" if document.text else "empty"
             raise RowError("empty_document", f"the document is {what}")
         segments = form.filled(texts)
-        form.check(document, question, "".join(text for _, text in segments))
-        return self._codec.prompt(self._layouts[asks], segments)
+        form.check(given, "".join(text for _, text in segments))
+        return self._codec.prompt(layout, segments), form
 
-    def _asks(self, question: str | None) -> bool:
+    def _texts(self, document: str, row: Row) -> dict[str, str]:
+        """The user texts of a row's prompt by their names."""
+        texts = {"document": document, "question": row.question or "", "system": self.system or ""}
+        for name in self._template.columns:
+            if name not in row.fields:
+                raise ConfigError(f"{row.place} has no column {name!r}, which the prompt template writes")
+            texts[f"{ROW}{name}"] = row.fields[name]
+        return texts
+
+    def _form(self, texts: Mapping[str, str]) -> tuple[Form, PromptLayout]:
+        """What the template writes for such texts, by which of them are empty where that makes a difference.
+
+        Raises `RowError` of the kind `template` where it writes a text otherwise than as it is.
+        """
+        always = {f"{ROW}{name}" for name in set(self._template.columns) - self._template.conditions}
+        given = frozenset(
+            name for name in self._asked if name in always or (name != "question" and texts[name])
+        )
+        given |= {"question"} if self._asks(texts["question"]) else set()
+        if given not in self._layouts:
+            try:
+                form = Form.of(self._template, given=given, system=self.system or "")
+            except (ConfigError, ModelError) as error:
+                raise RowError("template", str(error)) from error
+            self._forms[given] = form
+            self._layouts[given] = self._layout(form)
+        return self._forms[given], self._layouts[given]
+
+    def _layout(self, form: Form) -> PromptLayout:
+        return self._codec.layout(form.with_system(), self._bos)
+
+    def _asks(self, question: str) -> bool:
         """Whether there is a question, be it of white space, unless the template would leave that out."""
-        edges = self._forms[True].edges.get("question")
-        return bool(question) and (edges is None or bool(edges(question or "")))
+        edges = self._forms[self._asked].edges.get("question")
+        return bool(question) and (edges is None or bool(edges(question)))
 
-    def room(self, question: str | None) -> int:
-        """About how many tokens a document may have beside this question; without any room less than 1."""
-        layout = self._layouts[self._asks(question)]
-        asked = self._codec.user(question or "", layout.leading == "question")
-        return self.limit - layout.fixed_tokens - len(asked)
+    def room(self, row: Row) -> int:
+        """About how many tokens a document may have in a row's prompt; without any room less than 1."""
+        if row.turns and row.turns != self._turns:
+            return self._around(row.turns).room(row)
+        texts = self._texts("", row)
+        form, layout = self._form(texts)
+        others = [(name, text) for name, text in form.filled(form.trimmed(texts)) if name not in OWN]
+        asked = sum(len(self._codec.user(text, layout.leading == name)) for name, text in others)
+        return self.limit - layout.fixed_tokens - asked
 
     def token_starts(self, text: str) -> np.ndarray:
         """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""

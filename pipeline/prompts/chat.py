@@ -15,8 +15,9 @@ from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.prompts.arguments import check_arguments
-from pipeline.prompts.templates import EXPECTED, RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.prompts.templates import EXPECTED, RENDER_ERRORS, ROW, SENTINELS, FileTemplate, told
 from pipeline.prompts.trial import LONG_TEXT, check_ends
+from pipeline.records import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,6 +107,16 @@ class ChatTemplate:
     remedy = REMEDY
     error = ModelError
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a row that the user's message is made with."""
+        return () if self.body is None else self.body.columns
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """See `FileTemplate.conditions`."""
+        return frozenset() if self.body is None else self.body.conditions
+
     @classmethod
     def of(
         cls,
@@ -143,7 +154,9 @@ class ChatTemplate:
     def render(self, fields: Mapping[str, str]) -> str:
         """The prompt with these texts, as transformers renders it; raises RENDER_ERRORS."""
         system = {"system": fields["system"]} if fields["system"] else {}
-        messages = chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts)
+        return self._applied(chat_messages({**system, "user": self._message(fields)}, in_parts=self.in_parts))
+
+    def _applied(self, messages: list[dict[str, Any]]) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 messages,
@@ -168,6 +181,12 @@ class ChatTemplate:
             raise ConfigError(f"{refused}: it leaves it out")
         return text
 
+    def around(self, turns: tuple[Turn, ...]) -> ConversationTemplate:
+        """The same around the messages of a row."""
+        return ConversationTemplate(
+            self.tokenizer, self.source, None, self.now, self.arguments, self.in_parts, turns
+        )
+
     @cached_property
     def _dated(self) -> str:
         """The template with a clock that stands still, as transformers lends it no other function."""
@@ -191,6 +210,32 @@ class ChatTemplate:
             return replace(self, now=now).render({**SENTINELS, "system": ""})
         except RENDER_ERRORS:
             return ""
+
+
+@dataclass(frozen=True)
+class ConversationTemplate(ChatTemplate):
+    """The model's chat template around messages, of which `turns` says the roles and the texts' names.
+
+    A system message of the run's own comes in front of them; where they have one it is an error.
+    """
+
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        names = (name for turn in self.turns for name in turn.texts)
+        return tuple(name.removeprefix(ROW) for name in names if name.startswith(ROW))
+
+    def render(self, fields: Mapping[str, str]) -> str:
+        """The prompt with these texts by their names; raises RENDER_ERRORS."""
+        if fields["system"] and self.turns[0].role == "system":
+            raise ValueError("the row has a system message, and --system gives another")
+        texts = {"system": fields["system"]} if fields["system"] else {}
+        messages = chat_messages(texts, in_parts=self.in_parts)
+        for turn in self.turns:
+            text = turn.between.join(fields[name] for name in turn.texts)
+            messages += chat_messages({turn.role: text}, in_parts=self.in_parts)
+        return self._applied(messages)
 
 
 def parse_moment(text: str) -> datetime:

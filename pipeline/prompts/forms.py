@@ -7,11 +7,12 @@ with a text than write it, or trim it, is tried with texts of many kinds, and th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.prompts.chat import ChatTemplate
-from pipeline.prompts.templates import NAMES, RENDER_ERRORS, SENTINELS, FileTemplate, told
+from pipeline.prompts.templates import RENDER_ERRORS, ROW, FileTemplate, sentinels, told
 from pipeline.prompts.tokenizing import Segment
 from pipeline.records import RowError
 
@@ -25,6 +26,7 @@ _PROBES = (
     f" \n{_MARKED}\n ",
     *("word " * (length // 5) + "." for length in (100, 1_000, 10_000, 300_000)),
 )
+_AGAIN = "\0"  # between the name of a text and a number
 _SHOWN = 24  # characters of a difference
 _SHORT = 40  # characters of a text whose length needs no telling
 
@@ -54,7 +56,7 @@ _EDGES = (
 
 @dataclass(frozen=True)
 class Form:
-    """What a template writes with a question, or without one."""
+    """What a template writes where certain user texts are given, and the others are empty."""
 
     template: Template
     segments: tuple[Segment, ...]  # of user texts the sentinels
@@ -62,40 +64,45 @@ class Form:
     system: str
 
     @classmethod
-    def of(cls, template: Template, *, asks: bool, system: str) -> Form:
-        """Raises the template's `error` for one that writes a user text otherwise than as it is."""
-        given = {"document": True, "question": asks, "system": bool(system)}
-        fields = {name: SENTINELS[name] if given[name] else "" for name in NAMES}
+    def of(cls, template: Template, *, given: Collection[str], system: str) -> Form:
+        """`given` are the names of the texts beside document and system message that are not empty.
+
+        Raises the template's `error` for one that writes a user text otherwise than as it is.
+        """
+        texts = {"document", *given, *(("system",) if system else ())}
+        marks = sentinels(template.columns)
+        fields = {name: mark if name in texts else "" for name, mark in marks.items()}
         rendered = template.render_first(fields)
         chat = isinstance(template, ChatTemplate)
-        for name, sentinel in fields.items():
-            count = rendered.count(sentinel) if sentinel else 1
+        for name in fields if chat else ("document", "question", "system"):
+            count = rendered.count(fields[name]) if fields[name] else 1
             if count != 1 and (chat or name != "question" or count > 1):
-                fault = f"must write the {name} once and unchanged, but does so {count} times"
+                what = "message" if name.startswith(ROW) else name
+                fault = f"must write the {what} once and unchanged, but does so {count} times"
                 raise template.error(f"the {template.what} {fault}{f'; {template.remedy}' if chat else ''}")
-        segments = tuple(_segments(rendered))
-        edges = {name: Edges() for name, _ in segments if name}
+        segments = tuple(_segments(rendered, marks))
+        edges = {_base(name): Edges() for name, _ in segments if name}
         form = cls(template, segments, edges, system)
-        probes = {"document": _PROBES, "question": _PROBES, "system": (system,)}
-        return replace(form, edges={name: form._edges_of(name, probes[name], fields) for name in edges})
+        return replace(form, edges={name: form._edges_of(name, fields) for name in edges})
 
     def filled(self, texts: Mapping[str, str]) -> list[Segment]:
         """What the template writes with these texts, each without what the template takes away."""
-        return [(name, texts[name] if name else text) for name, text in self.segments]
+        return [(name, texts[_base(name)] if name else text) for name, text in self.segments]
 
     def with_system(self) -> list[Segment]:
         """The same with sentinels for the texts that differ from row to row."""
-        return self.filled({**SENTINELS, "system": self.edges.get("system", Edges())(self.system)})
+        marks = sentinels(self.template.columns)
+        return self.filled({**marks, "system": self.edges.get("system", Edges())(self.system)})
 
-    def trimmed(self, document: str, question: str) -> dict[str, str]:
-        given = {"document": document, "question": question, "system": self.system}
-        return {name: self.edges[name](text) if name in self.edges else "" for name, text in given.items()}
+    def trimmed(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """User texts by their names, each without what the template takes away; empty if it is left out."""
+        return {name: self.edges[name](text) if name in self.edges else "" for name, text in texts.items()}
 
-    def check(self, document: str, question: str, expected: str) -> None:
+    def check(self, texts: Mapping[str, str], expected: str) -> None:
         """Raise `RowError`, of the kind `template`, where the template really writes something else."""
         template = self.template
         try:
-            real = template.render({"document": document, "question": question, "system": self.system})
+            real = template.render(texts)
         except RENDER_ERRORS as error:
             raise RowError(
                 "template", f"the {template.what} fails for this text: {told(error)}; {template.remedy}"
@@ -104,10 +111,12 @@ class Form:
             what = _difference(expected, real)
             raise RowError("template", f"the {template.what} changes this text: {what}; {template.remedy}")
 
-    def _edges_of(self, name: str, probes: Sequence[str], fields: Mapping[str, str]) -> Edges:
+    def _edges_of(self, name: str, fields: Mapping[str, str]) -> Edges:
         """How the template trims this text, found by trying."""
+        probes: Sequence[str] = (self.system,) if name == "system" else _PROBES
         real = [self.template.render_first({**fields, name: probe}) for probe in probes]
-        texts = {**fields, **{each: SENTINELS[each] for each in self.edges}}
+        marks = sentinels(self.template.columns)
+        texts = {**fields, **{each: marks[each] for each in self.edges}}
         most: tuple[int, str] = (-1, "")
         for edges in _EDGES:
             expected = [self._text({**texts, name: edges(probe)}) for probe in probes]
@@ -127,11 +136,23 @@ class Form:
         return "".join(text for _, text in self.filled(texts))
 
 
-def _segments(rendered: str) -> Iterator[Segment]:
-    names = {sentinel: name for name, sentinel in SENTINELS.items()}
+def _segments(rendered: str, marks: Mapping[str, str]) -> Iterator[Segment]:
+    """The template's own texts and user texts; one that is written again has a number behind its name."""
+    names = {sentinel: name for name, sentinel in marks.items()}
+    times = Counter[str]()
     for piece in re.split(f"({'|'.join(names)})", rendered):
-        if piece:
-            yield names.get(piece), piece
+        name = names.get(piece)
+        if name is None:
+            if piece:
+                yield None, piece
+            continue
+        times[name] += 1
+        yield (name if times[name] == 1 else f"{name}{_AGAIN}{times[name]}"), piece
+
+
+def _base(name: str) -> str:
+    """The name of a user text without the number that it has where it is written again."""
+    return name.partition(_AGAIN)[0]
 
 
 def _difference(expected: str, real: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.prompts.splitting import SplitDocument, Splitter, groups_that_fit
 from pipeline.prompts.within import tokenizer_faults
-from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer, RowError
+from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer, Row, RowError
 
 # the user's message where the model has a chat template, and what takes the place of both where it has none
 COMBINE = """\
@@ -142,7 +142,7 @@ class _SplitRow:
         """The next level: prompts of neighbours, and whatever has none beside it that fits."""
         combine = self._splitter.combine
         sizes = [len(combine.token_starts(f"{step.titled()}\n\n")) for step in said]
-        room = combine.room(self._question)
+        room = combine.room(self._asking)
         while True:
             groups = groups_that_fit(sizes, room)
             if len(groups) == len(said):
@@ -161,7 +161,7 @@ class _SplitRow:
         parts = range(steps[0].parts.start, steps[-1].parts.stop)
         place = f"{self._document.source.place}, answers of parts {parts.start + 1} to {parts.stop} combined"
         document = Document(
-            source=replace(self._document.source, place=place, question=self._question),
+            source=replace(self._asking, place=place),
             text="\n\n".join(step.titled() for step in steps),
         )
         return _Step(
@@ -178,15 +178,15 @@ class _SplitRow:
         return [step.answer for step in self.steps if step.answer is not None]
 
     @property
-    def _question(self) -> str | None:
-        return self._splitter.combine_question(self._document.source.question)
+    def _asking(self) -> Row:
+        return self._splitter.combining(self._document.source)
 
     def _no_progress(self, said: list[_Step], least_tokens: int) -> RowError:
         combine = self._splitter.combine
         return RowError(
             "no_progress",
             f"{len(said)} answers are left to combine, and no two fit into one prompt: the shortest have"
-            f" {least_tokens:,} tokens, and there is room for {combine.room(self._question):,};"
+            f" {least_tokens:,} tokens, and there is room for {combine.room(self._asking):,};"
             " lower --max-new-tokens, or shorten the question or the --combine-template",
         )
 

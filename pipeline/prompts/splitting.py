@@ -191,12 +191,12 @@ class Splitter:
                 raise
             return self._split(document, began, error)
 
-    def combine_question(self, question: str | None) -> str | None:
-        """The question as the prompt that combines has a place for it."""
-        return question if self.combine.uses_question else None
+    def combining(self, row: Row) -> Row:
+        """The row as the prompt that combines has a place for it: perhaps without its question."""
+        return replace(row, question=row.question if self.combine.uses_question else None, turns=())
 
     def _split(self, document: Document, began: float, error: RowError) -> SplitDocument:
-        room = self.prompts.room(document.question)
+        room = self.prompts.room(document.source)
         if room < 1:
             raise error
         if room < 2 * self.overlap:
@@ -205,7 +205,7 @@ class Splitter:
                 f"--split-overlap {self.overlap:,} is more than half of the {room:,} tokens that a part has"
                 " room for beside instruction and question; lower it",
             )
-        if self.combine.room(self.combine_question(document.question)) < 1:
+        if self.combine.room(self.combining(document.source)) < 1:
             message = "the prompt that combines answers has no room for any; shorten it or the question"
             raise RowError("over_long", message)
         assert error.document_tokens is not None

@@ -52,10 +52,16 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     input: tuple[str, ...] = option(
         (),
         metavar="INPUT...",
-        help="Files, globs, folders or URLs of Parquet, JSONL (.gz, .zst), Arrow, or .txt/.md; "
+        help="Files, globs, folders or URLs of Parquet, JSONL or CSV (.gz, .zst), Arrow, or "
+        "documents (.txt, .md, .pdf, .docx, .html); "
         "- is JSONL from stdin.",
         in_environment=False,
         panel=None,
+    )
+    messages_column: str | None = option(
+        None,
+        help="Column of chat messages (role and content), in the place of document and question.",
+        shown_default="messages, where there is no document",
     )
     question_column: str | None = option(
         None, help="Column of the question.", shown_default="question, if there is one"
@@ -80,8 +86,8 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     longest_line: int | None = option(
         None,
         metavar="BYTES",
-        help="The longest line of JSONL, decompressed, or text document, e.g. 4GiB; a longer one is an error "
-        "row.",
+        help="The longest line of JSONL or row of CSV, decompressed, or text document, e.g. 4GiB; a longer "
+        "one is an error row.",
         shown_default="1GiB",
         kind=BYTES,
         least=1,
@@ -111,10 +117,15 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
                 flags = (f"--{name.replace('_', '-')}" for name in (first, second))
                 raise ConfigError(f"{' and '.join(flags)} exclude each other")
 
+        for name in ("text_column", *ASKED):
+            if self.messages_column is not None and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"--messages-column and {flag} exclude each other: messages say it all")
+
     @property
     def is_asked(self) -> bool:
-        """Whether a question is named, for all rows or in a column, or a summary is asked for."""
-        return any(getattr(self, name) is not None for name in ASKED)
+        """Whether a question is named, for all rows, in a column or in messages, or a summary asked for."""
+        return any(getattr(self, name) is not None for name in (*ASKED, "messages_column"))
 
     @property
     def question_to_all(self) -> str | None:

@@ -18,7 +18,7 @@ class PromptSettings(Settings, panel=PROMPTS):
     prompt_template: str | None = option(
         None,
         metavar="FILE",
-        help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}.",
+        help="Jinja prompt with {{ document }}, {{ question }}, {{ system }}, {{ row.COLUMN }}.",
         shown_default="the model's chat template",
     )
     template_arg: tuple[str, ...] = option(

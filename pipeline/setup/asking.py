@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings.data_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS, DataSettings
 from pipeline.settings.run_settings import BatchConfig
 
-TEXT, QUESTION, ID = "text", "question", "id"
+TEXT, QUESTION, ID, MESSAGES = "text", "question", "id", "messages"
 TEXT_TOO = ("document", "content", "contents", "body")  # the text, where there is one of them and no `text`
 QUESTION_TOO = ("query", "prompt", "instruction", "questions", "Question")  # not taken unasked
 
@@ -44,6 +44,12 @@ def settled(data: Data, types: Types | None, *, template_asks: bool | None = Non
     """
     notes: list[str] = []
     types = types or {}
+    if template_asks is None and _has_messages(data, types):
+        data = replace(data, messages_column=MESSAGES)
+        notes.append(f"the prompt is the chat in the column {MESSAGES!r}")
+    if data.messages_column is not None:
+        takes_ids = data.id_column is None and ID in types
+        return Settled(replace(data, id_column=ID) if takes_ids else data, takes_ids, notes=tuple(notes))
     text = text_column(data.text_column, types, notes)
     values: dict[str, Any] = {"text_column": text}
     if not data.is_asked and template_asks is not False:
@@ -55,11 +61,19 @@ def settled(data: Data, types: Types | None, *, template_asks: bool | None = Non
     return Settled(replace(data, **values), takes_ids, asks_summary, tuple(notes))
 
 
+def _has_messages(data: DataSettings, types: Types) -> bool:
+    """Whether rows have a column of messages, and nothing that could be a document."""
+    names = {TEXT, *TEXT_TOO} & set(types)
+    is_open = data.text_column is None and not data.is_asked and not names
+    return is_open and (is_list(types.get(MESSAGES, "")) or types.get(MESSAGES) == "null")
+
+
 def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
     """Columns and question of a run that goes on, as they were decided when it began."""
     values = {name: columns[name] for name in ("text_column", "id_column") if getattr(data, name) is None}
     if not data.is_asked:
         values |= {name: columns[name] for name in ASKED}
+        values["messages_column"] = columns.get("messages_column")
     data = replace(data, **values)
     return Settled(data, bool(columns["takes_ids"]) and data.id_column == columns["id_column"])
 
@@ -82,7 +96,9 @@ def with_lengths(config: BatchConfig) -> BatchConfig:
 def columns_decided(settled: Settled[Any]) -> dict[str, Any]:
     """What `as_begun` reads, as plain values."""
     names = ("text_column", "id_column", *ASKED)
-    return {**{name: getattr(settled.settings, name) for name in names}, "takes_ids": settled.takes_ids}
+    data = settled.settings
+    messages = {} if data.messages_column is None else {"messages_column": data.messages_column}
+    return {**{name: getattr(data, name) for name in names}, "takes_ids": settled.takes_ids, **messages}
 
 
 def text_column(given: str | None, types: Types | None, notes: list[str]) -> str:

@@ -26,6 +26,7 @@ from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
     NO_QUESTION,
+    TEXT,
     Data,
     Settled,
     Types,
@@ -46,9 +47,10 @@ LATER = "later_columns"  # of them: those of the output that earlier versions di
 Item = EncodedDocument | SplitDocument | RowError
 
 # of failures, what kind tells that the row has the text, or both; of rows of all other kinds neither is known
-OF_TEXTS = ("missing_text", "empty_document", "bad_text_type")
+OF_MESSAGES = ("missing_messages", "bad_messages", "unsupported")
+OF_TEXTS = ("missing_text", "empty_document", "bad_text_type", *OF_MESSAGES)
 OF_QUESTIONS = ("missing_question", "bad_question_type")
-OF_PROMPTS = ("over_long", "template")
+OF_PROMPTS = ("over_long", "template", "missing_field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ def open_rows(config: BatchConfig) -> Intake:
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
     source, settled = open_columns(config, keep, config.output, begun)
+    if settled.settings.messages_column is not None and config.prompt_template is not None:
+        raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not settled.settings.is_asked and config.prompt_template is None:
         raise ConfigError(NO_QUESTION)
     return Intake(
@@ -126,18 +130,31 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, lacks: frozenset[str])
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
-        text=data.text_column,
+        text=data.text_column or TEXT,
+        messages=data.messages_column,
         question=data.question_column,
         questions=data.questions_column,
         fixed_question=data.question_to_all,
         id=data.id_column,
         task=data.task_column,
+        fields=_template_columns(data),
         keep=keep,
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
         lacks=lacks,
         longest_line=data.longest_line or LONGEST,
     )
+
+
+def _template_columns(data: DataSettings) -> tuple[str, ...]:
+    """The columns of a row that the templates of a run write, each once."""
+    texts = [data.template_text()] if isinstance(data, PromptSettings) else []
+    if isinstance(data, SplitSettings):
+        # which is usual for summaries
+        splits = data.on_overlong == "split" or (data.on_overlong is None and data.summarise is not None)
+        texts += [data.combine_text()] if splits else []
+    names = [name for text in texts if text is not None for name in FileTemplate(text).columns]
+    return tuple(dict.fromkeys(names))
 
 
 def make_prompts(
@@ -228,9 +245,11 @@ def _hashed(record: Record, id: str) -> Record:
 
 
 def row_hash(record: Record) -> str:
-    """32 hex digits that tell whether a row is still the same: id, text and question, or what ails it."""
+    """32 hex digits of all that a row's prompt has of it, or of what ails it; they tell if it changed."""
     if isinstance(record, Document):
         fields = [record.source.id, record.text, record.question or ""]
+        fields += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
+        fields += [text for field in sorted(record.source.fields.items()) for text in field]
     else:
         fields = [record.source.id, record.kind]
     digest = hashlib.blake2b(digest_size=16)
@@ -263,12 +282,13 @@ def encode_rows(
 
 
 class SoughtColumns:
-    """The columns of text and question, until a row of the input has shown that they are there."""
+    """The columns of text, question and templates, until a row of the input has shown that they are there."""
 
     def __init__(self, data: DataSettings, *, answered: bool = False) -> None:
         """`answered` says that earlier runs have answered rows, which had them."""
-        self._text = data.text_column
-        columns = () if answered else (data.text_column, data.question_column, data.questions_column)
+        self._text = data.messages_column or data.text_column
+        asked = self._text, data.question_column, data.questions_column
+        columns = () if answered else (*asked, *_template_columns(data))
         self._left = [name for name in columns if name is not None]
         self._read = 0
 
@@ -280,7 +300,7 @@ class SoughtColumns:
         self._read += len(window)
         for name in tuple(self._left):
             lacking = [item for item in window if isinstance(item, RowError) and item.lacks == name]
-            if any(_has(item, is_text=name == self._text) for item in window):
+            if any(_has(item, name, is_text=name == self._text) for item in window):
                 self._left.remove(name)
             elif lacking:
                 read = counted(self._read, "row")
@@ -289,9 +309,11 @@ class SoughtColumns:
                 )
 
 
-def _has(item: Item, *, is_text: bool) -> bool:
+def _has(item: Item, name: str, *, is_text: bool) -> bool:
     if not isinstance(item, RowError):
         return True
+    if item.lacks == name:
+        return False
     if (item.kind in OF_QUESTIONS and item.lacks is None) or item.kind in OF_PROMPTS:
         return True
     of_text = item.kind in OF_TEXTS and item.lacks is None

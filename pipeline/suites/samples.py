@@ -33,6 +33,7 @@ class Sample:
     choices: tuple[str, ...] = ()  # all that could be answered, for the metrics that ask
     document_key: str  # SHA-256, in hex, of the document
     side: Side | None = None  # from whose documents a needle's haystack is made, where they are divided
+    fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
     facets: Mapping[str, str | int | float] = field(
         default_factory=dict
     )  # what results may be grouped by, and the like

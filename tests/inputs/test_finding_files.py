@@ -13,8 +13,9 @@ from pipeline.inputs.source import open_source
 from pipeline.storage.remote import output_place, place_of
 
 KNOWN = (
-    ".parquet, .pq, .jsonl, .jsonl.gz, .jsonl.zst, .ndjson, .ndjson.gz, .ndjson.zst, "
-    ".arrow, .arrows, .feather, .ipc, .txt, .md"
+    ".parquet, .pq, .jsonl, .ndjson, .json, .csv, .tsv, .arrow, .arrows, .feather, .ipc, .txt, .md, "
+    ".pdf, .docx, .html, .htm; "
+    "JSON lines and CSV also with .gz or .zst"
 )
 
 
@@ -98,16 +99,16 @@ def test_a_folder_of_tables_and_texts_is_refused(tmp_path):
 
 def test_files_of_other_kinds_are_noted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", "a")
-    for name in ("c.log", "b.csv"):
+    for name in ("c.log", "b.xml"):
         (tmp_path / name).write_text("")
     by_folder, by_glob = (open_source([named], Columns()) for named in (tmp_path, f"{tmp_path}/*"))
-    note = f"not read, of a kind that is not known: {tmp_path}/b.csv, {tmp_path}/c.log"
+    note = f"not read, of a kind that is not known: {tmp_path}/b.xml, {tmp_path}/c.log"
     assert by_folder.notes == by_glob.notes == [note]
 
 
 @pytest.mark.parametrize("pattern", ["", "/*", "/*.parquet"])
 def test_a_folder_or_glob_without_a_readable_file_is_refused(tmp_path, pattern):
-    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "a.xml").write_text("")
     given = f"{tmp_path}{pattern}"
     assert refusal(given) == f"{given} holds no file that can be read; known extensions are {KNOWN}"
 
@@ -120,7 +121,7 @@ def test_no_input_is_refused():
     assert refusal() == "no input was named"
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a"])
+@pytest.mark.parametrize("name", ["a.xml", "a.gz", "a"])
 def test_an_unknown_extension_is_refused(tmp_path, name):
     (tmp_path / name).write_text("")
     expected = f"{tmp_path}/{name} has an extension that is not known; known are {KNOWN}"
@@ -165,9 +166,25 @@ def test_many_files_named_twice_are_one_note(tmp_path):
     assert open_source([tmp_path, tmp_path], Columns()).notes == expected
 
 
-def test_lines_named_json_are_refused_with_the_remedy(tmp_path):
+def test_lines_may_be_named_json(tmp_path):
     write_jsonl(tmp_path / "part-00000.json", "a")
-    assert refusal(tmp_path / "part-00000.json").endswith("; JSON lines must be named .jsonl")
+    write_jsonl(tmp_path / "part-00001.json", "b")
+    assert texts(tmp_path) == texts(f"{tmp_path}/*.json") == ["a", "b"]
+    assert ids(tmp_path / "part-00000.json") == ["part-00000.json:0"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_json_beside_other_files_is_no_input_unless_it_is_named(tmp_path, pattern):
+    write_jsonl(tmp_path / "a.jsonl", "a")
+    write_jsonl(tmp_path / "dataset_info.json", "no")
+    write_jsonl(tmp_path / "a.jsonl.run.json", "no")
+    source = open_source([f"{tmp_path}{pattern}"], Columns())
+    assert [record.text for record in source] == ["a"]
+    assert source.notes == [
+        f"not read, as .json beside other files need not be rows: {tmp_path}/dataset_info.json; "
+        "to read one, name it"
+    ]
+    assert texts(tmp_path, tmp_path / "dataset_info.json") == ["a", "no"]
 
 
 def test_default_ids_are_file_name_and_row(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from zstandard import ZstdCompressor
 
 from pipeline.inputs.columns import Columns
-from pipeline.inputs.jsonl import PASSED_BYTES, bounded_lines
+from pipeline.inputs.lines import PASSED_BYTES, bounded_lines
 from pipeline.inputs.source import open_source
 
 

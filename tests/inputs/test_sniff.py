@@ -12,6 +12,7 @@ from pipeline.storage.sniff import CR_ENDS
 LINES = '{"text": "a"}\n{"text": "b"}\n'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 UTF_16 = "is not UTF-8 but UTF-16 or UTF-32; iconv -f UTF-16 -t UTF-8 converts it"
+SPREAD = "has JSON objects over several lines, not one a line; jq -c . writes it so"
 ARRAY = "is one JSON array, not a JSON object a line; jq -c '.[]' writes it so"
 
 
@@ -25,6 +26,9 @@ ARRAY = "is one JSON array, not a JSON object a line; jq -c '.[]' writes it so"
         ("a.jsonl", LINES.encode("utf-32"), UTF_16),
         ("a.jsonl", b'[{"text": "a"},\n {"text": "b"}]', ARRAY),
         ("a.jsonl", b'\xef\xbb\xbf[\n  {"text": "a"}\n]', ARRAY),
+        ("a.json", b'[{"text": "a"},\n {"text": "b"}]', ARRAY),
+        ("a.json", b'\xef\xbb\xbf{\r\n  "text": "a"\r\n}\r\n', SPREAD),
+        ("a.jsonl", b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n', SPREAD),
         ("a.jsonl", LINES.replace("\n", "\r").encode(), CR_ENDS),
         (
             "a.jsonl",

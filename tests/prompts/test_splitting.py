@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prompt_parts import builder, byte_tokenizer, document, space_tokenizer, span_text
 
 from pipeline.prompts.splitting import SplitDocument, Splitter, TokenizedText, cut_parts, groups_that_fit
-from pipeline.records import EncodedDocument, RowError
+from pipeline.records import EncodedDocument, Row, RowError
 
 TEMPLATE = "<{{ document }}>{{ question }}?"
 COMBINE = "{{ document }}{{ question }}!"
@@ -47,9 +47,9 @@ def splitter(name="bytes", *, room=40, overlap=8, **options):
     """One whose prompts have room for so many tokens beside a question of one token."""
     tokenizer = TOKENIZERS[name]
     probe = builder(tokenizer, template=TEMPLATE, on_overlong="split")
-    context = room + probe.limit - probe.room("w") + 5
+    context = room + probe.limit - probe.room(Row(row=0, id="", place="", question="w")) + 5
     prompts = builder(tokenizer, template=TEMPLATE, context=context, max_new_tokens=5, on_overlong="split")
-    assert prompts.room("w") == room
+    assert prompts.room(Row(row=0, id="", place="", question="w")) == room
     combine = builder(tokenizer, template=COMBINE, context=context, max_new_tokens=5, **options)
     return Splitter(prompts=prompts, combine=combine, overlap=overlap)
 

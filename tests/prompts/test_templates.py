@@ -25,7 +25,7 @@ NO_SYSTEM = "this model's chat template takes no system message: "
         ),
         (
             "\n\n{{ document }}{{ text }}",
-            "prompt template line 3: 'text' is undefined; use document, question or system",
+            "prompt template line 3: 'text' is undefined; use document, question, system or row",
         ),
         ("{{ question }}", ONCE.format("prompt template", "document", 0)),
         ("{{ document }}{{ document }}", ONCE.format("prompt template", "document", 2)),
