@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ModelError, first_line
+from pipeline.families.projection import IN_FULL, Form, LinearPrecision, linear_layers
+from pipeline.kernels.fp8 import Fp8Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,10 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """Without weights; code of the model's own runs where its source has let the configuration name it."""
+    own_code = hasattr(config, "auto_map")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
 
 
 def random_model(
@@ -78,43 +83,93 @@ def random_model(
 ) -> PreTrainedModel:
     """A model of these dimensions with random weights."""
     config = AutoConfig.for_model(family, **settings)
-    return with_random_weights(config, device=device, dtype=dtype, seed=seed)
+    return with_weights(config, RandomDraw(device, seed), device=device, dtype=dtype)
 
 
-def with_random_weights(
-    config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> PreTrainedModel:
-    """A model of this configuration, its weights drawn on the device without an initial copy on the host.
+class Weights(Protocol):
+    """Where the weights of a model come from, by the names of its parameters."""
+
+    def write(self, name: str, target: Tensor, /) -> None:
+        """Fill a parameter, which is on its device and of its type. Raises ValueError for damaged ones."""
+
+    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
+        """A matrix as it is stored, if that is in fp8 with scales for rows; else None."""
+
+
+class RandomDraw:
+    """Weights that are drawn on the device, one after the other.
 
     The same seed gives the same weights on devices of one kind, in one dtype.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
 
-    def draw(name: str, parameter: Tensor) -> None:
-        if parameter.dim() == 1 and not name.endswith("bias"):
-            nn.init.ones_(parameter)
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    def write(self, name: str, target: Tensor, /) -> None:
+        if target.dim() == 1 and not name.endswith("bias"):
+            nn.init.ones_(target)
         else:
-            parameter.normal_(std=0.02, generator=generator)
+            target.normal_(std=0.02, generator=self._generator)
 
-    return with_weights(config, draw, device=device, dtype=dtype)
+    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
+        return None
 
 
 def with_weights(
     config: PreTrainedConfig,
-    write: Callable[[str, Tensor], None],
+    weights: Weights,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    precision: LinearPrecision = IN_FULL,
 ) -> PreTrainedModel:
-    """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
-    model = _skeleton(config, dtype).to_empty(device=device).eval()
-    # the inverse frequencies are buffers that no checkpoint holds: to_empty left garbage there
-    rotary = type(model.model.rotary_emb)(config).to(device)
-    model.model.rotary_emb = rotary
+    """A model of this configuration, whose weights are made on the device one after the other.
+
+    A linear layer that `precision` wants in fp8 alone is quantised before the next one is read: memory is
+    needed for the model as it will be, and for one weight as it was.
+    """
+    model = _skeleton(config, dtype).eval()
     model.tie_weights()
+    layers = linear_layers(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            write(name, parameter)
-    if not torch.isfinite(rotary.inv_freq).all():
-        raise ModelError("the rotary frequencies of this configuration are not finite")
+        for name, parameter in list(model.named_parameters()):
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            form = precision.form(path) if path in layers and own == "weight" else Form.FULL
+            tensor, in_fp8 = _made(weights, name, parameter, device, form)
+            setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+            if in_fp8 is not None:
+                module.fp8 = in_fp8
+        model.tie_weights()
+        _make_buffers(model, device)
     return model
+
+
+def _made(
+    weights: Weights, name: str, parameter: Tensor, device: torch.device, form: Form
+) -> tuple[Tensor, Fp8Weight | None]:
+    """A weight of this name and shape, empty where only its fp8 form is wanted, and that form."""
+    in_fp8 = None if form is Form.FULL else weights.fp8(name, device)
+    if form is Form.FP8 and in_fp8 is not None:
+        return parameter.new_empty(0, device=device), in_fp8
+    tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    weights.write(name, tensor)
+    if form is Form.FP8:
+        return parameter.new_empty(0, device=device), Fp8Weight.of(tensor)
+    return tensor, in_fp8
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Compute what no checkpoint holds, such as the inverse frequencies of RoPE, as transformers does it."""
+    for module in model.modules():
+        missing = [name for name, each in module.named_buffers(recurse=False) if each.is_meta]
+        if not missing:
+            continue
+        for name in missing:
+            module._buffers[name] = torch.full_like(module._buffers[name], math.nan, device=device)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # without this mark it would be drawn anew
+        model._init_weights(module)
+        for name in missing:
+            if not torch.isfinite(module._buffers[name]).all():
+                raise ModelError(f"the buffer {name} of a model of this configuration is not finite")

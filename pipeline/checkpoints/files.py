@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from pipeline.checkpoints import quantised
 from pipeline.checkpoints.building import as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
     cached_checkpoint,
     check_files,
+    download_checkpoint,
     find_checkpoint,
     folder_fingerprint,
     folder_notes,
 )
 from pipeline.checkpoints.gguf import GgufFiles
 from pipeline.checkpoints.names import EMBEDDED
+from pipeline.checkpoints.quantised import check_own_files, scheme_of
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
-from pipeline.checkpoints.safetensor_files import Stored
-from pipeline.checkpoints.tensors import check_loaded, check_tensors
+from pipeline.checkpoints.stored_weights import CheckpointWeights, StoredWeight, stored_weights
+from pipeline.checkpoints.tensors import check_tensors
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.settings.model_settings import ModelSettings
@@ -49,6 +50,8 @@ class ModelFiles:
             config = AutoConfig.from_pretrained(self.location, **self.options)
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
+        if hasattr(config, "auto_map") and not self.options.get("trust_remote_code"):
+            del config.auto_map  # the mark of a model whose own code may run
         return config
 
     def check(self, config: PreTrainedConfig) -> list[str]:
@@ -56,16 +59,15 @@ class ModelFiles:
 
         What it returns is worth a note. Of a model of the hub nothing is known before it has been downloaded.
         """
-        quantised.check_quantisation(self.name, config)
+        scheme = scheme_of(self.name, config)
         with self._as_model_error():
             checkpoint = self._checkpoint(config)
-            if checkpoint is None or self._is_custom(config):
+            if checkpoint is None:
                 return []
-            if not quantised.quantisation(config):
-                quantised.check_own_files(self.name, checkpoint.folder)
-            ignored = self.ignore_unused_tensors
-            unused = check_tensors(self.name, checkpoint, config, layout_of(config), ignored)
-            return [*folder_notes(checkpoint.folder), *unused]
+            if scheme is None:
+                check_own_files(self.name, checkpoint.folder)
+            _, unused = self._placed(checkpoint, config)
+            return [*folder_notes(checkpoint.folder), *([] if scheme is None else scheme.notes), *unused]
 
     def tokenizer(self) -> Any:
         with self._as_model_error():
@@ -79,28 +81,33 @@ class ModelFiles:
         with self._as_model_error():
             return folder_fingerprint(find_checkpoint(Path(self.location), config))
 
-    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        options = {**self.options, "config": quantised.without_quantisation(config), "use_safetensors": True}
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> CheckpointWeights:
+        """Raises ModelError as `check`, which for a model of the hub may not have known its files."""
         with self._as_model_error():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=dtype, output_loading_info=True, **options
-            )
-            model, report = loaded
-            scales = self._scales(config)
-            known = {each.name for each in scales.values()}
-            check_loaded(self.name, model, report, known, self.ignore_unused_tensors)
-        model = model.to(device)
-        quantised.apply_scales_(model, scales, config)
-        return model
+            checkpoint = self._checkpoint(config) or download_checkpoint(self.location, config)
+            placed, _ = self._placed(checkpoint, config)
+        return CheckpointWeights(placed, device)
 
-    def _scales(self, config: PreTrainedConfig) -> dict[str, Stored]:
-        """The scales of FP8 weights by the names of the model's parameters."""
-        checkpoint = self._checkpoint(config) if quantised.quantisation(config) else None
-        if checkpoint is None:
-            return {}
-        layout = layout_of(config)
-        found = quantised.scales_of(checkpoint.stored(), config)
-        return {layout.place(name): scale for name, scale in found.items()}
+    def generation_config(self) -> GenerationConfig | None:
+        """None where the files have none."""
+        try:
+            return GenerationConfig.from_pretrained(self.location, **self._revision)
+        except OSError:
+            return None
+
+    @property
+    def _revision(self) -> dict[str, Any]:
+        revision = self.options.get("revision")
+        return {} if revision is None else {"revision": revision}
+
+    def _placed(
+        self, checkpoint: Checkpoint, config: PreTrainedConfig
+    ) -> tuple[dict[str, StoredWeight], list[str]]:
+        """The model's weights by the names of its parameters, and notes; raises as `check_tensors`."""
+        weights = stored_weights(checkpoint.stored(), scheme_of(self.name, config))
+        return check_tensors(
+            self.name, checkpoint, config, layout_of(config), weights, self.ignore_unused_tensors
+        )
 
     def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint | None:
         """The files of the weights, where they are safetensors and on this machine."""
@@ -108,10 +115,6 @@ class ModelFiles:
         if folder.is_dir():
             return find_checkpoint(folder, config)
         return cached_checkpoint(self.location, config)
-
-    def _is_custom(self, config: PreTrainedConfig) -> bool:
-        """Whether code of the model's own, which we know nothing of, reads its weights."""
-        return bool(self.options.get("trust_remote_code")) and hasattr(config, "auto_map")
 
     def _as_model_error(self) -> AbstractContextManager[None]:
         on_hub = self.location == self.name and not Path(self.location).exists()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.safetensor_files import (
@@ -153,6 +154,25 @@ def cached_checkpoint(repository: str, config: PreTrainedConfig) -> Checkpoint |
         return find_checkpoint(Path(path).parent, config)
     except ValueError:
         return None
+
+
+def download_checkpoint(repository: str, config: PreTrainedConfig) -> Checkpoint:
+    """The weights of a model of the hub, downloaded at the commit of its configuration.
+
+    Raises ValueError where it has none in safetensors, and what huggingface_hub does of the network.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    explicit = getattr(config, "transformers_weights", None)
+    for name in (explicit,) if isinstance(explicit, str) else (SINGLE, INDEX):
+        try:
+            path = Path(hf_hub_download(repository, name, revision=commit))
+        except EntryNotFoundError:
+            continue
+        if name.endswith(".json"):
+            for file in sorted(set(_weight_map(path).values())):
+                hf_hub_download(repository, file, revision=commit)
+        return find_checkpoint(path.parent, config)
+    raise ValueError(f"it holds no {SINGLE} or {INDEX}: pickled weights can run code, and are not read")
 
 
 def _first_file(folder: Path, names: tuple[str, ...]) -> Path:

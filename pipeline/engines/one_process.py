@@ -195,16 +195,15 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
+    from pipeline.families.projection import LinearPrecision
 
     config = setup.config
     hooks.check()
+    precision = LinearPrecision(linears=config.linear_dtype, ffn=uses_fp8(setup.method))
     with nothing_to_lose():
-        model = setup.model.load()
-    model.decoder.use_linears(
-        config.linear_dtype,
-        ffn=uses_fp8(setup.method),
-        keep=model is setup.model,  # who gave a loaded model may want its own precision later
-    )
+        model = setup.model.load(precision)
+    if model is setup.model:  # who gave a loaded model may want its own precision later
+        model.decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
     engine = LocalEngine(
         model,
         setup.method,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.projection import Layer, Norm, Projection
+from pipeline.families.projection import Form, Layer, LinearPrecision, Norm, Projection
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.kernels.fused import Quantised, quantize_rows, rope_, silu_mul, silu_mul_quantized
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -199,17 +199,14 @@ class Decoder:
         FFN able to do both; `keep` keeps weights that are not needed any more. Raises ConfigError on a
         device that cannot.
         """
-        mixed = linears == "mixed"
-        if ffn or linears != "auto":
+        wanted = LinearPrecision(linears=linears, ffn=ffn)
+        if wanted.uses_fp8:
             check_fp8(self.device, self.dtype, self.shape)
         for layer in self._layers:
-            if linears == "fp8":
-                layer.qkv.quantise(keep=keep)
-            if linears != "auto":
-                layer.output.quantise(keep=keep or mixed)
-            if ffn or linears != "auto":
-                layer.gate_up.quantise(keep=keep or mixed or ffn)
-                layer.down.quantise(keep=keep or mixed or ffn)
+            for name, projection in layer.projections.items():
+                form = wanted.form(name)
+                if form is not Form.FULL:
+                    projection.quantise(keep=keep or form is Form.BOTH)
         self.linears = linears
 
     def embed(self, ids_T: Tensor) -> Tensor:

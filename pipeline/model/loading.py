@@ -13,11 +13,13 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoints.building import as_model_error, with_weights
 from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.decoder import Decoder, check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
@@ -63,7 +65,7 @@ class LoadedModel(_OnDevice):
     def attention_name(self) -> str:
         return self.attention.name
 
-    def load(self) -> LoadedModel:
+    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
 
@@ -107,26 +109,35 @@ class UnloadedModel(_OnDevice):
     def attention_name(self) -> str:
         return self.attention.name
 
-    def load(self) -> LoadedModel:
-        """Raises ModelError for weights that cannot be read."""
+    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
+        """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
         use_device(self.device)
+        if precision.uses_fp8:
+            self.check_fp8()
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
             with _fits(self.name, self.device):
-                weights = self.source.weights(config, self.dtype, self.device).eval()
-                decoder = Decoder(weights)
+                model = self._model(config, precision)
+                decoder = Decoder(model)
+                decoder.use_linears(precision.linears, ffn=precision.ffn)
+            own = self.source.generation_config()
         return LoadedModel(
             decoder=decoder,
             tokenizer=self.tokenizer,
             attention=attention,
-            generation_config=weights.generation_config,
+            generation_config=own or model.generation_config,
             name=self.name,
             fingerprint=self.fingerprint,
             rope_scaling=self.rope_scaling,
             attention_refused=self.attention_refused,
             notes=self.notes,
         )
+
+    def _model(self, config: PreTrainedConfig, precision: LinearPrecision) -> PreTrainedModel:
+        weights = self.source.weights(config, self.device)
+        with as_model_error(self.name):
+            return with_weights(config, weights, device=self.device, dtype=self.dtype, precision=precision)
 
 
 Model = UnloadedModel | LoadedModel
