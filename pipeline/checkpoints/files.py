@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from contextlib import AbstractContextManager
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from pipeline.checkpoints.building import as_model_error, layout_of
+from pipeline.checkpoints.adapters import Adapter, adapter_fingerprint, open_adapter
+from pipeline.checkpoints.building import Weights, as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
     cached_checkpoint,
@@ -121,11 +123,56 @@ class ModelFiles:
         return as_model_error(self.name, on_hub=on_hub)
 
 
-ModelSource = ModelFiles | GgufFiles | RandomWeights
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModel:
+    """A model with a LoRA adapter merged into it, whatever its own files are."""
+
+    base: ModelFiles | GgufFiles | RandomWeights
+    folder: Path  # the adapter's
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    def config(self) -> PreTrainedConfig:
+        return self.base.config()
+
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        return [*self.base.check(config), self._adapter(config).note]
+
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer()
+
+    def fingerprint(self, config: PreTrainedConfig) -> str:
+        """Of the model's own and of the bytes of the adapter's files."""
+        both = f"{self.base.fingerprint(config)} {adapter_fingerprint(self.folder)}"
+        return "adapted:" + hashlib.sha256(both.encode()).hexdigest()
+
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> Weights:
+        return self._adapter(config).over(self.base.weights(config, device), device)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return self.base.generation_config()
+
+    def _adapter(self, config: PreTrainedConfig) -> Adapter:
+        return open_adapter(self.folder, layout_of(config))
+
+
+ModelSource = ModelFiles | GgufFiles | RandomWeights | AdaptedModel
 
 
 def locate(settings: ModelSettings) -> ModelSource:
     """Find where a model comes from, and refuse unsafe files, without loading anything."""
+    base = _locate_base(settings)
+    if settings.adapter is None:
+        return base
+    folder = Path(settings.adapter).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"--adapter {settings.adapter}: there is no such folder")
+    return AdaptedModel(base=base, folder=folder)
+
+
+def _locate_base(settings: ModelSettings) -> ModelFiles | GgufFiles | RandomWeights:
     model, ignored = settings.model, settings.ignore_unused_tensors
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     path = Path(model).expanduser()

@@ -110,8 +110,8 @@ def check_own_files(model: str, folder: Path) -> None:
 def _refused(model: str, found: Mapping[str, Any], why: str = "") -> ModelError:
     told = f" {why}" if why else ""
     return ModelError(
-        f"model {model} is quantised with {_name_of(found)} (config.json, quantization_config){told}, which is "
-        "not supported: name the model that it was made from, unquantised, or a GGUF file of it"
+        f"model {model} is quantised with {_name_of(found)} (config.json, quantization_config){told}, which "
+        "is not supported: name the model that it was made from, unquantised, or a GGUF file of it"
     )
 
 
@@ -230,8 +230,9 @@ def _compressed_notes(
 
 
 def _static(model: str, static: bool) -> tuple[str, ...]:
-    told = f"the scales of activations that {model} brings are not used: where they are in fp8, each row has its own"
-    return (told,) if static else ()
+    if not static:
+        return ()
+    return (f"the scales of activations that {model} brings are not used: in fp8 each row has its own",)
 
 
 def _dequantised(model: str, how: str) -> tuple[str, ...]:

@@ -141,8 +141,10 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     config = intake.config
     if isinstance(model, str):
         model = open_for_run(config)
-    elif config.rope_scaling is not None:
-        raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
+    else:
+        for name in ("rope_scaling", "adapter"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} goes with a model's name: give it to load_model")
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
