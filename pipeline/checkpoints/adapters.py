@@ -78,7 +78,7 @@ class Adapter:
 
 
 class _Merged:
-    """The weights of a model with an adapter's; what it changes is never taken over in fp8 as it is stored."""
+    """The weights of a model with an adapter's; what these change is no longer fp8 as it was stored."""
 
     def __init__(self, adapter: Adapter, weights: Weights, device: torch.device) -> None:
         self._adapter, self._weights, self._device = adapter, weights, device
@@ -130,10 +130,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"there is no {CONFIG}: name the folder of a LoRA adapter")
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        why = (
-            "only adapter_model.bin, which can run code: save it as safetensors" if pickled else "no weights"
-        )
-        raise ValueError(f"there is no {WEIGHTS}, {why}")
+        instead = "; adapter_model.bin can run code: save it as safetensors" if pickled else ""
+        raise ValueError(f"there is no {WEIGHTS}{instead}")
     try:
         about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -225,7 +223,7 @@ def _check_targets(about: Mapping[str, Any], adapter: Adapter, layout: Layout) -
     lacking, more = promised - adapter.pairs.keys(), adapter.pairs.keys() - promised
     if lacking:
         raise ValueError(
-            f"target_modules of its {CONFIG} name {first_of(sorted(lacking))}, and {WEIGHTS} lacks their pairs"
+            f"target_modules of its {CONFIG} name {first_of(sorted(lacking))}, and {WEIGHTS} lacks them"
         )
     if more:
         raise ValueError(

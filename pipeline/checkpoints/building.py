@@ -145,6 +145,26 @@ def with_weights(
     return model
 
 
+def bytes_needed(
+    config: PreTrainedConfig, dtype: torch.dtype, precision: LinearPrecision = IN_FULL
+) -> tuple[int, int]:
+    """Bytes of a model's weights on its device, and at most while they are made, by their shapes alone.
+
+    The second holds the largest weight once more, with its numbers in float32 and their scales if it is a
+    matrix that may be quantised.
+    """
+    model = _skeleton(config, dtype)
+    model.tie_weights()
+    layers, held, most = linear_layers(model), 0, 0
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        form = precision.form(path) if path in layers and parameter.dim() == 2 else Form.FULL
+        full, in_fp8 = parameter.numel() * dtype.itemsize, parameter.numel() + 4 * len(parameter)
+        held += {Form.FULL: full, Form.FP8: in_fp8, Form.BOTH: full + in_fp8}[form]
+        most = max(most, parameter.numel() * (8 + dtype.itemsize if path in layers else 4))
+    return held, held + most
+
+
 def _made(
     weights: Weights, name: str, parameter: Tensor, device: torch.device, form: Form
 ) -> tuple[Tensor, Fp8Weight | None]:

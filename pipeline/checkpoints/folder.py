@@ -90,7 +90,8 @@ def folder_notes(folder: Path) -> list[str]:
     if (folder / ADAPTER).is_file():
         kind, base = _adapter(folder / ADAPTER)
         notes.append(
-            f"the {kind} adapter of {base} beside the weights of {folder} is not applied: --adapter {folder} does that"
+            f"the {kind} adapter of {base} beside the weights of {folder} is not applied: --adapter {folder} "
+            "does that"
         )
     if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         notes.append(f"{folder} holds {SINGLE}, which is used, and {INDEX}, which is not")

@@ -355,7 +355,7 @@ class CheckpointWeights:
     """Reads the weights of a checkpoint on a device, each when it is asked for."""
 
     def __init__(self, placed: Mapping[str, StoredWeight], device: torch.device) -> None:
-        """`placed` are weights by the names of the model's parameters; of two that are tied one is enough."""
+        """`placed` are weights by the names of the model's parameters, those that are tied by both."""
         self._placed, self._device = placed, device
 
     def write(self, name: str, target: Tensor, /) -> None:

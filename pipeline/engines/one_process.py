@@ -12,18 +12,20 @@ from pipeline.errors import MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
-from pipeline.pruning.capabilities import uses_fp8
 from pipeline.records import Answer, EncodedDocument, RowError
 from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
+    from pipeline.families.projection import LinearPrecision
+    from pipeline.model.loading import Model
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
 # answers go to the journal a few at a time, since each time costs a write that is waited for
 MOST_ROWS = 64
 MOST_S = 1.0  # that an answer waits for others
+LARGE_BYTES = 1 << 30  # of weights, from which on their memory is worth a note
 
 
 class Hooks(NamedTuple):
@@ -195,11 +197,11 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
-    from pipeline.families.projection import LinearPrecision
 
     config = setup.config
     hooks.check()
-    precision = LinearPrecision(linears=config.linear_dtype, ffn=uses_fp8(setup.method))
+    precision = setup.precision
+    _tell_memory(setup.model, precision, hooks)
     with nothing_to_lose():
         model = setup.model.load(precision)
     if model is setup.model:  # who gave a loaded model may want its own precision later
@@ -225,3 +227,13 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)
     engine.times.load_s = loaded_s
     return engine
+
+
+def _tell_memory(model: Model, precision: LinearPrecision, hooks: Hooks) -> None:
+    """Say what the weights take that are about to be read, in a note where they are large."""
+    memory = model.memory(precision)
+    if memory is None:
+        return
+    hooks.phase(f"loading the model: {memory}")
+    if memory.held >= LARGE_BYTES:
+        hooks.note(str(memory))

@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import huggingface_hub
+import psutil
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoints.building import as_model_error, with_weights
+from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
 from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.decoder import Decoder, check_config, check_fp8, shape_of, with_rope_scaling
@@ -23,6 +24,28 @@ from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on a device: what a model's weights hold, what they need while they are made, what is free."""
+
+    held: int
+    most: int
+    free: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"weights take {self.held / 1e9:.3g} GB of {self.free / 1e9:.3g} GB free on {self.where}"
+
+    def check(self, model: str) -> None:
+        """Raise ModelError where the weights cannot fit."""
+        if self.most > self.free:
+            needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
+            raise ModelError(
+                f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
+                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
+            )
 
 
 class _OnDevice:
@@ -64,6 +87,9 @@ class LoadedModel(_OnDevice):
     @property
     def attention_name(self) -> str:
         return self.attention.name
+
+    def memory(self, precision: LinearPrecision = IN_FULL) -> None:
+        """None: there is nothing to be loaded any more."""
 
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
@@ -109,11 +135,17 @@ class UnloadedModel(_OnDevice):
     def attention_name(self) -> str:
         return self.attention.name
 
+    def memory(self, precision: LinearPrecision = IN_FULL) -> Memory:
+        """What its weights need, by arithmetic, beside what is free now."""
+        held, most = bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision)
+        return Memory(held=held, most=most, free=free_memory(self.device), where=self.device_name())
+
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
         use_device(self.device)
         if precision.uses_fp8:
             self.check_fp8()
+        self.memory(precision).check(self.name)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
@@ -228,6 +260,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
     return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that weights may take; of the host, what it would swap counts too."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 @contextmanager

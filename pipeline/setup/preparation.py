@@ -40,6 +40,7 @@ from pipeline.setup.profile import check_profile, length_note, load_profile
 from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
+    from pipeline.families.projection import LinearPrecision
     from pipeline.model.loading import Model, UnloadedModel
 
 
@@ -50,6 +51,13 @@ class Setup(Chosen):
     model: Model
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
+
+    @property
+    def precision(self) -> LinearPrecision:
+        """How the model's linear layers are computed."""
+        from pipeline.families.projection import LinearPrecision
+
+        return LinearPrecision(linears=self.config.linear_dtype, ffn=uses_fp8(self.method))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,7 +169,7 @@ Q_PAIR = "model.layers.0.self_attn.q_proj.weight"
             lambda a: (a / "adapter_config.json").unlink(),
             "there is no adapter_config.json: name the folder of",
         ),
-        (lambda a: (a / WEIGHTS).unlink(), f"there is no {WEIGHTS}, no weights"),
+        (lambda a: (a / WEIGHTS).unlink(), f"there is no {WEIGHTS}"),
         (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json is no JSON: "),
         (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS} is cut short ("),
         (lambda a: change(a, peft_type="IA3"), "its peft_type is 'IA3', and LORA is what can be merged"),
@@ -223,9 +223,7 @@ def test_what_cannot_be_merged_is_refused_before_weights_are_read(folder, tmp_pa
 def test_pickled_adapters_are_refused(folder, tmp_path):
     make_adapter(folder, tmp_path / "lora")
     (tmp_path / "lora" / WEIGHTS).rename(tmp_path / "lora" / "adapter_model.bin")
-    with pytest.raises(
-        ModelError, match=r"only adapter_model.bin, which can run code: save it as safetensors"
-    ):
+    with pytest.raises(ModelError, match=r"; adapter_model.bin can run code: save it as safetensors$"):
         opened(folder, adapter=str(tmp_path / "lora"))
 
 

@@ -7,6 +7,7 @@ import torch
 from checkpoints import copied, opened, tensors
 from test_quantised import make_fp8
 
+from pipeline.errors import ModelError
 from pipeline.families.projection import LinearPrecision
 from pipeline.kernels.fp8 import Fp8Weight
 from pipeline.model.loading import open_model
@@ -105,3 +106,29 @@ def test_random_weights_are_quantised_as_they_are_drawn():
     head, other = in_fp8.model.lm_head.weight, full.model.lm_head.weight
     assert torch.equal(head, other)
     assert head.float().std() > 0.01
+
+
+@pytest.mark.parametrize("precision", [{}, {"linears": "fp8"}, {"linears": "mixed"}])
+def test_the_memory_that_is_foretold_is_that_of_the_weights(folder, precision):
+    wanted = LinearPrecision(**precision)
+    foretold = opened(folder, dtype="bfloat16").memory(wanted)
+    decoder = loaded(folder, **precision)
+    held = {each.data_ptr(): each for each in decoder.model.parameters() if each.numel()}
+    for layer in decoder._layers:
+        for projection in layer.projections.values():
+            low = projection.fp8
+            held |= {} if low is None else {each.data_ptr(): each for each in (low.quantised, low.scale)}
+    assert foretold.held == sum(each.numel() * each.itemsize for each in held.values())
+    assert foretold.most > foretold.held
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, monkeypatch):
+    unloaded = opened(folder)
+    monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 700_000)
+    monkeypatch.setattr("pipeline.checkpoints.stored_weights.read_tensor", lambda stored: pytest.fail("read"))
+    with pytest.raises(ModelError) as caught:
+        unloaded.load()
+    assert str(caught.value) == (
+        f"model {folder} does not fit on CPU: loading its weights takes 0.000742 GB, and 0.0007 GB are free; "
+        "take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
+    )
