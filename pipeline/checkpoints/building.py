@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ModelError, first_line
-from pipeline.families.projection import IN_FULL, Form, LinearPrecision, linear_layers
+from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, linear_layers
 from pipeline.kernels.fp8 import Fp8Weight
 
 
@@ -135,7 +135,7 @@ def with_weights(
         for name, parameter in list(model.named_parameters()):
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
-            form = precision.form(path) if path in layers and own == "weight" else Form.FULL
+            form = precision.form(path) if path in layers and own == "weight" else HeldAs.FULL
             tensor, in_fp8 = _made(weights, name, parameter, device, form)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False))
             if in_fp8 is not None:
@@ -158,23 +158,23 @@ def bytes_needed(
     layers, held, most = linear_layers(model), 0, 0
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
-        form = precision.form(path) if path in layers and parameter.dim() == 2 else Form.FULL
+        form = precision.form(path) if path in layers and parameter.dim() == 2 else HeldAs.FULL
         full, in_fp8 = parameter.numel() * dtype.itemsize, parameter.numel() + 4 * len(parameter)
-        held += {Form.FULL: full, Form.FP8: in_fp8, Form.BOTH: full + in_fp8}[form]
+        held += {HeldAs.FULL: full, HeldAs.FP8: in_fp8, HeldAs.BOTH: full + in_fp8}[form]
         most = max(most, parameter.numel() * (8 + dtype.itemsize if path in layers else 4))
     return held, held + most
 
 
 def _made(
-    weights: Weights, name: str, parameter: Tensor, device: torch.device, form: Form
+    weights: Weights, name: str, parameter: Tensor, device: torch.device, form: HeldAs
 ) -> tuple[Tensor, Fp8Weight | None]:
     """A weight of this name and shape, empty where only its fp8 form is wanted, and that form."""
-    in_fp8 = None if form is Form.FULL else weights.fp8(name, device)
-    if form is Form.FP8 and in_fp8 is not None:
+    in_fp8 = None if form is HeldAs.FULL else weights.fp8(name, device)
+    if form is HeldAs.FP8 and in_fp8 is not None:
         return parameter.new_empty(0, device=device), in_fp8
     tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     weights.write(name, tensor)
-    if form is Form.FP8:
+    if form is HeldAs.FP8:
         return parameter.new_empty(0, device=device), Fp8Weight.of(tensor)
     return tensor, in_fp8
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.projection import Form, Layer, LinearPrecision, Norm, Projection
+from pipeline.families.projection import HeldAs, Layer, LinearPrecision, Norm, Projection
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.kernels.fused import Quantised, quantize_rows, rope_, silu_mul, silu_mul_quantized
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -205,8 +205,8 @@ class Decoder:
         for layer in self._layers:
             for name, projection in layer.projections.items():
                 form = wanted.form(name)
-                if form is not Form.FULL:
-                    projection.quantise(keep=keep or form is Form.BOTH)
+                if form is not HeldAs.FULL:
+                    projection.quantise(keep=keep or form is HeldAs.BOTH)
         self.linears = linears
 
     def embed(self, ids_T: Tensor) -> Tensor:

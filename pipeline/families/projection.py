@@ -16,7 +16,7 @@ from pipeline.kernels.fused import Quantised, rms_norm_quantized
 from pipeline.kernels.step import Product, add_product_normed_
 
 
-class Form(Enum):
+class HeldAs(Enum):
     """In which numbers a linear layer's weight is held."""
 
     FULL = "the model's dtype"
@@ -35,13 +35,13 @@ class LinearPrecision:
     def uses_fp8(self) -> bool:
         return self.ffn or self.linears != "auto"
 
-    def form(self, layer: str) -> Form:
+    def form(self, layer: str) -> HeldAs:
         """What a layer of this name, as a decoder block's modules are called, is needed in."""
         in_ffn = ".mlp." in f".{layer}"
         if self.linears == "fp8":
-            return Form.BOTH if self.ffn and in_ffn else Form.FP8
+            return HeldAs.BOTH if self.ffn and in_ffn else HeldAs.FP8
         mixed = self.linears == "mixed" and (in_ffn or layer.endswith(".o_proj"))
-        return Form.BOTH if mixed or (self.ffn and in_ffn) else Form.FULL
+        return HeldAs.BOTH if mixed or (self.ffn and in_ffn) else HeldAs.FULL
 
 
 IN_FULL = LinearPrecision()
