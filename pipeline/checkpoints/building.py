@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
 from pipeline.families.configuration import slots_of
 from pipeline.families.supported import FAMILIES
@@ -23,6 +24,7 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     base: str  # the decoder's name in the model
+    stored_under: str = ""  # what names in the checkpoint begin with, beside others that are not the model's
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Layout:
@@ -38,6 +40,7 @@ class Layout:
 
     def place(self, name: str) -> str:
         """Where transformers puts a tensor of this name: a decoder's own checkpoint lacks its prefix."""
+        name = name.removeprefix(self.stored_under)
         inner = name.removeprefix(f"{self.base}.")
         if inner != name and inner in self.shapes:
             return inner
@@ -68,7 +71,8 @@ def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The layout of a checkpoint of a model of this configuration, without weights."""
     layout = Layout.of(_skeleton(config, torch.float32))
-    return replace(layout, shapes=FAMILIES[config.model_type].stored(layout.shapes))
+    shapes = FAMILIES[config.model_type].stored(layout.shapes)
+    return replace(layout, shapes=shapes, stored_under=stored_under(config))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

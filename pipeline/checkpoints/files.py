@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.checkpoints.names import EMBEDDED
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.safetensor_files import Stored
 from pipeline.checkpoints.tensors import check_loaded, check_tensors
+from pipeline.checkpoints.text_part import stored_under, text_part
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.settings.model_settings import ModelSettings
@@ -46,7 +48,7 @@ class ModelFiles:
 
     def config(self) -> PreTrainedConfig:
         with self._as_model_error():
-            config = AutoConfig.from_pretrained(self.location, **self.options)
+            config = text_part(AutoConfig.from_pretrained(self.location, **self.options))
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
         return config
@@ -81,6 +83,8 @@ class ModelFiles:
 
     def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
         options = {**self.options, "config": quantised.without_quantisation(config), "use_safetensors": True}
+        if prefix := stored_under(config):
+            options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
         with self._as_model_error():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.location, dtype=dtype, output_loading_info=True, **options

@@ -86,6 +86,13 @@ def test_settings_that_nobody_here_knows():
     assert str(caught.value) == "query_gain=2.0 of model family 'llama' is not supported (1.0 is)"
 
 
+def test_experts_with_quantised_weights():
+    config = config_of("qwen3_moe")
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ModelError, match=r"^experts with quantised weights are not supported"):
+        check_config(config)
+
+
 def test_modules_that_scale_attention_as_the_configuration_does_not():
     model = model_of("gemma3_text").model
     model.model.layers[2].self_attn.scaling = 0.25
