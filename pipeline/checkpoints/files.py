@@ -28,7 +28,7 @@ from pipeline.checkpoints.names import EMBEDDED
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.safetensor_files import Stored
 from pipeline.checkpoints.tensors import check_loaded, check_tensors
-from pipeline.checkpoints.text_part import stored_under, text_part
+from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.settings.model_settings import ModelSettings
@@ -49,6 +49,8 @@ class ModelFiles:
     def config(self) -> PreTrainedConfig:
         with self._as_model_error():
             config = text_part(AutoConfig.from_pretrained(self.location, **self.options))
+            if stored_under(config) and (checkpoint := self._checkpoint(config)) is not None:
+                untie_own_head(config, checkpoint.stored())
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
         return config

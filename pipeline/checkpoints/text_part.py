@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from transformers import PreTrainedConfig
 
@@ -22,6 +23,12 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         text.quantization_config = config.quantization_config
     return text
+
+
+def untie_own_head(config: PreTrainedConfig, names: Collection[str]) -> None:
+    """Let a head that is stored be one of its own, whatever the whole's configuration leaves unsaid."""
+    if f"{stored_under(config)}lm_head.weight" in names:
+        config.tie_word_embeddings = False
 
 
 def stored_under(config: PreTrainedConfig) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import SIZES, pack_of
@@ -69,6 +71,25 @@ def test_the_language_model_of_one_that_sees_images(kind, name, eyes, tied, tmp_
     (note,) = loaded.notes
     assert "are not used: multi_modal_projector." in note
     assert (loaded.shape.vocab, loaded.shape.slides) == (300, kind == "gemma3")
+    with torch.inference_mode():
+        expected = [whole(input_ids=tokens_of(doc)).logits[0, -1] for doc in documents()]
+    found = prefill(loaded.decoder, loaded.attention, Dense(), pack_of(*documents())).logits_BV
+    assert (found - torch.stack(expected)).abs().max() < 1e-4
+
+
+def test_a_head_of_its_own_of_which_the_configuration_says_nothing(tmp_path):
+    text = {**SIZES, "model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False}
+    vision = {**SEES, "model_type": "pixtral"}
+    config = AutoConfig.for_model(
+        "mistral3", text_config=text, vision_config=vision, image_token_index=255, tie_word_embeddings=False
+    )
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    loaded = load_model(str(tmp_path), device="cpu")
     with torch.inference_mode():
         expected = [whole(input_ids=tokens_of(doc)).logits[0, -1] for doc in documents()]
     found = prefill(loaded.decoder, loaded.attention, Dense(), pack_of(*documents())).logits_BV
