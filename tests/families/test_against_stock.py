@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import document, pack_of
-from stock import (
+from family_cases import (
     ALTERNATING,
     CASES,
     LENGTHS,

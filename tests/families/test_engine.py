@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import loaded
-from stock import documents, model_of, stock_answers
+from family_cases import documents, model_of, stock_answers
 
 from pipeline.engines.local import LocalEngine
 from pipeline.model.decode import StopRules

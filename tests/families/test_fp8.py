@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import pack_of
-from stock import CASES, documents, model_of
+from family_cases import CASES, documents, model_of
 
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import SIZES
-from stock import CASES, model_of
+from family_cases import CASES, model_of
 from transformers import AutoConfig, LlamaConfig
 
 from pipeline.errors import ConfigError, ModelError

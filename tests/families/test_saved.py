@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from conftest import SIZES, pack_of
+from family_cases import CASES, documents, model_of, stock_logits, tokens_of
 from safetensors.torch import load_file, save_file
-from stock import CASES, documents, model_of, stock_logits, tokens_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.checkpoints.random_weights import byte_tokenizer
