@@ -10,7 +10,7 @@ import torch
 
 from pipeline.bench.timing import best_seconds
 from pipeline.engines.memory import Packer
-from pipeline.pruning.operations import dense_flops
+from pipeline.pruning.operations import dense_flops, layer_weights
 from pipeline.pruning.shape import ModelShape
 from pipeline.texts.words import counted, duration
 
@@ -119,19 +119,16 @@ def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, prompts: int) ->
 
 
 def _decode_s(packer: Packer, rates: Rates, prompts: int, prompt_tokens: int) -> float:
-    """Each step reads all weights, and the keys and values of the rows that are decoded together."""
+    """Each step reads the weights that its rows pass, and the keys and values of them all."""
     together = min(packer.in_flight, prompts)
-    parameters = _parameters(packer.shape)
+    shape = packer.shape
+    head = shape.hidden * shape.vocab
+    read, passed = layer_weights(shape, together) + head, layer_weights(shape, 1) + head
     a_row = packer.kv_bytes([prompt_tokens // prompts])
-    read_s = (parameters * packer.itemsize + together * a_row) / rates.memory
-    computed_s = 2 * parameters * together / rates.matrix
+    read_s = (read * packer.itemsize + together * a_row) / rates.memory
+    computed_s = 2 * passed * together / rates.matrix
     steps = -(-prompts // together) * packer.new_tokens
     return steps * max(read_s, computed_s)
-
-
-def _parameters(shape: ModelShape) -> int:
-    attention = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads)
-    return shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.hidden * shape.vocab
 
 
 @torch.inference_mode()

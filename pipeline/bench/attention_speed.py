@@ -60,12 +60,20 @@ def attention_shape(
         raise ConfigError(f"--shape {name!r}: choose from {', '.join(SHAPES)}")
     settings = SHAPES[name][1]
     of_shape = settings["num_attention_heads"]
-    width = head_dim or settings["hidden_size"] // of_shape
+    width = head_dim or settings.get("head_dim") or settings["hidden_size"] // of_shape
     heads, kv_heads = heads or of_shape, kv_heads or settings["num_key_value_heads"]
     if heads % kv_heads:
         raise ConfigError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}")
-    sizes = {"layers": 1, "hidden": heads * width, "ffn": 0, "vocab": 0}
-    return ModelShape(heads=heads, kv_heads=kv_heads, head_dim=width, context=0, **sizes)
+    return ModelShape(
+        layers=1,
+        hidden=heads * width,
+        ffn=0,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width,
+        vocab=0,
+        context=0,
+    )
 
 
 def available(

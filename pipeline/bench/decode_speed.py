@@ -18,6 +18,7 @@ from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare
+from pipeline.pruning.operations import layer_weights
 
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 32}  # more than any cache of the device holds
 
@@ -87,7 +88,7 @@ def _measure(
     replayed = [ms for run in graphed for ms in run.replayed_ms]
     eager_ms = statistics.median(ms for run in eager for ms in run.steps_ms)
     graph_ms = statistics.median(replayed) if replayed else None
-    weight_bytes = weight_bytes_read(model, linears_in_fp8=variant.linears_in_fp8)
+    weight_bytes = weight_bytes_read(model, len(prefilled.lengths), linears_in_fp8=variant.linears_in_fp8)
     kv_bytes = _kv_bytes_read(model, prefilled, new_tokens)
     rate = (weight_bytes + kv_bytes) / (eager_ms if graph_ms is None else graph_ms) * 1e3
     return DecodeMeasurement(
@@ -138,11 +139,10 @@ def _run(model: LoadedModel, prefilled: Prefilled, new_tokens: int, graphs: bool
     )
 
 
-def weight_bytes_read(model: LoadedModel, *, linears_in_fp8: bool = False) -> int:
-    """Bytes of the matrices that a step reads: all layers' and the head's, of the embeddings but B rows."""
+def weight_bytes_read(model: LoadedModel, rows: int, *, linears_in_fp8: bool = False) -> int:
+    """Bytes of the matrices that a step of so many rows reads: the layers', and the head's."""
     shape, itemsize = model.shape, model.dtype.itemsize
-    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.hidden
-    layers = shape.layers * (attention + 3 * shape.hidden * shape.ffn)
+    layers = layer_weights(shape, rows)
     return layers * (1 if linears_in_fp8 else itemsize) + shape.vocab * shape.hidden * itemsize
 
 

@@ -192,7 +192,7 @@ def _work(
     lengths, by_document = prefilled.lengths, prefilled.by_document()
     done = sum(passes_flops(shape, passes) for passes in by_document)
     tokens_D2L = np.array([layer_tokens(passes) for passes in by_document])  # that entered, or passed FFNs
-    dense_D2L = np.array([layer_tokens([dense_work(shape.layers, length)]) for length in lengths])
+    dense_D2L = np.array([layer_tokens([dense_work(shape, length)]) for length in lengths])
     kept_shares, ffn_shares = (tokens_D2L / dense_D2L).mean(0).round(4).tolist()
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
     dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.decoder.dtype.itemsize)

@@ -182,6 +182,9 @@ def _fitted(
     unknown = [name for name in (*found, *replaced) if name not in layout.shapes]
     if unknown:
         raise ValueError(f"the model has no {first_of(sorted(unknown))}: it is an adapter of another model")
+    apart = [name for name in (*found, *replaced) if layout.parts.get(name) != (name,)]
+    if apart:
+        raise ValueError(f"it changes {first_of(sorted(apart))}, which the model holds together with others")
     tied = [name for name in (*found, *replaced) if name in {*layout.tied, *layout.tied.values()}]
     if tied:
         raise ValueError(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
+from pipeline.families.configuration import slots_of
 from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, linear_layers
+from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fp8 import Fp8Weight
 
 
@@ -24,6 +27,9 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     base: str  # the decoder's name in the model
+    # of each parameter the tensors that a checkpoint holds, whose rows it has end to end
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stored_under: str = ""  # what names in the checkpoint begin with, beside others that are not the model's
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Layout:
@@ -39,6 +45,7 @@ class Layout:
 
     def place(self, name: str) -> str:
         """Where transformers puts a tensor of this name: a decoder's own checkpoint lacks its prefix."""
+        name = name.removeprefix(self.stored_under)
         inner = name.removeprefix(f"{self.base}.")
         if inner != name and inner in self.shapes:
             return inner
@@ -67,8 +74,11 @@ def as_model_error(name: str, *, on_hub: bool = False) -> Iterator[None]:
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
-    """The layout of a model of this configuration, without weights."""
-    return Layout.of(_skeleton(config, torch.float32))
+    """The layout of a checkpoint of a model of this configuration, without weights."""
+    layout = Layout.of(_skeleton(config, torch.float32))
+    stored = FAMILIES[config.model_type].stored
+    parts = {name: tuple(stored({name: shape})) for name, shape in layout.shapes.items()}
+    return replace(layout, shapes=stored(layout.shapes), parts=parts, stored_under=stored_under(config))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -83,7 +93,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model of these dimensions with random weights."""
     config = AutoConfig.for_model(family, **settings)
-    return with_weights(config, RandomDraw(device, seed), device=device, dtype=dtype)
+    return with_weights(config, RandomDraw(config, device, seed), device=device, dtype=dtype)
 
 
 class Weights(Protocol):
@@ -102,12 +112,13 @@ class RandomDraw:
     The same seed gives the same weights on devices of one kind, in one dtype.
     """
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, config: PreTrainedConfig, device: torch.device, seed: int = 0) -> None:
         self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._norm = 1 - slots_of(config).norm_offset  # the weight that changes nothing
 
     def write(self, name: str, target: Tensor, /) -> None:
         if target.dim() == 1 and not name.endswith("bias"):
-            nn.init.ones_(target)
+            nn.init.constant_(target, self._norm)
         else:
             target.normal_(std=0.02, generator=self._generator)
 

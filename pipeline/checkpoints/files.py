@@ -30,6 +30,7 @@ from pipeline.checkpoints.quantised import check_own_files, scheme_of
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.stored_weights import CheckpointWeights, StoredWeight, stored_weights
 from pipeline.checkpoints.tensors import check_tensors
+from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.settings.model_settings import ModelSettings
@@ -49,7 +50,9 @@ class ModelFiles:
 
     def config(self) -> PreTrainedConfig:
         with self._as_model_error():
-            config = AutoConfig.from_pretrained(self.location, **self.options)
+            config = text_part(AutoConfig.from_pretrained(self.location, **self.options))
+            if stored_under(config) and (checkpoint := self._checkpoint(config)) is not None:
+                untie_own_head(config, checkpoint.stored())
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
         if hasattr(config, "auto_map") and not self.options.get("trust_remote_code"):
@@ -88,7 +91,7 @@ class ModelFiles:
         with self._as_model_error():
             checkpoint = self._checkpoint(config) or download_checkpoint(self.location, config)
             placed, _ = self._placed(checkpoint, config)
-        return CheckpointWeights(placed, device)
+            return CheckpointWeights(placed, layout_of(config).parts, device)
 
     def generation_config(self) -> GenerationConfig | None:
         """None where the files have none."""

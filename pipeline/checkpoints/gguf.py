@@ -26,9 +26,13 @@ from pipeline.checkpoints.building import as_model_error
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
 from pipeline.checkpoints.gguf_tensors import Found, GgufWeights, check_tensors, found_tensors, values
-from pipeline.families.decoder import check_config, check_family
+from pipeline.errors import ModelError
+from pipeline.families.configuration import check_config
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+# whose tensors are transformers' own but for the order of Llama's rows: others hold norms, experts
+# or projections in another form
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENIZERS = {"qwen2": Qwen2Tokenizer, "qwen3": Qwen2Tokenizer}  # as AutoTokenizer would choose
 # by what transformers calls them
 SIZES = {
@@ -61,7 +65,11 @@ class GgufFiles:
 
     def config(self) -> PreTrainedConfig:
         with as_model_error(self.name):
-            check_family(self._family)
+            if self._family not in FAMILIES:
+                raise ModelError(
+                    f"model family {self._family!r} is not supported in GGUF files; families:"
+                    f" {', '.join(FAMILIES)}"
+                )
             config = AutoConfig.for_model(self._family, **self._settings())
             check_config(config)
             return config
@@ -134,7 +142,11 @@ class GgufFiles:
         return {
             **sizes,
             **tokens,
-            **_window(settings.get(f"{family}.attention.sliding_window") or 0, family),
+            **_window(
+                settings.get(f"{family}.attention.sliding_window") or 0,
+                family,
+                sizes["max_position_embeddings"],
+            ),
             "vocab_size": self._vocabulary(),
             # a converter leaves the output head out where it is the embedding
             "tie_word_embeddings": "output.weight" not in self._tensors,
@@ -223,9 +235,11 @@ def _head_dim(file: str, settings: dict[str, Any], family: str, usual: int) -> i
     return int(size)
 
 
-def _window(window: int, family: str) -> dict[str, Any]:
-    """A sliding attention window of all layers, which caps the context."""
+def _window(window: int, family: str, context: int) -> dict[str, Any]:
+    """A sliding attention window of all layers; of Llama, whose layers have none, it caps the context."""
     if not window:
         return {}
+    if family == "llama":
+        return {"max_position_embeddings": min(context, window)}
     layers = {"use_sliding_window": True, "max_window_layers": 0} if family.startswith("qwen") else {}
     return {"sliding_window": window, **layers}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.checkpoints.gguf_header import GgufError
-from pipeline.families.decoder import ROPE_TYPES
+from pipeline.families.configuration import ROPE_TYPES
 
 FREQUENCIES = "rope_freqs.weight"
 THETA = 10_000.0  # llama.cpp's, where a file names none

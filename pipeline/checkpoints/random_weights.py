@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,11 +39,30 @@ PUBLISHED = {
     "qwen2-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
     "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, 131072),
     "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960),
+    "llama-3.1-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, 131072),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32000, 32768),  # version 0.1, which has a window
+    "gemma3-12b": ("gemma3_text", 3840, 15360, 48, 16, 8, 262208, 131072),
+    "qwen3-30b-a3b": ("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960),
     "tiny": ("qwen2", 64, 128, 28, 4, 2, 512, 131072),
 }
-# family, and dimensions by the configuration names of transformers
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    name: (family, dict(zip(DIMENSIONS, sizes, strict=True))) for name, (family, *sizes) in PUBLISHED.items()
+# what else they are published with, where it is not their family's default
+BESIDE: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {"head_dim": 128},
+    "mistral-7b": {"sliding_window": 4096},
+    "gemma3-12b": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 1024},
+    "qwen3-30b-a3b": {
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+}
+# family, and settings by the configuration names of transformers
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (family, dict(zip(DIMENSIONS, sizes, strict=True)) | BESIDE.get(name, {}))
+    for name, (family, *sizes) in PUBLISHED.items()
 }
 
 
@@ -73,13 +93,13 @@ class RandomWeights:
         return "random:" + hashlib.sha256(json.dumps([*self._shape, SEED]).encode()).hexdigest()
 
     def weights(self, config: PreTrainedConfig, device: torch.device) -> RandomDraw:
-        return RandomDraw(device, SEED)
+        return RandomDraw(config, device, SEED)
 
     def generation_config(self) -> GenerationConfig | None:
         return None
 
     @property
-    def _shape(self) -> tuple[str, dict[str, int]]:
+    def _shape(self) -> tuple[str, dict[str, Any]]:
         return SHAPES[self.name.removeprefix(PREFIX)]
 
 

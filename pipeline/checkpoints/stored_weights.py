@@ -354,12 +354,24 @@ def _taken(parts: Parts, scheme: Scheme, *names: str) -> dict[str, Stored]:
 class CheckpointWeights:
     """Reads the weights of a checkpoint on a device, each when it is asked for."""
 
-    def __init__(self, placed: Mapping[str, StoredWeight], device: torch.device) -> None:
-        """`placed` are weights by the names of the model's parameters, those that are tied by both."""
-        self._placed, self._device = placed, device
+    def __init__(
+        self,
+        placed: Mapping[str, StoredWeight],
+        parts: Mapping[str, tuple[str, ...]],
+        device: torch.device,
+    ) -> None:
+        """`placed` are weights by the names of a `Layout`, those that are tied by both, `parts` are its."""
+        self._placed, self._parts, self._device = placed, parts, device
 
     def write(self, name: str, target: Tensor, /) -> None:
-        target.copy_(self._placed[name].read(self._device))
+        parts = self._parts[name]
+        if len(parts) == 1:
+            target.copy_(self._placed[parts[0]].read(self._device))
+            return
+        rows = target.view(-1, target.shape[-1])
+        for part, own in zip(parts, rows.chunk(len(parts)), strict=True):
+            own.copy_(self._placed[part].read(self._device))
 
     def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
-        return self._placed[name].fp8(device)
+        parts = self._parts[name]
+        return self._placed[parts[0]].fp8(device) if len(parts) == 1 else None

@@ -107,7 +107,12 @@ class Grouping:
 
     @cached_property
     def sharings(self) -> tuple[Sharing, ...]:
-        """The method's own sharing, where it has any, and with `any_method` the document without pruning."""
+        """The method's own sharing, where it has any, and with `any_method` the document without pruning.
+
+        None of a model whose rows cannot share documents.
+        """
+        if not self.shape.shares_documents:
+            return ()
         from pipeline.pruning.dense import Dense
 
         dense = Dense.attending_as(self.method, self.shape)
@@ -139,7 +144,7 @@ class Grouping:
         if len(known) < len(passes):
             return None
         whole = LayerWork(shared_tokens, shared_tokens)
-        shared = [whole] * layers if layers < self.shape.layers else dense_work(layers, shared_tokens)
+        shared = [whole] * layers if layers < self.shape.layers else dense_work(self.shape, shared_tokens)
         document = sum(layer_flops(self.shape, work) for work in shared)
         return sum(passes_flops(self.shape, each) for each in known) - (len(lengths) - 1) * document
 

@@ -66,6 +66,7 @@ class Packer:
 
         `in_flight` is as the user gives it, or 0 where prefills are all that is to be done.
         """
+        method.check_depth(shape)
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
         whole = cls(
             device=device,
@@ -207,11 +208,14 @@ def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
 
     Before attention that are the norm, the projection before its own norms, and the steps of RoPE. The FFN
     holds the tokens gathered for it, their norm, gate, up and their product and the sum, and beside them, if
-    there is one piece only, still queries and keys before their norms.
+    there is one piece only, still queries and keys before their norms. Where there are experts it holds a
+    row for each token and each of its experts: gathered, passed, put in order, weighted.
     """
     qk = (shape.heads + shape.kv_heads) * shape.head_dim
     before_attention = 3 * shape.hidden + 4 * qk
-    ffn = 4 * shape.hidden + qk + 3 * shape.ffn
+    ffn = 4 * shape.hidden + qk + 3 * shape.ffn_per_token
+    if shape.experts:
+        ffn += 4 * shape.experts_per_token * shape.hidden + 4 * shape.experts
     return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
 
 

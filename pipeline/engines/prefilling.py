@@ -117,7 +117,7 @@ class Prefiller:
         That is what the first layer saw that chooses blocks: the prompt, or only what is shared with others.
         """
         method, estimated = jobs[0].method, prefilled.passes[0].estimated
-        first = first_choosing(method.attention_masses(self.model.shape.layers))
+        first = first_choosing(method.masses_in(self.model.shape))
         if first is None or first >= len(estimated):
             return [0] * len(jobs)
         lengths = list(prefilled.lengths)

@@ -104,6 +104,7 @@ class Table:
                 starts=extents[b].starts,
                 used=extents[b].stored,
                 position=positions[b],
+                reach=cache.reaches[b],
                 line=extents[b].line,
                 shared=documents[b].extent if documents else None,
             )

@@ -100,7 +100,7 @@ def _longer(engine: LocalEngine, room: int, longest: int | None = None) -> set[i
     lengths: set[int] = set()
     if decoder.linears == "mixed":
         lengths.add(_first(lambda n: precision.worthwhile(n, shape, device), room) + precision.WINDOW)
-    if any(mass is not None for mass in engine.method.attention_masses(shape.layers)):
+    if any(mass is not None for mass in engine.method.masses_in(shape)):
         width, least = shape.heads * shape.head_dim, engine.model.attention.sparse_from
         first = sparse.shortest(width, device, least)
         if first is not None:

@@ -1,6 +1,6 @@
 """transformers' decoder layers, opened up into their parts.
 
-Of its internals only projection.py and building.py know too.
+Of its internals only the families' files, layer.py, projection.py and building.py know too.
 
 The forward pass of a layer is ours (see layers.py); the weights and modules are transformers'.
 Supported families are an allow-list, each tested against stock transformers on small configurations.
@@ -8,18 +8,23 @@ Supported families are an allow-list, each tested against stock transformers on 
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pipeline.errors import ConfigError, ModelError
-from pipeline.families.projection import HeldAs, Layer, LinearPrecision, Norm, Projection
-from pipeline.kernels.fp8 import MULTIPLE, fp8_available
-from pipeline.kernels.fused import Quantised, quantize_rows, rope_, silu_mul, silu_mul_quantized
+from pipeline.errors import ModelError
+from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
+from pipeline.families.layer import Layer
+from pipeline.families.longrope import LongRope
+from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
+from pipeline.families.rope import Rope, Table
+from pipeline.families.slots import ONE_ROPE
+from pipeline.families.supported import FAMILIES
+from pipeline.kernels.fused import Quantised, gated, quantize_rows, rope_, silu_mul_quantized
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.step import (
     Product,
@@ -28,133 +33,9 @@ from pipeline.kernels.step import (
     product_silu_mul_quantized,
     rope_and_store_,
 )
-from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
-from pipeline.settings.parse import parse_rope_scaling
+from pipeline.pruning.shape import PIECE_TOKENS
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STEP_ROWS = 256  # up to which fp8 products are faster without their scales
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines, (T, d) each
-
-
-def check_config(config: PreTrainedConfig) -> None:
-    """Raise ModelError, before any weight is loaded, for a model this file cannot open."""
-    check_family(config.model_type)
-    activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"activation {activation!r} is not supported (silu is)")
-    rope_type = _rope_parameters(config).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        # dynamic and LongRoPE choose frequencies by the longest sequence of a call, so a pack's
-        # documents would change each other
-        raise ModelError(f"RoPE type {rope_type!r} is not supported; types: {', '.join(ROPE_TYPES)}")
-    factor = _rope_parameters(config).get("factor", 1.0) if rope_type != "default" else 1.0
-    if not isinstance(factor, (int, float)) or factor < 1:
-        raise ModelError(
-            f"RoPE type {rope_type!r} has the factor {factor!r}, and it must be a number from 1 on"
-        )
-
-
-def check_family(family: str) -> None:
-    """Raise ModelError for a `model_type` this file cannot open."""
-    if family not in FAMILIES:
-        raise ModelError(f"model family {family!r} is not supported; families: {', '.join(FAMILIES)}")
-
-
-def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """The model's dimensions; a sliding attention window caps the context, below which it changes nothing."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer_types = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else True
-    window = getattr(config, "sliding_window", None) if slides else None
-    context = _context(config)
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        ffn=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        vocab=config.vocab_size,
-        context=min(context, window or context),
-    )
-
-
-def _context(config: PreTrainedConfig) -> int:
-    """The longest sequence that the configuration's RoPE is made for.
-
-    With YaRN this is what the factor makes of the original context. Model cards tell to add the scaling and
-    to leave max_position_embeddings as it was; where it is the longer one already, it stands. The other types
-    leave it to max_position_embeddings: Llama 3's is no product of its parameters, and of a linear factor
-    nobody can say whether it is in it already.
-    """
-    own: int = config.max_position_embeddings
-    scaling = _rope_parameters(config)
-    if scaling.get("rope_type") != "yarn":
-        return own
-    return max(own, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-
-
-def with_rope_scaling(config: PreTrainedConfig, spec: str) -> PreTrainedConfig:
-    """The configuration with YaRN (arXiv 2309.00071) over a context that grows by the factor of `spec`.
-
-    As model cards tell to write it by hand: `yarn:FACTOR` over the configuration's own context, or
-    `yarn:FACTOR:ORIGINAL` over the one that the model was trained on, where the configuration says more.
-    Raises ModelError for a model that scales already, or whose context would not grow.
-    """
-    factor, original = parse_rope_scaling(spec)
-    parameters = _rope_parameters(config)
-    if parameters.get("rope_type", "default") != "default" or "rope_theta" not in parameters:
-        raise ModelError(
-            f"--rope-scaling {spec}: the model's configuration scales its RoPE already"
-            f" ({_scaling_in_words(config)}), and the two cannot be combined; leave the flag out, or take the"
-            " scaling out of the configuration"
-        )
-    own = config.max_position_embeddings
-    if original is not None and original > own:
-        raise ModelError(f"--rope-scaling {spec}: the model's context is {own:,}, less than {original:,}")
-    scaled = copy.deepcopy(config)
-    scaled.rope_parameters = {
-        **parameters,
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original or own,
-    }
-    scaled.max_position_embeddings = int(factor * (original or own))
-    before, after = shape_of(config).context, shape_of(scaled).context
-    if after <= before:
-        raise ModelError(
-            f"--rope-scaling {spec}: the context would be {after:,} tokens, and is {before:,} without it;"
-            " give a larger factor, or leave the flag out where a sliding attention window is the limit"
-        )
-    return scaled
-
-
-def _scaling_in_words(config: PreTrainedConfig) -> str:
-    """As `yarn, factor 4 over 32,768 tokens: a context of 131,072`."""
-    parameters = _rope_parameters(config)
-    factor, original = parameters.get("factor"), parameters.get("original_max_position_embeddings")
-    words = str(parameters.get("rope_type", "a type without rope_theta"))
-    words += f", factor {factor:g}" if factor else ""
-    words += f" over {original:,} tokens" if original else ""
-    return f"{words}: a context of {shape_of(config).context:,}"
-
-
-def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> None:
-    """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
-    reason = fp8_available(device)
-    widths = shape.hidden, shape.ffn, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if reason is None and any(width % MULTIPLE for width in widths):
-        reason = f"the sides of its weights, {', '.join(map(str, widths))}, must divide by {MULTIPLE}"
-    if reason is None and dtype != torch.bfloat16:
-        reason = f"its products are bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
-    if reason is not None:
-        raise ConfigError(f"fp8 cannot be used here: {reason}")
 
 
 class Decoder:
@@ -167,16 +48,40 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         check_config(model.config)
         self.model = model
-        self.shape = shape_of(model.config)
+        self.shape, self._slots = shape_of(model.config), slots_of(model.config)
         self._body: Any = model.model
-        scaling = self._body.layers[0].self_attn.scaling
-        if abs(scaling - self.shape.head_dim**-0.5) > 1e-6:
-            raise ModelError(f"attention scaling {scaling} is not supported (1/sqrt(head size) is)")
+        # attention is computed with 1/sqrt(d): queries are multiplied by what another scale is of that
+        self._query_scale = self._check_scale(model.model.layers) * math.sqrt(self.shape.head_dim)
+        family = FAMILIES[model.config.model_type]
         with torch.no_grad():
-            self._layers = [Layer(block) for block in self._body.layers]
-        self._last_norm = Norm(self._body.norm)
+            self._layers = [family.layer(block, self._slots) for block in self._body.layers]
+            self._last_norm = Norm(self._body.norm, self._slots.norm_offset)
+        self._long_rope = LongRope.of(model.config, self.device)
+        self._has_plain_layers = self._are_plain()
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
+
+    def _check_scale(self, blocks: Any) -> float:
+        """The attention's scale; raises ModelError where the modules have another than the configuration."""
+        scale = self._slots.attention_scale or self.shape.head_dim**-0.5
+        for block in blocks:
+            if abs(block.self_attn.scaling - scale) > 1e-6:
+                raise ModelError(f"attention scaling {block.self_attn.scaling} is not supported ({scale} is)")
+        return scale
+
+    def _are_plain(self) -> bool:
+        """Whether all layers are what the kernels for decode steps compute."""
+        slots, first = self._slots, self._layers[0]
+        return (
+            (slots.gate, slots.experts, slots.residual_scale) == ("silu", 0, 1)
+            and set(slots.ropes) == {ONE_ROPE}
+            and math.isclose(self._query_scale, 1)
+            and first.q_norm is None
+            and first.attention_post_norm is None
+            and first.ffn_post_norm is None
+            and first.input_norm is not None
+            and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -211,11 +116,33 @@ class Decoder:
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """(T, D) start of the residual stream."""
-        return self._body.embed_tokens(ids_T)
+        hidden_TD = self._body.embed_tokens(ids_T)
+        scale = self._slots.embedding_scale
+        return hidden_TD if scale == 1 else hidden_TD * scale
 
-    def rope(self, hidden_TD: Tensor, positions_T: Tensor) -> Rope:
-        """Rotary embedding of original positions."""
-        cos_1Td, sin_1Td = self._body.rotary_emb(hidden_TD, positions_T[None])
+    def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
+        """Rotary embeddings of original positions, in documents that may come to have `reach_T` tokens.
+
+        Where queries grow with their position, by 1 + beta * log(1 + the number of whole stretches of some
+        length before it), the two are the slot's (Llama 4's rule).
+        """
+        tables = {
+            kind: self._rope_table(kind, hidden_TD, positions_T, reach_T)
+            for kind in dict.fromkeys(self._slots.ropes)
+            if kind is not None
+        }
+        if self._slots.query_growth is None:
+            return Rope(tables=tables)
+        beta, length = self._slots.query_growth
+        scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
+        return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
+
+    def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None) -> Table:
+        if self._long_rope is not None:
+            assert reach_T is not None, "LongRoPE, of documents whose lengths are not told"
+            return self._long_rope.table(positions_T, reach_T, hidden_TD.dtype)
+        of_kind = () if kind == ONE_ROPE else (kind,)
+        cos_1Td, sin_1Td = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
         return cos_1Td[0], sin_1Td[0]
 
     def pieces(self, tokens: int) -> list[slice]:
@@ -238,13 +165,11 @@ class Decoder:
     ) -> None:
         """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        projection = self._layers[layer].output
+        weights = self._layers[layer]
         for rows in self.pieces(len(hidden_TD)):
-            own_TD, attended_TN = hidden_TD[rows], attended_THd[rows].flatten(1)
-            if fp8:
-                own_TD += projection.in_fp8(*quantize_rows(attended_TN))
-            else:
-                projection.add_to_(own_TD, attended_TN)
+            attended_TN = attended_THd[rows].flatten(1)
+            given = quantize_rows(attended_TN) if fp8 else attended_TN
+            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm)
 
     def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
         """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
@@ -268,7 +193,8 @@ class Decoder:
         what is returned may be given to it as `normed`, if the stream is left as it is in between.
         """
         weights = self._layers[layer]
-        if not self._steps_by_kernels(weights, hidden_BD):
+        table = rope.of(self._slots.ropes[layer])
+        if table is None or not self._steps_by_kernels(hidden_BD):
             q_BHd, k_BKd, v_BKd = self.qkv(layer, hidden_BD, rope)
             target.put(k_BKd, v_BKd)
             self.add_attention_(layer, hidden_BD, attend(q_BHd))
@@ -276,19 +202,19 @@ class Decoder:
             return None
 
         def mixed(qkv: Product) -> Tensor:
-            return attend(rope_and_store_(qkv, *rope, target))
+            return attend(rope_and_store_(qkv, *table, target))
 
         if self.linears_in_fp8:
             return self._step_in_fp8_(layer, hidden_BD, mixed, normed)
-        qkv_BN = weights.qkv(weights.input_norm(hidden_BD))
+        qkv_BN = self._normed(hidden_BD, weights.input_norm, weights.qkv, fp8=False)
         self.add_attention_(layer, hidden_BD, mixed(Product(qkv_BN)))
         self.add_feed_forward_(layer, hidden_BD)
         return None
 
-    def _steps_by_kernels(self, weights: Layer, hidden_BD: Tensor) -> bool:
-        """Whether a step can run as the kernels for it want: in bfloat16, without norms of single heads."""
+    def _steps_by_kernels(self, hidden_BD: Tensor) -> bool:
+        """Whether a step can run as the kernels for it want: in bfloat16, and in plain layers."""
         few = len(hidden_BD) <= STEP_ROWS or not self.linears_in_fp8
-        plain = hidden_BD.dtype == torch.bfloat16 and weights.q_norm is None
+        plain = hidden_BD.dtype == torch.bfloat16 and self._has_plain_layers
         return few and plain and has_kernels(hidden_BD)
 
     def _step_in_fp8_(
@@ -300,6 +226,10 @@ class Decoder:
     ) -> Quantised | None:
         """`step_layer_` with products whose scales are applied by the kernels between them."""
         weights, last = self._layers[layer], layer + 1 == len(self._layers)
+        assert weights.gate_up is not None
+        assert weights.down is not None
+        assert weights.input_norm is not None
+        assert weights.ffn_norm is not None
         if normed is None:
             normed = weights.input_norm.quantised(hidden_BD)
         attended_BHd = mixed(weights.qkv.unscaled(normed))
@@ -310,12 +240,15 @@ class Decoder:
         if last:
             add_product_(hidden_BD, fed_forward)
             return None
-        return self._layers[layer + 1].input_norm.quantised_sum_(hidden_BD, fed_forward)
+        next_norm = self._layers[layer + 1].input_norm
+        assert next_norm is not None
+        return next_norm.quantised_sum_(hidden_BD, fed_forward)
 
     def head(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
         head: Any = self.model.lm_head
-        return head(self._last_norm(hidden_BD))
+        logits_BV, scale = head(self._last_norm(hidden_BD)), self._slots.logits_scale
+        return logits_BV if scale == 1 else logits_BV * scale
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
@@ -327,12 +260,11 @@ class Decoder:
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
         weights, tokens = self._layers[layer], len(hidden_TD)
         if tokens <= self.piece_tokens:
-            return self._heads_of_piece(weights, hidden_TD, rope, projection, heads)
+            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
-            own_rope = rope[0][rows], rope[1][rows]
             out_TN = joined_TN[rows]
-            made = self._heads_of_piece(weights, hidden_TD[rows], own_rope, projection, heads, out_TN)
+            made = self._heads_of_piece(layer, hidden_TD[rows], rope.at(rows), projection, heads, out_TN)
             if weights.k_norm is not None:  # queries and keys were not normed in place
                 for source_TNd, target_TNd in zip(made[:2], self._split(out_TN, heads)[:2], strict=True):
                     target_TNd.copy_(source_TNd)
@@ -340,7 +272,7 @@ class Decoder:
 
     def _heads_of_piece(
         self,
-        weights: Layer,
+        layer: int,
         hidden_TD: Tensor,
         rope: Rope,
         projection: Projection,
@@ -348,14 +280,21 @@ class Decoder:
         out_TN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of few tokens; their projection is written to `out_TN` if there is one."""
+        weights, table = self._layers[layer], rope.of(self._slots.ropes[layer])
         heads_TN = self._normed(
             hidden_TD, weights.input_norm, projection, fp8=self.linears_in_fp8, out_TN=out_TN
         )
         q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
         if weights.k_norm is not None:
-            q_THd = weights.q_norm(q_THd) if heads and weights.q_norm else q_THd
-            k_TKd = weights.k_norm(k_TKd)
-        rope_(q_THd, k_TKd, *rope)
+            q_THd = weights.q_norm.of_heads(q_THd) if heads and weights.q_norm else q_THd
+            k_TKd = weights.k_norm.of_heads(k_TKd)
+        if table is not None:
+            turned = slice(0, table[0].shape[-1])
+            rope_(q_THd[..., turned], k_TKd[..., turned], *table)
+        if heads and not math.isclose(self._query_scale, 1):
+            q_THd.mul_(self._query_scale)
+        if heads and rope.query_scale_T is not None:
+            q_THd.mul_(rope.query_scale_T[:, None, None])
         return q_THd, k_TKd, v_TKd
 
     def _split(self, heads_TN: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -367,22 +306,49 @@ class Decoder:
 
     def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:
         """See `add_feed_forward_`, of few tokens."""
+        if weights.experts is not None:
+            assert not fp8, "experts in fp8, which is refused beforehand"
+            normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
+            self._add_(hidden_TD, weights.experts(normed_TD), weights.ffn_post_norm)
+            return
+        assert weights.gate_up is not None
+        assert weights.down is not None
         gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
-        if fp8:
-            hidden_TD += weights.down.in_fp8(*silu_mul_quantized(gate_up_T2F))
+        given: Tensor | Quantised
+        if fp8 and self._slots.gate == "silu":
+            given = silu_mul_quantized(gate_up_T2F)
         else:
-            weights.down.add_to_(hidden_TD, silu_mul(gate_up_T2F))
+            given = gated(gate_up_T2F, self._slots.gate)
+            given = quantize_rows(given) if fp8 else given
+        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm)
+
+    def _add_projected_(
+        self, total_TD: Tensor, projection: Projection, given: Tensor | Quantised, post_norm: Norm | None
+    ) -> None:
+        """Add a projection, in fp8 of what is quantised, to the residual stream, after its norm if any."""
+        if not isinstance(given, Tensor):
+            self._add_(total_TD, projection.in_fp8(*given), post_norm)
+        elif post_norm is None and self._slots.residual_scale == 1:
+            projection.add_to_(total_TD, given)
+        else:
+            self._add_(total_TD, projection(given), post_norm)
+
+    def _add_(self, total_TD: Tensor, added_TD: Tensor, post_norm: Norm | None) -> None:
+        """Add to the residual stream, after a norm if there is one, by the family's scale."""
+        added_TD = added_TD if post_norm is None else post_norm(added_TD)
+        total_TD.add_(added_TD, alpha=self._slots.residual_scale)
 
     def _normed(
         self,
         hidden_TD: Tensor,
-        norm: Norm,
+        norm: Norm | None,
         projection: Projection,
         *,
         fp8: bool,
         out_TN: Tensor | None = None,
     ) -> Tensor:
-        """(T, N) a projection of the normed residual stream; written to `out_TN` if there is one."""
+        """(T, N) a projection of the residual stream after its norm; written to `out_TN` if there is one."""
         if fp8:
-            return projection.in_fp8(*norm.quantised(hidden_TD), out_TN)
-        return projection(norm(hidden_TD), out_TN)
+            given = quantize_rows(hidden_TD) if norm is None else norm.quantised(hidden_TD)
+            return projection.in_fp8(*given, out_TN)
+        return projection(hidden_TD if norm is None else norm(hidden_TD), out_TN)

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, rms_norm
 
 from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
-from pipeline.kernels.fused import Quantised, rms_norm_quantized
+from pipeline.kernels.fused import Quantised, quantize_rows, rms_norm_quantized
 from pipeline.kernels.step import Product, add_product_normed_
 
 
@@ -57,16 +57,30 @@ def linear_layers(model: Any) -> set[str]:
 class Norm:
     """A module's RMSNorm in torch's single fused kernel; its own forward makes six passes over memory."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, offset: float = 0.0) -> None:
+        """With an `offset` the module's weight is what is to be added to it; the sum is kept in float32."""
         self.weight: Tensor = module.weight
-        self.eps: float = module.variance_epsilon
+        if offset:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self.weight = self.weight.detach().to(wide) + offset
+        self.eps: float = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """In the dtype of `x`, over its last dimension."""
+        if x.dtype != self.weight.dtype:
+            return rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def of_heads(self, x_TNd: Tensor) -> Tensor:
+        """Of each head, or over all of them together where the weight is as wide."""
+        if self.weight.shape[0] == x_TNd.shape[-1]:
+            return self(x_TNd)
+        return self(x_TNd.flatten(1)).unflatten(1, x_TNd.shape[1:])
 
     def quantised(self, x_TD: Tensor) -> Quantised:
         """The same in fp8, a scale a row."""
+        if x_TD.dtype != self.weight.dtype:
+            return quantize_rows(self(x_TD))
         return rms_norm_quantized(x_TD, self.weight, self.eps)
 
     def quantised_sum_(self, total_TD: Tensor, product: Product) -> Quantised:
@@ -162,28 +176,3 @@ class Projection:
             for module in self._modules:
                 module.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
             self.weight = None
-
-
-class Layer:
-    """The weights of one decoder layer."""
-
-    def __init__(self, block: Any) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.input_norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
-        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Projection(attention.o_proj)
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = Projection(mlp.down_proj)
-        # some families norm the queries and keys of single heads
-        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-
-    @property
-    def projections(self) -> dict[str, Projection]:
-        """By names that `LinearPrecision.form` knows."""
-        return {
-            "self_attn.qkv_proj": self.qkv,
-            "self_attn.o_proj": self.output,
-            "mlp.gate_up_proj": self.gate_up,
-            "mlp.down_proj": self.down,
-        }

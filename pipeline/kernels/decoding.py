@@ -87,6 +87,18 @@ def own_ranges(
     return _ranges(pieces, most, device)
 
 
+def windowed_ranges(
+    starts: Sequence[int], used: Sequence[int], queries: Sequence[int], window: int, device: torch.device
+) -> Ranges:
+    """As `own_ranges`, of queries that see the last `window` slots: each has a range of its own."""
+    pieces = []
+    for start, count, asked in zip(starts, used, queries, strict=True):
+        for seen in range(count - asked + 1, count + 1):
+            first = max(0, seen - window)
+            pieces.append((start + first, seen - first, 1))
+    return _ranges(pieces, 1, device)
+
+
 def shared_ranges(
     starts: Sequence[int],
     used: Sequence[int],

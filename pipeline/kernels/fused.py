@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import gelu, rms_norm, silu
 
 from pipeline.kernels.modules import kernels_for, power_of_two
 
@@ -51,6 +51,14 @@ def rope_(q_THd: Tensor, k_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
         **blocks,
         num_warps=warps_for(2 * blocks["HEADS"] * blocks["HALF"]),
     )
+
+
+def gated(gate_up_T2F: Tensor, gate: str) -> Tensor:
+    """gate(first half) * second half, (T, F) in the input's type; `gate` is silu or gelu_tanh."""
+    if gate == "silu":
+        return silu_mul(gate_up_T2F)
+    gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
+    return gelu(gate_TF, approximate="tanh").mul_(up_TF).to(gate_up_T2F.dtype)
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:

@@ -11,26 +11,32 @@ from torch import Tensor
 from pipeline.kernels.segments import Segments
 
 
-def attention_weights(q_QHd: Tensor, k_TKd: Tensor, first_query: int) -> Tensor:
+def attention_weights(q_QHd: Tensor, k_TKd: Tensor, first_query: int, window: int | None = None) -> Tensor:
     """Causal softmax attention of queries standing at indices `first_query`, ... over all keys.
 
-    Returns (H, Q, T) in float64; the whole matrix is held in memory.
+    With a `window` over the last so many, the query's own among them. Returns (H, Q, T) in float64; the whole
+    matrix is held in memory.
     """
     groups = q_QHd.shape[1] // k_TKd.shape[1]
     q_HQd = q_QHd.double().transpose(0, 1)
     k_HTd = k_TKd.double().transpose(0, 1).repeat_interleave(groups, dim=0)
     scores_HQT = q_HQd @ k_HTd.transpose(1, 2) / math.sqrt(q_QHd.shape[-1])
     query_index = first_query + torch.arange(q_QHd.shape[0], device=q_QHd.device)
-    future_QT = torch.arange(k_TKd.shape[0], device=k_TKd.device) > query_index[:, None]
-    return scores_HQT.masked_fill(future_QT, -math.inf).softmax(-1)
+    behind_QT = query_index[:, None] - torch.arange(k_TKd.shape[0], device=k_TKd.device)
+    unseen_QT = behind_QT < 0
+    if window is not None:
+        unseen_QT |= behind_QT >= window
+    return scores_HQT.masked_fill(unseen_QT, -math.inf).softmax(-1)
 
 
-def causal_attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+def causal_attention(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int | None = None
+) -> Tensor:
     """Causal attention within each document of a pack, (T, H, d) in float64."""
     groups = q_THd.shape[1] // k_TKd.shape[1]
     outputs = []
     for start, end in segments.ranges():
-        weights_HTT = attention_weights(q_THd[start:end], k_TKd[start:end], first_query=0)
+        weights_HTT = attention_weights(q_THd[start:end], k_TKd[start:end], 0, window)
         v_HTd = v_TKd[start:end].double().transpose(0, 1).repeat_interleave(groups, dim=0)
         outputs.append((weights_HTT @ v_HTd).transpose(0, 1))
     return torch.cat(outputs)

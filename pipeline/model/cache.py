@@ -84,6 +84,7 @@ class RaggedCache(KeysValues):
     def __init__(self, new_tokens: int, shared: SharedDocuments | None = None) -> None:
         self.new_tokens = new_tokens
         self.shared = shared
+        self.reaches: tuple[int, ...] = ()  # tokens that each document may come to have, answer included
         self.keys: list[Tensor] = []  # of each layer, (S, K, d)
         self.values: list[Tensor] = []
         self.slots: list[Slots] = []  # of each layer; layers with the same tokens share one

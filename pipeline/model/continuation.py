@@ -39,18 +39,20 @@ def continue_with(
     device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)
     hidden_ND = decoder.embed(on_device([token for part in tokens for token in part], device))
-    first_B = on_device(first_positions, device)
-    rope = decoder.rope(hidden_ND, first_B[asked.document_T] + asked.index_in_document_T)
+    first_B, document_N = on_device(first_positions, device), asked.document_T
+    reach_N = on_device(cache.reaches, device)[document_N] if cache.reaches else None
+    rope = decoder.rope(hidden_ND, first_B[document_N] + asked.index_in_document_T, reach_N)
     places = {id(slots): _places(slots, asked) for slots in cache.distinct_slots()}
+    assert cache.shared is None or not decoder.shape.slides, "a window that begins in a shared document"
     behind = None if cache.shared is None else _Behind.of(decoder, cache, places[id(cache.slots[0])][0])
     for layer in range(len(cache.slots)):
         check()
         at, places_N = places[id(cache.slots[layer])]
-        keys, values = cache.keys[layer], cache.values[layer]
+        keys, values, window = cache.keys[layer], cache.values[layer], decoder.shape.window(layer)
         if last_only and layer == len(cache.slots) - 1:
             k_NKd, v_NKd = decoder.keys_values(layer, hidden_ND, rope)
             last_B = asked.last_indices()
-            hidden_ND, rope = hidden_ND[last_B], (rope[0][last_B], rope[1][last_B])
+            hidden_ND, rope = hidden_ND[last_B], rope.at(last_B)
             q_NHd, _, _ = decoder.qkv(layer, hidden_ND, rope)
             at = DecodeSlots.of(at.starts, at.used, len(keys), device)
             behind = None if behind is None else _Behind.of(decoder, cache, at)
@@ -59,7 +61,7 @@ def continue_with(
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:
-            attended_NHd = attention.decode(q_NHd, keys, values, at)
+            attended_NHd = attention.decode(q_NHd, keys, values, at.within(window))
         else:
             attended_NHd = behind.attend(layer, q_NHd, keys, values)
         decoder.add_attention_(layer, hidden_ND, attended_NHd)

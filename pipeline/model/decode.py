@@ -268,6 +268,7 @@ def decode(
             starts=extents[b].starts if extents else cache.starts(b),
             used=own[b],
             position=prefilled.next_positions[b],
+            reach=cache.reaches[b],
             line=extents[b].line if extents else 0,
             shared=shared[b],
         )

@@ -34,6 +34,7 @@ class Seat:
     starts: Sequence[int]
     used: Sequence[int]
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
+    reach: int = 0  # tokens that its document may come to have, as `Decoder.rope` wants it
     line: int = 0  # of the scales of keys and values in e4m3
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
 
@@ -62,6 +63,7 @@ class DecodeBatch:
         self._starts_LC = np.zeros((layers, capacity + 1), np.int32)
         self._used_LC = np.ones((layers, capacity), np.int32)  # the next token counts
         self._position_C = np.zeros(capacity, np.int64)
+        self._reach_C = np.zeros(capacity, np.int64)
         self._drawn_C = np.zeros(capacity, np.int64)
         self._lines_C = np.zeros(capacity, np.int32)
         self._moving_C = np.zeros(capacity, np.int32)
@@ -71,6 +73,7 @@ class DecodeBatch:
         self._used_dev = torch.ones((layers, capacity), dtype=torch.int32, device=device)
         self._places_dev = torch.zeros((layers, capacity), dtype=torch.int64, device=device)
         self._position_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._reach_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._moving_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._drawn_dev = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._lines_dev = torch.zeros(capacity, dtype=torch.int32, device=device)
@@ -97,6 +100,7 @@ class DecodeBatch:
         self._starts_LC[:, new] = np.array([seat.starts for seat in seats], np.int32).T
         self._used_LC[:, new] = np.array([seat.used for seat in seats], np.int32).T + 1
         self._position_C[new] = [seat.position for seat in seats]
+        self._reach_C[new] = [seat.reach for seat in seats]
         self._drawn_C[new] = 1  # the first token was drawn after the prefill
         self._lines_C[new] = [seat.line for seat in seats]
         self._moving_C[new] = 1
@@ -116,6 +120,7 @@ class DecodeBatch:
         for values, nobody in (
             (self._used_LC, 1),
             (self._position_C, 0),
+            (self._reach_C, 0),
             (self._drawn_C, 0),
             (self._lines_C, 0),
             (self._moving_C, 0),
@@ -140,6 +145,7 @@ class DecodeBatch:
             (self._starts_dev, self._starts_LC),
             (self._used_dev, self._used_LC),
             (self._position_dev, self._position_C),
+            (self._reach_dev, self._reach_C),
             (self._moving_dev, self._moving_C),
             (self._drawn_dev, self._drawn_C),
             (self._lines_dev, self._lines_C),
@@ -164,7 +170,7 @@ class DecodeBatch:
         """
         decoder, kv = self._decoder, self._kv
         hidden_BD = decoder.embed(self.tokens_C[:columns])
-        rope = decoder.rope(hidden_BD, self._position_dev[:columns])
+        rope = decoder.rope(hidden_BD, self._position_dev[:columns], self._reach_dev[:columns])
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(decoder.shape.layers):
             places_B, lines_B = self._places_dev[layer, :columns], self._lines_dev[:columns]
@@ -205,7 +211,7 @@ class DecodeBatch:
 
     def _slots(self, layer: int, columns: int) -> DecodeSlots:
         scales = self._kv.scales(layer)
-        return DecodeSlots(
+        slots = DecodeSlots(
             starts=self._starts_LC[layer, :columns].tolist(),
             used=self._used_LC[layer, :columns].tolist(),
             longest=self._longest,
@@ -217,6 +223,7 @@ class DecodeBatch:
             scales=scales,
             lines_B=None if scales is None else self._lines_dev[:columns],
         )
+        return slots.within(self._decoder.shape.window(layer))
 
 
 class _SharedTables:

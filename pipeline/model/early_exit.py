@@ -13,9 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pipeline.families.decoder import Decoder, Rope
+from pipeline.families.decoder import Decoder
+from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
+from pipeline.pruning.operations import causal_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class EarlyExit:
             live_Q=live_Q,
             exited_P=exited_P,
             hidden_PD=hidden_TD[exited_P],
-            rope=(rope[0][exited_P], rope[1][exited_P]),
+            rope=rope.at(exited_P),
         )
 
     @property
@@ -60,14 +62,21 @@ class EarlyExit:
             merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.exited_P, x_PKd))
         return merged[0], merged[1]
 
-    def attend(self, attention: AttentionBackend, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        """Attention of the tokens that go on to all before them, (Q, H, d)."""
+    def attend(
+        self,
+        attention: AttentionBackend,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention of the tokens that go on to all before them, or to the last `window`, (Q, H, d)."""
         starts, whole = self.whole.offsets[:-1], self.whole
         slots = DecodeSlots.of(starts, whole.lengths, whole.total, whole.device, self.live.lengths)
-        return attention.decode(q_QHd, k_TKd, v_TKd, slots)
+        return attention.decode(q_QHd, k_TKd, v_TKd, slots.within(window))
 
-    def pairs_B(self) -> Tensor:
-        """(B,) query-key pairs of each document: a token attends to itself and all before it."""
+    def pairs_B(self, window: int | None = None) -> Tensor:
+        """(B,) query-key pairs of each document, of what `attend` computes."""
         lengths = zip(self.whole.lengths, self.live.lengths, strict=True)
-        pairs = [n * (n + 1) // 2 - (n - left) * (n - left + 1) // 2 for n, left in lengths]
+        pairs = [causal_pairs(n, window) - causal_pairs(n - left, window) for n, left in lengths]
         return torch.tensor(pairs)

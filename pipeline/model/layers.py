@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import MarsError
-from pipeline.families.decoder import Decoder, Rope
+from pipeline.families.decoder import Decoder
+from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend, DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import SparsePrefill
@@ -22,6 +23,7 @@ from pipeline.model.early_exit import EarlyExit
 from pipeline.model.precision import Kept, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.operations import causal_pairs
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
 
@@ -146,7 +148,9 @@ class _Run:
         state: Any,
         begun: PartialPrefill,
     ) -> _Run:
-        positions_T = pack.segments.index_in_document_T
+        segments, positions_T = pack.segments, pack.segments.index_in_document_T
+        begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in segments.lengths)
+        reach_T = (segments.lengths_B + begun.cache.new_tokens)[segments.document_T]
         return cls(
             decoder=decoder,
             attention=attention,
@@ -158,8 +162,8 @@ class _Run:
             hidden_TD=begun.hidden_TD,
             positions_T=positions_T,
             segments=pack.segments,
-            rope=decoder.rope(begun.hidden_TD, positions_T),
-            masses=method.attention_masses(decoder.shape.layers),
+            rope=decoder.rope(begun.hidden_TD, positions_T, reach_T),
+            masses=method.masses_in(decoder.shape),
             kept=_kept(decoder, pack.segments),
             sparse=_sparse(decoder, attention, pack.segments),
         )
@@ -204,25 +208,31 @@ class _Run:
         decoder, segments = self.decoder, self.segments
         last_B = self._last_tokens()
         k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope)
-        counts = None
+        counts, window = None, decoder.shape.window(layer)
         if self.exited is not None:
             k_TKd, v_TKd = self.exited.keys_values(decoder, layer, k_TKd, v_TKd)
             segments, counts = self.exited.whole, self.exited.counts
         self.cache.store(k_TKd, v_TKd, segments)
-        self.work.count_end(self.segments, last_B, counts)
+        pairs_B = None if window is None else torch.tensor([min(n, window) for n in segments.lengths])
+        self.work.count_end(self.segments, last_B, counts, pairs_B)
         self._keep(last_B, _singles(segments))
         q_BHd, _, _ = decoder.qkv(layer, self.hidden_TD, self.rope)
         slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, segments.device)
-        attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots)
+        attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots.within(window))
         decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
         decoder.add_feed_forward_(layer, self.hidden_TD)
 
     def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
+        window = self.decoder.shape.window(layer)
         if self.exited is not None:
             keys, values = self.exited.keys_values(self.decoder, layer, k_TKd, v_TKd)
-            attended_THd = self.exited.attend(self.attention, q_THd, keys, values)
-            return _Attended(attended_THd, (keys, values, self.exited.whole), self.exited.pairs_B())
+            attended_THd = self.exited.attend(self.attention, q_THd, keys, values, window)
+            return _Attended(attended_THd, (keys, values, self.exited.whole), self.exited.pairs_B(window))
         stored = (k_TKd, v_TKd, self.segments)
+        if window is not None:
+            attended_THd = self.attention.prefill_within(q_THd, k_TKd, v_TKd, self.segments, window)
+            counts_B = torch.tensor([causal_pairs(n, window) for n in self.segments.lengths])
+            return _Attended(attended_THd, stored, counts_B)
         if (mass := self.masses[layer]) is None:
             return _Attended(self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored)
         attended_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
@@ -256,7 +266,7 @@ class _Run:
         self.segments = segments
         self.hidden_TD = self.hidden_TD.index_select(0, live_C)
         self.positions_T = self.positions_T.index_select(0, live_C)
-        self.rope = (self.rope[0].index_select(0, live_C), self.rope[1].index_select(0, live_C))
+        self.rope = self.rope.at(live_C)
 
     def _last_tokens(self) -> Tensor:
         """(B,) places of the last token that is left of each document."""

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
 from pipeline.checkpoints.files import ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
-from pipeline.families.decoder import Decoder, check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
+from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
@@ -186,6 +187,7 @@ def attention_for(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        slides=shape.slides,
     )
 
 

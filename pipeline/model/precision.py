@@ -87,5 +87,5 @@ def kept_of(segments: Segments, shape: ModelShape) -> Kept | None:
 
 def worthwhile(length: int, shape: ModelShape, device: torch.device) -> bool:
     """Whether fp8 makes a document of so many tokens faster."""
-    weights = shape.hidden * (shape.heads * shape.head_dim + 3 * shape.ffn)
+    weights = shape.hidden * (shape.heads * shape.head_dim + 3 * shape.ffn_per_token)
     return length * weights >= LEAST_WORK or device.type != "cuda"

@@ -63,6 +63,7 @@ def prefill(
     keeps its position, unless the method begins anew.
     """
     lengths = pack.segments.lengths
+    method.check_depth(decoder.shape)
     plan = method.plan(decoder.shape, lengths)
     state = method.begin(plan)
     rescores = partial(method.select_decode, state=state) if isinstance(method, RescoresBlocks) else None

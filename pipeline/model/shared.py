@@ -98,6 +98,7 @@ def prefill_behind(
     behind = Segments.of([len(part) for part in asked], decoder.device)
     ends = shared.layers == decoder.shape.layers
     cache = RaggedCache(new_tokens, SharedDocuments(shared.cache, tuple(of_prefix)) if ends else None)
+    cache.reaches = tuple(length + new_tokens for length in pack.segments.lengths)
     places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
     if ends:
         cache.reserve(behind, decoder.shape, decoder.dtype)

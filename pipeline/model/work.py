@@ -96,17 +96,28 @@ class Work:
         self.ffn_fp8_B.append(fp8_B)
         self.last_only.append(False)
 
-    def count_end(self, segments: Segments, last_B: Tensor, kv_only: tuple[int, ...] | None) -> None:
-        """Add and mark the model's last layer, of which only the tokens `last_B` were computed to the end."""
-        self._count_last_only(segments, kv_only or (0,) * len(segments))
+    def count_end(
+        self,
+        segments: Segments,
+        last_B: Tensor,
+        kv_only: tuple[int, ...] | None,
+        pairs_B: Tensor | None = None,
+    ) -> None:
+        """Add and mark the model's last layer, of which only the tokens `last_B` were computed to the end.
+
+        `pairs_B` are the query-key pairs of its attention, unless they see all.
+        """
+        self._count_last_only(segments, kv_only or (0,) * len(segments), pairs_B)
         if self.marks is not None:
             self._mark(segments, last_B, last_B, None)
 
-    def _count_last_only(self, segments: Segments, kv_only: tuple[int, ...]) -> None:
+    def _count_last_only(
+        self, segments: Segments, kv_only: tuple[int, ...], pairs_B: Tensor | None = None
+    ) -> None:
         self.kept.append(segments.lengths)
         self.estimated.append((0,) * len(segments))
         self.scored_pairs.append((0,) * len(segments))
-        self.pairs_B.append(None)
+        self.pairs_B.append(pairs_B)
         self.kv_only.append(kv_only)
         self.ffn_B.append(torch.ones_like(segments.lengths_B))
         self.ffn_fp8_B.append(torch.zeros_like(segments.lengths_B))

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels.select import top_mask
 from pipeline.pruning.capabilities import Rescoring
 from pipeline.pruning.limits import at_layer, check_limits, limits_of, setting, several
-from pipeline.pruning.operations import LayerWork
+from pipeline.pruning.operations import LayerWork, attended_pairs
 from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
@@ -90,6 +90,9 @@ class PruningMethod(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    # whether it stays right where layers attend to a window of the last positions: it must neither drop
+    # keys and values nor judge tokens by their attention
+    suits_windows: ClassVar[bool] = False
 
     sparse_attention: float | tuple[float, ...] | None = setting(
         None,
@@ -112,7 +115,15 @@ class PruningMethod(ABC):
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(sum(lengths),) * shape.layers)
 
     def check_depth(self, shape: ModelShape) -> None:
-        """Raise ConfigError for a layer that the model has not, or values that are not one a layer."""
+        """Raise ConfigError for a layer that the model has not, or values that are not one a layer.
+
+        And for a model whose layers have sliding windows, where the method does not suit them.
+        """
+        if shape.slides and not self.suits_windows:
+            raise ConfigError(
+                f"method {self.name} does not suit this model, some of whose layers have sliding windows of"
+                f" {min(filter(None, shape.windows)):,} tokens: take dense or mars"
+            )
         for parameter in fields(self):
             value, limits = getattr(self, parameter.name), limits_of(parameter)
             if limits.per_layer and isinstance(value, tuple) and len(value) != shape.layers:
@@ -148,7 +159,9 @@ class PruningMethod(ABC):
         *before, last = layers
         if self.needs_last_layer(shape):
             return [*before, last._replace(ffn_tokens=min(1, last.ffn_tokens))]
-        return [*before, last._replace(ffn_tokens=1, pairs=None, last_only=True)]
+        last = last._replace(ffn_tokens=1, pairs=None, last_only=True)
+        window = shape.window(shape.layers - 1)
+        return [*before, last if window is None else last._replace(pairs=min(attended_pairs(last), window))]
 
     def attention_masses(self, layers: int) -> tuple[float | None, ...]:
         """What block-sparse attention is to reach in each of a model's layers; None: it is to be whole.
@@ -157,6 +170,11 @@ class PruningMethod(ABC):
         """
         masses = [at_layer(self.sparse_attention, layer) for layer in range(layers)]
         return tuple(None if mass is None or mass >= 1 else mass for mass in masses)
+
+    def masses_in(self, shape: ModelShape) -> tuple[float | None, ...]:
+        """`attention_masses` of a model's layers, of which those with a window compute all that is in it."""
+        masses = self.attention_masses(shape.layers)
+        return tuple(None if shape.window(layer) else mass for layer, mass in enumerate(masses))
 
     @abstractmethod
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:

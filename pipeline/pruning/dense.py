@@ -17,6 +17,7 @@ class Dense(PruningMethod):
 
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "the unpruned model"
+    suits_windows: ClassVar[bool] = True
 
     @classmethod
     def attending_as(cls, method: PruningMethod, shape: ModelShape) -> Self:
@@ -35,7 +36,7 @@ class Dense(PruningMethod):
         return shape.layers
 
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
-        return [dense_work(shape.layers, length)]
+        return [dense_work(shape, length)]
 
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
         return KEEP_ALL

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pipeline.errors import ConfigError
 from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection
 from pipeline.pruning.limits import setting
-from pipeline.pruning.operations import LayerWork, Passes, whole_layers
+from pipeline.pruning.operations import LayerWork, Passes, whole_layers, within_windows
 from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
@@ -36,11 +36,14 @@ class Mars(PruningMethod):
     of the layer after `last_full` are exact, so with the last layer but one, the default, nothing is lost by
     stopping.
 
+    Layers whose attention has a sliding window keep it, whole: they are left out of the choice of blocks.
+
     No token is chosen by its importance: on the small models measured that cost more than it saved.
     """
 
     name: ClassVar[str] = "mars"
     source: ClassVar[str] = "this project; arXiv 2503.16428, arXiv 2410.03960"
+    suits_windows: ClassVar[bool] = True
 
     sparse_attention: float | tuple[float, ...] | None = setting(
         0.95,
@@ -98,7 +101,7 @@ class Mars(PruningMethod):
         pairs = length * (length + 1) // 2 - exited * (exited + 1) // 2
         late = LayerWork(live, live, pairs=pairs, kv_only=exited)
         layers = whole_layers(whole, length) + [late] * (shape.layers - whole)
-        return [self.to_the_end(shape, layers)]
+        return [self.to_the_end(shape, within_windows(shape, layers, length))]
 
     def window_of(self, length: int, spans: Spans) -> int:
         """How many tokens at the end of a prompt of `length` go on."""

@@ -52,9 +52,33 @@ def attended_flops(shape: ModelShape, work: LayerWork) -> int:
 
 def attended_pairs(work: LayerWork) -> int:
     """Query-key pairs of a layer's attention, mean over the heads."""
-    if work.last_only:
-        return work.tokens + work.kv_only
-    return work.tokens * (work.tokens + 1) // 2 if work.pairs is None else work.pairs
+    if work.pairs is not None:
+        return work.pairs
+    return work.tokens + work.kv_only if work.last_only else causal_pairs(work.tokens)
+
+
+def causal_pairs(tokens: int, window: int | None = None) -> int:
+    """Query-key pairs of a document: each token and all up to it, or the last `window` of these."""
+    within = tokens if window is None else min(tokens, window)
+    return within * (within + 1) // 2 + (tokens - within) * within
+
+
+def within_windows(shape: ModelShape, layers: Sequence[LayerWork], length: int) -> list[LayerWork]:
+    """A pass over a prompt of `length` tokens, all attention whole, with the pairs that windows leave of it.
+
+    In each layer it is the prompt's last tokens that attend.
+    """
+    return [
+        work
+        if (window := shape.window(layer)) is None
+        else work._replace(pairs=_pairs_of_last(length, 1 if work.last_only else work.tokens, window))
+        for layer, work in enumerate(layers)
+    ]
+
+
+def _pairs_of_last(length: int, queries: int, window: int) -> int:
+    """Query-key pairs of the last `queries` tokens of a document."""
+    return causal_pairs(length, window) - causal_pairs(length - queries, window)
 
 
 def kept_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
@@ -65,13 +89,13 @@ def kept_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
 def ffn_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
     """Of the tokens that dense sends through its FFNs for a prompt of `length`, those that passed them."""
     passed = sum(work.ffn_tokens for layers in passes for work in layers)
-    return passed / sum(work.ffn_tokens for work in dense_work(shape.layers, length))
+    return passed / sum(work.ffn_tokens for work in dense_work(shape, length))
 
 
 def attention_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
     """Of the pairs that dense attention computes for a prompt of `length` tokens, those that were."""
     computed = sum(attended_pairs(work) for layers in passes for work in layers)
-    return computed / sum(map(attended_pairs, dense_work(shape.layers, length)))
+    return computed / sum(map(attended_pairs, dense_work(shape, length)))
 
 
 def shares_of_dense(shape: ModelShape, passes: Passes, length: int) -> dict[str, float]:
@@ -84,12 +108,13 @@ def shares_of_dense(shape: ModelShape, passes: Passes, length: int) -> dict[str,
     }
 
 
-def dense_work(layers: int, length: int) -> list[LayerWork]:
+def dense_work(shape: ModelShape, length: int) -> list[LayerWork]:
     """An unpruned prefill of `length` tokens: of the last layer nothing is read but the last token.
 
     And keys and values, so those are computed of all tokens.
     """
-    return [LayerWork(length, length)] * (layers - 1) + [LayerWork(length, 1, last_only=True)]
+    layers = [*whole_layers(shape.layers - 1, length), LayerWork(length, 1, last_only=True)]
+    return within_windows(shape, layers, length)
 
 
 def whole_layers(count: int, length: int) -> list[LayerWork]:
@@ -98,8 +123,18 @@ def whole_layers(count: int, length: int) -> list[LayerWork]:
 
 
 def ffn_flops(shape: ModelShape) -> int:
-    """Gate, up and down projections of one token in one layer."""
-    return 6 * shape.hidden * shape.ffn
+    """Gate, up and down projections of one token in one layer, and the choice of its experts."""
+    return 6 * shape.hidden * shape.ffn_per_token + 2 * shape.hidden * shape.experts
+
+
+def layer_weights(shape: ModelShape, rows: int) -> int:
+    """Weights of all layers' matrices that a decode step of so many rows reads.
+
+    Of experts those that the rows have, if no two have the same.
+    """
+    attention = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.kv_heads)
+    networks = min(shape.experts, rows * shape.experts_per_token) if shape.experts else 1
+    return shape.layers * (attention + 3 * shape.hidden * shape.ffn * networks)
 
 
 def attention_flops(shape: ModelShape, tokens: int) -> int:
@@ -148,4 +183,4 @@ def passes_flops(shape: ModelShape, passes: Passes) -> int:
 
 def dense_flops(shape: ModelShape, length: int) -> int:
     """Operations of an unpruned prefill of `length` tokens."""
-    return passes_flops(shape, [dense_work(shape.layers, length)])
+    return passes_flops(shape, [dense_work(shape, length)])

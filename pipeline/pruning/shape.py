@@ -15,13 +15,39 @@ class ModelShape:
 
     layers: int
     hidden: int  # D, width of the residual stream
-    ffn: int  # width inside the gated feed-forward network
+    ffn: int  # width inside the gated feed-forward network, or inside each of the experts
     heads: int  # H, query heads
     kv_heads: int  # K, key/value heads
     head_dim: int  # d
     vocab: int
     context: int  # longest sequence in tokens, prompt and answer together
+    windows: tuple[int | None, ...] = ()  # of each layer, as `window` tells it; empty: no layer has one
+    has_long_rope: bool = False  # a document's keys depend on how long it and its answer may become
+    experts: int = 0  # feed-forward networks of each layer, among which a token has some; 0: one for all
+    experts_per_token: int = 1
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * itemsize
+
+    def window(self, layer: int) -> int | None:
+        """The last positions that a token attends to, its own among them; None: all before it."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def slides(self) -> bool:
+        """Whether the attention of any layer has a window."""
+        return any(self.windows)
+
+    @property
+    def shares_documents(self) -> bool:
+        """Whether rows can read keys and values of one document that stands at the beginning of each.
+
+        With windows each row's would begin at another place in it, and with LongRoPE its keys may differ.
+        """
+        return not self.slides and not self.has_long_rope
+
+    @property
+    def ffn_per_token(self) -> int:
+        """Width of all feed-forward networks that a token passes in a layer."""
+        return self.ffn * self.experts_per_token

@@ -14,6 +14,7 @@ from pipeline.bench.attention_speed import attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
+from pipeline.checkpoints.random_weights import SHAPES
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
@@ -72,7 +73,7 @@ def test_a_candidate_that_is_wrong_or_fails_shows_it():
             ["--backends", "fa4"],
             "unknown attention backend 'fa4'; backends: fa3, flash, cudnn, varlen, sdpa",
         ),
-        (["--shape", "gpt-5"], "--shape 'gpt-5': choose from qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"),
+        (["--shape", "gpt-5"], f"--shape 'gpt-5': choose from {', '.join(SHAPES)}"),
         (["--kv-heads", "5"], "--heads 28 is no multiple of --kv-heads 5"),
         (["--packs", "4x8q"], "--packs '8q': give a whole number such as 8192, 32k or 1m"),
         (["--packs", "8+0"], "--packs '8+0': a pack has documents, and a document at least one token"),
@@ -107,19 +108,21 @@ def test_operations_and_bytes_of_a_pack_are_sums_over_its_documents(tiny):
     ceilings = Ceilings(tokens=130, matrix_tflops=1e-3, attention_tflops=2e-3)
     dense, half = measure_ttft(tiny, documents, variants, repeats=1, new_tokens=3, ceilings=ceilings)
     assert (dense.documents, dense.tokens) == (half.documents, half.tokens) == (2, 130)
-    whole = sum(dense_flops(shape, length) for length in lengths)
+    every = sum(dense_flops(shape, length) for length in lengths)
     attended = 3 * sum(attention_flops(shape, length) for length in lengths)
     attended += 4 * shape.heads * shape.head_dim * sum(lengths)  # the last tokens' in the last layer
-    assert dense.floor_ms == pytest.approx(((whole - attended) / 1e9 + attended / 2e9) * 1e3)
-    assert dense.tflops_per_second == pytest.approx(whole / dense.ttft_ms / 1e9)
+    assert dense.floor_ms == pytest.approx(((every - attended) / 1e9 + attended / 2e9) * 1e3)
+    assert dense.tflops_per_second == pytest.approx(every / dense.ttft_ms / 1e9)
     assert dense.kv_bytes == half.kv_bytes == 130 * shape.layers * shape.kv_bytes_per_token(4)
     assert (dense.flops_ratio, dense.kv_ratio, dense.ffn_ratio) == (1, 1, 1)
-    passed = [(*dense_work(4, n)[:2], LayerWork(n, n // 2), dense_work(4, n)[-1]) for n in lengths]
+    whole = [dense_work(shape, n) for n in lengths]
+    pruned = [LayerWork(n, n // 2) for n in lengths]
+    passed = [(*layers[:2], half_layer, layers[-1]) for layers, half_layer in zip(whole, pruned, strict=True)]
     done = sum(passes_flops(shape, [layers]) for layers in passed)
     assert half.ffn_share_by_layer == (1, 1, 0.5, 1)
     assert half.ffn_ratio == pytest.approx(sum((2.5 * n + 1) / (3 * n + 1) for n in lengths) / 2)
-    assert half.flops_ratio == pytest.approx(done / whole, rel=0.05)  # scoring comes on top
-    assert half.flops_ratio > done / whole
+    assert half.flops_ratio == pytest.approx(done / every, rel=0.05)  # scoring comes on top
+    assert half.flops_ratio > done / every
     assert half.end_to_end_ms > 0
 
 

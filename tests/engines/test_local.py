@@ -72,9 +72,11 @@ def test_output_that_is_not_finite_is_an_error_and_no_answer(model):
     shortest = documents()[0].prompt_tokens
     real = model.decoder.rope
 
-    def poison(hidden, positions):  # every pack that the shortest document leads
-        cos, sin = real(hidden, positions)
-        return (cos * float("nan"), sin) if len(positions) == shortest else (cos, sin)
+    def poison(hidden, positions, *rest):  # every pack that the shortest document leads
+        rope = real(hidden, positions, *rest)
+        for cos, _ in rope.tables.values() if len(positions) == shortest else ():
+            cos.fill_(float("nan"))
+        return rope
 
     model.decoder.rope = poison
     rows = engine_for(model).answer(documents()[:1]) + engine_for(model).answer(documents()[1:])

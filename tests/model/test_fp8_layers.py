@@ -20,7 +20,7 @@ TIERS = MarsInfer(low="fp8", start_layer=1, eta=0.8, eta_high=0.4, window=6, pre
 
 @pytest.fixture
 def slow_cpu(monkeypatch):
-    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
 
 
 def bf16_model(family="qwen3"):

@@ -297,7 +297,11 @@ def test_settings_that_are_missing_and_families_that_are_not_supported(llama, tm
         "m.gguf lacks the setting llama.block_count; it is damaged, or no model of this family"
     )
     path = write(tmp_path / "m.gguf", "gemma2", {}, llama.tensors)
-    assert refusal(path) == "model family 'gemma2' is not supported; families: llama, mistral, qwen2, qwen3"
+    assert refusal(path) == (
+        "model family 'gemma2' is not supported in GGUF files; families: llama, mistral, qwen2, qwen3"
+    )
+    path = write(tmp_path / "m.gguf", "granite", {}, llama.tensors)  # which safetensors may hold
+    assert refusal(path).startswith("model family 'granite' is not supported in GGUF files")
 
 
 def test_a_sliding_window_caps_the_context(llama, tmp_path):

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from pipeline.checkpoints.files import locate
 from pipeline.errors import ModelError
-from pipeline.families.decoder import Decoder, check_config, shape_of
+from pipeline.families.configuration import check_config, shape_of
+from pipeline.families.decoder import Decoder
+from pipeline.families.supported import FAMILIES
 from pipeline.model.loading import load_model
 from pipeline.settings.model_settings import ModelSettings
 
@@ -51,7 +53,7 @@ def refusal(model, **options):
 
 def test_a_family_that_is_not_supported_is_refused_by_name(folder):
     change_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    assert refusal(folder) == "model family 'gpt2' is not supported; families: llama, mistral, qwen2, qwen3"
+    assert refusal(folder) == (f"model family 'gpt2' is not supported; families: {', '.join(FAMILIES)}")
 
 
 class PackedLinear(torch.nn.Linear):
@@ -120,11 +122,20 @@ def test_rope_that_depends_on_the_pack_is_refused(rope_type):
         check_config(config)
 
 
-def test_a_sliding_window_caps_the_context():
+def test_a_sliding_window_leaves_the_context():
     sizes = {**SIZES, "max_position_embeddings": 32768}
-    assert shape_of(MistralConfig(**sizes, sliding_window=4096)).context == 4096
-    assert shape_of(MistralConfig(**sizes, sliding_window=None)).context == 32768
+
+    def context_and_windows(config):
+        shape = shape_of(config)
+        return shape.context, shape.windows
+
+    assert context_and_windows(MistralConfig(**sizes, sliding_window=4096)) == (32768, (4096,) * 4)
+    assert context_and_windows(MistralConfig(**sizes, sliding_window=32768)) == (
+        32768,
+        (),
+    )  # nothing is outside
+    assert context_and_windows(MistralConfig(**sizes, sliding_window=None)) == (32768, ())
     slides = Qwen2Config(**sizes, use_sliding_window=True, sliding_window=2048, max_window_layers=2)
-    assert shape_of(slides).context == 2048
+    assert context_and_windows(slides) == (32768, (None, None, 2048, 2048))
     unused = Qwen2Config(**sizes, use_sliding_window=False, sliding_window=2048)
-    assert shape_of(unused).context == 32768
+    assert context_and_windows(unused) == (32768, ())

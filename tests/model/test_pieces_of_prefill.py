@@ -81,7 +81,7 @@ def test_pieces_are_few_and_of_like_size(tokens, sizes):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("linears", ["fp8", "mixed"])
 def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
-    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
     settings = {**SIZES, **FAMILY_SETTINGS[family]}
     model = random_model(family, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
     decoder = Decoder(sharpened(model))

@@ -130,7 +130,7 @@ def test_decoding_after_a_drop_goes_on_from_the_original_position(sdpa, late):
     prefilled = prefill(decoder, sdpa, DropHalf(), pack_of(doc), new_tokens=3)
     seen = []
     real = decoder.rope
-    decoder.rope = lambda hidden, positions: seen.append(positions.tolist()) or real(hidden, positions)
+    decoder.rope = lambda hidden, at, *rest: seen.append(at.tolist()) or real(hidden, at, *rest)
     (generated,) = decode(decoder, sdpa, prefilled, StopRules(max_new_tokens=3), first=[5], late=late)
     assert (generated.tokens[0], len(generated.tokens)) == (5, 3)
     assert seen == [[60], [61]]

@@ -12,6 +12,7 @@ from marsinfer_cli.app import run
 from pipeline.checkpoints.random_weights import SHAPES, byte_tokenizer
 from pipeline.errors import ModelError
 from pipeline.model.loading import load_model, open_model
+from pipeline.pruning.operations import layer_weights
 from pipeline.settings.model_settings import ModelSettings
 
 
@@ -44,8 +45,37 @@ def test_an_unknown_shape_is_refused_with_those_there_are():
     with pytest.raises(ModelError) as caught:
         open_model(ModelSettings(model="random:qwen2-70b", device="cpu"))
     assert str(caught.value) == (
-        "model 'random:qwen2-70b': there is no such shape; shapes: qwen2-7b, llama-3.1-8b, qwen2.5-1.5b, tiny"
+        f"model 'random:qwen2-70b': there is no such shape; shapes: {', '.join(SHAPES)}"
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [
+        ("qwen2-7b", 7.62),
+        ("llama-3.1-8b", 8.03),
+        ("llama-3.1-70b", 70.55),
+        ("qwen3-8b", 8.19),
+        ("mistral-7b", 7.24),
+        ("gemma3-12b", 11.77),  # without what sees images
+        ("qwen3-30b-a3b", 30.53),
+    ],
+)
+def test_shapes_have_as_many_weights_as_their_models(shape, billions):
+    model = open_model(ModelSettings(model=f"random:{shape}", device="cpu"))
+    sizes, matrices = model.shape, 1 if model.config.tie_word_embeddings else 2
+    count = layer_weights(sizes, rows=sizes.experts) + matrices * sizes.vocab * sizes.hidden
+    assert count / 1e9 == pytest.approx(billions, abs=0.02)  # norms and biases are left out
+
+
+def test_shapes_with_windows_and_experts():
+    mistral, gemma, moe = (
+        open_model(ModelSettings(model=f"random:{name}", device="cpu")).shape
+        for name in ("mistral-7b", "gemma3-12b", "qwen3-30b-a3b")
+    )
+    assert (mistral.context, set(mistral.windows)) == (32768, {4096})
+    assert gemma.windows == ((1024,) * 5 + (None,)) * 8
+    assert (moe.experts, moe.experts_per_token, moe.ffn, moe.ffn_per_token) == (128, 8, 768, 6144)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -96,7 +96,7 @@ def bf16_model(family, **settings):
 @pytest.fixture
 def fp8_decoder(monkeypatch):
     """Of a family, with every linear layer in fp8 by torch's slow path."""
-    monkeypatch.setattr(decoder_module, "fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
 
     def make(family, **settings):
         decoder = bf16_model(family, **settings)

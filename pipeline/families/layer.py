@@ -1,0 +1,57 @@
+"""The weights of one decoder layer, wherever its family has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.families.experts import Experts
+from pipeline.families.projection import Norm, Projection
+
+
+@dataclass(kw_only=True)
+class Layer:
+    """Norms are None where the family has none there; the FFN is either gated projections, or experts."""
+
+    qkv: Projection
+    output: Projection
+    input_norm: Norm | None
+    ffn_norm: Norm | None
+    q_norm: Norm | None = None  # of each head, or of the whole width, as its weight is
+    k_norm: Norm | None = None
+    attention_post_norm: Norm | None = None  # of what attention adds to the residual stream
+    ffn_post_norm: Norm | None = None
+    gate_up: Projection | None = None
+    down: Projection | None = None
+    experts: Experts | None = None
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """Those there are, by names that `LinearPrecision.form` knows."""
+        named = {
+            "self_attn.qkv_proj": self.qkv,
+            "self_attn.o_proj": self.output,
+            "mlp.gate_up_proj": self.gate_up,
+            "mlp.down_proj": self.down,
+        }
+        return {name: each for name, each in named.items() if each is not None}
+
+
+def dense_ffn(mlp: Any) -> dict[str, Any]:
+    """The usual feed-forward network, as arguments of a Layer."""
+    return {"gate_up": Projection(mlp.gate_proj, mlp.up_proj), "down": Projection(mlp.down_proj)}
+
+
+def attention(module: Any) -> dict[str, Any]:
+    """The usual projections, as arguments of a Layer, and norms of queries and keys where there are any."""
+    return {
+        "qkv": Projection(module.q_proj, module.k_proj, module.v_proj),
+        "output": Projection(module.o_proj),
+        "q_norm": Norm(module.q_norm) if hasattr(module, "q_norm") else None,
+        "k_norm": Norm(module.k_norm) if hasattr(module, "k_norm") else None,
+    }
+
+
+def pre_norms(block: Any) -> dict[str, Any]:
+    """The usual norms before attention and before the FFN, as arguments of a Layer."""
+    return {"input_norm": Norm(block.input_layernorm), "ffn_norm": Norm(block.post_attention_layernorm)}

@@ -1,0 +1,29 @@
+"""Rotary embeddings of some tokens; a model may have several kinds, each of some of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Table = tuple[Tensor, Tensor]  # cosines and sines, (T, d) each, or of the first dimensions of a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Of tokens at original positions: a table of each kind that the model's layers have."""
+
+    tables: dict[str, Table]
+    query_scale_T: Tensor | None = None  # of queries, where that depends on the position
+
+    def of(self, kind: str | None) -> Table | None:
+        """None for layers without one."""
+        return None if kind is None else self.tables[kind]
+
+    def at(self, tokens: slice | Tensor) -> Rope:
+        """Of some of the tokens, (C,) of their places."""
+        scale_T = self.query_scale_T
+        return Rope(
+            tables={kind: (cos[tokens], sin[tokens]) for kind, (cos, sin) in self.tables.items()},
+            query_scale_T=None if scale_T is None else scale_T[tokens],
+        )

@@ -1,0 +1,108 @@
+"""Configurations that would be computed wrongly are refused by the name of what is not known."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import SIZES
+from family_cases import CASES, model_of
+from transformers import AutoConfig, LlamaConfig
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.families.configuration import check_config
+from pipeline.families.decoder import Decoder
+
+
+def config_of(name, **settings):
+    family, own = CASES[name]
+    return AutoConfig.for_model(family, **{**SIZES, **deepcopy(own), **settings})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_supported_is_not(name):
+    check_config(config_of(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gemma3_text", "final_logit_softcapping", 30.0),
+        ("gemma3_text", "use_bidirectional_attention", True),
+        ("qwen3_moe", "mlp_only_layers", [1]),
+        ("qwen3_moe", "decoder_sparse_step", 2),
+    ],
+)
+def test_settings_with_other_values(name, setting, value):
+    with pytest.raises(ModelError, match=rf"^{setting}={value!r} of model family ".replace("[", r"\[")):
+        check_config(config_of(name, **{setting: value}))
+
+
+@pytest.mark.parametrize(("name", "setting"), [("llama", "hidden_act"), ("gemma3_text", "hidden_activation")])
+def test_other_activations(name, setting):
+    with pytest.raises(ModelError) as caught:
+        check_config(config_of(name, **{setting: "relu"}))
+    assert str(caught.value) == "activation 'relu' is not supported (silu, gelu_pytorch_tanh are)"
+
+
+def test_types_of_layers():
+    config = config_of("qwen2")
+    config.layer_types = ["full_attention", "chunked_attention"] * 2
+    with pytest.raises(ModelError, match=r"^layer_types=\['full_attention', 'chunked_attention'"):
+        check_config(config)
+    config.layer_types = ["sliding_attention"] * 4
+    with pytest.raises(ModelError, match="names sliding attention, and sliding_window has no value"):
+        check_config(config)
+
+
+def test_rope_of_a_part_of_each_head():
+    config = config_of("llama")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(ModelError, match=r"^partial_rotary_factor=0.5 of RoPE is not supported"):
+        check_config(config)
+
+
+def test_rope_of_one_kind_of_layers():
+    config = config_of("gemma3_text")
+    config.rope_parameters["sliding_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ModelError, match=r"^RoPE type 'dynamic' is not supported"):
+        check_config(config)
+
+
+@dataclass
+class LaterLlamaConfig(LlamaConfig):
+    """As a later release of transformers may have it."""
+
+    query_gain: float = 1.0
+
+
+def test_settings_that_nobody_here_knows():
+    check_config(LaterLlamaConfig(**SIZES))
+    with pytest.raises(ModelError) as caught:
+        check_config(LaterLlamaConfig(**SIZES, query_gain=2.0))
+    assert str(caught.value) == "query_gain=2.0 of model family 'llama' is not supported (1.0 is)"
+
+
+def test_experts_with_quantised_weights():
+    config = config_of("qwen3_moe")
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ModelError, match=r"^experts with quantised weights are not supported"):
+        check_config(config)
+
+
+def test_modules_that_scale_attention_as_the_configuration_does_not():
+    model = model_of("gemma3_text").model
+    model.model.layers[2].self_attn.scaling = 0.25
+    with pytest.raises(ModelError, match=r"^attention scaling 0.25 is not supported"):
+        Decoder(model)
+
+
+def test_experts_in_fp8_are_refused(monkeypatch):
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
+    decoder = model_of("qwen3_moe", torch.bfloat16)
+    for linears in ("fp8", "mixed"):
+        with pytest.raises(ConfigError, match=r"^fp8 cannot be used here: the model has experts"):
+            decoder.use_linears(linears)
