@@ -130,7 +130,7 @@ def test_over_integers_it_is_merged_into_what_they_mean(folder, tmp_path, kind):
 
 
 def test_over_fp8_what_it_changes_is_quantised_again_and_the_rest_is_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
     deltas = make_adapter(folder, tmp_path / "lora", ends=("down_proj",))
     wanted = make_fp8(folder, "channels")
     unloaded = opened(folder, dtype="bfloat16", adapter=str(tmp_path / "lora"))

@@ -20,7 +20,7 @@ JOINED |= {"down": ("mlp.down_proj",)}
 
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch):
-    monkeypatch.setattr("pipeline.families.decoder.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
 
 
 @pytest.fixture
