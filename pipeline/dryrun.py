@@ -326,6 +326,8 @@ class DryRunReport:
         if self.grouped_documents:
             documents = counted(self.grouped_documents, "document")
             yield f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
+        if (memory := self.run.model.memory(self.run.precision)) is not None:
+            yield str(memory)
         packs = f"{self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
         yield f"packs: {packs}, the largest {self.largest_pack_tokens:,}"
         gigabytes = _figures(self.kv_bytes / 1e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from pipeline.calibrate.bounds import Bounds, Verified
@@ -14,6 +14,7 @@ from pipeline.evaluate.workbench import sparse_from
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.shape import ModelShape
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.guard import spoken_for
 from pipeline.setup.profile import FORMAT, Profile
@@ -43,7 +44,7 @@ def make_profile(
         "data_sha256": data_hash,
         "objective": "ttft",
         **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
-        "shape": asdict(model.shape),
+        "shape": _told(model.shape),
         "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
         "measured": {
             "dense_ttft_ms": round(chosen.trial.dense_ttft_ms, 3),
@@ -73,6 +74,15 @@ def _tasks(config: CalibrateConfig, cases: Sequence[CheckRow]) -> list[str]:
     if config.task_column is None and not config.row_suites:
         return []
     return [case.task for case in cases if not case.task.startswith(NEEDLES)]
+
+
+def _told(shape: ModelShape) -> dict[str, Any]:
+    """The dimensions of a model, and what else its layers have."""
+    return {
+        each.name: getattr(shape, each.name)
+        for each in fields(shape)
+        if getattr(shape, each.name) != each.default
+    }
 
 
 def sparse_from_of(model: LoadedModel, method: PruningMethod) -> int | None:

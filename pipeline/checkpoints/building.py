@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
 from pipeline.families.configuration import slots_of
+from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, linear_layers
 from pipeline.families.supported import FAMILIES
+from pipeline.kernels.fp8 import Fp8Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,9 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     base: str  # the decoder's name in the model
+    # of each parameter the tensors that a checkpoint holds, whose rows it has end to end
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stored_under: str = ""  # what names in the checkpoint begin with, beside others that are not the model's
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Layout:
@@ -38,6 +45,7 @@ class Layout:
 
     def place(self, name: str) -> str:
         """Where transformers puts a tensor of this name: a decoder's own checkpoint lacks its prefix."""
+        name = name.removeprefix(self.stored_under)
         inner = name.removeprefix(f"{self.base}.")
         if inner != name and inner in self.shapes:
             return inner
@@ -67,12 +75,16 @@ def as_model_error(name: str) -> Iterator[None]:
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The layout of a checkpoint of a model of this configuration, without weights."""
     layout = Layout.of(_skeleton(config, torch.float32))
-    return replace(layout, shapes=FAMILIES[config.model_type].stored(layout.shapes))
+    stored = FAMILIES[config.model_type].stored
+    parts = {name: tuple(stored({name: shape})) for name, shape in layout.shapes.items()}
+    return replace(layout, shapes=stored(layout.shapes), parts=parts, stored_under=stored_under(config))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """Without weights; code of the model's own runs where its source has let the configuration name it."""
+    own_code = hasattr(config, "auto_map")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
 
 
 def random_model(
@@ -80,55 +92,114 @@ def random_model(
 ) -> PreTrainedModel:
     """A model of these dimensions with random weights."""
     config = AutoConfig.for_model(family, **settings)
-    return with_random_weights(config, device=device, dtype=dtype, seed=seed)
+    return with_weights(config, RandomDraw(config, device, seed), device=device, dtype=dtype)
 
 
-def with_random_weights(
-    config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> PreTrainedModel:
-    """A model of this configuration, its weights drawn on the device without an initial copy on the host.
+class Weights(Protocol):
+    """Where the weights of a model come from, by the names of its parameters."""
+
+    def write(self, name: str, target: Tensor, /) -> None:
+        """Fill a parameter, which is on its device and of its type. Raises ValueError for damaged ones."""
+
+    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
+        """A matrix as it is stored, if that is in fp8 with scales for rows; else None."""
+
+
+class RandomDraw:
+    """Weights that are drawn on the device, one after the other.
 
     The same seed gives the same weights on devices of one kind, in one dtype.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
 
-    norm = 1 - slots_of(config).norm_offset  # the weight that changes nothing
+    def __init__(self, config: PreTrainedConfig, device: torch.device, seed: int = 0) -> None:
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._norm = 1 - slots_of(config).norm_offset  # the weight that changes nothing
 
-    def draw(name: str, parameter: Tensor) -> None:
-        if parameter.dim() == 1 and not name.endswith("bias"):
-            nn.init.constant_(parameter, norm)
+    def write(self, name: str, target: Tensor, /) -> None:
+        if target.dim() == 1 and not name.endswith("bias"):
+            nn.init.constant_(target, self._norm)
         else:
-            parameter.normal_(std=0.02, generator=generator)
+            target.normal_(std=0.02, generator=self._generator)
 
-    return with_weights(config, draw, device=device, dtype=dtype)
+    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
+        return None
 
 
 def with_weights(
     config: PreTrainedConfig,
-    write: Callable[[str, Tensor], None],
+    weights: Weights,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    precision: LinearPrecision = IN_FULL,
 ) -> PreTrainedModel:
-    """A model of this configuration whose weights are written on the device: `write(name, parameter)`."""
-    model = _skeleton(config, dtype).to_empty(device=device).eval()
-    _restore_buffers(model, device)
+    """A model of this configuration, whose weights are made on the device one after the other.
+
+    A linear layer that `precision` wants in fp8 alone is quantised before the next one is read: memory is
+    needed for the model as it will be, and for one weight as it was.
+    """
+    model = _skeleton(config, dtype).eval()
     model.tie_weights()
+    layers = linear_layers(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            write(name, parameter)
+        for name, parameter in list(model.named_parameters()):
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            form = precision.form(path) if path in layers and own == "weight" else HeldAs.FULL
+            tensor, in_fp8 = _made(weights, name, parameter, device, form)
+            setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+            if in_fp8 is not None:
+                module.fp8 = in_fp8
+        model.tie_weights()
+        _make_buffers(model, device)
     return model
 
 
-def _restore_buffers(model: Any, device: torch.device) -> None:
-    """Make those anew that no checkpoint holds, where `to_empty` left garbage."""
-    body = model.model
-    body.rotary_emb = type(body.rotary_emb)(model.config).to(device)
-    if not all(torch.isfinite(buffer).all() for buffer in body.rotary_emb.buffers()):
-        raise ModelError("the rotary frequencies of this configuration are not finite")
-    restored = {f"model.rotary_emb.{name}" for name, _ in body.rotary_emb.named_buffers()}
-    if hasattr(body.embed_tokens, "embed_scale"):
-        body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
-        restored.add("model.embed_tokens.embed_scale")
-    if left := {name for name, _ in model.named_buffers()} - restored:
-        raise ModelError(f"nobody here knows what is in {', '.join(sorted(left))}")
+def bytes_needed(
+    config: PreTrainedConfig, dtype: torch.dtype, precision: LinearPrecision = IN_FULL
+) -> tuple[int, int]:
+    """Bytes of a model's weights on its device, and at most while they are made, by their shapes alone.
+
+    The second holds the largest weight once more, with its numbers in float32 and their scales if it is a
+    matrix that may be quantised.
+    """
+    model = _skeleton(config, dtype)
+    model.tie_weights()
+    layers, held, most = linear_layers(model), 0, 0
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        form = precision.form(path) if path in layers and parameter.dim() == 2 else HeldAs.FULL
+        full, in_fp8 = parameter.numel() * dtype.itemsize, parameter.numel() + 4 * len(parameter)
+        held += {HeldAs.FULL: full, HeldAs.FP8: in_fp8, HeldAs.BOTH: full + in_fp8}[form]
+        most = max(most, parameter.numel() * (8 + dtype.itemsize if path in layers else 4))
+    return held, held + most
+
+
+def _made(
+    weights: Weights, name: str, parameter: Tensor, device: torch.device, form: HeldAs
+) -> tuple[Tensor, Fp8Weight | None]:
+    """A weight of this name and shape, empty where only its fp8 form is wanted, and that form."""
+    in_fp8 = None if form is HeldAs.FULL else weights.fp8(name, device)
+    if form is HeldAs.FP8 and in_fp8 is not None:
+        return parameter.new_empty(0, device=device), in_fp8
+    tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    weights.write(name, tensor)
+    if form is HeldAs.FP8:
+        return parameter.new_empty(0, device=device), Fp8Weight.of(tensor)
+    return tensor, in_fp8
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Compute what no checkpoint holds, such as the inverse frequencies of RoPE, as transformers does it."""
+    for module in model.modules():
+        missing = [name for name, each in module.named_buffers(recurse=False) if each.is_meta]
+        if not missing:
+            continue
+        for name in missing:
+            module._buffers[name] = torch.full_like(module._buffers[name], math.nan, device=device)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # without this mark it would be drawn anew
+        model._init_weights(module)
+        for name in missing:
+            if not torch.isfinite(module._buffers[name]).all():
+                raise ModelError(f"the buffer {name} of a model of this configuration is not finite")

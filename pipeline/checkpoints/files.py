@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from pipeline.checkpoints import quantised
-from pipeline.checkpoints.building import as_model_error, layout_of
+from pipeline.checkpoints.adapters import Adapter, adapter_fingerprint, open_adapter
+from pipeline.checkpoints.building import Weights, as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
     check_files,
@@ -23,9 +24,11 @@ from pipeline.checkpoints.folder import (
 from pipeline.checkpoints.gguf import GgufFiles
 from pipeline.checkpoints.hub import HubModel
 from pipeline.checkpoints.names import COMMIT_PREFIX, EMBEDDED
+from pipeline.checkpoints.quantised import check_own_files, scheme_of
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
-from pipeline.checkpoints.safetensor_files import Stored
-from pipeline.checkpoints.tensors import check_loaded, check_tensors
+from pipeline.checkpoints.stored_weights import CheckpointWeights, StoredWeight, stored_weights
+from pipeline.checkpoints.tensors import check_tensors
+from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.settings.model_settings import ModelSettings
@@ -46,9 +49,13 @@ class ModelFiles:
 
     def config(self) -> PreTrainedConfig:
         with as_model_error(self.name):
-            config = AutoConfig.from_pretrained(self.location, **self.options)
+            config = text_part(AutoConfig.from_pretrained(self.location, **self.options))
+            if stored_under(config) and self._is_here:
+                untie_own_head(config, self._checkpoint(config).stored())
         # attention is computed by us: what a folder names here could be code from the hub
         config._attn_implementation = "eager"
+        if hasattr(config, "auto_map") and not self.options.get("trust_remote_code"):
+            del config.auto_map  # the mark of a model whose own code may run
         return config
 
     def check(self, config: PreTrainedConfig) -> list[str]:
@@ -56,17 +63,17 @@ class ModelFiles:
 
         What it returns is worth a note. Of weights on the hub nothing is known before they are downloaded.
         """
-        quantised.check_quantisation(self.name, config)
+        scheme = scheme_of(self.name, config)
         notes = [] if self.hub is None else [*self.hub.notes]
         with as_model_error(self.name):
-            if (self.hub is not None and not self.hub.has_weights) or self._is_custom(config):
+            if not self._is_here:
                 return notes
             checkpoint = self._checkpoint(config)
-            if not quantised.quantisation(config):
-                quantised.check_own_files(self.name, checkpoint.folder)
-            ignored = self.ignore_unused_tensors
-            unused = check_tensors(self.name, checkpoint, config, layout_of(config), ignored)
-            return [*notes, *folder_notes(checkpoint.folder), *unused]
+            if scheme is None:
+                check_own_files(self.name, checkpoint.folder)
+            _, unused = self._placed(checkpoint, config)
+            of_scheme = [] if scheme is None else scheme.notes
+            return [*notes, *folder_notes(checkpoint.folder), *of_scheme, *unused]
 
     def tokenizer(self) -> Any:
         with as_model_error(self.name):
@@ -79,39 +86,75 @@ class ModelFiles:
         with as_model_error(self.name):
             return folder_fingerprint(self._checkpoint(config))
 
-    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        if self.hub is not None and self.hub.fetch_weights():
-            self.check(config)
-        options = {**self.options, "config": quantised.without_quantisation(config), "use_safetensors": True}
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> CheckpointWeights:
+        """Raises ModelError as `check`, which for a model of the hub may not have known its files."""
+        if self.hub is not None:
+            self.hub.fetch_weights()
         with as_model_error(self.name):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=dtype, output_loading_info=True, **options
-            )
-            model, report = loaded
-            scales = self._scales(config)
-            known = {each.name for each in scales.values()}
-            check_loaded(self.name, model, report, known, self.ignore_unused_tensors)
-        model = model.to(device)
-        quantised.apply_scales_(model, scales, config)
-        return model
+            placed, _ = self._placed(self._checkpoint(config), config)
+            return CheckpointWeights(placed, layout_of(config).parts, device)
 
-    def _scales(self, config: PreTrainedConfig) -> dict[str, Stored]:
-        """The scales of FP8 weights by the names of the model's parameters."""
-        if not quantised.quantisation(config):
-            return {}
-        layout = layout_of(config)
-        found = quantised.scales_of(self._checkpoint(config).stored(), config)
-        return {layout.place(name): scale for name, scale in found.items()}
+    def generation_config(self) -> GenerationConfig | None:
+        """None where the files have none."""
+        try:
+            return GenerationConfig.from_pretrained(self.location)
+        except OSError:
+            return None
+
+    def _placed(
+        self, checkpoint: Checkpoint, config: PreTrainedConfig
+    ) -> tuple[dict[str, StoredWeight], list[str]]:
+        """The model's weights by the names of its parameters, and notes; raises as `check_tensors`."""
+        weights = stored_weights(checkpoint.stored(), scheme_of(self.name, config))
+        return check_tensors(
+            self.name, checkpoint, config, layout_of(config), weights, self.ignore_unused_tensors
+        )
 
     def _checkpoint(self, config: PreTrainedConfig) -> Checkpoint:
         return find_checkpoint(Path(self.location), config)
 
-    def _is_custom(self, config: PreTrainedConfig) -> bool:
-        """Whether code of the model's own, which we know nothing of, reads its weights."""
-        return bool(self.options.get("trust_remote_code")) and hasattr(config, "auto_map")
+    @property
+    def _is_here(self) -> bool:
+        """Whether the weights need not be downloaded first."""
+        return self.hub is None or self.hub.has_weights
 
 
-ModelSource = ModelFiles | GgufFiles | RandomWeights
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModel:
+    """A model with a LoRA adapter merged into it, whatever its own files are."""
+
+    base: ModelFiles | GgufFiles | RandomWeights
+    folder: Path  # the adapter's
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    def config(self) -> PreTrainedConfig:
+        return self.base.config()
+
+    def check(self, config: PreTrainedConfig) -> list[str]:
+        return [*self.base.check(config), self._adapter(config).note]
+
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer()
+
+    def fingerprint(self, config: PreTrainedConfig) -> str:
+        """Of the model's own and of the bytes of the adapter's files."""
+        both = f"{self.base.fingerprint(config)} {adapter_fingerprint(self.folder)}"
+        return "adapted:" + hashlib.sha256(both.encode()).hexdigest()
+
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> Weights:
+        return self._adapter(config).over(self.base.weights(config, device), device)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return self.base.generation_config()
+
+    def _adapter(self, config: PreTrainedConfig) -> Adapter:
+        return open_adapter(self.folder, layout_of(config))
+
+
+ModelSource = ModelFiles | GgufFiles | RandomWeights | AdaptedModel
 
 
 def locate(settings: ModelSettings) -> ModelSource:
@@ -119,6 +162,16 @@ def locate(settings: ModelSettings) -> ModelSource:
 
     Of a model on the hub the small files are fetched. Raises ModelError.
     """
+    base = _locate_base(settings)
+    if settings.adapter is None:
+        return base
+    folder = Path(settings.adapter).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"--adapter {settings.adapter}: there is no such folder")
+    return AdaptedModel(base=base, folder=folder)
+
+
+def _locate_base(settings: ModelSettings) -> ModelFiles | GgufFiles | RandomWeights:
     model, ignored = settings.model, settings.ignore_unused_tensors
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     path = Path(model).expanduser()

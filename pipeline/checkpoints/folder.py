@@ -6,7 +6,6 @@ The fingerprint of a folder is of what its files hold, wherever and whenever the
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Iterable
@@ -78,13 +77,8 @@ def check_files(model: str, folder: Path) -> None:
     kind, base = _adapter(folder / ADAPTER)
     if not _has_full_weights(folder):
         raise ModelError(
-            f"model folder {model} is a {kind} adapter of {base}: merge it first, e.g. with peft's "
-            "merge_and_unload, and name the folder of the merged model"
-        )
-    if importlib.util.find_spec("peft") is not None:
-        raise ModelError(
-            f"model folder {model} holds a {kind} adapter of {base} beside full weights, which would be "
-            f"mixed: move {ADAPTER} out of it, or merge the adapter first, e.g. with peft's merge_and_unload"
+            f"model folder {model} is a {kind} adapter of {base}: give that model as --model, and "
+            f"this folder as --adapter"
         )
 
 
@@ -94,7 +88,8 @@ def folder_notes(folder: Path) -> list[str]:
     if (folder / ADAPTER).is_file():
         kind, base = _adapter(folder / ADAPTER)
         notes.append(
-            f"the {kind} adapter of {base} beside the weights of {folder} is not applied ({ADAPTER})"
+            f"the {kind} adapter of {base} beside the weights of {folder} is not applied: --adapter {folder} "
+            "does that"
         )
     if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         notes.append(f"{folder} holds {SINGLE}, which is used, and {INDEX}, which is not")

@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
-from pipeline.checkpoints.building import as_model_error, with_weights
+from pipeline.checkpoints.building import as_model_error
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
-from pipeline.checkpoints.gguf_tensors import Found, Weights, check_tensors, found_tensors, values
+from pipeline.checkpoints.gguf_tensors import Found, GgufWeights, check_tensors, found_tensors, values
 from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config
 
@@ -94,9 +100,11 @@ class GgufFiles:
                     hashlib.file_digest(file, lambda: digest)
         return "sha256:" + digest.hexdigest()
 
-    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
-        with as_model_error(self.name):
-            return with_weights(config, Weights(config, self._tensors), device=device, dtype=dtype)
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> GgufWeights:
+        return GgufWeights(config, self._tensors)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return None
 
     @cached_property
     def _parts(self) -> tuple[GgufHeader, ...]:

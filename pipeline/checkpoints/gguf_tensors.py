@@ -16,6 +16,7 @@ from pipeline.checkpoints.building import layout_of
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader
 from pipeline.checkpoints.gguf_rope import FREQUENCIES
 from pipeline.checkpoints.safetensor_files import Stored
+from pipeline.kernels.fp8 import Fp8Weight
 
 NUMBERS_AT_ONCE = 1 << 20  # that are dequantised, in whole rows
 NAMED = 4  # tensors in a message
@@ -88,7 +89,7 @@ def values(stored: Stored) -> np.ndarray:
     return np.concatenate([rows for _, rows in _pieces(stored)]).reshape(stored.shape)
 
 
-class Weights:
+class GgufWeights:
     """Writes tensors of the files into parameters of transformers' model."""
 
     def __init__(self, config: PreTrainedConfig, found: Found) -> None:
@@ -96,7 +97,10 @@ class Weights:
         self.found = found
         self.config = config
 
-    def __call__(self, parameter: str, target: Tensor) -> None:
+    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
+        return None
+
+    def write(self, parameter: str, target: Tensor, /) -> None:
         """Write the tensor of the parameter of this name to `target`, of its shape, on any device."""
         stored = self.found[self.named(parameter)]
         places = self._places(parameter, stored.shape[0])

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.checkpoints.building import with_random_weights
+from pipeline.checkpoints.building import RandomDraw
 from pipeline.errors import ModelError
 
 PREFIX = "random:"  # of such a model's name, before that of its shape
@@ -92,8 +92,11 @@ class RandomWeights:
         """Of what the weights are drawn from; drawn on the CPU and on a GPU they are not the same."""
         return "random:" + hashlib.sha256(json.dumps([*self._shape, SEED]).encode()).hexdigest()
 
-    def weights(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        return with_random_weights(config, device=device, dtype=dtype, seed=SEED)
+    def weights(self, config: PreTrainedConfig, device: torch.device) -> RandomDraw:
+        return RandomDraw(config, device, SEED)
+
+    def generation_config(self) -> GenerationConfig | None:
+        return None
 
     @property
     def _shape(self) -> tuple[str, dict[str, Any]]:

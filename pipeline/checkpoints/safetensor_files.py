@@ -1,12 +1,17 @@
-"""Safetensors files by their headers: which tensors a file holds, without reading them."""
+"""Safetensors files: which tensors a file holds, by its header alone, and one of them at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_POINTER_BYTES = 1024
@@ -15,6 +20,22 @@ MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 WINDOW = 4096  # bytes that are read at one place
 WINDOW_EVERY = 4 << 20  # bytes of a tensor for which one window is read
 LEAST_WINDOWS = 4  # of a tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +80,29 @@ def read_header(path: Path) -> list[Stored]:
     end = max((each.end for each in stored), default=8 + length)
     if end > size:
         raise ValueError(_cut(path, size, end))
+    for each in stored:
+        dtype = DTYPES.get(each.dtype)
+        if dtype is not None and each.end - each.begin != prod(each.shape) * dtype.itemsize:
+            raise ValueError(
+                f"the header of {path.name} is damaged ({each.name} is {each.dtype} of shape {each.shape} in"
+                f" {each.end - each.begin:,} bytes): download or copy it again"
+            )
     return stored
+
+
+def read_tensor(stored: Stored) -> Tensor:
+    """A tensor on the host, in memory of its own, which no page of the file stays behind in.
+
+    Raises ValueError for a type that torch has not, or a file that has become shorter.
+    """
+    dtype = DTYPES.get(stored.dtype)
+    if dtype is None:
+        raise ValueError(f"{stored.name} is of type {stored.dtype}, which cannot be read")
+    size = stored.end - stored.begin
+    data = np.fromfile(stored.file, dtype=np.uint8, count=size, offset=stored.begin)
+    if len(data) != size:
+        raise ValueError(_cut(stored.file, stored.begin + len(data), stored.end))
+    return torch.from_numpy(data).view(dtype).reshape(stored.shape)
 
 
 def _cut(path: Path, size: int, least: int) -> str:

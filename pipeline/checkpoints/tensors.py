@@ -11,18 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.building import Layout
 from pipeline.checkpoints.folder import Checkpoint, first_of
-from pipeline.checkpoints.quantised import FP8_DTYPES, scales_of
 from pipeline.checkpoints.safetensor_files import Stored, seem_equal
+from pipeline.checkpoints.stored_weights import StoredWeight
 from pipeline.errors import ModelError
 from pipeline.texts.words import counted
 
-FLOATS = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
 # what training and other programs leave beside the weights of a language model
 HARMLESS = (
     r"(^|\.)v_head\.",  # the value head of reinforcement learning
@@ -65,30 +63,37 @@ class TensorComparison:
 
 
 def check_tensors(
-    model: str, checkpoint: Checkpoint, config: PreTrainedConfig, layout: Layout, ignored: str | None
-) -> list[str]:
-    """Raise ModelError where a checkpoint lacks tensors, has others or has them in other shapes.
+    model: str,
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    layout: Layout,
+    weights: Mapping[str, StoredWeight],
+    ignored: str | None,
+) -> tuple[dict[str, StoredWeight], list[str]]:
+    """The `weights` of a checkpoint by the names of the model's parameters, and what is worth a note.
 
-    What it returns is worth a note: unused tensors that are harmless or match the pattern `ignored`.
-    Raises ValueError for damaged files.
+    Notes are of unused tensors that are harmless or match the pattern `ignored`. Raises ModelError where a
+    checkpoint lacks tensors, has others or has them in other shapes.
     """
-    stored = checkpoint.stored()
-    scales = {each.name for each in scales_of(stored, config).values()}
     compared = TensorComparison(
-        model=model, config=config, layout=layout, stored=stored, named=checkpoint.named
+        model=model, config=config, layout=layout, stored=checkpoint.stored(), named=checkpoint.named
     )
-    placed = {layout.place(name): each for name, each in stored.items() if name not in scales}
+    placed = {layout.place(name): each for name, each in weights.items()}
     missing = layout.missing(placed)
     if missing:
         raise lacks(model, compared.family, missing, why_missing(compared, missing))
-    _check_form(compared, {name: each for name, each in placed.items() if name in layout.shapes})
+    used = {name: each for name, each in placed.items() if name in layout.shapes}
+    _check_form(compared, used)
     for head, embedding in layout.tied.items():
-        if head in placed and embedding in placed and not seem_equal(placed[head], placed[embedding]):
-            raise untied(model, head, embedding)
-    return check_unused(compared, placed.keys() - layout.shapes.keys(), ignored)
+        if head in used and embedding in used:
+            if not seem_equal(used[head].first, used[embedding].first):
+                raise untied(model, head, embedding)
+        elif head in used:
+            used[embedding] = used[head]
+    return used, check_unused(compared, placed.keys() - used.keys(), ignored)
 
 
-def _check_form(compared: TensorComparison, used: Mapping[str, Stored]) -> None:
+def _check_form(compared: TensorComparison, used: Mapping[str, StoredWeight]) -> None:
     """Raise ModelError for tensors of other shapes, or of no floating-point numbers."""
     shapes = compared.layout.shapes
     odd = [
@@ -101,7 +106,7 @@ def _check_form(compared: TensorComparison, used: Mapping[str, Stored]) -> None:
             f"model {compared.model} has {count(odd)} of other shapes than a {compared.family} model of this"
             f" configuration: {listed(odd)}; {REMEDY}"
         )
-    packed = [f"{name} is {each.dtype}" for name, each in used.items() if each.dtype not in FLOATS]
+    packed = [f"{name} is {each.first.dtype}" for name, each in used.items() if not each.is_number]
     if packed:
         raise ModelError(
             f"model {compared.model} has {count(packed)} without floating-point numbers:"
@@ -131,30 +136,6 @@ def _is_harmless(config: PreTrainedConfig, name: str) -> bool:
     found = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
     depth = config.num_hidden_layers
     return found is not None and depth <= int(found[1]) < depth + drafts
-
-
-def check_loaded(
-    model: str,
-    loaded: PreTrainedModel,
-    report: Mapping[str, Any],
-    scales: Collection[str],
-    ignored: str | None,
-) -> None:
-    """Raise ModelError for what transformers itself reports of loading: the last guard, whatever came before.
-
-    Releases differ in the keys of `report`. `scales` are tensors that transformers does not know and we use.
-    """
-    config, layout = loaded.config, Layout.of(loaded)
-    keys = (*report.get("missing_keys", ()), *report.get("mismatched_keys", ()))
-    # what is mismatched stands with its shapes
-    missing = [key if isinstance(key, str) else str(key[0]) for key in keys]
-    if missing:
-        raise lacks(model, config.model_type, missing, REMEDY)
-    compared = TensorComparison(model=model, config=config, layout=layout, stored={}, named={})
-    check_unused(compared, set(report.get("unexpected_keys", ())) - set(scales), ignored)
-    for head, embedding in layout.tied.items():
-        if loaded.get_parameter(head) is not loaded.get_parameter(embedding):
-            raise untied(model, head, embedding)
 
 
 def lacks(model: str, family: str, missing: Collection[str], remedy: str) -> ModelError:

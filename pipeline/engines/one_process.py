@@ -12,19 +12,21 @@ from pipeline.errors import MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
-from pipeline.pruning.capabilities import uses_fp8
 from pipeline.records import Answer, EncodedDocument, RowError
 from pipeline.settings.parse import parse_lookup
 from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
+    from pipeline.families.projection import LinearPrecision
+    from pipeline.model.loading import Model
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
 # answers go to the journal a few at a time, since each time costs a write that is waited for
 MOST_ROWS = 64
 MOST_S = 1.0  # that an answer waits for others
+LARGE_BYTES = 1 << 30  # of weights, from which on their memory is worth a note
 
 
 class Hooks(NamedTuple):
@@ -199,13 +201,12 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
 
     config = setup.config
     hooks.check()
+    precision = setup.precision
+    _tell_memory(setup.model, precision, hooks)
     with nothing_to_lose():
-        model = setup.model.load()
-    model.decoder.use_linears(
-        config.linear_dtype,
-        ffn=uses_fp8(setup.method),
-        keep=model is setup.model,  # who gave a loaded model may want its own precision later
-    )
+        model = setup.model.load(precision)
+    if model is setup.model:  # who gave a loaded model may want its own precision later
+        model.decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
     engine = LocalEngine(
         model,
         setup.method,
@@ -228,3 +229,13 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)
     engine.times.load_s = loaded_s
     return engine
+
+
+def _tell_memory(model: Model, precision: LinearPrecision, hooks: Hooks) -> None:
+    """Say what the weights take that are about to be read, in a note where they are large."""
+    memory = model.memory(precision)
+    if memory is None:
+        return
+    hooks.phase(f"loading the model: {memory}")
+    if memory.held >= LARGE_BYTES:
+        hooks.note(str(memory))

@@ -35,6 +35,8 @@ def check_config(config: PreTrainedConfig) -> None:
     check_family(config.model_type)
     _check_fields(config, FAMILIES[config.model_type])
     slots = slots_of(config)
+    if slots.experts and getattr(config, "quantization_config", None) is not None:
+        raise ModelError("experts with quantised weights are not supported: name the model in bfloat16")
     for parameters in _all_rope_parameters(config):
         _check_rope(parameters, slots)
 

@@ -20,7 +20,7 @@ from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
 from pipeline.families.layer import Layer
 from pipeline.families.longrope import LongRope
-from pipeline.families.projection import Norm, Projection
+from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
 from pipeline.families.rope import Rope, Table
 from pipeline.families.slots import ONE_ROPE
 from pipeline.families.supported import FAMILIES
@@ -104,17 +104,14 @@ class Decoder:
         FFN able to do both; `keep` keeps weights that are not needed any more. Raises ConfigError on a
         device that cannot.
         """
-        mixed = linears == "mixed"
-        if ffn or linears != "auto":
+        wanted = LinearPrecision(linears=linears, ffn=ffn)
+        if wanted.uses_fp8:
             check_fp8(self.device, self.dtype, self.shape)
         for layer in self._layers:
-            if linears == "fp8":
-                layer.qkv.quantise(keep=keep)
-            if linears != "auto":
-                layer.output.quantise(keep=keep or mixed)
-            for projection in (layer.gate_up, layer.down):
-                if projection is not None and (ffn or linears != "auto"):
-                    projection.quantise(keep=keep or mixed or ffn)
+            for name, projection in layer.projections.items():
+                form = wanted.form(name)
+                if form is not HeldAs.FULL:
+                    projection.quantise(keep=keep or form is HeldAs.BOTH)
         self.linears = linears
 
     def embed(self, ids_T: Tensor) -> Tensor:

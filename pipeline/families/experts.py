@@ -5,6 +5,7 @@ Letters beside those of segments.py: E experts, A of them for each token, S = T 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pipeline.kernels.fused import gated
+
+CAPABILITY = (8, 0)  # of the first GPUs for which torch has grouped products
 
 
 class Experts:
@@ -63,7 +66,7 @@ def grouped_product(x_SD: Tensor, weight_END: Tensor, ends_E: Tensor) -> Tensor:
 
     By torch's grouped product in bfloat16 on a GPU, which does not wait for it; elsewhere one by one.
     """
-    if x_SD.is_cuda and x_SD.dtype == torch.bfloat16:
+    if x_SD.dtype == torch.bfloat16 and _has_grouped_product(x_SD.device):
         product: Any = torch.nn.functional.grouped_mm
         return product(x_SD, weight_END.transpose(1, 2), offs=ends_E)
     ends = ends_E.tolist()
@@ -72,3 +75,8 @@ def grouped_product(x_SD: Tensor, weight_END: Tensor, ends_E: Tensor) -> Tensor:
         if end > start:
             torch.mm(x_SD[start:end], weight_ND.t(), out=out_SN[start:end])
     return out_SN
+
+
+@cache
+def _has_grouped_product(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY

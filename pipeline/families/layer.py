@@ -26,9 +26,15 @@ class Layer:
     experts: Experts | None = None
 
     @property
-    def projections(self) -> list[Projection]:
-        """Those there are."""
-        return [each for each in (self.qkv, self.output, self.gate_up, self.down) if each is not None]
+    def projections(self) -> dict[str, Projection]:
+        """Those there are, by names that `LinearPrecision.form` knows."""
+        named = {
+            "self_attn.qkv_proj": self.qkv,
+            "self_attn.o_proj": self.output,
+            "mlp.gate_up_proj": self.gate_up,
+            "mlp.down_proj": self.down,
+        }
+        return {name: each for name, each in named.items() if each is not None}
 
 
 def dense_ffn(mlp: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,6 +14,44 @@ from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.fused import Quantised, quantize_rows, rms_norm_quantized
 from pipeline.kernels.step import Product, add_product_normed_
+
+
+class HeldAs(Enum):
+    """In which numbers a linear layer's weight is held."""
+
+    FULL = "the model's dtype"
+    FP8 = "fp8"
+    BOTH = "both"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPrecision:
+    """How a decoder's linear layers are computed, which decides in what forms their weights are held."""
+
+    linears: str = "auto"  # of `LINEAR_DTYPES`
+    ffn: bool = False  # the FFN computes some tokens in fp8 and others not
+
+    @property
+    def uses_fp8(self) -> bool:
+        return self.ffn or self.linears != "auto"
+
+    def form(self, layer: str) -> HeldAs:
+        """What a layer of this name, as a decoder block's modules are called, is needed in."""
+        in_ffn = ".mlp." in f".{layer}"
+        if self.linears == "fp8":
+            return HeldAs.BOTH if self.ffn and in_ffn else HeldAs.FP8
+        mixed = self.linears == "mixed" and (in_ffn or layer.endswith(".o_proj"))
+        return HeldAs.BOTH if mixed or (self.ffn and in_ffn) else HeldAs.FULL
+
+
+IN_FULL = LinearPrecision()
+
+
+def linear_layers(model: Any) -> set[str]:
+    """The names of all linear layers of a model's decoder blocks."""
+    return {
+        name for name, each in model.named_modules() if type(each) is nn.Linear and ".layers." in f".{name}"
+    }
 
 
 class Norm:
@@ -51,7 +91,8 @@ class Norm:
 class Projection:
     """Linear layers that read the same input, as one: their weights lie end to end in one tensor (N, D).
 
-    The model's own modules become views of it, so that nothing is held twice.
+    The model's own modules become views of it, so that nothing is held twice. A module whose weight was
+    loaded in fp8 has that form as `fp8`, and no elements in its `weight` if there is no other.
     """
 
     def __init__(self, *modules: nn.Linear) -> None:
@@ -60,12 +101,25 @@ class Projection:
             if type(module) is not nn.Linear:
                 raise ModelError(f"layers of type {type(module).__name__} are not supported (plain ones are)")
         self._modules = modules
-        weights, biases = [m.weight.data for m in modules], [m.bias for m in modules]
-        self.weight: Tensor | None = weights[0] if len(modules) == 1 else torch.cat(weights)
+        biases = [module.bias for module in modules]
         self.bias: Tensor | None = None if biases[0] is None else torch.cat([b.data for b in biases])
-        self.fp8: Fp8Weight | None = None
-        for module, part in zip(modules, self.weight.split([len(w) for w in weights]), strict=True):
+        self.fp8: Fp8Weight | None = self._joined_fp8()
+        self.weight: Tensor | None = self._joined_weight()
+
+    def _joined_weight(self) -> Tensor | None:
+        weights = [module.weight.data for module in self._modules]
+        if not weights[0].numel():
+            return None
+        joined_ND = weights[0] if len(weights) == 1 else torch.cat(weights)
+        for module, part in zip(self._modules, joined_ND.split([len(w) for w in weights]), strict=True):
             module.weight = nn.Parameter(part, requires_grad=False)
+        return joined_ND
+
+    def _joined_fp8(self) -> Fp8Weight | None:
+        """Of all modules, if all were loaded in fp8; they give theirs up."""
+        loaded = [module.__dict__.pop("fp8", None) for module in self._modules]
+        forms = [each for each in loaded if each is not None]
+        return Fp8Weight.joined(forms) if len(forms) == len(loaded) else None
 
     def __call__(self, x_TD: Tensor, out_TN: Tensor | None = None) -> Tensor:
         """(T, N) in the model's dtype; written to `out_TN` if there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +22,14 @@ class Fp8Weight:
 
     quantised: Tensor
     scale: Tensor
+
+    @classmethod
+    def joined(cls, weights: Sequence[Fp8Weight]) -> Fp8Weight:
+        """Weights of the same number of inputs, end to end."""
+        if len(weights) == 1:
+            return weights[0]
+        quantised_ND = torch.cat([each.quantised for each in weights])
+        return cls(quantised_ND, torch.cat([each.scale for each in weights], dim=1))
 
     @classmethod
     def of(cls, weight_ND: Tensor) -> Fp8Weight:

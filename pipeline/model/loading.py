@@ -11,17 +11,42 @@ from functools import cached_property
 from typing import Any
 
 import huggingface_hub
+import psutil
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoints.files import ModelFiles, ModelSource, locate
+from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
+from pipeline.checkpoints.files import AdaptedModel, ModelFiles, ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.families.decoder import Decoder
+from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.model_settings import ModelSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on a device: what a model's weights hold, what they need while they are made, what is free."""
+
+    held: int
+    most: int
+    free: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"weights take {self.held / 1e9:.3g} GB of {self.free / 1e9:.3g} GB free on {self.where}"
+
+    def check(self, model: str) -> None:
+        """Raise ModelError where the weights cannot fit."""
+        if self.most > self.free:
+            needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
+            raise ModelError(
+                f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
+                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
+            )
 
 
 class _OnDevice:
@@ -65,7 +90,10 @@ class LoadedModel(_OnDevice):
     def attention_name(self) -> str:
         return self.attention.name
 
-    def load(self) -> LoadedModel:
+    def memory(self, precision: LinearPrecision = IN_FULL) -> None:
+        """None: there is nothing to be loaded any more."""
+
+    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
 
@@ -99,7 +127,8 @@ class UnloadedModel(_OnDevice):
     @property
     def commit(self) -> str | None:
         """On the hub, of its files; None where they are from elsewhere."""
-        hub = self.source.hub if isinstance(self.source, ModelFiles) else None
+        source = self.source.base if isinstance(self.source, AdaptedModel) else self.source
+        hub = source.hub if isinstance(source, ModelFiles) else None
         return None if hub is None else hub.commit
 
     @cached_property
@@ -115,20 +144,30 @@ class UnloadedModel(_OnDevice):
     def attention_name(self) -> str:
         return self.attention.name
 
-    def load(self) -> LoadedModel:
-        """Raises ModelError for weights that cannot be read."""
+    def memory(self, precision: LinearPrecision = IN_FULL) -> Memory:
+        """What its weights need, by arithmetic, beside what is free now."""
+        held, most = bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision)
+        return Memory(held=held, most=most, free=free_memory(self.device), where=self.device_name())
+
+    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
+        """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
         use_device(self.device)
+        if precision.uses_fp8:
+            self.check_fp8()
+        self.memory(precision).check(self.name)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
             with _fits(self.name, self.device):
-                weights = self.source.weights(config, self.dtype, self.device).eval()
-                decoder = Decoder(weights)
+                model = self._model(config, precision)
+                decoder = Decoder(model)
+                decoder.use_linears(precision.linears, ffn=precision.ffn)
+            own = self.source.generation_config()
         return LoadedModel(
             decoder=decoder,
             tokenizer=self.tokenizer,
             attention=attention,
-            generation_config=weights.generation_config,
+            generation_config=own or model.generation_config,
             name=self.name,
             fingerprint=self.fingerprint,
             commit=self.commit,
@@ -136,6 +175,11 @@ class UnloadedModel(_OnDevice):
             attention_refused=self.attention_refused,
             notes=self.notes,
         )
+
+    def _model(self, config: PreTrainedConfig, precision: LinearPrecision) -> PreTrainedModel:
+        weights = self.source.weights(config, self.device)
+        with as_model_error(self.name):
+            return with_weights(config, weights, device=self.device, dtype=self.dtype, precision=precision)
 
 
 Model = UnloadedModel | LoadedModel
@@ -227,6 +271,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
     return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that weights may take; of the host, what it would swap counts too."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
+WIDEST_SPARSE_HEAD = 128  # dimensions
 PAPER_DEPTH = 32  # layers of the models that the papers prune
 ASSUMED_SHARE = (
     0.5  # of the tokens, where attention decides: between what eta=0.95 and p=0.99 left in our runs
@@ -172,8 +173,13 @@ class PruningMethod(ABC):
         return tuple(None if mass is None or mass >= 1 else mass for mass in masses)
 
     def masses_in(self, shape: ModelShape) -> tuple[float | None, ...]:
-        """`attention_masses` of a model's layers, of which those with a window compute all that is in it."""
+        """`attention_masses` of a model's layers, of which those with a window compute all that is in it.
+
+        None too where heads are wider than those that the kernels of block-sparse attention are tuned for.
+        """
         masses = self.attention_masses(shape.layers)
+        if shape.head_dim > WIDEST_SPARSE_HEAD:
+            return (None,) * shape.layers
         return tuple(None if shape.window(layer) else mass for layer, mass in enumerate(masses))
 
     @abstractmethod

@@ -25,10 +25,11 @@ class Mars(PruningMethod):
     keys and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without
     training.
 
-    In documents of 4,096 tokens or more, on a GPU, each head's blocks of queries attend to the blocks of
-    keys that are to reach `sparse_attention` of their attention. From layer `local_from` on they attend to
-    themselves, the block before and the first one, the attention sink: what a document's tokens have to
-    tell each other is told by then, and the prompt's last 129 to 256 tokens still read everything.
+    In documents of 4,096 tokens or more, on a GPU, and where heads have at most 128 dimensions, each head's
+    blocks of queries attend to the blocks of keys that are to reach `sparse_attention` of their attention.
+    From layer `local_from` on they attend to themselves, the block before and the first one, the attention
+    sink: what a document's tokens have to tell each other is told by then, and the prompt's last 129 to 256
+    tokens still read everything.
 
     After layer `last_full` only the prompt's last tokens go on, from the question on, if it stands behind the
     document, at least `window` and at most `most`. Of the others later layers compute keys and values, from

@@ -47,6 +47,12 @@ class ModelSettings(WeightsSettings, DeviceSettings, panel=MODEL):
         shown_default="the model's own",
         check=parse_rope_scaling,
     )
+    adapter: str | None = option(
+        None,
+        metavar="DIR",
+        help="Folder of a LoRA adapter that is merged into the model as its weights are read.",
+        shown_default="none",
+    )
     ignore_unused_tensors: str | None = option(
         None,
         metavar="REGEX",

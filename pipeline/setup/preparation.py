@@ -42,6 +42,7 @@ from pipeline.setup.profile import check_profile, length_note, load_profile
 from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
+    from pipeline.families.projection import LinearPrecision
     from pipeline.model.loading import Model, UnloadedModel
 
 REASONING_TOKENS = 2048  # below which an answer may never come
@@ -54,6 +55,13 @@ class Setup(Chosen):
     model: Model
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
+
+    @property
+    def precision(self) -> LinearPrecision:
+        """How the model's linear layers are computed."""
+        from pipeline.families.projection import LinearPrecision
+
+        return LinearPrecision(linears=self.config.linear_dtype, ffn=uses_fp8(self.method))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +156,10 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     config = intake.config
     if isinstance(model, str):
         model = open_for_run(config)
-    elif config.rope_scaling is not None:
-        raise ConfigError("rope_scaling goes with a model's name: give it to load_model")
+    else:
+        for name in ("rope_scaling", "adapter"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} goes with a model's name: give it to load_model")
     _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method

@@ -57,7 +57,8 @@ def bad_rows(tmp_path):
     return path
 
 
-def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd):
+def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 8_000_000_000)
     out = tmp_path / "out.parquet"
     flags = ["--model", no_weights, "--pack-tokens", "400", "--device", "cpu", "--dry-run"]
     assert call(fish, out, *ASK, *flags) == 0
@@ -74,6 +75,7 @@ def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd):
         "               64 to 127          0\n"
         "              128 to 255          1 ########################################\n"
         "              256 to 511          1 ########################################\n"
+        "weights take 0.00066 GB of 8 GB free on CPU\n"
         "packs: 2 of up to 400 tokens on cpu, the largest 393\n"
         "keys and values of the largest pack: 0.000409 GB (dense)\n"
         "work of a dense prefill: 0.000217 TFLOP\n"

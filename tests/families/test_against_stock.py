@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import document, loaded, pack_of
-from stock import (
+from family_cases import (
     ALTERNATING,
     CASES,
     LENGTHS,
@@ -205,6 +205,16 @@ def test_what_windows_leave_of_attention_is_counted(sdpa):
     ):
         (expected,) = mars.expected_passes(decoder.shape, length)
         assert [attended_pairs(work) for work in layers] == [attended_pairs(work) for work in expected]
+
+
+def test_mars_leaves_windows_out_of_its_choice_of_blocks(sdpa):
+    decoder, doc = model_of("gemma3_text"), document(900)
+    sdpa.sparse_from = 256
+    (layers,) = prefill(decoder, sdpa, Mars(sparse_attention=0.3), pack_of(doc)).by_document()[0]
+    within = sum(min(n + 1, WINDOW) for n in range(900))
+    assert [attended_pairs(work) for work in layers[::2]] == [within, within]
+    assert [work.estimated_pairs > 0 for work in layers] == [False, True, False, False]
+    assert attended_pairs(layers[1]) < 900 * 901 // 2
 
 
 def test_documents_are_not_shared_where_their_keys_or_windows_are_a_rows_own():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import SIZES
-from stock import CASES, model_of
+from family_cases import CASES, model_of
 from transformers import AutoConfig, LlamaConfig
 
 from pipeline.errors import ConfigError, ModelError
@@ -84,6 +84,13 @@ def test_settings_that_nobody_here_knows():
     with pytest.raises(ModelError) as caught:
         check_config(LaterLlamaConfig(**SIZES, query_gain=2.0))
     assert str(caught.value) == "query_gain=2.0 of model family 'llama' is not supported (1.0 is)"
+
+
+def test_experts_with_quantised_weights():
+    config = config_of("qwen3_moe")
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ModelError, match=r"^experts with quantised weights are not supported"):
+        check_config(config)
 
 
 def test_modules_that_scale_attention_as_the_configuration_does_not():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -71,26 +70,18 @@ def test_an_adapter_is_no_model(folder):
     (folder / "config.json").unlink()
     (folder / "optimizer.pt").write_bytes(b"")
     assert refusal(folder) == (
-        f"model folder {folder} is a LoRA adapter of someone/base: merge it first, e.g. with peft's "
-        "merge_and_unload, and name the folder of the merged model"
+        f"model folder {folder} is a LoRA adapter of someone/base: give that model as --model, and "
+        "this folder as --adapter"
     )
     make_adapter(folder, peft_type="IA3")
-    assert "is a PEFT adapter of someone/base: merge it" in refusal(folder)
+    assert "is a PEFT adapter of someone/base: give that" in refusal(folder)
 
 
-def test_an_adapter_beside_full_weights_is_told(folder, monkeypatch):
+def test_an_adapter_beside_full_weights_is_told(folder):
     make_adapter(folder)
     assert opened(folder).notes == (
-        f"the LoRA adapter of someone/base beside the weights of {folder} is not applied "
-        "(adapter_config.json)",
-    )
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: find_spec("json" if name == "peft" else name)
-    )
-    assert refusal(folder).endswith(
-        "beside full weights, which would be mixed: move adapter_config.json out of it, or merge the adapter "
-        "first, e.g. with peft's merge_and_unload"
+        f"the LoRA adapter of someone/base beside the weights of {folder} is not applied: "
+        f"--adapter {folder} does that",
     )
 
 

@@ -6,9 +6,6 @@ import pytest
 import torch
 from checkpoints import change_config, copied, opened, refusal, rename, shard, tensors, write, write_index
 
-from pipeline.checkpoints.tensors import check_loaded
-from pipeline.errors import ModelError
-
 LACKS = "that a qwen2 model of this configuration has: "
 UNUSED = "that a qwen2 model of this configuration does not use: "
 WAY_OUT = "--ignore-unused-tensors REGEX goes on without those that it matches"
@@ -236,26 +233,6 @@ def test_a_tensor_in_two_shards(folder, model_folder):
     assert same_weights(folder, model_folder)
     write(folder, {**layers, "model.norm.weight": norm + 1}, second)
     assert f"model.norm.weight stands in {first} and in {second}, with different values" in refusal(folder)
-
-
-REPORT = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-
-
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        ({"missing_keys": ["lm_head.weight"]}, f"lacks 1 tensor {LACKS}lm_head.weight; {AGAIN}"),
-        ({"mismatched_keys": {("a.weight", (1,), (2,))}}, f"lacks 1 tensor {LACKS}a.weight; {AGAIN}"),
-        ({"unexpected_keys": {"b.weight"}}, f"holds 1 tensor {UNUSED}b.weight; {WAY_OUT}"),
-    ],
-)
-def test_what_transformers_reports_is_refused_too(model_folder, report, message):
-    model = opened(model_folder).load().decoder.model
-    check_loaded("m", model, {}, (), None)
-    check_loaded("m", model, {**REPORT, "unexpected_keys": {"a.scale"}}, {"a.scale"}, None)
-    with pytest.raises(ModelError) as caught:
-        check_loaded("m", model, {**REPORT, **report}, (), None)
-    assert str(caught.value) == f"model m {message}"
 
 
 def test_weights_are_refused_before_a_run_and_by_a_rehearsal(folder, fish, tmp_path, call, capfd):

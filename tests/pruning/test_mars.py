@@ -154,3 +154,12 @@ def test_operations_count_the_estimate_that_chooses_blocks(sdpa):
     added = passes_flops(model.shape, of_long) - passes_flops(model.shape, unestimated)
     assert (model.shape.heads, model.shape.head_dim) == (4, 32)
     assert added == 4 * 64 * pairs
+
+
+def test_layers_with_windows_and_wide_heads_choose_no_blocks():
+    shape = tiny_model("qwen3").shape
+    masses = Mars().attention_masses(4)
+    assert Mars().masses_in(shape) == masses
+    windowed = replace(shape, windows=(None, 9, 9, None))
+    assert Mars().masses_in(windowed) == (masses[0], None, None, masses[3])
+    assert Mars().masses_in(replace(shape, head_dim=256)) == (None,) * 4

@@ -11,6 +11,7 @@ from conftest import FAMILY_SETTINGS, SIZES, document, sharpened
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
 
+CPU = torch.device("cpu")
 WINDOW = 24
 SHORT = 50  # tokens of a document and its answer that keep the short frequencies of LongRoPE
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
@@ -120,15 +121,15 @@ WHOLE = [name for name in CASES if name not in SLIDING]
 LENGTHS = (60, 9, 133)  # two of them longer than the windows
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def model_of(name: str, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Decoder:
     """Norms and biases differ from what changes nothing."""
     family, settings = CASES[name]
-    model = random_model(family, {**SIZES, **settings}, device=torch.device("cpu"), dtype=dtype)
+    model = random_model(family, {**SIZES, **settings}, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(device, dtype))
     return Decoder(sharpened(model))
 
 
