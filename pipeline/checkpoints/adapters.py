@@ -26,7 +26,14 @@ from pipeline.kernels.fp8 import Fp8Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
-READ |= {"bias", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules"}
+READ |= {
+    "init_lora_weights",
+    "bias",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+}
 # of training, and of programs that run adapters; nothing of them is in the numbers' meaning
 HARMLESS = {
     "auto_mapping",
@@ -38,13 +45,14 @@ HARMLESS = {
 }
 HARMLESS |= {
     "lora_dropout",
-    "init_lora_weights",
     "loftq_config",
     "eva_config",
     "corda_config",
     "runtime_config",
 }
 HARMLESS |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}
+# those that begin with other values of A and B alone; others, such as PiSSA, change the model's weights too
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 LAYER = r"(?:^|\.)layers\.(\d+)\."
 
 
@@ -142,6 +150,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     unread = sorted(key for key, value in about.items() if key not in READ | HARMLESS and value)
     if unread:
         raise ValueError(f"its {CONFIG} has settings that are not supported: {', '.join(unread)}")
+    initial = about.get("init_lora_weights")
+    if initial not in INITIAL:
+        raise ValueError(
+            f"its init_lora_weights is {initial!r}, which changed the model's own weights too: save it converted"
+            " to LoRA"
+        )
     for name in ("r", "lora_alpha"):
         value = about.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:

@@ -178,6 +178,10 @@ Q_PAIR = "model.layers.0.self_attn.q_proj.weight"
             lambda a: change(a, fan_in_fan_out=True, lora_bias=True),
             "not supported: fan_in_fan_out, lora_bias",
         ),
+        (
+            lambda a: change(a, init_lora_weights="pissa_niter_4"),
+            "its init_lora_weights is 'pissa_niter_4', which changed the model's own weights too",
+        ),
         (lambda a: change(a, r=0), "adapter_config.json has r 0, and a number above 0 is needed"),
         (lambda a: change(a, r=8), "lora_A.weight is (4, 96), and (8, 96) is what fits the model and"),
         (lambda a: change(a, target_modules=None), "its adapter_config.json has no target_modules"),
