@@ -26,14 +26,8 @@ from pipeline.kernels.fp8 import Fp8Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
-READ |= {
-    "init_lora_weights",
-    "bias",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "exclude_modules",
-}
+READ |= {"bias", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules"}
+READ |= {"init_lora_weights"}
 # of training, and of programs that run adapters; nothing of them is in the numbers' meaning
 HARMLESS = {
     "auto_mapping",
@@ -153,8 +147,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     initial = about.get("init_lora_weights")
     if initial not in INITIAL:
         raise ValueError(
-            f"its init_lora_weights is {initial!r}, which changed the model's own weights too: save it converted"
-            " to LoRA"
+            f"its init_lora_weights is {initial!r}, which changed the model's own weights too:"
+            " save it converted to LoRA"
         )
     for name in ("r", "lora_alpha"):
         value = about.get(name)
