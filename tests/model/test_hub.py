@@ -299,8 +299,8 @@ def test_a_name_that_cannot_be(online, batch):
         ),
         (
             {"model.safetensors": None, "adapter_model.safetensors": b"", "adapter_config.json": b"{}"},
-            "model folder NAME is a LoRA adapter of another model: give that model as --model, and this folder "
-            "as --adapter",
+            "model folder NAME is a LoRA adapter of another model: give that model as --model, and this "
+            "folder as --adapter",
         ),
         ({"tokenizer.json": b"{}"}, "model 'NAME' cannot be loaded: "),
         ({"config.json": b"{"}, "is no JSON"),
