@@ -17,6 +17,7 @@ from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
+from pipeline.outputs.answers import lacking_told
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import refuse_locked
 from pipeline.outputs.standing import done_rows, no_rows, refuse_unfinished
@@ -105,6 +106,9 @@ class DryRunReport:
                 )
                 done = opened.enter_context(rows)
                 self.notes += done.notes
+                lacks = lacking_told(self.run.schema().names, TIMED)
+                if lacks is not None and done.done_at_start:
+                    self.notes.append(f"{lacks}: how long rows took that are done is not known")
                 return done
             if not config.overwrite:
                 refuse_unfinished(config.output)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import halves
 from pipeline.outputs.chunks import scan_part
+from pipeline.outputs.own_columns import CHOSEN_FROM
 from pipeline.storage.remote import Place
 from pipeline.storage.whole_file import open_new, sync_folder
 from pipeline.values.dictionaries import settled
@@ -144,8 +145,10 @@ def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
         for name in before
         if name in after and before[name] != after[name]
     ]
+    changed = before.keys() ^ after.keys()
+    again = "--columns as it was then goes on, " if changed and changed.issubset(CHOSEN_FROM) else ""
     raise ConfigError(
-        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"
+        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {again}{START_OVER}"
     )
 
 

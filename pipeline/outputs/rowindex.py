@@ -14,12 +14,11 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from pipeline.outputs.answers import without_lone_surrogates
+from pipeline.outputs.own_columns import INDEXED
 from pipeline.records import Row, RowError
 
 Order = Literal["input", "completion"]
 
-# the columns that the index is built from
-INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 DUPLICATE = "duplicate_id"
 # errors that are worth nothing once the input has the row no more: of rows of which nothing is known but that
 # they could not be read, and of those that refer to another one

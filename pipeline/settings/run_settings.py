@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
+from pipeline.outputs.own_columns import check_column
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
+from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
@@ -116,6 +117,15 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         shown_default="all",
         may_be_empty=True,
         panel=READING,
+    )
+    columns: tuple[str, ...] | None = option(
+        None,
+        metavar="C[,C...]",
+        help="Columns of answers in the output, beside those that --resume reads: answer, reasoning, ...; "
+        "stats puts all statistics into one struct.",
+        shown_default="all, each by itself",
+        kind=WORDS,
+        check=check_column,
     )
     guard: str = option(
         "auto",
