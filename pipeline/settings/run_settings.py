@@ -9,6 +9,7 @@ from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
@@ -177,6 +178,21 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         kind=TEXT_OR_WHOLE,
         check=parse_max_errors,
     )
+    deadline: str | None = option(
+        None,
+        metavar="8h|06:00|MOMENT",
+        help="Stop then, to be resumed: after so long (8h, 90m), at the next such time of day, or at a date "
+        "and time; exit code 9.",
+        shown_default="none",
+        check=parse_deadline,
+    )
+    price_per_hour: float | None = option(
+        None,
+        metavar="PRICE",
+        help="What an hour of all machines costs: the summary tells the run's cost, --dry-run an estimate.",
+        least=0,
+        most=1_000_000,
+    )
     row_timeout: float | None = option(
         None,
         metavar="SECONDS",
@@ -218,7 +234,8 @@ class BatchConfig(
     given, the columns of the input decide, and until then `max_new_tokens` and `on_overlong` may be None, and
     `method` may be auto. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows (`limit`, `sample`),
     `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8, `max_errors` text such as
-    20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+    20 or 5%, `deadline` text such as 8h, 06:00 or 2026-11-28T06:00; `price_per_hour` is in any currency.
+    `settings` are the parameters of `method`, as numbers or as text.
 
     Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
     """
