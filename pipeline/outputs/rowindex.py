@@ -155,6 +155,22 @@ class RowIndex:
         """The rows that are to be beside the output; those that came back go `after` it is written."""
         return self._locations(_dropped(after), _ORDERS["completion"])
 
+    def first_twice(self) -> tuple[int, int, int] | None:
+        """The first row that stands in two parts, with its number in the input, and these two."""
+        query = (
+            "SELECT row, min(part), max(part) FROM rows GROUP BY row, question "
+            "HAVING min(part) < max(part) ORDER BY row LIMIT 1"
+        )
+        with self._lock:
+            found = self._database.execute(query).fetchone()
+        return None if found is None else (found[0], found[1], found[2])
+
+    def part_of(self, id: str) -> int | None:
+        """The part in which the answer to a row of this id is, if it has one."""
+        with self._lock:
+            found = self._find(_key(id))
+        return None if found is None else found[4]
+
     def first_failure(self) -> Location | None:
         """The first row that the input has and that is finished without an answer."""
         query = (

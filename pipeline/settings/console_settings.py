@@ -99,6 +99,28 @@ class MethodsSwitches(JsonSwitch):
     )
 
 
+class MergeSwitches(Settings, panel=RUN):
+    """Of `marsinfer merge`."""
+
+    merged: str = option(
+        "",
+        may_be_empty=True,
+        metavar="OUT",
+        help="The output to write: .parquet, .arrow, .arrows or .jsonl, on this machine.",
+        panel=None,
+    )
+    shards: tuple[str, ...] = option(
+        (), metavar="SHARD...", help="Finished outputs of batch, with the same settings.", panel=None
+    )
+    overwrite: bool = option(False, help="Replace an output that exists.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.merged and self.shards):
+            missing = "SHARD..." if self.merged else "OUT"
+            raise ConfigError(f"Missing argument '{missing}'")
+
+
 class ReportSwitches(Settings, panel=FILES):
     """Of `marsinfer report`."""
 
