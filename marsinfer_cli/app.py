@@ -18,6 +18,7 @@ from marsinfer_cli.check import check
 from marsinfer_cli.doctor import doctor
 from marsinfer_cli.events import print_event, say, wants_events
 from marsinfer_cli.examples import epilog
+from marsinfer_cli.merging_command import merge
 from marsinfer_cli.messages import best_effort, keep_descriptors
 from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 ANSWERING, ACCURACY, MACHINE = "Answering", "Accuracy", "Methods and machine"
 app.command(cls=Command, epilog=epilog("batch"), rich_help_panel=ANSWERING)(batch)
+app.command(cls=Command, epilog=epilog("merge"), rich_help_panel=ANSWERING)(merge)
 app.command(cls=Command, epilog=epilog("report"), rich_help_panel=ANSWERING)(report)
 app.command(cls=Command, epilog=epilog("check"), rich_help_panel=ACCURACY)(check)
 app.command(cls=Command, epilog=epilog("calibrate"), rich_help_panel=ACCURACY)(calibrate)

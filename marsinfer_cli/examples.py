@@ -8,6 +8,7 @@ EXAMPLES = {
     "--method marsinfer --set start_layer=18 --scope rows --baseline accepted.parquet",
     "calibrate": "marsinfer calibrate contracts.parquet --question-column question --max-drop 2pt "
     "--minutes 10 --out profile.toml",
+    "merge": "marsinfer merge answers.parquet answers-1.parquet answers-2.parquet",
     "report": "marsinfer report answers.parquet --html report.html",
     "methods": "marsinfer methods marsinfer",
     "doctor": "marsinfer doctor --json > doctor.json",

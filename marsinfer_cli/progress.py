@@ -14,7 +14,7 @@ from marsinfer_cli.events import note, print_event
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import FLAT
 from pipeline.summary import Summary, Tally
-from pipeline.texts.words import counted, duration, percent_of
+from pipeline.texts.words import amount, counted, duration, percent_of
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
@@ -213,6 +213,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
     facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
     facts.append(("  a row, without loading", _ms(summary.ms_per_row())))
+    if summary.cost is not None:
+        facts.append((f"cost, at {summary.price_per_hour:g} an hour", amount(summary.cost)))
     return facts
 
 

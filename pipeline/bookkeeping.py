@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.engines.one_process import Engine, Hooks
 from pipeline.errors import TooManyErrors
+from pipeline.interrupts import RunDeadline
 from pipeline.outputs.journal import Journal
 from pipeline.records import Answer
 from pipeline.settings.parse import parse_max_errors
@@ -32,6 +33,7 @@ class Books:
     summary: Summary
     progress: Progress
     hooks: Hooks
+    deadline: RunDeadline
     told_length: bool = False  # of a prompt that the run's profile says little about
 
     def begin(self) -> None:
@@ -78,6 +80,7 @@ class Books:
 
     def settled(self, journal: Journal, notes: Sequence[str]) -> None:
         """Tell what the output will hold, and what becomes of rows that did not come."""
+        self.deadline.lift()
         summary = self.summary
         summary.times = self.engine.times
         summary.left_rows, summary.returned_rows = journal.leaving(), journal.returned

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.bookkeeping import stop_if_broken
@@ -17,6 +18,7 @@ from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
+from pipeline.outputs.answers import lacking_told
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import refuse_locked
 from pipeline.outputs.standing import done_rows, no_rows, refuse_unfinished
@@ -26,6 +28,7 @@ from pipeline.pruning.capabilities import expected_passes
 from pipeline.pruning.operations import dense_flops, passes_flops
 from pipeline.records import EncodedDocument, RowError
 from pipeline.run import read_windows
+from pipeline.settings.moments import deadline_after, moment_told
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import Item, item_prompts, open_rows
 from pipeline.setup.leaving import Leaving
@@ -33,7 +36,7 @@ from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import output_place
 from pipeline.summary import Tally
 from pipeline.texts.redaction import hidden
-from pipeline.texts.words import counted
+from pipeline.texts.words import amount, counted, duration
 
 SHOWN_SPLIT = 10
 BAR_WIDTH = 40
@@ -52,6 +55,7 @@ class DryRunReport:
     left_rows: int = 0  # of earlier runs, that would leave the output
     returned_rows: int = 0  # that had left it, and would come back
     estimate: Estimate | None = None
+    deadline: datetime | None = None
     pace: Pace = field(init=False)  # of the rows that are done
     tally: Tally = field(default_factory=Tally)
     lengths: Counter[int] = field(default_factory=Counter)  # by power of two: 2**n up to 2**(n+1) - 1
@@ -72,6 +76,8 @@ class DryRunReport:
     def __post_init__(self) -> None:
         self.notes += self.run.notes
         self.pace = Pace(shape=self.packer.shape)
+        if self.config.deadline is not None:
+            self.deadline = deadline_after(self.config.deadline, datetime.now(UTC))
 
     @property
     def config(self) -> BatchConfig:
@@ -110,6 +116,9 @@ class DryRunReport:
                 )
                 done = opened.enter_context(rows)
                 self.notes += done.notes
+                lacks = lacking_told(self.run.schema().names, TIMED)
+                if lacks is not None and done.done_at_start:
+                    self.notes.append(f"{lacks}: how long rows took that are done is not known")
                 return done
             if not config.overwrite:
                 refuse_unfinished(config.output)
@@ -201,6 +210,7 @@ class DryRunReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as `--json` prints it."""
+        cost = self._cost()
         return {
             "output": hidden(self.config.output),
             "output_problem": None if self.refusal is None else str(self.refusal),
@@ -248,6 +258,8 @@ class DryRunReport:
             },
             "dense_prefill_tflop": self.flops / 1e12,
             "estimate": None if self.estimate is None else self.estimate.as_dict(),
+            "estimated_cost": None if cost is None else {"low": cost[0], "high": cost[1]},
+            "deadline": None if self.deadline is None else self.deadline.isoformat(timespec="seconds"),
         }
 
     def as_text(self) -> str:
@@ -335,6 +347,24 @@ class DryRunReport:
         yield f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP"
         if self.estimate is not None:
             yield self.estimate.as_text()
+        yield from self._money_and_deadline()
+
+    def _money_and_deadline(self) -> Iterator[str]:
+        cost, at = self._cost(), self.deadline
+        if cost is not None:
+            low, high = map(amount, cost)
+            between = high if low == high else f"{low} to {high}"
+            alone = ", as if one device did it all" if self.config.engine == "ray" else ""
+            price = f"{self.config.price_per_hour:g} an hour"
+            yield f"cost, an estimate from that time: {between}, at {price}{alone}; loading comes on top"
+        if at is not None:
+            left = (at - datetime.now(at.tzinfo)).total_seconds()
+            when = f"in {duration(left)}" if left > 0 else "which is past: the run would stop at once"
+            yield f"deadline: {moment_told(at)}, {when}"
+
+    def _cost(self) -> tuple[float, float] | None:
+        price = self.config.price_per_hour
+        return None if price is None or self.estimate is None else self.estimate.cost(price)
 
 
 def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> DryRunReport:

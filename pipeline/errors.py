@@ -14,8 +14,8 @@ class MarsError(Exception):
 
     `exit_code` is what the command ends with. The kinds: ConfigError, InputError and ModelError (2),
     NoneAnswered (3), TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError
-    (8), and Interrupted (128 plus the signal's number); 1 is left for what is none of them. A single bad row
-    raises nothing: it becomes a row of the output whose status is `error`.
+    (8), DeadlineReached (9), and Interrupted (128 plus the signal's number); 1 is left for what is none of
+    them. A single bad row raises nothing: it becomes a row of the output whose status is `error`.
     """
 
     exit_code = 1
@@ -76,6 +76,12 @@ class TooManyErrors(MarsError):
     """A run that was clearly broken stopped itself; what is finished is kept."""
 
     exit_code = 4
+
+
+class DeadlineReached(MarsError):
+    """The moment came at which a run was to end; what is finished is kept."""
+
+    exit_code = 9
 
 
 class Interrupted(MarsError):

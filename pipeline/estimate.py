@@ -70,6 +70,11 @@ class Estimate:
     decode_at: str
     rates: dict[str, float]
 
+    def cost(self, price_per_hour: float) -> tuple[float, float]:
+        """Between which two amounts: without any decoding, and with all of it."""
+        low, high = self.prefill_s
+        return low / 3600 * price_per_hour, (high + self.decode_s) / 3600 * price_per_hour
+
     def as_dict(self) -> dict[str, Any]:
         low, high = self.prefill_s
         return {

@@ -1,14 +1,18 @@
-"""SIGINT, SIGTERM and SIGHUP: the first ends a run in good order, the second at once."""
+"""What ends a run in good order: the first SIGINT, SIGTERM or SIGHUP, or a deadline.
+
+A second signal ends it at once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.errors import KEPT, Interrupted
+from pipeline.errors import KEPT, DeadlineReached, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,3 +65,26 @@ def nothing_to_lose() -> Iterator[None]:
         yield
     finally:
         _nothing_to_lose = False
+
+
+class RunDeadline:
+    """The moment at which a run ends, with rows in flight given up, unless all its rows are answered."""
+
+    def __init__(
+        self, at: float | None, told: str, check: Callable[[], None], done: Callable[[], str]
+    ) -> None:
+        """`at` is in seconds of time.time(), None for no deadline, and `told` says it in words.
+
+        `check` is called by `check` too, and `done` says what the run has done when it ends.
+        """
+        self._at, self._told, self._check, self._done = at, told, check, done
+
+    def check(self) -> None:
+        """Raise DeadlineReached once the moment has come; to be called often."""
+        self._check()
+        if self._at is not None and time.time() >= self._at:
+            raise DeadlineReached(f"stopped at the deadline, {self._told}: {self._done()}; {KEPT}")
+
+    def lift(self) -> None:
+        """Let the run go on to its end: all that is left is to write what it has answered."""
+        self._at = None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.bookkeeping import Books, Note, Progress
@@ -23,6 +24,7 @@ from pipeline.errors import (
     did_you_mean,
 )
 from pipeline.inputs.reading import Reading
+from pipeline.interrupts import RunDeadline
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.journal import Journal
 from pipeline.outputs.lock import lock_output
@@ -31,6 +33,7 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO
+from pipeline.settings.moments import deadline_after, moment_told
 from pipeline.settings.option import settings_of
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.settings.sources import renewed
@@ -81,14 +84,22 @@ def run_batch(
     answered becomes an error row, and raises nothing; `none_answered` tells where that became of all rows.
 
     Raises ConfigError, InputError or ModelError before any row is answered, LockedError where another run
-    writes the same output, StorageError where it cannot be written, TooManyErrors by `max_errors`. After a
-    MarsError the finished rows are in the journal, from which `resume=True` goes on.
+    writes the same output, StorageError where it cannot be written, TooManyErrors by `max_errors`,
+    DeadlineReached by `deadline`. After a MarsError the finished rows are in the journal, from which
+    `resume=True` goes on.
     """
     began = time.perf_counter() if began is None else began
     config, made = _configured(input, output, model, method, renewed(BatchConfig, options, note))
     check_output(config.output, config.input, config.overwrite or config.resume)
-    summary = Summary(method=config.method, output=hidden(config.output), began=began)
+    summary = Summary(
+        method=config.method,
+        output=hidden(config.output),
+        began=began,
+        price_per_hour=config.price_per_hour,
+    )
     summary.kept_before = config.resume  # which the journal will tell better
+    deadline = _deadline(config, summary, check)
+    check = deadline.check
     with _kept_told(summary), lock_output(config.output) as lock, _cluster(config, check) as cluster:
         intake = open_input(config)
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
@@ -96,7 +107,9 @@ def run_batch(
             note(text)
         hooks = Hooks(check=check, note=note, phase=phase)
         engine = _engine(run, cluster, hooks)
-        books = Books(run=run, engine=engine, summary=summary, progress=progress, hooks=hooks)
+        books = Books(
+            run=run, engine=engine, summary=summary, progress=progress, hooks=hooks, deadline=deadline
+        )
         answer_all(books, still_locked=lock.check)
     return summary
 
@@ -205,6 +218,15 @@ def _kept_told(summary: Summary) -> Iterator[None]:
         if not (summary.kept_before or summary.documents):
             error.args = (str(error).replace(KEPT, NOTHING_KEPT),)
         raise
+
+
+def _deadline(config: BatchConfig, summary: Summary, check: Callable[[], None]) -> RunDeadline:
+    """When the run is to end, reckoned from when it began; its `check` calls the one given too."""
+    if config.deadline is None:
+        return RunDeadline(None, "", check, summary.done_so_far)
+    began = datetime.now(UTC) - timedelta(seconds=summary.seconds)
+    at = deadline_after(config.deadline, began)
+    return RunDeadline(at.timestamp(), moment_told(at), check, summary.done_so_far)
 
 
 def _cluster(config: BatchConfig, check: Callable[[], None]) -> AbstractContextManager[RayCluster | None]:

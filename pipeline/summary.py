@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.engines.clock import EngineTimes
 from pipeline.records import Answer
 from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
-from pipeline.texts.words import counted
+from pipeline.texts.words import amount, counted, duration
 
 if TYPE_CHECKING:
     from pipeline.inputs.reading import Reading
@@ -123,10 +123,17 @@ class Summary(Tally):
     """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
 
     def __init__(
-        self, *, method: str, output: str, kv_bytes_per_token: int = 0, began: float | None = None
+        self,
+        *,
+        method: str,
+        output: str,
+        kv_bytes_per_token: int = 0,
+        began: float | None = None,
+        price_per_hour: float | None = None,
     ) -> None:
         """`kv_bytes_per_token` are those of all layers, without pruning."""
         super().__init__(began)
+        self.price_per_hour = price_per_hour
         self.method, self.output = method, output
         self.kv_bytes_per_token = kv_bytes_per_token
         self.new_tokens = 0
@@ -155,6 +162,7 @@ class Summary(Tally):
             f"{self.seconds:,.1f} s",
             *self._of_guard(),
             *([] if self.commonest_error is None else [self.commonest_error]),
+            *([] if self.cost is None else [f"cost {amount(self.cost)}"]),
         ]
         return "; ".join(parts)
 
@@ -239,6 +247,16 @@ class Summary(Tally):
         return float(np.percentile(np.frombuffer(self._ttft_ms, np.float32)[-latest:], percentile))
 
     @property
+    def cost(self) -> float | None:
+        """What `seconds` cost, in the currency of the price of an hour; None without one."""
+        return None if self.price_per_hour is None else self.seconds / 3600 * self.price_per_hour
+
+    def done_so_far(self) -> str:
+        """Rows, time and cost, in words."""
+        cost = "" if self.cost is None else f" for {amount(self.cost)}"
+        return f"{counted(self.documents, 'row')} in {duration(self.seconds)}{cost}"
+
+    @property
     def working_s(self) -> float:
         """The part of `seconds` in which rows are read and answered: loading and warming up are left out."""
         return max(0.0, super().working_s - self.times.load_s - self.times.warm_up_s)
@@ -278,6 +296,8 @@ class Summary(Tally):
             "draft_tokens": self.draft_tokens,
             "accepted_tokens": self.accepted_tokens,
             "seconds": self.seconds,
+            "price_per_hour": self.price_per_hour,
+            "cost": self.cost,
             "workers": self.workers,
             "load_s": self.times.load_s,
             "warm_up_s": self.times.warm_up_s,

@@ -1,14 +1,17 @@
 """Peak memory of a run over many short rows, everything real but the model's forward pass.
 
     python tests/memory_run.py 10000 1000000
+    python tests/memory_run.py --columns answer,stats 10000 1000000
     python tests/memory_run.py --ray 1000 100000
 
-One process a count; prints rows, seconds and peak resident megabytes. With --ray these are of the process
-that reads and writes, in a run with two workers; their model is real, but has one small layer.
+One process a count; prints rows, seconds and peak resident megabytes. --columns is batch's. With --ray
+these are of the process that reads and writes, in a run with two workers; their model is real, but has one
+small layer.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -36,15 +39,19 @@ def stub_answers(engine, jobs):
     return answered
 
 
-def run(count: int, *, in_workers: bool) -> None:
+def run(count: int, *, in_workers: bool, columns: str | None) -> None:
     import torch
 
     from pipeline import run_batch
     from pipeline.engines.local import LocalEngine
 
-    options = {"engine": "ray", "workers": "2", "gpus_per_worker": 0, "max_new_tokens": 1}
+    options = (
+        {"engine": "ray", "workers": "2", "gpus_per_worker": 0, "max_new_tokens": 1} if in_workers else {}
+    )
+    if columns is not None:
+        options["columns"] = tuple(columns.split(","))
     if not in_workers:
-        options, LocalEngine._admit = {}, stub_answers
+        LocalEngine._admit = stub_answers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {**SIZES, "vocab_size": 320, "max_position_embeddings": 1024}
@@ -71,10 +78,21 @@ def run(count: int, *, in_workers: bool) -> None:
     print(f"{count:>9,} rows  {seconds:8.1f} s  {peak:8.1f} MB", flush=True)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("counts", type=int, nargs="+")
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--columns")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        run(given.counts[0], in_workers=given.ray, columns=given.columns)
+        return
+    flags = ["--ray"] if given.ray else []
+    flags += ["--columns", given.columns] if given.columns else []
+    for count in given.counts:
+        subprocess.run([sys.executable, __file__, *flags, "--one", str(count)], check=True)
+
+
 if __name__ == "__main__":
-    flags = [word for word in sys.argv[1:] if word == "--ray"]
-    if "--one" in sys.argv:
-        run(int(sys.argv[-1]), in_workers=bool(flags))
-    else:
-        for count in sys.argv[1 + len(flags) :]:
-            subprocess.run([sys.executable, __file__, *flags, "--one", count], check=True)
+    main()

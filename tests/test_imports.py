@@ -32,7 +32,7 @@ FLOORS = (
     "setup",
     "engines report",
     "evaluate summary",
-    "bookkeeping check",
+    "bookkeeping check merging",
     "run",
     "bench",
     "calibrate doctor estimate",

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.outputs.own_columns import OWN_NAMES, STATS, left_out
 from pipeline.storage.causes import some
 
 Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
@@ -40,7 +41,8 @@ class Columns:
     fields: tuple[str, ...] = ()  # which the prompt template writes; also copied, likewise
     takes_ids: bool = False  # from `id`, which nobody named: a row without one has its place for an id
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
-    lacks: frozenset[str] = frozenset()  # columns of answers that the output, of an earlier version, has not
+    predates: frozenset[str] = frozenset()  # columns of answers that came after the output was begun
+    left_out: frozenset[str] = left_out(None)  # columns of answers that nobody wants in the output
     keep: Keep | None = None
     longest_line: int = LONGEST  # of JSON lines, in bytes
 
@@ -55,6 +57,19 @@ class Columns:
         for type_name in (self.keep or {}).values():
             if type_name is not None:
                 type_named(type_name)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The columns of answers that the output does not have."""
+        return self.predates | self.left_out
+
+    @property
+    def names_of_answers(self) -> frozenset[str]:
+        """What no copied column is called: all names of answers' columns, whichever are wanted.
+
+        The struct of statistics alone must be wanted: to copy a column of its name was possible before.
+        """
+        return frozenset(OWN_NAMES) - self.predates - (self.left_out & {STATS})
 
     @property
     def roles(self) -> tuple[str, ...]:

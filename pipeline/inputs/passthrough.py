@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns, Keep, type_named
-from pipeline.outputs.answers import ANSWER_NAMES, QUESTION_NAME, answers_table, output_schema
+from pipeline.outputs.answers import QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.formats import SINKS, Published, type_held
+from pipeline.outputs.own_columns import STATS
 from pipeline.records import Answer, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, some, told
 from pipeline.values.converting import converted, converts
@@ -66,7 +67,7 @@ class PassPlan:
         `partitions` are keys of JSONL that get columns of their own, as folders say them. The others remain
         keys in an output of JSON lines, unless it is of the first version.
         """
-        as_keys = QUESTION_NAME not in columns.lacks and output.suffix.lower() == ".jsonl"
+        as_keys = QUESTION_NAME not in columns.predates and output.suffix.lower() == ".jsonl"
         kept = columns.keep
         if kept is None:
             wanted = _all_columns(columns, tables)
@@ -78,12 +79,12 @@ class PassPlan:
         self._takes_keys = kept is not None
         self._partitions = partitions
         wanted = [(source, field.with_type(type_held(output, field.type))) for source, field in wanted]
-        self.columns, self.notes = _rename(wanted, _own_names(columns))
+        self.columns, self.notes = _rename(wanted, columns.names_of_answers)
         if kept is None:
             self.notes += _left_out(tables)
         self.schema = pa.schema([column.field for column in self.columns])
         names = frozenset(column.field.name for column in self.columns if column.source is not None)
-        self._taken = names | _own_names(columns) if as_keys else frozenset()
+        self._taken = names | columns.names_of_answers if as_keys else frozenset()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -211,11 +212,6 @@ def _refuse_impossible_casts(field: pa.Field, tables: Sequence[InputTable]) -> N
             ) from error
 
 
-def _own_names(columns: Columns) -> frozenset[str]:
-    """Of the output's columns those that are not copied."""
-    return frozenset(ANSWER_NAMES) - columns.lacks
-
-
 def _free(name: str, taken: Collection[str], others: Collection[str]) -> str:
     """A name that is none of those taken, and unless it is the one that was wanted, none of the others."""
     free = name
@@ -309,7 +305,7 @@ def _cannot_hold(suffix: str, columns: Sequence[PassColumn]) -> str | None:
     if suffix == ".jsonl" and any(has_twins(column.field.type) for column in columns):
         return TWINS
     copied = pa.schema([column.field for column in columns])
-    schema = output_schema(copied, {}, lacks=copied.names)
+    schema = output_schema(copied, {}, lacks=(*copied.names, STATS))
     content = io.BytesIO()
     try:
         table = answers_table([Answer(id="", row=0)], schema)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.outputs.own_columns import OWN_NAMES, SELECTION_NAMES, STATISTICS, STATS, own_prefix
 from pipeline.records import Answer, PartAnswer
+from pipeline.storage.causes import some
 
 _TYPES = {  # by how `Answer` declares a column
     "str": pa.large_string(),
@@ -32,17 +35,15 @@ def _type(field: Field[Any]) -> pa.DataType:
 _TYPES["list[PartAnswer]"] = pa.list_(pa.struct([(field.name, _type(field)) for field in fields(PartAnswer)]))
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
-ANSWER_FIELDS = tuple(
-    pa.field(field.name, _type(field), nullable=field.name != "id")
-    for field in fields(Answer)
-    if field.name != "passthrough"
-)
-ANSWER_NAMES = tuple(field.name for field in ANSWER_FIELDS)
+TYPES = {field.name: _type(field) for field in fields(Answer) if field.name != "passthrough"}
+TYPES[STATS] = pa.struct([(name, TYPES[name]) for name in STATISTICS])
+ANSWER_FIELDS = tuple(pa.field(name, TYPES[name], nullable=name != "id") for name in OWN_NAMES)
 QUESTION_NAME = "question"  # which outputs of the first version do not have
 REASONING_NAME = "reasoning"
 # which outputs of earlier versions go on without
 LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
-SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
+
+MOST_TOLD = 5
 
 
 def output_schema(
@@ -50,7 +51,7 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
-    lacks: Collection[str] = (),
+    lacks: Collection[str] = (STATS,),
 ) -> pa.Schema:
     """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
     left_out = (*(() if save_selection else SELECTION_NAMES), *lacks)
@@ -68,15 +69,48 @@ def answers_table(answers: Sequence[Answer], schema: pa.Schema) -> pa.Table:
 
 def halves(schema: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
     """Of an output's columns the answer's own, which stand first, and the copied ones."""
-    # by their order, as an output of an earlier version may copy a column of a name that came later
-    own: list[pa.Field] = []
-    for field in ANSWER_FIELDS:
-        if len(own) < len(schema) and schema.field(len(own)).name == field.name:
-            own.append(schema.field(len(own)))
-    return pa.schema(own), pa.schema(list(schema)[len(own) :])
+    own = len(own_prefix(schema.names))
+    return pa.schema(list(schema)[:own]), pa.schema(list(schema)[own:])
+
+
+def stored_in(schema: pa.Schema, names: Collection[str]) -> list[str]:
+    """The columns of an output that hold values of these columns of the answer's own."""
+    own = own_prefix(schema.names)
+    in_struct = any(name in STATISTICS and name not in own for name in names)
+    return [name for name in own if name in names or (name == STATS and in_struct)]
+
+
+def lacking_told(held: Sequence[str], wanted: Iterable[str]) -> str | None:
+    """That an output of the columns `held` lacks some of those wanted, in a line; None where it has all.
+
+    What stands in the struct of statistics is there.
+    """
+    own = own_prefix(held)
+    gone = [name for name in wanted if name not in own and not (STATS in own and name in STATISTICS)]
+    return f"the output has no {some(gone, MOST_TOLD)} (--columns)" if gone else None
+
+
+def own_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """These of the answer's own columns, be they in the struct; null where the table lacks them.
+
+    The table need not have all columns of its output.
+    """
+    arrays = [_own_column(table, name) for name in names]
+    return pa.table(arrays, schema=pa.schema([(name, TYPES[name]) for name in names]))
+
+
+def _own_column(table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
+    if name in table.column_names:
+        return table[name].cast(TYPES[name])
+    if name in STATISTICS and STATS in table.column_names:
+        return pc.struct_field(table[STATS], name).cast(TYPES[name])
+    return pa.nulls(table.num_rows, TYPES[name])
 
 
 def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
+    if field.name == STATS:
+        columns = [_column(answers, each) for each in field.type]
+        return pa.StructArray.from_arrays(columns, fields=[*field.type])
     values = [getattr(answer, field.name) for answer in answers]
     if field.name == "parts":
         values = [None if parts is None else [asdict(part) for part in parts] for parts in values]

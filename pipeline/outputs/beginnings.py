@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import halves
 from pipeline.outputs.chunks import scan_part
+from pipeline.outputs.own_columns import CHOSEN_FROM
 from pipeline.storage.remote import Place
 from pipeline.storage.whole_file import open_new, sync_folder
 from pipeline.values.dictionaries import settled
@@ -121,14 +122,25 @@ def with_files(schema: pa.Schema, files: Iterable[tuple[str, int]]) -> pa.Schema
 
 def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) -> None:
     """A `ConfigError` that names the settings that differ; both are as from JSON."""
+    differ = settings_differ(then, now)
+    if differ:
+        raise ConfigError(f"{path} was begun with other settings: {differ}; {remedy}")
+
+
+def settings_differ(then: Any, now: Any, words: tuple[str, str] = ("was", "and is now")) -> str:
+    """The settings that differ, with `words` before the two values; empty if none does.
+
+    Both are as from JSON.
+    """
     before, after = dict(_flat(then)), dict(_flat(now))
-    told = [
-        f"{name} was {_told(before.get(name, _ABSENT))} and is now {_told(after.get(name, _ABSENT))}"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
-    ]
-    if told:
-        raise ConfigError(f"{path} was begun with other settings: {_first(told)}; {remedy}")
+    values = {name: (before.get(name, _ABSENT), after.get(name, _ABSENT)) for name in {**before, **after}}
+    return _first(
+        [
+            f"{name} {words[0]} {_told(one)} {words[1]} {_told(other)}"
+            for name, (one, other) in values.items()
+            if one != other
+        ]
+    )
 
 
 def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
@@ -144,8 +156,10 @@ def check_columns(path: Path, then: pa.Schema, now: pa.Schema) -> None:
         for name in before
         if name in after and before[name] != after[name]
     ]
+    changed = before.keys() ^ after.keys()
+    again = "--columns as it was then goes on, " if changed and changed.issubset(CHOSEN_FROM) else ""
     raise ConfigError(
-        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {START_OVER}"
+        f"{path} was begun with other columns: {_first(told) or 'their order changed'}; {again}{START_OVER}"
     )
 
 

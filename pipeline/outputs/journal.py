@@ -17,7 +17,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.outputs.answers import answers_table, halves
+from pipeline.outputs.answers import answers_table, halves, own_columns
 from pipeline.outputs.beginnings import copies_alike, files_in, plain, with_files
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
@@ -112,9 +112,9 @@ class Journal(FinishedRows):
             if location is None:
                 return None
             chunk, place = location.own
-            row = self._read(*chunk).slice(place, 1)
-        kind, message = (row[name][0].as_py() for name in ("error_type", "error_message"))
-        return f"{kind}: {' '.join((message or '').split())}"
+            row = own_columns(self._read(*chunk).slice(place, 1), ("error_type", "error_message"))
+        kind, message = (column[0].as_py() for column in row.columns)
+        return str(kind) if message is None else f"{kind}: {' '.join(message.split())}"
 
     def discard(self) -> None:
         """End the journal, and all that was appended with it."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
+from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.sidecar import SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.remote import Place
@@ -34,7 +35,7 @@ class TableKind:
         return self.columns.issubset(schema.names) and _says(schema, self.key)
 
 
-OUTPUT = TableKind(METADATA_KEY, frozenset({"id", "row", "answer", "status"}))
+OUTPUT = TableKind(METADATA_KEY, frozenset(INDEXED))
 BASELINE = TableKind(BASELINE_KEY, frozenset({"id", "row_hash", "generated"}))  # of a check
 
 

@@ -18,10 +18,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.outputs.answers import own_columns, stored_in
 from pipeline.outputs.beginnings import START_OVER, Beginning, check_columns, check_settings, settings_in
 from pipeline.outputs.chunks import Chunk, Damage, PartWriter, read_chunk, scan_part
 from pipeline.outputs.formats import Published
-from pipeline.outputs.rowindex import DROPPED, INDEXED, PUBLISHED
+from pipeline.outputs.own_columns import INDEXED
+from pipeline.outputs.rowindex import DROPPED, PUBLISHED
 from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import refuse_existing
 from pipeline.storage.causes import READ_ERRORS, cause, told
@@ -177,6 +179,7 @@ def finished_tables(
 ) -> Iterator[tuple[pa.Table, int, int, int]]:
     """The rows that earlier runs finished: tables, with the part and chunk of each and about a row's bytes.
 
+    The tables have these `columns`, null where the output lacks one.
     Of a row that comes twice the later one counts: those that left the output come first, and answers of a
     run that was not published last. A ConfigError for chunks whose own columns are not those of `schema`.
     """
@@ -184,11 +187,13 @@ def finished_tables(
         for part, rows in ((DROPPED, dropped), (PUBLISHED, base)):
             if rows is not None:
                 for group in rows:
-                    yield rows.read(group, columns), part, group, rows.row_bytes(group)
+                    table = rows.read(group, stored_in(rows.schema, columns))
+                    yield own_columns(table, columns), part, group, rows.row_bytes(group)
     for number, chunk in chunks:
         check_columns(output, chunk.table.schema, schema)
         row_bytes = (chunk.end - chunk.offset) // max(chunk.table.num_rows, 1)
-        yield chunk.table.select(columns), number, chunk.offset, row_bytes
+        table = chunk.table.select(stored_in(chunk.table.schema, columns))
+        yield own_columns(table, columns), number, chunk.offset, row_bytes
 
 
 def refuse_leftovers(output: Path, overwrite: bool) -> None:

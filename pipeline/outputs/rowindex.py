@@ -14,12 +14,11 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from pipeline.outputs.answers import without_lone_surrogates
+from pipeline.outputs.own_columns import INDEXED
 from pipeline.records import Row, RowError
 
 Order = Literal["input", "completion"]
 
-# the columns that the index is built from
-INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 DUPLICATE = "duplicate_id"
 # errors that are worth nothing once the input has the row no more: of rows of which nothing is known but that
 # they could not be read, and of those that refer to another one
@@ -155,6 +154,22 @@ class RowIndex:
     def dropped(self, *, after: bool) -> Iterator[Location]:
         """The rows that are to be beside the output; those that came back go `after` it is written."""
         return self._locations(_dropped(after), _ORDERS["completion"])
+
+    def first_twice(self) -> tuple[int, int, int] | None:
+        """The first row that stands in two parts, with its number in the input, and these two."""
+        query = (
+            "SELECT row, min(part), max(part) FROM rows GROUP BY row, question "
+            "HAVING min(part) < max(part) ORDER BY row LIMIT 1"
+        )
+        with self._lock:
+            found = self._database.execute(query).fetchone()
+        return None if found is None else (found[0], found[1], found[2])
+
+    def part_of(self, id: str) -> int | None:
+        """The part in which the answer to a row of this id is, if it has one."""
+        with self._lock:
+            found = self._find(_key(id))
+        return None if found is None else found[4]
 
     def first_failure(self) -> Location | None:
         """The first row that the input has and that is finished without an answer."""

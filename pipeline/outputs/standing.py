@@ -17,6 +17,7 @@ from pipeline.outputs.dropped import DroppedRows
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.mirror import Mirror, local_copy
 from pipeline.outputs.own import table_schema
+from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.parts import (
     Parts,
     begun,
@@ -26,7 +27,7 @@ from pipeline.outputs.parts import (
     journal_folder,
     refuse_leftovers,
 )
-from pipeline.outputs.rowindex import INDEXED, RowIndex
+from pipeline.outputs.rowindex import RowIndex
 from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import schema_as_written
 from pipeline.storage.causes import READ_ERRORS, NetworkError, told

@@ -34,7 +34,7 @@ RowPair = tuple[dict[str, Any] | None, dict[str, Any]]  # of the first run, if i
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPair:
-    """One row in both runs; `similarity` is None where one of them has no answer."""
+    """One row in both runs; `similarity` is None where one of them has no answer, or does not say it."""
 
     first: dict[str, Any]
     second: dict[str, Any]
@@ -89,7 +89,7 @@ class Comparison:
         if pair.similarity is None:
             failed = [side["status"] != "ok" for side in (pair.first, pair.second)]
             self.both_failed += all(failed)
-            self.one_failed += not all(failed)
+            self.one_failed += any(failed) and not all(failed)
             return
         self.same_answers += pair.first["answer"] == pair.second["answer"]
         values = pair.first["document_tokens"], pair.first["ttft_ms"], pair.second["ttft_ms"], pair.similarity
@@ -130,7 +130,9 @@ def _counted(
 def _similarity(measure: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
     if ours["status"] != "ok" or theirs["status"] != "ok":
         return None
-    first, second = ours["answer"] or "", theirs["answer"] or ""
+    first, second = ours["answer"], theirs["answer"]
+    if first is None or second is None:  # of an output without that column
+        return None
     return 1.0 if first == second else float(measure(first, second))
 
 

@@ -108,7 +108,7 @@ class Figures:
         table = table.filter(pa.array([value == "ok" for value in status], pa.bool_()))
         if table.num_rows == 0:
             return
-        methods = [str(value) for value in table["method"].to_pylist()]
+        methods = [value or "-" for value in table["method"].to_pylist()]
         self.methods.update(methods)
         times = [table[name].cast(pa.float32(), safe=False) for name in TIMED]
         self._timed.append(pa.table([pa.array(methods, TIMES.types[0]), *times], TIMES))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +20,19 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.inputs.passthrough import EXTRA
-from pipeline.outputs.answers import ANSWER_FIELDS
+from pipeline.outputs.answers import (
+    LATER_NAMES,
+    QUESTION_NAME,
+    TYPES,
+    lacking_told,
+    own_columns,
+    stored_in,
+)
 from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage, whole_chunks
 from pipeline.outputs.formats import SINKS, Published
 from pipeline.outputs.mirror import Mirror
+from pipeline.outputs.own_columns import CHOSEN_FROM, STATS, own_prefix
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
 from pipeline.outputs.rowindex import DUPLICATE
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
@@ -34,7 +41,8 @@ from pipeline.storage.remote import RemotePath, place_of
 from pipeline.texts.redaction import bare, hidden, redacted
 from pipeline.values.jsonvalues import KEYS
 
-TYPES = {field.name: field.type for field in ANSWER_FIELDS}
+# outputs of earlier versions have no others
+REPORTED = [name for name in CHOSEN_FROM if name not in (*LATER_NAMES, QUESTION_NAME, STATS)]
 KEY_COLUMNS = ("id", "row", "error_type")
 FEWEST_AT_ONCE = 1_000  # rows: a journal's chunks are small, and each table has its price
 
@@ -49,7 +57,7 @@ class Run:
     label: str
     metadata: dict[str, Any]  # as `marsinfer batch` wrote it; of a journal, the settings that decide alone
     finished: bool = True
-    columns: frozenset[str] = frozenset()
+    columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     read: Callable[[Sequence[str]], Iterator[pa.Table]] = field(repr=False)
 
@@ -57,7 +65,7 @@ class Run:
         """All rows in tables of a bounded size, with these columns; those that the output lacks are null."""
         try:
             for table in self.read(columns):
-                yield _with_all(table, columns)
+                yield own_columns(table, columns)
         except READ_ERRORS as error:
             raise ConfigError(f"{self.given} cannot be read: {cause(error)}") from error
 
@@ -103,8 +111,14 @@ def _open_local(given: str, label: str, path: Path, stack: ExitStack) -> Run:
     if not any(sizes):
         if path.exists():
             published, metadata = _publication(given, path)
-            names, read = frozenset(published.schema.names), partial(_read_published, published)
-            return Run(given=given, label=label, metadata=metadata, columns=names, read=read)
+            return Run(
+                given=given,
+                label=label,
+                metadata=metadata,
+                columns=tuple(published.schema.names),
+                notes=tuple(_lacking(published.schema.names)),
+                read=partial(_read_published, published),
+            )
         if not folder.is_dir():
             raise ConfigError(f"{given} does not exist, nor does the journal of a run that writes it")
     return _unfinished(given, label, path, list(zip(parts, sizes, strict=True)))
@@ -130,7 +144,7 @@ def _lines_schema(path: Path) -> pa.Schema:
         first: Any = next((json.loads(line) for line in lines), {})
     if not isinstance(first, dict):
         raise ValueError("its first line is no JSON object")
-    own = [pa.field(name, TYPES[name]) for name in takewhile(TYPES.__contains__, first)]
+    own = [pa.field(name, TYPES[name]) for name in own_prefix(list(first))]
     return pa.schema([*own, pa.field(EXTRA, pa.large_string(), metadata=KEYS)] if first else [])
 
 
@@ -141,8 +155,14 @@ def _sidecar_metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _lacking(columns: Sequence[str]) -> list[str]:
+    """What to say of columns that are left out."""
+    told = lacking_told(columns, REPORTED)
+    return [] if told is None else [f"{told}, and nothing is told of it"]
+
+
 def _read_published(published: Published, columns: Sequence[str]) -> Iterator[pa.Table]:
-    held = [name for name in columns if name in published.schema.names]
+    held = stored_in(published.schema, columns)
     for group in published:
         yield published.read(group, held)
 
@@ -164,13 +184,14 @@ def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, 
     if damages:
         notes.append(f"{damage_told(damages)}; these are all others")
     newest = (chunk.table for part, size in reversed(parts) for chunk in whole_chunks(part, size))
-    names = frozenset(next((table.schema.names for table in newest), ()))
+    names = next((table.schema.names for table in newest), None)
+    notes += [] if names is None else _lacking(names)
     return Run(
         given=given,
         label=label,
         metadata=metadata,
         finished=False,
-        columns=names,
+        columns=tuple(names or ()),
         notes=tuple(notes),
         read=partial(_read_unfinished, parts, base),
     )
@@ -218,19 +239,11 @@ def _chunks(part: BinaryIO, size: int, columns: Sequence[str]) -> Iterator[pa.Ta
     tables: list[pa.Table] = []
     rows = 0
     for chunk in whole_chunks(part, size):
-        tables.append(_with_all(chunk.table, columns))
+        held = chunk.table.select(stored_in(chunk.table.schema, columns))
+        tables.append(own_columns(held, columns))
         rows += chunk.table.num_rows
         if max(rows, len(tables)) >= FEWEST_AT_ONCE:
             yield pa.concat_tables(tables)
             tables, rows = [], 0
     if tables:
         yield pa.concat_tables(tables)
-
-
-def _with_all(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    held = set(table.column_names)
-    rows = table.num_rows
-    arrays = [
-        table[name].cast(TYPES[name]) if name in held else pa.nulls(rows, TYPES[name]) for name in columns
-    ]
-    return pa.table(arrays, schema=pa.schema([(name, TYPES[name]) for name in columns]))

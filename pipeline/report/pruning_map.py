@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError
-from pipeline.outputs.answers import SELECTION_NAMES
+from pipeline.outputs.answers import lacking_told
+from pipeline.outputs.own_columns import SELECTION_NAMES
 from pipeline.pruning.tiers import GONE, IN_FP8, IN_FULL, SKIPPED, LayerStates, unpack_layers
 from pipeline.report.figures import milliseconds
 from pipeline.report.output_reading import Run
@@ -59,6 +60,9 @@ def find_row(run: Run, wanted: str) -> PruningMap:
     """The row of this id or, if none has it, of this number. ConfigError where its selection is not known."""
     if "selection" not in run.columns:
         raise ConfigError(f"{run.given} holds no selection of tokens: run batch with --save-selection")
+    lacks = lacking_told(run.columns, COLUMNS)
+    if lacks is not None:
+        raise ConfigError(f"{run.given}: {lacks}, which --row shows")
     facts = _find(run, "id", wanted)
     if facts is None and wanted.isdecimal():
         facts = _find(run, "row", int(wanted))

@@ -7,6 +7,7 @@ from functools import partial
 from pipeline.errors import ConfigError
 from pipeline.settings.option import FILES, MESSAGES, READING, RUN, TRYING, Settings
 from pipeline.settings.option import option as any_option
+from pipeline.settings.run_settings import OverwriteSettings
 
 option = partial(any_option, in_file=False, in_environment=False)
 
@@ -97,6 +98,27 @@ class MethodsSwitches(JsonSwitch):
         offered="methods",
         panel=None,
     )
+
+
+class MergeSwitches(OverwriteSettings, panel=RUN):
+    """Of `marsinfer merge`."""
+
+    merged: str = option(
+        "",
+        may_be_empty=True,
+        metavar="OUT",
+        help="The output to write: .parquet, .arrow, .arrows or .jsonl, on this machine.",
+        panel=None,
+    )
+    shards: tuple[str, ...] = option(
+        (), metavar="SHARD...", help="Finished outputs of batch, with the same settings.", panel=None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.merged and self.shards):
+            missing = "SHARD..." if self.merged else "OUT"
+            raise ConfigError(f"Missing argument '{missing}'")
 
 
 class ReportSwitches(Settings, panel=FILES):

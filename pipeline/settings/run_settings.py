@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
+from pipeline.outputs.own_columns import check_column
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE
+from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
@@ -117,6 +119,15 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         may_be_empty=True,
         panel=READING,
     )
+    columns: tuple[str, ...] | None = option(
+        None,
+        metavar="C[,C...]",
+        help="Columns of answers in the output, beside those that --resume reads: answer, reasoning, ...; "
+        "stats puts all statistics into one struct.",
+        shown_default="all, each by itself",
+        kind=WORDS,
+        check=check_column,
+    )
     guard: str = option(
         "auto",
         help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
@@ -167,6 +178,21 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
         kind=TEXT_OR_WHOLE,
         check=parse_max_errors,
     )
+    deadline: str | None = option(
+        None,
+        metavar="8h|06:00|MOMENT",
+        help="Stop then, to be resumed: after so long (8h, 90m), at the next such time of day, or at a date "
+        "and time; exit code 9.",
+        shown_default="none",
+        check=parse_deadline,
+    )
+    price_per_hour: float | None = option(
+        None,
+        metavar="PRICE",
+        help="What an hour of all machines costs: the summary tells the run's cost, --dry-run an estimate.",
+        least=0,
+        most=1_000_000,
+    )
     row_timeout: float | None = option(
         None,
         metavar="SECONDS",
@@ -208,7 +234,8 @@ class BatchConfig(
     given, the columns of the input decide, and until then `max_new_tokens` and `on_overlong` may be None, and
     `method` may be auto. Counts are tokens (`max_new_tokens`, `pack_tokens`) or rows (`limit`, `sample`),
     `kv_memory` is in bytes, `row_timeout` in seconds; `shard` is text such as 2/8, `max_errors` text such as
-    20 or 5%. `settings` are the parameters of `method`, as numbers or as text.
+    20 or 5%, `deadline` text such as 8h, 06:00 or 2026-11-28T06:00; `price_per_hour` is in any currency.
+    `settings` are the parameters of `method`, as numbers or as text.
 
     Raises ConfigError, which names the flag, for a setting that cannot work; imports nothing heavy.
     """

@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
 from pipeline.inputs.source import Source, open_source
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
+from pipeline.outputs.own_columns import left_out
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import chat_source
@@ -73,7 +74,7 @@ def open_rows(config: BatchConfig) -> Intake:
     """The input of a run, checked and opened, and what its settings leave open decided by it."""
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
-    source, settled = open_columns(config, keep, config.output, begun)
+    source, settled = open_columns(config, keep, config.output, begun, wanted=config.columns)
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not settled.settings.is_asked and config.prompt_template is None:
@@ -93,18 +94,20 @@ def open_columns(
     output: str = "",
     begun: Any = None,
     *,
+    wanted: Sequence[str] | None = None,
     asks: bool = True,
 ) -> tuple[Source, Settled]:
     """Rows of `data` and its settings, its columns and question decided by those of the first file.
 
-    `keep` as in `Columns`. A run that resumes another, with the settings `begun`, goes on with its columns.
-    Where the rows are not asked anything, `asks` is false.
+    `keep` as in `Columns`; `wanted` are the answer's columns that are chosen, None for all. A run that
+    resumes another, with the settings `begun`, goes on with its columns. Where the rows are not asked
+    anything, `asks` is false.
     """
     found: list[Settled[Data]] = []
 
     def columns(types: Types | None) -> Columns:
         found.append(_settled(data, types, begun, asks=asks))
-        return _columns(found[-1], keep, lacks=_lacks(begun))
+        return _columns(found[-1], keep, predates=_predates(begun), left_out=left_out(wanted))
 
     source = open_source(data.input, columns, output)
     return source, found[-1]
@@ -118,15 +121,17 @@ def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Sett
     return settled(data, types, template_asks=template_asks if asks else False)
 
 
-def _lacks(begun: Any) -> frozenset[str]:
-    """Columns of answers that the output of a run that began with these settings does not have."""
+def _predates(begun: Any) -> frozenset[str]:
+    """Columns of answers that came after a run was begun with these settings."""
     if begun is None:
         return frozenset()
     question = () if COLUMNS in begun else (QUESTION_NAME,)
     return frozenset((*question, *LATER_NAMES)) - frozenset(begun.get(LATER, ()))
 
 
-def _columns(settled: Settled[Any], keep: Keep | None, *, lacks: frozenset[str]) -> Columns:
+def _columns(
+    settled: Settled[Any], keep: Keep | None, *, predates: frozenset[str], left_out: frozenset[str]
+) -> Columns:
     """The columns of the input by what they are for."""
     data = settled.settings
     return Columns(
@@ -141,7 +146,8 @@ def _columns(settled: Settled[Any], keep: Keep | None, *, lacks: frozenset[str])
         keep=keep,
         takes_ids=settled.takes_ids,
         asks_summary=settled.asks_summary,
-        lacks=lacks,
+        predates=predates,
+        left_out=left_out,
         longest_line=data.longest_line or LONGEST,
     )
 

@@ -100,7 +100,7 @@ class Preparation(Setup):
         """
         config, method, splitter, columns = self.config, self.method, self.splitter, self.intake.columns
         moment = moment_of(self.prompts, splitter)
-        later = [name for name in LATER_NAMES if name not in self.source.columns.lacks]
+        later = [name for name in LATER_NAMES if name not in self.source.columns.predates]
         return {
             "model": {
                 "fingerprint": self.model.fingerprint,
@@ -170,7 +170,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         model,
         config.max_new_tokens,
         now=now,
-        parts_reasoning=REASONING_NAME not in intake.source.columns.lacks,
+        parts_reasoning=REASONING_NAME not in intake.source.columns.predates,
     )
     splitter = make_splitter(config, prompts)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth

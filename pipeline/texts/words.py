@@ -18,6 +18,11 @@ def duration(seconds: float) -> str:
     return f"{minutes:,.0f} min" if minutes < 90 else f"{minutes / 60:,.1f} h"
 
 
+def amount(value: float) -> str:
+    """An amount of money, in whatever currency: `1,234.50`; of less than one, three figures."""
+    return f"{value:,.2f}" if value >= 1 or not value else f"{value:.3g}"
+
+
 def percent_of(share: float | None) -> str:
     """`12.5%`, or a dash for a share that is not known."""
     return "-" if share is None or not math.isfinite(share) else f"{share:.1%}"

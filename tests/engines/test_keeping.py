@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import run_batch
-from pipeline.outputs.answers import SELECTION_NAMES
+from pipeline.outputs.own_columns import SELECTION_NAMES
 from pipeline.pruning.tiers import GONE, IN_FP8, SKIPPED, unpack_layers
 
 pytestmark = pytest.mark.slow

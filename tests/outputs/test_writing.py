@@ -13,7 +13,8 @@ from written_outputs import EXTENSIONS, answers, read, rows, write
 
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
-from pipeline.outputs.answers import SELECTION_NAMES, answers_table, output_schema
+from pipeline.outputs.answers import answers_table, output_schema
+from pipeline.outputs.own_columns import SELECTION_NAMES
 from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer, PartAnswer, Row, RowError
 
