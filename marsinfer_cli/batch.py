@@ -10,7 +10,7 @@ from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
-from pipeline.errors import NoneAnswered
+from pipeline.errors import ConfigError, NoneAnswered
 from pipeline.settings.console_settings import BatchSwitches
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.shown import printable
@@ -32,7 +32,14 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
     if switches.show_prompt is not None:
         _print_prompts(config, switches.show_prompt, as_json=switches.as_json)
         return None
-    summary = _run(config, switches)
+    if config.to_stdout and switches.as_json:
+        raise ConfigError("--json prints the summary on stdout, where answers are with - as OUTPUT")
+    try:
+        summary = _run(config, switches)
+    except BrokenPipeError:
+        if not config.to_stdout:
+            raise
+        return 1  # whoever read the answers has left, and wants to hear no more
     if switches.as_json:
         print(json.dumps(summary.as_dict()))
     none_answered = summary.none_answered()
@@ -54,8 +61,9 @@ def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
     with shown as progress, graceful_stop() as check:
         progress.start(config)
         progress.phase("opening input and model")
-        # Ray's own messages would come between our JSON
-        with redirect_stdout(sys.stderr) if config.engine == "ray" else nullcontext():
+        # messages of Ray, or of whatever else prints, would come between our JSON
+        aside = config.engine == "ray" or config.to_stdout
+        with redirect_stdout(sys.stderr) if aside else nullcontext():
             summary = run_batch(
                 inputs,
                 output,

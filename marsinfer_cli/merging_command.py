@@ -16,6 +16,6 @@ def merge(switches: MergeSwitches) -> int:
 
     with graceful_stop("nothing was written") as check:
         check()
-        rows = merge_outputs(switches.merged, switches.shards, overwrite=switches.overwrite, check=check)
-    say(f"{switches.merged}: {counted(rows, 'row')} of {counted(len(switches.shards), 'output')}")
+        rows = merge_outputs(switches.merged, switches.merged_from, overwrite=switches.overwrite, check=check)
+    say(f"{switches.merged}: {counted(rows, 'row')} of {counted(len(switches.merged_from), 'output')}")
     return 0

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.engines.one_process import Engine, Hooks
-from pipeline.errors import TooManyErrors
+from pipeline.errors import NO_JOURNAL, TooManyErrors
 from pipeline.interrupts import RunDeadline
 from pipeline.outputs.journal import Journal
+from pipeline.outputs.streamed import StreamedRows
 from pipeline.records import Answer
 from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run_settings import BatchConfig
@@ -22,6 +23,7 @@ FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anythin
 
 Progress = Callable[[Summary], None]
 Note = Callable[[str], None]
+AnyJournal = Journal | StreamedRows
 
 
 @dataclass(kw_only=True)
@@ -45,7 +47,7 @@ class Books:
         summary.start_work()
         self.hooks.phase("reading and tokenizing")
 
-    def opened(self, journal: Journal) -> None:
+    def opened(self, journal: AnyJournal) -> None:
         """Tell what earlier runs have done; raises TooManyErrors where too many of their rows failed."""
         self.summary.kept_before = journal.resumed
         for text in journal.notes:
@@ -78,7 +80,7 @@ class Books:
         self.progress(self.summary)
         stop_if_broken(self.run.config, self.summary, before)
 
-    def settled(self, journal: Journal, notes: Sequence[str]) -> None:
+    def settled(self, journal: AnyJournal, notes: Sequence[str]) -> None:
         """Tell what the output will hold, and what becomes of rows that did not come."""
         self.deadline.lift()
         summary = self.summary
@@ -91,7 +93,7 @@ class Books:
         if not (summary.in_output["ok"] or summary.errors):
             summary.failed_before = journal.first_failure()
 
-    def published(self, journal: Journal, written: bool) -> None:
+    def published(self, journal: AnyJournal, written: bool) -> None:
         """Tell a user who waits for new rows that there are none."""
         if journal.resumed and not self.summary.documents:
             stays = "" if written else f"; {self.summary.output} stays as it is"
@@ -113,9 +115,10 @@ def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> N
         return
     kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
     kinds += [f"earlier runs {before['error']:,}"] if before["error"] else []
+    kept = "finished rows are kept: mend the cause, then --resume --retry-errors"
     raise TooManyErrors(
         f"{failed:,} of {counted(finished, 'row')} failed ({', '.join(kinds)}), more than --max-errors "
-        f"{config.max_errors} allows; finished rows are kept: mend the cause, then --resume --retry-errors"
+        f"{config.max_errors} allows; {NO_JOURNAL if config.to_stdout else kept}"
     )
 
 

@@ -101,6 +101,8 @@ class DryRunReport:
     def open_done(self, opened: ExitStack) -> FinishedRows:
         """What earlier runs have done; nothing where the run would be refused, which is noted."""
         config = self.config
+        if config.to_stdout:
+            return opened.enter_context(no_rows())
         try:
             check_output(config.output, self.run.source.files, config.overwrite or config.resume)
             refuse_locked(config.output)
@@ -281,7 +283,7 @@ class DryRunReport:
 
     def _output(self) -> str:
         """Where answers go, and what becomes of what is there."""
-        output = hidden(self.config.output)
+        output = "standard output, as JSON lines" if self.config.to_stdout else hidden(self.config.output)
         if self.refusal is not None:
             return f"refused: {self.refusal}"
         if self.done or self.left_rows:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pipeline.texts.redaction import without_secrets
 
 KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
+NO_JOURNAL = "rows that ended before are written, and nothing is kept to resume"  # where - is the output
 NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so
 
 

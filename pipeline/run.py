@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.bookkeeping import Books, Note, Progress
+from pipeline.bookkeeping import AnyJournal, Books, Note, Progress
 from pipeline.engines.one_process import Engine, Hooks, OneProcess
 from pipeline.engines.packing import windows
 from pipeline.engines.prefetch import ahead
 from pipeline.errors import (
     KEPT,
+    NO_JOURNAL,
     NOTHING_KEPT,
     ConfigError,
     InputError,
@@ -26,10 +27,10 @@ from pipeline.errors import (
 from pipeline.inputs.reading import Reading
 from pipeline.interrupts import RunDeadline
 from pipeline.outputs.finished import FinishedRows
-from pipeline.outputs.journal import Journal
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
 from pipeline.outputs.rowindex import Order
+from pipeline.outputs.streamed import StreamedRows
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO
@@ -41,6 +42,8 @@ from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_
 from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.setup.profile import with_profile
+from pipeline.storage.remote import Place
+from pipeline.storage.stdin import Stdin
 from pipeline.summary import Summary, Tally
 from pipeline.texts.redaction import hidden
 from pipeline.texts.words import counted
@@ -71,9 +74,10 @@ def run_batch(
     """Answer every document of `input` and write `output`; what `marsinfer batch` runs.
 
     `input` is a file, glob, folder or URL, or several; `output` a .parquet, .arrow, .arrows or .jsonl file or
-    URL, whose columns are the fields of pipeline.records.Answer. `options` are the other fields of
-    `BatchConfig`, which are the command's flags. `model` may be a model that `load_model` returned, `method`
-    a method object; without one it is that of `profile`, with its settings and precisions, or else auto.
+    URL, or - for JSON lines on standard output, whose columns are the fields of pipeline.records.Answer.
+    `options` are the other fields of `BatchConfig`, which are the command's flags. `model` may be a model
+    that `load_model` returned, `method` a method object; without one it is that of `profile`, with its
+    settings and precisions, or else auto.
 
     `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
     `phase` with what is being done, `check` often, between layers too: it may raise to end the run. `began`
@@ -90,7 +94,7 @@ def run_batch(
     """
     began = time.perf_counter() if began is None else began
     config, made = _configured(input, output, model, method, renewed(BatchConfig, options, note))
-    check_output(config.output, config.input, config.overwrite or config.resume)
+    _check_output(config, config.input)
     summary = Summary(
         method=config.method,
         output=hidden(config.output),
@@ -100,7 +104,11 @@ def run_batch(
     summary.kept_before = config.resume  # which the journal will tell better
     deadline = _deadline(config, summary, check)
     check = deadline.check
-    with _kept_told(summary), lock_output(config.output) as lock, _cluster(config, check) as cluster:
+    with (
+        _kept_told(summary, config),
+        _locked(config) as still_locked,
+        _cluster(config, check) as cluster,
+    ):
         intake = open_input(config)
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
@@ -110,7 +118,7 @@ def run_batch(
         books = Books(
             run=run, engine=engine, summary=summary, progress=progress, hooks=hooks, deadline=deadline
         )
-        answer_all(books, still_locked=lock.check)
+        answer_all(books, still_locked)
     return summary
 
 
@@ -119,15 +127,7 @@ def answer_all(books: Books, still_locked: Callable[[], None]) -> None:
     run, engine, check = books.run, books.engine, books.hooks.check
     config = run.config
     books.begin()
-    with open_journal(
-        config.output,
-        run.schema(),
-        run.decides(),
-        resume=config.resume,
-        retry_errors=config.retry_errors,
-        overwrite=config.overwrite,
-        check=still_locked,
-    ) as journal:
+    with _journal(run, still_locked) as journal:
         books.opened(journal)
         rows = run.rows()
         leaving = Leaving(config, run.source, rows, journal)
@@ -164,8 +164,39 @@ def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tal
 def open_input(config: BatchConfig) -> Intake:
     """The rows of a run, its output checked against the files that they come from."""
     intake = open_rows(config)
-    check_output(config.output, intake.source.files, config.overwrite or config.resume)
+    _check_output(config, intake.source.files)
     return intake
+
+
+def _check_output(config: BatchConfig, inputs: Iterable[str | Place | Stdin]) -> None:
+    if not config.to_stdout:
+        check_output(config.output, inputs, config.overwrite or config.resume)
+
+
+@contextmanager
+def _locked(config: BatchConfig) -> Iterator[Callable[[], None]]:
+    """Hold the output's lock, if it is a file; the function raises once it is lost."""
+    if config.to_stdout:
+        yield lambda: None
+        return
+    with lock_output(config.output) as lock:
+        yield lock.check
+
+
+def _journal(run: Preparation, still_locked: Callable[[], None]) -> AnyJournal:
+    """Where the answers of a run go."""
+    config = run.config
+    if config.to_stdout:
+        return StreamedRows(run.schema())
+    return open_journal(
+        config.output,
+        run.schema(),
+        run.decides(),
+        resume=config.resume,
+        retry_errors=config.retry_errors,
+        overwrite=config.overwrite,
+        check=still_locked,
+    )
 
 
 def refuse_out_of_reach(run: Preparation) -> None:
@@ -210,12 +241,14 @@ def _configured(
 
 
 @contextmanager
-def _kept_told(summary: Summary) -> Iterator[None]:
+def _kept_told(summary: Summary, config: BatchConfig) -> Iterator[None]:
     """Errors promise no rows to go on from where there are none."""
     try:
         yield
     except MarsError as error:
-        if not (summary.kept_before or summary.documents):
+        if config.to_stdout:
+            error.args = (str(error).replace(KEPT, NO_JOURNAL),)
+        elif not (summary.kept_before or summary.documents):
             error.args = (str(error).replace(KEPT, NOTHING_KEPT),)
         raise
 
@@ -247,7 +280,7 @@ def _engine(run: Preparation, cluster: RayCluster | None, hooks: Hooks) -> Engin
 
 
 @contextmanager
-def _nothing_left_behind(journal: Journal, summary: Summary) -> Iterator[None]:
+def _nothing_left_behind(journal: AnyJournal, summary: Summary) -> Iterator[None]:
     """An input that turns out to be unusable leaves no journal of errors, which would block the next run."""
     try:
         yield

@@ -65,7 +65,7 @@ for _name, _imports in GRAPH.items():
 
 
 def test_the_imports_were_read():
-    assert "pipeline.outputs.journal" in GRAPH["pipeline.run"]
+    assert "pipeline.outputs.finished" in GRAPH["pipeline.run"]
     assert "pipeline.engines.ray_cluster" in GRAPH["pipeline.run"]  # within a function
     assert {f"pipeline.{each}" for floor in FLOORS for each in floor.split()} == set(ROOMS) - OUTSIDE
 

@@ -110,13 +110,13 @@ class MergeSwitches(OverwriteSettings, panel=RUN):
         help="The output to write: .parquet, .arrow, .arrows or .jsonl, on this machine.",
         panel=None,
     )
-    shards: tuple[str, ...] = option(
+    merged_from: tuple[str, ...] = option(
         (), metavar="SHARD...", help="Finished outputs of batch, with the same settings.", panel=None
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.merged and self.shards):
+        if not (self.merged and self.merged_from):
             missing = "SHARD..." if self.merged else "OUT"
             raise ConfigError(f"Missing argument '{missing}'")
 

@@ -108,7 +108,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
 
     output: str = option(
         metavar="OUTPUT",
-        help="A file, or an s3:// or gs:// URL: .parquet, .arrow, .arrows or .jsonl.",
+        help="A file, or an s3:// or gs:// URL: .parquet, .arrow, .arrows or .jsonl; - is JSON lines on "
+        "stdout, as rows end.",
         in_environment=False,
         panel=None,
     )
@@ -202,7 +203,9 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.save_selection and self.output.lower().endswith(".jsonl"):
+        if self.to_stdout:
+            self._refuse_on_stdout()
+        if self.save_selection and self.format_name.lower().endswith(".jsonl"):
             raise ConfigError(f"--save-selection writes bytes, which {self.output} cannot hold: use .parquet")
         if self.resume and self.overwrite:
             raise ConfigError(
@@ -216,6 +219,21 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
             raise ConfigError("--drop-missing needs --resume: it is about rows of an earlier run")
         if self.row_timeout is not None and not self.row_timeout > 0:
             raise ConfigError(f"--row-timeout {self.row_timeout}: must be a number of seconds above 0")
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether answers are written to standard output, and no journal is kept of them."""
+        return self.output == "-"
+
+    @property
+    def format_name(self) -> str:
+        """The output, or a name in its place, whose extension says the format."""
+        return "stdout.jsonl" if self.to_stdout else self.output
+
+    def _refuse_on_stdout(self) -> None:
+        for flag, is_given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
+            if is_given:
+                raise ConfigError(f"{flag} needs a file as OUTPUT: standard output (-) keeps nothing")
 
 
 class BatchConfig(

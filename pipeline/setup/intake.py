@@ -74,7 +74,7 @@ def open_rows(config: BatchConfig) -> Intake:
     """The input of a run, checked and opened, and what its settings leave open decided by it."""
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
-    source, settled = open_columns(config, keep, config.output, begun, wanted=config.columns)
+    source, settled = open_columns(config, keep, config.format_name, begun, wanted=config.columns)
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not settled.settings.is_asked and config.prompt_template is None:
