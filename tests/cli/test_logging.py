@@ -116,6 +116,9 @@ def test_the_phases_of_a_run(fish, tmp_path, model_folder):
     told = []
     options = {"text_column": "body", "question_column": "ask", "max_new_tokens": 1, "pack_tokens": 300}
     run_batch(fish, tmp_path / "o.parquet", model=str(model_folder), phase=told.append, **options)
+    weights = told.pop(2)
+    assert weights.startswith("loading the model: weights take 0.000")
+    assert weights.endswith(" GB free on CPU")
     assert told == [
         "reading and tokenizing",
         "loading the model",
