@@ -21,6 +21,7 @@ from object_storage import put
 from pipeline.errors import ConfigError, InputError, StorageError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
+from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.writing import check_output
 from pipeline.records import Document
 from pipeline.storage import remote
@@ -125,7 +126,7 @@ def test_local_and_remote_mix_and_a_file_named_twice_is_read_once(folder, tmp_pa
 
 
 def test_partitions_datasets_and_outputs_are_known_as_locally(tmp_path, bucket):
-    output = pa.table({name: [None] for name in ("text", "id", "row", "answer", "status")})
+    output = pa.table({name: [None] for name in ("text", "answer", *INDEXED)})
     output = output.replace_schema_metadata({"marsinfer": '{"settings_that_decide": {}}'})
     put(f"{bucket}/in/year=1/a.parquet", written(pq.write_table))
     pq.write_table(output, tmp_path / "out.parquet")
