@@ -83,8 +83,7 @@ class LocalEngine:
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)
-        self.times, self.stats = EngineTimes(), DecodeStats()
-        self._clock = DecodeClock()
+        self.times, self.stats, self._clock = EngineTimes(), DecodeStats(), DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
         )
@@ -327,11 +326,10 @@ class LocalEngine:
     def _answer_alone(self, job: Job) -> list[Answered]:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
-        packer = self.packs.of(job.method)
-        needed = packer.planned_bytes([job.document.prompt_tokens])
-        if self.model.device.type == "cpu" and needed > packer.all_bytes:
+        packer, device = self.packs.of(job.method), self.model.device
+        if device.type == "cpu" and packer.planned_bytes([job.document.prompt_tokens]) > packer.all_bytes:
             # the system would kill the process, with no error to catch
-            message = memory_message(job.document, packer, str(self.model.device))
+            message = memory_message(job.document, packer, str(device))
             return [self._failed(job, RowError("out_of_memory", message))]
         run = partial(self._run_alone, job)
         made = self.attempts.run(run, job.document)
@@ -368,9 +366,8 @@ class LocalEngine:
         return [self._written(job, answer, generated, pack.began)]
 
     def _failed(self, job: Job, failure: RowError) -> Answered:
-        answer = failed(job.document, job.method.name, failure)
-        answer.guard = job.guard
-        return Answered(job.document, answer)
+        row = replace(failed(job.document, job.method.name, failure), guard=job.guard)
+        return Answered(job.document, row)
 
     # memory and time
 
@@ -388,14 +385,9 @@ class LocalEngine:
 
     def _open_table(self) -> Table:
         if self._table is None:
+            steps = (self.rules, self.sampling, self.stats)
             self._table = Table.of(
-                self.model,
-                self.packer,
-                self.rules,
-                self.sampling,
-                self.stats,
-                kv_dtype=self.kv_dtype,
-                lookup=self.lookup,
+                self.model, self.packer, *steps, kv_dtype=self.kv_dtype, lookup=self.lookup
             )
         return self._table
 
