@@ -13,7 +13,7 @@ from pipeline.kernels.decoding import queries_of_a_range
 from pipeline.model.characters import whole_characters
 from pipeline.model.decode import Generated, StopRules
 from pipeline.model.loading import LoadedModel
-from pipeline.model.lookup import MOST_DRAFTS, Lookup
+from pipeline.model.lookup import USUAL_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
 from pipeline.model.reasoning import parted
 from pipeline.model.sampling import Sampling
@@ -98,7 +98,7 @@ def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Loo
     """
     if wanted == 0 or (wanted is None and not sampling.is_greedy):
         return None
-    drafts = wanted or MOST_DRAFTS
+    drafts = wanted or USUAL_DRAFTS
     if decoding.available(model.device, model.decoder.dtype):
         shape = model.decoder.shape
         drafts = min(drafts, queries_of_a_range(shape.heads, shape.kv_heads) - 1)

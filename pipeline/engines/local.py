@@ -21,6 +21,7 @@ from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
+from pipeline.model.lookup import drafts_of
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import Answer, Answered, EncodedDocument, RowError
@@ -66,8 +67,7 @@ class LocalEngine:
         rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
         run. `phase` is told of each pack that is prefilled.
         """
-        self.model, self.rules, self.sampling = model, rules, sampling
-        self._note = note
+        self.model, self.rules, self.sampling, self._note = model, rules, sampling, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
         packer = Packer.on(
@@ -75,7 +75,7 @@ class LocalEngine:
             method,
             model.decoder.shape,
             itemsize=model.decoder.dtype.itemsize,
-            new_tokens=rules.max_new_tokens + (0 if self.lookup is None else self.lookup.drafts),
+            new_tokens=rules.max_new_tokens + drafts_of(self.lookup),
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,

@@ -21,7 +21,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
-from pipeline.model.lookup import DraftPace, Lookup
+from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
 from pipeline.model.reasoning import answer_start
 from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
@@ -171,7 +171,7 @@ class DecodeLoop:
     @property
     def room(self) -> int:
         """Slots that a row needs in each layer behind its prompt."""
-        return self.rules.max_new_tokens + (0 if self._lookup is None else self._lookup.drafts)
+        return self.rules.max_new_tokens + drafts_of(self._lookup)
 
     @property
     def is_busy(self) -> bool:

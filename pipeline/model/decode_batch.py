@@ -26,7 +26,7 @@ from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
 from pipeline.model.graphs import StepSize
-from pipeline.model.lookup import Lookup, Spread, Texts
+from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Sampling, next_tokens
 from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
@@ -92,7 +92,7 @@ class DecodeBatch:
         self._decoder, self._attention, self._kv = decoder, attention, kv
         self._new_tokens = new_tokens
         self.sampling = sampling or Sampling()
-        device, layers, drafts = decoder.device, decoder.shape.layers, 0 if lookup is None else lookup.drafts
+        device, layers, drafts = decoder.device, decoder.shape.layers, drafts_of(lookup)
         self._longest = longest + drafts
         self._by_device = attention.captures(device, decoder.dtype)  # attention needs no counts of the host
         self.rows = 0

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-MOST_DRAFTS = 8  # of a row and step, where the user gives no number
+USUAL_DRAFTS = 8  # of a row and step, where the user gives no number
 # queries of a step, up to which drafts are added: so many a device computes in hardly more time than it needs
 # to read the weights
 MOST_QUERIES = {"cpu": 16, "cuda": 256}
@@ -47,6 +47,11 @@ class Lookup:
     def queries(self, columns: int, device: torch.device) -> int:
         """Of a step with drafts for so many columns; as many as columns where it would have none."""
         return max(columns, min(columns * (1 + self.drafts), MOST_QUERIES[device.type]))
+
+
+def drafts_of(lookup: Lookup | None) -> int:
+    """Of a row and step at most; none without `lookup`."""
+    return 0 if lookup is None else lookup.drafts
 
 
 class Texts:

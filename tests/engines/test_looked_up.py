@@ -17,7 +17,7 @@ from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
 from pipeline.kernels import decoding
 from pipeline.model.decode import StopRules
-from pipeline.model.lookup import MOST_DRAFTS, Lookup
+from pipeline.model.lookup import USUAL_DRAFTS, Lookup
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 from pipeline.records import Spans
@@ -108,7 +108,7 @@ def test_a_row_that_runs_alone_looks_nothing_up(model):
 def test_auto_drafts_what_suits_the_device(model, monkeypatch):
     greedy, drawn = Sampling(), Sampling(temperature=1.0)
     assert lookup_of(0, greedy, model) is None
-    assert lookup_of(None, greedy, model) == Lookup(drafts=MOST_DRAFTS, adaptive=True)
+    assert lookup_of(None, greedy, model) == Lookup(drafts=USUAL_DRAFTS, adaptive=True)
     assert lookup_of(None, drawn, model) is None
     assert lookup_of(20, drawn, model) == Lookup(drafts=20, adaptive=False)
     monkeypatch.setattr(decoding, "available", lambda device, dtype: True)

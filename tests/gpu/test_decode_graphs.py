@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document
 from decode_steps import EndAt
+from steps_from_python import FromPython
 
 import pipeline.model.decode as decode_module
 from pipeline.checkpoints.building import random_model
@@ -18,8 +19,8 @@ from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import Seat
-from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, CudaRecorder, DecodeStats
-from pipeline.model.lookup import Lookup
+from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
+from pipeline.model.lookup import Lookup, drafts_of
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
@@ -38,21 +39,6 @@ METHODS = {
 LENGTHS = (400, 33, 490, 120, 210, 77, 300, 61)
 ENDS = {1: [60], 3: [60, 15, 33], 8: [60, 12, 14, 60, 16, 18, 20, 22]}  # the last: two of eight remain
 CAPTURES = {1: 1, 3: 3, 8: 3}  # of 3, 2 and 1 columns, which are all that there are; of 8, 4 and 2
-
-
-class Again:
-    """Runs the step from Python where a graph would be replayed, in the same batches."""
-
-    def __init__(self, step):
-        self.replay = step
-
-    def close(self):
-        self.replay = None
-
-
-class FromPython(CudaRecorder):
-    def record(self, step):
-        return Again(step)
 
 
 @pytest.fixture
@@ -135,7 +121,7 @@ def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
 
 def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):
     """Rows of a store let in two at a time, with a few steps in between; and how the steps were run."""
-    room = rules.max_new_tokens + (0 if lookup is None else lookup.drafts)
+    room = rules.max_new_tokens + drafts_of(lookup)
     prefilled = prefilled_pack(decoder, attention, method, 8, 0)
     by_row = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
     slots = sum(slots_needed(layers, room, CUDA) for layers in by_row)

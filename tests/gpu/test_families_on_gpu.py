@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from family_cases import SLIDING, documents, model_of
+from steps_from_python import FromPython
 
 from pipeline.errors import ConfigError
 from pipeline.families.experts import grouped_product
@@ -12,7 +13,7 @@ from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, DecodeSlots, choose_attention
 from pipeline.kernels.segments import Segments
 from pipeline.model.decode import StopRules, decode
-from pipeline.model.graphs import CudaRecorder, DecodeStats
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import attention_for
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.dense import Dense
@@ -56,21 +57,6 @@ def test_the_grouped_product_is_that_of_each_group():
     found = grouped_product(x, weights, ends).float()
     expected = grouped_product(x.float(), weights.float(), ends)  # one by one
     assert (found - expected).norm() / expected.norm() < 0.01
-
-
-class Again:
-    """Runs the step from Python where a graph would be replayed, in the same batches."""
-
-    def __init__(self, step):
-        self.replay = step
-
-    def close(self):
-        self.replay = None
-
-
-class FromPython(CudaRecorder):
-    def record(self, step):
-        return Again(step)
 
 
 @pytest.mark.parametrize("method", [Dense(), Mars(last_full=1, window=30)], ids=lambda method: method.name)
