@@ -234,13 +234,13 @@ def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
         delay()
         return real_qkv(*arguments)
 
-    def slow_step(layer, hidden, rope, keys, values, places, attend, normed=None):
+    def slow_step(layer, hidden, rope, target, attend, normed=None):
         def slow_attend(q):
             delay()
             return attend(q)
 
         delay()
-        return real_step(layer, hidden, rope, keys, values, places, slow_attend, normed)
+        return real_step(layer, hidden, rope, target, slow_attend, normed)
 
     monkeypatch.setattr(Copier, "copy", slow_copy)
     monkeypatch.setattr(decoder, "qkv", slow_qkv)
