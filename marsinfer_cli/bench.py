@@ -49,7 +49,9 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     from pipeline.bench.inputs import random_document, real_documents
     from pipeline.bench.plot import check_plot, draw_ttft, save_picture
     from pipeline.bench.ttft import check_baselines, measure_ttft
+    from pipeline.families.projection import IN_FULL
     from pipeline.model.loading import open_model
+    from pipeline.model.variant import precision_of
 
     if drawn.plot is not None:
         check_plot(drawn.plot)
@@ -59,7 +61,8 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     baselines = config.baselines or ("transformers" if together == 1 else "none")
     stock = [] if baselines == "none" else baselines.split(",")
     check_baselines(stock, together)
-    model = open_model(config).load()
+    # transformers computes with the weights in full
+    model = open_model(config).load(IN_FULL if stock else precision_of(chosen))
     results, ceilings = [], []
     for length in wanted:
         pack = (
@@ -91,13 +94,13 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     from pipeline.bench.offload_speed import measure_offload
     from pipeline.engines.memory import host_kv_bytes
     from pipeline.model.loading import open_model
-    from pipeline.model.variant import prepare
+    from pipeline.model.variant import precision_of, prepare
 
     device_bytes = config.kv_memory
     assert device_bytes is not None, "it has a default"
     chosen = parse_variant(config.variant.strip(), parse_shares(config.keep) if config.keep else None)
     wanted = parse_lengths(str(config.lengths))
-    model = open_model(config).load()
+    model = open_model(config).load(precision_of([chosen]))
     prepare(model, [chosen])
     results = []
     for length in wanted:
@@ -121,10 +124,11 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
     from pipeline.bench.decode_speed import measure_decode
     from pipeline.model.loading import open_model
+    from pipeline.model.variant import precision_of
 
     chosen = parse_variants(config.methods, config.keep)
     wanted = parse_lengths(str(config.lengths))
-    model = open_model(config).load()
+    model = open_model(config).load(precision_of(chosen))
     results = []
     for length in wanted:
         results += measure_decode(
@@ -185,7 +189,7 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
     """
     from pipeline.bench.throughput import measure_throughput
     from pipeline.model.loading import open_model
-    from pipeline.model.variant import prepare
+    from pipeline.model.variant import precision_of, prepare
 
     if not config.input:
         raise ConfigError("Missing argument 'INPUT...'")
@@ -193,7 +197,7 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
         raise ConfigError("bench batch reads its input more than once: give a file instead of -")
     chosen = parse_variant(config.variant.strip(), None)
     options = config.options_of(DataSettings, SplitSettings, SamplingSettings, PackSettings)
-    model = open_model(config).load()
+    model = open_model(config).load(precision_of([chosen]))
     prepare(model, [chosen])
     result = measure_throughput(model, chosen, options.pop("input"), note=note, **options)
     conditions = {**tables.conditions_of(model), "max_new_tokens": config.max_new_tokens}

@@ -16,6 +16,7 @@ WINDOW = 24
 SHORT = 50  # tokens of a document and its answer that keep the short frequencies of LongRoPE
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 32}
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 # family, and settings beside SIZES
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +44,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text-whole": ("gemma3_text", {"head_dim": 32, "sliding_window": 512, "attention_bias": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "mixtral-windows": ("mixtral", {"num_local_experts": 6, "sliding_window": WINDOW}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **OSS,
+            "layer_types": ["full_attention"] * 4,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gpt_oss-windows": (
+        "gpt_oss",
+        {
+            **OSS,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "granite": (
         "granite",
         {

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
 from pipeline.families.configuration import slots_of
-from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, linear_layers
+from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, matrices
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fp8 import Fp8Weight
 
@@ -135,21 +135,21 @@ def with_weights(
 ) -> PreTrainedModel:
     """A model of this configuration, whose weights are made on the device one after the other.
 
-    A linear layer that `precision` wants in fp8 alone is quantised before the next one is read: memory is
-    needed for the model as it will be, and for one weight as it was.
+    A matrix that `precision` wants in fp8 alone is quantised before the next one is read: memory is needed
+    for the model as it will be, and for one weight as it was.
     """
     model = _skeleton(config, dtype).eval()
     model.tie_weights()
-    layers = linear_layers(model)
+    layers, inputs_first = matrices(model), FAMILIES[config.model_type].inputs_first
     with torch.no_grad():
         for name, parameter in list(model.named_parameters()):
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
-            form = precision.form(path) if path in layers and own == "weight" else HeldAs.FULL
-            tensor, in_fp8 = _made(weights, name, parameter, device, form)
+            form = precision.form(layers[name]) if name in layers else HeldAs.FULL
+            tensor, in_fp8 = _made(weights, name, parameter, device, form, inputs_first)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False))
             if in_fp8 is not None:
-                module.fp8 = in_fp8
+                setattr(module, f"{own}_fp8", in_fp8)
         model.tie_weights()
         _make_buffers(model, device)
     return model
@@ -165,27 +165,39 @@ def bytes_needed(
     """
     model = _skeleton(config, dtype)
     model.tie_weights()
-    layers, held, most = linear_layers(model), 0, 0
+    layers, held, most = matrices(model), 0, 0
+    inputs = 1 if FAMILIES[config.model_type].inputs_first else 2  # which side of experts' matrices
     for name, parameter in model.named_parameters():
-        path = name.rpartition(".")[0]
-        form = precision.form(path) if path in layers and parameter.dim() == 2 else HeldAs.FULL
-        full, in_fp8 = parameter.numel() * dtype.itemsize, parameter.numel() + 4 * len(parameter)
+        form = precision.form(layers[name]) if name in layers else HeldAs.FULL
+        numbers, is_matrix = parameter.numel(), parameter.dim() == 2
+        rows = numbers // parameter.shape[inputs if parameter.dim() == 3 else -1]
+        full, in_fp8 = numbers * dtype.itemsize, numbers + 4 * rows
         held += {HeldAs.FULL: full, HeldAs.FP8: in_fp8, HeldAs.BOTH: full + in_fp8}[form]
-        most = max(most, parameter.numel() * (8 + dtype.itemsize if path in layers else 4))
+        most = max(most, numbers * (8 + dtype.itemsize if name in layers and is_matrix else 4))
     return held, held + most
 
 
 def _made(
-    weights: Weights, name: str, parameter: Tensor, device: torch.device, form: HeldAs
+    weights: Weights,
+    name: str,
+    parameter: Tensor,
+    device: torch.device,
+    form: HeldAs,
+    inputs_first: bool,
 ) -> tuple[Tensor, Fp8Weight | None]:
-    """A weight of this name and shape, empty where only its fp8 form is wanted, and that form."""
+    """A weight of this name and shape, empty where only its fp8 form is wanted, and that form.
+
+    `inputs_first` is said of experts' matrices, see `Family`.
+    """
     in_fp8 = None if form is HeldAs.FULL else weights.fp8(name, device)
+    in_fp8 = None if in_fp8 is None else in_fp8.shaped(parameter.shape)
     if form is HeldAs.FP8 and in_fp8 is not None:
         return parameter.new_empty(0, device=device), in_fp8
     tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     weights.write(name, tensor)
     if form is HeldAs.FP8:
-        return parameter.new_empty(0, device=device), Fp8Weight.of(tensor)
+        rows_first = tensor.transpose(1, 2) if inputs_first and tensor.dim() == 3 else tensor
+        return parameter.new_empty(0, device=device), Fp8Weight.of(rows_first)
     return tensor, in_fp8
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MXFP4_BLOCK = 32  # inputs that share a power of two
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what the codes 0 to 7 mean, and less than 0 those from 8 on
 # AWQ keeps these columns of eight in the fields of a word, from the lowest bits on
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -68,3 +70,16 @@ def dequantised_blocks(codes_ND: Tensor, scale: Tensor, block: tuple[int, int]) 
     grid = scale.float().reshape(-(-outputs // rows), -(-inputs // columns)).repeat_interleave(rows, 0)
     group_D = torch.arange(inputs, device=codes_ND.device) // columns
     return dequantised(codes_ND, grid[:outputs], None, group_D)
+
+
+def dequantised_mxfp4(blocks_NGb: Tensor, scales_NG: Tensor) -> Tensor:
+    """(N, D) bfloat16 of bytes that hold two codes each, the first in the lower half.
+
+    A block is its codes' floats times two to the power of its scale less 127; of 255 it is NaN.
+    """
+    device = blocks_NGb.device
+    floats = torch.tensor([*FP4, *(-each for each in FP4)], dtype=torch.bfloat16, device=device)
+    pairs = torch.stack([floats.repeat(16), floats.repeat_interleave(16)], dim=1)  # of each byte
+    values = pairs.index_select(0, blocks_NGb.flatten().int()).view(*scales_NG.shape, MXFP4_BLOCK)
+    powers_NG = scales_NG.view(torch.float8_e8m0fnu).float().to(torch.bfloat16)
+    return values.mul_(powers_NG[..., None]).flatten(1)

@@ -26,7 +26,8 @@ from pipeline.checkpoints.hub import HubModel
 from pipeline.checkpoints.names import COMMIT_PREFIX, EMBEDDED
 from pipeline.checkpoints.quantised import check_own_files, scheme_of
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
-from pipeline.checkpoints.stored_weights import CheckpointWeights, StoredWeight, stored_weights
+from pipeline.checkpoints.stored_matrices import StoredWeight
+from pipeline.checkpoints.stored_weights import CheckpointWeights, stored_weights
 from pipeline.checkpoints.tensors import check_tensors
 from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer

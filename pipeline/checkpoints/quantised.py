@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import ModelError
 
-FP8, GPTQ, AWQ, COMPRESSED = "fp8", "gptq", "awq", "compressed-tensors"
+FP8, GPTQ, AWQ, COMPRESSED, MXFP4 = "fp8", "gptq", "awq", "compressed-tensors", "mxfp4"
+MXFP4_FAMILIES = ("gpt_oss",)  # whose names of such tensors are known
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "hqq": "HQQ", "mxfp4": "MXFP4", "modelopt": "ModelOpt"}
 # files in which quantisers wrote it before config.json had a place for it
@@ -53,6 +54,7 @@ _KNOWN = {
         *("format", "config_groups", "ignore", "kv_cache_scheme", "quantization_status"),
         *("global_compression_ratio", "sparsity_config", "transform_config"),
     },
+    MXFP4: set(),
 }
 _WEIGHT_KNOWN = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "actorder"}
 _WEIGHT_KNOWN |= {"dynamic", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
@@ -62,7 +64,7 @@ _WEIGHT_KNOWN |= {"dynamic", "observer", "observer_kwargs", "scale_dtype", "zp_d
 class Scheme:
     """How the quantised weights of a checkpoint are to be read."""
 
-    kind: str  # FP8, GPTQ, AWQ or COMPRESSED
+    kind: str  # FP8, GPTQ, AWQ, COMPRESSED or MXFP4
     name: str  # in messages
     bits: int = 8  # of an integer code
     group_size: int = 0  # inputs that share a scale; 0: all of them
@@ -78,13 +80,14 @@ def scheme_of(model: str, config: PreTrainedConfig) -> Scheme | None:
     if not found:
         return None
     kind = str(found.get("quant_method"))
-    if kind not in _KNOWN:
+    if kind not in _KNOWN or (kind == MXFP4 and config.model_type not in MXFP4_FAMILIES):
         raise _refused(model, found)
     unread = _unread(found, _KNOWN[kind] | _QUANTISING | _RUNNING)
     if unread:
         raise _refused(model, found, f"by settings that are not read: {', '.join(unread)}")
     try:
-        return {FP8: _fp8, GPTQ: _gptq, AWQ: _awq, COMPRESSED: _compressed}[kind](model, found)
+        schemes = {FP8: _fp8, GPTQ: _gptq, AWQ: _awq, COMPRESSED: _compressed, MXFP4: _mxfp4}
+        return schemes[kind](model, found)
     except ValueError as error:
         raise _refused(model, found, str(error)) from error
 
@@ -165,6 +168,10 @@ def _awq(model: str, found: Mapping[str, Any]) -> Scheme:
     _bits(found.get("bits"), (4,))
     notes = _dequantised(model, "AWQ, 4 bits")
     return Scheme(kind=AWQ, name="AWQ", bits=4, group_size=_group_size(found), notes=notes)
+
+
+def _mxfp4(model: str, found: Mapping[str, Any]) -> Scheme:
+    return Scheme(kind=MXFP4, name="MXFP4", notes=_dequantised(model, "MXFP4"))
 
 
 def _compressed(model: str, found: Mapping[str, Any]) -> Scheme:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from pipeline.checkpoints.building import Layout
 from pipeline.checkpoints.folder import Checkpoint, first_of
 from pipeline.checkpoints.safetensor_files import Stored, seem_equal
-from pipeline.checkpoints.stored_weights import StoredWeight
+from pipeline.checkpoints.stored_matrices import StoredWeight
 from pipeline.errors import ModelError
 from pipeline.texts.words import counted
 

@@ -28,6 +28,7 @@ LONGEST_BESIDE_STORE = 131_072
 PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
 SCORING_QUERIES = 64  # about as many as methods observe
 SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
+PLACE_VALUES = 16  # numbers of bfloat16 that four indices take
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
 
 
@@ -209,13 +210,13 @@ def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     Before attention that are the norm, the projection before its own norms, and the steps of RoPE. The FFN
     holds the tokens gathered for it, their norm, gate, up and their product and the sum, and beside them, if
     there is one piece only, still queries and keys before their norms. Where there are experts it holds a
-    row for each token and each of its experts: gathered, passed, put in order, weighted.
+    row for each token and each of its experts, as it is gathered and as it is made, and where these rows are.
     """
     qk = (shape.heads + shape.kv_heads) * shape.head_dim
     before_attention = 3 * shape.hidden + 4 * qk
     ffn = 4 * shape.hidden + qk + 3 * shape.ffn_per_token
     if shape.experts:
-        ffn += 4 * shape.experts_per_token * shape.hidden + 4 * shape.experts
+        ffn += shape.experts_per_token * (2 * shape.hidden + PLACE_VALUES) + 4 * shape.experts
     return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
 
 

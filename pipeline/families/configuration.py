@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.slots import Family, LayerSlots
 from pipeline.families.supported import FAMILIES
+from pipeline.kernels.expert_products import grouped_fp8_available
 from pipeline.kernels.fp8 import MULTIPLE, fp8_available
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.parse import parse_rope_scaling
@@ -35,8 +36,6 @@ def check_config(config: PreTrainedConfig) -> None:
     check_family(config.model_type)
     _check_fields(config, FAMILIES[config.model_type])
     slots = slots_of(config)
-    if slots.experts and getattr(config, "quantization_config", None) is not None:
-        raise ModelError("experts with quantised weights are not supported: name the model in bfloat16")
     for parameters in _all_rope_parameters(config):
         _check_rope(parameters, slots)
 
@@ -116,6 +115,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         has_long_rope=_rope_parameters(config).get("rope_type") == "longrope",
         experts=slots.experts,
         experts_per_token=slots.experts_per_token,
+        has_sinks=slots.sinks,
     )
 
 
@@ -185,7 +185,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> No
     """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
     reason = fp8_available(device)
     if reason is None and shape.experts:
-        reason = "the model has experts, whose products are computed in its dtype alone"
+        reason = grouped_fp8_available(device)
     widths = shape.hidden, shape.ffn, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     if reason is None and any(width % MULTIPLE for width in widths):
         reason = f"the sides of its weights, {', '.join(map(str, widths))}, must divide by {MULTIPLE}"

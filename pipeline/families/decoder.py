@@ -100,9 +100,9 @@ class Decoder:
         """Compute linear layers as `linears` says, one of `LINEAR_DTYPES`.
 
         `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` those behind
-        attention and of the FFN, in a prefill, but for the tokens that it is told to keep. `ffn` makes the
-        FFN able to do both; `keep` keeps weights that are not needed any more. Raises ConfigError on a
-        device that cannot.
+        attention and of the FFN, in a prefill, but for the tokens that it is told to keep, and experts, of
+        all tokens. `ffn` makes the FFN able to do both; `keep` keeps weights that are not needed any more.
+        Raises ConfigError on a device that cannot.
         """
         wanted = LinearPrecision(linears=linears, ffn=ffn)
         if wanted.uses_fp8:
@@ -142,8 +142,14 @@ class Decoder:
             assert reach_T is not None, "LongRoPE, of documents whose lengths are not told"
             return self._long_rope.table(positions_T, reach_T, hidden_TD.dtype)
         of_kind = () if kind == ONE_ROPE else (kind,)
-        cos_1Td, sin_1Td = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
-        return cos_1Td[0], sin_1Td[0]
+        (cos_Td,), (sin_Td,) = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
+        if self._slots.rope_by_halves:
+            return torch.cat((cos_Td, cos_Td), dim=-1), torch.cat((sin_Td, sin_Td), dim=-1)
+        return cos_Td, sin_Td
+
+    def sinks(self, layer: int) -> Tensor | None:
+        """(H,) float32 of a layer's heads, where they have sinks: see kernels/attention.py."""
+        return self._layers[layer].sinks_H
 
     def pieces(self, tokens: int) -> list[slice]:
         """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size."""
@@ -307,9 +313,8 @@ class Decoder:
     def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:
         """See `add_feed_forward_`, of few tokens."""
         if weights.experts is not None:
-            assert not fp8, "experts in fp8, which is refused beforehand"
             normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
-            self._add_(hidden_TD, weights.experts(normed_TD), weights.ffn_post_norm)
+            self._add_(hidden_TD, weights.experts(normed_TD, fp8=fp8), weights.ffn_post_norm)
             return
         assert weights.gate_up is not None
         assert weights.down is not None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.families.experts import Experts
+from torch import Tensor
+
+from pipeline.families.experts import ExpertProjection, Experts
 from pipeline.families.projection import Norm, Projection
 
 
@@ -24,16 +26,20 @@ class Layer:
     gate_up: Projection | None = None
     down: Projection | None = None
     experts: Experts | None = None
+    sinks_H: Tensor | None = None  # float32; see kernels/attention.py
 
     @property
-    def projections(self) -> dict[str, Projection]:
+    def projections(self) -> dict[str, Projection | ExpertProjection]:
         """Those there are, by names that `LinearPrecision.form` knows."""
-        named = {
+        named: dict[str, Projection | ExpertProjection | None] = {
             "self_attn.qkv_proj": self.qkv,
             "self_attn.o_proj": self.output,
             "mlp.gate_up_proj": self.gate_up,
             "mlp.down_proj": self.down,
         }
+        if self.experts is not None:
+            named["mlp.experts.gate_up_proj"] = self.experts.gate_up
+            named["mlp.experts.down_proj"] = self.experts.down
         return {name: each for name, each in named.items() if each is not None}
 
 

@@ -38,20 +38,32 @@ class LinearPrecision:
     def form(self, layer: str) -> HeldAs:
         """What a layer of this name, as a decoder block's modules are called, is needed in."""
         in_ffn = ".mlp." in f".{layer}"
-        if self.linears == "fp8":
-            return HeldAs.BOTH if self.ffn and in_ffn else HeldAs.FP8
+        if self.ffn and in_ffn:
+            return HeldAs.BOTH
+        # experts are most of a model's weights: of them `mixed` holds no second form
+        if self.linears == "fp8" or (self.linears == "mixed" and ".experts." in layer):
+            return HeldAs.FP8
         mixed = self.linears == "mixed" and (in_ffn or layer.endswith(".o_proj"))
-        return HeldAs.BOTH if mixed or (self.ffn and in_ffn) else HeldAs.FULL
+        return HeldAs.BOTH if mixed else HeldAs.FULL
 
 
 IN_FULL = LinearPrecision()
 
 
-def linear_layers(model: Any) -> set[str]:
-    """The names of all linear layers of a model's decoder blocks."""
-    return {
-        name for name, each in model.named_modules() if type(each) is nn.Linear and ".layers." in f".{name}"
+def matrices(model: Any) -> dict[str, str]:
+    """Parameters of a model's decoder blocks that may be held in fp8, by name.
+
+    Linear layers' and experts', each with the name that `LinearPrecision.form` knows it by.
+    """
+    linear = {
+        f"{name}.weight": name
+        for name, each in model.named_modules()
+        if type(each) is nn.Linear and ".layers." in f".{name}"
     }
+    of_experts = {
+        name: name for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3
+    }
+    return linear | of_experts
 
 
 class Norm:
@@ -117,7 +129,7 @@ class Projection:
 
     def _joined_fp8(self) -> Fp8Weight | None:
         """Of all modules, if all were loaded in fp8; they give theirs up."""
-        loaded = [module.__dict__.pop("fp8", None) for module in self._modules]
+        loaded = [module.__dict__.pop("weight_fp8", None) for module in self._modules]
         forms = [each for each in loaded if each is not None]
         return Fp8Weight.joined(forms) if len(forms) == len(loaded) else None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from pipeline.families.experts import Experts
+from pipeline.families.experts import ExpertProjection, Experts
 from pipeline.families.layer import Layer, attention, pre_norms
 from pipeline.families.llama import same_windows
 from pipeline.families.slots import Family, LayerSlots, Shapes, refuse
@@ -27,11 +27,10 @@ def _slots(config: PreTrainedConfig) -> LayerSlots:
 
 def expert_layer(block: Any, slots: LayerSlots) -> Layer:
     """Of a block whose FFN is a router and experts."""
-    router, weights = block.mlp.gate, block.mlp.experts
     experts = Experts(
-        router.weight,
-        weights.gate_up_proj,
-        weights.down_proj,
+        block.mlp.gate,
+        ExpertProjection(block.mlp.experts, "gate_up_proj"),
+        ExpertProjection(block.mlp.experts, "down_proj"),
         per_token=slots.experts_per_token,
         sum_to_one=slots.experts_sum_to_one,
         gate=slots.gate,

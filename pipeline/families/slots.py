@@ -22,13 +22,15 @@ class LayerSlots:
     ffn: int  # width inside the gated feed-forward network, or inside each expert
     windows: tuple[int | None, ...]  # of each layer: last positions that a token attends to
     ropes: tuple[str | None, ...]  # of each layer: the kind of its rotary embedding; None: it has none
-    gate: str = "silu"  # the activation, of `GATES`
+    gate: str = "silu"  # the activation: of `GATES`, or clamped_swiglu, which has more of experts
     norm_offset: float = 0.0  # added to the weights of all norms
     attention_scale: float | None = None  # of products of queries and keys; None: 1/sqrt(head size)
     embedding_scale: float = 1.0
     query_growth: tuple[float, int] | None = None  # see `Decoder.rope`
     long_rope: bool = False  # whether RoPE may be a LongRope
     rotates_part: bool = False  # whether RoPE may turn only the first dimensions of each head
+    rope_by_halves: bool = False  # whether RoPE's module gives cosines and sines of half of each head
+    sinks: bool = False  # whether heads have sinks, see kernels/attention.py
     residual_scale: float = 1.0  # of what attention and FFN add to the residual stream
     logits_scale: float = 1.0
     experts: int = 0
@@ -56,6 +58,7 @@ class Family:
     slots: Callable[[PreTrainedConfig], LayerSlots]
     layer: Callable[[Any, LayerSlots], Layer]  # of a block of transformers
     stored: Callable[[Shapes], Shapes] = as_they_are  # what checkpoints hold in place of a model's parameters
+    inputs_first: bool = False  # whether matrices of experts are (E, D, N), which usually are (E, N, D)
 
 
 def gate_of(activation: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.gemma3 import GEMMA3_TEXT
+from pipeline.families.gpt_oss import GPT_OSS
 from pipeline.families.granite import GRANITE
 from pipeline.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pipeline.families.ministral3 import MINISTRAL3
@@ -15,6 +16,7 @@ from pipeline.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3_TEXT,
+    "gpt_oss": GPT_OSS,
     "granite": GRANITE,
     "llama": LLAMA,
     "ministral3": MINISTRAL3,

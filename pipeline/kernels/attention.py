@@ -2,7 +2,8 @@
 
 Every backend computes the same two things: `prefill`, where each document's tokens attend within the
 document, and `decode`, where the newest tokens of each document, most often one, attend to its slots of the
-cache.
+cache. Both take sinks: a number of each query head, in float32, that counts in its softmax as the score of
+one more key, whose value is zero. A library that returns the log-sum-exp of the scores need not know of them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import decoding, reference
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
+from pipeline.kernels.sdpa import sdpa, sdpa_last, sdpa_within
 from pipeline.kernels.segments import Segments
 
-WINDOW_BLOCK = 1024  # queries that plain torch takes at a time where attention has a window
 TRIAL_WINDOW = 24  # tokens
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
 
@@ -48,20 +48,28 @@ class AttentionBackend(ABC):
         return decoding.available(device, dtype)
 
     @abstractmethod
-    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
-        """Causal attention within each document, (T, H, d)."""
-
-    def prefill_within(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
+    def prefill(
+        self,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """The same of tokens that attend to the last `window`, their own among them."""
-        parts = [
-            _sdpa_within(q_THd[start:end], k_TKd[start:end], v_TKd[start:end], window)
-            for start, end in segments.ranges()
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Causal attention within each document, (T, H, d).
 
-    def decode(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+        With a `window` each token attends to the last so many, its own among them.
+        """
+
+    def decode(
+        self,
+        q_QHd: Tensor,
+        k_SKd: Tensor,
+        v_SKd: Tensor,
+        slots: DecodeSlots,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """Each document's queries over its slots, (Q, H, d): the last sees all, the one before one less.
 
         With a window each sees the last so many of these. By kernels of ours where there are any for so few
@@ -69,29 +77,42 @@ class AttentionBackend(ABC):
         """
         if slots.shared is not None:
             attended = [(k_SKd, v_SKd, ranges) for ranges in (slots.ranges, slots.shared)]
-            return decoding.attention(q_QHd, attended)
+            return decoding.attention(q_QHd, attended, sinks_H)
         if slots.window is not None:
-            return self._decode_within(q_QHd, k_SKd, v_SKd, slots, slots.window)
+            return self._decode_within(q_QHd, k_SKd, v_SKd, slots, slots.window, sinks_H)
         by_ranges = slots.scales is not None or slots.host is None
         if by_ranges or decoding.takes(q_QHd, k_SKd, slots.most_queries):
-            return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)])
-        return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
+            return decoding.attention(q_QHd, [(k_SKd, v_SKd, slots.ranges)], sinks_H)
+        return self.decode_many(q_QHd, k_SKd, v_SKd, slots, sinks_H)
 
     def _decode_within(
-        self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots, window: int
+        self,
+        q_QHd: Tensor,
+        k_SKd: Tensor,
+        v_SKd: Tensor,
+        slots: DecodeSlots,
+        window: int,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """Of several queries a document, with a window."""
         assert slots.scales is None, "several tokens of a row behind keys and values in e4m3"
         if not decoding.takes(q_QHd, k_SKd, slots.most_queries):
-            return self.decode_many(q_QHd, k_SKd, v_SKd, slots)
+            return self.decode_many(q_QHd, k_SKd, v_SKd, slots, sinks_H)
         ranges = windowed_ranges(*slots.known, window, q_QHd.device)
-        return decoding.attention(q_QHd, [(k_SKd, v_SKd, ranges)])
+        return decoding.attention(q_QHd, [(k_SKd, v_SKd, ranges)], sinks_H)
 
-    def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+    def decode_many(
+        self,
+        q_QHd: Tensor,
+        k_SKd: Tensor,
+        v_SKd: Tensor,
+        slots: DecodeSlots,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """The same for any number of queries."""
         starts, used, queries = slots.known
         outputs = [
-            _sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count], slots.window)
+            sdpa_last(q, k_SKd[start : start + count], v_SKd[start : start + count], slots.window, sinks_H)
             for q, start, count in zip(q_QHd.split(queries), starts, used, strict=True)
         ]
         return torch.cat(outputs)
@@ -102,12 +123,23 @@ class SdpaAttention(AttentionBackend):
 
     name = "sdpa"
 
-    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
+    def prefill(
+        self,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         outputs = []
         for start, end in segments.ranges():
             q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
+            if window is not None and window < end - start:
+                outputs.append(sdpa_within(q, k, v, window, sinks_H))
+                continue
             with self._kernel(end - start):
-                outputs.append(_sdpa(q, k, v, causal=True))
+                outputs.append(sdpa(q, k, v, causal=True, sinks_H=sinks_H))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _kernel(self, length: int) -> AbstractContextManager[Any]:
@@ -132,30 +164,34 @@ class VarlenAttention(AttentionBackend):
 
     def __init__(self) -> None:
         try:
-            self._attend = import_module("torch.nn.attention.varlen").varlen_attn
+            module = import_module("torch.nn.attention.varlen")
+            self._attend, self._with_logs = module.varlen_attn, module.AuxRequest(lse=True)
         except (ImportError, AttributeError) as error:
             raise AttentionUnavailable("this torch has no torch.nn.attention.varlen") from error
         # grouped heads came after torch 2.11; before, key/value heads are repeated by us
         self._grouped = "enable_gqa" in inspect.signature(self._attend).parameters
 
-    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
-        return self._causal(q_THd, k_TKd, v_TKd, segments, before=-1)
-
-    def prefill_within(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
+    def prefill(
+        self,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        return self._causal(q_THd, k_TKd, v_TKd, segments, before=window - 1)
-
-    def _causal(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, before: int) -> Tensor:
-        """Of tokens that attend to themselves and so many `before` them; -1: to all."""
-        options: dict[str, Any] = {"window_size": (before, 0)}  # without it, attention is not causal
+        # how many tokens before its own one attends to, -1 for all; without it, attention is not causal
+        options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
         if self._grouped:
             options["enable_gqa"] = True
         else:
             groups = q_THd.shape[1] // k_TKd.shape[1]
             k_TKd, v_TKd = (x.repeat_interleave(groups, dim=1) for x in (k_TKd, v_TKd))
+        if sinks_H is not None:
+            options["return_aux"] = self._with_logs
         bounds, longest = segments.cu_seqlens, segments.longest
-        return self._attend(q_THd, k_TKd, v_TKd, bounds, bounds, longest, longest, **options)
+        made: Any = self._attend(q_THd, k_TKd, v_TKd, bounds, bounds, longest, longest, **options)
+        return made if sinks_H is None else _with_sinks_(made[0], made[1], sinks_H)
 
 
 class FlashAttention(AttentionBackend):
@@ -171,31 +207,31 @@ class FlashAttention(AttentionBackend):
         except (ImportError, AttributeError, OSError) as error:
             raise AttentionUnavailable(f"{self.module}.flash_attn_varlen_func: {error}") from error
 
-    def prefill(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Tensor:
-        return self._causal(q_THd, k_TKd, v_TKd, segments)
-
-    def prefill_within(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, window: int
-    ) -> Tensor:
-        return self._causal(q_THd, k_TKd, v_TKd, segments, **_window_option(window))
-
-    def _causal(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, **options: Any
+    def prefill(
+        self,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         bounds, longest = segments.cu_seqlens, segments.longest
         return self._call(
-            q_THd,
-            k_TKd,
-            v_TKd,
+            (q_THd, k_TKd, v_TKd),
+            sinks_H,
             cu_seqlens_q=bounds,
             cu_seqlens_k=bounds,
             max_seqlen_q=longest,
             max_seqlen_k=longest,
             causal=True,
-            **options,
+            **_window_option(window),
         )
 
-    def _call(self, *tensors: Tensor, **options: Any) -> Tensor:
+    def _call(self, tensors: tuple[Tensor, Tensor, Tensor], sinks_H: Tensor | None, **options: Any) -> Tensor:
+        if sinks_H is not None:
+            attended, logs, *_ = self._attend(*tensors, **options, return_attn_probs=True)
+            return _with_sinks_(attended, logs, sinks_H)
         result = self._attend(*tensors, **options)
         return result[0] if isinstance(result, tuple) else result
 
@@ -212,11 +248,17 @@ class Flash3Attention(FlashAttention):
     def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cuda"
 
-    def decode_many(self, q_QHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, slots: DecodeSlots) -> Tensor:
+    def decode_many(
+        self,
+        q_QHd: Tensor,
+        k_SKd: Tensor,
+        v_SKd: Tensor,
+        slots: DecodeSlots,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         return self._call(
-            q_QHd,
-            k_SKd,
-            v_SKd,
+            (q_QHd, k_SKd, v_SKd),
+            sinks_H,
             cu_seqlens_q=slots.queries_B1,
             cu_seqlens_k=slots.bounds_B1,
             max_seqlen_q=slots.most_queries,
@@ -238,6 +280,12 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 }
 
 
+def _with_sinks_(attended_THd: Tensor, logs_HT: Tensor, sinks_H: Tensor) -> Tensor:
+    """What sinks leave of attention, whose natural log-sum-exp is given: in place."""
+    share_HT = torch.sigmoid(logs_HT - sinks_H[:, None])
+    return attended_THd.mul_(share_HT.t()[..., None])
+
+
 def _window_option(window: int | None) -> dict[str, tuple[int, int]]:
     """As FlashAttention wants it, which counts the tokens before a query's own."""
     return {} if window is None else {"window_size": (window - 1, 0)}
@@ -252,10 +300,12 @@ def choose_attention(
     kv_heads: int,
     head_dim: int,
     slides: bool = False,
+    sinks: bool = False,
 ) -> tuple[AttentionBackend, dict[str, str]]:
     """The backend to use, and for each faster one why it was not taken.
 
-    `wanted` is a name of `BACKENDS` or `auto`; with `slides` it is to have windows, too. A backend is taken
+    `wanted` is a name of `BACKENDS` or `auto`; with `slides` it is to have windows, too, and sinks with
+    `sinks`. A backend is taken
     only after a small trial on the device agrees with the reference. Raises ConfigError when none does, or
     the one asked for by name does not.
     """
@@ -270,7 +320,7 @@ def choose_attention(
             if device.type == "cpu" and name != "sdpa":
                 raise AttentionUnavailable("needs a GPU")
             backend = BACKENDS[name]()
-            _try_once(backend, device=device, dtype=dtype, slides=slides, **sizes)
+            _try_once(backend, device=device, dtype=dtype, slides=slides, sinks=sinks, **sizes)
         except (AttentionUnavailable, RuntimeError, TypeError, ValueError, ImportError) as error:
             refused[name] = first_line(error)
         else:
@@ -288,69 +338,25 @@ def _try_once(
     kv_heads: int,
     head_dim: int,
     slides: bool,
+    sinks: bool,
 ) -> None:
     segments = Segments.of((70, 33), device)
     generator = torch.Generator(device="cpu").manual_seed(0)
     shapes = [(segments.total, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    expected = reference.causal_attention(q, k, v, segments)
+    sinks_H = torch.randn(heads, generator=generator).to(device) if sinks else None
     last = segments.last_indices()
-    _compare(backend.prefill(q, k, v, segments), expected, "prefill")
-    slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
-    _compare(backend.decode(q[last], k, v, slots), expected[last], "decode")
-    if slides:
-        expected = reference.causal_attention(q, k, v, segments, TRIAL_WINDOW)
-        got = backend.prefill_within(q, k, v, segments, TRIAL_WINDOW)
-        _compare(got, expected, "prefill with a window")
-        got = backend.decode(q[last], k, v, slots.within(TRIAL_WINDOW))
-        _compare(got, expected[last], "decode with a window")
+    whole = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, device)
+    for window in (None, TRIAL_WINDOW) if slides else (None,):
+        traits = [*(["a window"] if window else []), *(["sinks"] if sinks else [])]
+        told = f" with {' and '.join(traits)}" if traits else ""
+        expected = reference.causal_attention(q, k, v, segments, window, sinks_H)
+        _compare(backend.prefill(q, k, v, segments, window, sinks_H), expected, f"prefill{told}")
+        got = backend.decode(q[last], k, v, whole.within(window), sinks_H)
+        _compare(got, expected[last], f"decode{told}")
 
 
 def _compare(got: Tensor, expected: Tensor, what: str) -> None:
     error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise AttentionUnavailable(f"its {what} is off by {error:.3g} on a trial")
-
-
-def _sdpa_within(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int) -> Tensor:
-    """A document whose tokens attend to the last `window`, a block of them at a time."""
-    tokens = len(q_THd)
-    if tokens <= window:
-        return _sdpa(q_THd, k_TKd, v_TKd, causal=True)
-    parts = []
-    for first in range(0, tokens, WINDOW_BLOCK):
-        end, reached = min(first + WINDOW_BLOCK, tokens), max(0, first - window + 1)
-        parts.append(_sdpa_last(q_THd[first:end], k_TKd[reached:end], v_TKd[reached:end], window))
-    return torch.cat(parts)
-
-
-def _sdpa_last(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int | None = None) -> Tensor:
-    """A document's last Q tokens over all T, or of these the last `window` each.
-
-    SDPA's own causal mask would take them for the first ones.
-    """
-    queries, tokens = len(q_QHd), len(k_TKd)
-    if window is not None and window >= tokens:
-        window = None
-    if queries == 1 and window is None:
-        return _sdpa(q_QHd, k_TKd, v_TKd, causal=False)
-    if queries == tokens and window is None:
-        return _sdpa(q_QHd, k_TKd, v_TKd, causal=True)
-    seen_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHd.device).tril(tokens - queries)
-    if window is not None:
-        seen_QT = seen_QT.triu_(tokens - queries - window + 1)
-    return _sdpa(q_QHd, k_TKd, v_TKd, causal=False, mask_QT=seen_QT)
-
-
-def _sdpa(
-    q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, causal: bool, mask_QT: Tensor | None = None
-) -> Tensor:
-    """One document through SDPA, which wants (1, heads, tokens, d)."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and (q.dtype == torch.float32 or mask_QT is not None):
-        # no fused CUDA kernel takes grouped heads so, and the plain one would hold the Q x T matrix
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = False
-    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask_QT, is_causal=causal, enable_gqa=grouped)
-    return mixed.squeeze(0).transpose(0, 1)

@@ -182,10 +182,12 @@ def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
     return _kernels(q_QHd) is not None and most_queries <= queries_of_a_range(q_QHd.shape[1], k_SKd.shape[1])
 
 
-def attention(q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]]) -> Tensor:
+def attention(
+    q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]], sinks_H: Tensor | None = None
+) -> Tensor:
     """(Q, H, d) of queries to all their ranges together; zeros for a query of none.
 
-    Each of `attended` are keys and values (S, K, d), and ranges of their slots.
+    Each of `attended` are keys and values (S, K, d), and ranges of their slots; of sinks see attention.py.
     """
     heads, head_dim = q_QHd.shape[1:]
     cut = _kernels(q_QHd) is not None
@@ -198,7 +200,7 @@ def attention(q_QHd: Tensor, attended: Sequence[tuple[Tensor, Tensor, Ranges]]) 
     for (k_SKd, v_SKd, ranges), (count, least) in zip(attended, counts, strict=True):
         partial_attention(q_QHd, k_SKd, v_SKd, ranges, parts, logs, first, count, least)
         first += count
-    return merged(parts, logs, q_QHd.dtype)
+    return merged(parts, logs, q_QHd.dtype, sinks_H)
 
 
 def partial_attention(
@@ -239,17 +241,22 @@ def partial_attention(
     )
 
 
-def merged(parts_QHPd: Tensor, logs_QHP: Tensor, dtype: torch.dtype) -> Tensor:
-    """(Q, H, d) the sum of the parts, each by its share of the weights."""
+def merged(parts_QHPd: Tensor, logs_QHP: Tensor, dtype: torch.dtype, sinks_H: Tensor | None = None) -> Tensor:
+    """(Q, H, d) the sum of the parts, each by its share of the weights, in which sinks have theirs."""
     kernels = _kernels(parts_QHPd)
     if kernels is None:
-        weights_QHP = (logs_QHP * math.log(2)).softmax(-1).nan_to_num(0)  # of a query without ranges
+        totals_QHP = logs_QHP * math.log(2)
+        if sinks_H is not None:
+            sinks_QH1 = sinks_H.to(totals_QHP.dtype).expand(len(totals_QHP), -1)[..., None]
+            totals_QHP = torch.cat([totals_QHP, sinks_QH1], dim=-1)
+        shares = totals_QHP.softmax(-1).nan_to_num(0)  # of a query without ranges
+        weights_QHP = shares[..., : logs_QHP.shape[-1]]
         parts_QHPd = parts_QHPd.masked_fill((weights_QHP == 0)[..., None], 0)  # which are undefined
         return torch.einsum("qhp,qhpd->qhd", weights_QHP, parts_QHPd).to(dtype)
     queries, heads, count, head_dim = parts_QHPd.shape
     out_QHd = torch.empty(queries, heads, head_dim, dtype=dtype, device=parts_QHPd.device)
     kernels.merge_kernel[(queries, heads)](
-        *(parts_QHPd, logs_QHP, count, out_QHd, *out_QHd.stride()[:2], heads, head_dim),
+        *(parts_QHPd, logs_QHP, sinks_H, count, out_QHd, *out_QHd.stride()[:2], heads, head_dim),
         PARTS=power_of_two(count),
         WIDTH=power_of_two(head_dim),
         num_warps=4,

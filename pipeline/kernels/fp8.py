@@ -18,7 +18,10 @@ CAPABILITY = (8, 9)  # of the first GPUs that multiply in float8
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A linear layer's weight: `quantised` (N, D) float8 times `scale` (1, N) float32 by output channel."""
+    """A linear layer's weight: `quantised` (N, D) float8 times `scale` (1, N) float32 by output channel.
+
+    Or those of E experts, (E, N, D) and (E, 1, N).
+    """
 
     quantised: Tensor
     scale: Tensor
@@ -31,9 +34,25 @@ class Fp8Weight:
         quantised_ND = torch.cat([each.quantised for each in weights])
         return cls(quantised_ND, torch.cat([each.scale for each in weights], dim=1))
 
+    def shaped(self, shape: Sequence[int]) -> Fp8Weight:
+        """The same rows as a weight of this shape, such as those of one expert after the other."""
+        return Fp8Weight(self.quantised.view(*shape), self.scale.view(*shape[:-2], 1, shape[-2]))
+
     @classmethod
-    def of(cls, weight_ND: Tensor) -> Fp8Weight:
-        """Quantise some rows at a time, which bounds the memory needed besides the result."""
+    def of(cls, weight: Tensor) -> Fp8Weight:
+        """Quantise a matrix, or those of experts, some rows at a time, which bounds the memory beside it."""
+        if weight.dim() == 2:
+            return cls._of_matrix(weight)
+        experts, outputs, inputs = weight.shape
+        quantised_END = torch.empty(experts, outputs, inputs, dtype=FP8, device=weight.device)
+        scale_E1N = torch.empty(experts, 1, outputs, dtype=torch.float32, device=weight.device)
+        for expert in range(experts):
+            own = cls._of_matrix(weight[expert].contiguous())
+            quantised_END[expert], scale_E1N[expert] = own.quantised, own.scale
+        return cls(quantised_END, scale_E1N)
+
+    @classmethod
+    def _of_matrix(cls, weight_ND: Tensor) -> Fp8Weight:
         outputs, inputs = weight_ND.shape
         if outputs % MULTIPLE or inputs % MULTIPLE:
             raise ValueError(f"FP8 needs a weight whose sides divide by {MULTIPLE}, got {outputs} x {inputs}")

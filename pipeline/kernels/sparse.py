@@ -20,6 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
+from pipeline.kernels.sdpa import attention_with_sinks
 from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
@@ -70,18 +71,20 @@ class SparsePrefill:
         return asked, slots
 
     def attend(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float, sinks_H: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(T, H, d), and how many query-key pairs were computed of each document: (B,) mean over heads.
 
         None for all pairs. `mass` is the share of the attention that the blocks chosen are to reach, as
-        estimated; with 0 nothing is estimated, and only those are attended to that always are.
+        estimated; with 0 nothing is estimated, and only those are attended to that always are. Sinks, see
+        attention.py, change nothing of the choice.
         """
         if not any(self.long):
-            return self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), None
+            attended_THd = self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments, sinks_H=sinks_H)
+            return attended_THd, None
         ranges = self.segments.ranges()
         short = [document for document, is_long in zip(ranges, self.long, strict=True) if not is_long]
-        of_short = iter(self._whole(q_THd, k_TKd, v_TKd, short))
+        of_short = iter(self._whole(q_THd, k_TKd, v_TKd, short, sinks_H))
         outputs: list[Tensor] = []
         pairs: list[Tensor] = []
         for is_long, (start, end) in zip(self.long, ranges, strict=True):
@@ -89,7 +92,7 @@ class SparsePrefill:
             if is_long:
                 q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
                 blocks = choose_blocks(q, k, mass)
-                outputs.append(block_sparse_attention(q, k, v, blocks, left_out=WHOLE_ROWS))
+                outputs.append(block_sparse_attention(q, k, v, blocks, WHOLE_ROWS, sinks_H))
                 pairs.append(computed_pairs(blocks, length))
             else:
                 outputs.append(next(of_short))
@@ -97,7 +100,8 @@ class SparsePrefill:
                 pairs.append(torch.full((), whole, dtype=torch.int64, device=q_THd.device))
         attended_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         asked, slots = self.last
-        own_QHd = self.attention.decode(torch.cat([q_THd[rows] for rows in asked]), k_TKd, v_TKd, slots)
+        asking_QHd = torch.cat([q_THd[rows] for rows in asked])
+        own_QHd = self.attention.decode(asking_QHd, k_TKd, v_TKd, slots, sinks_H)
         for rows, own in zip(asked, own_QHd.split(slots.known.queries), strict=True):
             attended_THd[rows] = own
         return attended_THd, torch.stack(pairs)
@@ -110,14 +114,20 @@ class SparsePrefill:
         return tuple(estimated_pairs(length) if is_long else 0 for length, is_long in documents)
 
     def _whole(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, documents: list[tuple[int, int]]
+        self,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        documents: list[tuple[int, int]],
+        sinks_H: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Attention of some documents of the pack over all pairs, in one call."""
         if not documents:
             return ()
         lengths = [end - start for start, end in documents]
         q, k, v = (torch.cat([x[start:end] for start, end in documents]) for x in (q_THd, k_TKd, v_TKd))
-        return self.attention.prefill(q, k, v, Segments.of(lengths, q.device)).split(lengths)
+        segments = Segments.of(lengths, q.device)
+        return self.attention.prefill(q, k, v, segments, sinks_H=sinks_H).split(lengths)
 
 
 def applies(length: int, width: int, device: torch.device, sparse_from: int | None = None) -> bool:
@@ -176,7 +186,12 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
 
 
 def block_sparse_attention(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, left_out: int = 0
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    blocks: BlockLists,
+    left_out: int = 0,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one document's queries to the keys in the blocks chosen, (T, H, d).
 
@@ -187,7 +202,7 @@ def block_sparse_attention(
     kernels = _kernels(q_THd)
     out_THd = torch.empty(tokens, heads, head_dim, dtype=q_THd.dtype, device=q_THd.device)
     if kernels is None:
-        done = _plain(q_THd[: rows * BLOCK], k_TKd, v_TKd, blocks)
+        done = _plain(q_THd[: rows * BLOCK], k_TKd, v_TKd, blocks, sinks_H)
         out_THd[: len(done)] = done
         return out_THd
     if not rows:
@@ -195,13 +210,13 @@ def block_sparse_attention(
     indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
     wide = q_THd.dtype == torch.float32
     tile = 32 if wide else 64
-    described = _described(q_THd, k_TKd, v_TKd, tile) if q_THd.is_cuda and not wide else None
+    described = kernels.described(q_THd, k_TKd, v_TKd, BLOCK, tile) if q_THd.is_cuda and not wide else None
     sources = described or (q_THd, k_TKd, v_TKd)
     # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
     compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
-        *(out_THd, *out_THd.stride()[:2], indices, blocks.counts, indices.shape[-1]),
+        *(out_THd, *out_THd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
         *(tokens, rows, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
         LISTED=blocks.indices is not None,
         HEAD_DIM=head_dim,
@@ -341,7 +356,7 @@ def _lists(kept_HMN: Tensor) -> BlockLists:
     return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32))
 
 
-def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> Tensor:
+def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> Tensor:
     """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
 
     The queries may be the first of the document's.
@@ -360,29 +375,13 @@ def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists) -> T
         seen_HQC = place_HC[:, None] <= torch.arange(start, end, device=q_THd.device)[:, None]
         index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
         keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
-        mixed = scaled_dot_product_attention(
-            q_THd[start:end].transpose(0, 1), keys, values, attn_mask=seen_HQC
-        )
-        outputs.append(mixed.transpose(0, 1))
+        queries = q_THd[start:end].transpose(0, 1)
+        if sinks_H is None:
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=seen_HQC)
+        else:
+            attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
+        outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs) if outputs else q_THd
-
-
-def _described(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, tile: int) -> tuple[Any, Any, Any] | None:
-    """Tensor descriptors, which Hopper's copy engine loads tiles by; None where it cannot."""
-    head_dim = q_THd.shape[2]
-    if head_dim != power_of_two(head_dim, 16) or torch.cuda.get_device_capability(q_THd.device) < (9, 0):
-        return None
-    try:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-    except ImportError:
-        return None
-    described = []
-    for x, rows in ((q_THd, BLOCK), (k_TKd, tile), (v_TKd, tile)):
-        tokens, heads, _ = x.shape
-        if x.stride(1) != head_dim or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
-            return None
-        described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
-    return described[0], described[1], described[2]
 
 
 def _kernels(x: Tensor) -> Any | None:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from pipeline.kernels.triton_parts import larger, plus
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 # the address of a layer's part of a table may divide by 16 or not
 @triton.jit(
@@ -143,6 +145,7 @@ def partial_attention_kernel(  # type: ignore[no-untyped-def]
 def merge_kernel(  # type: ignore[no-untyped-def]
     parts,
     logs,
+    sinks,
     count,
     out,
     out_token_stride,
@@ -158,10 +161,16 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     first = (query * heads + head) * count
     log = tl.load(logs + first + part, mask=part < count, other=float("-inf"))
     largest = tl.reduce(log, 0, larger)
+    sink = tl.full([], float("-inf"), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2_E
+        largest = tl.maximum(largest, sink)
     weights = tl.exp2(log - tl.where(largest == float("-inf"), 0.0, largest))
     inside = ((part < count) & (weights > 0))[:, None] & (at < head_dim)[None, :]
     mixed = tl.load(parts + (first + part)[:, None] * head_dim + at[None, :], mask=inside, other=0)
     total = tl.reduce(weights, 0, plus)  # 0 of a query without ranges
+    if sinks is not None:
+        total += tl.exp2(sink - largest)
     merged = tl.reduce(mixed * weights[:, None], 0, plus) / tl.where(total > 0, total, 1.0)
     place = out + query * out_token_stride + head * out_head_stride + at
     tl.store(place, merged.to(out.dtype.element_ty), mask=at < head_dim)

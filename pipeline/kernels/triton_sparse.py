@@ -7,12 +7,18 @@ differs from document to document is none of these, so that each kernel is compi
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.triton_parts import larger, plus
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["capacity", "tokens", "rows"])
@@ -31,6 +37,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     out_head_stride,
     indices,
     counts,
+    sinks,
     capacity,
     tokens,
     rows,
@@ -99,6 +106,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     at, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
     start = out + first_query.to(tl.int64) * out_token_stride + head.to(tl.int64) * out_head_stride
     inside = (first_query + at < tokens) & (column < HEAD_DIM)
+    if sinks is not None:
+        total += tl.exp2(tl.load(sinks + head) * LOG2_E - largest)
     mixed = (mixed / total[:, None]).to(out.dtype.element_ty)
     tl.store(start + at * out_token_stride + column, mixed, mask=inside)
 
@@ -265,3 +274,23 @@ def choice_kernel(  # type: ignore[no-untyped-def]
     tl.store(listed + tl.associative_scan(kept, 0, plus) - kept, block, mask=kept > 0)
     tl.store(listed + block, blocks, mask=(block >= count) & (block < blocks))
     tl.store(counts + head * blocks + own, count)
+
+
+def described(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, block: int, tile: int
+) -> tuple[Any, Any, Any] | None:
+    """Tensor descriptors, which Hopper's copy engine loads tiles by; None where it cannot."""
+    head_dim = q_THd.shape[2]
+    if head_dim != power_of_two(head_dim, 16) or torch.cuda.get_device_capability(q_THd.device) < (9, 0):
+        return None
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:
+        return None
+    described = []
+    for x, rows in ((q_THd, block), (k_TKd, tile), (v_TKd, tile)):
+        tokens, heads, _ = x.shape
+        if x.stride(1) != head_dim or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
+            return None
+        described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
+    return described[0], described[1], described[2]

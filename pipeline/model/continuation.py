@@ -62,9 +62,9 @@ def continue_with(
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:
-            attended_NHd = attention.decode(q_NHd, keys, values, at.within(window))
+            attended_NHd = attention.decode(q_NHd, keys, values, at.within(window), decoder.sinks(layer))
         else:
-            attended_NHd = behind.attend(layer, q_NHd, keys, values)
+            attended_NHd = behind.attend(layer, q_NHd, keys, values, decoder.sinks(layer))
         decoder.add_attention_(layer, hidden_ND, attended_NHd)
         decoder.add_feed_forward_(layer, hidden_ND)
     cache.advance(asked.lengths)
@@ -96,11 +96,12 @@ class _Behind:
             before=shared_ranges(documents.starts, documents.used, queries, most, device),
         )
 
-    def attend(self, layer: int, q_NHd: Tensor, k_SKd: Tensor, v_SKd: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q_NHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
         """(N, H, d) of a layer, with the tokens' own keys and values."""
-        return decoding.attention(
-            q_NHd, [(k_SKd, v_SKd, self.own), (*self.shared.buffers(layer), self.before)]
-        )
+        attended = [(k_SKd, v_SKd, self.own), (*self.shared.buffers(layer), self.before)]
+        return decoding.attention(q_NHd, attended, sinks_H)
 
 
 def _places(slots: Slots, asked: Segments) -> tuple[DecodeSlots, Tensor]:

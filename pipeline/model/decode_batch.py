@@ -189,7 +189,8 @@ class DecodeBatch:
 
             def attend(q_QHd: Tensor, layer: int = layer, slots: DecodeSlots = slots) -> Tensor:
                 kv.ready(layer)
-                attended_QHd = self._attention.decode(q_QHd, *kv.buffers(layer), slots)
+                sinks_H = decoder.sinks(layer)
+                attended_QHd = self._attention.decode(q_QHd, *kv.buffers(layer), slots, sinks_H)
                 kv.observe(layer, q_QHd)
                 return attended_QHd
 

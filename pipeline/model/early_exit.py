@@ -70,11 +70,12 @@ class EarlyExit:
         k_TKd: Tensor,
         v_TKd: Tensor,
         window: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attention of the tokens that go on to all before them, or to the last `window`, (Q, H, d)."""
         starts, whole = self.whole.offsets[:-1], self.whole
         slots = DecodeSlots.of(starts, whole.lengths, whole.total, whole.device, self.live.lengths)
-        return attention.decode(q_QHd, k_TKd, v_TKd, slots.within(window))
+        return attention.decode(q_QHd, k_TKd, v_TKd, slots.within(window), sinks_H)
 
     def pairs_B(self, window: int | None = None) -> Tensor:
         """(B,) query-key pairs of each document, of what `attend` computes."""

@@ -219,24 +219,25 @@ class _Run:
         self._keep(last_B, _singles(segments))
         q_BHd, _, _ = decoder.qkv(layer, self.hidden_TD, self.rope)
         slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, segments.device)
-        attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots.within(window))
+        sinks_H = decoder.sinks(layer)
+        attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots.within(window), sinks_H)
         decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
         decoder.add_feed_forward_(layer, self.hidden_TD)
 
     def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
-        window = self.decoder.shape.window(layer)
+        window, sinks_H = self.decoder.shape.window(layer), self.decoder.sinks(layer)
         if self.exited is not None:
             keys, values = self.exited.keys_values(self.decoder, layer, k_TKd, v_TKd)
-            attended_THd = self.exited.attend(self.attention, q_THd, keys, values, window)
+            attended_THd = self.exited.attend(self.attention, q_THd, keys, values, window, sinks_H)
             return _Attended(attended_THd, (keys, values, self.exited.whole), self.exited.pairs_B(window))
         stored = (k_TKd, v_TKd, self.segments)
-        if window is not None:
-            attended_THd = self.attention.prefill_within(q_THd, k_TKd, v_TKd, self.segments, window)
-            counts_B = torch.tensor([causal_pairs(n, window) for n in self.segments.lengths])
-            return _Attended(attended_THd, stored, counts_B)
-        if (mass := self.masses[layer]) is None:
-            return _Attended(self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments), stored)
-        attended_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass)
+        mass = self.masses[layer]
+        if window is not None or mass is None:
+            attended_THd = self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments, window, sinks_H)
+            lengths = self.segments.lengths
+            counts = None if window is None else [causal_pairs(n, window) for n in lengths]
+            return _Attended(attended_THd, stored, None if counts is None else torch.tensor(counts))
+        attended_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass, sinks_H)
         return _Attended(attended_THd, stored, pairs_B, self.sparse.estimated_pairs(mass))
 
     def _view(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:

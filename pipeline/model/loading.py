@@ -197,6 +197,7 @@ def attention_for(
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         slides=shape.slides,
+        sinks=shape.has_sinks,
     )
 
 

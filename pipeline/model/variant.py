@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
@@ -27,6 +28,18 @@ class Variant(NamedTuple):
         """Set the model, which `prepare` has seen, to this variant's precision; returns the method."""
         model.decoder.linears = self.linears
         return self.method
+
+
+def precision_of(variants: Iterable[Variant]) -> LinearPrecision:
+    """In which numbers a model is to be loaded for all of these, which `prepare` may add others to.
+
+    Where they agree nothing more is ever held, so that a model fits which would not in full.
+    """
+    variants = list(variants)
+    linears = {variant.linears for variant in variants}
+    if len(linears) > 1 or any(uses_fp8(variant.method) for variant in variants):
+        return IN_FULL
+    return LinearPrecision(linears=linears.pop())
 
 
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:

@@ -25,6 +25,7 @@ class ModelShape:
     has_long_rope: bool = False  # a document's keys depend on how long it and its answer may become
     experts: int = 0  # feed-forward networks of each layer, among which a token has some; 0: one for all
     experts_per_token: int = 1
+    has_sinks: bool = False  # heads give a share of their attention to no token
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of one token's keys and values in one layer."""

@@ -9,14 +9,16 @@ import torch
 from conftest import document, loaded
 
 from marsinfer_cli.app import run
-from marsinfer_cli.variants import parse_packs
+from marsinfer_cli.variants import parse_packs, parse_variants
 from pipeline.bench.attention_speed import attention_shape, measure_attention
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
 from pipeline.checkpoints.random_weights import SHAPES
+from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.variant import Variant
+from pipeline.model.loading import UnloadedModel
+from pipeline.model.variant import Variant, precision_of
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import LayerWork, attention_flops, dense_flops, dense_work, passes_flops
 from pipeline.pruning.registry import make_method
@@ -208,3 +210,29 @@ def test_what_no_interval_covers_is_idle():
     assert idle_share(busy, (10, 110)) == pytest.approx(1 - (20 + 10 + 15) / 100)
     assert idle_share([(0, 1000)], (10, 110)) == 0
     assert idle_share([(0, 9), (111, 120)], (10, 110)) == 1
+
+
+def test_models_are_loaded_in_the_numbers_that_all_variants_compute_in():
+    def wanted(*variants):
+        return precision_of(parse_variants(",".join(variants), None))
+
+    assert wanted("dense", "mars") == IN_FULL
+    assert wanted("dense:fp8", "mars:fp8") == LinearPrecision(linears="fp8")
+    assert wanted("dense:mixed") == LinearPrecision(linears="mixed")
+    assert wanted("dense:fp8", "mars") == wanted("dense:fp8", "mars:mixed") == IN_FULL
+
+
+@pytest.mark.parametrize("command", ["ttft", "decode"])
+def test_variants_that_all_compute_in_fp8(command, monkeypatch, capfd):
+    """Nothing else is held, and stock transformers is left out, which would need it."""
+    monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
+    shape = ["--model", "random:tiny", "--dtype", "bfloat16", "--lengths", "100"]
+    flags = [*shape, "--methods", "dense:fp8", "--repeats", "1", "--json"]
+    stock = ["--baselines", "none"] if command == "ttft" else ["--documents", "2", "--new-tokens", "3"]
+    held = []
+    real = UnloadedModel.load
+    monkeypatch.setattr(UnloadedModel, "load", lambda self, *of: held.append(of) or real(self, *of))
+    assert run(["bench", command, *flags, *stock]) == 0
+    assert held == [(LinearPrecision(linears="fp8"),)]
+    (result,) = json.loads(capfd.readouterr().out)["results"]
+    assert result["variant"] == "dense:fp8"

@@ -16,7 +16,13 @@ NEW_TOKENS = 40
 
 
 @pytest.mark.parametrize("method", [Dense(), Mars(window=10)], ids=lambda method: method.name)
-@pytest.mark.parametrize("name", ["mistral-windows", "gemma3_text", "qwen3_moe", "phi3-long", "ministral3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mistral-windows", "gemma3_text", "qwen3_moe", "phi3-long", "ministral3"),
+        *("gpt_oss", "gpt_oss-windows"),
+    ],
+)
 def test_rows_are_answered_as_by_stock_transformers(name, method):
     engine = LocalEngine(
         loaded(model_of(name)), method, rules=StopRules(max_new_tokens=NEW_TOKENS), sampling=Sampling()

@@ -34,6 +34,8 @@ def test_what_is_supported_is_not(name):
         ("gemma3_text", "use_bidirectional_attention", True),
         ("qwen3_moe", "mlp_only_layers", [1]),
         ("qwen3_moe", "decoder_sparse_step", 2),
+        ("gpt_oss", "swiglu_alpha", 1.5),
+        ("gpt_oss", "swiglu_limit", 9.0),
     ],
 )
 def test_settings_with_other_values(name, setting, value):
@@ -86,13 +88,6 @@ def test_settings_that_nobody_here_knows():
     assert str(caught.value) == "query_gain=2.0 of model family 'llama' is not supported (1.0 is)"
 
 
-def test_experts_with_quantised_weights():
-    config = config_of("qwen3_moe")
-    config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ModelError, match=r"^experts with quantised weights are not supported"):
-        check_config(config)
-
-
 def test_modules_that_scale_attention_as_the_configuration_does_not():
     model = model_of("gemma3_text").model
     model.model.layers[2].self_attn.scaling = 0.25
@@ -100,9 +95,11 @@ def test_modules_that_scale_attention_as_the_configuration_does_not():
         Decoder(model)
 
 
-def test_experts_in_fp8_are_refused(monkeypatch):
+def test_experts_in_fp8_where_torch_has_no_product_for_them(monkeypatch):
     monkeypatch.setattr("pipeline.families.configuration.fp8_available", lambda device: None)
+    monkeypatch.setattr("pipeline.families.configuration.grouped_fp8_available", lambda device: "no product")
     decoder = model_of("qwen3_moe", torch.bfloat16)
     for linears in ("fp8", "mixed"):
-        with pytest.raises(ConfigError, match=r"^fp8 cannot be used here: the model has experts"):
+        with pytest.raises(ConfigError, match=r"^fp8 cannot be used here: no product$"):
             decoder.use_linears(linears)
+    model_of("qwen3", torch.bfloat16).use_linears("fp8")

@@ -233,9 +233,9 @@ def test_what_memory_held_before_does_not_reach_an_answer(fa3, method):
 class Waits(SdpaAttention):
     """Says that it can be captured, which waiting for the device cannot be."""
 
-    def decode(self, q_BHd, k_SKd, v_SKd, slots):
+    def decode(self, q_BHd, k_SKd, v_SKd, slots, sinks_H=None):
         slots.used_B.tolist()
-        return super().decode(q_BHd, k_SKd, v_SKd, slots)
+        return super().decode(q_BHd, k_SKd, v_SKd, slots, sinks_H)
 
 
 def test_a_step_that_cannot_be_captured_is_decoded_from_python():

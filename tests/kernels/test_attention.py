@@ -9,6 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import attention, reference
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.kernels.sdpa import sdpa
 from pipeline.kernels.segments import Segments
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -47,10 +48,8 @@ def test_a_backend_asked_for_by_name_is_not_replaced():
 
 def test_a_backend_that_is_wrong_on_the_trial_is_refused(monkeypatch):
     class Acausal(SdpaAttention):
-        def prefill(self, q, k, v, segments):
-            return torch.cat(
-                [attention._sdpa(q[a:b], k[a:b], v[a:b], causal=False) for a, b in segments.ranges()]
-            )
+        def prefill(self, q, k, v, segments, *_):
+            return torch.cat([sdpa(q[a:b], k[a:b], v[a:b], causal=False) for a, b in segments.ranges()])
 
     monkeypatch.setitem(attention.BACKENDS, "sdpa", Acausal)
     with pytest.raises(ConfigError, match=r"sdpa: its prefill is off by"):

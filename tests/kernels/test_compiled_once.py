@@ -49,7 +49,7 @@ def kernels_of(module):
     return found
 
 
-MODULES = ["triton_decoding", "triton_kernels", "triton_scoring", "triton_sparse"]
+MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scoring", "triton_sparse"]
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
@@ -66,7 +66,7 @@ TENSORS |= {
     "blocks",
 }
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts"}
-TENSORS |= {"k_scales", "v_scales", "k_means"}
+TENSORS |= {"k_scales", "v_scales", "k_means", "sinks", "experts"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

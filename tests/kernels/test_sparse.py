@@ -211,9 +211,9 @@ def test_packs_of_long_and_short_documents(plain, mass):
     packs = []
 
     class Noted(SdpaAttention):
-        def prefill(self, q, k, v, segments):
+        def prefill(self, q, k, v, segments, **options):
             packs.append(segments.lengths)
-            return super().prefill(q, k, v, segments)
+            return super().prefill(q, k, v, segments, **options)
 
     noted, sdpa = Noted(), SdpaAttention()
     noted.sparse_from = sdpa.sparse_from = 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.kernels import attention, decoding, reference
+from pipeline.kernels import attention, decoding, reference, sdpa
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
@@ -31,8 +31,8 @@ def last_of(queries):
 @pytest.mark.parametrize("block", [1024, 16, 7])
 @pytest.mark.parametrize("window", [1, 2, 24, 33, 69, 70, 500])
 def test_prefill(qkv, window, block, monkeypatch):
-    monkeypatch.setattr(attention, "WINDOW_BLOCK", block)
-    found = SdpaAttention().prefill_within(*qkv, SEGMENTS, window)
+    monkeypatch.setattr(sdpa, "WINDOW_BLOCK", block)
+    found = SdpaAttention().prefill(*qkv, SEGMENTS, window)
     assert (found - reference.causal_attention(*qkv, SEGMENTS, window)).abs().max() < 1e-12
 
 
@@ -72,8 +72,8 @@ class ForgettingWindows(SdpaAttention):
 
     name = "forgetting"
 
-    def prefill_within(self, q_THd, k_TKd, v_TKd, segments, window):
-        return self.prefill(q_THd, k_TKd, v_TKd, segments)
+    def prefill(self, q_THd, k_TKd, v_TKd, segments, window=None, sinks_H=None):
+        return super().prefill(q_THd, k_TKd, v_TKd, segments, None, sinks_H)
 
 
 def test_a_backend_without_windows_is_refused_where_they_are_needed(monkeypatch):

@@ -125,7 +125,9 @@ def test_the_memory_that_is_foretold_is_that_of_the_weights(folder, precision):
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, monkeypatch):
     unloaded = opened(folder)
     monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 700_000)
-    monkeypatch.setattr("pipeline.checkpoints.stored_weights.read_tensor", lambda stored: pytest.fail("read"))
+    monkeypatch.setattr(
+        "pipeline.checkpoints.stored_matrices.read_tensor", lambda stored: pytest.fail("read")
+    )
     with pytest.raises(ModelError) as caught:
         unloaded.load()
     assert str(caught.value) == (
