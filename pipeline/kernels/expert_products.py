@@ -21,7 +21,7 @@ from pipeline.kernels.modules import kernels_for
 CAPABILITY = (8, 0)  # of the first GPUs for which torch has grouped products
 FP8_CAPABILITY = 9  # of those for which it has them in float8 with scales for rows: Hopper's alone
 ALPHA, LIMIT = 1.702, 7.0  # of `clamped_swiglu`
-PIECE = 1024  # values of a row that a program gates at a time
+PIECE = 1024  # values of a row that a program works on
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,18 @@ class Groups:
 
     def weighted_sum(self, made_SD: Tensor, weights_TA: Tensor) -> Tensor:
         """(T, D) of each token, its experts in the order of `weights_TA` whatever the other tokens are."""
-        return embedding_bag(self.place_TA, made_SD, per_sample_weights=weights_TA, mode="sum")
+        kernels = kernels_for(made_SD, "triton_experts")
+        if kernels is None:
+            return embedding_bag(self.place_TA, made_SD, per_sample_weights=weights_TA, mode="sum")
+        (tokens, per_token), width = self.place_TA.shape, made_SD.shape[1]
+        out_TD = made_SD.new_empty(tokens, width)
+        kernels.weighted_sum_kernel[(tokens, -(-width // PIECE))](
+            *(made_SD, made_SD.stride(0), self.place_TA, weights_TA, out_TD, width),
+            CHOSEN=per_token,
+            BLOCK=PIECE,
+            num_warps=4,
+        )
+        return out_TD
 
 
 def grouped_product(x_SD: Tensor, weight_END: Tensor, ends_E: Tensor) -> Tensor:

@@ -32,3 +32,25 @@ def clamped_swiglu_kernel(  # type: ignore[no-untyped-def]
     made = gate / (1 + tl.exp(-ALPHA * gate)) * (up + 1)
     at = first + tl.arange(0, BLOCK)
     tl.store(out + row * width + at, made.to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def weighted_sum_kernel(  # type: ignore[no-untyped-def]
+    made,
+    stride,
+    places,
+    weights,
+    out,
+    width,
+    CHOSEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """See `expert_products.Groups.weighted_sum`: each program does a piece of one token, in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    for n in tl.static_range(CHOSEN):
+        place = tl.load(places + token * CHOSEN + n)
+        weight = tl.load(weights + token * CHOSEN + n).to(tl.float32)
+        total += weight * tl.load(made + place * stride + at, mask=at < width, other=0).to(tl.float32)
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=at < width)

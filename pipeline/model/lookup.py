@@ -24,13 +24,14 @@ USUAL_DRAFTS = 8  # of a row and step, where the user gives no number
 MOST_QUERIES = {"cpu": 16, "cuda": 256}
 LONGEST_MATCH = 4  # newest tokens that are looked for
 SHORTEST_MATCH = 2  # of them, that must be found
-# with `auto`, drafts that a row may still have verified: each costs one, each that is accepted brings more
+# with `auto`, drafts that a row may still have verified: in a full step each costs one, and each that is
+# accepted brings more
 FIRST_CREDIT = 16.0
 MOST_CREDIT = 32.0
 CREDIT_OF_ACCEPTED = 5.0
 CREDIT_OF_STEP = 0.125
 # with `auto`, what decides whether steps verify drafts at all
-LEAST_GAIN = 0.15  # tokens more, of a row and step
+LEAST_GAIN = 0.5  # tokens more, of a row and of a full step, which takes about that much longer
 TRIAL_STEPS = 8  # after rows have joined
 REST_STEPS = 32  # without drafts, before the next trial of
 SHORT_TRIAL_STEPS = 2
@@ -47,6 +48,10 @@ class Lookup:
     def queries(self, columns: int, device: torch.device) -> int:
         """Of a step with drafts for so many columns; as many as columns where it would have none."""
         return max(columns, min(columns * (1 + self.drafts), MOST_QUERIES[device.type]))
+
+    def cost(self, columns: int, device: torch.device) -> float:
+        """What drafts cost in a step for so many columns, from 0, nothing, to 1, in one full of queries."""
+        return min(1.0, columns * (1 + self.drafts) / MOST_QUERIES[device.type])
 
 
 def drafts_of(lookup: Lookup | None) -> int:
@@ -101,8 +106,8 @@ class Texts:
         at_CK.clamp_(max=self._tokens_CT.shape[1] - 1)
         self._tokens_CT[:columns].scatter_(1, at_CK, next_CK.clamp(min=0).int())
         self._newest_C[:columns] += made_C
-        credit_C = self._credit_C[:columns]
-        credit_C += CREDIT_OF_ACCEPTED * accepted_C - verified_C + CREDIT_OF_STEP
+        credit_C, cost = self._credit_C[:columns], self._lookup.cost(columns, next_CK.device)
+        credit_C += CREDIT_OF_ACCEPTED * accepted_C - cost * verified_C + CREDIT_OF_STEP
         credit_C.clamp_(0, MOST_CREDIT)
 
 
@@ -145,9 +150,9 @@ class DraftPace:
         """New rows are there, of which nothing is known."""
         self._trial = max(self._trial, TRIAL_STEPS)
 
-    def drafts(self) -> bool:
-        """Decide on a step."""
-        if not self._adaptive or self._gain >= LEAST_GAIN:
+    def drafts(self, cost: float) -> bool:
+        """Decide on a step, in which drafts have this `Lookup.cost`."""
+        if not self._adaptive or self._gain >= LEAST_GAIN * cost:
             return True
         if not self._trial and self._rest >= REST_STEPS:
             self._trial = SHORT_TRIAL_STEPS

@@ -53,10 +53,22 @@ def test_rows_are_grouped_by_expert():
     assert torch.equal(in_fp8.float() * groups.gathered(scale), groups.gathered(quantised.float() * scale))
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "kernel"])
+def kernel(request, monkeypatch):
+    if GPU or not request.param:
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+    pytest.importorskip("triton")
+    from pipeline.kernels import triton_experts
+
+    monkeypatch.setattr(expert_products, "kernels_for", lambda x, module: triton_experts)
+
+
+@pytest.mark.parametrize("width", [32, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weighted_sum(dtype):
+def test_the_weighted_sum(dtype, width, kernel):
     groups = Groups.of(choice(9), EXPERTS)
-    made, weights = random(18, 32).to(dtype), random(9, CHOSEN, seed=3).to(dtype)
+    made, weights = random(18, width).to(dtype), random(9, CHOSEN, seed=3).to(dtype)
     expected = (made.double()[groups.place_TA] * weights.double()[..., None]).sum(1)
     found = groups.weighted_sum(made, weights)
     assert found.dtype == dtype
@@ -91,17 +103,6 @@ def test_weights_of_experts_are_quantised_one_by_one(contiguous):
     rows = Fp8Weight.of(weights.reshape(96, 48)).shaped((3, 32, 48))
     assert torch.equal(rows.quantised.float(), made.quantised.float())
     assert torch.equal(rows.scale, made.scale)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "kernel"])
-def kernel(request, monkeypatch):
-    if GPU or not request.param:
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
-    pytest.importorskip("triton")
-    from pipeline.kernels import triton_experts
-
-    monkeypatch.setattr(expert_products, "kernels_for", lambda x, module: triton_experts)
 
 
 @pytest.mark.parametrize("width", [96, 1030])

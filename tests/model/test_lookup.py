@@ -85,17 +85,20 @@ def test_of_more_drafts_than_a_step_takes_each_row_is_cut_alike():
         assert found(texts, 4, most) == [row[:each] for row in whole]
 
 
-def test_a_row_whose_drafts_are_refused_has_fewer_and_tries_again():
+@pytest.mark.parametrize(("queries", "cost"), [(5, 1.0), (10, 1.0), (16, 0.625), (40, 0.25)])
+def test_a_row_whose_drafts_are_refused_has_fewer_and_tries_again(queries, cost, monkeypatch):
+    """The fewer the nearer a step of two columns with 4 drafts each is to being full."""
+    monkeypatch.setitem(lookup.MOST_QUERIES, "cpu", queries)
     row = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 1, 2]
     texts = texts_of([row], ADAPTIVE)
     column, seen = torch.zeros(2, dtype=torch.int32), []
-    for _step in range(200):
+    for _step in range(300):
         (drafts,) = found(texts, 1)
         seen.append(len(drafts))
         verified = torch.tensor([len(drafts), 0], dtype=torch.int32)
         texts.take(torch.zeros((2, 5), dtype=torch.int64), column, verified, column)  # none is accepted
     assert seen[:4] == [4] * 4
-    assert sum(seen[20:]) == pytest.approx(180 * lookup.CREDIT_OF_STEP, abs=2)
+    assert sum(seen[100:]) == pytest.approx(200 * lookup.CREDIT_OF_STEP / cost, abs=4)
     verified = torch.tensor([1, 0], dtype=torch.int32)
     texts.take(torch.zeros((2, 5), dtype=torch.int64), column, verified, verified)
     assert len(found(texts, 1)[0]) == 4  # as soon as one is accepted
@@ -112,20 +115,29 @@ def test_places_are_given_to_owners_in_turn():
 def test_steps_verify_drafts_as_long_as_that_pays():
     pace, verified = DraftPace(ADAPTIVE), 0
     for _step in range(400):
-        if pace.drafts():
+        if pace.drafts(1.0):
             verified += 1
             pace.made(4, 0)
     assert verified < 40  # and not none: what rows are about changes
     assert verified > lookup.TRIAL_STEPS
-    while not pace.drafts():
+    while not pace.drafts(1.0):
         pass
     for _step in range(50):
         pace.made(4, 8)
-        assert pace.drafts()
+        assert pace.drafts(1.0)
     always = DraftPace(FIXED)
     for _step in range(50):
-        assert always.drafts()
+        assert always.drafts(1.0)
         always.made(4, 0)
+
+
+def test_drafts_that_cost_little_are_verified_for_a_small_gain():
+    pace = DraftPace(ADAPTIVE)
+    for _step in range(400):
+        pace.drafts(1.0)
+        pace.made(10, 1)
+    assert all(pace.drafts(0.15) for _step in range(30))
+    assert sum(pace.drafts(1.0) for _step in range(30)) <= lookup.SHORT_TRIAL_STEPS
 
 
 def oracle(run, seed):
