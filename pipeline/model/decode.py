@@ -234,8 +234,10 @@ class DecodeLoop:
         """Of the next step."""
         if self._lookup is None or self._pace is None:
             return columns
-        queries, cost = (f(columns, self._device) for f in (self._lookup.queries, self._lookup.cost))
-        return queries if queries > columns and self._pace.drafts(cost) else columns
+        queries = self._lookup.queries(columns, self._device)
+        if queries > columns and self._pace.drafts(self._lookup.cost(columns, self._device)):
+            return queries
+        return columns
 
     def _look(self) -> list[Generated]:
         queued = self._pending.popleft()
