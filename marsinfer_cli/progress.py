@@ -186,6 +186,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     moved = {"left the output": summary.left_rows, "came back": summary.returned_rows}
     facts += [(f"rows that {what}", f"{count:,}") for what, count in moved.items() if count]
     facts += [(f"  {kind}", f"{count:,}") for kind, count in summary.errors.most_common()]
+    if summary.pages_without_text:
+        facts.append(("PDF pages without text", f"{summary.pages_without_text:,}"))
     if summary.status["skipped"]:
         facts.append(("skipped", f"{summary.status['skipped']:,}"))
     facts.append(("prompt tokens", f"{summary.prompt_tokens:,}"))

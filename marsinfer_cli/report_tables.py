@@ -10,8 +10,9 @@ from marsinfer_cli.console import Console, result_console
 from pipeline.report.compare import Comparison
 from pipeline.report.figures import Figures
 from pipeline.report.page import cut
-from pipeline.report.pruning_map import PruningMap, layer_rows
-from pipeline.report.reporting import Report, comparison_figures, headline_rows, pair_facts, phase_rows
+from pipeline.report.pruning_map import UNPRUNED, PruningMap, layer_rows
+from pipeline.report.reporting import Report, about_rows, comparison_figures, headline_rows, phase_rows
+from pipeline.report.rows_shown import pair_facts
 from pipeline.texts.words import counted, percent_of
 
 FEW_PAIRS = 5
@@ -21,6 +22,12 @@ LONGEST_ANSWER = 200  # characters
 def print_report(report: Report) -> None:
     console = result_console()
     labels = [figures.run.label for figures in report.runs]
+    console.plain(report.conclusion.sentence, style="bold")
+    if report.conclusion.basis:
+        console.plain(report.conclusion.basis)
+    about = "; ".join(f"{name} {value}" for name, value in about_rows(report.runs))
+    if about:
+        console.plain(about)
     for figures in report.runs:
         for note in figures.run.notes:
             console.plain(f"{figures.run.label}: {note}")
@@ -42,6 +49,11 @@ def print_row(pruning: PruningMap) -> None:
     console.plain(f"row {facts['row']}, {facts['id']}, {facts['method']}, {facts['prompt_tokens']:,} tokens")
     console.plain(f"question: {pruning.question_text.strip()}")
     console.plain(f"answer: {facts['answer']}")
+    if not pruning.is_pruned:
+        console.plain(UNPRUNED)
+    if pruning.always_kept:
+        ranges = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in pruning.always_kept)
+        console.plain(f"always kept by the method's settings: tokens {ranges}")
     heads = ["layers", "FFN in full", "in fp8", "skipped", "had left"]
     _print_table(console, "Tokens by layer", heads, [(name, counts) for name, *counts in layer_rows(pruning)])
 
@@ -84,13 +96,23 @@ def _print_comparison(console: Console, comparison: Comparison, labels: list[str
         console.plain(f"Rows that disagree most, by {comparison.measure}", style="bold")
     for pair in comparison.most[:FEW_PAIRS]:
         console.plain(f"{pair.first['id']}: {pair_facts(pair)}")
+        for name, text in (("question", pair.question), ("reference", " / ".join(pair.references))):
+            if text:
+                console.plain(f"  {name}: {_in_a_line(text)}")
         for label, facts in zip(labels, (pair.first, pair.second), strict=True):
             said = (
                 facts["answer"]
                 if facts["status"] == "ok"
                 else f"{facts['error_type']}: {facts['error_message']}"
             )
-            console.plain(f"  {label}: {cut(' '.join((said or '').split()), LONGEST_ANSWER)}")
+            console.plain(f"  {label}: {_in_a_line(said or '')}")
+    if comparison.differing < comparison.joined:
+        same = comparison.joined - comparison.differing
+        console.plain(f"{counted(same, 'row')} with the same answer in both, or an error in both, left out")
+
+
+def _in_a_line(text: str) -> str:
+    return cut(" ".join(text.split()), LONGEST_ANSWER)
 
 
 def _print_table(console: Console, title: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> None:

@@ -86,7 +86,8 @@ class Books:
         summary = self.summary
         summary.times = self.engine.times
         summary.left_rows, summary.returned_rows = journal.leaving(), journal.returned
-        for text in notes:
+        summary.pages_without_text = self.run.source.pages_without_text
+        for text in (*notes, *self.run.source.scans_told()):
             self.hooks.note(text)
         self.hooks.phase("writing the output")
         summary.in_output = journal.counts()

@@ -137,7 +137,7 @@ class DryRunReport:
         try:
             if run.source.out_of_reach:
                 raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
-            self.notes += Leaving(run.config, run.source, rows, done).settle()
+            self.notes += [*Leaving(run.config, run.source, rows, done).settle(), *run.source.scans_told()]
             self.returned_rows = done.returned
         except MarsError as error:
             self.refusal = self.refusal or error
@@ -146,9 +146,9 @@ class DryRunReport:
 
     def foretell(self) -> None:
         """Estimate the time, by the rows that are done, or else by the rates of the device."""
-        model, counts = self.run.model, {"flops": self.method_flops, "prompts": self.prompts}
         if not self.prompts:
             return
+        model, counts = self.run.model, {"flops": self.method_flops, "prompts": self.prompts}
         if self.pace.says_something:
             self.estimate = estimate_by_pace(self.packer, self.pace, **counts)
         elif rates := measure_rates(model.device, model.dtype, model.shape):

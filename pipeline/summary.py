@@ -149,6 +149,7 @@ class Summary(Tally):
         self.in_output: Counter[str] = Counter()  # rows by status, those of earlier runs too; at the end
         self.left_rows = 0  # of earlier runs, that the input has no more
         self.returned_rows = 0  # that had left the output before, and were not answered again
+        self.pages_without_text = 0  # of the PDF files that were read
         self.failed_before: str | None = None  # what ails such a row, where this run has no failed row
         self._ttft_ms = array("f")  # four bytes a row
         self._ffn_work = 0.0  # tokens times the share that passed the FFN
@@ -288,6 +289,7 @@ class Summary(Tally):
             "in_output": {status: self.in_output[status] for status in ("ok", "error", "skipped")},
             "left_rows": self.left_rows,
             "returned_rows": self.returned_rows,
+            "pages_without_text": self.pages_without_text,
             "ended_by_length": self.ended_by_length,
             "unanswered_rows": self.unanswered_rows,
             "unchanged_rows": self.unchanged_rows,

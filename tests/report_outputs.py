@@ -70,12 +70,19 @@ def failed(row, kind="over_long", message="too long", status="error"):
     )
 
 
-def schema_of(metadata=METADATA, **options):
-    return output_schema(pa.schema([]), {"marsinfer": json.dumps(metadata)}, **options)
+def copied(**values):
+    """The copied columns of one row."""
+    return pa.RecordBatch.from_pylist([values])
+
+
+def schema_of(metadata=METADATA, columns=(), **options):
+    return output_schema(pa.schema(list(columns)), {"marsinfer": json.dumps(metadata)}, **options)
 
 
 def write(path, answers, metadata=METADATA, **options):
-    schema = schema_of(metadata, **options)
+    """An output, with the columns that the first answer has copied."""
+    batch = answers[0].passthrough if answers else None
+    schema = schema_of(metadata, () if batch is None else batch.schema, **options)
     with output_writer(path, schema, overwrite=True) as writer:
         if answers:
             writer.write_table(answers_table(answers, schema))

@@ -51,6 +51,9 @@ class DocumentReader(TextReader):
         except READ_ERRORS as error:
             return failed(row, "unreadable", f"cannot be read: {read_fault(error)}", is_fault=True)
         self.fraction = 1.0
+        self.pages_without_text = found.get("pages_without_text", 0)
+        if "fault" in found:
+            return failed(row, found["kind"], found["fault"])
         text = found.pop("text")
         copied = or_error(self._plan.of_batch, with_arrays(_counts(found), self.file.partitions))
         return build(self._columns, row, {**self.file.partitions, self._columns.text: text}, copied)
@@ -63,7 +66,7 @@ def _counts(found: dict[str, Any]) -> pa.RecordBatch:
 
 
 def _extracted(format: str, content: bytes, longest: int) -> dict[str, Any]:
-    """What `extracting.py` finds in a file; raises `RowError` where it cannot read it."""
+    """What `extracting.py` writes of a file; raises `RowError` where it writes nothing."""
     if len(content) > longest:
         raise long_line(longest)
     bounds = longest, CPU_S, MEMORY_BYTES + 5 * len(content)
@@ -78,10 +81,7 @@ def _extracted(format: str, content: bytes, longest: int) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise RowError("timeout", f"takes more than {WALL_S} s to read") from None
     if done.returncode == 0:
-        found = json.loads(done.stdout)
-        if "fault" in found:
-            raise RowError(found["kind"], found["fault"])
-        return dict(found)
+        return dict(json.loads(done.stdout))
     if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
         raise RowError("timeout", f"takes more than {CPU_S} s to read")
     lines = done.stderr.decode(errors="replace").strip().splitlines() or ["the reading of it crashed"]

@@ -78,7 +78,7 @@ def of_pdf(content: bytes, longest: int) -> dict[str, Any]:
         fault = (
             f"has no text on any of its {len(pages)} pages, as scans have none; recognise their text first"
         )
-        return {"kind": "no_text", "fault": fault}
+        return {"kind": "no_text", "fault": fault, "pages_without_text": without}
     return {"text": "\n\n".join(pages), "pages": len(pages), "pages_without_text": without}
 
 

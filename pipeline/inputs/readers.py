@@ -21,6 +21,7 @@ class Reader:
     num_rows: int | None = None  # where that is known before its rows are read
     schema = pa.schema([])  # of a table, as far as it can be read
     unreadable: Mapping[str, str] = {}  # the types of columns that are not in it, as none can read them
+    pages_without_text = 0  # of a document, once it is read
 
     def __init__(self, file: InputFile) -> None:
         self.file = file

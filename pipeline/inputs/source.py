@@ -24,6 +24,7 @@ from pipeline.records import Record, RowError
 from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, is_out_of_reach, some
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin
+from pipeline.texts.words import counted
 
 OPENERS: dict[str, Callable[[InputFile], Reader]] = {
     "parquet": ParquetReader,
@@ -81,6 +82,23 @@ class Source:
         """The same files, and how many rows of each the last iteration gave."""
         read = zip(self._readers, self._records, strict=True)
         return sorted((reader.file.name, rows) for reader, rows in read if _has_rows(reader))
+
+    @property
+    def pages_without_text(self) -> int:
+        """Pages of the PDF files read so far that may be scans."""
+        return sum(reader.pages_without_text for reader in self._readers)
+
+    def scans_told(self) -> list[str]:
+        """What to say of pages without text; nothing where there are none."""
+        pages = self.pages_without_text
+        if not pages:
+            return []
+        files = sum(reader.pages_without_text > 0 for reader in self._readers)
+        have = "has" if pages == 1 else "have"
+        return [
+            f"{counted(pages, 'page')} of {counted(files, 'PDF file')} {have} no text and may be scans: what "
+            "they show is in no prompt unless their text is recognised first"
+        ]
 
     def __iter__(self) -> Iterator[Record]:
         base = 0

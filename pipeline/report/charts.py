@@ -167,7 +167,7 @@ def _draw_similarity(similarity: np.ndarray, axes: Axes) -> None:
     axes.hist(similarity, bins=20, range=(0, 1), color=drawing.SERIES[0], rwidth=0.92)
     axes.set(xlabel="similarity", ylabel="rows")
     axes.grid(visible=False, axis="x")
-    format_ticks(axes, integers="y")
+    format_ticks(axes, y=lambda count, _: f"{count:,.0f}", integers="y")
 
 
 def _draw_ratios(tokens: np.ndarray, ratios: np.ndarray, axes: Axes) -> None:

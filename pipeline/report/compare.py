@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import sqlite3
 import tempfile
 from array import array
@@ -17,14 +18,20 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.report.output_reading import Run
+from pipeline.report.references import REFERENCE
+from pipeline.suites.metrics import score, token_f1
 from pipeline.suites.similarity import edit_similarity
 
-MOST_SHOWN = 100
+MOST_SHOWN = 300
+SCORE = token_f1.__name__
 COLUMNS = (
-    *("id", "row", "row_hash", "status", "answer", "error_type", "error_message"),
-    *("document_tokens", "ttft_ms", "kept_ratio", "ffn_ratio"),
+    *("id", "row", "row_hash", "status", "question", "answer", "error_type", "error_message"),
+    *("document_tokens", "ttft_ms", "kept_ratio", "ffn_ratio", REFERENCE),
 )
-PAIRED = ("document_tokens", "first_ms", "second_ms", "similarity")
+PAIRED = (
+    *("row", "document_tokens", "same_input", "similarity"),
+    *("first_ms", "second_ms", "first_score", "second_score"),
+)
 
 _TABLE = f"CREATE TABLE first ({', '.join(COLUMNS)}, seen INTEGER DEFAULT 0)"
 _COLUMN_LIST = ", ".join(COLUMNS)
@@ -34,17 +41,29 @@ RowPair = tuple[dict[str, Any] | None, dict[str, Any]]  # of the first run, if i
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPair:
-    """One row in both runs; `similarity` is None where one of them has no answer, or does not say it."""
+    """One row in both runs.
+
+    `similarity` is None where one of them has no answer, or does not say it; `scores` then too, and where
+    there is no reference or text and question are not the same.
+    """
 
     first: dict[str, Any]
     second: dict[str, Any]
+    references: list[str]  # what is right, as either run has copied it
+    other_input: bool  # whether text or question differ under the same id
     similarity: float | None
+    scores: tuple[float | None, float | None]  # of both against the references, from 0 to 1
 
     @property
-    def other_input(self) -> bool:
-        """Whether text or question differ under the same id."""
-        hashes = self.first["row_hash"], self.second["row_hash"]
-        return None not in hashes and hashes[0] != hashes[1]
+    def question(self) -> str:
+        return self.first["question"] or self.second["question"] or ""
+
+    @property
+    def differs(self) -> bool:
+        """Whether one alone was answered, or the answers differ."""
+        if self.first["status"] != self.second["status"]:
+            return True
+        return self.similarity is not None and self.first["answer"] != self.second["answer"]
 
     @property
     def ttft_ratio(self) -> float | None:
@@ -66,12 +85,20 @@ class Comparison:
     both_failed: int = 0
     same_answers: int = 0
     other_input: int = 0
-    most: list[AnswerPair] = field(default_factory=list)  # the greatest disagreement first
-    _pairs: dict[str, array] = field(default_factory=lambda: {name: array("f") for name in PAIRED})
+    differing: int = 0  # rows that one run alone answered, or both in other words
+    most: list[AnswerPair] = field(default_factory=list)  # of those, the greatest disagreement first
+    _pairs: dict[str, array] = field(
+        default_factory=lambda: {name: array("d" if name == "row" else "f") for name in PAIRED}
+    )
 
     def pairs(self, name: str) -> np.ndarray:
-        """(n,) of the rows that both runs answered: similarity, document tokens, TTFT of each in ms."""
-        return np.frombuffer(self._pairs[name], np.float32)
+        """(n,) of the rows that both runs answered, NaN where unknown.
+
+        Names are `PAIRED`: row number, document tokens, 1 where both have the same text and question or else
+        0, the similarity of the answers, and of each TTFT in ms and the score from 0 to 1.
+        """
+        values = self._pairs[name]
+        return np.frombuffer(values, np.dtype(values.typecode))
 
     @property
     def both_answered(self) -> int:
@@ -86,13 +113,15 @@ class Comparison:
     def count(self, pair: AnswerPair) -> None:
         self.joined += 1
         self.other_input += pair.other_input
+        self.differing += pair.differs
         if pair.similarity is None:
             failed = [side["status"] != "ok" for side in (pair.first, pair.second)]
             self.both_failed += all(failed)
             self.one_failed += any(failed) and not all(failed)
             return
         self.same_answers += pair.first["answer"] == pair.second["answer"]
-        values = pair.first["document_tokens"], pair.first["ttft_ms"], pair.second["ttft_ms"], pair.similarity
+        about = pair.first["row"], pair.first["document_tokens"], not pair.other_input, pair.similarity
+        values = *about, pair.first["ttft_ms"], pair.second["ttft_ms"], *pair.scores
         for name, value in zip(PAIRED, values, strict=True):
             self._pairs[name].append(np.nan if value is None else value)
 
@@ -109,7 +138,8 @@ def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
         joined_by = "id" if _shares_ids(database, second) else "row"
         comparison = Comparison(joined_by=joined_by, measure=measure_name)
         pairs = _counted(comparison, _joined(database, second, joined_by), measure)
-        comparison.most = heapq.nlargest(most, pairs, key=_disagreement)
+        differing = (pair for pair in pairs if pair.differs)
+        comparison.most = heapq.nlargest(most, differing, key=_disagreement)
         (comparison.only_first,) = database.execute("SELECT count(*) FROM first WHERE NOT seen").fetchone()
     return comparison
 
@@ -122,9 +152,30 @@ def _counted(
         if ours is None:
             comparison.only_second += 1
             continue
-        pair = AnswerPair(first=ours, second=theirs, similarity=_similarity(measure, ours, theirs))
+        pair = _pair(ours, theirs, measure)
         comparison.count(pair)
         yield pair
+
+
+def _pair(ours: dict[str, Any], theirs: dict[str, Any], measure: Callable[[str, str], float]) -> AnswerPair:
+    similarity = _similarity(measure, ours, theirs)
+    references = json.loads(ours[REFERENCE] or theirs[REFERENCE] or "[]")
+    hashes = ours["row_hash"], theirs["row_hash"]
+    other_input = None not in hashes and hashes[0] != hashes[1]
+    comparable = bool(references) and similarity is not None and not other_input
+    return AnswerPair(
+        first=ours,
+        second=theirs,
+        references=references,
+        other_input=other_input,
+        similarity=similarity,
+        scores=_scores(ours["answer"], theirs["answer"], references) if comparable else (None, None),
+    )
+
+
+def _scores(first: str, second: str, references: list[str]) -> tuple[float, float]:
+    found = score(SCORE, first, references)
+    return found, found if first == second else score(SCORE, second, references)
 
 
 def _similarity(measure: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
@@ -146,7 +197,8 @@ def _disagreement(pair: AnswerPair) -> tuple[float, ...]:
 
 def _rows(run: Run) -> Iterator[tuple]:
     for table in run.tables(COLUMNS):
-        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
+        *own, references = (column.to_pylist() for column in table.columns)
+        yield from zip(*own, (each and json.dumps(each) for each in references), strict=True)
 
 
 def _load(database: sqlite3.Connection, run: Run) -> None:
@@ -161,7 +213,8 @@ def _load(database: sqlite3.Connection, run: Run) -> None:
 
 def _shares_ids(database: sqlite3.Connection, run: Run) -> bool:
     query = "SELECT 1 FROM first WHERE id = ? LIMIT 1"
-    return any(database.execute(query, (id,)).fetchone() for (id, *_) in _rows(run))
+    ids = (id for table in run.tables(["id"]) for id in table["id"].to_pylist())
+    return any(database.execute(query, (id,)).fetchone() for id in ids)
 
 
 def _joined(database: sqlite3.Connection, run: Run, joined_by: str) -> Iterator[RowPair]:

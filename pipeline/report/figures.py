@@ -192,6 +192,15 @@ def phases(figures: Figures) -> list[tuple[str, float | None, float | None]]:
 
 
 DECIDING = "settings_that_decide"
+ABOUT = {"model": "model", "device": "device", "started": "date"}
+
+
+def about_run(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """Model, device and date of a run, as names and values; of an unfinished one they may not be known."""
+    told = {label: str(metadata[name]) for name, label in ABOUT.items() if metadata.get(name)}
+    if "date" in told:
+        told["date"] = f"{told['date'][:16].replace('T', ' ')} UTC"
+    return list(told.items())
 
 
 def configuration(metadata: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,8 @@ from pipeline.outputs.own_columns import CHOSEN_FROM, STATS, own_prefix
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
 from pipeline.outputs.rowindex import DUPLICATE
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
+from pipeline.report.references import REFERENCE, holder, references_in
+from pipeline.report.references import TYPE as REFERENCES
 from pipeline.storage.causes import READ_ERRORS, cause
 from pipeline.storage.remote import RemotePath, place_of
 from pipeline.texts.redaction import bare, hidden, redacted
@@ -59,15 +61,33 @@ class Run:
     finished: bool = True
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    read: Callable[[Sequence[str]], Iterator[pa.Table]] = field(repr=False)
+    read: Callable[[Sequence[str], Collection[int] | None], Iterator[pa.Table]] = field(repr=False)
 
-    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """All rows in tables of a bounded size, with these columns; those that the output lacks are null."""
+    def tables(self, columns: Sequence[str], only: Collection[int] | None = None) -> Iterator[pa.Table]:
+        """All rows in tables of a bounded size, or those of the tables with the numbers `only`.
+
+        Columns are the answer's own, and `REFERENCE`; those that the output lacks are null.
+        """
         try:
-            for table in self.read(columns):
-                yield own_columns(table, columns)
+            for table in self.read(columns, only):
+                yield _reported(table, columns)
         except READ_ERRORS as error:
             raise ConfigError(f"{self.given} cannot be read: {cause(error)}") from error
+
+
+def _held(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
+    """The columns of an output to read for these."""
+    copied = holder(schema.names) if REFERENCE in columns else None
+    held = stored_in(schema, columns)
+    return held if copied is None else [*held, copied]
+
+
+def _reported(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """These columns of a table that has what `_held` names, or that is of them itself."""
+    own = own_columns(table, [name for name in columns if name != REFERENCE])
+    if REFERENCE not in columns:
+        return own
+    return own.append_column(pa.field(REFERENCE, REFERENCES), references_in(table)).select(columns)
 
 
 @contextmanager
@@ -161,10 +181,13 @@ def _lacking(columns: Sequence[str]) -> list[str]:
     return [] if told is None else [f"{told}, and nothing is told of it"]
 
 
-def _read_published(published: Published, columns: Sequence[str]) -> Iterator[pa.Table]:
-    held = stored_in(published.schema, columns)
+def _read_published(
+    published: Published, columns: Sequence[str], only: Collection[int] | None = None
+) -> Iterator[pa.Table]:
+    held = _held(published.schema, columns)
     for group in published:
-        yield published.read(group, held)
+        if only is None or group in only:
+            yield published.read(group, held)
 
 
 def _unfinished(given: str, label: str, path: Path, parts: list[tuple[BinaryIO, int]]) -> Run:
@@ -207,9 +230,20 @@ def _beginning(folder: Path) -> Beginning:
 
 
 def _read_unfinished(
-    parts: list[tuple[BinaryIO, int]], base: Published | None, columns: Sequence[str]
+    parts: list[tuple[BinaryIO, int]],
+    base: Published | None,
+    columns: Sequence[str],
+    only: Collection[int] | None = None,
 ) -> Iterator[pa.Table]:
     """The newest part first, for a row that was run again counts once, as it was answered last."""
+    for number, table in enumerate(_newest_first(parts, base, columns)):
+        if only is None or number in only:
+            yield table
+
+
+def _newest_first(
+    parts: list[tuple[BinaryIO, int]], base: Published | None, columns: Sequence[str]
+) -> Iterator[pa.Table]:
     wanted = list(dict.fromkeys([*columns, *KEY_COLUMNS]))
     seen: set[int] = set()
     one_alone = len(parts) + (base is not None) == 1
@@ -239,8 +273,8 @@ def _chunks(part: BinaryIO, size: int, columns: Sequence[str]) -> Iterator[pa.Ta
     tables: list[pa.Table] = []
     rows = 0
     for chunk in whole_chunks(part, size):
-        held = chunk.table.select(stored_in(chunk.table.schema, columns))
-        tables.append(own_columns(held, columns))
+        held = chunk.table.select(_held(chunk.table.schema, columns))
+        tables.append(_reported(held, columns))
         rows += chunk.table.num_rows
         if max(rows, len(tables)) >= FEWEST_AT_ONCE:
             yield pa.concat_tables(tables)

@@ -21,8 +21,8 @@ from pipeline.texts.versions import version_of
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, script: str | None = None, **values: Any) -> str:
-    """A page; all values are escaped. `script` names a file that is put in, and allowed by its hash."""
+def render(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
+    """A page; all values are escaped. `scripts` names files put in as one script, allowed by its hash."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -32,7 +32,7 @@ def render(template: str, script: str | None = None, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["cut"] = cut
-    code = "" if script is None else (TEMPLATES / script).read_text(encoding="utf-8")
+    code = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)
     return environment.get_template(template).render(
         policy=_policy(code), script=Markup(code), version=version_of("marsinfer"), **values
     )

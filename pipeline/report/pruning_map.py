@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
@@ -18,14 +18,18 @@ import pyarrow.compute as pc
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import lacking_told
 from pipeline.outputs.own_columns import SELECTION_NAMES
+from pipeline.pruning.registry import METHODS, make_method
 from pipeline.pruning.tiers import GONE, IN_FP8, IN_FULL, SKIPPED, LayerStates, unpack_layers
-from pipeline.report.figures import milliseconds
+from pipeline.records import Spans
+from pipeline.report.figures import DECIDING, about_run, milliseconds
 from pipeline.report.output_reading import Run
 from pipeline.report.page import render
 from pipeline.texts.words import percent_of
 
 MOST_BYTES = 2_900_000  # of the page
+UNPRUNED = "Nothing was pruned here: up to the last layer, every layer computed every token."
 FACTS = ("id", "row", "status", "error_type", "error_message", "method", "answer", "document_tokens")
+KEYS = ("id", "row")
 COLUMNS = (*FACTS, "prompt_tokens", "ttft_ms", "kept_ratio", "ffn_ratio", "ffn_fp8_tokens", *SELECTION_NAMES)
 
 
@@ -38,6 +42,12 @@ class PruningMap:
     layers: list[LayerStates] = field(repr=False)
     document: tuple[int, int]
     question: tuple[int, int]
+    always_kept: list[tuple[int, int]]  # token ranges that the row's method keeps whatever they say
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any layer but the last, of which nothing reads more than the last token, left any out."""
+        return any(not (layer.states >= IN_FP8).all() for layer in self.layers[:-1])
 
     @property
     def question_text(self) -> str:
@@ -56,9 +66,14 @@ class PruningMap:
         ]
 
 
+def has_selection(run: Run) -> bool:
+    """Whether rows of a run may have a map."""
+    return "selection" in run.columns
+
+
 def find_row(run: Run, wanted: str) -> PruningMap:
     """The row of this id or, if none has it, of this number. ConfigError where its selection is not known."""
-    if "selection" not in run.columns:
+    if not has_selection(run):
         raise ConfigError(f"{run.given} holds no selection of tokens: run batch with --save-selection")
     lacks = lacking_told(run.columns, COLUMNS)
     if lacks is not None:
@@ -76,12 +91,29 @@ def find_row(run: Run, wanted: str) -> PruningMap:
     return _map_of(run, facts)
 
 
+def maps_of(run: Run, wanted: Collection[tuple[str, int]]) -> Iterator[PruningMap]:
+    """The maps of rows, by id and number, in the output's order; of those whose selection can be read."""
+    keys = (zip(*(column.to_pylist() for column in table.columns), strict=True) for table in run.tables(KEYS))
+    tables = {number for number, rows in enumerate(keys) if not set(rows).isdisjoint(wanted)}
+    for table in run.tables(COLUMNS, tables):
+        rows = zip(*(table[name].to_pylist() for name in KEYS), strict=True)
+        for place in [n for n, key in enumerate(rows) if key in wanted]:
+            (facts,) = table.slice(place, 1).to_pylist()
+            if facts["selection"] is None or facts["prompt_text"] is None:
+                continue
+            try:
+                found = _map_of(run, facts)
+            except ConfigError:  # which `find_row` raises for who asks for that row
+                continue
+            yield found
+
+
 def _find(run: Run, column: str, value: str | int) -> dict[str, Any] | None:
     """The first row with that value; its other columns are read only from the table that has it."""
     for number, table in enumerate(run.tables([column])):
         place = pc.index(table[column], pa.scalar(value, table[column].type)).as_py()
         if place >= 0:
-            whole = next(table for n, table in enumerate(run.tables(COLUMNS)) if n == number)
+            (whole,) = run.tables(COLUMNS, {number})
             return whole.slice(place, 1).to_pylist()[0]
     return None
 
@@ -93,10 +125,36 @@ def _map_of(run: Run, facts: dict[str, Any]) -> PruningMap:
         layers = unpack_layers(facts["selection"], len(pieces))
     except ValueError as error:
         raise ConfigError(f"{run.given}, row {facts['row']}: {error}") from error
-    spans = facts["prompt_spans"]
+    first, last, asked, end = facts["prompt_spans"]
+    spans = Spans(document=(first, last), question=(asked, end))
     return PruningMap(
-        facts=facts, pieces=pieces, layers=layers, document=tuple(spans[:2]), question=tuple(spans[2:])
+        facts=facts,
+        pieces=pieces,
+        layers=layers,
+        document=spans.document,
+        question=spans.question,
+        always_kept=_always_kept(run, facts["method"], len(pieces), spans),
     )
+
+
+def _always_kept(run: Run, method: str | None, tokens: int, spans: Spans) -> list[tuple[int, int]]:
+    """What the run's method, with its settings, keeps of such a prompt; nothing where that is not known.
+
+    A method of the user's own is not loaded: a report runs no code that an output names.
+    """
+    told = run.metadata.get(DECIDING, {}).get("method", {})
+    if method not in METHODS or told.get("name") != method:
+        return []
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (told.get("settings") or {}).items()
+    }
+    try:
+        ranges = make_method(method, settings).protected(tokens, spans)
+    except (ConfigError, TypeError):  # settings of another version
+        return []
+    inside = [(max(0, start), min(tokens, stop)) for start, stop in ranges]
+    return [(start, stop) for start, stop in inside if start < stop]
 
 
 def map_page(run: Run, pruning: PruningMap) -> str:
@@ -110,25 +168,36 @@ def map_page(run: Run, pruning: PruningMap) -> str:
 
 
 def _page(run: Run, pruning: PruningMap, shown: int) -> str:
-    states = np.stack([layer.states[:shown] for layer in pruning.layers])
-    spans = {"document": pruning.document, "question": pruning.question}
-    about = {"tokens": shown, "names": pruning.names(), "counts": pruning.counts(), **spans}
     return render(
         "map.html.j2",
-        script="map.js",
+        scripts=("map.js",),
         run=run,
         facts=pruning.facts,
         figures=list(_figures(pruning)),
+        about_run=about_run(run.metadata),
         question=pruning.question_text.strip(),
-        shown=shown,
-        total=len(pruning.pieces),
-        last=len(pruning.layers),
-        about=about,
-        pieces=_packed(json.dumps(pruning.pieces[:shown]).encode()),
-        states=_packed(_two_bits(states)),
-        has_fp8=bool((states == IN_FP8).any()),
-        has_left=bool((states == GONE).any()),
+        map=map_data(pruning, shown),
+        unpruned=UNPRUNED,
     )
+
+
+def map_data(pruning: PruningMap, shown: int | None = None) -> dict[str, Any]:
+    """What the script of a page draws a map from, of all tokens or the first `shown`."""
+    pieces = pruning.pieces[:shown]
+    states = np.stack([layer.states[:shown] for layer in pruning.layers])
+    return {
+        "tokens": len(pieces),
+        "total": len(pruning.pieces),
+        "names": pruning.names(),
+        "counts": pruning.counts(),
+        "document": pruning.document,
+        "question": pruning.question,
+        "always": pruning.always_kept,
+        "pruned": pruning.is_pruned,
+        "fp8": bool((states == IN_FP8).any()),
+        "pieces": _packed(json.dumps(pieces).encode()),
+        "states": _packed(_two_bits(states)),
+    }
 
 
 def _figures(pruning: PruningMap) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.suites import picks, similarity
@@ -30,8 +31,9 @@ def normalize(text: str) -> str:
     well, as MLQA does (Lewis et al. 2020, arXiv:1910.07475). Punctuation is deleted rather than replaced by
     a space: `30-day` becomes `30day`.
     """
-    kept = "".join(char for char in text.lower() if not _is_punctuation(char))
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    lowered = text.lower()
+    punctuation = {ord(char): None for char in set(lowered) if _is_punctuation(char)}
+    return " ".join(_ARTICLES.sub(" ", lowered.translate(punctuation)).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -66,6 +68,7 @@ def contains(prediction: str, reference: str) -> float:
     return float(any(predicted[start : start + len(expected)] == expected for start in starts))
 
 
+@cache
 def _is_punctuation(char: str) -> bool:
     return char in string.punctuation or unicodedata.category(char).startswith("P")
 

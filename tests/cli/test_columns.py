@@ -133,13 +133,13 @@ def test_report_says_what_is_not_there_and_reads_the_struct(call, rows, tmp_path
     capfd.readouterr()
     assert report(bare) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0].startswith("bare: the output has no finish_reason, error_message, document_tokens, ")
-    assert lines[0].endswith(" (--columns), and nothing is told of it")
+    assert lines[0].startswith("bare holds answers to 3 of 4 rows. ")
+    note = next(line for line in lines if line.startswith("bare: "))
+    assert note.startswith("bare: the output has no finish_reason, error_message, document_tokens, ")
+    assert note.endswith(" (--columns), and nothing is told of it")
     assert report(packed) == 0
     told = capfd.readouterr().out
-    assert told.startswith(
-        "packed: the output has no finish_reason, error_message, parts, guard (--columns), and "
-    )
+    assert "\npacked: the output has no finish_reason, error_message, parts, guard (--columns), and " in told
     tokens = sum(row["stats"]["prompt_tokens"] or 0 for row in read(packed))
     assert f" {tokens:,} " in next(line for line in told.splitlines() if "prompt tokens" in line)
 

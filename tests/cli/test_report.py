@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_outputs import EVIL, answered, failed, schema_of, selected, write
+from report_outputs import EVIL, METADATA, answered, copied, failed, schema_of, selected, write
 
 from marsinfer_cli.app import run
 from pipeline.outputs.journal import Journal
@@ -73,7 +74,8 @@ def test_a_page_of_one_output_escapes_all_that_it_tells(report, evil, tmp_path):
     html = tmp_path / "page.html"
     assert report(evil, "--html", html) == (0, "", "")
     page = page_of(html)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1, "our own"
+    assert "img" not in page.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert len({value for name, value in page.attributes if name == "id"}) == sum(
         name == "id" for name, _ in page.attributes
@@ -92,7 +94,7 @@ def test_a_page_of_two_outputs_tells_rows_side_by_side(report, evil, tmp_path):
     assert report(evil, other, "--html", html) == (0, "", "")
     page = page_of(html)
     text = "".join(page.texts)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert page.tags.count("article") == 20
     assert "Rows that disagree most" in text
     assert text.count("plain") == 20
@@ -143,6 +145,8 @@ def test_tables_in_the_terminal(report, tmp_path):
         "rows in both",
     ):
         assert told in out
+    told = "slim answers otherwise than dense, and nothing here tells which is better: 0.0% of the answers"
+    assert out.startswith(told)
     assert "\x1b" not in out
     assert "<script>alert(1)" in out
     assert re.search(r"0-2 .* 100.0% .* 100.0%", out), "layers that look the same are one row"
@@ -161,6 +165,49 @@ def test_an_unfinished_run_has_a_page_that_says_so(report, tmp_path):
         assert "not finished" in report(path)[1]
 
 
+def test_the_terminal_shows_the_rows_that_differ_with_question_and_reference(report, tmp_path):
+    def rows(*answers):
+        made = [answered(n, answer=answer, question=f"What is {n}?") for n, answer in enumerate(answers)]
+        for answer in made:
+            answer.passthrough = copied(reference="one fish")
+        return made
+
+    metadata = {**METADATA, "device": "CPU", "started": "2026-11-26T12:01:46Z"}
+    first = write(tmp_path / "dense.parquet", rows("one fish", "one fish"), metadata)
+    second = write(tmp_path / "slim.parquet", rows("one fish", "red fish"), metadata)
+    code, out, err = report(first, second)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    told = "2 rows cannot tell whether slim answers as well as dense: token F1 changed by -25.00"
+    assert lines[0].startswith(told)
+    assert lines[2] == "model tiny; device CPU; date 2026-11-26 12:01 UTC"
+    place = lines.index("  question: What is 1?")
+    assert lines[place + 1 :] == [
+        "  reference: one fish",
+        "  dense: one fish",
+        "  slim: red fish",
+        "1 row with the same answer in both, or an error in both, left out",
+    ]
+
+
+def test_a_row_of_which_nothing_was_pruned_says_so(report, tmp_path):
+    whole = selected(0).selection[:1] * 3
+    path = write(tmp_path / "out.parquet", [selected(0, selection=whole)], save_selection=True)
+    assert "Nothing was pruned here" in report(path, "--row", "0")[1]
+    html = tmp_path / "map.html"
+    assert report(path, "--row", "0", "--html", html)[0] == 0
+    data = json.loads(re.search('id="only-map">(.*?)</script>', html.read_text())[1])
+    assert not data["pruned"]
+
+
+@pytest.mark.parametrize(("answer", "shown"), [("  ", "(an empty answer)"), (None, "(none is stored)")])
+def test_a_map_without_an_answer_says_so(report, tmp_path, answer, shown):
+    path = write(tmp_path / "out.parquet", [selected(0, answer=answer)], save_selection=True)
+    html = tmp_path / "map.html"
+    assert report(path, "--row", "0", "--html", html)[0] == 0
+    assert shown in page_of(html).texts
+
+
 def test_a_row_has_its_pruning_map(report, tmp_path):
     rows = [answered(0), selected(1, id="a/b"), selected(2, id="7", answer=EVIL), selected(7)]
     path = write(tmp_path / "out.parquet", rows, save_selection=True)
@@ -168,13 +215,15 @@ def test_a_row_has_its_pruning_map(report, tmp_path):
     assert report(path, "--row", "7", "--html", html) == (0, "", ""), "an id comes before a number"
     page = page_of(html)
     text = "".join(page.texts)
-    assert page.tags.count("script") == 4
+    assert page.tags.count("script") == 2, "the map's data and our own"
     assert EVIL.replace("\x1b", "\ufffd") in text
     assert "row 2, 7" in text
     assert "w42 w43 w44 w45 w46 w47" in text, "the question stands above"
     code, out, _ = report(path, "--row", "1")
     assert code == 0
     assert "row 1, a/b" in out
+    assert "always kept by the method's settings: tokens 0 to 49" in out
+    assert "Nothing was pruned" not in out
     assert re.search(r"layer 1 .* 0 ", out)
 
 

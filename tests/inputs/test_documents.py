@@ -1,6 +1,7 @@
 """Folders of PDF, DOCX and HTML, written through libraries: texts, pages, tables, and bad files."""
 
 import io
+import json
 import time
 
 import docx
@@ -156,7 +157,7 @@ def test_without_the_libraries_the_extra_is_named(tmp_path, monkeypatch):
         open_source([tmp_path / "a.pdf"], Columns())
 
 
-def test_a_folder_is_answered_into_parquet(call, tmp_path):
+def test_a_folder_is_answered_into_parquet(call, capfd, tmp_path):
     folder, output = tmp_path / "in" / "year=2024", tmp_path / "out.parquet"
     folder.mkdir(parents=True)
     contents = {
@@ -175,4 +176,33 @@ def test_a_folder_is_answered_into_parquet(call, tmp_path):
     assert [row["pages"] for row in rows] == [2, None, None, None, None]
     assert [row["pages_without_text"] for row in rows] == [0, None, None, None, None]
     assert [row["year"] for row in rows][:3] == ["2024"] * 3
+    assert "no text" not in capfd.readouterr().err
     assert call(tmp_path / "in" / "*" / "*.docx", tmp_path / "b.parquet", "--question", "Who?") == 0
+
+
+def test_a_run_tells_how_many_pages_may_be_scans(call, capfd, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out.parquet"
+    folder.mkdir()
+    (folder / "a.pdf").write_bytes(pdf(["One."], [], []))
+    (folder / "b.pdf").write_bytes(pdf([]))
+    (folder / "c.pdf").write_bytes(pdf(["Whole."]))
+    words = folder, output, "--question", "Who?", "--max-new-tokens", 2
+    told = "3 pages of 2 PDF files have no text"
+    assert call(*words, "--dry-run") == 0
+    assert told in "".join(capfd.readouterr())
+    assert call(*words, "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["pages_without_text"] == 3
+    assert told in " ".join(err.split())
+    assert call(*words, "--resume") == 0, "documents that are done are read, and told of, again"
+    assert told in " ".join(capfd.readouterr().err.split())
+
+
+def test_pages_without_text_are_those_of_the_last_reading(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(pdf(["One."], []))
+    source = open_source([tmp_path / "a.pdf"], Columns())
+    assert source.scans_told() == []
+    for _ in range(2):
+        assert len(list(source)) == 1
+        assert source.pages_without_text == 1
+    assert source.scans_told()[0].startswith("1 page of 1 PDF file has no text")

@@ -90,42 +90,68 @@ def test_a_page_follows_the_theme_and_fits_the_screen(pages, tmp_path, name, wid
     assert brightness[1] < 0.3
 
 
+WIDTH = "document.documentElement.scrollWidth - innerWidth"
+OF_MAP = """
+  const slider = at("layer"), prompt = at("prompt");
+  const classes = () => [...prompt.querySelectorAll("b")].map((span) => span.className.split(" ")[0]);
+  const move = (layer) => ((slider.value = layer), slider.dispatchEvent(new Event("input")));
+  told.text = prompt.textContent;
+  told.overview = new Set(classes()).size;
+  told.shown = [...document.querySelectorAll("#legend-all li")].filter((item) => !item.hidden).length;
+  told.always = prompt.querySelectorAll(".always").length;
+  told.unpruned = !at("unpruned").hidden;
+  move(2);
+  told.second = classes().join(" ");
+  told.said = at("told").textContent;
+  move(3);
+  told.third = classes().join(" ");
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"]) {
+    prompt.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  }
+  told.token = at("token").textContent;
+  told.cells = at("strip").childElementCount;
+  told.chosen = prompt.querySelectorAll(".chosen").length;
+"""
+OF_ROWS = """
+  const heads = () =>
+    [...document.querySelectorAll("#rows > article:not([hidden]) h3")].map((head) => head.textContent);
+  told.first = heads();
+  at("more").click();
+  told.all = heads();
+  at("order").value = "row 1";
+  at("order").dispatchEvent(new Event("change"));
+  told.sorted = heads();
+  at("search").value = "I>7 answer";
+  at("search").dispatchEvent(new Event("input"));
+  told.found = heads();
+  told.count = at("found").textContent;
+  told.more = !at("more").hidden;
+"""
+OPENED = 'document.querySelector("[data-map]").click();'
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const told = { width: document.documentElement.scrollWidth - innerWidth };
+  const at = (id) => document.getElementById(id);
+  const told = { width: WIDTH };
   const tell = () => (document.body.textContent = "TOLD" + JSON.stringify(told) + "DLOT");
   const probe = () => {
-    if (!document.documentElement.dataset.ready) return setTimeout(probe, 20);
-    const slider = document.getElementById("layer"), prompt = document.getElementById("prompt");
-    const classes = () => [...prompt.querySelectorAll("b")].map((span) => span.className.split(" ")[0]);
-    told.text = prompt.textContent;
-    told.overview = new Set(classes()).size;
-    slider.value = 2;
-    slider.dispatchEvent(new Event("input"));
-    told.second = classes().join(" ");
-    told.said = document.getElementById("told").textContent;
-    slider.value = 3;
-    slider.dispatchEvent(new Event("input"));
-    told.third = classes().join(" ");
-    for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"]) {
-      prompt.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-    }
-    told.token = document.getElementById("token").textContent;
-    told.cells = document.getElementById("strip").childElementCount;
-    told.chosen = prompt.querySelectorAll(".chosen").length;
+    if (READY) return setTimeout(probe, 20);
+    LOOK
     tell();
   };
-  document.getElementById("layer") ? probe() : tell();
+  BEGIN
+  probe();
 });
 </script></body>"""
+MAP_READY = "!document.documentElement.dataset.ready"
 
 
-def probed(page, tmp_path, width=390):
+def probed(page, tmp_path, width=390, *, look="", begin="", ready="false"):
     """What the page says of itself to a script that its policy would not let in."""
     text = re.sub(r"<meta http-equiv=.*?>", "", page.read_text(), count=1)
     changed = tmp_path / "probed.html"
-    changed.write_text(text.replace("</body>", PROBE))
+    script = PROBE.replace("WIDTH", WIDTH).replace("READY", ready).replace("LOOK", look)
+    changed.write_text(text.replace("</body>", script.replace("BEGIN", begin)))
     dom, _ = chromium(changed, f"--window-size={width},900", "--dump-dom", profile=tmp_path / "profile")
     return json.loads(html.unescape(re.search("TOLD(.*)DLOT", dom, re.DOTALL)[1]))
 
@@ -138,7 +164,7 @@ def test_nothing_is_wider_than_the_screen(pages, tmp_path, name, width):
 
 def test_the_map_answers_to_slider_and_keys(pages, tmp_path):
     row = selected(3, tokens=63)
-    told = probed(pages / "map.html", tmp_path)
+    told = probed(pages / "map.html", tmp_path, look=OF_MAP, ready=MAP_READY)
     assert told["text"] == row.prompt_text
     assert told["overview"] > 1
     second, third = told["second"].split(), told["third"].split()
@@ -147,3 +173,19 @@ def test_the_map_answers_to_slider_and_keys(pages, tmp_path):
     assert told["said"] == f"layer 1: {second.count('full')} in full, {second.count('skipped')} skipped"
     assert told["token"].startswith('Token 1, " w1": FFN in full in ')
     assert (told["cells"], told["chosen"]) == (3, 1)
+    assert told["shown"] == 3, "all layers, fewest, and left; nothing lies between"
+    assert (told["always"], told["unpruned"]) == (63, False), "all that fits into a block of sliminfer"
+
+
+def test_a_report_opens_the_map_of_a_row(pages, tmp_path):
+    told = probed(pages / "report.html", tmp_path, look=OF_MAP, begin=OPENED, ready=MAP_READY)
+    assert told["text"] == selected(0, tokens=60).prompt_text
+    assert set(told["second"].split()) == {"full", "skipped"}
+
+
+def test_rows_are_sorted_and_found(pages, tmp_path):
+    told = probed(pages / "comparison.html", tmp_path, look=OF_ROWS)
+    assert (len(told["first"]), len(told["all"])) == (25, 40)
+    assert told["sorted"] == [f"<i>{n}" for n in range(40)]
+    assert told["found"] == ["<i>7"]
+    assert (told["count"], told["more"]) == ("1 of 1 rows shown", False)

@@ -30,7 +30,8 @@ def test_rows_are_joined_by_id_and_sorted_by_disagreement(tmp_path):
     found = compared(tmp_path, first, second)
     assert (found.joined_by, found.joined, found.only_first, found.only_second) == ("id", 4, 1, 1)
     assert (found.one_failed, found.both_failed, found.same_answers, found.both_answered) == (1, 0, 2, 3)
-    assert [pair.first["row"] for pair in found.most] == [1, 2, 4, 3]
+    assert [pair.first["row"] for pair in found.most] == [1, 2], "rows with the same answer are left out"
+    assert found.differing == 2
     assert found.most[0].similarity is None
     assert 0 < found.most[1].similarity < 1
     tokens, ratios = found.speed_ratios()

@@ -1,5 +1,6 @@
 "use strict";
-(async () => {
+// Draws a row's map into the page's one panel; each call of `showMap` replaces the map before.
+const showMap = (() => {
   const CLASSES = ["left", "skipped", "fp8", "full"];
   const WORDS = ["had left before", "FFN skipped", "FFN in fp8", "FFN in full"];
   const SHADES = 7; // beside none
@@ -7,71 +8,75 @@
   const BLOCK = 400; // tokens, after which a line's end closes a block that is laid out on its own
   const at = (id) => document.getElementById(id);
   const count = (number) => number.toLocaleString("en");
+  const slider = at("layer");
+  const prompt = at("prompt");
+  let data, layers, packed, pieces, overview, roles, spans, chosen;
 
-  async function inflated(id) {
-    const bytes = Uint8Array.from(atob(at(id).textContent), (char) => char.charCodeAt(0));
+  async function inflated(text) {
+    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  const about = JSON.parse(at("about").textContent);
-  let pieces, packed;
-  try {
-    pieces = JSON.parse(new TextDecoder().decode(await inflated("pieces")));
-    packed = await inflated("states");
-  } catch (error) {
-    at("told").textContent = `This browser cannot unpack the tokens (${error}).`;
-    return;
-  }
-  const layers = about.names.length;
-  const width = Math.ceil(about.tokens / 4);
-  const state = (layer, token) => (packed[layer * width + (token >> 2)] >> ((token & 3) * 2)) & 3;
+  const state = (layer, token) =>
+    (packed[layer * Math.ceil(pieces.length / 4) + (token >> 2)] >> ((token & 3) * 2)) & 3;
+  const within = (token, [start, stop]) => token >= start && token < stop;
 
   function role(token) {
-    if (token >= about.question[0] && token < about.question[1]) return "asked";
-    return token >= about.document[0] && token < about.document[1] ? "" : "instruction";
+    const always = data.always.some((range) => within(token, range)) ? "always " : "";
+    if (within(token, data.question)) return always + "asked";
+    return within(token, data.document) ? always : always + "instruction";
   }
 
-  // over all layers: a shade for those in which the FFN was passed, a fade for those before which it left
-  const passed = new Uint16Array(pieces.length);
-  const lived = new Uint16Array(pieces.length);
-  for (let layer = 0; layer < layers; layer++) {
+  // a shade for the layers, but the last, in which the FFN was passed; a fade for those behind an early end
+  function summarise() {
+    const counting = Math.max(layers - 1, 1);
+    const passed = new Uint16Array(pieces.length);
+    const lived = new Uint16Array(pieces.length);
+    for (let layer = 0; layer < layers; layer++) {
+      for (let token = 0; token < pieces.length; token++) {
+        const now = state(layer, token);
+        passed[token] += now > 1 && layer < counting;
+        lived[token] += now > 0;
+      }
+    }
+    const most = passed.reduce((a, b) => Math.max(a, b), 0);
+    const fewest = passed.reduce((a, b) => Math.min(a, b), most);
+    const left = lived.some((number) => number < layers);
+    overview = pieces.map((_, token) => {
+      const shade = most === fewest ? SHADES : Math.round(((passed[token] - fewest) / (most - fewest)) * SHADES);
+      const fade = Math.min(FADES, Math.ceil((1 - lived[token] / layers) * (FADES + 1)));
+      return `d${shade} e${fade}`;
+    });
+    at("most").textContent = `FFN in ${most === counting ? "all" : most + " of"} ${counting} layers before the last`;
+    at("fewest").textContent = `in ${fewest} of them, the fewest`;
+    at("fewest-item").hidden = most === fewest;
+    at("between-item").hidden = most - fewest < 2;
+    at("early-item").hidden = !left;
+    for (const item of document.querySelectorAll(".if-left")) item.hidden = !left;
+    for (const item of document.querySelectorAll(".if-fp8")) item.hidden = !data.fp8;
+    at("always-item").hidden = !data.always.length;
+    at("asked-item").hidden = data.question[0] >= data.question[1];
+    at("unpruned").hidden = data.pruned;
+  }
+
+  function build() {
+    prompt.replaceChildren();
+    spans = [];
+    let block = null;
     for (let token = 0; token < pieces.length; token++) {
-      const now = state(layer, token);
-      passed[token] += now > 1;
-      lived[token] += now > 0;
+      if (!block || (block.childElementCount >= BLOCK && pieces[token - 1].endsWith("\n"))) {
+        block = document.createElement("div");
+        block.className = "block";
+        prompt.append(block);
+      }
+      const span = document.createElement("b");
+      span.textContent = pieces[token];
+      span.dataset.token = token;
+      spans.push(span);
+      block.append(span);
     }
   }
-  const most = passed.reduce((a, b) => Math.max(a, b), 0);
-  const fewest = passed.reduce((a, b) => Math.min(a, b), most);
-  const overview = pieces.map((_, token) => {
-    const shade = most === fewest ? SHADES : Math.round(((passed[token] - fewest) / (most - fewest)) * SHADES);
-    const fade = Math.min(FADES, Math.ceil((1 - lived[token] / layers) * (FADES + 1)));
-    return `d${shade} e${fade}`;
-  });
-  at("most").textContent = `FFN in ${most} layers`;
-  at("fewest").textContent = `in ${fewest}`;
-  at("fewest-item").hidden = most === fewest;
-
-  const prompt = at("prompt");
-  const spans = [];
-  let block = null;
-  for (let token = 0; token < pieces.length; token++) {
-    if (!block || (block.childElementCount >= BLOCK && pieces[token - 1].endsWith("\n"))) {
-      block = document.createElement("div");
-      block.className = "block";
-      prompt.append(block);
-    }
-    const span = document.createElement("b");
-    span.textContent = pieces[token];
-    span.dataset.token = token;
-    spans.push(span);
-    block.append(span);
-  }
-  const roles = pieces.map((_, token) => role(token));
-
-  const slider = at("layer");
-  let chosen = -1;
 
   function paint() {
     const layer = slider.valueAsNumber - 1;
@@ -85,13 +90,13 @@
     at("legend-one").hidden = layer < 0;
     if (layer < 0) {
       slider.setAttribute("aria-valuetext", "all layers");
-      at("told").textContent = `all ${layers} layers: the stronger, the more of them passed the FFN`;
+      at("told").textContent = `all ${layers} layers together`;
     } else {
-      const [full, fp8, skipped, left] = about.counts[layer].map(count);
+      const [full, fp8, skipped, left] = data.counts[layer].map(count);
       const parts = [`${full} in full`, `${fp8} in fp8`, `${skipped} skipped`, `${left} had left`];
       const known = parts.filter((part) => !part.startsWith("0 "));
-      slider.setAttribute("aria-valuetext", about.names[layer]);
-      at("told").textContent = `${about.names[layer]}: ${known.join(", ")}`;
+      slider.setAttribute("aria-valuetext", data.names[layer]);
+      at("told").textContent = `${data.names[layer]}: ${known.join(", ")}`;
     }
     for (const [number, cell] of [...at("strip").children].entries()) {
       cell.classList.toggle("now", number === layer);
@@ -114,7 +119,9 @@
     }
     at("strip").replaceChildren(...cells);
     const parts = [3, 2, 1, 0].filter((now) => totals[now]).map((now) => `${WORDS[now]} in ${totals[now]}`);
-    at("token").textContent = `Token ${count(token)}, ${JSON.stringify(pieces[token])}: ${parts.join(", ")} of ${layers} layers`;
+    const always = data.always.some((range) => within(token, range)) ? "; always kept" : "";
+    at("token").textContent =
+      `Token ${count(token)}, ${JSON.stringify(pieces[token])}: ${parts.join(", ")} of ${layers} layers${always}`;
     cells[slider.valueAsNumber - 1]?.classList.add("now");
     if (scroll) spans[token].scrollIntoView({ block: "center" });
   }
@@ -130,6 +137,28 @@
     event.preventDefault();
     choose(chosen < 0 ? 0 : chosen + step, true);
   });
-  paint();
-  document.documentElement.dataset.ready = "yes";
+
+  return async (map) => {
+    data = map;
+    try {
+      pieces = JSON.parse(new TextDecoder().decode(await inflated(map.pieces)));
+      packed = await inflated(map.states);
+    } catch (error) {
+      at("told").textContent = `This browser cannot unpack the tokens (${error}).`;
+      return;
+    }
+    layers = map.names.length;
+    chosen = -1;
+    slider.max = layers;
+    slider.value = 0;
+    at("strip").replaceChildren();
+    roles = pieces.map((_, token) => role(token));
+    summarise();
+    build();
+    paint();
+    document.documentElement.dataset.ready = "yes";
+  };
 })();
+
+const onlyMap = document.getElementById("only-map");
+if (onlyMap) showMap(JSON.parse(onlyMap.textContent));
