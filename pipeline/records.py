@@ -23,7 +23,7 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowSettings:
+class SamplingParams:
     """What a row itself says of its answer; None where it leaves it to the run."""
 
     max_new_tokens: int | None = None
@@ -33,7 +33,7 @@ class RowSettings:
     stop: tuple[str, ...] | None = None
 
 
-AS_THE_RUN = RowSettings()
+AS_THE_RUN = SamplingParams()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +48,9 @@ class Row:
     question: str | None = None  # that is asked about the document
     fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
     turns: tuple[Turn, ...] = ()  # of a row that has messages
-    settings: RowSettings = AS_THE_RUN
+    params: SamplingParams = AS_THE_RUN
     model: str | None = None  # which the row asks for: the run's answers it
-    row_hash: str | None = None  # of id, text, question, fields and settings: a resumed run knows it by that
+    row_hash: str | None = None  # of id, text, question, fields and params: a resumed run knows it by that
     question_index: int | None = None  # from 0, of a row that asks several
 
     @property

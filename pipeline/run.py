@@ -30,8 +30,9 @@ from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
 from pipeline.outputs.rowindex import Order
+from pipeline.outputs.sidecar import needs_sidecar
 from pipeline.outputs.streamed import StreamedRows
-from pipeline.outputs.writing import check_output
+from pipeline.outputs.writing import check_output, refuse_foreign_errors
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.moments import deadline_after, moment_told
@@ -42,7 +43,7 @@ from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_
 from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.setup.profile import with_profile
-from pipeline.storage.remote import Place
+from pipeline.storage.remote import Place, output_place
 from pipeline.storage.stdin import Stdin
 from pipeline.summary import Summary, Tally
 from pipeline.texts.redaction import hidden
@@ -165,6 +166,8 @@ def open_input(config: BatchConfig) -> Intake:
     """The rows of a run, its output checked against the files that they come from."""
     intake = open_rows(config)
     _check_output(config, intake.source.files)
+    if intake.source.columns.requests and not config.to_stdout and needs_sidecar(output_place(config.output)):
+        refuse_foreign_errors(output_place(config.output))
     return intake
 
 

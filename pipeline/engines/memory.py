@@ -119,7 +119,7 @@ class Packer:
 
     def room(self, document: EncodedDocument) -> int:
         """New tokens that a row is given room for, by its own limit or the run's."""
-        own = document.source.settings.max_new_tokens
+        own = document.source.params.max_new_tokens
         return self.new_tokens if own is None else own + self.drafts
 
     def slots(self, prompt_tokens: int, room: int) -> int:

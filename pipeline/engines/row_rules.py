@@ -24,12 +24,12 @@ class RowRules:
 
     def new_tokens(self, row: Row) -> int:
         """How many tokens a row's answer may have."""
-        own = row.settings.max_new_tokens
+        own = row.params.max_new_tokens
         return self.rules.max_new_tokens if own is None else own
 
     def of(self, row: Row) -> StopRules:
         """Where a row's answer ends."""
-        own = row.settings
+        own = row.params
         if own.max_new_tokens is None and own.stop is None:
             return self.rules
         texts = self.rules.texts if own.stop is None else self._stops(own.stop)
@@ -40,7 +40,7 @@ class RowRules:
 
         Under a seed of its own a row draws the same wherever it stands in the input.
         """
-        own = row.settings
+        own = row.params
         if own is AS_THE_RUN:
             return self.sampling.draws(row.draw_number, self.rules.max_new_tokens)
         given = {name: getattr(own, name) for name in ("temperature", "top_p", "seed")}

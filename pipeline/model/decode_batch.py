@@ -26,8 +26,8 @@ from pipeline.model.cache import KeysValues
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
+from pipeline.model.step_tables import DrawTable, SharedQueries, SharedTables, to_device
 from pipeline.model.store import Extent
-from pipeline.model.tables import DrawTable, SharedQueries, SharedTables, to_device
 
 NOTHING = -2  # in place of a token that a step might have made
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, halves, own_columns
+from pipeline.outputs.batch_lines import errors_path, is_batch_form
 from pipeline.outputs.beginnings import copies_alike, files_in, plain, with_files
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
@@ -37,7 +38,13 @@ from pipeline.outputs.parts import (
     remove_journal,
 )
 from pipeline.outputs.rowindex import COPIES, PUBLISHED, Location, Order, RowIndex
-from pipeline.outputs.sidecar import Written, needs_sidecar, refuse_foreign, write_sidecar
+from pipeline.outputs.sidecar import (
+    Written,
+    needs_sidecar,
+    refuse_foreign,
+    write_sidecar,
+    written_before,
+)
 from pipeline.outputs.writing import output_writer, refuse_existing, schema_as_written
 from pipeline.records import Answer
 from pipeline.values.jsonvalues import same_values
@@ -160,6 +167,11 @@ class Journal(FinishedRows):
         if not has_answers(self._folder):
             remove_journal(self._folder)
 
+    @property
+    def errors_file(self) -> str | None:
+        """The name of the file that holds the rows without an answer; None where the output has them too."""
+        return errors_path(self._output).name if is_batch_form(self._output, self._schema) else None
+
     def _release(self) -> None:
         self.index.close()
         self._copies.close()
@@ -174,7 +186,7 @@ class Journal(FinishedRows):
             self.index.enter(table, part, chunk, row_bytes)
             has_chunks |= part > PUBLISHED
             if part == PUBLISHED:
-                self._note_places(table)
+                self._note_places(table, begins=self._base is not None and chunk in self._base.firsts)
         for name, damages in self._parts.damages.items():
             told = f"{damage_told(damages)} and will be answered again"
             self.notes.append(f"{told}; all else is kept, and {self._kept(name)}")
@@ -186,8 +198,13 @@ class Journal(FinishedRows):
         self.count_at_start()
         self.resumed = self._base is not None or has_chunks
 
-    def _note_places(self, table: pa.Table) -> None:
-        """Count rows of the output that is extended, and see whether they are in the order of the input."""
+    def _note_places(self, table: pa.Table, *, begins: bool) -> None:
+        """Count rows of the output that is extended, and see whether they are in the order of the input.
+
+        `begins` says that they are the first of a file.
+        """
+        if begins:
+            self._last_place = (-1, -1)
         indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
         places = [self._last_place, *zip(table["row"].to_pylist(), indices, strict=True)]
         self._held += table.num_rows
@@ -249,10 +266,10 @@ class Journal(FinishedRows):
         if self.index.returned:
             self._dropped.write_later(tables(after=True) if self.index.has_dropped(after=True) else None)
 
-    def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
+    def _write_sidecar(self, written: Written) -> None:
         if needs_sidecar(self._output):
-            base = () if self._base is None else (Written(self._output.stat().st_size, self._base.schema),)
-            write_sidecar(self._output, Written(size, schema), self._folder / "sidecar.partial", base)
+            base = () if self._base is None else (written_before(self._output, self._base.schema),)
+            write_sidecar(self._output, written, self._folder / "sidecar.partial", base)
 
     def _merged(
         self, locations: Iterator[Location], schema: pa.Schema, convert: Convert

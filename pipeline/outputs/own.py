@@ -10,11 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.outputs.batch_lines import errors_path, output_of
 from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.outputs.own_columns import INDEXED
-from pipeline.outputs.sidecar import SIDECAR, needs_sidecar, sidecar_path
+from pipeline.outputs.sidecar import ERRORS_KEY, SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
-from pipeline.storage.remote import Place
+from pipeline.storage.remote import Place, RemotePath
 from pipeline.storage.sniff import ARROW_FILE
 
 BASELINE_KEY = b"marsinfer_baseline"
@@ -73,6 +74,23 @@ def foreign_sidecar(path: Place) -> Place | None:
     return sidecar
 
 
+def foreign_errors(path: Place) -> Place | None:
+    """What has the name of the file of rows without an answer, if no run wrote it."""
+    errors = errors_path(path)
+    is_foreign = errors.exists() and _bytes(errors) not in (
+        0,
+        *_sizes_told(sidecar_path(path), of_errors=True),
+    )
+    return errors if is_foreign else None
+
+
+def has_errors(path: Place) -> bool:
+    """Whether there are rows without an answer beside an output that a run wrote."""
+    if not needs_sidecar(path) or not errors_path(path).exists():
+        return False
+    return _bytes(errors_path(path)) in _sizes_told(sidecar_path(path), of_errors=True)
+
+
 def _bytes(path: Place) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.size()
 
@@ -95,12 +113,24 @@ def _says(schema: pa.Schema, key: bytes) -> bool:
 
 
 def is_own_lines(path: Place, listed: Collection[str]) -> bool:
-    """Whether JSON lines are an output: whether the file beside them that says how they were made is there.
+    """Whether JSON lines are of an output: whether the file that says how they were made is beside them.
 
     `listed` are the names, as shown, that were found in remote folders: for no others storage is asked.
     """
     if not needs_sidecar(path):
         return False
+    output = output_of(path.name)
+    if output is not None and _tells(_beside(path, output), listed, of_errors=True):
+        return True
+    return _tells(path, listed)
+
+
+def _beside(path: Place, name: str) -> Place:
+    return path.beside(name) if isinstance(path, RemotePath) else path.with_name(name)
+
+
+def _tells(path: Place, listed: Collection[str], *, of_errors: bool = False) -> bool:
+    """Whether the sidecar of an output tells of it, or of its rows without an answer."""
     if isinstance(path, Path):
         # the links of its folders lead to the same place
         sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
@@ -108,17 +138,23 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
         sidecar = sidecar_path(path)
         if str(sidecar) not in listed:
             return False
-    return bool(_sizes_told(sidecar))
+    return bool(_sizes_told(sidecar, of_errors=of_errors))
 
 
-def _sizes_told(sidecar: Place) -> list[int]:
-    """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
+def _sizes_told(sidecar: Place, *, of_errors: bool = False) -> list[int]:
+    """How many bytes the lines beside a sidecar may have, or its rows without an answer.
+
+    None if no run wrote it.
+    """
     if not sidecar.exists():
         return []
     try:
         content = json.loads(sidecar.read_bytes())
         if "arrow_schema" not in content or METADATA_KEY.decode() not in content:
             return []
-        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
+        written = (content, *content.get("before", []))
+        if of_errors:
+            return [told[ERRORS_KEY] for told in written if ERRORS_KEY in told]
+        return [size for told in written for size in told["bytes"]]
     except (*READ_ERRORS, LookupError, TypeError):
         return []

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.outputs.formats import Published, Sink, sink_type
-from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
-from pipeline.outputs.sidecar import needs_sidecar
+from pipeline.outputs.batch_lines import ERRORS, errors_path
+from pipeline.outputs.formats import BatchSink, Published, Sink, sink_type
+from pipeline.outputs.own import foreign_errors, foreign_sidecar, has_errors, may_be_replaced, was_ours
+from pipeline.outputs.sidecar import Written, needs_sidecar
 from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
 from pipeline.storage.stdin import Stdin
@@ -84,6 +86,16 @@ def refuse_foreign_output(path: Place) -> None:
         )
 
 
+def refuse_foreign_errors(path: Place) -> None:
+    """A `ConfigError` for what no run has written, under the name of the file of rows without an answer."""
+    errors = foreign_errors(path)
+    if errors is not None:
+        raise ConfigError(
+            f"{errors}, which is to hold the rows without an answer, exists, and marsinfer did not write it: "
+            "name another output"
+        )
+
+
 def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
     """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
     trial = io.BytesIO()
@@ -117,12 +129,13 @@ def output_writer(
     schema: pa.Schema,
     overwrite: bool = False,
     temporary: Path | None = None,
-    before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
+    before: Callable[[Written], None] = lambda written: None,
 ) -> Iterator[AnswerWriter]:
     """A clean exit publishes the file whole, an exception leaves no trace of it.
 
-    `temporary` names, on the same file system, the file that becomes the output. `before` is called with its
-    bytes and its schema when it is durable, right before it is published.
+    `temporary` names, on the same file system, the file that becomes the output. `before` is called with what
+    is written when it is durable, right before it is published. In the form of the Batch API the rows without
+    an answer are a second file, published first: a run that is killed between the two has its journal.
     """
     path = Path(output)
     make_sink = sink_type(path)
@@ -137,16 +150,36 @@ def output_writer(
             leftovers.callback(_quietly, handle.close)
             sink = make_sink(handle, schema)
             leftovers.callback(_quietly, sink.finish)
+            errors = None
+            if isinstance(sink, BatchSink):
+                errors = temporary.with_name(f"{temporary.name}{ERRORS}")
+                sink.errors = open_new(errors, like=target)
+                leftovers.callback(_quietly, errors.unlink)
+                leftovers.callback(_quietly, sink.errors.close)
         yield AnswerWriter(path, sink)
         with _failures_told(path):
             sink.finish()
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
+            size = _sealed(handle, temporary)
+            errors_size = None
+            if isinstance(sink, BatchSink) and errors is not None:
+                errors_size = _sealed(sink.errors, errors)
             refuse_existing(path, overwrite)
-            before(temporary.stat().st_size, sink.schema)
+            is_stale = has_errors(path) and not errors_size
+            before(Written(size, sink.schema, errors_size))
+            if errors is not None and errors_size:
+                os.replace(errors, errors_path(target))
             os.replace(temporary, target)
+            if is_stale:
+                errors_path(target).unlink()
             sync_folder(target.parent)
+
+
+def _sealed(handle: BinaryIO, path: Path) -> int:
+    """Make what was written to a file durable, and close it; returns its bytes."""
+    handle.flush()
+    os.fsync(handle.fileno())
+    handle.close()
+    return path.stat().st_size
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -97,7 +97,7 @@ class PromptBuilder:
 
     def _limit_of(self, row: Row) -> int:
         """The longest prompt of a row, which may leave more or less for its answer; below 1 without any."""
-        own = row.settings.max_new_tokens
+        own = row.params.max_new_tokens
         return self.limit if own is None else self.context - own
 
     @property

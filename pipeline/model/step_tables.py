@@ -126,19 +126,11 @@ class DrawTable:
     def __init__(self, capacity: int, device: torch.device, numbers: int = 0) -> None:
         """With room for so many numbers of a row at once; 0: until a row is drawn none is needed."""
         self._rows: list[RowDraws | None] = []
+        self.numbers = 0  # that a row has room for; 0 where all rows are greedy
+        self.sorts = False  # whether a row is drawn by a top-p below 1
         self._settings_2C = torch.zeros((2, capacity), dtype=torch.float32, device=device)
         self._settings_2C[1] = 1  # a top-p of 0 would leave nothing to draw from, even for a column of nobody
         self._uniform_CN = torch.zeros((capacity, numbers), dtype=torch.float32, device=device)
-
-    @property
-    def numbers(self) -> int:
-        """How many a row has room for; 0 where all rows are greedy."""
-        return self._uniform_CN.shape[1] if any(self._rows) else 0
-
-    @property
-    def sorts(self) -> bool:
-        """Whether a row is drawn by a top-p below 1."""
-        return any(row is not None and row.top_p < 1 for row in self._rows)
 
     def join(self, draws: Sequence[RowDraws | None]) -> None:
         """Add rows behind those that are there."""
@@ -156,17 +148,20 @@ class DrawTable:
                 line[: len(row.uniform_N)] = row.uniform_N.numpy()
         to_device(self._settings_2C[:, first : len(self._rows)], np.array(settings, np.float32).T)
         to_device(self._uniform_CN[first : len(self._rows), :most], uniforms)
+        self._count()
 
     def keep(self, columns: Sequence[int]) -> None:
         """Go on with the rows in these columns, in this order."""
-        kept, is_drawn = len(columns), any(self._rows)
-        if is_drawn and list(columns) != list(range(kept)):
+        kept = len(columns)
+        if self.numbers and list(columns) != list(range(kept)):
             order_B = on_device(list(columns), self._settings_2C.device)
             for values in (self._settings_2C.T, self._uniform_CN):
                 values[:kept] = values.index_select(0, order_B)
-        if is_drawn:
+        if self.numbers:
             self._settings_2C[0, kept:], self._settings_2C[1, kept:] = 0, 1
         self._rows = [self._rows[column] for column in columns]
+        if self.numbers:
+            self._count()
 
     def of_step(self, size: StepSize, column_Q: Tensor, drawn_Q: Tensor) -> Draws | None:
         """What a step draws by: of each query its column, and how many tokens its row has before."""
@@ -176,6 +171,11 @@ class DrawTable:
         temperature_Q, top_p_Q = self._settings_2C[:, column_Q]
         uniform_Q = self._uniform_CN[column_Q, drawn_Q.long().clamp(max=size.numbers - 1)]
         return Draws(temperature_Q, top_p_Q, uniform_Q, size.sorts)
+
+    def _count(self) -> None:
+        drawn = [row for row in self._rows if row is not None]
+        self.numbers = self._uniform_CN.shape[1] if drawn else 0
+        self.sorts = any(row.top_p < 1 for row in drawn)
 
     def _widen(self, numbers: int) -> None:
         """Have room for so many numbers of a row."""

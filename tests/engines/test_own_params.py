@@ -20,23 +20,23 @@ from pipeline.model.decode import StopRules
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.pruning.dense import Dense
-from pipeline.records import Row, RowSettings
+from pipeline.records import Row, SamplingParams
 
 NEW_TOKENS = 10
 # a token of these tests is written as its number and a space
 TOKENIZER = SimpleNamespace(
     decode=lambda tokens, **_: "".join(f"{token} " for token in tokens), added_tokens_decoder={}
 )
-SETTINGS = {
-    "as the run": RowSettings(),
-    "of one token": RowSettings(max_new_tokens=1),
-    "short": RowSettings(max_new_tokens=3),
-    "longer than the run's": RowSettings(max_new_tokens=35),
-    "drawn": RowSettings(temperature=1.0),
-    "drawn by a seed": RowSettings(temperature=1.0, seed=4),
-    "drawn from the likely": RowSettings(temperature=1.4, top_p=0.7, seed=4, max_new_tokens=20),
-    "drawn for long": RowSettings(temperature=1.0, seed=9, max_new_tokens=150),
-    "stopped": RowSettings(stop=("1 ", "7 "), max_new_tokens=30),
+PARAMS = {
+    "as the run": SamplingParams(),
+    "of one token": SamplingParams(max_new_tokens=1),
+    "short": SamplingParams(max_new_tokens=3),
+    "longer than the run's": SamplingParams(max_new_tokens=35),
+    "drawn": SamplingParams(temperature=1.0),
+    "drawn by a seed": SamplingParams(temperature=1.0, seed=4),
+    "drawn from the likely": SamplingParams(temperature=1.4, top_p=0.7, seed=4, max_new_tokens=20),
+    "drawn for long": SamplingParams(temperature=1.0, seed=9, max_new_tokens=150),
+    "stopped": SamplingParams(stop=("1 ", "7 "), max_new_tokens=30),
 }
 
 
@@ -59,14 +59,14 @@ def engine_for(model, *, rules=None, sampling=None, **options):
     return LocalEngine(model, Dense(), rules=rules, sampling=sampling or Sampling(), **options)
 
 
-def with_settings(made, settings):
-    return replace(made, source=replace(made.source, settings=settings))
+def with_params(made, params):
+    return replace(made, source=replace(made.source, params=params))
 
 
 def rows(times=2):
-    every = list(SETTINGS.values()) * times
+    every = list(PARAMS.values()) * times
     made = [document(20 + 7 * number, seed=number, row=number) for number in range(len(every))]
-    return [with_settings(*pair) for pair in zip(made, every, strict=True)]
+    return [with_params(*pair) for pair in zip(made, every, strict=True)]
 
 
 def told(answer):
@@ -78,15 +78,19 @@ def alone(model, row, **options):
 
 
 def with_store_for(engine, given, count):
-    """The engine with a store for so many rows like the largest, so that they wait for each other's room."""
+    """The engine with a store for so many rows like the largest, so that they wait for each other's room.
+
+    Where that is less than one, the largest run alone.
+    """
     packer = engine.packer
     slots = max(packer.slots(row.prompt_tokens, packer.room(row)) for row in given)
-    engine.packer = replace(packer, store_bytes=count * slots * packer.slot_bytes)
+    engine.packer = replace(packer, store_bytes=int(count * slots) * packer.slot_bytes)
     return engine
 
 
 @pytest.mark.parametrize(
-    ("in_flight", "pack_tokens", "room", "lookup"), [(16, None, 16, 0), (3, 100, 2, 0), (5, 60, 1, 3)]
+    ("in_flight", "pack_tokens", "room", "lookup"),
+    [(16, None, 16, 0), (3, 100, 2, 0), (5, 60, 1, 3), (8, 90, 0.4, 0)],
 )
 def test_neighbours_change_no_answer_whatever_they_ask_for(
     model, recorder, in_flight, pack_tokens, room, lookup
@@ -95,6 +99,7 @@ def test_neighbours_change_no_answer_whatever_they_ask_for(
     expected = [alone(model, row) for row in given]
     engine = engine_for(model, in_flight=in_flight, pack_tokens=pack_tokens, lookup=lookup)
     with_store_for(engine, given, room)
+    assert any(map(engine.packer.runs_alone, given)) == (room < 1)
     waiting, draws, found = list(given), random.Random(in_flight), {}
     draws.shuffle(waiting)
     while waiting or engine.is_busy:
@@ -106,10 +111,10 @@ def test_neighbours_change_no_answer_whatever_they_ask_for(
     assert len({length for *_, length in expected}) > 4
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", PARAMS)
 def test_a_row_is_answered_as_by_a_run_of_its_settings(model, kind):
-    own = SETTINGS[kind]
-    row = with_settings(document(40, seed=3), own)
+    own = PARAMS[kind]
+    row = with_params(document(40, seed=3), own)
     rules = StopRules(
         max_new_tokens=own.max_new_tokens or NEW_TOKENS,
         texts=StopTexts(texts=own.stop, tokenizer=TOKENIZER) if own.stop else None,
@@ -121,7 +126,7 @@ def test_a_row_is_answered_as_by_a_run_of_its_settings(model, kind):
 
 def test_a_greedy_row_stays_greedy_in_a_run_that_draws(model):
     row = document(40, seed=3)
-    greedy = with_settings(row, RowSettings(temperature=0.0))
+    greedy = with_params(row, SamplingParams(temperature=0.0))
     others = [document(30, seed=seed, row=seed) for seed in range(1, 4)]
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=1)
     together = engine_for(model, sampling=sampling).answer([greedy, *others])
@@ -133,10 +138,10 @@ def test_under_a_seed_of_its_own_a_row_is_drawn_the_same_wherever_it_stands():
     rules = RowRules(
         rules=StopRules(max_new_tokens=5), sampling=Sampling(temperature=1.0), tokenizer=TOKENIZER
     )
-    seeded, unseeded = RowSettings(seed=7), RowSettings(temperature=0.9)
+    seeded, unseeded = SamplingParams(seed=7), SamplingParams(temperature=0.9)
     drawn = {
-        (settings, number): rules.draws(Row(row=number, id="", place="", settings=settings))
-        for settings in (seeded, unseeded)
+        (params, number): rules.draws(Row(row=number, id="", place="", params=params))
+        for params in (seeded, unseeded)
         for number in (0, 5)
     }
     numbers = {key: draws.uniform_N.tolist() for key, draws in drawn.items()}
@@ -148,7 +153,7 @@ def test_lists_of_stop_texts_are_shared_and_not_held_without_end():
     rules = RowRules(rules=StopRules(max_new_tokens=5), sampling=Sampling(), tokenizer=TOKENIZER)
 
     def stops(text):
-        return rules.of(Row(row=0, id="", place="", settings=RowSettings(stop=(text,)))).texts
+        return rules.of(Row(row=0, id="", place="", params=SamplingParams(stop=(text,)))).texts
 
     assert stops("a") is stops("a")
     for number in range(1000):
@@ -163,7 +168,7 @@ def test_greedy_rows_cost_no_draws(model, recorder):
     engine.answer(greedy)
     batch = engine._table.loop._batch
     assert batch._draws._uniform_CN.numel() == 0
-    drawn = with_settings(document(30, seed=9, row=3), RowSettings(temperature=1.0, max_new_tokens=200))
+    drawn = with_params(document(30, seed=9, row=3), SamplingParams(temperature=1.0, max_new_tokens=200))
     engine.add([drawn])
     engine.advance()
     assert batch.size(4, 4)[3:] == (256, False)
