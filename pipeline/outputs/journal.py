@@ -38,13 +38,7 @@ from pipeline.outputs.parts import (
     remove_journal,
 )
 from pipeline.outputs.rowindex import COPIES, PUBLISHED, Location, Order, RowIndex
-from pipeline.outputs.sidecar import (
-    Written,
-    needs_sidecar,
-    refuse_foreign,
-    write_sidecar,
-    written_before,
-)
+from pipeline.outputs.sidecar import Written, needs_sidecar, refuse_foreign, write_sidecar
 from pipeline.outputs.writing import output_writer, refuse_existing, schema_as_written
 from pipeline.records import Answer
 from pipeline.values.jsonvalues import same_values
@@ -268,8 +262,7 @@ class Journal(FinishedRows):
 
     def _write_sidecar(self, written: Written) -> None:
         if needs_sidecar(self._output):
-            base = () if self._base is None else (written_before(self._output, self._base.schema),)
-            write_sidecar(self._output, written, self._folder / "sidecar.partial", base)
+            write_sidecar(self._output, written, self._folder / "sidecar.partial")
 
     def _merged(
         self, locations: Iterator[Location], schema: pa.Schema, convert: Convert

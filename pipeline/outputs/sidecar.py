@@ -54,24 +54,24 @@ def refuse_foreign(output: Path) -> None:
         _load(sidecar_path(output))
 
 
-def write_sidecar(output: Path, written: Written, temporary: Path, before: Sequence[Written] = ()) -> None:
+def write_sidecar(output: Path, written: Written, temporary: Path) -> None:
     """Durable, and to be written before the output is.
 
-    `before` is the output that the new one extends, as the run may be killed before the one replaces the
-    other.
+    It tells of the output that is there too, as the run may be killed before the new one replaces it.
     """
     content = {"version": VERSION, **_described(written)}
-    if before:
+    if before := _standing(output):
         content["before"] = [_described(each) for each in before]
     save_json(sidecar_path(output), content, temporary, like=output)
 
 
-def written_before(output: Path, schema: pa.Schema) -> Written:
-    """An output of this schema as it is."""
-    errors = None
-    if is_of_requests(schema):
-        errors = errors_path(output).stat().st_size if errors_path(output).exists() else 0
-    return Written(output.stat().st_size, schema, errors)
+def _standing(output: Path) -> list[Written]:
+    """What the output may be that is there, as the file beside it tells; nothing if that tells of another."""
+    try:
+        size = output.stat().st_size
+        return [written for written in _load(sidecar_path(output)) if written.size == size]
+    except (OSError, ConfigError):
+        return []
 
 
 def _described(written: Written) -> dict[str, Any]:

@@ -145,41 +145,43 @@ def output_writer(
     refuse_existing(path, overwrite)
     with ExitStack() as leftovers:
         with _failures_told(path):
-            handle = open_new(temporary, like=target)
-            leftovers.callback(_quietly, temporary.unlink)
-            leftovers.callback(_quietly, handle.close)
+            handle = _opened(temporary, target, leftovers)
             sink = make_sink(handle, schema)
             leftovers.callback(_quietly, sink.finish)
-            errors = None
+            errors = temporary.with_name(f"{temporary.name}{ERRORS}")
             if isinstance(sink, BatchSink):
-                errors = temporary.with_name(f"{temporary.name}{ERRORS}")
-                sink.errors = open_new(errors, like=target)
-                leftovers.callback(_quietly, errors.unlink)
-                leftovers.callback(_quietly, sink.errors.close)
+                sink.errors = _opened(errors, target, leftovers)
         yield AnswerWriter(path, sink)
         with _failures_told(path):
             sink.finish()
-            size = _sealed(handle, temporary)
-            errors_size = None
-            if isinstance(sink, BatchSink) and errors is not None:
-                errors_size = _sealed(sink.errors, errors)
+            errors_size = _sealed(sink.errors) if isinstance(sink, BatchSink) else None
+            written = Written(_sealed(handle), sink.schema, errors_size)
             refuse_existing(path, overwrite)
-            is_stale = has_errors(path) and not errors_size
-            before(Written(size, sink.schema, errors_size))
-            if errors is not None and errors_size:
+            leaves_errors = has_errors(path) and not errors_size
+            before(written)
+            if errors_size:
                 os.replace(errors, errors_path(target))
             os.replace(temporary, target)
-            if is_stale:
+            if leaves_errors:
                 errors_path(target).unlink()
             sync_folder(target.parent)
 
 
-def _sealed(handle: BinaryIO, path: Path) -> int:
+def _opened(temporary: Path, target: Path, leftovers: ExitStack) -> BinaryIO:
+    """A new file that is to become `target`, or stand beside it; `leftovers` removes what is left of it."""
+    handle = open_new(temporary, like=target)
+    leftovers.callback(_quietly, temporary.unlink)
+    leftovers.callback(_quietly, handle.close)
+    return handle
+
+
+def _sealed(handle: BinaryIO) -> int:
     """Make what was written to a file durable, and close it; returns its bytes."""
     handle.flush()
     os.fsync(handle.fileno())
+    size = os.fstat(handle.fileno()).st_size
     handle.close()
-    return path.stat().st_size
+    return size
 
 
 def _quietly(action: Callable[[], object]) -> None:
