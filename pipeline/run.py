@@ -30,9 +30,8 @@ from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
 from pipeline.outputs.rowindex import Order
-from pipeline.outputs.sidecar import needs_sidecar
 from pipeline.outputs.streamed import StreamedRows
-from pipeline.outputs.writing import check_output, refuse_foreign_errors
+from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.moments import deadline_after, moment_told
@@ -43,7 +42,7 @@ from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_
 from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.setup.profile import with_profile
-from pipeline.storage.remote import Place, output_place
+from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Stdin
 from pipeline.summary import Summary, Tally
 from pipeline.texts.redaction import hidden
@@ -165,15 +164,16 @@ def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tal
 def open_input(config: BatchConfig) -> Intake:
     """The rows of a run, its output checked against the files that they come from."""
     intake = open_rows(config)
-    _check_output(config, intake.source.files)
-    if intake.source.columns.requests and not config.to_stdout and needs_sidecar(output_place(config.output)):
-        refuse_foreign_errors(output_place(config.output))
+    _check_output(config, intake.source.files, of_requests=intake.source.columns.requests)
     return intake
 
 
-def _check_output(config: BatchConfig, inputs: Iterable[str | Place | Stdin]) -> None:
+def _check_output(
+    config: BatchConfig, inputs: Iterable[str | Place | Stdin], *, of_requests: bool = False
+) -> None:
     if not config.to_stdout:
-        check_output(config.output, inputs, config.overwrite or config.resume)
+        replaces = config.overwrite or config.resume
+        check_output(config.output, inputs, replaces, of_requests=of_requests)
 
 
 @contextmanager

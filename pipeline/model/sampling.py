@@ -15,6 +15,7 @@ NOT_FINITE = -1  # in place of a token
 # a temperature below it is 0: of logits near 16 float32 tells differences of 2e-6 apart, so that a draw would
 # only choose among those that rounding made different
 COLDEST = 1e-5
+LEAST_TOP_P = 1e-30  # of a smaller one float32 makes 0, which leaves no token
 ROWS_AT_ONCE = 32  # of those that draw: each step of a draw takes a float32 of the whole vocabulary
 
 
@@ -94,7 +95,7 @@ def _draw(logits_BV: Tensor, draws: Draws) -> Tensor:
     if not draws.sorts:
         return _inverted(mass_BV.cumsum(-1), draws.uniform_B)
     ordered_BV, tokens_BV = mass_BV.sort(dim=-1, descending=True, stable=True)
-    outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= draws.top_p_B[:, None]
+    outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= draws.top_p_B.clamp(min=LEAST_TOP_P)[:, None]
     whole_B = draws.top_p_B >= 1
     mass_BV = torch.where(whole_B[:, None], mass_BV, ordered_BV.masked_fill(outside_BV, 0))
     chosen_B = _inverted(mass_BV.cumsum(-1), draws.uniform_B)

@@ -129,7 +129,6 @@ class DrawTable:
         self.numbers = 0  # that a row has room for; 0 where all rows are greedy
         self.sorts = False  # whether a row is drawn by a top-p below 1
         self._settings_2C = torch.zeros((2, capacity), dtype=torch.float32, device=device)
-        self._settings_2C[1] = 1  # a top-p of 0 would leave nothing to draw from, even for a column of nobody
         self._uniform_CN = torch.zeros((capacity, numbers), dtype=torch.float32, device=device)
 
     def join(self, draws: Sequence[RowDraws | None]) -> None:
@@ -158,7 +157,7 @@ class DrawTable:
             for values in (self._settings_2C.T, self._uniform_CN):
                 values[:kept] = values.index_select(0, order_B)
         if self.numbers:
-            self._settings_2C[0, kept:], self._settings_2C[1, kept:] = 0, 1
+            self._settings_2C[0, kept:] = 0
         self._rows = [self._rows[column] for column in columns]
         if self.numbers:
             self._count()

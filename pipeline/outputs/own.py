@@ -15,7 +15,7 @@ from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.sidecar import ERRORS_KEY, SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
-from pipeline.storage.remote import Place, RemotePath
+from pipeline.storage.remote import Place
 from pipeline.storage.sniff import ARROW_FILE
 
 BASELINE_KEY = b"marsinfer_baseline"
@@ -77,11 +77,8 @@ def foreign_sidecar(path: Place) -> Place | None:
 def foreign_errors(path: Place) -> Place | None:
     """What has the name of the file of rows without an answer, if no run wrote it."""
     errors = errors_path(path)
-    is_foreign = errors.exists() and _bytes(errors) not in (
-        0,
-        *_sizes_told(sidecar_path(path), of_errors=True),
-    )
-    return errors if is_foreign else None
+    is_free = not errors.exists() or _bytes(errors) == 0 or has_errors(path)
+    return None if is_free else errors
 
 
 def has_errors(path: Place) -> bool:
@@ -119,18 +116,8 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
     """
     if not needs_sidecar(path):
         return False
-    output = output_of(path.name)
-    if output is not None and _tells(_beside(path, output), listed, of_errors=True):
+    if _holds_errors(path, listed):
         return True
-    return _tells(path, listed)
-
-
-def _beside(path: Place, name: str) -> Place:
-    return path.beside(name) if isinstance(path, RemotePath) else path.with_name(name)
-
-
-def _tells(path: Place, listed: Collection[str], *, of_errors: bool = False) -> bool:
-    """Whether the sidecar of an output tells of it, or of its rows without an answer."""
     if isinstance(path, Path):
         # the links of its folders lead to the same place
         sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
@@ -138,7 +125,18 @@ def _tells(path: Place, listed: Collection[str], *, of_errors: bool = False) -> 
         sidecar = sidecar_path(path)
         if str(sidecar) not in listed:
             return False
-    return bool(_sizes_told(sidecar, of_errors=of_errors))
+    return bool(_sizes_told(sidecar))
+
+
+def _holds_errors(path: Place, listed: Collection[str]) -> bool:
+    """Whether JSON lines are the rows without an answer of an output beside them."""
+    name = output_of(path.name)
+    if name is None:
+        return False
+    if isinstance(path, Path):
+        return has_errors(path.with_name(name))
+    output = path.beside(name)
+    return str(sidecar_path(output)) in listed and has_errors(output)
 
 
 def _sizes_told(sidecar: Place, *, of_errors: bool = False) -> list[int]:

@@ -33,8 +33,13 @@ _REMEDIES = {
 _OTHER_REMEDY = "check the disk and run again"
 
 
-def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not be written or would destroy something."""
+def check_output(
+    path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool, *, of_requests: bool = False
+) -> None:
+    """Refuse, before any work, an output that could not be written or would destroy something.
+
+    Where rows are requests, JSON lines have a second file beside them.
+    """
     place = output_place(path)
     sink_type(place)
     folder = Path(os.path.realpath(place)).parent if isinstance(place, Path) else None
@@ -48,6 +53,8 @@ def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwr
             raise ConfigError(f"{place} is also an input{named}; name another output")
     with told(f"{place} cannot be written"):
         refuse_foreign_output(place)
+        if of_requests and needs_sidecar(place):
+            _refuse_foreign_errors(place)
         refuse_existing(place, overwrite)
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{place} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
@@ -86,7 +93,7 @@ def refuse_foreign_output(path: Place) -> None:
         )
 
 
-def refuse_foreign_errors(path: Place) -> None:
+def _refuse_foreign_errors(path: Place) -> None:
     """A `ConfigError` for what no run has written, under the name of the file of rows without an answer."""
     errors = foreign_errors(path)
     if errors is not None:

@@ -268,6 +268,8 @@ def test_a_dry_run_counts_what_is_refused(call, source, tmp_path, capfd):
     report = json.loads(capfd.readouterr().out)
     kinds = {kind: each["rows"] for kind, each in report["error_types"].items()}
     assert (kinds["bad_request"], kinds["unsupported"], kinds["over_long"]) == (3, 2, 1)
+    assert call(source, tmp_path / "out.jsonl", "--dry-run") == 0
+    assert "if every answer has 7 tokens" in capfd.readouterr().out  # of 4, 3, 9 and 12
 
 
 @pytest.mark.slow

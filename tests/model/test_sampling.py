@@ -26,6 +26,7 @@ def shares(weights):
     [
         (1.0, 1.0, shares(WEIGHTS)),
         (0.5, 1.0, shares([weight**2 for weight in WEIGHTS])),
+        (1.0, 1e-50, shares((0, 0, 0, 1, 0))),  # the likeliest, however little is asked for
         (1.0, 0.5, shares((0, 0, 0, 1, 0))),  # 8 of 16 reach the half
         (1.0, 0.51, shares((0, 0, 4, 8, 0))),  # and no more: 12 of 16 do
         (1.0, 0.8, shares((0, 2, 4, 8, 0))),

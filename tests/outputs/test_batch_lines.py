@@ -20,7 +20,7 @@ from pipeline.outputs.journal import Journal
 from pipeline.outputs.own import is_own_lines
 from pipeline.outputs.own_columns import left_out
 from pipeline.outputs.sidecar import read_sidecar
-from pipeline.outputs.writing import refuse_foreign_errors
+from pipeline.outputs.writing import check_output
 from pipeline.values.jsonvalues import KEYS
 
 EXTRA = pa.schema([pa.field("extra", pa.large_string(), metadata=KEYS)])
@@ -240,11 +240,11 @@ def test_a_file_of_failed_rows_that_was_changed(path, errors, change):
 def test_what_no_run_wrote_is_not_replaced(path, errors):
     errors.write_text("mine\n")
     with pytest.raises(ConfigError, match=r"out\.errors\.jsonl, which is to hold the rows without an answer"):
-        refuse_foreign_errors(path)
+        check_output(path, (), True, of_requests=True)
     errors.write_text("")
-    refuse_foreign_errors(path)
+    check_output(path, (), True, of_requests=True)
     finish(path, range(4), fails=is_odd)
-    refuse_foreign_errors(path)
+    check_output(path, (), True, of_requests=True)
 
 
 def test_both_files_are_known_as_an_output(path, errors, tmp_path):
@@ -252,6 +252,9 @@ def test_both_files_are_known_as_an_output(path, errors, tmp_path):
     other = tmp_path / "other.errors.jsonl"
     other.write_text("{}\n")
     assert [is_own_lines(file, ()) for file in (path, errors, other)] == [True, True, False]
+    finish(path, range(4), retry_errors=True)
+    errors.write_text("{}\n")  # of whoever
+    assert [is_own_lines(file, ()) for file in (path, errors)] == [True, False]
     assert output_of("a.b.errors.jsonl") == "a.b.jsonl"
     assert [output_of(name) for name in ("a.errors.parquet", "errors.jsonl", "a.jsonl")] == [None, None, None]
 
