@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.engines.one_process import Engine, Hooks
 from pipeline.errors import NO_JOURNAL, TooManyErrors
@@ -20,6 +20,8 @@ from pipeline.summary import Summary, Tally
 from pipeline.texts.words import counted
 
 FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
+
+MOST_MODELS_TOLD = 3
 
 Progress = Callable[[Summary], None]
 Note = Callable[[str], None]
@@ -37,6 +39,7 @@ class Books:
     hooks: Hooks
     deadline: RunDeadline
     told_length: bool = False  # of a prompt that the run's profile says little about
+    told_models: set[str] = field(default_factory=set)  # which rows ask for, and the run does not have
 
     def begin(self) -> None:
         """From here on rows are read and answered."""
@@ -61,6 +64,7 @@ class Books:
         """The same window, on its way to the engine."""
         if items is None:
             return None
+        self._tell_models(items)
         if not self.told_length:
             longest = max(
                 (prompt.prompt_tokens for item in items for prompt in item_prompts(item)), default=0
@@ -72,6 +76,18 @@ class Books:
         if self.engine.workers is not None and not self.summary.documents:
             self.hooks.phase("loading the model in the workers, and answering the first rows")
         return items
+
+    def _tell_models(self, items: Sequence[Item]) -> None:
+        """Tell of models that rows ask for: the run has one, and a row of another is no reason to fail it."""
+        own = {_bare(self.run.config.model), _bare(self.run.model.name)}
+        for name in dict.fromkeys(item.source.model for item in items):
+            if name is None or _bare(name) in own or name in self.told_models:
+                continue
+            self.told_models.add(name)
+            told = len(self.told_models)
+            if told <= MOST_MODELS_TOLD:
+                more = "; of further ones no note says it" if told == MOST_MODELS_TOLD else ""
+                self.hooks.note(f"requests ask for {name!r}: {self.run.model.name} answers them{more}")
 
     def saved(self, answers: Sequence[Answer], before: Counter[str]) -> None:
         """Count answers that are in the journal; `before` are rows of earlier runs by status."""
@@ -95,7 +111,10 @@ class Books:
             summary.failed_before = journal.first_failure()
 
     def published(self, journal: AnyJournal, written: bool) -> None:
-        """Tell a user who waits for new rows that there are none."""
+        """Tell a user who waits for new rows that there are none, and where the failed ones are."""
+        failed = self.summary.in_output.total() - self.summary.in_output["ok"]
+        if failed and journal.errors_file is not None:
+            self.hooks.note(f"{counted(failed, 'row')} without an answer: {journal.errors_file}")
         if journal.resumed and not self.summary.documents:
             stays = "" if written else f"; {self.summary.output} stays as it is"
             self.hooks.note(f"nothing new: every row was done{stays}")
@@ -104,6 +123,11 @@ class Books:
         self.summary.finish()
         if self.summary.documents:
             self.progress(self.summary)
+
+
+def _bare(model: str) -> str:
+    """A model's name without the folders, or the owner, in front of it."""
+    return model.rstrip("/").rpartition("/")[2].casefold()
 
 
 def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,15 @@ from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
-from pipeline.estimate import TIMED, Estimate, Pace, estimate, estimate_by_pace, measure_rates
+from pipeline.estimate import (
+    TIMED,
+    Estimate,
+    Pace,
+    estimate,
+    estimate_by_pace,
+    measure_rates,
+    planning_packer,
+)
 from pipeline.outputs.answers import lacking_told
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import refuse_locked
@@ -70,6 +78,7 @@ class DryRunReport:
     packs: int = 0
     largest_pack_tokens: int = 0
     kv_bytes: int = 0
+    new_tokens: int = 0  # that all answers together may have
     flops: int = 0  # of a dense prefill of every prompt
     method_flops: int = 0  # of the run's, as far as its method says what it does
 
@@ -104,7 +113,8 @@ class DryRunReport:
         if config.to_stdout:
             return opened.enter_context(no_rows())
         try:
-            check_output(config.output, self.run.source.files, config.overwrite or config.resume)
+            source, replaces = self.run.source, config.overwrite or config.resume
+            check_output(config.output, source.files, replaces, of_requests=source.columns.requests)
             refuse_locked(config.output)
             self.output_is_there = output_place(config.output).exists()
             if config.resume:
@@ -149,11 +159,12 @@ class DryRunReport:
         if not self.prompts:
             return
         model, counts = self.run.model, {"flops": self.method_flops, "prompts": self.prompts}
+        packer = replace(self.packer, new_tokens=round(self.new_tokens / self.prompts))
         if self.pace.says_something:
-            self.estimate = estimate_by_pace(self.packer, self.pace, **counts)
+            self.estimate = estimate_by_pace(packer, self.pace, **counts)
         elif rates := measure_rates(model.device, model.dtype, model.shape):
             tokens = self.tally.prompt_tokens
-            self.estimate = estimate(self.packer, rates, **counts, prompt_tokens=tokens)
+            self.estimate = estimate(packer, rates, **counts, prompt_tokens=tokens)
 
     def add(self, window: Sequence[Item]) -> None:
         documents = []
@@ -208,6 +219,7 @@ class DryRunReport:
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
         self.truncated_tokens += document.truncated_tokens
+        self.new_tokens += self.packer.room(document)
         self.flops += dense_flops(self.packer.shape, tokens)
 
     def as_dict(self) -> dict[str, Any]:
@@ -372,27 +384,13 @@ class DryRunReport:
 def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tally: None) -> DryRunReport:
     """Read and tokenize everything, and report what the run would do; `progress` is called now and then."""
     run = prepare(open_rows(config), config.model)
-    report = DryRunReport(run=run, packer=_packer(run))
+    report = DryRunReport(run=run, packer=planning_packer(run))
     with ExitStack() as opened:
         report.read(report.open_done(opened), progress)
     text = run.length_note(report.longest_tokens)
     report.notes += [] if text is None else [text]
     report.foretell()
     return report
-
-
-def _packer(run: Preparation) -> Packer:
-    """As the engine's, but with the memory that is free before the weights are loaded."""
-    return Packer.on(
-        run.model.device,
-        run.method,
-        run.model.shape,
-        itemsize=run.model.dtype.itemsize,
-        new_tokens=run.config.max_new_tokens,
-        pack_tokens=run.config.pack_tokens,
-        kv_memory=run.config.kv_memory,
-        in_flight=run.config.in_flight,
-    )
 
 
 def _figures(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -13,6 +13,9 @@ from pipeline.engines.memory import Packer
 from pipeline.pruning.operations import dense_flops, layer_weights
 from pipeline.pruning.shape import ModelShape
 from pipeline.texts.words import counted, duration
+
+if TYPE_CHECKING:
+    from pipeline.setup.preparation import Preparation
 
 TRIAL_S = 0.2  # of each rate
 # of the rate of a matrix product, what prefills reach: long documents on a GPU, and short ones or a busy CPU
@@ -65,7 +68,7 @@ class Estimate:
 
     prefill_s: tuple[float, float]
     decode_s: float
-    new_tokens: int  # of each answer, at most
+    new_tokens: int  # of an answer, at most; where rows differ, of them all in the mean
     prefill_at: str  # the rates, in words
     decode_at: str
     rates: dict[str, float]
@@ -93,6 +96,20 @@ class Estimate:
             f"time, roughly: {prefill} of prefill, at {self.prefill_at}; {most}{_duration(self.decode_s)} of "
             f"decoding, {answers}, at {self.decode_at}; loading comes on top"
         )
+
+
+def planning_packer(run: Preparation) -> Packer:
+    """The engine's packer, but with the memory that is free before the weights are loaded."""
+    return Packer.on(
+        run.model.device,
+        run.method,
+        run.model.shape,
+        itemsize=run.model.dtype.itemsize,
+        new_tokens=run.config.max_new_tokens,
+        pack_tokens=run.config.pack_tokens,
+        kv_memory=run.config.kv_memory,
+        in_flight=run.config.in_flight,
+    )
 
 
 def estimate(packer: Packer, rates: Rates, *, flops: int, prompts: int, prompt_tokens: int) -> Estimate:

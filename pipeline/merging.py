@@ -192,9 +192,9 @@ def _read(shards: Sequence[Shard], number: int, group: int, columns: Sequence[st
 def _write(
     output: Path, shards: Sequence[Shard], index: RowIndex, *, overwrite: bool, check: Callable[[], None]
 ) -> None:
-    def beside(size: int, schema: pa.Schema) -> None:
+    def beside(written: Written) -> None:
         if needs_sidecar(output):
-            write_sidecar(output, Written(size, schema), partial_path(sidecar_path(output)))
+            write_sidecar(output, written, partial_path(sidecar_path(output)))
 
     with output_writer(output, _schema(output, shards), overwrite, before=beside) as writer:
         locations, read = index.locations("input"), partial(_read, shards)

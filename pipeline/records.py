@@ -23,6 +23,20 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """What a row itself says of its answer; None where it leaves it to the run."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+
+
+AS_THE_RUN = SamplingParams()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """Where a record came from, and what is copied to the output untouched."""
 
@@ -34,7 +48,9 @@ class Row:
     question: str | None = None  # that is asked about the document
     fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
     turns: tuple[Turn, ...] = ()  # of a row that has messages
-    row_hash: str | None = None  # of id, text, question and fields: by it a resumed run knows the row
+    params: SamplingParams = AS_THE_RUN
+    model: str | None = None  # which the row asks for: the run's answers it
+    row_hash: str | None = None  # of id, text, question, fields and params: a resumed run knows it by that
     question_index: int | None = None  # from 0, of a row that asks several
 
     @property

@@ -164,13 +164,16 @@ def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tal
 def open_input(config: BatchConfig) -> Intake:
     """The rows of a run, its output checked against the files that they come from."""
     intake = open_rows(config)
-    _check_output(config, intake.source.files)
+    _check_output(config, intake.source.files, of_requests=intake.source.columns.requests)
     return intake
 
 
-def _check_output(config: BatchConfig, inputs: Iterable[str | Place | Stdin]) -> None:
+def _check_output(
+    config: BatchConfig, inputs: Iterable[str | Place | Stdin], *, of_requests: bool = False
+) -> None:
     if not config.to_stdout:
-        check_output(config.output, inputs, config.overwrite or config.resume)
+        replaces = config.overwrite or config.resume
+        check_output(config.output, inputs, replaces, of_requests=of_requests)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from decode_steps import METHODS, exact_model
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
 from pipeline.model.decode_batch import Seat
+from pipeline.model.lookup import drafts_of
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Draws, Sampling, next_tokens
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 
@@ -38,9 +39,17 @@ def prefilled(rows, method, new_tokens=0):
 
 
 def drawn_alone(row, method, sampling, rules):
-    uniforms = [sampling.uniforms(row, NEW_TOKENS)]
+    draws = [sampling.draws(row, NEW_TOKENS)]
     pack = prefilled([row], method, NEW_TOKENS)
-    return decode(model(), SdpaAttention(), pack, rules, sampling=sampling, uniforms=uniforms, late=0)[0]
+    return decode(model(), SdpaAttention(), pack, rules, draws=draws, late=0)[0]
+
+
+def chosen(logits, sampling, uniforms):
+    """The tokens of rows that are all drawn in the same way."""
+    if sampling.is_greedy:
+        return next_tokens(logits, None)
+    temperature, top_p = (torch.full_like(uniforms, each) for each in (sampling.temperature, sampling.top_p))
+    return next_tokens(logits, Draws(temperature, top_p, uniforms, sampling.top_p < 1))
 
 
 @cache
@@ -80,7 +89,7 @@ class Run:
             model(),
             SdpaAttention(),
             self.store,
-            rules=self.rules,
+            new_tokens=NEW_TOKENS,
             sampling=self.sampling,
             capacity=columns,
             longest=max(LENGTHS) + NEW_TOKENS,
@@ -96,25 +105,25 @@ class Run:
     def has_room_for(self, numbers):
         """As if nothing were pruned."""
         layers, device = model().shape.layers, model().device
-        room = self.loop.room
+        room = NEW_TOKENS + drafts_of(self.lookup)
         needed = sum(slots_needed([LENGTHS[number]] * layers, room, device) for number in numbers)
         return needed <= self.store.free and len(self.running) + len(numbers) <= self.batch.capacity
 
     def admit(self, numbers):
         """Prefill rows together and let them in; returns those that end with their first token."""
         pack = prefilled(numbers, self.method)
-        uniforms = [self.sampling.uniforms(number, NEW_TOKENS) for number in numbers]
-        tokens = first_tokens(pack.logits_BV, self.sampling, uniforms)
+        draws = [self.sampling.draws(number, NEW_TOKENS) for number in numbers]
+        tokens = first_tokens(pack.logits_BV, draws)
         moves = self.store.moves
-        extents = self.store.adopt(pack.cache, self.loop.room)
+        extents = self.store.adopt(pack.cache, [NEW_TOKENS + drafts_of(self.lookup)] * len(numbers))
         if self.store.moves > moves:
             self.loop.moved([row.extent.starts for row in self.loop.rows])
         rows = [
-            Row(number=number, extent=extent, position=position)
+            Row(rules=self.rules, number=number, extent=extent, position=position)
             for number, extent, position in zip(numbers, extents, pack.next_positions, strict=True)
         ]
         for row, token in zip(rows, tokens, strict=True):
-            row.take(token, self.rules)
+            row.take(token)
         live = [b for b, row in enumerate(rows) if row.finish_reason is None]
         seats = [
             Seat(
@@ -126,8 +135,7 @@ class Run:
             for b in live
         ]
         if live:
-            drawn = [] if self.sampling.is_greedy else [uniforms[b] for b in live]
-            self.loop.join([rows[b] for b in live], seats, drawn)
+            self.loop.join([rows[b] for b in live], seats, [draws[b] for b in live])
         self.running += rows
         self.check_counts()
         return self.finish([row for row in rows if row.finish_reason is not None])

@@ -120,9 +120,9 @@ def texts_of(
     return own.reasoning, text.lstrip() if reasons else text
 
 
-def add_answer(row: Answer, generated: Generated, rules: StopRules, model: LoadedModel) -> None:
+def add_answer(row: Answer, generated: Generated, model: LoadedModel) -> None:
     """Write an answer that has ended into its row, as text and in numbers."""
-    row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, rules, model)
+    row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
     row.new_tokens = len(generated.tokens)
     if generated.drafts is not None:
         row.draft_tokens, row.accepted_tokens = generated.drafts, generated.accepted
@@ -141,7 +141,7 @@ def describe(error: BaseException, document: EncodedDocument, packer: Packer, de
 
 def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
     """How much memory a document needs, how much there is, and what to do."""
-    needed = packer.planned_bytes([document.prompt_tokens])
+    needed = packer.bytes_alone(document)
     return (
         f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
         f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "

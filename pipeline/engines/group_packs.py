@@ -72,16 +72,17 @@ class GroupPacker:
             chunk.append(row)
         yield chunk
 
-    def fits(self, sharing: Sharing, shared_tokens: int, prompt_tokens: int) -> bool:
-        """Whether one row can be answered in this way."""
-        rows = [(shared_tokens, prompt_tokens)]
-        needed = self._planned_bytes(sharing, [shared_tokens], rows)
-        slots = self._stored_slots(sharing, [shared_tokens]) + self._slots(sharing, *rows[0])
+    def fits(self, sharing: Sharing, shared_tokens: int, rows: Sequence[EncodedDocument]) -> bool:
+        """Whether each of these rows can be answered in this way."""
+        longest = max(row.prompt_tokens for row in rows)
+        needed = self._planned_bytes(sharing, [shared_tokens], [(shared_tokens, longest)])
+        most = max(self._slots(sharing, shared_tokens, row) for row in rows)
+        slots = self._stored_slots(sharing, [shared_tokens]) + most
         return needed <= self.packer.max_bytes and slots <= self.packer.store_slots
 
     def slots(self, pack: GroupPack, number: int, row: EncodedDocument) -> int:
         """Slots that a row needs in the store, those of its document left out if it reads them there."""
-        return self._slots(pack.sharing, pack.groups[number].shared_tokens, row.prompt_tokens)
+        return self._slots(pack.sharing, pack.groups[number].shared_tokens, row)
 
     def stored_slots(self, pack: GroupPack) -> int:
         """Slots of the documents of a pack's groups, which their rows read in the store."""
@@ -96,8 +97,9 @@ class GroupPacker:
         )
         return self._of(pack.sharing).kv_bytes(lengths) + shared
 
-    def _slots(self, sharing: Sharing, shared: int, prompt: int) -> int:
-        return self._of(sharing).slots(prompt - shared if self._is_whole(sharing) else prompt)
+    def _slots(self, sharing: Sharing, shared: int, row: EncodedDocument) -> int:
+        own = row.prompt_tokens - shared if self._is_whole(sharing) else row.prompt_tokens
+        return self._of(sharing).slots(own, self.packer.room(row))
 
     def _stored_slots(self, sharing: Sharing, prefixes: Sequence[int]) -> int:
         if not self._is_whole(sharing):

@@ -49,7 +49,7 @@ class Group:
         return self.rows[0].spans.document[1]
 
 
-Fits = Callable[[Sharing, int, int], bool]  # one row, by the tokens that it shares and those of its prompt
+Fits = Callable[[Sharing, int, Sequence[EncodedDocument]], bool]  # each row, by the tokens that they share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Grouping:
     new_tokens: int = 0  # of an answer, at most
     itemsize: int = 2  # bytes of a key's or a value's number
     device: str = "cuda"  # its type
-    fits: Fits = lambda sharing, shared, prompt: True
+    fits: Fits = lambda sharing, shared, rows: True
     any_method: bool = False
 
     def split(self, rows: Iterable[EncodedDocument]) -> tuple[list[Group], list[EncodedDocument]]:
@@ -92,7 +92,7 @@ class Grouping:
         fitting = [
             (work, number, sharing)
             for number, (work, sharing) in enumerate(costs)
-            if work is not None and self.fits(sharing, shared, max(lengths))
+            if work is not None and self.fits(sharing, shared, rows)
         ]
         work, _, sharing = min(fitting, default=(apart, 0, None))
         if sharing is None or work > WORTH_SHARING * apart:

@@ -137,16 +137,22 @@ class JobPacker:
                 waiting = Waiting(row=self.on_its_own(job), slots=0, tokens=tokens)
                 apart.append(WaitingPack(rows=(waiting,), alone=True))
             else:
-                slots = packer.slots(tokens) if job.group is None else self.groups.slots(job.group, *job.row)
+                slots = self._slots(job, packer)
                 together.append(Waiting(row=job, slots=job.brings + slots, tokens=tokens))
         return [*([WaitingPack(rows=tuple(together))] if together else []), *apart]
+
+    def _slots(self, job: Job, packer: Packer) -> int:
+        """Of the store, without those of documents that a group's rows share."""
+        if job.group is not None:
+            return self.groups.slots(job.group, *job.row)
+        return packer.slots(job.document.prompt_tokens, packer.room(job.document))
 
     def _fits(self, job: Job, packer: Packer) -> bool:
         """Whether a job can run beside others."""
         if job.group is None:
-            return not packer.runs_alone(job.document.prompt_tokens)
+            return not packer.runs_alone(job.document)
         shared = job.group.groups[job.number].shared_tokens
-        return self.groups.fits(job.group.sharing, shared, job.document.prompt_tokens)
+        return self.groups.fits(job.group.sharing, shared, [job.document])
 
     def on_its_own(self, job: Job) -> Job:
         """The same job without its group."""

@@ -14,9 +14,10 @@ from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.memory import Packer
-from pipeline.engines.prefilling import PrefilledPack, Prefiller
+from pipeline.engines.prefilling import Prefiller
+from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
-from pipeline.engines.table import Running, Table
+from pipeline.engines.table import Running, Table, begun
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
 from pipeline.model.graphs import DecodeStats
@@ -67,7 +68,8 @@ class LocalEngine:
         rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
         run. `phase` is told of each pack that is prefilled.
         """
-        self.model, self.rules, self.sampling, self._note = model, rules, sampling, note
+        self.row_rules = RowRules(rules=rules, sampling=sampling, tokenizer=model.tokenizer)
+        self.model, self._note = model, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
         packer = Packer.on(
@@ -75,7 +77,8 @@ class LocalEngine:
             method,
             model.decoder.shape,
             itemsize=model.decoder.dtype.itemsize,
-            new_tokens=rules.max_new_tokens + drafts_of(self.lookup),
+            new_tokens=rules.max_new_tokens,
+            drafts=drafts_of(self.lookup),
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
@@ -89,8 +92,7 @@ class LocalEngine:
         )
         self.prefiller = Prefiller(
             model=model,
-            sampling=sampling,
-            new_tokens=rules.max_new_tokens,
+            row_rules=self.row_rules,
             save_selection=save_selection,
             now=self.attempts.now,
             phase=phase,
@@ -202,11 +204,11 @@ class LocalEngine:
 
     def _prefill(self, jobs: Sequence[Job], prefix: Prefix | None, check: Check) -> list[Answered]:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
-        running = self._begun(pack)
+        running = begun(pack, self.row_rules, self._clock.seconds)
         again = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         for row, token, dense in zip(running, pack.tokens, again, strict=True):
             if dense is None:
-                row.take(token, self.rules)
+                row.take(token)
         ended = [row for row in running if row.finish_reason is not None]
         joining = [
             b
@@ -214,24 +216,11 @@ class LocalEngine:
             if row.finish_reason is None and dense is None
         ]
         if joining:
-            self._open_table().join([running[b] for b in joining], joining, pack)
+            self._open_table().join(running, joining, pack)
         # nothing that follows can fail: a pack that does runs again, with rows that have joined
         pack.count(self.times)
         self._scheduler.put_back(self.packs.packed([dense for dense in again if dense is not None]))
         return [self._finish(row) for row in ended]
-
-    def _begun(self, pack: PrefilledPack) -> list[Running]:
-        return [
-            Running(
-                job=job,
-                answer=row,
-                began=pack.began,
-                first_at=pack.first_at,
-                joined_s=self._clock.seconds,
-                reasoning=job.document.reasoning,
-            )
-            for job, row in zip(pack.jobs, pack.rows, strict=True)
-        ]
 
     def _again(self, jobs: Sequence[Job], failure: RowError) -> list[Answered]:
         """After a prefill that failed: smaller pieces, smaller packs, and at last the culprit alone."""
@@ -317,7 +306,7 @@ class LocalEngine:
 
     def _written(self, job: Job, answer: Answer, generated: Generated, began: float) -> Answered:
         """The row with its answer; a fault of the tokenizer costs its row alone."""
-        write = partial(add_answer, answer, generated, self.rules, self.model)
+        write = partial(add_answer, answer, generated, self.model)
         made = self.attempts.run(lambda _: write(), job.document)
         return Answered(job.document, answer, began) if made is None else self._failed(job, made)
 
@@ -327,7 +316,7 @@ class LocalEngine:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
         packer, device = self.packs.of(job.method), self.model.device
-        if device.type == "cpu" and packer.planned_bytes([job.document.prompt_tokens]) > packer.all_bytes:
+        if device.type == "cpu" and packer.bytes_alone(job.document) > packer.all_bytes:
             # the system would kill the process, with no error to catch
             message = memory_message(job.document, packer, str(device))
             return [self._failed(job, RowError("out_of_memory", message))]
@@ -339,7 +328,8 @@ class LocalEngine:
         return [self._failed(job, made)] if isinstance(made, RowError) else made
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
-        pack = self.prefiller.run([job], self.packs, check, room=self.rules.max_new_tokens)
+        rules = self.row_rules.of(job.document.source)
+        pack = self.prefiller.run([job], self.packs, check, room=rules.max_new_tokens)
         (answer,) = pack.rows
         (dense,) = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         if dense is not None:
@@ -350,9 +340,8 @@ class LocalEngine:
             self.model.decoder,
             self.model.attention,
             pack.prefilled,
-            self.rules,
-            sampling=self.sampling,
-            uniforms=pack.uniforms,
+            rules,
+            draws=pack.draws,
             first=pack.tokens,
             reasoning=[job.document.reasoning],
             check=check,
@@ -385,10 +374,8 @@ class LocalEngine:
 
     def _open_table(self) -> Table:
         if self._table is None:
-            steps = (self.rules, self.sampling, self.stats)
-            self._table = Table.of(
-                self.model, self.packer, *steps, kv_dtype=self.kv_dtype, lookup=self.lookup
-            )
+            steps = (self.row_rules, self.stats, self.kv_dtype, self.lookup)
+            self._table = Table.of(self.model, self.packer, *steps)
         return self._table
 
     def _close_table(self) -> None:

@@ -40,13 +40,14 @@ class Packer:
     method: PruningMethod
     shape: ModelShape
     itemsize: int
-    new_tokens: int
+    new_tokens: int  # that a row is given room for, its drafts included
     pack_tokens: int
     max_bytes: int  # that a prefill may take beside the store
     store_bytes: int = 0  # of keys and values of the rows that are decoded
     in_flight: int = 1  # rows that are decoded together, at most
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
     kv_itemsize: int | None = None  # bytes of a number in the store, where that is not `itemsize`
+    drafts: int = 0  # of these new tokens
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -58,6 +59,7 @@ class Packer:
         *,
         itemsize: int,
         new_tokens: int,
+        drafts: int = 0,
         pack_tokens: int | None,
         kv_memory: int | None = None,
         kv_itemsize: int | None = None,
@@ -74,7 +76,8 @@ class Packer:
             method=method,
             shape=shape,
             itemsize=itemsize,
-            new_tokens=new_tokens,
+            new_tokens=new_tokens + drafts,
+            drafts=drafts,
             pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
             max_bytes=0,
             in_flight=_in_flight(in_flight, pack_tokens, device),
@@ -115,18 +118,29 @@ class Packer:
         """Prompt tokens that the store holds, or a pack where that is more."""
         return max(self.pack_tokens, self.store_slots // self.shape.layers)
 
-    def slots(self, prompt_tokens: int) -> int:
+    def room(self, document: EncodedDocument) -> int:
+        """New tokens that a row is given room for, by its own limit or the run's."""
+        own = document.source.params.max_new_tokens
+        return self.new_tokens if own is None else own + self.drafts
+
+    def slots(self, prompt_tokens: int, room: int) -> int:
         """Slots that a row may need in the store; how many it needs is known after its prefill."""
         stored = self.method.plan(self.shape, (prompt_tokens,)).cache_tokens
-        return slots_needed(stored, self.new_tokens, self.device)
+        return slots_needed(stored, room, self.device)
 
-    def runs_alone(self, prompt_tokens: int) -> bool:
+    def runs_alone(self, document: EncodedDocument) -> bool:
         """Whether a document is too large to run beside others: its prefill, or its keys and values."""
+        prompt_tokens = document.prompt_tokens
         return (
             self.planned_bytes([prompt_tokens]) > self.max_bytes
-            or self.slots(prompt_tokens) > self.store_slots
+            or self.slots(prompt_tokens, self.room(document)) > self.store_slots
             or not self._may_share([prompt_tokens])
         )
+
+    def bytes_alone(self, document: EncodedDocument) -> int:
+        """Bytes that a document needs that runs alone, with the room for its answer."""
+        lengths = [document.prompt_tokens]
+        return replace(self, new_tokens=self.room(document)).planned_bytes(lengths)
 
     @property
     def limits(self) -> KvLimits | None:

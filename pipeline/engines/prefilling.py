@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.engines.answering import prefilled_rows
 from pipeline.engines.attempts import Check
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.keeping import keep_selection
+from pipeline.engines.row_rules import RowRules
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.decode import first_tokens
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import RowDraws
 from pipeline.records import Answer
 from pipeline.texts.words import counted
 
@@ -31,7 +30,7 @@ class PrefilledPack:
     rows: list[Answer]
     sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
     tokens: list[int]  # the first one of each, or NOT_FINITE
-    uniforms: list[torch.Tensor]  # what the rows draw by; empty where they are greedy
+    draws: list[RowDraws | None]  # what each row is drawn by; None: it is greedy
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
@@ -46,8 +45,7 @@ class Prefiller:
     """How packs of jobs are prefilled in a run."""
 
     model: LoadedModel
-    sampling: Sampling
-    new_tokens: int
+    row_rules: RowRules
     save_selection: bool
     now: Callable[[], float]  # the time once the device has done what was queued
     phase: Callable[[str], None] = lambda text: None  # told what is being done
@@ -87,8 +85,8 @@ class Prefiller:
             prefilled = prefix.prefill(self.model, chunk, check)
             shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
         prefilled_at = self.now()
-        uniforms = self._uniforms(jobs)
-        tokens = first_tokens(prefilled.logits_BV, self.sampling, uniforms)
+        draws = [self.row_rules.draws(document.source) for document in documents]
+        tokens = first_tokens(prefilled.logits_BV, draws)
         first_at, began = self.now(), started - shared_s
         rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
         for job, row in zip(jobs, rows, strict=True):
@@ -105,7 +103,7 @@ class Prefiller:
             rows=rows,
             sparse_tokens=self._sparse_tokens(jobs, prefilled, prefix),
             tokens=tokens,
-            uniforms=uniforms,
+            draws=draws,
             started=started,
             began=began,
             first_at=first_at,
@@ -124,8 +122,3 @@ class Prefiller:
         if prefix is not None and first < prefix.made.layers:
             lengths = [prefix.made.segments.lengths[job.number] for job in jobs]
         return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
-
-    def _uniforms(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
-        if self.sampling.is_greedy:
-            return []
-        return [self.sampling.uniforms(job.document.source.draw_number, self.new_tokens) for job in jobs]

@@ -12,13 +12,13 @@ import torch
 from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
+from pipeline.engines.row_rules import RowRules
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import DecodeLoop, Generated, StopRules
+from pipeline.model.decode import DecodeLoop, Generated
 from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
-from pipeline.model.sampling import Sampling
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Answer
 
@@ -37,6 +37,22 @@ class Running(Generated):
     joined_s: float  # what the clock of decoding said then
     extent: Extent | None = None  # of the store
     document: StoredDocument | None = None  # that it shares with other rows
+
+
+def begun(pack: PrefilledPack, row_rules: RowRules, decoded_s: float) -> list[Running]:
+    """The rows of a pack, none of which has its first token yet; `decoded_s` is the clock of decoding."""
+    return [
+        Running(
+            rules=row_rules.of(job.document.source),
+            job=job,
+            answer=row,
+            began=pack.began,
+            first_at=pack.first_at,
+            joined_s=decoded_s,
+            reasoning=job.document.reasoning,
+        )
+        for job, row in zip(pack.jobs, pack.rows, strict=True)
+    ]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,10 +78,8 @@ class Table:
         cls,
         model: LoadedModel,
         packer: Packer,
-        rules: StopRules,
-        sampling: Sampling,
+        row_rules: RowRules,
         stats: DecodeStats,
-        *,
         kv_dtype: torch.dtype,
         lookup: Lookup | None = None,
     ) -> Self:
@@ -75,10 +89,10 @@ class Table:
             model.decoder,
             model.attention,
             store,
-            rules=rules,
-            sampling=sampling,
+            new_tokens=row_rules.rules.max_new_tokens,
+            sampling=row_rules.sampling,
             capacity=packer.in_flight,
-            longest=model.decoder.shape.context + rules.max_new_tokens,
+            longest=model.decoder.shape.context + row_rules.rules.max_new_tokens,
             lookup=lookup,
             stats=stats,
         )
@@ -94,9 +108,9 @@ class Table:
         return self._store.free
 
     def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
-        """Take in rows of a prefilled pack, where they have `places`, with all that others may need."""
+        """Take in the `rows` of a prefilled pack that have these `places` among them."""
         moves, cache = self._store.moves, pack.prefilled.cache
-        extents = self._store.adopt(cache, self.loop.room)
+        extents = self._store.adopt(cache, [self.loop.room(row) for row in rows])
         self._follow(moves)
         for b, extent in enumerate(extents):
             if b not in places:  # its prefill may have made NaN
@@ -111,11 +125,13 @@ class Table:
                 line=extents[b].line,
                 shared=documents[b].extent if documents else None,
                 prompt=pack.jobs[b].document.input_ids,
+                new_tokens=rows[b].rules.max_new_tokens,
             )
             for b in places
         ]
-        self.loop.join(rows, seats, [pack.uniforms[b] for b in places] if pack.uniforms else ())
-        for row, b in zip(rows, places, strict=True):
+        self.loop.join([rows[b] for b in places], seats, [pack.draws[b] for b in places])
+        for b in places:
+            row = rows[b]
             row.extent = extents[b]
             self._rows[id(row)] = row
             if documents:
@@ -129,7 +145,7 @@ class Table:
         if slots > self._store.free or self._held + len(stored) > self.loop.capacity + 1:
             return False
         moves = self._store.moves
-        extents = self._store.adopt(cache, 0)
+        extents = self._store.adopt(cache)
         self._follow(moves)
         self._documents[id(cache)] = [StoredDocument(extent=extent, readers=1) for extent in extents]
         self._held += len(extents)

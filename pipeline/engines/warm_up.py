@@ -78,7 +78,7 @@ def warm_up(
 
 def _lengths(engine: LocalEngine, longest: int | None = None) -> list[int]:
     kind, shape = engine.model.device.type, engine.model.decoder.shape
-    room = shape.context - min(engine.rules.max_new_tokens, WARM_UP_NEW_TOKENS)
+    room = shape.context - min(engine.row_rules.rules.max_new_tokens, WARM_UP_NEW_TOKENS)
     # packs of one token mean one document at a time, of whatever length
     usual = engine.packer.pack_tokens if engine.packer.pack_tokens > 1 else WARM_UP_TOKENS[kind]
     short = min(room, SHORT_WARM_UP_TOKENS)
@@ -123,7 +123,7 @@ def _first_packs(engine: LocalEngine, prompts: Sequence[EncodedDocument]) -> lis
     if for_one is None:
         return []
     _, alone = engine.packs.groups.split(prompts) if engine.packs.group != "off" else ((), prompts)
-    together = [document for document in alone if not engine.packer.runs_alone(document.prompt_tokens)]
+    together = [document for document in alone if not engine.packer.runs_alone(document)]
     packs = sorted(engine.packer.packs(together), key=_tokens, reverse=True)
     count = min(MOST_PACKS, len(packs) // for_one)
     return [packs[place * (len(packs) - 1) // max(1, count - 1)] for place in range(count)]
@@ -165,7 +165,7 @@ def _prefill_once(
 def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> None:
     model, length = engine.model, len(ids)
     # whatever the answer says, it goes on: an early stop would leave steps without their kernels
-    rules = StopRules(max_new_tokens=min(engine.rules.max_new_tokens, WARM_UP_NEW_TOKENS))
+    rules = StopRules(max_new_tokens=min(engine.row_rules.rules.max_new_tokens, WARM_UP_NEW_TOKENS))
     spans = Spans(document=(0, length), question=(length, length))
     document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
     pack = Pack.of([document], model.device)

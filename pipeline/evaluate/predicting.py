@@ -130,18 +130,16 @@ def generate(
     `check` is called between layers and steps, and may raise to give up.
     """
     sampling = sampling or Sampling()
-    row = document.source.row
-    uniforms = [] if sampling.is_greedy else [sampling.uniforms(row, rules.max_new_tokens)]
+    draws = [sampling.draws(document.source.row, rules.max_new_tokens)]
     pack = Pack.of([document], model.device)
     prefilled = prefill(model.decoder, model.attention, method, pack, rules.max_new_tokens, check)
-    first = first_tokens(prefilled.logits_BV, sampling, uniforms)
+    first = first_tokens(prefilled.logits_BV, draws)
     (answer,) = decode(
         model.decoder,
         model.attention,
         prefilled,
         rules,
-        sampling=sampling,
-        uniforms=uniforms,
+        draws=draws,
         first=first,
         reasoning=[document.reasoning],
         check=check,

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.inputs.requests import REQUEST_KEYS
 from pipeline.outputs.own_columns import OWN_NAMES, STATS, left_out
 from pipeline.storage.causes import some
 
@@ -33,6 +34,7 @@ class Columns:
 
     text: str = "text"
     messages: str | None = None  # of a chat, in the place of text and question
+    requests: bool = False  # of OpenAI's Batch API: rows are those, in the place of all of these
     question: str | None = None
     questions: str | None = None  # a list of questions, of which each gets an answer
     fixed_question: str | None = None
@@ -74,6 +76,8 @@ class Columns:
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns that are read for themselves, each once."""
+        if self.requests:
+            return REQUEST_KEYS
         names = (self.messages or self.text, self.question, self.questions, self.id)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 

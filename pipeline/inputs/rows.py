@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.conversations import Conversation, conversation
+from pipeline.inputs.requests import REQUEST_ID, request
 from pipeline.records import Document, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 
@@ -96,8 +97,13 @@ def build(
         passthrough=None if isinstance(passthrough, RowError) else passthrough,
     )
     try:
-        if columns.messages is not None:
-            said = _conversation(columns.messages, cells)
+        if columns.requests or columns.messages is not None:
+            if columns.requests:
+                said, params, model = request(cells)
+                source = replace(source, params=params, model=model)
+            else:
+                said = _conversation(columns.messages or "", cells)
+            _check_texts(said)
             _refuse_faults(None if columns.takes_ids else own_id, passthrough)
             source = replace(source, question=said.question, turns=said.turns, fields=said.fields)
             return Document(source=source, text=said.text)
@@ -118,12 +124,14 @@ def _refuse_faults(*found: object) -> None:
 
 
 def _conversation(name: str, cells: Mapping[str, object]) -> Conversation:
-    said = conversation(name, _cell(name, cells, "missing_messages", "--messages-column names the messages"))
+    return conversation(name, _cell(name, cells, "missing_messages", "--messages-column names the messages"))
+
+
+def _check_texts(said: Conversation) -> None:
     for text in (said.text, said.question or "", *said.fields.values()):
-        _refuse_surrogates(repr(name), text)
+        _refuse_surrogates("a message", text)
     if is_blank(said.text):
-        raise RowError("empty_document", f"{name!r} is empty")
-    return said
+        raise RowError("empty_document", "the longest message is empty")
 
 
 def _cell(name: str, cells: Mapping[str, object], kind: str, flag: str) -> object:
@@ -216,7 +224,8 @@ def _own_id(name: str, value: object) -> str:
     value = _sound(repr(name), value)
     text = value if isinstance(value, str) else "" if value is None else _as_text(value)
     if is_blank(text):
-        raise RowError("missing_id", f"there is no id in {name!r}; --id-column names the id")
+        hint = "" if name == REQUEST_ID else "; --id-column names the id"
+        raise RowError("missing_id", f"there is no id in {name!r}{hint}")
     _refuse_surrogates(repr(name), text)
     return text
 

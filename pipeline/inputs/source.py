@@ -141,6 +141,8 @@ def open_source(
     readers = open_readers(files, notes)
     if not isinstance(columns, Columns):
         columns = columns(first_columns(readers))
+    if columns.requests:
+        _refuse_tables(readers)
     for reader in readers:
         reader.use(columns)
     _refuse_lost(readers)
@@ -163,6 +165,13 @@ def _refuse_lost(readers: Sequence[Reader]) -> None:
     lost = [reader for reader in readers if isinstance(reader, LostReader)]
     if lost and len(lost) == len(readers):
         raise next((reader for reader in lost if reader.is_out_of_reach), lost[0]).refusal
+
+
+def _refuse_tables(readers: Iterable[Reader]) -> None:
+    """An `InputError` for a file that has no lines, where rows are requests."""
+    for reader in readers:
+        if reader.file.format != "jsonl" and not isinstance(reader, EmptyReader | LostReader):
+            raise InputError(f"{reader.file.label}: requests of OpenAI's Batch API are JSON lines")
 
 
 def _table(reader: Reader) -> InputTable:

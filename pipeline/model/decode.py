@@ -24,7 +24,7 @@ from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_fo
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
 from pipeline.model.reasoning import answer_start
-from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
+from pipeline.model.sampling import NOT_FINITE, Draws, RowDraws, Sampling, next_tokens
 from pipeline.model.stopping import StopTexts
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Reasoning, RowError
@@ -57,6 +57,7 @@ class StopRules:
 class Generated:
     """One row's answer in tokens, without the stop token, while it grows and when it is done."""
 
+    rules: StopRules
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # as `StopRules.reason` says it, or `not_finite`
     finished_at: float = 0.0  # time.perf_counter()
@@ -69,12 +70,18 @@ class Generated:
     def __post_init__(self) -> None:
         self.start = None if self.reasoning is Reasoning.BEGUN else 0
 
-    def take(self, token: int, rules: StopRules) -> None:
+    @property
+    def unqueued(self) -> int:
+        """How many more tokens than are there, or queued, the answer may have."""
+        return self.rules.max_new_tokens - self.queued
+
+    def take(self, token: int) -> None:
         """Add a token, and end the answer where it ends."""
         if token == NOT_FINITE:
             self.finish_reason, self.finished_at = "not_finite", time.perf_counter()
             return
         self.tokens.append(token)
+        rules = self.rules
         if self.reasoning is not None and rules.texts is not None:
             self.start = answer_start(self.tokens, self.start, self.reasoning, rules.texts.tokenizer)
         self.finish_reason = rules.reason(self.tokens, self.start)
@@ -84,13 +91,13 @@ class Generated:
         if self.finish_reason == "stop":
             self.tokens.pop()
 
-    def take_step(self, drafts: int, tokens: Sequence[int], rules: StopRules) -> int:
+    def take_step(self, drafts: int, tokens: Sequence[int]) -> int:
         """Add what a step made, up to where the answer ends; returns how many drafts are among it."""
         before = len(self.tokens)
         for token in tokens:
             if token == NOTHING or self.finish_reason is not None:
                 break
-            self.take(token, rules)
+            self.take(token)
         accepted = min(drafts, max(0, len(self.tokens) - before - 1))
         if self.drafts is not None:
             self.drafts, self.accepted = self.drafts + drafts, self.accepted + accepted
@@ -115,7 +122,7 @@ class DecodeLoop:
         attention: AttentionBackend,
         kv: KeysValues,
         *,
-        rules: StopRules,
+        new_tokens: int,
         sampling: Sampling,
         capacity: int,
         longest: int,
@@ -126,10 +133,13 @@ class DecodeLoop:
     ) -> None:
         """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`.
 
+        Most answers have up to `new_tokens` tokens and are drawn by `sampling`: for those a step is captured
+        before it is needed.
         With `lookup` drafts are verified, for which each row needs `room` behind its prompt.
         """
         assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
-        self.rules, self.stats = rules, stats or DecodeStats()
+        self.stats, self._sampling = stats or DecodeStats(), sampling
+        self._numbers = 0 if sampling.is_greedy else new_tokens
         self._kv, self._lookup = kv, lookup
         self._pace = None if lookup is None else DraftPace(lookup)
         self._device = decoder.device
@@ -139,8 +149,8 @@ class DecodeLoop:
             kv,
             capacity=capacity,
             longest=longest,
-            sampling=sampling,
-            new_tokens=rules.max_new_tokens,
+            new_tokens=new_tokens,
+            numbers=self._numbers,
             lookup=lookup,
         )
         captured = graphs and kv.on_device_alone
@@ -158,29 +168,30 @@ class DecodeLoop:
     def prepare(self) -> int:
         """Capture the steps of all sizes; returns how many there are."""
         columns = {self._runner.columns(rows, self.capacity) for rows in range(1, self.capacity + 1)}
-        plain = {StepSize(count, count) for count in columns}
-        if self._lookup is None:
-            return self._runner.prepare(plain)
-        verifying = {StepSize(count, self._lookup.queries(count, self._device)) for count in columns}
-        return self._runner.prepare(plain | verifying)
+        pairs = {(count, count) for count in columns}
+        if self._lookup is not None:
+            pairs |= {(count, self._lookup.queries(count, self._device)) for count in columns}
+        sorts = self._numbers > 0 and self._sampling.top_p < 1
+        return self._runner.prepare(StepSize(*pair, numbers=self._numbers, sorts=sorts) for pair in pairs)
 
     @property
     def capacity(self) -> int:
         return self._batch.capacity
 
-    @property
-    def room(self) -> int:
+    def room(self, row: Generated) -> int:
         """Slots that a row needs in each layer behind its prompt."""
-        return self.rules.max_new_tokens + drafts_of(self._lookup)
+        return row.rules.max_new_tokens + drafts_of(self._lookup)
 
     @property
     def is_busy(self) -> bool:
         """Whether answers grow, or tokens are on their way."""
         return bool(self.rows or self._pending)
 
-    def join(self, rows: Sequence[Generated], seats: Sequence[Seat], uniforms: Sequence[Tensor] = ()) -> None:
-        """Add rows that have their first token, and are to have more."""
-        self._batch.join(seats, [row.tokens[-1] for row in rows], uniforms)
+    def join(
+        self, rows: Sequence[Generated], seats: Sequence[Seat], draws: Sequence[RowDraws | None] = ()
+    ) -> None:
+        """Add rows that have their first token, and are to have more, with what each draws by, if any."""
+        self._batch.join(seats, [row.tokens[-1] for row in rows], draws)
         self.rows += rows
         if self._pace is not None:
             self._pace.joined()
@@ -220,15 +231,14 @@ class DecodeLoop:
     def _queue(self) -> None:
         batch, count = self._batch, len(self.rows)
         columns = self._runner.columns(count, batch.capacity) if self._pads else count
-        most = self.rules.max_new_tokens
-        size = StepSize(columns, self._queries(columns), batch.shares)
-        self._runner.run(size, most - min(row.queued for row in self.rows))
+        size = batch.size(columns, self._queries(columns))
+        self._runner.run(size, max(row.unqueued for row in self.rows))
         self._kv.stepped()
         outcome = _to_host(batch.outcome_CX[:count])
         self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns))
         for row in self.rows:
             row.queued += 1
-        self.leave([row for row in self.rows if row.queued >= most])
+        self.leave([row for row in self.rows if row.unqueued <= 0])
 
     def _queries(self, columns: int) -> int:
         """Of the next step."""
@@ -247,7 +257,7 @@ class DecodeLoop:
         accepted = 0
         for row, (drafts, *tokens) in zip(queued.rows, queued.outcome.tolist(), strict=True):
             if row.finish_reason is None:
-                accepted += row.take_step(drafts, tokens, self.rules)
+                accepted += row.take_step(drafts, tokens)
         if self._pace is not None and queued.verifies and going:
             self._pace.made(len(going), accepted)
         ended = [row for row in going if row.finish_reason is not None]
@@ -269,12 +279,17 @@ def _to_host(outcome_BX: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 @torch.inference_mode()
-def first_tokens(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[Tensor]) -> list[int]:
-    """The first token of each prompt, `NOT_FINITE` among them; waits for the device."""
-    uniform_B = None
-    if not sampling.is_greedy:
-        uniform_B = torch.stack([row[0] for row in uniforms]).to(logits_BV.device)
-    return next_tokens(logits_BV, sampling, uniform_B).tolist()
+def first_tokens(logits_BV: Tensor, draws: Sequence[RowDraws | None] = ()) -> list[int]:
+    """The first token of each prompt, `NOT_FINITE` among them; waits for the device.
+
+    `draws` says what each is drawn by, None for a greedy one; without it all are.
+    """
+    if not any(draws):
+        return next_tokens(logits_BV, None).tolist()
+    values = [(0.0, 1.0, 0.0) if row is None else (*row[:2], float(row.uniform_N[0])) for row in draws]
+    temperature_B, top_p_B, uniform_B = torch.tensor(values, dtype=torch.float32).T.to(logits_BV.device)
+    sorts = any(row is not None and row.top_p < 1 for row in draws)
+    return next_tokens(logits_BV, Draws(temperature_B, top_p_B, uniform_B, sorts)).tolist()
 
 
 @torch.inference_mode()
@@ -285,7 +300,7 @@ def decode(
     rules: StopRules,
     *,
     sampling: Sampling | None = None,
-    uniforms: Sequence[Tensor] = (),
+    draws: Sequence[RowDraws | None] = (),
     first: Sequence[int] | None = None,
     reasoning: Sequence[Reasoning | None] | None = None,
     check: Callable[[], None] = lambda: None,
@@ -296,21 +311,20 @@ def decode(
 ) -> list[Generated]:
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
-    Of answers that are drawn `uniforms` has each row's numbers, by default those of rows 0, 1, ... `first`
-    are the first tokens, if they have been chosen, and `reasoning` is what each prompt says of it. With a
-    `kv_dtype` of float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed.
-    `check` is called before every step, and may raise to give the pack up. Raises RowError where the
-    model's output is not finite.
+    Of answers that are drawn `draws` says by what, by default as rows 0, 1, ... are. `first` are the first
+    tokens, if they have been chosen, and `reasoning` is what each prompt says of it. With a `kv_dtype` of
+    float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed. `check` is called
+    before every step, and may raise to give the pack up. Raises RowError where the model's output is not
+    finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
-    if not sampling.is_greedy and not uniforms:
-        uniforms = [sampling.uniforms(row, rules.max_new_tokens) for row in range(count)]
+    draws = draws or [sampling.draws(row, rules.max_new_tokens) for row in range(count)]
     if first is None:
-        first = first_tokens(prefilled.logits_BV, sampling, uniforms)
-    answers = [Generated(reasoning=each) for each in reasoning or [None] * count]
+        first = first_tokens(prefilled.logits_BV, draws)
+    answers = [Generated(rules=rules, reasoning=each) for each in reasoning or [None] * count]
     for answer, token in zip(answers, first, strict=True):
-        answer.take(token, rules)
+        answer.take(token)
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     kv, extents, documents = _rows_in(cache, decoder, rules.max_new_tokens, kv_dtype or decoder.dtype)
@@ -319,7 +333,7 @@ def decode(
         decoder,
         attention,
         kv,
-        rules=rules,
+        new_tokens=rules.max_new_tokens,
         sampling=sampling,
         capacity=count,
         longest=max(map(max, own)) + rules.max_new_tokens,
@@ -341,7 +355,7 @@ def decode(
     ]
     try:
         if live:
-            loop.join([answers[b] for b in live], seats, [uniforms[b] for b in live] if uniforms else ())
+            loop.join([answers[b] for b in live], seats, [draws[b] for b in live])
         while loop.is_busy and not _any_not_finite(answers):
             check()
             loop.step()
@@ -375,5 +389,6 @@ def _rows_in(
     store = KvStore(
         slots, decoder.shape, dtype=dtype, device=decoder.device, extents=len(own) + len(documents)
     )
-    shared = [] if before is None else store.adopt(before, 0)
-    return store, store.adopt(cache, new_tokens, frees=dtype != decoder.dtype), shared
+    shared = [] if before is None else store.adopt(before)
+    rooms = [new_tokens] * len(own)
+    return store, store.adopt(cache, rooms, frees=dtype != decoder.dtype), shared

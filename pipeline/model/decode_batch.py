@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +20,14 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
-from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
-from pipeline.model.sampling import Sampling, next_tokens
+from pipeline.model.sampling import Draws, RowDraws, next_tokens
+from pipeline.model.step_tables import DrawTable, SharedQueries, SharedTables, to_device
 from pipeline.model.store import Extent
-from pipeline.pruning.shape import ModelShape
 
 NOTHING = -2  # in place of a token that a step might have made
 
@@ -43,6 +41,7 @@ class Seat:
     position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
     reach: int = 0  # tokens that its document may come to have, as `Decoder.rope` wants it
     line: int = 0  # of the scales of keys and values in e4m3
+    new_tokens: int | None = None  # of its answer at most; None: as many as the batch makes of any
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
     prompt: np.ndarray | None = None  # (T,) token ids, in which drafts are looked up
 
@@ -68,6 +67,7 @@ class _Queries(NamedTuple):
     used_LB: Tensor  # of each column, all of these tokens included
     bounds_B1: Tensor  # of each column's queries
     most: int  # of a column
+    draws: Draws | None = None  # what the tokens that follow are drawn by
 
 
 class DecodeBatch:
@@ -82,36 +82,35 @@ class DecodeBatch:
         capacity: int,
         longest: int,
         new_tokens: int,
-        sampling: Sampling | None = None,
+        numbers: int = 0,
         lookup: Lookup | None = None,
     ) -> None:
         """No row ever has more than `longest` tokens in a layer, of which it makes `new_tokens` at most.
 
-        With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts.
+        With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts. There
+        is room for so many `numbers` of a row that is drawn, and for more once one needs them.
         """
         self._decoder, self._attention, self._kv = decoder, attention, kv
         self._new_tokens = new_tokens
-        self.sampling = sampling or Sampling()
         device, layers, drafts = decoder.device, decoder.shape.layers, drafts_of(lookup)
         self._longest = longest + drafts
         self._by_device = attention.captures(device, decoder.dtype)  # attention needs no counts of the host
         self.rows = 0
-        self._state_XC = torch.zeros((2 * layers + 6, capacity + 1), dtype=torch.int32, device=device)
+        self._state_XC = torch.zeros((2 * layers + 7, capacity + 1), dtype=torch.int32, device=device)
         self._starts_LC, self._used_LC = self._state_XC[:layers], self._state_XC[layers : 2 * layers]
         self._used_LC.fill_(1)  # the newest token, which is to be stored, counts
         of_column = self._state_XC[2 * layers :]
         self._tokens_C, self._position_C, self._reach_C = of_column[:3]  # of that token
-        # how many tokens there are of the answer, and whether the column has a row
-        self._drawn_C, self._lines_C, self._moving_C = of_column[3:]
+        # how many tokens there are of the answer, and at most; and whether the column has a row
+        self._drawn_C, self._most_C, self._lines_C, self._moving_C = of_column[3:]
         self._nobody_X1 = self._state_XC[:, :1].clone()
         # of each column, how many drafts the last step verified, and the tokens that it made
         self.outcome_CX = torch.zeros((capacity, 2 + drafts), dtype=torch.int64, device=device)
         self._queries_B1 = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._index_K = torch.arange(1 + drafts, dtype=torch.int32, device=device)
-        self._shared = _SharedTables(decoder.shape, capacity, device, drafts)
+        self._shared = SharedTables(decoder.shape, capacity, device, drafts)
         self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
-        draws = 0 if self.sampling.is_greedy else new_tokens
-        self._uniform_CN = torch.zeros((capacity, draws), dtype=torch.float32, device=device)
+        self._draws = DrawTable(capacity, device, numbers)
 
     @property
     def capacity(self) -> int:
@@ -122,9 +121,16 @@ class DecodeBatch:
         """Whether a step attends to documents that several rows share."""
         return bool(self._shared)
 
+    def size(self, columns: int, queries: int) -> StepSize:
+        """Of a step with so many columns and queries, as the rows that there are need it."""
+        draws = self._draws
+        return StepSize(columns, queries, bool(self._shared), draws.numbers, draws.sorts)
+
     @torch.inference_mode()
-    def join(self, seats: Sequence[Seat], tokens: Sequence[int], uniforms: Sequence[Tensor] = ()) -> None:
-        """Add rows behind those that are there, each with its newest token, and its numbers for draws."""
+    def join(
+        self, seats: Sequence[Seat], tokens: Sequence[int], draws: Sequence[RowDraws | None] = ()
+    ) -> None:
+        """Add rows behind those that are there, each with its newest token, and what it draws by, if any."""
         first, last = self.rows, self.rows + len(seats)
         assert last <= self.capacity, "more rows than the batch has columns"
         columns = [
@@ -135,14 +141,14 @@ class DecodeBatch:
                 seat.position,
                 seat.reach,
                 1,
+                self._new_tokens if seat.new_tokens is None else seat.new_tokens,
                 seat.line,
                 1,
             )
             for seat, token in zip(seats, tokens, strict=True)
         ]
-        _to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
-        if self._uniform_CN.shape[1]:
-            self._uniform_CN[first:last] = torch.stack(list(uniforms)).to(self._uniform_CN.device)
+        to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
+        self._draws.join(draws or [None] * len(seats))
         if self._texts is not None:
             for column, (seat, token) in enumerate(zip(seats, tokens, strict=True), first):
                 assert seat.prompt is not None
@@ -158,13 +164,12 @@ class DecodeBatch:
         if chosen != list(range(kept)):
             order_B = on_device(chosen, self._state_XC.device)
             self._state_XC[:, :kept] = self._state_XC.index_select(1, order_B)
-            if self._uniform_CN.shape[1]:
-                self._uniform_CN[:kept] = self._uniform_CN.index_select(0, order_B)
             if self._texts is not None:
                 self._texts.keep(order_B)
         if starts is not None and kept:
-            _to_device(self._starts_LC[:, :kept], np.array(starts, np.int32).T)
+            to_device(self._starts_LC[:, :kept], np.array(starts, np.int32).T)
         self._state_XC[:, kept : self.rows] = self._nobody_X1
+        self._draws.keep(chosen)
         self._shared.extents = [self._shared.extents[column] for column in chosen]
         self.rows = kept
         self._shared.tell_device()
@@ -179,6 +184,7 @@ class DecodeBatch:
         decoder, kv = self._decoder, self._kv
         drafts = self._drafts(size) if size.queries > size.columns else None
         asked = self._queries(size.columns, drafts)
+        asked = asked._replace(draws=self._draws.of_step(size, asked.column_Q, asked.drawn_Q))
         hidden_QD = decoder.embed(asked.tokens_Q)
         rope = decoder.rope(hidden_QD, asked.position_Q, asked.reach_Q)
         shared = self._shared.of_step(size, drafts and drafts.spread) if size.shares else None
@@ -208,7 +214,7 @@ class DecodeBatch:
         used_LB = self._used_LC[:, :columns]
         places_LB = (self._starts_LC[:, :columns] + used_LB - 1).long()
         layers = self._decoder.shape.layers
-        tokens_B, position_B, reach_B, drawn_B, lines_B, _ = self._state_XC[2 * layers :, :columns]
+        tokens_B, position_B, reach_B, drawn_B, _, lines_B, _ = self._state_XC[2 * layers :, :columns]
         if drafts is None:
             bounds_B1 = self._queries_B1[: columns + 1]
             own = (bounds_B1[:-1], tokens_B, position_B, reach_B, drawn_B, places_LB, lines_B)
@@ -232,11 +238,7 @@ class DecodeBatch:
 
     def _chosen(self, logits_QV: Tensor, asked: _Queries) -> Tensor:
         """(Q,) the token that follows each query."""
-        uniform_Q = None
-        if not self.sampling.is_greedy:
-            last = self._uniform_CN.shape[1] - 1
-            uniform_Q = self._uniform_CN[asked.column_Q.long(), asked.drawn_Q.long().clamp(max=last)]
-        return next_tokens(logits_QV, self.sampling, uniform_Q)
+        return next_tokens(logits_QV, asked.draws)
 
     def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
         """Go on to the newest of the tokens that a step made."""
@@ -250,7 +252,7 @@ class DecodeBatch:
             right_BN = next_BK[:, :-1] == drafts.tokens_BN
             right_BN &= self._index_K[:-1] < verified_B[:, None]
             accepted_B = right_BN.int().cumprod(1).sum(1).int()
-        made_B = (accepted_B + 1).minimum(self._new_tokens - drawn_B).clamp(min=0) * moving_B
+        made_B = (accepted_B + 1).minimum(self._most_C[:columns] - drawn_B).clamp(min=0) * moving_B
         there_BK = self._index_K[: next_BK.shape[1]] < made_B[:, None]
         self.outcome_CX[:columns] = NOTHING
         self.outcome_CX[:columns, 0] = verified_B
@@ -264,7 +266,7 @@ class DecodeBatch:
         self._position_C[:columns] += made_B
         self._drawn_C[:columns] += made_B
 
-    def _slots(self, layer: int, columns: int, asked: _Queries, shared: _SharedQueries | None) -> DecodeSlots:
+    def _slots(self, layer: int, columns: int, asked: _Queries, shared: SharedQueries | None) -> DecodeSlots:
         scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]
         window, used_B, host = self._decoder.shape.window(layer), asked.used_LB[layer], None
         if window is not None and asked.most > 1:
@@ -299,99 +301,3 @@ class DecodeBatch:
             scales=scales,
             lines_B=None if scales is None else asked.lines_Q,
         )
-
-
-class _SharedQueries(NamedTuple):
-    """Of a step: which of its queries attend to each range of the documents that rows share."""
-
-    queries_N1: Tensor
-    order_O: Tensor
-
-
-class _SharedTables:
-    """Which columns read the same document, as a step finds it on the device: R ranges of a document's slots.
-
-    Columns with the same one are put together, as many in a range as a program of the kernel holds, each with
-    all its drafts. There are no more ranges than columns; those behind the last are empty, so that a captured
-    step serves all.
-    """
-
-    def __init__(self, shape: ModelShape, capacity: int, device: torch.device, drafts: int) -> None:
-        self.extents: list[Extent | None] = []  # of each column's row
-        self._columns = max(1, queries_of_a_range(shape.heads, shape.kv_heads) // (1 + drafts))
-        self._most = self._columns * (1 + drafts)
-        self._starts_LR = np.zeros((shape.layers, capacity), np.int32)
-        self._used_LR = np.zeros((shape.layers, capacity), np.int32)
-        self._lines_R = np.zeros(capacity, np.int32)
-        self._members_R1 = np.zeros(capacity + 1, np.int32)  # bounds of each range's columns in the order
-        self._order_C = np.zeros(capacity, np.int32)
-        self._told = False  # whether the device knows of a range
-        self._starts_dev, self._used_dev, self._lines_dev, self._members_dev, self._order_dev = (
-            torch.zeros(values.shape, dtype=torch.int32, device=device)
-            for values in (self._starts_LR, self._used_LR, self._lines_R, self._members_R1, self._order_C)
-        )
-        self._place_C = torch.arange(capacity, dtype=torch.int32, device=device)
-
-    def __bool__(self) -> bool:
-        return any(extent is not None for extent in self.extents)
-
-    def tell_device(self) -> None:
-        """Bring the tables to the device, behind the work queued so far; an extent may have been moved."""
-        if not (self or self._told):
-            return
-        members: dict[int, list[int]] = {}
-        for column, extent in enumerate(self.extents):
-            if extent is not None:
-                members.setdefault(id(extent), []).append(column)
-        chunks = [chunk for columns in members.values() for chunk in in_chunks(columns, self._columns)]
-        self._used_LR[:] = 0
-        self._members_R1[:] = sum(map(len, chunks))
-        self._members_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]
-        for n, columns in enumerate(chunks):
-            extent = self.extents[columns[0]]
-            assert extent is not None
-            self._starts_LR[:, n], self._used_LR[:, n] = extent.starts, extent.stored
-            self._lines_R[n] = extent.line
-            self._order_C[self._members_R1[n] : self._members_R1[n + 1]] = columns
-        pairs = (
-            (self._starts_dev, self._starts_LR),
-            (self._used_dev, self._used_LR),
-            (self._lines_dev, self._lines_R),
-            (self._members_dev, self._members_R1),
-            (self._order_dev, self._order_C),
-        )
-        for target, source in pairs:
-            _to_device(target, source)
-        self._told = bool(self)
-
-    def of_step(self, size: StepSize, spread: Spread | None) -> _SharedQueries:
-        """The queries of each range: of its columns all that `spread` gives them, or one each."""
-        members_N1 = self._members_dev[: size.columns + 1]
-        if spread is None:
-            return _SharedQueries(members_N1, self._order_dev)
-        bounds_C1 = spread.bounds_N1.new_zeros(len(self._order_dev) + 1)
-        bounds_C1[: size.columns + 1] = spread.bounds_N1
-        count_O = bounds_C1.diff()[self._order_dev].masked_fill(self._place_C >= members_N1[-1], 0)
-        own = Spread.of(count_O, size.queries)
-        order_Q = bounds_C1[self._order_dev[own.owner_Q]] + own.index_Q
-        return _SharedQueries(own.bounds_N1[members_N1], order_Q)
-
-    def ranges(self, layer: int, asked: _SharedQueries, longest: int, scales: Fp8Scales | None) -> Ranges:
-        """Of a step with these queries."""
-        columns = len(asked.queries_N1) - 1
-        return Ranges(
-            starts_N=self._starts_dev[layer, :columns],
-            used_N=self._used_dev[layer, :columns],
-            queries_N1=asked.queries_N1,
-            most_queries=self._most,
-            longest=longest,
-            order_O=asked.order_O,
-            scales=scales,
-            lines_N=None if scales is None else self._lines_dev[:columns],
-        )
-
-
-def _to_device(target: Tensor, source: np.ndarray) -> None:
-    """Copy, in order behind the work queued so far, without waiting for it."""
-    values = torch.from_numpy(np.ascontiguousarray(source).copy())
-    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

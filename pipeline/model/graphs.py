@@ -31,6 +31,8 @@ class StepSize(NamedTuple):
     columns: int
     queries: int  # as many, or more where drafts are verified
     shares: bool = False  # whether rows read documents that they share
+    numbers: int = 0  # that a row may draw by, where one is drawn
+    sorts: bool = False  # whether one is drawn by a top-p below 1
 
 
 Step = Callable[[StepSize], None]

@@ -101,14 +101,16 @@ class KvStore(KeysValues):
         return sum(tensor.nbytes for tensor in self._pool) + means
 
     @torch.inference_mode()
-    def adopt(self, cache: RaggedCache, new_tokens: int, *, frees: bool = False) -> list[Extent]:
-        """Copy a prefilled pack's keys and values: of each document its extent, with room for `new_tokens`.
+    def adopt(self, cache: RaggedCache, rooms: Sequence[int] = (), *, frees: bool = False) -> list[Extent]:
+        """Copy a prefilled pack's keys and values; returns each document's extent.
 
-        There must be as many free slots; rows that are there already may be moved. What the documents share
-        with others is not copied. With `frees` the cache loses each layer once it is copied.
+        `rooms` says for how many new tokens of each there is to be room; without, for none. There must be as
+        many free slots; rows that are there already may be moved. What the documents share with others is not
+        copied. With `frees` the cache loses each layer once it is copied.
         """
         stored = list(zip(*cache.own_tokens(), strict=True))  # of each document, by layer
-        extents = [self._take(layers, new_tokens) for layers in stored]
+        rooms = rooms or [0] * len(stored)
+        extents = [self._take(layers, room) for layers, room in zip(stored, rooms, strict=True)]
         starts_LB = on_device(list(zip(*(extent.starts for extent in extents), strict=True)), cache.device)
         lines_B = on_device([extent.line for extent in extents], cache.device)
         for layer, slots in enumerate(cache.slots):

@@ -21,6 +21,7 @@ from pipeline.outputs.beginnings import check_columns, check_settings, settings_
 from pipeline.outputs.formats import Published
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.rowindex import RowIndex
+from pipeline.outputs.sidecar import Written
 from pipeline.outputs.writing import output_writer, schema_as_written
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.whole_file import sync_folder
@@ -102,7 +103,7 @@ class DroppedRows:
         os.replace(self.path, next(name for name in names if not name.exists()))
 
     def _write(self, path: Path, tables: Tables, temporary: Path) -> None:
-        def as_private_as_the_output(size: int, schema: pa.Schema) -> None:
+        def as_private_as_the_output(written: Written) -> None:
             if self._output.exists():
                 shutil.copymode(self._output, temporary)
 

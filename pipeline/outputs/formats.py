@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
+from pipeline.outputs.batch_lines import OWN, TOLD_THERE, Responses, errors_path, is_of_requests, told_there
 from pipeline.storage.remote import Place
 from pipeline.values import dictionaries
 from pipeline.values.jsonvalues import held_text, holds_keys, json_value, parse_json
@@ -71,6 +74,8 @@ class ArrowFileSink(Sink):
 class JsonlSink(Sink):
     """JSON lines, one object a row; the schema has no place in them (see sidecar.py)."""
 
+    _handle: BinaryIO
+
     def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
         self.schema = _with_types(schema, dictionaries.plain_strings)
         self._handle = handle
@@ -85,13 +90,42 @@ class JsonlSink(Sink):
                         keys.append(value.as_py() or "{}")
                     else:
                         values[name] = json_value(value)
-                line = json.dumps(values, ensure_ascii=False, allow_nan=False)
-                for text in keys:  # as it was written
-                    line = line if text == "{}" else f"{line[:-1]}, {text[1:]}"
-                self._handle.write(line.encode() + b"\n")
+                self._write_row(values, keys)
+
+    def _write_row(self, values: dict[str, Any], keys: Sequence[str]) -> None:
+        """A row of these columns, beside which the objects `keys`, as JSON, have more."""
+        self._handle.write(_object(values, keys).encode() + b"\n")
 
     def finish(self) -> None:
         """Nothing ends JSON lines."""
+
+
+class BatchSink(JsonlSink):
+    """JSON lines in the form of the Batch API; rows without an answer go to `errors`, or else beside them."""
+
+    def __init__(self, handle: BinaryIO, schema: pa.Schema) -> None:
+        super().__init__(handle, schema)
+        self.errors = handle
+        self._responses = Responses(schema)
+
+    def _write_row(self, values: dict[str, Any], keys: Sequence[str]) -> None:
+        own = {name: value for name, value in values.items() if name not in TOLD_THERE}
+        line = json.dumps(self._responses.of(values), ensure_ascii=False, allow_nan=False)
+        handle = self._handle if values["status"] == "ok" else self.errors
+        handle.write(f'{line[:-1]}, "{OWN}": {_object(own, keys)}}}\n'.encode())
+
+
+def _object(values: dict[str, Any], others: Sequence[str]) -> str:
+    """A JSON object of these values, and of what the JSON objects `others` have, as it was written."""
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    for text in others:
+        line = line if text == "{}" else f"{line[:-1]}, {text[1:]}"
+    return line
+
+
+def lines_sink(handle: BinaryIO, schema: pa.Schema) -> JsonlSink:
+    """What writes JSON lines of this schema."""
+    return (BatchSink if is_of_requests(schema) else JsonlSink)(handle, schema)
 
 
 OpenSink = Callable[[BinaryIO, pa.Schema], Sink]
@@ -102,7 +136,7 @@ SINKS: dict[str, OpenSink] = {
     ".feather": ArrowFileSink,
     ".ipc": ArrowFileSink,
     ".arrows": ArrowStreamSink,
-    ".jsonl": JsonlSink,
+    ".jsonl": lines_sink,
 }
 
 
@@ -175,10 +209,13 @@ class _Arrow:
 class _JsonLines:
     """Runs of lines, of which only the offsets are kept."""
 
+    _told_elsewhere: Sequence[str] = ()  # columns that a line has no key for
+
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
         self._keys = [field.name for field in schema if holds_keys(field)]
-        self._names = [field.name for field in schema if not holds_keys(field)]
+        told = (*self._keys, *self._told_elsewhere)
+        self._names = [field.name for field in schema if field.name not in told]
         self._path = path
         self._starts = array("q", [0])
         self._rows = array("q")
@@ -206,7 +243,9 @@ class _JsonLines:
 
     def _row(self, line: bytes) -> dict[str, Any]:
         """The columns of a line, its other keys as JSON in the column that holds them."""
-        row = parse_json(line.decode()) if self._keys else json.loads(line)
+        return self._columns(parse_json(line.decode()) if self._keys else json.loads(line))
+
+    def _columns(self, row: Any) -> dict[str, Any]:
         if not isinstance(row, dict) or list(row)[: len(self._names)] != self._names:
             raise ValueError("it has other columns than were written")
         rest = {key: row.pop(key) for key in list(row)[len(self._names) :]}
@@ -219,6 +258,45 @@ class _JsonLines:
         self._starts.append(end)
 
 
+class _BatchLines(_JsonLines):
+    """Lines in the form of the Batch API, of one file."""
+
+    _told_elsewhere = TOLD_THERE
+
+    def _row(self, line: bytes) -> dict[str, Any]:
+        whole: Any = parse_json(line.decode())
+        try:
+            return self._columns(whole[OWN]) | told_there(whole)
+        except (LookupError, TypeError) as error:
+            raise ValueError("it is no line of the Batch API that marsinfer wrote") from error
+
+
+class _BatchFiles:
+    """An output in the form of the Batch API, behind its rows without an answer, which are in another file.
+
+    Where a run was killed between the two a row may stand in both: that of the output comes last, and counts.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._files = [_BatchLines(file, schema) for file in (errors_path(path), path) if file.exists()]
+        self.firsts = [0, *accumulate(file.count for file in self._files)]
+        self.count = self.firsts.pop()
+
+    def read(self, number: int, columns: list[str] | None) -> pa.Table:
+        file, within = self._at(number)
+        return file.read(within, columns)
+
+    def row_bytes(self, number: int) -> int:
+        file, within = self._at(number)
+        return file.row_bytes(within)
+
+    def _at(self, number: int) -> tuple[_BatchLines, int]:
+        """The file of a group, and which of its groups it is."""
+        file = bisect_right(self.firsts, number) - 1
+        return self._files[file], number - self.firsts[file]
+
+
 class Published:
     """An output; its groups are Parquet's row groups, Arrow's batches, or runs of JSON lines."""
 
@@ -226,8 +304,12 @@ class Published:
         self, path: Path, content: pa.Buffer | None = None, lines_schema: pa.Schema | None = None
     ) -> None:
         """Open the file, or `content` that stands for it; JSON lines do not hold their schema."""
-        self._groups: _Parquet | _Arrow | _JsonLines
-        if lines_schema is not None:
+        self._groups: _Parquet | _Arrow | _JsonLines | _BatchFiles
+        self.firsts: Sequence[int] = (0,)  # groups with which a file begins
+        if lines_schema is not None and is_of_requests(lines_schema):
+            self._groups = files = _BatchFiles(path, lines_schema)
+            self.firsts = files.firsts
+        elif lines_schema is not None:
             self._groups = _JsonLines(path, lines_schema)
         else:
             self._groups = (_Parquet if path.suffix.lower() == ".parquet" else _Arrow)(path, content)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, halves, own_columns
+from pipeline.outputs.batch_lines import errors_path, is_batch_form
 from pipeline.outputs.beginnings import copies_alike, files_in, plain, with_files
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
@@ -160,6 +161,11 @@ class Journal(FinishedRows):
         if not has_answers(self._folder):
             remove_journal(self._folder)
 
+    @property
+    def errors_file(self) -> str | None:
+        """The name of the file that holds the rows without an answer; None where the output has them too."""
+        return errors_path(self._output).name if is_batch_form(self._output, self._schema) else None
+
     def _release(self) -> None:
         self.index.close()
         self._copies.close()
@@ -174,7 +180,7 @@ class Journal(FinishedRows):
             self.index.enter(table, part, chunk, row_bytes)
             has_chunks |= part > PUBLISHED
             if part == PUBLISHED:
-                self._note_places(table)
+                self._note_places(table, begins=self._base is not None and chunk in self._base.firsts)
         for name, damages in self._parts.damages.items():
             told = f"{damage_told(damages)} and will be answered again"
             self.notes.append(f"{told}; all else is kept, and {self._kept(name)}")
@@ -186,8 +192,13 @@ class Journal(FinishedRows):
         self.count_at_start()
         self.resumed = self._base is not None or has_chunks
 
-    def _note_places(self, table: pa.Table) -> None:
-        """Count rows of the output that is extended, and see whether they are in the order of the input."""
+    def _note_places(self, table: pa.Table, *, begins: bool) -> None:
+        """Count rows of the output that is extended, and see whether they are in the order of the input.
+
+        `begins` says that they are the first of a file.
+        """
+        if begins:
+            self._last_place = (-1, -1)
         indices = (-1 if index is None else index for index in table["question_index"].to_pylist())
         places = [self._last_place, *zip(table["row"].to_pylist(), indices, strict=True)]
         self._held += table.num_rows
@@ -249,10 +260,9 @@ class Journal(FinishedRows):
         if self.index.returned:
             self._dropped.write_later(tables(after=True) if self.index.has_dropped(after=True) else None)
 
-    def _write_sidecar(self, size: int, schema: pa.Schema) -> None:
+    def _write_sidecar(self, written: Written) -> None:
         if needs_sidecar(self._output):
-            base = () if self._base is None else (Written(self._output.stat().st_size, self._base.schema),)
-            write_sidecar(self._output, Written(size, schema), self._folder / "sidecar.partial", base)
+            write_sidecar(self._output, written, self._folder / "sidecar.partial")
 
     def _merged(
         self, locations: Iterator[Location], schema: pa.Schema, convert: Convert

@@ -26,10 +26,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import KEPT, ConfigError, LockedError, MarsError, StorageError
+from pipeline.outputs.batch_lines import errors_path
 from pipeline.outputs.beginnings import START_OVER, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage
 from pipeline.outputs.dropped import dropped_path
 from pipeline.outputs.journal import Journal
+from pipeline.outputs.own import has_errors
 from pipeline.outputs.parts import DAMAGED, journal_folder, journal_parts
 from pipeline.outputs.rowindex import Order
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
@@ -205,14 +207,20 @@ class Mirror:
     def upload(self) -> None:
         """Put the finished output, and before it what describes it, where they belong."""
         with self._failures_told("cannot be written", "; the journal is intact, and --resume continues"):
-            sidecar = sidecar_path(self.file)
+            sidecar, errors = sidecar_path(self.file), errors_path(self.file)
+            is_stale = has_errors(self.output) and not errors.exists()
             if sidecar.exists():
                 self._check()
                 self.output.beside(sidecar.name).upload(sidecar)
             if dropped_path(self.file).exists():
                 self._put_dropped()
+            if errors.exists():
+                self._check()
+                errors_path(self.output).upload(errors)
             self._check()
             self.output.upload(self.file)
+            if is_stale:
+                errors_path(self.output).unlink()
 
     def put_dropped(self) -> None:
         """Make the rows beside the output what the scratch folder has; none, if it has none."""
@@ -296,6 +304,8 @@ class Mirror:
     def _fetch_sidecar(self) -> None:
         if needs_sidecar(self.file):
             self._fetch(self.output.beside(sidecar_path(self.file).name))
+            if has_errors(self.output):
+                self._fetch(errors_path(self.output))
 
     def _fetch(self, path: RemotePath) -> None:
         if path.exists():

@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.outputs.batch_lines import errors_path, output_of
 from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.outputs.own_columns import INDEXED
-from pipeline.outputs.sidecar import SIDECAR, needs_sidecar, sidecar_path
+from pipeline.outputs.sidecar import ERRORS_KEY, SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
 from pipeline.storage.remote import Place
 from pipeline.storage.sniff import ARROW_FILE
@@ -73,6 +74,20 @@ def foreign_sidecar(path: Place) -> Place | None:
     return sidecar
 
 
+def foreign_errors(path: Place) -> Place | None:
+    """What has the name of the file of rows without an answer, if no run wrote it."""
+    errors = errors_path(path)
+    is_free = not errors.exists() or _bytes(errors) == 0 or has_errors(path)
+    return None if is_free else errors
+
+
+def has_errors(path: Place) -> bool:
+    """Whether there are rows without an answer beside an output that a run wrote."""
+    if not needs_sidecar(path) or not errors_path(path).exists():
+        return False
+    return _bytes(errors_path(path)) in _sizes_told(sidecar_path(path), of_errors=True)
+
+
 def _bytes(path: Place) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.size()
 
@@ -95,12 +110,14 @@ def _says(schema: pa.Schema, key: bytes) -> bool:
 
 
 def is_own_lines(path: Place, listed: Collection[str]) -> bool:
-    """Whether JSON lines are an output: whether the file beside them that says how they were made is there.
+    """Whether JSON lines are of an output: whether the file that says how they were made is beside them.
 
     `listed` are the names, as shown, that were found in remote folders: for no others storage is asked.
     """
     if not needs_sidecar(path):
         return False
+    if _holds_errors(path, listed):
+        return True
     if isinstance(path, Path):
         # the links of its folders lead to the same place
         sidecar: Place = sidecar_path(path) if path.is_symlink() else path.with_name(f"{path.name}{SIDECAR}")
@@ -111,14 +128,31 @@ def is_own_lines(path: Place, listed: Collection[str]) -> bool:
     return bool(_sizes_told(sidecar))
 
 
-def _sizes_told(sidecar: Place) -> list[int]:
-    """How many bytes the lines beside a sidecar may have; none if no run wrote it."""
+def _holds_errors(path: Place, listed: Collection[str]) -> bool:
+    """Whether JSON lines are the rows without an answer of an output beside them."""
+    name = output_of(path.name)
+    if name is None:
+        return False
+    if isinstance(path, Path):
+        return has_errors(path.with_name(name))
+    output = path.beside(name)
+    return str(sidecar_path(output)) in listed and has_errors(output)
+
+
+def _sizes_told(sidecar: Place, *, of_errors: bool = False) -> list[int]:
+    """How many bytes the lines beside a sidecar may have, or its rows without an answer.
+
+    None if no run wrote it.
+    """
     if not sidecar.exists():
         return []
     try:
         content = json.loads(sidecar.read_bytes())
         if "arrow_schema" not in content or METADATA_KEY.decode() not in content:
             return []
-        return [size for told in (content, *content.get("before", [])) for size in told["bytes"]]
+        written = (content, *content.get("before", []))
+        if of_errors:
+            return [told[ERRORS_KEY] for told in written if ERRORS_KEY in told]
+        return [size for told in written for size in told["bytes"]]
     except (*READ_ERRORS, LookupError, TypeError):
         return []

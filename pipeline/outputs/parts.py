@@ -35,7 +35,7 @@ _PART = re.compile(rf"part-(\d{{4,}})(?:{re.escape(DAMAGED)})?")
 # partial files lie in the folder, so that what a killed run left of them goes with the journal
 # .nfs: what a network's file system keeps of a file that was removed while it was open
 _OURS = re.compile(
-    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped|copies)\.partial|\.nfs\w+"
+    rf"{_PART.pattern}|settings\.json(\.partial)?|index\.sqlite(-\w+)?|(output|sidecar|dropped|copies)\.partial(\.errors)?|\.nfs\w+"
 )
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.errors import StorageError
 from pipeline.outputs.answers import answers_table
 from pipeline.outputs.finished import FinishedRows
-from pipeline.outputs.formats import JsonlSink
+from pipeline.outputs.formats import lines_sink
 from pipeline.outputs.rowindex import Order, RowIndex
 from pipeline.records import Answer
 from pipeline.storage.causes import cause, told
@@ -27,6 +27,7 @@ class StreamedRows(FinishedRows):
     """A context manager that stands in the place of a `Journal`; ids are known on disk, in scratch space."""
 
     resumed = False
+    errors_file: str | None = None  # rows without an answer come with the others
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
@@ -40,7 +41,7 @@ class StreamedRows(FinishedRows):
             index = RowIndex(Path(scratch) / "index.sqlite")
             opened.callback(index.close)
             self._opened = opened.pop_all()
-        self._sink = JsonlSink(self._handle, schema)
+        self._sink = lines_sink(self._handle, schema)
         super().__init__(index)
 
     def __enter__(self) -> Self:

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.outputs.formats import Published, Sink, sink_type
-from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
-from pipeline.outputs.sidecar import needs_sidecar
+from pipeline.outputs.batch_lines import ERRORS, errors_path
+from pipeline.outputs.formats import BatchSink, Published, Sink, sink_type
+from pipeline.outputs.own import foreign_errors, foreign_sidecar, has_errors, may_be_replaced, was_ours
+from pipeline.outputs.sidecar import Written, needs_sidecar
 from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
 from pipeline.storage.stdin import Stdin
@@ -31,8 +33,13 @@ _REMEDIES = {
 _OTHER_REMEDY = "check the disk and run again"
 
 
-def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not be written or would destroy something."""
+def check_output(
+    path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool, *, of_requests: bool = False
+) -> None:
+    """Refuse, before any work, an output that could not be written or would destroy something.
+
+    Where rows are requests, JSON lines have a second file beside them.
+    """
     place = output_place(path)
     sink_type(place)
     folder = Path(os.path.realpath(place)).parent if isinstance(place, Path) else None
@@ -46,6 +53,8 @@ def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwr
             raise ConfigError(f"{place} is also an input{named}; name another output")
     with told(f"{place} cannot be written"):
         refuse_foreign_output(place)
+        if of_requests and needs_sidecar(place):
+            _refuse_foreign_errors(place)
         refuse_existing(place, overwrite)
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{place} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
@@ -84,6 +93,16 @@ def refuse_foreign_output(path: Place) -> None:
         )
 
 
+def _refuse_foreign_errors(path: Place) -> None:
+    """A `ConfigError` for what no run has written, under the name of the file of rows without an answer."""
+    errors = foreign_errors(path)
+    if errors is not None:
+        raise ConfigError(
+            f"{errors}, which is to hold the rows without an answer, exists, and marsinfer did not write it: "
+            "name another output"
+        )
+
+
 def schema_as_written(path: Path, schema: pa.Schema) -> pa.Schema:
     """The schema that reading the output back will show; a `ConfigError` if its format lacks a type."""
     trial = io.BytesIO()
@@ -117,12 +136,13 @@ def output_writer(
     schema: pa.Schema,
     overwrite: bool = False,
     temporary: Path | None = None,
-    before: Callable[[int, pa.Schema], None] = lambda size, schema: None,
+    before: Callable[[Written], None] = lambda written: None,
 ) -> Iterator[AnswerWriter]:
     """A clean exit publishes the file whole, an exception leaves no trace of it.
 
-    `temporary` names, on the same file system, the file that becomes the output. `before` is called with its
-    bytes and its schema when it is durable, right before it is published.
+    `temporary` names, on the same file system, the file that becomes the output. `before` is called with what
+    is written when it is durable, right before it is published. In the form of the Batch API the rows without
+    an answer are a second file, published first: a run that is killed between the two has its journal.
     """
     path = Path(output)
     make_sink = sink_type(path)
@@ -132,21 +152,43 @@ def output_writer(
     refuse_existing(path, overwrite)
     with ExitStack() as leftovers:
         with _failures_told(path):
-            handle = open_new(temporary, like=target)
-            leftovers.callback(_quietly, temporary.unlink)
-            leftovers.callback(_quietly, handle.close)
+            handle = _opened(temporary, target, leftovers)
             sink = make_sink(handle, schema)
             leftovers.callback(_quietly, sink.finish)
+            errors = temporary.with_name(f"{temporary.name}{ERRORS}")
+            if isinstance(sink, BatchSink):
+                sink.errors = _opened(errors, target, leftovers)
         yield AnswerWriter(path, sink)
         with _failures_told(path):
             sink.finish()
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
+            errors_size = _sealed(sink.errors) if isinstance(sink, BatchSink) else None
+            written = Written(_sealed(handle), sink.schema, errors_size)
             refuse_existing(path, overwrite)
-            before(temporary.stat().st_size, sink.schema)
+            leaves_errors = has_errors(path) and not errors_size
+            before(written)
+            if errors_size:
+                os.replace(errors, errors_path(target))
             os.replace(temporary, target)
+            if leaves_errors:
+                errors_path(target).unlink()
             sync_folder(target.parent)
+
+
+def _opened(temporary: Path, target: Path, leftovers: ExitStack) -> BinaryIO:
+    """A new file that is to become `target`, or stand beside it; `leftovers` removes what is left of it."""
+    handle = open_new(temporary, like=target)
+    leftovers.callback(_quietly, temporary.unlink)
+    leftovers.callback(_quietly, handle.close)
+    return handle
+
+
+def _sealed(handle: BinaryIO) -> int:
+    """Make what was written to a file durable, and close it; returns its bytes."""
+    handle.flush()
+    os.fsync(handle.fileno())
+    size = os.fstat(handle.fileno()).st_size
+    handle.close()
+    return size
 
 
 def _quietly(action: Callable[[], object]) -> None:

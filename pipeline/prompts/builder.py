@@ -92,8 +92,13 @@ class PromptBuilder:
 
     @property
     def limit(self) -> int:
-        """The longest prompt, in tokens."""
+        """The longest prompt, in tokens, of a row that says nothing of its answer's length."""
         return self.context - self.max_new_tokens
+
+    def _limit_of(self, row: Row) -> int:
+        """The longest prompt of a row, which may leave more or less for its answer; below 1 without any."""
+        own = row.params.max_new_tokens
+        return self.limit if own is None else self.context - own
 
     @property
     def uses_question(self) -> bool:
@@ -154,7 +159,8 @@ class PromptBuilder:
         start, end = prompt.spans["document"]
         if start == end:
             raise RowError("empty_document", "the document is empty")
-        kept = self._fit(prompt.ids[start:end], len(prompt.ids) - (end - start))
+        limit = self._limit_of(document.source)
+        kept = self._fit(prompt.ids[start:end], len(prompt.ids) - (end - start), limit)
         prompt.cut_document(kept)
         behind = prompt.spans["document"][1]
         ready_at = time.perf_counter()
@@ -263,19 +269,19 @@ class PromptBuilder:
         form, layout = self._form(texts)
         others = [(name, text) for name, text in form.filled(form.trimmed(texts)) if name not in OWN]
         asked = sum(len(self._codec.user(text, layout.leading == name)) for name, text in others)
-        return self.limit - layout.fixed_tokens - asked
+        return self._limit_of(row) - layout.fixed_tokens - asked
 
     def token_starts(self, text: str) -> np.ndarray:
         """(T,) the character of a document's text at which each token begins; see `Codec.starts`."""
         return self._codec.starts(text)
 
-    def _fit(self, ids: list[int], other_tokens: int) -> list[int]:
+    def _fit(self, ids: list[int], other_tokens: int, limit: int) -> list[int]:
         """The document's tokens that stay beside `other_tokens` of instruction and question."""
-        keep = self.limit - other_tokens
+        keep = limit - other_tokens
         if len(ids) <= keep:
             return ids
         if keep < 1 or not self.on_overlong.startswith("truncate"):
-            message = self._too_long(len(ids), other_tokens)
+            message = self._too_long(len(ids), other_tokens, limit)
             raise RowError(
                 "over_long",
                 message,
@@ -286,16 +292,20 @@ class PromptBuilder:
         tail = {"truncate-left": keep, "truncate-right": 0, "truncate-middle": keep // 2}[self.on_overlong]
         return ids[: keep - tail] + ids[len(ids) - tail :]
 
-    def _too_long(self, document_tokens: int, other_tokens: int) -> str:
-        limit = f"{self.limit:,} (context {self.context:,} less {self.max_new_tokens:,} for the answer)"
-        if other_tokens >= self.limit:
+    def _too_long(self, document_tokens: int, other_tokens: int, limit: int) -> str:
+        answer, total = self.context - limit, document_tokens + other_tokens
+        if limit < 1:
+            return (
+                f"{answer:,} new tokens leave no room for a prompt: the context has {self.context:,} tokens"
+            )
+        told = f"{limit:,} (context {self.context:,} less {answer:,} for the answer)"
+        if other_tokens >= limit:
             return (
                 f"instruction and question alone have {other_tokens:,} tokens, no room for the document"
-                f" under the limit of {limit}; shorten them or lower --max-new-tokens"
+                f" under the limit of {told}; shorten them or lower --max-new-tokens"
             )
-        total = document_tokens + other_tokens
         return (
-            f"the prompt has {total:,} tokens, {total - self.limit:,} more than the limit of {limit};"
+            f"the prompt has {total:,} tokens, {total - limit:,} more than the limit of {told};"
             " --on-overlong split answers it in parts, truncate-middle cuts it, skip leaves the row out"
         )
 

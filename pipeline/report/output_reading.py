@@ -28,6 +28,7 @@ from pipeline.outputs.answers import (
     own_columns,
     stored_in,
 )
+from pipeline.outputs.batch_lines import errors_path, is_of_requests, names_told
 from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage, whole_chunks
 from pipeline.outputs.formats import SINKS, Published
@@ -146,26 +147,36 @@ def _open_local(given: str, label: str, path: Path, stack: ExitStack) -> Run:
 
 def _publication(given: str, path: Path) -> tuple[Published, dict[str, Any]]:
     """A finished output, and what it says of its run."""
-    lines_schema = _lines_schema(path) if needs_sidecar(path) else None
+    lines_schema = None
+    if needs_sidecar(path):
+        metadata = _sidecar_metadata(path)
+        lines_schema = _lines_schema(path, metadata)
     published = Published(path, lines_schema=lines_schema)
     if lines_schema is None:
         metadata = json.loads((published.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    else:
-        metadata = _sidecar_metadata(path)
     wanting = [name for name in ("id", "row", "status") if name not in published.schema.names]
     if wanting and (lines_schema is None or lines_schema.names):  # a file of no lines has no columns
         raise ConfigError(f"{given} is no output of marsinfer batch: it has no column {wanting[0]!r}")
     return published, redacted(metadata)  # which versions of before stored with all of a URL
 
 
-def _lines_schema(path: Path) -> pa.Schema:
+def _lines_schema(path: Path, metadata: dict[str, Any]) -> pa.Schema:
     """Our columns of the first line, and a column for whatever keys follow, which are never looked at."""
-    with path.open("rb") as lines:
-        first: Any = next((json.loads(line) for line in lines), {})
+    schema = pa.schema([], metadata={METADATA_KEY: json.dumps(metadata)})
+    of_requests = is_of_requests(schema)
+    files = [file for file in (path, errors_path(path)) if file.exists()] if of_requests else [path]
+    first: Any = next((json.loads(line) for file in files for line in _first_line(file)), {})
     if not isinstance(first, dict):
         raise ValueError("its first line is no JSON object")
-    own = [pa.field(name, TYPES[name]) for name in own_prefix(list(first))]
-    return pa.schema([*own, pa.field(EXTRA, pa.large_string(), metadata=KEYS)] if first else [])
+    names = names_told(first) if of_requests and first else list(first)
+    own = [pa.field(name, TYPES[name]) for name in own_prefix(names)]
+    fields = [*own, pa.field(EXTRA, pa.large_string(), metadata=KEYS)] if first else []
+    return pa.schema(fields, metadata=schema.metadata)
+
+
+def _first_line(path: Path) -> list[bytes]:
+    with path.open("rb") as lines:
+        return lines.readlines(1)
 
 
 def _sidecar_metadata(path: Path) -> dict[str, Any]:

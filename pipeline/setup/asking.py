@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError
+from pipeline.inputs.requests import BODY, METHOD, REQUEST_ID, URL
 from pipeline.settings.data_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS, DataSettings
 from pipeline.settings.run_settings import BatchConfig
 
@@ -33,6 +34,7 @@ class Settled(NamedTuple, Generic[Data]):
     settings: Data
     takes_ids: bool = False  # from the column `id`, which nobody named: an id that comes again gets a number
     asks_summary: bool = False  # because no question was found
+    requests: bool = False  # rows are requests of OpenAI's Batch API
     notes: tuple[str, ...] = ()
 
 
@@ -44,6 +46,8 @@ def settled(data: Data, types: Types | None, *, template_asks: bool | None = Non
     """
     notes: list[str] = []
     types = types or {}
+    if template_asks is None and _are_requests(data, types):
+        return Settled(data, requests=True, notes=("the rows are requests of OpenAI's Batch API",))
     if template_asks is None and _has_messages(data, types):
         data = replace(data, messages_column=MESSAGES)
         notes.append(f"the prompt is the chat in the column {MESSAGES!r}")
@@ -58,14 +62,25 @@ def settled(data: Data, types: Types | None, *, template_asks: bool | None = Non
     if takes_ids:
         values["id_column"] = ID
     asks_summary = "summarise" in values
-    return Settled(replace(data, **values), takes_ids, asks_summary, tuple(notes))
+    return Settled(replace(data, **values), takes_ids, asks_summary, notes=tuple(notes))
 
 
 def _has_messages(data: DataSettings, types: Types) -> bool:
     """Whether rows have a column of messages, and nothing that could be a document."""
-    names = {TEXT, *TEXT_TOO} & set(types)
-    is_open = data.text_column is None and not data.is_asked and not names
-    return is_open and (is_list(types.get(MESSAGES, "")) or types.get(MESSAGES) == "null")
+    return _is_open(data, types) and (is_list(types.get(MESSAGES, "")) or types.get(MESSAGES) == "null")
+
+
+def _are_requests(data: DataSettings, types: Types) -> bool:
+    """Whether rows have a body that is an object, and most of what stands beside it in a request."""
+    others = {name: kind for name, kind in types.items() if name != BODY}
+    is_object = types.get(BODY, "").startswith("struct") or types.get(BODY) == "null"
+    beside = len({REQUEST_ID, METHOD, URL} & others.keys())
+    return is_object and beside > 1 and data.id_column is None and _is_open(data, others)
+
+
+def _is_open(data: DataSettings, types: Types) -> bool:
+    """Whether no setting says what the document or the question is, and no column could be a document."""
+    return data.text_column is None and not data.is_asked and not {TEXT, *TEXT_TOO} & set(types)
 
 
 def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
@@ -75,7 +90,8 @@ def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
         values |= {name: columns[name] for name in ASKED}
         values["messages_column"] = columns.get("messages_column")
     data = replace(data, **values)
-    return Settled(data, bool(columns["takes_ids"]) and data.id_column == columns["id_column"])
+    takes_ids = bool(columns["takes_ids"]) and data.id_column == columns["id_column"]
+    return Settled(data, takes_ids, requests=bool(columns.get("requests")))
 
 
 def as_before(data: Data) -> Settled[Data]:
@@ -97,8 +113,12 @@ def columns_decided(settled: Settled[Any]) -> dict[str, Any]:
     """What `as_begun` reads, as plain values."""
     names = ("text_column", "id_column", *ASKED)
     data = settled.settings
-    messages = {} if data.messages_column is None else {"messages_column": data.messages_column}
-    return {**{name: getattr(data, name) for name in names}, "takes_ids": settled.takes_ids, **messages}
+    chosen: dict[str, Any] = {"takes_ids": settled.takes_ids}
+    if data.messages_column is not None:
+        chosen["messages_column"] = data.messages_column
+    if settled.requests:
+        chosen["requests"] = True
+    return {**{name: getattr(data, name) for name in names}, **chosen}
 
 
 def text_column(given: str | None, types: Types | None, notes: list[str]) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
+from pipeline.inputs.requests import REQUEST_ID
 from pipeline.inputs.source import Source, open_source
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
+from pipeline.outputs.batch_lines import is_lines, with_response
 from pipeline.outputs.own_columns import left_out
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
@@ -21,7 +24,7 @@ from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.templates import FileTemplate
 from pipeline.prompts.within import Within, tokenizer_faults
-from pipeline.records import Document, EncodedDocument, Record, RowError
+from pipeline.records import AS_THE_RUN, Document, EncodedDocument, Record, RowError
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
@@ -77,7 +80,7 @@ def open_rows(config: BatchConfig) -> Intake:
     source, settled = open_columns(config, keep, config.format_name, begun, wanted=config.columns)
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
-    if not settled.settings.is_asked and config.prompt_template is None:
+    if not (settled.settings.is_asked or settled.requests) and config.prompt_template is None:
         raise ConfigError(NO_QUESTION)
     return Intake(
         config=with_lengths(settled.settings),
@@ -107,7 +110,10 @@ def open_columns(
 
     def columns(types: Types | None) -> Columns:
         found.append(_settled(data, types, begun, asks=asks))
-        return _columns(found[-1], keep, predates=_predates(begun), left_out=left_out(wanted))
+        chosen = wanted
+        if wanted is not None and found[-1].requests and is_lines(output):
+            chosen = with_response(wanted)
+        return _columns(found[-1], keep, predates=_predates(begun), left_out=left_out(chosen))
 
     source = open_source(data.input, columns, output)
     return source, found[-1]
@@ -137,10 +143,11 @@ def _columns(
     return Columns(
         text=data.text_column or TEXT,
         messages=data.messages_column,
+        requests=settled.requests,
         question=data.question_column,
         questions=data.questions_column,
         fixed_question=data.question_to_all,
-        id=data.id_column,
+        id=REQUEST_ID if settled.requests else data.id_column,
         task=data.task_column,
         fields=_template_columns(data),
         keep=keep,
@@ -256,6 +263,9 @@ def row_hash(record: Record) -> str:
         fields = [record.source.id, record.text, record.question or ""]
         fields += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
         fields += [text for field in sorted(record.source.fields.items()) for text in field]
+        if record.source.params is not AS_THE_RUN:
+            for name, value in asdict(record.source.params).items():
+                fields += [] if value is None else [name, json.dumps(value)]
     else:
         fields = [record.source.id, record.kind]
     digest = hashlib.blake2b(digest_size=16)

@@ -15,6 +15,7 @@ from pipeline.inputs.reading import Reading
 from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import LATER_NAMES, REASONING_NAME, output_schema
+from pipeline.outputs.batch_lines import REQUESTS_KEY
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
@@ -134,6 +135,7 @@ class Preparation(Setup):
         about = {
             "config": self.config.resolved(),
             "settings_that_decide": self.decides(),
+            **({REQUESTS_KEY: True} if self.source.columns.requests else {}),
             "model": model.name,
             "device": model.device_name(),
             "attention": {"backend": model.attention_name, "refused": model.attention_refused},

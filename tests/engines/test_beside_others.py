@@ -68,7 +68,7 @@ def fuzzed(engine, rows, draws):
 
 def squeezed(engine, rows, count):
     """The engine with a store for about so many of the rows, so that they wait for each other's room."""
-    need = max(engine.packer.slots(row.prompt_tokens) for row in rows)
+    need = max(engine.packer.slots(row.prompt_tokens, NEW_TOKENS) for row in rows)
     engine.packer = engine.packer.within(engine.packer.all_bytes)
     store = count * need * engine.packer.slot_bytes
     engine.packer = type(engine.packer)(**{**vars(engine.packer), "store_bytes": store})

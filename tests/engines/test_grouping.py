@@ -128,8 +128,9 @@ def test_what_does_not_fit_gives_way_to_the_next_best():
     method = make_method("sliminfer")
     given = [row(n, (1, 32_000), 40) for n in range(3)]
 
-    def all_but_own(sharing, shared, prompt):
-        assert (shared, prompt) == (32_005, 32_048)
+    def all_but_own(sharing, shared, rows):
+        assert shared == 32_005
+        assert [row.prompt_tokens for row in rows] == [32_048] * 3
         return sharing.method.name != "sliminfer"
 
     (group,), _ = Grouping(method=method, shape=SHAPE, fits=all_but_own, any_method=True).split(given)

@@ -176,7 +176,7 @@ def test_both_prefills_are_counted_and_the_second_apart(model, options):
 
 @pytest.mark.usefixtures("slow_prefill")
 def test_a_document_that_runs_alone_counts_both_prefills(model, monkeypatch):
-    monkeypatch.setattr("pipeline.engines.memory.Packer.runs_alone", lambda packer, tokens: True)
+    monkeypatch.setattr("pipeline.engines.memory.Packer.runs_alone", lambda packer, document: True)
     engine = engine_for(model, sparse_in(model, 1), 0.01)
     assert kinds(engine.answer([document(600)])) == [FLAT]
     assert (engine.times.packs, engine.times.prefill_s, engine.times.again_s) == (2, 4.0, 2.0)

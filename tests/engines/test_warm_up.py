@@ -107,7 +107,7 @@ def test_rows_that_will_be_answered_together_or_alone_are_not_among_them(monkeyp
     tokens = [pack[0].prompt_tokens for pack in warm_up._first_packs(engine, [*same, *others])]
     assert tokens == [500, 50]
     engine.packer = engine.packer.within(engine.packer.planned_bytes([100]) * 4)
-    assert engine.packer.runs_alone(500)
+    assert engine.packer.runs_alone(document(500))
     assert [pack[0].prompt_tokens for pack in warm_up._first_packs(engine, others)] == [50]
 
 

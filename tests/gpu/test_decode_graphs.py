@@ -119,6 +119,25 @@ def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
     assert other_seed != replayed
 
 
+def test_rows_of_one_graph_are_drawn_each_in_its_way(fa3, monkeypatch):
+    """Greedy, from the whole vocabulary, and from the likely tokens; the longest table of numbers is used."""
+    ways = [Sampling(), Sampling(temperature=1.5, seed=3), Sampling(temperature=1.5, top_p=0.9, seed=4)]
+    rules, decoder = StopRules(max_new_tokens=200), cuda_decoder()
+    draws = [ways[row % 3].draws(row, 200) for row in range(8)]
+
+    def drawn():
+        prefilled, stats = prefilled_pack(decoder, fa3, "dense", 8, rules.max_new_tokens), DecodeStats()
+        generated = decode(decoder, fa3, prefilled, rules, draws=draws, stats=stats)
+        return [answer.tokens for answer in generated], stats
+
+    replayed, stats = drawn()
+    assert stats.replayed_steps > 0
+    greedy, _ = answers(decoder, fa3, "dense", rules)
+    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    assert drawn()[0] == replayed
+    assert [a == b for a, b in zip(replayed, greedy, strict=True)] == [row % 3 == 0 for row in range(8)]
+
+
 def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):
     """Rows of a store let in two at a time, with a few steps in between; and how the steps were run."""
     room = rules.max_new_tokens + drafts_of(lookup)
@@ -126,12 +145,12 @@ def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):
     by_row = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
     slots = sum(slots_needed(layers, room, CUDA) for layers in by_row)
     store = KvStore(slots, decoder.shape, dtype=decoder.dtype, device=CUDA)
-    extents, stats = store.adopt(prefilled.cache, room), DecodeStats()
+    extents, stats = store.adopt(prefilled.cache, [room] * 8), DecodeStats()
     loop = DecodeLoop(
         decoder,
         attention,
         store,
-        rules=rules,
+        new_tokens=rules.max_new_tokens,
         sampling=Sampling(),
         capacity=8,
         longest=max(LENGTHS) + rules.max_new_tokens,
@@ -139,9 +158,9 @@ def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):
         stats=stats,
     )
     assert loop.prepare() == (4 if lookup is None else 8)  # of 8, 4, 2 and 1 columns, without drafts and with
-    rows = [Generated() for _ in by_row]
-    for row, token in zip(rows, first_tokens(prefilled.logits_BV, Sampling(), ()), strict=True):
-        row.take(token, rules)
+    rows = [Generated(rules=rules) for _ in by_row]
+    for row, token in zip(rows, first_tokens(prefilled.logits_BV), strict=True):
+        row.take(token)
     for first in range(0, 8, 2):
         pair = range(first, first + 2)
         seats = [

@@ -7,12 +7,12 @@ from itertools import count
 
 import pytest
 import torch
-from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, model
+from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, chosen, model
 from decode_steps import METHODS, EagerRecorder
 
 import pipeline.model.decode as decode_module
 from pipeline.model.decode_batch import DecodeBatch
-from pipeline.model.sampling import NOT_FINITE, Sampling, next_tokens
+from pipeline.model.sampling import NOT_FINITE, Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -228,7 +228,7 @@ def test_a_draw_is_the_inversion_of_the_distribution(temperature, top_p):
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(300, 40, generator=generator)
     uniforms = torch.rand(300, generator=generator)
-    drawn = next_tokens(logits, sampling, uniforms).tolist()
+    drawn = chosen(logits, sampling, uniforms).tolist()
     expected = [naive_draw(*pair, sampling) for pair in zip(logits, uniforms.tolist(), strict=True)]
     # float32 may stand on the other side of a border between two tokens
     assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= 1
@@ -241,7 +241,7 @@ def test_no_number_draws_a_token_beyond_the_last(top_p):
     largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
     for uniform in (0.0, float(largest)):
         logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(2))
-        drawn = next_tokens(logits, sampling, torch.full((200,), uniform))
+        drawn = chosen(logits, sampling, torch.full((200,), uniform))
         assert ((drawn >= 0) & (drawn < 1000)).all()
 
 
@@ -251,7 +251,7 @@ def test_output_that_is_not_finite_is_no_token(kind):
     spoilt = {3: float("nan"), 40: float("inf"), 69: -float("inf")}
     for row, value in spoilt.items():
         logits[row] = value
-    tokens = next_tokens(logits, SAMPLINGS[kind], torch.full((70,), 0.5)).tolist()
+    tokens = chosen(logits, SAMPLINGS[kind], torch.full((70,), 0.5)).tolist()
     assert [row for row, token in enumerate(tokens) if token == NOT_FINITE] == list(spoilt)
     logits[5, 2] = float("nan")  # one of a row's is enough
-    assert next_tokens(logits, SAMPLINGS[kind], torch.full((70,), 0.5))[5] == NOT_FINITE
+    assert chosen(logits, SAMPLINGS[kind], torch.full((70,), 0.5))[5] == NOT_FINITE

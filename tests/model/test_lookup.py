@@ -13,7 +13,7 @@ from decode_steps import METHODS, EagerRecorder
 import pipeline.model.decode as decode_module
 from pipeline.kernels.kv_fp8 import FP8
 from pipeline.model import lookup
-from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, DraftPace, Lookup, Spread, Texts
+from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, DraftPace, Lookup, Spread, Texts, drafts_of
 from pipeline.model.store import KvStore
 
 VOCABULARY = 90
@@ -277,4 +277,4 @@ def test_no_row_writes_behind_its_room(late, monkeypatch):
     run.batch._queries = watched
     while run.running:
         run.step()
-    assert NEW_TOKENS - 1 <= max(places) < run.loop.room
+    assert NEW_TOKENS - 1 <= max(places) < NEW_TOKENS + drafts_of(run.lookup)

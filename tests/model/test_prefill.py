@@ -52,8 +52,8 @@ def test_a_pack_gives_each_document_alone(decoder, sdpa, method):
 def answer(decoder, sdpa, documents, method, max_new_tokens, late=0, **settings):
     prefilled = prefill(decoder, sdpa, method, pack_of(*documents), new_tokens=max_new_tokens)
     sampling, rules = Sampling(**settings), StopRules(max_new_tokens=max_new_tokens)
-    uniforms = [sampling.uniforms(doc.source.row, max_new_tokens) for doc in documents]
-    generated = decode(decoder, sdpa, prefilled, rules, sampling=sampling, uniforms=uniforms, late=late)
+    draws = [sampling.draws(doc.source.row, max_new_tokens) for doc in documents]
+    generated = decode(decoder, sdpa, prefilled, rules, draws=draws, late=late)
     return [g.tokens for g in generated]
 
 

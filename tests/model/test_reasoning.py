@@ -84,9 +84,9 @@ def test_a_reasoning_that_is_cut_inside_a_character():
 def ended(own, text, begins, *stops):
     """What had been written when a stop text ended the answer; None if none did."""
     rules = StopRules(max_new_tokens=1000, texts=StopTexts(texts=stops, tokenizer=own))
-    growing = Generated(reasoning=begins)
+    growing = Generated(rules=rules, reasoning=begins)
     for token in ids(own, text):
-        growing.take(token, rules)
+        growing.take(token)
         if growing.finish_reason is not None:
             assert growing.finish_reason == "stop_text"
             return own.decode(growing.tokens)

@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from batch_runs import chosen
 
-from pipeline.model.sampling import COLDEST, NOT_FINITE, Sampling, next_tokens
+from pipeline.model.sampling import COLDEST, NOT_FINITE, Sampling
 
 DRAWS = 20_000
 # of log(1), log(2), log(4), log(8), log(1): at temperature 1/2 their squares, at 1 themselves
@@ -25,6 +26,7 @@ def shares(weights):
     [
         (1.0, 1.0, shares(WEIGHTS)),
         (0.5, 1.0, shares([weight**2 for weight in WEIGHTS])),
+        (1.0, 1e-50, shares((0, 0, 0, 1, 0))),  # the likeliest, however little is asked for
         (1.0, 0.5, shares((0, 0, 0, 1, 0))),  # 8 of 16 reach the half
         (1.0, 0.51, shares((0, 0, 4, 8, 0))),  # and no more: 12 of 16 do
         (1.0, 0.8, shares((0, 2, 4, 8, 0))),
@@ -36,7 +38,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature, top_p, expect
     logits = torch.tensor(WEIGHTS, dtype=torch.float64).log().float().expand(DRAWS, -1)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=7)
     uniforms = torch.stack([sampling.uniforms(row, 1)[0] for row in range(DRAWS)])
-    drawn = next_tokens(logits, sampling, uniforms).bincount(minlength=len(WEIGHTS)).tolist()
+    drawn = chosen(logits, sampling, uniforms).bincount(minlength=len(WEIGHTS)).tolist()
     possible = [(count, share) for count, share in zip(drawn, expected, strict=True) if share]
     assert sum(count for count, _ in possible) == DRAWS
     if len(possible) > 1:
@@ -49,6 +51,6 @@ def test_next_to_no_temperature_draws_the_likeliest_token(temperature):
     sampling = Sampling(temperature=temperature)
     assert sampling.is_greedy == (temperature < COLDEST)
     logits = torch.tensor([[1e30, 3e30, 2e30], [-9.0, -8.0, -8.5], [-3e38, 3e38, 0.0]])
-    assert next_tokens(logits, sampling, torch.tensor([0.0, 0.5, 0.9])).tolist() == [1, 1, 1]
+    assert chosen(logits, sampling, torch.tensor([0.0, 0.5, 0.9])).tolist() == [1, 1, 1]
     spoilt = torch.tensor([[0.0, float("nan")]])
-    assert next_tokens(spoilt, sampling, torch.tensor([0.5])).tolist() == [NOT_FINITE]
+    assert chosen(spoilt, sampling, torch.tensor([0.5])).tolist() == [NOT_FINITE]

@@ -97,7 +97,7 @@ def test_each_layer_of_a_document_lies_where_its_extent_says(name, options, room
     by_document = list(zip(*prefilled.cache.prompt_tokens(), strict=True))
     needed = [needed_by(layers, new_tokens=7) for layers in by_document]
     store = KvStore(sum(needed), model.shape, dtype=model.dtype, device=CPU)
-    extents = store.adopt(prefilled.cache, 7)
+    extents = store.adopt(prefilled.cache, [7] * len(by_document))
     assert store.free == 0
     assert [extent.stored for extent in extents] == by_document
     assert [extent.size for extent in extents] == needed
@@ -131,7 +131,7 @@ def test_generated_tokens_lie_far_behind_the_first_slot_of_their_range(
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(OVERSHOOT, "cpu", overshoot)
         store = small_store(needed_by(*documents, new_tokens=new_tokens))
-        extents = store.adopt(cache_of(*documents, new_tokens=room), new_tokens)
+        extents = store.adopt(cache_of(*documents, new_tokens=room), [new_tokens] * len(documents))
     first = max(1, overshoot)  # behind the slots of nobody, of which there is one at least
     taken = [layer for extent in extents for layer in ranges(extent, new_tokens, overshoot)]
     assert sorted(slot for part in taken for slot in part) == list(range(first, first + store.size))
@@ -172,7 +172,7 @@ def test_rows_stay_as_they_are_wherever_they_are_moved(seed, few, moved_at_once,
             before = store.moves
             cache = cache_of(*documents, new_tokens=random_.choice((0, 2)), seed=turn)
             starts = [extent.starts for extent, _ in rows]
-            for b, extent in enumerate(store.adopt(cache, new_tokens)):
+            for b, extent in enumerate(store.adopt(cache, [new_tokens] * len(documents))):
                 # tokens that are generated later move too
                 room = [extent.starts[layer] + extent.stored[layer] for layer in range(3)]
                 for pool in store.buffers(0):
@@ -203,14 +203,14 @@ def test_a_row_that_is_let_in_makes_room_by_moving_others(overshoot):
     layers, new_tokens, first = (5, 6, 7), 2, max(1, overshoot)
     size = needed_by(layers, new_tokens=new_tokens)
     store = small_store(4 * size)
-    extents = [store.adopt(cache_of(layers, seed=seed), new_tokens)[0] for seed in range(4)]
+    extents = [store.adopt(cache_of(layers, seed=seed), [new_tokens])[0] for seed in range(4)]
     for extent in extents[::2]:
         store.release(extent)
     twice = (overshoot + 8,) * 3
     needed = needed_by(twice, new_tokens=new_tokens)
     assert size < needed <= store.free == 2 * size
     cache = cache_of(twice, seed=9)
-    (large,) = store.adopt(cache, new_tokens)
+    (large,) = store.adopt(cache, [new_tokens])
     assert store.moves == 1
     assert [extent.start for extent in extents[1::2]] == [first, first + size]
     assert large.start == first + 2 * size
@@ -222,7 +222,7 @@ def test_a_row_that_is_let_in_makes_room_by_moving_others(overshoot):
 def test_a_row_without_room_is_an_error_of_the_caller():
     store = small_store(needed_by((5, 6, 7), new_tokens=2) - 1)
     with pytest.raises(AssertionError, match="no room"):
-        store.adopt(cache_of((5, 6, 7)), 2)
+        store.adopt(cache_of((5, 6, 7)), [2])
 
 
 @pytest.mark.parametrize("wipe", [False, True])
@@ -230,7 +230,7 @@ def test_a_row_is_wiped_where_that_is_asked_for_and_its_neighbours_are_not(wipe,
     documents, new_tokens = [(5, 6, 300), (7, 7, 7), (1, 1, 400)], 4
     store = small_store(needed_by(*documents, new_tokens=new_tokens))
     cache = cache_of(*documents)
-    extents = store.adopt(cache, new_tokens)
+    extents = store.adopt(cache, [new_tokens] * len(documents))
     spoilt = extents[1]
     for pool in store.buffers(0):
         pool[spoilt.start : spoilt.start + spoilt.size] = float("nan")

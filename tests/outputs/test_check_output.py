@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, output_schema
 from pipeline.outputs.beginnings import SETTINGS_KEY
-from pipeline.outputs.sidecar import Written, write_sidecar
+from pipeline.outputs.sidecar import write_sidecar
 from pipeline.outputs.writing import check_output, output_writer
 from pipeline.records import Answer
 
@@ -58,9 +58,9 @@ def test_only_what_a_run_wrote_may_be_replaced(tmp_path, name):
     path = tmp_path / name
     schema = output_schema(NOTHING, {"marsinfer": json.dumps({SETTINGS_KEY: {}})})
 
-    def before(size, schema):
+    def before(written):
         if "jsonl" in name:
-            write_sidecar(path, Written(size, schema), tmp_path / "partial")
+            write_sidecar(path, written, tmp_path / "partial")
 
     with output_writer(path, schema, before=before) as writer:
         writer.write_table(answers_table([Answer(id="a", row=0)], schema))

@@ -1,16 +1,31 @@
 """A published JSONL output is gone on with by what stands in the file beside it."""
 
 import base64
+import itertools
 import json
 import os
 
 import pyarrow as pa
 import pytest
-from journal_runs import SETTINGS, answer, ask, finish, ids, killed, numbered, read, refusal, start, work
+from journal_runs import (
+    SETTINGS,
+    answer,
+    ask,
+    dying_after,
+    finish,
+    ids,
+    killed,
+    numbered,
+    read,
+    refusal,
+    start,
+    work,
+)
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs import formats
 from pipeline.outputs.journal import journal_folder
+from pipeline.outputs.writing import check_output
 
 FAITHFUL = pa.schema(
     [
@@ -115,6 +130,20 @@ def test_a_type_that_json_does_not_give_back_is_refused_by_name(path, kind):
     assert refusal(path, passthrough=odd) == (
         f"{path} holds 'odd' as {kind}, which JSON does not give back; --overwrite starts over"
     )
+
+
+def test_an_output_is_known_wherever_a_run_that_replaces_it_dies(tmp_path):
+    for moment in itertools.count():
+        path = tmp_path / str(moment) / "out.jsonl"
+        path.parent.mkdir()
+        finish(path, numbered(5))
+        with dying_after(moment) as death, start(path, resume=False, overwrite=True) as journal:
+            work(journal, numbered(8, 3))
+            journal.publish()
+        check_output(path, (), overwrite=True)
+        if not death.came:
+            break
+    assert moment > 10
 
 
 def test_an_output_without_its_sidecar_is_refused(path, sidecar):

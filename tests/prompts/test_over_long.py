@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prompt_parts import builder, byte_tokenizer, decode, document, space_tokenizer
 
 from pipeline.errors import ConfigError
-from pipeline.records import RowError
+from pipeline.records import Document, RowError, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,28 @@ def test_over_long_says_how_much(policy: Any) -> None:
     error = caught.value
     assert (error.kind, error.document_tokens, error.prompt_tokens) == ("over_long", 1510, 1510)
     assert error.excess_tokens == 10
+
+
+def of_answer(text: str, new_tokens: int) -> Document:
+    """A document whose row wants an answer of so many tokens."""
+    made = document(text)
+    params = SamplingParams(max_new_tokens=new_tokens)
+    return replace(made, source=replace(made.source, params=params))
+
+
+def test_a_row_leaves_room_for_the_answer_that_it_asks_for() -> None:
+    cut = builder(template="{{ document }}", context=100, max_new_tokens=10, on_overlong="truncate-left")
+    assert [cut.encode(of_answer("a" * 200, length)).prompt_tokens for length in (1, 10, 60)] == [99, 90, 40]
+    assert cut.room(of_answer("a", 60).source) == 40
+    refused = builder(template="{{ document }}", context=100, max_new_tokens=10)
+    assert refused.encode(of_answer("a" * 95, 5)).prompt_tokens == 95
+    with pytest.raises(RowError, match=r"1 more than the limit of 94 \(context 100 less 6 for the answer\)"):
+        refused.encode(of_answer("a" * 95, 6))
+    for policy in (cut, refused):
+        with pytest.raises(
+            RowError, match=r"^100 new tokens leave no room for a prompt: the context has 100"
+        ):
+            policy.encode(of_answer("a", 100))
 
 
 @pytest.mark.parametrize("policy", ["error", "skip", "truncate-left", "truncate-right", "truncate-middle"])

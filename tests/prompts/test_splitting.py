@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from prompt_parts import builder, byte_tokenizer, document, space_tokenizer, span_text
 
 from pipeline.prompts.splitting import SplitDocument, Splitter, TokenizedText, cut_parts, groups_that_fit
-from pipeline.records import EncodedDocument, Row, RowError
+from pipeline.records import EncodedDocument, Row, RowError, SamplingParams
 
 TEMPLATE = "<{{ document }}>{{ question }}?"
 COMBINE = "{{ document }}{{ question }}!"
@@ -58,6 +59,15 @@ def split(cutter, text, question="w") -> SplitDocument:
     found = cutter.encode(document(text, question))
     assert isinstance(found, SplitDocument)
     return found
+
+
+def test_parts_leave_room_for_the_answer_that_a_row_asks_for():
+    cutter, asked = splitter(room=40), document("one fish two fish " * 20, "w")
+    params = SamplingParams(max_new_tokens=cutter.prompts.max_new_tokens + 12)
+    parts = cutter.encode(replace(asked, source=replace(asked.source, params=params))).prompts
+    longest = [max(prompt.prompt_tokens for prompt in each) for each in (cutter.encode(asked).prompts, parts)]
+    assert longest[0] > cutter.prompts.limit - 12 >= longest[1]
+    assert all(prompt.source.params == params for prompt in parts)
 
 
 def texts_of(found, text):

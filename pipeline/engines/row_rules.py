@@ -1,0 +1,57 @@
+"""Where the answers of rows end, and what they are drawn by: as the run has it, but for what a row says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.model.decode import StopRules
+from pipeline.model.sampling import RowDraws, Sampling
+from pipeline.model.stopping import StopTexts
+from pipeline.records import AS_THE_RUN, Row
+
+MOST_STOPS = 64  # different lists of stop texts that are held
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowRules:
+    """The run's rules and sampling, and those of its rows; `tokenizer` is the model's."""
+
+    rules: StopRules
+    sampling: Sampling
+    tokenizer: Any
+    _texts: dict[tuple[str, ...], StopTexts] = field(default_factory=dict)
+
+    def new_tokens(self, row: Row) -> int:
+        """How many tokens a row's answer may have."""
+        own = row.params.max_new_tokens
+        return self.rules.max_new_tokens if own is None else own
+
+    def of(self, row: Row) -> StopRules:
+        """Where a row's answer ends."""
+        own = row.params
+        if own.max_new_tokens is None and own.stop is None:
+            return self.rules
+        texts = self.rules.texts if own.stop is None else self._stops(own.stop)
+        return replace(self.rules, max_new_tokens=self.new_tokens(row), texts=texts)
+
+    def draws(self, row: Row) -> RowDraws | None:
+        """What a row is drawn by; None where it is greedy.
+
+        Under a seed of its own a row draws the same wherever it stands in the input.
+        """
+        own = row.params
+        if own is AS_THE_RUN:
+            return self.sampling.draws(row.draw_number, self.rules.max_new_tokens)
+        given = {name: getattr(own, name) for name in ("temperature", "top_p", "seed")}
+        sampling = replace(self.sampling, **{name: each for name, each in given.items() if each is not None})
+        return sampling.draws(row.draw_number if own.seed is None else 0, self.new_tokens(row))
+
+    def _stops(self, texts: tuple[str, ...]) -> StopTexts | None:
+        if not texts:
+            return None
+        if texts not in self._texts:
+            if len(self._texts) >= MOST_STOPS:
+                self._texts.clear()
+            self._texts[texts] = StopTexts(texts=texts, tokenizer=self.tokenizer)
+        return self._texts[texts]

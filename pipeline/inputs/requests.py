@@ -1,0 +1,147 @@
+"""Requests of OpenAI's Batch API: the conversation in one, and what it says itself of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.inputs.conversations import Conversation, conversation
+from pipeline.records import RowError, SamplingParams
+from pipeline.storage.causes import some
+
+REQUEST_ID, METHOD, URL, BODY = "custom_id", "method", "url", "body"
+REQUEST_KEYS = (REQUEST_ID, METHOD, URL, BODY)
+CHAT = "/v1/chat/completions"
+
+MOST_STOPS = 4
+MOST_TEMPERATURE = 2
+LONGEST_TOLD = 60  # characters of a value
+
+# fields of a body that change nothing of its answer
+IGNORED = frozenset(
+    {
+        *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
+        *("safety_identifier", "service_tier", "store", "stream_options", "user"),
+    }
+)
+# fields that are known and do nothing with these values; with others they are not supported
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "stream": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class Request(NamedTuple):
+    """What a request asks, of whom, and how."""
+
+    said: Conversation
+    params: SamplingParams
+    model: str | None
+
+
+def request(cells: Mapping[str, object]) -> Request:
+    """The request in a line with these values.
+
+    Raises `RowError` of the kind `bad_request` for what is none, `unsupported` for what no run answers, and
+    those of `conversation`. A field that is null counts as absent, as it does for OpenAI.
+    """
+    body = cells.get(BODY)
+    if not isinstance(body, Mapping):
+        raise RowError("bad_request", f"there is no {BODY!r}, or it is no object; it has: {some(cells)}")
+    _check_way(cells)
+    given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
+    params = _params(given)
+    model = given.pop("model", None)
+    if model is not None and not isinstance(model, str):
+        raise _bad("model", model, "a string")
+    messages = given.pop("messages", None)
+    _check_rest(given)
+    if messages is None:
+        raise RowError("missing_messages", f"{BODY!r} has no 'messages'")
+    return Request(conversation("messages", messages), params, model)
+
+
+def _check_way(cells: Mapping[str, object]) -> None:
+    """How a request is sent."""
+    if cells.get(METHOD) != "POST":
+        raise RowError("bad_request", f"{METHOD!r} is {_told(cells.get(METHOD))}, not 'POST'")
+    if cells.get(URL) != CHAT:
+        raise RowError("unsupported", f"{URL!r} is {_told(cells.get(URL))}; supported is {CHAT!r}")
+
+
+def _check_rest(given: Mapping[str, Any]) -> None:
+    """What is left of a body once it has been read must do nothing."""
+    for name, value in given.items():
+        if name not in WITHOUT_EFFECT:
+            raise RowError("bad_request", f"{BODY!r} has an unknown field {name!r}")
+        if value not in WITHOUT_EFFECT[name]:
+            raise RowError("unsupported", f"{name!r} is {_told(value)}, which is not supported")
+
+
+def _params(given: dict[str, Any]) -> SamplingParams:
+    """What a body says of its answer, whose fields are taken out of it."""
+    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
+    if len(limits) > 1:
+        raise RowError("bad_request", f"both {' and '.join(map(repr, limits))} are given; give one of them")
+    return SamplingParams(
+        max_new_tokens=_integer(limits[0], given.pop(limits[0]), least=1) if limits else None,
+        temperature=_number(given, "temperature", most=MOST_TEMPERATURE),
+        top_p=_number(given, "top_p", most=1, above_least=True),
+        seed=_integer("seed", given.pop("seed")) if "seed" in given else None,
+        stop=_stops(given.pop("stop", None)),
+    )
+
+
+def _integer(name: str, value: object, *, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise _bad(name, value, "an integer" if least is None else f"an integer of at least {least}")
+    return value
+
+
+def _number(given: dict[str, Any], name: str, *, most: float, above_least: bool = False) -> float | None:
+    """A number from 0, or above it, to `most`; None where none is given."""
+    value = given.pop(name, None)
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= most or (above_least and value == 0):
+        raise _bad(name, value, f"a number {'above' if above_least else 'from'} 0 to {most}")
+    return float(value)
+
+
+def _stops(value: object) -> tuple[str, ...] | None:
+    """The texts that end an answer; None where none are given."""
+    texts = [value] if isinstance(value, str) else value
+    if texts is None or texts == []:
+        return None
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _bad("stop", value, f"a text, or a list of up to {MOST_STOPS} texts, none of them empty")
+    if len(texts) > MOST_STOPS:
+        raise RowError("bad_request", f"'stop' has {len(texts)} texts, more than {MOST_STOPS}")
+    return tuple(texts)
+
+
+def _bad(name: str, value: object, wanted: str) -> RowError:
+    return RowError("bad_request", f"{name!r} is {_told(value)}, not {wanted}")
+
+
+def _told(value: object) -> str:
+    """A value in a message: its beginning, if it is long."""
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= LONGEST_TOLD else f"{text[:LONGEST_TOLD]}..."

@@ -1,0 +1,192 @@
+"""What a decode step finds on the device of its rows: the documents that they share, and how they are drawn.
+
+Like all that a step works on the tables stay at their place, and the host writes to them between steps.
+Letters: C columns of the batch, N tokens of a row's answer, O columns in the order of what they share, Q
+queries of a step, R ranges of a document's slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
+from pipeline.kernels.segments import on_device
+from pipeline.model.graphs import StepSize
+from pipeline.model.lookup import Spread
+from pipeline.model.sampling import Draws, RowDraws
+from pipeline.model.store import Extent
+from pipeline.pruning.shape import ModelShape
+
+FEWEST_NUMBERS = 128  # for draws, that a row has room for
+
+
+class SharedQueries(NamedTuple):
+    """Of a step: which of its queries attend to each range of the documents that rows share."""
+
+    queries_N1: Tensor
+    order_O: Tensor
+
+
+class SharedTables:
+    """Which columns read the same document, as a step finds it on the device: R ranges of a document's slots.
+
+    Columns with the same one are put together, as many in a range as a program of the kernel holds, each with
+    all its drafts. There are no more ranges than columns; those behind the last are empty, so that a captured
+    step serves all.
+    """
+
+    def __init__(self, shape: ModelShape, capacity: int, device: torch.device, drafts: int) -> None:
+        self.extents: list[Extent | None] = []  # of each column's row
+        self._columns = max(1, queries_of_a_range(shape.heads, shape.kv_heads) // (1 + drafts))
+        self._most = self._columns * (1 + drafts)
+        self._starts_LR = np.zeros((shape.layers, capacity), np.int32)
+        self._used_LR = np.zeros((shape.layers, capacity), np.int32)
+        self._lines_R = np.zeros(capacity, np.int32)
+        self._members_R1 = np.zeros(capacity + 1, np.int32)  # bounds of each range's columns in the order
+        self._order_C = np.zeros(capacity, np.int32)
+        self._told = False  # whether the device knows of a range
+        self._starts_dev, self._used_dev, self._lines_dev, self._members_dev, self._order_dev = (
+            torch.zeros(values.shape, dtype=torch.int32, device=device)
+            for values in (self._starts_LR, self._used_LR, self._lines_R, self._members_R1, self._order_C)
+        )
+        self._place_C = torch.arange(capacity, dtype=torch.int32, device=device)
+
+    def __bool__(self) -> bool:
+        return any(extent is not None for extent in self.extents)
+
+    def tell_device(self) -> None:
+        """Bring the tables to the device, behind the work queued so far; an extent may have been moved."""
+        if not (self or self._told):
+            return
+        members: dict[int, list[int]] = {}
+        for column, extent in enumerate(self.extents):
+            if extent is not None:
+                members.setdefault(id(extent), []).append(column)
+        chunks = [chunk for columns in members.values() for chunk in in_chunks(columns, self._columns)]
+        self._used_LR[:] = 0
+        self._members_R1[:] = sum(map(len, chunks))
+        self._members_R1[: len(chunks) + 1] = [0, *accumulate(map(len, chunks))]
+        for n, columns in enumerate(chunks):
+            extent = self.extents[columns[0]]
+            assert extent is not None
+            self._starts_LR[:, n], self._used_LR[:, n] = extent.starts, extent.stored
+            self._lines_R[n] = extent.line
+            self._order_C[self._members_R1[n] : self._members_R1[n + 1]] = columns
+        pairs = (
+            (self._starts_dev, self._starts_LR),
+            (self._used_dev, self._used_LR),
+            (self._lines_dev, self._lines_R),
+            (self._members_dev, self._members_R1),
+            (self._order_dev, self._order_C),
+        )
+        for target, source in pairs:
+            to_device(target, source)
+        self._told = bool(self)
+
+    def of_step(self, size: StepSize, spread: Spread | None) -> SharedQueries:
+        """The queries of each range: of its columns all that `spread` gives them, or one each."""
+        members_N1 = self._members_dev[: size.columns + 1]
+        if spread is None:
+            return SharedQueries(members_N1, self._order_dev)
+        bounds_C1 = spread.bounds_N1.new_zeros(len(self._order_dev) + 1)
+        bounds_C1[: size.columns + 1] = spread.bounds_N1
+        count_O = bounds_C1.diff()[self._order_dev].masked_fill(self._place_C >= members_N1[-1], 0)
+        own = Spread.of(count_O, size.queries)
+        order_Q = bounds_C1[self._order_dev[own.owner_Q]] + own.index_Q
+        return SharedQueries(own.bounds_N1[members_N1], order_Q)
+
+    def ranges(self, layer: int, asked: SharedQueries, longest: int, scales: Fp8Scales | None) -> Ranges:
+        """Of a step with these queries."""
+        columns = len(asked.queries_N1) - 1
+        return Ranges(
+            starts_N=self._starts_dev[layer, :columns],
+            used_N=self._used_dev[layer, :columns],
+            queries_N1=asked.queries_N1,
+            most_queries=self._most,
+            longest=longest,
+            order_O=asked.order_O,
+            scales=scales,
+            lines_N=None if scales is None else self._lines_dev[:columns],
+        )
+
+
+class DrawTable:
+    """Of each column how its row is drawn, at no cost while all rows are greedy.
+
+    It grows with the longest answer that is drawn. It then has another place, and `numbers` is another too:
+    a step that was captured for fewer is not run again.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, numbers: int = 0) -> None:
+        """With room for so many numbers of a row at once; 0: until a row is drawn none is needed."""
+        self._rows: list[RowDraws | None] = []
+        self.numbers = 0  # that a row has room for; 0 where all rows are greedy
+        self.sorts = False  # whether a row is drawn by a top-p below 1
+        self._settings_2C = torch.zeros((2, capacity), dtype=torch.float32, device=device)
+        self._uniform_CN = torch.zeros((capacity, numbers), dtype=torch.float32, device=device)
+
+    def join(self, draws: Sequence[RowDraws | None]) -> None:
+        """Add rows behind those that are there."""
+        first = len(self._rows)
+        self._rows += draws
+        drawn = [row for row in draws if row is not None]
+        if not drawn:
+            return
+        most = max(len(row.uniform_N) for row in drawn)
+        self._widen(most)
+        settings = [(0.0, 1.0) if row is None else (row.temperature, row.top_p) for row in draws]
+        uniforms = np.zeros((len(draws), most), np.float32)
+        for line, row in zip(uniforms, draws, strict=True):
+            if row is not None:
+                line[: len(row.uniform_N)] = row.uniform_N.numpy()
+        to_device(self._settings_2C[:, first : len(self._rows)], np.array(settings, np.float32).T)
+        to_device(self._uniform_CN[first : len(self._rows), :most], uniforms)
+        self._count()
+
+    def keep(self, columns: Sequence[int]) -> None:
+        """Go on with the rows in these columns, in this order."""
+        kept = len(columns)
+        if self.numbers and list(columns) != list(range(kept)):
+            order_B = on_device(list(columns), self._settings_2C.device)
+            for values in (self._settings_2C.T, self._uniform_CN):
+                values[:kept] = values.index_select(0, order_B)
+        if self.numbers:
+            self._settings_2C[0, kept:] = 0
+        self._rows = [self._rows[column] for column in columns]
+        if self.numbers:
+            self._count()
+
+    def of_step(self, size: StepSize, column_Q: Tensor, drawn_Q: Tensor) -> Draws | None:
+        """What a step draws by: of each query its column, and how many tokens its row has before."""
+        if not size.numbers:
+            return None
+        column_Q = column_Q.long()
+        temperature_Q, top_p_Q = self._settings_2C[:, column_Q]
+        uniform_Q = self._uniform_CN[column_Q, drawn_Q.long().clamp(max=size.numbers - 1)]
+        return Draws(temperature_Q, top_p_Q, uniform_Q, size.sorts)
+
+    def _count(self) -> None:
+        drawn = [row for row in self._rows if row is not None]
+        self.numbers = self._uniform_CN.shape[1] if drawn else 0
+        self.sorts = any(row.top_p < 1 for row in drawn)
+
+    def _widen(self, numbers: int) -> None:
+        """Have room for so many numbers of a row."""
+        before_CN = self._uniform_CN
+        if numbers <= before_CN.shape[1]:
+            return
+        width = max(FEWEST_NUMBERS, 1 << (numbers - 1).bit_length())
+        self._uniform_CN = before_CN.new_zeros((len(before_CN), width))
+        self._uniform_CN[:, : before_CN.shape[1]] = before_CN
+
+
+def to_device(target: Tensor, source: np.ndarray) -> None:
+    """Copy, in order behind the work queued so far, without waiting for it."""
+    values = torch.from_numpy(np.ascontiguousarray(source).copy())
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
