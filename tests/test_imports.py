@@ -32,10 +32,10 @@ FLOORS = (
     "setup",
     "engines report",
     "evaluate summary",
-    "bookkeeping check",
+    "bookkeeping checks",
     "run",
     "bench",
-    "calibrate doctor estimate",
+    "calibration doctor estimate",
     "dryrun",
 )
 OUTSIDE = {"pipeline", "marsinfer_cli"}  # the names that programs import, and the commands

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pipeline.calibrate.bounds import Bounds, Verified
-from pipeline.calibrate.rungs import describe
-from pipeline.calibrate.sensitivity import Sensitivity
+from pipeline.calibration.bounds import Bounds, Verified
+from pipeline.calibration.rungs import describe
+from pipeline.calibration.sensitivity import Sensitivity
 from pipeline.evaluate.drops import worst
 from pipeline.evaluate.workbench import Trial
 from pipeline.model.variant import Variant

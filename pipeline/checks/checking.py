@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.check.baseline import Baseline, baseline_settings, read_baseline, write_baseline
-from pipeline.check.check_journal import CheckJournal, journal_path, journal_settings
-from pipeline.check.gates import (
+from pipeline.checks.baseline import Baseline, baseline_settings, read_baseline, write_baseline
+from pipeline.checks.check_journal import CheckJournal, journal_path, journal_settings
+from pipeline.checks.gates import (
     CheckResult,
     Pair,
     check_scorer,
@@ -20,7 +20,7 @@ from pipeline.check.gates import (
     refuse_too_few,
     speeds,
 )
-from pipeline.check.reports import refuse_foreign_files, write_reports
+from pipeline.checks.reports import refuse_foreign_files, write_reports
 from pipeline.errors import GateInconclusive
 from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.calibrate.bounds import Bounds, Supply
-from pipeline.calibrate.ladder import Calibration
-from pipeline.calibrate.phases import Phases
+from pipeline.calibration.bounds import Bounds, Supply
+from pipeline.calibration.ladder import Calibration
+from pipeline.calibration.phases import Phases
 from pipeline.errors import GateInconclusive, MarsError
 from pipeline.evaluate.cases import Sides, in_all, split
 from pipeline.evaluate.check_rows import read_rows
