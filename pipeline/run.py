@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.bookkeeping import Books, Note, Progress
@@ -20,9 +19,9 @@ from pipeline.errors import (
     InputError,
     MarsError,
     StorageError,
-    did_you_mean,
 )
 from pipeline.inputs.reading import Reading
+from pipeline.notebooks import listeners
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.journal import Journal
 from pipeline.outputs.lock import lock_output
@@ -31,13 +30,12 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO
-from pipeline.settings.option import settings_of
+from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.settings.sources import renewed
+from pipeline.setup.called import Place, called_with, inputs_of, with_objects
 from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_rows, open_rows
 from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
-from pipeline.setup.profile import with_profile
 from pipeline.summary import Summary, Tally
 from pipeline.texts.redaction import hidden
 from pipeline.texts.words import counted
@@ -49,19 +47,17 @@ if TYPE_CHECKING:
 
 WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one more is in the making
 
-Inputs = str | os.PathLike[str]
-
 
 def run_batch(
-    input: Inputs | Sequence[Inputs],
+    input: Place | Sequence[Place],
     output: str | os.PathLike[str],
     *,
-    model: str | LoadedModel = "smollm2-135m",
+    model: Place | LoadedModel = WeightsSettings.model,
     method: str | PruningMethod | None = None,
-    progress: Progress = lambda summary: None,
+    progress: Progress | None = None,
     note: Note = lambda text: None,
     check: Callable[[], None] = lambda: None,
-    phase: Note = lambda text: None,
+    phase: Note | None = None,
     began: float | None = None,
     **options: Any,
 ) -> Summary:
@@ -69,12 +65,14 @@ def run_batch(
 
     `input` is a file, glob, folder or URL, or several; `output` a .parquet, .arrow, .arrows or .jsonl file or
     URL, whose columns are the fields of pipeline.records.Answer. `options` are the other fields of
-    `BatchConfig`, which are the command's flags. `model` may be a model that `load_model` returned, `method`
-    a method object; without one it is that of `profile`, with its settings and precisions, or else auto.
+    `BatchConfig`, which are the command's flags; a path may stand for any text. `model` may be a model that
+    `load_model` returned, `method` a method object; without one it is that of `profile`, with its settings
+    and precisions, or else auto.
 
     `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
-    `phase` with what is being done, `check` often, between layers too: it may raise to end the run. `began`
-    is when the work began of which this run is the last part, by time.perf_counter(); None: with this call.
+    `phase` with what is being done (where the first is not given, a notebook shows a bar), `check` often,
+    between layers too: it may raise to end the run. `began` is when the work began of which this run is the
+    last part, by time.perf_counter(); None: with this call.
 
     Returns the summary: counts of rows and tokens, `seconds` since `began`, percentiles of TTFT in
     milliseconds; `print` shows it in a line, and its `as_dict` gives plain values. A row that cannot be
@@ -85,7 +83,10 @@ def run_batch(
     MarsError the finished rows are in the journal, from which `resume=True` goes on.
     """
     began = time.perf_counter() if began is None else began
-    config, made = _configured(input, output, model, method, renewed(BatchConfig, options, note))
+    progress, phase = listeners(progress, phase)
+    options = called_with("run_batch", BatchConfig, options, note)
+    options |= {"input": inputs_of(input), "output": os.fspath(output)}
+    config, made, model = configured(options, model, method)
     check_output(config.output, config.input, config.overwrite or config.resume)
     summary = Summary(method=config.method, output=hidden(config.output), began=began)
     summary.kept_before = config.resume  # which the journal will tell better
@@ -123,8 +124,9 @@ def answer_all(books: Books, still_locked: Callable[[], None]) -> None:
         with (
             _nothing_left_behind(journal, books.summary),
             closing(ahead(read, WINDOWS_AHEAD, check, engine.patience_s)) as windows,
+            closing(engine.answers(map(books.taken, windows))) as answered,
         ):
-            for answers in engine.answers(map(books.taken, windows)):
+            for answers in answered:
                 journal.append(answers)
                 books.saved(answers, journal.done_now())
                 check()
@@ -163,37 +165,18 @@ def refuse_out_of_reach(run: Preparation) -> None:
         raise StorageError(f"{files[0]}{more}; all other rows were answered; {KEPT} once it can be reached")
 
 
-def _configured(
-    input: Inputs | Sequence[Inputs],
-    output: str | os.PathLike[str],
-    model: str | LoadedModel,
-    method: str | PruningMethod | None,
-    options: dict[str, Any],
-) -> tuple[BatchConfig, PruningMethod | None]:
-    """The settings of `run_batch`, and the method that they name, which may be the one given."""
-    known = [each.name for each in settings_of(BatchConfig)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"run_batch has no option {name!r}{did_you_mean(name, known)}; it takes those of BatchConfig"
-            )
-    options["model"] = model if isinstance(model, str) else model.name
+def configured(
+    options: dict[str, Any], model: Place | LoadedModel, method: str | PruningMethod | None
+) -> tuple[BatchConfig, PruningMethod | None, str | LoadedModel]:
+    """The settings of a run, the method that they name, which may be the one given, and its model."""
+    config = BatchConfig(**with_objects(options, model, method))
     made = None if isinstance(method, str) else method
-    if made is not None:
-        options["method"] = f"{type(made).__module__}:{type(made).__qualname__}"
-        options["settings"] = asdict(made)
-    elif method in (None, AUTO):
-        options = with_profile(options)
-    else:
-        options["method"] = method
-    inputs = (input,) if isinstance(input, str | os.PathLike) else tuple(input)
-    options["input"] = tuple(map(os.fspath, inputs))
-    config = BatchConfig(output=os.fspath(output), **options)
-    if config.engine == "ray" and not isinstance(model, str):
+    name_or_model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
+    if config.engine == "ray" and not isinstance(name_or_model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
     if made is None and config.method != AUTO:
         made = make_method(config.method, config.settings)
-    return config, made
+    return config, made, name_or_model
 
 
 @contextmanager

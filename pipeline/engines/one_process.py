@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline.engines.blocks import Key, Window, key_of
 from pipeline.engines.clock import EngineTimes
-from pipeline.errors import MarsError
+from pipeline.errors import ConfigError, MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
 from pipeline.prompts.splitting import SplitDocument
@@ -19,6 +20,7 @@ from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
+    from pipeline.model.loading import Model
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
@@ -40,7 +42,7 @@ class Engine(Protocol):
 
     patience_s: float | None  # how long it waits for a window before it is given None; None: however long
 
-    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
         """Answers of all rows, some at a time, in no order; a list may be empty."""
         ...
 
@@ -65,7 +67,12 @@ class OneProcess:
         self._setup, self._hooks = setup, hooks
         self._engine: LocalEngine | None = None
 
-    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
+        """As an engine does. Raises ConfigError where the model is one that answers other rows meanwhile."""
+        with _alone(self._setup.model):
+            yield from self._answers(windows)
+
+    def _answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
         try:
             yield from answer_windows(self._start, windows, self._setup)
             if self._engine is not None:
@@ -83,6 +90,25 @@ class OneProcess:
         if self._engine is None:
             self._engine = start_engine(self._setup, self._hooks, prompts)
         return self._engine
+
+
+@contextmanager
+def _alone(model: Model) -> Iterator[None]:
+    """Keep a loaded model to one engine at a time: its precision and its graphs are those of one run."""
+    from pipeline.model.loading import LoadedModel
+
+    if not isinstance(model, LoadedModel):
+        yield
+        return
+    if model.is_answering:
+        raise ConfigError(
+            f"the model {model.name} is answering other rows: end or close those first, or load it twice"
+        )
+    model.is_answering = True
+    try:
+        yield
+    finally:
+        model.is_answering = False
 
 
 def last_notes(engine: LocalEngine) -> Iterator[str]:

@@ -151,11 +151,11 @@ def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            return {key: _type_of(value) for key, value in row.items()}
+            return {key: type_of(value) for key, value in row.items()}
     return None
 
 
-def _type_of(value: object) -> str:
+def type_of(value: object) -> str:
     try:
         return str(pa.infer_type([value]))
     except (pa.ArrowException, ValueError, OverflowError, TypeError):

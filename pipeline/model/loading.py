@@ -57,6 +57,7 @@ class LoadedModel(_OnDevice):
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     notes: tuple[str, ...] = ()  # what a user should know of its files
+    is_answering: bool = field(default=False, init=False)  # rows of a run that has not ended
 
     def __post_init__(self) -> None:
         self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype

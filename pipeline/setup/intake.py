@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
-from pipeline.inputs.source import Source, open_source
+from pipeline.inputs.readers import Reader
+from pipeline.inputs.source import Source, open_source, source_of
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
@@ -67,11 +68,14 @@ class Intake:
         return self.begun is not None and COLUMNS not in self.begun
 
 
-def open_rows(config: BatchConfig) -> Intake:
-    """The input of a run, checked and opened, and what its settings leave open decided by it."""
+def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
+    """The input of a run, checked and opened, and what its settings leave open decided by it.
+
+    `given` reads rows that are in no file; they stand for those of `config.input`.
+    """
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
-    source, settled = open_columns(config, keep, config.output, begun)
+    source, settled = open_columns(config, keep, config.output, begun, given=given)
     if not settled.settings.is_asked and config.prompt_template is None:
         raise ConfigError(NO_QUESTION)
     return Intake(
@@ -90,11 +94,12 @@ def open_columns(
     begun: Any = None,
     *,
     asks: bool = True,
+    given: Reader | None = None,
 ) -> tuple[Source, Settled]:
     """Rows of `data` and its settings, its columns and question decided by those of the first file.
 
     `keep` as in `Columns`. A run that resumes another, with the settings `begun`, goes on with its columns.
-    Where the rows are not asked anything, `asks` is false.
+    Where the rows are not asked anything, `asks` is false. `given` stands for the files of `data.input`.
     """
     found: list[Settled[Data]] = []
 
@@ -102,7 +107,10 @@ def open_columns(
         found.append(_settled(data, types, begun, asks=asks))
         return _columns(found[-1], keep, lacks=_lacks(begun))
 
-    source = open_source(data.input, columns, output)
+    if given is None:
+        source = open_source(data.input, columns, output)
+    else:
+        source = source_of([given], columns, output, [])
     return source, found[-1]
 
 
