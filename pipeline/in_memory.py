@@ -62,11 +62,11 @@ def answer(
     """Answer rows that are in memory; iterating what is returned yields their answers, as they end.
 
     `rows` is an iterable of mappings (dicts), or a table: of pyarrow, pandas or Polars, or whatever else has
-    `__arrow_c_stream__`. An iterable may be endless: some thousand rows are read ahead, in another thread, and
-    no more are held. An answer is a dict: the fields of pipeline.records.Answer, then the row's own columns but
-    those of text, question and id. They come in the order of the rows, with `order="completion"` as they
-    end, with `sort_by_document` document by document. A row that cannot be answered is one of them, whose
-    `status` is `error`.
+    `__arrow_c_stream__`. An iterable may be endless: some thousand rows are read ahead, in another thread,
+    and no more are held. An answer is a dict: the fields of pipeline.records.Answer, then the row's own
+    columns but those of text, question and id. They come in the order of the rows, with `order="completion"`
+    as they end, with `sort_by_document` document by document. A row that cannot be answered is one of them,
+    whose `status` is `error`.
 
     `pa.table(answers)`, `polars.DataFrame(answers)` and `answers.table()` take all that is left as a table.
     The weights are loaded when the first answer is asked for, unless `model` is one that `load_model`
