@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.engines.one_process import Engine, Hooks
-from pipeline.errors import NO_JOURNAL, TooManyErrors
+from pipeline.errors import KEPT_TO_MEND, TooManyErrors
 from pipeline.interrupts import RunDeadline
 from pipeline.outputs.journal import Journal
 from pipeline.outputs.streamed import StreamedRows
@@ -115,10 +115,9 @@ def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> N
         return
     kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
     kinds += [f"earlier runs {before['error']:,}"] if before["error"] else []
-    kept = "finished rows are kept: mend the cause, then --resume --retry-errors"
     raise TooManyErrors(
         f"{failed:,} of {counted(finished, 'row')} failed ({', '.join(kinds)}), more than --max-errors "
-        f"{config.max_errors} allows; {NO_JOURNAL if config.to_stdout else kept}"
+        f"{config.max_errors} allows; {KEPT_TO_MEND}"
     )
 
 

@@ -29,7 +29,8 @@ class Row:
     row: int  # 0-based, over the whole input; blank JSONL lines count
     id: str
     place: str  # for messages: "contracts.jsonl line 17"
-    passthrough: pa.RecordBatch | None = None  # one row
+    # one row of a table, or the other keys of a row that is a mapping
+    passthrough: pa.RecordBatch | Mapping[str, Any] | None = None
     task: str | None = None  # what kind it is of, where rows tell
     question: str | None = None  # that is asked about the document
     fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
@@ -203,7 +204,7 @@ class Answer:
     prompt_text: str | None = field(default=None, repr=False)
     prompt_token_chars: list[int] | None = field(default=None, repr=False)
     prompt_spans: list[int] | None = None
-    passthrough: pa.RecordBatch | None = field(default=None, repr=False)
+    passthrough: pa.RecordBatch | Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def begin(cls, source: Row, method: str) -> Answer:

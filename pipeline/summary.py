@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.engines.clock import EngineTimes
 from pipeline.records import Answer
 from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
-from pipeline.texts.words import amount, counted, duration
+from pipeline.texts.shown import html_table
+from pipeline.texts.words import amount, counted, duration, percent_of
 
 if TYPE_CHECKING:
     from pipeline.inputs.reading import Reading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
 MOST_MESSAGES = 3  # kept of each kind of error
+LATE_ROWS = 1000  # whose TTFT stands in the line of progress
 MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word
 
 
@@ -109,6 +111,21 @@ class Tally:
         to_pass_over = min(max(done.done_at_start.total() - done.passed_over, 0), max(total - read, 0))
         self.expected_rows = max(total - done.passed_over - to_pass_over, self._read)
 
+    def progress_line(self, noun: str = "rows", *, has_rate: bool = True) -> str:
+        """How far the run is; `noun` is what is counted, `has_rate` says that a rate means something."""
+        rows = f"{self.documents:,}"
+        if self.expected_rows:
+            rows += f"/{self.expected_rows:,.0f}"
+        errors = f", {counted(self.status['error'], 'error')}" if self.status["error"] else ""
+        rate = f", {self.tokens_per_second:,.0f} tokens/s" if has_rate else ""
+        one = self.documents == 1 and not self.expected_rows
+        of = noun.removesuffix("s") if one else noun
+        return f"{rows} {of}, {counted(self.prompt_tokens, 'token')}{rate}{errors}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended is not None
+
     def start_work(self) -> None:
         """From here on rows are read and answered: what came before is no part of `working_s`."""
         self._counting_from = time.perf_counter()
@@ -120,7 +137,11 @@ class Tally:
 
 
 class Summary(Tally):
-    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
+    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved.
+
+    `print` shows it in a line, a notebook as the table that the command ends with, and `as_dict` gives the
+    plain values of `--json`. Times are in milliseconds (`..._ms`) or seconds (`..._s`), shares from 0 to 1.
+    """
 
     def __init__(
         self,
@@ -168,6 +189,60 @@ class Summary(Tally):
 
     def __repr__(self) -> str:
         return f"<Summary {self}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the closing table, and the first message of each kind of error."""
+        errors = [(f"first {kind}", message) for kind, message in self.first_messages.items()]
+        return html_table(f"{self.method}: {self.output}", [*self.facts(), *errors])
+
+    def progress_line(self, noun: str = "rows", *, has_rate: bool = True) -> str:
+        """As a tally's; of a run with workers, how many they are and their TTFT of late."""
+        line = super().progress_line(noun, has_rate=has_rate)
+        if self.workers is None:
+            return line
+        return (
+            f"{line}, {counted(self.workers, 'worker')}, TTFT p50 {_ms(self.ttft_ms(50, latest=LATE_ROWS))}"
+        )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The closing table: names and values in words."""
+        facts = [("rows", f"{self.documents:,}"), ("errors", f"{self.status['error']:,}")]
+        if self.in_output.total() != self.documents:
+            facts.append(("rows of the output", f"{self.in_output.total():,}"))
+            facts.append(("  of which errors", f"{self.in_output['error']:,}"))
+        moved = {"left the output": self.left_rows, "came back": self.returned_rows}
+        facts += [(f"rows that {what}", f"{count:,}") for what, count in moved.items() if count]
+        facts += [(f"  {kind}", f"{count:,}") for kind, count in self.errors.most_common()]
+        if self.status["skipped"]:
+            facts.append(("skipped", f"{self.status['skipped']:,}"))
+        facts.append(("prompt tokens", f"{self.prompt_tokens:,}"))
+        facts.append(("tokens/s", f"{self.tokens_per_second:,.0f}"))
+        facts.append(("TTFT p50 / p95", f"{_ms(self.ttft_ms(50))} / {_ms(self.ttft_ms(95))}"))
+        if self.draft_tokens:
+            accepted = f"{self.accepted_tokens:,} ({self.accepted_tokens / self.draft_tokens:.0%})"
+            facts.append(("tokens looked up and accepted", f"{accepted} of {self.draft_tokens:,}"))
+        if self.unanswered_rows:
+            facts.append(("rows of reasoning without an answer", f"{self.unanswered_rows:,}"))
+        if self.ended_by_length:
+            facts.append(("answers that ended by length", f"{self.ended_by_length:,}"))
+        if self.grouped_rows:
+            facts.append(("rows that shared a document", f"{self.grouped_rows:,}"))
+            facts.append(("  its prefill, all together", f"{self.times.shared_s:,.1f} s"))
+        if self.guarded:
+            facts.append(("rows that the guard had run dense", f"{self.guarded.total():,}"))
+            facts += [(f"  by {kind}", f"{count:,}") for kind, count in self.guarded.most_common()]
+        if self.guarded[FLAT]:
+            facts.append(("  second prefills, after flat attention", f"{self.times.again_s:,.1f} s"))
+        facts.append(("FFN work skipped", percent_of(self.ffn_skipped())))
+        facts.append(("operations, of dense", percent_of(self.flops_ratio())))
+        facts.append(("time", f"{self.seconds:,.1f} s"))
+        facts.append(("  loading the model", f"{self.times.load_s:,.1f} s"))
+        facts.append(("  warming up", f"{self.times.warm_up_s:,.1f} s"))
+        facts.append(("  from the first pack to the last", f"{self.times.span_s:,.1f} s"))
+        facts.append(("  a row, without loading", _ms(self.ms_per_row())))
+        if self.cost is not None:
+            facts.append((f"cost, at {self.price_per_hour:g} an hour", amount(self.cost)))
+        return facts
 
     def add(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -318,3 +393,7 @@ class Summary(Tally):
             "ffn_skipped": self.ffn_skipped(),
             "flops_ratio": self.flops_ratio(),
         }
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} ms"

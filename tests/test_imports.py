@@ -32,10 +32,12 @@ FLOORS = (
     "setup",
     "engines report",
     "evaluate summary",
-    "bookkeeping check merging",
+    "notebooks",
+    "bookkeeping checks merging",
     "run",
+    "in_memory",
     "bench",
-    "calibrate doctor estimate",
+    "calibration doctor estimate",
     "dryrun",
 )
 OUTSIDE = {"pipeline", "marsinfer_cli"}  # the names that programs import, and the commands

@@ -41,7 +41,11 @@ def _is_seen(character: str) -> bool:
 def json_type(value: object) -> str:
     """What a value is in JSON's words."""
     told = (name for kind, name in _JSON_TYPES.items() if isinstance(value, kind))
-    return next(told, "null" if value is None else "a string")
+    return next(told, "null" if value is None else _python_type(value))
+
+
+def _python_type(value: object) -> str:
+    return "a string" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def read_fault(error: BaseException) -> RowError:

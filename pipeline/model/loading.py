@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import huggingface_hub
@@ -82,6 +83,7 @@ class LoadedModel(_OnDevice):
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     notes: tuple[str, ...] = ()  # what a user should know of its files
+    _in_use: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype
@@ -96,6 +98,21 @@ class LoadedModel(_OnDevice):
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the model to one run at a time, whose precision and graphs it has meanwhile.
+
+        Raises ConfigError where another run has not ended, be it in this thread.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise ConfigError(
+                f"the model {self.name} is answering other rows: end or close those first, or load it twice"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +132,10 @@ class UnloadedModel(_OnDevice):
     @property
     def name(self) -> str:
         return self.source.name
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Each run loads weights of its own: runs do not disturb each other."""
+        return nullcontext()
 
     @property
     def attention(self) -> AttentionBackend:

@@ -17,7 +17,7 @@ from pipeline.outputs.own import foreign_sidecar, may_be_replaced, was_ours
 from pipeline.outputs.sidecar import needs_sidecar
 from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
-from pipeline.storage.stdin import Stdin
+from pipeline.storage.stdin import Once
 from pipeline.storage.whole_file import open_new, partial_path, sync_folder
 
 _REMEDIES = {
@@ -31,7 +31,7 @@ _REMEDIES = {
 _OTHER_REMEDY = "check the disk and run again"
 
 
-def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool) -> None:
+def check_output(path: str | Path, inputs: Iterable[str | Place | Once], overwrite: bool) -> None:
     """Refuse, before any work, an output that could not be written or would destroy something."""
     place = output_place(path)
     sink_type(place)
@@ -51,7 +51,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Place | Stdin], overwr
         raise StorageError(f"{place} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
 
 
-def _is_same(place: Place, other: str | Place | Stdin) -> bool:
+def _is_same(place: Place, other: str | Place | Once) -> bool:
     if isinstance(place, RemotePath):
         return isinstance(other, RemotePath) and other.address == place.address
     if not isinstance(other, str | Path):
