@@ -24,12 +24,13 @@ from pipeline.outputs.answers import answers_table, halves, plain
 from pipeline.outputs.finished import NothingFinished
 from pipeline.records import Answer, RowError
 from pipeline.run import WINDOWS_AHEAD, configured, deadline_of, read_windows
+from pipeline.settings.called import StrPath, called_with
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.option import settings_of
 from pipeline.settings.run_settings import BatchConfig, EngineSettings, OverwriteSettings, ResumeSettings
-from pipeline.setup.called import StrPath, called_with
 from pipeline.setup.intake import Item, open_rows
 from pipeline.setup.preparation import prepare
+from pipeline.storage.causes import cause
 from pipeline.summary import Summary
 
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ def answer(
     hooks = Hooks(check=deadline.check, note=note, phase=phase)
     engine = OneProcess(run, hooks)
     books = Books(run=run, engine=engine, summary=summary, progress=progress, hooks=hooks, deadline=deadline)
-    return Answers(_given_back(_answers(books, given.watched)), run.schema(), given, summary)
+    answers = _answers(books, given.watched)
+    if isinstance(model, str):
+        answers = _given_back(answers)
+    return Answers(answers, run.schema(), given, summary)
 
 
 class Answers(Iterator[dict[str, Any]]):
@@ -181,6 +185,8 @@ def _answers(books: Books, rows: Watched[Any]) -> Generator[Answer, None, None]:
                 yield from turns.due()
                 check()
     except MarsError as error:
+        if isinstance(error, InputError) and rows.failure is not None:
+            raise rows.failure from error  # without which there would have been more rows
         keeps_nothing(error, HANDED_OUT)
         yield from turns.rest()
         raise
@@ -242,17 +248,18 @@ def _column(name: str, answers: Sequence[Answer]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"the values of {name!r} are no column of a table ({error}); keep_columns leaves it out"
+            f"the values of {name!r} are no column of a table ({cause(error)}): leave it out by "
+            "keep_columns, or iterate the answers, which are all still there"
         ) from error
 
 
 def _given_back(answers: Generator[Answer, None, None]) -> Generator[Answer, None, None]:
-    """The same; behind the last one, or where they are closed, the device has what they held."""
+    """The same; behind the last one, or where they are closed, the weights that they loaded are freed."""
     try:
         yield from answers
     finally:
         answers.close()
-        del answers  # and with it the engine, and a model that nobody else holds
+        del answers  # and with it the engine and its model
         gc.collect()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipeline.texts.redaction import without_secrets
 
@@ -47,6 +47,44 @@ class Row:
 NO_ROW = Row(row=-1, id="", place="")
 
 
+# every word that `error_type` may hold; the guide of outputs says what each means
+ErrorType = Literal[
+    "bad_csv",
+    "bad_json",
+    "bad_messages",
+    "bad_question_type",
+    "bad_text",
+    "bad_text_type",
+    "bad_utf8",
+    "bad_value",
+    "duplicate_id",
+    "empty_document",
+    "encrypted",
+    "host_memory",
+    "internal",
+    "kv_memory",
+    "long_line",
+    "missing_field",
+    "missing_id",
+    "missing_messages",
+    "missing_question",
+    "missing_text",
+    "no_progress",
+    "no_text",
+    "not_an_object",
+    "not_finite",
+    "out_of_memory",
+    "over_long",
+    "template",
+    "timeout",
+    "tokenizer",
+    "unasked_question",
+    "unreadable",
+    "unsupported",
+    "worker_died",
+]
+
+
 @dataclass(eq=False)
 class RowError(Exception):
     """Why one row is not answered: raised where that is found, and then, of its `source`, in the row's place.
@@ -54,7 +92,7 @@ class RowError(Exception):
     `kind` is the stable word written to the output's `error_type`, `status` is `error` or `skipped`.
     """
 
-    kind: str
+    kind: ErrorType
     message: str
     source: Row = NO_ROW  # until it is known
     _: KW_ONLY

@@ -116,6 +116,16 @@ def test_no_module_has_the_name_of_what_is_exported():
     assert not modules & set(pipeline.__all__)
 
 
+def test_a_model_is_loaded_from_a_path_and_an_unknown_option_is_named(model_folder):
+    assert pipeline.load_model(model_folder, device="cpu").name == str(model_folder)
+    with pytest.raises(
+        pipeline.MarsError, match=r"^load_model has no option 'devise' \(did you mean 'device'"
+    ):
+        pipeline.load_model(model_folder, devise="cpu")
+    with pytest.raises(pipeline.MarsError, match=r"--adapter .*: there is no such folder"):
+        pipeline.load_model(model_folder, adapter=model_folder / "none")
+
+
 def test_check_takes_a_loaded_model_and_a_method_object(fish, model_folder):
     model = pipeline.load_model(str(model_folder), device="cpu")
     method = pipeline.make_method("marsinfer", {"start_layer": 1})

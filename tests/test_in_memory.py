@@ -6,14 +6,24 @@ import gc
 import json
 import threading
 import weakref
+from collections import deque
 from itertools import count, islice
 
 import pyarrow as pa
 import pytest
 from conftest import FISH
 
-from pipeline import MarsError, answer, in_memory, load_model, run_batch
-from pipeline.errors import ConfigError, InputError, TooManyErrors
+from pipeline import MarsError, answer, calibrate, check, in_memory, load_model, run_batch
+from pipeline.errors import (
+    HANDED_OUT,
+    KEPT,
+    ConfigError,
+    DeadlineReached,
+    InputError,
+    StorageError,
+    TooManyErrors,
+)
+from pipeline.outputs.own_columns import INDEXED, STATISTICS
 
 OPTIONS = {"text_column": "body", "question_column": "ask", "max_new_tokens": 3, "device": "cpu"}
 
@@ -44,38 +54,6 @@ def test_answers_are_those_of_a_run_over_files(ask, fish, model_folder, tmp_path
         assert [row["doc"] for row in answers] == ["a", "b", "c"]
         assert "body" not in answers[0]
         assert answers[0]["question"] == "how many fish?"
-
-
-@pytest.mark.parametrize("kind", ["table", "reader", "batch", "mappings", "stream"])
-def test_whatever_holds_rows_becomes_a_table_of_answers(ask, kind):
-    table = pa.Table.from_pylist(FISH)
-
-    class Stream:
-        def __arrow_c_stream__(self, requested_schema=None):
-            return table.__arrow_c_stream__(requested_schema)
-
-    rows = {
-        "table": table,
-        "reader": table.to_reader(),
-        "batch": table.to_batches()[0],
-        "mappings": iter(FISH),
-        "stream": Stream(),
-    }[kind]
-    answers = pa.table(ask(rows))
-    assert answers.num_rows == 3
-    assert answers["status"].to_pylist() == ["ok"] * 3
-    assert answers["year"].to_pylist() == [1960, 1961, None]
-    assert answers["row"].to_pylist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("package", ["polars", "pandas"])
-def test_a_frame_in_a_frame_out(ask, package):
-    module = pytest.importorskip(package)
-    frame = module.DataFrame(FISH)
-    table = ask(frame).table()
-    out = module.DataFrame(ask(frame)) if package == "polars" else table.to_pandas()
-    assert list(out["answer"]) == table["answer"].to_pylist()
-    assert list(out["doc"]) == ["a", "b", "c"]
 
 
 def test_the_order_is_that_of_the_rows(ask):
@@ -123,8 +101,6 @@ def test_the_values_of_mappings_stay_as_they_are(ask):
     (row,) = ask(rows, keep_columns="mark")
     assert row["mark"] is mark
     assert "answer_input" not in row
-    with pytest.raises(InputError, match=r"values of 'mark' are no column of a table .*keep_columns"):
-        ask(rows).table()
     with pytest.raises(ConfigError, match="keep_columns: 'mark' keeps the type"):
         ask(rows, keep_columns="mark:int")
 
@@ -162,9 +138,30 @@ def test_rows_that_cannot_be_answered_are_rows(ask):
     assert "first bad_text_type" in answers._repr_html_()
 
 
-def test_too_many_errors_end_it(ask):
-    with pytest.raises(TooManyErrors):
-        list(ask([FISH[0], {}, {}, {}], max_errors=1))
+@pytest.mark.parametrize("order", ["input", "completion"])
+def test_too_many_errors_end_it_behind_all_that_was_answered(ask, order):
+    answers, found = ask([{}, FISH[0], {}, {}], max_errors=1, order=order), []
+    with pytest.raises(TooManyErrors, match=f"more than --max-errors 1 allows; {HANDED_OUT}$"):
+        found.extend(row["status"] for row in answers)
+    assert sorted(found) == ["error", "error", "error", "ok"]
+
+
+def test_a_deadline_ends_it(ask):
+    rows = ({"body": f"fish {number}", "ask": "?"} for number in count())
+    with pytest.raises(DeadlineReached, match=f"^stopped at the deadline, .*; {HANDED_OUT}$"):
+        deque(ask(rows, deadline="1s"), maxlen=0)
+
+
+def test_the_columns_that_are_named_and_statistics_as_one(ask):
+    (row,) = ask(FISH[:1], columns=["answer", "stats"], keep_columns="year", price_per_hour=36)
+    assert list(row) == [*INDEXED[:4], "answer", *INDEXED[4:5], "stats", *INDEXED[5:], "year"]
+    assert list(row["stats"]) == list(STATISTICS)
+    assert row["stats"]["new_tokens"] == 3
+    (row,) = ask([{**FISH[0], "stats": "own"}], columns=["stats"])
+    assert row["stats_input"] == "own"
+    answers = ask(FISH[:1], price_per_hour=36)
+    list(answers)
+    assert answers.summary.cost == pytest.approx(answers.summary.seconds / 100)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +177,8 @@ def test_too_many_errors_end_it(ask):
         (FISH, {"output": "x.jsonl"}, "answer has no option 'output'"),
         (FISH, {"resume": True}, "answer has no option 'resume'.*but .*resume"),
         (FISH, {"engine": "ray"}, "answer has no option 'engine'"),
+        (FISH, {"sort_by_document": True}, "answer has no option 'sort_by_document'"),
+        (FISH, {"columns": ["anser"]}, "'anser' is no column of answers \\(did you mean 'answer'"),
         (FISH, {"max_new_tokens": "many"}, "max_new_tokens = 'many': must be a whole number"),
         (FISH, {"question": "?"}, "--question and --question-column exclude each other"),
         (FISH, {"method": "marsinfre"}, "did you mean 'marsinfer'"),
@@ -217,13 +216,37 @@ def test_an_iterable_that_raises_is_told_behind_the_answers_before(ask):
     assert [next(answers)["status"], next(answers)["status"]] == ["ok", "ok"]
     with pytest.raises(LookupError, match="the database is gone"):
         next(answers)
+    assert answers.summary.has_ended
 
 
-def test_a_loaded_model_answers_for_one_iterator_at_a_time(ask, model):
+@pytest.mark.parametrize("error", [StorageError(f"full; {KEPT}"), KeyError("id"), KeyboardInterrupt()])
+@pytest.mark.parametrize("before", [[], FISH[:1], [{"other": 1}, {"other": 2}]], ids=["none", "row", "bad"])
+def test_what_an_iterable_raises_comes_as_it_is(ask, before, error):
+    def torn():
+        yield from before
+        raise error
+
+    told = str(error)
+    with pytest.raises(type(error)) as raised:
+        list(ask(torn()))
+    assert raised.value is error
+    assert str(error) == told
+
+
+def test_a_loaded_model_answers_for_one_run_at_a_time(ask, model, fish, tmp_path):
+    sides = {"method": "marsinfer", "settings": {"start_layer": 1}, "scope": "rows"}
+    outputs = {
+        run_batch: {"output": tmp_path / "out.jsonl"},
+        check: sides,
+        calibrate: {"out": tmp_path / "profile.toml"},
+    }
     first, second = ask(FISH, model=model), ask(FISH, model=model)
     texts = [next(first)["answer"]]
     with pytest.raises(ConfigError, match="is answering other rows: end or close those first"):
         next(second)
+    for other in (run_batch, check, calibrate):
+        with pytest.raises(ConfigError, match="is answering other rows"):
+            other(fish, **outputs[other], model=model, **OPTIONS)
     texts += [row["answer"] for row in first]
     assert [row["answer"] for row in ask(FISH, model=model)] == texts
 

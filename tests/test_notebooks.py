@@ -1,10 +1,12 @@
-"""The notebooks of examples/, executed in a kernel, with a tiny model and cut texts; and their bars."""
+"""The Python of examples/, with a tiny model and cut texts: notebooks in a kernel, and the guide's code."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,8 @@ from pipeline import notebooks
 from pipeline.summary import Summary
 
 CHECKOUT = Path(__file__).parents[1]
+GUIDE = (CHECKOUT / "examples" / "guides" / "python.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.+?)```", GUIDE, re.DOTALL)
 NOTEBOOKS = sorted((CHECKOUT / "examples" / "notebooks").glob("*.ipynb"))
 TEXT_CHARACTERS = 300  # a token each, of the tiny model
 
@@ -47,6 +51,35 @@ def test_a_notebook_runs_and_shows_its_progress(path, short_texts):
     assert ["<th>rows</th><td>8</td>" in table for table in tables] == [True, True]
     texts = [str(output["data"].get("text/plain", "")) for output in shown if "data" in output]
     assert [text for text in texts if text.startswith("<CheckResult ")]
+
+
+@pytest.fixture
+def run_code(short_texts, model_folder, monkeypatch):
+    """Runs code of the guide, with the tiny model in place of its own; returns the names that it sets."""
+    pytest.importorskip("polars")
+    monkeypatch.chdir(short_texts)
+
+    def run_code(code):
+        for named, tiny in (("smollm2-135m", str(model_folder)), ('"start_layer": 20', '"start_layer": 1')):
+            code = code.replace(named, tiny)
+        names: dict[str, Any] = {}
+        exec(compile(code, "python.md", "exec"), names)
+        return names
+
+    return run_code
+
+
+def test_a_frame_in_and_a_frame_out_take_five_lines(run_code):
+    assert len(CODE[0].strip().splitlines()) == 5
+    names = run_code(CODE[0])
+    assert type(names["frame"]) is type(names["rows"])
+    assert names["frame"].select("id", "status").rows() == [(id, "ok") for id in names["rows"]["id"]]
+
+
+@pytest.mark.parametrize("number", range(1, len(CODE)))
+def test_the_other_code_of_the_guide_runs(number, run_code, capsys):
+    run_code(CODE[number])
+    assert re.search(r"(2|8) rows \(\1 ok\)", capsys.readouterr().out)  # the summary, printed
 
 
 class Display:

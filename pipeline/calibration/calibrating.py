@@ -17,9 +17,10 @@ from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
 from pipeline.notebooks import notebook_bar
 from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.called import StrPath, called_with, inputs_of
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.setup.auto import keep_profile
-from pipeline.setup.called import StrPath, called_with, inputs_of, with_objects
+from pipeline.setup.called import with_objects
 from pipeline.setup.intake import make_prompts
 from pipeline.setup.profile import Profile, write_profile
 from pipeline.suites.samples import NEEDLES
@@ -78,12 +79,27 @@ def run_calibrate(
     error but a result without a profile.
     """
     clock = clock or Deadline(config.minutes * 60)
+    model = model or open_model(config)
+    with model.in_use():
+        found = _calibrated(config, model, clock, progress, note, check)
+    if found.profile is not None:
+        write_profile(config.profile_file, found.profile)
+        _keep(found.profile, note)
+    return found
 
+
+def _calibrated(
+    config: CalibrateConfig,
+    model: Model,
+    clock: Deadline,
+    progress: Callable[[str, float], None],
+    note: Callable[[str], None],
+    check: Callable[[], None],
+) -> Calibration:
     def tell(text: str) -> None:
         progress(text, max(0.0, clock.left))
 
     tell("reading and tokenizing")
-    model = model or open_model(config)
     for text in model.notes:
         note(text)
     found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
@@ -94,16 +110,11 @@ def run_calibrate(
     _check_supplies(bounds, sides, note)
     tell("loading the model")
     check()
-    with model.in_use():
-        with nothing_to_lose():
-            bench = Workbench.of(model.load(), check)
-        run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
-        with failures_named(lambda: f"{bench.running} fails"):
-            result = run.calibrate(found.data_hash, clock)
-    if result.profile is not None:
-        write_profile(config.profile_file, result.profile)
-        _keep(result.profile, note)
-    return result
+    with nothing_to_lose():
+        bench = Workbench.of(model.load(), check)
+    run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
+    with failures_named(lambda: f"{bench.running} fails"):
+        return run.calibrate(found.data_hash, clock)
 
 
 def _check_supplies(bounds: Bounds, sides: Sides, note: Callable[[str], None]) -> None:

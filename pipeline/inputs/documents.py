@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -17,7 +17,7 @@ from pipeline.inputs.columns import with_arrays
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.readers import TextReader, long_line
 from pipeline.inputs.rows import build, failed, or_error, read_fault
-from pipeline.records import Record, Row, RowError
+from pipeline.records import ErrorType, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS
 
 PROGRAM = Path(__file__).with_name("extracting.py")
@@ -80,7 +80,7 @@ def _extracted(format: str, content: bytes, longest: int) -> dict[str, Any]:
     if done.returncode == 0:
         found = json.loads(done.stdout)
         if "fault" in found:
-            raise RowError(found["kind"], found["fault"])
+            raise RowError(cast(ErrorType, found["kind"]), found["fault"])
         return dict(found)
     if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
         raise RowError("timeout", f"takes more than {CPU_S} s to read")

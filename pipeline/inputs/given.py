@@ -82,12 +82,15 @@ class PolarsGiven(TableGiven):
 
 
 class PandasGiven(TableGiven):
-    """A frame of pandas, whose answers have the index of their rows."""
+    """A frame of pandas, whose answers have the index of their rows, or else their numbers."""
 
     def as_given(self, table: pa.Table) -> Any:
         # in which pandas has said which columns were its index
         metadata = {**(table.schema.metadata or {}), **(self.schema.metadata or {})}
-        return table.replace_schema_metadata(metadata).to_pandas()
+        frame = table.replace_schema_metadata(metadata).to_pandas()
+        if not set(self.schema.pandas_metadata["index_columns"]) & set(table.column_names):
+            frame.index = frame["row"].to_numpy()
+        return frame
 
 
 class MappingReader(GivenReader):
@@ -140,7 +143,8 @@ def open_given(rows: Any, keep_columns: str | None) -> GivenReader:
     if _is_table(rows):
         return _table_given(rows)
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable) or _package(rows) == "polars":
-        raise InputError(f"rows are {_kind(rows)}: {NO_ROWS}")
+        hint = "collect() it first, or " if hasattr(rows, "collect") else ""
+        raise InputError(f"rows are {_kind(rows)}: {hint}{NO_ROWS}")
     rest = iter(rows)
     first = list(islice(rest, 1))
     again = chain(first, rest)
@@ -169,8 +173,9 @@ def _table_given(rows: Any) -> TableGiven:
 
 
 def _with_index(frame: Any) -> pa.Table:
-    """A frame of pandas, with its index as a column unless that just counts the rows."""
-    counts = frame.index.equals(sys.modules["pandas"].RangeIndex(len(frame)))
+    """A frame of pandas, with its index as a column unless that has no name and counts the rows."""
+    is_named = any(name is not None for name in frame.index.names)
+    counts = not is_named and frame.index.equals(sys.modules["pandas"].RangeIndex(len(frame)))
     try:
         return pa.Table.from_pandas(frame, preserve_index=not counts)
     except NOT_ARROWS as error:
@@ -187,7 +192,7 @@ def _stream(rows: Any) -> pa.RecordBatchReader:
 
 
 def _no_table(rows: Any, error: Exception) -> InputError:
-    return InputError(f"rows are {_kind(rows)}, which Arrow cannot take over as a table ({cause(error)})")
+    return InputError(f"rows are {_kind(rows)}, which Arrow cannot take over as a table: {cause(error)}")
 
 
 def _batches(tables: Iterable[Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -145,7 +145,7 @@ class DecodeLoop:
         )
         captured = graphs and kv.on_device_alone
         self._runner = StepRunner(
-            lambda size: self._batch.step(size),
+            self._batch.step,
             recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
             attention,
             self.stats,

@@ -25,7 +25,8 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
-from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.called import StrPath, called_with
+from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,9 @@ def attention_for(
     )
 
 
-def load_model(model: str = "smollm2-135m", *, sparse_from: int | None = None, **options: Any) -> LoadedModel:
+def load_model(
+    model: StrPath = WeightsSettings.model, *, sparse_from: int | None = None, **options: Any
+) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
     `options` are the other fields of `ModelSettings`, which are flags of the commands: `dtype` is auto
@@ -232,9 +235,10 @@ def load_model(model: str = "smollm2-135m", *, sparse_from: int | None = None, *
     wherever a method asks for it, on a device without kernels by plain torch, slowly.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
-    too large for the device, ConfigError for a device, dtype or backend that is not there.
+    too large for the device, ConfigError for an option or a device, dtype or backend that is not there.
     """
-    loaded = open_model(ModelSettings(model=model, **options)).load()
+    options = called_with("load_model", ModelSettings, {"model": model, **options}, note=lambda text: None)
+    loaded = open_model(ModelSettings(**options)).load()
     loaded.attention.sparse_from = sparse_from
     return loaded
 
