@@ -24,7 +24,7 @@ from pipeline.outputs.answers import answers_table, halves, plain
 from pipeline.outputs.finished import NothingFinished
 from pipeline.records import Answer, RowError
 from pipeline.run import WINDOWS_AHEAD, configured, deadline_of, read_windows
-from pipeline.settings.called import StrPath, called_with
+from pipeline.settings.keywords import StrPath, called_with
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.option import settings_of
 from pipeline.settings.run_settings import BatchConfig, EngineSettings, OverwriteSettings, ResumeSettings

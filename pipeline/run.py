@@ -33,14 +33,14 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.streamed import StreamedRows
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
-from pipeline.settings.called import StrPath, called_with, inputs_of
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.moments import deadline_after, moment_told
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.called import with_objects
 from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_rows, open_rows
 from pipeline.setup.leaving import Leaving
+from pipeline.setup.objects import with_objects
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import Place
 from pipeline.storage.stdin import Once

@@ -17,11 +17,11 @@ from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
 from pipeline.notebooks import notebook_bar
 from pipeline.settings.calibrate_settings import CalibrateConfig
-from pipeline.settings.called import StrPath, called_with, inputs_of
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.setup.auto import keep_profile
-from pipeline.setup.called import with_objects
 from pipeline.setup.intake import make_prompts
+from pipeline.setup.objects import with_objects
 from pipeline.setup.profile import Profile, write_profile
 from pipeline.suites.samples import NEEDLES
 

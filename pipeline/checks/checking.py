@@ -37,13 +37,13 @@ from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
 from pipeline.records import Reasoning
-from pipeline.settings.called import StrPath, called_with, inputs_of
 from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.setup.auto import proven
-from pipeline.setup.called import with_objects
 from pipeline.setup.intake import make_prompts
+from pipeline.setup.objects import with_objects
 from pipeline.setup.preparation import moment_of
 from pipeline.setup.profile import check_profile, load_profile
 from pipeline.summary import Tally

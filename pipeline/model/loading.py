@@ -25,7 +25,7 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
-from pipeline.settings.called import StrPath, called_with
+from pipeline.settings.keywords import StrPath, called_with
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.settings.called import StrPath
+from pipeline.settings.keywords import StrPath
 from pipeline.settings.method_settings import AUTO
 from pipeline.setup.profile import with_profile
 
