@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.calibrate.ladder import climb, fastest_passed
+from pipeline.calibration.ladder import climb, fastest_passed
 from pipeline.evaluate.drops import TAIL, Paired
 
 DOCUMENTS = 200

@@ -11,7 +11,7 @@ from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.console_settings import CalibrateSwitches
 
 if TYPE_CHECKING:
-    from pipeline.calibrate.ladder import Calibration
+    from pipeline.calibration.ladder import Calibration
 
 
 @takes(CalibrateConfig, CalibrateSwitches)
@@ -23,14 +23,14 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
     is none, with 6 if there are too few documents for any.
     """
     from pipeline.bench.plot import check_plot, save_picture
-    from pipeline.calibrate.calibration_report import raise_unless_held
+    from pipeline.calibration.calibration_report import raise_unless_held
 
     if switches.plot is not None:
         check_plot(switches.plot)
     result = _run(config, quiet=switches.quiet)
     _print(result)
     if switches.plot is not None:
-        from pipeline.calibrate.calibration_plot import draw_ladder
+        from pipeline.calibration.calibration_plot import draw_ladder
 
         title = f"{config.model}: {result.held_out:,} rows held out"
         save_picture(switches.plot, title, partial(draw_ladder, result))
@@ -39,7 +39,7 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
 
 
 def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
-    from pipeline.calibrate.calibrating import run_calibrate
+    from pipeline.calibration.calibrating import run_calibrate
     from pipeline.interrupts import graceful_stop
 
     say = saying(quiet=quiet)
@@ -54,7 +54,7 @@ def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
 
 def _print(result: Calibration) -> None:
     from marsinfer_cli.console import result_console
-    from pipeline.calibrate import calibration_report as report
+    from pipeline.calibration import calibration_report as report
 
     console = result_console()
     if result.probes:

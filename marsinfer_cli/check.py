@@ -10,8 +10,8 @@ from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.console_settings import CheckSwitches
 
 if TYPE_CHECKING:
-    from pipeline.check.gates import CheckResult
-    from pipeline.summary import Tally
+    from pipeline.checks.gates import CheckResult
+    from pipeline.tally import Tally
 
 
 @takes(CheckConfig, CheckSwitches)
@@ -23,7 +23,7 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     with 5 where the method scores less than when its scores were accepted, by more than the bound. Dense runs
     in the model's --dtype; --linear-dtype is the method's.
     """
-    from pipeline.check import reports
+    from pipeline.checks import reports
 
     result = _run(config, quiet=switches.quiet)
     if config.out == "-":
@@ -36,7 +36,7 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
     from marsinfer_cli.progress import BatchProgress
-    from pipeline.check.checking import run_check
+    from pipeline.checks.checking import run_check
     from pipeline.errors import KEPT, NOTHING_KEPT
     from pipeline.interrupts import graceful_stop
 
@@ -58,7 +58,7 @@ def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
 
 def _print(result: CheckResult) -> None:
     from marsinfer_cli.console import result_console
-    from pipeline.check import reports
+    from pipeline.checks import reports
 
     config, console = result.config, result_console()
     title = f"{config.gate_metric}, at most {config.bound} below {result.against}"

@@ -12,14 +12,12 @@ from rich.table import Column, Table
 from marsinfer_cli.console import Console
 from marsinfer_cli.events import note, print_event
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.guard import FLAT
-from pipeline.summary import Summary, Tally
-from pipeline.texts.words import amount, counted, duration, percent_of
+from pipeline.summary import LATE_ROWS, Summary
+from pipeline.tally import Tally
+from pipeline.texts.words import duration
 
 PLAIN_EVERY_S = 10.0
 HEARTBEAT_S = 55.0  # so that a watcher that allows a minute of silence sees none
-
-LATE_ROWS = 1000  # whose TTFT stands in the line
 
 NO_COUNTS: dict[str, Any] = {"documents": 0, "tokens": 0, "errors": 0}
 NO_COUNTS |= dict.fromkeys(("expected_rows", "tokens_per_second", "seconds_left"))
@@ -86,7 +84,7 @@ class BatchProgress:
         if self.console.quiet:
             return
         # the heartbeat shows a copy: the tally changes under its hands
-        line, counts = _line(tally, self._noun, self._has_rate), _counts(tally)
+        line, counts = tally.progress_line(self._noun, has_rate=self._has_rate), _counts(tally)
         if self._bar is not None:
             # the bar counts tokens: documents differ too much in length for a fair estimate of time
             total = _expected_tokens(tally)
@@ -171,80 +169,14 @@ def print_summary(summary: Summary) -> None:
     console = Console(stderr=True)
     console.plain(f"{summary.method}: {summary.output}")
     table = Table(Column(style="bold"), Column(justify="right"), show_header=False)
-    for name, value in _facts(summary):
+    for name, value in summary.facts():
         table.add_row(name, value)
     console.print(table)
     for kind, message in summary.first_messages.items():
         console.plain(f"first {kind}: {message}")
 
 
-def _facts(summary: Summary) -> list[tuple[str, str]]:
-    facts = [("rows", f"{summary.documents:,}"), ("errors", f"{summary.status['error']:,}")]
-    if summary.in_output.total() != summary.documents:
-        facts.append(("rows of the output", f"{summary.in_output.total():,}"))
-        facts.append(("  of which errors", f"{summary.in_output['error']:,}"))
-    moved = {"left the output": summary.left_rows, "came back": summary.returned_rows}
-    facts += [(f"rows that {what}", f"{count:,}") for what, count in moved.items() if count]
-    facts += [(f"  {kind}", f"{count:,}") for kind, count in summary.errors.most_common()]
-    if summary.pages_without_text:
-        facts.append(("PDF pages without text", f"{summary.pages_without_text:,}"))
-    if summary.status["skipped"]:
-        facts.append(("skipped", f"{summary.status['skipped']:,}"))
-    facts.append(("prompt tokens", f"{summary.prompt_tokens:,}"))
-    facts.append(("tokens/s", f"{summary.tokens_per_second:,.0f}"))
-    facts.append(("TTFT p50 / p95", f"{_ms(summary.ttft_ms(50))} / {_ms(summary.ttft_ms(95))}"))
-    if summary.draft_tokens:
-        accepted = f"{summary.accepted_tokens:,} ({summary.accepted_tokens / summary.draft_tokens:.0%})"
-        facts.append(("tokens looked up and accepted", f"{accepted} of {summary.draft_tokens:,}"))
-    if summary.unanswered_rows:
-        facts.append(("rows of reasoning without an answer", f"{summary.unanswered_rows:,}"))
-    if summary.ended_by_length:
-        facts.append(("answers that ended by length", f"{summary.ended_by_length:,}"))
-    if summary.grouped_rows:
-        facts.append(("rows that shared a document", f"{summary.grouped_rows:,}"))
-        facts.append(("  its prefill, all together", f"{summary.times.shared_s:,.1f} s"))
-    if summary.guarded:
-        facts.append(("rows that the guard had run dense", f"{summary.guarded.total():,}"))
-        facts += [(f"  by {kind}", f"{count:,}") for kind, count in summary.guarded.most_common()]
-    if summary.guarded[FLAT]:
-        facts.append(("  second prefills, after flat attention", f"{summary.times.again_s:,.1f} s"))
-    facts.append(("FFN work skipped", percent_of(summary.ffn_skipped())))
-    facts.append(("operations, of dense", percent_of(summary.flops_ratio())))
-    facts.append(("time", f"{summary.seconds:,.1f} s"))
-    facts.append(("  loading the model", f"{summary.times.load_s:,.1f} s"))
-    facts.append(("  warming up", f"{summary.times.warm_up_s:,.1f} s"))
-    facts.append(("  from the first pack to the last", f"{summary.times.span_s:,.1f} s"))
-    facts.append(("  a row, without loading", _ms(summary.ms_per_row())))
-    if summary.cost is not None:
-        facts.append((f"cost, at {summary.price_per_hour:g} an hour", amount(summary.cost)))
-    return facts
-
-
-def _line(tally: Tally, noun: str, has_rate: bool) -> str:
-    rows = f"{tally.documents:,}"
-    if tally.expected_rows:
-        rows += f"/{tally.expected_rows:,.0f}"
-    errors = f", {counted(tally.status['error'], 'error')}" if tally.status["error"] else ""
-    rate = f", {tally.tokens_per_second:,.0f} tokens/s" if has_rate else ""
-    one = tally.documents == 1 and not tally.expected_rows
-    return (
-        f"{rows} {noun.removesuffix('s') if one else noun}, "
-        f"{counted(tally.prompt_tokens, 'token')}{rate}{errors}{_several(tally)}"
-    )
-
-
-def _several(tally: Tally) -> str:
-    """Of a run with workers, how many they are and their TTFT of late."""
-    if not isinstance(tally, Summary) or tally.workers is None:
-        return ""
-    return f", {counted(tally.workers, 'worker')}, TTFT p50 {_ms(tally.ttft_ms(50, latest=LATE_ROWS))}"
-
-
 def _expected_tokens(tally: Tally) -> float | None:
     if not tally.expected_rows or not tally.documents:
         return None
     return tally.prompt_tokens * tally.expected_rows / tally.documents
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f} ms"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.engines.one_process import Engine, Hooks
-from pipeline.errors import NO_JOURNAL, TooManyErrors
+from pipeline.errors import KEPT_TO_MEND, TooManyErrors
 from pipeline.interrupts import RunDeadline
 from pipeline.outputs.journal import Journal
 from pipeline.outputs.streamed import StreamedRows
@@ -16,7 +16,8 @@ from pipeline.settings.parse import parse_max_errors
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.intake import Item, item_prompts
 from pipeline.setup.preparation import Preparation
-from pipeline.summary import Summary, Tally
+from pipeline.summary import Summary
+from pipeline.tally import Tally
 from pipeline.texts.words import counted
 
 FEWEST_FOR_PER_CENT = 20  # finished rows before a share of errors means anything
@@ -140,10 +141,9 @@ def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> N
         return
     kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
     kinds += [f"earlier runs {before['error']:,}"] if before["error"] else []
-    kept = "finished rows are kept: mend the cause, then --resume --retry-errors"
     raise TooManyErrors(
         f"{failed:,} of {counted(finished, 'row')} failed ({', '.join(kinds)}), more than --max-errors "
-        f"{config.max_errors} allows; {NO_JOURNAL if config.to_stdout else kept}"
+        f"{config.max_errors} allows; {KEPT_TO_MEND}"
     )
 
 

@@ -42,7 +42,7 @@ from pipeline.setup.intake import Item, item_prompts, open_rows
 from pipeline.setup.leaving import Leaving
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import output_place
-from pipeline.summary import Tally
+from pipeline.tally import Tally
 from pipeline.texts.redaction import hidden
 from pipeline.texts.words import amount, counted, duration
 

@@ -6,7 +6,9 @@ from difflib import get_close_matches
 from pipeline.texts.redaction import without_secrets
 
 KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
+KEPT_TO_MEND = "finished rows are kept: mend the cause, then --resume --retry-errors"  # of too many errors
 NO_JOURNAL = "rows that ended before are written, and nothing is kept to resume"  # where - is the output
+HANDED_OUT = "answers before it have come, and nothing is kept to resume"  # where rows are in memory
 NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so
 
 
@@ -91,6 +93,14 @@ class Interrupted(MarsError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def keeps_nothing(error: MarsError, told: str) -> None:
+    """Have an error that promises rows to go on from say `told` instead."""
+    text = str(error)
+    for promise in (KEPT, KEPT_TO_MEND):
+        text = text.replace(promise, told)
+    error.args = (text,)
 
 
 def is_failure(error: BaseException) -> bool:

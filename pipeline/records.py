@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipeline.texts.redaction import without_secrets
 
@@ -43,7 +43,8 @@ class Row:
     row: int  # 0-based, over the whole input; blank JSONL lines count
     id: str
     place: str  # for messages: "contracts.jsonl line 17"
-    passthrough: pa.RecordBatch | None = None  # one row
+    # one row of a table, or the other keys of a row that is a mapping
+    passthrough: pa.RecordBatch | Mapping[str, Any] | None = None
     task: str | None = None  # what kind it is of, where rows tell
     question: str | None = None  # that is asked about the document
     fields: Mapping[str, str] = field(default_factory=dict)  # columns that the prompt template writes
@@ -62,6 +63,45 @@ class Row:
 NO_ROW = Row(row=-1, id="", place="")
 
 
+# every word that `error_type` may hold; the guide of outputs says what each means
+ErrorType = Literal[
+    "bad_csv",
+    "bad_json",
+    "bad_messages",
+    "bad_question_type",
+    "bad_request",
+    "bad_text",
+    "bad_text_type",
+    "bad_utf8",
+    "bad_value",
+    "duplicate_id",
+    "empty_document",
+    "encrypted",
+    "host_memory",
+    "internal",
+    "kv_memory",
+    "long_line",
+    "missing_field",
+    "missing_id",
+    "missing_messages",
+    "missing_question",
+    "missing_text",
+    "no_progress",
+    "no_text",
+    "not_an_object",
+    "not_finite",
+    "out_of_memory",
+    "over_long",
+    "template",
+    "timeout",
+    "tokenizer",
+    "unasked_question",
+    "unreadable",
+    "unsupported",
+    "worker_died",
+]
+
+
 @dataclass(eq=False)
 class RowError(Exception):
     """Why one row is not answered: raised where that is found, and then, of its `source`, in the row's place.
@@ -69,7 +109,7 @@ class RowError(Exception):
     `kind` is the stable word written to the output's `error_type`, `status` is `error` or `skipped`.
     """
 
-    kind: str
+    kind: ErrorType
     message: str
     source: Row = NO_ROW  # until it is known
     _: KW_ONLY
@@ -219,7 +259,7 @@ class Answer:
     prompt_text: str | None = field(default=None, repr=False)
     prompt_token_chars: list[int] | None = field(default=None, repr=False)
     prompt_spans: list[int] | None = None
-    passthrough: pa.RecordBatch | None = field(default=None, repr=False)
+    passthrough: pa.RecordBatch | Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def begin(cls, source: Row, method: str) -> Answer:

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,10 +21,11 @@ from pipeline.errors import (
     InputError,
     MarsError,
     StorageError,
-    did_you_mean,
+    keeps_nothing,
 )
 from pipeline.inputs.reading import Reading
 from pipeline.interrupts import RunDeadline
+from pipeline.notebooks import listeners
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
@@ -33,18 +33,19 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.streamed import StreamedRows
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
+from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.moments import deadline_after, moment_told
-from pipeline.settings.option import settings_of
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.settings.sources import renewed
 from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_rows, open_rows
 from pipeline.setup.leaving import Leaving
+from pipeline.setup.objects import with_objects
 from pipeline.setup.preparation import Preparation, prepare
-from pipeline.setup.profile import with_profile
 from pipeline.storage.remote import Place
-from pipeline.storage.stdin import Stdin
-from pipeline.summary import Summary, Tally
+from pipeline.storage.stdin import Once
+from pipeline.summary import Summary
+from pipeline.tally import Tally
 from pipeline.texts.redaction import hidden
 from pipeline.texts.words import counted
 
@@ -55,19 +56,17 @@ if TYPE_CHECKING:
 
 WINDOWS_AHEAD = 1  # read and tokenized while the device works on another; one more is in the making
 
-Inputs = str | os.PathLike[str]
-
 
 def run_batch(
-    input: Inputs | Sequence[Inputs],
-    output: str | os.PathLike[str],
+    input: StrPath | Sequence[StrPath],
+    output: StrPath,
     *,
-    model: str | LoadedModel = "smollm2-135m",
+    model: StrPath | LoadedModel = WeightsSettings.model,
     method: str | PruningMethod | None = None,
-    progress: Progress = lambda summary: None,
+    progress: Progress | None = None,
     note: Note = lambda text: None,
     check: Callable[[], None] = lambda: None,
-    phase: Note = lambda text: None,
+    phase: Note | None = None,
     began: float | None = None,
     **options: Any,
 ) -> Summary:
@@ -75,13 +74,14 @@ def run_batch(
 
     `input` is a file, glob, folder or URL, or several; `output` a .parquet, .arrow, .arrows or .jsonl file or
     URL, or - for JSON lines on standard output, whose columns are the fields of pipeline.records.Answer.
-    `options` are the other fields of `BatchConfig`, which are the command's flags. `model` may be a model
-    that `load_model` returned, `method` a method object; without one it is that of `profile`, with its
-    settings and precisions, or else auto.
+    `options` are the other fields of `BatchConfig`, which are the command's flags; a path may stand for any
+    text. `model` may be a model that `load_model` returned, `method` a method object; without one it is that
+    of `profile`, with its settings and precisions, or else auto.
 
     `progress` is called as rows are saved, with the running summary, `note` with what a user should know,
-    `phase` with what is being done, `check` often, between layers too: it may raise to end the run. `began`
-    is when the work began of which this run is the last part, by time.perf_counter(); None: with this call.
+    `phase` with what is being done (where the first is not given, a notebook shows a bar), `check` often,
+    between layers too: it may raise to end the run. `began` is when the work began of which this run is the
+    last part, by time.perf_counter(); None: with this call.
 
     Returns the summary: counts of rows and tokens, `seconds` since `began`, percentiles of TTFT in
     milliseconds; `print` shows it in a line, and its `as_dict` gives plain values. A row that cannot be
@@ -93,7 +93,10 @@ def run_batch(
     `resume=True` goes on.
     """
     began = time.perf_counter() if began is None else began
-    config, made = _configured(input, output, model, method, renewed(BatchConfig, options, note))
+    progress, phase = listeners(progress, phase)
+    options = called_with("run_batch", BatchConfig, options, note)
+    options |= {"input": inputs_of(input), "output": os.fspath(output)}
+    config, made, model = configured(options, model, method)
     _check_output(config, config.input)
     summary = Summary(
         method=config.method,
@@ -102,7 +105,7 @@ def run_batch(
         price_per_hour=config.price_per_hour,
     )
     summary.kept_before = config.resume  # which the journal will tell better
-    deadline = _deadline(config, summary, check)
+    deadline = deadline_of(config, summary, check)
     check = deadline.check
     with (
         _kept_told(summary, config),
@@ -136,8 +139,9 @@ def answer_all(books: Books, still_locked: Callable[[], None]) -> None:
         with (
             _nothing_left_behind(journal, books.summary),
             closing(ahead(read, WINDOWS_AHEAD, check, engine.patience_s)) as windows,
+            closing(engine.answers(map(books.taken, windows))) as answered,
         ):
-            for answers in engine.answers(map(books.taken, windows)):
+            for answers in answered:
                 journal.append(answers)
                 books.saved(answers, journal.done_now())
                 check()
@@ -169,7 +173,7 @@ def open_input(config: BatchConfig) -> Intake:
 
 
 def _check_output(
-    config: BatchConfig, inputs: Iterable[str | Place | Stdin], *, of_requests: bool = False
+    config: BatchConfig, inputs: Iterable[str | Place | Once], *, of_requests: bool = False
 ) -> None:
     if not config.to_stdout:
         replaces = config.overwrite or config.resume
@@ -210,37 +214,18 @@ def refuse_out_of_reach(run: Preparation) -> None:
         raise StorageError(f"{files[0]}{more}; all other rows were answered; {KEPT} once it can be reached")
 
 
-def _configured(
-    input: Inputs | Sequence[Inputs],
-    output: str | os.PathLike[str],
-    model: str | LoadedModel,
-    method: str | PruningMethod | None,
-    options: dict[str, Any],
-) -> tuple[BatchConfig, PruningMethod | None]:
-    """The settings of `run_batch`, and the method that they name, which may be the one given."""
-    known = [each.name for each in settings_of(BatchConfig)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"run_batch has no option {name!r}{did_you_mean(name, known)}; it takes those of BatchConfig"
-            )
-    options["model"] = model if isinstance(model, str) else model.name
+def configured(
+    options: dict[str, Any], model: StrPath | LoadedModel, method: str | PruningMethod | None
+) -> tuple[BatchConfig, PruningMethod | None, str | LoadedModel]:
+    """The settings of a run, the method that they name, which may be the one given, and its model."""
+    config = BatchConfig(**with_objects(options, model, method))
     made = None if isinstance(method, str) else method
-    if made is not None:
-        options["method"] = f"{type(made).__module__}:{type(made).__qualname__}"
-        options["settings"] = asdict(made)
-    elif method in (None, AUTO):
-        options = with_profile(options)
-    else:
-        options["method"] = method
-    inputs = (input,) if isinstance(input, str | os.PathLike) else tuple(input)
-    options["input"] = tuple(map(os.fspath, inputs))
-    config = BatchConfig(output=os.fspath(output), **options)
-    if config.engine == "ray" and not isinstance(model, str):
+    name_or_model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
+    if config.engine == "ray" and not isinstance(name_or_model, str):
         raise ConfigError("engine='ray' loads the model in its workers: give its name, not a loaded model")
     if made is None and config.method != AUTO:
         made = make_method(config.method, config.settings)
-    return config, made
+    return config, made, name_or_model
 
 
 @contextmanager
@@ -250,13 +235,13 @@ def _kept_told(summary: Summary, config: BatchConfig) -> Iterator[None]:
         yield
     except MarsError as error:
         if config.to_stdout:
-            error.args = (str(error).replace(KEPT, NO_JOURNAL),)
+            keeps_nothing(error, NO_JOURNAL)
         elif not (summary.kept_before or summary.documents):
-            error.args = (str(error).replace(KEPT, NOTHING_KEPT),)
+            keeps_nothing(error, NOTHING_KEPT)
         raise
 
 
-def _deadline(config: BatchConfig, summary: Summary, check: Callable[[], None]) -> RunDeadline:
+def deadline_of(config: BatchConfig, summary: Summary, check: Callable[[], None]) -> RunDeadline:
     """When the run is to end, reckoned from when it began; its `check` calls the one given too."""
     if config.deadline is None:
         return RunDeadline(None, "", check, summary.done_so_far)

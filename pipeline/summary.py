@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -13,114 +12,24 @@ import numpy as np
 from pipeline.engines.clock import EngineTimes
 from pipeline.records import Answer
 from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
-from pipeline.texts.words import amount, counted, duration
+from pipeline.tally import Tally
+from pipeline.texts.shown import html_table
+from pipeline.texts.words import amount, counted, duration, percent_of
 
 if TYPE_CHECKING:
-    from pipeline.inputs.reading import Reading
-    from pipeline.outputs.finished import FinishedRows
+    pass
 
 NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
-MOST_MESSAGES = 3  # kept of each kind of error
+LATE_ROWS = 1000  # whose TTFT stands in the line of progress
 MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word
 
 
-class Tally:
-    """Rows and prompt tokens so far, and the rows expected: what a run's progress is told from."""
-
-    def __init__(self, began: float | None = None) -> None:
-        """`began` is when the run did, by time.perf_counter(); None: now."""
-        self.status: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
-        self.messages: dict[str, list[str]] = {}  # likewise, the first few
-        self.prompt_tokens = 0
-        self.expected_rows: float | None = None
-        self._read = 0
-        self._counting_from = time.perf_counter()
-        self._began = self._counting_from if began is None else began
-        self._ended: float | None = None
-
-    @property
-    def documents(self) -> int:
-        return sum(self.status.values())
-
-    @property
-    def seconds(self) -> float:
-        """All that has passed since the run began, loading and warming up included."""
-        return (self._ended or time.perf_counter()) - self._began
-
-    @property
-    def working_s(self) -> float:
-        """The part of `seconds` in which rows are read and answered."""
-        return (self._ended or time.perf_counter()) - self._counting_from
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Prompt tokens of answered rows over the time of the work, reading and decoding included."""
-        working_s = self.working_s
-        return self.prompt_tokens / working_s if working_s > 0 else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the tokens of the rows so far and the rows expected; None where neither tells."""
-        done, rate = self.documents, self.tokens_per_second
-        if not self.expected_rows or not done or not rate:
-            return None
-        return max(0.0, self.expected_rows - done) * self.prompt_tokens / done / rate
-
-    def count(
-        self, status: str, error_type: str | None = None, prompt_tokens: int = 0, message: str | None = None
-    ) -> None:
-        """Add a row; tokens count where it is `ok`, its kind of error and its message where it is not."""
-        self.status[status] += 1
-        if status == "ok":
-            self.prompt_tokens += prompt_tokens
-        else:
-            self.errors[str(error_type)] += 1
-            messages = self.messages.setdefault(str(error_type), [])
-            if len(messages) < MOST_MESSAGES:
-                messages.append(message or "")
-
-    @property
-    def commonest_error(self) -> str | None:
-        """Of rows that failed or were skipped: how many of which kind, and the first one's message."""
-        if not self.errors:
-            return None
-        ((kind, count),) = self.errors.most_common(1)
-        return f"{kind} ({counted(count, 'row')}): {self.first_messages[kind]}"
-
-    @property
-    def first_messages(self) -> dict[str, str]:
-        """By error_type the first message, in one line."""
-        return {kind: " ".join(messages[0].split()) for kind, messages in self.messages.items()}
-
-    def expect(self, newly_read: int, rows: Reading, done: FinishedRows) -> None:
-        """Estimate how many rows the run will have, from what has been read so far.
-
-        `rows` are all that it takes from its input, and `done` those that an earlier run has finished, of
-        which some have been found among them.
-        """
-        self._read += newly_read
-        if rows.total is None and rows.most is None and not rows.fraction_read:
-            return  # a pipe does not tell how much is to come
-        read = self._read + done.passed_over
-        total = read / max(rows.fraction_read, 1e-6) if rows.total is None else rows.total
-        if rows.most is not None:
-            total = min(total, rows.most)
-        to_pass_over = min(max(done.done_at_start.total() - done.passed_over, 0), max(total - read, 0))
-        self.expected_rows = max(total - done.passed_over - to_pass_over, self._read)
-
-    def start_work(self) -> None:
-        """From here on rows are read and answered: what came before is no part of `working_s`."""
-        self._counting_from = time.perf_counter()
-
-    def finish(self) -> None:
-        """Stop the clock; no more rows are expected than there were."""
-        self._ended = time.perf_counter()
-        self.expected_rows = self.documents
-
-
 class Summary(Tally):
-    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved."""
+    """Running totals of a batch: rows by status, tokens, `seconds`, and what pruning saved.
+
+    `print` shows it in a line, a notebook as the table that the command ends with, and `as_dict` gives the
+    plain values of `--json`. Times are in milliseconds (`..._ms`) or seconds (`..._s`), shares from 0 to 1.
+    """
 
     def __init__(
         self,
@@ -169,6 +78,62 @@ class Summary(Tally):
 
     def __repr__(self) -> str:
         return f"<Summary {self}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the closing table, and the first message of each kind of error."""
+        errors = [(f"first {kind}", message) for kind, message in self.first_messages.items()]
+        return html_table(f"{self.method}: {self.output}", [*self.facts(), *errors])
+
+    def progress_line(self, noun: str = "rows", *, has_rate: bool = True) -> str:
+        """As a tally's; of a run with workers, how many they are and their TTFT of late."""
+        line = super().progress_line(noun, has_rate=has_rate)
+        if self.workers is None:
+            return line
+        return (
+            f"{line}, {counted(self.workers, 'worker')}, TTFT p50 {_ms(self.ttft_ms(50, latest=LATE_ROWS))}"
+        )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The closing table: names and values in words."""
+        facts = [("rows", f"{self.documents:,}"), ("errors", f"{self.status['error']:,}")]
+        if self.in_output.total() != self.documents:
+            facts.append(("rows of the output", f"{self.in_output.total():,}"))
+            facts.append(("  of which errors", f"{self.in_output['error']:,}"))
+        moved = {"left the output": self.left_rows, "came back": self.returned_rows}
+        facts += [(f"rows that {what}", f"{count:,}") for what, count in moved.items() if count]
+        facts += [(f"  {kind}", f"{count:,}") for kind, count in self.errors.most_common()]
+        if self.pages_without_text:
+            facts.append(("PDF pages without text", f"{self.pages_without_text:,}"))
+        if self.status["skipped"]:
+            facts.append(("skipped", f"{self.status['skipped']:,}"))
+        facts.append(("prompt tokens", f"{self.prompt_tokens:,}"))
+        facts.append(("tokens/s", f"{self.tokens_per_second:,.0f}"))
+        facts.append(("TTFT p50 / p95", f"{_ms(self.ttft_ms(50))} / {_ms(self.ttft_ms(95))}"))
+        if self.draft_tokens:
+            accepted = f"{self.accepted_tokens:,} ({self.accepted_tokens / self.draft_tokens:.0%})"
+            facts.append(("tokens looked up and accepted", f"{accepted} of {self.draft_tokens:,}"))
+        if self.unanswered_rows:
+            facts.append(("rows of reasoning without an answer", f"{self.unanswered_rows:,}"))
+        if self.ended_by_length:
+            facts.append(("answers that ended by length", f"{self.ended_by_length:,}"))
+        if self.grouped_rows:
+            facts.append(("rows that shared a document", f"{self.grouped_rows:,}"))
+            facts.append(("  its prefill, all together", f"{self.times.shared_s:,.1f} s"))
+        if self.guarded:
+            facts.append(("rows that the guard had run dense", f"{self.guarded.total():,}"))
+            facts += [(f"  by {kind}", f"{count:,}") for kind, count in self.guarded.most_common()]
+        if self.guarded[FLAT]:
+            facts.append(("  second prefills, after flat attention", f"{self.times.again_s:,.1f} s"))
+        facts.append(("FFN work skipped", percent_of(self.ffn_skipped())))
+        facts.append(("operations, of dense", percent_of(self.flops_ratio())))
+        facts.append(("time", f"{self.seconds:,.1f} s"))
+        facts.append(("  loading the model", f"{self.times.load_s:,.1f} s"))
+        facts.append(("  warming up", f"{self.times.warm_up_s:,.1f} s"))
+        facts.append(("  from the first pack to the last", f"{self.times.span_s:,.1f} s"))
+        facts.append(("  a row, without loading", _ms(self.ms_per_row())))
+        if self.cost is not None:
+            facts.append((f"cost, at {self.price_per_hour:g} an hour", amount(self.cost)))
+        return facts
 
     def add(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -320,3 +285,7 @@ class Summary(Tally):
             "ffn_skipped": self.ffn_skipped(),
             "flops_ratio": self.flops_ratio(),
         }
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} ms"

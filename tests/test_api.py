@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import pkgutil
 import pydoc
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def test_pydoc_explains_what_is_exported(name):
     assert explained.splitlines()[0] in shown
 
 
-@pytest.mark.parametrize("name", ["run_batch", "load_model", "make_method", "BatchConfig"])
+@pytest.mark.parametrize(
+    "name", ["run_batch", "answer", "check", "calibrate", "load_model", "make_method", "BatchConfig"]
+)
 def test_what_can_be_raised_is_said(name):
     assert "Raises " in inspect.getdoc(getattr(pipeline, name))
 
@@ -70,6 +73,71 @@ def test_paths_and_how_a_summary_prints(fish, tmp_path, model_folder):
     assert repr(summary) == f"<Summary {summary}>"
     resumed = [fish], out
     assert pipeline.run_batch(*resumed, model=str(model_folder), method="dense", resume=True, **options)
+
+
+@pytest.mark.parametrize("function", ["answer", "check", "calibrate"])
+def test_every_function_names_an_unknown_option(function):
+    with pytest.raises(
+        pipeline.MarsError, match=rf"^{function} has no option 'max_new_token' \(did you mean"
+    ):
+        getattr(pipeline, function)(["in.jsonl"], max_new_token=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("max_new_tokens", "many", "max_new_tokens = 'many': must be a whole number"),
+        ("max_new_tokens", 1.5, "max_new_tokens = 1.5: must be a whole number"),
+        ("pack_tokens", "lots", "pack_tokens"),
+        ("resume", 1, "resume = 1: must be true or false"),
+        ("stop", [3], r"stop = \[3\]: must be a text or a list of texts"),
+        ("text_column", ["a"], r"text_column = \['a'\]: must be a text"),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_its_option(option, value, told):
+    with pytest.raises(pipeline.MarsError, match=told):
+        pipeline.run_batch("in.jsonl", "out.jsonl", **{option: value})
+
+
+def test_a_path_stands_for_any_text_and_a_list_for_several(fish, tmp_path, model_folder):
+    template = tmp_path / "template.txt"
+    template.write_text("{{ document }} {{ question }}", encoding="utf-8")
+    options = {"text_column": "body", "question_column": "ask", "prompt_template": template, "stop": ["fish"]}
+    sizes = {"pack_tokens": "1k", "kv_memory": None, "max_new_tokens": 1, "device": "cpu"}
+    out = tmp_path / "out.jsonl"
+    summary = pipeline.run_batch([fish], out, model=model_folder, **options, **sizes)
+    assert summary.status == {"ok": 3}
+
+
+def test_no_module_has_the_name_of_what_is_exported():
+    """Importing it would put the module in the place of a function such as `check`."""
+    modules = {module.name for module in pkgutil.iter_modules(pipeline.__path__)}
+    assert "run" in modules
+    assert not modules & set(pipeline.__all__)
+
+
+def test_a_model_is_loaded_from_a_path_and_an_unknown_option_is_named(model_folder):
+    assert pipeline.load_model(model_folder, device="cpu").name == str(model_folder)
+    with pytest.raises(
+        pipeline.MarsError, match=r"^load_model has no option 'devise' \(did you mean 'device'"
+    ):
+        pipeline.load_model(model_folder, devise="cpu")
+    with pytest.raises(pipeline.MarsError, match=r"--adapter .*: there is no such folder"):
+        pipeline.load_model(model_folder, adapter=model_folder / "none")
+
+
+def test_check_takes_a_loaded_model_and_a_method_object(fish, model_folder):
+    model = pipeline.load_model(str(model_folder), device="cpu")
+    method = pipeline.make_method("marsinfer", {"start_layer": 1})
+    options = {"text_column": "body", "question_column": "ask", "scope": "rows", "max_new_tokens": 2}
+    result = pipeline.check(fish, model=model, method=method, **options)
+    assert repr(result).startswith(f"<CheckResult {result.verdict}: marsinfer against dense, 3 rows; drops: ")
+
+
+def test_calibrate_tells_that_documents_are_too_few(fish, tmp_path, model_folder):
+    options = {"text_column": "body", "question_column": "ask", "out": tmp_path / "profile.toml"}
+    with pytest.raises(pipeline.MarsError, match="documents in all"):
+        pipeline.calibrate(fish, model=model_folder, **options)
 
 
 def test_a_package_that_is_not_installed_has_a_version_even_so(monkeypatch):

@@ -8,22 +8,25 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from subprocess import CompletedProcess
 from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import OF_TYPER, commands, options
+from served import Served, shell
 
 from marsinfer_cli.app import run
 
 CHECKOUT = Path(__file__).parents[1]
 EXAMPLES = CHECKOUT / "examples"
 TEXT_CHARACTERS = 500  # a token each, of the tiny model
+Shell = Callable[..., CompletedProcess[str]]
 CALL = f"""#!/bin/sh
 exec env PYTHONPATH='{CHECKOUT}' '{sys.executable}' -m marsinfer_cli "$@"
 """
@@ -71,15 +74,14 @@ def marsinfer(tmp_path, monkeypatch, sharp_model_folder):
     return script(tmp_path / "bin" / "marsinfer", CALL)
 
 
-def shell(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, **environment},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=900,
-    )
+@pytest.fixture
+def served(tmp_path, monkeypatch, sharp_model_folder):
+    """The same within this process."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("MARSINFER_MODEL", str(sharp_model_folder))
+    with Served(tmp_path / "bin" / "marsinfer") as served:
+        yield served
 
 
 # --- examples/README.md
@@ -227,8 +229,8 @@ def test_a_signal_reaches_the_run_which_is_not_started_again(tmp_path, checkout)
 
 
 @pytest.mark.slow
-def test_the_second_night_answers_what_is_new(checkout, marsinfer):
-    """The first night's command runs within this process; the script runs it in the test of the README."""
+def test_the_second_night_answers_what_is_new(checkout, served):
+    """The first night is a run alone; the script begins one in the test of the README."""
     os.makedirs("demo")
     rows = Path("examples/licenses.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
 
@@ -242,8 +244,9 @@ def test_the_second_night_answers_what_is_new(checkout, marsinfer):
             assert run(["batch", "--config", "nightly.toml", "--resume", "--quiet"]) == 0
 
     def second():
-        done = shell("examples/nightly.sh", "examples/nightly.toml")
+        done = served.shell("examples/nightly.sh", "examples/nightly.toml")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert [words[0] for words in served.calls] == ["batch"]
 
     night(2, first)
     night(3, second)
@@ -268,7 +271,7 @@ STEPS = {step.get("name", step.get("uses")): step for step in WORKFLOW["jobs"]["
 def check_step(tmp_path, checkout):
     """The workflow's check, run as GitHub runs it, and its summary."""
 
-    def check(**environment: str) -> tuple[int, str, str]:
+    def check(shell: Shell = shell, **environment: str) -> tuple[int, str, str]:
         summary = tmp_path / "summary.md"
         step = script(tmp_path / "step.sh", STEPS["Check"]["run"])
         given = {**WORKFLOW["env"], "GITHUB_STEP_SUMMARY": str(summary), **environment}
@@ -292,7 +295,7 @@ def test_the_workflow_has_what_github_asks_for():
 
 @pytest.mark.slow
 def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
-    check_step, marsinfer, tmp_path, sharp_model_folder
+    check_step, served, tmp_path, sharp_model_folder
 ):
     """The references are what the model itself says, so that there is something to lose."""
     rows = [{"id": str(n), "text": "fish swim. " * (9 + n), "question": f"why {n}?"} for n in range(6)]
@@ -307,7 +310,7 @@ def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
     mild = {**given, "SETTINGS": "start_layer=2 eta=0.99 prefix=4 window=8"}
 
     for against in ("dense", "accepted"):
-        returned, printed, summary = check_step(**mild)
+        returned, printed, summary = check_step(served.shell, **mild)
         assert (returned, printed.count("::")) == (0, 0), printed + summary
         result = json.loads(Path("check.json").read_text())
         assert (result["verdict"], result["against"]) == ("pass", against)
@@ -316,7 +319,7 @@ def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
     assert Path(".marsinfer/accepted.parquet").exists()
 
     broken = {**given, "SETTINGS": "start_layer=0 eta=0.05 prefix=0 window=1"}
-    returned, printed, _ = check_step(**broken)
+    returned, printed, _ = check_step(served.shell, **broken)
     assert returned == 5
     assert "::error title=accuracy::marsinfer loses more than 2pt" in printed
 

@@ -31,11 +31,14 @@ FLOORS = (
     "model",
     "setup",
     "engines",
-    "evaluate summary",
-    "bookkeeping check merging report",
+    "evaluate tally",
+    "summary",
+    "notebooks",
+    "bookkeeping checks merging report",
     "run",
+    "in_memory",
     "bench",
-    "calibrate doctor estimate",
+    "calibration doctor estimate",
     "dryrun",
 )
 OUTSIDE = {"pipeline", "marsinfer_cli"}  # the names that programs import, and the commands

@@ -5,14 +5,16 @@ The manual is the README and the guides. The links and the versions of the other
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
@@ -20,11 +22,12 @@ import yaml
 from commands import OF_TYPER, commands, in_guide, options, reference
 
 from pipeline import errors
-from pipeline.records import Answer
+from pipeline.records import Answer, ErrorType
 
 FLAG = r"--[a-z][a-z-]+"
 CHECKOUT = Path(__file__).parents[1]
 GUIDES = sorted(CHECKOUT.glob("examples/guides/*.md"))
+GUIDE_OF_OUTPUTS = (CHECKOUT / "examples/guides/output.md").read_text(encoding="utf-8")
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 MANUAL = "\n".join([README, *(path.read_text(encoding="utf-8") for path in GUIDES)])
 PAPERS = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("examples/**/*.md")])
@@ -189,3 +192,35 @@ def test_the_hooks_run_the_linters_that_are_installed_for_tests():
     for hook, (program, *_) in zip(repository["hooks"], words, strict=True):
         assert hook["language"] == "system"
         assert Path(program).name in installed
+
+
+def test_the_words_of_rows_without_an_answer_are_those_of_the_code():
+    section = GUIDE_OF_OUTPUTS.partition("\n## Rows without an answer\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.+?`) \| .+ \|$", section, re.MULTILINE)
+    listed = [word for cell in cells for word in re.findall(r"`(\w+)`", cell)]
+    assert sorted(listed) == sorted((*get_args(ErrorType), "error_type"))  # the head of the table
+
+
+def test_rows_fail_by_the_declared_words_alone_and_by_each_of_them():
+    """Type checking sees to the first, but for documents, which a program that imports nothing reads."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (CHECKOUT / "pipeline").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    declared = set(get_args(ErrorType))
+    texts = Counter(node.value for node in nodes if isinstance(node, ast.Constant))
+    assert {word for word in declared if texts[word] < 2} == set()  # once where it is declared
+    raised = [
+        node.args[0].value
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RowError"
+        if node.args and isinstance(node.args[0], ast.Constant)
+    ]
+    answered = [
+        value.value
+        for node in ast.walk(ast.parse((CHECKOUT / "pipeline/inputs/extracting.py").read_text("utf-8")))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "kind" and isinstance(value, ast.Constant)
+    ]
+    assert "timeout" in raised
+    assert "encrypted" in answered
+    assert {*raised, *answered} - declared == set()

@@ -53,9 +53,9 @@ class Attempts:
         return RowError("timeout", f"not answered within --row-timeout {self.row_timeout:g} s")
 
     def free(self) -> None:
-        """Give back the memory of what failed or has ended."""
-        gc.collect()
+        """Give back the device's memory of what failed or has ended; that of the host frees itself."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def now(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline.engines.blocks import Key, Window, key_of
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
     patience_s: float | None  # how long it waits for a window before it is given None; None: however long
 
-    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
         """Answers of all rows, some at a time, in no order; a list may be empty."""
         ...
 
@@ -67,7 +67,12 @@ class OneProcess:
         self._setup, self._hooks = setup, hooks
         self._engine: LocalEngine | None = None
 
-    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
+        """As an engine does. Raises ConfigError where the model is one that answers other rows meanwhile."""
+        with self._setup.model.in_use():
+            yield from self._answers(windows)
+
+    def _answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
         try:
             yield from answer_windows(self._start, windows, self._setup)
             if self._engine is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class RayEngine:
     def workers(self) -> int | None:
         return sum(seat.starting is None for seat in self._seats)
 
-    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Iterator[list[Answer]]:
+    def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
         try:
             yield from self._answers(windows)
         except RayError:

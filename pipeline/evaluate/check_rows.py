@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError, did_you_mean
 from pipeline.inputs.reading import each_question, select_rows
@@ -195,7 +196,7 @@ def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
 
 
 def _cell(config: RowSettings, source: Row, column: str) -> Any:
-    assert source.passthrough is not None
+    assert isinstance(source.passthrough, pa.RecordBatch)
     # by place: a column that has the name of one of batch's output is renamed
     return source.passthrough.column(list(_kept(config)).index(column))[0].as_py()
 

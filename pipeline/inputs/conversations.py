@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.records import RowError, Turn
+from pipeline.records import ErrorType, RowError, Turn
 from pipeline.storage.causes import some
 from pipeline.values.jsonvalues import parse_json
 
@@ -78,7 +78,7 @@ def _message(what: str, value: object) -> tuple[str, list[str]]:
     given = {key: each for key, each in value.items() if each not in (None, [], {}) and key != "name"}
     role = given.pop("role", None)
     if role not in ROLES:
-        kind = "unsupported" if role in ("tool", "function") else "bad_messages"
+        kind: ErrorType = "unsupported" if role in ("tool", "function") else "bad_messages"
         raise RowError(kind, f"{what} has the role {role!r}; known are {', '.join(ROLES)}")
     content = given.pop("content", None)
     if given:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -17,7 +17,7 @@ from pipeline.inputs.columns import with_arrays
 from pipeline.inputs.finding import InputFile
 from pipeline.inputs.readers import TextReader, long_line
 from pipeline.inputs.rows import build, failed, or_error, read_fault
-from pipeline.records import Record, Row, RowError
+from pipeline.records import ErrorType, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS
 
 PROGRAM = Path(__file__).with_name("extracting.py")
@@ -53,7 +53,7 @@ class DocumentReader(TextReader):
         self.fraction = 1.0
         self.pages_without_text = found.get("pages_without_text", 0)
         if "fault" in found:
-            return failed(row, found["kind"], found["fault"])
+            return failed(row, cast(ErrorType, found["kind"]), found["fault"])
         text = found.pop("text")
         copied = or_error(self._plan.of_batch, with_arrays(_counts(found), self.file.partitions))
         return build(self._columns, row, {**self.file.partitions, self._columns.text: text}, copied)

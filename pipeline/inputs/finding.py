@@ -19,7 +19,7 @@ from pipeline.storage import stdin
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 from pipeline.storage.remote import WEB, Place, RemotePath, place_of, relative
 from pipeline.storage.sniff import HEAD_BYTES, misnamed
-from pipeline.storage.stdin import Stdin
+from pipeline.storage.stdin import Once, Stdin
 from pipeline.texts.redaction import bare
 
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
@@ -57,7 +57,7 @@ class InputFile:
     a null for those that other files have. `out_of_reach` says why nothing of it can be had now.
     """
 
-    path: Place | Stdin
+    path: Place | Once
     name: str
     format: str
     compression: str | None
@@ -93,7 +93,7 @@ class InputFile:
 def is_own(file: InputFile) -> bool:
     """Whether a table is an output of ours; what cannot be read is none."""
     try:
-        return not isinstance(file.path, Stdin) and is_own_table(table_schema(file.path))
+        return not isinstance(file.path, Once) and is_own_table(table_schema(file.path))
     except READ_ERRORS:
         return False
 
@@ -144,12 +144,12 @@ def with_unique_labels(files: tuple[InputFile, ...]) -> tuple[InputFile, ...]:
     )
 
 
-def own_note(paths: Sequence[Place | Stdin]) -> str:
+def own_note(paths: Sequence[Place | Once]) -> str:
     """What to say of outputs that were found and left out."""
     return f"not read, as marsinfer wrote it: {some(paths, 3)}; to read one, name it"
 
 
-def only_own(paths: Sequence[Place | Stdin]) -> str:
+def only_own(paths: Sequence[Place | Once]) -> str:
     """The refusal of a pattern that matches nothing else."""
     return f"nothing matches but what marsinfer wrote: {some(paths, 3)}; to read one, name it"
 
@@ -169,7 +169,7 @@ def _standard_input(inputs: Sequence[str | Path]) -> InputFile:
     return InputFile(path=path, name=path.name, format="jsonl", compression=None, size=0)
 
 
-def _address(path: Place | Stdin) -> str:
+def _address(path: Place | Once) -> str:
     """What tells a file from any other."""
     return os.path.realpath(path) if isinstance(path, Path) else path.address
 
@@ -344,5 +344,5 @@ def _local_size(path: Path, format: str, compression: str | None) -> int:
     return path.stat().st_size
 
 
-def _absolute(path: Place | Stdin) -> str:
+def _absolute(path: Place | Once) -> str:
     return os.path.abspath(path) if isinstance(path, Path) else bare(str(path))

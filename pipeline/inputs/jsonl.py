@@ -106,7 +106,7 @@ def _parse(line: bytes) -> dict[str, object]:
 
 def _keys(lines: Iterable[bytes]) -> dict[str, str] | None:
     first = next(_objects(lines), None)
-    return None if first is None else {key: _type_of(value) for key, value in first.items()}
+    return None if first is None else {key: type_of(value) for key, value in first.items()}
 
 
 def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, object]]:
@@ -120,7 +120,7 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, object]]:
             yield row
 
 
-def _type_of(value: object) -> str:
+def type_of(value: object) -> str:
     try:
         return str(pa.infer_type([value]))
     except (pa.ArrowException, ValueError, OverflowError, TypeError):

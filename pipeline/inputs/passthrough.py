@@ -108,7 +108,7 @@ class PassPlan:
     def _from_object(self, column: PassColumn, row: Mapping[str, object]) -> pa.Array:
         if column.source is None:
             rest = {key: value for key, value in row.items() if key not in self._roles | self._partitions}
-            rest = {_free(key, self._taken, row): value for key, value in rest.items()}
+            rest = {free_name(key, self._taken, row): value for key, value in rest.items()}
             return pa.array([_json_text(EXTRA, rest) if rest else None], column.field.type)
         if not self._takes_keys and column.source not in self._partitions:
             return pa.nulls(1, column.field.type)
@@ -212,7 +212,7 @@ def _refuse_impossible_casts(field: pa.Field, tables: Sequence[InputTable]) -> N
             ) from error
 
 
-def _free(name: str, taken: Collection[str], others: Collection[str]) -> str:
+def free_name(name: str, taken: Collection[str], others: Collection[str]) -> str:
     """A name that is none of those taken, and unless it is the one that was wanted, none of the others."""
     free = name
     while free in taken or (free != name and free in others):
@@ -228,7 +228,7 @@ def _rename(
     free = {field.name for _, field in wanted} - taken
     columns, notes = [], []
     for source, field in wanted:
-        name = _free(field.name, taken, free)
+        name = free_name(field.name, taken, free)
         if name != field.name:
             notes.append(
                 f"input column {field.name!r} is written as {name!r}, as there is another {field.name!r}"

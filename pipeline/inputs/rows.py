@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.conversations import Conversation, conversation
 from pipeline.inputs.requests import REQUEST_ID, request
-from pipeline.records import Document, Record, Row, RowError
+from pipeline.records import Document, ErrorType, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 
 T = TypeVar("T")
@@ -42,7 +42,11 @@ def _is_seen(character: str) -> bool:
 def json_type(value: object) -> str:
     """What a value is in JSON's words."""
     told = (name for kind, name in _JSON_TYPES.items() if isinstance(value, kind))
-    return next(told, "null" if value is None else "a string")
+    return next(told, "null" if value is None else _python_type(value))
+
+
+def _python_type(value: object) -> str:
+    return "a string" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def read_fault(error: BaseException) -> RowError:
@@ -64,7 +68,7 @@ def until_fault(items: Iterator[T]) -> Iterator[T | RowError]:
     return iter(following, None)
 
 
-def failed(row: Row, kind: str, message: str, *, is_fault: bool = False) -> RowError:
+def failed(row: Row, kind: ErrorType, message: str, *, is_fault: bool = False) -> RowError:
     """The failure of a row of which nothing is known but where it stands, and of all after it, if a fault."""
     return RowError(kind, f"{row.place} {message}", row, is_fault=is_fault)
 
@@ -134,7 +138,7 @@ def _check_texts(said: Conversation) -> None:
         raise RowError("empty_document", "the longest message is empty")
 
 
-def _cell(name: str, cells: Mapping[str, object], kind: str, flag: str) -> object:
+def _cell(name: str, cells: Mapping[str, object], kind: ErrorType, flag: str) -> object:
     """The value of a column that each row must have; `kind` is that of the failure of one that has not."""
     if name not in cells:
         message = f"there is no {name!r}; it has: {some(cells) or 'nothing'} ({flag})"
@@ -208,7 +212,7 @@ def _questions(columns: Columns, cells: Mapping[str, object]) -> tuple[str | Row
     return tuple(or_error(_asked, f"question {i} of {name!r}", each) for i, each in enumerate(value))
 
 
-def _string(what: str, value: object, wrong_type: str) -> str:
+def _string(what: str, value: object, wrong_type: ErrorType) -> str:
     if not isinstance(value, str):
         raise RowError(wrong_type, f"{what} is {json_type(value)}, not a string")
     _refuse_surrogates(what, value)

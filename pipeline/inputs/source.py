@@ -23,7 +23,7 @@ from pipeline.outputs.own import is_own_table
 from pipeline.records import Record, RowError
 from pipeline.storage.causes import READ_ERRORS, NetworkError, cause, is_out_of_reach, some
 from pipeline.storage.remote import Place
-from pipeline.storage.stdin import Stdin
+from pipeline.storage.stdin import Once
 from pipeline.texts.words import counted
 
 OPENERS: dict[str, Callable[[InputFile], Reader]] = {
@@ -60,7 +60,7 @@ class Source:
         self.total_rows: int | None = sum(known) if exact else None
         self.notes = notes
         self.schema: pa.Schema = plan.schema
-        self.files: tuple[Place | Stdin, ...] = tuple(reader.file.path for reader in readers)
+        self.files: tuple[Place | Once, ...] = tuple(reader.file.path for reader in readers)
 
     @property
     def fraction_read(self) -> float:
@@ -138,7 +138,16 @@ def open_source(
     """
     files, found_notes = find_files(inputs)
     notes = list(found_notes)
-    readers = open_readers(files, notes)
+    return source_of(open_readers(files, notes), columns, output, notes)
+
+
+def source_of(
+    readers: Sequence[Reader],
+    columns: Columns | Callable[[Mapping[str, str] | None], Columns],
+    output: str,
+    notes: list[str],
+) -> Source:
+    """What has been opened as one sequence of records; as `open_source`."""
     if not isinstance(columns, Columns):
         columns = columns(first_columns(readers))
     if columns.requests:

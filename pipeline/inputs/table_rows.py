@@ -155,7 +155,7 @@ class TableReader(Reader):
 
     def _sound(self, part: pa.RecordBatch, i: int, first: int, copies: pa.RecordBatch | None) -> Record:
         """Row `i` of some whose values are all sound, the first of which is row `first` of the file."""
-        cells = {name: _value(part.column(name)[i]) for name in self._columns.read}
+        cells = {name: python_value(part.column(name)[i]) for name in self._columns.read}
         copied = None if copies is None else copies.slice(i, 1)
         return build(self._columns, self.place(first + i), cells, copied)
 
@@ -165,7 +165,7 @@ class TableReader(Reader):
         values = {name: lone(row.column(name)) for name in used}
         faults = {name: fault for name, value in values.items() if (fault := _fault(value)) is not None}
         copied = or_error(self._copy, values, faults)
-        cells = {name: faults.get(name) or _value(values[name][0]) for name in self._columns.read}
+        cells = {name: faults.get(name) or python_value(values[name][0]) for name in self._columns.read}
         return build(self._columns, self.place(index), cells, copied)
 
     def _copy(self, values: dict[str, pa.Array], faults: dict[str, RowError]) -> pa.RecordBatch | None:
@@ -212,7 +212,7 @@ def _is_sound_as_bytes(column: pa.Array) -> bool:
     return plain is not None and can_be_read(lambda: column.view(plain).validate(full=True))
 
 
-def _value(scalar: pa.Scalar) -> object:
+def python_value(scalar: pa.Scalar) -> object:
     """As Python has it, else as Arrow writes it, as Python's times have no nanoseconds and few years."""
     try:
         return scalar.as_py()

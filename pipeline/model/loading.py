@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import huggingface_hub
@@ -24,7 +25,8 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.pruning.shape import ModelShape
-from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.keywords import StrPath, called_with
+from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class LoadedModel(_OnDevice):
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
     notes: tuple[str, ...] = ()  # what a user should know of its files
+    _in_use: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype
@@ -96,6 +99,21 @@ class LoadedModel(_OnDevice):
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the model to one run at a time, whose precision and graphs it has meanwhile.
+
+        Raises ConfigError where another run has not ended, be it in this thread.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise ConfigError(
+                f"the model {self.name} is answering other rows: end or close those first, or load it twice"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +133,10 @@ class UnloadedModel(_OnDevice):
     @property
     def name(self) -> str:
         return self.source.name
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Each run loads weights of its own: runs do not disturb each other."""
+        return nullcontext()
 
     @property
     def attention(self) -> AttentionBackend:
@@ -201,7 +223,9 @@ def attention_for(
     )
 
 
-def load_model(model: str = "smollm2-135m", *, sparse_from: int | None = None, **options: Any) -> LoadedModel:
+def load_model(
+    model: StrPath = WeightsSettings.model, *, sparse_from: int | None = None, **options: Any
+) -> LoadedModel:
     """Load `model`: a hub id, a local folder, a `.gguf` file, `smollm2-135m`, or `random:SHAPE`.
 
     `options` are the other fields of `ModelSettings`, which are flags of the commands: `dtype` is auto
@@ -212,9 +236,10 @@ def load_model(model: str = "smollm2-135m", *, sparse_from: int | None = None, *
     wherever a method asks for it, on a device without kernels by plain torch, slowly.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
-    too large for the device, ConfigError for a device, dtype or backend that is not there.
+    too large for the device, ConfigError for an option or a device, dtype or backend that is not there.
     """
-    loaded = open_model(ModelSettings(model=model, **options)).load()
+    options = called_with("load_model", ModelSettings, {"model": model, **options}, note=lambda text: None)
+    loaded = open_model(ModelSettings(**options)).load()
     loaded.attention.sparse_from = sparse_from
     return loaded
 

@@ -111,13 +111,23 @@ def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
     if field.name == STATS:
         columns = [_column(answers, each) for each in field.type]
         return pa.StructArray.from_arrays(columns, fields=[*field.type])
-    values = [getattr(answer, field.name) for answer in answers]
-    if field.name == "parts":
-        values = [None if parts is None else [asdict(part) for part in parts] for parts in values]
+    values = [_value(answer, field.name) for answer in answers]
     try:
         return pa.array(values, field.type)
     except UnicodeEncodeError:
         return pa.array([_as_utf8(value) for value in values], field.type)
+
+
+def plain(answer: Answer, names: Iterable[str]) -> dict[str, Any]:
+    """These of an answer's own columns, the struct among them, as Python's values."""
+    return {name: _value(answer, name) for name in names}
+
+
+def _value(answer: Answer, name: str) -> Any:
+    if name == STATS:
+        return plain(answer, STATISTICS)
+    value = getattr(answer, name)
+    return [asdict(part) for part in value] if name == "parts" and value is not None else value
 
 
 def _as_utf8(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -19,7 +19,7 @@ from pipeline.records import Row, RowError
 
 Order = Literal["input", "completion"]
 
-DUPLICATE = "duplicate_id"
+DUPLICATE: Final = "duplicate_id"
 # errors that are worth nothing once the input has the row no more: of rows of which nothing is known but that
 # they could not be read, and of those that refer to another one
 FLEETING = (DUPLICATE, "unreadable", "bad_json", "not_an_object")

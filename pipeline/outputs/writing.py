@@ -19,7 +19,7 @@ from pipeline.outputs.own import foreign_errors, foreign_sidecar, has_errors, ma
 from pipeline.outputs.sidecar import Written, needs_sidecar
 from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
-from pipeline.storage.stdin import Stdin
+from pipeline.storage.stdin import Once
 from pipeline.storage.whole_file import open_new, partial_path, sync_folder
 
 _REMEDIES = {
@@ -34,7 +34,7 @@ _OTHER_REMEDY = "check the disk and run again"
 
 
 def check_output(
-    path: str | Path, inputs: Iterable[str | Place | Stdin], overwrite: bool, *, of_requests: bool = False
+    path: str | Path, inputs: Iterable[str | Place | Once], overwrite: bool, *, of_requests: bool = False
 ) -> None:
     """Refuse, before any work, an output that could not be written or would destroy something.
 
@@ -60,7 +60,7 @@ def check_output(
         raise StorageError(f"{place} cannot be written: {folder} is not writable; {_REMEDIES[errno.EROFS]}")
 
 
-def _is_same(place: Place, other: str | Place | Stdin) -> bool:
+def _is_same(place: Place, other: str | Place | Once) -> bool:
     if isinstance(place, RemotePath):
         return isinstance(other, RemotePath) and other.address == place.address
     if not isinstance(other, str | Path):

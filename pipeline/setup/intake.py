@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import LONGEST, Columns, Keep, parse_keep_columns
+from pipeline.inputs.readers import Reader
 from pipeline.inputs.requests import REQUEST_ID
-from pipeline.inputs.source import Source, open_source
+from pipeline.inputs.source import Source, open_source, source_of
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
 from pipeline.outputs.batch_lines import is_lines, with_response
 from pipeline.outputs.own_columns import left_out
@@ -73,11 +74,16 @@ class Intake:
         return self.begun is not None and COLUMNS not in self.begun
 
 
-def open_rows(config: BatchConfig) -> Intake:
-    """The input of a run, checked and opened, and what its settings leave open decided by it."""
+def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
+    """The input of a run, checked and opened, and what its settings leave open decided by it.
+
+    `given` reads rows that are in no file; they stand for those of `config.input`.
+    """
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
-    source, settled = open_columns(config, keep, config.format_name, begun, wanted=config.columns)
+    source, settled = open_columns(
+        config, keep, config.format_name, begun, wanted=config.columns, given=given
+    )
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not (settled.settings.is_asked or settled.requests) and config.prompt_template is None:
@@ -99,12 +105,13 @@ def open_columns(
     *,
     wanted: Sequence[str] | None = None,
     asks: bool = True,
+    given: Reader | None = None,
 ) -> tuple[Source, Settled]:
     """Rows of `data` and its settings, its columns and question decided by those of the first file.
 
     `keep` as in `Columns`; `wanted` are the answer's columns that are chosen, None for all. A run that
     resumes another, with the settings `begun`, goes on with its columns. Where the rows are not asked
-    anything, `asks` is false.
+    anything, `asks` is false. `given` stands for the files of `data.input`.
     """
     found: list[Settled[Data]] = []
 
@@ -115,7 +122,10 @@ def open_columns(
             chosen = with_response(wanted)
         return _columns(found[-1], keep, predates=_predates(begun), left_out=left_out(chosen))
 
-    source = open_source(data.input, columns, output)
+    if given is None:
+        source = open_source(data.input, columns, output)
+    else:
+        source = source_of([given], columns, output, [])
     return source, found[-1]
 
 

@@ -12,14 +12,11 @@ from pipeline.storage.sniff import kind_of
 NAMES = ("-", "/dev/stdin")
 
 
-class Stdin:
-    """JSON lines that come through a pipe, once."""
+class Once:
+    """What is no file, as far as rows come from it, once."""
 
-    name = address = "stdin"
-    suffix = ".jsonl"
-
-    def __init__(self) -> None:
-        self._is_read = False
+    name = address = "rows"
+    suffix = ""
 
     def __str__(self) -> str:
         return self.name
@@ -27,6 +24,19 @@ class Stdin:
     def is_file(self) -> bool:
         """Whether it can be read more than once."""
         return False
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        raise io.UnsupportedOperation(f"{self.name} have no bytes")
+
+
+class Stdin(Once):
+    """JSON lines that come through a pipe, once."""
+
+    name = address = "stdin"
+    suffix = ".jsonl"
+
+    def __init__(self) -> None:
+        self._is_read = False
 
     def check(self) -> None:
         """Refuse what cannot be JSON lines; waits for the first bytes."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from html import escape
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -39,3 +40,14 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], as_cell:
 def in_markdown(text: str) -> str:
     """A text as a part of one line of Markdown, or as a cell of its tables, that shows as it is."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
+
+
+def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values as a table of HTML, for a page that is not ours."""
+    cells = "".join(f"<tr><th>{in_html(name)}</th><td>{in_html(value)}</td></tr>" for name, value in rows)
+    return f"<table><caption>{in_html(caption)}</caption>{cells}</table>"
+
+
+def in_html(text: str) -> str:
+    """Text as it is put in a page: without marks of HTML, and without control characters."""
+    return escape(in_xml(text))

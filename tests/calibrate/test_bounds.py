@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.calibrate.bounds import Bounds
+from pipeline.calibration.bounds import Bounds
 from pipeline.errors import InputError
 from pipeline.evaluate.cases import Sides, in_all, split, thin
 from pipeline.evaluate.drops import fewest_documents, smallest_bound

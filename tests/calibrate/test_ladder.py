@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.calibrate.bounds import Verified
-from pipeline.calibrate.ladder import (
+from pipeline.calibration.bounds import Verified
+from pipeline.calibration.ladder import (
     Rung,
     RungResult,
     Seen,

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.calibrate.rungs import OTHERS, describe, exchanged, exit_rungs, other_rungs, sparse_rungs
-from pipeline.calibrate.sensitivity import Sensitivity
+from pipeline.calibration.rungs import OTHERS, describe, exchanged, exit_rungs, other_rungs, sparse_rungs
+from pipeline.calibration.sensitivity import Sensitivity
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.shape import ModelShape
 

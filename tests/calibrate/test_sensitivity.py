@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import document, tiny_model
 
-from pipeline.calibrate.bounds import Bounds
-from pipeline.calibrate.sensitivity import measure_sensitivity, spread
+from pipeline.calibration.bounds import Bounds
+from pipeline.calibration.sensitivity import measure_sensitivity, spread
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.model.loading import LoadedModel

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.check.checking import run_check
-from pipeline.check.reports import as_dict, speed_text
+from pipeline.checks.checking import run_check
+from pipeline.checks.reports import as_dict, speed_text
 from pipeline.errors import ConfigError, MarsError
 from pipeline.model.loading import load_model
 from pipeline.pruning.dense import Dense

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from marsinfer_cli.app import run
-from pipeline.calibrate import calibrating as calibrate_module
-from pipeline.calibrate.calibrating import run_calibrate
-from pipeline.calibrate.calibration_report import layer_heads, layer_rows, raise_unless_held
+from pipeline.calibration import calibrating as calibrate_module
+from pipeline.calibration.calibrating import run_calibrate
+from pipeline.calibration.calibration_report import layer_heads, layer_rows, raise_unless_held
 from pipeline.errors import GateFailed
 from pipeline.evaluate import workbench
 from pipeline.evaluate.workbench import Deadline

@@ -28,19 +28,30 @@ class Lethal(Dense):
     orders: str = ""
 
     def begin(self, plan):
-        path = Path(self.orders)
-        try:
-            order = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
+        order = self._order()
         if order.get("tokens") in plan.lengths:  # whenever this document runs
             os.kill(os.getpid(), signal.SIGKILL)
+        if "pack" not in order:
+            return
         number, is_meant = next(packs), order.get("node") == os.environ.get("NODE_OF_TEST")
-        while "pack" in order and number and not is_meant and path.exists():
+        while number and not is_meant and "pack" in self._order():
             time.sleep(0.05)  # else this worker could do all, before the one that is meant has started
-        if is_meant and number == order.get("pack"):
-            path.unlink()  # only once
+        if is_meant and number == order["pack"]:
+            self._fulfil(order)
             if "node" in order:  # with the worker's parent its machine leaves the cluster
                 os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        return None
+
+    def _order(self):
+        try:
+            return json.loads(Path(self.orders).read_text())
+        except OSError:
+            return {}
+
+    def _fulfil(self, order):
+        """A pack is deadly only once, a document stays so."""
+        if "tokens" not in order:
+            return os.unlink(self.orders)
+        left = Path(f"{self.orders}.left")
+        left.write_text(json.dumps({"tokens": order["tokens"]}))
+        left.replace(self.orders)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SIZES, document, loaded
 
-from pipeline.calibrate.emission import sparse_from_of
+from pipeline.calibration.emission import sparse_from_of
 from pipeline.engines import prefilling
 from pipeline.engines.local import LocalEngine
 from pipeline.kernels import sparse

@@ -115,7 +115,7 @@ def run_on_ever_larger_disks(job, disk, options):
     raise AssertionError("the job never fitted")
 
 
-@pytest.mark.parametrize(("flags", "step"), [(ALONE, 12), (TOGETHER, 4)], ids=["alone", "together"])
+@pytest.mark.parametrize(("flags", "step"), [(ALONE, 24), (TOGETHER, 8)], ids=["alone", "together"])
 def test_a_full_disk(make_job, disk, flags, step):
     sizes = ([f"size={size}k"] for size in range(8, 1000, step))
     told = run_on_ever_larger_disks(make_job(*flags, rows=12), disk, sizes)

@@ -20,9 +20,9 @@ from golden import BEFORE
 from golden.calls import ASK, TINY
 from golden.surface import plain_surroundings
 from marsinfer_cli.app import run
-from pipeline.calibrate.bounds import Verified
-from pipeline.calibrate.emission import make_profile
-from pipeline.calibrate.ladder import Rung, RungResult
+from pipeline.calibration.bounds import Verified
+from pipeline.calibration.emission import make_profile
+from pipeline.calibration.ladder import Rung, RungResult
 from pipeline.evaluate.drops import Paired
 from pipeline.evaluate.workbench import Trial
 from pipeline.model.loading import open_model

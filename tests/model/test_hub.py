@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -86,22 +84,24 @@ def files(model_folder):
 
 
 @pytest.fixture
-def batch(tmp_path):
-    """`marsinfer batch` in one of these processes, with a model of a name."""
+def words(tmp_path):
+    """Those of `marsinfer batch` with a model of a name."""
     (tmp_path / "in.jsonl").write_text('{"id": "1", "text": "one fish"}\n{"id": "2", "text": "two fish"}\n')
 
-    def call(process, name, *flags, **environment):
-        words = [
-            "batch",
-            tmp_path / "in.jsonl",
-            tmp_path / "out.parquet",
-            "--model",
-            name,
-            "--id-column",
-            "id",
-        ]
-        words += ["--question", "what?", "--method", "dense", "--max-new-tokens", 2, *flags]
-        return process.run(*words, **environment)
+    def words(name, *flags):
+        places = (tmp_path / "in.jsonl", tmp_path / "out.parquet", "--model", name, "--id-column", "id")
+        asked = ("--question", "what?", "--method", "dense", "--max-new-tokens", 2)
+        return ["batch", *places, *asked, *flags]
+
+    return words
+
+
+@pytest.fixture
+def batch(words):
+    """`marsinfer batch` in one of these environments."""
+
+    def call(commands, name, *flags, **changes):
+        return commands.run(*words(name, *flags), **changes)
 
     return call
 
@@ -220,29 +220,15 @@ def test_a_connection_that_is_reset_is_made_anew(hub, online, answers, files):
     assert len([each for each in hub.asked if each.path.startswith("/stored/org/reset/")]) == 3
 
 
-def test_an_interrupt_ends_a_download(hub, places, batch, files, tmp_path):
+def test_an_interrupt_ends_a_download(hub, online, words, files):
     hub.add("org/stalled", files, stalls=True)
-    words = [
-        "batch",
-        tmp_path / "in.jsonl",
-        tmp_path / "o.parquet",
-        "--question",
-        "what?",
-        "--model",
-        "org/stalled",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "marsinfer_cli", *map(str, words)],
-        env={**os.environ, "HF_ENDPOINT": hub.url, **places},
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
+    process = online.start(*words("org/stalled"))
     while not any(each.path.startswith("/stored/org/stalled/") for each in hub.asked):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate()
-    assert (process.returncode, len(hub.downloaded("org/stalled"))) == (130, len(NEEDED)), printed
+        os.kill(process, 0)  # it is there
+        time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
+    outcome = online.outcome()
+    assert (outcome.code, len(hub.downloaded("org/stalled"))) == (130, len(NEEDED)), outcome.err
 
 
 @pytest.mark.parametrize("states", [[429], [503], [500, 502]], ids=str)
@@ -379,11 +365,10 @@ def test_a_model_of_a_new_name_is_found_by_the_old_one(hub, online, answers, fil
     assert answers(online, "org/old-name")[0] == f"commit:{commit}"
 
 
-def test_a_disk_that_is_full(hub, places, started, batch, files):
+def test_a_disk_that_is_full(hub, places, online, batch, files):
     hub.add("org/large", files)
     size = len(files["model.safetensors"])
-    process = started(largest_file=size - 1, HF_ENDPOINT=hub.url, **places)
-    outcome = batch(process, "org/large")
+    outcome = batch(online, "org/large", largest_file=size - 1)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1] == (
         f"marsinfer: error: model 'org/large' cannot be downloaded: no room in {places['HF_HUB_CACHE']} "

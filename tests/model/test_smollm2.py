@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import pack_of
 
-from pipeline.check.checking import run_check
+from pipeline.checks.checking import run_check
 from pipeline.model.decode import StopRules, decode
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import prefill

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from columns_told import columns_told
 
-from pipeline.check.baseline import write_baseline
+from pipeline.checks.baseline import write_baseline
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.bench.plot import check_plot, save_picture
-from pipeline.check.baseline import write_baseline
-from pipeline.check.reports import junit, refuse_foreign_files
+from pipeline.checks.baseline import write_baseline
+from pipeline.checks.reports import junit, refuse_foreign_files
 from pipeline.errors import ConfigError
 from pipeline.outputs import replacing
 from pipeline.outputs.replacing import refuse_foreign_file

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.calibrate.bounds import Bounds
+from pipeline.calibration.bounds import Bounds
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.workbench import Evaluated, Workbench
 from pipeline.model.variant import Variant

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pipeline.calibrate.sensitivity import Sensitivity
+from pipeline.calibration.sensitivity import Sensitivity
 from pipeline.errors import ConfigError
 from pipeline.model.variant import Variant
 from pipeline.pruning.mars import Mars

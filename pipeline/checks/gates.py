@@ -73,7 +73,7 @@ class Gate:
         return self.judgement.verdict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CheckResult:
     """What a check found, and of what."""
 
@@ -90,6 +90,11 @@ class CheckResult:
     @property
     def method(self) -> str:
         return str(self.about["method"]["name"])
+
+    def __repr__(self) -> str:
+        drops = ", ".join(f"{gate.task} {gate.drop.drop:+.4f} {gate.verdict}" for gate in self.gates)
+        rows = counted(self.counts["rows"], "row")
+        return f"<CheckResult {self.verdict}: {self.method} against {self.against}, {rows}; drops: {drops}>"
 
 
 def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = True) -> tuple[Gate, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pipeline.calibrate.ladder import Calibration
+    from pipeline.calibration.ladder import Calibration
 
 
 def draw_ladder(result: Calibration, axes: Axes) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from pipeline.calibrate.bounds import Bounds, Verified
-from pipeline.calibrate.ladder import Rung, RungResult
+from pipeline.calibration.bounds import Bounds, Verified
+from pipeline.calibration.ladder import Rung, RungResult
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.workbench import sparse_from
 from pipeline.kernels.sparse import first_choosing

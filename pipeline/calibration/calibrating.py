@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from pipeline.calibrate.bounds import Bounds, Supply
-from pipeline.calibrate.ladder import Calibration
-from pipeline.calibrate.phases import Phases
+from pipeline.calibration.bounds import Bounds, Supply
+from pipeline.calibration.ladder import Calibration
+from pipeline.calibration.phases import Phases
 from pipeline.errors import GateInconclusive, MarsError
 from pipeline.evaluate.cases import Sides, in_all, split
 from pipeline.evaluate.check_rows import read_rows
 from pipeline.evaluate.workbench import Deadline, Workbench, failures_named
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
+from pipeline.notebooks import notebook_bar
 from pipeline.settings.calibrate_settings import CalibrateConfig
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
+from pipeline.settings.model_settings import WeightsSettings
 from pipeline.setup.auto import keep_profile
 from pipeline.setup.intake import make_prompts
+from pipeline.setup.objects import with_objects
 from pipeline.setup.profile import Profile, write_profile
 from pipeline.suites.samples import NEEDLES
+
+
+def calibrate(
+    input: StrPath | Sequence[StrPath] = (),
+    *,
+    model: StrPath | Model = WeightsSettings.model,
+    progress: Callable[[str, float], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Calibration:
+    """Find the fastest settings that lose no more than `max_drop`; what `marsinfer calibrate` runs.
+
+    `input` is a file, glob, folder or URL, or several; `model` a name or a model that `load_model` returned.
+    `options` are the other fields of `CalibrateConfig`, which are the command's flags: `out` names the
+    profile to write (profile.toml), `minutes` the longest time. `progress` is called with what is being done
+    and the seconds left (without it, a notebook shows them), `note` with what a user should know, `check`
+    between prefills: it may raise to end all.
+
+    Returns what was found; its `profile` is None where nothing passed, which is no error.
+
+    Raises ConfigError, InputError or ModelError before any row is run, and GateInconclusive where so few
+    documents cannot pass.
+    """
+    bar = notebook_bar() if progress is None else None
+    if bar is not None:
+        progress = bar.minutes
+    options = called_with("calibrate", CalibrateConfig, options, note) | {"input": inputs_of(input)}
+    return run_calibrate(
+        CalibrateConfig(**with_objects(options, model, None)),
+        model=None if isinstance(model, str | os.PathLike) else model,
+        progress=progress or (lambda text, left_s: None),
+        note=note,
+        check=check,
+    )
 
 
 def run_calibrate(
@@ -38,12 +79,27 @@ def run_calibrate(
     error but a result without a profile.
     """
     clock = clock or Deadline(config.minutes * 60)
+    model = model or open_model(config)
+    with model.in_use():
+        found = _calibrated(config, model, clock, progress, note, check)
+    if found.profile is not None:
+        write_profile(config.profile_file, found.profile)
+        _keep(found.profile, note)
+    return found
 
+
+def _calibrated(
+    config: CalibrateConfig,
+    model: Model,
+    clock: Deadline,
+    progress: Callable[[str, float], None],
+    note: Callable[[str], None],
+    check: Callable[[], None],
+) -> Calibration:
     def tell(text: str) -> None:
         progress(text, max(0.0, clock.left))
 
     tell("reading and tokenizing")
-    model = model or open_model(config)
     for text in model.notes:
         note(text)
     found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
@@ -58,11 +114,7 @@ def run_calibrate(
         bench = Workbench.of(model.load(), check)
     run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
     with failures_named(lambda: f"{bench.running} fails"):
-        result = run.calibrate(found.data_hash, clock)
-    if result.profile is not None:
-        write_profile(config.profile_file, result.profile)
-        _keep(result.profile, note)
-    return result
+        return run.calibrate(found.data_hash, clock)
 
 
 def _check_supplies(bounds: Bounds, sides: Sides, note: Callable[[str], None]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from pipeline.calibrate.bounds import Bounds
-from pipeline.calibrate.emission import make_profile
-from pipeline.calibrate.ladder import (
+from pipeline.calibration.bounds import Bounds
+from pipeline.calibration.emission import make_profile
+from pipeline.calibration.ladder import (
     FAR,
     Calibration,
     Rung,
@@ -21,8 +21,8 @@ from pipeline.calibrate.ladder import (
     mild_precisions,
     slope_of,
 )
-from pipeline.calibrate.rungs import describe, exit_rungs, other_rungs, sparse_rungs
-from pipeline.calibrate.sensitivity import MASSES, Sensitivity, measure_sensitivity
+from pipeline.calibration.rungs import describe, exit_rungs, other_rungs, sparse_rungs
+from pipeline.calibration.sensitivity import MASSES, Sensitivity, measure_sensitivity
 from pipeline.engines.answering import rules_of
 from pipeline.errors import GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin

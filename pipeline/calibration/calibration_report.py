@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.calibrate.bounds import Verified
-from pipeline.calibrate.ladder import Calibration, RungResult
-from pipeline.calibrate.sensitivity import MASSES
+from pipeline.calibration.bounds import Verified
+from pipeline.calibration.ladder import Calibration, RungResult
+from pipeline.calibration.sensitivity import MASSES
 from pipeline.errors import GateFailed
 from pipeline.evaluate.drops import hundredths
 from pipeline.texts.words import counted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from pipeline.check.gates import ALL, SHARES, UNITS, CheckResult, Gate, Measure
+from pipeline.checks.gates import ALL, SHARES, UNITS, CheckResult, Gate, Measure
 from pipeline.errors import GateFailed, GateInconclusive
 from pipeline.evaluate.drops import hundredths
 from pipeline.outputs.replacing import JUNIT_NAME, is_baseline, is_junit, is_result, refuse_foreign_file

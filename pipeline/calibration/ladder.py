@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pipeline.calibrate.bounds import Bounds, Verified
-from pipeline.calibrate.rungs import describe
-from pipeline.calibrate.sensitivity import Sensitivity
+from pipeline.calibration.bounds import Bounds, Verified
+from pipeline.calibration.rungs import describe
+from pipeline.calibration.sensitivity import Sensitivity
 from pipeline.evaluate.drops import worst
 from pipeline.evaluate.workbench import Trial
 from pipeline.model.variant import Variant
@@ -150,7 +150,7 @@ def fastest_passed(tested: Iterable[RungResult]) -> RungResult | None:
     return max(passed, key=lambda each: each.speed_up, default=None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Calibration:
     """What was found; without a profile nothing held."""
 
@@ -163,6 +163,12 @@ class Calibration:
     searched: int  # cases
     held_out: int
     seconds: float
+
+    def __repr__(self) -> str:
+        found = "nothing passed"
+        if self.chosen is not None:
+            found = f"{self.chosen.rung.name}, {self.chosen.speed_up:.2f} times as fast as dense"
+        return f"<Calibration {found}; {len(self.tested)} of {len(self.ladder)} rungs tested>"
 
     @property
     def bounds(self) -> Bounds:

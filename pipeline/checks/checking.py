@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -9,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.check.baseline import Baseline, baseline_settings, read_baseline, write_baseline
-from pipeline.check.check_journal import CheckJournal, journal_path, journal_settings
-from pipeline.check.gates import (
+from pipeline.checks.baseline import Baseline, baseline_settings, read_baseline, write_baseline
+from pipeline.checks.check_journal import CheckJournal, journal_path, journal_settings
+from pipeline.checks.gates import (
     CheckResult,
     Pair,
     check_scorer,
@@ -20,7 +21,7 @@ from pipeline.check.gates import (
     refuse_too_few,
     speeds,
 )
-from pipeline.check.reports import refuse_foreign_files, write_reports
+from pipeline.checks.reports import refuse_foreign_files, write_reports
 from pipeline.errors import GateInconclusive
 from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst
@@ -29,6 +30,7 @@ from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
 from pipeline.model.variant import Variant, prepare
+from pipeline.notebooks import listeners
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.pruning.base import PruningMethod
@@ -36,12 +38,15 @@ from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.registry import make_method
 from pipeline.records import Reasoning
 from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
+from pipeline.settings.model_settings import WeightsSettings
 from pipeline.setup.auto import proven
 from pipeline.setup.intake import make_prompts
+from pipeline.setup.objects import with_objects
 from pipeline.setup.preparation import moment_of
 from pipeline.setup.profile import check_profile, load_profile
-from pipeline.summary import Tally
+from pipeline.tally import Tally
 from pipeline.texts.versions import timestamp, versions
 from pipeline.texts.words import counted
 
@@ -126,6 +131,40 @@ class _Check:
         write_baseline(Path(self.config.baseline), dense, accepted, self.dense_decides(), self.about())
 
 
+def check(
+    input: StrPath | Sequence[StrPath] = (),
+    *,
+    model: StrPath | Model = WeightsSettings.model,
+    method: str | PruningMethod | None = None,
+    progress: Callable[[Tally], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> CheckResult:
+    """Hold a method against dense on the same rows; what `marsinfer check` runs.
+
+    `input` is a file, glob, folder or URL, or several; `model` a name or a model that `load_model` returned,
+    `method` a name or a method object. `options` are the other fields of `CheckConfig`, which are the
+    command's flags; without `out` nothing is written. `progress` is called after every row of a side
+    (without it, a notebook shows a bar), `note` with what a user should know, `check` between rows: it may
+    raise to end the check.
+
+    Returns the result, whose `verdict` is pass, fail or inconclusive: a method that is worse raises nothing.
+    Raises ConfigError, InputError or ModelError before any row is run, and GateInconclusive where so few
+    rows cannot pass.
+    """
+    progress, _ = listeners(progress, None)
+    options = called_with("check", CheckConfig, options, note) | {"input": inputs_of(input)}
+    return run_check(
+        CheckConfig(**with_objects(options, model, method)),
+        model=None if isinstance(model, str | os.PathLike) else model,
+        method=None if isinstance(method, str) else method,
+        progress=progress,
+        note=note,
+        check=check,
+    )
+
+
 def run_check(
     config: CheckConfig,
     *,
@@ -155,7 +194,7 @@ def run_check(
     run = _Check(config, model, method, prompts, rows, note, progress, check)
     file = config.result_file
     journal = None if file is None else CheckJournal(journal_path(file), run.decides(), resume=config.resume)
-    with nullcontext() if journal is None else closing(journal):
+    with model.in_use(), nullcontext() if journal is None else closing(journal):
         if journal is not None and journal.damaged:
             note(f"{counted(journal.damaged, 'line')} of {journal.path} cannot be read: their rows run again")
         if journal is not None and journal.resumed:
