@@ -129,11 +129,11 @@ def test_a_step_that_fails_costs_nothing_but_time(model, monkeypatch):
     engine, calls = engine_for(model), []
     attend = model.attention.decode
 
-    def failing(q, k, v, slots):
+    def failing(q, k, v, slots, sinks):
         calls.append(slots.shared)
         if slots.shared is not None and len(calls) < 40:
             raise ValueError("bad luck")
-        return attend(q, k, v, slots)
+        return attend(q, k, v, slots, sinks)
 
     monkeypatch.setattr(model.attention, "decode", failing)
     assert texts(engine) == expected

@@ -53,6 +53,7 @@ MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scorin
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
+TENSORS |= {"made", "weights"}
 TENSORS |= {
     "row_scales",
     "column_scales",
