@@ -201,16 +201,22 @@ def test_two_workers_give_the_rows_of_one_process(batch, sharp_model_folder, tmp
     assert all(line.startswith("marsinfer: ") for line in said.err.splitlines()), said.err
 
 
-def test_killed_workers_lose_and_double_nothing_and_a_row_that_kills_two_is_an_error_row(
-    batch, cluster, orders, expected
-):
-    """One worker dies in a pack that its successor answers, and two in the prefill of one document."""
+def test_a_killed_worker_loses_and_doubles_nothing(batch, cluster, orders, expected):
+    orders.write_text(json.dumps({"pack": 5}))
+    code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address)
+    assert not orders.exists()
+    assert code == 0
+    assert rows == expected
+    assert GONE in said.err
+    assert "worker_died" not in statuses(rows).values()
+
+
+def test_a_row_that_kills_its_worker_twice_is_an_error_row(batch, cluster, orders, expected):
     lengths = [row["prompt_tokens"] for row in expected if row["status"] == "ok" and not row["group_rows"]]
     deadly = next(n for n in sorted(lengths) if n > 200 and lengths.count(n) == 1)
-    orders.write_text(json.dumps({"pack": 5, "tokens": deadly}))
+    orders.write_text(json.dumps({"tokens": deadly}))
     code, rows, said = batch("ray", *RAY, "--ray-address", cluster.address, "--max-errors", "5")
     assert code == 0
-    assert json.loads(orders.read_text()) == {"tokens": deadly}
     (number,) = [n for n, row in enumerate(rows) if row["error_type"] == "worker_died"]
     assert rows[number]["prompt_tokens"] == deadly
     assert rows[number]["year"] == number
@@ -218,7 +224,7 @@ def test_killed_workers_lose_and_double_nothing_and_a_row_that_kills_two_is_an_e
     assert [row for n, row in enumerate(rows) if n != number] == [
         row for n, row in enumerate(expected) if n != number
     ]
-    assert said.err.count(GONE) == 3
+    assert said.err.count(GONE) == 2
     orders.unlink()
     code, rows, _ = batch("ray", "--resume", "--retry-errors")  # by the local engine
     assert code == 0
