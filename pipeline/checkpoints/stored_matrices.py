@@ -6,6 +6,7 @@ tensor, before any is read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,7 +70,7 @@ class StoredWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quantised(StoredWeight):
+class _Quantised(StoredWeight, ABC):
     """A matrix (N, D) beside scales."""
 
     @property
@@ -96,8 +97,9 @@ class _Quantised(StoredWeight):
     def _scale(self) -> Stored:
         return self.parts["scales" if "scales" in self.parts else "weight_scale"]
 
+    @abstractmethod
     def _dequantised(self, device: torch.device) -> Tensor:
-        raise NotImplementedError
+        """The whole matrix. Raises ValueError where its parts do not fit each other."""
 
     def _expect(self, part: str, shape: tuple[int, ...]) -> None:
         held = self.parts[part]

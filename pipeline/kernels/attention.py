@@ -305,9 +305,8 @@ def choose_attention(
     """The backend to use, and for each faster one why it was not taken.
 
     `wanted` is a name of `BACKENDS` or `auto`; with `slides` it is to have windows, too, and sinks with
-    `sinks`. A backend is taken
-    only after a small trial on the device agrees with the reference. Raises ConfigError when none does, or
-    the one asked for by name does not.
+    `sinks`. A backend is taken only after a small trial on the device agrees with the reference. Raises
+    ConfigError when none does, or the one asked for by name does not.
     """
     candidates = list(BACKENDS) if wanted == "auto" else [wanted]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}

@@ -67,7 +67,6 @@ class _Queries(NamedTuple):
     used_LB: Tensor  # of each column, all of these tokens included
     bounds_B1: Tensor  # of each column's queries
     most: int  # of a column
-    draws: Draws | None = None  # what the tokens that follow are drawn by
 
 
 class DecodeBatch:
@@ -184,7 +183,6 @@ class DecodeBatch:
         decoder, kv = self._decoder, self._kv
         drafts = self._drafts(size) if size.queries > size.columns else None
         asked = self._queries(size.columns, drafts)
-        asked = asked._replace(draws=self._draws.of_step(size, asked.column_Q, asked.drawn_Q))
         hidden_QD = decoder.embed(asked.tokens_Q)
         rope = decoder.rope(hidden_QD, asked.position_Q, asked.reach_Q)
         shared = self._shared.of_step(size, drafts and drafts.spread) if size.shares else None
@@ -201,7 +199,8 @@ class DecodeBatch:
                 return attended_QHd
 
             normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
-        self._take(self._chosen(decoder.head(hidden_QD), asked), size.columns, drafts)
+        draws = self._draws.of_step(size, asked.column_Q, asked.drawn_Q)
+        self._take(self._chosen(decoder.head(hidden_QD), draws), size.columns, drafts)
 
     def _drafts(self, size: StepSize) -> _Drafts:
         assert self._texts is not None
@@ -236,9 +235,9 @@ class DecodeBatch:
             most=most,
         )
 
-    def _chosen(self, logits_QV: Tensor, asked: _Queries) -> Tensor:
+    def _chosen(self, logits_QV: Tensor, draws: Draws | None) -> Tensor:
         """(Q,) the token that follows each query."""
-        return next_tokens(logits_QV, asked.draws)
+        return next_tokens(logits_QV, draws)
 
     def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
         """Go on to the newest of the tokens that a step made."""

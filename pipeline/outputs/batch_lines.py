@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.outputs.beginnings import METADATA_KEY
 from pipeline.outputs.own_columns import OWN_NAMES, STATS
+from pipeline.records import ErrorType
 from pipeline.storage.remote import Place, RemotePath
 
 AnyPlace = TypeVar("AnyPlace", Path, RemotePath, Place)
@@ -33,13 +34,14 @@ COUNTS = ("prompt_tokens", "new_tokens")  # likewise, be they in the struct of s
 TOLD_THERE = ("id", "answer", "reasoning", "error_message")
 
 # by the kind of error: what is not the request's fault
-SERVER_ERRORS = frozenset(
+SERVER_ERRORS: frozenset[ErrorType] = frozenset(
     {
         *("internal", "no_progress", "not_finite", "out_of_memory", "timeout", "tokenizer"),
         *("kv_memory", "unreadable", "worker_died"),
     }
 )
-CODES = {"over_long": "context_length_exceeded"}  # of OpenAI's; all other kinds stand for themselves
+# of OpenAI's; all other kinds stand for themselves
+CODES: dict[ErrorType, str] = {"over_long": "context_length_exceeded"}
 
 
 def is_of_requests(schema: pa.Schema) -> bool:

@@ -53,7 +53,6 @@ MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scorin
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
-TENSORS |= {"made", "weights"}
 TENSORS |= {
     "row_scales",
     "column_scales",
@@ -66,8 +65,8 @@ TENSORS |= {
     "slots",
     "blocks",
 }
-TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts"}
-TENSORS |= {"k_scales", "v_scales", "k_means", "sinks", "experts"}
+TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
+TENSORS |= {"k_scales", "v_scales", "k_means", "sinks", "experts", "weights"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import ModelError
+from pipeline.families.decoder import Decoder
+from pipeline.families.projection import LinearPrecision
+from pipeline.kernels.fp8 import Fp8Weight
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.settings.model_settings import ModelSettings
 
@@ -72,3 +75,23 @@ def refusal(folder: Path, **settings: Any) -> str:
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     return message
+
+
+def loaded(folder: Path, **precision: Any) -> Decoder:
+    """A folder's model in bfloat16, but for what `precision` says."""
+    return opened(folder, dtype="bfloat16").load(LinearPrecision(**precision)).decoder
+
+
+def dequantised(weight: Fp8Weight) -> Tensor:
+    """What a weight in fp8 stands for, in float32; of a matrix or of one for each expert."""
+    return weight.quantised.float() * weight.scale.transpose(-1, -2)
+
+
+def bytes_held(decoder: Decoder) -> int:
+    """Of all weights of a model, in its own type and in fp8, each counted once."""
+    held = {each.data_ptr(): each for each in decoder.model.parameters() if each.numel()}
+    for layer in decoder._layers:
+        for projection in layer.projections.values():
+            low = projection.fp8
+            held |= {} if low is None else {each.data_ptr(): each for each in (low.quantised, low.scale)}
+    return sum(each.numel() * each.itemsize for each in held.values())

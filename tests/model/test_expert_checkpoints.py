@@ -6,7 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from checkpoints import change_config, copied, opened, refusal, tensors, write
+from checkpoints import (
+    bytes_held,
+    change_config,
+    copied,
+    dequantised,
+    loaded,
+    opened,
+    refusal,
+    tensors,
+    write,
+)
 from family_cases import model_of
 from packed_weights import awq, gptq, int_quantized, pack_quantized, quantise
 from test_quantised import AWQ, FORMS, GPTQ, compressed, make_fp8
@@ -55,10 +65,6 @@ def oss(published, tmp_path):
     return copied(published["gpt_oss-windows"], tmp_path / "model")
 
 
-def loaded(folder, **precision):
-    return opened(folder, dtype="bfloat16").load(LinearPrecision(**precision)).decoder
-
-
 def quantised(folder, kind):
     """Quantise a folder; what its weights must be."""
     make, config = MADE_BY[kind]
@@ -78,10 +84,6 @@ def pairs(decoder, wanted):
     for n, layer in enumerate(decoder._layers):
         yield layer.experts.gate_up, of_all(wanted, n, "gate_proj", "up_proj")
         yield layer.experts.down, of_all(wanted, n, "down_proj")
-
-
-def dequantised(weight):
-    return weight.quantised.float() * weight.scale.transpose(-1, -2)
 
 
 @pytest.mark.parametrize("kind", MADE_BY)
@@ -131,13 +133,7 @@ def test_loading_in_fp8_equals_quantising_what_was_loaded(published, name, preci
 @pytest.mark.parametrize("precision", [{}, {"linears": "fp8"}, {"linears": "mixed"}, {"ffn": True}])
 def test_the_memory_that_is_foretold_is_that_of_the_weights(published, name, precision):
     foretold = opened(published[name], dtype="bfloat16").memory(LinearPrecision(**precision))
-    decoder = loaded(published[name], **precision)
-    held = {each.data_ptr(): each for each in decoder.model.parameters() if each.numel()}
-    for layer in decoder._layers:
-        for projection in layer.projections.values():
-            low = projection.fp8
-            held |= {} if low is None else {each.data_ptr(): each for each in (low.quantised, low.scale)}
-    assert foretold.held == sum(each.numel() * each.itemsize for each in held.values())
+    assert foretold.held == bytes_held(loaded(published[name], **precision))
     assert foretold.most > foretold.held
 
 

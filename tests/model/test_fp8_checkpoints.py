@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import copied, opened, tensors
+from checkpoints import bytes_held, copied, dequantised, loaded, opened, tensors
 from test_quantised import make_fp8
 
 from pipeline.errors import ModelError
@@ -26,10 +26,6 @@ def slow_cpu(monkeypatch):
 @pytest.fixture
 def folder(model_folder, tmp_path):
     return copied(model_folder, tmp_path / "model")
-
-
-def loaded(folder, **precision):
-    return opened(folder, dtype="bfloat16").load(LinearPrecision(**precision)).decoder
 
 
 @pytest.mark.parametrize("form", ["channels", "tensors"])
@@ -65,10 +61,6 @@ def test_blocks_are_quantised_again_by_rows_at_a_loss_of_fp8s_own_size(folder):
         assert torch.equal(weight, dequantised(Fp8Weight.of(wanted[name].bfloat16())))
         error = (weight - wanted[name]).norm() / wanted[name].norm()
         assert 0.005 < error < 0.04
-
-
-def dequantised(weight):
-    return weight.quantised.float() * weight.scale.t()
 
 
 def test_mixed_holds_both_forms_and_the_fp8_one_is_the_checkpoints(folder):
@@ -110,15 +102,8 @@ def test_random_weights_are_quantised_as_they_are_drawn():
 
 @pytest.mark.parametrize("precision", [{}, {"linears": "fp8"}, {"linears": "mixed"}])
 def test_the_memory_that_is_foretold_is_that_of_the_weights(folder, precision):
-    wanted = LinearPrecision(**precision)
-    foretold = opened(folder, dtype="bfloat16").memory(wanted)
-    decoder = loaded(folder, **precision)
-    held = {each.data_ptr(): each for each in decoder.model.parameters() if each.numel()}
-    for layer in decoder._layers:
-        for projection in layer.projections.values():
-            low = projection.fp8
-            held |= {} if low is None else {each.data_ptr(): each for each in (low.quantised, low.scale)}
-    assert foretold.held == sum(each.numel() * each.itemsize for each in held.values())
+    foretold = opened(folder, dtype="bfloat16").memory(LinearPrecision(**precision))
+    assert foretold.held == bytes_held(loaded(folder, **precision))
     assert foretold.most > foretold.held
 
 
