@@ -253,7 +253,11 @@ def _window(settings: dict[str, Any], family: str, period: int | None, layers: i
     window = settings.get("attention.sliding_window") or 0
     if period is not None:
         pattern = settings.get("attention.sliding_window_pattern", period)
-        slides = pattern if isinstance(pattern, list) else [(n + 1) % pattern for n in range(layers)]
+        slides = (
+            pattern
+            if isinstance(pattern, list)
+            else [not pattern or (n + 1) % pattern for n in range(layers)]
+        )
         return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
     if not window:
         return {"sliding_window": None}

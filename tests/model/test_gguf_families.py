@@ -102,8 +102,8 @@ def test_quantised_matrices_are_those_of_the_file(model, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [(None, "sssssf"), (3, "ssfssf"), ([True, False, True, True, False, True], "sfssfs")],
-    ids=["none", "period", "list"],
+    [(None, "sssssf"), (3, "ssfssf"), (0, "ssssss"), ([True, False, True, True, False, True], "sfssfs")],
+    ids=["none", "period", "zero", "list"],
 )
 def test_which_layers_of_gemma_have_windows(pattern, expected, tmp_path):
     changes = {} if pattern is None else {"attention.sliding_window_pattern": pattern}
