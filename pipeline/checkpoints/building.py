@@ -74,10 +74,15 @@ def as_model_error(name: str) -> Iterator[None]:
 
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The layout of a checkpoint of a model of this configuration, without weights."""
-    layout = Layout.of(_skeleton(config, torch.float32))
+    layout = parameters_of(config)
     stored = FAMILIES[config.model_type].stored
     parts = {name: tuple(stored({name: shape})) for name, shape in layout.shapes.items()}
     return replace(layout, shapes=stored(layout.shapes), parts=parts, stored_under=stored_under(config))
+
+
+def parameters_of(config: PreTrainedConfig) -> Layout:
+    """The layout of a model's own parameters, whatever its checkpoints hold in their place."""
+    return Layout.of(_skeleton(config, torch.float32))
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

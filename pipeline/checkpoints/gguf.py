@@ -23,17 +23,18 @@ from transformers import (
 )
 
 from pipeline.checkpoints.building import as_model_error
+from pipeline.checkpoints.gguf_families import GGUF_FAMILIES
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
-from pipeline.checkpoints.gguf_rope import FREQUENCIES, rope_parameters
 from pipeline.checkpoints.gguf_tensors import Found, GgufWeights, check_tensors, found_tensors, values
 from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-# whose tensors are transformers' own but for the order of Llama's rows: others hold norms, experts
-# or projections in another form
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-TOKENIZERS = {"qwen2": Qwen2Tokenizer, "qwen3": Qwen2Tokenizer}  # as AutoTokenizer would choose
+TOKENIZERS = {
+    "qwen2": Qwen2Tokenizer,
+    "qwen3": Qwen2Tokenizer,
+    "qwen3moe": Qwen2Tokenizer,
+}  # as AutoTokenizer would choose
 # by what transformers calls them
 SIZES = {
     "max_position_embeddings": "context_length",
@@ -47,6 +48,10 @@ TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding
 # settings of other models of these architectures, by the value that changes nothing
 NEUTRAL = {
     "expert_count": 0,
+    "expert_shared_count": 0,
+    "expert_weights_scale": 1.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
     "logit_scale": 1.0,
     "residual_scale": 1.0,
     "embedding_scale": 1.0,
@@ -65,12 +70,12 @@ class GgufFiles:
 
     def config(self) -> PreTrainedConfig:
         with as_model_error(self.name):
-            if self._family not in FAMILIES:
+            if self._family not in GGUF_FAMILIES:
                 raise ModelError(
                     f"model family {self._family!r} is not supported in GGUF files; families:"
-                    f" {', '.join(FAMILIES)}"
+                    f" {', '.join(GGUF_FAMILIES)}"
                 )
-            config = AutoConfig.for_model(self._family, **self._settings())
+            config = AutoConfig.for_model(GGUF_FAMILIES[self._family].model_type, **self._settings())
             check_config(config)
             return config
 
@@ -128,31 +133,36 @@ class GgufFiles:
 
     def _settings(self) -> dict[str, Any]:
         """The header's settings by the names of transformers."""
-        family, settings, file = self._family, self._parts[0].settings, self.path.name
+        name, settings, file = self._family, self._parts[0].settings, self.path.name
+        family = GGUF_FAMILIES[name]
+        own = {
+            key.removeprefix(f"{name}."): value
+            for key, value in settings.items()
+            if key.startswith(f"{name}.")
+        }
         for key, neutral in NEUTRAL.items():
-            if settings.get(f"{family}.{key}", neutral) != neutral:
-                value = settings[f"{family}.{key}"]
-                raise GgufError(f"{file} has {family}.{key} {value}, which is not supported")
-        sizes = {ours: _single(file, settings, f"{family}.{theirs}") for ours, theirs in SIZES.items()}
+            if own.get(key, neutral) != neutral and key not in family.sizes.values():
+                raise GgufError(f"{file} has {name}.{key} {own[key]}, which is not supported")
+        wanted = {**SIZES, **family.sizes}
+        sizes = {ours: _single(file, settings, f"{name}.{theirs}") for ours, theirs in wanted.items()}
         heads = sizes["num_attention_heads"]
-        kv_heads = f"{family}.attention.head_count_kv"
+        kv_heads = f"{name}.attention.head_count_kv"
         sizes["num_key_value_heads"] = _single(file, settings, kv_heads) if kv_heads in settings else heads
-        sizes["head_dim"] = _head_dim(file, settings, family, sizes["hidden_size"] // heads)
+        head_dim = _head_dim(file, own, sizes["hidden_size"] // heads, rotates_part=family.rotates_part)
         tokens = {ours: settings.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in TOKENS.items()}
         return {
             **sizes,
             **tokens,
-            **_window(
-                settings.get(f"{family}.attention.sliding_window") or 0,
-                family,
-                sizes["max_position_embeddings"],
-            ),
+            **_window(own, name, family.period, sizes["num_hidden_layers"]),
+            **family.unsaid,
+            **family.more(own, head_dim),
+            "head_dim": head_dim,
             "vocab_size": self._vocabulary(),
             # a converter leaves the output head out where it is the embedding
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
-            "rope_parameters": self._rope(sizes["head_dim"]),
+            "rope_parameters": self._rope(own, head_dim),
         }
 
     def _vocabulary(self) -> int:
@@ -165,11 +175,11 @@ class GgufFiles:
             raise GgufError(f"{self.path.name} is damaged: it has {tokens:,} tokens, and embeds {rows:,}")
         return rows
 
-    def _rope(self, head_dim: int) -> dict[str, Any]:
-        has_divisors = FREQUENCIES in self._tensors and self._family == "llama"
-        divisors = values(self._tensors[FREQUENCIES]) if has_divisors else None
+    def _rope(self, settings: dict[str, Any], head_dim: int) -> dict[str, Any]:
+        family = GGUF_FAMILIES[self._family]
+        tensors = {name: values(self._tensors[name]) for name in family.rope_tensors if name in self._tensors}
         try:
-            return rope_parameters(self._parts[0].settings, self._family, head_dim, divisors)
+            return family.ropes(settings, head_dim, tensors)
         except GgufError as error:
             raise GgufError(f"{self.path.name} {error}") from error
 
@@ -225,21 +235,33 @@ def _single(file: str, settings: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _head_dim(file: str, settings: dict[str, Any], family: str, usual: int) -> int:
-    rotated = settings.get(f"{family}.rope.dimension_count")
-    size = settings.get(f"{family}.attention.key_length", rotated or usual)
-    if settings.get(f"{family}.attention.value_length", size) != size:
+def _head_dim(file: str, settings: dict[str, Any], usual: int, *, rotates_part: bool) -> int:
+    rotated = settings.get("rope.dimension_count")
+    size = settings.get("attention.key_length", usual if rotates_part else rotated or usual)
+    if settings.get("attention.value_length", size) != size:
         raise GgufError(f"{file} has keys and values of different sizes, which is not supported")
-    if rotated not in (None, size):
+    if rotated not in (None, size) and not rotates_part:
         raise GgufError(f"{file} rotates {rotated} of {size} dimensions of a head, which is not supported")
     return int(size)
 
 
-def _window(window: int, family: str, context: int) -> dict[str, Any]:
-    """A sliding attention window of all layers; of Llama, whose layers have none, it caps the context."""
+def _window(settings: dict[str, Any], family: str, period: int | None, layers: int) -> dict[str, Any]:
+    """A sliding attention window, of all layers or of those that the file says or `period` leaves.
+
+    Of Llama, whose layers have none, it caps the context.
+    """
+    window = settings.get("attention.sliding_window") or 0
+    if period is not None:
+        pattern = settings.get("attention.sliding_window_pattern", period)
+        slides = (
+            pattern
+            if isinstance(pattern, list)
+            else [not pattern or (n + 1) % pattern for n in range(layers)]
+        )
+        return {"layer_types": ["sliding_attention" if each else "full_attention" for each in slides]}
     if not window:
-        return {}
+        return {"sliding_window": None}
     if family == "llama":
-        return {"max_position_embeddings": min(context, window)}
-    layers = {"use_sliding_window": True, "max_window_layers": 0} if family.startswith("qwen") else {}
-    return {"sliding_window": window, **layers}
+        return {"max_position_embeddings": min(settings["context_length"], window)}
+    kinds = {"use_sliding_window": True, "max_window_layers": 0} if family.startswith("qwen") else {}
+    return {"sliding_window": window, **kinds}

@@ -1,12 +1,14 @@
 """RoPE as GGUF files tell it, as the `rope_parameters` of transformers.
 
-A scaling is told by settings (linear, YaRN), or by a divisor of each frequency in the tensor
-`rope_freqs.weight`, as converters write the scaling of Llama 3. For divisors we find the parameters that give
-them, so that the configuration says what the model does; what cannot be said that way is refused.
+A scaling is told by settings (linear, YaRN), or by a divisor of each frequency: in the tensor
+`rope_freqs.weight`, as converters write the scaling of Llama 3, or in two tensors, LongRoPE's. For the
+divisors of Llama 3 we find the parameters that give them, so that the configuration says what the model
+does; what cannot be said that way is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ from numpy.typing import NDArray
 from pipeline.checkpoints.gguf_header import GgufError
 from pipeline.families.configuration import ROPE_TYPES
 
-FREQUENCIES = "rope_freqs.weight"
 THETA = 10_000.0  # llama.cpp's, where a file names none
 TOLERANCE = 1e-4  # relative, of divisors in float32
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -33,25 +34,47 @@ NEUTRAL = {"attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.
 Divisors = NDArray[np.float32]
 
 
-def rope_parameters(
-    settings: dict[str, Any], family: str, head_dim: int, divisors: Divisors | None
-) -> dict[str, Any]:
-    """`settings` are those of the file; `divisors`, of each of head_dim / 2 frequencies, if it has them.
+def rope_parameters(settings: Mapping[str, Any], head_dim: int, divisors: Divisors | None) -> dict[str, Any]:
+    """`settings` are the file's, without the architecture in front; `divisors`, of each of head_dim / 2
+    frequencies, if it has them.
 
     Raises GgufError, without the file's name, for a scaling that transformers' model could not do.
     """
-    theta = float(settings.get(f"{family}.rope.freq_base", THETA))
-    begin = f"{family}.rope.scaling."
+    theta = float(settings.get("rope.freq_base", THETA))
+    begin = "rope.scaling."
     scaling = {key.removeprefix(begin): value for key, value in settings.items() if key.startswith(begin)}
-    if "factor" not in scaling and f"{family}.rope.scale_linear" in settings:  # of files before 2024
-        scaling["factor"] = settings[f"{family}.rope.scale_linear"]
-    parameters = _of_settings(scaling, settings[f"{family}.context_length"])
+    if "factor" not in scaling and "rope.scale_linear" in settings:  # of files before 2024
+        scaling["factor"] = settings["rope.scale_linear"]
+    parameters = _of_settings(scaling, settings["context_length"])
     if divisors is not None:
         if parameters["rope_type"] != "default":
             kind = parameters["rope_type"]
-            raise GgufError(f"scales RoPE twice, by {FREQUENCIES} and by the setting {kind!r}")
+            raise GgufError(f"scales RoPE twice, by rope_freqs.weight and by the setting {kind!r}")
         parameters = _of_divisors(divisors, theta, head_dim)
     return {**parameters, "rope_theta": theta}
+
+
+def long_rope(settings: Mapping[str, Any], rotated: int, short: Divisors, long: Divisors) -> dict[str, Any]:
+    """LongRoPE (arXiv 2402.13753), of `rotated` dimensions of each head, by both its sets of divisors.
+
+    Raises GgufError, without the file's name, for sets of another size or without the original context.
+    """
+    for divisors in (short, long):
+        if divisors.shape != (rotated // 2,) or not np.isfinite(divisors).all() or divisors.min() <= 0:
+            raise GgufError(f"is damaged: a tensor of LongRoPE has no {rotated // 2} positive divisors")
+    original = settings.get("rope.scaling.original_context_length")
+    if not original:
+        raise GgufError("has LongRoPE, and lacks its setting rope.scaling.original_context_length")
+    scale = settings.get("rope.scaling.attn_factor")
+    return {
+        "rope_type": "longrope",
+        "rope_theta": float(settings.get("rope.freq_base", THETA)),
+        "short_factor": [float(each) for each in short],
+        "long_factor": [float(each) for each in long],
+        "original_max_position_embeddings": original,
+        "factor": settings["context_length"] / original,
+        **({} if scale is None else {"attention_factor": scale}),
+    }
 
 
 def _of_settings(scaling: dict[str, Any], context: int) -> dict[str, Any]:
@@ -74,7 +97,7 @@ def _of_settings(scaling: dict[str, Any], context: int) -> dict[str, Any]:
 
 def _of_divisors(divisors: Divisors, theta: float, head_dim: int) -> dict[str, Any]:
     if divisors.shape != (head_dim // 2,) or not np.isfinite(divisors).all() or divisors.min() < 1:
-        raise GgufError(f"is damaged: {FREQUENCIES} has no {head_dim // 2} divisors of at least 1")
+        raise GgufError(f"is damaged: rope_freqs.weight has no {head_dim // 2} divisors of at least 1")
     factor = float(divisors.max())
     if np.allclose(divisors, divisors[0], rtol=TOLERANCE):
         return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
@@ -85,8 +108,8 @@ def _of_divisors(divisors: Divisors, theta: float, head_dim: int) -> dict[str, A
         ):
             return {"rope_type": "llama3", "factor": factor, **parameters}
     raise GgufError(
-        f"scales RoPE by {FREQUENCIES} in a way that is neither linear nor Llama 3's, which is not supported;"
-        " take the model as a folder of safetensors"
+        "scales RoPE by rope_freqs.weight in a way that is neither linear nor Llama 3's, which is not"
+        " supported; take the model as a folder of safetensors"
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 
 import gguf
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline.checkpoints.building import layout_of
+from pipeline.checkpoints.building import parameters_of
+from pipeline.checkpoints.gguf_families import ARCHITECTURES, GGUF_FAMILIES, Forms
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader
-from pipeline.checkpoints.gguf_rope import FREQUENCIES
 from pipeline.checkpoints.safetensor_files import Stored
+from pipeline.families.configuration import slots_of
 from pipeline.kernels.fp8 import Fp8Weight
 
+BLOCK = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<name>.+)")
 NUMBERS_AT_ONCE = 1 << 20  # that are dequantised, in whole rows
 NAMED = 4  # tensors in a message
 HARMLESS = ".attn_rot_embd."  # the frequencies again, in files of 2023; llama.cpp passes over them too
@@ -36,13 +39,33 @@ def found_tensors(parts: Iterable[GgufHeader]) -> Found:
     return found
 
 
-def gguf_namer(config: PreTrainedConfig) -> Callable[[str], str]:
-    """What a parameter of transformers' model is called in a GGUF file."""
-    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if config.model_type not in architectures:
-        raise GgufError(f"architecture {config.model_type!r} is none of the gguf package's")
-    names = gguf.get_tensor_name_map(architectures[config.model_type], config.num_hidden_layers)
-    return lambda parameter: str(names.get_name(parameter, try_suffixes=(".weight", ".bias")))
+class Names:
+    """Where the tensors of a file go in the parameters of transformers' model of this configuration."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """Raises GgufError for an architecture that the installed gguf package does not know."""
+        architecture = ARCHITECTURES[config.model_type]
+        self._forms = GGUF_FAMILIES[architecture].forms
+        architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        if architecture not in architectures:
+            raise GgufError(f"architecture {architecture!r} is none of the installed gguf package's")
+        self._map = gguf.get_tensor_name_map(architectures[architecture], config.num_hidden_layers)
+
+    def of(self, parameter: str) -> Forms:
+        """The tensors of which a parameter is made, each with the view of the parameter that it fills."""
+        block = BLOCK.fullmatch(parameter)
+        if block is not None and block["name"] in self._forms:
+            forms = self._forms[block["name"]]
+            return {f"blk.{block['number']}.{name}": view for name, view in forms.items()}
+        name = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise GgufError(f"GGUF files have no name for {parameter}")
+        return {name: lambda whole: whole}
+
+    def shapes(self, parameter: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of which a parameter of this shape is made."""
+        empty = torch.empty(shape, device="meta")
+        return {name: tuple(view(empty).shape) for name, view in self.of(parameter).items()}
 
 
 def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: str | None = None) -> list[str]:
@@ -50,13 +73,16 @@ def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: st
 
     Those that match the pattern `ignored` may be there; what it returns is worth a note.
     """
-    named, layout = gguf_namer(config), layout_of(config)
-    shapes = {named(each): shape for each, shape in layout.shapes.items() if each not in layout.tied}
+    names, layout = Names(config), parameters_of(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for each, shape in layout.shapes.items():
+        if each not in layout.tied:
+            shapes |= names.shapes(each, shape)
     kind = f"a {config.model_type} of {config.num_hidden_layers} blocks"
     missing = [name for name in shapes if name not in found]
     if missing:
         raise GgufError(f"{file} lacks {_listed(missing)}, which {kind} has; download or convert it again")
-    used = {*shapes, FREQUENCIES} if config.model_type == "llama" else set(shapes)
+    used = {*shapes, *GGUF_FAMILIES[ARCHITECTURES[config.model_type]].rope_tensors}
     others = [name for name in found if name not in used and HARMLESS not in name]
     unused = [name for name in others if ignored is None or not re.search(ignored, name)]
     if unused:
@@ -93,24 +119,26 @@ class GgufWeights:
     """Writes tensors of the files into parameters of transformers' model."""
 
     def __init__(self, config: PreTrainedConfig, found: Found) -> None:
-        self.named = gguf_namer(config)
+        self.names = Names(config)
         self.found = found
         self.config = config
+        self._norm_offset = slots_of(config).norm_offset
 
     def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
         return None
 
     def write(self, parameter: str, target: Tensor, /) -> None:
-        """Write the tensor of the parameter of this name to `target`, of its shape, on any device."""
-        stored = self.found[self.named(parameter)]
-        places = self._places(parameter, stored.shape[0])
-        rows = target.reshape(-1, stored.shape[-1]) if places is None else target.reshape(len(places), -1)
-        for first, piece in _pieces(stored):
-            numbers = torch.from_numpy(piece).to(target.dtype).to(target.device).reshape(-1, rows.shape[1])
-            if places is None:
-                rows[first : first + len(numbers)].copy_(numbers)
-            else:
-                rows.index_copy_(0, places[first : first + len(numbers)].to(target.device), numbers)
+        """Write the tensors of the parameter of this name to `target`, of its shape, on any device."""
+        # converters store the weights of norms with what transformers' modules add to them
+        offset = self._norm_offset if parameter.endswith("norm.weight") else 0.0
+        for name, view in self.names.of(parameter).items():
+            stored, part = self.found[name], view(target)
+            places = self._places(parameter, stored.shape[0])
+            if len(stored.shape) < 3:
+                _write(stored, part, places, offset)
+                continue
+            for one, matrix in zip(_matrices(stored), part, strict=True):
+                _write(one, matrix, None, offset)
 
     def _places(self, parameter: str, rows: int) -> Tensor | None:
         """Where each of the file's rows goes, if not to its own place.
@@ -127,6 +155,25 @@ class GgufWeights:
             return None
         order = torch.arange(rows).view(heads[module], 2, rows // heads[module] // 2)
         return order.transpose(1, 2).reshape(-1)
+
+
+def _write(stored: Stored, target: Tensor, places: Tensor | None, offset: float) -> None:
+    """Write a vector or a matrix, less `offset`, to `target`, each row to its place if there are `places`."""
+    rows = target.reshape(len(places), -1) if places is not None else target.view(-1, stored.shape[-1])
+    for first, piece in _pieces(stored):
+        numbers = torch.from_numpy(piece - offset).to(target.dtype).to(target.device).view(-1, rows.shape[1])
+        if places is None:
+            rows[first : first + len(numbers)].copy_(numbers)
+        else:
+            rows.index_copy_(0, places[first : first + len(numbers)].to(target.device), numbers)
+
+
+def _matrices(stored: Stored) -> Iterable[Stored]:
+    """Each expert's, of a tensor that holds all experts'."""
+    experts, *sides = stored.shape
+    size = (stored.end - stored.begin) // experts
+    for begin in range(stored.begin, stored.end, size):
+        yield replace(stored, shape=tuple(sides), begin=begin, end=begin + size)
 
 
 def _pieces(stored: Stored) -> Iterable[tuple[int, np.ndarray]]:

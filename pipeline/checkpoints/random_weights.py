@@ -44,6 +44,7 @@ PUBLISHED = {
     "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32000, 32768),  # version 0.1, which has a window
     "gemma3-12b": ("gemma3_text", 3840, 15360, 48, 16, 8, 262208, 131072),
     "qwen3-30b-a3b": ("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960),
+    "gpt-oss-20b": ("gpt_oss", 2880, 2880, 24, 64, 8, 201088, 131072),
     "tiny": ("qwen2", 64, 128, 28, 4, 2, 512, 131072),
 }
 # what else they are published with, where it is not their family's default
@@ -57,6 +58,13 @@ BESIDE: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
+    },
+    "gpt-oss-20b": {
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
     },
 }
 # family, and settings by the configuration names of transformers

@@ -8,20 +8,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, document, pack_of, sharpened
-from gguf_files import settings_of, stored, tensors_of, write, write_parts
+from gguf_files import (
+    loaded,
+    logits,
+    model_of,
+    refusal,
+    settings_of,
+    stored,
+    tensors_of,
+    write,
+    write_parts,
+)
 
-from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.gguf_header import read_header
 from pipeline.checkpoints.gguf_rope import LLAMA_3, GgufError, llama3_divisors, rope_parameters
-from pipeline.errors import ModelError
 from pipeline.families.decoder import Decoder
-from pipeline.model.loading import load_model, open_model
-from pipeline.model.prefill import prefill
-from pipeline.pruning.dense import Dense
+from pipeline.model.loading import open_model
 from pipeline.settings.model_settings import ModelSettings
 
-CPU = torch.device("cpu")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, **LLAMA_3}
 # the tests' documents are short: of a context that is, all three bands of frequencies are to be seen
 SHORT_LLAMA3 = {**LLAMA3, "factor": 4.0, "original_max_position_embeddings": 100}
@@ -30,30 +34,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
 DETAILED_YARN = {**YARN, "attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}
 
 
-def model_of(family="llama", **settings):
-    sizes = {**SIZES, "vocab_size": 320, "hidden_size": 128, **settings}
-    return sharpened(random_model(family, sizes, device=CPU, dtype=torch.float32))
-
-
 @pytest.fixture(scope="module")
 def llama():
     """What a file of a tiny llama says and holds; tests change copies of it."""
     model = model_of()
     return SimpleNamespace(settings=settings_of(model), tensors=tensors_of(model), model=model)
-
-
-def logits(decoder, sdpa, length=400):
-    return prefill(decoder, sdpa, Dense(), pack_of(document(length))).logits_BV[0]
-
-
-def loaded(path):
-    return load_model(str(path), device="cpu", dtype="float32")
-
-
-def refusal(path):
-    with pytest.raises(ModelError) as caught:
-        open_model(ModelSettings(model=str(path), device="cpu"))
-    return str(caught.value).removeprefix(f"model '{path}' cannot be loaded: ")
 
 
 @pytest.mark.parametrize(
@@ -94,8 +79,8 @@ def test_the_divisors_of_llama_3_are_found_again():
     for head_dim, theta, factor in [(128, 500_000.0, 8.0), (64, 500_000.0, 32.0)]:
         frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
         divisors = llama3_divisors(frequencies, factor=factor, **LLAMA_3).astype(np.float32)
-        settings = {"llama.rope.freq_base": theta, "llama.context_length": 131072}
-        found = rope_parameters(settings, "llama", head_dim, divisors)
+        settings = {"rope.freq_base": theta, "context_length": 131072}
+        found = rope_parameters(settings, head_dim, divisors)
         assert found == {**LLAMA3, "factor": factor, "rope_theta": theta}
         config = model_of(rope_parameters=found, head_dim=head_dim, num_attention_heads=1).model.rotary_emb
         assert config.inv_freq.numpy() == pytest.approx(frequencies / divisors, rel=1e-6)
@@ -105,16 +90,16 @@ def test_divisors_by_other_parameters():
     frequencies = 1e6 ** -(np.arange(0, 128, 2) / 128)
     own = {"low_freq_factor": 1.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4096}
     divisors = llama3_divisors(frequencies, factor=16.0, **own).astype(np.float32)
-    settings = {"llama.rope.freq_base": 1e6, "llama.context_length": 65536}
-    assert rope_parameters(settings, "llama", 128, divisors) == {
+    settings = {"rope.freq_base": 1e6, "context_length": 65536}
+    assert rope_parameters(settings, 128, divisors) == {
         "rope_type": "llama3", "factor": 16.0, "rope_theta": 1e6, **own
     }  # fmt: skip
     equal = np.full(64, 8.0, np.float32)
-    assert rope_parameters(settings, "llama", 128, equal) == {**LINEAR, "factor": 8.0, "rope_theta": 1e6}
-    assert rope_parameters(settings, "llama", 128, equal / 8) == {"rope_type": "default", "rope_theta": 1e6}
+    assert rope_parameters(settings, 128, equal) == {**LINEAR, "factor": 8.0, "rope_theta": 1e6}
+    assert rope_parameters(settings, 128, equal / 8) == {"rope_type": "default", "rope_theta": 1e6}
     for wrong in (np.linspace(1, 8, 64, dtype=np.float32), divisors[::-1]):
         with pytest.raises(GgufError, match=r"^scales RoPE by rope_freqs.weight in a way that is neither"):
-            rope_parameters(settings, "llama", 128, wrong)
+            rope_parameters(settings, 128, wrong)
 
 
 @pytest.mark.parametrize(
@@ -139,22 +124,22 @@ def test_divisors_by_other_parameters():
     ],
 )
 def test_settings_of_rope(scaling, expected):
-    settings = {"llama.context_length": 512, **{f"llama.rope.scaling.{k}": v for k, v in scaling.items()}}
+    settings = {"context_length": 512, **{f"rope.scaling.{k}": v for k, v in scaling.items()}}
     if isinstance(expected, dict):
-        assert rope_parameters(settings, "llama", 32, None) == {"rope_theta": 1e4, **expected}
+        assert rope_parameters(settings, 32, None) == {"rope_theta": 1e4, **expected}
     else:
         with pytest.raises(GgufError) as caught:
-            rope_parameters(settings, "llama", 32, None)
+            rope_parameters(settings, 32, None)
         assert str(caught.value) == expected
 
 
 def test_scaling_of_files_before_2024_and_scaling_twice():
-    old = {"llama.context_length": 512, "llama.rope.scale_linear": 2.0}
-    assert rope_parameters(old, "llama", 32, None) == {**LINEAR, "factor": 2.0}
+    old = {"context_length": 512, "rope.scale_linear": 2.0}
+    assert rope_parameters(old, 32, None) == {**LINEAR, "factor": 2.0}
     with pytest.raises(
         GgufError, match=r"^scales RoPE twice, by rope_freqs.weight and by the setting 'linear'$"
     ):
-        rope_parameters(old, "llama", 32, np.full(16, 2, np.float32))
+        rope_parameters(old, 32, np.full(16, 2, np.float32))
 
 
 def test_yarn_extends_the_context(tmp_path):
@@ -298,7 +283,8 @@ def test_settings_that_are_missing_and_families_that_are_not_supported(llama, tm
     )
     path = write(tmp_path / "m.gguf", "gemma2", {}, llama.tensors)
     assert refusal(path) == (
-        "model family 'gemma2' is not supported in GGUF files; families: llama, mistral, qwen2, qwen3"
+        "model family 'gemma2' is not supported in GGUF files; families: llama, qwen2, qwen3, qwen3moe,"
+        " gemma3, phi3, gpt-oss"
     )
     path = write(tmp_path / "m.gguf", "granite", {}, llama.tensors)  # which safetensors may hold
     assert refusal(path).startswith("model family 'granite' is not supported in GGUF files")

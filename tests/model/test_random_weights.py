@@ -59,6 +59,7 @@ def test_an_unknown_shape_is_refused_with_those_there_are():
         ("mistral-7b", 7.24),
         ("gemma3-12b", 11.77),  # without what sees images
         ("qwen3-30b-a3b", 30.53),
+        ("gpt-oss-20b", 20.91),  # in bfloat16, as the other shapes: published are experts in MXFP4
     ],
 )
 def test_shapes_have_as_many_weights_as_their_models(shape, billions):
@@ -69,13 +70,15 @@ def test_shapes_have_as_many_weights_as_their_models(shape, billions):
 
 
 def test_shapes_with_windows_and_experts():
-    mistral, gemma, moe = (
+    mistral, gemma, moe, oss = (
         open_model(ModelSettings(model=f"random:{name}", device="cpu")).shape
-        for name in ("mistral-7b", "gemma3-12b", "qwen3-30b-a3b")
+        for name in ("mistral-7b", "gemma3-12b", "qwen3-30b-a3b", "gpt-oss-20b")
     )
     assert (mistral.context, set(mistral.windows)) == (32768, {4096})
     assert gemma.windows == ((1024,) * 5 + (None,)) * 8
     assert (moe.experts, moe.experts_per_token, moe.ffn, moe.ffn_per_token) == (128, 8, 768, 6144)
+    assert (oss.experts, oss.experts_per_token, oss.ffn, oss.ffn_per_token) == (32, 4, 2880, 11520)
+    assert (oss.windows, oss.has_sinks, oss.head_dim) == ((128, None) * 12, True, 64)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
