@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
 from pipeline.families.configuration import slots_of
-from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, matrices
+from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, depth_of, matrices
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fp8 import Fp8Weight
 
@@ -150,7 +150,7 @@ def with_weights(
         for name, parameter in list(model.named_parameters()):
             path, _, own = name.rpartition(".")
             module = model.get_submodule(path)
-            form = precision.form(layers[name]) if name in layers else HeldAs.FULL
+            form = _form(precision, layers, name, config)
             tensor, in_fp8 = _made(weights, name, parameter, device, form, inputs_first)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False))
             if in_fp8 is not None:
@@ -158,6 +158,15 @@ def with_weights(
         model.tie_weights()
         _make_buffers(model, device)
     return model
+
+
+def _form(
+    precision: LinearPrecision, layers: Mapping[str, str], name: str, config: PreTrainedConfig
+) -> HeldAs:
+    """What a parameter is needed in; `layers` are those that may be in fp8, by name."""
+    if name not in layers:
+        return HeldAs.FULL
+    return precision.form(layers[name], depth_of(name, config.num_hidden_layers))
 
 
 def bytes_needed(
@@ -173,7 +182,7 @@ def bytes_needed(
     layers, held, most = matrices(model), 0, 0
     inputs = 1 if FAMILIES[config.model_type].inputs_first else 2  # which side of experts' matrices
     for name, parameter in model.named_parameters():
-        form = precision.form(layers[name]) if name in layers else HeldAs.FULL
+        form = _form(precision, layers, name, config)
         numbers, is_matrix = parameter.numel(), parameter.dim() == 2
         rows = numbers // parameter.shape[inputs if parameter.dim() == 3 else -1]
         full, in_fp8 = numbers * dtype.itemsize, numbers + 4 * rows

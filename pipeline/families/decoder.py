@@ -99,17 +99,18 @@ class Decoder:
     def use_linears(self, linears: str, *, ffn: bool = False, keep: bool = False) -> None:
         """Compute linear layers as `linears` says, one of `LINEAR_DTYPES`.
 
-        `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` those behind
-        attention and of the FFN, in a prefill, but for the tokens that it is told to keep, and experts, of
-        all tokens. `ffn` makes the FFN able to do both; `keep` keeps weights that are not needed any more.
+        `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` all but the
+        head and the queries, keys and values of the first third, in a prefill, but for the tokens that it is
+        told to keep, and experts, of all tokens. `ffn` makes the FFN able to do both; `keep` keeps weights
+        that are not needed any more.
         Raises ConfigError on a device that cannot.
         """
         wanted = LinearPrecision(linears=linears, ffn=ffn)
         if wanted.uses_fp8:
             check_fp8(self.device, self.dtype, self.shape)
-        for layer in self._layers:
+        for place, layer in enumerate(self._layers):
             for name, projection in layer.projections.items():
-                form = wanted.form(name)
+                form = wanted.form(name, self.depth_of(place))
                 if form is not HeldAs.FULL:
                     projection.quantise(keep=keep or form is HeldAs.BOTH)
         self.linears = linears
@@ -156,14 +157,27 @@ class Decoder:
         size = max(1, -(-tokens // max(1, -(-tokens // self.piece_tokens))))
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def qkv(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE."""
-        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.shape.heads)
+    def qkv(
+        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked."""
+        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.shape.heads, fp8)
+
+    def has_qkv_in_fp8(self, layer: int) -> bool:
+        """Whether `mixed` has a layer's queries, keys and values in fp8, of tokens that are not kept."""
+        return (
+            LinearPrecision(linears=self.linears).form("self_attn.qkv_proj", self.depth_of(layer))
+            is HeldAs.BOTH
+        )
+
+    def depth_of(self, layer: int) -> float:
+        """From 0 to less than 1."""
+        return layer / self.shape.layers
 
     def keys_values(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
         projection = self._layers[layer].qkv.part(slice(self.shape.heads * self.shape.head_dim, None))
-        _, k_TKd, v_TKd = self._heads(layer, hidden_TD, rope, projection, 0)
+        _, k_TKd, v_TKd = self._heads(layer, hidden_TD, rope, projection, 0, None)
         return k_TKd, v_TKd
 
     def add_attention_(
@@ -261,16 +275,23 @@ class Decoder:
         return self.head(hidden_BD).float()
 
     def _heads(
-        self, layer: int, hidden_TD: Tensor, rope: Rope, projection: Projection, heads: int
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        rope: Rope,
+        projection: Projection,
+        heads: int,
+        fp8: bool | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
         weights, tokens = self._layers[layer], len(hidden_TD)
+        fp8 = self.linears_in_fp8 if fp8 is None else fp8
         if tokens <= self.piece_tokens:
-            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads)
+            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads, fp8)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
             out_TN = joined_TN[rows]
-            made = self._heads_of_piece(layer, hidden_TD[rows], rope.at(rows), projection, heads, out_TN)
+            made = self._heads_of_piece(layer, hidden_TD[rows], rope.at(rows), projection, heads, fp8, out_TN)
             if weights.k_norm is not None:  # queries and keys were not normed in place
                 for source_TNd, target_TNd in zip(made[:2], self._split(out_TN, heads)[:2], strict=True):
                     target_TNd.copy_(source_TNd)
@@ -283,13 +304,12 @@ class Decoder:
         rope: Rope,
         projection: Projection,
         heads: int,
+        fp8: bool,
         out_TN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of few tokens; their projection is written to `out_TN` if there is one."""
         weights, table = self._layers[layer], rope.of(self._slots.ropes[layer])
-        heads_TN = self._normed(
-            hidden_TD, weights.input_norm, projection, fp8=self.linears_in_fp8, out_TN=out_TN
-        )
+        heads_TN = self._normed(hidden_TD, weights.input_norm, projection, fp8=fp8, out_TN=out_TN)
         q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
         if weights.k_norm is not None:
             q_THd = weights.q_norm.of_heads(q_THd) if heads and weights.q_norm else q_THd

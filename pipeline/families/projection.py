@@ -15,6 +15,9 @@ from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.fused import Quantised, quantize_rows, rms_norm_quantized
 from pipeline.kernels.step import Product, add_product_normed_
 
+# of the blocks before, `mixed` keeps queries, keys and values in the model's dtype
+QKV_DEPTH = 1 / 3
+
 
 class HeldAs(Enum):
     """In which numbers a linear layer's weight is held."""
@@ -35,19 +38,28 @@ class LinearPrecision:
     def uses_fp8(self) -> bool:
         return self.ffn or self.linears != "auto"
 
-    def form(self, layer: str) -> HeldAs:
-        """What a layer of this name, as a decoder block's modules are called, is needed in."""
+    def form(self, layer: str, depth: float) -> HeldAs:
+        """What a layer of this name, as a decoder block's modules are called, is needed in.
+
+        `depth` is that of its block, from 0 to 1.
+        """
         in_ffn = ".mlp." in f".{layer}"
         if self.ffn and in_ffn:
             return HeldAs.BOTH
         # experts are most of a model's weights: of them `mixed` holds no second form
         if self.linears == "fp8" or (self.linears == "mixed" and ".experts." in layer):
             return HeldAs.FP8
-        mixed = self.linears == "mixed" and (in_ffn or layer.endswith(".o_proj"))
+        of_heads = layer.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj"))
+        mixed = self.linears == "mixed" and (depth >= QKV_DEPTH or not of_heads)
         return HeldAs.BOTH if mixed else HeldAs.FULL
 
 
 IN_FULL = LinearPrecision()
+
+
+def depth_of(name: str, layers: int) -> float:
+    """Of a decoder block's parameter, by its name: from 0, of the first of so many blocks, to below 1."""
+    return int(name.split(".layers.")[-1].split(".")[0]) / layers
 
 
 def matrices(model: Any) -> dict[str, str]:

@@ -131,7 +131,7 @@ def launch_silu_mul(
         *(gate_up_T2F, gate_up_T2F.stride(0), row_scale_T1, scale_1N, bias_N, out_TF, scale_T1, width),
         FIRST=first,
         REST=power_of_two(max(1, width - first)),
-        num_warps=min(32, max(4, first // 512)),
+        num_warps=min(16, max(4, first // 512)),
     )
     return out_TF, scale_T1
 

@@ -21,6 +21,14 @@ def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | 
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+def runs(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """(sum of counts,) the numbers start, start + 1, ... of each run, one after the other."""
+    total, before = sum(counts), accumulate(counts, initial=0)
+    shifts = [start - passed for start, passed in zip(starts, before, strict=False)]
+    shift_B, count_B = on_device(shifts, device), on_device(counts, device)
+    return torch.arange(total, device=device) + torch.repeat_interleave(shift_B, count_B, output_size=total)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Document lengths of a pack, known on the host, with their device tensors made once on first use."""
@@ -82,6 +90,11 @@ class Segments:
     def last_indices(self) -> Tensor:
         """(B,) index of each document's last token."""
         return self.bounds[1:] - 1
+
+    def ends(self, counts: Sequence[int]) -> Tensor:
+        """(sum of counts,) indices of each document's last so many tokens, known without the device."""
+        ends = zip(self.offsets[1:], counts, strict=True)
+        return runs([end - count for end, count in ends], counts, self.device)
 
     def padded(self, values_T: Tensor, fill: float) -> Tensor:
         """Lay a value per token out as (B, L), short documents filled up with `fill`."""

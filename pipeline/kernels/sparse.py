@@ -1,8 +1,9 @@
 """Block-sparse causal attention of long prompts: a block of queries attends to the blocks of keys it needs.
 
-Which ones is judged by antidiagonals (XAttention, arXiv 2503.16428): of every `STRIDE` x `STRIDE` tile of the
-attention map only the scores on one antidiagonal are computed, which meets every query and every key of the
-tile once. Letters beside those of segments.py: M blocks of queries, N blocks of keys, R strided queries.
+Which ones is judged by the keys' means: each query meets the mean of each block's keys, as in FlashPrefill
+(arXiv 2603.06199). `STRIDE` queries beside each other, whose attention is averaged, choose together, and a
+block of queries has what any of them choose: what a few of them look for is not outvoted. Letters beside
+those of segments.py: M blocks of queries, N blocks of keys, R strides of queries.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from pipeline.kernels.sdpa import attention_with_sinks
 from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
-STRIDE = 16
+STRIDE = 16  # queries that choose together
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 CAPACITY = (
-    1024  # blocks of keys that the choosing kernel has room for: more than 131,072 tokens compile it anew
+    512  # blocks of keys that the choosing kernel has room for: more than 65,536 tokens compile it anew
 )
+SHARES_AT_ONCE = 1 << 27  # of the estimate that lie in memory: 512 MB
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
@@ -155,10 +157,11 @@ def first_choosing(masses: Sequence[float | None]) -> int | None:
 
 
 def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
-    """The fewest blocks of keys that reach `mass` of each head's and query block's attention, as estimated.
+    """The blocks of keys that each head's blocks of queries need, to reach `mass` of attention by estimate.
 
-    To them belong always the block itself, the one before it and the first, the attention sink; and all, for
-    the last `WHOLE_ROWS`. Ties go to the earlier block.
+    Of each stride of queries these are the fewest that reach it, and those with the same share as the least
+    of them; a block of queries has what any of its strides needs. To them belong always the block itself, the
+    one before it and the first, the attention sink; and all, for the last `WHOLE_ROWS`.
     """
     heads, blocks = q_THd.shape[1], -(-len(q_THd) // BLOCK)
     kernels = _kernels(q_THd)
@@ -169,20 +172,9 @@ def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
         if kernels is None:
             return _lists(near_MN.expand(heads, -1, -1))
         return BlockLists(None, near_MN.sum(-1, dtype=torch.int32).repeat(heads, 1))
-    masses_HRN = _log_masses(q_THd, k_TKd)
     if kernels is None:
-        return _plain_choice(masses_HRN, mass)
-    indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=q_THd.device)
-    counts = torch.empty(heads, blocks, dtype=torch.int32, device=q_THd.device)
-    capacity = power_of_two(blocks, CAPACITY)
-    kernels.choice_kernel[(blocks, heads)](
-        *(masses_HRN, masses_HRN.shape[1], blocks, indices, counts, mass),
-        PER_BLOCK=BLOCK // STRIDE,
-        WHOLE_ROWS=WHOLE_ROWS,
-        CAPACITY=capacity,
-        num_warps=min(16, max(4, capacity // 256)),
-    )
-    return BlockLists(indices, counts)
+        return _plain_choice(_plain_shares(q_THd, k_TKd), mass)
+    return _choice_by_kernels(kernels, q_THd, k_TKd, mass)
 
 
 def block_sparse_attention(
@@ -247,12 +239,12 @@ def local_pairs(tokens: int) -> int:
 
 
 def estimated_pairs(tokens: int) -> int:
-    """Query-key products, of each head, by which the blocks of a document are chosen.
+    """Products of queries and means of keys, of each head, by which the blocks of a document are chosen.
 
-    A strided query meets each strided key that is not in its future, by `STRIDE` products.
+    A query meets the mean of each block that is not in its future.
     """
-    rows = -(-tokens // STRIDE)
-    return STRIDE * rows * (rows + 1) // 2
+    before = -(-tokens // BLOCK) - 1
+    return BLOCK * before * (before + 1) // 2 + (tokens - before * BLOCK) * (before + 1)
 
 
 def _ragged_pairs(tokens: int) -> int:
@@ -266,13 +258,53 @@ def _ragged_pairs(tokens: int) -> int:
     return within + before * BLOCK * (last - BLOCK)  # the last one's blocks, less every other's own
 
 
-def _plain_choice(masses_HRN: Tensor, mass: float) -> BlockLists:
+def _choice_by_kernels(kernels: Any, q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
+    """See `choose_blocks`; some blocks of queries at a time, so that the estimate takes little room."""
+    (tokens, heads, head_dim), kv_heads, device = q_THd.shape, k_TKd.shape[1], q_THd.device
+    blocks, per_block = -(-tokens // BLOCK), BLOCK // STRIDE
+    sizes = {"HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim, 16), "BLOCK": BLOCK}
+    means_KNd = torch.empty(kv_heads, blocks, head_dim, dtype=k_TKd.dtype, device=device)
+    kernels.mean_keys_kernel[(blocks, kv_heads)](
+        *(k_TKd, *k_TKd.stride()[:2], means_KNd, blocks, tokens), **sizes, num_warps=4
+    )
+    indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(heads, blocks, dtype=torch.int32, device=device)
+    capacity = power_of_two(blocks, CAPACITY)
+    at_once = max(1, min(blocks, SHARES_AT_ONCE // (heads * per_block * blocks)))
+    shares_HRN = torch.empty(heads, at_once * per_block, blocks, dtype=torch.float32, device=device)
+    wide = q_THd.dtype == torch.float32
+    for first in range(0, blocks, at_once):
+        grid = (min(at_once, blocks - first), heads)
+        kernels.estimate_kernel[grid](
+            *(q_THd, *q_THd.stride()[:2], means_KNd, shares_HRN, shares_HRN.shape[1], blocks, first, tokens),
+            *(heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
+            **sizes,
+            STRIDE=STRIDE,
+            COLUMNS=32 if wide else 128,
+            PRECISION="ieee" if wide else "tf32",
+            num_warps=8,
+            num_stages=2,
+        )
+        kernels.choice_kernel[grid](
+            *(shares_HRN, shares_HRN.shape[1], blocks, first, tokens, indices, counts, mass),
+            STRIDE=STRIDE,
+            BLOCK=BLOCK,
+            WHOLE_ROWS=WHOLE_ROWS,
+            CAPACITY=capacity,
+            num_warps=max(2, capacity // 512),
+        )
+    return BlockLists(indices, counts)
+
+
+def _plain_choice(shares_HRN: Tensor, mass: float) -> BlockLists:
     """See `choose_blocks`."""
-    blocks = masses_HRN.shape[-1]
-    ordered, order = _block_shares(masses_HRN).sort(dim=-1, descending=True, stable=True)
+    blocks = shares_HRN.shape[-1]
+    ordered = shares_HRN.sort(dim=-1, descending=True).values
     wanted = (ordered.cumsum(-1) - ordered) < mass
-    kept_HMN = torch.zeros_like(wanted).scatter_(-1, order, wanted)
-    return _lists((kept_HMN & _past(blocks, masses_HRN.device)) | _near(blocks, masses_HRN.device))
+    least_HR1 = ordered.masked_fill(~wanted, 1).amin(-1, keepdim=True)
+    kept_HRN = pad(shares_HRN >= least_HR1, (0, 0, 0, -shares_HRN.shape[1] % (BLOCK // STRIDE)))
+    kept_HMN = kept_HRN.unflatten(1, (blocks, -1)).any(2)
+    return _lists((kept_HMN & _past(blocks, shares_HRN.device)) | _near(blocks, shares_HRN.device))
 
 
 def _past(blocks: int, device: torch.device) -> Tensor:
@@ -289,64 +321,27 @@ def _near(blocks: int, device: torch.device) -> Tensor:
     return near_MN
 
 
-def _block_shares(masses_HRN: Tensor) -> Tensor:
-    """(H, M, N) of each block of queries' attention the share that each block of keys gets, as estimated."""
-    per_block = BLOCK // STRIDE
-    padded = pad(masses_HRN.softmax(-1), (0, 0, 0, -masses_HRN.shape[1] % per_block))
-    shares_HMN = padded.unflatten(1, (-1, per_block)).sum(2)
-    return shares_HMN / shares_HMN.sum(-1, keepdim=True)
+def _plain_shares(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
+    """(H, R, N) of a stride's attention the share that each block gets whose mean stands for all of its keys.
 
-
-def _log_masses(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
-    """(H, R, N) logarithm of the sum of exponentials of a strided query's scores, for each block of keys.
-
-    -inf for blocks in its future. A strided query stands for `STRIDE` of them, and so does a strided key.
+    0 for blocks in the future.
     """
     tokens, heads, head_dim = q_THd.shape
-    rows, blocks = -(-tokens // STRIDE), -(-tokens // BLOCK)
-    scale = 1 / (math.sqrt(head_dim) * STRIDE)
-    kernels = _kernels(q_THd)
-    if kernels is None:
-        return _plain_log_masses(q_THd, k_TKd, scale, blocks)
-    out_HRN = torch.empty(heads, rows, blocks, dtype=torch.float32, device=q_THd.device)
-    wide = q_THd.dtype == torch.float32
-    tile = 64 if wide else 128
-    grid = (-(-blocks // (tile * STRIDE // BLOCK)), -(-rows // tile), heads)
-    kernels.antidiagonal_kernel[grid](
-        *(q_THd, *q_THd.stride()[:2], k_TKd, *k_TKd.stride()[:2], out_HRN, rows, blocks, tokens),
-        *(heads // k_TKd.shape[1], scale / math.log(2)),
-        STRIDE=STRIDE,
-        HEAD_DIM=head_dim,
-        WIDTH=power_of_two(head_dim, 16),
-        BLOCK=BLOCK,
-        TILE=tile,
-        PRECISION="ieee" if wide else "tf32",
-        num_warps=8,
-        num_stages=3,
-    )
-    return out_HRN
-
-
-def _plain_log_masses(q_THd: Tensor, k_TKd: Tensor, scale: float, blocks: int) -> Tensor:
-    """The same a head at a time."""
-    heads, group = q_THd.shape[1], q_THd.shape[1] // k_TKd.shape[1]
-    # within a stride the keys are in reverse: products of whole rows are then sums over an antidiagonal
-    q_HRD, k_KRD = (_strided(x, reverse) for x, reverse in ((q_THd, False), (k_TKd, True)))
-    rows = q_HRD.shape[1]
-    future_RR = torch.ones(rows, rows, dtype=torch.bool, device=q_THd.device).triu(1)
+    blocks, group = -(-tokens // BLOCK), heads // k_TKd.shape[1]
+    of_block_N = torch.full((blocks,), BLOCK, device=q_THd.device)
+    of_block_N[-1] = tokens - (blocks - 1) * BLOCK
+    sums_NKd = pad(k_TKd.float(), (0, 0, 0, 0, 0, -tokens % BLOCK)).unflatten(0, (blocks, BLOCK)).sum(1)
+    means_NKd = (sums_NKd / of_block_N[:, None, None]).to(k_TKd.dtype).float()
+    own_T = torch.arange(tokens, device=q_THd.device) // BLOCK
+    future_TN = torch.arange(blocks, device=q_THd.device) > own_T[:, None]
+    of_stride_R1 = (tokens - torch.arange(0, tokens, STRIDE, device=q_THd.device)).clamp(max=STRIDE)[:, None]
     parts = []
     for head in range(heads):
-        scores_RR = (q_HRD[head] @ k_KRD[head // group].T).mul_(scale).masked_fill_(future_RR, -math.inf)
-        padded = pad(scores_RR, (0, blocks * (BLOCK // STRIDE) - rows), value=-math.inf)
-        parts.append(padded.unflatten(1, (blocks, -1)).logsumexp(-1))
+        scores_TN = q_THd[:, head].float() @ means_NKd[:, head // group].T / math.sqrt(head_dim)
+        shares_TN = scores_TN.masked_fill_(future_TN, -math.inf).softmax(-1)
+        sums_RN = pad(shares_TN, (0, 0, 0, -tokens % STRIDE)).unflatten(0, (-1, STRIDE)).sum(1)
+        parts.append(sums_RN / of_stride_R1)
     return torch.stack(parts)
-
-
-def _strided(x_TNd: Tensor, reverse: bool) -> Tensor:
-    """(N, R, STRIDE * d) float32: the tokens of a stride side by side, zeros where the last one is short."""
-    padded = pad(x_TNd.float(), (0, 0, 0, 0, 0, -len(x_TNd) % STRIDE)).unflatten(0, (-1, STRIDE))
-    ordered = padded.flip(1) if reverse else padded
-    return ordered.permute(2, 0, 1, 3).flatten(2)
 
 
 def _lists(kept_HMN: Tensor) -> BlockLists:

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.triton_parts import larger, plus
 
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, above which no share is
+STEPS: tl.constexpr = tl.constexpr(30)  # that halve as many numbers to one
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -167,106 +168,133 @@ def _attend(scores, values, largest, total, mixed, scale, PRECISION: tl.constexp
     return raised, total, mixed
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "tokens"])
-def antidiagonal_kernel(  # type: ignore[no-untyped-def]
-    q,
-    q_token_stride,
-    q_head_stride,
+@triton.jit(do_not_specialize=["blocks", "tokens"])
+def mean_keys_kernel(  # type: ignore[no-untyped-def]
     k,
     k_token_stride,
     k_head_stride,
-    out,
-    rows,
-    capacity,
+    means,
+    blocks,
     tokens,
-    group,
-    scale,
-    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+):
+    """Of one head the mean of a block's keys, however many; `means` is (kv_heads, blocks, HEAD_DIM)."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    key, column = block * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)
+    places = k + key.to(tl.int64) * k_token_stride + head * k_head_stride + column[None, :]
+    keys = tl.load(places, mask=(key < tokens) & (column[None, :] < HEAD_DIM), other=0).to(tl.float32)
+    mean = tl.reduce(keys, 0, plus) / tl.minimum(tokens - block * BLOCK, BLOCK)
+    tl.store(means + (head * blocks + block) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "first", "tokens"])
+def estimate_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_token_stride,
+    q_head_stride,
+    means,
+    out,
+    rows,
+    blocks,
+    first,
+    tokens,
+    group,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """See `sparse._log_masses`: each program does `TILE` strided queries by `TILE` strided keys of one head.
+    """See `sparse._plain_shares`: each program does one block of queries of one head, from `first` on.
 
-    `out` is (heads, rows, capacity), all of it written up to `capacity` blocks; tiles in the future get -inf.
+    `means` is (kv_heads, blocks, HEAD_DIM), `out` (heads, rows, blocks), in which nothing is written for
+    blocks in the future. `scale` is that of the scores times log2(e). The first pass finds each query's sum,
+    the second its shares of it.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
-    BLOCKS: tl.constexpr = TILE // PER_BLOCK
-    first_row, first_column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
-    head = tl.program_id(2)
-    row, column = first_row + tl.arange(0, TILE), first_column + tl.arange(0, TILE)
-    masses = tl.full([TILE, BLOCKS], float("-inf"), tl.float32)
-    if first_column <= first_row:
-        at = tl.arange(0, WIDTH)[None, :]
-        q_start = q + head.to(tl.int64) * q_head_stride
-        k_start = k + (head // group).to(tl.int64) * k_head_stride
-        scores = tl.full([TILE, TILE], 0.0, tl.float32)
-        for step in tl.range(0, STRIDE):
-            query, key = row * STRIDE + step, column * STRIDE + (STRIDE - 1 - step)
-            queries = tl.load(
-                q_start + query[:, None].to(tl.int64) * q_token_stride + at,
-                mask=(query[:, None] < tokens) & (at < HEAD_DIM),
-                other=0,
-            )
-            keys = tl.load(
-                k_start + key[:, None].to(tl.int64) * k_token_stride + at,
-                mask=(key[:, None] < tokens) & (at < HEAD_DIM),
-                other=0,
-            )
-            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
-        scores = tl.where(column[None, :] <= row[:, None], scores * scale, float("-inf"))
-        scores = tl.reshape(scores, [TILE, BLOCKS, PER_BLOCK])
-        largest = tl.reduce(scores, 2, larger)
-        lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of future blocks, whose sum is 0
-        masses = (lifted + tl.log2(tl.reduce(tl.exp2(scores - lifted[:, :, None]), 2, plus))) * LN_2
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    places = out + (head.to(tl.int64) * rows + row[:, None]) * capacity + block[None, :]
-    tl.store(places, masses, mask=(row[:, None] < rows) & (block[None, :] < capacity))
+    own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query, at = own * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    places = q + query.to(tl.int64) * q_token_stride + head * q_head_stride + at
+    queries = tl.load(places, mask=(query < tokens) & (at < HEAD_DIM), other=0)
+    start = means + head // group * blocks * HEAD_DIM
+    largest, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], 0.0, tl.float32)
+    for column in tl.range(0, own + 1, COLUMNS):
+        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
+        raised = tl.maximum(largest, tl.reduce(scores, 1, larger))
+        total = total * tl.exp2(largest - raised) + tl.reduce(tl.exp2(scores - raised[:, None]), 1, plus)
+        largest = raised
+    row = tl.arange(0, PER_BLOCK)
+    of_row = tl.minimum(STRIDE, tl.maximum(1, tokens - own * BLOCK - row * STRIDE))
+    weight = tl.where(query < tokens, 1.0 / total[:, None], 0.0)
+    for column in tl.range(0, own + 1, COLUMNS):
+        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
+        shares = tl.reshape(tl.exp2(scores - largest[:, None]) * weight, [PER_BLOCK, STRIDE, COLUMNS])
+        shares = tl.reduce(shares, 1, plus) / of_row[:, None]
+        block = column + tl.arange(0, COLUMNS)[None, :]
+        targets = out + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block
+        tl.store(targets, shares, mask=block <= own)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit
+def _mean_scores(  # type: ignore[no-untyped-def]
+    queries,
+    means,
+    column,
+    own,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of queries of block `own` and the means of blocks from `column` on; -inf for those in the future."""
+    block, at = column + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)[None, :]
+    there = (block[:, None] <= own) & (at < HEAD_DIM)
+    keys = tl.load(means + block[:, None] * HEAD_DIM + at, mask=there, other=0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    return tl.where(block[None, :] <= own, scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "first", "tokens"])
 def choice_kernel(  # type: ignore[no-untyped-def]
     masses,
     rows,
     blocks,
+    first,
+    tokens,
     indices,
     counts,
     mass,
-    PER_BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """See `sparse.choose_blocks`: each program chooses for one block of queries of one head.
 
-    `masses` is (heads, rows, blocks), the estimate of each strided query; `indices` (heads, blocks, blocks).
-    A block is wanted if those with larger shares do not reach `mass`; the smallest share of which that is
-    true is found by bisection, of the bits of positive floats, which are ordered as the floats are.
+    `masses` is (heads, rows, blocks), as `estimate_kernel` makes it; `indices` (heads, blocks, blocks). A
+    stride of queries wants a block if those with larger shares do not reach `mass`; the smallest share of
+    which that is true is found by bisection, of the bits of positive floats, which are ordered as they are.
     """
-    own, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = tl.arange(0, CAPACITY)
-    row = own * PER_BLOCK + tl.arange(0, PER_BLOCK)
-    within = (row[:, None] < rows) & (block[None, :] < blocks)
-    places = masses + (head * rows + row[:, None]) * blocks + block[None, :]
-    weights = tl.load(places, mask=within, other=float("-inf"))
-    largest = tl.reduce(weights, 1, larger)
-    lifted = tl.where(largest == float("-inf"), 0.0, largest)  # of rows behind the last
-    weights = tl.exp(weights - lifted[:, None])
-    totals = tl.reduce(weights, 1, plus)
-    shares = tl.reduce(weights / tl.where(totals == 0, 1.0, totals)[:, None], 0, plus)
-    shares = shares / tl.reduce(shares, 0, plus)
+    PER_BLOCK: tl.constexpr = BLOCK // STRIDE
+    own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.arange(0, CAPACITY), tl.arange(0, PER_BLOCK)
+    there = own * BLOCK + row[:, None] * STRIDE < tokens
+    places = masses + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block[None, :]
+    shares = tl.load(places, mask=there & (block[None, :] <= own), other=0.0)
 
-    low, high = tl.full([], -1, tl.int32), tl.full([], 0x3F800000, tl.int32)  # of 1.0, above which is nothing
-    while high - low > 1:
-        middle = (low + high) // 2
-        above = tl.reduce(tl.where(shares > middle.to(tl.float32, bitcast=True), shares, 0.0), 0, plus)
-        low, high = tl.where(above < mass, low, middle), tl.where(above < mass, middle, high)
-    least = high.to(tl.float32, bitcast=True)
-    above = tl.reduce(tl.where(shares > least, shares, 0.0), 0, plus)
-    ties = (shares == least).to(tl.int32)
-    reached = above + (tl.associative_scan(ties, 0, plus) - ties) * least
-    wanted = (shares > least) | ((ties > 0) & (reached < mass))
+    low, high = tl.full([PER_BLOCK], -1, tl.int32), tl.full([PER_BLOCK], ONE, tl.int32)
+    for _ in tl.range(0, STEPS):
+        middle = (low + high + 1) // 2
+        larger_ones = shares > middle.to(tl.float32, bitcast=True)[:, None]
+        reached = tl.reduce(tl.where(larger_ones, shares, 0.0), 1, plus) >= mass
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
+    wanted = (shares >= high.to(tl.float32, bitcast=True)[:, None]) & there
+    wanted = tl.reduce(wanted.to(tl.int32), 0, larger) > 0
     wanted = wanted | (block >= own - 1) | (block == 0) | (own >= blocks - WHOLE_ROWS)
     kept = (wanted & (block <= own)).to(tl.int32)
     count = tl.reduce(kept, 0, plus)

@@ -17,7 +17,7 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, runs
 from pipeline.pruning.operations import causal_pairs
 
 
@@ -34,10 +34,9 @@ class EarlyExit:
 
     @classmethod
     def of(cls, whole: Segments, live: Segments, live_Q: Tensor, hidden_TD: Tensor, rope: Rope) -> Self:
-        """Let all leave but the tokens at the places `live_Q`."""
-        exited_T = torch.ones(whole.total, dtype=torch.bool, device=whole.device)
-        exited_T[live_Q] = False
-        exited_P = exited_T.nonzero().flatten()
+        """Let all leave but the tokens at the places `live_Q`, each document's last."""
+        counts = [n - left for n, left in zip(whole.lengths, live.lengths, strict=True)]
+        exited_P = runs(whole.offsets[:-1], counts, whole.device)
         return cls(
             whole=whole,
             live=live,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,6 @@ from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.operations import causal_pairs
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
-
-_ALL = ((slice(None), None),)  # of a pack's tokens, in the precision of all linear layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +175,12 @@ class _Run:
         pass it, and goes on.
         """
         decoder, work = self.decoder, self.work
-        q_THd, k_TKd, v_TKd = decoder.qkv(layer, self.hidden_TD, self.rope)
+        q_THd, k_TKd, v_TKd = self._qkv(layer)
         attended_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
-        for rows, fp8 in _ALL if self.kept is None else self.kept.parts:
-            decoder.add_attention_(layer, self.hidden_TD[rows], attended_THd[rows], fp8)
+        if self.kept is None:
+            decoder.add_attention_(layer, self.hidden_TD, attended_THd)
+        else:
+            self.kept.in_both_(partial(decoder.add_attention_, layer), self.hidden_TD, attended_THd)
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
         if selection.restart is not None:
@@ -223,6 +224,18 @@ class _Run:
         attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots.within(window), sinks_H)
         decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
         decoder.add_feed_forward_(layer, self.hidden_TD)
+
+    def _qkv(self, layer: int) -> tuple[Tensor, ...]:
+        """See `Decoder.qkv`; of tokens that are kept beside others in fp8 in the model's dtype."""
+        decoder, kept = self.decoder, self.kept
+        if kept is None or not decoder.has_qkv_in_fp8(layer):
+            return decoder.qkv(layer, self.hidden_TD, self.rope)
+        hidden_TD, rope, beside = self.hidden_TD, self.rope, kept.beside_all
+        own = decoder.qkv(layer, hidden_TD.index_select(0, kept.rows), rope.at(kept.rows), fp8=False)
+        if beside is not None:
+            hidden_TD, rope = hidden_TD.index_select(0, beside), rope.at(beside)
+        others = decoder.qkv(layer, hidden_TD, rope, fp8=True)
+        return tuple(kept.merged(mine, other) for mine, other in zip(own, others, strict=True))
 
     def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
         window, sinks_H = self.decoder.shape.window(layer), self.decoder.sinks(layer)
@@ -312,8 +325,7 @@ def _feed_forward(
     if ffn_fp8 is None and kept is not None:
         own, others = kept.split(ffn)
         if ffn is None:
-            for rows, fp8 in kept.parts:
-                decoder.add_feed_forward_(layer, hidden_TD[rows], fp8)
+            kept.in_both_(partial(decoder.add_feed_forward_, layer), hidden_TD)
             return own, others
         ffn, ffn_fp8 = own, others
     if ffn_fp8 is None:

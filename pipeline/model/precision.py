@@ -2,23 +2,33 @@
 
 An answer feels the rounding of the tokens that ask for it far more than that of the document before them: on
 Qwen2.5-Coder-1.5B the divergence from the model's own answers falls fivefold where the last 64 tokens and the
-answer are kept, and by half again where queries, keys and values are.
+answer are kept, and by half again where queries, keys and values of the first third of the layers are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, runs
 from pipeline.pruning.shape import ModelShape
 
 WINDOW = 64  # last tokens of each document
+FEW = (
+    1 / 8
+)  # of a pack's tokens, up to which computing the kept ones twice costs less than gathering the others
 LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more launches than it saves
+
+
+class Step(Protocol):
+    """A step on the residual stream in place: see `Kept.in_both_`."""
+
+    def __call__(self, hidden_TD: Tensor, *inputs_T: Tensor, fp8: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -30,24 +40,48 @@ class Kept:
     device: torch.device
 
     @cached_property
-    def parts(self) -> tuple[tuple[slice, bool], ...]:
-        """The pack in pieces, and whether each is computed in fp8.
-
-        They are few: who is not kept belongs to a document that is long.
-        """
-        cuts = sorted({0, self.total, *chain.from_iterable(self.ranges)})
-        starts = {start for start, _ in self.ranges}
-        return tuple((slice(start, end), start not in starts) for start, end in pairwise(cuts))
-
-    @cached_property
     def rows(self) -> Tensor:
         """(W,) ascending."""
-        return self._places(in_fp8=False)
+        return self._places(self.ranges)
 
     @cached_property
     def others(self) -> Tensor:
         """(T - W,) ascending."""
-        return self._places(in_fp8=True)
+        ends, starts = (
+            [0, *(end for _, end in self.ranges)],
+            [*(start for start, _ in self.ranges), self.total],
+        )
+        return self._places(list(zip(ends, starts, strict=True)))
+
+    @property
+    def beside_all(self) -> Tensor | None:
+        """The tokens to compute in fp8 beside the kept ones: (T - W,), or None for all, of few are kept."""
+        return None if len(self.rows) <= FEW * self.total else self.others
+
+    def in_both_(self, step: Step, hidden_TD: Tensor, *inputs_T: Tensor) -> None:
+        """Take a step on the residual stream in place, of each token in its precision.
+
+        However many documents there are it is taken twice: `step` is given tokens of the stream and of the
+        inputs, and whether to compute in fp8. What few kept tokens would be in fp8 is overwritten.
+        """
+        given = (hidden_TD, *inputs_T)
+        own = [x.index_select(0, self.rows) for x in given]
+        step(*own, fp8=False)
+        beside = self.beside_all
+        if beside is None:
+            step(*given, fp8=True)
+        else:
+            others = [x.index_select(0, beside) for x in given]
+            step(*others, fp8=True)
+            hidden_TD.index_copy_(0, beside, others[0])
+        hidden_TD.index_copy_(0, self.rows, own[0])
+
+    def merged(self, own: Tensor, others: Tensor) -> Tensor:
+        """(T, ...) of what the kept tokens have and those `beside_all`, in whose tensor if they are all."""
+        beside = self.beside_all
+        if beside is not None:
+            others = others.new_empty(self.total, *others.shape[1:]).index_copy_(0, beside, others)
+        return others.index_copy_(0, self.rows, own)
 
     @cached_property
     def _mask_T(self) -> Tensor:
@@ -62,9 +96,8 @@ class Kept:
         kept_C = self._mask_T.index_select(0, passes)
         return passes[kept_C], passes[~kept_C]
 
-    def _places(self, *, in_fp8: bool) -> Tensor:
-        chosen = [rows for rows, low in self.parts if low == in_fp8]
-        return torch.cat([torch.arange(rows.start, rows.stop, device=self.device) for rows in chosen])
+    def _places(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        return runs([start for start, _ in ranges], [end - start for start, end in ranges], self.device)
 
 
 def kept_of(segments: Segments, shape: ModelShape) -> Kept | None:

@@ -85,9 +85,10 @@ def prefill(
             assert outcome.restart is not None
             pack, begun = pack.only(outcome.restart), None
             continue
+        logits_BV = decoder.logits(outcome.hidden_TD)
         _check_last_token(method, outcome, pack.segments)
         return Prefilled(
-            logits_BV=decoder.logits(outcome.hidden_TD),
+            logits_BV=logits_BV,
             cache=begun.cache,
             passes=passes,
             lengths=lengths,

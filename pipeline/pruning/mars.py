@@ -21,9 +21,9 @@ LOCAL_DEPTH = 2 / 3
 class Mars(PruningMethod):
     """Block-sparse attention in every layer, local in late ones; the last ones for the prompt's end alone.
 
-    Source: this project. Block-sparse attention chooses its blocks as XAttention does (arXiv 2503.16428);
-    keys and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without
-    training.
+    Source: this project. Block-sparse attention judges blocks by the means of their keys, as FlashPrefill does
+    (arXiv 2603.06199), and takes what any 16 queries beside each other need for their attention; keys and
+    values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without training.
 
     In documents of 4,096 tokens or more, on a GPU, and where heads have at most 128 dimensions, each head's
     blocks of queries attend to the blocks of keys that are to reach `sparse_attention` of their attention.
@@ -43,11 +43,11 @@ class Mars(PruningMethod):
     """
 
     name: ClassVar[str] = "mars"
-    source: ClassVar[str] = "this project; arXiv 2503.16428, arXiv 2410.03960"
+    source: ClassVar[str] = "this project; arXiv 2603.06199, arXiv 2410.03960"
     suits_windows: ClassVar[bool] = True
 
     sparse_attention: float | tuple[float, ...] | None = setting(
-        0.95,
+        0.85,
         "attention mass that block-sparse attention is to reach, in long documents",
         low=0,
         high=1,
@@ -121,7 +121,7 @@ class Mars(PruningMethod):
             return KEEP_ALL
         windows = [self.window_of(n, spans) for n, spans in zip(view.lengths, view.spans, strict=True)]
         return Selection(
-            live=self.protected_mask(view).nonzero().flatten(),
+            live=view.segments.ends(windows),
             ffn=view.all_indices,
             live_lengths=tuple(windows),
             early_exit=True,

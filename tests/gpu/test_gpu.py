@@ -18,9 +18,11 @@ from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.decode import StopRules, decode
-from pipeline.model.offload import Copier, KvLimits, OffloadedCache
+from pipeline.model.layers import PartialPrefill, run_layers
+from pipeline.model.offload import Copier, KvLimits, OffloadedCache, make_cache
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.pruning.registry import make_method
 
@@ -137,19 +139,28 @@ def test_what_memory_held_before_does_not_reach_an_answer(name):
     assert answer() == expected
 
 
-def test_dense_copies_nothing_to_the_host():
-    """The prefill of a method that keeps all tokens must not wait for the device."""
+@pytest.mark.parametrize("method", [Dense(), Mars(last_full=1, window=16)], ids=lambda method: method.name)
+def test_the_layers_wait_for_nothing(method):
+    """Of a method that knows beforehand who goes on."""
     decoder = cuda_decoder("llama", torch.bfloat16)
     backend = backend_named("sdpa")
     pack = Pack.of([document(200), document(50, seed=1)], CUDA)
-    prefill(decoder, backend, Dense(), pack)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        prefilled = prefill(decoder, backend, Dense(), pack)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert np.isfinite(prefilled.logits_BV.cpu().numpy()).all()
+    plan = method.plan(decoder.shape, pack.segments.lengths)
+
+    def run():
+        cache = make_cache(plan, 0, None, device=CUDA, itemsize=decoder.dtype.itemsize, score=None)
+        begun = PartialPrefill.afresh(decoder, pack, cache)
+        return run_layers(decoder, backend, method, pack, method.begin(plan), begun, lambda: None)
+
+    with torch.inference_mode():
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            survivors = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert np.isfinite(decoder.logits(survivors.hidden_TD).cpu().numpy()).all()
 
 
 METHODS = {

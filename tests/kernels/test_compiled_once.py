@@ -66,7 +66,7 @@ TENSORS |= {
     "blocks",
 }
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
-TENSORS |= {"k_scales", "v_scales", "k_means", "sinks", "experts", "weights"}
+TENSORS |= {"k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -133,7 +133,8 @@ def test_block_sparse_attention_compiles_nothing_at_new_lengths(monkeypatch):
         blocks = sparse.choose_blocks(q, k, 0.9)
         sparse.block_sparse_attention(q, k, v, blocks, left_out=sparse.WHOLE_ROWS)
     assert {name: len(variants) for name, variants in seen.items()} == {
-        "antidiagonal_kernel": 1,
+        "mean_keys_kernel": 1,
+        "estimate_kernel": 1,
         "choice_kernel": 1,
         "attention_kernel": 1,
     }

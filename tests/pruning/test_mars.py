@@ -81,9 +81,9 @@ def test_long_documents_are_attended_to_in_part(sdpa):
 
 
 def test_late_layers_attend_to_what_is_near():
-    assert Mars().attention_masses(6) == (0.95, 0.95, 0.95, 0.95, 0.0, 0.0)
-    assert Mars(local_from=1).attention_masses(3) == (0.95, 0.0, 0.0)
-    assert Mars(local_from=3).attention_masses(3) == (0.95, 0.95, 0.95)
+    assert Mars().attention_masses(6) == (0.85, 0.85, 0.85, 0.85, 0.0, 0.0)
+    assert Mars(local_from=1).attention_masses(3) == (0.85, 0.0, 0.0)
+    assert Mars(local_from=3).attention_masses(3) == (0.85, 0.85, 0.85)
     assert Mars(sparse_attention=(1.0, 0.8, 0.5)).attention_masses(3) == (None, 0.8, 0.5)
     assert Mars(sparse_attention=(1.0, 0.8, 0.5), local_from=2).attention_masses(3) == (None, 0.8, 0.0)
     assert Mars(sparse_attention=None).attention_masses(3) == (None, None, None)
@@ -144,8 +144,8 @@ def test_operations_count_the_estimate_that_chooses_blocks(sdpa):
     model, pack = tiny_model("qwen3"), pack_of(document(900), document(60, seed=1))
     method = Mars(local_from=2, sparse_attention=(0.5, 1.0, 0.5, 0.5))
     of_long, of_short = prefill(model, sdpa, method, pack).by_document()
-    # 900 tokens are 57 strides of 16, which meet 1 + 2 + ... + 57 = 1,653 strides of keys, by 16 products
-    pairs = 16 * 1653
+    # 7 blocks, whose 128 queries meet the means of 1 + 2 + ... + 7 blocks, and 4 tokens that meet 8
+    pairs = 128 * 28 + 4 * 8
     # nothing is estimated for a mass of 1, by local layers, by the last one, and in short documents
     assert [work.estimated_pairs for work in of_long[0]] == [pairs, 0, 0, 0]
     assert [work.estimated_pairs for work in of_short[0]] == [0, 0, 0, 0]
