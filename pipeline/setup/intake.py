@@ -56,6 +56,7 @@ OF_MESSAGES = ("missing_messages", "bad_messages", "unsupported")
 OF_TEXTS = ("missing_text", "empty_document", "bad_text_type", *OF_MESSAGES)
 OF_QUESTIONS = ("missing_question", "bad_question_type")
 OF_PROMPTS = ("over_long", "template", "missing_field")
+DOCUMENT_ALONE = "{{ document }}"  # a template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,19 +189,24 @@ def make_prompts(
     longest: int | None = None,
     now: datetime | None = None,
     parts_reasoning: bool = True,
+    of_requests: bool = False,
 ) -> PromptBuilder:
     """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
 
     `now` is the moment whose date a chat template prints, the present where it is None. Without
-    `parts_reasoning` all that the model writes is its answer.
+    `parts_reasoning` all that the model writes is its answer. Prompts `of_requests` may be whole ones, for
+    which the model needs no chat template.
     """
     context = model.shape.context
+    template = settings.template_text()
+    if template is None and of_requests and not chat_source(model.tokenizer):
+        template = DOCUMENT_ALONE
     return PromptBuilder(
         model.tokenizer,
         context=context if longest is None else min(longest, context),
         max_new_tokens=max_new_tokens,
         system=settings.system,
-        template=settings.template_text(),
+        template=template,
         template_args=settings.template_args,
         on_overlong=settings.on_overlong,
         vocab=model.shape.vocab,
