@@ -253,9 +253,12 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
     """One JSON value as an Arrow array, with the same casts that a table's column gets."""
     if value is None:
         return pa.nulls(1, wanted)
-    if wanted in STRINGS and not isinstance(value, str):
+    is_text = wanted in STRINGS
+    if is_text and not isinstance(value, str):
         value = _json_text(name, value)
     with _misfits_told(name, wanted):
+        if is_text:
+            return pa.array([value], wanted)
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
         array = pa.array([value])
         _refuse_more_fields(array.type, wanted)

@@ -235,7 +235,7 @@ class PromptBuilder:
         raise ConfigError("messages need the model's chat template, not a template of your own")
 
     def _take_whole_prompts(self, turn: Turn) -> None:
-        """Become the prompts of rows that say all of it, control tokens included; answers have no reasoning."""
+        """Become the prompts of rows that say all of them, control tokens too; no answer has reasoning."""
         if self.system:
             raise RowError("template", "a whole prompt has no place for the text of --system")
         self._template, self.parts_reasoning = without_template(turn), False
