@@ -1,9 +1,10 @@
 """The text of one PDF, DOCX or HTML file: a program of its own, as a file may be made to hang it.
 
 `python extracting.py FORMAT LONGEST CPU_S MEMORY` reads the file from standard input and writes JSON: `text`,
-of at most LONGEST characters, and of PDF `pages` and `pages_without_text`, blank ones not counted; or `kind` and `fault` for a file
-that has no text to read. It may take so many seconds of a processor and so many bytes of memory. What a
-library raises ends it. It imports nothing of ours, as that would take longer than most files.
+of at most LONGEST characters, and of PDF `pages` and `pages_without_text`, blank ones not counted; or `kind`
+and `fault` for a file that has no text to read. It may take so many seconds of a processor and so many bytes
+of memory. What a library raises ends it. It imports nothing of ours, as that would take longer than most
+files.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def of_pdf(content: bytes, longest: int) -> dict[str, Any]:
         is_blank = not text and not _paints(page)
         without += not text and not is_blank
         instead = "blank" if is_blank else "no text"
-        pages.append(f"[page {number}]\n{_as_laid_out(page) or text}" if text else f"[page {number}: {instead}]")
+        pages.append(
+            f"[page {number}]\n{_as_laid_out(page) or text}" if text else f"[page {number}: {instead}]"
+        )
         if sum(map(len, pages)) > longest:
             break
     if not has_text:

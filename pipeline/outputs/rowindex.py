@@ -278,12 +278,11 @@ def _key(id: str, salt: int = 0) -> bytes:
 @contextmanager
 def scratch_index() -> Iterator[RowIndex]:
     """An index in scratch space, with which it is gone. Raises StorageError where there is no room for it."""
-    what, remedy = "scratch space cannot be used", "; let TMPDIR name a folder with room, and run again"
-    with told(what, remedy):
+    with told("there is no scratch space", "; set TMPDIR"):
         scratch = tempfile.TemporaryDirectory(prefix="marsinfer-")
     with (
         scratch as folder,
-        told(what, remedy, of=sqlite3.Error),
+        told("scratch space cannot be used", "; let TMPDIR name a folder with room", of=sqlite3.Error),
         closing(RowIndex(Path(folder) / "index.sqlite")) as index,
     ):
         yield index

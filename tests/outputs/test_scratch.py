@@ -22,7 +22,7 @@ def test_a_full_disk_is_told_in_a_line(tmp_path):
 
 def test_a_folder_that_is_gone_is_told_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(StorageError, match=r"^scratch space cannot be used: No such file"), scratch_index():
+    with pytest.raises(StorageError, match=r"^there is no scratch space: No such file"), scratch_index():
         pass
 
 
