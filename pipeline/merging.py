@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,13 @@ from pipeline.outputs.lock import lock_output, refuse_locked
 from pipeline.outputs.merge import merge, refuse_misfit
 from pipeline.outputs.own import OUTPUT
 from pipeline.outputs.parts import has_answers, journal_folder, refuse_leftovers, remove_journal
-from pipeline.outputs.rowindex import DUPLICATE, INDEXED, RowIndex
+from pipeline.outputs.rowindex import DUPLICATE, INDEXED, RowIndex, scratch_index
 from pipeline.outputs.sidecar import Written, needs_sidecar, read_sidecar, sidecar_path, write_sidecar
 from pipeline.outputs.writing import check_output, output_writer
 from pipeline.settings.parse import parse_shard
 from pipeline.storage.causes import READ_ERRORS, some, told
 from pipeline.storage.remote import RemotePath, output_place
-from pipeline.storage.whole_file import partial_path
+from pipeline.storage.whole_file import partial_path, remove_partials
 from pipeline.values.dictionaries import settled
 
 MOST_TOLD = 5
@@ -148,8 +147,7 @@ def _refuse_incomplete(shards: Sequence[Shard]) -> None:
 @contextmanager
 def _indexed(shards: Sequence[Shard], check: Callable[[], None]) -> Iterator[RowIndex]:
     """All rows, by place; the part of a row is the number of its shard, from 1."""
-    scratch = tempfile.TemporaryDirectory(prefix="marsinfer-")
-    with scratch as folder, closing(RowIndex(Path(folder) / "index.sqlite")) as index:
+    with scratch_index() as index:
         rows = 0
         for number, shard in enumerate(shards, start=1):
             for group in shard.rows:
@@ -192,6 +190,9 @@ def _read(shards: Sequence[Shard], number: int, group: int, columns: Sequence[st
 def _write(
     output: Path, shards: Sequence[Shard], index: RowIndex, *, overwrite: bool, check: Callable[[], None]
 ) -> None:
+    for file in (output, sidecar_path(output)):
+        remove_partials(file)
+
     def beside(written: Written) -> None:
         if needs_sidecar(output):
             write_sidecar(output, written, partial_path(sidecar_path(output)))

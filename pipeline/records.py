@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+WHOLE = "whole"  # for a role: the text is the whole prompt, to which no template is applied
+
+
 class Turn(NamedTuple):
-    """One message of a row that has messages."""
+    """One message of a row that has messages, or its prompt."""
 
     role: str
     texts: tuple[str, ...]  # names of what it is joined of: document, question, row.NAME of a field

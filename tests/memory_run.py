@@ -2,11 +2,12 @@
 
     python tests/memory_run.py 10000 1000000
     python tests/memory_run.py --columns answer,stats 10000 1000000
+    python tests/memory_run.py --rows requests --output .jsonl 10000 1000000
     python tests/memory_run.py --ray 1000 100000
 
-One process a count; prints rows, seconds and peak resident megabytes. --columns is batch's. With --ray
-these are of the process that reads and writes, in a run with two workers; their model is real, but has one
-small layer.
+One process a count; prints rows, seconds and peak resident megabytes. --columns is batch's. --rows says what
+they are: texts, or requests of OpenAI's Batch API, of which one in a hundred is refused. With --ray these are
+of the process that reads and writes, in a run with two workers; their model is real, but has one small layer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,24 @@ def stub_answers(engine, jobs):
     return answered
 
 
-def run(count: int, *, in_workers: bool, columns: str | None) -> None:
+def text(row):
+    return {"text": f"document {row} of many", "note": row}
+
+
+def request(row):
+    said = [{"role": "user", "content": f"document {row} of many\n\nwhat?"}]
+    body = {"model": "stub", "messages": said, "max_tokens": 4, "n": 2 if is_refused(row) else 1}
+    return {"custom_id": str(row), "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def is_refused(row):
+    return row % 100 == 99
+
+
+ROWS = {"texts": text, "requests": request}
+
+
+def run(count: int, *, in_workers: bool, columns: str | None, rows: str, output: str) -> None:
     import torch
 
     from pipeline import run_batch
@@ -50,6 +68,8 @@ def run(count: int, *, in_workers: bool, columns: str | None) -> None:
     )
     if columns is not None:
         options["columns"] = tuple(columns.split(","))
+    if rows == "texts":
+        options["question"] = "what?"
     if not in_workers:
         LocalEngine._admit = stub_answers
     with tempfile.TemporaryDirectory() as name:
@@ -63,16 +83,16 @@ def run(count: int, *, in_workers: bool, columns: str | None) -> None:
         byte_tokenizer().save_pretrained(folder)
         with (folder / "in.jsonl").open("w") as lines:
             for row in range(count):
-                lines.write(json.dumps({"text": f"document {row} of many", "note": row}) + "\n")
+                lines.write(json.dumps(ROWS[rows](row)) + "\n")
         began = time.perf_counter()
         summary = run_batch(
             str(folder / "in.jsonl"),
-            str(folder / "out.parquet"),
+            str(folder / f"out{output}"),
             model=str(folder),
-            question="what?",
             **options,
         )
-        assert summary.status["ok"] == count
+        refused = sum(map(is_refused, range(count))) if rows == "requests" else 0
+        assert summary.status["ok"] == count - refused
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{count:>9,} rows  {seconds:8.1f} s  {peak:8.1f} MB", flush=True)
@@ -83,12 +103,21 @@ def main() -> None:
     parser.add_argument("counts", type=int, nargs="+")
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--columns")
+    parser.add_argument("--rows", choices=ROWS, default="texts")
+    parser.add_argument("--output", default=".parquet", help="what the output's name ends with")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        run(given.counts[0], in_workers=given.ray, columns=given.columns)
+        run(
+            given.counts[0],
+            in_workers=given.ray,
+            columns=given.columns,
+            rows=given.rows,
+            output=given.output,
+        )
         return
     flags = ["--ray"] if given.ray else []
+    flags += ["--rows", given.rows, "--output", given.output]
     flags += ["--columns", given.columns] if given.columns else []
     for count in given.counts:
         subprocess.run([sys.executable, __file__, *flags, "--one", str(count)], check=True)

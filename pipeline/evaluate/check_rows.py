@@ -171,7 +171,8 @@ def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
     if isinstance(record, RowError):
         return record.message
     if record.source.turns:
-        return f"{record.source.place} has messages, which marsinfer batch alone answers"
+        what = "messages, or is a request of OpenAI's Batch API"
+        return f"{record.source.place} has {what}, which marsinfer batch alone answers"
     references: tuple[str, ...] = ()
     if config.reference_column is not None:
         references = _references(_cell(config, record.source, config.reference_column))

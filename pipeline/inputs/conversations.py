@@ -1,11 +1,11 @@
-"""From the chat messages of a row to what is its document, what is asked, and what stands around them."""
+"""From the chat messages or the prompt of a row to its document, what is asked, and what is around them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.records import ErrorType, RowError, Turn
+from pipeline.records import WHOLE, ErrorType, RowError, Turn
 from pipeline.storage.causes import some
 from pipeline.values.jsonvalues import parse_json
 
@@ -37,10 +37,8 @@ def conversation(name: str, value: object) -> Conversation:
         raise RowError("unsupported", f"the last message of {name!r} is the {said[-1][0]}'s, not the user's")
     between = [PART] * len(said)
     if len(said[-1][1]) == 1 and said[-1][1][0] == max((text for _, each in said for text in each), key=len):
-        head, paragraph, tail = said[-1][1][0].rpartition(PARAGRAPH)
-        if head.strip() and tail.strip():
-            said[-1] = "user", [head, tail]
-            between[-1] = paragraph
+        said[-1] = "user", _paragraphs(said[-1][1][0])
+        between[-1] = PARAGRAPH if len(said[-1][1]) > 1 else PART
     places = [(turn, part) for turn, (_, texts) in enumerate(said) for part in range(len(texts))]
     document = max(places, key=lambda place: len(said[place[0]][1][place[1]]))
     asked = max((place for place in places if place[0] == len(said) - 1 and place != document), default=None)
@@ -58,6 +56,37 @@ def conversation(name: str, value: object) -> Conversation:
         ),
         fields={key.removeprefix("row."): text for key, text in texts.items() if key.startswith("row.")},
     )
+
+
+def whole_prompt(name: str, value: object) -> Conversation:
+    """The prompt in field `name`, a text or a list of one, which the model is to read as it is.
+
+    Where it has several paragraphs, the longer of the last one and what is before it is the document, and the
+    other is what is asked. Raises `RowError` of the kind `unsupported` for numbers of tokens and for several
+    prompts, `bad_request` for what is no text, `empty_document` for an empty one.
+    """
+    prompts = value if isinstance(value, list) else [value]
+    if prompts and all(isinstance(each, list | int) for each in prompts):
+        raise RowError("unsupported", f"{name!r} is numbers of tokens; give the prompt as a text")
+    given = [each for each in prompts if isinstance(each, str)]
+    if len(given) < len(prompts):
+        raise RowError("bad_request", f"{name!r} is no text, or list of one")
+    if len(given) > 1:
+        told = f"{name!r} has {len(given)} prompts, which is not supported; give each a request of its own"
+        raise RowError("unsupported", told)
+    if not any(each.strip() for each in given):
+        raise RowError("empty_document", f"{name!r} is empty")
+    texts = _paragraphs(given[0])
+    names = ("document", "question") if len(texts[0]) >= len(texts[-1]) else ("question", "document")
+    named = dict(zip(names, texts, strict=False))
+    turn = Turn(WHOLE, tuple(named), PARAGRAPH)
+    return Conversation(named["document"], named.get("question"), (turn,), {})
+
+
+def _paragraphs(text: str) -> list[str]:
+    """What stands before the last paragraph of a text, and that paragraph; or the text, if it is all."""
+    head, _, tail = text.rpartition(PARAGRAPH)
+    return [head, tail] if head.strip() and tail.strip() else [text]
 
 
 def _listed(name: str, value: object) -> list[Any]:

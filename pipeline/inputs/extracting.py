@@ -1,9 +1,10 @@
 """The text of one PDF, DOCX or HTML file: a program of its own, as a file may be made to hang it.
 
 `python extracting.py FORMAT LONGEST CPU_S MEMORY` reads the file from standard input and writes JSON: `text`,
-of at most LONGEST characters, and of PDF `pages` and `pages_without_text`; or `kind` and `fault` for a file
-that has no text to read. It may take so many seconds of a processor and so many bytes of memory. What a
-library raises ends it. It imports nothing of ours, as that would take longer than most files.
+of at most LONGEST characters, and of PDF `pages` and `pages_without_text`, blank ones not counted; or `kind`
+and `fault` for a file that has no text to read. It may take so many seconds of a processor and so many bytes
+of memory. What a library raises ends it. It imports nothing of ours, as that would take longer than most
+files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ TABLE_CELLS = 3  # a line of fewer, far apart on a page, may be of two columns o
 TABLE_ROWS = 2
 GAP = re.compile(r" {3,}")
 KEPT = "\ue000"  # for a while in the place of a space that is not to be taken away
+PAINTS = (b"INLINE IMAGE", b"sh", b"S", b"s", b"f", b"F", b"f*", b"B", b"B*", b"b", b"b*")  # in PDF
+MOST_NESTED = 8  # forms within forms
 UNSEEN = ("script", "style", "noscript", "template", "head", "svg")
 BLOCKS = (
     *(
@@ -65,21 +68,47 @@ def of_pdf(content: bytes, longest: int) -> dict[str, Any]:
     reader = PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
         return {"kind": "encrypted", "fault": "is encrypted; save it without a password"}
-    pages, without = [], 0
+    pages, without, has_text = [], 0, False
     for number, page in enumerate(reader.pages, start=1):
         text = page.extract_text().strip()
-        without += not text
+        has_text = has_text or bool(text)
+        is_blank = not text and not _paints(page)
+        without += not text and not is_blank
+        instead = "blank" if is_blank else "no text"
         pages.append(
-            f"[page {number}]\n{_as_laid_out(page) or text}" if text else f"[page {number}: no text]"
+            f"[page {number}]\n{_as_laid_out(page) or text}" if text else f"[page {number}: {instead}]"
         )
         if sum(map(len, pages)) > longest:
             break
-    if without == len(pages):
-        fault = (
-            f"has no text on any of its {len(pages)} pages, as scans have none; recognise their text first"
-        )
+    if not has_text:
+        scans = "as scans have none; recognise their text first" if without else "and they are blank"
+        fault = f"has no text on any of its {len(pages)} pages, {scans}"
         return {"kind": "no_text", "fault": fault, "pages_without_text": without}
     return {"text": "\n\n".join(pages), "pages": len(pages), "pages_without_text": without}
+
+
+def _paints(page: Any) -> bool:
+    """Whether a page shows an image or a drawing."""
+    from pypdf.generic import ContentStream
+
+    content = page.get_contents()
+    waiting = [] if content is None else [(content, page, 0)]
+    while waiting:
+        content, owner, depth = waiting.pop()
+        objects = _within(_within(owner, "/Resources"), "/XObject")
+        for operands, operator in ContentStream(content, page.pdf).operations:
+            drawn = _within(objects, operands[0]) if operator == b"Do" and operands else {}
+            if operator in PAINTS or drawn.get("/Subtype") == "/Image":
+                return True
+            if drawn and depth < MOST_NESTED:
+                waiting.append((drawn, drawn, depth + 1))
+    return False
+
+
+def _within(holder: Any, name: Any) -> Any:
+    """The object of this name in a dictionary of a PDF; an empty one where there is none."""
+    found = holder.get(name)
+    return {} if found is None else found.get_object()
 
 
 def _as_laid_out(page: Any) -> str | None:

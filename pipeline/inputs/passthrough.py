@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, InputError
 from pipeline.inputs.columns import Columns, Keep, type_named
 from pipeline.outputs.answers import QUESTION_NAME, answers_table, output_schema
+from pipeline.outputs.batch_lines import URL
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.formats import SINKS, Published, type_held
 from pipeline.outputs.own_columns import STATS
@@ -64,8 +65,8 @@ class PassPlan:
     ) -> None:
         """The types are those in which `output` holds values: one that does not fit costs its row.
 
-        `partitions` are keys of JSONL that get columns of their own, as folders say them. The others remain
-        keys in an output of JSON lines, unless it is of the first version.
+        `partitions` are keys of JSONL that get columns of their own, as folders say them; so has the address
+        of a request. The others remain keys in an output of JSON lines, unless it is of the first version.
         """
         as_keys = QUESTION_NAME not in columns.predates and output.suffix.lower() == ".jsonl"
         kept = columns.keep
@@ -75,9 +76,11 @@ class PassPlan:
             wanted = _kept_columns(kept, tables, has_jsonl=has_jsonl)
         if kept is None and has_jsonl:
             wanted.append((None, pa.field(EXTRA, pa.large_string(), metadata=KEYS if as_keys else None)))
+        if columns.requests and URL not in (kept or ()):
+            wanted.insert(0, (URL, pa.field(URL, pa.large_string())))
         self._roles = frozenset(columns.roles)
         self._takes_keys = kept is not None
-        self._partitions = partitions
+        self._with_columns = partitions | ({URL} if columns.requests else set())
         wanted = [(source, field.with_type(type_held(output, field.type))) for source, field in wanted]
         self.columns, self.notes = _rename(wanted, columns.names_of_answers)
         if kept is None:
@@ -107,10 +110,10 @@ class PassPlan:
 
     def _from_object(self, column: PassColumn, row: Mapping[str, object]) -> pa.Array:
         if column.source is None:
-            rest = {key: value for key, value in row.items() if key not in self._roles | self._partitions}
+            rest = {key: value for key, value in row.items() if key not in self._roles | self._with_columns}
             rest = {free_name(key, self._taken, row): value for key, value in rest.items()}
             return pa.array([_json_text(EXTRA, rest) if rest else None], column.field.type)
-        if not self._takes_keys and column.source not in self._partitions:
+        if not self._takes_keys and column.source not in self._with_columns:
             return pa.nulls(1, column.field.type)
         return _from_value(column.source, row.get(column.source), column.field.type)
 
@@ -250,9 +253,12 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
     """One JSON value as an Arrow array, with the same casts that a table's column gets."""
     if value is None:
         return pa.nulls(1, wanted)
-    if wanted in STRINGS and not isinstance(value, str):
+    is_text = wanted in STRINGS
+    if is_text and not isinstance(value, str):
         value = _json_text(name, value)
     with _misfits_told(name, wanted):
+        if is_text:
+            return pa.array([value], wanted)
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
         array = pa.array([value])
         _refuse_more_fields(array.type, wanted)

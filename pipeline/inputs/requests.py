@@ -1,17 +1,17 @@
-"""Requests of OpenAI's Batch API: the conversation in one, and what it says itself of its answer."""
+"""Requests of OpenAI's Batch API: the chat or the prompt in one, and what it says itself of its answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.inputs.conversations import Conversation, conversation
-from pipeline.records import RowError, SamplingParams
+from pipeline.inputs.conversations import Conversation, conversation, whole_prompt
+from pipeline.outputs.batch_lines import CHAT, COMPLETIONS, URL
+from pipeline.records import ErrorType, RowError, SamplingParams
 from pipeline.storage.causes import some
 
-REQUEST_ID, METHOD, URL, BODY = "custom_id", "method", "url", "body"
+REQUEST_ID, METHOD, BODY = "custom_id", "method", "body"
 REQUEST_KEYS = (REQUEST_ID, METHOD, URL, BODY)
-CHAT = "/v1/chat/completions"
 
 MOST_STOPS = 4
 MOST_TEMPERATURE = 2
@@ -45,6 +45,40 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+WITHOUT_EFFECT_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    **{
+        name: WITHOUT_EFFECT[name]
+        for name in ("frequency_penalty", "logit_bias", "n", "presence_penalty", "stream")
+    },
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (),
+    "suffix": ("",),
+}
+
+
+class Endpoint(NamedTuple):
+    """What requests to one address have in their bodies."""
+
+    asks: str  # the field with what is asked
+    missing: ErrorType  # what a request without that field is
+    read: Callable[[str, object], Conversation]
+    limits: tuple[str, ...]  # names of the limit on the answer's tokens
+    without_effect: Mapping[str, tuple[Any, ...]]
+
+
+ENDPOINTS = {
+    CHAT: Endpoint(
+        "messages",
+        "missing_messages",
+        conversation,
+        ("max_completion_tokens", "max_tokens"),
+        WITHOUT_EFFECT,
+    ),
+    COMPLETIONS: Endpoint(
+        "prompt", "missing_text", whole_prompt, ("max_tokens",), WITHOUT_EFFECT_OF_COMPLETIONS
+    ),
+}
 
 
 class Request(NamedTuple):
@@ -59,44 +93,47 @@ def request(cells: Mapping[str, object]) -> Request:
     """The request in a line with these values.
 
     Raises `RowError` of the kind `bad_request` for what is none, `unsupported` for what no run answers, and
-    those of `conversation`. A field that is null counts as absent, as it does for OpenAI.
+    those of `conversation` and `whole_prompt`. A field that is null counts as absent, as it does for OpenAI.
     """
     body = cells.get(BODY)
     if not isinstance(body, Mapping):
         raise RowError("bad_request", f"there is no {BODY!r}, or it is no object; it has: {some(cells)}")
-    _check_way(cells)
+    endpoint = _endpoint(cells)
     given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
-    params = _params(given)
+    params = _params(given, endpoint.limits)
     model = given.pop("model", None)
     if model is not None and not isinstance(model, str):
         raise _bad("model", model, "a string")
-    messages = given.pop("messages", None)
-    _check_rest(given)
-    if messages is None:
-        raise RowError("missing_messages", f"{BODY!r} has no 'messages'")
-    return Request(conversation("messages", messages), params, model)
+    asked = given.pop(endpoint.asks, None)
+    _check_rest(given, endpoint.without_effect)
+    if asked is None:
+        raise RowError(endpoint.missing, f"{BODY!r} has no {endpoint.asks!r}")
+    return Request(endpoint.read(endpoint.asks, asked), params, model)
 
 
-def _check_way(cells: Mapping[str, object]) -> None:
-    """How a request is sent."""
+def _endpoint(cells: Mapping[str, object]) -> Endpoint:
+    """To what a request is sent."""
     if cells.get(METHOD) != "POST":
         raise RowError("bad_request", f"{METHOD!r} is {_told(cells.get(METHOD))}, not 'POST'")
-    if cells.get(URL) != CHAT:
-        raise RowError("unsupported", f"{URL!r} is {_told(cells.get(URL))}; supported is {CHAT!r}")
+    url = cells.get(URL)
+    if not isinstance(url, str) or url not in ENDPOINTS:
+        supported = " and ".join(map(repr, ENDPOINTS))
+        raise RowError("unsupported", f"{URL!r} is {_told(url)}; supported are {supported}")
+    return ENDPOINTS[url]
 
 
-def _check_rest(given: Mapping[str, Any]) -> None:
+def _check_rest(given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
     """What is left of a body once it has been read must do nothing."""
     for name, value in given.items():
-        if name not in WITHOUT_EFFECT:
+        if name not in without_effect:
             raise RowError("bad_request", f"{BODY!r} has an unknown field {name!r}")
-        if value not in WITHOUT_EFFECT[name]:
+        if value not in without_effect[name]:
             raise RowError("unsupported", f"{name!r} is {_told(value)}, which is not supported")
 
 
-def _params(given: dict[str, Any]) -> SamplingParams:
-    """What a body says of its answer, whose fields are taken out of it."""
-    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
+def _params(given: dict[str, Any], names: tuple[str, ...]) -> SamplingParams:
+    """What a body says of its answer, whose fields are taken out of it; `names` are those of its limit."""
+    limits = [name for name in names if name in given]
     if len(limits) > 1:
         raise RowError("bad_request", f"both {' and '.join(map(repr, limits))} are given; give one of them")
     return SamplingParams(

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.conversations import Conversation, conversation
 from pipeline.inputs.requests import REQUEST_ID, request
-from pipeline.records import Document, ErrorType, Record, Row, RowError
+from pipeline.records import AS_THE_RUN, Document, ErrorType, Record, Row, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 
 T = TypeVar("T")
@@ -104,12 +104,18 @@ def build(
         if columns.requests or columns.messages is not None:
             if columns.requests:
                 said, params, model = request(cells)
-                source = replace(source, params=params, model=model)
             else:
-                said = _conversation(columns.messages or "", cells)
+                said, params, model = _conversation(columns.messages or "", cells), AS_THE_RUN, None
             _check_texts(said)
             _refuse_faults(None if columns.takes_ids else own_id, passthrough)
-            source = replace(source, question=said.question, turns=said.turns, fields=said.fields)
+            source = replace(
+                source,
+                question=said.question,
+                turns=said.turns,
+                fields=said.fields,
+                params=params,
+                model=model,
+            )
             return Document(source=source, text=said.text)
         text = _text(columns.text, cells)
         question, questions = _question(columns, cells), _questions(columns, cells)

@@ -23,6 +23,8 @@ from pipeline.storage.remote import Place, RemotePath
 
 AnyPlace = TypeVar("AnyPlace", Path, RemotePath, Place)
 
+URL = "url"  # of a request to where it is sent: copied to the output
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 OWN = "marsinfer"
 REQUESTS_KEY = "requests"  # of an output's metadata: whether its rows are requests
 LINES = ".jsonl"
@@ -100,21 +102,27 @@ class Responses:
         }
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A chat completion."""
-        message = {"role": "assistant", "content": row["answer"], "refusal": None}
-        if row.get("reasoning") is not None:
-            message["reasoning_content"] = row["reasoning"]
+        """A chat completion, or a text completion, as the request was sent for."""
+        is_text = row.get(URL) == COMPLETIONS
+        told = {"text": row["answer"]} if is_text else {"message": _message(row)}
         reason = "length" if row["finish_reason"] == "length" else "stop"
         counts = {**(row.get(STATS) or {}), **row}
         asked, made = (counts[name] or 0 for name in COUNTS)
         return {
-            "id": f"chatcmpl-{row['row_hash']}",
-            "object": "chat.completion",
+            "id": f"{'cmpl' if is_text else 'chatcmpl'}-{row['row_hash']}",
+            "object": "text_completion" if is_text else "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+            "choices": [{"index": 0, **told, "logprobs": None, "finish_reason": reason}],
             "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
         }
+
+
+def _message(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The assistant's message of a chat completion."""
+    message = {"role": "assistant", "content": row["answer"], "refusal": None}
+    reasoning = row.get("reasoning")
+    return message if reasoning is None else {**message, "reasoning_content": reasoning}
 
 
 def told_there(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +132,10 @@ def told_there(line: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in body:
         told["error_message"] = body["error"]["message"]
     else:
-        message = body["choices"][0]["message"]
-        told["answer"], told["reasoning"] = message["content"], message.get("reasoning_content")
+        choice = body["choices"][0]
+        message = choice.get("message", {})
+        told["answer"] = choice["text"] if "text" in choice else message["content"]
+        told["reasoning"] = message.get("reasoning_content")
     return told
 
 

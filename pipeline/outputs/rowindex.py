@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -16,6 +17,7 @@ import pyarrow as pa
 from pipeline.outputs.answers import without_lone_surrogates
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.records import Row, RowError
+from pipeline.storage.causes import told
 
 Order = Literal["input", "completion"]
 
@@ -271,3 +273,16 @@ def _dropped(after: bool) -> str:
 def _key(id: str, salt: int = 0) -> bytes:
     text = without_lone_surrogates(id) or ""  # as it comes back from an output
     return blake2b(text.encode(), digest_size=16, salt=salt.to_bytes(16, "little")).digest()
+
+
+@contextmanager
+def scratch_index() -> Iterator[RowIndex]:
+    """An index in scratch space, with which it is gone. Raises StorageError where there is no room for it."""
+    with told("there is no scratch space", "; set TMPDIR"):
+        scratch = tempfile.TemporaryDirectory(prefix="marsinfer-")
+    with (
+        scratch as folder,
+        told("scratch space cannot be used", "; let TMPDIR name a folder with room", of=sqlite3.Error),
+        closing(RowIndex(Path(folder) / "index.sqlite")) as index,
+    ):
+        yield index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
@@ -27,7 +26,7 @@ from pipeline.outputs.parts import (
     journal_folder,
     refuse_leftovers,
 )
-from pipeline.outputs.rowindex import RowIndex
+from pipeline.outputs.rowindex import scratch_index
 from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import schema_as_written
 from pipeline.storage.causes import READ_ERRORS, NetworkError, told
@@ -77,8 +76,7 @@ def refuse_unfinished(output: str) -> None:
 @contextmanager
 def no_rows() -> Iterator[FinishedRows]:
     """What is done where a run begins afresh."""
-    scratch = tempfile.TemporaryDirectory(prefix="marsinfer-")
-    with scratch as folder, closing(RowIndex(Path(folder) / "index.sqlite")) as index:
+    with scratch_index() as index:
         yield FinishedRows(index)
 
 

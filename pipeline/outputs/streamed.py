@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from pipeline.errors import StorageError
 from pipeline.outputs.answers import answers_table
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.formats import lines_sink
-from pipeline.outputs.rowindex import Order, RowIndex
+from pipeline.outputs.rowindex import Order, scratch_index
 from pipeline.records import Answer
 from pipeline.storage.causes import cause, told
 from pipeline.values.converting import converted
@@ -33,13 +32,11 @@ class StreamedRows(FinishedRows):
         self._schema = schema
         self._failure: str | None = None  # of the first row that has no answer
         with ExitStack() as opened:
-            scratch = opened.enter_context(tempfile.TemporaryDirectory(prefix="marsinfer-"))
+            index = opened.enter_context(scratch_index())
             # not sys.stdout, which may lead elsewhere so that only answers come here
             with told("standard output cannot be written"):
                 self._handle = os.fdopen(STDOUT, "wb", closefd=False)
             opened.callback(self._let_go)
-            index = RowIndex(Path(scratch) / "index.sqlite")
-            opened.callback(index.close)
             self._opened = opened.pop_all()
         self._sink = lines_sink(self._handle, schema)
         super().__init__(index)
@@ -47,8 +44,10 @@ class StreamedRows(FinishedRows):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._opened.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
     def append(self, answers: Sequence[Answer]) -> None:
         """Write the answers, which are with the reader on return.

@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.prompts.chat import ChatTemplate, chat_source
+from pipeline.prompts.chat import ChatTemplate, chat_source, no_template
 from pipeline.prompts.forms import Form, Template
-from pipeline.prompts.templates import ROW, FileTemplate
+from pipeline.prompts.templates import ROW, FileTemplate, without_template
 from pipeline.prompts.tokenizing import Codec, Prompt, PromptLayout, bos_ids, stop_token_ids
-from pipeline.records import CLOSES, OPENS, Document, EncodedDocument, Reasoning, Row, RowError, Spans, Turn
+from pipeline.records import (
+    CLOSES,
+    OPENS,
+    WHOLE,
+    Document,
+    EncodedDocument,
+    Reasoning,
+    Row,
+    RowError,
+    Spans,
+    Turn,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,6 +81,7 @@ class PromptBuilder:
         chat = chat_source(self.tokenizer)
         self._turns: tuple[Turn, ...] = ()  # of the messages that these prompts are made around
         self._conversations: dict[tuple[Turn, ...], PromptBuilder] = {}
+        self._parses_texts = False
         unasked = frozenset(f"{ROW}{name}" for name in self._template.columns)
         self._asked = unasked | {"question"}
         # by the names of the user texts that are given
@@ -188,17 +200,19 @@ class PromptBuilder:
         return Reasoning.POSSIBLE if known else Reasoning.UNEXPECTED
 
     def _around(self, turns: tuple[Turn, ...]) -> PromptBuilder:
-        """The prompts of rows with such messages.
+        """The prompts of rows with such messages, or with whole prompts.
 
         Raises `RowError` of the kind `template` where the chat template does not take them as they are.
         """
         known = self._conversations
         made = known.get(turns)
         if made is None:
-            if not isinstance(self._template, ChatTemplate):
-                raise ConfigError("messages need the model's chat template, not a template of your own")
             made = copy(self)
-            made._turns, made._template = turns, self._template.around(turns)
+            made._turns = turns
+            if turns[0].role == WHOLE:
+                made._take_whole_prompts(turns[0])
+            else:
+                made._template = self._chat().around(turns)
             asks = any("question" in turn.texts for turn in turns)
             made._asked = frozenset(f"{ROW}{name}" for name in made._template.columns)
             made._asked |= {"question"} if asks else set()
@@ -212,6 +226,21 @@ class PromptBuilder:
                 known.clear()
             known[turns] = made
         return made
+
+    def _chat(self) -> ChatTemplate:
+        if isinstance(self._template, ChatTemplate):
+            return self._template
+        if not chat_source(self.tokenizer):
+            raise no_template(self.tokenizer)
+        raise ConfigError("messages need the model's chat template, not a template of your own")
+
+    def _take_whole_prompts(self, turn: Turn) -> None:
+        """Become the prompts of rows that say all of them, control tokens too; no answer has reasoning."""
+        if self.system:
+            raise RowError("template", "a whole prompt has no place for the text of --system")
+        self._template, self.parts_reasoning = without_template(turn), False
+        self._bos = bos_ids(self.tokenizer, "")
+        self._parses_texts = True
 
     def _prompt(self, document: Document) -> tuple[Prompt, Form]:
         """The prompt with the whole document, and what the template writes around it."""
@@ -254,7 +283,7 @@ class PromptBuilder:
         return self._forms[given], self._layouts[given]
 
     def _layout(self, form: Form) -> PromptLayout:
-        return self._codec.layout(form.with_system(), self._bos)
+        return self._codec.layout(form.with_system(), self._bos, parses_texts=self._parses_texts)
 
     def _asks(self, question: str) -> bool:
         """Whether there is a question, be it of white space, unless the template would leave that out."""

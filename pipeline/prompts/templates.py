@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment as Environment
 
 from pipeline.errors import ConfigError
 from pipeline.prompts.trial import LONG_TEXT, check_ends
+from pipeline.records import Turn
 
 NAMES = ("document", "question", "system")
 ROW = "row."  # in front of a column's name it is that of a user text
@@ -110,6 +111,11 @@ class FileTemplate:
             return self.render(fields)
         except RENDER_ERRORS as error:
             raise ConfigError(f"prompt template: {told(error)}") from error
+
+
+def without_template(turn: Turn) -> FileTemplate:
+    """What writes the texts of a whole prompt as they are."""
+    return FileTemplate(turn.between.join(f"{{{{ {name} }}}}" for name in turn.texts))
 
 
 def _environment() -> Environment:

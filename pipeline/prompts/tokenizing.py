@@ -2,7 +2,7 @@
 
 A prompt is tokenized whole. Where user text would be a control token, its texts are tokenized one by one,
 the template's own with control tokens parsed and user text without, so that a document that says `<|im_end|>`
-ends no turn.
+ends no turn. Only where the user wrote the whole prompt, and no template did, its control tokens are parsed.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class PromptLayout:
     parts: tuple[list[int] | str, ...]
     leading: str | None  # the user text that the prompt begins with, if it does
     control_tokens: list[int]  # of the template, in their order
+    parses_texts: bool = False  # whether a user text may be control tokens
 
     @property
     def fixed_tokens(self) -> int:
@@ -172,7 +173,9 @@ class Codec:
             return False
         return self._parsing.decode(ids, skip_special_tokens=False).removeprefix(" ") == "ab cd e"
 
-    def layout(self, segments: Sequence[Segment], bos: list[int]) -> PromptLayout:
+    def layout(
+        self, segments: Sequence[Segment], bos: list[int], *, parses_texts: bool = False
+    ) -> PromptLayout:
         """Tokenize what is the same for every row, a system message included."""
         parts: list[list[int] | str] = [bos]
         control_tokens: list[int] = []
@@ -183,16 +186,20 @@ class Codec:
                 parts.append(ids)
             else:
                 parts.append(self.user(text, index == 0) if name == "system" else name)
-        return PromptLayout(bos, tuple(parts), segments[0][0], control_tokens)
+        return PromptLayout(bos, tuple(parts), segments[0][0], control_tokens, parses_texts)
 
     def prompt(self, layout: PromptLayout, segments: Sequence[Segment]) -> Prompt:
-        """The prompt of these texts, tokenized whole unless user text would then be a control token."""
-        prompt = self._whole(segments)
-        if prompt is None or not self._has_only(prompt, layout.control_tokens):
+        """The prompt of these texts, tokenized whole unless user text would then be a control token.
+
+        Where texts may be control tokens, one that begins with those of `bos` has them once.
+        """
+        prompt = None if self._spells_any(segments) and not layout.parses_texts else self._whole(segments)
+        if prompt is None or not (layout.parses_texts or self._has_only(prompt, layout.control_tokens)):
             return layout.fill({name: self._part(name, text, layout) for name, text in segments if name})
-        skip = len(layout.bos)
-        spans = {name: (start + skip, end + skip) for name, (start, end) in prompt.spans.items()}
-        return Prompt(layout.bos + prompt.ids, spans)
+        begins = layout.parses_texts and prompt.ids[: len(layout.bos)] == layout.bos
+        bos = [] if begins else layout.bos
+        spans = {name: (start + len(bos), end + len(bos)) for name, (start, end) in prompt.spans.items()}
+        return Prompt(bos + prompt.ids, spans)
 
     def _part(self, name: str, text: str, layout: PromptLayout) -> list[int]:
         """Tokens of a user text alone; rows about one document, which takes long, follow each other."""
@@ -210,10 +217,8 @@ class Codec:
             return False
         return [token for token in prompt.others() if token in self._control_ids] == control_tokens
 
-    def _whole(self, segments: Sequence[Segment]) -> Prompt | None:
+    def _whole(self, segments: Sequence[Segment]) -> Prompt:
         """All texts as one; a token that a user text shares with the template counts to the user text."""
-        if any(self._spells(text) for name, text in segments if name):
-            return None
         text = "".join(text for _, text in segments)
         behind = [name for name, _ in segments].index("document") + 1
         tokens = self._texts.encode(text, sum(len(text) for _, text in segments[:behind]))
@@ -234,6 +239,10 @@ class Codec:
                     end -= tokens.span(end - 1)[1] > place
                 spans[name] = first, end
         return Prompt(ids, spans)
+
+    def _spells_any(self, segments: Sequence[Segment]) -> bool:
+        """Whether a user text spells a special token."""
+        return any(self._spells(text) for name, text in segments if name)
 
     def _spells(self, text: str) -> bool:
         return any(content in text for content in self._unspelled)

@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 from pipeline.report.output_reading import Run
 from pipeline.report.references import REFERENCE
+from pipeline.storage.causes import told
 from pipeline.suites.metrics import score, token_f1
 from pipeline.suites.similarity import edit_similarity
 
@@ -131,6 +132,7 @@ def compare(first: Run, second: Run, most: int = MOST_SHOWN) -> Comparison:
     measure, measure_name = likeness()
     with (
         tempfile.TemporaryDirectory(prefix="marsinfer-report-") as scratch,
+        told("the outputs cannot be compared", "; let TMPDIR name a folder with room", of=sqlite3.Error),
         closing(sqlite3.connect(Path(scratch) / "rows.sqlite")) as database,
     ):
         database.row_factory = sqlite3.Row

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError
-from pipeline.inputs.requests import BODY, METHOD, REQUEST_ID, URL
+from pipeline.inputs.requests import BODY, METHOD, REQUEST_ID
+from pipeline.outputs.batch_lines import URL
 from pipeline.settings.data_settings import ANSWER_TOKENS, ASKED, SUMMARY_TOKENS, DataSettings
 from pipeline.settings.run_settings import BatchConfig
 

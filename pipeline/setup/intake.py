@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.templates import FileTemplate
 from pipeline.prompts.within import Within, tokenizer_faults
-from pipeline.records import AS_THE_RUN, Document, EncodedDocument, Record, RowError
+from pipeline.records import AS_THE_RUN, Document, EncodedDocument, Record, RowError, SamplingParams
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.run_settings import BatchConfig
@@ -56,6 +56,8 @@ OF_MESSAGES = ("missing_messages", "bad_messages", "unsupported")
 OF_TEXTS = ("missing_text", "empty_document", "bad_text_type", *OF_MESSAGES)
 OF_QUESTIONS = ("missing_question", "bad_question_type")
 OF_PROMPTS = ("over_long", "template", "missing_field")
+DOCUMENT_ALONE = "{{ document }}"  # a template
+PARAMS = tuple(field.name for field in fields(SamplingParams))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,19 +190,24 @@ def make_prompts(
     longest: int | None = None,
     now: datetime | None = None,
     parts_reasoning: bool = True,
+    of_requests: bool = False,
 ) -> PromptBuilder:
     """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
 
     `now` is the moment whose date a chat template prints, the present where it is None. Without
-    `parts_reasoning` all that the model writes is its answer.
+    `parts_reasoning` all that the model writes is its answer. Prompts `of_requests` may be whole ones, for
+    which the model needs no chat template.
     """
     context = model.shape.context
+    template = settings.template_text()
+    if template is None and of_requests and not chat_source(model.tokenizer):
+        template = DOCUMENT_ALONE
     return PromptBuilder(
         model.tokenizer,
         context=context if longest is None else min(longest, context),
         max_new_tokens=max_new_tokens,
         system=settings.system,
-        template=settings.template_text(),
+        template=template,
         template_args=settings.template_args,
         on_overlong=settings.on_overlong,
         vocab=model.shape.vocab,
@@ -263,24 +270,26 @@ def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = F
 
 
 def _hashed(record: Record, id: str) -> Record:
-    record = replace(record, source=replace(record.source, id=id))
+    if id != record.source.id:
+        record = replace(record, source=replace(record.source, id=id))
     return replace(record, source=replace(record.source, row_hash=row_hash(record)))
 
 
 def row_hash(record: Record) -> str:
     """32 hex digits of all that a row's prompt has of it, or of what ails it; they tell if it changed."""
     if isinstance(record, Document):
-        fields = [record.source.id, record.text, record.question or ""]
-        fields += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
-        fields += [text for field in sorted(record.source.fields.items()) for text in field]
+        texts = [record.source.id, record.text, record.question or ""]
+        texts += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
+        texts += [text for field in sorted(record.source.fields.items()) for text in field]
         if record.source.params is not AS_THE_RUN:
-            for name, value in asdict(record.source.params).items():
-                fields += [] if value is None else [name, json.dumps(value)]
+            for name in PARAMS:
+                value = getattr(record.source.params, name)
+                texts += [] if value is None else [name, json.dumps(value)]
     else:
-        fields = [record.source.id, record.kind]
+        texts = [record.source.id, record.kind]
     digest = hashlib.blake2b(digest_size=16)
-    for field in fields:
-        data = field.encode("utf-8", "surrogatepass")
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 

@@ -173,6 +173,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         config.max_new_tokens,
         now=now,
         parts_reasoning=REASONING_NAME not in intake.source.columns.predates,
+        of_requests=intake.source.columns.requests,
     )
     splitter = make_splitter(config, prompts)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -36,6 +37,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 def partial_path(target: Path) -> Path:
     """The name beside a file under which this process writes what is to replace it."""
     return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what processes that were killed have left of a file; no other may be writing it meanwhile."""
+    target = Path(os.path.realpath(path))
+    name = re.compile(rf"{re.escape(f'.{target.name}.partial-')}\d+(\.\w+)?")
+    for left in filter(name.fullmatch, os.listdir(target.parent)):
+        with suppress(OSError):
+            target.with_name(left).unlink()
 
 
 def open_new(path: Path, like: Path | None = None) -> BinaryIO:

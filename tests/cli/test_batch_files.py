@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from forked import SAVED, held_run
 from object_storage import objects, put
-from openai.types import ErrorObject
+from openai.types import Completion, ErrorObject
 from openai.types.chat import ChatCompletion
 from row_files import read, write
 
@@ -95,6 +96,48 @@ def test_a_client_reads_both_files(call, source, tmp_path, capfd):
     assert "the rows are requests of OpenAI's Batch API" in printed
     assert printed.count("requests ask for 'gpt-4o-mini': ") == 1
     assert "9 rows without an answer: out.errors.jsonl" in printed
+
+
+def prompt(number, text, **fields):
+    return line(number, {"prompt": text, "max_tokens": 4, **fields}, url="/v1/completions")
+
+
+PROMPTS = [
+    prompt(0, "one fish two fish\n\nHow many fish?"),
+    prompt(1, ["one fish two fish\n\nHow many fish?"], max_tokens=6),
+    prompt(2, [1, 2, 3]),
+    prompt(3, "<|im_start|>user\nHow many fish?<|im_end|>\n"),
+]
+
+
+def test_prompts_are_answered_beside_messages(call, tmp_path):
+    source = write(tmp_path / "in.jsonl", [*PROMPTS, line(4)])
+    assert call(source, tmp_path / "out.jsonl") == 0
+    bodies = {row["custom_id"]: row["response"]["body"] for row in read(tmp_path / "out.jsonl")}
+    chat = ChatCompletion.model_validate(bodies.pop("r4"))
+    texts = {name: Completion.model_validate(each) for name, each in bodies.items()}
+    assert {name: each.usage.completion_tokens for name, each in texts.items()} == {"r0": 4, "r1": 6, "r3": 4}
+    assert texts["r1"].choices[0].text.startswith(texts["r0"].choices[0].text)
+    assert {each.object for each in texts.values()} == {"text_completion"}
+    assert texts["r0"].usage.prompt_tokens < chat.usage.prompt_tokens
+    (failed,) = read(tmp_path / "out.errors.jsonl")
+    assert (failed["custom_id"], failed["response"]["body"]["error"]["code"]) == ("r2", "unsupported")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert call(source, tmp_path / "out.jsonl", "--resume") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_model_without_chat_template_answers_prompts(model_folder, tmp_path, capfd):
+    bare = shutil.copytree(model_folder, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    words = ["batch", "--model", str(bare), "--method", "dense"]
+    source = write(tmp_path / "in.jsonl", PROMPTS)
+    assert run([*words, str(source), str(tmp_path / "out.jsonl")]) == 0
+    assert [row["custom_id"] for row in read(tmp_path / "out.jsonl")] == ["r0", "r1", "r3"]
+    capfd.readouterr()
+    write(source, [line(0)])
+    assert run([*words, str(source), str(tmp_path / "chat.jsonl")]) == 2
+    assert "the model has no chat template; give --prompt-template FILE" in capfd.readouterr().err
 
 
 def section(guide, heading):

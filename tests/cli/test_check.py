@@ -7,8 +7,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-
-from marsinfer_cli.app import run
+from check_runs import ASK, REFERENCES, ROWS, check_with, refusal_of, write_rows
 
 BROKEN = [
     "--method",
@@ -22,61 +21,25 @@ BROKEN = [
     "--set",
     "window=1",
 ]
-ROWS = [
-    {
-        "doc": f"row-{number}",
-        "body": f"{word} fish swim past the {word} reef. " * (4 + number),
-        "ask": f"how many {word} fish?",
-        "right": f"about {number}",
-        "kind": "odd" if number % 2 else "even",
-    }
-    for number, word in enumerate(["red", "blue", "green", "old", "new", "big", "sad", "glad"])
-]
 
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "fish.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "fish.jsonl")
 
 
 @pytest.fixture
 def check(sharp_model_folder, monkeypatch):
     monkeypatch.setenv("MARSINFER_METHOD", "dense")
-
-    def call(*arguments):
-        flags = [
-            "--model",
-            str(sharp_model_folder),
-            "--text-column",
-            "body",
-            "--max-new-tokens",
-            "8",
-            "--quiet",
-        ]
-        return run(["check", *map(str, arguments), *flags])
-
-    return call
+    return check_with(sharp_model_folder)
 
 
 @pytest.fixture
 def refusal(check, capfd):
-    """What a check that must end with 2 says, in its one line."""
-
-    def refusal(*arguments):
-        assert check(*arguments) == 2
-        printed = capfd.readouterr()
-        assert printed.out == ""
-        assert len(printed.err.splitlines()) == 1, printed.err
-        return printed.err.removeprefix("marsinfer: error: ").rstrip()
-
-    return refusal
+    return refusal_of(check, capfd)
 
 
 ALONE = ["--scope", "rows"]
-ASK = ["--question-column", "ask", "--id-column", "doc"]
-REFERENCES = [*ASK, "--reference-column", "right"]
 
 
 @pytest.mark.slow
@@ -353,58 +316,3 @@ def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
     assert f"note: left out: {path.name} line 5: no reference in column 'right'" in printed.err
     path.write_text("\n".join(lines[2:]) + "\n")
     assert refusal(path, *REFERENCES).startswith(f"2 of 3 rows cannot be checked: {path.name} line 2")
-
-
-REFUSED = [
-    (["--max-drop", "1"], "--max-drop '1': write a number and unit, 1pt"),
-    (["--max-drop", "-1pt"], "--max-drop '-1pt': write a number and unit"),
-    (["--suite", "squad:x"], "unknown suite 'squad:x'; write leval:DIR, longbench:DIR or needles"),
-    (
-        ["--suite", "needles", "--needle-kinds", "singel"],
-        "unknown kind of needles 'singel' (did you mean 'single'?)",
-    ),
-    (["--suite", "needles", "--needle-lengths", "4k"], "--needle-lengths: 4,096 tokens exceed 1,016"),
-    (["--metric", "accuracy"], "--metric 'accuracy': choose from token-accuracy, nll, "),
-    (["--metric", "rouge-l"], "--metric rouge-l needs generated answers: add --generate"),
-    (["--metric", "nll", "--max-drop", "1pt"], "--max-drop 1pt: nll has no points"),
-    (["--resume"], "--resume needs --out FILE: "),
-    (["--overwrite-baseline"], "--overwrite-baseline needs --baseline FILE"),
-    (["--method", "dens"], "unknown method 'dens' (did you mean 'dense'?)"),
-    (["--limit", "0"], "--limit 0: must be a whole number of at least 1"),
-    (["--junit", "x.xml", "--markdown", "x.xml"], "--markdown and --junit name one file, x.xml"),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(flags) for flags, _ in REFUSED])
-def test_flags_that_cannot_work(refusal, data, flags, message):
-    assert refusal(data, *REFERENCES, *flags).startswith(message)
-
-
-def test_data_that_cannot_work(refusal, data, tmp_path):
-    assert refusal() == "nothing to check: give INPUT or --suite leval:DIR or longbench:DIR"
-    assert refusal(data, *ASK, "--generate").startswith("--generate scores answers against references")
-    assert refusal(data, *ASK, "--metric", "found").startswith("--metric found needs references")
-    assert refusal(data, *ASK, "--suite", "needles").startswith("--question-column is of INPUT's own rows")
-    assert refusal("--suite", "needles").startswith(
-        "--suite needles hides them in documents: give INPUT, or another suite"
-    )
-    assert refusal("--suite", f"leval:{tmp_path}/gone").startswith(f"suite 'leval:{tmp_path}/gone'")
-    assert refusal(data, *ASK, "--reference-column", "write").startswith(
-        f"8 of 8 rows cannot be checked: {data.name} line 1: no reference in column 'write'"
-    )
-    twins = tmp_path / "twins.jsonl"
-    twins.write_text(2 * (json.dumps(ROWS[0]) + "\n"))
-    assert refusal(twins, *ASK) == "two rows have the id 'row-0': twins.jsonl line 1 and twins.jsonl line 2"
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    assert refusal(empty, *ASK) == f"{empty} has no rows"
-
-
-def test_a_column_that_a_table_lacks(refusal, fish):
-    told = refusal(fish, "--question-column", "ask", "--reference-column", "right")
-    assert told == "there is no column 'right' to keep; it has: doc, body, ask, year"
-
-
-def test_storage_that_is_not_there(check, data, tmp_path, capfd):
-    assert check(data, *ASK, "--junit", tmp_path / "gone" / "x.xml") == 8
-    assert f"--junit {tmp_path}/gone/x.xml cannot be written: there is no folder" in capfd.readouterr().err

@@ -102,7 +102,8 @@ class Disturbed:
             assert kept.items() <= now.items()
             assert all(name.startswith(f"{self.place.journal}/") for name in now.keys() - before.keys())
         elif code not in (0, 3):
-            assert self.read(self.place.output) == before.get(self.place.output)
+            for name in (self.place.output, *self.place.published[1:]):
+                assert self.read(name) == before.get(name)
 
     def finish(self, undisturbed: Rows, done: Mapping[str, float], loses: int = 0) -> None:
         """Run to the end, left alone: all rows are there, once, and none that was done is answered again.
@@ -118,9 +119,7 @@ class Disturbed:
         times = {row["id"]: row["ttft_ms"] for row in rows}
         assert self._sound.items() <= times.items()
         assert len(done.items() - times.items()) <= loses
-        left = {self.place.output, *map(self.place.input, INPUTS)}
-        if self.place.suffix == ".jsonl":
-            left.add(f"{self.place.output}.run.json")
+        left = {*self.place.published, *map(self.place.input, INPUTS)}
         if self.read(self.place.dropped) is not None:
             left.add(self.place.dropped)
             assert {row["status"] for row in self.place.unpack(self.place.dropped)} == {"error"}
@@ -161,7 +160,7 @@ class Disturbed:
             for row in self._rows(name)
         ]
         for name in self.place.parts():
-            rows += [row for chunk in self._chunks(name) for row in chunk.table.to_pylist()]
+            rows += [row for each in self._chunks(name) for row in self.place.flat(each.table.to_pylist())]
         return {row["id"]: row["ttft_ms"] for row in rows if row["status"] == "ok"}
 
     def _rows(self, name: str) -> Rows:
@@ -171,7 +170,7 @@ class Disturbed:
 
     def _words(self, flags: Iterable[str]) -> list[str]:
         method = ["--method", METHOD, *(word for setting in SETTINGS for word in ("--set", setting))]
-        asked = ["--question", "what?", "--id-column", "id", "--max-new-tokens", "2", "--quiet", "--json"]
+        asked = [*self.place.asked, "--max-new-tokens", "2", "--quiet", "--json"]
         return [
             "batch",
             "--model",

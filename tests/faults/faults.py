@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from faults import strikes
 from faults.disturbed import STATES
 from faults.strikes import Strike
 
-PLACES = ("parquet", "jsonl", "s3")
+ALL = os.environ.get("MARSINFER_FAULTS") == "all"  # whether every cell is tried
+PLACES = ("parquet", "jsonl", "s3", "columns", "requests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,10 @@ class Fault:
 NO_JOURNAL = dict.fromkeys(("fresh", "extending"), "there is no journal yet")
 NO_OUTPUT = dict.fromkeys(("fresh", "resumed"), "there is no output yet")
 NO_FILES = {"s3": "the scratch folder of an output in storage is new in each run"}
+NO_FAILED_ROWS = dict.fromkeys(
+    ("parquet", "jsonl", "s3", "columns"), "rows without an answer stand in the output itself"
+)
+ANSWERED_BEFORE = {"requests-resumed": "one of the rows that lose their text is answered by then"}
 NO_LINKS = {"s3": "storage has no links and no folders"}
 PARTIALS = ["output.partial", "sidecar.partial", "dropped.partial", "settings.json.partial"]
 AGAIN = ("--resume", "--fail-on-error")
@@ -81,8 +87,9 @@ FAULTS = [
         strike=strikes.sidecar_replaced,
         code=2,
         told="marsinfer did not write it",
-        lacks=dict.fromkeys(("parquet", "s3"), "Parquet needs no file beside it"),
+        lacks=dict.fromkeys(("parquet", "s3", "columns"), "Parquet needs no file beside it"),
     ),
+    Fault(name="foreign-failed-rows", strike=strikes.failed_rows_replaced, code=2, lacks=NO_FAILED_ROWS),
     # the input
     Fault(
         name="input-missing",
@@ -100,13 +107,14 @@ FAULTS = [
         code=8,
         told="all other rows were answered",
     ),
-    Fault(name="rows-without-text", strike=strikes.texts_missing, flags=AGAIN, code=3),
+    Fault(name="rows-without-text", strike=strikes.texts_missing, flags=AGAIN, code=3, lacks=ANSWERED_BEFORE),
     Fault(
         name="too-many-rows-without-text",
         strike=strikes.texts_missing,
         flags=(*AGAIN, "--max-errors", "2"),
         code=4,
         told="more than --max-errors 2 allows",
+        lacks=ANSWERED_BEFORE,
     ),
     # what a crash, a disk or somebody else left
     Fault(name="chunk-damaged", strike=strikes.chunk_damaged, lasts=False, loses=1, lacks=NO_JOURNAL),
@@ -136,6 +144,12 @@ FAULTS = [
         lacks={**NO_JOURNAL, **NO_FILES},
     ),
     Fault(name="output-cut", strike=strikes.output_cut, code=2, lacks=NO_OUTPUT),
+    Fault(
+        name="failed-rows-gone",
+        strike=strikes.failed_rows_gone,
+        lasts=False,
+        lacks={**NO_FAILED_ROWS, **NO_OUTPUT},
+    ),
     Fault(name="dropped-rows-of-garbage", strike=strikes.dropped_rows_of_garbage),
     Fault(name="lock-torn", strike=strikes.lock_torn, lasts=False),
     Fault(name="locked", strike=strikes.locked, code=7, told="is being written by"),

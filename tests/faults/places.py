@@ -21,15 +21,20 @@ from pipeline.storage.remote import RemotePath
 Rows = list[dict[str, Any]]
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("n", pa.int64())])
 TEXT = SCHEMA.get_field_index("text")
+REFUSED = 2  # the number of a request that asks for more than an answer
 GROUP_ROWS = 2  # of a Parquet file, so that damage leaves other rows of it readable
 
 
 class Place(ABC):
-    """Files by their names, which are paths below the place; `suffix` is that of inputs and output."""
+    """Files by their names, which are paths below the place; `suffix` is that of inputs and output.
+
+    Of what its rows are, the command line says the words `asked`.
+    """
 
     suffix: str
     root: str  # for the command line
     lock: str  # the name of a run's lock
+    asked: tuple[str, ...] = ("--question", "what?", "--id-column", "id")
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -64,6 +69,11 @@ class Place(ABC):
     def dropped(self) -> str:
         return f".{self.output}.dropped.parquet"
 
+    @property
+    def published(self) -> list[str]:
+        """What a run that comes to its end may leave for its output."""
+        return [self.output, *([f"{self.output}.run.json"] if self.suffix == ".jsonl" else [])]
+
     def input(self, name: str) -> str:
         return f"in/{name}{self.suffix}"
 
@@ -88,7 +98,11 @@ class Place(ABC):
         data = self.read(name)
         if name.endswith(".jsonl"):
             return [json.loads(line) for line in data.splitlines()]
-        return pq.read_table(io.BytesIO(data)).to_pylist()
+        return self.flat(pq.read_table(io.BytesIO(data)).to_pylist())
+
+    def flat(self, rows: Rows) -> Rows:
+        """Rows of an output or of its journal, with statistics as columns."""
+        return rows
 
     def damaged(self, data: bytes) -> bytes:
         """An input whose second row, in Parquet with the others of its row group, is hurt."""
@@ -142,6 +156,54 @@ class Folder(Place):
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Chosen(Folder):
+    """A folder whose output has some columns alone."""
+
+    asked = (*Folder.asked, "--columns", "answer,stats")
+
+    def flat(self, rows: Rows) -> Rows:
+        return [{**row, **row["stats"]} for row in rows]
+
+
+class Requests(Folder):
+    """A folder of batch files, of which one row is refused, and then stands in a file of its own."""
+
+    asked = ()
+    errors = "out.errors.jsonl"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, ".jsonl")
+
+    @property
+    def published(self) -> list[str]:
+        return [*super().published, self.errors]
+
+    def pack(self, rows: Rows) -> bytes:
+        return super().pack(list(map(_request, rows)))
+
+    def unpack(self, name: str) -> Rows:
+        if name != self.output:
+            return super().unpack(name)
+        names = [each for each in (name, self.errors) if each in self.names()]
+        return sorted(
+            (_told(line) for each in names for line in super(Requests, self).unpack(each)),
+            key=lambda row: row["row"],
+        )
+
+
+def _request(row: dict[str, Any]) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": row["text"]}], "n": 2 if row["n"] == REFUSED else 1}
+    address = {"method": "POST", "url": "/v1/chat/completions"}
+    return {"custom_id": row["id"], **address, "body": body, "n": row["n"]}
+
+
+def _told(line: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a line of the Batch API."""
+    body = line["response"]["body"]
+    answer = body["choices"][0]["message"]["content"] if "choices" in body else None
+    return {"id": line["custom_id"], "answer": answer, **line["marsinfer"]}
 
 
 class Bucket(Place):

@@ -67,6 +67,18 @@ def output_replaced(job: Disturbed) -> AbstractContextManager[None]:
     return replaced(job, job.place.output, b"precious")
 
 
+def failed_rows_replaced(job: Disturbed) -> AbstractContextManager[None]:
+    return replaced(job, job.place.published[-1], b"precious")
+
+
+@contextmanager
+def failed_rows_gone(job: Disturbed) -> Iterator[None]:
+    """Whoever has seen to them has deleted their file, which nobody mends."""
+    assert job.read(job.place.published[-1])
+    job.put(job.place.published[-1], None)
+    yield
+
+
 def sidecar_replaced(job: Disturbed) -> AbstractContextManager[None]:
     return replaced(job, f"{job.place.output}.run.json", b"precious")
 

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
 import pytest
 
 from faults.disturbed import Disturbed
-from faults.faults import FAULTS, IN_A_ROW, PLACES
-from faults.places import Bucket, Folder
+from faults.faults import ALL, FAULTS, IN_A_ROW, PLACES
+from faults.places import Bucket, Chosen, Folder, Requests
 
 pytestmark = pytest.mark.slow
 
 EACH = {fault.name: fault for fault in FAULTS}
-ALL = os.environ.get("MARSINFER_FAULTS") == "all"
+FOLDERS = {
+    "parquet": partial(Folder, suffix=".parquet"),
+    "jsonl": partial(Folder, suffix=".jsonl"),
+    "columns": partial(Chosen, suffix=".parquet"),
+    "requests": Requests,
+}
 
 
 def cells():
@@ -39,7 +44,7 @@ def make_job(request, model_folder, tmp_path, prepared):
         if place == "s3":
             where = Bucket(request.getfixturevalue("bucket"), request.getfixturevalue("s3_server"))
         else:
-            where = Folder(tmp_path / "place", f".{place}")
+            where = FOLDERS[place](tmp_path / "place")
         job = Disturbed(where, model_folder, tmp_path)
         if (place, state) not in prepared:
             job.begin(state)

@@ -20,6 +20,7 @@ from marsinfer_cli.app import run
 TINY = "--model random:tiny --device cpu --dtype float32"
 ASK = "--question-column question --id-column id"
 IN_OUT = "marsinfer batch in.jsonl out.parquet"
+SECONDS = re.compile(r"(?<= rows in )[\d,.]+ (s|min|h)\b")
 WARM_UP = re.compile(r"^marsinfer: note: (warmed up in|the warm-up was given up after) .*\n", re.MULTILINE)
 
 # of what Typer cannot parse, in its words, which change with its version
@@ -62,6 +63,8 @@ CALLS = (
     f"{IN_OUT} --question q --kv-memory 1XB",
     f"{IN_OUT} --question q --rope-scaling yarn",
     f"{IN_OUT} --question q --shard 0/4",
+    f"{IN_OUT} --question q --columns answr",
+    f"{IN_OUT} --question q --deadline 8",
     f"{IN_OUT} --question q --log-format xml",
     f"{IN_OUT} --question q --profile gone.toml",
     f"{IN_OUT} --question q --model smollm3",
@@ -75,6 +78,8 @@ CALLS = (
     "marsinfer batch in.jsonl there.parquet --question q",
     "marsinfer batch in.jsonl gone/out.parquet --question q",
     "marsinfer batch in.jsonl out.csv --question q",
+    "marsinfer batch in.jsonl - --question q --resume",
+    "marsinfer batch in.jsonl - --question q --json",
     "marsinfer batch gone.jsonl out.parquet --question q",
     f"{IN_OUT} --question-column query {TINY} --quiet",
     # runs
@@ -84,7 +89,11 @@ CALLS = (
     f"marsinfer batch bad.jsonl out.parquet {ASK} {TINY} --max-new-tokens 2 --quiet",
     f"marsinfer batch bad.jsonl out.parquet {ASK} {TINY} --max-new-tokens 2 --quiet --fail-on-error",
     f"marsinfer batch bad.jsonl out.parquet {ASK} {TINY} --max-new-tokens 2 --quiet --max-errors 0",
+    f"{IN_OUT} {ASK} {TINY} --max-new-tokens 2 --quiet --deadline 2020-01-01T00:00",
+    f"marsinfer batch requests.jsonl out.jsonl {TINY} --max-new-tokens 2 --quiet",
+    f"marsinfer batch refused.jsonl out.jsonl {TINY} --max-new-tokens 2 --quiet",
     # the other commands
+    "marsinfer merge out.parquet gone.parquet",
     "marsinfer check",
     "marsinfer check in.jsonl",
     f"marsinfer check in.jsonl {ASK} --resume",
@@ -127,7 +136,7 @@ def outcome(line: str, folder: Path) -> dict[str, Any]:
             patch.setenv(name, value)
         with redirect_stdout(io.StringIO()), redirect_stderr(printed):
             code = run(words[words.index("marsinfer") + 1 :])
-    told = without_warm_up(printed.getvalue()).rstrip()
+    told = SECONDS.sub("TIME", without_warm_up(printed.getvalue())).rstrip()
     return {"exit_code": code, "stderr": told.replace(str(folder.resolve()), "FOLDER")}
 
 
@@ -142,6 +151,9 @@ def prepare(folder: Path) -> None:
     good = (BEFORE / "in.jsonl").read_text(encoding="utf-8").splitlines()[0]
     bad = json.dumps({"id": "empty", "text": "", "question": "What does it say?"})
     (folder / "bad.jsonl").write_text(f"{good}\n{bad}\n", encoding="utf-8")
+    for name, url in (("requests", "/v1/completions"), ("refused", "/v1/embeddings")):
+        request = {"custom_id": "a", "method": "POST", "url": url, "body": {"prompt": "one fish"}}
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(request)}\n", encoding="utf-8")
     for name in ("there.parquet", "there.toml"):
         (folder / name).write_text("precious", encoding="utf-8")
     (folder / "unknown.toml").write_text("max_new_token = 1\n", encoding="utf-8")

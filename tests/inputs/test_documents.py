@@ -8,7 +8,9 @@ import docx
 import pyarrow.parquet as pq
 import pypdf
 import pytest
+from PIL import Image
 from reportlab.lib.pagesizes import A4
+from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen import canvas
 
 from pipeline.errors import ConfigError
@@ -20,11 +22,17 @@ TABLE = [["Party", "Share", "Since"], ["Acme", "60 %", "2019"], ["Bell", "40 %",
 AS_LINES = "Party | Share | Since\nAcme | 60 % | 2019\nBell | 40 % | 2021"
 
 
+SCAN = "scan"  # for a page that is an image alone
+
+
 def pdf(*pages):
-    """A PDF of pages, each of lines of text, or of the rows of a table."""
+    """A PDF of pages, each of lines of text, of the rows of a table, or a scan."""
     sink = io.BytesIO()
     drawn = canvas.Canvas(sink, pagesize=A4)
     for lines in pages:
+        if lines == SCAN:
+            drawn.drawImage(ImageReader(Image.new("L", (8, 8))), 0, 0, *A4)
+            lines = []
         for n, line in enumerate(lines):
             for m, cell in enumerate([line] if isinstance(line, str) else line):
                 drawn.drawString(72 + 150 * m, 750 - 20 * n, cell)
@@ -67,10 +75,50 @@ def read(tmp_path):
 
 
 def test_pages_are_numbered_and_counted(read):
-    record = read("a.pdf", pdf(["First page."], [], ["Third page.", "Its end."]))
-    assert record.text == "[page 1]\nFirst page.\n\n[page 2: no text]\n\n[page 3]\nThird page.\nIts end."
+    record = read("a.pdf", pdf(["First page."], SCAN, ["Third page.", "Its end."], []))
+    assert record.text.split("\n\n") == [
+        "[page 1]\nFirst page.",
+        "[page 2: no text]",
+        "[page 3]\nThird page.\nIts end.",
+        "[page 4: blank]",
+    ]
     assert record.source.id == "a.pdf"
-    assert record.source.passthrough.to_pylist() == [{"pages": 3, "pages_without_text": 1}]
+    assert record.source.passthrough.to_pylist() == [{"pages": 4, "pages_without_text": 1}]
+
+
+DRAWINGS = {
+    "an image": (lambda page: page.drawImage(ImageReader(Image.new("L", (8, 8))), 0, 0), 1),
+    "an inline image": (lambda page: page.drawInlineImage(Image.new("L", (8, 8)), 0, 0), 1),
+    "a line": (lambda page: page.line(0, 0, 99, 99), 1),
+    "a filled shape": (lambda page: page.circle(99, 99, 9, stroke=0, fill=1), 1),
+    "an image in a form": (lambda page: form(page, lambda: page.line(0, 0, 9, 9)), 1),
+    "an empty form": (lambda page: form(page, lambda: None), 0),
+    "white space": (lambda page: page.drawString(9, 9, "   "), 0),
+    "a state that is set": (lambda page: page.setLineWidth(3), 0),
+    "a path that clips": (lambda page: page.clipPath(page.beginPath(), stroke=0), 0),
+}
+
+
+def form(page, draw):
+    page.beginForm("inner")
+    draw()
+    page.endForm()
+    page.doForm("inner")
+
+
+@pytest.mark.parametrize("drawn", DRAWINGS)
+def test_a_page_is_blank_or_shows_something(read, drawn):
+    draw, without = DRAWINGS[drawn]
+    sink = io.BytesIO()
+    page = canvas.Canvas(sink, pagesize=A4)
+    page.drawString(72, 750, "Text.")
+    page.showPage()
+    draw(page)
+    page.showPage()
+    page.save()
+    record = read("a.pdf", sink.getvalue())
+    assert record.source.passthrough["pages_without_text"].to_pylist() == [without]
+    assert record.text.endswith("[page 2: no text]" if without else "[page 2: blank]")
 
 
 @pytest.mark.parametrize(
@@ -109,10 +157,11 @@ def encrypted():
         ("a.pdf", encrypted, "encrypted", "a.pdf is encrypted; save it without a password"),
         (
             "a.pdf",
-            lambda: pdf([], []),
+            lambda: pdf(SCAN, []),
             "no_text",
             "a.pdf has no text on any of its 2 pages, as scans have none",
         ),
+        ("a.pdf", lambda: pdf([]), "no_text", "a.pdf has no text on any of its 1 pages, and they are blank"),
         ("a.pdf", lambda: b"%PDF-1.7 nothing", "unreadable", "a.pdf cannot be read as PDF: pypdf"),
         ("a.pdf", lambda: pdf(["x" * 50] * 20)[:700], "unreadable", "a.pdf cannot be read as PDF: pypdf"),
         (
@@ -124,7 +173,7 @@ def encrypted():
         ("a.docx", lambda: word()[:3000], "unreadable", "a.docx cannot be read as DOCX: zipfile.BadZipFile"),
         ("a.html", lambda: b"<p> <script>x</script>", "no_text", "a.html has no text"),
     ],
-    ids=["encrypted", "scanned", "no_pdf", "cut_pdf", "no_zip", "cut_docx", "empty_html"],
+    ids=["encrypted", "scanned", "blank", "no_pdf", "cut_pdf", "no_zip", "cut_docx", "empty_html"],
 )
 def test_files_without_a_text_are_error_rows(read, name, made, kind, message):
     record = read(name, made())
@@ -183,8 +232,8 @@ def test_a_folder_is_answered_into_parquet(call, capfd, tmp_path):
 def test_a_run_tells_how_many_pages_may_be_scans(call, capfd, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out.parquet"
     folder.mkdir()
-    (folder / "a.pdf").write_bytes(pdf(["One."], [], []))
-    (folder / "b.pdf").write_bytes(pdf([]))
+    (folder / "a.pdf").write_bytes(pdf(["One."], SCAN, [], SCAN))
+    (folder / "b.pdf").write_bytes(pdf(SCAN))
     (folder / "c.pdf").write_bytes(pdf(["Whole."]))
     words = folder, output, "--question", "Who?", "--max-new-tokens", 2
     told = "3 pages of 2 PDF files have no text"
@@ -199,7 +248,7 @@ def test_a_run_tells_how_many_pages_may_be_scans(call, capfd, tmp_path):
 
 
 def test_pages_without_text_are_those_of_the_last_reading(tmp_path):
-    (tmp_path / "a.pdf").write_bytes(pdf(["One."], []))
+    (tmp_path / "a.pdf").write_bytes(pdf(["One."], SCAN))
     source = open_source([tmp_path / "a.pdf"], Columns())
     assert source.scans_told() == []
     for _ in range(2):

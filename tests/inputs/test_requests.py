@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
-from pipeline.inputs.requests import IGNORED, WITHOUT_EFFECT, request
+from pipeline.inputs.requests import IGNORED, WITHOUT_EFFECT, WITHOUT_EFFECT_OF_COMPLETIONS, request
 from pipeline.inputs.source import open_source
-from pipeline.records import AS_THE_RUN, Document, Row, RowError, SamplingParams
+from pipeline.records import AS_THE_RUN, Document, Row, RowError, SamplingParams, Turn
 from pipeline.settings.data_settings import DataSettings
 from pipeline.setup.asking import as_begun, columns_decided, settled
 from pipeline.setup.intake import row_hash
@@ -28,6 +28,10 @@ def cells(body=None, **values):
 
 def asked(**fields):
     return request(cells({"messages": SAID, **fields}))
+
+
+def prompted(prompt, **fields):
+    return request(cells({"prompt": prompt, **fields}, url="/v1/completions"))
 
 
 def test_a_request_says_a_conversation_and_what_it_wants_of_the_answer():
@@ -48,7 +52,24 @@ def test_what_is_null_or_without_effect_is_as_good_as_absent():
     assert made.params == AS_THE_RUN
 
 
+def test_a_completion_says_a_prompt():
+    made = prompted("A long document.\n\nWhy?", model="m", max_tokens=5, stop="x", seed=1)
+    assert (made.said.text, made.said.question, made.model) == ("A long document.", "Why?", "m")
+    assert made.said.turns == (Turn("whole", ("document", "question"), "\n\n"),)
+    assert made.params == SamplingParams(max_new_tokens=5, seed=1, stop=("x",))
+    assert prompted(["Why?\n\nA long document."]).said == prompted("Why?\n\nA long document.").said
+    assert prompted("Why?\n\nA long document.").said.turns[0].texts == ("question", "document")
+    neutral = {name: values[0] for name, values in WITHOUT_EFFECT_OF_COMPLETIONS.items() if values}
+    assert prompted("a", **neutral, logprobs=None, user="u") == prompted("a")
+
+
 REFUSED = {
+    "no prompt": (cells({}, url="/v1/completions"), "missing_text", "'body' has no 'prompt'"),
+    "messages for a prompt": (
+        cells(url="/v1/completions"),
+        "bad_request",
+        "'body' has an unknown field 'messages'",
+    ),
     "an empty body": (cells({}), "missing_messages", "'body' has no 'messages'"),
     "no body": (cells(body=...), "bad_request", "there is no 'body', or it is no object; it has: custom_id"),
     "a body of text": (cells("text"), "bad_request", "'body', or it is no object"),
@@ -59,7 +80,13 @@ REFUSED = {
     ),
     "no method": (cells(method=...), "bad_request", "'method' is missing, not 'POST'"),
     "another method": (cells(method="GET"), "bad_request", "'method' is 'GET', not 'POST'"),
-    "another address": (cells(url="/v1/embeddings"), "unsupported", "'url' is '/v1/embeddings'"),
+    "another address": (
+        cells(url="/v1/embeddings"),
+        "unsupported",
+        "'url' is '/v1/embeddings'; supported are '/v1/chat/completions' and '/v1/completions'",
+    ),
+    "no address": (cells(url=...), "unsupported", "'url' is missing; supported are"),
+    "an address that is no text": (cells(url=["/v1/completions"]), "unsupported", "'url' is ['/v1/comp"),
     "no messages in the list": (cells({"messages": []}), "bad_messages", "'messages' is no list of messages"),
     "an image": (
         cells({"messages": [{"role": "user", "content": IMAGE}]}),
@@ -116,6 +143,36 @@ def test_fields_of_a_wrong_type_or_range_are_refused_by_name(kind):
         asked(**fields)
     assert caught.value.kind == "bad_request"
     assert message in str(caught.value)
+
+
+PROMPTS = {
+    "tokens": ([1, 2, 3], "unsupported", "'prompt' is numbers of tokens; give the prompt as a text"),
+    "a list of tokens": ([[1, 2], [3]], "unsupported", "'prompt' is numbers of tokens"),
+    "several": (["a", "b"], "unsupported", "'prompt' has 2 prompts, which is not supported"),
+    "a number and a text": (["a", 1], "bad_request", "'prompt' is no text, or list of one"),
+    "an object": ({"text": "a"}, "bad_request", "'prompt' is no text, or list of one"),
+    "no text": ("", "empty_document", "'prompt' is empty"),
+    "a list of nothing": ([], "empty_document", "'prompt' is empty"),
+    "white space": (" \n\n ", "empty_document", "'prompt' is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_that_are_no_text_are_refused(kind):
+    prompt, word, message = PROMPTS[kind]
+    with pytest.raises(RowError) as caught:
+        prompted(prompt)
+    assert (caught.value.kind, message in str(caught.value)) == (word, True)
+
+
+OF_COMPLETIONS = {"best_of": 3, "echo": True, "logprobs": 0, "suffix": "end", "n": 2, "stream": True}
+
+
+@pytest.mark.parametrize("name", OF_COMPLETIONS)
+def test_what_is_not_supported_of_completions_is_refused_by_name(name):
+    with pytest.raises(RowError, match=f"^'{name}' is .*, which is not supported$") as caught:
+        prompted("a", **{name: OF_COMPLETIONS[name]})
+    assert caught.value.kind == "unsupported"
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -181,15 +238,17 @@ def test_a_run_that_goes_on_takes_what_was_decided():
     assert not as_begun(DataSettings(), columns_decided(settled(DataSettings(), {"text": "string"}))).requests
 
 
-def test_nothing_of_a_request_is_copied_but_what_stands_beside_it(tmp_path):
+def test_of_a_request_its_address_is_copied_and_what_stands_beside_it(tmp_path):
     path = tmp_path / "in.jsonl"
     lines = [cells(), cells(custom_id="b", note=1.5), cells(custom_id=...)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = open_source([path], Columns(requests=True, id="custom_id"))
     first, second, third = source
-    assert first.source.passthrough.to_pylist() == [{"extra": None}]
-    assert second.source.passthrough.to_pylist() == [{"extra": '{"note": 1.5}'}]
+    assert first.source.passthrough.to_pylist() == [{"url": "/v1/chat/completions", "extra": None}]
+    assert second.source.passthrough["extra"].to_pylist() == ['{"note": 1.5}']
     assert (third.kind, third.source.id) == ("missing_id", "in.jsonl:2")
+    kept = open_source([path], Columns(requests=True, id="custom_id", keep={"note": "float"}))
+    assert kept.schema.names == ["url", "note"]
 
 
 def test_requests_are_json_lines(tmp_path):

@@ -9,7 +9,7 @@ from itertools import count
 import pyarrow as pa
 import pytest
 from journal_runs import NOTHING, SETTINGS, answer, ask, dying_after, numbered
-from openai.types import ErrorObject
+from openai.types import Completion, ErrorObject
 from openai.types.chat import ChatCompletion
 
 from pipeline.errors import ConfigError
@@ -126,6 +126,27 @@ def test_the_clients_types_take_what_is_written(path, errors):
     assert [line["custom_id"] for line in every] == [f"id {row}" for row in range(6)]
     assert all(list(line) == ["id", "custom_id", "response", "error", "marsinfer"] for line in every)
     assert len({line["id"] for line in every}) == 6
+
+
+ADDRESSED = pa.schema([pa.field("url", pa.large_string())])
+
+
+def test_a_prompt_has_a_text_completion(path):
+    with start(path, passthrough=ADDRESSED) as journal:
+        for number, url in enumerate(("/v1/completions", "/v1/chat/completions", None)):
+            copied = pa.RecordBatch.from_pylist([{"url": url}], schema=ADDRESSED)
+            ask(journal, number, passthrough=copied)
+            journal.append([done(number, passthrough=copied, finish_reason="length")])
+        journal.publish()
+    first, *others = (line["response"]["body"] for line in lines(path))
+    answer = Completion.model_validate(first)
+    assert (answer.id[:5], answer.object, answer.usage.total_tokens) == ("cmpl-", "text_completion", 12)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("answer to id 0: text", "length")
+    assert [ChatCompletion.model_validate(each).object for each in others] == ["chat.completion"] * 2
+    published = Published(path, lines_schema=read_sidecar(path))
+    table = pa.concat_tables(published.read(group) for group in published)
+    assert table["answer"].to_pylist() == [f"answer to id {number}: text" for number in range(3)]
+    assert table["url"].to_pylist() == ["/v1/completions", "/v1/chat/completions", None]
 
 
 def test_a_run_that_goes_on_answers_no_row_twice(path, errors):

@@ -4,14 +4,11 @@ import errno
 import json
 import os
 
-import pyarrow.parquet as pq
 import pytest
 from journal_runs import EXTENSIONS, SETTINGS, answer, numbered, read, schema_of, work
 from object_storage import objects, put
 
 from pipeline.errors import ConfigError, LockedError, StorageError
-from pipeline.inputs.columns import Columns
-from pipeline.inputs.source import open_source
 from pipeline.outputs.lock import lock_output
 from pipeline.outputs.mirror import open_journal
 from pipeline.outputs.writing import check_output
@@ -291,14 +288,6 @@ def test_an_upload_that_fails_leaves_the_journal(output, bucket, monkeypatch, tm
     assert fetched(output, tmp_path) == numbered(3)
 
 
-def test_large_outputs_are_uploaded_in_pieces(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.remote.UPLOAD_BYTES", 5 << 20)
-    (tmp_path / "large").write_bytes(os.urandom(11 << 20))
-    path = place_of(f"{bucket}/large")
-    path.upload(tmp_path / "large")
-    assert path.read_bytes() == (tmp_path / "large").read_bytes()
-
-
 def test_a_run_whose_lock_was_taken_over_writes_nothing_more(output, bucket):
     with lock_output(output) as lock, start(output, check=lock.check) as journal:
         work(journal, numbered(3))
@@ -331,35 +320,6 @@ def test_names_with_the_signs_of_patterns(bucket, tmp_path):
         killed(output, numbered(3), check=lock.check)
         assert finish(output, numbered(4), check=lock.check) == ["id 3"]
     assert objects(bucket) == ["run[1]*.parquet"]
-
-
-def test_outputs_are_checked(bucket, tmp_path):
-    def refused(path, inputs=(), error=ConfigError, overwrite=False):
-        with pytest.raises(error) as caught:
-            check_output(path, inputs, overwrite)
-        return str(caught.value)
-
-    output = put(f"{bucket}/a.parquet", pq_bytes(tmp_path))
-    files = open_source([output], Columns()).files
-    assert refused(output, files, overwrite=True) == f"{output} is also an input; name another output"
-    foreign = f"{output} exists, and marsinfer did not write it: name another output"
-    assert refused(output) == refused(output, overwrite=True) == foreign
-    check_output(f"{bucket}/b.parquet", files, False)
-    check_output(tmp_path / "b.parquet", files, False)
-    assert "has an extension that is not known" in refused(f"{bucket}/b.csv")
-    for url in ("https://x/out.parquet", "hf://datasets/me/x/out.parquet"):
-        scheme = url.partition(":")[0]
-        assert refused(url) == (
-            f"{url} cannot be an output: {scheme}:// cannot lock it against a second run; "
-            "write to a file, s3:// or gs://, and copy it"
-        )
-
-
-def pq_bytes(tmp_path):
-    import pyarrow as pa
-
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
-    return (tmp_path / "x.parquet").read_bytes()
 
 
 def test_a_file_url_is_a_local_output(tmp_path):
