@@ -28,7 +28,10 @@ class SamplingParams:
 
     max_new_tokens: int | None = None
     temperature: float | None = None
+    top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
@@ -88,7 +89,7 @@ def rules_of(settings: AnswerSettings, model: LoadedModel) -> StopRules:
 
 def sampling_of(settings: SamplingSettings) -> Sampling:
     """How the tokens of answers are drawn."""
-    return Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    return Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
 
 
 def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Lookup | None:

@@ -343,6 +343,7 @@ class LocalEngine:
             rules,
             draws=pack.draws,
             first=pack.tokens,
+            prompts=[job.document.input_ids],
             reasoning=[job.document.reasoning],
             check=check,
             stats=self.stats,

@@ -30,7 +30,7 @@ class PrefilledPack:
     rows: list[Answer]
     sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
     tokens: list[int]  # the first one of each, or NOT_FINITE
-    draws: list[RowDraws | None]  # what each row is drawn by; None: it is greedy
+    draws: list[RowDraws | None]  # what each row's tokens are chosen by; None: the largest logits
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
@@ -86,7 +86,7 @@ class Prefiller:
             shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
         prefilled_at = self.now()
         draws = [self.row_rules.draws(document.source) for document in documents]
-        tokens = first_tokens(prefilled.logits_BV, draws)
+        tokens = first_tokens(prefilled.logits_BV, draws, [document.input_ids for document in documents])
         first_at, began = self.now(), started - shared_s
         rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
         for job, row in zip(jobs, rows, strict=True):

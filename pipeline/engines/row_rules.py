@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.model.decode import StopRules
@@ -36,14 +36,14 @@ class RowRules:
         return replace(self.rules, max_new_tokens=self.new_tokens(row), texts=texts)
 
     def draws(self, row: Row) -> RowDraws | None:
-        """What a row is drawn by; None where it is greedy.
+        """What a row's tokens are chosen by; None: by the largest logits alone.
 
         Under a seed of its own a row draws the same wherever it stands in the input.
         """
         own = row.params
         if own is AS_THE_RUN:
             return self.sampling.draws(row.draw_number, self.rules.max_new_tokens)
-        given = {name: getattr(own, name) for name in ("temperature", "top_p", "seed")}
+        given = {each.name: getattr(own, each.name) for each in fields(Sampling)}
         sampling = replace(self.sampling, **{name: each for name, each in given.items() if each is not None})
         return sampling.draws(row.draw_number if own.seed is None else 0, self.new_tokens(row))
 

@@ -171,6 +171,29 @@ class KvStore(KeysValues):
             self._rows[move.to] = extent
 
 
+def rows_in(
+    cache: RaggedCache, shape: ModelShape, new_tokens: int, *, dtype: torch.dtype, converts: bool
+) -> tuple[KeysValues, list[Extent], list[Extent]]:
+    """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
+
+    `dtype` is what they are kept in, and `converts` whether that is another type than the cache's. A single
+    row that shares nothing, and keeps its type, stays where it is, without an extent; others go where a batch
+    can be padded.
+    """
+    own = list(zip(*cache.own_tokens(), strict=True))
+    if len(own) == 1 and cache.shared is None and not converts:
+        assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
+        return cache, [], []
+    before = None if cache.shared is None else cache.shared.cache
+    documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
+    slots = sum(slots_needed(layers, new_tokens, cache.device) for layers in own)
+    slots += sum(slots_needed(layers, 0, cache.device) for layers in documents)
+    extents = len(own) + len(documents)
+    store = KvStore(slots, shape, dtype=dtype, device=cache.device, extents=extents)
+    shared = [] if before is None else store.adopt(before)
+    return store, store.adopt(cache, [new_tokens] * len(own), frees=converts), shared
+
+
 def _bytes(pool: Tensor) -> Tensor:
     """A pool in e4m3 as bytes, in which zeros are zeros too."""
     return pool.view(torch.uint8) if pool.dtype == FP8 else pool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.errors import ConfigError
 from pipeline.settings.data_settings import ANSWER_TOKENS, SUMMARY_TOKENS, SeedSettings
 from pipeline.settings.option import ANSWERS, option
@@ -33,6 +35,30 @@ class SamplingSettings(AnswerSettings, panel=ANSWERS):
     """How tokens are drawn, where answers are generated and not forced."""
 
     temperature: float = option(0.0, help="0 is greedy.", least=0, most=100)
+    top_k: int = option(0, help="Draw from the N likeliest tokens; 0: from all.", metavar="N", least=0)
     top_p: float = option(
         1.0, help="Nucleus sampling's share of probability.", least=0, most=1, above_least=True
     )
+    min_p: float = option(
+        0.0, help="Draw no token below this share of the likeliest one's probability.", least=0, most=1
+    )
+    repetition_penalty: float = option(
+        1.0,
+        help="Divides the logits of tokens that the prompt or the answer has, and multiplies negative ones; "
+        "for greedy answers too.",
+        least=0,
+        most=100,
+        above_least=True,
+    )
+
+    @property
+    def sampling_that_decides(self) -> dict[str, Any]:
+        """The settings by which tokens are chosen, those that came later only where they are set."""
+        later = {name: getattr(self, name) for name in ("top_k", "min_p", "repetition_penalty")}
+        unset = {name: getattr(SamplingSettings, name) for name in later}
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            **{name: value for name, value in later.items() if value != unset[name]},
+        }
