@@ -321,14 +321,15 @@ def decode(
     stats: DecodeStats | None = None,
     late: int | None = None,
     kv_dtype: torch.dtype | None = None,
+    again: bool = False,
 ) -> list[Generated]:
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `draws` says by what, by default as rows 0, 1, ... are. `first` are the first
     tokens, if they have been chosen, `prompts` the token ids of each, which a repetition penalty is for, and
     `reasoning` is what each prompt says of it. With a `kv_dtype` of float8_e4m3fn keys and values are rounded
-    to it first, and those of the prefill freed. `check` is called before every step, and may raise to give
-    the pack up. Raises RowError where the model's output is not finite.
+    to it first, and those of the prefill freed, unless it is to be decoded `again`. `check` is called before
+    every step, and may raise to give the pack up. Raises RowError where the model's output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
@@ -341,8 +342,10 @@ def decode(
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     dtype = kv_dtype or decoder.dtype
+    converts = dtype != decoder.dtype
+    frees = converts and not again
     kv, extents, documents = rows_in(
-        cache, decoder.shape, rules.max_new_tokens, dtype=dtype, converts=dtype != decoder.dtype
+        cache, decoder.shape, rules.max_new_tokens, dtype=dtype, converts=converts, frees=frees
     )
     shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
     loop = DecodeLoop(

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.settings.answer_settings import COLDEST
+
 NOT_FINITE = -1  # in place of a token
-# a temperature below it is 0: of logits near 16 float32 tells differences of 2e-6 apart, so that a draw would
-# only choose among those that rounding made different
-COLDEST = 1e-5
 LEAST_TOP_P = 1e-30  # of a smaller one float32 makes 0, which leaves no token
 ROWS_AT_ONCE = 32  # of those that draw: each step of a draw takes a float32 of the whole vocabulary
 

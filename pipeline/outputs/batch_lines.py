@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.outputs.beginnings import METADATA_KEY
-from pipeline.outputs.own_columns import OWN_NAMES, STATS
+from pipeline.outputs.own_columns import ANSWERS, OWN_NAMES, STATS
 from pipeline.records import ErrorType
 from pipeline.storage.remote import Place, RemotePath
 
@@ -59,10 +59,10 @@ def is_batch_form(output: Path, schema: pa.Schema) -> bool:
     return is_lines(output.name) and is_of_requests(schema)
 
 
-def with_response(columns: Iterable[str]) -> list[str]:
-    """These columns of answers, and those that a response takes."""
+def with_response(columns: Iterable[str], *, several: bool = False) -> list[str]:
+    """These columns of answers, and those that a response takes, to prompts with `several` answers or one."""
     wanted = list(columns)
-    return [*wanted, *TEXTS, *(() if STATS in wanted else COUNTS)]
+    return [*wanted, *TEXTS, *((ANSWERS,) if several else ()), *(() if STATS in wanted else COUNTS)]
 
 
 def errors_path(output: AnyPlace) -> AnyPlace:
@@ -100,11 +100,7 @@ class Responses:
         }
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A chat completion."""
-        message = {"role": "assistant", "content": row["answer"], "refusal": None}
-        if row.get("reasoning") is not None:
-            message["reasoning_content"] = row["reasoning"]
-        reason = "length" if row["finish_reason"] == "length" else "stop"
+        """A chat completion, with a choice for each answer."""
         counts = {**(row.get(STATS) or {}), **row}
         asked, made = (counts[name] or 0 for name in COUNTS)
         return {
@@ -112,9 +108,17 @@ class Responses:
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+            "choices": [_choice(*each) for each in enumerate(row.get(ANSWERS) or [row])],
             "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
         }
+
+
+def _choice(index: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer["answer"], "refusal": None}
+    if answer.get("reasoning") is not None:
+        message["reasoning_content"] = answer["reasoning"]
+    reason = "length" if answer["finish_reason"] == "length" else "stop"
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 def told_there(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,12 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.settings.data_settings import ANSWER_TOKENS, SUMMARY_TOKENS, SeedSettings
-from pipeline.settings.option import ANSWERS, option
+from pipeline.settings.option import ANSWERS, Settings, option
+
+# a temperature below it is 0: of logits near 16 float32 tells differences of 2e-6 apart, so that a draw would
+# only choose among those that rounding made different
+COLDEST = 1e-5
+MOST_ANSWERS = 1024  # to a prompt, all of which are decoded together
 
 
 class AnswerSettings(SeedSettings, panel=ANSWERS):
@@ -29,6 +34,18 @@ class AnswerSettings(SeedSettings, panel=ANSWERS):
         super().__post_init__()
         if "" in self.stop:
             raise ConfigError("--stop takes a text that is not empty")
+
+
+class SeveralSettings(Settings, panel=ANSWERS):
+    """How many answers a prompt gets."""
+
+    n: int = option(
+        1,
+        metavar="N",
+        help="Answers to each prompt, drawn from one prefill; the column answers lists them.",
+        least=1,
+        most=MOST_ANSWERS,
+    )
 
 
 class SamplingSettings(AnswerSettings, panel=ANSWERS):

@@ -123,6 +123,7 @@ class Preparation(Setup):
             else {"overlap": splitter.overlap, "combine_sha256": splitter.combine.template_hash},
             "max_new_tokens": config.max_new_tokens,
             "sampling": config.sampling_that_decides,
+            **({} if config.n == 1 else {"n": config.n}),
             "stop": list(config.stop),
             "kv_memory": config.kv_memory,
             "guard": None if self.guard is None else self.guard.as_dict(),

@@ -145,7 +145,7 @@ def test_under_a_seed_of_its_own_a_row_is_drawn_the_same_wherever_it_stands():
     )
     seeded, unseeded = SamplingParams(seed=7), SamplingParams(temperature=0.9)
     drawn = {
-        (params, number): rules.draws(Row(row=number, id="", place="", params=params))
+        (params, number): rules.draws(Row(row=number, id="", place="", params=params))[0]
         for params in (seeded, unseeded)
         for number in (0, 5)
     }
