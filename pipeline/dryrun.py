@@ -84,7 +84,7 @@ class DryRunReport:
 
     def __post_init__(self) -> None:
         self.notes += self.run.notes
-        self.pace = Pace(shape=self.packer.shape)
+        self.pace = Pace(shape=self.packer.shape, n=self.packer.n)
         if self.config.deadline is not None:
             self.deadline = deadline_after(self.config.deadline, datetime.now(UTC))
 
@@ -158,8 +158,9 @@ class DryRunReport:
         """Estimate the time, by the rows that are done, or else by the rates of the device."""
         if not self.prompts:
             return
-        model, counts = self.run.model, {"flops": self.method_flops, "prompts": self.prompts}
-        packer = replace(self.packer, new_tokens=round(self.new_tokens / self.prompts))
+        model, answers = self.run.model, self.prompts * self.packer.n
+        counts = {"flops": self.method_flops, "answers": answers}
+        packer = replace(self.packer, new_tokens=round(self.new_tokens / answers))
         if self.pace.says_something:
             self.estimate = estimate_by_pace(packer, self.pace, **counts)
         elif rates := measure_rates(model.device, model.dtype, model.shape):
@@ -219,7 +220,7 @@ class DryRunReport:
         self.longest_tokens = max(self.longest_tokens, tokens)
         self.truncated_rows += document.truncated_tokens > 0
         self.truncated_tokens += document.truncated_tokens
-        self.new_tokens += self.packer.room(document)
+        self.new_tokens += self.packer.n * self.packer.room(document)
         self.flops += dense_flops(self.packer.shape, tokens)
 
     def as_dict(self) -> dict[str, Any]:

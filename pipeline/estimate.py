@@ -40,6 +40,7 @@ class Pace:
     """How fast rows were answered that are done, by their columns; not those that shared a document."""
 
     shape: ModelShape
+    n: int = 1  # answers to a prompt, which take their steps together
     rows: int = 0
     flops: float = 0.0  # of their prefills
     prefill_s: float = 0.0  # of a pack's each row has an equal part
@@ -54,7 +55,7 @@ class Pace:
             self.rows += 1
             self.flops += dense_flops(self.shape, row["prompt_tokens"]) * row["flops_ratio"]
             self.prefill_s += row["prefill_ms"] / row["pack_documents"] / 1e3
-            self.steps += max(0, row["new_tokens"] - 1)
+            self.steps += max(0, round(row["new_tokens"] / self.n) - 1)
             self.decode_s += (row["decode_ms"] or 0.0) / 1e3
 
     @property
@@ -106,17 +107,18 @@ def planning_packer(run: Preparation) -> Packer:
         run.model.shape,
         itemsize=run.model.dtype.itemsize,
         new_tokens=run.config.max_new_tokens,
+        n=run.config.n,
         pack_tokens=run.config.pack_tokens,
         kv_memory=run.config.kv_memory,
         in_flight=run.config.in_flight,
     )
 
 
-def estimate(packer: Packer, rates: Rates, *, flops: int, prompts: int, prompt_tokens: int) -> Estimate:
-    """Of so many prompts, whose prefills take `flops` operations together."""
+def estimate(packer: Packer, rates: Rates, *, flops: int, answers: int, prompt_tokens: int) -> Estimate:
+    """Of answers to prompts of so many tokens, whose prefills take `flops` operations, all together."""
     return Estimate(
         prefill_s=(flops / (BEST_SHARE * rates.matrix), flops / (WORST_SHARE * rates.matrix)),
-        decode_s=_decode_s(packer, rates, prompts, prompt_tokens),
+        decode_s=_decode_s(packer, rates, answers, prompt_tokens),
         new_tokens=packer.new_tokens,
         prefill_at=f"{BEST_SHARE:.0%} to {WORST_SHARE:.0%} of the {rates.matrix / 1e12:.3g} TFLOP/s that a "
         "matrix product reaches on this device",
@@ -125,11 +127,11 @@ def estimate(packer: Packer, rates: Rates, *, flops: int, prompts: int, prompt_t
     )
 
 
-def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, prompts: int) -> Estimate:
+def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, answers: int) -> Estimate:
     """The same, by what rows of the same run took that are done."""
     rate = pace.flops / pace.prefill_s
     step_s = pace.decode_s / pace.steps if pace.steps else 0.0
-    steps = -(-prompts // packer.in_flight) * packer.new_tokens
+    steps = -(-answers // packer.in_flight) * packer.new_tokens
     return Estimate(
         prefill_s=(flops / rate, flops / rate),
         decode_s=steps * step_s,
@@ -140,16 +142,19 @@ def estimate_by_pace(packer: Packer, pace: Pace, *, flops: int, prompts: int) ->
     )
 
 
-def _decode_s(packer: Packer, rates: Rates, prompts: int, prompt_tokens: int) -> float:
-    """Each step reads the weights that its rows pass, and the keys and values of them all."""
-    together = min(packer.in_flight, prompts)
+def _decode_s(packer: Packer, rates: Rates, answers: int, prompt_tokens: int) -> float:
+    """Each step reads the weights that its rows pass, and the keys and values of them all.
+
+    Those of a prompt are read once for all its answers.
+    """
+    together = min(packer.in_flight, answers)
     shape = packer.shape
     head = shape.hidden * shape.vocab
     read, passed = layer_weights(shape, together) + head, layer_weights(shape, 1) + head
-    a_row = packer.kv_bytes([prompt_tokens // prompts])
+    a_row = packer.kv_bytes([max(1, prompt_tokens // answers)])
     read_s = (read * packer.itemsize + together * a_row) / rates.memory
     computed_s = 2 * passed * together / rates.matrix
-    steps = -(-prompts // together) * packer.new_tokens
+    steps = -(-answers // together) * packer.new_tokens
     return steps * max(read_s, computed_s)
 
 

@@ -31,7 +31,10 @@ class SamplingParams:
 
     max_new_tokens: int | None = None
     temperature: float | None = None
+    top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
 
@@ -214,6 +217,16 @@ class PartAnswer:
     error_message: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneOfSeveral:
+    """One of the answers that a prompt was given."""
+
+    answer: str
+    reasoning: str | None
+    finish_reason: str | None
+    new_tokens: int
+
+
 @dataclass(kw_only=True, slots=True)
 class Answer:
     """One row of the output; the fields up to `passthrough` are its columns, in this order."""
@@ -224,6 +237,7 @@ class Answer:
     question: str | None = None
     status: str = "ok"
     answer: str | None = None
+    answers: list[OneOfSeveral] | None = None  # all, where there are to be several
     reasoning: str | None = None
     finish_reason: str | None = None
     error_type: str | None = None
@@ -282,9 +296,14 @@ class Answer:
         self.status, self.error_type, self.error_message = error.status, error.kind, error.message
 
     @property
+    def finish_reasons(self) -> list[str | None]:
+        """Of each of its answers."""
+        return [each.finish_reason for each in self.answers or (self,)]
+
+    @property
     def is_unanswered(self) -> bool:
-        """Whether the model reasoned here, or in one of the parts, until it had no tokens left to answer."""
-        if self.reasoning is not None and not self.answer:
+        """Whether the model reasoned, for an answer here or in a part, until it had no tokens left for it."""
+        if any(each.reasoning is not None and not each.answer for each in self.answers or (self,)):
             return True
         return any(part.finish_reason == "length" and not part.answer for part in self.parts or ())
 

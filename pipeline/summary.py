@@ -47,7 +47,8 @@ class Summary(Tally):
         self.kv_bytes_per_token = kv_bytes_per_token
         self.new_tokens = 0
         self.draft_tokens, self.accepted_tokens = 0, 0  # that were looked up, and those of them in answers
-        self.ended_by_length = 0  # answers
+        self.answers = 0
+        self.ended_by_length = 0  # of them
         self.unanswered_rows = 0  # of which the model reasoned and came to no answer
         self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
@@ -146,7 +147,8 @@ class Summary(Tally):
             self.new_tokens += answer.new_tokens or 0
             self.draft_tokens += answer.draft_tokens or 0
             self.accepted_tokens += answer.accepted_tokens or 0
-            self.ended_by_length += answer.finish_reason == "length"
+            self.answers += len(answer.finish_reasons)
+            self.ended_by_length += answer.finish_reasons.count("length")
             self.unanswered_rows += answer.is_unanswered
             self.unchanged_rows += self._is_unchanged(answer)
             self.grouped_rows += answer.group_rows is not None
@@ -189,9 +191,9 @@ class Summary(Tally):
                 "the model reasoned until it had no tokens left; raise --max-new-tokens, or have it answer "
                 "at once, if its chat template can (--template-arg enable_thinking=false)"
             )
-        if self.ended_by_length > MANY_CUT * answered:
+        if self.ended_by_length > MANY_CUT * self.answers:
             found.append(
-                f"{self.ended_by_length:,} of {counted(answered, 'answer')} ended by length, perhaps in "
+                f"{self.ended_by_length:,} of {counted(self.answers, 'answer')} ended by length, perhaps in "
                 "mid-sentence: a larger --max-new-tokens lets them end by themselves"
             )
         return found

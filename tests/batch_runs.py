@@ -14,7 +14,7 @@ from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, firs
 from pipeline.model.decode_batch import Seat
 from pipeline.model.lookup import drafts_of
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Draws, Sampling, next_tokens
+from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, settings_of
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 
@@ -24,6 +24,8 @@ SAMPLINGS = {
     "greedy": Sampling(),
     "sampled": Sampling(temperature=1.0, seed=5),
     "top_p": Sampling(temperature=1.0, top_p=0.9, seed=5),
+    "all": Sampling(temperature=1.0, top_k=30, top_p=0.95, min_p=0.02, repetition_penalty=1.3, seed=5),
+    "penalised": Sampling(repetition_penalty=1.5),
 }
 model = cache(exact_model)
 
@@ -41,15 +43,15 @@ def prefilled(rows, method, new_tokens=0):
 def drawn_alone(row, method, sampling, rules):
     draws = [sampling.draws(row, NEW_TOKENS)]
     pack = prefilled([row], method, NEW_TOKENS)
-    return decode(model(), SdpaAttention(), pack, rules, draws=draws, late=0)[0]
+    return decode(model(), SdpaAttention(), pack, rules, draws=draws, prompts=[prompt(row)], late=0)[0]
 
 
 def chosen(logits, sampling, uniforms):
     """The tokens of rows that are all drawn in the same way."""
     if sampling.is_greedy:
         return next_tokens(logits, None)
-    temperature, top_p = (torch.full_like(uniforms, each) for each in (sampling.temperature, sampling.top_p))
-    return next_tokens(logits, Draws(temperature, top_p, uniforms, sampling.top_p < 1))
+    settings = torch.tensor(settings_of(RowDraws(sampling, uniforms)))[:, None].expand(-1, len(uniforms))
+    return next_tokens(logits, Draws(settings, uniforms, sampling.sorts, sampling.has_floor))
 
 
 @cache
@@ -113,7 +115,7 @@ class Run:
         """Prefill rows together and let them in; returns those that end with their first token."""
         pack = prefilled(numbers, self.method)
         draws = [self.sampling.draws(number, NEW_TOKENS) for number in numbers]
-        tokens = first_tokens(pack.logits_BV, draws)
+        tokens = first_tokens(pack.logits_BV, draws, [prompt(number) for number in numbers])
         moves = self.store.moves
         extents = self.store.adopt(pack.cache, [NEW_TOKENS + drafts_of(self.lookup)] * len(numbers))
         if self.store.moves > moves:

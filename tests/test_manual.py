@@ -24,7 +24,7 @@ from commands import OF_TYPER, commands, in_guide, options, reference
 from pipeline import errors
 from pipeline.records import Answer, ErrorType
 
-FLAG = r"--[a-z][a-z-]+"
+FLAG = r"--[a-z][a-z-]*"
 CHECKOUT = Path(__file__).parents[1]
 GUIDES = sorted(CHECKOUT.glob("examples/guides/*.md"))
 GUIDE_OF_OUTPUTS = (CHECKOUT / "examples/guides/output.md").read_text(encoding="utf-8")

@@ -88,7 +88,7 @@ class _Check:
         config = self.config
         scaled = {} if self.model.rope_scaling is None else {"rope_scaling": self.model.rope_scaling}
         stops = {"stop": list(config.stop)} if config.stop else {}
-        drawn = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
+        chooses = config.temperature or config.repetition_penalty != 1
         return {
             "model": {"fingerprint": self.model.fingerprint, "dtype": str(self.model.dtype), **scaled},
             "template_sha256": self.prompts.template_hash,
@@ -99,7 +99,7 @@ class _Check:
             "generate": config.generate,
             **stops,
             **({"reasoning": "apart"} if config.generate and self._may_reason else {}),
-            **({"sampling": drawn} if config.generate and config.temperature else {}),
+            **({"sampling": config.sampling_that_decides} if config.generate and chooses else {}),
         }
 
     @property

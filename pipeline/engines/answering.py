@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
@@ -20,7 +21,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
-from pipeline.records import Answer, EncodedDocument, Reasoning, RowError
+from pipeline.records import Answer, EncodedDocument, OneOfSeveral, Reasoning, RowError
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
 
 
@@ -88,7 +89,7 @@ def rules_of(settings: AnswerSettings, model: LoadedModel) -> StopRules:
 
 def sampling_of(settings: SamplingSettings) -> Sampling:
     """How the tokens of answers are drawn."""
-    return Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    return Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
 
 
 def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Lookup | None:
@@ -120,13 +121,28 @@ def texts_of(
     return own.reasoning, text.lstrip() if reasons else text
 
 
-def add_answer(row: Answer, generated: Generated, model: LoadedModel) -> None:
-    """Write an answer that has ended into its row, as text and in numbers."""
-    row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
-    row.new_tokens = len(generated.tokens)
-    if generated.drafts is not None:
-        row.draft_tokens, row.accepted_tokens = generated.drafts, generated.accepted
-    row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
+def add_answers(row: Answer, generated: Sequence[Generated], model: LoadedModel) -> None:
+    """Write the answers to a prompt, which have ended, into its row, as text and in numbers.
+
+    Of several the first is the row's own; counts of tokens are of them all.
+    """
+    answers = [_written(each, model) for each in generated]
+    for name in ("answer", "reasoning", "finish_reason"):
+        setattr(row, name, getattr(answers[0], name))
+    row.answers = answers if len(answers) > 1 else None
+    row.new_tokens = sum(each.new_tokens for each in answers)
+    drafted = [each for each in generated if each.drafts is not None]
+    if drafted:
+        row.draft_tokens = sum(each.drafts or 0 for each in drafted)
+        row.accepted_tokens = sum(each.accepted for each in drafted)
+
+
+def _written(generated: Generated, model: LoadedModel) -> OneOfSeveral:
+    reasoning, text = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
+    ended = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
+    return OneOfSeveral(
+        answer=text, reasoning=reasoning, finish_reason=ended, new_tokens=len(generated.tokens)
+    )
 
 
 def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:

@@ -99,7 +99,8 @@ class GroupPacker:
 
     def _slots(self, sharing: Sharing, shared: int, row: EncodedDocument) -> int:
         own = row.prompt_tokens - shared if self._is_whole(sharing) else row.prompt_tokens
-        return self._of(sharing).slots(own, self.packer.room(row))
+        # answers that read a document have each a copy of what stands behind it
+        return self._of(sharing).slots(own, self.packer.room(row), shares=not self._is_whole(sharing))
 
     def _stored_slots(self, sharing: Sharing, prefixes: Sequence[int]) -> int:
         if not self._is_whole(sharing):

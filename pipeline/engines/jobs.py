@@ -138,7 +138,8 @@ class JobPacker:
                 apart.append(WaitingPack(rows=(waiting,), alone=True))
             else:
                 slots = self._slots(job, packer)
-                together.append(Waiting(row=job, slots=job.brings + slots, tokens=tokens))
+                slots += job.brings
+                together.append(Waiting(row=job, slots=slots, tokens=tokens, answers=packer.n))
         return [*([WaitingPack(rows=tuple(together))] if together else []), *apart]
 
     def _slots(self, job: Job, packer: Packer) -> int:

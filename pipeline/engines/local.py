@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.engines.answering import add_answer, failed, lookup_of, memory_message
+from pipeline.engines.alone import decoded_alone
+from pipeline.engines.answering import add_answers, failed, lookup_of, memory_message
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
@@ -17,9 +18,9 @@ from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
-from pipeline.engines.table import Running, Table, begun
+from pipeline.engines.table import Running, RunningRow, Table, begun
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
+from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import drafts_of
@@ -53,6 +54,7 @@ class LocalEngine:
         kv_dtype: str = "auto",
         lookup: int | None = 0,
         in_flight: int | None = None,
+        n: int = 1,
         group: str = "off",
         guard: Guard | None = None,
         save_selection: bool = False,
@@ -65,10 +67,11 @@ class LocalEngine:
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
         dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. With `lookup` so many
         tokens of a row are drafted for a step, with None as many as suit the device. `in_flight` bounds the
-        rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
-        run. `phase` is told of each pack that is prefilled.
+        rows that are decoded at once, and `n` is how many answers a prompt gets, each of which counts as one
+        there. `check` is called often, between layers too; what it raises ends the run. `phase` is told of
+        each pack that is prefilled.
         """
-        self.row_rules = RowRules(rules=rules, sampling=sampling, tokenizer=model.tokenizer)
+        self.row_rules = RowRules(rules=rules, sampling=sampling, tokenizer=model.tokenizer, n=n)
         self.model, self._note = model, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
@@ -79,6 +82,7 @@ class LocalEngine:
             itemsize=model.decoder.dtype.itemsize,
             new_tokens=rules.max_new_tokens,
             drafts=drafts_of(self.lookup),
+            n=n,
             pack_tokens=pack_tokens,
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
@@ -206,21 +210,18 @@ class LocalEngine:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
         running = begun(pack, self.row_rules, self._clock.seconds)
         again = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
-        for row, token, dense in zip(running, pack.tokens, again, strict=True):
-            if dense is None:
-                row.take(token)
-        ended = [row for row in running if row.finish_reason is not None]
-        joining = [
-            b
-            for b, (row, dense) in enumerate(zip(running, again, strict=True))
-            if row.finish_reason is None and dense is None
-        ]
+        trusted = [b for b, dense in enumerate(again) if dense is None]
+        for b in trusted:
+            for answer, token in zip(running[b].answers, pack.tokens[b], strict=True):
+                answer.take(token)
+        ended = [each for b in trusted for each in running[b].answers if each.finish_reason is not None]
+        joining = [b for b in trusted if running[b].going]
         if joining:
             self._open_table().join(running, joining, pack)
         # nothing that follows can fail: a pack that does runs again, with rows that have joined
         pack.count(self.times)
         self._scheduler.put_back(self.packs.packed([dense for dense in again if dense is not None]))
-        return [self._finish(row) for row in ended]
+        return self._finish(ended)
 
     def _again(self, jobs: Sequence[Job], failure: RowError) -> list[Answered]:
         """After a prefill that failed: smaller pieces, smaller packs, and at last the culprit alone."""
@@ -270,14 +271,15 @@ class LocalEngine:
         rows = list(self._running)
         if not rows:
             return []
-        made = self.attempts.run(lambda check: act(), rows[0].job.document)
+        made = self.attempts.run(lambda check: act(), rows[0].row.job.document)
         if isinstance(made, RowError):
             self._close_table()
-            self._scheduler.put_back(self.packs.waiting([row.job for row in rows], alone=True))
-            self._note(f"a decode step failed ({made!s}): its {len(rows):,} rows run again, each alone")
+            jobs = list({id(each.row): each.row.job for each in rows}.values())
+            self._scheduler.put_back(self.packs.waiting(jobs, alone=True))
+            self._note(f"a decode step failed ({made!s}): its {len(jobs):,} rows run again, each alone")
             return []
-        ended = [row for row in rows if row.finish_reason is not None]
-        return [self._finish(row) for row in ended + self._too_late()]
+        ended = [each for each in rows if each.finish_reason is not None]
+        return self._finish(ended + self._too_late())
 
     def _too_late(self) -> list[Running]:
         """Rows that took longer than a row may, by their prefill and the steps that they took part in."""
@@ -286,27 +288,31 @@ class LocalEngine:
             return []
         return self._table.end_late(most, self._clock.seconds)
 
-    def _finish(self, row: Running) -> Answered:
-        """The output row of one that has ended, whose part of the store is free again."""
-        if row.extent is not None:
-            assert self._table is not None
-            self._table.leave(row)
-        if row.finish_reason == "not_finite":
-            error = RowError("not_finite", NOT_FINITE_MESSAGE)
-            return self._failed(row.job, self.attempts.described(error, row.job.document))
-        if row.finish_reason == "timeout":
-            return self._failed(row.job, self.attempts.described(self.attempts.timeout(), row.job.document))
-        wall_s = row.finished_at - row.first_at
-        decoding_s = min(self._clock.seconds - row.joined_s, wall_s)
-        row.answer.decode_ms = decoding_s * 1e3
-        # and then it waited while others were prefilled
-        row.answer.queue_ms = (row.answer.queue_ms or 0.0) + (wall_s - decoding_s) * 1e3
-        row.answer.kv_host_bytes, row.answer.kv_swapped_bytes = 0, 0
-        return self._written(row.job, row.answer, row, row.began)
+    def _finish(self, ended: Sequence[Running]) -> list[Answered]:
+        """Free what answers that have ended had of the store; returns the rows that end with them."""
+        rows = {id(each.row): each.row for each in ended if not each.row.is_over}.values()
+        for each in ended:
+            if each.extent is not None:
+                assert self._table is not None
+                self._table.leave(each)
+        return [self._output_row(row) for row in rows if row.failure is not None or not row.going]
 
-    def _written(self, job: Job, answer: Answer, generated: Generated, began: float) -> Answered:
-        """The row with its answer; a fault of the tokenizer costs its row alone."""
-        write = partial(add_answer, answer, generated, self.model)
+    def _output_row(self, row: RunningRow) -> Answered:
+        """Of a row whose answers have all ended, or one of which has failed."""
+        row.is_over = True
+        if row.failure is None:
+            row.tell_times(self._clock.seconds)
+            row.answer.kv_host_bytes, row.answer.kv_swapped_bytes = 0, 0
+            return self._written(row.job, row.answer, row.answers, row.began)
+        if row.going and self._table is not None:
+            self._table.leave_together(row, row.failure)
+        late = row.failure == "timeout"
+        error = self.attempts.timeout() if late else RowError("not_finite", NOT_FINITE_MESSAGE)
+        return self._failed(row.job, self.attempts.described(error, row.job.document))
+
+    def _written(self, job: Job, answer: Answer, generated: Sequence[Generated], began: float) -> Answered:
+        """The row with its answers; a fault of the tokenizer costs its row alone."""
+        write = partial(add_answers, answer, generated, self.model)
         made = self.attempts.run(lambda _: write(), job.document)
         return Answered(job.document, answer, began) if made is None else self._failed(job, made)
 
@@ -336,22 +342,11 @@ class LocalEngine:
             pack.count(self.times)
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
-        (generated,) = decode(
-            self.model.decoder,
-            self.model.attention,
-            pack.prefilled,
-            rules,
-            draws=pack.draws,
-            first=pack.tokens,
-            reasoning=[job.document.reasoning],
-            check=check,
-            stats=self.stats,
-            kv_dtype=self.kv_dtype,
-        )
-        answer.decode_ms = (generated.finished_at - pack.first_at) * 1e3
+        generated = decoded_alone(self.model, pack, rules, check, stats=self.stats, kv_dtype=self.kv_dtype)
+        answer.decode_ms = (generated[-1].finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
         pack.count(self.times)
-        self.times.add_decode(generated.finished_at - pack.first_at, generated.finished_at)
+        self.times.add_decode(generated[-1].finished_at - pack.first_at, generated[-1].finished_at)
         return [self._written(job, answer, generated, pack.began)]
 
     def _failed(self, job: Job, failure: RowError) -> Answered:

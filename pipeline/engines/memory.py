@@ -25,6 +25,7 @@ IN_FLIGHT = {"cpu": 16, "cuda": 256}
 # of a document for whose prefill memory is set aside, if that leaves enough for the store: what is longer
 # runs alone, without the store
 LONGEST_BESIDE_STORE = 131_072
+FIRST_AT_ONCE = 256  # answers of a pack whose first tokens are chosen together, from a copy of logits each
 PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
 SCORING_QUERIES = 64  # about as many as methods observe
 SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
@@ -48,6 +49,7 @@ class Packer:
     kv_memory: int | None = None  # bytes of K/V on the device, beyond which a document runs alone, offloaded
     kv_itemsize: int | None = None  # bytes of a number in the store, where that is not `itemsize`
     drafts: int = 0  # of these new tokens
+    n: int = 1  # answers to a prompt, each a row of its own once it is decoded
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -60,6 +62,7 @@ class Packer:
         itemsize: int,
         new_tokens: int,
         drafts: int = 0,
+        n: int = 1,
         pack_tokens: int | None,
         kv_memory: int | None = None,
         kv_itemsize: int | None = None,
@@ -67,9 +70,11 @@ class Packer:
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
-        `in_flight` is as the user gives it, or 0 where prefills are all that is to be done.
+        `in_flight` is as the user gives it, or 0 where prefills are all that is to be done. It is raised to
+        `n`, so that all answers to a prompt are decoded together.
         """
         method.check_depth(shape)
+        rows = _in_flight(in_flight, pack_tokens, device)
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
         whole = cls(
             device=device,
@@ -78,9 +83,10 @@ class Packer:
             itemsize=itemsize,
             new_tokens=new_tokens + drafts,
             drafts=drafts,
+            n=n,
             pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
             max_bytes=0,
-            in_flight=_in_flight(in_flight, pack_tokens, device),
+            in_flight=max(rows, n) if rows else 0,
             kv_memory=kv_memory,
             kv_itemsize=kv_itemsize,
             host_bytes=host_kv_bytes(),
@@ -123,10 +129,17 @@ class Packer:
         own = document.source.params.max_new_tokens
         return self.new_tokens if own is None else own + self.drafts
 
-    def slots(self, prompt_tokens: int, room: int) -> int:
-        """Slots that a row may need in the store; how many it needs is known after its prefill."""
+    def slots(self, prompt_tokens: int, room: int, *, shares: bool = True) -> int:
+        """Slots that a prompt may need in the store, with `room` for the new tokens of each of its answers.
+
+        How many it needs is known after its prefill. Several answers read the same keys and values, if the
+        model's rows can, or without `shares` a copy each.
+        """
         stored = self.method.plan(self.shape, (prompt_tokens,)).cache_tokens
-        return slots_needed(stored, room, self.device)
+        if self.n == 1 or not (shares and self.shape.shares_documents):
+            return self.n * slots_needed(stored, room, self.device)
+        of_each = slots_needed([0] * len(stored), room, self.device)
+        return slots_needed(stored, 0, self.device) + self.n * of_each
 
     def runs_alone(self, document: EncodedDocument) -> bool:
         """Whether a document is too large to run beside others: its prefill, or its keys and values."""
@@ -161,6 +174,8 @@ class Packer:
     def planned_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that a pack of prompts of these lengths needs: planned K/V, activations, logits."""
         logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
+        if self.n > 1:  # a copy for each answer
+            logits += min(len(lengths) * self.n, FIRST_AT_ONCE) * self.shape.vocab * 4
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * self.shape.heads * max(lengths)) * SCORE_BYTES
         activations = running_bytes(self.shape, self.itemsize, sum(lengths))
         return self.kv_bytes(lengths) + activations + logits + scores

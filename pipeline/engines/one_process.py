@@ -223,6 +223,7 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         kv_dtype=config.kv_dtype,
         lookup=parse_lookup(config.lookup),
         in_flight=config.in_flight,
+        n=config.n,
         # marks are kept of rows that run on their own alone
         group="off" if config.save_selection else config.group,
         guard=setup.guard,

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pipeline.engines.answering import prefilled_rows
 from pipeline.engines.attempts import Check
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.keeping import keep_selection
+from pipeline.engines.memory import FIRST_AT_ONCE
 from pipeline.engines.row_rules import RowRules
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.decode import first_tokens
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import RowDraws
-from pipeline.records import Answer
+from pipeline.records import Answer, EncodedDocument
 from pipeline.texts.words import counted
 
 
@@ -29,8 +32,8 @@ class PrefilledPack:
     prefilled: Prefilled
     rows: list[Answer]
     sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
-    tokens: list[int]  # the first one of each, or NOT_FINITE
-    draws: list[RowDraws | None]  # what each row is drawn by; None: it is greedy
+    tokens: list[list[int]]  # the first one of each of its answers, or NOT_FINITE
+    draws: list[list[RowDraws | None]]  # what each one's tokens are chosen by; None: the largest logits
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
@@ -86,7 +89,7 @@ class Prefiller:
             shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
         prefilled_at = self.now()
         draws = [self.row_rules.draws(document.source) for document in documents]
-        tokens = first_tokens(prefilled.logits_BV, draws)
+        tokens = _first_of_each(prefilled.logits_BV, draws, documents)
         first_at, began = self.now(), started - shared_s
         rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
         for job, row in zip(jobs, rows, strict=True):
@@ -122,3 +125,22 @@ class Prefiller:
         if prefix is not None and first < prefix.made.layers:
             lengths = [prefix.made.segments.lengths[job.number] for job in jobs]
         return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
+
+
+def _first_of_each(
+    logits_BV: Tensor, draws: Sequence[Sequence[RowDraws | None]], documents: Sequence[EncodedDocument]
+) -> list[list[int]]:
+    """The first token of each answer to each prompt, which `draws` says by what."""
+    if all(len(own) == 1 for own in draws):  # as nearly always: no copy of the logits
+        alone = first_tokens(logits_BV, [own[0] for own in draws], [each.input_ids for each in documents])
+        return [[token] for token in alone]
+    pairs = [(b, each) for b, own in enumerate(draws) for each in own]
+    found: list[list[int]] = [[] for _ in draws]
+    for start in range(0, len(pairs), FIRST_AT_ONCE):
+        chunk = pairs[start : start + FIRST_AT_ONCE]
+        of_answer = [b for b, _ in chunk]
+        prompts = [documents[b].input_ids for b in of_answer]
+        tokens = first_tokens(logits_BV[of_answer], [each for _, each in chunk], prompts)
+        for b, token in zip(of_answer, tokens, strict=True):
+            found[b].append(token)
+    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.model.decode import StopRules
 from pipeline.model.sampling import RowDraws, Sampling
 from pipeline.model.stopping import StopTexts
-from pipeline.records import AS_THE_RUN, Row
+from pipeline.records import Row
 
 MOST_STOPS = 64  # different lists of stop texts that are held
 
@@ -20,6 +20,7 @@ class RowRules:
     rules: StopRules
     sampling: Sampling
     tokenizer: Any
+    n: int = 1  # answers to a prompt
     _texts: dict[tuple[str, ...], StopTexts] = field(default_factory=dict)
 
     def new_tokens(self, row: Row) -> int:
@@ -35,17 +36,16 @@ class RowRules:
         texts = self.rules.texts if own.stop is None else self._stops(own.stop)
         return replace(self.rules, max_new_tokens=self.new_tokens(row), texts=texts)
 
-    def draws(self, row: Row) -> RowDraws | None:
-        """What a row is drawn by; None where it is greedy.
+    def draws(self, row: Row) -> list[RowDraws | None]:
+        """What the tokens of each of a row's answers are chosen by; None: by the largest logits alone.
 
         Under a seed of its own a row draws the same wherever it stands in the input.
         """
         own = row.params
-        if own is AS_THE_RUN:
-            return self.sampling.draws(row.draw_number, self.rules.max_new_tokens)
-        given = {name: getattr(own, name) for name in ("temperature", "top_p", "seed")}
+        given = {each.name: getattr(own, each.name) for each in fields(Sampling)}
         sampling = replace(self.sampling, **{name: each for name, each in given.items() if each is not None})
-        return sampling.draws(row.draw_number if own.seed is None else 0, self.new_tokens(row))
+        number = row.draw_number if own.seed is None else 0
+        return [sampling.draws(number, self.new_tokens(row), answer) for answer in range(self.n)]
 
     def _stops(self, texts: tuple[str, ...]) -> StopTexts | None:
         if not texts:

@@ -22,6 +22,7 @@ class Waiting(Generic[T]):
     row: T
     slots: int
     tokens: int
+    answers: int = 1  # that are decoded, each as a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Scheduler(Generic[T]):
             return self._packs.popleft()
         if room.running and (count == 0 or tokens < self._worthwhile):
             return None
-        alone = count == 0  # a row that fits no empty store
+        alone = count == 0  # a row that fits no empty store, or has more answers than are decoded together
         count = max(count, 1)
         self._take(pack, count)
         return replace(pack, rows=pack.rows[:count], alone=alone)
@@ -109,8 +110,10 @@ class Scheduler(Generic[T]):
     def _fitting(self, pack: WaitingPack[T], room: Room) -> tuple[int, int]:
         """How many of a pack's first rows there is room for, and their tokens."""
         count = tokens = slots = 0
-        for waiting in pack.rows[: self._in_flight - room.running]:
-            if slots + waiting.slots > room.slots:
+        running = room.running
+        for waiting in pack.rows:
+            running, slots = running + waiting.answers, slots + waiting.slots
+            if running > self._in_flight or slots > room.slots:
                 break
-            count, tokens, slots = count + 1, tokens + waiting.tokens, slots + waiting.slots
+            count, tokens = count + 1, tokens + waiting.tokens
         return count, tokens

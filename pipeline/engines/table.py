@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -19,56 +19,83 @@ from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
+from pipeline.model.sampling import RowDraws
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Answer
 
 SMALLER = 0.9  # what is tried next where the memory for the store is not there
 SMALLEST = 0.5
+FAILURES = ("not_finite", "timeout")  # reasons to finish that are none of an answer
 
 
 @dataclass(kw_only=True, eq=False)
-class Running(Generated):
+class RunningRow:
     """A row that is being answered."""
 
     job: Job
     answer: Answer
     began: float  # time.perf_counter() when its prefill began, that of what it shares included
-    first_at: float  # the same when its first token was known
+    first_at: float  # the same when its first tokens were known
     joined_s: float  # what the clock of decoding said then
+    answers: list[Running] = field(default_factory=list)
+    is_over: bool = False  # its output row is made, or about to be
+
+    @property
+    def failure(self) -> str | None:
+        """Why it has failed, if one of its answers has: `not_finite` or `timeout`."""
+        return next((each.finish_reason for each in self.answers if each.finish_reason in FAILURES), None)
+
+    @property
+    def going(self) -> list[Running]:
+        """The answers that have not ended."""
+        return [each for each in self.answers if each.finish_reason is None]
+
+    def tell_times(self, decoded_s: float) -> None:
+        """Write what its answers took into the output row; `decoded_s` is the clock of decoding."""
+        wall_s = max(each.finished_at for each in self.answers) - self.first_at
+        decoding_s = min(decoded_s - self.joined_s, wall_s)
+        self.answer.decode_ms = decoding_s * 1e3
+        # and then it waited while others were prefilled
+        self.answer.queue_ms = (self.answer.queue_ms or 0.0) + (wall_s - decoding_s) * 1e3
+
+
+@dataclass(kw_only=True, eq=False)
+class Running(Generated):
+    """An answer that grows, one of its row's."""
+
+    row: RunningRow
+    draws: RowDraws | None  # what its tokens are chosen by; None: the largest logits
     extent: Extent | None = None  # of the store
-    document: StoredDocument | None = None  # that it shares with other rows
+    document: StoredDocument | None = None  # that it shares with others
 
 
-def begun(pack: PrefilledPack, row_rules: RowRules, decoded_s: float) -> list[Running]:
-    """The rows of a pack, none of which has its first token yet; `decoded_s` is the clock of decoding."""
-    return [
-        Running(
-            rules=row_rules.of(job.document.source),
-            job=job,
-            answer=row,
-            began=pack.began,
-            first_at=pack.first_at,
-            joined_s=decoded_s,
-            reasoning=job.document.reasoning,
-        )
-        for job, row in zip(pack.jobs, pack.rows, strict=True)
-    ]
+def begun(pack: PrefilledPack, row_rules: RowRules, decoded_s: float) -> list[RunningRow]:
+    """The rows of a pack, whose answers have no tokens yet; `decoded_s` is the clock of decoding."""
+    rows = []
+    for job, answer, draws in zip(pack.jobs, pack.rows, pack.draws, strict=True):
+        row = RunningRow(job=job, answer=answer, began=pack.began, first_at=pack.first_at, joined_s=decoded_s)
+        rules, reasoning = row_rules.of(job.document.source), job.document.reasoning
+        row.answers = [Running(rules=rules, row=row, reasoning=reasoning, draws=own) for own in draws]
+        rows.append(row)
+    return rows
 
 
 @dataclass(kw_only=True, eq=False)
 class StoredDocument:
-    """A document's part of the store, which several rows read; it is free again with the last of them."""
+    """A part of the store that several answers read; it is free again with the last of them."""
 
     extent: Extent
-    readers: int = 0  # rows that are being decoded, and whoever may bring more
+    readers: int = 0  # answers that are being decoded, and whoever may bring more
+    is_held: bool = False  # of a group, and not the prompt of one row
 
 
 class Table:
     """A store and the batch of its rows."""
 
-    def __init__(self, store: KvStore, loop: DecodeLoop, device: torch.device) -> None:
+    def __init__(self, store: KvStore, loop: DecodeLoop, device: torch.device, *, shares: bool) -> None:
+        """With `shares` several answers to a prompt read it where it lies, else each a copy."""
         self.loop = loop
-        self._store, self._device = store, device
+        self._store, self._device, self._shares = store, device, shares
         self._rows: dict[int, Running] = {}  # by id: also those that have all their tokens on their way
         self._documents: dict[int, list[StoredDocument]] = {}  # by the id of the cache that they came in
         self._held = 0  # documents in the store, those included of which no more rows will come
@@ -96,10 +123,11 @@ class Table:
             lookup=lookup,
             stats=stats,
         )
-        return cls(store, loop, model.device)
+        return cls(store, loop, model.device, shares=model.decoder.shape.shares_documents)
 
     @property
     def rows(self) -> Sequence[Running]:
+        """Answers that are being decoded."""
         return list(self._rows.values())
 
     @property
@@ -107,36 +135,51 @@ class Table:
         """Slots of the store."""
         return self._store.free
 
-    def join(self, rows: Sequence[Running], places: Sequence[int], pack: PrefilledPack) -> None:
-        """Take in the `rows` of a prefilled pack that have these `places` among them."""
+    def join(self, rows: Sequence[RunningRow], places: Sequence[int], pack: PrefilledPack) -> None:
+        """Take in the answers, as far as they go on, of the `rows` of a prefilled pack at these `places`."""
         moves, cache = self._store.moves, pack.prefilled.cache
-        extents = self._store.adopt(cache, [self.loop.room(row) for row in rows])
-        self._follow(moves)
-        for b, extent in enumerate(extents):
+        shares = [self._shares and cache.shared is None and len(row.going) > 1 for row in rows]
+        rooms = [self.loop.room(row.answers[0]) for row in rows]
+        behind = [0 if apart else room for room, apart in zip(rooms, shares, strict=True)]
+        extents, documents = self._store.adopt(cache, behind), self._shared_by(cache)
+        for b, (row, extent) in enumerate(zip(rows, extents, strict=True)):
             if b not in places:  # its prefill may have made NaN
                 self._store.release(extent, wipe=True)
-        positions, documents = pack.prefilled.next_positions, self._shared_by(cache)
-        seats = [
-            Seat(
-                starts=extents[b].starts,
-                used=extents[b].stored,
-                position=positions[b],
-                reach=cache.reaches[b],
-                line=extents[b].line,
-                shared=documents[b].extent if documents else None,
-                prompt=pack.jobs[b].document.input_ids,
-                new_tokens=rows[b].rules.max_new_tokens,
-            )
-            for b in places
-        ]
-        self.loop.join([rows[b] for b in places], seats, [pack.draws[b] for b in places])
-        for b in places:
-            row = rows[b]
-            row.extent = extents[b]
-            self._rows[id(row)] = row
-            if documents:
-                row.document = documents[b]
-                row.document.readers += 1
+            elif shares[b]:
+                parts = [self._store.behind(extent, rooms[b]) for _ in row.going]
+                self._sit(row.going, parts, StoredDocument(extent=extent))
+            else:
+                copies = [self._store.copy_of(extent, rooms[b]) for _ in row.going[1:]]
+                self._sit(row.going, [extent, *copies], documents[b] if documents else None)
+        self._follow(moves)
+        joining = [(b, each) for b in places for each in rows[b].going]
+        seats = [self._seat(each, pack, b) for b, each in joining]
+        answers = [each for _, each in joining]
+        self.loop.join(answers, seats, [each.draws for each in answers])
+        self._rows |= {id(each): each for each in answers}
+
+    def _sit(
+        self, answers: Sequence[Running], extents: Sequence[Extent], document: StoredDocument | None
+    ) -> None:
+        """Give answers to one prompt their parts of the store, and what they read before them."""
+        for answer, extent in zip(answers, extents, strict=True):
+            answer.extent, answer.document = extent, document
+        if document is not None:
+            document.readers += len(answers)
+
+    def _seat(self, answer: Running, pack: PrefilledPack, place: int) -> Seat:
+        """Of an answer to the prompt at this place of the pack."""
+        assert answer.extent is not None
+        return Seat(
+            starts=answer.extent.starts,
+            used=answer.extent.stored,
+            position=pack.prefilled.next_positions[place],
+            reach=pack.prefilled.cache.reaches[place],
+            line=answer.extent.line,
+            shared=None if answer.document is None else answer.document.extent,
+            prompt=answer.row.job.document.input_ids,
+            new_tokens=answer.rules.max_new_tokens,
+        )
 
     def hold(self, cache: RaggedCache) -> bool:
         """Keep documents that rows will share, until `let_go`; False where there is no room for them."""
@@ -147,7 +190,9 @@ class Table:
         moves = self._store.moves
         extents = self._store.adopt(cache)
         self._follow(moves)
-        self._documents[id(cache)] = [StoredDocument(extent=extent, readers=1) for extent in extents]
+        self._documents[id(cache)] = [
+            StoredDocument(extent=extent, readers=1, is_held=True) for extent in extents
+        ]
         self._held += len(extents)
         return True
 
@@ -160,7 +205,7 @@ class Table:
         document.readers -= 1
         if not document.readers:
             self._store.release(document.extent, wipe=True)  # its prefill may have made NaN
-            self._held -= 1
+            self._held -= document.is_held
 
     def _shared_by(self, cache: RaggedCache) -> list[StoredDocument]:
         """Of each row the document that stands before it; none where rows share nothing."""
@@ -180,26 +225,38 @@ class Table:
         return extent.starts
 
     def end_late(self, most: float, decoding_s: float) -> list[Running]:
-        """Rows whose prefill and steps took over `most` seconds; `decoding_s` is the clock of decoding."""
+        """Those whose prefill and steps took over `most` seconds; `decoding_s` is the clock of decoding."""
         late = [
-            row
-            for row in self.rows
-            if row.finish_reason is None and row.first_at - row.began + decoding_s - row.joined_s > most
+            each
+            for each in self.rows
+            if each.finish_reason is None
+            and each.row.first_at - each.row.began + decoding_s - each.row.joined_s > most
         ]
-        for row in late:
-            row.finish_reason, row.finished_at = "timeout", time.perf_counter()
-        self.loop.leave(late)
+        self.give_up(late, "timeout")
         return late
 
-    def leave(self, row: Running) -> None:
-        """Give back what a row has of the store."""
-        assert row.extent is not None
-        self._store.release(row.extent, wipe=row.finish_reason == "not_finite")
-        row.extent = None
-        del self._rows[id(row)]
-        if row.document is not None:
-            self._stop_reading(row.document)
-            row.document = None
+    def give_up(self, answers: Sequence[Running], reason: str) -> None:
+        """End answers in the middle, whose parts of the store they then still have."""
+        for answer in answers:
+            answer.finish_reason, answer.finished_at = reason, time.perf_counter()
+        self.loop.leave(answers)
+
+    def leave(self, answer: Running) -> None:
+        """Give back what an answer has of the store."""
+        assert answer.extent is not None
+        self._store.release(answer.extent, wipe=answer.finish_reason == "not_finite")
+        answer.extent = None
+        del self._rows[id(answer)]
+        if answer.document is not None:
+            self._stop_reading(answer.document)
+            answer.document = None
+
+    def leave_together(self, row: RunningRow, reason: str) -> None:
+        """Let the answers of a row go that has failed with another one."""
+        going = row.going
+        self.give_up(going, reason)
+        for each in going:
+            self.leave(each)
 
     def prepare(self) -> str:
         """Capture the steps of all batch sizes; returns what to tell of the memory that is taken."""

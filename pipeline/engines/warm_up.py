@@ -139,7 +139,7 @@ def _rehearse(engine: LocalEngine, length: int, check: Callable[[], None]) -> bo
     ids = np.arange(length, dtype=np.int64) % model.decoder.shape.vocab
     try:
         _answer(engine, ids, check)
-        if engine.packs.group != "off" and model.device.type == "cuda":
+        if (engine.packs.group != "off" or engine.row_rules.n > 1) and model.device.type == "cuda":
             rehearse_group(model, ids, check, engine.kv_dtype)
         return True
     except RowError as error:  # where even this exceeds --kv-memory, say, the rows will say so

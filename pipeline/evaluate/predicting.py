@@ -133,7 +133,8 @@ def generate(
     draws = [sampling.draws(document.source.row, rules.max_new_tokens)]
     pack = Pack.of([document], model.device)
     prefilled = prefill(model.decoder, model.attention, method, pack, rules.max_new_tokens, check)
-    first = first_tokens(prefilled.logits_BV, draws)
+    prompts = [document.input_ids]
+    first = first_tokens(prefilled.logits_BV, draws, prompts)
     (answer,) = decode(
         model.decoder,
         model.attention,
@@ -141,6 +142,7 @@ def generate(
         rules,
         draws=draws,
         first=first,
+        prompts=prompts,
         reasoning=[document.reasoning],
         check=check,
     )

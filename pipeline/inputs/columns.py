@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError, did_you_mean
 from pipeline.inputs.requests import REQUEST_KEYS
-from pipeline.outputs.own_columns import OWN_NAMES, STATS, left_out
+from pipeline.outputs.own_columns import ANSWERS, OWN_NAMES, STATS, left_out
 from pipeline.storage.causes import some
 
 Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
@@ -69,9 +69,9 @@ class Columns:
     def names_of_answers(self) -> frozenset[str]:
         """What no copied column is called: all names of answers' columns, whichever are wanted.
 
-        The struct of statistics alone must be wanted: to copy a column of its name was possible before.
+        Two of them must be wanted: to copy columns of their names was possible before.
         """
-        return frozenset(OWN_NAMES) - self.predates - (self.left_out & {STATS})
+        return frozenset(OWN_NAMES) - self.predates - (self.left_out & {STATS, ANSWERS})
 
     @property
     def roles(self) -> tuple[str, ...]:

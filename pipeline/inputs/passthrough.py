@@ -20,7 +20,7 @@ from pipeline.outputs.answers import QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.batch_lines import URL
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.formats import SINKS, Published, type_held
-from pipeline.outputs.own_columns import STATS
+from pipeline.outputs.own_columns import ANSWERS, STATS
 from pipeline.records import Answer, RowError
 from pipeline.storage.causes import READ_ERRORS, cause, some, told
 from pipeline.values.converting import converted, converts
@@ -311,7 +311,7 @@ def _cannot_hold(suffix: str, columns: Sequence[PassColumn]) -> str | None:
     if suffix == ".jsonl" and any(has_twins(column.field.type) for column in columns):
         return TWINS
     copied = pa.schema([column.field for column in columns])
-    schema = output_schema(copied, {}, lacks=(*copied.names, STATS))
+    schema = output_schema(copied, {}, lacks=(*copied.names, ANSWERS, STATS))
     content = io.BytesIO()
     try:
         table = answers_table([Answer(id="", row=0)], schema)

@@ -15,6 +15,7 @@ REQUEST_KEYS = (REQUEST_ID, METHOD, URL, BODY)
 
 MOST_STOPS = 4
 MOST_TEMPERATURE = 2
+MOST_PENALTY = 100
 LONGEST_TOLD = 60  # characters of a value
 
 # fields of a body that change nothing of its answer
@@ -140,9 +141,20 @@ def _params(given: dict[str, Any], names: tuple[str, ...]) -> SamplingParams:
         max_new_tokens=_integer(limits[0], given.pop(limits[0]), least=1) if limits else None,
         temperature=_number(given, "temperature", most=MOST_TEMPERATURE),
         top_p=_number(given, "top_p", most=1, above_least=True),
+        **_of_vllm(given),
         seed=_integer("seed", given.pop("seed")) if "seed" in given else None,
         stop=_stops(given.pop("stop", None)),
     )
+
+
+def _of_vllm(given: dict[str, Any]) -> dict[str, Any]:
+    """What its batch runner reads in the same files, and OpenAI's does not know."""
+    top_k = _integer("top_k", given.pop("top_k"), least=-1) if "top_k" in given else None
+    return {
+        "top_k": None if top_k is None else max(top_k, 0),  # -1 is all tokens, too
+        "min_p": _number(given, "min_p", most=1),
+        "repetition_penalty": _number(given, "repetition_penalty", most=MOST_PENALTY, above_least=True),
+    }
 
 
 def _integer(name: str, value: object, *, least: int | None = None) -> int:

@@ -13,20 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.cache import KeysValues, RaggedCache
+from pipeline.model.cache import KeysValues
 from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
 from pipeline.model.reasoning import answer_start
-from pipeline.model.sampling import NOT_FINITE, Draws, RowDraws, Sampling, next_tokens
+from pipeline.model.sampling import NOT_FINITE, Draws, RowDraws, Sampling, next_tokens, with_penalties
 from pipeline.model.stopping import StopTexts
-from pipeline.model.store import Extent, KvStore, slots_needed
+from pipeline.model.store import rows_in
 from pipeline.records import Reasoning, RowError
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
@@ -151,6 +152,7 @@ class DecodeLoop:
             longest=longest,
             new_tokens=new_tokens,
             numbers=self._numbers,
+            penalises=sampling.penalises,
             lookup=lookup,
         )
         captured = graphs and kv.on_device_alone
@@ -171,8 +173,17 @@ class DecodeLoop:
         pairs = {(count, count) for count in columns}
         if self._lookup is not None:
             pairs |= {(count, self._lookup.queries(count, self._device)) for count in columns}
-        sorts = self._numbers > 0 and self._sampling.top_p < 1
-        return self._runner.prepare(StepSize(*pair, numbers=self._numbers, sorts=sorts) for pair in pairs)
+        sampling = self._sampling
+        return self._runner.prepare(
+            StepSize(
+                *pair,
+                numbers=self._numbers,
+                sorts=sampling.sorts,
+                floors=sampling.has_floor,
+                penalises=sampling.penalises,
+            )
+            for pair in pairs
+        )
 
     @property
     def capacity(self) -> int:
@@ -279,17 +290,18 @@ def _to_host(outcome_BX: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 @torch.inference_mode()
-def first_tokens(logits_BV: Tensor, draws: Sequence[RowDraws | None] = ()) -> list[int]:
+def first_tokens(
+    logits_BV: Tensor, draws: Sequence[RowDraws | None] = (), prompts: Sequence[np.ndarray] = ()
+) -> list[int]:
     """The first token of each prompt, `NOT_FINITE` among them; waits for the device.
 
-    `draws` says what each is drawn by, None for a greedy one; without it all are.
+    `draws` says what each is chosen by, None for the largest logit; without it all are so. `prompts` are
+    their token ids, which a penalty is for.
     """
     if not any(draws):
         return next_tokens(logits_BV, None).tolist()
-    values = [(0.0, 1.0, 0.0) if row is None else (*row[:2], float(row.uniform_N[0])) for row in draws]
-    temperature_B, top_p_B, uniform_B = torch.tensor(values, dtype=torch.float32).T.to(logits_BV.device)
-    sorts = any(row is not None and row.top_p < 1 for row in draws)
-    return next_tokens(logits_BV, Draws(temperature_B, top_p_B, uniform_B, sorts)).tolist()
+    logits_BV = with_penalties(logits_BV, draws, prompts)
+    return next_tokens(logits_BV, Draws.first(draws, logits_BV.device)).tolist()
 
 
 @torch.inference_mode()
@@ -302,32 +314,39 @@ def decode(
     sampling: Sampling | None = None,
     draws: Sequence[RowDraws | None] = (),
     first: Sequence[int] | None = None,
+    prompts: Sequence[np.ndarray] = (),
     reasoning: Sequence[Reasoning | None] | None = None,
     check: Callable[[], None] = lambda: None,
     graphs: bool = True,
     stats: DecodeStats | None = None,
     late: int | None = None,
     kv_dtype: torch.dtype | None = None,
+    again: bool = False,
 ) -> list[Generated]:
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `draws` says by what, by default as rows 0, 1, ... are. `first` are the first
-    tokens, if they have been chosen, and `reasoning` is what each prompt says of it. With a `kv_dtype` of
-    float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed. `check` is called
-    before every step, and may raise to give the pack up. Raises RowError where the model's output is not
-    finite.
+    tokens, if they have been chosen, `prompts` the token ids of each, which a repetition penalty is for, and
+    `reasoning` is what each prompt says of it. With a `kv_dtype` of float8_e4m3fn keys and values are rounded
+    to it first, and those of the prefill freed, unless it is to be decoded `again`. `check` is called before
+    every step, and may raise to give the pack up. Raises RowError where the model's output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
     draws = draws or [sampling.draws(row, rules.max_new_tokens) for row in range(count)]
     if first is None:
-        first = first_tokens(prefilled.logits_BV, draws)
+        first = first_tokens(prefilled.logits_BV, draws, prompts)
     answers = [Generated(rules=rules, reasoning=each) for each in reasoning or [None] * count]
     for answer, token in zip(answers, first, strict=True):
         answer.take(token)
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
-    kv, extents, documents = _rows_in(cache, decoder, rules.max_new_tokens, kv_dtype or decoder.dtype)
+    dtype = kv_dtype or decoder.dtype
+    converts = dtype != decoder.dtype
+    frees = converts and not again
+    kv, extents, documents = rows_in(
+        cache, decoder.shape, rules.max_new_tokens, dtype=dtype, converts=converts, frees=frees
+    )
     shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
     loop = DecodeLoop(
         decoder,
@@ -350,6 +369,7 @@ def decode(
             reach=cache.reaches[b],
             line=extents[b].line if extents else 0,
             shared=shared[b],
+            prompt=prompts[b] if prompts else None,
         )
         for b in live
     ]
@@ -368,27 +388,3 @@ def decode(
 
 def _any_not_finite(answers: Sequence[Generated]) -> bool:
     return any(answer.finish_reason == "not_finite" for answer in answers)
-
-
-def _rows_in(
-    cache: RaggedCache, decoder: Decoder, new_tokens: int, dtype: torch.dtype
-) -> tuple[KeysValues, list[Extent], list[Extent]]:
-    """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
-
-    A single one that shares nothing, and stays in its type, stays where it is, without an extent; others go
-    where a batch can be padded.
-    """
-    own = list(zip(*cache.own_tokens(), strict=True))
-    if len(own) == 1 and cache.shared is None and dtype == decoder.dtype:
-        assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
-        return cache, [], []
-    before = None if cache.shared is None else cache.shared.cache
-    documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
-    slots = sum(slots_needed(layers, new_tokens, decoder.device) for layers in own)
-    slots += sum(slots_needed(layers, 0, decoder.device) for layers in documents)
-    store = KvStore(
-        slots, decoder.shape, dtype=dtype, device=decoder.device, extents=len(own) + len(documents)
-    )
-    shared = [] if before is None else store.adopt(before)
-    rooms = [new_tokens] * len(own)
-    return store, store.adopt(cache, rooms, frees=dtype != decoder.dtype), shared

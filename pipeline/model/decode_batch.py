@@ -26,7 +26,7 @@ from pipeline.model.cache import KeysValues
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
-from pipeline.model.step_tables import DrawTable, SharedQueries, SharedTables, to_device
+from pipeline.model.step_tables import DrawTable, PenaltyTable, SharedQueries, SharedTables, to_device
 from pipeline.model.store import Extent
 
 NOTHING = -2  # in place of a token that a step might have made
@@ -43,7 +43,7 @@ class Seat:
     line: int = 0  # of the scales of keys and values in e4m3
     new_tokens: int | None = None  # of its answer at most; None: as many as the batch makes of any
     shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
-    prompt: np.ndarray | None = None  # (T,) token ids, in which drafts are looked up
+    prompt: np.ndarray | None = None  # (T,) token ids, for drafts that are looked up and for a penalty
 
 
 class _Drafts(NamedTuple):
@@ -82,12 +82,14 @@ class DecodeBatch:
         longest: int,
         new_tokens: int,
         numbers: int = 0,
+        penalises: bool = False,
         lookup: Lookup | None = None,
     ) -> None:
         """No row ever has more than `longest` tokens in a layer, of which it makes `new_tokens` at most.
 
         With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts. There
-        is room for so many `numbers` of a row that is drawn, and for more once one needs them.
+        is room for so many `numbers` of a row that is drawn, and for more once one needs them; and with
+        `penalises` for the tokens of rows that have a penalty, else once one has.
         """
         self._decoder, self._attention, self._kv = decoder, attention, kv
         self._new_tokens = new_tokens
@@ -110,6 +112,7 @@ class DecodeBatch:
         self._shared = SharedTables(decoder.shape, capacity, device, drafts)
         self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
         self._draws = DrawTable(capacity, device, numbers)
+        self._penalties = PenaltyTable(capacity, decoder.shape.vocab, device, is_needed=penalises)
 
     @property
     def capacity(self) -> int:
@@ -123,7 +126,15 @@ class DecodeBatch:
     def size(self, columns: int, queries: int) -> StepSize:
         """Of a step with so many columns and queries, as the rows that there are need it."""
         draws = self._draws
-        return StepSize(columns, queries, bool(self._shared), draws.numbers, draws.sorts)
+        return StepSize(
+            columns,
+            queries,
+            shares=bool(self._shared),
+            numbers=draws.numbers,
+            sorts=draws.sorts,
+            floors=draws.floors,
+            penalises=self._penalties.penalises,
+        )
 
     @torch.inference_mode()
     def join(
@@ -147,7 +158,9 @@ class DecodeBatch:
             for seat, token in zip(seats, tokens, strict=True)
         ]
         to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
-        self._draws.join(draws or [None] * len(seats))
+        draws = draws or [None] * len(seats)
+        self._draws.join(draws)
+        self._penalties.join(draws, [seat.prompt for seat in seats], tokens)
         if self._texts is not None:
             for column, (seat, token) in enumerate(zip(seats, tokens, strict=True), first):
                 assert seat.prompt is not None
@@ -169,6 +182,7 @@ class DecodeBatch:
             to_device(self._starts_LC[:, :kept], np.array(starts, np.int32).T)
         self._state_XC[:, kept : self.rows] = self._nobody_X1
         self._draws.keep(chosen)
+        self._penalties.keep(chosen)
         self._shared.extents = [self._shared.extents[column] for column in chosen]
         self.rows = kept
         self._shared.tell_device()
@@ -199,8 +213,15 @@ class DecodeBatch:
                 return attended_QHd
 
             normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
+        logits_QV = decoder.head(hidden_QD)
+        if size.penalises:
+            newest_B = self._tokens_C[: size.columns]
+            ahead = (None, None) if drafts is None else (drafts.tokens_BN, drafts.spread)
+            logits_QV = self._penalties.applied(logits_QV, newest_B, *ahead)
         draws = self._draws.of_step(size, asked.column_Q, asked.drawn_Q)
-        self._take(self._chosen(decoder.head(hidden_QD), draws), size.columns, drafts)
+        self._take(self._chosen(logits_QV, draws), size.columns, drafts)
+        if size.penalises:
+            self._penalties.take(self.outcome_CX[: size.columns, 1:], self._tokens_C[: size.columns])
 
     def _drafts(self, size: StepSize) -> _Drafts:
         assert self._texts is not None

@@ -32,7 +32,9 @@ class StepSize(NamedTuple):
     queries: int  # as many, or more where drafts are verified
     shares: bool = False  # whether rows read documents that they share
     numbers: int = 0  # that a row may draw by, where one is drawn
-    sorts: bool = False  # whether one is drawn by a top-p below 1
+    sorts: bool = False  # whether one is drawn by top-k, or a top-p below 1
+    floors: bool = False  # whether one is drawn by a min-p
+    penalises: bool = False  # whether one has a repetition penalty
 
 
 Step = Callable[[StepSize], None]

@@ -1,8 +1,9 @@
-"""What a decode step finds on the device of its rows: the documents that they share, and how they are drawn.
+"""What a decode step finds on the device of its rows: documents that they share, and how tokens are chosen.
 
 Like all that a step works on the tables stay at their place, and the host writes to them between steps.
-Letters: C columns of the batch, N tokens of a row's answer, O columns in the order of what they share, Q
-queries of a step, R ranges of a document's slots.
+Letters: C columns of the batch, K tokens that a step makes of it at most, N tokens of a row's answer or, of
+drafts, those of a row, O columns in the order of what they share, Q queries of a step, R ranges of a
+document's slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a
 from pipeline.kernels.segments import on_device
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Spread
-from pipeline.model.sampling import Draws, RowDraws
+from pipeline.model.sampling import Draws, RowDraws, is_drawn, mark_seen, penalised, penalty_of, settings_of
 from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
 
@@ -127,25 +128,24 @@ class DrawTable:
         """With room for so many numbers of a row at once; 0: until a row is drawn none is needed."""
         self._rows: list[RowDraws | None] = []
         self.numbers = 0  # that a row has room for; 0 where all rows are greedy
-        self.sorts = False  # whether a row is drawn by a top-p below 1
-        self._settings_2C = torch.zeros((2, capacity), dtype=torch.float32, device=device)
+        self.sorts = self.floors = False  # whether a row needs the vocabulary sorted, or has a min-p
+        self._settings_4C = torch.zeros((4, capacity), dtype=torch.float32, device=device)
         self._uniform_CN = torch.zeros((capacity, numbers), dtype=torch.float32, device=device)
 
     def join(self, draws: Sequence[RowDraws | None]) -> None:
         """Add rows behind those that are there."""
         first = len(self._rows)
         self._rows += draws
-        drawn = [row for row in draws if row is not None]
-        if not drawn:
+        if not any(map(is_drawn, draws)):
             return
-        most = max(len(row.uniform_N) for row in drawn)
+        most = max(len(row.uniform_N) for row in draws if row is not None)
         self._widen(most)
-        settings = [(0.0, 1.0) if row is None else (row.temperature, row.top_p) for row in draws]
         uniforms = np.zeros((len(draws), most), np.float32)
         for line, row in zip(uniforms, draws, strict=True):
             if row is not None:
                 line[: len(row.uniform_N)] = row.uniform_N.numpy()
-        to_device(self._settings_2C[:, first : len(self._rows)], np.array(settings, np.float32).T)
+        settings = np.array([settings_of(row) for row in draws], np.float32)
+        to_device(self._settings_4C[:, first : len(self._rows)], settings.T)
         to_device(self._uniform_CN[first : len(self._rows), :most], uniforms)
         self._count()
 
@@ -153,11 +153,11 @@ class DrawTable:
         """Go on with the rows in these columns, in this order."""
         kept = len(columns)
         if self.numbers and list(columns) != list(range(kept)):
-            order_B = on_device(list(columns), self._settings_2C.device)
-            for values in (self._settings_2C.T, self._uniform_CN):
+            order_B = on_device(list(columns), self._settings_4C.device)
+            for values in (self._settings_4C.T, self._uniform_CN):
                 values[:kept] = values.index_select(0, order_B)
         if self.numbers:
-            self._settings_2C[0, kept:] = 0
+            self._settings_4C[0, kept:] = 0
         self._rows = [self._rows[column] for column in columns]
         if self.numbers:
             self._count()
@@ -167,14 +167,14 @@ class DrawTable:
         if not size.numbers:
             return None
         column_Q = column_Q.long()
-        temperature_Q, top_p_Q = self._settings_2C[:, column_Q]
         uniform_Q = self._uniform_CN[column_Q, drawn_Q.long().clamp(max=size.numbers - 1)]
-        return Draws(temperature_Q, top_p_Q, uniform_Q, size.sorts)
+        return Draws(self._settings_4C[:, column_Q], uniform_Q, size.sorts, size.floors)
 
     def _count(self) -> None:
-        drawn = [row for row in self._rows if row is not None]
+        drawn = [row.sampling for row in self._rows if is_drawn(row)]
         self.numbers = self._uniform_CN.shape[1] if drawn else 0
-        self.sorts = any(row.top_p < 1 for row in drawn)
+        self.sorts = any(sampling.sorts for sampling in drawn)
+        self.floors = any(sampling.has_floor for sampling in drawn)
 
     def _widen(self, numbers: int) -> None:
         """Have room for so many numbers of a row."""
@@ -184,6 +184,71 @@ class DrawTable:
         width = max(FEWEST_NUMBERS, 1 << (numbers - 1).bit_length())
         self._uniform_CN = before_CN.new_zeros((len(before_CN), width))
         self._uniform_CN[:, : before_CN.shape[1]] = before_CN
+
+
+class PenaltyTable:
+    """Of each column the tokens that its row has, and the penalty on them; nothing while no row has one."""
+
+    def __init__(self, capacity: int, vocab: int, device: torch.device, *, is_needed: bool = False) -> None:
+        """Its memory, a byte for each column and token, is taken where `is_needed`, or with the first row."""
+        self._vocab = vocab
+        self._penalties: list[float] = []  # of each column's row; 1: none
+        self._penalty_C = torch.ones(capacity, dtype=torch.float32, device=device)
+        self._seen_CV = torch.zeros((capacity, vocab if is_needed else 0), dtype=torch.bool, device=device)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a row has a penalty."""
+        return any(penalty != 1 for penalty in self._penalties)
+
+    def join(
+        self, draws: Sequence[RowDraws | None], prompts: Sequence[np.ndarray | None], tokens: Sequence[int]
+    ) -> None:
+        """Add rows behind those that are there, each with its first token; a penalty needs the prompt."""
+        first = len(self._penalties)
+        own = list(map(penalty_of, draws))
+        self._penalties += own
+        if all(penalty == 1 for penalty in own):
+            return
+        if not self._seen_CV.numel():
+            self._seen_CV = self._seen_CV.new_zeros((len(self._seen_CV), self._vocab))
+        to_device(self._penalty_C[first : len(self._penalties)], np.array(own, np.float32))
+        for column, (penalty, prompt, token) in enumerate(zip(own, prompts, tokens, strict=True), first):
+            if penalty != 1:
+                assert prompt is not None
+                mark_seen(self._seen_CV[column].zero_(), np.append(prompt, token))
+
+    def keep(self, columns: Sequence[int]) -> None:
+        """Go on with the rows in these columns, in this order."""
+        kept = len(columns)
+        if self.penalises and list(columns) != list(range(kept)):
+            order_B = on_device(list(columns), self._penalty_C.device)
+            for values in (self._penalty_C, self._seen_CV):
+                values[:kept] = values.index_select(0, order_B)
+        if self.penalises:
+            self._penalty_C[kept:] = 1
+        self._penalties = [self._penalties[column] for column in columns]
+
+    def applied(
+        self, logits_QV: Tensor, tokens_C: Tensor, drafts_CN: Tensor | None, spread: Spread | None
+    ) -> Tensor:
+        """(Q, V) logits of a step, each query's by the tokens that stand before the one that it makes.
+
+        Those are its row's, the newest of which is in `tokens_C`, and behind them the drafts up to the query.
+        """
+        columns = len(tokens_C)
+        if drafts_CN is None or spread is None:
+            return penalised(logits_QV, self._penalty_C[:columns], self._seen_CV[:columns])
+        owner_Q = spread.owner_Q.long()
+        before_QN = torch.arange(drafts_CN.shape[1], device=owner_Q.device) < spread.index_Q[:, None]
+        read_QN = torch.where(before_QN, drafts_CN[owner_Q], tokens_C[owner_Q, None])
+        seen_QV = self._seen_CV[owner_Q].scatter_(1, read_QN.long(), True)
+        return penalised(logits_QV, self._penalty_C[owner_Q], seen_QV)
+
+    def take(self, made_CK: Tensor, newest_C: Tensor) -> None:
+        """Learn what a step made; a negative number is no token."""
+        tokens_CK = torch.where(made_CK < 0, newest_C[:, None], made_CK)
+        self._seen_CV[: len(made_CK)].scatter_(1, tokens_CK.long(), True)
 
 
 def to_device(target: Tensor, source: np.ndarray) -> None:

@@ -39,6 +39,7 @@ class Extent:
     stored: tuple[int, ...]  # prompt tokens of each layer
     size: int
     line: int = 0  # of the scales of a store in e4m3
+    owns_line: bool = True  # if not, it is that of the extent before it
 
     @property
     def starts(self) -> list[int]:
@@ -135,13 +136,34 @@ class KvStore(KeysValues):
         """Give a row's slots back, and with `wipe` what is in them: NaN must not outlive its row."""
         del self._rows[extent.start]
         self._extents.give_back(extent.start)
-        if self._scales:
+        if self._scales and extent.owns_line:
             self._lines.append(extent.line)
         if wipe:
             for pool in self._pool:
                 _bytes(pool)[extent.start : extent.start + extent.size].zero_()
 
-    def _take(self, stored: Sequence[int], new_tokens: int) -> Extent:
+    def behind(self, extent: Extent, room: int) -> Extent:
+        """Room for new tokens alone, of a row that reads what is in `extent` before them.
+
+        In e4m3 they are stored by the same scales.
+        """
+        own = self._take([0] * len(extent.stored), room, line=extent.line)
+        own.owns_line = False
+        return own
+
+    @torch.inference_mode()
+    def copy_of(self, extent: Extent, room: int) -> Extent:
+        """The same keys and values once more, with as much room behind them: `room` is that of the first."""
+        copy = self._take(extent.stored, room)
+        for scales in self._scales:
+            for values in (scales.keys_LK, scales.values_LK, scales.means_LKd):
+                values[copy.line] = values[extent.line]
+        source, target = (slice(each.start, each.start + each.size) for each in (extent, copy))
+        for pool in map(_bytes, self._pool):
+            pool[target] = pool[source]
+        return copy
+
+    def _take(self, stored: Sequence[int], new_tokens: int, line: int | None = None) -> Extent:
         rooms = [max(tokens, self._overshoot) + new_tokens for tokens in stored]
         size = sum(rooms)
         start = self._extents.take(size)
@@ -153,7 +175,8 @@ class KvStore(KeysValues):
         offsets = tuple(
             first + max(0, self._overshoot - tokens) for first, tokens in zip(firsts, stored, strict=True)
         )
-        line = self._lines.pop() if self._scales else 0
+        if line is None:
+            line = self._lines.pop() if self._scales else 0
         extent = Extent(start=start, offsets=offsets, stored=tuple(stored), size=size, line=line)
         self._rows[start] = extent
         return extent
@@ -169,6 +192,29 @@ class KvStore(KeysValues):
             extent = self._rows.pop(move.start)
             extent.start = move.to
             self._rows[move.to] = extent
+
+
+def rows_in(
+    cache: RaggedCache, shape: ModelShape, new_tokens: int, *, dtype: torch.dtype, converts: bool, frees: bool
+) -> tuple[KeysValues, list[Extent], list[Extent]]:
+    """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
+
+    `dtype` is what they are kept in, and `converts` whether that is another type than the cache's, which with
+    `frees` loses what is copied. A single row that shares nothing, and keeps its type, stays where it is,
+    without an extent; others go where a batch can be padded.
+    """
+    own = list(zip(*cache.own_tokens(), strict=True))
+    if len(own) == 1 and cache.shared is None and not converts:
+        assert new_tokens <= cache.new_tokens + 1, "the cache has no room for the answer"
+        return cache, [], []
+    before = None if cache.shared is None else cache.shared.cache
+    documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
+    slots = sum(slots_needed(layers, new_tokens, cache.device) for layers in own)
+    slots += sum(slots_needed(layers, 0, cache.device) for layers in documents)
+    extents = len(own) + len(documents)
+    store = KvStore(slots, shape, dtype=dtype, device=cache.device, extents=extents)
+    shared = [] if before is None else store.adopt(before)
+    return store, store.adopt(cache, [new_tokens] * len(own), frees=frees), shared
 
 
 def _bytes(pool: Tensor) -> Tensor:

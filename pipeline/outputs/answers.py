@@ -9,8 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.outputs.own_columns import OWN_NAMES, SELECTION_NAMES, STATISTICS, STATS, own_prefix
-from pipeline.records import Answer, PartAnswer
+from pipeline.outputs.own_columns import (
+    ANSWERS,
+    OWN_NAMES,
+    SELECTION_NAMES,
+    STATISTICS,
+    STATS,
+    left_out,
+    own_prefix,
+)
+from pipeline.records import Answer, OneOfSeveral, PartAnswer
 from pipeline.storage.causes import some
 
 _TYPES = {  # by how `Answer` declares a column
@@ -32,7 +40,10 @@ def _type(field: Field[Any]) -> pa.DataType:
     return _TYPES[str(field.type).removesuffix(" | None")]
 
 
-_TYPES["list[PartAnswer]"] = pa.list_(pa.struct([(field.name, _type(field)) for field in fields(PartAnswer)]))
+for _item in (PartAnswer, OneOfSeveral):
+    _TYPES[f"list[{_item.__name__}]"] = pa.list_(
+        pa.struct([(each.name, _type(each)) for each in fields(_item)])
+    )
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
 TYPES = {field.name: _type(field) for field in fields(Answer) if field.name != "passthrough"}
@@ -43,6 +54,7 @@ REASONING_NAME = "reasoning"
 # which outputs of earlier versions go on without
 LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
 
+OF_OBJECTS = ("parts", ANSWERS)  # lists of them
 MOST_TOLD = 5
 
 
@@ -51,11 +63,11 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
-    lacks: Collection[str] = (STATS,),
+    lacks: Collection[str] = left_out(None),
 ) -> pa.Schema:
     """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
-    left_out = (*(() if save_selection else SELECTION_NAMES), *lacks)
-    own = [field for field in ANSWER_FIELDS if field.name not in left_out]
+    without = (*(() if save_selection else SELECTION_NAMES), *lacks)
+    own = [field for field in ANSWER_FIELDS if field.name not in without]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
 
@@ -127,7 +139,7 @@ def _value(answer: Answer, name: str) -> Any:
     if name == STATS:
         return plain(answer, STATISTICS)
     value = getattr(answer, name)
-    return [asdict(part) for part in value] if name == "parts" and value is not None else value
+    return [asdict(each) for each in value] if name in OF_OBJECTS and value is not None else value
 
 
 def _as_utf8(value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.outputs.beginnings import METADATA_KEY
-from pipeline.outputs.own_columns import OWN_NAMES, STATS
+from pipeline.outputs.own_columns import ANSWERS, OWN_NAMES, STATS
 from pipeline.records import ErrorType
 from pipeline.storage.remote import Place, RemotePath
 
@@ -61,10 +61,10 @@ def is_batch_form(output: Path, schema: pa.Schema) -> bool:
     return is_lines(output.name) and is_of_requests(schema)
 
 
-def with_response(columns: Iterable[str]) -> list[str]:
-    """These columns of answers, and those that a response takes."""
+def with_response(columns: Iterable[str], *, several: bool = False) -> list[str]:
+    """These columns of answers, and those that a response takes, to prompts with `several` answers or one."""
     wanted = list(columns)
-    return [*wanted, *TEXTS, *(() if STATS in wanted else COUNTS)]
+    return [*wanted, *TEXTS, *((ANSWERS,) if several else ()), *(() if STATS in wanted else COUNTS)]
 
 
 def errors_path(output: AnyPlace) -> AnyPlace:
@@ -102,10 +102,8 @@ class Responses:
         }
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A chat completion, or a text completion, as the request was sent for."""
+        """A chat completion or a text completion, as the request was sent for, with a choice for each answer."""
         is_text = row.get(URL) == COMPLETIONS
-        told = {"text": row["answer"]} if is_text else {"message": _message(row)}
-        reason = "length" if row["finish_reason"] == "length" else "stop"
         counts = {**(row.get(STATS) or {}), **row}
         asked, made = (counts[name] or 0 for name in COUNTS)
         return {
@@ -113,15 +111,21 @@ class Responses:
             "object": "text_completion" if is_text else "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, **told, "logprobs": None, "finish_reason": reason}],
+            "choices": [_choice(n, each, is_text) for n, each in enumerate(row.get(ANSWERS) or [row])],
             "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
         }
 
 
-def _message(row: Mapping[str, Any]) -> dict[str, Any]:
+def _choice(index: int, answer: Mapping[str, Any], is_text: bool) -> dict[str, Any]:
+    reason = "length" if answer["finish_reason"] == "length" else "stop"
+    told = {"text": answer["answer"]} if is_text else {"message": _message(answer)}
+    return {"index": index, **told, "logprobs": None, "finish_reason": reason}
+
+
+def _message(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The assistant's message of a chat completion."""
-    message = {"role": "assistant", "content": row["answer"], "refusal": None}
-    reasoning = row.get("reasoning")
+    message = {"role": "assistant", "content": answer["answer"], "refusal": None}
+    reasoning = answer.get("reasoning")
     return message if reasoning is None else {**message, "reasoning_content": reasoning}
 
 

@@ -12,6 +12,7 @@ from pipeline.records import Answer
 INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
 STATS = "stats"  # the column that holds all statistics as one struct
+ANSWERS = "answers"  # which an output has where prompts get several
 STATISTICS = (
     *("document_tokens", "prompt_tokens", "truncated_tokens", "new_tokens"),
     *("draft_tokens", "accepted_tokens"),
@@ -44,11 +45,13 @@ def check_column(name: str, flag: str = "--columns") -> None:
         )
 
 
-def left_out(chosen: Iterable[str] | None) -> frozenset[str]:
-    """The columns that an output goes without if these are wanted; None: all but the struct."""
-    if chosen is None:
-        return frozenset({STATS})
-    return frozenset(CHOSEN_FROM).difference(chosen)
+def left_out(chosen: Iterable[str] | None, *, several: bool = False) -> frozenset[str]:
+    """The columns that an output goes without if these are wanted; None: all but the struct.
+
+    `several` says whether prompts get several answers.
+    """
+    gone = frozenset({STATS}) if chosen is None else frozenset(CHOSEN_FROM).difference(chosen)
+    return gone if several else gone | {ANSWERS}
 
 
 def own_prefix(names: Sequence[str]) -> list[str]:

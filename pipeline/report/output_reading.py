@@ -33,7 +33,7 @@ from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage, whole_chunks
 from pipeline.outputs.formats import SINKS, Published
 from pipeline.outputs.mirror import Mirror
-from pipeline.outputs.own_columns import CHOSEN_FROM, STATS, own_prefix
+from pipeline.outputs.own_columns import ANSWERS, CHOSEN_FROM, STATS, own_prefix
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
 from pipeline.outputs.rowindex import DUPLICATE
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
@@ -45,7 +45,7 @@ from pipeline.texts.redaction import bare, hidden, redacted
 from pipeline.values.jsonvalues import KEYS
 
 # outputs of earlier versions have no others
-REPORTED = [name for name in CHOSEN_FROM if name not in (*LATER_NAMES, QUESTION_NAME, STATS)]
+REPORTED = [name for name in CHOSEN_FROM if name not in (*LATER_NAMES, QUESTION_NAME, STATS, ANSWERS)]
 KEY_COLUMNS = ("id", "row", "error_type")
 FEWEST_AT_ONCE = 1_000  # rows: a journal's chunks are small, and each table has its price
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
-from pipeline.outputs.own_columns import check_column
-from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.outputs.own_columns import ANSWERS, check_column
+from pipeline.settings.answer_settings import COLDEST, SamplingSettings, SeveralSettings
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
@@ -242,6 +242,7 @@ class BatchConfig(
     ModelSettings,
     MethodSettings,
     SamplingSettings,
+    SeveralSettings,
     RunSettings,
     defaults={"max_new_tokens": None, "on_overlong": None},
 ):
@@ -264,6 +265,26 @@ class BatchConfig(
             self._check_devices()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
+        if self.n > 1:
+            self._check_several()
+        elif ANSWERS in (self.columns or ()):
+            raise ConfigError(f"--columns {ANSWERS} needs --n, for more than one answer to a prompt")
+
+    def _check_several(self) -> None:
+        if self.temperature < COLDEST:
+            raise ConfigError(
+                f"--n {self.n} needs a --temperature above 0: greedy answers to one prompt are all the same"
+            )
+        if self.on_overlong == "split":
+            raise ConfigError(
+                f"--n {self.n} and --on-overlong split exclude each other: a document that is answered in "
+                "parts has one answer; choose skip, error or a truncation"
+            )
+        if self.kv_memory is not None:
+            raise ConfigError(
+                f"--n {self.n} and --kv-memory exclude each other: which keys and values are offloaded "
+                "depends on the answer"
+            )
 
     def _check_devices(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

@@ -105,7 +105,7 @@ def with_lengths(config: BatchConfig) -> BatchConfig:
     is_summary = config.summarise is not None
     usual: dict[str, Any] = {
         "max_new_tokens": SUMMARY_TOKENS if is_summary else ANSWER_TOKENS,
-        "on_overlong": "split" if is_summary else "error",
+        "on_overlong": "split" if is_summary and config.n == 1 else "error",
     }
     return replace(config, **{name: value for name, value in usual.items() if getattr(config, name) is None})
 

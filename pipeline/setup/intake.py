@@ -84,7 +84,7 @@ def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
     begun = begun_with(config.output) if config.resume else None
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
     source, settled = open_columns(
-        config, keep, config.format_name, begun, wanted=config.columns, given=given
+        config, keep, config.format_name, begun, wanted=config.columns, several=config.n > 1, given=given
     )
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
@@ -106,14 +106,16 @@ def open_columns(
     begun: Any = None,
     *,
     wanted: Sequence[str] | None = None,
+    several: bool = False,
     asks: bool = True,
     given: Reader | None = None,
 ) -> tuple[Source, Settled]:
     """Rows of `data` and its settings, its columns and question decided by those of the first file.
 
-    `keep` as in `Columns`; `wanted` are the answer's columns that are chosen, None for all. A run that
-    resumes another, with the settings `begun`, goes on with its columns. Where the rows are not asked
-    anything, `asks` is false. `given` stands for the files of `data.input`.
+    `keep` as in `Columns`; `wanted` are the answer's columns that are chosen, None for all, and `several`
+    says whether prompts get several answers. A run that resumes another, with the settings `begun`, goes on
+    with its columns. Where the rows are not asked anything, `asks` is false. `given` stands for the files of
+    `data.input`.
     """
     found: list[Settled[Data]] = []
 
@@ -121,8 +123,10 @@ def open_columns(
         found.append(_settled(data, types, begun, asks=asks))
         chosen = wanted
         if wanted is not None and found[-1].requests and is_lines(output):
-            chosen = with_response(wanted)
-        return _columns(found[-1], keep, predates=_predates(begun), left_out=left_out(chosen))
+            chosen = with_response(wanted, several=several)
+        return _columns(
+            found[-1], keep, predates=_predates(begun), left_out=left_out(chosen, several=several)
+        )
 
     if given is None:
         source = open_source(data.input, columns, output)

@@ -122,7 +122,8 @@ class Preparation(Setup):
             if splitter is None
             else {"overlap": splitter.overlap, "combine_sha256": splitter.combine.template_hash},
             "max_new_tokens": config.max_new_tokens,
-            "sampling": {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed},
+            "sampling": config.sampling_that_decides,
+            **({} if config.n == 1 else {"n": config.n}),
             "stop": list(config.stop),
             "kv_memory": config.kv_memory,
             "guard": None if self.guard is None else self.guard.as_dict(),

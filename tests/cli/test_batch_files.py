@@ -46,7 +46,7 @@ def source(tmp_path):
         without_id,
         {"text": "a row of another kind"},
         line(7, body(max_tokens=10_000_000)),
-        line(8, body(top_k=4)),
+        line(8, body(best_of=4)),
         line(9, {}),
         line(10, body(temperature="hot")),
         line(11, url="/v1/embeddings"),
@@ -90,7 +90,7 @@ def test_a_client_reads_both_files(call, source, tmp_path, capfd):
     assert {name: each.code for name, each in errors.items()} == KINDS
     assert {row["response"]["status_code"] for row in failed} == {400}
     assert {each.type for each in errors.values()} == {"invalid_request_error"}
-    assert errors["r8"].message == "in.jsonl line 9: 'body' has an unknown field 'top_k'"
+    assert errors["r8"].message == "in.jsonl line 9: 'body' has an unknown field 'best_of'"
     assert "10,000,000 new tokens leave no room for a prompt" in errors["r7"].message
     printed = capfd.readouterr().err
     assert "the rows are requests of OpenAI's Batch API" in printed
@@ -275,7 +275,7 @@ def test_the_output_is_reported_on_and_not_read_as_input(call, source, tmp_path,
     assert run(["report", str(folder / "out.jsonl")]) == 0
     printed = capfd.readouterr().out
     assert "4 (30.8%)" in printed
-    assert "row 8, r8: in.jsonl line 9: 'body' has an unknown field 'top_k'" in printed
+    assert "row 8, r8: in.jsonl line 9: 'body' has an unknown field 'best_of'" in printed
     assert call(folder, tmp_path / "again.jsonl") == 0
     assert len(read(tmp_path / "again.jsonl")) == 4
     assert len(read(tmp_path / "again.errors.jsonl")) == 9

@@ -38,8 +38,9 @@ def report(*words):
 def test_every_name_is_a_column_of_answers():
     assert set(STATISTICS) < set(CHOSEN_FROM) < set(OWN_NAMES) == set(TYPES)
     assert sorted(INDEXED) == sorted(KEYS)
-    assert left_out(None) == {"stats"}
-    assert left_out(CHOSEN_FROM) == set()
+    assert left_out(None, several=True) == {"stats"}
+    assert left_out(CHOSEN_FROM, several=True) == set()
+    assert left_out(CHOSEN_FROM) == left_out(None) - {"stats"} == {"answers"}
 
 
 def test_own_columns_are_told_from_copied_ones_of_their_names():

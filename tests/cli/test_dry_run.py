@@ -270,7 +270,13 @@ def test_the_estimate_of_time(call, fish, tmp_path, capfd):
     attention, ffn, logits = 2 * 64 * 16 * (4 + 2), 3 * 64 * 96, 64 * 320
     weights = 4 * (attention + ffn) + logits
     # two rows at once are computed slower than their weights are read
-    assert told["decode_s_at_most"] == pytest.approx(2 * 6 * 2 * weights * 2 / 1e6)
+    a_step = 2 * weights * 2 / 1e6
+    assert told["decode_s_at_most"] == pytest.approx(2 * 6 * a_step)
+    assert call(fish, tmp_path / "out.parquet", *flags, "--n", 4, "--temperature", 1) == 0
+    several = json.loads(capfd.readouterr().out)
+    assert several["estimate"]["prefill_s_low"] == told["prefill_s_low"]
+    # answers of one row at once, though two rows of one answer would be
+    assert several["estimate"]["decode_s_at_most"] == pytest.approx(3 * 6 * 2 * a_step)
 
 
 def test_the_pace_of_rows_that_are_done():
@@ -282,9 +288,12 @@ def test_the_pace_of_rows_that_are_done():
     assert (pace.rows, pace.steps) == (2, 8)
     rate = (dense_flops(SHAPE, 100) + dense_flops(SHAPE, 50)) * 0.5 / 0.6
     packer = SimpleNamespace(in_flight=4, new_tokens=10)
-    found = estimate_by_pace(packer, pace, flops=int(3 * rate), prompts=9)
+    found = estimate_by_pace(packer, pace, flops=int(3 * rate), answers=9)
     assert found.prefill_s == pytest.approx((3.0, 3.0))
     assert found.decode_s == pytest.approx(3 * 10 * 0.02)
+    several = Pace(shape=SHAPE, n=3)  # whose answers take their steps together
+    several.add(pa.Table.from_pylist([ok | {"new_tokens": 15}]))
+    assert several.steps == 4
 
 
 def test_the_rates_of_a_device_are_measured():

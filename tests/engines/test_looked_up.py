@@ -85,11 +85,17 @@ def test_answers_are_what_they_are_without(model, method, group, kv_dtype):
     assert 0 < accepted < drafts
 
 
-def test_so_are_those_that_are_drawn(model):
-    sampling = Sampling(temperature=0.1, top_p=0.95, seed=3)
+@pytest.mark.parametrize("penalty", [1.0, 1.05])
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_so_are_those_that_are_drawn_or_penalised(model, temperature, penalty):
+    """A penalty counts the drafts that stand before a token, and none behind it."""
+    sampling = Sampling(temperature=temperature, top_p=0.95, repetition_penalty=penalty, seed=3)
     plain, looked_up = (answers(model, sampling=sampling, lookup=count) for count in (0, 4))
     assert [row.answer for row in looked_up] == [row.answer for row in plain]
     assert sum(row.accepted_tokens for row in looked_up) > 0
+    if penalty != 1:
+        without = answers(model, sampling=replace(sampling, repetition_penalty=1.0))
+        assert [row.answer for row in without] != [row.answer for row in plain]
 
 
 def test_a_row_that_runs_alone_looks_nothing_up(model):

@@ -6,7 +6,7 @@ In float64, where sums in another order do not move a choice.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from pipeline.engines.local import LocalEngine
 from pipeline.engines.row_rules import RowRules
 from pipeline.model import decode as decode_module
 from pipeline.model.decode import StopRules
+from pipeline.model.graphs import StepSize
 from pipeline.model.sampling import Sampling
 from pipeline.model.stopping import StopTexts
 from pipeline.pruning.dense import Dense
@@ -35,6 +36,9 @@ PARAMS = {
     "drawn": SamplingParams(temperature=1.0),
     "drawn by a seed": SamplingParams(temperature=1.0, seed=4),
     "drawn from the likely": SamplingParams(temperature=1.4, top_p=0.7, seed=4, max_new_tokens=20),
+    "drawn from the likeliest few": SamplingParams(temperature=1.4, top_k=5, min_p=0.1, seed=4),
+    "penalised": SamplingParams(repetition_penalty=2.0, max_new_tokens=25),
+    "drawn and penalised": SamplingParams(temperature=1.0, repetition_penalty=1.5, seed=2),
     "drawn for long": SamplingParams(temperature=1.0, seed=9, max_new_tokens=150),
     "stopped": SamplingParams(stop=("1 ", "7 "), max_new_tokens=30),
 }
@@ -119,7 +123,8 @@ def test_a_row_is_answered_as_by_a_run_of_its_settings(model, kind):
         max_new_tokens=own.max_new_tokens or NEW_TOKENS,
         texts=StopTexts(texts=own.stop, tokenizer=TOKENIZER) if own.stop else None,
     )
-    sampling = Sampling(temperature=own.temperature or 0.0, top_p=own.top_p or 1.0, seed=own.seed or 0)
+    given = {each.name: getattr(own, each.name) for each in fields(Sampling)}
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
     expected = alone(model, document(40, seed=3), rules=rules, sampling=sampling)
     assert alone(model, row) == expected
 
@@ -140,7 +145,7 @@ def test_under_a_seed_of_its_own_a_row_is_drawn_the_same_wherever_it_stands():
     )
     seeded, unseeded = SamplingParams(seed=7), SamplingParams(temperature=0.9)
     drawn = {
-        (params, number): rules.draws(Row(row=number, id="", place="", params=params))
+        (params, number): rules.draws(Row(row=number, id="", place="", params=params))[0]
         for params in (seeded, unseeded)
         for number in (0, 5)
     }
@@ -161,17 +166,29 @@ def test_lists_of_stop_texts_are_shared_and_not_held_without_end():
     assert len(rules._texts) < 100
 
 
+# what rows ask for, and what of a step it takes: no more than is asked for
+KINDS = [
+    ({"temperature": 1.0}, {"numbers": 256}),
+    ({"temperature": 1.0, "top_p": 0.5}, {"numbers": 256, "sorts": True}),
+    ({"temperature": 1.0, "top_k": 3}, {"numbers": 256, "sorts": True}),
+    ({"temperature": 1.0, "min_p": 0.1}, {"numbers": 256, "floors": True}),
+    ({"repetition_penalty": 1.2}, {"penalises": True}),
+    ({"top_k": 3, "top_p": 0.5, "min_p": 0.1}, {}),  # which do nothing where answers are greedy
+]
+
+
 def test_greedy_rows_cost_no_draws(model, recorder):
-    """Neither room for numbers nor a step that sorts, before or behind a row that is drawn."""
+    """Neither room for numbers or seen tokens nor a step with them, before or behind a row that needs all."""
     engine = engine_for(model, in_flight=4)
     greedy = [document(30, seed=seed, row=seed) for seed in range(3)]
     engine.answer(greedy)
     batch = engine._table.loop._batch
-    assert batch._draws._uniform_CN.numel() == 0
-    drawn = with_params(document(30, seed=9, row=3), SamplingParams(temperature=1.0, max_new_tokens=200))
-    engine.add([drawn])
-    engine.advance()
-    assert batch.size(4, 4)[3:] == (256, False)
-    while engine.is_busy:
+    assert batch._draws._uniform_CN.numel() == batch._penalties._seen_CV.numel() == 0
+    assert batch.size(4, 4) == StepSize(4, 4)
+    for own, kind in KINDS:
+        engine.add([with_params(document(30, seed=9, row=3), SamplingParams(max_new_tokens=200, **own))])
         engine.advance()
-    assert batch.size(4, 4)[3:] == (0, False)
+        assert batch.size(4, 4) == StepSize(4, 4, **kind)
+        while engine.is_busy:
+            engine.advance()
+        assert batch.size(4, 4) == StepSize(4, 4)

@@ -55,6 +55,18 @@ def test_a_part_of_a_pack_is_let_in_where_it_is_worth_a_prefill():
     assert names(queue.next(Room(running=0, slots=10))) == ["a"]  # nobody else would leave room
 
 
+def test_each_answer_to_a_row_is_in_flight():
+    rows = tuple(Waiting(row=row, slots=1, tokens=1, answers=row) for row in (3, 2, 4, 1, 6))
+    queue = scheduler(WaitingPack(rows=rows), in_flight=5)
+    assert names(queue.next(Room(running=0, slots=100))) == [3, 2]
+    assert queue.next(Room(running=2, slots=100)) is None
+    assert names(queue.next(Room(running=1, slots=100))) == [4]
+    assert names(queue.next(Room(running=4, slots=100))) == [1]
+    assert queue.next(Room(running=1, slots=100)) is None
+    found = queue.next(Room(running=0, slots=100))
+    assert (names(found), found.alone) == ([6], True)  # of more answers than are decoded together
+
+
 def test_no_more_rows_run_than_may_be_in_flight():
     queue = scheduler(pack(*[(n, 1) for n in range(10)]), in_flight=4)
     assert names(queue.next(Room(running=1, slots=100))) == [0, 1, 2]

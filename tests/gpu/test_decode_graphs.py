@@ -121,13 +121,23 @@ def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
 
 def test_rows_of_one_graph_are_drawn_each_in_its_way(fa3, monkeypatch):
     """Greedy, from the whole vocabulary, and from the likely tokens; the longest table of numbers is used."""
-    ways = [Sampling(), Sampling(temperature=1.5, seed=3), Sampling(temperature=1.5, top_p=0.9, seed=4)]
+    ways = [
+        Sampling(),
+        Sampling(temperature=1.5, seed=3),
+        Sampling(temperature=1.5, top_p=0.9, seed=4),
+        Sampling(temperature=1.5, top_k=9, seed=4),
+        Sampling(temperature=1.5, min_p=0.05, seed=4),
+        Sampling(repetition_penalty=1.5),
+        Sampling(),
+        Sampling(temperature=1.5, top_k=30, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
+    ]
     rules, decoder = StopRules(max_new_tokens=200), cuda_decoder()
-    draws = [ways[row % 3].draws(row, 200) for row in range(8)]
+    draws = [way.draws(row, 200) for row, way in enumerate(ways)]
+    prompts = [document(n, seed=n, row=row).input_ids for row, n in enumerate(LENGTHS)]
 
     def drawn():
         prefilled, stats = prefilled_pack(decoder, fa3, "dense", 8, rules.max_new_tokens), DecodeStats()
-        generated = decode(decoder, fa3, prefilled, rules, draws=draws, stats=stats)
+        generated = decode(decoder, fa3, prefilled, rules, draws=draws, prompts=prompts, stats=stats)
         return [answer.tokens for answer in generated], stats
 
     replayed, stats = drawn()
@@ -135,7 +145,8 @@ def test_rows_of_one_graph_are_drawn_each_in_its_way(fa3, monkeypatch):
     greedy, _ = answers(decoder, fa3, "dense", rules)
     monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
     assert drawn()[0] == replayed
-    assert [a == b for a, b in zip(replayed, greedy, strict=True)] == [row % 3 == 0 for row in range(8)]
+    same = [a == b for a, b in zip(replayed, greedy, strict=True)]
+    assert same == [way == Sampling() for way in ways]
 
 
 def answers_of_prepared_steps(decoder, attention, method, rules, lookup=None):

@@ -43,8 +43,15 @@ def test_a_request_says_a_conversation_and_what_it_wants_of_the_answer():
     )
 
 
+def test_what_vllm_reads_besides_is_read_too():
+    made = asked(top_k=5, min_p=0.1, repetition_penalty=1.2).params
+    assert made == SamplingParams(top_k=5, min_p=0.1, repetition_penalty=1.2)
+    assert asked(top_k=-1).params == asked(top_k=0).params == SamplingParams(top_k=0)
+
+
 def test_what_is_null_or_without_effect_is_as_good_as_absent():
     names = ("max_tokens", "temperature", "top_p", "seed", "stop", "model", "tools", "response_format")
+    names += ("top_k", "min_p", "repetition_penalty")
     neutral = {name: values[0] for name, values in WITHOUT_EFFECT.items() if values}
     ignored = {name: {"any": "thing"} for name in IGNORED}
     made = asked(**dict.fromkeys(names))
@@ -108,7 +115,13 @@ BAD_FIELDS = {
     "an empty stop": ({"stop": [""]}, "'stop' is [''], not a text, or a list of up to 4 texts"),
     "a stop of numbers": ({"stop": [1]}, "'stop' is [1]"),
     "model as a number": ({"model": 3}, "'model' is 3, not a string"),
-    "an unknown field": ({"top_k": 5}, "'body' has an unknown field 'top_k'"),
+    "top_k of a fraction": ({"top_k": 1.5}, "'top_k' is 1.5, not an integer of at least -1"),
+    "min_p above 1": ({"min_p": 1.1}, "'min_p' is 1.1, not a number from 0 to 1"),
+    "a penalty of nothing": (
+        {"repetition_penalty": 0},
+        "'repetition_penalty' is 0, not a number above 0 to 100",
+    ),
+    "an unknown field": ({"best_of": 5}, "'body' has an unknown field 'best_of'"),
     "a long value": ({"seed": "x" * 500}, f"'seed' is '{'x' * 59}..., not an integer"),
 }
 UNSUPPORTED = {
@@ -196,6 +209,9 @@ def test_what_a_request_says_of_its_answer_belongs_to_its_hash():
         {"temperature": 0},
         {"temperature": 0.5},
         {"top_p": 0.5},
+        {"top_k": 5},
+        {"min_p": 0.5},
+        {"repetition_penalty": 0.5},
         {"seed": 5},
         {"stop": "a"},
         {"stop": ["a", "b"]},

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from batch_runs import chosen
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from pipeline.model.sampling import COLDEST, NOT_FINITE, Sampling
+from pipeline.model.decode import first_tokens
+from pipeline.model.sampling import COLDEST, NOT_FINITE, RowDraws, Sampling
 
 DRAWS = 20_000
 # of log(1), log(2), log(4), log(8), log(1): at temperature 1/2 their squares, at 1 themselves
@@ -54,3 +65,72 @@ def test_next_to_no_temperature_draws_the_likeliest_token(temperature):
     assert chosen(logits, sampling, torch.tensor([0.0, 0.5, 0.9])).tolist() == [1, 1, 1]
     spoilt = torch.tensor([[0.0, float("nan")]])
     assert chosen(spoilt, sampling, torch.tensor([0.5])).tolist() == [NOT_FINITE]
+
+
+POINTS = 500  # at which the distribution function of a row is looked at
+PROMPTS = ([3, 3, 8, 11], [0, 5], [7, 1, 2, 30, 7], [39])
+VOCABULARY = 40
+
+
+def their_shares(logits, prompt, sampling):
+    """(V,) probabilities by transformers' processors, in the order in which it makes their list."""
+    given = [
+        (sampling.repetition_penalty != 1, RepetitionPenaltyLogitsProcessor, sampling.repetition_penalty),
+        (True, TemperatureLogitsWarper, sampling.temperature),
+        (sampling.top_k > 0, TopKLogitsWarper, sampling.top_k),
+        (sampling.top_p < 1, TopPLogitsWarper, sampling.top_p),
+        (sampling.min_p > 0, MinPLogitsWarper, sampling.min_p),
+    ]
+    processors = LogitsProcessorList([make(value) for is_set, make, value in given if is_set])
+    return processors(torch.tensor([prompt]), logits[None])[0].softmax(-1)
+
+
+EVERY = [
+    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    for temperature, top_k, top_p, min_p, penalty in product(
+        (0.7, 1.3), (0, 1, 6, 99), (1.0, 0.6), (0.0, 0.15), (1.0, 1.6, 0.5)
+    )
+]
+
+
+def test_every_token_is_as_likely_as_by_the_processors_of_transformers():
+    """One by one and beside each other, where a row of one kind is drawn in a step for all kinds."""
+    made = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(len(EVERY), VOCABULARY, generator=made)
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(EVERY))]
+    uniforms = (torch.arange(POINTS) + 0.5) / POINTS
+    expected = [their_shares(*each) for each in zip(logits, prompts, EVERY, strict=True)]
+    assert 5 < sum(int((shares > 0).sum() < VOCABULARY / 2) for shares in expected) < len(EVERY)
+    alone = [
+        first_tokens(
+            row.expand(POINTS, -1),
+            [RowDraws(sampling, uniforms[n : n + 1]) for n in range(POINTS)],
+            [np.array(prompt)] * POINTS,
+        )
+        for row, prompt, sampling in zip(logits, prompts, EVERY, strict=True)
+    ]
+    for tokens, shares in zip(alone, expected, strict=True):
+        counts = torch.tensor(tokens).bincount(minlength=VOCABULARY)
+        assert ((counts - POINTS * shares).abs() <= 1 + 1e-3).all()
+        assert (counts[shares == 0] == 0).all()
+    for point in range(0, POINTS, 50):
+        together = first_tokens(
+            logits,
+            [RowDraws(sampling, uniforms[point : point + 1]) for sampling in EVERY],
+            [np.array(prompt) for prompt in prompts],
+        )
+        assert together == [tokens[point] for tokens in alone]
+
+
+def test_of_tokens_as_likely_as_the_kth_all_stay():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0]]).expand(200, -1)
+    drawn = chosen(logits, Sampling(temperature=1.0, top_k=2), torch.arange(200) / 200)
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
+
+
+def test_a_penalty_is_for_greedy_answers_too():
+    logits = torch.tensor([[2.0, 3.0, -1.0], [-2.0, -3.0, -1.0]])
+    draws = [Sampling(repetition_penalty=2.5).draws(row, 9) for row in range(2)]
+    assert first_tokens(logits, [None, None]) == [1, 2]
+    assert first_tokens(logits, draws, [np.array([1, 1]), np.array([2])]) == [0, 0]
+    assert first_tokens(logits, [draws[0], None], [np.array([1, 1]), np.array([2])]) == [0, 2]

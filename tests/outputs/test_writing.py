@@ -14,14 +14,18 @@ from written_outputs import EXTENSIONS, answers, read, rows, write
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
-from pipeline.outputs.own_columns import SELECTION_NAMES
+from pipeline.outputs.own_columns import SELECTION_NAMES, left_out
 from pipeline.outputs.writing import output_writer
-from pipeline.records import Answer, PartAnswer, Row, RowError
+from pipeline.records import Answer, OneOfSeveral, PartAnswer, Row, RowError
 
 FULL = Answer(
     id="a",
     row=1,
     answer="yes",
+    answers=[
+        OneOfSeveral(answer="yes", reasoning=None, finish_reason="stop", new_tokens=1),
+        OneOfSeveral(answer="Ö", reasoning="so", finish_reason="length", new_tokens=2),
+    ],
     finish_reason="stop",
     document_tokens=10,
     prompt_tokens=12,
@@ -61,12 +65,14 @@ FULL = Answer(
 def test_every_field_comes_back(tmp_path, extension):
     path = tmp_path / f"out{extension}"
     saves = extension != ".jsonl"  # which cannot hold a selection
-    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves)
+    lacks = left_out(None, several=True)
+    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, lacks=lacks)
     first, second = rows(path)
-    left_out = {"passthrough", *(() if saves else SELECTION_NAMES)}
-    names = [field.name for field in dataclasses.fields(Answer) if field.name not in left_out]
+    gone = {"passthrough", *(() if saves else SELECTION_NAMES)}
+    names = [field.name for field in dataclasses.fields(Answer) if field.name not in gone]
     expected = {name: getattr(FULL, name) for name in names}
-    expected["parts"] = [dataclasses.asdict(part) for part in FULL.parts]
+    for name in ("parts", "answers"):
+        expected[name] = [dataclasses.asdict(each) for each in getattr(FULL, name)]
     assert first == expected
     assert list(first) == list(expected)
     assert second == {**dict.fromkeys(expected), "id": "b", "row": 2, "status": "ok"}
