@@ -11,7 +11,8 @@ from pipeline.engines.memory import Packer
 from pipeline.kernels import decoding
 from pipeline.kernels.decoding import queries_of_a_range
 from pipeline.model.characters import whole_characters
-from pipeline.model.decode import Generated, StopRules
+from pipeline.model.generated import Generated, StopRules
+from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import USUAL_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
@@ -22,6 +23,8 @@ from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
 from pipeline.records import Answer, EncodedDocument, Reasoning, RowError
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
+
+MOST_TOLD = 40  # characters of an answer that was cut
 
 
 def row_of(document: EncodedDocument, method: str) -> Answer:
@@ -121,12 +124,56 @@ def texts_of(
 
 
 def add_answer(row: Answer, generated: Generated, model: LoadedModel) -> None:
-    """Write an answer that has ended into its row, as text and in numbers."""
-    row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
+    """Write an answer that has ended into its row, as text and in numbers.
+
+    Raises RowError, of the kind `incomplete`, for one that does not have the form that it is to have.
+    """
+    if generated.guide is None:
+        row.reasoning, row.answer = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
+    else:
+        row.reasoning, row.answer = formed_texts(generated, generated.guide, model)
+    add_logprobs(row, generated, model)
     row.new_tokens = len(generated.tokens)
     if generated.drafts is not None:
         row.draft_tokens, row.accepted_tokens = generated.drafts, generated.accepted
     row.finish_reason = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
+
+
+def formed_texts(generated: Generated, guide: Guide, model: LoadedModel) -> tuple[str | None, str]:
+    """The model's reasoning, None where there is none, and an answer in its form. Raises RowError."""
+    if not guide.is_complete:
+        raise RowError("incomplete", _incomplete(generated, guide))
+    before = generated.tokens[: guide.start]
+    reasoning = parted(before, Reasoning.BEGUN, model.tokenizer).reasoning if before else None
+    return reasoning, guide.matcher.text
+
+
+def _incomplete(generated: Generated, guide: Guide) -> str:
+    count = f"{len(generated.tokens):,} tokens"
+    if guide.matcher.error is not None:
+        return f"after {count} the answer cannot go on in its form: {guide.matcher.error}"
+    if guide.start is None:
+        return f"the model reasoned for all of its {count}, and there is no answer: raise --max-new-tokens"
+    text = guide.matcher.text
+    told = f", and ends with {text[-MOST_TOLD:]!r}" if text else ""
+    return (
+        f"the answer was cut after {count}, before it had its form{told}: raise --max-new-tokens, or bound "
+        "what may be long in it (in a schema by maxLength and maxItems)"
+    )
+
+
+def add_logprobs(row: Answer, generated: Generated, model: LoadedModel) -> None:
+    """Write how likely the answer's tokens were, without those of reasoning, and how likely each choice."""
+    if not generated.logprobs:
+        return
+    guide, count = generated.guide, len(generated.tokens)
+    if guide is not None:
+        count -= guide.start or 0
+        row.choice_logprobs = guide.choice_logprobs
+    elif generated.reasoning is not None:
+        count = len(parted(generated.tokens, generated.reasoning, model.tokenizer).tokens)
+    if logprobs := generated.logprobs[len(generated.logprobs) - count :]:
+        row.mean_logprob, row.min_logprob = sum(logprobs) / len(logprobs), min(logprobs)
 
 
 def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:

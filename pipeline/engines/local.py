@@ -19,13 +19,14 @@ from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, Table, begun
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules, decode
+from pipeline.model.decode import NOT_FINITE_MESSAGE, decode
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import drafts_of
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, Answered, EncodedDocument, RowError
+from pipeline.records import Answer, Answered, EncodedDocument, ResponseFormat, RowError
 from pipeline.setup.guard import Guard
 
 # tokens of a part of a pack that use a device well: fewer wait until more rows have left
@@ -47,6 +48,8 @@ class LocalEngine:
         *,
         rules: StopRules,
         sampling: Sampling,
+        response_format: ResponseFormat | None = None,
+        logprobs: bool = False,
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
@@ -63,12 +66,13 @@ class LocalEngine:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
-        dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. With `lookup` so many
-        tokens of a row are drafted for a step, with None as many as suit the device. `in_flight` bounds the
-        rows that are decoded at once. `check` is called often, between layers too; what it raises ends the
-        run. `phase` is told of each pack that is prefilled.
+        dense. With `logprobs` rows tell how likely their tokens were. With `kv_dtype` fp8 keys and values are
+        in e4m3 while rows are decoded. With `lookup` so many tokens of a row are drafted for a step, with
+        None as many as suit the device. `in_flight` bounds the rows that are decoded at once. `check` is
+        called often, between layers too; what it raises ends the run. `phase` is told of each pack that is
+        prefilled.
         """
-        self.row_rules = RowRules(rules=rules, sampling=sampling, tokenizer=model.tokenizer)
+        self.row_rules = RowRules.of_model(model, rules, sampling, response_format, logprobs=logprobs)
         self.model, self._note = model, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
@@ -206,9 +210,9 @@ class LocalEngine:
         pack = self.prefiller.run(jobs, self.packs, check, prefix=prefix)
         running = begun(pack, self.row_rules, self._clock.seconds)
         again = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
-        for row, token, dense in zip(running, pack.tokens, again, strict=True):
+        for row, token, scores, dense in zip(running, pack.tokens, pack.scores, again, strict=True):
             if dense is None:
-                row.take(token)
+                row.take(token, scores)
         ended = [row for row in running if row.finish_reason is not None]
         joining = [
             b
@@ -344,6 +348,9 @@ class LocalEngine:
             draws=pack.draws,
             first=pack.tokens,
             reasoning=[job.document.reasoning],
+            guides=pack.guides,
+            scores=pack.scores,
+            scored=self.row_rules.scored,
             check=check,
             stats=self.stats,
             kv_dtype=self.kv_dtype,

@@ -14,9 +14,11 @@ from pipeline.engines.keeping import keep_selection
 from pipeline.engines.row_rules import RowRules
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.decode import first_tokens
+from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import RowDraws
+from pipeline.model.token_masks import first_allowed, first_scores
 from pipeline.records import Answer
 from pipeline.texts.words import counted
 
@@ -31,6 +33,8 @@ class PrefilledPack:
     sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
     tokens: list[int]  # the first one of each, or NOT_FINITE
     draws: list[RowDraws | None]  # what each row is drawn by; None: it is greedy
+    guides: list[Guide | None]  # what holds each answer to a form, before its first token
+    scores: Sequence[Sequence[float]]  # of the first tokens, as `Generated.take` has them
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
@@ -67,6 +71,7 @@ class Prefiller:
         started = self.now()
         documents = [job.document for job in jobs]
         self.phase(f"prefilling {counted(sum(each.prompt_tokens for each in documents), 'token')}")
+        guides = [self.row_rules.guide(document) for document in documents]
         shared, shared_s = None, 0.0
         if prefix is None:
             limits = packs.of(jobs[0].method).limits if room else None
@@ -84,9 +89,13 @@ class Prefiller:
             chunk = [(job.number, job.document) for job in jobs]
             prefilled = prefix.prefill(self.model, chunk, check)
             shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
+        allowed_BV = first_allowed(prefilled.logits_BV, guides)  # masks are filled while the device works
         prefilled_at = self.now()
         draws = [self.row_rules.draws(document.source) for document in documents]
-        tokens = first_tokens(prefilled.logits_BV, draws)
+        tokens = first_tokens(allowed_BV, draws)
+        scores: Sequence[Sequence[float]] = [()] * len(documents)
+        if self.row_rules.logprobs:
+            scores = first_scores(prefilled.logits_BV, tokens, guides)
         first_at, began = self.now(), started - shared_s
         rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
         for job, row in zip(jobs, rows, strict=True):
@@ -104,6 +113,8 @@ class Prefiller:
             sparse_tokens=self._sparse_tokens(jobs, prefilled, prefix),
             tokens=tokens,
             draws=draws,
+            guides=guides,
+            scores=scores,
             started=started,
             began=began,
             first_at=first_at,

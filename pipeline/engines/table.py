@@ -14,8 +14,9 @@ from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
 from pipeline.engines.row_rules import RowRules
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import DecodeLoop, Generated
+from pipeline.model.decode import DecodeLoop
 from pipeline.model.decode_batch import Seat
+from pipeline.model.generated import Generated
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
@@ -50,8 +51,9 @@ def begun(pack: PrefilledPack, row_rules: RowRules, decoded_s: float) -> list[Ru
             first_at=pack.first_at,
             joined_s=decoded_s,
             reasoning=job.document.reasoning,
+            guide=guide,
         )
-        for job, row in zip(pack.jobs, pack.rows, strict=True)
+        for job, row, guide in zip(pack.jobs, pack.rows, pack.guides, strict=True)
     ]
 
 
@@ -94,6 +96,8 @@ class Table:
             capacity=packer.in_flight,
             longest=model.decoder.shape.context + row_rules.rules.max_new_tokens,
             lookup=lookup,
+            mask_words=row_rules.mask_words,
+            scored=row_rules.scored,
             stats=stats,
         )
         return cls(store, loop, model.device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pipeline.errors import ConfigError
 from pipeline.inputs.conversations import Conversation, conversation
-from pipeline.records import RowError, SamplingParams
+from pipeline.records import ResponseFormat, RowError, SamplingParams
 from pipeline.storage.causes import some
+from pipeline.structured.grammars import JSON_OBJECT, check_format, json_schema_format
 
 REQUEST_ID, METHOD, URL, BODY = "custom_id", "method", "url", "body"
 REQUEST_KEYS = (REQUEST_ID, METHOD, URL, BODY)
@@ -37,7 +39,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "stream": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -99,13 +100,39 @@ def _params(given: dict[str, Any]) -> SamplingParams:
     limits = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
     if len(limits) > 1:
         raise RowError("bad_request", f"both {' and '.join(map(repr, limits))} are given; give one of them")
+    form, stop = _form(given.pop("response_format", None)), _stops(given.pop("stop", None))
+    if form is not None and stop is not None:
+        raise RowError("unsupported", "'stop' beside 'response_format': an answer ends where its form does")
     return SamplingParams(
         max_new_tokens=_integer(limits[0], given.pop(limits[0]), least=1) if limits else None,
         temperature=_number(given, "temperature", most=MOST_TEMPERATURE),
         top_p=_number(given, "top_p", most=1, above_least=True),
         seed=_integer("seed", given.pop("seed")) if "seed" in given else None,
-        stop=_stops(given.pop("stop", None)),
+        stop=stop,
+        response_format=form,
     )
+
+
+def _form(value: object) -> ResponseFormat | None:
+    """The form that an answer is to have; None where any text will do."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if value is None or kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise _bad("response_format", value, "an object of the type 'text', 'json_object' or 'json_schema'")
+    form = JSON_OBJECT
+    if kind == "json_schema":
+        assert isinstance(value, Mapping)
+        told = value.get("json_schema")
+        schema = told.get("schema") if isinstance(told, Mapping) else None
+        if not isinstance(schema, dict):
+            raise _bad("response_format", value, "one with an object 'json_schema' that has a 'schema'")
+        form = json_schema_format(schema)
+    try:
+        check_format(form, "'response_format'")
+    except ConfigError as error:
+        raise RowError("unsupported", str(error)) from error
+    return form
 
 
 def _integer(name: str, value: object, *, least: int | None = None) -> int:

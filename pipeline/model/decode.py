@@ -7,10 +7,8 @@ that has all its tokens is known to end without looking, and takes part in none.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,13 +17,13 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues, RaggedCache
-from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
+from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
+from pipeline.model.guide import Guide
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
-from pipeline.model.reasoning import answer_start
-from pipeline.model.sampling import NOT_FINITE, Draws, RowDraws, Sampling, next_tokens
-from pipeline.model.stopping import StopTexts
+from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Reasoning, RowError
 
@@ -33,82 +31,12 @@ NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or -
 LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopRules:
-    """When an answer ends."""
-
-    max_new_tokens: int
-    token_ids: frozenset[int] = frozenset()  # never part of the answer
-    texts: StopTexts | None = None
-
-    def reason(self, tokens: Sequence[int], start: int | None = 0) -> str | None:
-        """Why the answer ends with its newest token: `stop`, `stop_text`, `length`, or None.
-
-        `start` is its first token, behind the model's reasoning; None while the model reasons.
-        """
-        if tokens[-1] in self.token_ids:
-            return "stop"
-        if self.texts is not None and self.texts.found(tokens, start):
-            return "stop_text"
-        return "length" if len(tokens) >= self.max_new_tokens else None
-
-
-@dataclass(kw_only=True, eq=False)
-class Generated:
-    """One row's answer in tokens, without the stop token, while it grows and when it is done."""
-
-    rules: StopRules
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # as `StopRules.reason` says it, or `not_finite`
-    finished_at: float = 0.0  # time.perf_counter()
-    queued: int = 1  # tokens that are there or will be at least: that of the prefill, and one a step
-    drafts: int | None = None  # that were verified, where any are looked up
-    accepted: int = 0  # of them, which are part of the answer
-    reasoning: Reasoning | None = None  # what its prompt says of it
-    start: int | None = field(init=False)  # the token from which stop texts count; None: from none so far
-
-    def __post_init__(self) -> None:
-        self.start = None if self.reasoning is Reasoning.BEGUN else 0
-
-    @property
-    def unqueued(self) -> int:
-        """How many more tokens than are there, or queued, the answer may have."""
-        return self.rules.max_new_tokens - self.queued
-
-    def take(self, token: int) -> None:
-        """Add a token, and end the answer where it ends."""
-        if token == NOT_FINITE:
-            self.finish_reason, self.finished_at = "not_finite", time.perf_counter()
-            return
-        self.tokens.append(token)
-        rules = self.rules
-        if self.reasoning is not None and rules.texts is not None:
-            self.start = answer_start(self.tokens, self.start, self.reasoning, rules.texts.tokenizer)
-        self.finish_reason = rules.reason(self.tokens, self.start)
-        if self.finish_reason is None:
-            return
-        self.finished_at = time.perf_counter()
-        if self.finish_reason == "stop":
-            self.tokens.pop()
-
-    def take_step(self, drafts: int, tokens: Sequence[int]) -> int:
-        """Add what a step made, up to where the answer ends; returns how many drafts are among it."""
-        before = len(self.tokens)
-        for token in tokens:
-            if token == NOTHING or self.finish_reason is not None:
-                break
-            self.take(token)
-        accepted = min(drafts, max(0, len(self.tokens) - before - 1))
-        if self.drafts is not None:
-            self.drafts, self.accepted = self.drafts + drafts, self.accepted + accepted
-        return accepted
-
-
 class _Queued(NamedTuple):
     """A step on its way: whose tokens it makes, and where what came of it will be on the host."""
 
     rows: list[Generated]
     outcome: Tensor
+    scores: Tensor | None  # see `DecodeBatch.scores_CX`
     done: torch.cuda.Event | None
     verifies: bool  # drafts
 
@@ -127,15 +55,18 @@ class DecodeLoop:
         capacity: int,
         longest: int,
         lookup: Lookup | None = None,
+        mask_words: int | None = None,
+        scored: int | None = None,
         graphs: bool = True,
         stats: DecodeStats | None = None,
         late: int | None = None,
     ) -> None:
         """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`.
 
-        Most answers have up to `new_tokens` tokens and are drawn by `sampling`: for those a step is captured
-        before it is needed.
-        With `lookup` drafts are verified, for which each row needs `room` behind its prompt.
+        Most answers have up to `new_tokens` tokens and are drawn by `sampling`, with `mask_words` under a
+        form with masks of so many words: for those a step is captured before it is needed.
+        With `lookup` drafts are verified, for which each row needs `room` behind its prompt. `scored` is as
+        `DecodeBatch` takes it.
         """
         assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
         self.stats, self._sampling = stats or DecodeStats(), sampling
@@ -152,14 +83,22 @@ class DecodeLoop:
             new_tokens=new_tokens,
             numbers=self._numbers,
             lookup=lookup,
+            scored=scored,
         )
         captured = graphs and kv.on_device_alone
-        self._runner = StepRunner(
-            self._batch.step,
-            recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
-            attention,
-            self.stats,
+        self._runner, self._chooser = (
+            StepRunner(
+                half,
+                recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
+                attention,
+                stats,
+            )
+            # a step that is masked is counted once
+            for half, stats in ((self._batch.step, self.stats), (self._batch.choose, DecodeStats()))
         )
+        self._masked = mask_words is not None
+        if mask_words is not None:
+            self._batch.masks.make(mask_words)
         self._pads = kv.has_spare_slot
         self._late = LATE[decoder.device.type] if late is None else late
         self.rows: list[Generated] = []  # those that take part in the next step, by their columns
@@ -169,10 +108,13 @@ class DecodeLoop:
         """Capture the steps of all sizes; returns how many there are."""
         columns = {self._runner.columns(rows, self.capacity) for rows in range(1, self.capacity + 1)}
         pairs = {(count, count) for count in columns}
-        if self._lookup is not None:
+        if self._lookup is not None and not self._masked:
             pairs |= {(count, self._lookup.queries(count, self._device)) for count in columns}
-        sorts = self._numbers > 0 and self._sampling.top_p < 1
-        return self._runner.prepare(StepSize(*pair, numbers=self._numbers, sorts=sorts) for pair in pairs)
+        sorts, masked = self._numbers > 0 and self._sampling.top_p < 1, self._masked
+        sizes = [StepSize(*pair, numbers=self._numbers, sorts=sorts, masked=masked) for pair in pairs]
+        if masked:
+            self._chooser.prepare(sizes)
+        return self._runner.prepare(sizes)
 
     @property
     def capacity(self) -> int:
@@ -191,6 +133,9 @@ class DecodeLoop:
         self, rows: Sequence[Generated], seats: Sequence[Seat], draws: Sequence[RowDraws | None] = ()
     ) -> None:
         """Add rows that have their first token, and are to have more, with what each draws by, if any."""
+        for row in rows:
+            if row.guide is not None:
+                self._batch.masks.make(len(row.guide.stops_W))
         self._batch.join(seats, [row.tokens[-1] for row in rows], draws)
         self.rows += rows
         if self._pace is not None:
@@ -215,11 +160,10 @@ class DecodeLoop:
 
         Returns the rows that ended, which have left.
         """
-        if self.rows:
-            self._queue()
+        ended = self._queue() if self.rows else []
         if len(self._pending) > (self._late if self.rows else 0):
-            return self._look()
-        return []
+            ended += self._look()
+        return ended
 
     def drain(self) -> list[Generated]:
         """Look at all steps that are on their way; returns the rows that ended."""
@@ -228,17 +172,35 @@ class DecodeLoop:
             ended += self._look()
         return ended
 
-    def _queue(self) -> None:
+    def _queue(self) -> list[Generated]:
+        """Queue a step; returns the rows that ended by steps before it, if it had to wait for them."""
         batch, count = self._batch, len(self.rows)
         columns = self._runner.columns(count, batch.capacity) if self._pads else count
-        size = batch.size(columns, self._queries(columns))
-        self._runner.run(size, max(row.unqueued for row in self.rows))
+        masked = any(row.guide is not None for row in self.rows)
+        size = batch.size(columns, columns if masked else self._queries(columns), masked=masked)
+        steps_left = max(row.unqueued for row in self.rows)
+        self._runner.run(size, steps_left)
+        ended = self._choose(size, steps_left) if masked else []
         self._kv.stepped()
-        outcome = _to_host(batch.outcome_CX[:count])
+        outcome = _to_host(batch.outcome_CX[:count], batch.scores_CX)
         self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns))
         for row in self.rows:
             row.queued += 1
-        self.leave([row for row in self.rows if row.unqueued <= 0])
+        self.leave([row for row in self.rows if row.unqueued <= 0 or row.finish_reason is not None])
+        return ended
+
+    def _choose(self, size: StepSize, steps_left: int) -> list[Generated]:
+        """Let rows with a form go on, for which the tokens before must be known.
+
+        Returns the rows that these end. They are in this step still, and may take any token.
+        """
+        ended: list[Generated] = []
+        while self._pending:
+            ended += self._read()
+        guides = [row.guide if row.finish_reason is None else None for row in self.rows]
+        self._batch.masks.fill(guides, size.columns)
+        self._chooser.run(size, steps_left)
+        return ended
 
     def _queries(self, columns: int) -> int:
         """Of the next step."""
@@ -250,32 +212,47 @@ class DecodeLoop:
         return columns
 
     def _look(self) -> list[Generated]:
+        ended = self._read()
+        self.leave(ended)
+        return ended
+
+    def _read(self) -> list[Generated]:
+        """Take in what the oldest step made; returns the rows that ended, which are still there."""
         queued = self._pending.popleft()
         if queued.done is not None:
             queued.done.synchronize()
         going = [row for row in queued.rows if row.finish_reason is None]
+        scores = [()] * len(queued.rows) if queued.scores is None else queued.scores.tolist()
         accepted = 0
-        for row, (drafts, *tokens) in zip(queued.rows, queued.outcome.tolist(), strict=True):
+        for row, (drafts, *tokens), of_row in zip(queued.rows, queued.outcome.tolist(), scores, strict=True):
             if row.finish_reason is None:
-                accepted += row.take_step(drafts, tokens)
+                accepted += row.take_step(drafts, tokens, of_row)
         if self._pace is not None and queued.verifies and going:
             self._pace.made(len(going), accepted)
-        ended = [row for row in going if row.finish_reason is not None]
-        self.leave(ended)
-        return ended
+        return [row for row in going if row.finish_reason is not None]
 
     def close(self) -> None:
         """Free the graphs."""
         self._runner.close()
+        self._chooser.close()
 
 
-def _to_host(outcome_BX: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def _to_host(
+    outcome_BX: Tensor, scores_CX: Tensor | None
+) -> tuple[Tensor, Tensor | None, torch.cuda.Event | None]:
     """What came of a step on its way to the host, behind the step."""
+    scores_BX = None if scores_CX is None else scores_CX[: len(outcome_BX)]
     if not outcome_BX.is_cuda:
-        return outcome_BX.clone(), None
-    host = torch.empty(outcome_BX.shape, dtype=outcome_BX.dtype, pin_memory=True)
-    host.copy_(outcome_BX, non_blocking=True)
-    return host, torch.cuda.current_stream(outcome_BX.device).record_event()
+        return outcome_BX.clone(), None if scores_BX is None else scores_BX.clone(), None
+    host, host_scores = (None if each is None else _pinned(each) for each in (outcome_BX, scores_BX))
+    assert host is not None
+    return host, host_scores, torch.cuda.current_stream(outcome_BX.device).record_event()
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """A copy in page-locked memory, which is there once the device has done what was queued."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -303,6 +280,9 @@ def decode(
     draws: Sequence[RowDraws | None] = (),
     first: Sequence[int] | None = None,
     reasoning: Sequence[Reasoning | None] | None = None,
+    guides: Sequence[Guide | None] | None = None,
+    scores: Sequence[Sequence[float]] | None = None,
+    scored: int | None = None,
     check: Callable[[], None] = lambda: None,
     graphs: bool = True,
     stats: DecodeStats | None = None,
@@ -312,19 +292,24 @@ def decode(
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `draws` says by what, by default as rows 0, 1, ... are. `first` are the first
-    tokens, if they have been chosen, and `reasoning` is what each prompt says of it. With a `kv_dtype` of
-    float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed. `check` is called
-    before every step, and may raise to give the pack up. Raises RowError where the model's output is not
-    finite.
+    tokens, if they have been chosen, with `scores` as `Generated.take` has them, `reasoning` is what each
+    prompt says of it, and `guides` hold answers to forms. `scored` is as `DecodeBatch` takes it. With a
+    `kv_dtype` of float8_e4m3fn keys and values are rounded to it first, and those of the prefill freed.
+    `check` is called before every step, and may raise to give the pack up. Raises RowError where the model's
+    output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
     draws = draws or [sampling.draws(row, rules.max_new_tokens) for row in range(count)]
     if first is None:
         first = first_tokens(prefilled.logits_BV, draws)
-    answers = [Generated(rules=rules, reasoning=each) for each in reasoning or [None] * count]
-    for answer, token in zip(answers, first, strict=True):
-        answer.take(token)
+    none = [None] * count
+    answers = [
+        Generated(rules=rules, reasoning=each, guide=guide)
+        for each, guide in zip(reasoning or none, guides or none, strict=True)
+    ]
+    for answer, token, of_token in zip(answers, first, scores or [()] * count, strict=True):
+        answer.take(token, of_token)
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     kv, extents, documents = _rows_in(cache, decoder, rules.max_new_tokens, kv_dtype or decoder.dtype)
@@ -337,6 +322,7 @@ def decode(
         sampling=sampling,
         capacity=count,
         longest=max(map(max, own)) + rules.max_new_tokens,
+        scored=scored,
         graphs=graphs,
         stats=stats,
         late=late,

@@ -28,6 +28,7 @@ from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
 from pipeline.model.step_tables import DrawTable, SharedQueries, SharedTables, to_device
 from pipeline.model.store import Extent
+from pipeline.model.token_masks import MaskTable, logprobs_of
 
 NOTHING = -2  # in place of a token that a step might have made
 
@@ -83,11 +84,13 @@ class DecodeBatch:
         new_tokens: int,
         numbers: int = 0,
         lookup: Lookup | None = None,
+        scored: int | None = None,
     ) -> None:
         """No row ever has more than `longest` tokens in a layer, of which it makes `new_tokens` at most.
 
         With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts. There
-        is room for so many `numbers` of a row that is drawn, and for more once one needs them.
+        is room for so many `numbers` of a row that is drawn, and for more once one needs them. With `scored`
+        it tells the log-probabilities of tokens, and the logits of up to so many others that may follow.
         """
         self._decoder, self._attention, self._kv = decoder, attention, kv
         self._new_tokens = new_tokens
@@ -110,6 +113,12 @@ class DecodeBatch:
         self._shared = SharedTables(decoder.shape, capacity, device, drafts)
         self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
         self._draws = DrawTable(capacity, device, numbers)
+        self.masks = MaskTable(decoder, capacity, scored or 0)
+        # of each column the log-probabilities of the tokens that the last step made, and those logits
+        self.scores_CX: Tensor | None = None
+        if scored is not None:
+            shape = (capacity, 1 + drafts + scored)
+            self.scores_CX = torch.zeros(shape, dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -120,10 +129,13 @@ class DecodeBatch:
         """Whether a step attends to documents that several rows share."""
         return bool(self._shared)
 
-    def size(self, columns: int, queries: int) -> StepSize:
-        """Of a step with so many columns and queries, as the rows that there are need it."""
+    def size(self, columns: int, queries: int, *, masked: bool = False) -> StepSize:
+        """Of a step with so many columns and queries, as the rows that there are need it.
+
+        A step that is `masked` has no drafts, and ends with `choose`.
+        """
         draws = self._draws
-        return StepSize(columns, queries, bool(self._shared), draws.numbers, draws.sorts)
+        return StepSize(columns, queries, bool(self._shared), draws.numbers, draws.sorts, masked)
 
     @torch.inference_mode()
     def join(
@@ -178,7 +190,8 @@ class DecodeBatch:
         """Run the newest tokens of the first columns through the model, with drafts if it has more queries.
 
         Reads nothing of the host that changes from step to step, if the attention `captures`. Says in
-        `outcome_CX` what came of it, and goes on to the newest of these tokens.
+        `outcome_CX` what came of it, and goes on to the newest of these tokens; if it is masked, not before
+        `choose`.
         """
         decoder, kv = self._decoder, self._kv
         drafts = self._drafts(size) if size.queries > size.columns else None
@@ -199,8 +212,28 @@ class DecodeBatch:
                 return attended_QHd
 
             normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
+        logits_QV = decoder.head(hidden_QD)
+        if size.masked:
+            self.masks.hold(logits_QV)
+        else:
+            self._end(logits_QV, size, asked, drafts)
+
+    @torch.inference_mode()
+    def choose(self, size: StepSize) -> None:
+        """End a masked step of this size, once the masks of its columns are on the device."""
+        self._end(self.masks.held(size.columns), size, self._queries(size.columns, None), None)
+
+    def _end(self, logits_QV: Tensor, size: StepSize, asked: _Queries, drafts: _Drafts | None) -> None:
+        allowed_QV = self.masks.applied(logits_QV) if size.masked else logits_QV
         draws = self._draws.of_step(size, asked.column_Q, asked.drawn_Q)
-        self._take(self._chosen(decoder.head(hidden_QD), draws), size.columns, drafts)
+        next_Q = self._chosen(allowed_QV, draws)
+        if self.scores_CX is not None:
+            logprobs_BK = self._of_columns(logprobs_of(logits_QV, next_Q), drafts)
+            scores_BX = self.scores_CX[: size.columns]
+            scores_BX[:, : logprobs_BK.shape[1]] = logprobs_BK
+            if size.masked:
+                self.masks.asked_logits(logits_QV, scores_BX)
+        self._take(next_Q, size.columns, drafts)
 
     def _drafts(self, size: StepSize) -> _Drafts:
         assert self._texts is not None
@@ -242,12 +275,10 @@ class DecodeBatch:
     def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
         """Go on to the newest of the tokens that a step made."""
         drawn_B, moving_B = self._drawn_C[:columns], self._moving_C[:columns]
-        next_BK, verified_B = next_Q[:, None], torch.zeros_like(drawn_B)
+        next_BK, verified_B = self._of_columns(next_Q, drafts), torch.zeros_like(drawn_B)
         accepted_B = verified_B
         if drafts is not None:
             verified_B = drafts.count_B
-            at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
-            next_BK = next_Q[at_BK.clamp(max=len(next_Q) - 1)]
             right_BN = next_BK[:, :-1] == drafts.tokens_BN
             right_BN &= self._index_K[:-1] < verified_B[:, None]
             accepted_B = right_BN.int().cumprod(1).sum(1).int()
@@ -264,6 +295,13 @@ class DecodeBatch:
         self._used_LC[:, :columns] += made_B
         self._position_C[:columns] += made_B
         self._drawn_C[:columns] += made_B
+
+    def _of_columns(self, values_Q: Tensor, drafts: _Drafts | None) -> Tensor:
+        """(B, K) values of queries by the columns that they are of."""
+        if drafts is None:
+            return values_Q[:, None]
+        at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
+        return values_Q[at_BK.clamp(max=len(values_Q) - 1)]
 
     def _slots(self, layer: int, columns: int, asked: _Queries, shared: SharedQueries | None) -> DecodeSlots:
         scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]

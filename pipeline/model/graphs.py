@@ -33,6 +33,7 @@ class StepSize(NamedTuple):
     shares: bool = False  # whether rows read documents that they share
     numbers: int = 0  # that a row may draw by, where one is drawn
     sorts: bool = False  # whether one is drawn by a top-p below 1
+    masked: bool = False  # whether one may go on with some tokens alone
 
 
 Step = Callable[[StepSize], None]

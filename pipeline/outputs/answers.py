@@ -9,8 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.outputs.own_columns import OWN_NAMES, SELECTION_NAMES, STATISTICS, STATS, own_prefix
-from pipeline.records import Answer, PartAnswer
+from pipeline.outputs.own_columns import (
+    LOGPROB_NAMES,
+    OWN_NAMES,
+    SELECTION_NAMES,
+    STATISTICS,
+    STATS,
+    own_prefix,
+)
+from pipeline.records import Answer, ChoiceLogprob, PartAnswer
 from pipeline.storage.causes import some
 
 _TYPES = {  # by how `Answer` declares a column
@@ -32,7 +39,9 @@ def _type(field: Field[Any]) -> pa.DataType:
     return _TYPES[str(field.type).removesuffix(" | None")]
 
 
-_TYPES["list[PartAnswer]"] = pa.list_(pa.struct([(field.name, _type(field)) for field in fields(PartAnswer)]))
+for _item in (PartAnswer, ChoiceLogprob):
+    _struct = pa.struct([(each.name, _type(each)) for each in fields(_item)])
+    _TYPES[f"list[{_item.__name__}]"] = pa.list_(_struct)
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
 TYPES = {field.name: _type(field) for field in fields(Answer) if field.name != "passthrough"}
@@ -41,7 +50,7 @@ ANSWER_FIELDS = tuple(pa.field(name, TYPES[name], nullable=name != "id") for nam
 QUESTION_NAME = "question"  # which outputs of the first version do not have
 REASONING_NAME = "reasoning"
 # which outputs of earlier versions go on without
-LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
+LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens", *LOGPROB_NAMES)
 
 MOST_TOLD = 5
 
@@ -51,10 +60,17 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
+    logprobs: bool = False,
+    choices: bool = False,
     lacks: Collection[str] = (STATS,),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
-    left_out = (*(() if save_selection else SELECTION_NAMES), *lacks)
+    """The columns of an output file: the answer's own that it does not lack, then those that are copied.
+
+    `choices` are those of log-probabilities of choices.
+    """
+    *of_answers, of_choices = LOGPROB_NAMES
+    left_out = {*(() if save_selection else SELECTION_NAMES), *lacks}
+    left_out |= {*(() if logprobs else of_answers), *(() if choices else (of_choices,))}
     own = [field for field in ANSWER_FIELDS if field.name not in left_out]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
@@ -127,7 +143,8 @@ def _value(answer: Answer, name: str) -> Any:
     if name == STATS:
         return plain(answer, STATISTICS)
     value = getattr(answer, name)
-    return [asdict(part) for part in value] if name == "parts" and value is not None else value
+    is_listed = name in ("parts", "choice_logprobs") and value is not None
+    return [asdict(each) for each in value] if is_listed else value
 
 
 def _as_utf8(value: Any) -> Any:

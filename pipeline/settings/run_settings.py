@@ -6,6 +6,7 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.own_columns import check_column
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.form_settings import FormSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
@@ -242,6 +243,7 @@ class BatchConfig(
     ModelSettings,
     MethodSettings,
     SamplingSettings,
+    FormSettings,
     RunSettings,
     defaults={"max_new_tokens": None, "on_overlong": None},
 ):
@@ -264,6 +266,19 @@ class BatchConfig(
             self._check_devices()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
+        self._check_form()
+
+    def _check_form(self) -> None:
+        flag = self.form_flag
+        if flag is None:
+            return
+        if self.stop:
+            raise ConfigError(f"--stop and {flag} exclude each other: a form says itself where it ends")
+        if parse_lookup(self.lookup):
+            raise ConfigError(
+                f"--lookup {self.lookup} and {flag} exclude each other: an answer in a form goes on token by "
+                "token; --lookup auto does without drafts"
+            )
 
     def _check_devices(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
