@@ -24,8 +24,10 @@ from pipeline.model.guide import Guide
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens
+from pipeline.model.step_tables import to_host
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.records import Reasoning, RowError
+from pipeline.structured.matchers import Visit
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
 LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at
@@ -39,6 +41,7 @@ class _Queued(NamedTuple):
     scores: Tensor | None  # see `DecodeBatch.scores_CX`
     done: torch.cuda.Event | None
     verifies: bool  # drafts
+    visits: Sequence[Visit | None]  # of each row, if it did not go on but weighed choices
 
 
 class DecodeLoop:
@@ -179,17 +182,29 @@ class DecodeLoop:
         masked = any(row.guide is not None for row in self.rows)
         size = batch.size(columns, columns if masked else self._queries(columns), masked=masked)
         steps_left = max(row.unqueued for row in self.rows)
+        visits = self._visited()
         self._runner.run(size, steps_left)
-        ended = self._choose(size, steps_left) if masked else []
+        ended = self._choose(size, steps_left, visits) if masked else []
         self._kv.stepped()
-        outcome = _to_host(batch.outcome_CX[:count], batch.scores_CX)
-        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns))
+        outcome = to_host(batch.outcome_CX[:count], batch.scores_CX)
+        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns, visits))
         for row in self.rows:
             row.queued += 1
         self.leave([row for row in self.rows if row.unqueued <= 0 or row.finish_reason is not None])
         return ended
 
-    def _choose(self, size: StepSize, steps_left: int) -> list[Generated]:
+    def _visited(self) -> list[Visit | None]:
+        """Let rows whose answers are there go on to the next place at which choices are to be weighed."""
+        visits = [
+            row.guide.visits.pop(0) if row.weighs is not None and row.guide is not None else None
+            for row in self.rows
+        ]
+        places = [(column, each.length, each.token) for column, each in enumerate(visits) if each is not None]
+        if places:
+            self._batch.place(places)
+        return visits
+
+    def _choose(self, size: StepSize, steps_left: int, visits: Sequence[Visit | None]) -> list[Generated]:
         """Let rows with a form go on, for which the tokens before must be known.
 
         Returns the rows that these end. They are in this step still, and may take any token.
@@ -197,8 +212,12 @@ class DecodeLoop:
         ended: list[Generated] = []
         while self._pending:
             ended += self._read()
-        guides = [row.guide if row.finish_reason is None else None for row in self.rows]
-        self._batch.masks.fill(guides, size.columns)
+        guides = [row.guide if row.grows else None for row in self.rows]
+        asked = [[] if guide is None else guide.asked for guide in guides]
+        for column, (row, visit) in enumerate(zip(self.rows, visits, strict=True)):
+            if visit is not None and row.guide is not None:
+                asked[column] = row.guide.asked_at(visit)
+        self._batch.masks.fill(guides, asked, size.columns)
         self._chooser.run(size, steps_left)
         return ended
 
@@ -224,35 +243,26 @@ class DecodeLoop:
         going = [row for row in queued.rows if row.finish_reason is None]
         scores = [()] * len(queued.rows) if queued.scores is None else queued.scores.tolist()
         accepted = 0
-        for row, (drafts, *tokens), of_row in zip(queued.rows, queued.outcome.tolist(), scores, strict=True):
-            if row.finish_reason is None:
+        made = zip(queued.rows, queued.outcome.tolist(), scores, queued.visits, strict=True)
+        for row, (drafts, *tokens), of_row, visit in made:
+            if visit is not None:
+                row.take_visit(visit, of_row[len(tokens) :])
+            elif row.grows:
                 accepted += row.take_step(drafts, tokens, of_row)
+                if row.weighs is not None and not self._can_visit(row):
+                    row.end_visits()
         if self._pace is not None and queued.verifies and going:
             self._pace.made(len(going), accepted)
         return [row for row in going if row.finish_reason is not None]
+
+    def _can_visit(self, row: Generated) -> bool:
+        """Not with offloaded keys and values, which go forward alone, nor once it had all tokens and left."""
+        return self._kv.on_device_alone and any(row is each for each in self.rows)
 
     def close(self) -> None:
         """Free the graphs."""
         self._runner.close()
         self._chooser.close()
-
-
-def _to_host(
-    outcome_BX: Tensor, scores_CX: Tensor | None
-) -> tuple[Tensor, Tensor | None, torch.cuda.Event | None]:
-    """What came of a step on its way to the host, behind the step."""
-    scores_BX = None if scores_CX is None else scores_CX[: len(outcome_BX)]
-    if not outcome_BX.is_cuda:
-        return outcome_BX.clone(), None if scores_BX is None else scores_BX.clone(), None
-    host, host_scores = (None if each is None else _pinned(each) for each in (outcome_BX, scores_BX))
-    assert host is not None
-    return host, host_scores, torch.cuda.current_stream(outcome_BX.device).record_event()
-
-
-def _pinned(values: Tensor) -> Tensor:
-    """A copy in page-locked memory, which is there once the device has done what was queued."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -310,6 +320,8 @@ def decode(
     ]
     for answer, token, of_token in zip(answers, first, scores or [()] * count, strict=True):
         answer.take(token, of_token)
+        if answer.weighs is not None and not prefilled.cache.on_device_alone:
+            answer.end_visits()
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     kv, extents, documents = _rows_in(cache, decoder, rules.max_new_tokens, kv_dtype or decoder.dtype)

@@ -186,6 +186,20 @@ class DecodeBatch:
         self._shared.tell_device()
 
     @torch.inference_mode()
+    def place(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Let rows go on from other places of their answers.
+
+        Of each it says the column, how many tokens of the answer there are, and the newest of them; keys and
+        values must be those of the tokens before it.
+        """
+        column_N, drawn_N, token_N = on_device(places, self._state_XC.device).T
+        behind_N = (drawn_N - self._drawn_C[column_N]).int()
+        self._used_LC[:, column_N] += behind_N
+        self._position_C[column_N] += behind_N
+        self._drawn_C[column_N] = drawn_N.int()
+        self._tokens_C[column_N] = token_N.int()
+
+    @torch.inference_mode()
     def step(self, size: StepSize) -> None:
         """Run the newest tokens of the first columns through the model, with drafts if it has more queries.
 

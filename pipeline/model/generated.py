@@ -12,6 +12,7 @@ from pipeline.model.reasoning import answer_start
 from pipeline.model.sampling import NOT_FINITE
 from pipeline.model.stopping import StopTexts
 from pipeline.records import Reasoning
+from pipeline.structured.matchers import Visit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,22 @@ class Generated:
     reasoning: Reasoning | None = None  # what its prompt says of it
     guide: Guide | None = None  # that holds it to a form, if it is to have one
     logprobs: list[float] = field(default_factory=list)  # of its tokens, where they are wanted
+    weighs: str | None = None  # why it ended, while the choices beside it are still weighed
     start: int | None = field(init=False)  # the token from which stop texts count; None: from none so far
 
     def __post_init__(self) -> None:
         self.start = None if self.reasoning is Reasoning.BEGUN else 0
 
     @property
+    def grows(self) -> bool:
+        """Whether tokens that come are the answer's."""
+        return self.finish_reason is None and self.weighs is None
+
+    @property
     def unqueued(self) -> int:
-        """How many more tokens than are there, or queued, the answer may have."""
+        """How many more tokens than are there, or queued, the answer may have, or visits."""
+        if self.weighs is not None and self.guide is not None:
+            return len(self.guide.visits)
         return self.rules.max_new_tokens - self.queued
 
     def take(self, token: int, scores: Sequence[float] = ()) -> None:
@@ -82,6 +91,21 @@ class Generated:
         self.finished_at = time.perf_counter()
         if reason == "stop":
             del self.tokens[-1:], self.logprobs[-1:]
+        if self.guide is not None and len(scores) > 1 and self.finish_reason == "stop":
+            self.guide.plan_visits(rules.max_new_tokens - 1)
+            if self.guide.visits:
+                self.weighs, self.finish_reason = self.finish_reason, None
+
+    def take_visit(self, visit: Visit, logits: Sequence[float]) -> None:
+        """Learn what came of a visit, the last of which ends the answer."""
+        assert self.guide is not None
+        self.guide.weigh(visit, logits)
+        if not self.guide.unweighed:
+            self.end_visits()
+
+    def end_visits(self) -> None:
+        """End an answer that is there, whatever is still to be visited."""
+        self.finish_reason, self.finished_at = self.weighs, time.perf_counter()
 
     def take_step(self, drafts: int, tokens: Sequence[int], scores: Sequence[float] = ()) -> int:
         """Add what a step made, up to where the answer ends; returns how many drafts are among it.

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.model.reasoning import answer_start
 from pipeline.records import ChoiceLogprob, Reasoning
-from pipeline.structured.matchers import ChoiceMatcher, Matcher, mask_of
+from pipeline.structured.matchers import ChoiceMatcher, Matcher, Visit, mask_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -23,6 +23,10 @@ class Guide:
     reasoning: Reasoning | None = None  # what the prompt says of it
     opener: int | None = None  # the token by which the model may begin to reason
     start: int | None = field(init=False)  # the answer's first token; None while the model reasons
+    # once the answer is there: places at which its other choices are still to be weighed, and how many of
+    # these, and of those that are on their way, are not weighed yet
+    visits: list[Visit] = field(default_factory=list)
+    unweighed: int = 0
     _taken: int = 0
 
     def __post_init__(self) -> None:
@@ -59,8 +63,28 @@ class Guide:
             self.start = answer_start(tokens, None, Reasoning.BEGUN, self.tokenizer)
         else:
             if isinstance(self.matcher, ChoiceMatcher) and logits:
-                self.matcher.weigh(newest, logits[: len(asked)])
+                self.matcher.weigh(logits[: len(asked)])
             self.matcher.take(newest)
+
+    def plan_visits(self, most: int) -> None:
+        """Note what is to be visited so that all choices are weighed, within so many tokens of the answer."""
+        if isinstance(self.matcher, ChoiceMatcher) and self.start is not None:
+            self.visits = [
+                visit._replace(length=self.start + visit.length)
+                for visit in self.matcher.visits(most - self.start)
+            ]
+            self.unweighed = len(self.visits)
+
+    def asked_at(self, visit: Visit) -> list[int]:
+        """The tokens whose logits are wanted of a visit."""
+        assert isinstance(self.matcher, ChoiceMatcher)
+        return self.matcher.asked_at(visit.node)
+
+    def weigh(self, visit: Visit, logits: Sequence[float]) -> None:
+        """Learn what came of a visit."""
+        assert isinstance(self.matcher, ChoiceMatcher)
+        self.matcher.weigh(logits[: len(self.asked_at(visit))], visit.node)
+        self.unweighed -= 1
 
     @property
     def choice_logprobs(self) -> list[ChoiceLogprob] | None:

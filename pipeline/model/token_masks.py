@@ -62,22 +62,20 @@ class MaskTable:
         assert self._made is not None, "no table was made for rows with a form"
         return self._made
 
-    def fill(self, guides: Sequence[Guide | None], columns: int) -> None:
+    def fill(self, guides: Sequence[Guide | None], asked: Sequence[Sequence[int]], columns: int) -> None:
         """Bring the masks of the next choice to the device, of which so many columns are looked at.
 
-        None stands for a row that may go on with any token. What was copied before must have arrived.
+        None stands for a row that may go on with any token; `asked` are the tokens of each row whose logits
+        are wanted, if it has any. What was copied before must have arrived.
         """
         tables = self._tables
         mask_CW, asked_CA = tables.host_mask_CW.numpy(), tables.host_asked_CA.numpy()
-        mask_CW[len(guides) : columns] = -1
-        for column, guide in enumerate(guides):
-            if guide is None:
-                mask_CW[column] = -1
-                continue
+        mask_CW[:columns] = -1
+        for column, (guide, tokens) in enumerate(zip(guides, asked, strict=True)):
             if self._asked:
-                tokens = guide.asked
                 asked_CA[column, : len(tokens)] = tokens
-            guide.fill(mask_CW[column])
+            if guide is not None:
+                guide.fill(mask_CW[column])
         tables.mask_CW[:columns].copy_(tables.host_mask_CW[:columns], non_blocking=True)
         if self._asked:
             tables.asked_CA[:columns].copy_(tables.host_asked_CA[:columns], non_blocking=True)

@@ -187,7 +187,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     )
     stops = stop_token_ids(model.tokenizer, None)
     if form is not None and stops:  # without any, what ends answers is not known before the weights are read
-        BoundForms(model.tokenizer, model.shape.vocab, stops).check(form, place)
+        BoundForms(model.tokenizer, model.shape.vocab, stops).check(form, place, config.max_new_tokens)
     splitter = make_splitter(config, prompts, formed=form is not None)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:

@@ -21,6 +21,7 @@ from pipeline.structured.matchers import (
     Matcher,
     begins_another,
     choice_tree,
+    lengths,
     mask_of,
     most_asked,
 )
@@ -61,11 +62,18 @@ class BoundForms:
         token = self._tokenizer.get_added_vocab().get(OPENS)
         return token if token is not None and token < self.vocab else None
 
-    def check(self, form: ResponseFormat, place: str) -> None:
-        """Raise ConfigError, in a line that begins with `place`, for a form that this model cannot write."""
+    def check(self, form: ResponseFormat, place: str, most: int) -> None:
+        """Raise ConfigError, in a line that begins with `place`, for a form that this model cannot write.
+
+        So it does for choices of more than `most` tokens.
+        """
         try:
             if form.kind == "choices":
-                self.most_asked(form)
+                length, choice = max(
+                    each for parts in (False, True) for each in lengths(self._tree(form, parts))
+                )
+                if length > most:
+                    raise ConfigError(f"{choice!r} has {length} tokens, more than --max-new-tokens {most}")
             else:
                 self.matcher(form)
         except ConfigError as error:

@@ -6,9 +6,9 @@ Letters: V tokens of the vocabulary, W words of 32 bits, one bit a token, of whi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -108,6 +108,14 @@ class ChoiceNode:
     following: dict[int, ChoiceNode] = field(default_factory=dict)  # by the next token
 
 
+class Visit(NamedTuple):
+    """A place of the tree of choices beside the answer, which is to be weighed."""
+
+    token: int  # that leads there
+    length: int  # tokens from the beginning up to it
+    node: ChoiceNode
+
+
 class ChoiceMatcher:
     """One of several texts, each by the tokens that the tokenizer gives it.
 
@@ -118,9 +126,13 @@ class ChoiceMatcher:
 
     def __init__(self, root: ChoiceNode, stops: Collection[int]) -> None:
         """`stops` are the tokens that end an answer."""
-        self._node, self._stops = root, stops
+        self._path, self._stops = [root], stops
         self._logprobs = dict.fromkeys(root.choices, 0.0)
-        self._unknown: set[str] = set()
+        self._unknown = set(root.choices)
+
+    @property
+    def _node(self) -> ChoiceNode:
+        return self._path[-1]
 
     def fill(self, mask_W: np.ndarray) -> None:
         mask_W[:] = mask_of(self.asked, len(mask_W))
@@ -128,36 +140,55 @@ class ChoiceMatcher:
     @property
     def asked(self) -> list[int]:
         """The tokens that may follow."""
-        node = self._node
+        return self.asked_at(self._node)
+
+    def asked_at(self, node: ChoiceNode) -> list[int]:
+        """The tokens that may follow at a place of the tree."""
         return [*node.following, *(self._stops if node.ends is not None else ())]
 
     def take(self, token: int) -> None:
-        self._node = self._node.following.get(token, self._node)
+        if token in self._node.following:
+            self._path.append(self._node.following[token])
 
-    def weigh(self, token: int, logits: Sequence[float]) -> None:
-        """Learn the logits of the tokens `asked`, of which `token` was taken, before it is.
+    def weigh(self, logits: Sequence[float], node: ChoiceNode | None = None) -> None:
+        """Learn the logits of the tokens that may follow at a place, by default where the answer is.
 
-        Choices that part here from the one that is being written get their share; those that part together
-        cannot be told from each other.
+        Choices that part here from all others get their share.
         """
-        node, logits = self._node, list(logits)
-        total = _log_sum_exp(logits)
-        of_token = dict(zip(self.asked, logits, strict=True))
-        shares = {next_: of_token[next_] for next_ in node.following}
-        for next_, logit in shares.items():
-            parted = node.following[next_].choices
-            for choice in parted:
-                self._logprobs[choice] += logit - total
-            if next_ != token and len(parted) > 1:
-                self._unknown.update(parted)
+        node = node or self._node
+        self._unknown.difference_update(node.choices)
+        of_token = dict(zip(self.asked_at(node), logits, strict=True))
+        total = _log_sum_exp(list(of_token.values()))
+        for token, following in node.following.items():
+            for choice in following.choices:
+                self._logprobs[choice] += of_token[token] - total
+            if len(following.choices) > 1:
+                self._unknown.update(following.choices)
         if node.ends is not None:
             self._logprobs[node.ends] += _log_sum_exp([of_token[stop] for stop in self._stops]) - total
+
+    def visits(self, most: int) -> list[Visit]:
+        """The places beside the answer that are still to be weighed, up to so many tokens from the beginning.
+
+        They are in the order of a walk through the tree, in which each place comes behind those above it.
+        """
+        found: list[Visit] = []
+
+        def walk(node: ChoiceNode, length: int) -> None:
+            for token, following in node.following.items():
+                if len(following.choices) > 1 and following not in self._path and length < most:
+                    found.append(Visit(token, length + 1, following))
+                    walk(following, length + 1)
+
+        for length, node in reversed(list(enumerate(self._path))):
+            walk(node, length)
+        return found
 
     @property
     def logprobs(self) -> list[ChoiceLogprob]:
         """Of each choice, in their order, how likely an answer that is drawn among them is this one.
 
-        None where choices that begin alike were left together: how likely each of them is is not known.
+        None where choices begin alike, and the place where they part was not weighed.
         """
         return [
             ChoiceLogprob(choice=choice, logprob=None if choice in self._unknown else logprob)
@@ -188,6 +219,14 @@ def choice_tree(tokens_of: Mapping[str, Sequence[int]]) -> ChoiceNode:
             node.choices.append(choice)
         node.ends = choice
     return root
+
+
+def lengths(node: ChoiceNode, above: int = 0) -> Iterator[tuple[int, str]]:
+    """How many tokens each choice of a tree has that lies under so many others."""
+    if node.ends is not None:
+        yield above, node.ends
+    for following in node.following.values():
+        yield from lengths(following, above + 1)
 
 
 def begins_another(node: ChoiceNode) -> str | None:

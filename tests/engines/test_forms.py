@@ -6,6 +6,7 @@ In float64, where sums in another order do not move a choice.
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -249,6 +250,57 @@ def test_the_answer_is_the_likeliest_choice_and_all_have_their_share(model):
         assert [each.choice for each in answer.choice_logprobs] == list(CHOICES)
         assert [each.logprob for each in answer.choice_logprobs] == pytest.approx(logprobs.tolist(), rel=1e-4)
     assert len({answer.answer for answer in made}) > 1
+
+
+ALIKE = ("nay", "no", "note", "not said", "not stated", "yes", "yea", "\xe9t\xe9")  # which begin alike
+
+
+def by_the_model(model, row, choices, tokens=()):
+    """The log-probability of each choice that begins with these tokens, by all that the model may write."""
+    ids = {choice: [*model.tokenizer.encode(choice), STOP] for choice in choices}
+    count = len(tokens)
+    begun = {choice: ids for choice, ids in ids.items() if ids[:count] == list(tokens) and len(ids) > count}
+    following = sorted({ids[count] for ids in begun.values()})
+    logprobs = next_logits(model, row, tokens)[following].log_softmax(-1).tolist()
+    found = {}
+    for token, logprob in zip(following, logprobs, strict=True):
+        ended = [choice for choice, ids in begun.items() if ids[count] == token]
+        deeper = {ended[0]: 0.0} if len(ended) == 1 else by_the_model(model, row, choices, (*tokens, token))
+        found |= {choice: logprob + rest for choice, rest in deeper.items()}
+    return found
+
+
+def test_all_choices_have_their_share_that_begin_alike(model, recorder):
+    """Each that the answer has left is visited behind it, beside others whose answers grow."""
+    given = [document(20 + 3 * n, seed=n, row=n) for n in range(10)]
+    form, drawn = choices_format(ALIKE), Sampling(temperature=20)
+    made = in_one_batch(engine_for(model, form, logprobs=True, in_flight=4, sampling=drawn), given)
+    plain = engine_for(model, form, in_flight=4, sampling=drawn).answer(given)
+    assert [told(answer) for answer in made] == [told(answer) for answer in plain]
+    for row, answer in zip(given, made, strict=True):
+        expected = by_the_model(model, row, ALIKE)
+        found = {each.choice: each.logprob for each in answer.choice_logprobs}
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert sum(map(math.exp, found.values())) == pytest.approx(1)
+    assert len({answer.answer for answer in made}) > 3
+
+
+def test_so_have_those_of_a_row_that_runs_alone(model):
+    engine = engine_for(model, choices_format(ALIKE), logprobs=True)
+    engine.packer = replace(engine.packer, store_bytes=0)
+    (answer,) = engine.answer([document(33)])
+    found = {each.choice: each.logprob for each in answer.choice_logprobs}
+    assert found == pytest.approx(by_the_model(model, document(33), ALIKE), rel=1e-4)
+
+
+def test_places_beyond_the_longest_answer_are_not_visited(model):
+    choices = ("a", "b" * 30 + "c", "b" * 30 + "d")
+    engine = engine_for(model, choices_format(choices), logprobs=True)
+    made = engine.answer([document(20 + row, seed=row, row=row) for row in range(8)])
+    short = [answer for answer in made if answer.status == "ok"]
+    assert short
+    for answer in short:
+        assert [each.logprob is None for each in answer.choice_logprobs] == [False, True, True]
 
 
 def test_without_the_option_nothing_is_scored(model):

@@ -166,19 +166,26 @@ def test_what_the_model_has_no_token_for_is_told():
     assert (mask_W == -1).all()
     for made, choice in ((forms, "c"), (bound("SentencePiece without bytes"), "\N{EURO SIGN}")):
         with pytest.raises(ConfigError, match=rf"^--choices: the model has no tokens for '{choice}'$"):
-            made.check(choices_format(("a", choice)), "--choices")
+            made.check(choices_format(("a", choice)), "--choices", 9)
 
 
 def test_a_choice_that_begins_another_needs_a_token_to_end_it():
     form = choices_format(("no", "not said"))
-    bound().check(form, "--choices")
+    bound().check(form, "--choices", 9)
     with pytest.raises(ConfigError, match=r"^--choices: 'no' begins another choice, and the model has"):
-        bound(stops=[]).check(form, "--choices")
+        bound(stops=[]).check(form, "--choices", 9)
+
+
+def test_a_choice_that_has_more_tokens_than_an_answer_may_is_refused():
+    form = choices_format(("no", "not said"))
+    bound().check(form, "--choices", 9)  # behind a word it begins with a space
+    with pytest.raises(ConfigError, match=r"^--choices: 'not said' has 9 tokens, more than --max-new"):
+        bound().check(form, "--choices", 8)
 
 
 def test_choices_that_the_tokenizer_writes_alike_are_refused():
     with pytest.raises(ConfigError, match="writes 'no' and ' no' alike"):
-        bound("SentencePiece").check(choices_format(("no", " no")), "--choices")
+        bound("SentencePiece").check(choices_format(("no", " no")), "--choices", 9)
 
 
 def weighed(choices, taken, logits_of):
@@ -188,7 +195,7 @@ def weighed(choices, taken, logits_of):
     for token in [*forms._tokenizer.encode(taken), 256]:
         if matcher.is_ended:
             break
-        matcher.weigh(token, [logits_of.get(each, 0.0) for each in matcher.asked])
+        matcher.weigh([logits_of.get(each, 0.0) for each in matcher.asked])
         matcher.take(token)
     assert matcher.text == taken
     return {each.choice: each.logprob for each in matcher.logprobs}
