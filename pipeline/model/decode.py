@@ -245,7 +245,7 @@ class DecodeLoop:
         accepted = 0
         made = zip(queued.rows, queued.outcome.tolist(), scores, queued.visits, strict=True)
         for row, (drafts, *tokens), of_row, visit in made:
-            if visit is not None:
+            if visit is not None and row.finish_reason is None:
                 row.take_visit(visit, of_row[len(tokens) :])
             elif row.grows:
                 accepted += row.take_step(drafts, tokens, of_row)

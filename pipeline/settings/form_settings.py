@@ -21,7 +21,7 @@ class FormSettings(Settings, panel=ANSWERS):
         help="Answers are JSON under this schema: a file, or the schema itself, {...}.",
     )
     regex: str | None = option(
-        None, metavar="REGEX", help="Answers match this regular expression, from beginning to end."
+        None, metavar="PATTERN", help="Answers match this regular expression, from beginning to end."
     )
     choices: tuple[str, ...] | None = option(
         None, metavar="A,B[,...]", help="Answers are one of these texts.", kind=WORDS

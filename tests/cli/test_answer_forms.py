@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import pyarrow as pa
 import pytest
 from chains import BEGINNING, CLOSES, END, OPENS, save_chain
 from prompt_parts import space_tokenizer
@@ -249,3 +250,45 @@ def test_requests_say_their_forms_themselves(call, tmp_path):
     assert {name: code for name, code in codes.items() if name != "r9"} == expected
     assert codes.get("r9") == "incomplete" or json.loads(said["r9"]) is not None
     assert "'response_format' cannot be used: Invalid type: word" in errors["r4"]["message"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.arrow", "out.parquet"])
+def test_log_probabilities_come_back_in_a_resumed_run_and_a_merged_output(call, fish, tmp_path, name):
+    words = (*ASK, "--choices", "red,blue,no colour,none", "--logprobs", "--columns", "answer,stats")
+    whole, out = tmp_path / f"whole-{name}", tmp_path / name
+    assert call(fish, whole, *words) == 0
+    assert call(fish, out, *words, "--limit", 2) == 0
+    assert call(fish, out, *words, "--resume") == 0
+    shards = [tmp_path / f"{n}-{name}" for n in (1, 2)]
+    for number, shard in enumerate(shards, start=1):
+        assert call(fish, shard, *words, "--shard", f"{number}/2") == 0
+    merged = tmp_path / f"merged-{name}"
+    assert run(["merge", *map(str, [merged, *shards])]) == 0
+
+    def scores(path):
+        rows = pa.ipc.open_file(path).read_all().to_pylist() if path.suffix == ".arrow" else read(path)
+        return [[row[name] for name in ("answer", "mean_logprob", "choice_logprobs")] for row in rows]
+
+    expected = scores(whole)
+    assert all(each["logprob"] < 0 for *_, listed in expected for each in listed)
+    for path in (out, merged):
+        for found, wanted in zip(scores(path), expected, strict=True):
+            assert found[0] == wanted[0]
+            assert found[1] == pytest.approx(wanted[1], rel=1e-3)
+            assert found[2] == [
+                each | {"logprob": pytest.approx(each["logprob"], rel=1e-3)} for each in wanted[2]
+            ]
+
+
+def test_requests_under_a_form_of_the_run(call, tmp_path):
+    source = write(tmp_path / "in.jsonl", [line(0), line(1, stop="e"), line(2, response_format=form(SCHEMA))])
+    out = tmp_path / "out.jsonl"
+    assert call(source, out, "--choices", "red,blue", "--logprobs") == 0
+    first, second, third = read(out)
+    for row in (first, second):
+        assert row["response"]["body"]["choices"][0]["message"]["content"] in ("red", "blue")
+        assert len(row["marsinfer"]["choice_logprobs"]) == 2
+    check(third["response"]["body"]["choices"][0]["message"]["content"])
+    assert third["marsinfer"]["choice_logprobs"] is None
+    assert call(source, out, "--choices", "red,blue", "--logprobs", "--resume") == 0
+    assert read(out) == [first, second, third]

@@ -293,6 +293,19 @@ def test_so_have_those_of_a_row_that_runs_alone(model):
     assert found == pytest.approx(by_the_model(model, document(33), ALIKE), rel=1e-4)
 
 
+def test_a_row_that_takes_too_long_while_it_is_weighed_is_late(model, recorder):
+    engine = engine_for(model, choices_format(ALIKE), logprobs=True, row_timeout=1e9)
+    engine.add([document(30)])
+    while not any(row.weighs for row in engine._running):
+        assert engine.advance() == []
+    engine.attempts.row_timeout = 0.0
+    ended = []
+    while engine.is_busy:
+        ended += engine.advance()
+    assert [(answer.status, answer.error_type) for _, answer, _ in ended] == [("error", "timeout")]
+    assert engine._table.loop.drain() == []
+
+
 def test_places_beyond_the_longest_answer_are_not_visited(model):
     choices = ("a", "b" * 30 + "c", "b" * 30 + "d")
     engine = engine_for(model, choices_format(choices), logprobs=True)
