@@ -25,6 +25,13 @@ class Turn(NamedTuple):
     between: str  # what joins them
 
 
+class ResponseFormat(NamedTuple):
+    """The form that an answer must have, whatever the model would rather write."""
+
+    kind: Literal["json_schema", "regex", "choices"]
+    text: str  # the schema or the list of choices as JSON, or the regular expression
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """What a row itself says of its answer; None where it leaves it to the run."""
@@ -37,6 +44,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
+    response_format: ResponseFormat | None = None
 
 
 AS_THE_RUN = SamplingParams()
@@ -84,6 +92,7 @@ ErrorType = Literal[
     "empty_document",
     "encrypted",
     "host_memory",
+    "incomplete",
     "internal",
     "kv_memory",
     "long_line",
@@ -184,6 +193,7 @@ class EncodedDocument:
     tokenize_ms: float = 0.0
     ready_at: float = 0.0  # time.perf_counter() when tokenization ended
     reasoning: Reasoning | None = None  # None: whatever the model writes is the answer
+    is_final: bool = True  # its answer is the row's, and no other is made of it
 
     @property
     def prompt_tokens(self) -> int:
@@ -227,6 +237,14 @@ class OneOfSeveral:
     new_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceLogprob:
+    """How likely one of the choices is."""
+
+    choice: str
+    logprob: float | None  # natural logarithm; None: not known, see `ChoiceMatcher.logprobs`
+
+
 @dataclass(kw_only=True, slots=True)
 class Answer:
     """One row of the output; the fields up to `passthrough` are its columns, in this order."""
@@ -242,6 +260,10 @@ class Answer:
     finish_reason: str | None = None
     error_type: str | None = None
     error_message: str | None = None
+    # only with --logprobs, the last of them only with --choices too
+    mean_logprob: float | None = None
+    min_logprob: float | None = None
+    choice_logprobs: list[ChoiceLogprob] | None = None
     document_tokens: int | None = None
     prompt_tokens: int | None = None
     truncated_tokens: int | None = None

@@ -23,7 +23,7 @@ FLOORS = (
     "texts",
     "errors",
     "interrupts kernels records storage",
-    "pruning values",
+    "pruning structured values",
     "outputs",
     "settings",
     "families inputs suites",

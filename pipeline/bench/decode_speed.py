@@ -13,7 +13,8 @@ import torch
 
 from pipeline.bench.inputs import random_document
 from pipeline.bench.timing import best_seconds, in_turns, wait_for
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill

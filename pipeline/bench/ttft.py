@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.timing import in_turns, now, peak_bytes, tidied, wait_for
 from pipeline.errors import ConfigError
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare

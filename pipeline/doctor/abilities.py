@@ -10,7 +10,8 @@ from pipeline.doctor.tiny import device, stock_logits, subject
 from pipeline.errors import ConfigError
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
 from pipeline.model.graphs import DecodeStats, recorder_for
 from pipeline.model.loading import attention_for, pick_dtype
 from pipeline.pruning.dense import Dense

@@ -38,6 +38,7 @@ OPTIONAL = {
     "beautifulsoup4": Optional("bs4", "documents", "HTML files as documents"),
     "lxml": Optional("lxml", "documents", "HTML files as documents"),
     "aiohttp": Optional("aiohttp", "http", "https:// URLs"),
+    "llguidance": Optional("llguidance", "structured", "--json-schema and --regex"),
     "matplotlib": Optional("matplotlib", "plot", "--plot of bench and calibrate"),
     "rapidfuzz": Optional("rapidfuzz", "quality", "check's edit similarity"),
     "rouge-score": Optional("rouge_score", "quality", "check's ROUGE-L"),

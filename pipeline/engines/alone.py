@@ -6,7 +6,8 @@ import torch
 
 from pipeline.engines.attempts import Check
 from pipeline.engines.prefilling import PrefilledPack
-from pipeline.model.decode import Generated, StopRules, decode
+from pipeline.model.decode import decode
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 
@@ -17,17 +18,19 @@ def decoded_alone(
     rules: StopRules,
     check: Check,
     *,
+    scored: int | None,
     stats: DecodeStats,
     kv_dtype: torch.dtype,
 ) -> list[Generated]:
     """The answers to a pack's only prompt, one after the other, so that they take the memory of one.
 
-    `kv_dtype` is that of keys and values while they are decoded. Raises RowError where the model's output is
-    not finite, and what `check` raises.
+    `scored` is as `DecodeBatch` takes it, and `kv_dtype` that of keys and values while they are decoded.
+    Raises RowError where the model's output is not finite, and what `check` raises.
     """
     (job,), (draws,), (tokens,) = pack.jobs, pack.draws, pack.tokens
+    (guides,), (scores,) = pack.guides, pack.scores
     answers: list[Generated] = []
-    for own, token in zip(draws, tokens, strict=True):
+    for own, token, guide, of_token in zip(draws, tokens, guides, scores, strict=True):
         answers += decode(
             model.decoder,
             model.attention,
@@ -37,6 +40,9 @@ def decoded_alone(
             first=[token],
             prompts=[job.document.input_ids],
             reasoning=[job.document.reasoning],
+            guides=[guide],
+            scores=[of_token],
+            scored=scored,
             check=check,
             stats=stats,
             kv_dtype=kv_dtype,

@@ -12,7 +12,8 @@ from pipeline.engines.memory import Packer
 from pipeline.kernels import decoding
 from pipeline.kernels.decoding import queries_of_a_range
 from pipeline.model.characters import whole_characters
-from pipeline.model.decode import Generated, StopRules
+from pipeline.model.generated import Generated, StopRules
+from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import USUAL_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
@@ -23,6 +24,8 @@ from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
 from pipeline.records import Answer, EncodedDocument, OneOfSeveral, Reasoning, RowError
 from pipeline.settings.answer_settings import AnswerSettings, SamplingSettings
+
+MOST_TOLD = 40  # characters of an answer that was cut
 
 
 def row_of(document: EncodedDocument, method: str) -> Answer:
@@ -124,11 +127,13 @@ def texts_of(
 def add_answers(row: Answer, generated: Sequence[Generated], model: LoadedModel) -> None:
     """Write the answers to a prompt, which have ended, into its row, as text and in numbers.
 
-    Of several the first is the row's own; counts of tokens are of them all.
+    Of several the first is the row's own; counts of tokens are of them all. Raises RowError, of the kind
+    `incomplete`, where one does not have the form that it is to have.
     """
     answers = [_written(each, model) for each in generated]
     for name in ("answer", "reasoning", "finish_reason"):
         setattr(row, name, getattr(answers[0], name))
+    add_logprobs(row, generated[0], model)
     row.answers = answers if len(answers) > 1 else None
     row.new_tokens = sum(each.new_tokens for each in answers)
     drafted = [each for each in generated if each.drafts is not None]
@@ -138,11 +143,51 @@ def add_answers(row: Answer, generated: Sequence[Generated], model: LoadedModel)
 
 
 def _written(generated: Generated, model: LoadedModel) -> OneOfSeveral:
-    reasoning, text = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
+    if generated.guide is None:
+        reasoning, text = texts_of(generated.tokens, generated.reasoning, generated.rules, model)
+    else:
+        reasoning, text = formed_texts(generated, generated.guide, model)
     ended = "stop" if generated.finish_reason == "stop_text" else generated.finish_reason
     return OneOfSeveral(
         answer=text, reasoning=reasoning, finish_reason=ended, new_tokens=len(generated.tokens)
     )
+
+
+def formed_texts(generated: Generated, guide: Guide, model: LoadedModel) -> tuple[str | None, str]:
+    """The model's reasoning, None where there is none, and an answer in its form. Raises RowError."""
+    if not guide.is_complete:
+        raise RowError("incomplete", _incomplete(generated, guide))
+    before = generated.tokens[: guide.start]
+    reasoning = parted(before, Reasoning.BEGUN, model.tokenizer).reasoning if before else None
+    return reasoning, guide.matcher.text
+
+
+def _incomplete(generated: Generated, guide: Guide) -> str:
+    count = f"{len(generated.tokens):,} tokens"
+    if guide.matcher.error is not None:
+        return f"after {count} the answer cannot go on in its form: {guide.matcher.error}"
+    if guide.start is None:
+        return f"the model reasoned for all of its {count}, and there is no answer: raise --max-new-tokens"
+    text = guide.matcher.text
+    told = f", and ends with {text[-MOST_TOLD:]!r}" if text else ""
+    return (
+        f"the answer was cut after {count}, before it had its form{told}: raise --max-new-tokens, or bound "
+        "what may be long in it (in a schema by maxLength and maxItems)"
+    )
+
+
+def add_logprobs(row: Answer, generated: Generated, model: LoadedModel) -> None:
+    """Write how likely the answer's tokens were, without those of reasoning, and how likely each choice."""
+    if not generated.logprobs:
+        return
+    guide, count = generated.guide, len(generated.tokens)
+    if guide is not None:
+        count -= guide.start or 0
+        row.choice_logprobs = guide.choice_logprobs
+    elif generated.reasoning is not None:
+        count = len(parted(generated.tokens, generated.reasoning, model.tokenizer).tokens)
+    if logprobs := generated.logprobs[len(generated.logprobs) - count :]:
+        row.mean_logprob, row.min_logprob = sum(logprobs) / len(logprobs), min(logprobs)
 
 
 def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:

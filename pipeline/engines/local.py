@@ -20,13 +20,14 @@ from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, RunningRow, Table, begun
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import NOT_FINITE_MESSAGE, Generated, StopRules
+from pipeline.model.decode import NOT_FINITE_MESSAGE
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import drafts_of
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import Answer, Answered, EncodedDocument, RowError
+from pipeline.records import Answer, Answered, EncodedDocument, ResponseFormat, RowError
 from pipeline.setup.guard import Guard
 
 # tokens of a part of a pack that use a device well: fewer wait until more rows have left
@@ -48,6 +49,8 @@ class LocalEngine:
         *,
         rules: StopRules,
         sampling: Sampling,
+        response_format: ResponseFormat | None = None,
+        logprobs: bool = False,
         pack_tokens: int | None = None,
         row_timeout: float | None = None,
         kv_memory: int | None = None,
@@ -65,13 +68,13 @@ class LocalEngine:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
         With any, dense may take the method's place there. What `guard` does not speak for is answered by
-        dense. With `kv_dtype` fp8 keys and values are in e4m3 while rows are decoded. With `lookup` so many
-        tokens of a row are drafted for a step, with None as many as suit the device. `in_flight` bounds the
-        rows that are decoded at once, and `n` is how many answers a prompt gets, each of which counts as one
-        there. `check` is called often, between layers too; what it raises ends the run. `phase` is told of
-        each pack that is prefilled.
+        dense. With `logprobs` rows tell how likely their tokens were. With `kv_dtype` fp8 keys and values are
+        in e4m3 while rows are decoded. With `lookup` so many tokens of a row are drafted for a step, with
+        None as many as suit the device. `in_flight` bounds the rows that are decoded at once, and `n` is how
+        many answers a prompt gets, each of which counts as one there. `check` is called often, between
+        layers too; what it raises ends the run. `phase` is told of each pack that is prefilled.
         """
-        self.row_rules = RowRules(rules=rules, sampling=sampling, tokenizer=model.tokenizer, n=n)
+        self.row_rules = RowRules.of_model(model, rules, sampling, response_format, logprobs=logprobs, n=n)
         self.model, self._note = model, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
@@ -212,8 +215,8 @@ class LocalEngine:
         again = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         trusted = [b for b, dense in enumerate(again) if dense is None]
         for b in trusted:
-            for answer, token in zip(running[b].answers, pack.tokens[b], strict=True):
-                answer.take(token)
+            for answer, token, scores in zip(running[b].answers, pack.tokens[b], pack.scores[b], strict=True):
+                answer.take(token, scores)
         ended = [each for b in trusted for each in running[b].answers if each.finish_reason is not None]
         joining = [b for b in trusted if running[b].going]
         if joining:
@@ -342,7 +345,15 @@ class LocalEngine:
             pack.count(self.times)
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
-        generated = decoded_alone(self.model, pack, rules, check, stats=self.stats, kv_dtype=self.kv_dtype)
+        generated = decoded_alone(
+            self.model,
+            pack,
+            rules,
+            check,
+            scored=self.row_rules.scored,
+            stats=self.stats,
+            kv_dtype=self.kv_dtype,
+        )
         answer.decode_ms = (generated[-1].finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
         pack.count(self.times)

@@ -217,6 +217,8 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         setup.method,
         rules=rules_of(config, model),
         sampling=sampling_of(config),
+        response_format=setup.response_format,
+        logprobs=config.logprobs,
         pack_tokens=config.pack_tokens,
         row_timeout=config.row_timeout,
         kv_memory=config.kv_memory,

@@ -17,9 +17,11 @@ from pipeline.engines.memory import FIRST_AT_ONCE
 from pipeline.engines.row_rules import RowRules
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.decode import first_tokens
+from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import RowDraws
+from pipeline.model.token_masks import first_allowed, first_scores
 from pipeline.records import Answer, EncodedDocument
 from pipeline.texts.words import counted
 
@@ -34,6 +36,8 @@ class PrefilledPack:
     sparse_tokens: list[int]  # how many of each one's first tokens had blocks of attention chosen
     tokens: list[list[int]]  # the first one of each of its answers, or NOT_FINITE
     draws: list[list[RowDraws | None]]  # what each one's tokens are chosen by; None: the largest logits
+    guides: list[list[Guide | None]]  # what holds each answer to a form, before its first token
+    scores: list[list[Sequence[float]]]  # of the first tokens, as `Generated.take` has them
     started: float
     began: float  # the same, before what the rows share with others
     first_at: float  # when the first tokens were known
@@ -70,6 +74,7 @@ class Prefiller:
         started = self.now()
         documents = [job.document for job in jobs]
         self.phase(f"prefilling {counted(sum(each.prompt_tokens for each in documents), 'token')}")
+        guides = [[self.row_rules.guide(each) for _ in range(self.row_rules.n)] for each in documents]
         shared, shared_s = None, 0.0
         if prefix is None:
             limits = packs.of(jobs[0].method).limits if room else None
@@ -87,9 +92,14 @@ class Prefiller:
             chunk = [(job.number, job.document) for job in jobs]
             prefilled = prefix.prefill(self.model, chunk, check)
             shared, shared_s = prefix.shared_by(chunk, self.model, packs.groups), prefix.seconds
+        # masks are filled while the device works; all answers to a prompt begin alike
+        allowed_BV = first_allowed(prefilled.logits_BV, [own[0] for own in guides])
         prefilled_at = self.now()
         draws = [self.row_rules.draws(document.source) for document in documents]
-        tokens = _first_of_each(prefilled.logits_BV, draws, documents)
+        tokens = _first_of_each(allowed_BV, draws, documents)
+        scores: list[list[Sequence[float]]] = [[()] * len(own) for own in draws]
+        if self.row_rules.logprobs:
+            scores = _scores_of_each(prefilled.logits_BV, tokens, guides)
         first_at, began = self.now(), started - shared_s
         rows = prefilled_rows(documents, jobs[0].method.name, prefilled, self.model, shared)
         for job, row in zip(jobs, rows, strict=True):
@@ -107,6 +117,8 @@ class Prefiller:
             sparse_tokens=self._sparse_tokens(jobs, prefilled, prefix),
             tokens=tokens,
             draws=draws,
+            guides=guides,
+            scores=scores,
             started=started,
             began=began,
             first_at=first_at,
@@ -144,3 +156,16 @@ def _first_of_each(
         for b, token in zip(of_answer, tokens, strict=True):
             found[b].append(token)
     return found
+
+
+def _scores_of_each(
+    logits_BV: Tensor, tokens: Sequence[Sequence[int]], guides: Sequence[Sequence[Guide | None]]
+) -> list[list[Sequence[float]]]:
+    """What `first_scores` says of the first token of each answer to each prompt."""
+    if all(len(own) == 1 for own in tokens):
+        alone = first_scores(logits_BV, [own[0] for own in tokens], [own[0] for own in guides])
+        return [[scores] for scores in alone]
+    return [
+        list(first_scores(logits_BV[b : b + 1].expand(len(own), -1), own, guides[b]))
+        for b, own in enumerate(tokens)
+    ]

@@ -14,8 +14,9 @@ from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
 from pipeline.engines.row_rules import RowRules
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import DecodeLoop, Generated
+from pipeline.model.decode import DecodeLoop
 from pipeline.model.decode_batch import Seat
+from pipeline.model.generated import Generated
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
@@ -72,10 +73,13 @@ class Running(Generated):
 def begun(pack: PrefilledPack, row_rules: RowRules, decoded_s: float) -> list[RunningRow]:
     """The rows of a pack, whose answers have no tokens yet; `decoded_s` is the clock of decoding."""
     rows = []
-    for job, answer, draws in zip(pack.jobs, pack.rows, pack.draws, strict=True):
+    for job, answer, draws, guides in zip(pack.jobs, pack.rows, pack.draws, pack.guides, strict=True):
         row = RunningRow(job=job, answer=answer, began=pack.began, first_at=pack.first_at, joined_s=decoded_s)
         rules, reasoning = row_rules.of(job.document.source), job.document.reasoning
-        row.answers = [Running(rules=rules, row=row, reasoning=reasoning, draws=own) for own in draws]
+        row.answers = [
+            Running(rules=rules, row=row, reasoning=reasoning, draws=own, guide=guide)
+            for own, guide in zip(draws, guides, strict=True)
+        ]
         rows.append(row)
     return rows
 
@@ -121,6 +125,8 @@ class Table:
             capacity=packer.in_flight,
             longest=model.decoder.shape.context + row_rules.rules.max_new_tokens,
             lookup=lookup,
+            mask_words=row_rules.mask_words,
+            scored=row_rules.scored,
             stats=stats,
         )
         return cls(store, loop, model.device, shares=model.decoder.shape.shares_documents)

@@ -22,7 +22,8 @@ from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import free_bytes
 from pipeline.kernels import sparse
 from pipeline.model import precision
-from pipeline.model.decode import StopRules, decode
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
 from pipeline.model.prefill import Pack, prefill
 from pipeline.records import EncodedDocument, Row, RowError, Spans
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.continuation import continue_with
-from pipeline.model.decode import StopRules, decode, first_tokens
+from pipeline.model.decode import decode, first_tokens
+from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.sampling import Sampling

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from pipeline.errors import ConfigError
 from pipeline.inputs.conversations import Conversation, conversation, whole_prompt
 from pipeline.outputs.batch_lines import CHAT, COMPLETIONS, URL
-from pipeline.records import ErrorType, RowError, SamplingParams
+from pipeline.records import ErrorType, ResponseFormat, RowError, SamplingParams
 from pipeline.storage.causes import some
+from pipeline.structured.grammars import JSON_OBJECT, check_format, json_schema_format
 
 REQUEST_ID, METHOD, BODY = "custom_id", "method", "body"
 REQUEST_KEYS = (REQUEST_ID, METHOD, URL, BODY)
@@ -38,7 +40,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "stream": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -137,13 +138,17 @@ def _params(given: dict[str, Any], names: tuple[str, ...]) -> SamplingParams:
     limits = [name for name in names if name in given]
     if len(limits) > 1:
         raise RowError("bad_request", f"both {' and '.join(map(repr, limits))} are given; give one of them")
+    form, stop = _form(given.pop("response_format", None)), _stops(given.pop("stop", None))
+    if form is not None and stop is not None:
+        raise RowError("unsupported", "'stop' beside 'response_format': an answer ends where its form does")
     return SamplingParams(
         max_new_tokens=_integer(limits[0], given.pop(limits[0]), least=1) if limits else None,
         temperature=_number(given, "temperature", most=MOST_TEMPERATURE),
         top_p=_number(given, "top_p", most=1, above_least=True),
         **_of_vllm(given),
         seed=_integer("seed", given.pop("seed")) if "seed" in given else None,
-        stop=_stops(given.pop("stop", None)),
+        stop=stop,
+        response_format=form,
     )
 
 
@@ -155,6 +160,28 @@ def _of_vllm(given: dict[str, Any]) -> dict[str, Any]:
         "min_p": _number(given, "min_p", most=1),
         "repetition_penalty": _number(given, "repetition_penalty", most=MOST_PENALTY, above_least=True),
     }
+
+
+def _form(value: object) -> ResponseFormat | None:
+    """The form that an answer is to have; None where any text will do."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if value is None or kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise _bad("response_format", value, "an object of the type 'text', 'json_object' or 'json_schema'")
+    form = JSON_OBJECT
+    if kind == "json_schema":
+        assert isinstance(value, Mapping)
+        told = value.get("json_schema")
+        schema = told.get("schema") if isinstance(told, Mapping) else None
+        if not isinstance(schema, dict):
+            raise _bad("response_format", value, "one with an object 'json_schema' that has a 'schema'")
+        form = json_schema_format(schema)
+    try:
+        check_format(form, "'response_format'")
+    except ConfigError as error:
+        raise RowError("unsupported", str(error)) from error
+    return form
 
 
 def _integer(name: str, value: object, *, least: int | None = None) -> int:

@@ -7,10 +7,8 @@ that has all its tokens is known to end without looking, and takes part in none.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -20,89 +18,20 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues
-from pipeline.model.decode_batch import NOTHING, DecodeBatch, Seat
+from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
+from pipeline.model.guide import Guide
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
-from pipeline.model.reasoning import answer_start
-from pipeline.model.sampling import NOT_FINITE, Draws, RowDraws, Sampling, next_tokens, with_penalties
-from pipeline.model.stopping import StopTexts
+from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, with_penalties
+from pipeline.model.step_tables import to_host
 from pipeline.model.store import rows_in
 from pipeline.records import Reasoning, RowError
+from pipeline.structured.matchers import Visit
 
 NOT_FINITE_MESSAGE = "the model's output is not finite; try another --dtype or --attention"
 LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one are looked at
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopRules:
-    """When an answer ends."""
-
-    max_new_tokens: int
-    token_ids: frozenset[int] = frozenset()  # never part of the answer
-    texts: StopTexts | None = None
-
-    def reason(self, tokens: Sequence[int], start: int | None = 0) -> str | None:
-        """Why the answer ends with its newest token: `stop`, `stop_text`, `length`, or None.
-
-        `start` is its first token, behind the model's reasoning; None while the model reasons.
-        """
-        if tokens[-1] in self.token_ids:
-            return "stop"
-        if self.texts is not None and self.texts.found(tokens, start):
-            return "stop_text"
-        return "length" if len(tokens) >= self.max_new_tokens else None
-
-
-@dataclass(kw_only=True, eq=False)
-class Generated:
-    """One row's answer in tokens, without the stop token, while it grows and when it is done."""
-
-    rules: StopRules
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # as `StopRules.reason` says it, or `not_finite`
-    finished_at: float = 0.0  # time.perf_counter()
-    queued: int = 1  # tokens that are there or will be at least: that of the prefill, and one a step
-    drafts: int | None = None  # that were verified, where any are looked up
-    accepted: int = 0  # of them, which are part of the answer
-    reasoning: Reasoning | None = None  # what its prompt says of it
-    start: int | None = field(init=False)  # the token from which stop texts count; None: from none so far
-
-    def __post_init__(self) -> None:
-        self.start = None if self.reasoning is Reasoning.BEGUN else 0
-
-    @property
-    def unqueued(self) -> int:
-        """How many more tokens than are there, or queued, the answer may have."""
-        return self.rules.max_new_tokens - self.queued
-
-    def take(self, token: int) -> None:
-        """Add a token, and end the answer where it ends."""
-        if token == NOT_FINITE:
-            self.finish_reason, self.finished_at = "not_finite", time.perf_counter()
-            return
-        self.tokens.append(token)
-        rules = self.rules
-        if self.reasoning is not None and rules.texts is not None:
-            self.start = answer_start(self.tokens, self.start, self.reasoning, rules.texts.tokenizer)
-        self.finish_reason = rules.reason(self.tokens, self.start)
-        if self.finish_reason is None:
-            return
-        self.finished_at = time.perf_counter()
-        if self.finish_reason == "stop":
-            self.tokens.pop()
-
-    def take_step(self, drafts: int, tokens: Sequence[int]) -> int:
-        """Add what a step made, up to where the answer ends; returns how many drafts are among it."""
-        before = len(self.tokens)
-        for token in tokens:
-            if token == NOTHING or self.finish_reason is not None:
-                break
-            self.take(token)
-        accepted = min(drafts, max(0, len(self.tokens) - before - 1))
-        if self.drafts is not None:
-            self.drafts, self.accepted = self.drafts + drafts, self.accepted + accepted
-        return accepted
 
 
 class _Queued(NamedTuple):
@@ -110,8 +39,10 @@ class _Queued(NamedTuple):
 
     rows: list[Generated]
     outcome: Tensor
+    scores: Tensor | None  # see `DecodeBatch.scores_CX`
     done: torch.cuda.Event | None
     verifies: bool  # drafts
+    visits: Sequence[Visit | None]  # of each row, if it did not go on but weighed choices
 
 
 class DecodeLoop:
@@ -128,15 +59,18 @@ class DecodeLoop:
         capacity: int,
         longest: int,
         lookup: Lookup | None = None,
+        mask_words: int | None = None,
+        scored: int | None = None,
         graphs: bool = True,
         stats: DecodeStats | None = None,
         late: int | None = None,
     ) -> None:
         """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`.
 
-        Most answers have up to `new_tokens` tokens and are drawn by `sampling`: for those a step is captured
-        before it is needed.
-        With `lookup` drafts are verified, for which each row needs `room` behind its prompt.
+        Most answers have up to `new_tokens` tokens and are drawn by `sampling`, with `mask_words` under a
+        form with masks of so many words: for those a step is captured before it is needed.
+        With `lookup` drafts are verified, for which each row needs `room` behind its prompt. `scored` is as
+        `DecodeBatch` takes it.
         """
         assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
         self.stats, self._sampling = stats or DecodeStats(), sampling
@@ -154,14 +88,22 @@ class DecodeLoop:
             numbers=self._numbers,
             penalises=sampling.penalises,
             lookup=lookup,
+            scored=scored,
         )
         captured = graphs and kv.on_device_alone
-        self._runner = StepRunner(
-            self._batch.step,
-            recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
-            attention,
-            self.stats,
+        self._runner, self._chooser = (
+            StepRunner(
+                half,
+                recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
+                attention,
+                stats,
+            )
+            # a step that is masked is counted once
+            for half, stats in ((self._batch.step, self.stats), (self._batch.choose, DecodeStats()))
         )
+        self._masked = mask_words is not None
+        if mask_words is not None:
+            self._batch.masks.make(mask_words)
         self._pads = kv.has_spare_slot
         self._late = LATE[decoder.device.type] if late is None else late
         self.rows: list[Generated] = []  # those that take part in the next step, by their columns
@@ -171,19 +113,23 @@ class DecodeLoop:
         """Capture the steps of all sizes; returns how many there are."""
         columns = {self._runner.columns(rows, self.capacity) for rows in range(1, self.capacity + 1)}
         pairs = {(count, count) for count in columns}
-        if self._lookup is not None:
+        if self._lookup is not None and not self._masked:
             pairs |= {(count, self._lookup.queries(count, self._device)) for count in columns}
-        sampling = self._sampling
-        return self._runner.prepare(
+        sampling, masked = self._sampling, self._masked
+        sizes = [
             StepSize(
                 *pair,
                 numbers=self._numbers,
                 sorts=sampling.sorts,
                 floors=sampling.has_floor,
                 penalises=sampling.penalises,
+                masked=masked,
             )
             for pair in pairs
-        )
+        ]
+        if masked:
+            self._chooser.prepare(sizes)
+        return self._runner.prepare(sizes)
 
     @property
     def capacity(self) -> int:
@@ -202,6 +148,9 @@ class DecodeLoop:
         self, rows: Sequence[Generated], seats: Sequence[Seat], draws: Sequence[RowDraws | None] = ()
     ) -> None:
         """Add rows that have their first token, and are to have more, with what each draws by, if any."""
+        for row in rows:
+            if row.guide is not None:
+                self._batch.masks.make(len(row.guide.stops_W))
         self._batch.join(seats, [row.tokens[-1] for row in rows], draws)
         self.rows += rows
         if self._pace is not None:
@@ -226,11 +175,10 @@ class DecodeLoop:
 
         Returns the rows that ended, which have left.
         """
-        if self.rows:
-            self._queue()
+        ended = self._queue() if self.rows else []
         if len(self._pending) > (self._late if self.rows else 0):
-            return self._look()
-        return []
+            ended += self._look()
+        return ended
 
     def drain(self) -> list[Generated]:
         """Look at all steps that are on their way; returns the rows that ended."""
@@ -239,17 +187,51 @@ class DecodeLoop:
             ended += self._look()
         return ended
 
-    def _queue(self) -> None:
+    def _queue(self) -> list[Generated]:
+        """Queue a step; returns the rows that ended by steps before it, if it had to wait for them."""
         batch, count = self._batch, len(self.rows)
         columns = self._runner.columns(count, batch.capacity) if self._pads else count
-        size = batch.size(columns, self._queries(columns))
-        self._runner.run(size, max(row.unqueued for row in self.rows))
+        masked = any(row.guide is not None for row in self.rows)
+        size = batch.size(columns, columns if masked else self._queries(columns), masked=masked)
+        steps_left = max(row.unqueued for row in self.rows)
+        visits = self._visited()
+        self._runner.run(size, steps_left)
+        ended = self._choose(size, steps_left, visits) if masked else []
         self._kv.stepped()
-        outcome = _to_host(batch.outcome_CX[:count])
-        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns))
+        outcome = to_host(batch.outcome_CX[:count], batch.scores_CX)
+        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns, visits))
         for row in self.rows:
             row.queued += 1
-        self.leave([row for row in self.rows if row.unqueued <= 0])
+        self.leave([row for row in self.rows if row.unqueued <= 0 or row.finish_reason is not None])
+        return ended
+
+    def _visited(self) -> list[Visit | None]:
+        """Let rows whose answers are there go on to the next place at which choices are to be weighed."""
+        visits = [
+            row.guide.visits.pop(0) if row.weighs is not None and row.guide is not None else None
+            for row in self.rows
+        ]
+        places = [(column, each.length, each.token) for column, each in enumerate(visits) if each is not None]
+        if places:
+            self._batch.place(places)
+        return visits
+
+    def _choose(self, size: StepSize, steps_left: int, visits: Sequence[Visit | None]) -> list[Generated]:
+        """Let rows with a form go on, for which the tokens before must be known.
+
+        Returns the rows that these end. They are in this step still, and may take any token.
+        """
+        ended: list[Generated] = []
+        while self._pending:
+            ended += self._read()
+        guides = [row.guide if row.grows else None for row in self.rows]
+        asked = [[] if guide is None else guide.asked for guide in guides]
+        for column, (row, visit) in enumerate(zip(self.rows, visits, strict=True)):
+            if visit is not None and row.guide is not None:
+                asked[column] = row.guide.asked_at(visit)
+        self._batch.masks.fill(guides, asked, size.columns)
+        self._chooser.run(size, steps_left)
+        return ended
 
     def _queries(self, columns: int) -> int:
         """Of the next step."""
@@ -261,32 +243,38 @@ class DecodeLoop:
         return columns
 
     def _look(self) -> list[Generated]:
+        ended = self._read()
+        self.leave(ended)
+        return ended
+
+    def _read(self) -> list[Generated]:
+        """Take in what the oldest step made; returns the rows that ended, which are still there."""
         queued = self._pending.popleft()
         if queued.done is not None:
             queued.done.synchronize()
         going = [row for row in queued.rows if row.finish_reason is None]
+        scores = [()] * len(queued.rows) if queued.scores is None else queued.scores.tolist()
         accepted = 0
-        for row, (drafts, *tokens) in zip(queued.rows, queued.outcome.tolist(), strict=True):
-            if row.finish_reason is None:
-                accepted += row.take_step(drafts, tokens)
+        made = zip(queued.rows, queued.outcome.tolist(), scores, queued.visits, strict=True)
+        for row, (drafts, *tokens), of_row, visit in made:
+            if visit is not None and row.finish_reason is None:
+                row.take_visit(visit, of_row[len(tokens) :])
+            elif row.grows:
+                accepted += row.take_step(drafts, tokens, of_row)
+                if row.weighs is not None and not self._can_visit(row):
+                    row.end_visits()
         if self._pace is not None and queued.verifies and going:
             self._pace.made(len(going), accepted)
-        ended = [row for row in going if row.finish_reason is not None]
-        self.leave(ended)
-        return ended
+        return [row for row in going if row.finish_reason is not None]
+
+    def _can_visit(self, row: Generated) -> bool:
+        """Not with offloaded keys and values, which go forward alone, nor once it had all tokens and left."""
+        return self._kv.on_device_alone and any(row is each for each in self.rows)
 
     def close(self) -> None:
         """Free the graphs."""
         self._runner.close()
-
-
-def _to_host(outcome_BX: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """What came of a step on its way to the host, behind the step."""
-    if not outcome_BX.is_cuda:
-        return outcome_BX.clone(), None
-    host = torch.empty(outcome_BX.shape, dtype=outcome_BX.dtype, pin_memory=True)
-    host.copy_(outcome_BX, non_blocking=True)
-    return host, torch.cuda.current_stream(outcome_BX.device).record_event()
+        self._chooser.close()
 
 
 @torch.inference_mode()
@@ -316,6 +304,9 @@ def decode(
     first: Sequence[int] | None = None,
     prompts: Sequence[np.ndarray] = (),
     reasoning: Sequence[Reasoning | None] | None = None,
+    guides: Sequence[Guide | None] | None = None,
+    scores: Sequence[Sequence[float]] | None = None,
+    scored: int | None = None,
     check: Callable[[], None] = lambda: None,
     graphs: bool = True,
     stats: DecodeStats | None = None,
@@ -326,19 +317,27 @@ def decode(
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
     Of answers that are drawn `draws` says by what, by default as rows 0, 1, ... are. `first` are the first
-    tokens, if they have been chosen, `prompts` the token ids of each, which a repetition penalty is for, and
-    `reasoning` is what each prompt says of it. With a `kv_dtype` of float8_e4m3fn keys and values are rounded
-    to it first, and those of the prefill freed, unless it is to be decoded `again`. `check` is called before
-    every step, and may raise to give the pack up. Raises RowError where the model's output is not finite.
+    tokens, if they have been chosen, with `scores` as `Generated.take` has them, `prompts` the token ids of
+    each, which a repetition penalty is for, `reasoning` is what each prompt says of it, and `guides` hold
+    answers to forms. `scored` is as `DecodeBatch` takes it. With a `kv_dtype` of float8_e4m3fn keys and
+    values are rounded to it first, and those of the prefill freed, unless it is to be decoded `again`. `check`
+    is called before every step, and may raise to give the pack up. Raises RowError where the model's output
+    is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)
     draws = draws or [sampling.draws(row, rules.max_new_tokens) for row in range(count)]
     if first is None:
         first = first_tokens(prefilled.logits_BV, draws, prompts)
-    answers = [Generated(rules=rules, reasoning=each) for each in reasoning or [None] * count]
-    for answer, token in zip(answers, first, strict=True):
-        answer.take(token)
+    none = [None] * count
+    answers = [
+        Generated(rules=rules, reasoning=each, guide=guide)
+        for each, guide in zip(reasoning or none, guides or none, strict=True)
+    ]
+    for answer, token, of_token in zip(answers, first, scores or [()] * count, strict=True):
+        answer.take(token, of_token)
+        if answer.weighs is not None and not prefilled.cache.on_device_alone:
+            answer.end_visits()
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     dtype = kv_dtype or decoder.dtype
@@ -356,6 +355,7 @@ def decode(
         sampling=sampling,
         capacity=count,
         longest=max(map(max, own)) + rules.max_new_tokens,
+        scored=scored,
         graphs=graphs,
         stats=stats,
         late=late,

@@ -28,6 +28,7 @@ from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
 from pipeline.model.step_tables import DrawTable, PenaltyTable, SharedQueries, SharedTables, to_device
 from pipeline.model.store import Extent
+from pipeline.model.token_masks import MaskTable, logprobs_of
 
 NOTHING = -2  # in place of a token that a step might have made
 
@@ -84,12 +85,14 @@ class DecodeBatch:
         numbers: int = 0,
         penalises: bool = False,
         lookup: Lookup | None = None,
+        scored: int | None = None,
     ) -> None:
         """No row ever has more than `longest` tokens in a layer, of which it makes `new_tokens` at most.
 
         With `lookup` there must be a slot of nobody, and room behind `new_tokens` for a row's drafts. There
         is room for so many `numbers` of a row that is drawn, and for more once one needs them; and with
-        `penalises` for the tokens of rows that have a penalty, else once one has.
+        `penalises` for the tokens of rows that have a penalty, else once one has. With `scored` it tells the
+        log-probabilities of tokens, and the logits of up to so many others that may follow.
         """
         self._decoder, self._attention, self._kv = decoder, attention, kv
         self._new_tokens = new_tokens
@@ -113,6 +116,12 @@ class DecodeBatch:
         self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
         self._draws = DrawTable(capacity, device, numbers)
         self._penalties = PenaltyTable(capacity, decoder.shape.vocab, device, is_needed=penalises)
+        self.masks = MaskTable(decoder, capacity, scored or 0)
+        # of each column the log-probabilities of the tokens that the last step made, and those logits
+        self.scores_CX: Tensor | None = None
+        if scored is not None:
+            shape = (capacity, 1 + drafts + scored)
+            self.scores_CX = torch.zeros(shape, dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -123,8 +132,11 @@ class DecodeBatch:
         """Whether a step attends to documents that several rows share."""
         return bool(self._shared)
 
-    def size(self, columns: int, queries: int) -> StepSize:
-        """Of a step with so many columns and queries, as the rows that there are need it."""
+    def size(self, columns: int, queries: int, *, masked: bool = False) -> StepSize:
+        """Of a step with so many columns and queries, as the rows that there are need it.
+
+        A step that is `masked` has no drafts, and ends with `choose`.
+        """
         draws = self._draws
         return StepSize(
             columns,
@@ -134,6 +146,7 @@ class DecodeBatch:
             sorts=draws.sorts,
             floors=draws.floors,
             penalises=self._penalties.penalises,
+            masked=masked,
         )
 
     @torch.inference_mode()
@@ -188,11 +201,26 @@ class DecodeBatch:
         self._shared.tell_device()
 
     @torch.inference_mode()
+    def place(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Let rows go on from other places of their answers.
+
+        Of each it says the column, how many tokens of the answer there are, and the newest of them; keys and
+        values must be those of the tokens before it.
+        """
+        column_N, drawn_N, token_N = on_device(places, self._state_XC.device).T
+        behind_N = (drawn_N - self._drawn_C[column_N]).int()
+        self._used_LC[:, column_N] += behind_N
+        self._position_C[column_N] += behind_N
+        self._drawn_C[column_N] = drawn_N.int()
+        self._tokens_C[column_N] = token_N.int()
+
+    @torch.inference_mode()
     def step(self, size: StepSize) -> None:
         """Run the newest tokens of the first columns through the model, with drafts if it has more queries.
 
         Reads nothing of the host that changes from step to step, if the attention `captures`. Says in
-        `outcome_CX` what came of it, and goes on to the newest of these tokens.
+        `outcome_CX` what came of it, and goes on to the newest of these tokens; if it is masked, not before
+        `choose`.
         """
         decoder, kv = self._decoder, self._kv
         drafts = self._drafts(size) if size.queries > size.columns else None
@@ -214,14 +242,33 @@ class DecodeBatch:
 
             normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
         logits_QV = decoder.head(hidden_QD)
+        if size.masked:
+            self.masks.hold(logits_QV)
+        else:
+            self._end(logits_QV, size, asked, drafts)
+
+    @torch.inference_mode()
+    def choose(self, size: StepSize) -> None:
+        """End a masked step of this size, once the masks of its columns are on the device."""
+        self._end(self.masks.held(size.columns), size, self._queries(size.columns, None), None)
+
+    def _end(self, logits_QV: Tensor, size: StepSize, asked: _Queries, drafts: _Drafts | None) -> None:
+        left_QV, newest_B = logits_QV, self._tokens_C[: size.columns]
         if size.penalises:
-            newest_B = self._tokens_C[: size.columns]
             ahead = (None, None) if drafts is None else (drafts.tokens_BN, drafts.spread)
-            logits_QV = self._penalties.applied(logits_QV, newest_B, *ahead)
-        draws = self._draws.of_step(size, asked.column_Q, asked.drawn_Q)
-        self._take(self._chosen(logits_QV, draws), size.columns, drafts)
+            left_QV = self._penalties.applied(left_QV, newest_B, *ahead)
+        if size.masked:
+            left_QV = self.masks.applied(left_QV)
+        next_Q = self._chosen(left_QV, self._draws.of_step(size, asked.column_Q, asked.drawn_Q))
+        if self.scores_CX is not None:
+            logprobs_BK = self._of_columns(logprobs_of(logits_QV, next_Q), drafts)
+            scores_BX = self.scores_CX[: size.columns]
+            scores_BX[:, : logprobs_BK.shape[1]] = logprobs_BK
+            if size.masked:
+                self.masks.asked_logits(logits_QV, scores_BX)
+        self._take(next_Q, size.columns, drafts)
         if size.penalises:
-            self._penalties.take(self.outcome_CX[: size.columns, 1:], self._tokens_C[: size.columns])
+            self._penalties.take(self.outcome_CX[: size.columns, 1:], newest_B)
 
     def _drafts(self, size: StepSize) -> _Drafts:
         assert self._texts is not None
@@ -263,12 +310,10 @@ class DecodeBatch:
     def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
         """Go on to the newest of the tokens that a step made."""
         drawn_B, moving_B = self._drawn_C[:columns], self._moving_C[:columns]
-        next_BK, verified_B = next_Q[:, None], torch.zeros_like(drawn_B)
+        next_BK, verified_B = self._of_columns(next_Q, drafts), torch.zeros_like(drawn_B)
         accepted_B = verified_B
         if drafts is not None:
             verified_B = drafts.count_B
-            at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
-            next_BK = next_Q[at_BK.clamp(max=len(next_Q) - 1)]
             right_BN = next_BK[:, :-1] == drafts.tokens_BN
             right_BN &= self._index_K[:-1] < verified_B[:, None]
             accepted_B = right_BN.int().cumprod(1).sum(1).int()
@@ -285,6 +330,13 @@ class DecodeBatch:
         self._used_LC[:, :columns] += made_B
         self._position_C[:columns] += made_B
         self._drawn_C[:columns] += made_B
+
+    def _of_columns(self, values_Q: Tensor, drafts: _Drafts | None) -> Tensor:
+        """(B, K) values of queries by the columns that they are of."""
+        if drafts is None:
+            return values_Q[:, None]
+        at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
+        return values_Q[at_BK.clamp(max=len(values_Q) - 1)]
 
     def _slots(self, layer: int, columns: int, asked: _Queries, shared: SharedQueries | None) -> DecodeSlots:
         scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]

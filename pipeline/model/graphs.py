@@ -35,6 +35,7 @@ class StepSize(NamedTuple):
     sorts: bool = False  # whether one is drawn by top-k, or a top-p below 1
     floors: bool = False  # whether one is drawn by a min-p
     penalises: bool = False  # whether one has a repetition penalty
+    masked: bool = False  # whether one may go on with some tokens alone
 
 
 Step = Callable[[StepSize], None]

@@ -255,3 +255,20 @@ def to_device(target: Tensor, source: np.ndarray) -> None:
     """Copy, in order behind the work queued so far, without waiting for it."""
     values = torch.from_numpy(np.ascontiguousarray(source).copy())
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
+
+
+def to_host(
+    outcome_BX: Tensor, scores_CX: Tensor | None
+) -> tuple[Tensor, Tensor | None, torch.cuda.Event | None]:
+    """What came of a step for B rows on its way to the host, and when it will be there."""
+    scores_BX = None if scores_CX is None else scores_CX[: len(outcome_BX)]
+    if not outcome_BX.is_cuda:
+        return outcome_BX.clone(), None if scores_BX is None else scores_BX.clone(), None
+    host = _pinned(outcome_BX), None if scores_BX is None else _pinned(scores_BX)
+    return *host, torch.cuda.current_stream(outcome_BX.device).record_event()
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """A copy in page-locked memory, which is there once the device has done what was queued."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.outputs.own_columns import (
     ANSWERS,
+    LOGPROB_NAMES,
     OWN_NAMES,
     SELECTION_NAMES,
     STATISTICS,
@@ -18,7 +19,7 @@ from pipeline.outputs.own_columns import (
     left_out,
     own_prefix,
 )
-from pipeline.records import Answer, OneOfSeveral, PartAnswer
+from pipeline.records import Answer, ChoiceLogprob, OneOfSeveral, PartAnswer
 from pipeline.storage.causes import some
 
 _TYPES = {  # by how `Answer` declares a column
@@ -40,10 +41,9 @@ def _type(field: Field[Any]) -> pa.DataType:
     return _TYPES[str(field.type).removesuffix(" | None")]
 
 
-for _item in (PartAnswer, OneOfSeveral):
-    _TYPES[f"list[{_item.__name__}]"] = pa.list_(
-        pa.struct([(each.name, _type(each)) for each in fields(_item)])
-    )
+for _item in (PartAnswer, OneOfSeveral, ChoiceLogprob):
+    _struct = pa.struct([(each.name, _type(each)) for each in fields(_item)])
+    _TYPES[f"list[{_item.__name__}]"] = pa.list_(_struct)
 
 # A field of `Answer` without a type fails here, at import, not at the first write after hours of work.
 TYPES = {field.name: _type(field) for field in fields(Answer) if field.name != "passthrough"}
@@ -52,9 +52,9 @@ ANSWER_FIELDS = tuple(pa.field(name, TYPES[name], nullable=name != "id") for nam
 QUESTION_NAME = "question"  # which outputs of the first version do not have
 REASONING_NAME = "reasoning"
 # which outputs of earlier versions go on without
-LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
+LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens", *LOGPROB_NAMES)
 
-OF_OBJECTS = ("parts", ANSWERS)  # lists of them
+OF_OBJECTS = ("parts", ANSWERS, "choice_logprobs")  # lists of them
 MOST_TOLD = 5
 
 
@@ -63,10 +63,17 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
+    logprobs: bool = False,
+    choices: bool = False,
     lacks: Collection[str] = left_out(None),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
-    without = (*(() if save_selection else SELECTION_NAMES), *lacks)
+    """The columns of an output file: the answer's own that it does not lack, then those that are copied.
+
+    `choices` are those of log-probabilities of choices.
+    """
+    *of_answers, of_choices = LOGPROB_NAMES
+    without = {*(() if save_selection else SELECTION_NAMES), *lacks}
+    without |= {*(() if logprobs else of_answers), *(() if choices else (of_choices,))}
     own = [field for field in ANSWER_FIELDS if field.name not in without]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 

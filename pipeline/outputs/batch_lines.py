@@ -102,7 +102,7 @@ class Responses:
         }
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A chat completion or a text completion, as the request was sent for, with a choice for each answer."""
+        """A chat completion or a text completion, as was asked for, with a choice for each answer."""
         is_text = row.get(URL) == COMPLETIONS
         counts = {**(row.get(STATS) or {}), **row}
         asked, made = (counts[name] or 0 for name in COUNTS)

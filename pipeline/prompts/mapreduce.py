@@ -1,7 +1,8 @@
 """Rows that are answered in parts: each part alone, then their answers combined, until one is left.
 
 A combination takes neighbouring answers, as many as its prompt has room for, and at least two, so that each
-step leaves fewer; where no two fit, the row has failed.
+step leaves fewer; where no two fit, the row has failed. Where the row's answer is to have a form, the last
+step alone has it: parts are answered freely, and if one answer is left, a step of its own gives it the form.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 from pipeline.prompts.splitting import SplitDocument, Splitter, groups_that_fit
 from pipeline.prompts.within import tokenizer_faults
 from pipeline.records import Answer, Answered, Document, EncodedDocument, PartAnswer, Row, RowError
+
+# what a row takes over from the last of its answers
+OF_LAST = ("answer", "reasoning", "finish_reason", "mean_logprob", "min_logprob", "choice_logprobs")
 
 # the user's message where the model has a chat template, and what takes the place of both where it has none
 COMBINE = """\
@@ -123,8 +127,10 @@ class _SplitRow:
             return []
         said = [step for step in self._level if step.text]
         if len(said) < 2:  # where nothing was said, the last answer, which says nothing
-            self._level = said or [step for step in self._level if step.answer is not None][-1:]
-            return []
+            said = said or [step for step in self._level if step.answer is not None][-1:]
+            if self._is_last(said[0]):
+                self._level = said
+                return []
         began = time.perf_counter()
         try:
             with tokenizer_faults():
@@ -138,8 +144,15 @@ class _SplitRow:
         self.steps += new
         return new
 
+    def _is_last(self, step: _Step) -> bool:
+        """Whether an answer may be the row's: in the form that this is to have, if it is to have one."""
+        formed = self._splitter.formed or self._document.source.params.response_format is not None
+        return not formed or (step.prompt is not None and step.prompt.is_final)
+
     def _combined(self, said: list[_Step]) -> list[_Step]:
         """The next level: prompts of neighbours, and whatever has none beside it that fits."""
+        if len(said) == 1:
+            return [self._combination(said, is_final=True)]
         combine = self._splitter.combine
         sizes = [len(combine.token_starts(f"{step.titled()}\n\n")) for step in said]
         room = combine.room(self._asking)
@@ -148,15 +161,16 @@ class _SplitRow:
             if len(groups) == len(said):
                 raise self._no_progress(said, min(map(sum, pairwise(sizes))))
             try:
-                return [self._combination([said[i] for i in group]) for group in groups]
+                is_final = len(groups) == 1
+                return [self._combination([said[i] for i in group], is_final=is_final) for group in groups]
             except RowError as error:
                 if not error.excess_tokens:
                     raise
                 # joined they have more tokens than alone
                 room -= error.excess_tokens
 
-    def _combination(self, steps: list[_Step]) -> _Step:
-        if len(steps) == 1:
+    def _combination(self, steps: list[_Step], *, is_final: bool) -> _Step:
+        if len(steps) == 1 and not is_final:
             return steps[0]
         parts = range(steps[0].parts.start, steps[-1].parts.stop)
         place = f"{self._document.source.place}, answers of parts {parts.start + 1} to {parts.stop} combined"
@@ -169,7 +183,7 @@ class _SplitRow:
             start=parts.start,
             end=parts.stop,
             parts=parts,
-            prompt=self._splitter.combine.encode(document),
+            prompt=replace(self._splitter.combine.encode(document), is_final=is_final),
         )
 
     @property
@@ -207,7 +221,7 @@ class _SplitRow:
         else:
             (last,) = self._level
             assert last.answer is not None
-            for name in ("answer", "reasoning", "finish_reason"):
+            for name in OF_LAST:
                 setattr(answer, name, getattr(last.answer, name))
             answer.ttft_ms = _ttft_ms(self.steps, last)
         return answer

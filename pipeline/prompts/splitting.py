@@ -180,6 +180,7 @@ class Splitter:
     prompts: PromptBuilder
     combine: PromptBuilder
     overlap: int  # tokens
+    formed: bool = False  # whether all rows' answers are to have a form
 
     def encode(self, document: Document) -> EncodedDocument | SplitDocument:
         """As `PromptBuilder.encode`; raises `RowError` where even a part of the document would be."""
@@ -232,4 +233,5 @@ def _named(part: Part, number: int, count: int, ready_at: float) -> Part:
         return part
     source = part.encoded.source
     source = replace(source, place=f"{source.place}, part {number} of {count}")
-    return replace(part, encoded=replace(part.encoded, source=source, ready_at=ready_at))
+    encoded = replace(part.encoded, source=source, ready_at=ready_at, is_final=False)
+    return replace(part, encoded=encoded)

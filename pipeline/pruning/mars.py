@@ -22,8 +22,8 @@ class Mars(PruningMethod):
     """Block-sparse attention in every layer, local in late ones; the last ones for the prompt's end alone.
 
     Source: this project. Block-sparse attention judges blocks by the means of their keys, as FlashPrefill
-    does (arXiv 2603.06199), and takes what any 16 queries beside each other need for their attention; keys and
-    values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here without training.
+    does (arXiv 2603.06199), and takes what any 16 queries beside each other need for their attention. Keys
+    and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here untrained.
 
     In documents of 4,096 tokens or more, on a GPU, and where heads have at most 128 dimensions, each head's
     blocks of queries attend to the blocks of keys that are to reach `sparse_attention` of their attention.

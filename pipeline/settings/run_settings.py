@@ -6,6 +6,7 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.own_columns import ANSWERS, check_column
 from pipeline.settings.answer_settings import COLDEST, SamplingSettings, SeveralSettings
 from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.form_settings import FormSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
 from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings
@@ -243,6 +244,7 @@ class BatchConfig(
     MethodSettings,
     SamplingSettings,
     SeveralSettings,
+    FormSettings,
     RunSettings,
     defaults={"max_new_tokens": None, "on_overlong": None},
 ):
@@ -269,6 +271,7 @@ class BatchConfig(
             self._check_several()
         elif ANSWERS in (self.columns or ()):
             raise ConfigError(f"--columns {ANSWERS} needs --n, for more than one answer to a prompt")
+        self._check_form()
 
     def _check_several(self) -> None:
         if self.temperature < COLDEST:
@@ -284,6 +287,18 @@ class BatchConfig(
             raise ConfigError(
                 f"--n {self.n} and --kv-memory exclude each other: which keys and values are offloaded "
                 "depends on the answer"
+            )
+
+    def _check_form(self) -> None:
+        flag = self.form_flag
+        if flag is None:
+            return
+        if self.stop:
+            raise ConfigError(f"--stop and {flag} exclude each other: a form says itself where it ends")
+        if parse_lookup(self.lookup):
+            raise ConfigError(
+                f"--lookup {self.lookup} and {flag} exclude each other: an answer in a form goes on token by "
+                "token; --lookup auto does without drafts"
             )
 
     def _check_devices(self) -> None:

@@ -220,8 +220,8 @@ def make_prompts(
     )
 
 
-def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | None:
-    """How a run with such prompts cuts over-long documents, if it does."""
+def make_splitter(config: SplitSettings, prompts: PromptBuilder, *, formed: bool = False) -> Splitter | None:
+    """How a run with such prompts cuts over-long documents, if it does; `formed` as in `Splitter`."""
     if config.on_overlong != "split":
         return None
     template, body = config.combine_text(), None
@@ -234,7 +234,7 @@ def make_splitter(config: SplitSettings, prompts: PromptBuilder) -> Splitter | N
         combine = replace(prompts, template=template, template_args=arguments, body=body)
     except ConfigError as error:
         raise ConfigError(f"the prompt that combines answers (--combine-template): {error}") from error
-    return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap)
+    return Splitter(prompts=prompts, combine=combine, overlap=config.split_overlap, formed=formed)
 
 
 def item_prompts(item: Item) -> list[EncodedDocument]:

@@ -19,11 +19,12 @@ from pipeline.outputs.batch_lines import REQUESTS_KEY
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
+from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
-from pipeline.records import Record, RowError
+from pipeline.records import Record, ResponseFormat, RowError
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
 from pipeline.settings.run_settings import BatchConfig
@@ -40,6 +41,8 @@ from pipeline.setup.intake import (
     open_rows,
 )
 from pipeline.setup.profile import check_profile, length_note, load_profile
+from pipeline.structured.binding import BoundForms
+from pipeline.structured.grammars import check_format
 from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Setup(Chosen):
     model: Model
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
+    response_format: ResponseFormat | None = None  # that all answers are to have
 
     @property
     def precision(self) -> LinearPrecision:
@@ -125,6 +129,8 @@ class Preparation(Setup):
             "sampling": config.sampling_that_decides,
             **({} if config.n == 1 else {"n": config.n}),
             "stop": list(config.stop),
+            **({} if self.response_format is None else {"response_format": [*self.response_format]}),
+            **({"logprobs": True} if config.logprobs else {}),
             "kv_memory": config.kv_memory,
             "guard": None if self.guard is None else self.guard.as_dict(),
             "group": None if method.name == "dense" else GROUPS[config.group],
@@ -147,6 +153,8 @@ class Preparation(Setup):
             self.source.schema,
             {"marsinfer": json.dumps(about)},
             save_selection=self.config.save_selection,
+            logprobs=self.config.logprobs,
+            choices=self.config.logprobs and self.config.choices is not None,
             lacks=self.source.columns.lacks,
         )
 
@@ -157,6 +165,9 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     Raises ConfigError or ModelError for what cannot work, before any row or weight is read.
     """
     config = intake.config
+    form, place = config.response_format(), config.form_flag or ""
+    if form is not None:
+        check_format(form, place)
     if isinstance(model, str):
         model = open_for_run(config)
     else:
@@ -176,7 +187,10 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         parts_reasoning=REASONING_NAME not in intake.source.columns.predates,
         of_requests=intake.source.columns.requests,
     )
-    splitter = make_splitter(config, prompts)
+    stops = stop_token_ids(model.tokenizer, None)
+    if form is not None and stops:  # without any, what ends answers is not known before the weights are read
+        BoundForms(model.tokenizer, model.shape.vocab, stops).check(form, place, config.max_new_tokens)
+    splitter = make_splitter(config, prompts, formed=form is not None)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
@@ -204,6 +218,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         method=method,
         prompts=prompts,
         splitter=splitter,
+        response_format=form,
         profile=chosen.profile,
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),

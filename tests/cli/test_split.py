@@ -274,3 +274,28 @@ def test_an_overlap_that_is_too_long_is_an_error_row(batch, tmp_path):
     (row,) = rows_of(tmp_path)
     assert row["error_type"] == "over_long"
     assert row["error_message"].startswith("in.jsonl line 1: --split-overlap 300 is more than half of the ")
+
+
+def test_the_last_answer_alone_has_the_form(batch, tmp_path):
+    """Also where all parts but one are white space, so that there is nothing to combine."""
+    source = write(tmp_path / "in.jsonl", [SENTENCES[:2000], "a red fish. " * 3 + "\n" * 2000, "one fish"])
+    assert batch(source, "--choices", "red,blue", "--logprobs") == 0
+    long, gap, short = rows_of(tmp_path)
+    for row in (long, gap, short):
+        assert row["status"] == "ok"
+        assert row["answer"] in ("red", "blue")
+        assert len(row["choice_logprobs"]) == 2
+    assert short["parts"] is None
+    for row in (long, gap):
+        *before, last = [part for part in row["parts"] if part["status"] == "ok"]
+        assert (last["answer"], last["depth"] > 0) == (row["answer"], True)
+        assert all(part["new_tokens"] == NEW_TOKENS for part in before)
+    assert [part["depth"] for part in gap["parts"] if part["status"] == "ok"] == [0, 1]
+    assert batch(source, out="free.parquet") == 0
+    free = rows_of(tmp_path, "free.parquet")
+    assert [part["depth"] for part in free[1]["parts"] if part["status"] == "ok"] == [0]
+    firsts = [
+        [part["answer"] for part in row["parts"] if part["depth"] == 0]
+        for row in (long, gap, free[0], free[1])
+    ]
+    assert firsts[:2] == firsts[2:]

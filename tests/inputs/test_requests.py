@@ -130,7 +130,6 @@ UNSUPPORTED = {
     "n": 2,
     "logprobs": True,
     "top_logprobs": 3,
-    "response_format": {"type": "json_object"},
     "stream": True,
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},

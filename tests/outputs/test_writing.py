@@ -16,7 +16,7 @@ from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
 from pipeline.outputs.own_columns import SELECTION_NAMES, left_out
 from pipeline.outputs.writing import output_writer
-from pipeline.records import Answer, OneOfSeveral, PartAnswer, Row, RowError
+from pipeline.records import Answer, ChoiceLogprob, OneOfSeveral, PartAnswer, Row, RowError
 
 FULL = Answer(
     id="a",
@@ -33,6 +33,9 @@ FULL = Answer(
     new_tokens=2,
     queue_ms=0.5,
     tokenize_ms=1.5,
+    mean_logprob=-0.5,
+    min_logprob=-2.25,
+    choice_logprobs=[ChoiceLogprob(choice="yes", logprob=-0.25), ChoiceLogprob(choice="no", logprob=None)],
     prefill_ms=2.5,
     ttft_ms=3.5,
     decode_ms=4.5,
@@ -66,12 +69,12 @@ def test_every_field_comes_back(tmp_path, extension):
     path = tmp_path / f"out{extension}"
     saves = extension != ".jsonl"  # which cannot hold a selection
     lacks = left_out(None, several=True)
-    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, lacks=lacks)
+    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, logprobs=True, choices=True, lacks=lacks)
     first, second = rows(path)
     gone = {"passthrough", *(() if saves else SELECTION_NAMES)}
     names = [field.name for field in dataclasses.fields(Answer) if field.name not in gone]
     expected = {name: getattr(FULL, name) for name in names}
-    for name in ("parts", "answers"):
+    for name in ("parts", "answers", "choice_logprobs"):
         expected[name] = [dataclasses.asdict(each) for each in getattr(FULL, name)]
     assert first == expected
     assert list(first) == list(expected)

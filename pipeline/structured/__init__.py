@@ -1,0 +1,1 @@
+"""Answers that have a given form: token masks by grammars and choices."""
