@@ -39,6 +39,7 @@ OPTIONAL = {
     "lxml": Optional("lxml", "documents", "HTML files as documents"),
     "aiohttp": Optional("aiohttp", "http", "https:// URLs"),
     "matplotlib": Optional("matplotlib", "plot", "--plot of bench and calibrate"),
+    "jsonschema": Optional("jsonschema", "structured", "answers held against JSON schemas"),
     "rapidfuzz": Optional("rapidfuzz", "quality", "check's edit similarity"),
     "rouge-score": Optional("rouge_score", "quality", "check's ROUGE-L"),
 }

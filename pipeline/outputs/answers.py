@@ -9,7 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.outputs.own_columns import OWN_NAMES, SELECTION_NAMES, STATISTICS, STATS, own_prefix
+from pipeline.outputs.own_columns import (
+    OWN_NAMES,
+    SELECTION_NAMES,
+    STATISTICS,
+    STATS,
+    VALIDITY_NAMES,
+    own_prefix,
+)
 from pipeline.records import Answer, PartAnswer
 from pipeline.storage.causes import some
 
@@ -17,12 +24,13 @@ _TYPES = {  # by how `Answer` declares a column
     "str": pa.large_string(),
     "int": pa.int64(),
     "float": pa.float64(),
+    "bool": pa.bool_(),
     "list[int]": pa.list_(pa.int32()),
     "list[bytes]": pa.list_(pa.binary()),
 }
 _SHORT = ("status", "finish_reason", "error_type", "method", "guard", "row_hash")  # strings
 _OF_ANSWER = ("new_tokens", "draft_tokens", "accepted_tokens")
-_SMALL = ("question_index", *_OF_ANSWER, "pack_documents", "group_rows", "depth")  # integers
+_SMALL = ("question_index", "tries", *_OF_ANSWER, "pack_documents", "group_rows", "depth")  # integers
 
 
 def _type(field: Field[Any]) -> pa.DataType:
@@ -52,9 +60,13 @@ def output_schema(
     *,
     save_selection: bool = False,
     lacks: Collection[str] = (STATS,),
+    added: Collection[str] = (),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own that it does not lack, then those that are copied."""
-    left_out = (*(() if save_selection else SELECTION_NAMES), *lacks)
+    """The columns of an output's rows: the answer's own that it does not lack, then those that are copied.
+
+    `added` are those that only some settings add.
+    """
+    left_out = {*(() if save_selection else SELECTION_NAMES), *VALIDITY_NAMES, *lacks} - set(added)
     own = [field for field in ANSWER_FIELDS if field.name not in left_out]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
@@ -115,7 +127,7 @@ def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
     try:
         return pa.array(values, field.type)
     except UnicodeEncodeError:
-        return pa.array([_as_utf8(value) for value in values], field.type)
+        return pa.array([as_utf8(value) for value in values], field.type)
 
 
 def plain(answer: Answer, names: Iterable[str]) -> dict[str, Any]:
@@ -130,12 +142,12 @@ def _value(answer: Answer, name: str) -> Any:
     return [asdict(part) for part in value] if name == "parts" and value is not None else value
 
 
-def _as_utf8(value: Any) -> Any:
+def as_utf8(value: Any) -> Any:
     """A value of a column with all its texts, at whatever depth, as UTF-8 can hold them."""
     if isinstance(value, list):
-        return [_as_utf8(each) for each in value]
+        return [as_utf8(each) for each in value]
     if isinstance(value, dict):
-        return {key: _as_utf8(each) for key, each in value.items()}
+        return {key: as_utf8(each) for key, each in value.items()}
     return without_lone_surrogates(value) if isinstance(value, str) else value
 
 

@@ -11,6 +11,10 @@ from pipeline.records import Answer
 # by which a resumed run knows rows: every output has them
 INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
+OF_DOCUMENTS = ("id", "row", "status")  # beside the columns of questions, where a row is a document
+VALIDITY_NAMES = ("valid", "tries")  # where answers are held against a JSON schema
+VALUE = "value"  # of typed columns, which are made of an answer where it is written
+ADDED_NAMES = (*VALIDITY_NAMES, VALUE)
 STATS = "stats"  # the column that holds all statistics as one struct
 STATISTICS = (
     *("document_tokens", "prompt_tokens", "truncated_tokens", "new_tokens"),
@@ -30,13 +34,16 @@ def _ordered() -> tuple[str, ...]:
 
 
 OWN_NAMES = _ordered()  # all there are, in the order in which an output has them
-CHOSEN_FROM = tuple(name for name in OWN_NAMES if name not in (*INDEXED, *SELECTION_NAMES))
+CHOSEN_FROM = tuple(name for name in OWN_NAMES if name not in (*INDEXED, *SELECTION_NAMES, *VALIDITY_NAMES))
 
 
 def check_column(name: str, flag: str = "--columns") -> None:
     """Raise ConfigError for a name that is none of the columns that an output may go without."""
     if name in SELECTION_NAMES:
         raise ConfigError(f"{flag} {name!r}: --save-selection adds it")
+    if name in ADDED_NAMES:
+        adds = "--expand" if name == VALUE else "a JSON schema (--validate)"
+        raise ConfigError(f"{flag} {name!r}: {adds} adds it")
     if name not in (*CHOSEN_FROM, *INDEXED):
         raise ConfigError(
             f"{flag} {name!r} is no column of answers{did_you_mean(name, CHOSEN_FROM)}; they are "

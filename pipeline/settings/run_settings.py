@@ -13,6 +13,7 @@ from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
+from pipeline.settings.validity_settings import ValiditySettings
 
 
 class EngineSettings(Settings, panel=RUN):
@@ -242,6 +243,7 @@ class BatchConfig(
     ModelSettings,
     MethodSettings,
     SamplingSettings,
+    ValiditySettings,
     RunSettings,
     defaults={"max_new_tokens": None, "on_overlong": None},
 ):
@@ -264,6 +266,12 @@ class BatchConfig(
             self._check_devices()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
+        if self.questions is not None and self.order == "completion":
+            raise ConfigError(
+                "--questions and --order completion exclude each other: a document's answers end one by one"
+            )
+        if self.expand and self.columns is not None and "answer" not in self.columns:
+            raise ConfigError("--expand makes its column of the answers: --columns must have answer too")
 
     def _check_devices(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

@@ -16,6 +16,8 @@ from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import LATER_NAMES, REASONING_NAME, output_schema
 from pipeline.outputs.batch_lines import REQUESTS_KEY
+from pipeline.outputs.beginnings import QUESTIONS_KEY
+from pipeline.outputs.layout import LAYOUT_KEY, RowLayout
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
@@ -40,6 +42,7 @@ from pipeline.setup.intake import (
     open_rows,
 )
 from pipeline.setup.profile import check_profile, length_note, load_profile
+from pipeline.setup.validity import Validity
 from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Setup(Chosen):
     model: Model
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
+    validity: Validity | None = None  # where answers are held against a JSON schema
 
     @property
     def precision(self) -> LinearPrecision:
@@ -74,6 +78,11 @@ class Preparation(Setup):
     @property
     def source(self) -> Source:
         return self.intake.source
+
+    @property
+    def layout(self) -> RowLayout:
+        """How rows of the output stand in it."""
+        return self.intake.form.layout
 
     def rows(self) -> Reading:
         """The rows that the run takes of its input, a record for each question."""
@@ -100,7 +109,8 @@ class Preparation(Setup):
         What may stay on the device is, as a document's active blocks depend on it.
         """
         config, method, splitter, columns = self.config, self.method, self.splitter, self.intake.columns
-        moment = moment_of(self.prompts, splitter)
+        moment, asked = moment_of(self.prompts, splitter), self.source.columns.asked
+        validity = None if self.validity is None else self.validity.decides()
         later = [name for name in LATER_NAMES if name not in self.source.columns.predates]
         return {
             "model": {
@@ -114,6 +124,8 @@ class Preparation(Setup):
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if columns is None else {"columns": columns}),
             **({LATER: later} if later else {}),
+            **({QUESTIONS_KEY: [each.name for each in asked]} if asked else {}),
+            **({"validity": validity} if validity else {}),
             "template_sha256": self.prompts.template_hash,
             **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if moment is None else {"date": moment}),
@@ -137,6 +149,7 @@ class Preparation(Setup):
             "settings_that_decide": self.decides(),
             **({REQUESTS_KEY: True} if self.source.columns.requests else {}),
             "model": model.name,
+            **({} if self.layout.is_usual else {LAYOUT_KEY: self.layout.as_dict()}),
             "device": model.device_name(),
             "attention": {"backend": model.attention_name, "refused": model.attention_refused},
             "versions": versions(),
@@ -147,6 +160,7 @@ class Preparation(Setup):
             {"marsinfer": json.dumps(about)},
             save_selection=self.config.save_selection,
             lacks=self.source.columns.lacks,
+            added=self.intake.form.added,
         )
 
 
@@ -202,6 +216,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         method=method,
         prompts=prompts,
         splitter=splitter,
+        validity=intake.form.validity,
         profile=chosen.profile,
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),

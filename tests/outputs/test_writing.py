@@ -14,7 +14,7 @@ from written_outputs import EXTENSIONS, answers, read, rows, write
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
-from pipeline.outputs.own_columns import SELECTION_NAMES
+from pipeline.outputs.own_columns import SELECTION_NAMES, VALIDITY_NAMES
 from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer, PartAnswer, Row, RowError
 
@@ -63,7 +63,7 @@ def test_every_field_comes_back(tmp_path, extension):
     saves = extension != ".jsonl"  # which cannot hold a selection
     write(path, [FULL, Answer(id="b", row=2)], save_selection=saves)
     first, second = rows(path)
-    left_out = {"passthrough", *(() if saves else SELECTION_NAMES)}
+    left_out = {"passthrough", *VALIDITY_NAMES, *(() if saves else SELECTION_NAMES)}
     names = [field.name for field in dataclasses.fields(Answer) if field.name not in left_out]
     expected = {name: getattr(FULL, name) for name in names}
     expected["parts"] = [dataclasses.asdict(part) for part in FULL.parts]
