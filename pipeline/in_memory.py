@@ -20,8 +20,9 @@ from pipeline.errors import HANDED_OUT, InputError, MarsError, keeps_nothing
 from pipeline.inputs.given import GivenReader, MappingReader, Watched, open_given
 from pipeline.inputs.table_rows import python_value
 from pipeline.notebooks import listeners
-from pipeline.outputs.answers import answers_table, halves, plain
+from pipeline.outputs.answers import answers_table, halves
 from pipeline.outputs.finished import NothingFinished
+from pipeline.outputs.layout import RowLayout, Together
 from pipeline.records import Answer, RowError
 from pipeline.run import WINDOWS_AHEAD, configured, deadline_of, read_windows
 from pipeline.settings.keywords import StrPath, called_with
@@ -98,7 +99,7 @@ def answer(
     answers = _answers(books, given.watched)
     if isinstance(model, str):
         answers = _given_back(answers)
-    return Answers(answers, run.schema(), given, summary)
+    return Answers(answers, run.schema(), given, summary, run.layout)
 
 
 class Answers(Iterator[dict[str, Any]]):
@@ -109,17 +110,29 @@ class Answers(Iterator[dict[str, Any]]):
     """
 
     def __init__(
-        self, answers: Generator[Answer, None, None], schema: pa.Schema, rows: GivenReader, summary: Summary
+        self,
+        answers: Generator[Answer, None, None],
+        schema: pa.Schema,
+        rows: GivenReader,
+        summary: Summary,
+        layout: RowLayout,
     ) -> None:
         """`schema` is that of a table of `answers`, without keys of mappings, and `rows` what they answer."""
         self.summary = summary
-        self._answers, self._schema, self._rows = answers, schema, rows
+        self._answers, self._schema, self._rows, self._layout = answers, schema, rows, layout
         self._names = halves(schema)[0].names
-        self._taken: deque[Answer] = deque()  # for a table that could not be made
+        self._together = Together(layout.answers_a_row)
+        self._taken: deque[list[Answer]] = deque()  # for a table that could not be made
 
     def __next__(self) -> dict[str, Any]:
-        answer = self._taken.popleft() if self._taken else next(self._answers)
-        return {**plain(answer, self._names), **_copied(answer)}
+        of_row = self._taken.popleft() if self._taken else self._next_row()
+        return {**self._layout.row_of(of_row, self._names), **_copied(of_row[0])}
+
+    def _next_row(self) -> list[Answer]:
+        """The answers of the next row. Raises StopIteration behind the last one."""
+        while True:
+            for of_row in self._together.take([next(self._answers)]):
+                return of_row
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +157,8 @@ class Answers(Iterator[dict[str, Any]]):
 
         Raises, too, what iterating does.
         """
-        self._taken.extend(self._answers)
+        for answer in self._answers:
+            self._taken.extend(self._together.take([answer]))
         table = self._as_table(list(self._taken))
         self._taken.clear()
         return table
@@ -159,13 +173,19 @@ class Answers(Iterator[dict[str, Any]]):
     def _repr_html_(self) -> str:
         return self.summary._repr_html_()
 
-    def _as_table(self, answers: Sequence[Answer]) -> pa.Table:
+    def _as_table(self, rows: Sequence[Sequence[Answer]]) -> pa.Table:
+        answers = [answer for of_row in rows for answer in of_row]
         if not isinstance(self._rows, MappingReader):
-            return answers_table(answers, self._schema)
-        own = answers_table([replace(each, passthrough=None) for each in answers], self._schema)
-        for name in dict.fromkeys(name for each in answers for name in each.passthrough or {}):
-            own = own.append_column(str(name), _column(name, answers))
+            return self._laid_out(answers)
+        firsts = [of_row[0] for of_row in rows]
+        own = self._laid_out([replace(each, passthrough=None) for each in answers])
+        for name in dict.fromkeys(name for each in firsts for name in each.passthrough or {}):
+            own = own.append_column(str(name), _column(name, firsts))
         return own
+
+    def _laid_out(self, answers: Sequence[Answer]) -> pa.Table:
+        table = answers_table(answers, self._schema)
+        return self._layout.laid_out(table, self._layout.file_schema(self._schema))
 
 
 def _answers(books: Books, rows: Watched[Any]) -> Generator[Answer, None, None]:

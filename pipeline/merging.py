@@ -17,11 +17,12 @@ from pipeline.errors import ConfigError
 from pipeline.outputs.answers import halves
 from pipeline.outputs.beginnings import METADATA_KEY, files_in, settings_differ, settings_in, with_files
 from pipeline.outputs.dropped import dropped_path
-from pipeline.outputs.formats import Published, sink_type
+from pipeline.outputs.formats import sink_type
 from pipeline.outputs.lock import lock_output, refuse_locked
 from pipeline.outputs.merge import merge, refuse_misfit
 from pipeline.outputs.own import OUTPUT
 from pipeline.outputs.parts import has_answers, journal_folder, refuse_leftovers, remove_journal
+from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import DUPLICATE, INDEXED, RowIndex, scratch_index
 from pipeline.outputs.sidecar import Written, needs_sidecar, read_sidecar, sidecar_path, write_sidecar
 from pipeline.outputs.writing import check_output, output_writer

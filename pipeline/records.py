@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from zlib import crc32
 
 from pipeline.texts.redaction import without_secrets
 
@@ -45,6 +46,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     response_format: ResponseFormat | None = None
+    schema: str | None = None  # of JSON that the answer is to be valid under, as JSON
 
 
 AS_THE_RUN = SamplingParams()
@@ -67,11 +69,23 @@ class Row:
     model: str | None = None  # which the row asks for: the run's answers it
     row_hash: str | None = None  # of id, text, question, fields and params: a resumed run knows it by that
     question_index: int | None = None  # from 0, of a row that asks several
+    question_name: str | None = None  # of a question with a column of its own: the end of `id`, behind #
 
     @property
     def draw_number(self) -> int:
         """What tells the row's random draws from those of others, in its lowest 32 bits."""
+        if self.question_name is not None:  # wherever it stands among others
+            return self.row + crc32(self.question_name.encode())
         return self.row + (0 if self.question_index is None else (self.question_index + 1) * 0x9E3779B1)
+
+    def called(self, id: str) -> Row:
+        """The same row under another id; that of a question with a name goes on with it."""
+        return replace(self, id=id if self.question_name is None else f"{id}#{self.question_name}")
+
+    @property
+    def document_id(self) -> str:
+        """The id without the name of the row's question, if that has one."""
+        return self.id if self.question_name is None else self.id.removesuffix(f"#{self.question_name}")
 
 
 NO_ROW = Row(row=-1, id="", place="")
@@ -258,6 +272,8 @@ class Answer:
     answers: list[OneOfSeveral] | None = None  # all, where there are to be several
     reasoning: str | None = None
     finish_reason: str | None = None
+    valid: bool | None = None  # under the JSON schema that the answer is held against; None without one
+    tries: int | None = None  # answers that were drawn until one was valid
     error_type: str | None = None
     error_message: str | None = None
     # only with --logprobs, the last of them only with --choices too

@@ -50,6 +50,8 @@ class Summary(Tally):
         self.answers = 0
         self.ended_by_length = 0  # of them
         self.unanswered_rows = 0  # of which the model reasoned and came to no answer
+        self.invalid_answers = 0  # under their JSON schemas
+        self.redrawn_answers = 0  # that were not valid, and were drawn again
         self.unchanged_rows = 0  # of which the method left out nothing
         self.grouped_rows = 0  # answered together with others about the same document
         self.guarded: Counter[str] = Counter()  # rows that a guard had run dense, by the kind of its reason
@@ -117,6 +119,10 @@ class Summary(Tally):
             facts.append(("rows of reasoning without an answer", f"{self.unanswered_rows:,}"))
         if self.ended_by_length:
             facts.append(("answers that ended by length", f"{self.ended_by_length:,}"))
+        if self.redrawn_answers:
+            facts.append(("answers that were drawn again", f"{self.redrawn_answers:,}"))
+        if self.invalid_answers:
+            facts.append(("answers that are not valid", f"{self.invalid_answers:,}"))
         if self.grouped_rows:
             facts.append(("rows that shared a document", f"{self.grouped_rows:,}"))
             facts.append(("  its prefill, all together", f"{self.times.shared_s:,.1f} s"))
@@ -150,6 +156,8 @@ class Summary(Tally):
             self.answers += len(answer.finish_reasons)
             self.ended_by_length += answer.finish_reasons.count("length")
             self.unanswered_rows += answer.is_unanswered
+            self.invalid_answers += answer.valid is False
+            self.redrawn_answers += (answer.tries or 1) - 1
             self.unchanged_rows += self._is_unchanged(answer)
             self.grouped_rows += answer.group_rows is not None
             self._ttft_ms.append(answer.ttft_ms or 0.0)
@@ -259,6 +267,8 @@ class Summary(Tally):
             "pages_without_text": self.pages_without_text,
             "ended_by_length": self.ended_by_length,
             "unanswered_rows": self.unanswered_rows,
+            "invalid_answers": self.invalid_answers,
+            "redrawn_answers": self.redrawn_answers,
             "unchanged_rows": self.unchanged_rows,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from xml.etree import ElementTree
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -55,6 +56,9 @@ def checkout(tmp_path, monkeypatch):
     ]
     lines = [json.dumps({**row, "text": row["text"][:TEXT_CHARACTERS]}) + "\n" for row in rows]
     (tmp_path / "examples" / "licenses.jsonl").write_text("".join(lines), encoding="utf-8")
+    for contract in (tmp_path / "examples" / "contracts").glob("*.txt"):
+        text = contract.read_text(encoding="utf-8")
+        contract.write_text(text[:TEXT_CHARACTERS], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -111,6 +115,8 @@ def test_the_commands_of_the_readme_run_from_top_to_bottom(checkout, marsinfer, 
             assert done.returncode == 0, (line, done.stdout, done.stderr)
     made = {path.name for path in Path("demo").iterdir() if not path.name.startswith(".")}
     assert {"dense.parquet", "marsinfer.parquet", "key-norm.parquet", "check.json", "check.xml"} <= made
+    assert pq.read_table("demo/contracts.parquet")["status"].to_pylist() == ["ok"] * 8
+    assert pq.read_schema("demo/table.parquet").field("months").type == pa.int64()
     for name in ("dense", "marsinfer", "key-norm", "nightly"):
         assert pq.read_table(f"demo/{name}.parquet")["status"].to_pylist() == ["ok"] * 8
 

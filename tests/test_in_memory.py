@@ -173,7 +173,7 @@ def test_the_columns_that_are_named_and_statistics_as_one(ask):
         (["text"], {}, "the first row is of type str, not a mapping"),
         (pa.table({"text": ["a"]}), {}, "the table has no column 'body'; it has: text"),
         (pa.table({"body": [1], "ask": ["?"]}), {}, "the table: column 'body' is int64, not a string"),
-        (FISH, {"questions": "?"}, r"answer has no option 'questions' \(did you mean 'question'\?\)"),
+        (FISH, {"qestion": "?"}, r"answer has no option 'qestion' \(did you mean 'question'\?\)"),
         (FISH, {"output": "x.jsonl"}, "answer has no option 'output'"),
         (FISH, {"resume": True}, "answer has no option 'resume'.*but .*resume"),
         (FISH, {"engine": "ray"}, "answer has no option 'engine'"),

@@ -40,6 +40,7 @@ OPTIONAL = {
     "aiohttp": Optional("aiohttp", "http", "https:// URLs"),
     "llguidance": Optional("llguidance", "structured", "--json-schema and --regex"),
     "matplotlib": Optional("matplotlib", "plot", "--plot of bench and calibrate"),
+    "jsonschema": Optional("jsonschema", "structured", "answers held against JSON schemas"),
     "rapidfuzz": Optional("rapidfuzz", "quality", "check's edit similarity"),
     "rouge-score": Optional("rouge_score", "quality", "check's ROUGE-L"),
 }

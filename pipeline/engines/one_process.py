@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline.engines.blocks import Key, Window, key_of
 from pipeline.engines.clock import EngineTimes
+from pipeline.engines.redrawing import Redrawing
 from pipeline.errors import MarsError
 from pipeline.interrupts import nothing_to_lose
 from pipeline.prompts.mapreduce import Reduction
@@ -110,6 +111,7 @@ def answer_windows(
     prompts that there are.
     """
     reduction = Reduction(setup.splitter, setup.method.name)
+    redrawing = Redrawing(setup.validity, setup.config)
     outgoing = Outgoing(setup.method.name)
     incoming, is_more = iter(windows), True
     started: LocalEngine | None = None
@@ -120,6 +122,7 @@ def answer_windows(
                 break
             is_more = bool(window)
             outgoing.expect(window)
+            redrawing.expect(window)
             prompts = _prompts(window, reduction)
             if prompts:
                 started = started or engine(prompts)
@@ -128,12 +131,12 @@ def answer_windows(
                 started.add(prompts)
         try:
             for answered in started.advance() if started is not None else ():
-                outgoing.put(reduction.take(answered))
+                outgoing.put(redrawing.take(reduction.take(answered)))
         except MarsError:  # which ends the run: an interrupt, say
             yield from outgoing.rest()
             raise
         if started is not None:
-            started.add(reduction.prompts())
+            started.add(_prompts(redrawing.items(), reduction))
         yield from outgoing.due()
     yield from outgoing.rest()
 
@@ -186,7 +189,7 @@ class Outgoing:
 
 
 def _prompts(window: Sequence[Item], reduction: Reduction) -> list[EncodedDocument]:
-    """What is to be answered of a window at first."""
+    """What is to be answered next, of these items at first."""
     for item in window:
         if isinstance(item, SplitDocument):
             reduction.add(item)

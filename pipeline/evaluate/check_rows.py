@@ -132,7 +132,8 @@ def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
     if config.has_needles and "-" in config.input:
         raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
     unnamed = replace(config, task_column=None)
-    source, settled = open_columns(unnamed, _kept(config), asks=config.asks_rows)
+    asked = config.asked_questions() if config.asks_rows else ()
+    source, settled = open_columns(unnamed, _kept(config), asked=asked, asks=config.asks_rows)
     return source, settled.notes
 
 
@@ -142,14 +143,15 @@ def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iter
     for record in records:
         row = record.source
         if takes_ids and row.id in seen:
-            record = replace(record, source=replace(row, id=f"{row.id}#{row.row}"))
+            record = replace(record, source=row.called(f"{row.document_id}#{row.row}"))
         seen.add(record.source.id)
         yield record
 
 
 def _records(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
     """The rows of the input that are asked for, a record for each question."""
-    return chain.from_iterable(map(each_question, select_rows(source, config, source.total_rows)))
+    rows = select_rows(source, config, source.total_rows)
+    return chain.from_iterable(each_question(row, source.columns.asked) for row in rows)
 
 
 def _takes(config: RowSettings, key: str) -> bool:

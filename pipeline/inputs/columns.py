@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError, did_you_mean
 from pipeline.inputs.requests import REQUEST_KEYS
-from pipeline.outputs.own_columns import ANSWERS, OWN_NAMES, STATS, left_out
+from pipeline.outputs.own_columns import ADDED_NAMES, ANSWERS, OWN_NAMES, STATS, left_out
+from pipeline.settings.questions import AskedQuestion
 from pipeline.storage.causes import some
 
 Keep = Mapping[str, str | None]  # names of columns, with the names of types that they are to have
@@ -37,6 +38,7 @@ class Columns:
     requests: bool = False  # of OpenAI's Batch API: rows are those, in the place of all of these
     question: str | None = None
     questions: str | None = None  # a list of questions, of which each gets an answer
+    asked: tuple[AskedQuestion, ...] = ()  # with names, which all documents are asked
     fixed_question: str | None = None
     id: str | None = None
     task: str | None = None  # a kind of task; also copied, if it is among what is copied
@@ -45,6 +47,7 @@ class Columns:
     asks_summary: bool = False  # as no question was found: a row that has one was meant to be asked
     predates: frozenset[str] = frozenset()  # columns of answers that came after the output was begun
     left_out: frozenset[str] = left_out(None)  # columns of answers that nobody wants in the output
+    added: frozenset[str] = frozenset()  # those that the output has only because a setting adds them
     keep: Keep | None = None
     longest_line: int = LONGEST  # of JSON lines, in bytes
 
@@ -69,9 +72,12 @@ class Columns:
     def names_of_answers(self) -> frozenset[str]:
         """What no copied column is called: all names of answers' columns, whichever are wanted.
 
-        Two of them must be wanted: to copy columns of their names was possible before.
+        The struct of statistics, the list of several answers and what settings add must be wanted: to copy a
+        column of their names was possible before. Questions with names have columns too.
         """
-        return frozenset(OWN_NAMES) - self.predates - (self.left_out & {STATS, ANSWERS})
+        unwanted = (self.left_out & {STATS, ANSWERS}) | (frozenset(ADDED_NAMES) - self.added)
+        own = frozenset(OWN_NAMES) - self.predates - unwanted
+        return own | self.added | {each.name for each in self.asked}
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -19,9 +19,11 @@ from pipeline.inputs.columns import Columns, Keep, type_named
 from pipeline.outputs.answers import QUESTION_NAME, answers_table, output_schema
 from pipeline.outputs.batch_lines import URL
 from pipeline.outputs.chunks import pack_chunk
-from pipeline.outputs.formats import SINKS, Published, type_held
+from pipeline.outputs.formats import SINKS, type_held
 from pipeline.outputs.own_columns import ANSWERS, STATS
+from pipeline.outputs.published import Published
 from pipeline.records import Answer, RowError
+from pipeline.settings.questions import refuse_columns
 from pipeline.storage.causes import READ_ERRORS, cause, some, told
 from pipeline.values.converting import converted, converts
 from pipeline.values.dictionaries import BYTES, STRINGS, TWINS, has_twins, settled
@@ -82,6 +84,7 @@ class PassPlan:
         self._takes_keys = kept is not None
         self._with_columns = partitions | ({URL} if columns.requests else set())
         wanted = [(source, field.with_type(type_held(output, field.type))) for source, field in wanted]
+        refuse_columns(columns.asked, [field.name for _, field in wanted])
         self.columns, self.notes = _rename(wanted, columns.names_of_answers)
         if kept is None:
             self.notes += _left_out(tables)

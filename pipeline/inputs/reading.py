@@ -9,15 +9,17 @@ where no file tells it (JSON lines, Arrow streams), the input is read once befor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from pipeline.errors import ConfigError
 from pipeline.inputs.source import Source
-from pipeline.records import Document, Record, RowError
+from pipeline.records import AS_THE_RUN, Document, Record, RowError, SamplingParams
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
+from pipeline.settings.questions import AskedQuestion
+from pipeline.values.json_answers import schema_text
 
 
 class Reading:
@@ -37,7 +39,7 @@ class Reading:
             if self.is_selective and self._source.out_of_reach:
                 return
             self._rows += 1
-            for each in each_question(record):
+            for each in each_question(record, self._source.columns.asked):
                 self._records += 1
                 yield each
         self._ended = True
@@ -74,8 +76,14 @@ class Reading:
         return round(rows * self._records / self._rows)
 
 
-def each_question(record: Record) -> Iterable[Record]:
-    """A row with a list of questions as a record for each; a question that cannot be asked is a failure."""
+def each_question(record: Record, asked: Sequence[AskedQuestion] = ()) -> Iterable[Record]:
+    """A row with several questions as a record for each; a question that cannot be asked is a failure.
+
+    `asked` are those with names, which stand for a row's own; of a row that has failed each fails.
+    """
+    if asked:
+        yield from (_named(record, index, each) for index, each in enumerate(asked))
+        return
     if isinstance(record, RowError) or record.questions is None:
         yield record
         return
@@ -89,6 +97,24 @@ def each_question(record: Record) -> Iterable[Record]:
         else:
             message = f"{row.place}: {question}"
             yield RowError(source=source, kind=question.kind, message=message)
+
+
+def _named(record: Record, index: int, asked: AskedQuestion) -> Record:
+    """The record of a question with a name, about a row's document."""
+    row = record.source
+    own = SamplingParams(
+        max_new_tokens=asked.max_new_tokens,
+        schema=None if asked.schema is None else schema_text(asked.schema),
+    )
+    source = replace(
+        row,
+        question=asked.question,
+        question_index=index,
+        question_name=asked.name,
+        params=AS_THE_RUN if own == AS_THE_RUN else own,
+        place=f"{row.place} question {asked.name}",
+    )
+    return replace(record, source=source.called(row.id))
 
 
 def select_rows(source: Iterable[Record], config: DataSettings, total_rows: int | None) -> Iterator[Record]:

@@ -320,9 +320,9 @@ def decode(
     tokens, if they have been chosen, with `scores` as `Generated.take` has them, `prompts` the token ids of
     each, which a repetition penalty is for, `reasoning` is what each prompt says of it, and `guides` hold
     answers to forms. `scored` is as `DecodeBatch` takes it. With a `kv_dtype` of float8_e4m3fn keys and
-    values are rounded to it first, and those of the prefill freed, unless it is to be decoded `again`. `check`
-    is called before every step, and may raise to give the pack up. Raises RowError where the model's output
-    is not finite.
+    values are rounded to it first, and those of the prefill freed, unless it is to be decoded `again`.
+    `check` is called before every step, and may raise to give the pack up. Raises RowError where the model's
+    output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)

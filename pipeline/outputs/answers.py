@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.outputs.own_columns import (
+    ADDED_NAMES,
     ANSWERS,
-    LOGPROB_NAMES,
     OWN_NAMES,
     SELECTION_NAMES,
     STATISTICS,
@@ -26,12 +26,13 @@ _TYPES = {  # by how `Answer` declares a column
     "str": pa.large_string(),
     "int": pa.int64(),
     "float": pa.float64(),
+    "bool": pa.bool_(),
     "list[int]": pa.list_(pa.int32()),
     "list[bytes]": pa.list_(pa.binary()),
 }
 _SHORT = ("status", "finish_reason", "error_type", "method", "guard", "row_hash")  # strings
 _OF_ANSWER = ("new_tokens", "draft_tokens", "accepted_tokens")
-_SMALL = ("question_index", *_OF_ANSWER, "pack_documents", "group_rows", "depth")  # integers
+_SMALL = ("question_index", "tries", *_OF_ANSWER, "pack_documents", "group_rows", "depth")  # integers
 
 
 def _type(field: Field[Any]) -> pa.DataType:
@@ -52,7 +53,7 @@ ANSWER_FIELDS = tuple(pa.field(name, TYPES[name], nullable=name != "id") for nam
 QUESTION_NAME = "question"  # which outputs of the first version do not have
 REASONING_NAME = "reasoning"
 # which outputs of earlier versions go on without
-LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens", *LOGPROB_NAMES)
+LATER_NAMES = (REASONING_NAME, "draft_tokens", "accepted_tokens")
 
 OF_OBJECTS = ("parts", ANSWERS, "choice_logprobs")  # lists of them
 MOST_TOLD = 5
@@ -63,17 +64,14 @@ def output_schema(
     metadata: Mapping[str, str],
     *,
     save_selection: bool = False,
-    logprobs: bool = False,
-    choices: bool = False,
     lacks: Collection[str] = left_out(None),
+    added: Collection[str] = (),
 ) -> pa.Schema:
-    """The columns of an output file: the answer's own that it does not lack, then those that are copied.
+    """The columns of an output's rows: the answer's own that it does not lack, then those that are copied.
 
-    `choices` are those of log-probabilities of choices.
+    `added` are those that only some settings add.
     """
-    *of_answers, of_choices = LOGPROB_NAMES
-    without = {*(() if save_selection else SELECTION_NAMES), *lacks}
-    without |= {*(() if logprobs else of_answers), *(() if choices else (of_choices,))}
+    without = {*(() if save_selection else SELECTION_NAMES), *ADDED_NAMES, *lacks} - set(added)
     own = [field for field in ANSWER_FIELDS if field.name not in without]
     return pa.schema([*own, *passthrough], metadata=dict(metadata))
 
@@ -134,7 +132,7 @@ def _column(answers: Sequence[Answer], field: pa.Field) -> pa.Array:
     try:
         return pa.array(values, field.type)
     except UnicodeEncodeError:
-        return pa.array([_as_utf8(value) for value in values], field.type)
+        return pa.array([as_utf8(value) for value in values], field.type)
 
 
 def plain(answer: Answer, names: Iterable[str]) -> dict[str, Any]:
@@ -149,12 +147,12 @@ def _value(answer: Answer, name: str) -> Any:
     return [asdict(each) for each in value] if name in OF_OBJECTS and value is not None else value
 
 
-def _as_utf8(value: Any) -> Any:
+def as_utf8(value: Any) -> Any:
     """A value of a column with all its texts, at whatever depth, as UTF-8 can hold them."""
     if isinstance(value, list):
-        return [_as_utf8(each) for each in value]
+        return [as_utf8(each) for each in value]
     if isinstance(value, dict):
-        return {key: _as_utf8(each) for key, each in value.items()}
+        return {key: as_utf8(each) for key, each in value.items()}
     return without_lone_surrogates(value) if isinstance(value, str) else value
 
 

@@ -7,7 +7,6 @@ rows back.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.outputs.beginnings import METADATA_KEY
+from pipeline.outputs.beginnings import about as about_run
 from pipeline.outputs.own_columns import ANSWERS, OWN_NAMES, STATS
 from pipeline.records import ErrorType
 from pipeline.storage.remote import Place, RemotePath
@@ -48,7 +47,7 @@ CODES: dict[ErrorType, str] = {"over_long": "context_length_exceeded"}
 
 def is_of_requests(schema: pa.Schema) -> bool:
     """Whether an output of this schema has requests for rows, by its metadata."""
-    return bool(_about(schema).get(REQUESTS_KEY))
+    return bool(about_run(schema).get(REQUESTS_KEY))
 
 
 def is_lines(output: str) -> bool:
@@ -87,7 +86,7 @@ class Responses:
     """Makes the lines of an output: answers by the model, and at the time, that its metadata says."""
 
     def __init__(self, schema: pa.Schema) -> None:
-        about = _about(schema)
+        about = about_run(schema)
         self._model, self._created = str(about.get("model", "")), _seconds(about.get("started"))
 
     def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,13 +162,6 @@ def _refusal(row: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         "code": CODES.get(kind, kind),
     }
     return (500 if is_ours else 400), {"error": error}
-
-
-def _about(schema: pa.Schema) -> dict[str, Any]:
-    try:
-        return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
-    except (LookupError, TypeError, ValueError):
-        return {}
 
 
 def _seconds(moment: object) -> int:

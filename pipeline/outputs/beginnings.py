@@ -25,6 +25,7 @@ VERSION = 1
 
 METADATA_KEY = b"marsinfer"
 SETTINGS_KEY = "settings_that_decide"
+QUESTIONS_KEY = "questions"  # of these settings: the names of those that have columns
 FILES_KEY = "files"  # of which an output has rows, with their number
 
 MOST_TOLD = 5
@@ -95,6 +96,14 @@ def plain(settings: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(settings))
 
 
+def about(schema: pa.Schema) -> dict[str, Any]:
+    """What an output's metadata says of its run; nothing where it has none."""
+    try:
+        return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
+    except (LookupError, TypeError, ValueError):
+        return {}
+
+
 def settings_in(path: Place, schema: pa.Schema) -> Any:
     """The settings in an output's metadata; a `ConfigError` if it has none."""
     try:
@@ -121,7 +130,18 @@ def with_files(schema: pa.Schema, files: Iterable[tuple[str, int]]) -> pa.Schema
 
 
 def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) -> None:
-    """A `ConfigError` that names the settings that differ; both are as from JSON."""
+    """A `ConfigError` that names the settings that differ; both are as from JSON.
+
+    Questions with names may come, but none may go.
+    """
+    if QUESTIONS_KEY in then and QUESTIONS_KEY in now:
+        gone = [name for name in then[QUESTIONS_KEY] if name not in now[QUESTIONS_KEY]]
+        if gone:
+            raise ConfigError(
+                f"{path} answers the question {gone[0]!r}, which --questions asks no more: put it back; "
+                f"{remedy}"
+            )
+        then = {**then, QUESTIONS_KEY: now[QUESTIONS_KEY]}
     differ = settings_differ(then, now)
     if differ:
         raise ConfigError(f"{path} was begun with other settings: {differ}; {remedy}")

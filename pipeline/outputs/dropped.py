@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.beginnings import check_columns, check_settings, settings_in
-from pipeline.outputs.formats import Published
 from pipeline.outputs.own_columns import INDEXED
+from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import RowIndex
 from pipeline.outputs.sidecar import Written
 from pipeline.outputs.writing import output_writer, schema_as_written

@@ -24,6 +24,7 @@ from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
 from pipeline.outputs.dropped import DroppedRows
 from pipeline.outputs.finished import FinishedRows
+from pipeline.outputs.layout import layout_in
 from pipeline.outputs.merge import Convert, merge, null_misfits, refuse_misfit
 from pipeline.outputs.parts import (
     DAMAGED,
@@ -218,6 +219,7 @@ class Journal(FinishedRows):
             (self._is_sorted or order == "completion")
             and (files is None or says is None or says == list(files))
             and copies_alike(self._base.schema, self._written)
+            and layout_in(self._base.schema) == layout_in(self._written)
             and self._copies_are_current()
         )
 

@@ -108,7 +108,7 @@ def _fitted(chunk: pa.Table, places: list[int], schema: pa.Schema, convert: Conv
     names = [name for name in schema.names if name in chunk.column_names]
     if not names:
         return pa.Table.from_arrays([pa.nulls(len(places), kind) for kind in schema.types], schema=schema)
-    rows = _rows(chunk.select(names), places)
+    rows = rows_at(chunk.select(names), places)
     columns = [
         _as(field, rows[field.name], convert) if field.name in names else pa.nulls(len(places), field.type)
         for field in schema
@@ -122,7 +122,8 @@ def _as(field: pa.Field, column: pa.ChunkedArray, convert: Convert) -> pa.Chunke
     return pa.chunked_array([convert(field.name, chunk, field.type) for chunk in column.chunks], field.type)
 
 
-def _rows(table: pa.Table, places: list[int]) -> pa.Table:
+def rows_at(table: pa.Table, places: list[int]) -> pa.Table:
+    """The rows of a table at these places, in their order."""
     if places == list(range(table.num_rows)):
         return table
     try:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.outputs.batch_lines import errors_path, output_of
 from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
+from pipeline.outputs.layout import rows_schema
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.sidecar import ERRORS_KEY, SIDECAR, needs_sidecar, sidecar_path
 from pipeline.storage.causes import READ_ERRORS
@@ -33,7 +34,7 @@ class TableKind:
 
     def has(self, schema: pa.Schema) -> bool:
         """Whether a table of this schema is of the kind."""
-        return self.columns.issubset(schema.names) and _says(schema, self.key)
+        return self.columns.issubset(rows_schema(schema).names) and _says(schema, self.key)
 
 
 OUTPUT = TableKind(METADATA_KEY, frozenset(INDEXED))

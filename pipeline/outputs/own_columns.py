@@ -11,7 +11,12 @@ from pipeline.records import Answer
 # by which a resumed run knows rows: every output has them
 INDEXED = ("id", "row", "question_index", "status", "error_type", "row_hash")
 SELECTION_NAMES = ("selection", "prompt_text", "prompt_token_chars", "prompt_spans")  # when asked for
-LOGPROB_NAMES = ("mean_logprob", "min_logprob", "choice_logprobs")  # likewise
+OF_DOCUMENTS = ("id", "row", "status")  # beside the columns of questions, where a row is a document
+LOGPROB_NAMES = ("mean_logprob", "min_logprob")  # where it is told how likely tokens were
+CHOICE_LOGPROBS = "choice_logprobs"  # and how likely each choice
+VALIDITY_NAMES = ("valid", "tries")  # where answers are held against a JSON schema
+VALUE = "value"  # of typed columns, which are made of an answer where it is written
+ADDED_NAMES = (*LOGPROB_NAMES, CHOICE_LOGPROBS, *VALIDITY_NAMES, VALUE)  # which only settings add
 STATS = "stats"  # the column that holds all statistics as one struct
 ANSWERS = "answers"  # which an output has where prompts get several
 STATISTICS = (
@@ -32,15 +37,17 @@ def _ordered() -> tuple[str, ...]:
 
 
 OWN_NAMES = _ordered()  # all there are, in the order in which an output has them
-CHOSEN_FROM = tuple(name for name in OWN_NAMES if name not in (*INDEXED, *SELECTION_NAMES, *LOGPROB_NAMES))
+CHOSEN_FROM = tuple(name for name in OWN_NAMES if name not in (*INDEXED, *SELECTION_NAMES, *ADDED_NAMES))
 
 
 def check_column(name: str, flag: str = "--columns") -> None:
     """Raise ConfigError for a name that is none of the columns that an output may go without."""
     if name in SELECTION_NAMES:
         raise ConfigError(f"{flag} {name!r}: --save-selection adds it")
-    if name in LOGPROB_NAMES:
-        raise ConfigError(f"{flag} {name!r}: --logprobs adds it")
+    if name in ADDED_NAMES:
+        of_likelihood = (*LOGPROB_NAMES, CHOICE_LOGPROBS)
+        adds = "--expand" if name == VALUE else "a JSON schema (--validate)"
+        raise ConfigError(f"{flag} {name!r}: {'--logprobs' if name in of_likelihood else adds} adds it")
     if name not in (*CHOSEN_FROM, *INDEXED):
         raise ConfigError(
             f"{flag} {name!r} is no column of answers{did_you_mean(name, CHOSEN_FROM)}; they are "

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import own_columns, stored_in
 from pipeline.outputs.beginnings import START_OVER, Beginning, check_columns, check_settings, settings_in
 from pipeline.outputs.chunks import Chunk, Damage, PartWriter, read_chunk, scan_part
-from pipeline.outputs.formats import Published
 from pipeline.outputs.own_columns import INDEXED
+from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import DROPPED, PUBLISHED
 from pipeline.outputs.sidecar import needs_sidecar, read_sidecar
 from pipeline.outputs.writing import refuse_existing
@@ -150,6 +151,9 @@ def begin_journal(
     beginning, base = begun(output, written, now)
     if beginning is not None:
         folder_like(folder, output)
+        if beginning.settings != now:  # which asks more
+            beginning = replace(beginning, settings=now)
+            beginning.save(folder)
         return beginning, base
     is_there = base is not None
     return _start(output, Beginning(settings=now, extends=is_there, replaces=is_there)), base

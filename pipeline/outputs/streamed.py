@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,8 @@ import pyarrow as pa
 from pipeline.errors import StorageError
 from pipeline.outputs.answers import answers_table
 from pipeline.outputs.finished import FinishedRows
-from pipeline.outputs.formats import lines_sink
+from pipeline.outputs.formats import lines_sink, open_sink
+from pipeline.outputs.layout import Together, layout_in
 from pipeline.outputs.rowindex import Order, scratch_index
 from pipeline.records import Answer
 from pipeline.storage.causes import cause, told
@@ -38,7 +40,8 @@ class StreamedRows(FinishedRows):
                 self._handle = os.fdopen(STDOUT, "wb", closefd=False)
             opened.callback(self._let_go)
             self._opened = opened.pop_all()
-        self._sink = lines_sink(self._handle, schema)
+        self._sink = open_sink(lines_sink, self._handle, schema)
+        self._together = Together(layout_in(schema).answers_a_row)
         super().__init__(index)
 
     def __enter__(self) -> Self:
@@ -50,15 +53,16 @@ class StreamedRows(FinishedRows):
         self._opened.__exit__(kind, error, trace)
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write the answers, which are with the reader on return.
+        """Write the answers, which are with the reader on return; those of one row wait for each other.
 
         Raises BrokenPipeError where the reader has left, StorageError where they cannot be written.
         """
         if not answers:
             return
         table = answers_table(answers, self._schema)
+        complete = list(chain.from_iterable(self._together.take(answers)))
         try:
-            self._sink.write(self._as_lines(table))
+            self._sink.write(self._as_lines(answers_table(complete, self._schema)))
             self._handle.flush()
         except BrokenPipeError:  # which is no failure of storage
             raise

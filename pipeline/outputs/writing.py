@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.batch_lines import ERRORS, errors_path
-from pipeline.outputs.formats import BatchSink, Published, Sink, sink_type
+from pipeline.outputs.formats import BatchSink, Sink, sink_type
 from pipeline.outputs.own import foreign_errors, foreign_sidecar, has_errors, may_be_replaced, was_ours
+from pipeline.outputs.published import Published
 from pipeline.outputs.sidecar import Written, needs_sidecar
 from pipeline.storage.causes import cause, told
 from pipeline.storage.remote import Place, RemotePath, output_place
@@ -162,7 +163,7 @@ def output_writer(
         with _failures_told(path):
             sink.finish()
             errors_size = _sealed(sink.errors) if isinstance(sink, BatchSink) else None
-            written = Written(_sealed(handle), sink.schema, errors_size)
+            written = Written(_sealed(handle), sink.file_schema, errors_size)
             refuse_existing(path, overwrite)
             leaves_errors = has_errors(path) and not errors_size
             before(written)

@@ -31,10 +31,12 @@ from pipeline.outputs.answers import (
 from pipeline.outputs.batch_lines import errors_path, is_of_requests, names_told
 from pipeline.outputs.beginnings import METADATA_KEY, STATE_FILE, Beginning
 from pipeline.outputs.chunks import Damage, whole_chunks
-from pipeline.outputs.formats import SINKS, Published
+from pipeline.outputs.formats import SINKS
+from pipeline.outputs.layout import layout_in
 from pipeline.outputs.mirror import Mirror
 from pipeline.outputs.own_columns import ANSWERS, CHOSEN_FROM, STATS, own_prefix
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
+from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import DUPLICATE
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
 from pipeline.report.references import REFERENCE, holder, references_in
@@ -169,9 +171,12 @@ def _lines_schema(path: Path, metadata: dict[str, Any]) -> pa.Schema:
     if not isinstance(first, dict):
         raise ValueError("its first line is no JSON object")
     names = names_told(first) if of_requests and first else list(first)
+    layout = layout_in(schema)
+    names = names if layout.is_usual else layout.names_of_rows(first)
     own = [pa.field(name, TYPES[name]) for name in own_prefix(names)]
     fields = [*own, pa.field(EXTRA, pa.large_string(), metadata=KEYS)] if first else []
-    return pa.schema(fields, metadata=schema.metadata)
+    rows = pa.schema(fields, metadata=schema.metadata)
+    return layout.file_schema(rows) if first else rows
 
 
 def _first_line(path: Path) -> list[bytes]:

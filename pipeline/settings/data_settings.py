@@ -8,6 +8,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings.kinds import BYTES
 from pipeline.settings.option import ANSWERS, READING, Settings, option
 from pipeline.settings.parse import parse_shard
+from pipeline.settings.questions import AskedQuestion, read_questions
 
 # what the model is asked for, by the word of --summarise
 SUMMARIES = {
@@ -21,7 +22,7 @@ SUMMARY_TOKENS = 512  # longest summary, and longest part of one, unless --max-n
 ANSWER_TOKENS = 128  # longest answer to a question
 
 # of these settings one at most is given
-ASKED = ("question", "question_column", "questions_column", "summarise")
+ASKED = ("question", "question_column", "questions_column", "questions", "summarise")
 
 
 class SeedSettings(Settings, panel=ANSWERS):
@@ -68,6 +69,12 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     )
     questions_column: str | None = option(
         None, help="Column of a list of questions, each of which gets an answer row."
+    )
+    questions: str | None = option(
+        None,
+        metavar="FILE",
+        help="JSON, JSONL or TOML of questions (name, question, perhaps schema, max_new_tokens) that each "
+        "document is asked; the output has a row a document, and a column a question.",
     )
     summarise: str | None = option(
         None,
@@ -124,8 +131,12 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
 
     @property
     def is_asked(self) -> bool:
-        """Whether a question is named, for all rows, in a column or in messages, or a summary asked for."""
+        """Whether questions are named, for all rows, in a column or in messages, or a summary asked for."""
         return any(getattr(self, name) is not None for name in (*ASKED, "messages_column"))
+
+    def asked_questions(self) -> tuple[AskedQuestion, ...]:
+        """The questions with names, read from their file. Raises ConfigError."""
+        return () if self.questions is None else read_questions(self.questions)
 
     @property
     def question_to_all(self) -> str | None:

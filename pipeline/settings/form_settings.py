@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
+from pipeline.outputs.own_columns import CHOICE_LOGPROBS, LOGPROB_NAMES
 from pipeline.records import ResponseFormat
 from pipeline.settings.kinds import WORDS
 from pipeline.settings.option import ANSWERS, Settings, option
@@ -55,6 +56,13 @@ class FormSettings(Settings, panel=ANSWERS):
         value = getattr(self, name)
         is_told = isinstance(value, str) and len(value) <= 80 and not value.lstrip().startswith("{")
         return f"{_flag(name)} {value}" if is_told else _flag(name)
+
+    @property
+    def logprob_columns(self) -> frozenset[str]:
+        """The columns that an output has for log-probabilities."""
+        if not self.logprobs:
+            return frozenset()
+        return frozenset((*LOGPROB_NAMES, *(() if self.choices is None else (CHOICE_LOGPROBS,))))
 
     def response_format(self) -> ResponseFormat | None:
         """The form, a schema read from its file. Raises ConfigError."""

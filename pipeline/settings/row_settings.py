@@ -114,11 +114,12 @@ class RowSettings(
                 "--on-overlong split: each prompt is measured by itself, and has no parts; choose "
                 f"{ON_OVERLONG} to measure long documents as far as they fit, or skip to leave them out"
             )
-        if self.questions_column is not None and self.reference_column is not None:
-            raise ConfigError(
-                "--questions-column and --reference-column exclude each other: which question a right answer "
-                "is to is not known; give one row for each question"
-            )
+        for name in ("questions_column", "questions"):
+            if getattr(self, name) is not None and self.reference_column is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} and --reference-column exclude each other: which question a "
+                    "right answer is to is not known; give one row for each question"
+                )
         for name in self.suite:
             if self.suite.count(name) > 1:
                 raise ConfigError(f"--suite {name} is given twice")

@@ -14,6 +14,7 @@ from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
 from pipeline.settings.prompt_settings import SplitSettings
+from pipeline.settings.validity_settings import ValiditySettings
 
 
 class EngineSettings(Settings, panel=RUN):
@@ -245,6 +246,7 @@ class BatchConfig(
     SamplingSettings,
     SeveralSettings,
     FormSettings,
+    ValiditySettings,
     RunSettings,
     defaults={"max_new_tokens": None, "on_overlong": None},
 ):
@@ -272,6 +274,12 @@ class BatchConfig(
         elif ANSWERS in (self.columns or ()):
             raise ConfigError(f"--columns {ANSWERS} needs --n, for more than one answer to a prompt")
         self._check_form()
+        if self.questions is not None and self.order == "completion":
+            raise ConfigError(
+                "--questions and --order completion exclude each other: a document's answers end one by one"
+            )
+        if self.expand and self.columns is not None and "answer" not in self.columns:
+            raise ConfigError("--expand makes its column of the answers: --columns must have answer too")
 
     def _check_several(self) -> None:
         if self.temperature < COLDEST:
@@ -283,6 +291,8 @@ class BatchConfig(
                 f"--n {self.n} and --on-overlong split exclude each other: a document that is answered in "
                 "parts has one answer; choose skip, error or a truncation"
             )
+        if self.retries:
+            raise ConfigError(f"--n {self.n} and --retries exclude each other: a prompt has several answers")
         if self.kv_memory is not None:
             raise ConfigError(
                 f"--n {self.n} and --kv-memory exclude each other: which keys and values are offloaded "

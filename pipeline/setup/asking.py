@@ -20,6 +20,8 @@ TEXT, QUESTION, ID, MESSAGES = "text", "question", "id", "messages"
 TEXT_TOO = ("document", "content", "contents", "body")  # the text, where there is one of them and no `text`
 QUESTION_TOO = ("query", "prompt", "instruction", "questions", "Question")  # not taken unasked
 
+DECIDED = tuple(name for name in ASKED if name != "questions")  # which no input decides
+
 Types = Mapping[str, str]  # of columns, by their names
 Data = TypeVar("Data", bound=DataSettings)
 
@@ -88,7 +90,7 @@ def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
     """Columns and question of a run that goes on, as they were decided when it began."""
     values = {name: columns[name] for name in ("text_column", "id_column") if getattr(data, name) is None}
     if not data.is_asked:
-        values |= {name: columns[name] for name in ASKED}
+        values |= {name: columns[name] for name in DECIDED}
         values["messages_column"] = columns.get("messages_column")
     data = replace(data, **values)
     takes_ids = bool(columns["takes_ids"]) and data.id_column == columns["id_column"]
@@ -112,7 +114,7 @@ def with_lengths(config: BatchConfig) -> BatchConfig:
 
 def columns_decided(settled: Settled[Any]) -> dict[str, Any]:
     """What `as_begun` reads, as plain values."""
-    names = ("text_column", "id_column", *ASKED)
+    names = ("text_column", "id_column", *DECIDED)
     data = settled.settings
     chosen: dict[str, Any] = {"takes_ids": settled.takes_ids}
     if data.messages_column is not None:

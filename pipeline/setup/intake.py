@@ -17,6 +17,7 @@ from pipeline.inputs.requests import REQUEST_ID
 from pipeline.inputs.source import Source, open_source, source_of
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
 from pipeline.outputs.batch_lines import is_lines, with_response
+from pipeline.outputs.beginnings import QUESTIONS_KEY
 from pipeline.outputs.own_columns import left_out
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
@@ -28,6 +29,7 @@ from pipeline.prompts.within import Within, tokenizer_faults
 from pipeline.records import AS_THE_RUN, Document, EncodedDocument, Record, RowError, SamplingParams
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
+from pipeline.settings.questions import AskedQuestion, refuse_columns
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.asking import (
     NO_QUESTION,
@@ -41,7 +43,9 @@ from pipeline.setup.asking import (
     settled,
     with_lengths,
 )
+from pipeline.setup.validity import AnswerForm
 from pipeline.texts.words import counted
+from pipeline.values.json_answers import schema_in
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
@@ -68,6 +72,7 @@ class Intake:
     source: Source
     begun: Any  # the settings that decide, as the run that is resumed began with them; None if none is
     columns: dict[str, Any] | None  # what was decided, for the run that resumes this one
+    form: AnswerForm  # of what the answers are to be
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,10 +87,27 @@ def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
     `given` reads rows that are in no file; they stand for those of `config.input`.
     """
     begun = begun_with(config.output) if config.resume else None
+    if begun is not None and QUESTIONS_KEY in begun and config.questions is None:
+        raise ConfigError(f"{config.output} was begun with --questions: give its FILE again")
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
+    asked = config.asked_questions()
+    typed = config.json_schema if config.expand else None
+    form = AnswerForm.of(config, asked, None if typed is None else schema_in(typed, "--json-schema"))
     source, settled = open_columns(
-        config, keep, config.format_name, begun, wanted=config.columns, several=config.n > 1, given=given
+        config,
+        keep,
+        config.format_name,
+        begun,
+        wanted=config.columns,
+        several=config.n > 1,
+        asked=asked,
+        added=form.added | config.logprob_columns,
+        given=given,
     )
+    if form.layout.schemas and settled.requests and is_lines(config.format_name):
+        raise ConfigError(
+            "--expand: JSON lines in the Batch API's form have no columns; name a .parquet or .arrow output"
+        )
     if settled.settings.messages_column is not None and config.prompt_template is not None:
         raise ConfigError("--messages-column and --prompt-template exclude each other: messages say it all")
     if not (settled.settings.is_asked or settled.requests) and config.prompt_template is None:
@@ -95,6 +117,7 @@ def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
         source=source,
         begun=begun,
         columns=columns_decided(settled) if begun is None or COLUMNS in begun else None,
+        form=form,
         notes=(*source.notes, *settled.notes),
     )
 
@@ -107,14 +130,17 @@ def open_columns(
     *,
     wanted: Sequence[str] | None = None,
     several: bool = False,
+    asked: Sequence[AskedQuestion] = (),
+    added: frozenset[str] = frozenset(),
     asks: bool = True,
     given: Reader | None = None,
 ) -> tuple[Source, Settled]:
     """Rows of `data` and its settings, its columns and question decided by those of the first file.
 
-    `keep` as in `Columns`; `wanted` are the answer's columns that are chosen, None for all, and `several`
-    says whether prompts get several answers. A run that resumes another, with the settings `begun`, goes on
-    with its columns. Where the rows are not asked anything, `asks` is false. `given` stands for the files of
+    `keep`, `asked` and `added` as in `Columns`; `wanted` are the answer's columns that are chosen, None for
+    all, and `several` says whether prompts get several answers. Raises ConfigError for a question that has
+    the name of a column which is copied. A run that resumes another, with the settings `begun`, goes on with
+    its columns. Where the rows are not asked anything, `asks` is false. `given` stands for the files of
     `data.input`.
     """
     found: list[Settled[Data]] = []
@@ -124,9 +150,11 @@ def open_columns(
         chosen = wanted
         if wanted is not None and found[-1].requests and is_lines(output):
             chosen = with_response(wanted, several=several)
-        return _columns(
-            found[-1], keep, predates=_predates(begun), left_out=left_out(chosen, several=several)
-        )
+        gone = left_out(chosen, several=several)
+        made = _columns(found[-1], keep, predates=_predates(begun), left_out=gone)
+        if keep is None:
+            refuse_columns(asked, [name for name in types or () if name not in made.roles])
+        return replace(made, asked=tuple(asked), added=added)
 
     if given is None:
         source = open_source(data.input, columns, output)
@@ -258,11 +286,11 @@ def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = F
     for record in records:
         row = record.source
         is_fault = isinstance(record, RowError) and record.is_fault
-        others = [f"{row.id}#{row.row}"] if renames else []
+        others = [f"{row.document_id}#{row.row}"] if renames else []
         if is_fault:
-            others = [f"{row.id}-"]
+            others = [f"{row.document_id}-"]
         failures: list[RowError] = []
-        for each in (_hashed(record, id) for id in (row.id, *others)):
+        for each in (_hashed(record, id) for id in (row.document_id, *others)):
             try:
                 if not done.is_done(each.source, each.source.row_hash or "", is_fault=is_fault):
                     yield each
@@ -274,8 +302,7 @@ def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = F
 
 
 def _hashed(record: Record, id: str) -> Record:
-    if id != record.source.id:
-        record = replace(record, source=replace(record.source, id=id))
+    record = replace(record, source=record.source.called(id))
     return replace(record, source=replace(record.source, row_hash=row_hash(record)))
 
 
@@ -336,7 +363,7 @@ class SoughtColumns:
 
         It names the column, those there are, and the flag.
         """
-        self._read += len(window)
+        self._read += sum(not item.source.question_index for item in window)
         for name in tuple(self._left):
             lacking = [item for item in window if isinstance(item, RowError) and item.lacks == name]
             if any(_has(item, name, is_text=name == self._text) for item in window):

@@ -16,6 +16,8 @@ from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import LATER_NAMES, REASONING_NAME, output_schema
 from pipeline.outputs.batch_lines import REQUESTS_KEY
+from pipeline.outputs.beginnings import QUESTIONS_KEY
+from pipeline.outputs.layout import LAYOUT_KEY, RowLayout
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
@@ -41,6 +43,7 @@ from pipeline.setup.intake import (
     open_rows,
 )
 from pipeline.setup.profile import check_profile, length_note, load_profile
+from pipeline.setup.validity import Validity
 from pipeline.structured.binding import BoundForms
 from pipeline.structured.grammars import check_format
 from pipeline.texts.versions import timestamp, versions
@@ -60,6 +63,7 @@ class Setup(Chosen):
     prompts: PromptBuilder
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
     response_format: ResponseFormat | None = None  # that all answers are to have
+    validity: Validity | None = None  # where answers are held against a JSON schema
 
     @property
     def precision(self) -> LinearPrecision:
@@ -78,6 +82,11 @@ class Preparation(Setup):
     @property
     def source(self) -> Source:
         return self.intake.source
+
+    @property
+    def layout(self) -> RowLayout:
+        """How rows of the output stand in it."""
+        return self.intake.form.layout
 
     def rows(self) -> Reading:
         """The rows that the run takes of its input, a record for each question."""
@@ -104,7 +113,8 @@ class Preparation(Setup):
         What may stay on the device is, as a document's active blocks depend on it.
         """
         config, method, splitter, columns = self.config, self.method, self.splitter, self.intake.columns
-        moment = moment_of(self.prompts, splitter)
+        moment, asked = moment_of(self.prompts, splitter), self.source.columns.asked
+        validity = None if self.validity is None else self.validity.decides()
         later = [name for name in LATER_NAMES if name not in self.source.columns.predates]
         return {
             "model": {
@@ -118,6 +128,8 @@ class Preparation(Setup):
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if columns is None else {"columns": columns}),
             **({LATER: later} if later else {}),
+            **({QUESTIONS_KEY: [each.name for each in asked]} if asked else {}),
+            **({"validity": validity} if validity else {}),
             "template_sha256": self.prompts.template_hash,
             **({"template_args": config.template_args} if config.template_arg else {}),
             **({} if moment is None else {"date": moment}),
@@ -144,6 +156,7 @@ class Preparation(Setup):
             "settings_that_decide": self.decides(),
             **({REQUESTS_KEY: True} if self.source.columns.requests else {}),
             "model": model.name,
+            **({} if self.layout.is_usual else {LAYOUT_KEY: self.layout.as_dict()}),
             "device": model.device_name(),
             "attention": {"backend": model.attention_name, "refused": model.attention_refused},
             "versions": versions(),
@@ -153,9 +166,8 @@ class Preparation(Setup):
             self.source.schema,
             {"marsinfer": json.dumps(about)},
             save_selection=self.config.save_selection,
-            logprobs=self.config.logprobs,
-            choices=self.config.logprobs and self.config.choices is not None,
             lacks=self.source.columns.lacks,
+            added=self.source.columns.added,
         )
 
 
@@ -219,6 +231,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         prompts=prompts,
         splitter=splitter,
         response_format=form,
+        validity=intake.form.validity,
         profile=chosen.profile,
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),

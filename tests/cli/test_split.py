@@ -299,3 +299,17 @@ def test_the_last_answer_alone_has_the_form(batch, tmp_path):
         for row in (long, gap, free[0], free[1])
     ]
     assert firsts[:2] == firsts[2:]
+
+
+def test_an_answer_of_parts_that_is_not_valid_is_drawn_again_whole(batch, tmp_path):
+    source, schema = write(tmp_path / "in.jsonl", [SENTENCES[:2000], "one fish"]), tmp_path / "s.json"
+    schema.write_text('{"type": "object"}')
+    assert batch(source, "--validate", schema) == 0
+    assert batch(source, "--validate", schema, "--retries", "1", out="again.parquet") == 0
+    once, again = rows_of(tmp_path), rows_of(tmp_path, "again.parquet")
+    assert [(row["valid"], row["tries"]) for row in (*once, *again)] == [(False, 1)] * 2 + [(False, 2)] * 2
+    assert [row["answer"] for row in again] != [row["answer"] for row in once]
+    before, now = ([part for part in rows[0]["parts"] if part["depth"] == 0] for rows in (once, again))
+    assert len(now) > 2
+    assert [part["start"] for part in now] == [part["start"] for part in before]
+    assert all(part["answer"] != other["answer"] for part, other in zip(now, before, strict=True))

@@ -227,7 +227,9 @@ def test_log_probabilities_are_those_of_the_model(model, form, lookup, monkeypat
     engine, finished = engine_for(model, logprobs=True, lookup=lookup), {}
     finish = engine._finish
     monkeypatch.setattr(
-        engine, "_finish", lambda each: finished.update({each.answer.row: each}) or finish(each)
+        engine,
+        "_finish",
+        lambda some: finished.update({e.row.answer.row: e for e in some}) or finish(some),
     )
     answer = engine.answer([row, *others])[0]
     tokens = finished[0].tokens

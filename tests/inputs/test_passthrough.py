@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns, parse_keep_columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
-from pipeline.outputs.formats import Published
+from pipeline.outputs.published import Published
 from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer
 

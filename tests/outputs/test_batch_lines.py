@@ -15,10 +15,10 @@ from openai.types.chat import ChatCompletion
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import output_schema
 from pipeline.outputs.batch_lines import output_of, with_response
-from pipeline.outputs.formats import Published
 from pipeline.outputs.journal import Journal
 from pipeline.outputs.own import is_own_lines
 from pipeline.outputs.own_columns import left_out
+from pipeline.outputs.published import Published
 from pipeline.outputs.sidecar import read_sidecar
 from pipeline.outputs.writing import check_output
 from pipeline.values.jsonvalues import KEYS

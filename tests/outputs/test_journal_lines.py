@@ -23,7 +23,7 @@ from journal_runs import (
 )
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.outputs import formats
+from pipeline.outputs import published
 from pipeline.outputs.journal import journal_folder
 from pipeline.outputs.writing import check_output
 
@@ -81,8 +81,8 @@ def sidecar(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("group_bytes", [1, 4 << 20])
 def test_all_that_json_gives_back_is_taken_over(path, tmp_path, monkeypatch, group_bytes):
-    monkeypatch.setattr(formats, "LINES_GROUP_ROWS", 40)
-    monkeypatch.setattr(formats, "LINES_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(published, "LINES_GROUP_ROWS", 40)
+    monkeypatch.setattr(published, "LINES_GROUP_BYTES", group_bytes)
     whole = tmp_path / "whole.jsonl"
     for output, counts in ((path, (150, 300)), (whole, (300,))):
         for count in counts:

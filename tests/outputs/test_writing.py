@@ -14,7 +14,13 @@ from written_outputs import EXTENSIONS, answers, read, rows, write
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
 from pipeline.outputs.answers import answers_table, output_schema
-from pipeline.outputs.own_columns import SELECTION_NAMES, left_out
+from pipeline.outputs.own_columns import (
+    CHOICE_LOGPROBS,
+    LOGPROB_NAMES,
+    SELECTION_NAMES,
+    VALIDITY_NAMES,
+    left_out,
+)
 from pipeline.outputs.writing import output_writer
 from pipeline.records import Answer, ChoiceLogprob, OneOfSeveral, PartAnswer, Row, RowError
 
@@ -69,9 +75,10 @@ def test_every_field_comes_back(tmp_path, extension):
     path = tmp_path / f"out{extension}"
     saves = extension != ".jsonl"  # which cannot hold a selection
     lacks = left_out(None, several=True)
-    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, logprobs=True, choices=True, lacks=lacks)
+    added = (*LOGPROB_NAMES, CHOICE_LOGPROBS)
+    write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, added=added, lacks=lacks)
     first, second = rows(path)
-    gone = {"passthrough", *(() if saves else SELECTION_NAMES)}
+    gone = {"passthrough", *VALIDITY_NAMES, *(() if saves else SELECTION_NAMES)}
     names = [field.name for field in dataclasses.fields(Answer) if field.name not in gone]
     expected = {name: getattr(FULL, name) for name in names}
     for name in ("parts", "answers", "choice_logprobs"):

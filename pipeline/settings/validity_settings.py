@@ -1,0 +1,35 @@
+"""What answers are held against, and what becomes of those that are wrong."""
+
+from __future__ import annotations
+
+from pipeline.settings.option import ANSWERS, Settings, option
+from pipeline.values.json_answers import Schema, schema_in
+
+MOST_RETRIES = 100
+
+
+class ValiditySettings(Settings, panel=ANSWERS):
+    """A JSON schema, and what it is for."""
+
+    validate: str | None = option(
+        None,
+        metavar="FILE",
+        help="JSON schema that answers are held against, a file or {...} itself; a column valid says whether "
+        "one is.",
+    )
+    retries: int = option(
+        0,
+        metavar="N",
+        help="With a JSON schema: draw an answer that is not valid again, by another seed, up to N times.",
+        least=0,
+        most=MOST_RETRIES,
+    )
+    expand: bool = option(
+        False,
+        help="With a JSON schema: a column value, of structs and lists of the schema's types, holds what an "
+        "answer says.",
+    )
+
+    def schema(self) -> Schema | None:
+        """That of all answers, read from its file. Raises ConfigError."""
+        return None if self.validate is None else schema_in(self.validate, "--validate")
