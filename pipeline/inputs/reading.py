@@ -19,6 +19,7 @@ from pipeline.records import AS_THE_RUN, Document, Record, RowError, SamplingPar
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
 from pipeline.settings.questions import AskedQuestion
+from pipeline.structured.grammars import json_schema_format
 from pipeline.values.json_answers import schema_text
 
 
@@ -101,11 +102,11 @@ def each_question(record: Record, asked: Sequence[AskedQuestion] = ()) -> Iterab
 
 def _named(record: Record, index: int, asked: AskedQuestion) -> Record:
     """The record of a question with a name, about a row's document."""
-    row = record.source
-    own = SamplingParams(
-        max_new_tokens=asked.max_new_tokens,
-        schema=None if asked.schema is None else schema_text(asked.schema),
-    )
+    row, own = record.source, SamplingParams(max_new_tokens=asked.max_new_tokens)
+    if asked.schema is not None and asked.is_form:
+        own = replace(own, response_format=json_schema_format(dict(asked.schema)))
+    elif asked.schema is not None:
+        own = replace(own, schema=schema_text(asked.schema))
     source = replace(
         row,
         question=asked.question,

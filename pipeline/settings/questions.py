@@ -31,6 +31,7 @@ class AskedQuestion:
     question: str
     schema: Schema | None = None  # that its answers are to be valid under
     max_new_tokens: int | None = None  # None: as the run
+    is_form: bool = False  # its answers can be no other than valid ones, by token masks
 
 
 def read_questions(path: str, flag: str = "--questions") -> tuple[AskedQuestion, ...]:

@@ -30,6 +30,14 @@ class ValiditySettings(Settings, panel=ANSWERS):
         "answer says.",
     )
 
+    @property
+    def holds_by_masks(self) -> bool:
+        """Whether answers to questions with schemas are held to them while they are written.
+
+        Otherwise they are held against them once they are there.
+        """
+        return self.validate is None and self.retries == 0
+
     def schema(self) -> Schema | None:
         """That of all answers, read from its file. Raises ConfigError."""
         return None if self.validate is None else schema_in(self.validate, "--validate")

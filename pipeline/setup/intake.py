@@ -90,7 +90,8 @@ def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
     if begun is not None and QUESTIONS_KEY in begun and config.questions is None:
         raise ConfigError(f"{config.output} was begun with --questions: give its FILE again")
     keep = None if config.keep_columns is None else parse_keep_columns(config.keep_columns)
-    asked = config.asked_questions()
+    is_form = config.holds_by_masks
+    asked = [replace(each, is_form=is_form) for each in config.asked_questions()]
     typed = config.json_schema if config.expand else None
     form = AnswerForm.of(config, asked, None if typed is None else schema_in(typed, "--json-schema"))
     source, settled = open_columns(

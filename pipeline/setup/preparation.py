@@ -45,7 +45,7 @@ from pipeline.setup.intake import (
 from pipeline.setup.profile import check_profile, length_note, load_profile
 from pipeline.setup.validity import Validity
 from pipeline.structured.binding import BoundForms
-from pipeline.structured.grammars import check_format
+from pipeline.structured.grammars import check_format, json_schema_format
 from pipeline.texts.versions import timestamp, versions
 
 if TYPE_CHECKING:
@@ -171,15 +171,27 @@ class Preparation(Setup):
         )
 
 
+def _forms(intake: Intake) -> dict[str, ResponseFormat]:
+    """The forms that answers are to have, those of all and of questions, by what gives them."""
+    form, forms = intake.config.response_format(), {}
+    if form is not None:
+        forms[intake.config.form_flag or ""] = form
+    for asked in intake.source.columns.asked:
+        if asked.is_form and asked.schema is not None:
+            place = f"--questions {intake.config.questions}: the schema of {asked.name!r}"
+            forms[place] = json_schema_format(dict(asked.schema))
+    return forms
+
+
 def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = None) -> Preparation:
     """All that a run needs but weights; `method` stands for the one that the settings name.
 
     Raises ConfigError or ModelError for what cannot work, before any row or weight is read.
     """
     config = intake.config
-    form, place = config.response_format(), config.form_flag or ""
-    if form is not None:
-        check_format(form, place)
+    form, forms = config.response_format(), _forms(intake)
+    for place, each in forms.items():
+        check_format(each, place)
     if isinstance(model, str):
         model = open_for_run(config)
     else:
@@ -200,8 +212,10 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         of_requests=intake.source.columns.requests,
     )
     stops = stop_token_ids(model.tokenizer, None)
-    if form is not None and stops:  # without any, what ends answers is not known before the weights are read
-        BoundForms(model.tokenizer, model.shape.vocab, stops).check(form, place, config.max_new_tokens)
+    if forms and stops:  # without any, what ends answers is not known before the weights are read
+        bound = BoundForms(model.tokenizer, model.shape.vocab, stops)
+        for place, each in forms.items():
+            bound.check(each, place, config.max_new_tokens)
     splitter = make_splitter(config, prompts, formed=form is not None)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     if config.kv_memory is not None and plan.rescoring is None:

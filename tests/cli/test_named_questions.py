@@ -49,6 +49,30 @@ def answers(rows):
     }
 
 
+def test_a_schema_is_the_form_of_a_questions_answers(call, tmp_path, asked, given):
+    """Unless they are to be held against it when they are there; a question beside it has none."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    flags = (*asked(QUESTIONS[0], {**QUESTIONS[1], "max_new_tokens": 12, "schema": schema}), *FLAGS)
+    assert call(given, tmp_path / "out.parquet", *flags, "--expand") == 0
+    assert call(given, tmp_path / "plain.parquet", *asked(), *FLAGS) == 0
+    for row, plain in zip(read(tmp_path / "out.parquet"), read(tmp_path / "plain.parquet"), strict=True):
+        assert row["many"]["answer"] == plain["many"]["answer"]
+        if row["status"] == "ok":
+            assert row["colour"]["value"] == json.loads(row["colour"]["answer"])
+            assert row["colour"]["value"]["n"] in (1, 2)
+    flags = (*asked({**QUESTIONS[1], "schema": schema}), *FLAGS)
+    assert call(given, tmp_path / "held.parquet", *flags, "--retries", "1") == 0
+    assert [row["colour"]["tries"] for row in read(tmp_path / "held.parquet")] == [2, 2, None]
+
+
+def test_a_schema_that_no_answer_can_be_held_to_is_refused(refusal, tmp_path, asked, given):
+    unknown = {**QUESTIONS[1], "schema": {"type": "array", "uniqueItems": True}}
+    told = refusal(given, tmp_path / "none.parquet", *asked(unknown), *FLAGS)
+    assert told.startswith("--questions ")
+    assert "the schema of 'colour' cannot be used: " in told
+
+
 @pytest.mark.parametrize(("source", "out"), [("in.jsonl", "out.parquet"), ("in.parquet", "out.jsonl")])
 @pytest.mark.parametrize("group", ["auto", "off"])
 def test_each_question_is_answered_as_if_alone(call, tmp_path, asked, source, out, group):
@@ -137,7 +161,11 @@ def test_failed_questions_are_tried_again_alone(call, tmp_path, asked, given):
         ([], ["--summarise"], "--questions and --summarise exclude each other"),
         ([], ["--messages-column", "m"], "--messages-column and --questions exclude each other"),
         ([], ["--order", "completion"], "--questions and --order completion exclude each other"),
-        ([], ["--expand"], "--expand needs a JSON schema: give --validate FILE, or one in --questions"),
+        (
+            [],
+            ["--expand"],
+            "--expand needs a JSON schema: give --validate FILE or --json-schema, or one in --questions",
+        ),
         ([], ["--retries", "2"], "--retries needs a JSON schema: give --validate FILE"),
         ([], ["--columns", "many"], "--columns 'many' is no column of answers"),
         ([], ["--columns", "valid"], "--columns 'valid': a JSON schema (--validate) adds it"),

@@ -185,7 +185,10 @@ def test_rows_in_memory_have_values_too(schema, model_folder):
     [
         (["--validate", "gone.json"], "--validate gone.json cannot be read: "),
         (["--retries", "1"], "--retries needs a JSON schema: give --validate FILE, or one in --questions"),
-        (["--expand"], "--expand needs a JSON schema: give --validate FILE, or one in --questions"),
+        (
+            ["--expand"],
+            "--expand needs a JSON schema: give --validate FILE or --json-schema, or one in --questions",
+        ),
         (["--validate", "s.json", "--retries", "101"], "--retries 101: must be between 0 and 100"),
         (["--validate", "no.json"], "--validate no.json is not a JSON schema at /type: 'no' is not valid"),
         (

@@ -10,6 +10,8 @@ from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.model.continuation import continue_with
+from pipeline.model.layers import PartialPrefill, _Run
+from pipeline.model.offload import make_cache
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
@@ -83,6 +85,28 @@ def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu
     expected = continue_with(decoder, sdpa, plain.cache, [[1, 2]] * 3, plain.next_positions)
     assert distance(behind[4:], expected[4:]) < 1e-2
     assert 0 < distance(behind[:4], expected[:4]) < 0.2
+
+
+@pytest.mark.parametrize("lengths", [(150, 70), (600,)])
+def test_mixed_has_queries_keys_and_values_of_later_layers_in_fp8(slow_cpu, sdpa, lengths):
+    """But for the kept tokens, be they many of the pack or few."""
+    decoder, method = bf16_model("qwen2"), Dense()
+    decoder.use_linears("fp8", keep=True)
+    decoder.use_linears("mixed", keep=True)
+    pack = pack_of(*(document(length, seed=length) for length in lengths))
+    plan = method.plan(decoder.shape, lengths)
+    cache = make_cache(plan, 0, None, device=decoder.device, itemsize=2, score=None)
+    with torch.inference_mode():
+        run = _Run.of(decoder, sdpa, method, pack, None, PartialPrefill.afresh(decoder, pack, cache))
+        assert (run.kept.beside_all is None) == (lengths == (600,))
+        for layer in range(decoder.shape.layers):
+            in_full, in_fp8 = (decoder.qkv(layer, run.hidden_TD, run.rope, fp8=fp8) for fp8 in (False, True))
+            for made, full, low in zip(run._qkv(layer), in_full, in_fp8, strict=True):
+                assert distance(made[run.kept.rows].float(), full[run.kept.rows].float()) < 1e-2
+                expected = low if layer / decoder.shape.layers >= 1 / 3 else full
+                others = run.kept.others
+                assert distance(made[others].float(), expected[others].float()) < 1e-2
+                assert distance(low[others].float(), full[others].float()) > 1e-2
 
 
 def test_mixed_keeps_short_documents_whatever_their_pack(slow_cpu, sdpa, monkeypatch):
