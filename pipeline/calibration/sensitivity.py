@@ -13,7 +13,7 @@ from pipeline.model.variant import Variant
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import LayerWork
 
-MASSES = (0.9, 0.0, 0.95, 0.8, 0.6)  # worth probing, the most telling first
+MASSES = (0.8, 0.0, 0.9, 0.6, 0.4)  # worth probing, the most telling first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class SeveralSettings(Settings, panel=ANSWERS):
 
     n: int = option(
         1,
-        metavar="N",
+        metavar="COUNT",
         help="Answers to each prompt, drawn from one prefill; the column answers lists them.",
         least=1,
         most=MOST_ANSWERS,

@@ -193,13 +193,14 @@ def test_long_prompts_are_probed_layer_by_layer(data, tmp_path, sharp_model_fold
     config = config_of(data, tmp_path, sharp_model_folder, max_drop="90pt", minutes=0.4)
     model = open_model(config)
     model.attention.sparse_from = 1
-    result = calibrated(config, model=model)
+    told = []
+    result = calibrated(config, model=model, progress=lambda text, left_s: told.append(text))
     assert {probe.layer for probe in result.probes} == {0, 1, 2, 3}
-    assert layer_heads(result)[:3] == ["layer", "0.95, nats", "0.95, pairs"]
+    assert layer_heads(result)[:3] == ["layer", "0.9, nats", "0.9, pairs"]
     assert [row[0] for row in layer_rows(result)] == ["0", "1", "2", "3"]
-    (first, *_) = result.ladder
-    assert re.fullmatch(r"mars sparse_attention=[\d.]+,[\d.]+,[\d.]+,1", first.name)  # a mass a layer
-    assert first.trial.divergence > 0
+    assert any(probe.attended < 1 for probe in result.probes)
+    a_mass_a_layer = re.compile(r"mars sparse_attention=[\d.]+,[\d.]+,[\d.]+,1: ")
+    assert any(map(a_mass_a_layer.match, told))
 
 
 @pytest.mark.slow
