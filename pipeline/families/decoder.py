@@ -100,7 +100,7 @@ class Decoder:
         """Compute linear layers as `linears` says, one of `LINEAR_DTYPES`.
 
         `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` all but the
-        head and the queries, keys and values of the first third, in a prefill, but for the tokens that it is
+        head and most queries, keys and values (`QKV_DEPTHS`), in a prefill, but for the tokens that it is
         told to keep, and experts, of all tokens. `ffn` makes the FFN able to do both; `keep` keeps weights
         that are not needed any more.
         Raises ConfigError on a device that cannot.

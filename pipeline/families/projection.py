@@ -15,8 +15,8 @@ from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.fused import Quantised, quantize_rows, rms_norm_quantized
 from pipeline.kernels.step import Product, add_product_normed_
 
-# of the blocks before, `mixed` keeps queries, keys and values in the model's dtype
-QKV_DEPTH = 1 / 3
+# depths of blocks between which `mixed` has queries, keys and values in fp8: there it costs next to nothing
+QKV_DEPTHS = (1 / 3, 2 / 3)
 
 
 class HeldAs(Enum):
@@ -50,7 +50,7 @@ class LinearPrecision:
         if self.linears == "fp8" or (self.linears == "mixed" and ".experts." in layer):
             return HeldAs.FP8
         of_heads = layer.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj"))
-        mixed = self.linears == "mixed" and (depth >= QKV_DEPTH or not of_heads)
+        mixed = self.linears == "mixed" and (QKV_DEPTHS[0] <= depth < QKV_DEPTHS[1] or not of_heads)
         return HeldAs.BOTH if mixed else HeldAs.FULL
 
 

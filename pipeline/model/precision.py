@@ -2,7 +2,7 @@
 
 An answer feels the rounding of the tokens that ask for it far more than that of the document before them: on
 Qwen2.5-Coder-1.5B the divergence from the model's own answers falls fivefold where the last 64 tokens and the
-answer are kept, and by half again where queries, keys and values of the first third of the layers are.
+answer are kept, and by half again where queries, keys and values of the first and last layers are.
 """
 
 from __future__ import annotations
