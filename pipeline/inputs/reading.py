@@ -103,10 +103,9 @@ def each_question(record: Record, asked: Sequence[AskedQuestion] = ()) -> Iterab
 def _named(record: Record, index: int, asked: AskedQuestion) -> Record:
     """The record of a question with a name, about a row's document."""
     row, own = record.source, SamplingParams(max_new_tokens=asked.max_new_tokens)
-    if asked.schema is not None and asked.is_form:
-        own = replace(own, response_format=json_schema_format(dict(asked.schema)))
-    elif asked.schema is not None:
-        own = replace(own, schema=schema_text(asked.schema))
+    if asked.schema is not None:
+        form = json_schema_format(dict(asked.schema)) if asked.is_form else None
+        own = replace(own, schema=schema_text(asked.schema), response_format=form)
     source = replace(
         row,
         question=asked.question,

@@ -61,8 +61,7 @@ class AnswerForm:
         own = {each.name: typed if each.schema is None else each.schema for each in asked}
         found = (own or {NO_QUESTION: typed}).items()
         schemas: dict[str, Schema] = {name: each for name, each in found if each is not None}
-        of_rows = [each.schema for each in asked if not each.is_form]
-        is_held = any(each is not None for each in (schema, *of_rows))
+        is_held = any(each is not None for each in (schema, *(each.schema for each in asked)))
         if settings.retries and not is_held:
             raise ConfigError("--retries needs a JSON schema: give --validate FILE, or one in --questions")
         if settings.expand and not schemas:

@@ -61,6 +61,8 @@ def test_a_schema_is_the_form_of_a_questions_answers(call, tmp_path, asked, give
         if row["status"] == "ok":
             assert row["colour"]["value"] == json.loads(row["colour"]["answer"])
             assert row["colour"]["value"]["n"] in (1, 2)
+            assert (row["colour"]["valid"], row["colour"]["tries"]) == (True, 1)
+            assert row["many"]["valid"] is None
     flags = (*asked({**QUESTIONS[1], "schema": schema}), *FLAGS)
     assert call(given, tmp_path / "held.parquet", *flags, "--retries", "1") == 0
     assert [row["colour"]["tries"] for row in read(tmp_path / "held.parquet")] == [2, 2, None]
