@@ -9,6 +9,7 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
+from pipeline.model import decode
 
 METHODS = {
     "dense": {},
@@ -46,6 +47,14 @@ class EagerRecorder:
             raise self.error
         self.recorded.append(Again(step))
         return self.recorded[-1]
+
+
+def record_steps(monkeypatch, late):
+    """Have engines repeat captured steps, `late` of them before the tokens of one are looked at."""
+    made = EagerRecorder()
+    monkeypatch.setattr(decode, "recorder_for", lambda *_: made)
+    monkeypatch.setitem(decode.LATE, "cpu", late)
+    return made
 
 
 class EndAt:

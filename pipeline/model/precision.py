@@ -19,9 +19,7 @@ from pipeline.kernels.segments import Segments, runs
 from pipeline.pruning.shape import ModelShape
 
 WINDOW = 64  # last tokens of each document
-FEW = (
-    1 / 8
-)  # of a pack's tokens, up to which computing the kept ones twice costs less than gathering the others
+FEW = 1 / 8  # of a pack's tokens, up to which kept ones are computed twice, and the others not gathered
 LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more launches than it saves
 
 
@@ -47,15 +45,12 @@ class Kept:
     @cached_property
     def others(self) -> Tensor:
         """(T - W,) ascending."""
-        ends, starts = (
-            [0, *(end for _, end in self.ranges)],
-            [*(start for start, _ in self.ranges), self.total],
-        )
-        return self._places(list(zip(ends, starts, strict=True)))
+        starts, ends = zip(*self.ranges, strict=True)
+        return self._places(list(zip((0, *ends), (*starts, self.total), strict=True)))
 
     @property
     def beside_all(self) -> Tensor | None:
-        """The tokens to compute in fp8 beside the kept ones: (T - W,), or None for all, of few are kept."""
+        """The tokens to compute in fp8 beside the kept ones: (T - W,), or None for all where few are kept."""
         return None if len(self.rows) <= FEW * self.total else self.others
 
     def in_both_(self, step: Step, hidden_TD: Tensor, *inputs_T: Tensor) -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 from conftest import SIZES, loaded, sharpened
 from conftest import document as noise
-from decode_steps import EagerRecorder
+from decode_steps import record_steps
 
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
-from pipeline.model import decode as decode_module
 from pipeline.model.generated import StopRules
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
@@ -57,10 +56,7 @@ def model():
 @pytest.fixture(params=[0, 1])
 def recorder(request, monkeypatch):
     """Of captured steps, and how many are queued before the tokens of one are looked at."""
-    made = EagerRecorder()
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
-    monkeypatch.setitem(decode_module.LATE, "cpu", request.param)
-    return made
+    return record_steps(monkeypatch, request.param)
 
 
 def engine_for(model, form=None, **options):

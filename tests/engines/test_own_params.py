@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import document, loaded
-from decode_steps import EagerRecorder, exact_model
+from decode_steps import exact_model, record_steps
 
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.row_rules import RowRules
-from pipeline.model import decode as decode_module
 from pipeline.model.decode import StopRules
 from pipeline.model.graphs import StepSize
 from pipeline.model.sampling import Sampling
@@ -52,10 +51,7 @@ def model():
 @pytest.fixture(params=[0, 1])
 def recorder(request, monkeypatch):
     """Of captured steps, and how many are queued before the tokens of one are looked at."""
-    made = EagerRecorder()
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
-    monkeypatch.setitem(decode_module.LATE, "cpu", request.param)
-    return made
+    return record_steps(monkeypatch, request.param)
 
 
 def engine_for(model, *, rules=None, sampling=None, **options):
