@@ -146,7 +146,7 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
 def attention(config: KernelConfig, switches: BenchSwitches) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
     from pipeline.bench.attention_speed import CANDIDATES, attention_shape, available, measure_attention
-    from pipeline.model.loading import pick_device, pick_dtype, use_device
+    from pipeline.kernels.devices import pick_device, pick_dtype, use_device
     from pipeline.texts.versions import version_of
 
     sizes = attention_shape(

@@ -15,13 +15,13 @@ from pipeline.engines.prefilling import PrefilledPack
 from pipeline.engines.row_rules import RowRules
 from pipeline.model.cache import RaggedCache
 from pipeline.model.decode import DecodeLoop
-from pipeline.model.decode_batch import Seat
 from pipeline.model.generated import Generated
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
 from pipeline.model.sampling import RowDraws
-from pipeline.model.store import Extent, KvStore, slots_needed
+from pipeline.model.step_tables import Seat
+from pipeline.model.store import Extent, KvStore, slots_needed, store_for
 from pipeline.records import Answer
 
 SMALLER = 0.9  # what is tried next where the memory for the store is not there
@@ -283,12 +283,12 @@ class Table:
 
 
 def _store(model: LoadedModel, packer: Packer, dtype: torch.dtype) -> KvStore:
-    share, shape = 1.0, model.decoder.shape
+    share = 1.0
     extents = 2 * packer.in_flight + 1  # each row's, and as many documents' and one more, see `Table.hold`
     while True:
         try:
             slots = int(packer.store_slots * share)
-            return KvStore(slots, shape, dtype=dtype, device=model.device, extents=extents)
+            return store_for(model.decoder, slots, dtype=dtype, extents=extents)
         except torch.OutOfMemoryError:
             share *= SMALLER
             if share < SMALLEST:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
-from pipeline.families.layer import Layer
+from pipeline.families.head import Head
+from pipeline.families.layer import Layer, attention_scale
 from pipeline.families.longrope import LongRope
 from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
 from pipeline.families.rope import Rope, Table
+from pipeline.families.sharding import own_shape
 from pipeline.families.slots import ONE_ROPE
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fused import Quantised, gated, quantize_rows, rope_, silu_mul_quantized
@@ -34,40 +35,43 @@ from pipeline.kernels.step import (
     rope_and_store_,
 )
 from pipeline.pruning.shape import PIECE_TOKENS
+from pipeline.ranks.collectives import Ranks
+from pipeline.ranks.leading import OnEachRank
 
 STEP_ROWS = 256  # up to which fp8 products are faster without their scales
 
 
-class Decoder:
+class Decoder(OnEachRank):
     """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension.
+
+    Of several ranks each has a part of every layer, of the `own` shape: heads are its own heads. The residual
+    stream is the same on all, since what layers add to it is summed over the ranks.
 
     Linear layers run on at most `piece_tokens` tokens at once: what is wider than the residual stream or
     lives for one product is as large as a piece, however many tokens there are.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+        """Of a model that has its share of the weights, if there are several `ranks`."""
         check_config(model.config)
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.shape, self._slots = shape_of(model.config), slots_of(model.config)
+        self.own = own_shape(self.shape, None if ranks is None else ranks.share)
         self._body: Any = model.model
         # attention is computed with 1/sqrt(d): queries are multiplied by what another scale is of that
-        self._query_scale = self._check_scale(model.model.layers) * math.sqrt(self.shape.head_dim)
+        head_dim = self.shape.head_dim
+        self._query_scale = attention_scale(model.model.layers, self._slots, head_dim) * math.sqrt(head_dim)
         family = FAMILIES[model.config.model_type]
         with torch.no_grad():
             self._layers = [family.layer(block, self._slots) for block in self._body.layers]
-            self._last_norm = Norm(self._body.norm, self._slots.norm_offset)
+            self._head = Head(model, self._slots, ranks)
+        if ranks is not None and not ranks.leads:
+            for layer in self._layers:
+                layer.leave_biases_to_others()
         self._long_rope = LongRope.of(model.config, self.device)
         self._has_plain_layers = self._are_plain()
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
-
-    def _check_scale(self, blocks: Any) -> float:
-        """The attention's scale; raises ModelError where the modules have another than the configuration."""
-        scale = self._slots.attention_scale or self.shape.head_dim**-0.5
-        for block in blocks:
-            if abs(block.self_attn.scaling - scale) > 1e-6:
-                raise ModelError(f"attention scaling {block.self_attn.scaling} is not supported ({scale} is)")
-        return scale
 
     def _are_plain(self) -> bool:
         """Whether all layers are what the kernels for decode steps compute."""
@@ -161,7 +165,7 @@ class Decoder:
         self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked."""
-        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.shape.heads, fp8)
+        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.own.heads, fp8)
 
     def has_qkv_in_fp8(self, layer: int) -> bool:
         """Whether `mixed` has a layer's queries, keys and values in fp8, of tokens that are not kept."""
@@ -176,7 +180,7 @@ class Decoder:
 
     def keys_values(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
-        projection = self._layers[layer].qkv.part(slice(self.shape.heads * self.shape.head_dim, None))
+        projection = self._layers[layer].qkv.part(slice(self.own.heads * self.own.head_dim, None))
         _, k_TKd, v_TKd = self._heads(layer, hidden_TD, rope, projection, 0, None)
         return k_TKd, v_TKd
 
@@ -254,21 +258,33 @@ class Decoder:
             normed = weights.input_norm.quantised(hidden_BD)
         attended_BHd = mixed(weights.qkv.unscaled(normed))
         attended = weights.output.unscaled(quantize_rows(attended_BHd.flatten(1)))
-        normed = weights.ffn_norm.quantised_sum_(hidden_BD, attended)
+        normed = self._add_and_norm_(hidden_BD, attended, weights.ffn_norm)
         gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
         fed_forward = weights.down.unscaled(gated)
-        if last:
-            add_product_(hidden_BD, fed_forward)
-            return None
-        next_norm = self._layers[layer + 1].input_norm
-        assert next_norm is not None
-        return next_norm.quantised_sum_(hidden_BD, fed_forward)
+        if not last:
+            next_norm = self._layers[layer + 1].input_norm
+            assert next_norm is not None
+            return self._add_and_norm_(hidden_BD, fed_forward, next_norm)
+        self._add_product_(hidden_BD, fed_forward)
+        return None
+
+    def _add_and_norm_(self, total_BD: Tensor, added: Product, norm: Norm) -> Quantised:
+        if self.ranks is None:
+            return norm.quantised_sum_(total_BD, added)
+        self._add_product_(total_BD, added)
+        return norm.quantised(total_BD)
+
+    def _add_product_(self, total_BD: Tensor, added: Product) -> None:
+        """Add a product to the residual stream, which is summed with what the first rank has made of it."""
+        if self.ranks is not None and not self.ranks.leads:
+            total_BD.zero_()
+        add_product_(total_BD, added)
+        if self.ranks is not None:
+            self.ranks.sum_(total_BD)
 
     def head(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
-        head: Any = self.model.lm_head
-        logits_BV, scale = head(self._last_norm(hidden_BD)), self._slots.logits_scale
-        return logits_BV if scale == 1 else logits_BV * scale
+        return self._head(hidden_BD)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
@@ -325,7 +341,7 @@ class Decoder:
 
     def _split(self, heads_TN: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of queries, keys and values."""
-        kv_heads = self.shape.kv_heads
+        kv_heads = self.own.kv_heads
         heads_TNd = heads_TN.unflatten(-1, (-1, self.shape.head_dim))
         q_THd, k_TKd, v_TKd = heads_TNd.split((heads, kv_heads, kv_heads), dim=1)
         return q_THd, k_TKd, v_TKd
@@ -334,6 +350,7 @@ class Decoder:
         """See `add_feed_forward_`, of few tokens."""
         if weights.experts is not None:
             normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
+            assert self.ranks is None, "experts are not divided"
             self._add_(hidden_TD, weights.experts(normed_TD, fp8=fp8), weights.ffn_post_norm)
             return
         assert weights.gate_up is not None
@@ -351,12 +368,17 @@ class Decoder:
         self, total_TD: Tensor, projection: Projection, given: Tensor | Quantised, post_norm: Norm | None
     ) -> None:
         """Add a projection, in fp8 of what is quantised, to the residual stream, after its norm if any."""
-        if not isinstance(given, Tensor):
-            self._add_(total_TD, projection.in_fp8(*given), post_norm)
-        elif post_norm is None and self._slots.residual_scale == 1:
+        ranks, plain = self.ranks, post_norm is None and self._slots.residual_scale == 1
+        if plain and ranks is not None and not ranks.leads:
+            # the stream itself is summed, to which the first rank has added its part
+            projection.write(given, total_TD)
+        elif plain and isinstance(given, Tensor):
             projection.add_to_(total_TD, given)
         else:
-            self._add_(total_TD, projection(given), post_norm)
+            added_TD = projection.write(given)
+            self._add_(total_TD, added_TD if plain or ranks is None else ranks.sum_(added_TD), post_norm)
+        if plain and ranks is not None:
+            ranks.sum_(total_TD)
 
     def _add_(self, total_TD: Tensor, added_TD: Tensor, post_norm: Norm | None) -> None:
         """Add to the residual stream, after a norm if there is one, by the family's scale."""

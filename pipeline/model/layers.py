@@ -24,6 +24,7 @@ from pipeline.model.cache import RaggedCache
 from pipeline.model.early_exit import EarlyExit
 from pipeline.model.precision import Kept, kept_of
 from pipeline.model.work import Work
+from pipeline.pruning.agreeing import agreed
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.operations import causal_pairs
 from pipeline.pruning.view import LayerView
@@ -183,6 +184,8 @@ class _Run:
             self.kept.in_both_(partial(decoder.add_attention_, layer), self.hidden_TD, attended_THd)
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
+        if decoder.ranks is not None:
+            selection = agreed(selection, decoder.ranks, self.segments.total, decoder.device)
         if selection.restart is not None:
             work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
             work.mark(view, selection.restart, view.all_indices[:0], None)
@@ -264,6 +267,7 @@ class _Run:
             segments=self.segments,
             lengths=self.pack.segments.lengths,
             spans=self.pack.spans,
+            ranks=self.decoder.ranks,
         )
 
     def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, early_exit: bool) -> None:
