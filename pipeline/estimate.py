@@ -104,7 +104,7 @@ def planning_packer(run: Preparation) -> Packer:
     return Packer.on(
         run.model.device,
         run.method,
-        run.model.shape,
+        run.model.own,
         itemsize=run.model.dtype.itemsize,
         new_tokens=run.config.max_new_tokens,
         n=run.config.n,

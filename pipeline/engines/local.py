@@ -14,7 +14,7 @@ from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import Packer, least_free_bytes
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
@@ -81,7 +81,7 @@ class LocalEngine:
         packer = Packer.on(
             model.device,
             method,
-            model.decoder.shape,
+            model.own,
             itemsize=model.decoder.dtype.itemsize,
             new_tokens=rules.max_new_tokens,
             drafts=drafts_of(self.lookup),
@@ -90,9 +90,12 @@ class LocalEngine:
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
             in_flight=in_flight,
+            free=least_free_bytes(model.decoder),
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
-        self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)
+        self.attempts = Attempts(
+            decoder=model.decoder, packs=self.packs, check=check, row_timeout=row_timeout
+        )
         self.times, self.stats, self._clock = EngineTimes(), DecodeStats(), DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]

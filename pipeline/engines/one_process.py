@@ -20,7 +20,7 @@ from pipeline.setup.intake import Item
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
     from pipeline.families.projection import LinearPrecision
-    from pipeline.model.loading import Model
+    from pipeline.model.loading import LoadedModel, Model
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
@@ -82,6 +82,8 @@ class OneProcess:
         finally:
             if self._engine is not None:
                 self._engine.close()
+                if self._engine.model is not self._setup.model:
+                    self._engine.model.close()
 
     @property
     def times(self) -> EngineTimes:
@@ -203,10 +205,6 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     """
     hooks.phase("loading the model")
     started = time.perf_counter()
-    from pipeline.engines.answering import rules_of, sampling_of
-    from pipeline.engines.local import LocalEngine
-    from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
-
     config = setup.config
     hooks.check()
     precision = setup.precision
@@ -215,6 +213,27 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         model = setup.model.load(precision)
     if model is setup.model:  # who gave a loaded model may want its own precision later
         model.decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
+    try:
+        return _warmed_up(setup, model, hooks, prompts, started)
+    except BaseException:
+        if model is not setup.model:
+            model.close()
+        raise
+
+
+def _warmed_up(
+    setup: Setup,
+    model: LoadedModel,
+    hooks: Hooks,
+    prompts: Sequence[EncodedDocument] | None,
+    started: float,
+) -> LocalEngine:
+    """An engine with a model whose loading `started` then."""
+    from pipeline.engines.answering import rules_of, sampling_of
+    from pipeline.engines.local import LocalEngine
+    from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
+
+    config = setup.config
     engine = LocalEngine(
         model,
         setup.method,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import MarsError, first_line
+from pipeline.ranks.calls import unpacked
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.leading import (
     CLOSE,
@@ -27,7 +28,6 @@ from pipeline.ranks.leading import (
     connection,
     made_in,
 )
-from pipeline.ranks.calls import unpacked
 
 
 class _GivenUp(Exception):

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pipeline.errors import KEPT, MarsError, RankFailed, first_line
-from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.calls import packed
+from pipeline.ranks.collectives import Ranks
 
 GO, STOP, CLOSE = b"go", b"stop", b"close"
 LOADED, FAILED = "loaded", "failed"  # what followers report

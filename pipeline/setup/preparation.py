@@ -195,12 +195,13 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     if isinstance(model, str):
         model = open_for_run(config)
     else:
-        for name in ("rope_scaling", "adapter"):
-            if getattr(config, name) is not None:
+        for name in ("rope_scaling", "adapter", "tensor_parallel"):
+            if getattr(config, name) not in (None, 1):
                 raise ConfigError(f"{name} goes with a model's name: give it to load_model")
     _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
+    config.check_divided(method.name)
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
     now = None if date is None else parse_moment(date)
     prompts = make_prompts(
@@ -294,7 +295,7 @@ def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
     """The model of a run; `elsewhere` are the dtype and device that stand above the configuration's."""
     from pipeline.model.loading import open_model
 
-    return open_model(ModelSettings.of(config, **elsewhere))
+    return open_model(ModelSettings.of(config, **elsewhere), config.tensor_parallel)
 
 
 def moment_of(prompts: PromptBuilder, splitter: Splitter | None = None) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,8 +28,7 @@ from pipeline.ranks.leading import Everywhere, Lead
 CPU = torch.device("cpu")
 WIDE = {**SIZES, "num_attention_heads": 8, "vocab_size": 259}
 SETTINGS = {
-    "llama": {**WIDE, "attention_bias": True, "mlp_bias": True},
-    "qwen2": {**WIDE, "tie_word_embeddings": True},
+    "qwen2": {**WIDE, "tie_word_embeddings": True},  # of two key/value heads, fewer than ranks
     "phi3": {**WIDE, "num_key_value_heads": 4},
 }
 METHODS = {
@@ -68,7 +66,7 @@ class Divided:
     lead: Lead
 
 
-@pytest.fixture(scope="module", params=[("llama", 2), ("qwen2", 4), ("phi3", 2)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(scope="module", params=[("qwen2", 4), ("phi3", 2)], ids=lambda p: f"{p[0]}-{p[1]}")
 def divided(request):
     family, count = request.param
     ranks = Ranks(rank=0, count=count, device=CPU)
@@ -92,8 +90,8 @@ def test_a_prefill_is_that_of_one_process(divided, method):
     made = prefill(divided.parts, divided.attention, method, pack(), 4)
     torch.testing.assert_close(made.logits_BV, alone.logits_BV, rtol=0, atol=1e-5)
     assert made.by_document() == alone.by_document()
-    heads = divided.parts.own.kv_heads
-    for own, whole in zip(made.cache.keys + made.cache.values, alone.cache.keys + alone.cache.values, strict=True):
+    heads, here, there = divided.parts.own.kv_heads, made.cache, alone.cache
+    for own, whole in zip(here.keys + here.values, there.keys + there.values, strict=True):
         torch.testing.assert_close(own, whole[:, :heads], rtol=0, atol=1e-6)
     if method.name != "dense":
         assert alone.by_document() != prefill(divided.whole, attending(), Dense(), pack(), 4).by_document()
@@ -138,9 +136,10 @@ def test_a_look_gives_a_prefill_up_on_all_ranks(divided):
 def test_a_rank_that_is_killed_is_told_of_and_takes_the_others_along(divided):
     victim, *others = [each.process for each in divided.lead._followers]
     os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(RankFailed, match=r"^rank 1 of \d failed: it was killed by SIGKILL; finished rows are kept"):
-        while True:
-            prefill(divided.parts, divided.attention, Dense(), pack())
+    victim.wait()
+    with pytest.raises(
+        RankFailed, match=r"^rank 1 of \d failed: it was killed by SIGKILL; finished rows are kep"
+    ):
+        prefill(divided.parts, divided.attention, Dense(), pack())
     divided.lead.close()
     assert all(each.poll() is not None for each in others)
-    assert time.perf_counter() > 0
