@@ -7,7 +7,6 @@ whole; of the head each has some tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from transformers import PreTrainedConfig
@@ -34,23 +33,21 @@ def own_shape(shape: ModelShape, share: Share | None) -> ModelShape:
     )
 
 
-def check_divides(
-    config: PreTrainedConfig, count: int, parameters: Mapping[str, tuple[int, ...]], *, fp8: bool = False
-) -> None:
-    """Raise ConfigError for a model that cannot be divided among `count` ranks.
+def can_be_divided(config: PreTrainedConfig) -> bool:
+    """Whether it has no experts, nor a norm over all of its heads together."""
+    return not shape_of(config).experts and not config.model_type.startswith("olmo")
 
-    `parameters` are the shapes of its own, by name; with `fp8` its parts are to be multiplied in float8.
-    """
+
+def check_divides(config: PreTrainedConfig, count: int) -> None:
+    """Raise ConfigError for a model that cannot be divided among `count` ranks."""
     shape, family = shape_of(config), config.model_type
-    if shape.experts:
-        raise ConfigError(f"{FLAG} cannot divide a model with experts yet, such as this {family}")
-    norms = {name: sides for name, sides in parameters.items() if name.endswith("q_norm.weight")}
-    if any(sides != (shape.head_dim,) for sides in norms.values()):
-        raise ConfigError(f"{FLAG} cannot divide a norm over all heads, such as that of this {family}")
-    sizes = sizes_of(shape, fp8=fp8)
+    if not can_be_divided(config):
+        what = "experts" if shape.experts else "norms over all heads"
+        raise ConfigError(f"{FLAG} cannot divide a model with {what} yet, such as this {family}")
+    sizes = sizes_of(shape)
     if count not in sizes:
         what = f"{shape.heads} heads, {shape.kv_heads} key/value heads and {shape.ffn:,} columns of the FFN"
-        told = f"{what}{', in fp8' if fp8 else ''}: choose from {', '.join(map(str, sizes))}"
+        told = f"{what}: choose from {', '.join(map(str, sizes))}"
         raise ConfigError(f"{FLAG} {count} does not divide a model of {told}")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoints.building import as_model_error, bytes_needed, parameters_of, with_weights
+from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
+from pipeline.checkpoints.device_memory import Memory
 from pipeline.checkpoints.files import AdaptedModel, ModelFiles, ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
-from pipeline.families.sharding import FLAG, check_divides, own_shape
+from pipeline.families.sharding import FLAG, can_be_divided, check_divides, own_shape, sizes_of
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.kernels.devices import free_memory, pick_device, pick_dtype, use_device
 from pipeline.pruning.shape import ModelShape
@@ -31,28 +32,6 @@ from pipeline.ranks.leading import Everywhere, Lead, on_every_rank
 from pipeline.ranks.shares import Share
 from pipeline.settings.keywords import StrPath, called_with
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on a device: what a model's weights hold, what they need while they are made, what is free."""
-
-    held: int
-    most: int
-    free: int
-    where: str
-
-    def __str__(self) -> str:
-        return f"weights take {self.held / 1e9:.3g} GB of {self.free / 1e9:.3g} GB free on {self.where}"
-
-    def check(self, model: str) -> None:
-        """Raise ModelError where the weights cannot fit."""
-        if self.most > self.free:
-            needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
-            raise ModelError(
-                f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
-                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
-            )
 
 
 class _OnDevice:
@@ -68,7 +47,7 @@ class _OnDevice:
 
     def check_fp8(self) -> None:
         """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
-        check_fp8(self.device, self.dtype, self.own)
+        check_fp8(self.device, self.dtype, self.own)  # whose widths may not be those of the whole
 
 
 @dataclass(kw_only=True)
@@ -195,9 +174,30 @@ class UnloadedModel(_OnDevice):
 
     def memory(self, precision: LinearPrecision = IN_FULL) -> Memory:
         """What its weights need, by arithmetic, beside what is free now."""
-        config = _scaled(self.config, self.rope_scaling)
-        held, most = bytes_needed(config, self.dtype, precision, self._share)
-        return Memory(held=held, most=most, free=free_memory(self.device), where=self.device_name())
+        free = free_memory(self.device)
+        held, most = self._bytes_needed(precision, self._share)
+        return Memory(held=held, most=most, free=free, where=self.device_name(), ranks=self.ranks)
+
+    def ranks_needed(
+        self, precision: LinearPrecision, beside: Callable[[ModelShape], int] = lambda own: 0
+    ) -> int | None:
+        """Among how many GPUs like this device the model must be divided, at least, to fit with something.
+
+        `beside` says how many bytes each needs beside its weights, of the shape of its part; None: however
+        many there are, it does not fit.
+        """
+        if self.device.type != "cuda" or not can_be_divided(self.config):
+            return None
+        free = free_memory(self.device)
+        for count in sizes_of(self.shape, fp8=precision.uses_fp8):
+            share = None if count == 1 else Share(rank=0, count=count)
+            held, most = self._bytes_needed(precision, share)
+            if max(most, held + beside(own_shape(self.shape, share))) <= free:
+                return count
+        return None
+
+    def _bytes_needed(self, precision: LinearPrecision, share: Share | None) -> tuple[int, int]:
+        return bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision, share)
 
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
@@ -222,7 +222,7 @@ class UnloadedModel(_OnDevice):
         use_device(self.device)
         if precision.uses_fp8:
             self.check_fp8()
-        self.memory(precision).check(self.name)
+        self.memory(precision).check(self.name, partial(self.ranks_needed, precision))
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
@@ -330,7 +330,7 @@ def open_model(settings: ModelSettings, tensor_parallel: int = 1) -> UnloadedMod
         check_config(config)
         notes = source.check(config)
         if tensor_parallel > 1:
-            check_divides(config, tensor_parallel, parameters_of(config).shapes)
+            check_divides(config, tensor_parallel)
         return UnloadedModel(
             settings=settings,
             ranks=tensor_parallel,
