@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
 from pipeline.families.head import Head
-from pipeline.families.layer import Layer, attention_scale
+from pipeline.families.layer import Layer, are_plain, attention_scale
 from pipeline.families.longrope import LongRope
 from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
-from pipeline.families.rope import Rope, Table
+from pipeline.families.rope import Rope
+from pipeline.families.rotary import Rotary
 from pipeline.families.sharding import own_shape
-from pipeline.families.slots import ONE_ROPE
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fused import Quantised, gated, quantize_rows, rope_, silu_mul_quantized
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -38,6 +38,7 @@ from pipeline.pruning.shape import PIECE_TOKENS
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.leading import OnEachRank
 
+HALVED_TOKENS = 4096  # from which on ranks have two pieces at least, so that sums hide behind products
 STEP_ROWS = 256  # up to which fp8 products are faster without their scales
 
 
@@ -68,24 +69,10 @@ class Decoder(OnEachRank):
         if ranks is not None and not ranks.leads:
             for layer in self._layers:
                 layer.leave_biases_to_others()
-        self._long_rope = LongRope.of(model.config, self.device)
-        self._has_plain_layers = self._are_plain()
+        self._rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
+        self._has_plain_layers = are_plain(self._layers, self._slots, self._query_scale)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
-
-    def _are_plain(self) -> bool:
-        """Whether all layers are what the kernels for decode steps compute."""
-        slots, first = self._slots, self._layers[0]
-        return (
-            (slots.gate, slots.experts, slots.residual_scale) == ("silu", 0, 1)
-            and set(slots.ropes) == {ONE_ROPE}
-            and math.isclose(self._query_scale, 1)
-            and first.q_norm is None
-            and first.attention_post_norm is None
-            and first.ffn_post_norm is None
-            and first.input_norm is not None
-            and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
-        )
 
     @property
     def device(self) -> torch.device:
@@ -126,39 +113,20 @@ class Decoder(OnEachRank):
         return hidden_TD if scale == 1 else hidden_TD * scale
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
-        """Rotary embeddings of original positions, in documents that may come to have `reach_T` tokens.
-
-        Where queries grow with their position, by 1 + beta * log(1 + the number of whole stretches of some
-        length before it), the two are the slot's (Llama 4's rule).
-        """
-        tables = {
-            kind: self._rope_table(kind, hidden_TD, positions_T, reach_T)
-            for kind in dict.fromkeys(self._slots.ropes)
-            if kind is not None
-        }
-        if self._slots.query_growth is None:
-            return Rope(tables=tables)
-        beta, length = self._slots.query_growth
-        scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
-        return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
-
-    def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None) -> Table:
-        if self._long_rope is not None:
-            assert reach_T is not None, "LongRoPE, of documents whose lengths are not told"
-            return self._long_rope.table(positions_T, reach_T, hidden_TD.dtype)
-        of_kind = () if kind == ONE_ROPE else (kind,)
-        (cos_Td,), (sin_Td,) = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
-        if self._slots.rope_by_halves:
-            return torch.cat((cos_Td, cos_Td), dim=-1), torch.cat((sin_Td, sin_Td), dim=-1)
-        return cos_Td, sin_Td
+        """See `Rotary.rope`."""
+        return self._rotary.rope(hidden_TD, positions_T, reach_T)
 
     def sinks(self, layer: int) -> Tensor | None:
         """(H,) float32 of a layer's heads, where they have sinks: see kernels/attention.py."""
         return self._layers[layer].sinks_H
 
     def pieces(self, tokens: int) -> list[slice]:
-        """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size."""
-        size = max(1, -(-tokens // max(1, -(-tokens // self.piece_tokens))))
+        """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size.
+
+        Several ranks sum one piece while they compute another.
+        """
+        least = 2 if self.ranks is not None and tokens >= HALVED_TOKENS else 1
+        size = max(1, -(-tokens // max(least, -(-tokens // self.piece_tokens))))
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def qkv(
@@ -185,21 +153,32 @@ class Decoder(OnEachRank):
         return k_TKd, v_TKd
 
     def add_attention_(
-        self, layer: int, hidden_TD: Tensor, attended_THd: Tensor, fp8: bool | None = None
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        attended_THd: Tensor,
+        fp8: bool | None = None,
+        later: bool = False,
     ) -> None:
-        """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
+        """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default.
+
+        With `later` sums over ranks may still be on their way, for which the decoder's own functions wait
+        where they read the stream, as others must by `Ranks.settle`.
+        """
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         weights = self._layers[layer]
         for rows in self.pieces(len(hidden_TD)):
             attended_TN = attended_THd[rows].flatten(1)
             given = quantize_rows(attended_TN) if fp8 else attended_TN
-            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm)
+            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm, later)
 
-    def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
-        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
+    def add_feed_forward_(
+        self, layer: int, hidden_TD: Tensor, fp8: bool | None = None, later: bool = False
+    ) -> None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default; `later` as above."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         for rows in self.pieces(len(hidden_TD)):
-            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8)
+            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8, later=later)
 
     def step_layer_(
         self,
@@ -302,7 +281,7 @@ class Decoder(OnEachRank):
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
         weights, tokens = self._layers[layer], len(hidden_TD)
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        if tokens <= self.piece_tokens:
+        if len(self.pieces(tokens)) == 1:
             return self._heads_of_piece(layer, hidden_TD, rope, projection, heads, fp8)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
@@ -346,7 +325,7 @@ class Decoder(OnEachRank):
         q_THd, k_TKd, v_TKd = heads_TNd.split((heads, kv_heads, kv_heads), dim=1)
         return q_THd, k_TKd, v_TKd
 
-    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:
+    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool, later: bool) -> None:
         """See `add_feed_forward_`, of few tokens."""
         if weights.experts is not None:
             normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
@@ -362,12 +341,18 @@ class Decoder(OnEachRank):
         else:
             given = gated(gate_up_T2F, self._slots.gate)
             given = quantize_rows(given) if fp8 else given
-        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm)
+        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm, later)
 
     def _add_projected_(
-        self, total_TD: Tensor, projection: Projection, given: Tensor | Quantised, post_norm: Norm | None
+        self,
+        total_TD: Tensor,
+        projection: Projection,
+        given: Tensor | Quantised,
+        post_norm: Norm | None,
+        later: bool,
     ) -> None:
         """Add a projection, in fp8 of what is quantised, to the residual stream, after its norm if any."""
+        self._settle(total_TD)
         ranks, plain = self.ranks, post_norm is None and self._slots.residual_scale == 1
         if plain and ranks is not None and not ranks.leads:
             # the stream itself is summed, to which the first rank has added its part
@@ -378,7 +363,12 @@ class Decoder(OnEachRank):
             added_TD = projection.write(given)
             self._add_(total_TD, added_TD if plain or ranks is None else ranks.sum_(added_TD), post_norm)
         if plain and ranks is not None:
-            ranks.sum_(total_TD)
+            ranks.sum_(total_TD, later=later)
+
+    def _settle(self, hidden_TD: Tensor) -> None:
+        """Have what is queued from now on read the sums that are on their way to a part of the stream."""
+        if self.ranks is not None:
+            self.ranks.settle(hidden_TD)
 
     def _add_(self, total_TD: Tensor, added_TD: Tensor, post_norm: Norm | None) -> None:
         """Add to the residual stream, after a norm if there is one, by the family's scale."""
@@ -395,6 +385,7 @@ class Decoder(OnEachRank):
         out_TN: Tensor | None = None,
     ) -> Tensor:
         """(T, N) a projection of the residual stream after its norm; written to `out_TN` if there is one."""
+        self._settle(hidden_TD)
         if fp8:
             given = quantize_rows(hidden_TD) if norm is None else norm.quantised(hidden_TD)
             return projection.in_fp8(*given, out_TN)

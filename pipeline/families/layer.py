@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +82,19 @@ def attention_scale(blocks: Any, slots: Any, head_dim: int) -> float:
         if abs(block.self_attn.scaling - scale) > 1e-6:
             raise ModelError(f"attention scaling {block.self_attn.scaling} is not supported ({scale} is)")
     return scale
+
+
+def are_plain(layers: Sequence[Layer], slots: Any, query_scale: float) -> bool:
+    """Whether all layers are what the kernels for decode steps compute."""
+    first = layers[0]
+    return (
+        (slots.gate, slots.experts, slots.residual_scale) == ("silu", 0, 1)
+        and len(set(slots.ropes)) == 1
+        and slots.ropes[0] is not None
+        and math.isclose(query_scale, 1)
+        and first.q_norm is None
+        and first.attention_post_norm is None
+        and first.ffn_post_norm is None
+        and first.input_norm is not None
+        and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
+    )

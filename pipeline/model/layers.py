@@ -129,7 +129,7 @@ class _Run:
     state: Any
     cache: RaggedCache
     work: Work
-    hidden_TD: Tensor
+    stream_TD: Tensor  # `hidden_TD`, to which sums over ranks may still be on their way
     positions_T: Tensor
     segments: Segments
     rope: Rope
@@ -160,7 +160,7 @@ class _Run:
             state=state,
             cache=begun.cache,
             work=begun.work,
-            hidden_TD=begun.hidden_TD,
+            stream_TD=begun.hidden_TD,
             positions_T=positions_T,
             segments=pack.segments,
             rope=decoder.rope(begun.hidden_TD, positions_T, reach_T),
@@ -168,6 +168,13 @@ class _Run:
             kept=_kept(decoder, pack.segments),
             sparse=_sparse(decoder, attention, pack.segments),
         )
+
+    @property
+    def hidden_TD(self) -> Tensor:
+        """The residual stream, to be read by whom one likes."""
+        if self.decoder.ranks is not None:
+            self.decoder.ranks.settle()
+        return self.stream_TD
 
     def layer(self, layer: int, *, ends: bool) -> Selection | None:
         """Run a layer over all tokens that are left; the selection, if it asks to begin anew.
@@ -179,7 +186,7 @@ class _Run:
         q_THd, k_TKd, v_TKd = self._qkv(layer)
         attended_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
         if self.kept is None:
-            decoder.add_attention_(layer, self.hidden_TD, attended_THd)
+            decoder.add_attention_(layer, self.stream_TD, attended_THd, later=True)
         else:
             self.kept.in_both_(partial(decoder.add_attention_, layer), self.hidden_TD, attended_THd)
         view = self._view(layer, q_THd, k_TKd, v_TKd)
@@ -194,7 +201,7 @@ class _Run:
             self.cache.settle(layer, selection.blocks)
         _store(self.cache, *stored, selection)
         read = self._last_tokens() if ends else None
-        ffn, ffn_fp8 = _feed_forward(decoder, layer, self.hidden_TD, selection, self.kept, read)
+        ffn, ffn_fp8 = _feed_forward(decoder, layer, self.stream_TD, selection, self.kept, read)
         counts = None if self.exited is None else self.exited.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
@@ -232,7 +239,7 @@ class _Run:
         """See `Decoder.qkv`; of tokens that are kept beside others in fp8 in the model's dtype."""
         decoder, kept = self.decoder, self.kept
         if kept is None or not decoder.has_qkv_in_fp8(layer):
-            return decoder.qkv(layer, self.hidden_TD, self.rope)
+            return decoder.qkv(layer, self.stream_TD, self.rope)
         hidden_TD, rope, beside = self.hidden_TD, self.rope, kept.beside_all
         own = decoder.qkv(layer, hidden_TD.index_select(0, kept.rows), rope.at(kept.rows), fp8=False)
         if beside is not None:
@@ -262,7 +269,7 @@ class _Run:
             queries=q_THd,
             keys=k_TKd,
             values=v_TKd,
-            hidden=self.hidden_TD,
+            hidden=self.stream_TD,  # which methods for models on several GPUs do not read
             positions=self.positions_T,
             segments=self.segments,
             lengths=self.pack.segments.lengths,
@@ -283,7 +290,7 @@ class _Run:
 
     def _keep(self, live_C: Tensor, segments: Segments) -> None:
         self.segments = segments
-        self.hidden_TD = self.hidden_TD.index_select(0, live_C)
+        self.stream_TD = self.hidden_TD.index_select(0, live_C)
         self.positions_T = self.positions_T.index_select(0, live_C)
         self.rope = self.rope.at(live_C)
 
@@ -326,6 +333,8 @@ def _feed_forward(
         ffn_fp8 = None if ffn_fp8 is None else ffn_fp8[torch.isin(ffn_fp8, read_B)]
     if ffn is not None and len(ffn) == len(hidden_TD):
         ffn = None
+    if decoder.ranks is not None and not (ffn is None and ffn_fp8 is None and kept is None):
+        decoder.ranks.settle()  # what is gathered is read
     if ffn_fp8 is None and kept is not None:
         own, others = kept.split(ffn)
         if ffn is None:
@@ -353,7 +362,7 @@ def feed_forward_(
     not touched. `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
-        decoder.add_feed_forward_(layer, hidden_TD, fp8)
+        decoder.add_feed_forward_(layer, hidden_TD, fp8, later=True)
         return
     for rows in decoder.pieces(len(passes)):
         chosen_C = passes[rows]

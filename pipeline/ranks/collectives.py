@@ -33,6 +33,7 @@ class Ranks:
     count: int
     device: torch.device
     timer: Callable[[Callable[[], Any]], Any] | None = None  # which does each sum where sums are timed
+    _on_their_way: list[tuple[Tensor, Any]] = field(default_factory=list, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _connected: bool = False
 
@@ -67,11 +68,29 @@ class Ranks:
                 else:
                     dist.destroy_process_group()
 
-    def sum_(self, x: Tensor) -> Tensor:
-        """Replace each rank's tensor, contiguous, by the sum of all."""
+    def sum_(self, x: Tensor, *, later: bool = False) -> Tensor:
+        """Replace each rank's tensor, contiguous, by the sum of all; `later` lets other work go on before.
+
+        Then nobody may read or write the tensor before `settle`.
+        """
+        if later and self.timer is None:
+            self._on_their_way.append((x, dist.all_reduce(x, async_op=True)))
+            return x
         add = partial(dist.all_reduce, x)
         add() if self.timer is None else self.timer(add)
         return x
+
+    def settle(self, x: Tensor | None = None) -> None:
+        """Have what is queued from now on wait for sums on their way to this memory; None: for all."""
+        waiting = self._on_their_way
+        if not waiting:
+            return
+        self._on_their_way = []
+        for total, work in waiting:
+            if x is None or _overlap(total, x):
+                work.wait()
+            else:
+                self._on_their_way.append((total, work))
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of the ranks' tensors, which are overwritten."""
@@ -98,3 +117,9 @@ class Ranks:
         parts_XN = part_BN.new_empty(self.count * rows, columns)
         _gather(parts_XN, part_BN.contiguous())
         return parts_XN.view(self.count, rows, columns).transpose(0, 1).reshape(rows, -1)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    first, second = one.data_ptr(), other.data_ptr()
+    return first < second + other.nbytes and second < first + one.nbytes
