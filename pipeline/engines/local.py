@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.engines.alone import decoded_alone
 from pipeline.engines.answering import add_answers, failed, lookup_of, memory_message
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
@@ -18,7 +17,7 @@ from pipeline.engines.memory import Packer, least_free_bytes
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
-from pipeline.engines.table import Running, RunningRow, Table, begun
+from pipeline.engines.table import Running, RunningRow, Table, begun, decoded_alone
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE
 from pipeline.model.generated import Generated, StopRules
@@ -92,10 +91,8 @@ class LocalEngine:
             in_flight=in_flight,
             free=least_free_bytes(model.decoder),
         )
-        self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
-        self.attempts = Attempts(
-            decoder=model.decoder, packs=self.packs, check=check, row_timeout=row_timeout
-        )
+        packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
+        self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)
         self.times, self.stats, self._clock = EngineTimes(), DecodeStats(), DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
@@ -133,9 +130,14 @@ class LocalEngine:
         """Whether the documents that wait may soon be too few to fill the batch."""
         return self._scheduler.tokens < 2 * self.packer.pack_tokens
 
-    def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Let documents wait for their turn, behind those that were added before."""
-        self._scheduler.add(self.packs.packs(documents))
+    @property
+    def waiting(self) -> list[EncodedDocument]:
+        """Documents that no work has been done for."""
+        return [waiting.row.document for waiting in self._scheduler.rows]
+
+    def add(self, documents: Sequence[EncodedDocument], *, apart: bool = False) -> None:
+        """Let documents wait for their turn, behind those that were added before; `apart` one by one."""
+        self._scheduler.add(self.packs.apart(documents) if apart else self.packs.packs(documents))
 
     def answer(self, documents: Sequence[EncodedDocument]) -> list[Answer]:
         """Answers to these documents, in their order, once no other is left."""

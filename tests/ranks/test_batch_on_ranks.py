@@ -33,30 +33,24 @@ def test_answers_and_what_rows_say_are_those_of_one_process(call, fish, tmp_path
     assert not psutil.Process().children()
 
 
-def test_a_run_whose_other_process_dies_keeps_its_rows_and_goes_on(model_folder, fish, tmp_path):
-    output = tmp_path / "out.parquet"
-    given = {
-        "model": str(model_folder),
-        "method": "dense",
-        "text_column": "body",
-        "question_column": "ask",
-        "max_new_tokens": 8,
-        "pack_tokens": 1,
-        "in_flight": 1,
-    }
+def kill_others(summary):
+    for child in psutil.Process().children():
+        child.kill()
 
-    def kill(summary):
-        for child in psutil.Process().children():
-            child.kill()
 
-    with pytest.raises(
-        RankFailed, match="rank 1 of 2 failed: it was killed by SIGKILL; finished rows are kept"
-    ):
-        run_batch(fish, output, tensor_parallel=2, progress=kill, **given)
+def test_rows_run_again_where_another_process_dies_and_are_kept(model_folder, fish, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.engines.restarting.MOST_RESTARTS", 1)
+    options = {"model": str(model_folder), "method": "dense", "pack_tokens": 1, "in_flight": 1}
+    options |= {"text_column": "body", "question_column": "ask", "max_new_tokens": 8}
+    output, notes = tmp_path / "out.parquet", []
+    died = "rank 1 of 2 failed: it was killed by SIGKILL"
+    with pytest.raises(RankFailed, match=f"^{died}; finished rows are kept, and --resume continues$"):
+        run_batch(fish, output, tensor_parallel=2, progress=kill_others, note=notes.append, **options)
+    assert any(note.startswith(f"{died}: its processes begin anew, and 1 row at work then") for note in notes)
     assert not psutil.Process().children()
-    summary = run_batch(fish, output, resume=True, **given)
-    assert summary.kept_before
-    run_batch(fish, tmp_path / "whole.parquet", **given)
+    summary = run_batch(fish, output, resume=True, **options)
+    assert summary.documents == 1  # the others were kept
+    run_batch(fish, tmp_path / "whole.parquet", **options)
     assert rows(output) == rows(tmp_path / "whole.parquet")
 
 
