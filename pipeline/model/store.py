@@ -200,10 +200,27 @@ class KvStore(KeysValues):
             self._rows[move.to] = extent
 
 
-@on_every_rank
 def store_for(decoder: Decoder, slots: int, *, dtype: torch.dtype, extents: int) -> KvStore:
-    """A store for rows of a model, of several ranks each with its own heads."""
-    return KvStore(slots, decoder.own, dtype=dtype, device=decoder.device, extents=extents)
+    """A store for rows of a model, of several ranks each with its own heads.
+
+    Raises torch.OutOfMemoryError where a device has no room for it.
+    """
+    store = _store_if_room(decoder, slots, dtype, extents)
+    if store is None:
+        raise torch.OutOfMemoryError("a device with a part of the model has no room for the keys and values")
+    return store
+
+
+@on_every_rank
+def _store_if_room(decoder: Decoder, slots: int, dtype: torch.dtype, extents: int) -> KvStore | None:
+    """None where a rank has no room."""
+    ranks, store = decoder.ranks, None
+    try:
+        store = KvStore(slots, decoder.own, dtype=dtype, device=decoder.device, extents=extents)
+    except torch.OutOfMemoryError:
+        if ranks is None:
+            raise
+    return store if ranks is None or ranks.all(store is not None) else None
 
 
 def rows_in(

@@ -106,6 +106,10 @@ class Ranks:
         dist.all_reduce(x, dist.ReduceOp.MIN)
         return x
 
+    def all(self, is_so: bool) -> bool:
+        """Whether something is so on all ranks; the host waits for them."""
+        return bool(self.least(torch.tensor([int(is_so)], device=self.device)).item())
+
     def from_first_(self, x: Tensor) -> Tensor:
         """Replace each rank's tensor, contiguous, by that of the rank that leads."""
         dist.broadcast(x, 0)
