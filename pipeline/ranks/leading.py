@@ -216,6 +216,7 @@ class Lead:
             raise
         finally:
             self.is_inside = False
+        self.raise_if_failed()
         for each in made_in(result):
             self._register(each)
         return result

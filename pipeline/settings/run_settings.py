@@ -54,7 +54,10 @@ class EngineSettings(Settings, panel=RUN):
             return
         parse_workers(self.workers)
         if self.gpus_per_worker not in (None, 0, 1):
-            raise ConfigError(f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1")
+            raise ConfigError(
+                f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1; --tensor-parallel N gives each "
+                "worker N GPUs, among which its model is divided"
+            )
         if self.ray_address is not None and "://" in self.ray_address:
             raise ConfigError(
                 f"--ray-address {self.ray_address!r}: give HOST:PORT or auto, on a machine of the cluster"
@@ -286,7 +289,6 @@ class BatchConfig(
 
     def _check_parallel(self) -> None:
         refused = {
-            "--engine ray": self.engine == "ray",
             "--kv-memory": self.kv_memory is not None,
             "--trust-remote-code": self.trust_remote_code,
         }

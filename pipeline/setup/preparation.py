@@ -195,9 +195,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     if isinstance(model, str):
         model = open_for_run(config)
     else:
-        for name in ("rope_scaling", "adapter", "tensor_parallel"):
-            if getattr(config, name) not in (None, 1):
-                raise ConfigError(f"{name} goes with a model's name: give it to load_model")
+        _check_given(config, model)
     _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
@@ -251,6 +249,17 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),
     )
+
+
+def _check_given(config: BatchConfig, model: Model) -> None:
+    """Raise ConfigError for settings that a model has been loaded without."""
+    from pipeline.model.loading import UnloadedModel
+
+    if isinstance(model, UnloadedModel):  # as workers will have it, by these settings
+        return
+    for name in ("rope_scaling", "adapter", "tensor_parallel"):
+        if getattr(config, name) not in (None, 1):
+            raise ConfigError(f"{name} goes with a model's name: give it to load_model")
 
 
 def _check_commit(config: BatchConfig, model: Model, begun: Any) -> None:

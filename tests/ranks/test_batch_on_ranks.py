@@ -62,7 +62,6 @@ def test_rows_run_again_where_another_process_dies_and_are_kept(model_folder, fi
             "and --method fastkv exclude each other: choose from dense, marsinfer, mars",
         ),
         (("--kv-memory", "1GB"), "and --kv-memory exclude each other"),
-        (("--engine", "ray"), "and --engine ray exclude each other"),
         (
             ("--tensor-parallel", "3"),
             "4 heads, 2 key/value heads and 96 columns of the FFN: choose from 1, 2, 4",
