@@ -271,7 +271,7 @@ def _choice_by_kernels(kernels: Any, q_THd: Tensor, k_TKd: Tensor, mass: float) 
     counts = torch.empty(heads, blocks, dtype=torch.int32, device=device)
     capacity = power_of_two(blocks, CAPACITY)
     at_once = max(1, min(blocks, SHARES_AT_ONCE // (heads * per_block * blocks)))
-    shares_HRN = torch.empty(heads, at_once * per_block, blocks, dtype=torch.float32, device=device)
+    shares_HRN = torch.empty(heads, at_once * per_block, blocks, dtype=_shares_dtype(q_THd), device=device)
     wide = q_THd.dtype == torch.float32
     for first in range(0, blocks, at_once):
         grid = (min(at_once, blocks - first), heads)
@@ -280,9 +280,9 @@ def _choice_by_kernels(kernels: Any, q_THd: Tensor, k_TKd: Tensor, mass: float) 
             *(heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
             **sizes,
             STRIDE=STRIDE,
-            COLUMNS=32 if wide else 128,
+            COLUMNS=32 if wide else 64,
             PRECISION="ieee" if wide else "tf32",
-            num_warps=8,
+            num_warps=4,
             num_stages=2,
         )
         kernels.choice_kernel[grid](
@@ -291,14 +291,14 @@ def _choice_by_kernels(kernels: Any, q_THd: Tensor, k_TKd: Tensor, mass: float) 
             BLOCK=BLOCK,
             WHOLE_ROWS=WHOLE_ROWS,
             CAPACITY=capacity,
-            num_warps=max(2, capacity // 512),
+            num_warps=capacity // 256,
         )
     return BlockLists(indices, counts)
 
 
 def _plain_choice(shares_HRN: Tensor, mass: float) -> BlockLists:
     """See `choose_blocks`."""
-    blocks = shares_HRN.shape[-1]
+    shares_HRN, blocks = shares_HRN.float(), shares_HRN.shape[-1]
     ordered = shares_HRN.sort(dim=-1, descending=True).values
     wanted = (ordered.cumsum(-1) - ordered) < mass
     least_HR1 = ordered.masked_fill(~wanted, 1).amin(-1, keepdim=True)
@@ -341,7 +341,12 @@ def _plain_shares(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
         shares_TN = scores_TN.masked_fill_(future_TN, -math.inf).softmax(-1)
         sums_RN = pad(shares_TN, (0, 0, 0, -tokens % STRIDE)).unflatten(0, (-1, STRIDE)).sum(1)
         parts.append(sums_RN / of_stride_R1)
-    return torch.stack(parts)
+    return torch.stack(parts).to(_shares_dtype(q_THd))
+
+
+def _shares_dtype(q_THd: Tensor) -> torch.dtype:
+    """In which shares are compared: to the third digit where queries are known to no more."""
+    return torch.float32 if q_THd.dtype.itemsize > 2 else torch.bfloat16
 
 
 def _lists(kept_HMN: Tensor) -> BlockLists:

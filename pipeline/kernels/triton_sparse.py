@@ -17,8 +17,7 @@ from torch import Tensor
 from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.triton_parts import larger, plus
 
-ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, above which no share is
-STEPS: tl.constexpr = tl.constexpr(30)  # that halve as many numbers to one
+ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0 as a float32, above which no share is
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -212,8 +211,9 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     """See `sparse._plain_shares`: each program does one block of queries of one head, from `first` on.
 
     `means` is (kv_heads, blocks, HEAD_DIM), `out` (heads, rows, blocks), in which nothing is written for
-    blocks in the future. `scale` is that of the scores times log2(e). The first pass finds each query's sum,
-    the second its shares of it.
+    blocks in the future. `scale` is that of the scores times log2(e). The first pass finds each query's sum.
+    The second adds up its strides' shares of it by a product, with queries as columns: so the first product's
+    result is the other's left factor as it lies in registers.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -223,40 +223,37 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     start = means + head // group * blocks * HEAD_DIM
     largest, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], 0.0, tl.float32)
     for column in tl.range(0, own + 1, COLUMNS):
-        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
+        keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = tl.where(column + tl.arange(0, COLUMNS)[None, :] <= own, scores, float("-inf"))
         raised = tl.maximum(largest, tl.reduce(scores, 1, larger))
         total = total * tl.exp2(largest - raised) + tl.reduce(tl.exp2(scores - raised[:, None]), 1, plus)
         largest = raised
-    row = tl.arange(0, PER_BLOCK)
+    within = tl.arange(0, BLOCK)
+    level = tl.where(own * BLOCK + within < tokens, largest + tl.log2(total), float("inf"))
+    row = tl.arange(0, 2 * PER_BLOCK)  # a product has 16 columns or more: the second half is of no stride
+    EXACT: tl.constexpr = tl.float32 if queries.dtype == tl.float32 else tl.float16
+    belongs = (within[:, None] // STRIDE == row[None, :]).to(EXACT)
     of_row = tl.minimum(STRIDE, tl.maximum(1, tokens - own * BLOCK - row * STRIDE))
-    weight = tl.where(query < tokens, 1.0 / total[:, None], 0.0)
+    turned = tl.trans(queries)
     for column in tl.range(0, own + 1, COLUMNS):
-        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
-        shares = tl.reshape(tl.exp2(scores - largest[:, None]) * weight, [PER_BLOCK, STRIDE, COLUMNS])
-        shares = tl.reduce(shares, 1, plus) / of_row[:, None]
-        block = column + tl.arange(0, COLUMNS)[None, :]
-        targets = out + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block
-        tl.store(targets, shares, mask=block <= own)
+        keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)
+        scores = tl.dot(keys, turned, input_precision=PRECISION) * scale
+        shares = tl.exp2(scores - level[None, :]).to(EXACT)
+        shares = tl.dot(shares, belongs, input_precision=PRECISION) / of_row[None, :]
+        block = column + tl.arange(0, COLUMNS)[:, None]
+        targets = out + (head * rows + tl.program_id(0) * PER_BLOCK + row[None, :]) * blocks + block
+        shares = shares.to(out.dtype.element_ty)
+        tl.store(targets, shares, mask=(block <= own) & (row[None, :] < PER_BLOCK))
 
 
 @triton.jit
-def _mean_scores(  # type: ignore[no-untyped-def]
-    queries,
-    means,
-    column,
-    own,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _means(  # type: ignore[no-untyped-def]
+    means, column, own, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Of queries of block `own` and the means of blocks from `column` on; -inf for those in the future."""
-    block, at = column + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)[None, :]
-    there = (block[:, None] <= own) & (at < HEAD_DIM)
-    keys = tl.load(means + block[:, None] * HEAD_DIM + at, mask=there, other=0)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    return tl.where(block[None, :] <= own, scores, float("-inf"))
+    """(COLUMNS, WIDTH) of blocks from `column` on; zeros for those behind block `own`."""
+    block, at = column + tl.arange(0, COLUMNS)[:, None], tl.arange(0, WIDTH)[None, :]
+    return tl.load(means + block * HEAD_DIM + at, mask=(block <= own) & (at < HEAD_DIM), other=0)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "first", "tokens"])
@@ -279,21 +276,24 @@ def choice_kernel(  # type: ignore[no-untyped-def]
     `masses` is (heads, rows, blocks), as `estimate_kernel` makes it; `indices` (heads, blocks, blocks). A
     stride of queries wants a block if those with larger shares do not reach `mass`; the smallest share of
     which that is true is found by bisection, of the bits of positive floats, which are ordered as they are.
+    Of shares in bfloat16 half of the bits are looked for.
     """
+    BITS: tl.constexpr = masses.dtype.element_ty.primitive_bitwidth
+    REST: tl.constexpr = 32 - BITS  # of a float32, which are 0
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
     block, row = tl.arange(0, CAPACITY), tl.arange(0, PER_BLOCK)
     there = own * BLOCK + row[:, None] * STRIDE < tokens
     places = masses + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block[None, :]
-    shares = tl.load(places, mask=there & (block[None, :] <= own), other=0.0)
+    shares = tl.load(places, mask=there & (block[None, :] <= own), other=0.0).to(tl.float32)
 
-    low, high = tl.full([PER_BLOCK], -1, tl.int32), tl.full([PER_BLOCK], ONE, tl.int32)
-    for _ in tl.range(0, STEPS):
+    low, high = tl.full([PER_BLOCK], -1, tl.int32), tl.full([PER_BLOCK], ONE >> REST, tl.int32)
+    for _ in tl.range(0, BITS - 2):
         middle = (low + high + 1) // 2
-        larger_ones = shares > middle.to(tl.float32, bitcast=True)[:, None]
+        larger_ones = shares > (middle << REST).to(tl.float32, bitcast=True)[:, None]
         reached = tl.reduce(tl.where(larger_ones, shares, 0.0), 1, plus) >= mass
         low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
-    wanted = (shares >= high.to(tl.float32, bitcast=True)[:, None]) & there
+    wanted = (shares >= (high << REST).to(tl.float32, bitcast=True)[:, None]) & there
     wanted = tl.reduce(wanted.to(tl.int32), 0, larger) > 0
     wanted = wanted | (block >= own - 1) | (block == 0) | (own >= blocks - WHOLE_ROWS)
     kept = (wanted & (block <= own)).to(tl.int32)
