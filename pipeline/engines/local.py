@@ -325,8 +325,7 @@ class LocalEngine:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
         packer, device = self.packs.of(job.method), self.model.device
-        if device.type == "cpu" and packer.bytes_alone(job.document) > packer.all_bytes:
-            # the system would kill the process, with no error to catch
+        if packer.refuses(job.document):
             message = memory_message(job.document, packer, str(device))
             return [self._failed(job, RowError("out_of_memory", message))]
         run = partial(self._run_alone, job)
@@ -338,7 +337,7 @@ class LocalEngine:
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
         rules = self.row_rules.of(job.document.source)
-        pack = self.prefiller.run([job], self.packs, check, room=rules.max_new_tokens)
+        pack = self.prefiller.run([job], self.packs, check, room=rules.max_new_tokens, kv_dtype=self.kv_dtype)
         (answer,) = pack.rows
         (dense,) = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         if dense is not None:

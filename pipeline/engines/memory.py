@@ -12,10 +12,11 @@ import torch
 from pipeline.engines.packing import make_packs
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
+from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
+from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.records import EncodedDocument
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
@@ -30,6 +31,7 @@ PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
 SCORING_QUERIES = 64  # about as many as methods observe
 SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
 PLACE_VALUES = 16  # numbers of bfloat16 that four indices take
+PLACES = 64  # bytes a token of what says where it lies: its document, its position, its slot
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
 
 
@@ -151,9 +153,23 @@ class Packer:
         )
 
     def bytes_alone(self, document: EncodedDocument) -> int:
-        """Bytes that a document needs that runs alone, with the room for its answer."""
-        lengths = [document.prompt_tokens]
-        return replace(self, new_tokens=self.room(document)).planned_bytes(lengths)
+        """Bytes that a document needs that runs alone, with the room for its answer.
+
+        Its keys and values are stored as they are to be decoded.
+        """
+        lengths, own = [document.prompt_tokens], replace(self, new_tokens=self.room(document))
+        return own.planned_bytes(lengths) - own.kv_bytes(lengths) + own.kv_bytes(lengths, self.kv_itemsize)
+
+    def refuses(self, document: EncodedDocument) -> bool:
+        """Whether a document that runs alone is not to be tried: it would fail after all the time it takes.
+
+        A CPU's system kills a process that takes too much, with no error to catch. On a GPU what is planned
+        must exceed all that was free, and be close to what is taken.
+        """
+        needed = self.bytes_alone(document)
+        if self.device.type == "cpu":
+            return needed > self.all_bytes
+        return not self.method.reads_layers and needed > self.all_bytes / USABLE[self.device.type]
 
     @property
     def limits(self) -> KvLimits | None:
@@ -176,13 +192,21 @@ class Packer:
         logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
         if self.n > 1:  # a copy for each answer
             logits += min(len(lengths) * self.n, FIRST_AT_ONCE) * self.shape.vocab * 4
-        scores = min(SCORES_AT_ONCE, SCORING_QUERIES * self.shape.heads * max(lengths)) * SCORE_BYTES
-        activations = running_bytes(self.shape, self.itemsize, sum(lengths))
-        return self.kv_bytes(lengths) + activations + logits + scores
+        return self.kv_bytes(lengths) + self._running_bytes(lengths) + logits
 
-    def kv_bytes(self, lengths: Sequence[int]) -> int:
-        """Keys and values that the device holds."""
-        planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
+    def _running_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that a pack needs while a layer runs."""
+        shape, tokens, longest = self.shape, sum(lengths), max(lengths)
+        chosen = any(mass for mass in self.method.masses_in(shape))
+        choosing = choosing_bytes(shape, longest) if chosen else 0
+        if not self.method.reads_layers:
+            return lean_bytes(shape, self.itemsize, tokens) + choosing
+        scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
+        return running_bytes(shape, self.itemsize, tokens) + choosing + scores
+
+    def kv_bytes(self, lengths: Sequence[int], itemsize: int | None = None) -> int:
+        """Keys and values that the device holds, as the prefill stores them, or of `itemsize` bytes a number."""
+        planned = self.method.plan(self.shape, lengths).kv_bytes(itemsize or self.itemsize, self.new_tokens)
         return planned if self.kv_memory is None else min(planned, self.kv_memory)
 
     def _may_share(self, lengths: Sequence[int]) -> bool:
@@ -219,6 +243,28 @@ def host_kv_bytes() -> int:
 def running_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     """Bytes that so many tokens need while a layer runs, beside the keys and values that are stored."""
     return tokens * activation_bytes(shape, itemsize) + piece_bytes(shape, itemsize, tokens)
+
+
+def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
+    """The same for a method that does not read layers: queries and attention are of a few pieces at once.
+
+    Of all tokens there are the residual stream, which such a method copies for no one, a layer's keys and
+    values, once more as they are joined, and RoPE. Queries, and what attention makes of them by document and
+    joined, are of as many as are taken together; and the residual stream where they are gathered.
+    """
+    of_all = (shape.hidden + (4 * shape.kv_heads + 4) * shape.head_dim) * itemsize + PLACES
+    of_some = (shape.hidden + 3 * shape.heads * shape.head_dim) * itemsize
+    at_once = min(tokens, QUERY_PIECES * PIECE_TOKENS)
+    return tokens * of_all + at_once * of_some + piece_bytes(shape, itemsize, tokens)
+
+
+def choosing_bytes(shape: ModelShape, longest: int) -> int:
+    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by."""
+    blocks = -(-longest // BLOCK)
+    rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
+    at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
+    shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
+    return 4 * (shares + shape.heads * rows * (blocks + 1))
 
 
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:

