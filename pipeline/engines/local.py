@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 
 from pipeline.engines.alone import decoded_alone
-from pipeline.engines.answering import add_answers, failed, lookup_of, memory_message
+from pipeline.engines.answering import add_answers, failed, lookup_of
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import Packer, memory_message
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import psutil
@@ -18,6 +18,7 @@ from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.records import EncodedDocument
+from pipeline.texts.words import counted
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -205,7 +206,7 @@ class Packer:
         return running_bytes(shape, self.itemsize, tokens) + choosing + scores
 
     def kv_bytes(self, lengths: Sequence[int], itemsize: int | None = None) -> int:
-        """Keys and values that the device holds, as the prefill stores them, or of `itemsize` bytes a number."""
+        """Keys and values that the device holds, as a pack's are, or of `itemsize` bytes a number."""
         planned = self.method.plan(self.shape, lengths).kv_bytes(itemsize or self.itemsize, self.new_tokens)
         return planned if self.kv_memory is None else min(planned, self.kv_memory)
 
@@ -215,6 +216,53 @@ class Packer:
             return True
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
         return planned <= self.kv_memory
+
+
+def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
+    """How much memory a document needs, how much there is, and what to do."""
+    needed = packer.bytes_alone(document)
+    return (
+        f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
+        f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
+        "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
+    )
+
+
+@dataclass(kw_only=True)
+class PlannedPacks:
+    """What packs of a run would need, by arithmetic."""
+
+    weights_bytes: int = 0  # that are to be loaded yet
+    packs: int = 0
+    largest_pack_tokens: int = 0
+    kv_bytes: int = 0  # of the pack that has the most
+    prefill_bytes: int = 0  # that the largest prefill needs beside the weights, keys and values included
+    too_large: list[str] = field(default_factory=list)  # of each row for which there is no memory, why
+
+    def add(self, tokens: int, kv_bytes: int, prefill_bytes: int = 0) -> None:
+        self.packs += 1
+        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
+        self.prefill_bytes = max(self.prefill_bytes, prefill_bytes)
+
+    def add_pack(self, packer: Packer, pack: Sequence[EncodedDocument]) -> None:
+        """A document that no other runs beside has what the weights leave, or is not tried at all."""
+        lengths = [document.prompt_tokens for document in pack]
+        if len(pack) > 1 or not packer.runs_alone(pack[0]):
+            self.add(sum(lengths), packer.kv_bytes(lengths), packer.planned_bytes(lengths))
+            return
+        left = replace(packer, max_bytes=packer.max_bytes - self.weights_bytes)
+        self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
+        if left.refuses(pack[0]):
+            self.too_large.append(memory_message(pack[0], left, str(packer.device)))
+
+    def told(self) -> Iterator[str]:
+        """Lines of the memory of the largest prefill, and of rows that are too large for what there is."""
+        if self.prefill_bytes:
+            yield f"memory of the largest prefill: {self.prefill_bytes / 1e9:,.3g} GB beside the weights"
+        if self.too_large:
+            yield f"too large for the memory: {counted(len(self.too_large), 'row')}, the first:"
+            yield f"  {self.too_large[0]}"
 
 
 def _in_flight(wanted: int | None, pack_tokens: int | None, device: torch.device) -> int:
@@ -249,11 +297,11 @@ def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     """The same for a method that does not read layers: queries and attention are of a few pieces at once.
 
     Of all tokens there are the residual stream, which such a method copies for no one, a layer's keys and
-    values, once more as they are joined, and RoPE. Queries, and what attention makes of them by document and
-    joined, are of as many as are taken together; and the residual stream where they are gathered.
+    values, and RoPE. Of as many as are taken together there are queries, what attention makes of them by
+    document and joined, and all of the former once more where tokens are gathered.
     """
-    of_all = (shape.hidden + (4 * shape.kv_heads + 4) * shape.head_dim) * itemsize + PLACES
-    of_some = (shape.hidden + 3 * shape.heads * shape.head_dim) * itemsize
+    of_all = (shape.hidden + (2 * shape.kv_heads + 2) * shape.head_dim) * itemsize + PLACES
+    of_some = (shape.hidden + (3 * shape.heads + 2 * shape.kv_heads + 2) * shape.head_dim) * itemsize
     at_once = min(tokens, QUERY_PIECES * PIECE_TOKENS)
     return tokens * of_all + at_once * of_some + piece_bytes(shape, itemsize, tokens)
 

@@ -14,7 +14,7 @@ from pipeline.kernels.segments import Segments
 ALIGNED = 128  # tokens of a document, of which a piece of it begins at a multiple: blocks stay whole
 
 
-class Part(NamedTuple):
+class QueryPart(NamedTuple):
     """Tokens of one document, half-open, counted in the document."""
 
     document: int
@@ -27,12 +27,12 @@ class QueryPiece:
     """Tokens of a pack beside each other, and of which documents they are."""
 
     start: int
-    parts: tuple[Part, ...]
+    parts: tuple[QueryPart, ...]
 
     @classmethod
     def whole(cls, segments: Segments) -> Self:
         """All tokens."""
-        return cls(0, tuple(Part(b, 0, length) for b, length in enumerate(segments.lengths)))
+        return cls(0, tuple(QueryPart(b, 0, length) for b, length in enumerate(segments.lengths)))
 
     @property
     def tokens(self) -> int:
@@ -47,7 +47,7 @@ class QueryPiece:
         """Whether it has all tokens of the pack."""
         return self.tokens == segments.total
 
-    def placed(self) -> Iterator[tuple[Part, slice]]:
+    def placed(self) -> Iterator[tuple[QueryPart, slice]]:
         """Each part, and its rows within the piece."""
         at = 0
         for part in self.parts:
@@ -62,7 +62,7 @@ def query_pieces(segments: Segments, most: int) -> tuple[QueryPiece, ...]:
     """
     if segments.total <= most:
         return (QueryPiece.whole(segments),)
-    pieces: list[list[Part]] = []
+    pieces: list[list[QueryPart]] = []
     free = 0
     for document, length in enumerate(segments.lengths):
         for part in _parts(document, length, most):
@@ -79,9 +79,9 @@ def query_pieces(segments: Segments, most: int) -> tuple[QueryPiece, ...]:
     return tuple(made)
 
 
-def _parts(document: int, length: int, most: int) -> Iterator[Part]:
+def _parts(document: int, length: int, most: int) -> Iterator[QueryPart]:
     size = -(-length // -(-length // most)) if length else 1
-    if length > most > ALIGNED:
+    if length > most >= ALIGNED:
         size = min(most // ALIGNED * ALIGNED, -(-size // ALIGNED) * ALIGNED)
     for first in range(0, length, size):
-        yield Part(document, first, min(first + size, length))
+        yield QueryPart(document, first, min(first + size, length))

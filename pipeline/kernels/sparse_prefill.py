@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.kernels.query_pieces import Part, QueryPiece
+from pipeline.kernels.query_pieces import QueryPart, QueryPiece
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.sparse import (
     BLOCK,
@@ -79,6 +79,7 @@ class SparsePrefill:
             if not self.long[part.document]:
                 outputs.append(next(of_short))
                 continue
+            assert part.first % BLOCK == 0, "a piece that begins within a block"
             start, end = ranges[part.document]
             q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
             blocks = choose_blocks(q, k, mass, part.first // BLOCK)
@@ -154,6 +155,6 @@ class _Asking:
         return cls(list(rows), DecodeSlots.of(starts, used, segments.total, segments.device, counts))
 
 
-def _first_whole(part: Part, length: int) -> int:
+def _first_whole(part: QueryPart, length: int) -> int:
     """The first token of a part of a long document that attends to everything."""
     return max(part.first, BLOCK * max(0, -(-length // BLOCK) - WHOLE_ROWS))

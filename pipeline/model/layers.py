@@ -21,11 +21,9 @@ from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPiece, query_pieces
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse_prefill import SparsePrefill
-from pipeline.model.attending import LayerAttention
 from pipeline.model.cache import RaggedCache
-from pipeline.model.early_exit import EarlyExit
-from pipeline.model.feeding import feed_forward
-from pipeline.model.precision import Kept, Make, kept_of
+from pipeline.model.early_exit import EarlyExit, LayerAttention
+from pipeline.model.precision import Kept, Make, feed_forward, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.view import LayerView
