@@ -90,6 +90,7 @@ class LocalEngine:
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
             in_flight=in_flight,
+            cuts_queries=model.attention.cuts_queries(model.device),
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)

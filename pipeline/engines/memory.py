@@ -53,6 +53,7 @@ class Packer:
     kv_itemsize: int | None = None  # bytes of a number in the store, where that is not `itemsize`
     drafts: int = 0  # of these new tokens
     n: int = 1  # answers to a prompt, each a row of its own once it is decoded
+    cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -70,6 +71,7 @@ class Packer:
         kv_memory: int | None = None,
         kv_itemsize: int | None = None,
         in_flight: int | None = None,
+        cuts_queries: bool = True,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
@@ -92,6 +94,7 @@ class Packer:
             in_flight=max(rows, n) if rows else 0,
             kv_memory=kv_memory,
             kv_itemsize=kv_itemsize,
+            cuts_queries=cuts_queries,
             host_bytes=host_kv_bytes(),
         )
         return whole.within(free_bytes(device))
@@ -200,7 +203,7 @@ class Packer:
         shape, tokens, longest = self.shape, sum(lengths), max(lengths)
         chosen = any(mass for mass in self.method.masses_in(shape))
         choosing = choosing_bytes(shape, longest) if chosen else 0
-        if not self.method.reads_layers:
+        if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
             return lean_bytes(shape, self.itemsize, tokens) + choosing
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
         return running_bytes(shape, self.itemsize, tokens) + choosing + scores

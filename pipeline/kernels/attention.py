@@ -44,6 +44,10 @@ class AttentionBackend(ABC):
     # are no kernels; None: where there are kernels, and it pays
     sparse_from: int | None = None
 
+    def cuts_queries(self, device: torch.device) -> bool:
+        """Whether `prefill_piece` takes parts of documents without a mask of all their pairs."""
+        return False
+
     def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `decode`, of a query a document, reads nothing of the host that changes between steps."""
         return decoding.available(device, dtype)
@@ -141,6 +145,9 @@ class SdpaAttention(AttentionBackend):
     """torch's scaled_dot_product_attention, a document at a time, with torch's own choice of kernel."""
 
     name = "sdpa"
+
+    def cuts_queries(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # where a mask costs little beside all else
 
     def prefill(
         self,
@@ -263,6 +270,9 @@ class Flash3Attention(FlashAttention):
     # of a document's keys, for few queries; 0: as many as fill the device. With 1, the library's default for
     # packs, a few documents would leave most of its multiprocessors idle
     splits: ClassVar[int] = 0
+
+    def cuts_queries(self, device: torch.device) -> bool:
+        return True
 
     def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cuda"

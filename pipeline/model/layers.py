@@ -170,7 +170,7 @@ class _Run:
             masses=method.masses_in(decoder.shape),
             kept=kept,
             sparse=_sparse(decoder, attention, segments),
-            pieces=_pieces(decoder, segments, kept),
+            pieces=_pieces(decoder, segments, kept, cut=attention.cuts_queries(decoder.device)),
         )
 
     def layer(self, layer: int, *, ends: bool) -> Selection | None:
@@ -306,7 +306,8 @@ class _Run:
         self.whole = False
         self._keep(live_C, segments)
         self.kept = _kept(self.decoder, self.segments)
-        self.pieces = _pieces(self.decoder, self.segments, self.kept, cut=self.exited is None)
+        cut = self.exited is None and self.attention.cuts_queries(self.decoder.device)
+        self.pieces = _pieces(self.decoder, self.segments, self.kept, cut=cut)
         self.sparse = _sparse(self.decoder, self.attention, self.segments)
 
     def _keep(self, live_C: Tensor, segments: Segments) -> None:
@@ -332,9 +333,7 @@ def _kept(decoder: Decoder, segments: Segments) -> Kept | None:
     return kept_of(segments, decoder.shape) if decoder.linears == "mixed" else None
 
 
-def _pieces(
-    decoder: Decoder, segments: Segments, kept: Kept | None, *, cut: bool = True
-) -> tuple[Piece, ...]:
+def _pieces(decoder: Decoder, segments: Segments, kept: Kept | None, *, cut: bool) -> tuple[Piece, ...]:
     """Those whose queries are held at once; without `cut` one for all."""
     pieces = query_pieces(segments, decoder.query_tokens) if cut else (QueryPiece.whole(segments),)
     if len(pieces) == 1:
