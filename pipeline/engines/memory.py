@@ -254,7 +254,8 @@ class PlannedPacks:
         if len(pack) > 1 or not packer.runs_alone(pack[0]):
             self.add(sum(lengths), packer.kv_bytes(lengths), packer.planned_bytes(lengths))
             return
-        left = replace(packer, max_bytes=packer.max_bytes - self.weights_bytes)
+        left_bytes = packer.all_bytes - int(self.weights_bytes * USABLE[packer.device.type])
+        left = replace(packer, max_bytes=max(0, left_bytes), store_bytes=0)
         self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
         if left.refuses(pack[0]):
             self.too_large.append(memory_message(pack[0], left, str(packer.device)))
