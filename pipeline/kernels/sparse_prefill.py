@@ -9,20 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.kernels import sparse
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPart, QueryPiece
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.kernels.sparse import (
-    BLOCK,
-    WHOLE_ROWS,
-    applies,
-    block_sparse_attention,
-    choose_blocks,
-    estimated_pairs,
-    listed_blocks,
-    ragged_pairs,
-)
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class SparsePrefill:
         """Of each document whether it is block-sparse."""
         device = self.segments.device
         least = self.attention.sparse_from
-        return tuple(applies(length, self.width, device, least) for length in self.segments.lengths)
+        return tuple(sparse.applies(length, self.width, device, least) for length in self.segments.lengths)
 
     def attend(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float, sinks_H: Tensor | None = None
@@ -79,13 +70,13 @@ class SparsePrefill:
             if not self.long[part.document]:
                 outputs.append(next(of_short))
                 continue
-            assert part.first % BLOCK == 0, "a piece that begins within a block"
+            assert part.first % sparse.BLOCK == 0, "a piece that begins within a block"
             start, end = ranges[part.document]
             q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
-            blocks = choose_blocks(q, k, mass, part.first // BLOCK)
-            left_out = -(-max(0, part.end - _first_whole(part, end - start)) // BLOCK)
-            outputs.append(block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
-            listed[part.document] = listed_blocks(blocks, end - start)
+            blocks = sparse.choose_blocks(q, k, mass, part.first // sparse.BLOCK)
+            left_out = -(-max(0, part.end - _first_whole(part, end - start)) // sparse.BLOCK)
+            outputs.append(sparse.block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
+            listed[part.document] = sparse.listed_blocks(blocks, end - start)
         attended_QHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if (asking := self._last_of(piece)) is not None:
             asked_QHd = torch.cat([q_QHd[rows] for rows in asking.rows])
@@ -96,13 +87,13 @@ class SparsePrefill:
 
     def pairs(self, listed_B: Tensor, heads: int) -> Tensor:
         """(B,) query-key pairs of each document that are computed; see `attend_piece` for `listed_B`."""
-        return listed_B * BLOCK**2 // heads + self._pairs_beside
+        return listed_B * sparse.BLOCK**2 // heads + self._pairs_beside
 
     @cached_property
     def _pairs_beside(self) -> Tensor:
         """(B,) those that are not of whole blocks listed."""
         lengths = zip(self.segments.lengths, self.long, strict=True)
-        pairs = [ragged_pairs(n) if is_long else n * (n + 1) // 2 for n, is_long in lengths]
+        pairs = [sparse.ragged_pairs(n) if is_long else n * (n + 1) // 2 for n, is_long in lengths]
         return on_device(pairs, self.segments.device)
 
     def _last_of(self, piece: QueryPiece) -> _Asking | None:
@@ -122,7 +113,7 @@ class SparsePrefill:
         if not 0 < mass < 1:
             return (0,) * len(self.segments)
         documents = zip(self.segments.lengths, self.long, strict=True)
-        return tuple(estimated_pairs(length) if is_long else 0 for length, is_long in documents)
+        return tuple(sparse.estimated_pairs(length) if is_long else 0 for length, is_long in documents)
 
     def _whole(
         self, piece: QueryPiece, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor | None
@@ -157,4 +148,4 @@ class _Asking:
 
 def _first_whole(part: QueryPart, length: int) -> int:
     """The first token of a part of a long document that attends to everything."""
-    return max(part.first, BLOCK * max(0, -(-length // BLOCK) - WHOLE_ROWS))
+    return max(part.first, sparse.BLOCK * max(0, -(-length // sparse.BLOCK) - sparse.WHOLE_ROWS))
