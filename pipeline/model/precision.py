@@ -104,9 +104,9 @@ class Kept:
         if (beside := self.beside_all) is not None:
             hidden_TD, rope = hidden_TD.index_select(0, beside), rope.at(beside)
         others = make(hidden_TD, rope, fp8=True)
-        return tuple(self._merged(mine, other) for mine, other in zip(own, others, strict=True))
+        return tuple(self.merged(mine, other) for mine, other in zip(own, others, strict=True))
 
-    def _merged(self, own: Tensor, others: Tensor) -> Tensor:
+    def merged(self, own: Tensor, others: Tensor) -> Tensor:
         """(T, ...) of what the kept tokens have and those `beside_all`, in whose tensor if they are all."""
         beside = self.beside_all
         if beside is not None:
