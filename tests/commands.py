@@ -1,4 +1,4 @@
-"""All commands with their flags, as Typer built them, all methods with their settings, and the guides to both.
+"""All commands with their flags, as Typer built them, all methods, and the guides to both, made from them.
 
 python tests/commands.py writes the tables of examples/guides/flags.md and of method-settings.md there anew.
 """
