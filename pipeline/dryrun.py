@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import Packer, PlannedPacks
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import (
     TIMED,
@@ -75,15 +75,15 @@ class DryRunReport:
     split: list[dict[str, Any]] = field(default_factory=list)  # the first few
     grouped_rows: int = 0  # answered together with others about the same document
     grouped_documents: int = 0
-    packs: int = 0
-    largest_pack_tokens: int = 0
-    kv_bytes: int = 0
+    planned: PlannedPacks = field(init=False)
     new_tokens: int = 0  # that all answers together may have
     flops: int = 0  # of a dense prefill of every prompt
     method_flops: int = 0  # of the run's, as far as its method says what it does
 
     def __post_init__(self) -> None:
         self.notes += self.run.notes
+        memory = self.run.model.memory(self.run.precision)
+        self.planned = PlannedPacks(weights_bytes=0 if memory is None else memory.held)
         self.pace = Pace(shape=self.packer.shape, n=self.packer.n)
         if self.config.deadline is not None:
             self.deadline = deadline_after(self.config.deadline, datetime.now(UTC))
@@ -186,25 +186,19 @@ class DryRunReport:
         self.method_flops += sum(group.flops for group in groups)
         self.method_flops += sum(self._expected_flops(prompt.prompt_tokens) for prompt in alone)
         for pack in self.packer.packs(alone):
-            lengths = [document.prompt_tokens for document in pack]
-            self._add_pack(sum(lengths), self.packer.kv_bytes(lengths))
+            self.planned.add_pack(self.packer, pack)
         self.grouped_documents += len(groups)
         self.grouped_rows += sum(len(group.rows) for group in groups)
         for group_pack in group_packer.packs(groups):
             shared = sum(group.shared_tokens for group in group_pack.groups)
             for chunk in group_packer.chunks(group_pack):
                 tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
-                self._add_pack(tokens, group_packer.kv_bytes(group_pack, chunk))
+                self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk))
 
     def _expected_flops(self, tokens: int) -> int:
         shape = self.packer.shape
         passes = expected_passes(self.packer.method, shape, tokens)
         return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
-
-    def _add_pack(self, tokens: int, kv_bytes: int) -> None:
-        self.packs += 1
-        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
-        self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
     def _add_split(self, document: SplitDocument) -> None:
         parts = len(document.prompts)
@@ -265,9 +259,11 @@ class DryRunReport:
                 "method": self.packer.method.name,
                 "device": str(self.run.model.device),
                 "pack_tokens": self.packer.pack_tokens,
-                "packs": self.packs,
-                "largest_pack_tokens": self.largest_pack_tokens,
-                "kv_bytes": self.kv_bytes,
+                "packs": self.planned.packs,
+                "largest_pack_tokens": self.planned.largest_pack_tokens,
+                "kv_bytes": self.planned.kv_bytes,
+                "prefill_bytes": self.planned.prefill_bytes,
+                "too_large_rows": len(self.planned.too_large),
                 "grouped_rows": self.grouped_rows,
                 "grouped_documents": self.grouped_documents,
             },
@@ -355,10 +351,11 @@ class DryRunReport:
             yield f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
         if (memory := self.run.model.memory(self.run.precision)) is not None:
             yield str(memory)
-        packs = f"{self.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
-        yield f"packs: {packs}, the largest {self.largest_pack_tokens:,}"
-        gigabytes = _figures(self.kv_bytes / 1e9)
+        packs = f"{self.planned.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
+        yield f"packs: {packs}, the largest {self.planned.largest_pack_tokens:,}"
+        gigabytes = _figures(self.planned.kv_bytes / 1e9)
         yield f"keys and values of the largest pack: {gigabytes} GB ({packer.method.name})"
+        yield from self.planned.told()
         yield f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP"
         if self.estimate is not None:
             yield self.estimate.as_text()

@@ -110,7 +110,9 @@ def planning_packer(run: Preparation) -> Packer:
         n=run.config.n,
         pack_tokens=run.config.pack_tokens,
         kv_memory=run.config.kv_memory,
+        kv_itemsize=1 if run.config.kv_dtype == "fp8" else None,
         in_flight=run.config.in_flight,
+        cuts_queries=run.model.attention.cuts_queries(run.model.device),
     )
 
 

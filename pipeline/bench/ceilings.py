@@ -26,6 +26,8 @@ from pipeline.pruning.operations import (
 )
 from pipeline.pruning.shape import ModelShape
 
+MOST_TOKENS = 131_072  # that rates are measured at: trials of more take minutes, at the same rates
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
@@ -52,9 +54,11 @@ class Ceilings:
 def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
     """The best of several trials each: an FFN projection of all tokens, and causal attention over them.
 
-    `lengths` are the documents', each of which attends within itself.
+    `lengths` are the documents', each of which attends within itself; of long ones a part stands for all.
     """
-    shape, decoder, tokens = model.decoder.shape, model.decoder, sum(lengths)
+    shape, decoder, all_tokens = model.decoder.shape, model.decoder, sum(lengths)
+    lengths = [min(length, max(1, MOST_TOKENS // len(lengths))) for length in lengths]
+    tokens = sum(lengths)
     options: Any = {"device": decoder.device, "dtype": decoder.dtype}
     x_TD, w_DF = torch.randn(tokens, shape.hidden, **options), torch.randn(shape.hidden, shape.ffn, **options)
     matrix_s = best_seconds(lambda: x_TD @ w_DF, decoder.device)
@@ -70,7 +74,7 @@ def measure_ceilings(model: LoadedModel, lengths: Sequence[int]) -> Ceilings:
     segments = Segments.of(lengths, decoder.device)
     attention_s = best_seconds(lambda: model.attention.prefill(q, k, v, segments), decoder.device)
     return Ceilings(
-        tokens=tokens,
+        tokens=all_tokens,
         matrix_tflops=tera_operations / matrix_s,
         attention_tflops=sum(attention_flops(shape, length) for length in lengths) / attention_s / 1e12,
         fp8_matrix_tflops=fp8_tflops,

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.timing import in_turns, now, peak_bytes, tidied, wait_for
 from pipeline.errors import ConfigError
+from pipeline.kernels.fused import FP8
 from pipeline.model.decode import decode
 from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
@@ -25,10 +26,11 @@ from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.operations import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.pruning.view import LayerView
-from pipeline.records import EncodedDocument
+from pipeline.records import EncodedDocument, Spans
 
 BASELINES = ("transformers", "transformers-cudnn")
 Timed = tuple[float, dict[str, Any]]  # milliseconds of a run, and what it did
+WARM_UP_TOKENS = 131_072  # of a pack, of which more would warm up nothing else
 MOST_ANSWERS = 3  # timed runs to the end of an answer, which decoding makes slow
 
 
@@ -72,9 +74,15 @@ def measure_ttft(
     """Measure every variant on one pack, taking turns so that a drifting clock touches all alike.
 
     With `new_tokens`, methods are also timed to the end of answers of that length, in turns of their own.
+    What is longer than `WARM_UP_TOKENS` is warmed up by a part of it, and its selection is not timed.
     Raises ConfigError for baselines that cannot run here, or not with several documents.
     """
     check_baselines(baselines, len(documents))
+    if any(variant.kv != "auto" for variant in methods):
+        model.check_fp8()
+    part = _beginnings(documents)
+    if part is not None:
+        measure_ttft(model, part, methods, baselines=baselines, repeats=1)
     pack = Pack.of(documents, model.device)
     runs = {name: partial(_timed, model, _transformers_run(model, pack, name)) for name in baselines}
     answers = {}
@@ -83,11 +91,30 @@ def measure_ttft(
         run, to_the_end = (_method_run(model, pack, variant, tokens) for tokens in (0, new_tokens))
         runs[variant.name] = partial(_timed, model, run, ceilings, variant.linears_in_fp8)
         answers[variant.name] = partial(_timed, model, to_the_end)
-    times = in_turns(runs, repeats + 1)  # the first turn warms up, and tells what was done
-    select_ms = {variant.name: _select_ms(model, pack, variant.use(model)) for variant in methods}
+    # the first turn warms up, if nothing has before, and tells what was done
+    times = in_turns(runs, repeats + (part is None))
+    if part is not None:
+        times = {name: [of_turns[0], *of_turns] for name, of_turns in times.items()}
+    timed = methods if part is None else ()
+    select_ms = {variant.name: _select_ms(model, pack, variant.use(model)) for variant in timed}
     ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0)
     return [
         _measurement(name, documents, times[name], select_ms.get(name), ends.get(name, ())) for name in runs
+    ]
+
+
+def _beginnings(documents: Sequence[EncodedDocument]) -> list[EncodedDocument] | None:
+    """As many first tokens of documents as warm up; None where these have no more."""
+    if sum(document.prompt_tokens for document in documents) <= WARM_UP_TOKENS:
+        return None
+    most = max(1, WARM_UP_TOKENS // len(documents))
+    return [
+        replace(
+            document,
+            input_ids=document.input_ids[:most],
+            spans=Spans(document=(0, n := min(most, document.prompt_tokens)), question=(n, n)),
+        )
+        for document in documents
     ]
 
 
@@ -107,13 +134,16 @@ def _method_run(
     model: LoadedModel, pack: Pack, variant: Variant, new_tokens: int = 0
 ) -> Callable[[], Prefilled]:
     """A prefill to the first tokens on the host, or to the end of answers of `new_tokens`."""
-    rules = StopRules(max_new_tokens=new_tokens)
+    rules, kv_dtype = StopRules(max_new_tokens=new_tokens), FP8 if variant.kv == "fp8" else None
 
     def run() -> Prefilled:
         method = variant.use(model)  # which sets the model's attention, too
-        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens)
+        decoder, attention = model.decoder, model.attention
+        # of several documents keys and values are rounded where they are decoded
+        stored = kv_dtype if len(pack.segments) == 1 else None
+        prefilled = prefill(decoder, attention, method, pack, new_tokens, kv_dtype=stored)
         if new_tokens:
-            decode(model.decoder, model.attention, prefilled, rules)
+            decode(decoder, attention, prefilled, rules, kv_dtype=kv_dtype)
         else:
             prefilled.logits_BV.argmax(-1).tolist()
         return prefilled

@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 
 from pipeline.engines.grouped import Shared
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import Packer, memory_message
 from pipeline.kernels import decoding
 from pipeline.kernels.decoding import queries_of_a_range
 from pipeline.model.characters import whole_characters
@@ -198,13 +198,3 @@ def describe(error: BaseException, document: EncodedDocument, packer: Packer, de
     if isinstance(error, RowError):
         return RowError(error.kind, f"{place}: {error}")
     return RowError("internal", f"{place}: {type(error).__name__}: {error}")
-
-
-def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
-    """How much memory a document needs, how much there is, and what to do."""
-    needed = packer.bytes_alone(document)
-    return (
-        f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
-        f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
-        "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
-    )

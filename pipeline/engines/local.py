@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 
 from pipeline.engines.alone import decoded_alone
-from pipeline.engines.answering import add_answers, failed, lookup_of, memory_message
+from pipeline.engines.answering import add_answers, failed, lookup_of
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import Packer, memory_message
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
@@ -90,6 +90,7 @@ class LocalEngine:
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
             in_flight=in_flight,
+            cuts_queries=model.attention.cuts_queries(model.device),
         )
         self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)
@@ -325,8 +326,7 @@ class LocalEngine:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
         packer, device = self.packs.of(job.method), self.model.device
-        if device.type == "cpu" and packer.bytes_alone(job.document) > packer.all_bytes:
-            # the system would kill the process, with no error to catch
+        if packer.refuses(job.document):
             message = memory_message(job.document, packer, str(device))
             return [self._failed(job, RowError("out_of_memory", message))]
         run = partial(self._run_alone, job)
@@ -338,7 +338,7 @@ class LocalEngine:
 
     def _run_alone(self, job: Job, check: Check) -> list[Answered]:
         rules = self.row_rules.of(job.document.source)
-        pack = self.prefiller.run([job], self.packs, check, room=rules.max_new_tokens)
+        pack = self.prefiller.run([job], self.packs, check, room=rules.max_new_tokens, kv_dtype=self.kv_dtype)
         (answer,) = pack.rows
         (dense,) = self.packs.not_trusted(pack.jobs, pack.rows, pack.sparse_tokens)
         if dense is not None:

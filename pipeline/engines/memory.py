@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import psutil
@@ -12,11 +12,13 @@ import torch
 from pipeline.engines.packing import make_packs
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
+from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
+from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.records import EncodedDocument
+from pipeline.texts.words import counted
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -30,6 +32,7 @@ PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
 SCORING_QUERIES = 64  # about as many as methods observe
 SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
 PLACE_VALUES = 16  # numbers of bfloat16 that four indices take
+PLACES = 64  # bytes a token of what says where it lies: its document, its position, its slot
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
 
 
@@ -50,6 +53,7 @@ class Packer:
     kv_itemsize: int | None = None  # bytes of a number in the store, where that is not `itemsize`
     drafts: int = 0  # of these new tokens
     n: int = 1  # answers to a prompt, each a row of its own once it is decoded
+    cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -67,6 +71,7 @@ class Packer:
         kv_memory: int | None = None,
         kv_itemsize: int | None = None,
         in_flight: int | None = None,
+        cuts_queries: bool = True,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
@@ -89,6 +94,7 @@ class Packer:
             in_flight=max(rows, n) if rows else 0,
             kv_memory=kv_memory,
             kv_itemsize=kv_itemsize,
+            cuts_queries=cuts_queries,
             host_bytes=host_kv_bytes(),
         )
         return whole.within(free_bytes(device))
@@ -151,9 +157,23 @@ class Packer:
         )
 
     def bytes_alone(self, document: EncodedDocument) -> int:
-        """Bytes that a document needs that runs alone, with the room for its answer."""
-        lengths = [document.prompt_tokens]
-        return replace(self, new_tokens=self.room(document)).planned_bytes(lengths)
+        """Bytes that a document needs that runs alone, with the room for its answer.
+
+        Its keys and values are stored as they are to be decoded.
+        """
+        lengths, own = [document.prompt_tokens], replace(self, new_tokens=self.room(document))
+        return own.planned_bytes(lengths) - own.kv_bytes(lengths) + own.kv_bytes(lengths, self.kv_itemsize)
+
+    def refuses(self, document: EncodedDocument) -> bool:
+        """Whether a document that runs alone is not to be tried: it would fail after all the time it takes.
+
+        A CPU's system kills a process that takes too much, with no error to catch. On a GPU what is planned
+        must exceed all that was free, and be close to what is taken.
+        """
+        needed = self.bytes_alone(document)
+        if self.device.type == "cpu":
+            return needed > self.all_bytes
+        return not self.method.reads_layers and needed > self.all_bytes / USABLE[self.device.type]
 
     @property
     def limits(self) -> KvLimits | None:
@@ -176,13 +196,21 @@ class Packer:
         logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
         if self.n > 1:  # a copy for each answer
             logits += min(len(lengths) * self.n, FIRST_AT_ONCE) * self.shape.vocab * 4
-        scores = min(SCORES_AT_ONCE, SCORING_QUERIES * self.shape.heads * max(lengths)) * SCORE_BYTES
-        activations = running_bytes(self.shape, self.itemsize, sum(lengths))
-        return self.kv_bytes(lengths) + activations + logits + scores
+        return self.kv_bytes(lengths) + self._running_bytes(lengths) + logits
 
-    def kv_bytes(self, lengths: Sequence[int]) -> int:
-        """Keys and values that the device holds."""
-        planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
+    def _running_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that a pack needs while a layer runs."""
+        shape, tokens, longest = self.shape, sum(lengths), max(lengths)
+        chosen = any(mass for mass in self.method.masses_in(shape))
+        choosing = choosing_bytes(shape, longest) if chosen else 0
+        if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
+            return lean_bytes(shape, self.itemsize, tokens) + choosing
+        scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
+        return running_bytes(shape, self.itemsize, tokens) + choosing + scores
+
+    def kv_bytes(self, lengths: Sequence[int], itemsize: int | None = None) -> int:
+        """Keys and values that the device holds, as a pack's are, or of `itemsize` bytes a number."""
+        planned = self.method.plan(self.shape, lengths).kv_bytes(itemsize or self.itemsize, self.new_tokens)
         return planned if self.kv_memory is None else min(planned, self.kv_memory)
 
     def _may_share(self, lengths: Sequence[int]) -> bool:
@@ -191,6 +219,54 @@ class Packer:
             return True
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
         return planned <= self.kv_memory
+
+
+def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
+    """How much memory a document needs, how much there is, and what to do."""
+    needed = packer.bytes_alone(document)
+    return (
+        f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
+        f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
+        "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
+    )
+
+
+@dataclass(kw_only=True)
+class PlannedPacks:
+    """What packs of a run would need, by arithmetic."""
+
+    weights_bytes: int = 0  # that are to be loaded yet
+    packs: int = 0
+    largest_pack_tokens: int = 0
+    kv_bytes: int = 0  # of the pack that has the most
+    prefill_bytes: int = 0  # that the largest prefill needs beside the weights, keys and values included
+    too_large: list[str] = field(default_factory=list)  # of each row for which there is no memory, why
+
+    def add(self, tokens: int, kv_bytes: int, prefill_bytes: int = 0) -> None:
+        self.packs += 1
+        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
+        self.prefill_bytes = max(self.prefill_bytes, prefill_bytes)
+
+    def add_pack(self, packer: Packer, pack: Sequence[EncodedDocument]) -> None:
+        """A document that no other runs beside has what the weights leave, or is not tried at all."""
+        lengths = [document.prompt_tokens for document in pack]
+        if len(pack) > 1 or not packer.runs_alone(pack[0]):
+            self.add(sum(lengths), packer.kv_bytes(lengths), packer.planned_bytes(lengths))
+            return
+        left_bytes = packer.all_bytes - int(self.weights_bytes * USABLE[packer.device.type])
+        left = replace(packer, max_bytes=max(0, left_bytes), store_bytes=0)
+        self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
+        if left.refuses(pack[0]):
+            self.too_large.append(memory_message(pack[0], left, str(packer.device)))
+
+    def told(self) -> Iterator[str]:
+        """Lines of the memory of the largest prefill, and of rows that are too large for what there is."""
+        if self.prefill_bytes:
+            yield f"memory of the largest prefill: {self.prefill_bytes / 1e9:,.3g} GB beside the weights"
+        if self.too_large:
+            yield f"too large for the memory: {counted(len(self.too_large), 'row')}, the first:"
+            yield f"  {self.too_large[0]}"
 
 
 def _in_flight(wanted: int | None, pack_tokens: int | None, device: torch.device) -> int:
@@ -219,6 +295,28 @@ def host_kv_bytes() -> int:
 def running_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     """Bytes that so many tokens need while a layer runs, beside the keys and values that are stored."""
     return tokens * activation_bytes(shape, itemsize) + piece_bytes(shape, itemsize, tokens)
+
+
+def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
+    """The same for a method that does not read layers: queries and attention are of a few pieces at once.
+
+    Of all tokens there are the residual stream, which such a method copies for no one, a layer's keys and
+    values, and RoPE. Of as many as are taken together there are queries, what attention makes of them by
+    document and joined, and all of the former once more where tokens are gathered.
+    """
+    of_all = (shape.hidden + (2 * shape.kv_heads + 2) * shape.head_dim) * itemsize + PLACES
+    of_some = (shape.hidden + (3 * shape.heads + 2 * shape.kv_heads + 2) * shape.head_dim) * itemsize
+    at_once = min(tokens, QUERY_PIECES * PIECE_TOKENS)
+    return tokens * of_all + at_once * of_some + piece_bytes(shape, itemsize, tokens)
+
+
+def choosing_bytes(shape: ModelShape, longest: int) -> int:
+    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by."""
+    blocks = -(-longest // BLOCK)
+    rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
+    at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
+    shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
+    return 4 * (shares + shape.heads * rows * (blocks + 1))
 
 
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pipeline.engines.answering import prefilled_rows
@@ -64,12 +65,13 @@ class Prefiller:
         check: Check,
         *,
         room: int = 0,
+        kv_dtype: torch.dtype | None = None,
         prefix: Prefix | None = None,
     ) -> PrefilledPack:
         """Prefill jobs of one method, behind `prefix` if they have one.
 
-        With `room` for so many new tokens the pack is to stay where it is, and its keys and values may be
-        offloaded; without, it is to move to the store.
+        With `room` for so many new tokens the pack, of one row, is to stay where it is, and its keys and
+        values may be offloaded, or be in `kv_dtype`; without, it is to move to the store.
         """
         started = self.now()
         documents = [job.document for job in jobs]
@@ -87,6 +89,7 @@ class Prefiller:
                 check,
                 limits,
                 marks=self.save_selection,
+                kv_dtype=None if limits else kv_dtype,
             )
         else:
             chunk = [(job.number, job.document) for job in jobs]

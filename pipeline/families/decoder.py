@@ -33,7 +33,7 @@ from pipeline.kernels.step import (
     product_silu_mul_quantized,
     rope_and_store_,
 )
-from pipeline.pruning.shape import PIECE_TOKENS
+from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES
 
 STEP_ROWS = 256  # up to which fp8 products are faster without their scales
 
@@ -92,6 +92,11 @@ class Decoder:
         return self._body.embed_tokens.weight.dtype
 
     @property
+    def query_tokens(self) -> int:
+        """Tokens whose queries, and what attention makes of them, a prefill holds at once."""
+        return QUERY_PIECES * self.piece_tokens
+
+    @property
     def linears_in_fp8(self) -> bool:
         """Whether all linear layers are, of all tokens."""
         return self.linears == "fp8"
@@ -117,9 +122,9 @@ class Decoder:
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """(T, D) start of the residual stream."""
-        hidden_TD = self._body.embed_tokens(ids_T)
+        hidden_TD: Tensor = self._body.embed_tokens(ids_T)
         scale = self._slots.embedding_scale
-        return hidden_TD if scale == 1 else hidden_TD * scale
+        return hidden_TD if scale == 1 else hidden_TD.mul_(scale)
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
         """Rotary embeddings of original positions, in documents that may come to have `reach_T` tokens.
@@ -161,7 +166,14 @@ class Decoder:
         self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked."""
-        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, self.shape.heads, fp8)
+        heads = (self.shape.heads, self.shape.kv_heads)
+        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, heads, fp8)
+
+    def queries(self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None) -> tuple[Tensor]:
+        """(T, H, d) with RoPE, without the share of the projection that keys and values have."""
+        heads = self.shape.heads
+        projection = self._layers[layer].qkv.part(slice(0, heads * self.shape.head_dim))
+        return self._heads(layer, hidden_TD, rope, projection, (heads, 0), fp8)[:1]
 
     def has_qkv_in_fp8(self, layer: int) -> bool:
         """Whether `mixed` has a layer's queries, keys and values in fp8, of tokens that are not kept."""
@@ -174,11 +186,12 @@ class Decoder:
         """From 0 to less than 1."""
         return layer / self.shape.layers
 
-    def keys_values(self, layer: int, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
         projection = self._layers[layer].qkv.part(slice(self.shape.heads * self.shape.head_dim, None))
-        _, k_TKd, v_TKd = self._heads(layer, hidden_TD, rope, projection, 0, None)
-        return k_TKd, v_TKd
+        return self._heads(layer, hidden_TD, rope, projection, (0, self.shape.kv_heads), fp8)[1:]
 
     def add_attention_(
         self, layer: int, hidden_TD: Tensor, attended_THd: Tensor, fp8: bool | None = None
@@ -280,10 +293,10 @@ class Decoder:
         hidden_TD: Tensor,
         rope: Rope,
         projection: Projection,
-        heads: int,
+        heads: tuple[int, int],
         fp8: bool | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries, perhaps none."""
+        """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries and of keys."""
         weights, tokens = self._layers[layer], len(hidden_TD)
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         if tokens <= self.piece_tokens:
@@ -303,7 +316,7 @@ class Decoder:
         hidden_TD: Tensor,
         rope: Rope,
         projection: Projection,
-        heads: int,
+        heads: tuple[int, int],
         fp8: bool,
         out_TN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,22 +325,21 @@ class Decoder:
         heads_TN = self._normed(hidden_TD, weights.input_norm, projection, fp8=fp8, out_TN=out_TN)
         q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
         if weights.k_norm is not None:
-            q_THd = weights.q_norm.of_heads(q_THd) if heads and weights.q_norm else q_THd
-            k_TKd = weights.k_norm.of_heads(k_TKd)
+            q_THd = weights.q_norm.of_heads(q_THd) if heads[0] and weights.q_norm else q_THd
+            k_TKd = weights.k_norm.of_heads(k_TKd) if heads[1] else k_TKd
         if table is not None:
             turned = slice(0, table[0].shape[-1])
             rope_(q_THd[..., turned], k_TKd[..., turned], *table)
-        if heads and not math.isclose(self._query_scale, 1):
+        if heads[0] and not math.isclose(self._query_scale, 1):
             q_THd.mul_(self._query_scale)
-        if heads and rope.query_scale_T is not None:
+        if heads[0] and rope.query_scale_T is not None:
             q_THd.mul_(rope.query_scale_T[:, None, None])
         return q_THd, k_TKd, v_TKd
 
-    def _split(self, heads_TN: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of queries, keys and values."""
-        kv_heads = self.shape.kv_heads
+    def _split(self, heads_TN: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of queries, keys and values, of so many heads of the first and of the others."""
         heads_TNd = heads_TN.unflatten(-1, (-1, self.shape.head_dim))
-        q_THd, k_TKd, v_TKd = heads_TNd.split((heads, kv_heads, kv_heads), dim=1)
+        q_THd, k_TKd, v_TKd = heads_TNd.split((*heads, heads[1]), dim=1)
         return q_THd, k_TKd, v_TKd
 
     def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.kernels import decoding, reference
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
+from pipeline.kernels.query_pieces import QueryPiece
 from pipeline.kernels.sdpa import sdpa, sdpa_last, sdpa_within
 from pipeline.kernels.segments import Segments
 
@@ -43,6 +44,10 @@ class AttentionBackend(ABC):
     # are no kernels; None: where there are kernels, and it pays
     sparse_from: int | None = None
 
+    def cuts_queries(self, device: torch.device) -> bool:
+        """Whether `prefill_piece` takes parts of documents without a mask of all their pairs."""
+        return False
+
     def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `decode`, of a query a document, reads nothing of the host that changes between steps."""
         return decoding.available(device, dtype)
@@ -61,6 +66,24 @@ class AttentionBackend(ABC):
 
         With a `window` each token attends to the last so many, its own among them.
         """
+
+    def prefill_piece(
+        self,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        piece: QueryPiece,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """The same of some of the queries, (Q, H, d), over the keys and values of the whole pack."""
+        if piece.is_whole(segments):
+            return self.prefill(q_QHd, k_TKd, v_TKd, segments, window, sinks_H)
+        starts = [segments.offsets[part.document] for part in piece.parts]
+        counts = [part.end - part.first for part in piece.parts]
+        slots = DecodeSlots.of(starts, [part.end for part in piece.parts], len(k_TKd), q_QHd.device, counts)
+        return self.decode(q_QHd, k_TKd, v_TKd, slots.within(window), sinks_H)
 
     def decode(
         self,
@@ -122,6 +145,9 @@ class SdpaAttention(AttentionBackend):
     """torch's scaled_dot_product_attention, a document at a time, with torch's own choice of kernel."""
 
     name = "sdpa"
+
+    def cuts_queries(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # where a mask costs little beside all else
 
     def prefill(
         self,
@@ -244,6 +270,9 @@ class Flash3Attention(FlashAttention):
     # of a document's keys, for few queries; 0: as many as fill the device. With 1, the library's default for
     # packs, a few documents would leave most of its multiprocessors idle
     splits: ClassVar[int] = 0
+
+    def cuts_queries(self, device: torch.device) -> bool:
+        return True
 
     def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cuda"

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Fp8Scales:
     keys_LK: Tensor
     values_LK: Tensor
     means_LKd: Tensor
+
+    @classmethod
+    def ones(cls, lines: int, kv_heads: int, head_dim: int, device: torch.device) -> Self:
+        """Of keys and values that are as they are."""
+        keys, values = (torch.ones(lines, kv_heads, device=device) for _ in range(2))
+        return cls(
+            keys_LK=keys, values_LK=values, means_LKd=torch.zeros(lines, kv_heads, head_dim, device=device)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 from pipeline.kernels.sdpa import attention_with_sinks
-from pipeline.kernels.segments import Segments
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16  # queries that choose together
@@ -32,104 +29,19 @@ CAPACITY = (
     512  # blocks of keys that the choosing kernel has room for: more than 65,536 tokens compile it anew
 )
 SHARES_AT_ONCE = 1 << 27  # of the estimate that lie in memory: 512 MB
+CHOSEN_AT_ONCE = 1 << 15  # of them that a program of the choosing kernel holds in registers
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
 @dataclass(frozen=True)
 class BlockLists:
-    """Of one document: the blocks of keys that each head's blocks of queries attend to."""
+    """Of one document, or a piece of it: the blocks of keys that each head's blocks of queries attend to."""
 
     # (H, M, N) int32, ascending, of which the first `counts` are valid; the last is the row's own. None: the
     # first block, and before the row's own as many as `counts` says
     indices: Tensor | None
     counts: Tensor  # (H, M) int32, at least 1
-
-
-@dataclass(frozen=True)
-class SparsePrefill:
-    """Causal attention within each document of a pack, of long ones block-sparse, of short ones whole."""
-
-    attention: AttentionBackend
-    segments: Segments
-    width: int  # of all query heads together
-
-    @cached_property
-    def long(self) -> tuple[bool, ...]:
-        """Of each document whether it is block-sparse."""
-        device = self.segments.device
-        least = self.attention.sparse_from
-        return tuple(applies(length, self.width, device, least) for length in self.segments.lengths)
-
-    @cached_property
-    def last(self) -> tuple[list[slice], DecodeSlots]:
-        """The tokens of long documents' last `WHOLE_ROWS` blocks, and what they attend to: everything."""
-        ranges = [each for each, is_long in zip(self.segments.ranges(), self.long, strict=True) if is_long]
-        lengths = [end - start for start, end in ranges]
-        first = [start + BLOCK * max(0, -(-(end - start) // BLOCK) - WHOLE_ROWS) for start, end in ranges]
-        asked = [slice(at, end) for at, (_, end) in zip(first, ranges, strict=True)]
-        starts = [start for start, _ in ranges]
-        counts = [rows.stop - rows.start for rows in asked]
-        slots = DecodeSlots.of(starts, lengths, self.segments.total, self.segments.device, counts)
-        return asked, slots
-
-    def attend(
-        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float, sinks_H: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(T, H, d), and how many query-key pairs were computed of each document: (B,) mean over heads.
-
-        None for all pairs. `mass` is the share of the attention that the blocks chosen are to reach, as
-        estimated; with 0 nothing is estimated, and only those are attended to that always are. Sinks, see
-        attention.py, change nothing of the choice.
-        """
-        if not any(self.long):
-            attended_THd = self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments, sinks_H=sinks_H)
-            return attended_THd, None
-        ranges = self.segments.ranges()
-        short = [document for document, is_long in zip(ranges, self.long, strict=True) if not is_long]
-        of_short = iter(self._whole(q_THd, k_TKd, v_TKd, short, sinks_H))
-        outputs: list[Tensor] = []
-        pairs: list[Tensor] = []
-        for is_long, (start, end) in zip(self.long, ranges, strict=True):
-            length = end - start
-            if is_long:
-                q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
-                blocks = choose_blocks(q, k, mass)
-                outputs.append(block_sparse_attention(q, k, v, blocks, WHOLE_ROWS, sinks_H))
-                pairs.append(computed_pairs(blocks, length))
-            else:
-                outputs.append(next(of_short))
-                whole = length * (length + 1) // 2
-                pairs.append(torch.full((), whole, dtype=torch.int64, device=q_THd.device))
-        attended_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        asked, slots = self.last
-        asking_QHd = torch.cat([q_THd[rows] for rows in asked])
-        own_QHd = self.attention.decode(asking_QHd, k_TKd, v_TKd, slots, sinks_H)
-        for rows, own in zip(asked, own_QHd.split(slots.known.queries), strict=True):
-            attended_THd[rows] = own
-        return attended_THd, torch.stack(pairs)
-
-    def estimated_pairs(self, mass: float) -> tuple[int, ...]:
-        """Query-key products, of all heads, by which `attend` chooses blocks, of each document."""
-        if not 0 < mass < 1:
-            return (0,) * len(self.segments)
-        documents = zip(self.segments.lengths, self.long, strict=True)
-        return tuple(estimated_pairs(length) if is_long else 0 for length, is_long in documents)
-
-    def _whole(
-        self,
-        q_THd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        documents: list[tuple[int, int]],
-        sinks_H: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        """Attention of some documents of the pack over all pairs, in one call."""
-        if not documents:
-            return ()
-        lengths = [end - start for start, end in documents]
-        q, k, v = (torch.cat([x[start:end] for start, end in documents]) for x in (q_THd, k_TKd, v_TKd))
-        segments = Segments.of(lengths, q.device)
-        return self.attention.prefill(q, k, v, segments, sinks_H=sinks_H).split(lengths)
+    before: int = 0  # blocks of queries that stand before these in the document
 
 
 def applies(length: int, width: int, device: torch.device, sparse_from: int | None = None) -> bool:
@@ -156,60 +68,70 @@ def first_choosing(masses: Sequence[float | None]) -> int | None:
     return next((layer for layer, mass in enumerate(masses) if mass), None)
 
 
-def choose_blocks(q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
+def choose_blocks(q_QHd: Tensor, k_TKd: Tensor, mass: float, before: int = 0) -> BlockLists:
     """The blocks of keys that each head's blocks of queries need, to reach `mass` of attention by estimate.
 
     Of each stride of queries these are the fewest that reach it, and those with the same share as the least
     of them; a block of queries has what any of its strides needs. To them belong always the block itself, the
-    one before it and the first, the attention sink; and all, for the last `WHOLE_ROWS`.
+    one before it and the first, the attention sink; and all, for the last `WHOLE_ROWS` of the document.
+
+    The keys are the whole document's, the queries those from its block `before` on, as many as there are.
     """
-    heads, blocks = q_THd.shape[1], -(-len(q_THd) // BLOCK)
-    kernels = _kernels(q_THd)
+    heads, blocks = q_QHd.shape[1], -(-len(k_TKd) // BLOCK)
+    rows = slice(before, before - (-len(q_QHd) // BLOCK))
+    kernels = _kernels(q_QHd)
     if mass >= 1:
-        return _lists(_past(blocks, q_THd.device).expand(heads, -1, -1))
+        return _lists(_past(rows, blocks, q_QHd.device).expand(heads, -1, -1), before)
     if mass <= 0:
-        near_MN = _near(blocks, q_THd.device)
         if kernels is None:
-            return _lists(near_MN.expand(heads, -1, -1))
-        return BlockLists(None, near_MN.sum(-1, dtype=torch.int32).repeat(heads, 1))
+            return _lists(_near(rows, blocks, q_QHd.device).expand(heads, -1, -1), before)
+        row_M = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=q_QHd.device) + 1
+        near_M = torch.where(row_M > blocks - WHOLE_ROWS, row_M, row_M.clamp(max=3))
+        return BlockLists(None, near_M.repeat(heads, 1), before)
     if kernels is None:
-        return _plain_choice(_plain_shares(q_THd, k_TKd), mass)
-    return _choice_by_kernels(kernels, q_THd, k_TKd, mass)
+        kept_HMN = _plain_choice(_plain_shares(q_QHd, k_TKd, before), mass) & _past(
+            rows, blocks, q_QHd.device
+        )
+        return _lists(kept_HMN | _near(rows, blocks, q_QHd.device), before)
+    return _choice_by_kernels(kernels, q_QHd, k_TKd, mass, before)
 
 
 def block_sparse_attention(
-    q_THd: Tensor,
+    q_QHd: Tensor,
     k_TKd: Tensor,
     v_TKd: Tensor,
     blocks: BlockLists,
     left_out: int = 0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of one document's queries to the keys in the blocks chosen, (T, H, d).
+    """Causal attention of one document's queries to the keys in the blocks chosen, (Q, H, d).
 
-    What the last `left_out` blocks of queries get is not computed, and undefined.
+    The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
+    computed, and undefined.
     """
-    tokens, heads, head_dim = q_THd.shape
-    rows = max(0, blocks.counts.shape[1] - left_out)
-    kernels = _kernels(q_THd)
-    out_THd = torch.empty(tokens, heads, head_dim, dtype=q_THd.dtype, device=q_THd.device)
+    queries, heads, head_dim = q_QHd.shape
+    all_rows = blocks.counts.shape[1]
+    rows = max(0, all_rows - left_out)
+    kernels = _kernels(q_QHd)
+    out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
     if kernels is None:
-        done = _plain(q_THd[: rows * BLOCK], k_TKd, v_TKd, blocks, sinks_H)
-        out_THd[: len(done)] = done
-        return out_THd
+        done = _plain(q_QHd[: rows * BLOCK], k_TKd, v_TKd, blocks, sinks_H)
+        out_QHd[: len(done)] = done
+        return out_QHd
     if not rows:
-        return out_THd
+        return out_QHd
     indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
-    wide = q_THd.dtype == torch.float32
+    wide = q_QHd.dtype == torch.float32
     tile = 32 if wide else 64
-    described = kernels.described(q_THd, k_TKd, v_TKd, BLOCK, tile) if q_THd.is_cuda and not wide else None
-    sources = described or (q_THd, k_TKd, v_TKd)
+    described = kernels.described(q_QHd, k_TKd, v_TKd, BLOCK, tile) if q_QHd.is_cuda and not wide else None
+    sources = described or (q_QHd, k_TKd, v_TKd)
     # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
     compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
     kernels.attention_kernel[(rows * heads,)](
-        *(sources[0], *q_THd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
-        *(out_THd, *out_THd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
-        *(tokens, rows, heads, k_TKd.shape[1], 1 / (math.sqrt(head_dim) * math.log(2))),
+        *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
+        *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
+        *(len(k_TKd), queries, blocks.before, rows, all_rows, heads, k_TKd.shape[1]),
+        1 / (math.sqrt(head_dim) * math.log(2)),
         LISTED=blocks.indices is not None,
         HEAD_DIM=head_dim,
         WIDTH=power_of_two(head_dim, 16),
@@ -221,13 +143,18 @@ def block_sparse_attention(
         num_stages=2 if wide or head_dim > 64 else 3,
         **compact,
     )
-    return out_THd
+    return out_QHd
 
 
 def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
     """Query-key pairs that attention computes, mean over the heads, as a whole number on the device."""
-    heads = blocks.counts.shape[0]
-    return (blocks.counts[:, :-1].sum() * BLOCK**2 + _ragged_pairs(tokens) * heads) // heads
+    return listed_blocks(blocks, tokens) * BLOCK**2 // len(blocks.counts) + ragged_pairs(tokens)
+
+
+def listed_blocks(blocks: BlockLists, tokens: int) -> Tensor:
+    """How many blocks of keys there are for all blocks of queries but the document's last, of all heads."""
+    is_last = blocks.before + blocks.counts.shape[1] == -(-tokens // BLOCK)
+    return (blocks.counts[:, :-1] if is_last else blocks.counts).sum()
 
 
 @lru_cache(maxsize=4096)
@@ -235,7 +162,7 @@ def local_pairs(tokens: int) -> int:
     """The same with a mass of 0, on the host."""
     rows = -(-tokens // BLOCK)
     counts = [row + 1 if row >= rows - WHOLE_ROWS else min(row + 1, 3) for row in range(rows - 1)]
-    return sum(counts) * BLOCK**2 + _ragged_pairs(tokens)
+    return sum(counts) * BLOCK**2 + ragged_pairs(tokens)
 
 
 def estimated_pairs(tokens: int) -> int:
@@ -247,7 +174,7 @@ def estimated_pairs(tokens: int) -> int:
     return BLOCK * before * (before + 1) // 2 + (tokens - before * BLOCK) * (before + 1)
 
 
-def _ragged_pairs(tokens: int) -> int:
+def ragged_pairs(tokens: int) -> int:
     """What is to be added to whole blocks of pairs, those of all rows but the last.
 
     The last block of queries, which may be short, must attend to all keys.
@@ -258,125 +185,133 @@ def _ragged_pairs(tokens: int) -> int:
     return within + before * BLOCK * (last - BLOCK)  # the last one's blocks, less every other's own
 
 
-def _choice_by_kernels(kernels: Any, q_THd: Tensor, k_TKd: Tensor, mass: float) -> BlockLists:
+def _choice_by_kernels(kernels: Any, q_QHd: Tensor, k_TKd: Tensor, mass: float, before: int) -> BlockLists:
     """See `choose_blocks`; some blocks of queries at a time, so that the estimate takes little room."""
-    (tokens, heads, head_dim), kv_heads, device = q_THd.shape, k_TKd.shape[1], q_THd.device
-    blocks, per_block = -(-tokens // BLOCK), BLOCK // STRIDE
+    (tokens, kv_heads, head_dim), heads, device = k_TKd.shape, q_QHd.shape[1], q_QHd.device
+    blocks, rows, per_block = -(-tokens // BLOCK), -(-len(q_QHd) // BLOCK), BLOCK // STRIDE
     sizes = {"HEAD_DIM": head_dim, "WIDTH": power_of_two(head_dim, 16), "BLOCK": BLOCK}
     means_KNd = torch.empty(kv_heads, blocks, head_dim, dtype=k_TKd.dtype, device=device)
     kernels.mean_keys_kernel[(blocks, kv_heads)](
         *(k_TKd, *k_TKd.stride()[:2], means_KNd, blocks, tokens), **sizes, num_warps=4
     )
-    indices = torch.empty(heads, blocks, blocks, dtype=torch.int32, device=device)
-    counts = torch.empty(heads, blocks, dtype=torch.int32, device=device)
+    indices = torch.empty(heads, rows, blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(heads, rows, dtype=torch.int32, device=device)
     capacity = power_of_two(blocks, CAPACITY)
-    at_once = max(1, min(blocks, SHARES_AT_ONCE // (heads * per_block * blocks)))
-    shares_HRN = torch.empty(heads, at_once * per_block, blocks, dtype=torch.float32, device=device)
-    wide = q_THd.dtype == torch.float32
-    for first in range(0, blocks, at_once):
-        grid = (min(at_once, blocks - first), heads)
+    strides = max(1, min(per_block, CHOSEN_AT_ONCE // capacity))
+    at_once = max(1, min(rows, SHARES_AT_ONCE // (heads * per_block * blocks)))
+    shares_HRN = torch.empty(heads, at_once * per_block, blocks, dtype=_shares_dtype(q_QHd), device=device)
+    wide = q_QHd.dtype == torch.float32
+    for first in range(0, rows, at_once):
+        grid = (min(at_once, rows - first), heads)
         kernels.estimate_kernel[grid](
-            *(q_THd, *q_THd.stride()[:2], means_KNd, shares_HRN, shares_HRN.shape[1], blocks, first, tokens),
-            *(heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
+            *(q_QHd, *q_QHd.stride()[:2], means_KNd, shares_HRN, shares_HRN.shape[1], blocks, before, first),
+            *(tokens, heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
             **sizes,
             STRIDE=STRIDE,
-            COLUMNS=32 if wide else 128,
+            COLUMNS=32 if wide else 64,
             PRECISION="ieee" if wide else "tf32",
-            num_warps=8,
+            num_warps=4,
             num_stages=2,
         )
         kernels.choice_kernel[grid](
-            *(shares_HRN, shares_HRN.shape[1], blocks, first, tokens, indices, counts, mass),
+            *(shares_HRN, shares_HRN.shape[1], blocks, before, first, rows, tokens, indices, counts, mass),
             STRIDE=STRIDE,
             BLOCK=BLOCK,
             WHOLE_ROWS=WHOLE_ROWS,
             CAPACITY=capacity,
-            num_warps=max(2, capacity // 512),
+            STRIDES=strides,
+            num_warps=max(2, capacity * strides // 2048),
         )
-    return BlockLists(indices, counts)
+    return BlockLists(indices, counts, before)
 
 
-def _plain_choice(shares_HRN: Tensor, mass: float) -> BlockLists:
-    """See `choose_blocks`."""
-    blocks = shares_HRN.shape[-1]
+def _plain_choice(shares_HRN: Tensor, mass: float) -> Tensor:
+    """(H, M, N) the blocks that any stride of a block of queries wants, see `choose_blocks`."""
+    shares_HRN = shares_HRN.float()
     ordered = shares_HRN.sort(dim=-1, descending=True).values
     wanted = (ordered.cumsum(-1) - ordered) < mass
     least_HR1 = ordered.masked_fill(~wanted, 1).amin(-1, keepdim=True)
     kept_HRN = pad(shares_HRN >= least_HR1, (0, 0, 0, -shares_HRN.shape[1] % (BLOCK // STRIDE)))
-    kept_HMN = kept_HRN.unflatten(1, (blocks, -1)).any(2)
-    return _lists((kept_HMN & _past(blocks, shares_HRN.device)) | _near(blocks, shares_HRN.device))
+    return kept_HRN.unflatten(1, (-1, BLOCK // STRIDE)).any(2)
 
 
-def _past(blocks: int, device: torch.device) -> Tensor:
-    """(M, N) the blocks of keys that a block of queries can attend to."""
-    return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+def _past(rows: slice, blocks: int, device: torch.device) -> Tensor:
+    """(M, N) the blocks of keys that some blocks of queries can attend to."""
+    return torch.arange(rows.start, rows.stop, device=device)[:, None] >= torch.arange(blocks, device=device)
 
 
-def _near(blocks: int, device: torch.device) -> Tensor:
-    """(M, N) the blocks of keys that a block of queries always attends to."""
-    past_MN = _past(blocks, device)
-    near_MN = past_MN & ~past_MN.tril(-2)
-    near_MN[:, 0] = True
-    near_MN[-WHOLE_ROWS:] = past_MN[-WHOLE_ROWS:]
-    return near_MN
+def _near(rows: slice, blocks: int, device: torch.device) -> Tensor:
+    """(M, N) the blocks of keys that they always attend to."""
+    row_M1 = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    block_N = torch.arange(blocks, device=device)
+    always_MN = (block_N == 0) | (block_N >= row_M1 - 1) | (row_M1 >= blocks - WHOLE_ROWS)
+    return always_MN & (block_N <= row_M1)
 
 
-def _plain_shares(q_THd: Tensor, k_TKd: Tensor) -> Tensor:
+def _plain_shares(q_QHd: Tensor, k_TKd: Tensor, before: int = 0) -> Tensor:
     """(H, R, N) of a stride's attention the share that each block gets whose mean stands for all of its keys.
 
-    0 for blocks in the future.
+    0 for blocks in the future. Of `before` see `choose_blocks`.
     """
-    tokens, heads, head_dim = q_THd.shape
+    (queries, heads, head_dim), tokens = q_QHd.shape, len(k_TKd)
     blocks, group = -(-tokens // BLOCK), heads // k_TKd.shape[1]
-    of_block_N = torch.full((blocks,), BLOCK, device=q_THd.device)
+    of_block_N = torch.full((blocks,), BLOCK, device=q_QHd.device)
     of_block_N[-1] = tokens - (blocks - 1) * BLOCK
     sums_NKd = pad(k_TKd.float(), (0, 0, 0, 0, 0, -tokens % BLOCK)).unflatten(0, (blocks, BLOCK)).sum(1)
     means_NKd = (sums_NKd / of_block_N[:, None, None]).to(k_TKd.dtype).float()
-    own_T = torch.arange(tokens, device=q_THd.device) // BLOCK
-    future_TN = torch.arange(blocks, device=q_THd.device) > own_T[:, None]
-    of_stride_R1 = (tokens - torch.arange(0, tokens, STRIDE, device=q_THd.device)).clamp(max=STRIDE)[:, None]
+    own_Q = before + torch.arange(queries, device=q_QHd.device) // BLOCK
+    future_QN = torch.arange(blocks, device=q_QHd.device) > own_Q[:, None]
+    of_stride_R1 = (queries - torch.arange(0, queries, STRIDE, device=q_QHd.device)).clamp(max=STRIDE)[
+        :, None
+    ]
     parts = []
     for head in range(heads):
-        scores_TN = q_THd[:, head].float() @ means_NKd[:, head // group].T / math.sqrt(head_dim)
-        shares_TN = scores_TN.masked_fill_(future_TN, -math.inf).softmax(-1)
-        sums_RN = pad(shares_TN, (0, 0, 0, -tokens % STRIDE)).unflatten(0, (-1, STRIDE)).sum(1)
+        scores_QN = q_QHd[:, head].float() @ means_NKd[:, head // group].T / math.sqrt(head_dim)
+        shares_QN = scores_QN.masked_fill_(future_QN, -math.inf).softmax(-1)
+        sums_RN = pad(shares_QN, (0, 0, 0, -queries % STRIDE)).unflatten(0, (-1, STRIDE)).sum(1)
         parts.append(sums_RN / of_stride_R1)
-    return torch.stack(parts)
+    return torch.stack(parts).to(_shares_dtype(q_QHd))
 
 
-def _lists(kept_HMN: Tensor) -> BlockLists:
+def _shares_dtype(q_QHd: Tensor) -> torch.dtype:
+    """In which shares are compared: to the third digit where queries are known to no more."""
+    return torch.float32 if q_QHd.dtype.itemsize > 2 else torch.bfloat16
+
+
+def _lists(kept_HMN: Tensor, before: int = 0) -> BlockLists:
     blocks = kept_HMN.shape[-1]
     places_N = torch.arange(blocks, device=kept_HMN.device, dtype=torch.int32)
     indices = places_N.masked_fill(~kept_HMN, blocks).sort(dim=-1).values
-    return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32))
+    return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32), before)
 
 
-def _plain(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> Tensor:
+def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> Tensor:
     """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
 
-    The queries may be the first of the document's.
+    The queries may be the first of those that blocks were chosen for.
     """
     assert blocks.indices is not None
-    heads, head_dim = q_THd.shape[1:]
+    heads, head_dim = q_QHd.shape[1:]
     group = heads // k_TKd.shape[1]
     k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
-    within = torch.arange(BLOCK, device=q_THd.device)
+    within = torch.arange(BLOCK, device=q_QHd.device)
     outputs = []
-    for row, start in enumerate(range(0, len(q_THd), BLOCK)):
-        end = min(start + BLOCK, len(q_THd))
+    for row, start in enumerate(range(0, len(q_QHd), BLOCK)):
+        end = min(start + BLOCK, len(q_QHd))
+        own_Q = blocks.before * BLOCK + torch.arange(start, end, device=q_QHd.device)
         most = int(blocks.counts[:, row].max())
         # entries behind a head's last block stand for one in the future: masked, and no place to read
         place_HC = (blocks.indices[:, row, :most, None] * BLOCK + within).flatten(1).long()
-        seen_HQC = place_HC[:, None] <= torch.arange(start, end, device=q_THd.device)[:, None]
+        seen_HQC = place_HC[:, None] <= own_Q[:, None]
         index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
         keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
-        queries = q_THd[start:end].transpose(0, 1)
+        queries = q_QHd[start:end].transpose(0, 1)
         if sinks_H is None:
             attended = scaled_dot_product_attention(queries, keys, values, attn_mask=seen_HQC)
         else:
             attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
         outputs.append(attended.transpose(0, 1))
-    return torch.cat(outputs) if outputs else q_THd
+    return torch.cat(outputs) if outputs else q_QHd
 
 
 def _kernels(x: Tensor) -> Any | None:

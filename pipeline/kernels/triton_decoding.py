@@ -111,8 +111,9 @@ def partial_attention_kernel(  # type: ignore[no-untyped-def]
     for first in tl.range(begin, end, KEYS):
         slot = first + tl.arange(0, KEYS)
         there = (slot < end)[:, None] & inside[None, :]
-        keys = tl.load(from_keys + slot[:, None] * k_slot_stride + at[None, :], mask=there, other=0.0)
-        values = tl.load(from_values + slot[:, None] * v_slot_stride + at[None, :], mask=there, other=0.0)
+        far = slot[:, None].to(tl.int64)  # of a million slots the strides reach beyond 32 bits
+        keys = tl.load(from_keys + far * k_slot_stride + at[None, :], mask=there, other=0.0)
+        values = tl.load(from_values + far * v_slot_stride + at[None, :], mask=there, other=0.0)
         if k_scales is not None:
             keys, values = keys.to(tl.float16), values.to(tl.float16)
         scores = tl.dot(asks, tl.trans(keys), input_precision="ieee") * key_scale

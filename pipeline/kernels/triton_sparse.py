@@ -17,12 +17,11 @@ from torch import Tensor
 from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.triton_parts import larger, plus
 
-ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, above which no share is
-STEPS: tl.constexpr = tl.constexpr(30)  # that halve as many numbers to one
+ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0 as a float32, above which no share is
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["capacity", "tokens", "rows"])
+@triton.jit(do_not_specialize=["capacity", "tokens", "asked", "before", "rows", "all_rows"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -41,7 +40,10 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     sinks,
     capacity,
     tokens,
+    asked,
+    before,
     rows,
+    all_rows,
     heads,
     kv_heads,
     scale,
@@ -55,18 +57,19 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 ):
     """See `sparse.block_sparse_attention`: each program attends with one block of queries of one head.
 
-    The first `rows` blocks of queries are computed. `indices` are read if `LISTED`, see `BlockLists`.
+    `q` are `asked` queries of a document of `tokens`, from block `before` on; the first `rows` of their
+    `all_rows` blocks are computed. `indices` are read if `LISTED`, see `BlockLists`.
     `scale` is that of the scores times log2(e), since the softmax is in base 2. Of a row's blocks only the
     last can be that of the queries themselves: the others need no mask. Keys come in tiles of `TILE`, a part
     of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM).
     """
     PARTS: tl.constexpr = BLOCK // TILE
     row, head, kv_head = _place(tl.program_id(0), rows, heads, kv_heads)
-    first_query = row * BLOCK
+    own, first_query = before + row, row * BLOCK
     queries = _tile(
-        q, first_query, head, q_token_stride, q_head_stride, tokens, BLOCK, HEAD_DIM, WIDTH, DESCRIBED, True
+        q, first_query, head, q_token_stride, q_head_stride, asked, BLOCK, HEAD_DIM, WIDTH, DESCRIBED, True
     )
-    place = head.to(tl.int64) * ((tokens + BLOCK - 1) // BLOCK) + row
+    place = head.to(tl.int64) * all_rows + row
     listed = indices + place * capacity
     count = tl.load(counts + place)
     unmasked = (count - 1) * PARTS
@@ -81,7 +84,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if LISTED:
             block = tl.load(listed + nth)  # an iteration early, so that no tile waits for its place
         else:
-            block = tl.where(nth == 0, 0, row + 1 - count + nth)
+            block = tl.where(nth == 0, 0, own + 1 - count + nth)
         keys = _tile(
             k, first, kv_head, k_token_stride, k_head_stride, tokens, TILE, HEAD_DIM, WIDTH, DESCRIBED, False
         )
@@ -90,7 +93,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         )
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         largest, total, mixed = _attend(scores, values, largest, total, mixed, scale, PRECISION)
-    query = first_query + tl.arange(0, BLOCK)
+    query = own * BLOCK + tl.arange(0, BLOCK)
     for part in tl.range(0, PARTS):
         first = block * BLOCK + part * TILE
         keys = _tile(
@@ -106,7 +109,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     at, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
     start = out + first_query.to(tl.int64) * out_token_stride + head.to(tl.int64) * out_head_stride
-    inside = (first_query + at < tokens) & (column < HEAD_DIM)
+    inside = (first_query + at < asked) & (column < HEAD_DIM)
     if sinks is not None:
         total += tl.exp2(tl.load(sinks + head) * LOG2_E - largest)
     mixed = (mixed / total[:, None]).to(out.dtype.element_ty)
@@ -189,7 +192,7 @@ def mean_keys_kernel(  # type: ignore[no-untyped-def]
     tl.store(means + (head * blocks + block) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "first", "tokens"])
+@triton.jit(do_not_specialize=["rows", "blocks", "before", "first", "tokens"])
 def estimate_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -198,6 +201,7 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     out,
     rows,
     blocks,
+    before,
     first,
     tokens,
     group,
@@ -209,62 +213,64 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """See `sparse._plain_shares`: each program does one block of queries of one head, from `first` on.
+    """See `sparse._plain_shares`: each program does one block of queries of one head.
 
+    Those from block `first` of `q` on, which begins with the document's block `before`.
     `means` is (kv_heads, blocks, HEAD_DIM), `out` (heads, rows, blocks), in which nothing is written for
-    blocks in the future. `scale` is that of the scores times log2(e). The first pass finds each query's sum,
-    the second its shares of it.
+    blocks in the future. `scale` is that of the scores times log2(e). The first pass finds each query's sum.
+    The second adds up its strides' shares of it by a product, with queries as columns: so the first product's
+    result is the other's left factor as it lies in registers.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
-    own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    query, at = own * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
-    places = q + query.to(tl.int64) * q_token_stride + head * q_head_stride + at
+    asked, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    own, within = before + asked, tl.arange(0, BLOCK)[:, None]
+    query, at = own * BLOCK + within, tl.arange(0, WIDTH)[None, :]
+    places = q + (asked * BLOCK + within).to(tl.int64) * q_token_stride + head * q_head_stride + at
     queries = tl.load(places, mask=(query < tokens) & (at < HEAD_DIM), other=0)
     start = means + head // group * blocks * HEAD_DIM
     largest, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], 0.0, tl.float32)
     for column in tl.range(0, own + 1, COLUMNS):
-        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
+        keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = tl.where(column + tl.arange(0, COLUMNS)[None, :] <= own, scores, float("-inf"))
         raised = tl.maximum(largest, tl.reduce(scores, 1, larger))
         total = total * tl.exp2(largest - raised) + tl.reduce(tl.exp2(scores - raised[:, None]), 1, plus)
         largest = raised
-    row = tl.arange(0, PER_BLOCK)
+    place = tl.arange(0, BLOCK)
+    level = tl.where(own * BLOCK + place < tokens, largest + tl.log2(total), float("inf"))
+    row = tl.arange(0, 2 * PER_BLOCK)  # a product has 16 columns or more: the second half is of no stride
+    EXACT: tl.constexpr = tl.float32 if queries.dtype == tl.float32 else tl.float16
+    belongs = (place[:, None] // STRIDE == row[None, :]).to(EXACT)
     of_row = tl.minimum(STRIDE, tl.maximum(1, tokens - own * BLOCK - row * STRIDE))
-    weight = tl.where(query < tokens, 1.0 / total[:, None], 0.0)
+    turned = tl.trans(queries)
     for column in tl.range(0, own + 1, COLUMNS):
-        scores = _mean_scores(queries, start, column, own, scale, HEAD_DIM, WIDTH, COLUMNS, PRECISION)
-        shares = tl.reshape(tl.exp2(scores - largest[:, None]) * weight, [PER_BLOCK, STRIDE, COLUMNS])
-        shares = tl.reduce(shares, 1, plus) / of_row[:, None]
-        block = column + tl.arange(0, COLUMNS)[None, :]
-        targets = out + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block
-        tl.store(targets, shares, mask=block <= own)
+        keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)
+        scores = tl.dot(keys, turned, input_precision=PRECISION) * scale
+        shares = tl.exp2(scores - level[None, :]).to(EXACT)
+        shares = tl.dot(shares, belongs, input_precision=PRECISION) / of_row[None, :]
+        block = column + tl.arange(0, COLUMNS)[:, None]
+        targets = out + (head * rows + tl.program_id(0) * PER_BLOCK + row[None, :]) * blocks + block
+        shares = shares.to(out.dtype.element_ty)
+        tl.store(targets, shares, mask=(block <= own) & (row[None, :] < PER_BLOCK))
 
 
 @triton.jit
-def _mean_scores(  # type: ignore[no-untyped-def]
-    queries,
-    means,
-    column,
-    own,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _means(  # type: ignore[no-untyped-def]
+    means, column, own, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Of queries of block `own` and the means of blocks from `column` on; -inf for those in the future."""
-    block, at = column + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)[None, :]
-    there = (block[:, None] <= own) & (at < HEAD_DIM)
-    keys = tl.load(means + block[:, None] * HEAD_DIM + at, mask=there, other=0)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    return tl.where(block[None, :] <= own, scores, float("-inf"))
+    """(COLUMNS, WIDTH) of blocks from `column` on; zeros for those behind block `own`."""
+    block, at = column + tl.arange(0, COLUMNS)[:, None], tl.arange(0, WIDTH)[None, :]
+    return tl.load(means + block * HEAD_DIM + at, mask=(block <= own) & (at < HEAD_DIM), other=0)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "first", "tokens"])
+@triton.jit(do_not_specialize=["rows", "blocks", "before", "first", "all_rows", "tokens"])
 def choice_kernel(  # type: ignore[no-untyped-def]
     masses,
     rows,
     blocks,
+    before,
     first,
+    all_rows,
     tokens,
     indices,
     counts,
@@ -273,35 +279,44 @@ def choice_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    STRIDES: tl.constexpr,
 ):
     """See `sparse.choose_blocks`: each program chooses for one block of queries of one head.
 
-    `masses` is (heads, rows, blocks), as `estimate_kernel` makes it; `indices` (heads, blocks, blocks). A
+    `masses` is (heads, rows, blocks), as `estimate_kernel` makes it; `indices` (heads, all_rows, blocks). A
     stride of queries wants a block if those with larger shares do not reach `mass`; the smallest share of
     which that is true is found by bisection, of the bits of positive floats, which are ordered as they are.
+    Of shares in bfloat16 half of the bits are looked for. So many `STRIDES` as registers hold are looked at
+    together.
     """
+    BITS: tl.constexpr = masses.dtype.element_ty.primitive_bitwidth
+    REST: tl.constexpr = 32 - BITS  # of a float32, which are 0
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
-    own, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block, row = tl.arange(0, CAPACITY), tl.arange(0, PER_BLOCK)
-    there = own * BLOCK + row[:, None] * STRIDE < tokens
-    places = masses + (head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]) * blocks + block[None, :]
-    shares = tl.load(places, mask=there & (block[None, :] <= own), other=0.0)
-
-    low, high = tl.full([PER_BLOCK], -1, tl.int32), tl.full([PER_BLOCK], ONE, tl.int32)
-    for _ in tl.range(0, STEPS):
-        middle = (low + high + 1) // 2
-        larger_ones = shares > middle.to(tl.float32, bitcast=True)[:, None]
-        reached = tl.reduce(tl.where(larger_ones, shares, 0.0), 1, plus) >= mass
-        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
-    wanted = (shares >= high.to(tl.float32, bitcast=True)[:, None]) & there
-    wanted = tl.reduce(wanted.to(tl.int32), 0, larger) > 0
+    asked, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    own, block = before + asked, tl.arange(0, CAPACITY)
+    found = tl.full([CAPACITY], 0, tl.int32)
+    for part in tl.range(0, PER_BLOCK, STRIDES):
+        row = part + tl.arange(0, STRIDES)
+        there = own * BLOCK + row[:, None] * STRIDE < tokens
+        line = head * rows + tl.program_id(0) * PER_BLOCK + row[:, None]
+        places = masses + line * blocks + block[None, :]
+        shares = tl.load(places, mask=there & (block[None, :] <= own), other=0.0).to(tl.float32)
+        low, high = tl.full([STRIDES], -1, tl.int32), tl.full([STRIDES], ONE >> REST, tl.int32)
+        for _ in tl.range(0, BITS - 2):
+            middle = (low + high + 1) // 2
+            larger_ones = shares > (middle << REST).to(tl.float32, bitcast=True)[:, None]
+            reached = tl.reduce(tl.where(larger_ones, shares, 0.0), 1, plus) >= mass
+            low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
+        wanted = (shares >= (high << REST).to(tl.float32, bitcast=True)[:, None]) & there
+        found = tl.maximum(found, tl.reduce(wanted.to(tl.int32), 0, larger))
+    wanted = found > 0
     wanted = wanted | (block >= own - 1) | (block == 0) | (own >= blocks - WHOLE_ROWS)
     kept = (wanted & (block <= own)).to(tl.int32)
     count = tl.reduce(kept, 0, plus)
-    listed = indices + (head * blocks + own) * blocks
+    listed = indices + (head * all_rows + asked) * blocks
     tl.store(listed + tl.associative_scan(kept, 0, plus) - kept, block, mask=kept > 0)
     tl.store(listed + block, blocks, mask=(block >= count) & (block < blocks))
-    tl.store(counts + head * blocks + own, count)
+    tl.store(counts + head * all_rows + asked, count)
 
 
 def described(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.decoding import Fp8Scales
-from pipeline.kernels.kv_fp8 import rounded
+from pipeline.kernels.fused import FP8
+from pipeline.kernels.kv_fp8 import KvTarget, put_prompts, rounded
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.shape import ModelShape
 
@@ -81,13 +82,18 @@ class SharedDocuments:
 class RaggedCache(KeysValues):
     """What one prefill makes: keys and values of all layers; lengths may differ by layer."""
 
-    def __init__(self, new_tokens: int, shared: SharedDocuments | None = None) -> None:
+    def __init__(
+        self, new_tokens: int, shared: SharedDocuments | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """In the type of what is stored, or in `dtype` float8_e4m3fn, with scales of each document."""
         self.new_tokens = new_tokens
+        self.dtype = dtype
         self.shared = shared
         self.reaches: tuple[int, ...] = ()  # tokens that each document may come to have, answer included
         self.keys: list[Tensor] = []  # of each layer, (S, K, d)
         self.values: list[Tensor] = []
         self.slots: list[Slots] = []  # of each layer; layers with the same tokens share one
+        self._scales: list[Fp8Scales] = []  # of each layer in e4m3, a line a document
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +101,9 @@ class RaggedCache(KeysValues):
 
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer], self.values[layer]
+
+    def scales(self, layer: int) -> Fp8Scales | None:
+        return self._scales[layer] if self._scales else None
 
     def starts(self, document: int) -> list[int]:
         """Of each layer, the slot of a document's first token."""
@@ -111,10 +120,24 @@ class RaggedCache(KeysValues):
         else:
             slots = Slots(segments, self.new_tokens)
         self.slots.append(slots)
+        if self.dtype == FP8:
+            self._store_in_e4m3(k_TKd, v_TKd, slots)
+            return
         for buffers, source in ((self.keys, k_TKd), (self.values, v_TKd)):
             # zeros, since kernels multiply what they mask: NaN in a slot not yet used would reach the answer
             buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
             buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
+
+    def _store_in_e4m3(self, k_TKd: Tensor, v_TKd: Tensor, slots: Slots) -> None:
+        size, device, documents = k_TKd.shape[1:], k_TKd.device, len(slots.starts)
+        for buffers in (self.keys, self.values):
+            zeros = torch.zeros((slots.capacity, *size), dtype=torch.uint8, device=device)
+            buffers.append(zeros.view(FP8))
+        scales = Fp8Scales.ones(documents, size[0], size[1], device)
+        starts_B, lines_B = on_device(slots.starts, device), torch.arange(documents, device=device)
+        target = KvTarget(self.keys[-1], self.values[-1], starts_B, scales, lines_B)
+        put_prompts(k_TKd, v_TKd, slots.segments, target)
+        self._scales.append(scales)
 
     def share(
         self, layers: Sequence[tuple[Tensor, Tensor]], first: Sequence[range], segments: Segments

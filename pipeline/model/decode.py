@@ -320,7 +320,8 @@ def decode(
     tokens, if they have been chosen, with `scores` as `Generated.take` has them, `prompts` the token ids of
     each, which a repetition penalty is for, `reasoning` is what each prompt says of it, and `guides` hold
     answers to forms. `scored` is as `DecodeBatch` takes it. With a `kv_dtype` of float8_e4m3fn keys and
-    values are rounded to it first, and those of the prefill freed, unless it is to be decoded `again`.
+    values are rounded to it first, where the prefill's are not in it, and those of the prefill freed, unless
+    it is to be decoded `again`.
     `check` is called before every step, and may raise to give the pack up. Raises RowError where the model's
     output is not finite.
     """
@@ -341,7 +342,7 @@ def decode(
     cache = prefilled.cache
     own = [cache.used(b) for b in range(count)]
     dtype = kv_dtype or decoder.dtype
-    converts = dtype != decoder.dtype
+    converts = dtype != (cache.dtype or decoder.dtype)
     frees = converts and not again
     kv, extents, documents = rows_in(
         cache, decoder.shape, rules.max_new_tokens, dtype=dtype, converts=converts, frees=frees
@@ -367,7 +368,7 @@ def decode(
             used=own[b],
             position=prefilled.next_positions[b],
             reach=cache.reaches[b],
-            line=extents[b].line if extents else 0,
+            line=extents[b].line if extents else b,
             shared=shared[b],
             prompt=prompts[b] if prompts else None,
         )

@@ -10,12 +10,12 @@ import numpy as np
 
 from pipeline.model.reasoning import answer_start
 from pipeline.records import ChoiceLogprob, Reasoning
-from pipeline.structured.matchers import ChoiceMatcher, Matcher, Visit, mask_of
+from pipeline.structured.matchers import ChoiceMatcher, Matcher, Visit, fill_masks, mask_of
 
 
 @dataclass(kw_only=True, eq=False)
 class Guide:
-    """Of one row. Masks have a bit a token, see `Matcher.fill`."""
+    """Of one row. Masks have a bit a token, see `fill_masks`."""
 
     matcher: Matcher
     tokenizer: Any  # the model's
@@ -32,18 +32,9 @@ class Guide:
     def __post_init__(self) -> None:
         self.start = None if self.reasoning is Reasoning.BEGUN else 0
 
-    def fill(self, mask_W: np.ndarray) -> None:
-        """Write the tokens that may follow; while the model reasons, all but those that end an answer."""
-        if self.start is None:
-            mask_W[:] = ~self.stops_W
-            return
-        self.matcher.fill(mask_W)
-        if self._may_open:
-            assert self.opener is not None
-            mask_W |= mask_of([self.opener], len(mask_W))
-
     @property
-    def _may_open(self) -> bool:
+    def may_open(self) -> bool:
+        """Whether the next token may be the one by which the model begins to reason."""
         return not self._taken and self.reasoning is Reasoning.POSSIBLE and self.opener is not None
 
     @property
@@ -55,7 +46,7 @@ class Guide:
     def take(self, tokens: Sequence[int], logits: Sequence[float] = ()) -> None:
         """Go on with the newest of the tokens that there are; `logits` are of those `asked`, if any are."""
         newest, asked = tokens[-1], self.asked
-        opens = self._may_open and newest == self.opener
+        opens = self.may_open and newest == self.opener
         self._taken += 1
         if opens:
             self.start = None
@@ -101,3 +92,19 @@ class Guide:
     def is_complete(self) -> bool:
         """Whether the answer has its form."""
         return self.start is not None and self.matcher.is_complete
+
+
+def fill_guided(guides: Sequence[Guide | None], mask_BW: np.ndarray) -> None:
+    """Write the tokens that each row may go on with; None stands for one that may go on with any.
+
+    While a model reasons, these are all but those that end an answer.
+    """
+    mask_BW[:] = -1
+    guided = [(row, guide) for row, guide in enumerate(guides) if guide is not None]
+    fill_masks({row: guide.matcher for row, guide in guided if guide.start is not None}, mask_BW)
+    for row, guide in guided:
+        if guide.start is None:
+            mask_BW[row] = ~guide.stops_W
+        elif guide.may_open:
+            assert guide.opener is not None
+            mask_BW[row] |= mask_of([guide.opener], mask_BW.shape[1])

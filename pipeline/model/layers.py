@@ -18,14 +18,14 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.kernels.query_pieces import QueryPiece, query_pieces
 from pipeline.kernels.segments import Segments
-from pipeline.kernels.sparse import SparsePrefill
+from pipeline.kernels.sparse_prefill import SparsePrefill
 from pipeline.model.cache import RaggedCache
-from pipeline.model.early_exit import EarlyExit
-from pipeline.model.precision import Kept, kept_of
+from pipeline.model.early_exit import EarlyExit, LayerAttention
+from pipeline.model.precision import Kept, Make, feed_forward, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
-from pipeline.pruning.operations import causal_pairs
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
 
@@ -108,13 +108,15 @@ def run_layers(
     )
 
 
-class _Attended(NamedTuple):
-    """What a layer's attention makes, and what it took."""
+class Piece(NamedTuple):
+    """Some tokens of a pack, and which of them keep the model's dtype; None: all are in one precision."""
 
-    attended_THd: Tensor
-    stored: tuple[Tensor, Tensor, Segments]  # keys and values that there are to be stored
-    pairs_B: Tensor | None = None  # query-key pairs; None for all causal ones
-    estimated: tuple[int, ...] | None = None  # those by which blocks were chosen; None for none
+    queries: QueryPiece
+    kept: Kept | None
+
+    @property
+    def rows(self) -> slice:
+        return self.queries.rows
 
 
 @dataclass(kw_only=True)
@@ -135,6 +137,7 @@ class _Run:
     masses: tuple[float | None, ...]
     kept: Kept | None
     sparse: SparsePrefill
+    pieces: tuple[Piece, ...]
     exited: EarlyExit | None = None
     whole: bool = True  # no token has left
 
@@ -149,6 +152,7 @@ class _Run:
         begun: PartialPrefill,
     ) -> _Run:
         segments, positions_T = pack.segments, pack.segments.index_in_document_T
+        kept = _kept(decoder, segments)
         begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in segments.lengths)
         reach_T = (segments.lengths_B + begun.cache.new_tokens)[segments.document_T]
         return cls(
@@ -161,11 +165,12 @@ class _Run:
             work=begun.work,
             hidden_TD=begun.hidden_TD,
             positions_T=positions_T,
-            segments=pack.segments,
+            segments=segments,
             rope=decoder.rope(begun.hidden_TD, positions_T, reach_T),
             masses=method.masses_in(decoder.shape),
-            kept=_kept(decoder, pack.segments),
-            sparse=_sparse(decoder, attention, pack.segments),
+            kept=kept,
+            sparse=_sparse(decoder, attention, segments),
+            pieces=_pieces(decoder, segments, kept, cut=attention.cuts_queries(decoder.device)),
         )
 
     def layer(self, layer: int, *, ends: bool) -> Selection | None:
@@ -175,12 +180,21 @@ class _Run:
         pass it, and goes on.
         """
         decoder, work = self.decoder, self.work
-        q_THd, k_TKd, v_TKd = self._qkv(layer)
-        attended_THd, stored, pairs_B, estimated = self._attend(layer, q_THd, k_TKd, v_TKd)
-        if self.kept is None:
-            decoder.add_attention_(layer, self.hidden_TD, attended_THd)
-        else:
-            self.kept.in_both_(partial(decoder.add_attention_, layer), self.hidden_TD, attended_THd)
+        q_THd, k_TKd, v_TKd = self._projected(layer)
+        attention = self._attention(layer, k_TKd, v_TKd)
+        for piece in self.pieces:
+            if q_THd is None:
+                (q_QHd,) = self._made(partial(decoder.queries, layer), layer, piece)
+            else:
+                q_QHd = q_THd[piece.rows]
+            attended_QHd = attention.of(piece.queries, q_QHd)
+            if piece.kept is None:
+                decoder.add_attention_(layer, self.hidden_TD[piece.rows], attended_QHd)
+            else:
+                add = partial(decoder.add_attention_, layer)
+                piece.kept.in_both_(add, self.hidden_TD[piece.rows], attended_QHd)
+        del q_QHd, attended_QHd  # whose memory the feed-forward network needs
+        pairs_B, estimated = attention.pairs_B(decoder.shape.heads), attention.estimated
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
         if selection.restart is not None:
@@ -189,9 +203,9 @@ class _Run:
             return selection
         if selection.blocks is not None:
             self.cache.settle(layer, selection.blocks)
-        _store(self.cache, *stored, selection)
-        read = self._last_tokens() if ends else None
-        ffn, ffn_fp8 = _feed_forward(decoder, layer, self.hidden_TD, selection, self.kept, read)
+        _store(self.cache, *attention.stored, selection)
+        read, pieces = self._last_tokens() if ends else None, [(each.rows, each.kept) for each in self.pieces]
+        ffn, ffn_fp8 = feed_forward(decoder, layer, self.hidden_TD, selection, self.kept, pieces, read)
         counts = None if self.exited is None else self.exited.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
@@ -225,38 +239,49 @@ class _Run:
         decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
         decoder.add_feed_forward_(layer, self.hidden_TD)
 
-    def _qkv(self, layer: int) -> tuple[Tensor, ...]:
-        """See `Decoder.qkv`; of tokens that are kept beside others in fp8 in the model's dtype."""
-        decoder, kept = self.decoder, self.kept
-        if kept is None or not decoder.has_qkv_in_fp8(layer):
-            return decoder.qkv(layer, self.hidden_TD, self.rope)
-        hidden_TD, rope, beside = self.hidden_TD, self.rope, kept.beside_all
-        own = decoder.qkv(layer, hidden_TD.index_select(0, kept.rows), rope.at(kept.rows), fp8=False)
-        if beside is not None:
-            hidden_TD, rope = hidden_TD.index_select(0, beside), rope.at(beside)
-        others = decoder.qkv(layer, hidden_TD, rope, fp8=True)
-        return tuple(kept.merged(mine, other) for mine, other in zip(own, others, strict=True))
+    def _projected(self, layer: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (T, H, d), keys and values (T, K, d); without queries if each piece is to make its own."""
+        decoder = self.decoder
+        if len(self.pieces) == 1 or self.method.reads_layers:
+            whole = Piece(QueryPiece.whole(self.segments), self.kept)
+            q_THd, k_TKd, v_TKd = self._made(partial(decoder.qkv, layer), layer, whole)
+            return q_THd, k_TKd, v_TKd
+        size = (self.segments.total, decoder.shape.kv_heads, decoder.shape.head_dim)
+        keys, values = (self.hidden_TD.new_empty(size) for _ in range(2))
+        for piece in self.pieces:
+            made = self._made(partial(decoder.keys_values, layer), layer, piece)
+            keys[piece.rows], values[piece.rows] = made
+        return None, keys, values
 
-    def _attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> _Attended:
-        window, sinks_H = self.decoder.shape.window(layer), self.decoder.sinks(layer)
+    def _made(self, make: Make, layer: int, piece: Piece) -> tuple[Tensor, ...]:
+        """What `make` makes of a piece's tokens, of those that are kept in the model's dtype."""
+        hidden_QD, rope = self.hidden_TD[piece.rows], self.rope.at(piece.rows)
+        if piece.kept is None or not self.decoder.has_qkv_in_fp8(layer):
+            return make(hidden_QD, rope)
+        return piece.kept.in_both(make, hidden_QD, rope)
+
+    def _attention(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> LayerAttention:
+        window, mass = self.decoder.shape.window(layer), self.masses[layer]
         if self.exited is not None:
-            keys, values = self.exited.keys_values(self.decoder, layer, k_TKd, v_TKd)
-            attended_THd = self.exited.attend(self.attention, q_THd, keys, values, window, sinks_H)
-            return _Attended(attended_THd, (keys, values, self.exited.whole), self.exited.pairs_B(window))
-        stored = (k_TKd, v_TKd, self.segments)
-        mass = self.masses[layer]
-        if window is not None or mass is None:
-            attended_THd = self.attention.prefill(q_THd, k_TKd, v_TKd, self.segments, window, sinks_H)
-            lengths = self.segments.lengths
-            counts = None if window is None else [causal_pairs(n, window) for n in lengths]
-            return _Attended(attended_THd, stored, None if counts is None else torch.tensor(counts))
-        attended_THd, pairs_B = self.sparse.attend(q_THd, k_TKd, v_TKd, mass, sinks_H)
-        return _Attended(attended_THd, stored, pairs_B, self.sparse.estimated_pairs(mass))
+            k_TKd, v_TKd = self.exited.keys_values(self.decoder, layer, k_TKd, v_TKd)
+        return LayerAttention(
+            attention=self.attention,
+            segments=self.segments,
+            k_TKd=k_TKd,
+            v_TKd=v_TKd,
+            window=window,
+            sinks_H=self.decoder.sinks(layer),
+            sparse=self.sparse if window is None and mass is not None else None,
+            mass=mass or 0.0,
+            exited=self.exited,
+        )
 
-    def _view(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
+    def _view(self, layer: int, q_THd: Tensor | None, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
+        shape = self.decoder.shape
+        no_queries = k_TKd.new_empty(0, shape.heads, shape.head_dim)
         return LayerView(
             layer=layer,
-            queries=q_THd,
+            queries=q_THd if q_THd is not None and self.method.reads_layers else no_queries,
             keys=k_TKd,
             values=v_TKd,
             hidden=self.hidden_TD,
@@ -271,10 +296,18 @@ class _Run:
         segments = surviving(self.segments, live_C, lengths)
         if early_exit:
             assert self.segments is self.pack.segments, "tokens have left before"
-            self.exited = EarlyExit.of(self.pack.segments, segments, live_C, self.hidden_TD, self.rope)
+            self.exited = EarlyExit(
+                whole=self.pack.segments,
+                live=segments,
+                live_Q=live_C,
+                hidden_TD=self.hidden_TD,
+                rope=self.rope,
+            )
         self.whole = False
         self._keep(live_C, segments)
         self.kept = _kept(self.decoder, self.segments)
+        cut = self.exited is None and self.attention.cuts_queries(self.decoder.device)
+        self.pieces = _pieces(self.decoder, self.segments, self.kept, cut=cut)
         self.sparse = _sparse(self.decoder, self.attention, self.segments)
 
     def _keep(self, live_C: Tensor, segments: Segments) -> None:
@@ -300,62 +333,16 @@ def _kept(decoder: Decoder, segments: Segments) -> Kept | None:
     return kept_of(segments, decoder.shape) if decoder.linears == "mixed" else None
 
 
+def _pieces(decoder: Decoder, segments: Segments, kept: Kept | None, *, cut: bool) -> tuple[Piece, ...]:
+    """Those whose queries are held at once; without `cut` one for all."""
+    pieces = query_pieces(segments, decoder.query_tokens) if cut else (QueryPiece.whole(segments),)
+    if len(pieces) == 1:
+        return (Piece(pieces[0], kept),)
+    return tuple(Piece(each, None if kept is None else kept.within(each.rows)) for each in pieces)
+
+
 def _sparse(decoder: Decoder, attention: AttentionBackend, segments: Segments) -> SparsePrefill:
     return SparsePrefill(attention, segments, width=decoder.shape.heads * decoder.shape.head_dim)
-
-
-def _feed_forward(
-    decoder: Decoder,
-    layer: int,
-    hidden_TD: Tensor,
-    selection: Selection,
-    kept: Kept | None,
-    read_B: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Take the tokens selected through the network: those (None: all) by default, and those in fp8.
-
-    Of them only `read_B`, if that is given: what becomes of the others is not read.
-    """
-    ffn, ffn_fp8 = selection.live if selection.ffn is None else selection.ffn, selection.ffn_fp8
-    if read_B is not None:
-        ffn = read_B if ffn is None else ffn[torch.isin(ffn, read_B)]
-        ffn_fp8 = None if ffn_fp8 is None else ffn_fp8[torch.isin(ffn_fp8, read_B)]
-    if ffn is not None and len(ffn) == len(hidden_TD):
-        ffn = None
-    if ffn_fp8 is None and kept is not None:
-        own, others = kept.split(ffn)
-        if ffn is None:
-            kept.in_both_(partial(decoder.add_feed_forward_, layer), hidden_TD)
-            return own, others
-        ffn, ffn_fp8 = own, others
-    if ffn_fp8 is None:
-        feed_forward_(decoder, layer, hidden_TD, ffn)
-    else:
-        feed_forward_(decoder, layer, hidden_TD, ffn, fp8=False)
-        feed_forward_(decoder, layer, hidden_TD, ffn_fp8, fp8=True)
-    return ffn, ffn_fp8
-
-
-def feed_forward_(
-    decoder: Decoder,
-    layer: int,
-    hidden_TD: Tensor,
-    passes: Tensor | None,
-    fp8: bool | None = None,
-) -> None:
-    """Add the feed-forward network's output in place, for the tokens `passes` (None: all).
-
-    The network and its norm run on the gathered tokens alone, a piece at a time; the rows of the others are
-    not touched. `fp8` says in which precision, None in that of all linear layers.
-    """
-    if passes is None:
-        decoder.add_feed_forward_(layer, hidden_TD, fp8)
-        return
-    for rows in decoder.pieces(len(passes)):
-        chosen_C = passes[rows]
-        chosen_CD = hidden_TD.index_select(0, chosen_C)
-        decoder.add_feed_forward_(layer, chosen_CD, fp8)
-        hidden_TD.index_copy_(0, chosen_C, chosen_CD)
 
 
 def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:

@@ -60,13 +60,14 @@ def make_cache(
     device: torch.device,
     itemsize: int,
     score: Score | None,
+    dtype: torch.dtype | None = None,
 ) -> RaggedCache:
-    """A cache that stays on the device if the plan fits there, else one that offloads.
+    """A cache that stays on the device, in `dtype`, if the plan fits there, else one that offloads.
 
     Raises RowError if a pack of several documents, or a method that scores no blocks, exceeds the limits.
     """
     if limits is None or plan.kv_bytes(itemsize, new_tokens) <= limits.device_bytes:
-        return RaggedCache(new_tokens)
+        return RaggedCache(new_tokens, dtype=dtype)
     if plan.rescoring is None or score is None or len(plan.lengths) > 1:
         raise RowError(
             "kv_memory",

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.families.decoder import Decoder
+from pipeline.families.rope import Rope
 from pipeline.kernels.segments import Segments, runs
+from pipeline.pruning.base import Selection
 from pipeline.pruning.shape import ModelShape
 
 WINDOW = 64  # last tokens of each document
 FEW = 1 / 8  # of a pack's tokens, up to which kept ones are computed twice, and the others not gathered
 LEAST_WORK = 1 << 38  # products of a layer, below which fp8 costs a GPU more launches than it saves
+
+
+class Make(Protocol):
+    """Something made of the residual stream: see `Kept.in_both`."""
+
+    def __call__(self, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None) -> tuple[Tensor, ...]: ...
 
 
 class Step(Protocol):
@@ -31,7 +40,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """Tokens of a pack that keep the model's dtype, and the others: some of both."""
+    """Tokens of a pack that keep the model's dtype, and the others."""
 
     ranges: tuple[tuple[int, int], ...]  # half-open, ascending, none empty, with gaps between them
     total: int
@@ -45,8 +54,21 @@ class Kept:
     @cached_property
     def others(self) -> Tensor:
         """(T - W,) ascending."""
-        starts, ends = zip(*self.ranges, strict=True)
+        starts, ends = [start for start, _ in self.ranges], [end for _, end in self.ranges]
         return self._places(list(zip((0, *ends), (*starts, self.total), strict=True)))
+
+    def within(self, rows: slice) -> Kept:
+        """Those of a piece of the pack, and the others there; either may be none."""
+        clipped = [(max(start, rows.start), min(end, rows.stop)) for start, end in self.ranges]
+        ranges = tuple((a - rows.start, b - rows.start) for a, b in clipped if a < b)
+        return Kept(ranges, rows.stop - rows.start, self.device)
+
+    @cached_property
+    def in_one(self) -> bool | None:
+        """Whether all tokens are computed in fp8, or none is; None: some of both."""
+        if not self.ranges:
+            return True
+        return False if self.ranges == ((0, self.total),) else None
 
     @property
     def beside_all(self) -> Tensor | None:
@@ -60,6 +82,9 @@ class Kept:
         inputs, and whether to compute in fp8. What few kept tokens would be in fp8 is overwritten.
         """
         given = (hidden_TD, *inputs_T)
+        if self.in_one is not None:
+            step(*given, fp8=self.in_one)
+            return
         own = [x.index_select(0, self.rows) for x in given]
         step(*own, fp8=False)
         beside = self.beside_all
@@ -70,6 +95,16 @@ class Kept:
             step(*others, fp8=True)
             hidden_TD.index_copy_(0, beside, others[0])
         hidden_TD.index_copy_(0, self.rows, own[0])
+
+    def in_both(self, make: Make, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+        """What `make` makes of the residual stream, (T, ...) each, of each token in its precision."""
+        if self.in_one is not None:
+            return make(hidden_TD, rope, fp8=self.in_one)
+        own = make(hidden_TD.index_select(0, self.rows), rope.at(self.rows), fp8=False)
+        if (beside := self.beside_all) is not None:
+            hidden_TD, rope = hidden_TD.index_select(0, beside), rope.at(beside)
+        others = make(hidden_TD, rope, fp8=True)
+        return tuple(self.merged(mine, other) for mine, other in zip(own, others, strict=True))
 
     def merged(self, own: Tensor, others: Tensor) -> Tensor:
         """(T, ...) of what the kept tokens have and those `beside_all`, in whose tensor if they are all."""
@@ -117,3 +152,61 @@ def worthwhile(length: int, shape: ModelShape, device: torch.device) -> bool:
     """Whether fp8 makes a document of so many tokens faster."""
     weights = shape.hidden * (shape.heads * shape.head_dim + 3 * shape.ffn_per_token)
     return length * weights >= LEAST_WORK or device.type != "cuda"
+
+
+def feed_forward(
+    decoder: Decoder,
+    layer: int,
+    hidden_TD: Tensor,
+    selection: Selection,
+    kept: Kept | None,
+    pieces: Sequence[tuple[slice, Kept | None]],
+    read_B: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take the tokens selected through the network: those (None: all) by default, and those in fp8.
+
+    Of them only `read_B`, if that is given: what becomes of the others is not read. `kept` are the tokens
+    that keep the model's dtype, and `pieces` has them of each piece of the pack.
+    """
+    ffn, ffn_fp8 = selection.live if selection.ffn is None else selection.ffn, selection.ffn_fp8
+    if read_B is not None:
+        ffn = read_B if ffn is None else ffn[torch.isin(ffn, read_B)]
+        ffn_fp8 = None if ffn_fp8 is None else ffn_fp8[torch.isin(ffn_fp8, read_B)]
+    if ffn is not None and len(ffn) == len(hidden_TD):
+        ffn = None
+    if ffn_fp8 is None and kept is not None:
+        own, others = kept.split(ffn)
+        if ffn is None:
+            for rows, of_piece in pieces:
+                assert of_piece is not None
+                of_piece.in_both_(partial(decoder.add_feed_forward_, layer), hidden_TD[rows])
+            return own, others
+        ffn, ffn_fp8 = own, others
+    if ffn_fp8 is None:
+        feed_forward_(decoder, layer, hidden_TD, ffn)
+    else:
+        feed_forward_(decoder, layer, hidden_TD, ffn, fp8=False)
+        feed_forward_(decoder, layer, hidden_TD, ffn_fp8, fp8=True)
+    return ffn, ffn_fp8
+
+
+def feed_forward_(
+    decoder: Decoder,
+    layer: int,
+    hidden_TD: Tensor,
+    passes: Tensor | None,
+    fp8: bool | None = None,
+) -> None:
+    """Add the feed-forward network's output in place, for the tokens `passes` (None: all).
+
+    The network and its norm run on the gathered tokens alone, a piece at a time; the rows of the others are
+    not touched. `fp8` says in which precision, None in that of all linear layers.
+    """
+    if passes is None:
+        decoder.add_feed_forward_(layer, hidden_TD, fp8)
+        return
+    for rows in decoder.pieces(len(passes)):
+        chosen_C = passes[rows]
+        chosen_CD = hidden_TD.index_select(0, chosen_C)
+        decoder.add_feed_forward_(layer, chosen_CD, fp8)
+        hidden_TD.index_copy_(0, chosen_C, chosen_CD)

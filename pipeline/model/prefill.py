@@ -53,11 +53,13 @@ def prefill(
     limits: KvLimits | None = None,
     marks: bool = False,
     begun: PartialPrefill | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`, or on from where they have `begun`.
 
     The cache gets room for `new_tokens` more tokens a document, and offloads to the host what exceeds
-    `limits`. `check` is called before every layer, and may raise to give the pack up. With `marks` the work
+    `limits`; else it is in `kv_dtype`, if that is float8_e4m3fn, which only a pack of one document can be
+    decoded from. `check` is called before every layer, and may raise to give the pack up. With `marks` work
     of each pass holds who was computed in each layer, a byte a token, on the device. Nothing is copied to
     the host for a method that keeps all tokens alive and counts them beforehand; a token that is dropped
     keeps its position, unless the method begins anew.
@@ -77,6 +79,7 @@ def prefill(
                 device=decoder.device,
                 itemsize=decoder.dtype.itemsize,
                 score=rescores,
+                dtype=kv_dtype,
             )
             begun = PartialPrefill.afresh(decoder, pack, cache, marks)
         passes.append(begun.work)

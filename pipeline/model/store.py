@@ -75,10 +75,7 @@ class KvStore(KeysValues):
         self._lines = list(range(lines - 1, 0, -1))  # that are free
         self._scales: list[Fp8Scales] = []  # of each layer
         for _layer in range(shape.layers if lines else 0):
-            size = (lines, shape.kv_heads)
-            keys, values = (torch.ones(size, dtype=torch.float32, device=device) for _ in range(2))
-            means = torch.zeros((*size, shape.head_dim), dtype=torch.float32, device=device)
-            self._scales.append(Fp8Scales(keys_LK=keys, values_LK=values, means_LKd=means))
+            self._scales.append(Fp8Scales.ones(lines, shape.kv_heads, shape.head_dim, device))
 
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._pool[0], self._pool[1]
@@ -209,6 +206,7 @@ def rows_in(
         return cache, [], []
     before = None if cache.shared is None else cache.shared.cache
     documents = [] if before is None else list(zip(*before.own_tokens(), strict=True))
+    assert cache.dtype != FP8, "keys and values in e4m3 stay where they are"
     slots = sum(slots_needed(layers, new_tokens, cache.device) for layers in own)
     slots += sum(slots_needed(layers, 0, cache.device) for layers in documents)
     extents = len(own) + len(documents)

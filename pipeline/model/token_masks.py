@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
-from pipeline.model.guide import Guide
+from pipeline.model.guide import Guide, fill_guided
 
 ROWS_AT_ONCE = 32  # of those whose probabilities are computed: they take a float32 of the whole vocabulary
 
@@ -70,12 +70,9 @@ class MaskTable:
         """
         tables = self._tables
         mask_CW, asked_CA = tables.host_mask_CW.numpy(), tables.host_asked_CA.numpy()
-        mask_CW[:columns] = -1
-        for column, (guide, tokens) in enumerate(zip(guides, asked, strict=True)):
-            if self._asked:
-                asked_CA[column, : len(tokens)] = tokens
-            if guide is not None:
-                guide.fill(mask_CW[column])
+        fill_guided(guides, mask_CW[:columns])
+        for column, tokens in enumerate(asked if self._asked else ()):
+            asked_CA[column, : len(tokens)] = tokens
         tables.mask_CW[:columns].copy_(tables.host_mask_CW[:columns], non_blocking=True)
         if self._asked:
             tables.asked_CA[:columns].copy_(tables.host_asked_CA[:columns], non_blocking=True)
@@ -100,9 +97,9 @@ class MaskTable:
 
 
 def masked(logits_BV: Tensor, mask_BW: Tensor) -> Tensor:
-    """The logits, with minus infinity for the tokens whose bit is not set."""
-    bits_32 = torch.arange(32, dtype=torch.int32, device=mask_BW.device)
-    is_out_BV = ((mask_BW[:, :, None] >> bits_32) & 1).flatten(1)[:, : logits_BV.shape[1]] == 0
+    """The logits, with minus infinity for the tokens whose bit is not set, of a word's the lowest first."""
+    bits_8 = 1 << torch.arange(8, dtype=torch.uint8, device=mask_BW.device)
+    is_out_BV = ((mask_BW.view(torch.uint8)[:, :, None] & bits_8) == 0).flatten(1)[:, : logits_BV.shape[1]]
     return logits_BV.masked_fill(is_out_BV, -torch.inf)
 
 
@@ -119,10 +116,8 @@ def first_allowed(logits_BV: Tensor, guides: Sequence[Guide | None]) -> Tensor:
     words = next((len(guide.stops_W) for guide in guides if guide is not None), None)
     if words is None:
         return logits_BV
-    mask_BW = np.full((len(guides), words), -1, np.int32)
-    for mask_W, guide in zip(mask_BW, guides, strict=True):
-        if guide is not None:
-            guide.fill(mask_W)
+    mask_BW = np.empty((len(guides), words), np.int32)
+    fill_guided(guides, mask_BW)
     return masked(logits_BV, torch.from_numpy(mask_BW).to(logits_BV.device))
 
 

@@ -94,6 +94,10 @@ class PruningMethod(ABC):
     # whether it stays right where layers attend to a window of the last positions: it must neither drop
     # keys and values nor judge tokens by their attention
     suits_windows: ClassVar[bool] = False
+    # whether `select` looks at the queries, keys, values or hidden states that it is shown, or drops tokens
+    # but by an early exit: without, queries are made a piece at a time where there are many, it sees none,
+    # and memory is planned closely
+    reads_layers: ClassVar[bool] = True
 
     sparse_attention: float | tuple[float, ...] | None = setting(
         None,

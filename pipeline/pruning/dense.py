@@ -18,6 +18,7 @@ class Dense(PruningMethod):
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "the unpruned model"
     suits_windows: ClassVar[bool] = True
+    reads_layers: ClassVar[bool] = False
 
     @classmethod
     def attending_as(cls, method: PruningMethod, shape: ModelShape) -> Self:

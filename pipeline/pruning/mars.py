@@ -45,6 +45,7 @@ class Mars(PruningMethod):
     name: ClassVar[str] = "mars"
     source: ClassVar[str] = "this project; arXiv 2603.06199, arXiv 2410.03960"
     suits_windows: ClassVar[bool] = True
+    reads_layers: ClassVar[bool] = False
 
     sparse_attention: float | tuple[float, ...] | None = setting(
         0.85,

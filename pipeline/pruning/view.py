@@ -23,7 +23,7 @@ class LayerView:
     """What a method may look at after a layer's attention. Scores are computed only when asked for."""
 
     layer: int
-    queries: Tensor  # (T, H, d) with RoPE
+    queries: Tensor  # (T, H, d) with RoPE; none for a method that does not read layers
     keys: Tensor  # (T, K, d) with RoPE
     values: Tensor  # (T, K, d)
     hidden: Tensor  # (T, D) residual stream after attention

@@ -105,7 +105,7 @@ class BoundForms:
             library=library,
             stops=self.stops,
             stops_W=self.stops_W,
-            barred_W=mask_of({*library.eos_tokens, *range(self.vocab, 32 * self.words)}, self.words),
+            known_W=~mask_of({*library.eos_tokens, *range(self.vocab, 32 * self.words)}, self.words),
             drops_first_space=library.decode_str(space) == f" {decoded}",
         )
 

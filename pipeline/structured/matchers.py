@@ -1,6 +1,7 @@
 """What a row's answer may go on with, token by token, under the form that it is to have.
 
-Letters: V tokens of the vocabulary, W words of 32 bits, one bit a token, of which the lowest is the first.
+Letters: B rows, V tokens of the vocabulary, W words of 32 bits, one bit a token, of which the lowest is the
+first.
 """
 
 from __future__ import annotations
@@ -8,22 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.records import ChoiceLogprob
-from pipeline.structured.grammars import cause
+from pipeline.structured.grammars import cause, llguidance
 
 
 class Matcher(Protocol):
     """An answer that grows under a form, and knows which tokens may follow."""
 
     error: str | None  # why it cannot go on though it is not complete
-
-    def fill(self, mask_W: np.ndarray) -> None:
-        """Write the tokens that may follow, as bits, to a row of int32; tokens that end it among them."""
-        ...
 
     def take(self, token: int) -> None:
         """Go on with a token, which must be one of those that may follow."""
@@ -51,17 +49,17 @@ class GrammarMatcher:
     def __init__(self, matcher: Any, tokens: GrammarTokens) -> None:
         """`matcher` is one of the library's, at its beginning."""
         self.error: str | None = None
-        self._matcher, self._tokens = matcher, tokens
+        self.library, self._tokens = matcher, tokens
         self._taken: list[int] = []
 
-    def fill(self, mask_W: np.ndarray) -> None:
+    def complete(self, mask_W: np.ndarray) -> None:
+        """Make the tokens that the library allows those that may follow; all, where there is an error."""
         if self.error is None:
-            self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
-            mask_W &= ~self._tokens.barred_W
+            mask_W &= self._tokens.known_W
             if self.is_complete:
                 mask_W |= self._tokens.stops_W
-            if self._matcher.is_error():
-                self.error = cause(self._matcher.get_error())
+            if self.library.is_error():
+                self.error = cause(self.library.get_error())
             elif not mask_W.any():
                 self.error = "the model has no token that can follow"
         if self.error is not None:
@@ -70,17 +68,17 @@ class GrammarMatcher:
     def take(self, token: int) -> None:
         if token in self._tokens.stops:
             return
-        if self.error is None and not self._matcher.consume_token(token):
-            self.error = cause(self._matcher.get_error())
+        if self.error is None and not self.library.consume_token(token):
+            self.error = cause(self.library.get_error())
         self._taken.append(token)
 
     @property
     def is_complete(self) -> bool:
-        return self.error is None and bool(self._matcher.is_accepting())
+        return self.error is None and bool(self.library.is_accepting())
 
     @property
     def is_ended(self) -> bool:
-        return self.is_complete and bool(self._matcher.is_stopped())
+        return self.is_complete and bool(self.library.is_stopped())
 
     @property
     def text(self) -> str:
@@ -95,7 +93,7 @@ class GrammarTokens:
     library: Any  # the tokenizer of llguidance
     stops: frozenset[int]  # that end an answer
     stops_W: np.ndarray
-    barred_W: np.ndarray  # what the library takes for an end, and tokens that the model does not know
+    known_W: np.ndarray  # that the model knows, but for what the library takes for an end
     drops_first_space: bool  # of a text that is decoded
 
 
@@ -133,9 +131,6 @@ class ChoiceMatcher:
     @property
     def _node(self) -> ChoiceNode:
         return self._path[-1]
-
-    def fill(self, mask_W: np.ndarray) -> None:
-        mask_W[:] = mask_of(self.asked, len(mask_W))
 
     @property
     def asked(self) -> list[int]:
@@ -206,6 +201,31 @@ class ChoiceMatcher:
     @property
     def text(self) -> str:
         return self._node.ends or ""
+
+
+def fill_masks(matchers: Mapping[int, Matcher], mask_BW: np.ndarray) -> None:
+    """Write to rows of int32, as bits, the tokens that may follow; tokens that end an answer among them.
+
+    `matchers` are by their row. Grammars are looked at side by side, on as many cores as the library takes.
+    """
+    grammars = {row: each for row, each in matchers.items() if isinstance(each, GrammarMatcher)}
+    going = [(each.library, row) for row, each in grammars.items() if each.error is None]
+    if len(going) == 1:
+        ((library, row),) = going
+        library.unsafe_compute_mask_ptr(mask_BW[row].ctypes.data, mask_BW[row].nbytes)
+    elif going:
+        _executor().unsafe_compute_mask_ptr(going, mask_BW.ctypes.data, mask_BW[0].nbytes, len(mask_BW))
+    for row, matcher in matchers.items():
+        if isinstance(matcher, GrammarMatcher):
+            matcher.complete(mask_BW[row])
+        elif isinstance(matcher, ChoiceMatcher):
+            mask_BW[row] = mask_of(matcher.asked, mask_BW.shape[1])
+
+
+@cache
+def _executor() -> Any:
+    """The library's threads, those of a process."""
+    return llguidance("a form").LLExecutor()
 
 
 def choice_tree(tokens_of: Mapping[str, Sequence[int]]) -> ChoiceNode:

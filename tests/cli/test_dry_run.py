@@ -78,6 +78,7 @@ def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd, monkey
         "weights take 0.00066 GB of 8 GB free on CPU\n"
         "packs: 2 of up to 400 tokens on cpu, the largest 393\n"
         "keys and values of the largest pack: 0.000409 GB (dense)\n"
+        "memory of the largest prefill: 0.00225 GB beside the weights\n"
         "work of a dense prefill: 0.000217 TFLOP\n"
         "time, roughly: 4 min to 9 min of prefill, at 85% to 40% of the 1e-06 TFLOP/s that a matrix product "
         "reaches on this device; up to 5 s of decoding, if every answer has 6 tokens, at 0.002 GB/s; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import document, loaded
@@ -14,6 +15,7 @@ from pipeline.engines.memory import (
     Packer,
     activation_bytes,
     default_pack_tokens,
+    lean_bytes,
     piece_bytes,
     running_bytes,
 )
@@ -22,7 +24,9 @@ from pipeline.model.decode import DecodeLoop, StopRules
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.shape import PIECE_TOKENS
+from pipeline.pruning.mars import Mars
+from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
 
 
 @pytest.fixture
@@ -243,9 +247,37 @@ def test_planned_bytes_grow_with_tokens_and_documents(model):
     planned = Packer.on(cpu, Dense(), shape, itemsize=4, new_tokens=10, pack_tokens=None).planned_bytes
     kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
     logits = shape.vocab * 8
+    assert planned([100]) == 110 * kv + lean_bytes(shape, 4, 100) + logits
+    assert planned([50, 50]) == planned([100]) + 10 * kv + logits
+    reading = Packer.on(
+        cpu, MarsInfer(start_layer=1), shape, itemsize=4, new_tokens=10, pack_tokens=None
+    ).planned_bytes
     scores = 12 * 64 * shape.heads  # a token of the longest document
-    assert planned([100]) == 110 * kv + running_bytes(shape, 4, 100) + 100 * scores + logits
-    assert planned([50, 50]) == planned([100]) + 10 * kv + logits - 50 * scores
+    assert reading([100]) == 110 * kv + running_bytes(shape, 4, 100) + 100 * scores + logits
+    assert reading([50, 50]) == reading([100]) + 10 * kv + logits - 50 * scores
+
+
+@pytest.mark.parametrize(("tokens", "kv_itemsize", "fits"), [(1 << 20, 1, True), (1 << 20, None, False)])
+def test_a_document_of_a_million_tokens_is_refused_where_it_does_not_fit(tokens, kv_itemsize, fits):
+    """Of the shape of Qwen2-7B, on a GPU of which fp8 weights leave 71 GB."""
+    shape = ModelShape(
+        layers=28, hidden=3584, ffn=18944, heads=28, kv_heads=4, head_dim=128, vocab=152064, context=1 << 20
+    )
+    packer = Packer(
+        device=torch.device("cuda"),
+        method=Mars(),
+        shape=shape,
+        itemsize=2,
+        new_tokens=64,
+        pack_tokens=32768,
+        max_bytes=int(0.9 * 71e9),
+        kv_itemsize=kv_itemsize,
+    )
+    prompt = replace(document(10), input_ids=np.zeros(tokens - 64, dtype=np.int64))
+    residual, kv = tokens * 3584 * 2, tokens * 28 * 2 * 4 * 128 * (kv_itemsize or 2)
+    assert residual + kv < packer.bytes_alone(prompt) < residual + kv + 9e9
+    assert packer.runs_alone(prompt)
+    assert packer.refuses(prompt) is not fits
 
 
 def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):

@@ -210,7 +210,7 @@ def test_with_every_block_active_an_offloaded_cache_answers_as_one_that_stays(na
     backend = backend_named(name, sizes={"heads": 4, "kv_heads": 2, "head_dim": 64})
     expected = answer_of(decoder, backend, prefill(decoder, backend, method, pack, 40), 40)
 
-    def always_offload(plan, new_tokens, _, *, device, itemsize, score):
+    def always_offload(plan, new_tokens, _, *, device, itemsize, score, dtype):
         room = KvLimits(device_bytes=plan.kv_bytes(itemsize, new_tokens), host_bytes=1 << 30)
         return OffloadedCache(plan, plan.rescoring, new_tokens, room, device, itemsize, score)
 

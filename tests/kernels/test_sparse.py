@@ -9,7 +9,8 @@ from kernel_cases import reduce_by_halves
 from pipeline.kernels import reference, sparse
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.segments import Segments
-from pipeline.kernels.sparse import BLOCK, SparsePrefill, block_sparse_attention, choose_blocks
+from pipeline.kernels.sparse import BLOCK, block_sparse_attention, choose_blocks
+from pipeline.kernels.sparse_prefill import SparsePrefill
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of
@@ -87,21 +89,28 @@ def test_mixed_keeps_the_end_of_each_prompt_and_what_is_asked_behind_it(slow_cpu
     assert 0 < distance(behind[:4], expected[:4]) < 0.2
 
 
+@pytest.mark.parametrize("piece", [1 << 14, 32])
 @pytest.mark.parametrize("lengths", [(150, 70), (600,)])
-def test_mixed_has_queries_keys_and_values_of_the_middle_layers_in_fp8(slow_cpu, sdpa, lengths):
-    """But for the kept tokens, be they many of the pack or few."""
+def test_mixed_has_queries_keys_and_values_of_the_middle_layers_in_fp8(slow_cpu, sdpa, lengths, piece):
+    """But for the kept tokens, be they many of the pack or few, and queries all at once or by pieces."""
     decoder, method = bf16_model("qwen2"), Dense()
     decoder.use_linears("fp8", keep=True)
     decoder.use_linears("mixed", keep=True)
     pack = pack_of(*(document(length, seed=length) for length in lengths))
     plan = method.plan(decoder.shape, lengths)
     cache = make_cache(plan, 0, None, device=decoder.device, itemsize=2, score=None)
+    decoder.piece_tokens = piece
     with torch.inference_mode():
         run = _Run.of(decoder, sdpa, method, pack, None, PartialPrefill.afresh(decoder, pack, cache))
+        assert (len(run.pieces) > 1) == (piece == 32)
         assert (run.kept.beside_all is None) == (lengths == (600,))
         for layer in range(decoder.shape.layers):
             in_full, in_fp8 = (decoder.qkv(layer, run.hidden_TD, run.rope, fp8=fp8) for fp8 in (False, True))
-            for made, full, low in zip(run._qkv(layer), in_full, in_fp8, strict=True):
+            q, *keys_values = run._projected(layer)
+            if q is None:
+                asked = partial(decoder.queries, layer)
+                q = torch.cat([run._made(asked, layer, each)[0] for each in run.pieces])
+            for made, full, low in zip((q, *keys_values), in_full, in_fp8, strict=True):
                 assert distance(made[run.kept.rows].float(), full[run.kept.rows].float()) < 1e-2
                 expected = low if 1 / 3 <= layer / decoder.shape.layers < 2 / 3 else full
                 others = run.kept.others

@@ -65,7 +65,7 @@ def test_with_every_block_active_the_answer_is_that_without_offloading(
     plain = prefill(model, sdpa, METHOD, pack_of(doc), NEW_TOKENS)
     expected = answer(model, sdpa, plain)
 
-    def always_offload(plan, new_tokens, _, *, device, itemsize, score):
+    def always_offload(plan, new_tokens, _, *, device, itemsize, score, dtype):
         room = limits(plan.kv_bytes(itemsize, new_tokens))
         return OffloadedCache(plan, plan.rescoring, new_tokens, room, device, itemsize, score)
 

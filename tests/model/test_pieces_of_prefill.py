@@ -13,8 +13,13 @@ from pipeline.engines import memory
 from pipeline.engines.memory import Packer
 from pipeline.families.decoder import Decoder
 from pipeline.families.projection import Norm
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.fused import FP8
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.pruning.registry import method_names
 
@@ -88,7 +93,8 @@ def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
     decoder.use_linears(linears, ffn=True, keep=True)
     method = MarsInfer(low="fp8", start_layer=2, eta=1.0, eta_high=0.0, window=6, prefix=4)
     whole, pieced = both(decoder, sdpa, method, [document(150), document(70, seed=1)])
-    assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.05 * whole.logits_BV.norm()
+    # as far apart as with attention in float32: what is rounded to fp8 behind it steps by an eighth
+    assert (whole.logits_BV - pieced.logits_BV).norm() <= 0.1 * whole.logits_BV.norm()
 
 
 @pytest.mark.parametrize("piece", [1 << 14, 100])
@@ -117,3 +123,49 @@ def peak_bytes(run):
             held += event.nbytes()
             highest = max(highest, held)
     return highest
+
+
+@pytest.mark.parametrize(
+    "method", [Dense(), Mars(sparse_attention=0.5, window=5), MarsInfer(eta=0.9, start_layer=1)]
+)
+def test_queries_of_a_piece_see_what_all_see(monkeypatch, method):
+    """In float64, a piece at a time of 128 tokens of long documents and short ones; keys and values whole."""
+    decoder, backend = Decoder(tiny_model("qwen2").model.double()), SdpaAttention()
+    backend.sparse_from, asked = 300, []
+    real = Decoder.queries
+    monkeypatch.setattr(Decoder, "queries", lambda *given: asked.append(len(given[2])) or real(*given))
+    pack = pack_of(document(700), document(40, seed=1), document(333, seed=2))
+    whole = prefill(decoder, backend, method, pack, new_tokens=2)
+    assert not asked
+    decoder.piece_tokens = 32
+    pieced = prefill(decoder, backend, method, pack, new_tokens=2)
+    assert max(asked, default=0) == (0 if method.reads_layers else 128)
+    assert_same(whole, pieced, 1e-9)
+
+
+@pytest.mark.parametrize("method", [Dense(), Mars()])
+def test_the_memory_of_a_long_document_is_planned_closely(sdpa, monkeypatch, method):
+    """Beside its keys and values little more than the residual stream is there of all tokens."""
+    monkeypatch.setattr(memory, "PIECE_TOKENS", 64)
+    monkeypatch.setitem(SIZES, "hidden_size", 128)
+    decoder = tiny_model("qwen2")
+    decoder.piece_tokens = 64
+    packer = Packer.on(decoder.device, method, decoder.shape, itemsize=4, new_tokens=2, pack_tokens=None)
+    peak = peak_bytes(lambda: prefill(decoder, sdpa, method, pack_of(document(6000)), new_tokens=2))
+    planned = packer.planned_bytes([6000])
+    # what a CPU's attention of a piece has beside it: a mask of its pairs, and the same in float32
+    assert planned / 1.5 < peak <= planned + 5 * decoder.query_tokens * 6000
+    shape = decoder.shape
+    assert planned - packer.kv_bytes([6000]) < 6000 * 4 * (shape.hidden + shape.heads * shape.head_dim + 400)
+
+
+def test_keys_and_values_are_stored_in_e4m3_as_they_are_made(sdpa):
+    """Decoded where they are, with the same answers as rounded behind the prefill, n times too."""
+    decoder, pack, rules = tiny_model("qwen2"), pack_of(document(90)), StopRules(max_new_tokens=6)
+    before = prefill(decoder, sdpa, Mars(), pack, new_tokens=6)
+    stored = prefill(decoder, sdpa, Mars(), pack, new_tokens=6, kv_dtype=FP8)
+    assert stored.cache.nbytes * 4 == before.cache.nbytes
+    (expected,) = decode(decoder, sdpa, before, rules, kv_dtype=FP8, graphs=False)
+    for _ in range(2):
+        (got,) = decode(decoder, sdpa, stored, rules, kv_dtype=FP8, graphs=False, again=True)
+        assert got.tokens == expected.tokens

@@ -14,11 +14,11 @@ from prompt_parts import byte_tokenizer, space_tokenizer
 
 from pipeline.checkpoints.random_weights import byte_tokenizer as single_bytes
 from pipeline.errors import ConfigError
-from pipeline.model.guide import Guide
+from pipeline.model.guide import Guide, fill_guided
 from pipeline.records import ResponseFormat
 from pipeline.structured.binding import BoundForms
 from pipeline.structured.grammars import JSON_OBJECT, choices_format, json_schema_format
-from pipeline.structured.matchers import mask_of
+from pipeline.structured.matchers import fill_masks, mask_of
 
 VOCAB = 512
 TOKENIZERS = {
@@ -66,7 +66,7 @@ def drawn(forms, form, seed, most=400, after=None):
     matcher, tokens, draws = forms.matcher(form, after), [], random.Random(seed)
     mask_W = np.zeros(forms.words, np.int32)
     while not matcher.is_ended:
-        matcher.fill(mask_W)
+        fill_masks({0: matcher}, mask_W[None])
         assert matcher.error is None
         token = draws.choice(allowed(mask_W))
         matcher.take(token)
@@ -121,7 +121,7 @@ def test_behind_a_word_a_choice_begins_with_a_space():
 
     def first(after):
         matcher, mask_W = forms.matcher(choices_format(("yes", "no")), after), np.zeros(forms.words, np.int32)
-        matcher.fill(mask_W)
+        fill_masks({0: matcher}, mask_W[None])
         return allowed(mask_W)
 
     tokens = forms._tokenizer.convert_tokens_to_ids
@@ -133,7 +133,7 @@ def test_behind_a_word_a_choice_begins_with_a_space():
 def test_an_object_is_json_of_any_kind():
     forms = bound()
     matcher, mask_W = forms.matcher(JSON_OBJECT), np.zeros(forms.words, np.int32)
-    matcher.fill(mask_W)
+    fill_masks({0: matcher}, mask_W[None])
     assert allowed(mask_W) == forms._tokenizer.encode("{")
     for token in forms._tokenizer.encode('{"a": [1, {}]}'):
         matcher.take(token)
@@ -143,11 +143,11 @@ def test_an_object_is_json_of_any_kind():
 def test_all_tokens_that_end_answers_end_one_and_none_ends_it_early():
     forms = bound(stops=[7, 256, 257])
     matcher, mask_W = forms.matcher(ResponseFormat("regex", "[0-9]+")), np.zeros(forms.words, np.int32)
-    matcher.fill(mask_W)
+    fill_masks({0: matcher}, mask_W[None])
     digits = sorted(forms._tokenizer.encode("0123456789"))
     assert allowed(mask_W) == digits
     matcher.take(digits[3])
-    matcher.fill(mask_W)
+    fill_masks({0: matcher}, mask_W[None])
     assert allowed(mask_W) == sorted([*digits, 7, 256, 257])
     assert (matcher.is_complete, matcher.is_ended) == (True, False)
 
@@ -156,11 +156,11 @@ def test_what_the_model_has_no_token_for_is_told():
     forms = bound(vocab=single_bytes().convert_tokens_to_ids("c"))
     matcher = forms.matcher(ResponseFormat("regex", "a?c"))
     mask_W = np.zeros(forms.words, np.int32)
-    matcher.fill(mask_W)
+    fill_masks({0: matcher}, mask_W[None])
     assert (allowed(mask_W), matcher.error) == (forms._tokenizer.encode("a"), None)
     matcher.take(forms._tokenizer.encode("a")[0])
     mask_W = np.zeros(forms.words, np.int32)
-    matcher.fill(mask_W)
+    fill_masks({0: matcher}, mask_W[None])
     assert matcher.error == "the model has no token that can follow"
     assert not matcher.is_complete
     assert (mask_W == -1).all()
@@ -235,6 +235,33 @@ def test_a_guide_that_reasons_lets_all_follow_but_an_end():
     )
     guide.start = None
     mask_W = np.zeros(forms.words, np.int32)
-    guide.fill(mask_W)
+    fill_guided([guide], mask_W[None])
     assert sorted(set(range(VOCAB)) - set(allowed(mask_W))) == sorted(forms.stops)
     assert (guide.asked, guide.is_complete, guide.reason("length")) == ([], False, "length")
+
+
+def test_rows_side_by_side_have_the_masks_that_each_has_alone():
+    forms = BoundForms(single_bytes(), VOCAB, {256})
+    long = json_schema_format({"type": "string", "minLength": 50})
+    wanted = [long, choices_format(("yes", "no")), long, json_schema_format({"enum": [1, "a"]})]
+
+    def grown(form, steps):
+        matcher, draws = forms.matcher(form), random.Random(steps)
+        mask_W = np.zeros(forms.words, np.int32)
+        for _ in range(steps):
+            fill_masks({0: matcher}, mask_W[None])
+            matcher.take(draws.choice(sorted(set(allowed(mask_W)) - {256})))
+        return matcher
+
+    steps = [3, 1, 9, 0]
+    together_BW = np.zeros((5, forms.words), np.int32)
+    rows = [0, 1, 3, 4]
+    fill_masks(
+        {row: grown(form, count) for row, form, count in zip(rows, wanted, steps, strict=True)}, together_BW
+    )
+    assert not together_BW[2].any()
+    for row, form, count in zip(rows, wanted, steps, strict=True):
+        alone_W = np.zeros(forms.words, np.int32)
+        fill_masks({0: grown(form, count)}, alone_W[None])
+        assert np.array_equal(together_BW[row], alone_W)
+        assert allowed(alone_W)

@@ -1,0 +1,151 @@
+"""Attention of a pack's documents in a prefill, of the long ones block-sparse: see sparse.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels import sparse
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.kernels.query_pieces import QueryPart, QueryPiece
+from pipeline.kernels.segments import Segments, on_device
+
+
+@dataclass(frozen=True)
+class SparsePrefill:
+    """Causal attention within each document of a pack, of long ones block-sparse, of short ones whole."""
+
+    attention: AttentionBackend
+    segments: Segments
+    width: int  # of all query heads together
+    _asking: dict[QueryPiece, _Asking | None] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def long(self) -> tuple[bool, ...]:
+        """Of each document whether it is block-sparse."""
+        device = self.segments.device
+        least = self.attention.sparse_from
+        return tuple(sparse.applies(length, self.width, device, least) for length in self.segments.lengths)
+
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, mass: float, sinks_H: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, H, d), and how many query-key pairs were computed of each document: (B,) mean over heads.
+
+        None for all pairs. `mass` is the share of the attention that the blocks chosen are to reach, as
+        estimated; with 0 nothing is estimated, and only those are attended to that always are. Sinks, see
+        attention.py, change nothing of the choice.
+        """
+        whole = QueryPiece.whole(self.segments)
+        attended_THd, listed_B = self.attend_piece(whole, q_THd, k_TKd, v_TKd, mass, sinks_H)
+        return attended_THd, None if listed_B is None else self.pairs(listed_B, q_THd.shape[1])
+
+    def attend_piece(
+        self,
+        piece: QueryPiece,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        mass: float,
+        sinks_H: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of some of the queries, (Q, H, d), over the keys and values of the whole pack.
+
+        In place of pairs it tells `listed_blocks` of each document, (B,), which `pairs` wants of all pieces.
+        """
+        if not any(self.long):
+            return self.attention.prefill_piece(
+                q_QHd, k_TKd, v_TKd, self.segments, piece, sinks_H=sinks_H
+            ), None
+        ranges = self.segments.ranges()
+        of_short = iter(self._whole(piece, q_QHd, k_TKd, v_TKd, sinks_H))
+        outputs: list[Tensor] = []
+        listed = [torch.zeros((), dtype=torch.int64, device=q_QHd.device)] * len(ranges)
+        for part, rows in piece.placed():
+            if not self.long[part.document]:
+                outputs.append(next(of_short))
+                continue
+            assert part.first % sparse.BLOCK == 0, "a piece that begins within a block"
+            start, end = ranges[part.document]
+            q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
+            blocks = sparse.choose_blocks(q, k, mass, part.first // sparse.BLOCK)
+            left_out = -(-max(0, part.end - _first_whole(part, end - start)) // sparse.BLOCK)
+            outputs.append(sparse.block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
+            listed[part.document] = sparse.listed_blocks(blocks, end - start)
+        attended_QHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if (asking := self._last_of(piece)) is not None:
+            asked_QHd = torch.cat([q_QHd[rows] for rows in asking.rows])
+            own_QHd = self.attention.decode(asked_QHd, k_TKd, v_TKd, asking.slots, sinks_H)
+            for rows, own in zip(asking.rows, own_QHd.split(asking.slots.known.queries), strict=True):
+                attended_QHd[rows] = own
+        return attended_QHd, torch.stack(listed)
+
+    def pairs(self, listed_B: Tensor, heads: int) -> Tensor:
+        """(B,) query-key pairs of each document that are computed; see `attend_piece` for `listed_B`."""
+        return listed_B * sparse.BLOCK**2 // heads + self._pairs_beside
+
+    @cached_property
+    def _pairs_beside(self) -> Tensor:
+        """(B,) those that are not of whole blocks listed."""
+        lengths = zip(self.segments.lengths, self.long, strict=True)
+        pairs = [sparse.ragged_pairs(n) if is_long else n * (n + 1) // 2 for n, is_long in lengths]
+        return on_device(pairs, self.segments.device)
+
+    def _last_of(self, piece: QueryPiece) -> _Asking | None:
+        """Those of a piece's tokens that are in the last `WHOLE_ROWS` blocks of a long document."""
+        if piece not in self._asking:
+            found = [
+                (slice(rows.stop - asked, rows.stop), self.segments.offsets[part.document], part.end, asked)
+                for part, rows in piece.placed()
+                if self.long[part.document]
+                and (asked := part.end - _first_whole(part, self.segments.lengths[part.document])) > 0
+            ]
+            self._asking[piece] = _Asking.of(found, self.segments) if found else None
+        return self._asking[piece]
+
+    def estimated_pairs(self, mass: float) -> tuple[int, ...]:
+        """Query-key products, of all heads, by which `attend` chooses blocks, of each document."""
+        if not 0 < mass < 1:
+            return (0,) * len(self.segments)
+        documents = zip(self.segments.lengths, self.long, strict=True)
+        return tuple(sparse.estimated_pairs(length) if is_long else 0 for length, is_long in documents)
+
+    def _whole(
+        self, piece: QueryPiece, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Attention of a piece's short documents over all pairs, in one call."""
+        placed = [(part, rows) for part, rows in piece.placed() if not self.long[part.document]]
+        if not placed:
+            return ()
+        counts = [part.end - part.first for part, _ in placed]
+        q = torch.cat([q_QHd[rows] for _, rows in placed])
+        ranges = [self.segments.ranges()[part.document] for part, _ in placed]
+        if counts != [end - start for start, end in ranges]:
+            used = [part.end for part, _ in placed]
+            slots = DecodeSlots.of([start for start, _ in ranges], used, len(k_TKd), q.device, counts)
+            return self.attention.decode(q, k_TKd, v_TKd, slots, sinks_H).split(counts)
+        k, v = (torch.cat([x[start:end] for start, end in ranges]) for x in (k_TKd, v_TKd))
+        return self.attention.prefill(q, k, v, Segments.of(counts, q.device), sinks_H=sinks_H).split(counts)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Queries that attend to everything before them: their rows in a piece, and what they see."""
+
+    rows: list[slice]
+    slots: DecodeSlots
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[slice, int, int, int]], segments: Segments) -> _Asking:
+        rows, starts, used, counts = zip(*found, strict=True)
+        return cls(list(rows), DecodeSlots.of(starts, used, segments.total, segments.device, counts))
+
+
+def _first_whole(part: QueryPart, length: int) -> int:
+    """The first token of a part of a long document that attends to everything."""
+    return max(part.first, sparse.BLOCK * max(0, -(-length // sparse.BLOCK) - sparse.WHOLE_ROWS))
