@@ -21,7 +21,7 @@ def methods(switches: MethodsSwitches) -> None:
     from pipeline.pruning.registry import method_class, method_names
 
     name = switches.name
-    described = [_describe(method_class(each)) for each in ([name] if name else method_names())]
+    described = [describe(method_class(each)) for each in ([name] if name else method_names())]
     if switches.as_json:
         print(json.dumps(described[0] if name else described))
     elif name:
@@ -52,7 +52,8 @@ def _headline(method: dict[str, Any]) -> str:
     return f"{method['summary'] or 'its class has no docstring'}{source}"
 
 
-def _describe(method: type[PruningMethod]) -> dict[str, Any]:
+def describe(method: type[PruningMethod]) -> dict[str, Any]:
+    """What its class says of it: name, summary, description, source, and its parameters."""
     parameters = [
         {"name": field.name, "default": field.default, "help": field.metadata.get("help", "")}
         for field in fields(method)

@@ -1,6 +1,6 @@
-"""All commands with their flags, as Typer built them; and the guide to all flags, made from them.
+"""All commands with their flags, as Typer built them, all methods, and the guides to both, made from them.
 
-python tests/commands.py writes the tables of examples/guides/flags.md anew.
+python tests/commands.py writes the tables of examples/guides/flags.md and of method-settings.md there anew.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from typing import Any
 import typer
 
 from marsinfer_cli.app import app
+from marsinfer_cli.methods import describe
+from pipeline.pruning.registry import method_class, method_names
+from pipeline.settings.parse import as_set
 
 GUIDE = Path(__file__).parents[1] / "examples" / "guides" / "flags.md"
+SETTINGS_GUIDE = GUIDE.with_name("method-settings.md")
 BEGINNING = "<!-- made by: python tests/commands.py -->\n"
 END = "<!-- end of what is made -->\n"
 OF_TYPER = ("--help", "--install-completion", "--show-completion")
@@ -59,7 +63,7 @@ def _section(words: str, command: Any) -> str:
     for option in options(command):
         panels.setdefault(option.rich_help_panel, []).append(_row(option))
     does = _escaped(" ".join(command.help.partition("\n\n")[0].split()))
-    blocks = [f"## marsinfer {words}\n", f"    {line}\n", f"{does}\n"]
+    blocks = [f"## marsinfer {words}\n", f"```text\n{line}\n```\n", f"{does}\n"]
     for panel, rows in panels.items():
         blocks += [f"**{panel}**\n", "| flag | default | what it does |", "|---|---|---|", *rows, ""]
     return "\n".join(blocks)
@@ -81,10 +85,34 @@ def _escaped(text: str) -> str:
     return "`".join(parts).replace("|", "\\|")
 
 
+def method_settings() -> str:
+    """A section a method: what it does, its source, what was chosen beside that, and its settings."""
+    return "\n".join(_method_section(describe(method_class(name))) for name in method_names())
+
+
+def _method_section(method: dict[str, Any]) -> str:
+    blocks = [f"## {method['name']}\n", f"{_escaped(method['summary'])}\n"]
+    blocks += [f"{_escaped(part)}\n" for part in method["description"].split("\n\n") if part]
+    rows = [
+        f"| `{each['name']}` | {_escaped(as_set(each['default']))} | {_escaped(each['help'])} |"
+        for each in method["parameters"]
+    ]
+    return "\n".join([*blocks, "| setting | default | what it is |", "|---|---|---|", *rows, ""])
+
+
 def in_guide() -> str:
-    return GUIDE.read_text(encoding="utf-8").partition(BEGINNING)[2].partition(END)[0]
+    return _made_part(GUIDE)
+
+
+def settings_in_guide() -> str:
+    return _made_part(SETTINGS_GUIDE)
+
+
+def _made_part(guide: Path) -> str:
+    return guide.read_text(encoding="utf-8").partition(BEGINNING)[2].partition(END)[0]
 
 
 if __name__ == "__main__":
-    before, _, rest = GUIDE.read_text(encoding="utf-8").partition(BEGINNING)
-    GUIDE.write_text(before + BEGINNING + reference() + END + rest.partition(END)[2], encoding="utf-8")
+    for guide, made in ((GUIDE, reference()), (SETTINGS_GUIDE, method_settings())):
+        before, _, rest = guide.read_text(encoding="utf-8").partition(BEGINNING)
+        guide.write_text(before + BEGINNING + made + END + rest.partition(END)[2], encoding="utf-8")

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -45,6 +46,8 @@ trap "exit 1" TERM
 kill -TERM "$PPID"
 while true; do sleep 0.1; done
 """
+
+WAITING = "for n in $(seq 100); do sleep 0.1; done\n"
 
 
 @pytest.fixture
@@ -355,11 +358,51 @@ def test_the_workflow_ends_with_the_gate_s_verdict(check_step, marsinfer, code, 
     )
 
 
-@pytest.mark.parametrize(("file", "command"), [("nightly.sh", "batch"), ("ci-check.yml", "check")])
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [("nightly.sh", "batch"), ("ci-check.yml", "check"), ("deploy/marsinfer.sbatch", "batch")],
+)
 def test_the_flags_that_are_used_exist(file, command):
     text = (EXAMPLES / file).read_text(encoding="utf-8")
-    calls = re.findall(rf'marsinfer"? {command} ((?:.*\\\n)*.*)', text)
+    calls = re.findall(rf'marsinfer}}?"? {command} ((?:.*\\\n)*.*)', text)
     used = set(re.findall(r"--[a-z][a-z-]+", " ".join(calls)))
     flags = {flag for option in options(commands()[command]) for flag in option.opts} | set(OF_TYPER)
     assert len(used) > 3
     assert used <= flags
+
+
+# --- examples/deploy
+
+
+def test_a_job_of_slurm_takes_its_shard_ends_by_its_signal_and_is_queued_again(tmp_path):
+    """With commands in place of marsinfer and of Slurm's own."""
+    run = script(
+        tmp_path / "run",
+        '#!/bin/sh\necho "$@" > "$0.calls"\ntrap "exit 143" TERM\nkill -TERM "$PPID"\n' + WAITING,
+    )
+    script(tmp_path / "scontrol", '#!/bin/sh\necho "$@" > "$0.calls"\n')
+    job = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "7"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    sbatch = EXAMPLES / "deploy" / "marsinfer.sbatch"
+    done = shell("bash", sbatch, "in.parquet", MARSINFER=str(run), PATH=path, **job)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert (tmp_path / "scontrol.calls").read_text() == "requeue 7\n"
+    called = (tmp_path / "run.calls").read_text()
+    assert called.startswith("batch in.parquet answers-2-of-4.parquet --shard 2/4 ")
+
+
+def test_what_is_deployed_names_files_and_extras_that_exist():
+    deploy = EXAMPLES / "deploy"
+    docker = (deploy / "Dockerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.+) \S+$", docker, re.M) for word in line.split()]
+    assert len(copied) == 5
+    assert [name for name in copied if not (CHECKOUT / name).exists()] == []
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = re.findall(r"'\.\[(.+)\]'", docker)[0].split(",")
+    assert set(wanted) <= set(project["optional-dependencies"])
+    service = (deploy / "marsinfer.service").read_text(encoding="utf-8")
+    assert "/nightly.sh /" in service
+    told = {word.split("=")[0] for word in re.findall(r"NIGHTLY_\w+=", service)}
+    assert {
+        f"{name}" for name in told if name not in (EXAMPLES / "nightly.sh").read_text(encoding="utf-8")
+    } == set()

@@ -6,6 +6,7 @@ The manual is the README and the guides. The links and the versions of the other
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from typing import Annotated, get_args
 import pytest
 import typer
 import yaml
-from commands import OF_TYPER, commands, in_guide, options, reference
+from commands import OF_TYPER, commands, in_guide, method_settings, options, reference, settings_in_guide
 
 from pipeline import errors
 from pipeline.records import Answer, ErrorType
@@ -45,6 +46,10 @@ def test_all_flags_of_all_commands_are_listed_with_their_defaults():
     assert in_guide() == reference(), "python tests/commands.py lists them anew"
 
 
+def test_all_settings_of_all_methods_are_listed():
+    assert settings_in_guide() == method_settings(), "python tests/commands.py lists them anew"
+
+
 def test_what_is_hidden_is_not_listed_and_a_cell_shows_its_text(monkeypatch):
     app = typer.Typer()
 
@@ -67,7 +72,7 @@ def test_what_is_hidden_is_not_listed_and_a_cell_shows_its_text(monkeypatch):
     monkeypatch.setattr("commands.app", app)
     assert list(commands()) == ["plain"]
     assert reference() == (
-        "## marsinfer plain\n\n    marsinfer plain\n\nWhat it does.\n\n**Panel**\n\n"
+        "## marsinfer plain\n\n```text\nmarsinfer plain\n```\n\nWhat it does.\n\n**Panel**\n\n"
         "| flag | default | what it does |\n|---|---|---|\n"
         "| `--shown` | a\\|b | One of a\\|b, &lt;none> or \\*.md; `a\\|*`. |\n"
     )
@@ -80,7 +85,7 @@ def test_every_flag_that_is_mentioned_exists():
         for option in options(each)
         for flag in (*option.opts, *option.secondary_opts)
     }
-    foreign = {"--no-deps"}  # pip's
+    foreign = {"--no-deps", "--extra-index-url"}  # pip's
     foreign |= {"--head", "--port", "--address", "--disable-usage-stats", "--object-store-memory"}  # Ray's
     mentioned = set(re.findall(FLAG, MANUAL)) - foreign
     assert sorted(mentioned - flags - {"--version", *OF_TYPER}) == []
@@ -93,7 +98,8 @@ def test_every_column_is_explained():
 
 def test_every_exit_code_of_an_error_is_in_the_table():
     codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
-    cells = re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE)
+    guide = (CHECKOUT / "examples/guides/exit-codes.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ([\d, ]+) \|", guide, re.MULTILINE)
     table = {int(code) for cell in cells for code in cell.split(",")}
     assert {0, 3, 129, 130, 143} | codes == table
 
@@ -105,7 +111,7 @@ def test_the_methods_are_as_printed():
     printed = subprocess.run(
         command, env=environment, capture_output=True, encoding="utf-8", check=True
     ).stdout
-    shown = MANUAL.partition("$ marsinfer methods\n")[2].partition("\n\n")[0]
+    shown = MANUAL.partition("```sh\nmarsinfer methods\n```\n\n```text\n")[2].partition("\n```")[0]
     assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in printed.splitlines()]
 
 
@@ -163,6 +169,51 @@ def test_the_readme_lists_every_guide():
     names = [path.relative_to(CHECKOUT).as_posix() for path in GUIDES]
     assert len(names) > 10
     assert [name for name in names if name not in listed] == []
+
+
+# --- the README's numbers, and its length
+
+sys.path.append(str(CHECKOUT / "examples"))
+figures = importlib.import_module("readme_figures")
+
+
+@pytest.mark.slow
+def test_the_readme_and_its_picture_have_the_numbers_of_the_results():
+    """In a process of its own, without filled tensors; the picture says what it was drawn from."""
+    command = [sys.executable, str(CHECKOUT / "examples" / "readme_figures.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (0, "as the results say\n")
+    assert figures.PICTURE.stat().st_size < 60_000
+
+
+def test_the_readme_is_short_and_has_no_measurement_of_its_own():
+    assert len(README.splitlines()) <= 170
+    prose, made = re.subn(r"<!-- made by.*?<!-- end", "", README, flags=re.DOTALL)
+    assert made == 3
+    assert re.findall(r"\d(?: ms| points?| times| minutes)\b|\d%", prose) == ["0%"]  # of what is free
+
+
+def test_a_number_is_not_quoted_under_another_date_or_card_or_from_a_table_that_is_not_there():
+    about = {"file": "peers.md", "heading": "Qwen2-7B shape"}
+    rows = figures.quoted(about, ["vLLM bf16", "mars mixed"], "2026-11-26", "H100")
+    assert rows["64 x 8,192 x 1"]["mars mixed"] == "7.73"  # not the ratio of the same name
+    for columns, date, card in (
+        (["vLLM bf16"], "2026-11-25", "H100"),
+        (["vLLM bf16"], "2026-11-26", "H200"),
+        (["vLLM int4"], "2026-11-26", "H100"),
+    ):
+        with pytest.raises(ValueError, match=r"nothing says|no table has"):
+            figures.quoted(about, columns, date, card)
+    with pytest.raises(ValueError, match="no heading"):
+        figures.quoted({**about, "heading": "None"}, [], "2026-11-26", "H100")
+
+
+def test_every_result_is_in_their_index():
+    index = CHECKOUT / "examples/results/README.md"
+    listed = set(links(index))
+    names = {path.name for path in index.parent.iterdir()} - {"README.md"}
+    assert {name for name in names if name not in listed} == set()
 
 
 # --- the other papers
