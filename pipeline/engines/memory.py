@@ -229,10 +229,12 @@ class Packer:
 def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
     """How much memory a document needs, how much there is, and what to do."""
     needed = packer.bytes_alone(document)
+    in_fp8 = "" if packer.kv_itemsize == 1 else "--kv-dtype fp8, "
+    ways = f"{in_fp8}--linear-dtype fp8, --tensor-parallel, " if packer.device.type == "cuda" else ""
     return (
         f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
         f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
-        "--on-overlong does not help here: shorten the document, or use a smaller --dtype or model"
+        f"--on-overlong does not help here: shorten the document, or use {ways}a smaller --dtype or model"
     )
 
 
