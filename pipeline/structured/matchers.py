@@ -216,10 +216,11 @@ def fill_masks(matchers: Mapping[int, Matcher], mask_BW: np.ndarray) -> None:
     elif going:
         _executor().unsafe_compute_mask_ptr(going, mask_BW.ctypes.data, mask_BW[0].nbytes, len(mask_BW))
     for row, matcher in matchers.items():
-        if isinstance(matcher, GrammarMatcher):
-            matcher.complete(mask_BW[row])
-        elif isinstance(matcher, ChoiceMatcher):
+        if isinstance(matcher, ChoiceMatcher):
             mask_BW[row] = mask_of(matcher.asked, mask_BW.shape[1])
+        else:
+            assert isinstance(matcher, GrammarMatcher)
+            matcher.complete(mask_BW[row])
 
 
 @cache
