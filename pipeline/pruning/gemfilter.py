@@ -36,7 +36,7 @@ class GemFilter(PruningMethod):
 
     The prompt runs through the layers up to one of them, 13 of 32. There the last query's product with
     each key, without softmax, is summed over heads and averaged over `pool` neighbours, and the best
-    `keep` tokens are chosen. The prefill begins anew with these in their order, at positions 0, 1, ...;
+    `keep` tokens are chosen. The prefill restarts with these in their order, at positions 0, 1, ...;
     answers go on from there, and only this second pass stores keys and values.
 
     Our choices: other depths are scaled; the last token is always chosen, for it predicts the answer; of

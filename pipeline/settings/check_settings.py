@@ -69,7 +69,7 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, DropSettings, R
     metric: str | None = option(
         None,
         help="token-accuracy: share of a reference's tokens that are predicted (the default with "
-        "references); nll: nats a token; found: the share of a reference's parts of which all tokens are "
+        "references); nll: nats per token; found: the share of a reference's parts of which all tokens are "
         "predicted, where a reference that is no list is one part (the default of needles alone); "
         "agreement: share of the tokens at which dense chooses the same (the default without "
         "references); with --generate score (each row's own), exact-match, token-f1, rouge-l, "
