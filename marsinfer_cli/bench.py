@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -56,30 +57,33 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     if drawn.plot is not None:
         check_plot(drawn.plot)
     chosen = parse_variants(config.methods, config.keep)
+    for variant in chosen:
+        config.check_divided(variant.method.name)
     wanted = parse_lengths(config.lengths) if config.lengths else [None]
-    together = config.documents
-    baselines = config.baselines or ("transformers" if together == 1 else "none")
+    together, ranks = config.documents, config.tensor_parallel
+    baselines = config.baselines or ("transformers" if together == ranks == 1 else "none")
     stock = [] if baselines == "none" else baselines.split(",")
-    check_baselines(stock, together)
+    check_baselines(stock, together, ranks)
     # transformers computes with the weights in full
-    model = open_model(config).load(IN_FULL if stock else precision_of(chosen))
-    results, ceilings = [], []
-    for length in wanted:
-        pack = (
-            real_documents(model, config.document, config, length)
-            if config.document
-            else [random_document(model, length or 8192, number) for number in range(together)]
-        )
-        ceilings.append(measure_ceilings(model, [document.prompt_tokens for document in pack]))
-        results += measure_ttft(
-            model,
-            pack,
-            chosen,
-            baselines=stock,
-            repeats=config.repeats,
-            new_tokens=config.new_tokens,
-            ceilings=ceilings[-1],
-        )
+    loaded = open_model(config, ranks).load(IN_FULL if stock else precision_of(chosen))
+    with closing(loaded) as model:
+        results, ceilings = [], []
+        for length in wanted:
+            pack = (
+                real_documents(model, config.document, config, length)
+                if config.document
+                else [random_document(model, length or 8192, number) for number in range(together)]
+            )
+            ceilings.append(measure_ceilings(model, [document.prompt_tokens for document in pack]))
+            results += measure_ttft(
+                model,
+                pack,
+                chosen,
+                baselines=stock,
+                repeats=config.repeats,
+                new_tokens=config.new_tokens,
+                ceilings=ceilings[-1],
+            )
     conditions = {**tables.conditions_of(model), "ceilings": list(map(asdict, ceilings))}
     if drawn.plot:
         title = f"{conditions['model']}, {conditions['device']}"
@@ -146,7 +150,7 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
 def attention(config: KernelConfig, switches: BenchSwitches) -> None:
     """TFLOP/s of causal attention by every backend that works here, for single documents and packs."""
     from pipeline.bench.attention_speed import CANDIDATES, attention_shape, available, measure_attention
-    from pipeline.model.loading import pick_device, pick_dtype, use_device
+    from pipeline.kernels.devices import pick_device, pick_dtype, use_device
     from pipeline.texts.versions import version_of
 
     sizes = attention_shape(

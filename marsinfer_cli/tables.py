@@ -31,6 +31,7 @@ def conditions_of(model: LoadedModel) -> dict[str, Any]:
         "device": device_named(model.device),
         "dtype": str(model.decoder.dtype).removeprefix("torch."),
         "attention": model.attention.name,
+        **({} if model.lead is None else {"tensor_parallel": model.lead.ranks.count}),
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
     }
@@ -63,6 +64,7 @@ def ttft_lines(results: Sequence[Measurement]) -> Iterator[str]:
                 "TFLOP/s": _number(result.tflops_per_second),
                 "of ceiling": percent_of(result.floor_ms / result.ttft_ms if result.floor_ms else None),
                 "selection": percent_of(result.select_ms / result.ttft_ms if result.select_ms else None),
+                "sums": percent_of(result.sums_ms / result.ttft_ms if result.sums_ms else None),
                 "peak GB": _gigabytes(result.peak_bytes),
                 "K/V GB": _gigabytes(result.kv_bytes),
                 "K/V of dense": percent_of(result.kv_ratio),

@@ -24,6 +24,7 @@ from pipeline.estimate import (
     estimate,
     estimate_by_pace,
     measure_rates,
+    memory_needed,
     planning_packer,
 )
 from pipeline.outputs.answers import lacking_told
@@ -349,8 +350,7 @@ class DryRunReport:
         if self.grouped_documents:
             documents = counted(self.grouped_documents, "document")
             yield f"answered together: {counted(self.grouped_rows, 'row')} about {documents}"
-        if (memory := self.run.model.memory(self.run.precision)) is not None:
-            yield str(memory)
+        yield from memory_needed(self.run, packer, self.longest_tokens or 1)
         packs = f"{self.planned.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
         yield f"packs: {packs}, the largest {self.planned.largest_pack_tokens:,}"
         gigabytes = _figures(self.planned.kv_bytes / 1e9)

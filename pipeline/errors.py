@@ -87,6 +87,10 @@ class DeadlineReached(MarsError):
     exit_code = 9
 
 
+class RankFailed(MarsError):
+    """One of the processes that have a model's parts has failed; what is finished is kept."""
+
+
 class Interrupted(MarsError):
     """A signal ended the run; what is finished is kept. `exit_code` is 128 plus the signal's number."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.bench.timing import best_seconds
 from pipeline.engines.memory import Packer
+from pipeline.model.loading import UnloadedModel
 from pipeline.pruning.operations import dense_flops, layer_weights
 from pipeline.pruning.shape import ModelShape
 from pipeline.texts.words import counted, duration
@@ -104,7 +106,7 @@ def planning_packer(run: Preparation) -> Packer:
     return Packer.on(
         run.model.device,
         run.method,
-        run.model.shape,
+        run.model.own,
         itemsize=run.model.dtype.itemsize,
         new_tokens=run.config.max_new_tokens,
         n=run.config.n,
@@ -114,6 +116,23 @@ def planning_packer(run: Preparation) -> Packer:
         in_flight=run.config.in_flight,
         cuts_queries=run.model.attention.cuts_queries(run.model.device),
     )
+
+
+def memory_needed(run: Preparation, packer: Packer, longest: int) -> Iterator[str]:
+    """What the weights take of the device, and on how many such GPUs a prompt of the longest length fits."""
+    model, precision = run.model, run.precision
+    memory = model.memory(precision)
+    if memory is None or not isinstance(model, UnloadedModel):
+        return
+    yield str(memory)
+
+    def beside(own: ModelShape) -> int:
+        return replace(packer, shape=own).planned_bytes([longest])
+
+    if max(memory.most, memory.held + beside(model.own)) > memory.free:
+        count = model.ranks_needed(precision, beside)
+        remedy = "" if count is None else f": {count} such GPUs do, with --tensor-parallel {count}"
+        yield f"that does not hold a prompt of {longest:,} tokens beside them{remedy}"
 
 
 def estimate(packer: Packer, rates: Rates, *, flops: int, answers: int, prompt_tokens: int) -> Estimate:

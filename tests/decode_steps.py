@@ -9,7 +9,7 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
-from pipeline.model import decode
+from pipeline.model import decode, graphs
 
 METHODS = {
     "dense": {},
@@ -52,7 +52,7 @@ class EagerRecorder:
 def record_steps(monkeypatch, late):
     """Have engines repeat captured steps, `late` of them before the tokens of one are looked at."""
     made = EagerRecorder()
-    monkeypatch.setattr(decode, "recorder_for", lambda *_: made)
+    monkeypatch.setattr(graphs, "recorder_for", lambda *_: made)
     monkeypatch.setitem(decode.LATE, "cpu", late)
     return made
 

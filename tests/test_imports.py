@@ -22,6 +22,7 @@ FILES = {
 FLOORS = (
     "texts",
     "errors",
+    "ranks",
     "interrupts kernels records storage",
     "pruning structured values",
     "outputs",

@@ -39,6 +39,33 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+class Stopwatch:
+    """Adds up what parts of some work take, without making the device wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def time(self, act: Callable[[], T]) -> T:
+        """Do one part."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            result = act()
+            self._spans.append((time.perf_counter() - started) * 1e3)
+            return result
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        result = act()
+        last.record()
+        self._spans.append((first, last))
+        return result
+
+    def milliseconds(self) -> float:
+        """Of all parts together, once the device has done its work."""
+        wait_for(self._device)
+        return sum(span[0].elapsed_time(span[1]) if isinstance(span, tuple) else span for span in self._spans)
+
+
 def in_turns(runs: Mapping[K, Callable[[], T]], turns: int) -> dict[K, list[T]]:
     """What all runs give, one after the other in each turn, so that a drifting clock touches all alike."""
     results: dict[K, list[T]] = {name: [] for name in runs}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.bench.ceilings import Ceilings
-from pipeline.bench.timing import in_turns, now, peak_bytes, tidied, wait_for
+from pipeline.bench.timing import Stopwatch, in_turns, now, peak_bytes, tidied
 from pipeline.errors import ConfigError
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import decode
@@ -55,6 +54,7 @@ class Measurement:
     kv_bytes: int | None = None
     kv_ratio: float | None = None  # of the bytes that dense stores
     select_ms: float | None = None  # scoring and selection, in a run of their own
+    sums_ms: float | None = None  # of what ranks of a divided model have made, in a run of their own
     floor_ms: float | None = None  # the operations at the ceilings measured in the same run
     end_to_end_ms: float | None = None  # with the new tokens asked for, of every document; median
     ffn_share_by_layer: tuple[float, ...] | None = None
@@ -77,7 +77,8 @@ def measure_ttft(
     What is longer than `WARM_UP_TOKENS` is warmed up by a part of it, and its selection is not timed.
     Raises ConfigError for baselines that cannot run here, or not with several documents.
     """
-    check_baselines(baselines, len(documents))
+    ranks = model.decoder.ranks
+    check_baselines(baselines, len(documents), 1 if ranks is None else ranks.count)
     if any(variant.kv != "auto" for variant in methods):
         model.check_fp8()
     part = _beginnings(documents)
@@ -96,10 +97,11 @@ def measure_ttft(
     if part is not None:
         times = {name: [of_turns[0], *of_turns] for name, of_turns in times.items()}
     timed = methods if part is None else ()
-    select_ms = {variant.name: _select_ms(model, pack, variant.use(model)) for variant in timed}
+    within = {variant.name: _within(model, pack, variant.use(model)) for variant in timed}
     ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0)
     return [
-        _measurement(name, documents, times[name], select_ms.get(name), ends.get(name, ())) for name in runs
+        _measurement(name, documents, times[name], within.get(name, _Within()), ends.get(name, ()))
+        for name in runs
     ]
 
 
@@ -118,8 +120,10 @@ def _beginnings(documents: Sequence[EncodedDocument]) -> list[EncodedDocument] |
     ]
 
 
-def check_baselines(baselines: Sequence[str], documents: int) -> None:
+def check_baselines(baselines: Sequence[str], documents: int, ranks: int = 1) -> None:
     """Raise ConfigError for what stock transformers cannot be measured with."""
+    if baselines and ranks > 1:
+        raise ConfigError(f"baseline {baselines[0]} runs on one GPU, not on {ranks}: give --baselines none")
     if baselines and documents > 1:
         raise ConfigError(
             f"baseline {baselines[0]} runs one document at a time, and --documents is {documents}: "
@@ -154,35 +158,43 @@ def _method_run(
 class _TimedMethod:
     """Passes everything on to a method, and times its `select`."""
 
-    def __init__(self, method: PruningMethod, device: torch.device) -> None:
-        self._method, self._device = method, device
-        self.milliseconds: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    def __init__(self, method: PruningMethod, stopwatch: Stopwatch) -> None:
+        self._method, self._stopwatch = method, stopwatch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _untimed, (self._method,)  # on other ranks
+
     def select(self, layer: int, view: LayerView, state: Any) -> Selection:
-        if self._device.type != "cuda":
-            started = time.perf_counter()
-            selection = self._method.select(layer, view, state)
-            self.milliseconds.append((time.perf_counter() - started) * 1e3)
-            return selection
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        selection = self._method.select(layer, view, state)
-        last.record()
-        self.milliseconds.append((first, last))
-        return selection
+        return self._stopwatch.time(partial(self._method.select, layer, view, state))
 
 
-def _select_ms(model: LoadedModel, pack: Pack, method: PruningMethod) -> float:
-    """Time in the method's scoring and selection over one prefill."""
-    timed = _TimedMethod(method, model.device)
+def _untimed(method: PruningMethod) -> PruningMethod:
+    return method
+
+
+class _Within(NamedTuple):
+    """Milliseconds of parts of a prefill."""
+
+    select_ms: float | None = None
+    sums_ms: float | None = None
+
+
+def _within(model: LoadedModel, pack: Pack, method: PruningMethod) -> _Within:
+    """Time in the method's scoring and selection over one prefill, and in sums over ranks over another."""
+    select, sums, ranks = Stopwatch(model.device), Stopwatch(model.device), model.decoder.ranks
+    timed = _TimedMethod(method, select)
     prefill(model.decoder, model.attention, cast(PruningMethod, timed), pack)
-    wait_for(model.device)
-    return sum(
-        entry[0].elapsed_time(entry[1]) if isinstance(entry, tuple) else entry for entry in timed.milliseconds
-    )
+    if ranks is None:
+        return _Within(select.milliseconds())
+    ranks.timer = sums.time
+    try:
+        prefill(model.decoder, model.attention, method, pack)
+    finally:
+        ranks.timer = None
+    return _Within(select.milliseconds(), sums.milliseconds())
 
 
 def _transformers_run(model: LoadedModel, pack: Pack, baseline: str) -> Callable[[], None]:
@@ -226,11 +238,12 @@ def _work(
     dense_D2L = np.array([layer_tokens([dense_work(shape, length)]) for length in lengths])
     kept_shares, ffn_shares = (tokens_D2L / dense_D2L).mean(0).round(4).tolist()
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
-    dense_kv = sum(lengths) * shape.layers * shape.kv_bytes_per_token(model.decoder.dtype.itemsize)
+    devices = 1 if model.decoder.ranks is None else model.decoder.ranks.count
+    dense_kv = sum(lengths) * shape.layers * model.own.kv_bytes_per_token(model.decoder.dtype.itemsize)
     return {
         "flops": done,
         "flops_ratio": done / sum(dense_flops(shape, length) for length in lengths),
-        "floor_ms": sum(floors) if floors else None,
+        "floor_ms": sum(floors) / devices if floors else None,
         "ffn_ratio": statistics.mean(
             ffn_ratio(shape, passes, length) for passes, length in zip(by_document, lengths, strict=True)
         ),
@@ -245,7 +258,7 @@ def _measurement(
     name: str,
     documents: Sequence[EncodedDocument],
     timed: Sequence[Timed],
-    select_ms: float | None,
+    within: _Within,
     to_the_end: Sequence[Timed],
 ) -> Measurement:
     (_, work), *turns = timed
@@ -260,7 +273,8 @@ def _measurement(
         slowest_ms=max(times),
         repeats=len(times),
         tflops_per_second=flops / median / 1e9 if flops else None,
-        select_ms=select_ms,
+        select_ms=within.select_ms,
+        sums_ms=within.sums_ms,
         end_to_end_ms=statistics.median(ms for ms, _ in to_the_end) if to_the_end else None,
         **work,
     )

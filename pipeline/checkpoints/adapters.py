@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.building import Layout, Weights
+from pipeline.checkpoints.building import Layout
 from pipeline.checkpoints.folder import first_of
+from pipeline.checkpoints.own_weights import Weights
 from pipeline.checkpoints.safetensor_files import Stored, read_header, read_tensor
 from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight

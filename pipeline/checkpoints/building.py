@@ -6,18 +6,22 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pipeline.checkpoints.own_weights import OwnWeights, Weights
 from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
-from pipeline.families.configuration import slots_of
+from pipeline.families.configuration import shape_of, slots_of
 from pipeline.families.projection import IN_FULL, HeldAs, LinearPrecision, depth_of, matrices
+from pipeline.families.sharding import part_of
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fp8 import Fp8Weight
+from pipeline.ranks.shares import Share, TensorPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +97,18 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def random_model(
-    family: str, settings: dict[str, Any], *, device: torch.device, dtype: torch.dtype, seed: int = 0
+    family: str,
+    settings: dict[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    share: Share | None = None,
 ) -> PreTrainedModel:
-    """A model of these dimensions with random weights."""
+    """A model of these dimensions with random weights, or a rank's share of it."""
     config = AutoConfig.for_model(family, **settings)
-    return with_weights(config, RandomDraw(config, device, seed), device=device, dtype=dtype)
-
-
-class Weights(Protocol):
-    """Where the weights of a model come from, by the names of its parameters."""
-
-    def write(self, name: str, target: Tensor, /) -> None:
-        """Fill a parameter, which is on its device and of its type. Raises ValueError for damaged ones."""
-
-    def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
-        """A matrix as it is stored, if that is in fp8 with scales for rows; else None."""
+    draw = RandomDraw(config, device, seed)
+    return with_weights(config, draw, device=device, dtype=dtype, share=share)
 
 
 class RandomDraw:
@@ -137,24 +138,29 @@ def with_weights(
     device: torch.device,
     dtype: torch.dtype,
     precision: LinearPrecision = IN_FULL,
+    share: Share | None = None,
 ) -> PreTrainedModel:
-    """A model of this configuration, whose weights are made on the device one after the other.
+    """A model of this configuration, or a rank's `share`, whose weights are made on the device one by one.
 
     A matrix that `precision` wants in fp8 alone is quantised before the next one is read: memory is needed
     for the model as it will be, and for one weight as it was.
     """
     model = _skeleton(config, dtype).eval()
     model.tie_weights()
+    parts = _parts(model, config, share)
+    if parts:
+        weights = OwnWeights(weights, parts, {name: tuple(p.shape) for name, p in model.named_parameters()})
     layers, inputs_first = matrices(model), FAMILIES[config.model_type].inputs_first
     with torch.no_grad():
         for name, parameter in list(model.named_parameters()):
-            path, _, own = name.rpartition(".")
+            path, _, last = name.rpartition(".")
             module = model.get_submodule(path)
             form = _form(precision, layers, name, config)
-            tensor, in_fp8 = _made(weights, name, parameter, device, form, inputs_first)
-            setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+            own = parameter if name not in parts else parameter.new_empty(parts[name].shape(parameter.shape))
+            tensor, in_fp8 = _made(weights, name, own, device, form, inputs_first)
+            setattr(module, last, nn.Parameter(tensor, requires_grad=False))
             if in_fp8 is not None:
-                setattr(module, f"{own}_fp8", in_fp8)
+                setattr(module, f"{last}_fp8", in_fp8)
         model.tie_weights()
         _make_buffers(model, device)
     return model
@@ -169,10 +175,22 @@ def _form(
     return precision.form(layers[name], depth_of(name, config.num_hidden_layers))
 
 
+def _parts(model: Any, config: PreTrainedConfig, share: Share | None) -> dict[str, TensorPart]:
+    """Of a model's parameters, by name, those of which a rank has a part."""
+    shape = shape_of(config)
+    named = ((name, part_of(name, tuple(p.shape), shape, share)) for name, p in model.named_parameters())
+    return {name: part for name, part in named if part is not None}
+
+
 def bytes_needed(
-    config: PreTrainedConfig, dtype: torch.dtype, precision: LinearPrecision = IN_FULL
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    precision: LinearPrecision = IN_FULL,
+    share: Share | None = None,
 ) -> tuple[int, int]:
     """Bytes of a model's weights on its device, and at most while they are made, by their shapes alone.
+
+    With a `share` those of one rank, which may have to read each weight whole.
 
     The second holds the largest weight once more, with its numbers in float32 and their scales if it is a
     matrix that may be quantised.
@@ -180,14 +198,18 @@ def bytes_needed(
     model = _skeleton(config, dtype)
     model.tie_weights()
     layers, held, most = matrices(model), 0, 0
+    parts = _parts(model, config, share)
     inputs = 1 if FAMILIES[config.model_type].inputs_first else 2  # which side of experts' matrices
     for name, parameter in model.named_parameters():
         form = _form(precision, layers, name, config)
         numbers, is_matrix = parameter.numel(), parameter.dim() == 2
         rows = numbers // parameter.shape[inputs if parameter.dim() == 3 else -1]
+        most = max(most, numbers * (8 + dtype.itemsize if name in layers and is_matrix else 4))
+        if name in parts:
+            numbers = prod(parts[name].shape(parameter.shape))
+            rows = parts[name].size if parts[name].dim == 0 else rows
         full, in_fp8 = numbers * dtype.itemsize, numbers + 4 * rows
         held += {HeldAs.FULL: full, HeldAs.FP8: in_fp8, HeldAs.BOTH: full + in_fp8}[form]
-        most = max(most, numbers * (8 + dtype.itemsize if name in layers and is_matrix else 4))
     return held, held + most
 
 

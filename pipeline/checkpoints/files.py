@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pipeline.checkpoints.adapters import Adapter, adapter_fingerprint, open_adapter
-from pipeline.checkpoints.building import Weights, as_model_error, layout_of
+from pipeline.checkpoints.building import as_model_error, layout_of
 from pipeline.checkpoints.folder import (
     Checkpoint,
     check_files,
@@ -24,6 +24,7 @@ from pipeline.checkpoints.folder import (
 from pipeline.checkpoints.gguf import GgufFiles
 from pipeline.checkpoints.hub import HubModel
 from pipeline.checkpoints.names import COMMIT_PREFIX, EMBEDDED
+from pipeline.checkpoints.own_weights import Weights
 from pipeline.checkpoints.quantised import check_own_files, scheme_of
 from pipeline.checkpoints.random_weights import PREFIX, RandomWeights
 from pipeline.checkpoints.stored_matrices import StoredWeight

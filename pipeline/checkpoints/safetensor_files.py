@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.ranks.shares import TensorPart
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_POINTER_BYTES = 1024
@@ -103,6 +105,34 @@ def read_tensor(stored: Stored) -> Tensor:
     if len(data) != size:
         raise ValueError(_cut(stored.file, stored.begin + len(data), stored.end))
     return torch.from_numpy(data).view(dtype).reshape(stored.shape)
+
+
+def read_part(stored: Stored, part: TensorPart) -> Tensor:
+    """Part of a matrix or vector, of which no more is read than lies between its first and its last number.
+
+    Raises ValueError as `read_tensor`.
+    """
+    width = prod(stored.shape[1:])
+    itemsize = (stored.end - stored.begin) // max(1, prod(stored.shape))
+    if part.dim == 0:
+        rows = [
+            read_tensor(
+                replace(
+                    stored,
+                    shape=(stop - start, *stored.shape[1:]),
+                    begin=stored.begin + start * width * itemsize,
+                    end=stored.begin + stop * width * itemsize,
+                )
+            )
+            for start, stop in part.ranges
+        ]
+        return torch.cat(rows)
+    if stored.file.stat().st_size < stored.end:
+        raise ValueError(_cut(stored.file, stored.file.stat().st_size, stored.end))
+    size = (stored.shape[0], width * itemsize)
+    data = np.memmap(stored.file, dtype=np.uint8, mode="r", offset=stored.begin, shape=size)
+    columns = [data[:, start * itemsize : stop * itemsize] for start, stop in part.ranges]
+    return torch.from_numpy(np.concatenate(columns, axis=1)).view(DTYPES[stored.dtype])
 
 
 def _cut(path: Path, size: int, least: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.quantised import AWQ, COMPRESSED, FP8, FP8_DTYPES, GPTQ, MXFP4, Scheme
-from pipeline.checkpoints.safetensor_files import Stored
+from pipeline.checkpoints.safetensor_files import DTYPES, Stored, read_part
 from pipeline.checkpoints.stored_matrices import (
     SCALES,
     AwqMatrix,
@@ -22,6 +22,7 @@ from pipeline.checkpoints.stored_matrices import (
     StoredWeight,
 )
 from pipeline.kernels.fp8 import Fp8Weight
+from pipeline.ranks.shares import TensorPart
 
 
 def stored_weights(stored: Mapping[str, Stored], scheme: Scheme | None) -> dict[str, StoredWeight]:
@@ -113,6 +114,13 @@ class CheckpointWeights:
         rows = target.view(-1, target.shape[-1])
         for part, own in zip(parts, rows.chunk(len(parts)), strict=True):
             own.copy_(self._placed[part].read(self._device))
+
+    def part(self, name: str, part: TensorPart, /) -> Tensor | None:
+        """Part of a parameter that is stored as it is, in one tensor; None of others."""
+        placed = [self._placed[each] for each in self._parts[name]]
+        if len(placed) > 1 or type(placed[0]) is not StoredWeight or placed[0].first.dtype not in DTYPES:
+            return None
+        return read_part(placed[0].first, part)
 
     def fp8(self, name: str, device: torch.device, /) -> Fp8Weight | None:
         forms = []

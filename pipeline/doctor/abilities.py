@@ -8,12 +8,13 @@ from pipeline.bench.attention_speed import attention_shape, available, distance
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.tiny import device, stock_logits, subject
 from pipeline.errors import ConfigError
+from pipeline.kernels.devices import pick_dtype
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
 from pipeline.model.decode import decode
 from pipeline.model.generated import StopRules
 from pipeline.model.graphs import DecodeStats, recorder_for
-from pipeline.model.loading import attention_for, pick_dtype
+from pipeline.model.loading import attention_for
 from pipeline.pruning.dense import Dense
 
 # of stock logits in float32, as `distance` reckons: well above what rounding does in four sharp layers

@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.loading import attention_for, pick_device, pick_dtype, use_device
+from pipeline.kernels.devices import pick_device, pick_dtype, use_device
+from pipeline.model.loading import attention_for
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument, Row, Spans

@@ -104,8 +104,7 @@ def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Loo
         return None
     drafts = wanted or USUAL_DRAFTS
     if decoding.available(model.device, model.decoder.dtype):
-        shape = model.decoder.shape
-        drafts = min(drafts, queries_of_a_range(shape.heads, shape.kv_heads) - 1)
+        drafts = min(drafts, queries_of_a_range(model.own.heads, model.own.kv_heads) - 1)
     return Lookup(drafts=drafts, adaptive=wanted is None) if drafts else None
 
 

@@ -82,6 +82,15 @@ class JobPacker:
             *self.packed(others),
         ]
 
+    def apart(self, documents: Sequence[EncodedDocument]) -> Packs:
+        """A pack for each of some documents, which run while no other does."""
+        reasons = [None if self.guard is None else self.guard.before(document) for document in documents]
+        jobs = [
+            Job(document=document, method=self.method) if reason is None else self.dense(document, reason)
+            for document, reason in zip(documents, reasons, strict=True)
+        ]
+        return self.waiting(jobs, alone=True) if jobs else []
+
     def dense(self, document: EncodedDocument, reason: str) -> Job:
         """A document that a guard has answered without pruning."""
         return Job(document=document, method=Dense(), guard=reason)

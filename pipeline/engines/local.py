@@ -7,18 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.engines.alone import decoded_alone
 from pipeline.engines.answering import add_answers, failed, lookup_of
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
 from pipeline.engines.group_packs import GroupPack
 from pipeline.engines.grouped import Prefix
 from pipeline.engines.jobs import Job, JobPacker
-from pipeline.engines.memory import Packer, memory_message
+from pipeline.engines.memory import Packer, least_free_bytes, memory_message
 from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
-from pipeline.engines.table import Running, RunningRow, Table, begun
+from pipeline.engines.table import Running, RunningRow, Table, begun, decoded_alone
 from pipeline.kernels.fused import FP8
 from pipeline.model.decode import NOT_FINITE_MESSAGE
 from pipeline.model.generated import Generated, StopRules
@@ -81,7 +80,7 @@ class LocalEngine:
         packer = Packer.on(
             model.device,
             method,
-            model.decoder.shape,
+            model.own,
             itemsize=model.decoder.dtype.itemsize,
             new_tokens=rules.max_new_tokens,
             drafts=drafts_of(self.lookup),
@@ -90,10 +89,11 @@ class LocalEngine:
             kv_memory=kv_memory,
             kv_itemsize=self.kv_dtype.itemsize,
             in_flight=in_flight,
+            free=least_free_bytes(model.decoder),
             cuts_queries=model.attention.cuts_queries(model.device),
         )
-        self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
-        self.attempts = Attempts(device=model.device, packs=self.packs, check=check, row_timeout=row_timeout)
+        packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
+        self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)
         self.times, self.stats, self._clock = EngineTimes(), DecodeStats(), DecodeClock()
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
@@ -131,9 +131,14 @@ class LocalEngine:
         """Whether the documents that wait may soon be too few to fill the batch."""
         return self._scheduler.tokens < 2 * self.packer.pack_tokens
 
-    def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Let documents wait for their turn, behind those that were added before."""
-        self._scheduler.add(self.packs.packs(documents))
+    @property
+    def waiting(self) -> list[EncodedDocument]:
+        """Documents that no work has been done for."""
+        return [waiting.row.document for waiting in self._scheduler.rows]
+
+    def add(self, documents: Sequence[EncodedDocument], *, apart: bool = False) -> None:
+        """Let documents wait for their turn, behind those that were added before; `apart` one by one."""
+        self._scheduler.add(self.packs.apart(documents) if apart else self.packs.packs(documents))
 
     def answer(self, documents: Sequence[EncodedDocument]) -> list[Answer]:
         """Answers to these documents, in their order, once no other is left."""

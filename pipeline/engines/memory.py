@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from pipeline.engines.packing import make_packs
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
@@ -17,6 +18,7 @@ from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
+from pipeline.ranks.leading import on_every_rank
 from pipeline.records import EncodedDocument
 from pipeline.texts.words import counted
 
@@ -71,12 +73,14 @@ class Packer:
         kv_memory: int | None = None,
         kv_itemsize: int | None = None,
         in_flight: int | None = None,
+        free: int | None = None,
         cuts_queries: bool = True,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
-        `in_flight` is as the user gives it, or 0 where prefills are all that is to be done. It is raised to
-        `n`, so that all answers to a prompt are decoded together.
+        `shape` is that of the part of the model that is on the device, and `free` the bytes there that may be
+        used, where they are known. `in_flight` is as the user gives it, or 0 where prefills are all that is
+        to be done. It is raised to `n`, so that all answers to a prompt are decoded together.
         """
         method.check_depth(shape)
         rows = _in_flight(in_flight, pack_tokens, device)
@@ -89,7 +93,8 @@ class Packer:
             new_tokens=new_tokens + drafts,
             drafts=drafts,
             n=n,
-            pack_tokens=pack_tokens or default_pack_tokens(shape, itemsize=itemsize, device=device),
+            pack_tokens=pack_tokens
+            or default_pack_tokens(shape, itemsize=itemsize, device=device, free=free),
             max_bytes=0,
             in_flight=max(rows, n) if rows else 0,
             kv_memory=kv_memory,
@@ -97,7 +102,7 @@ class Packer:
             cuts_queries=cuts_queries,
             host_bytes=host_kv_bytes(),
         )
-        return whole.within(free_bytes(device))
+        return whole.within(free_bytes(device) if free is None else free)
 
     def within(self, usable: int) -> Self:
         """The same with so many bytes, divided between the store and the prefills beside it."""
@@ -287,6 +292,17 @@ def free_bytes(device: torch.device) -> int:
     return int(free * USABLE[device.type])
 
 
+@on_every_rank
+def least_free_bytes(decoder: Decoder) -> int:
+    """Memory in bytes that a pack may use on each device that has a part of the model."""
+    ranks, free = decoder.ranks, free_bytes(decoder.device)
+    if ranks is None:
+        return free
+    if ranks.device.type == "cpu":  # which all of them share
+        free //= ranks.count
+    return int(ranks.least(torch.tensor([free], device=ranks.device)))
+
+
 def host_kv_bytes() -> int:
     """Host memory that offloaded keys and values may take, in bytes: half of what is free."""
     return psutil.virtual_memory().available // 2
@@ -353,9 +369,11 @@ def merged_bytes(shape: ModelShape, queries: int, device: torch.device) -> int:
     return 4 * queries * 2 * splits * shape.heads * (shape.head_dim + 1)
 
 
-def default_pack_tokens(shape: ModelShape, *, itemsize: int, device: torch.device) -> int:
+def default_pack_tokens(
+    shape: ModelShape, *, itemsize: int, device: torch.device, free: int | None = None
+) -> int:
     """Tokens of a pack when the user names none: what free memory holds, up to what a device needs."""
-    free = free_bytes(device)
+    free = free_bytes(device) if free is None else free
     per_token = shape.layers * shape.kv_bytes_per_token(itemsize) + activation_bytes(shape, itemsize)
     tokens = free // (per_token + piece_bytes(shape, itemsize, 1))
     if tokens >= PIECE_TOKENS:

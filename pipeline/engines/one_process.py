@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline.engines.blocks import Key, Window, key_of
@@ -19,8 +20,9 @@ from pipeline.setup.intake import Item
 
 if TYPE_CHECKING:
     from pipeline.engines.local import LocalEngine
+    from pipeline.engines.restarting import Restarting
     from pipeline.families.projection import LinearPrecision
-    from pipeline.model.loading import Model
+    from pipeline.model.loading import LoadedModel, Model
     from pipeline.setup.preparation import Setup
 
 PATIENCE_S = 0.002  # for rows to be read, while others are being answered
@@ -66,7 +68,7 @@ class OneProcess:
 
     def __init__(self, setup: Setup, hooks: Hooks) -> None:
         self._setup, self._hooks = setup, hooks
-        self._engine: LocalEngine | None = None
+        self._engine: LocalEngine | Restarting | None = None
 
     def answers(self, windows: Iterable[Sequence[Item] | None]) -> Generator[list[Answer], None, None]:
         """As an engine does. Raises ConfigError where the model is one that answers other rows meanwhile."""
@@ -87,20 +89,26 @@ class OneProcess:
     def times(self) -> EngineTimes:
         return EngineTimes() if self._engine is None else self._engine.times
 
-    def _start(self, prompts: Sequence[EncodedDocument]) -> LocalEngine:
+    def _start(self, prompts: Sequence[EncodedDocument]) -> LocalEngine | Restarting:
         if self._engine is None:
-            self._engine = start_engine(self._setup, self._hooks, prompts)
+            start = partial(start_engine, self._setup, self._hooks)
+            engine = start(prompts)
+            self._engine = engine
+            if engine.model.lead is not None:
+                from pipeline.engines.restarting import Restarting
+
+                self._engine = Restarting(engine, start, self._hooks.note)
         return self._engine
 
 
-def last_notes(engine: LocalEngine) -> Iterator[str]:
+def last_notes(engine: LocalEngine | Restarting) -> Iterator[str]:
     """What there is to say of an engine once it has answered."""
     if engine.model.attention.capture_failure:
         yield f"decoded without CUDA graphs: {engine.model.attention.capture_failure}"
 
 
 def answer_windows(
-    engine: Callable[[Sequence[EncodedDocument]], LocalEngine],
+    engine: Callable[[Sequence[EncodedDocument]], LocalEngine | Restarting],
     windows: Iterable[Sequence[Item] | None],
     setup: Setup,
 ) -> Iterator[list[Answer]]:
@@ -114,7 +122,7 @@ def answer_windows(
     redrawing = Redrawing(setup.validity, setup.config)
     outgoing = Outgoing(setup.method.name)
     incoming, is_more = iter(windows), True
-    started: LocalEngine | None = None
+    started: LocalEngine | Restarting | None = None
     while is_more or (started is not None and started.is_busy):
         while is_more and (started is None or started.wants_more):
             window = next(incoming, ())
@@ -203,10 +211,6 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     """
     hooks.phase("loading the model")
     started = time.perf_counter()
-    from pipeline.engines.answering import rules_of, sampling_of
-    from pipeline.engines.local import LocalEngine
-    from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
-
     config = setup.config
     hooks.check()
     precision = setup.precision
@@ -215,6 +219,27 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
         model = setup.model.load(precision)
     if model is setup.model:  # who gave a loaded model may want its own precision later
         model.decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
+    try:
+        return _warmed_up(setup, model, hooks, prompts, started)
+    except BaseException:
+        if model is not setup.model:
+            model.close()
+        raise
+
+
+def _warmed_up(
+    setup: Setup,
+    model: LoadedModel,
+    hooks: Hooks,
+    prompts: Sequence[EncodedDocument] | None,
+    started: float,
+) -> LocalEngine:
+    """An engine with a model whose loading `started` then."""
+    from pipeline.engines.answering import rules_of, sampling_of
+    from pipeline.engines.local import LocalEngine
+    from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
+
+    config = setup.config
     engine = LocalEngine(
         model,
         setup.method,

@@ -119,10 +119,9 @@ class RayEngine:
         for seat in self._seats:
             seat.starting = cluster.start(seat.actor)
         wanted, (_, room) = len(actors), cluster.places()
+        gpus = cluster.gpus_per_worker * self._run.config.tensor_parallel
         where = "on this machine" if self._run.config.ray_address is None else "in the cluster"
-        self._note(
-            f"Ray starts {counted(wanted, 'worker')} {where}, {counted(cluster.gpus_per_worker, 'GPU')} each"
-        )
+        self._note(f"Ray starts {counted(wanted, 'worker')} {where}, {counted(gpus, 'GPU')} each")
         if wanted > room:
             self._note(f"there is room for {room:,} of {wanted:,} workers: the run begins without the others")
 

@@ -171,9 +171,11 @@ class RayCluster:
 
     def places(self) -> tuple[int, int]:
         """How many workers are wanted, and how many the cluster has room for as it is."""
-        kind = "GPU" if self.gpus_per_worker else "CPU"
-        room = self._total(kind)
+        kind, gpus = ("GPU", self._config.tensor_parallel) if self.gpus_per_worker else ("CPU", 1)
+        room = self._total(kind) // gpus
         wanted = parse_workers(self._config.workers) or room
+        if not room and gpus > 1:
+            raise ConfigError(f"--tensor-parallel {gpus}: the cluster has fewer GPUs than a worker takes")
         if not room:
             raise ConfigError(
                 f"the cluster has no {kind} for a worker: give --gpus-per-worker {1 - self.gpus_per_worker},"
@@ -196,7 +198,7 @@ class RayCluster:
 
         from pipeline.engines.ray_worker import model_facts
 
-        ask: Any = ray.remote(num_gpus=1, max_retries=3)(model_facts)
+        ask: Any = ray.remote(num_gpus=config.tensor_parallel, max_retries=3)(model_facts)
         return distant_model(config, self.wait_for(ask.remote(config)))
 
     def make_workers(self, setup: Setup) -> list[Any]:
@@ -209,7 +211,7 @@ class RayCluster:
 
         from pipeline.engines.ray_worker import Worker
 
-        gpus = self.gpus_per_worker
+        gpus = self.gpus_per_worker * self._config.tensor_parallel
         module = type(setup.method).__module__
         if not module.startswith("pipeline."):  # a method of the user's own, whose file others may not have
             ray.cloudpickle.register_pickle_by_value(sys.modules[module])

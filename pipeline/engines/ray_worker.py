@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import ray
 from pipeline.engines.blocks import Unit, moved
 from pipeline.engines.clock import EngineTimes
 from pipeline.engines.one_process import Hooks, answer_windows, last_notes, start_engine
-from pipeline.errors import ConfigError, MarsError, ModelError
+from pipeline.errors import ConfigError, MarsError, ModelError, RankFailed
 from pipeline.records import Answer
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.preparation import Setup, open_for_run
@@ -106,9 +107,12 @@ class Worker:
         assert self._ready is not None
         (setup, engine), now = self._ready, time.perf_counter()
         here = [[moved(item, now) for item in unit] for unit in units]
-        for items in here if apart else [list(chain.from_iterable(here))]:
-            for answers in answer_windows(lambda prompts: engine, [items], setup):
-                yield self._told(engine, answers)
+        try:
+            for items in here if apart else [list(chain.from_iterable(here))]:
+                for answers in answer_windows(lambda prompts: engine, [items], setup):
+                    yield self._told(engine, answers)
+        except RankFailed:
+            os._exit(1)  # Ray makes this process again, with others that have parts of the model
         self._notes += last_notes(engine)
         yield self._told(engine, [], is_last=True)
 
@@ -120,7 +124,7 @@ class Worker:
         """Leave the other workers on this machine their part of its memory; a GPU's is its worker's own."""
         here = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
         places = int(here["Resources"].get("GPU" if self._gpus else "CPU", 1))
-        shares = max(1, min(self._workers, places))
+        shares = max(1, min(self._workers, places // max(1, self._gpus)))
         packer = engine.packer
         engine.packer = replace(
             packer,

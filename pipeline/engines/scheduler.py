@@ -64,6 +64,11 @@ class Scheduler(Generic[T]):
         """Tokens that wait."""
         return sum(pack.tokens for pack in self._packs)
 
+    @property
+    def rows(self) -> list[Waiting[T]]:
+        """Those that wait."""
+        return [waiting for pack in self._packs for waiting in pack.rows]
+
     def add(self, packs: Iterable[WaitingPack[T]]) -> None:
         """Put packs behind those that wait."""
         self._packs.extend(packs)

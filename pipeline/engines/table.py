@@ -1,4 +1,4 @@
-"""The rows that are being decoded: their part of the store, and their place in the batch."""
+"""Rows that are being decoded: their part of the store and their place in the batch; or one row alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Self
 
 import torch
 
+from pipeline.engines.attempts import Check
 from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
 from pipeline.engines.row_rules import RowRules
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import DecodeLoop
-from pipeline.model.decode_batch import Seat
-from pipeline.model.generated import Generated
+from pipeline.model.decode import DecodeLoop, decode
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import Lookup
 from pipeline.model.sampling import RowDraws
-from pipeline.model.store import Extent, KvStore, slots_needed
+from pipeline.model.step_tables import Seat
+from pipeline.model.store import Extent, KvStore, slots_needed, store_for
 from pipeline.records import Answer
 
 SMALLER = 0.9  # what is tried next where the memory for the store is not there
@@ -283,14 +284,53 @@ class Table:
 
 
 def _store(model: LoadedModel, packer: Packer, dtype: torch.dtype) -> KvStore:
-    share, shape = 1.0, model.decoder.shape
+    share = 1.0
     extents = 2 * packer.in_flight + 1  # each row's, and as many documents' and one more, see `Table.hold`
     while True:
         try:
             slots = int(packer.store_slots * share)
-            return KvStore(slots, shape, dtype=dtype, device=model.device, extents=extents)
+            return store_for(model.decoder, slots, dtype=dtype, extents=extents)
         except torch.OutOfMemoryError:
             share *= SMALLER
             if share < SMALLEST:
                 raise
         torch.cuda.empty_cache()
+
+
+def decoded_alone(
+    model: LoadedModel,
+    pack: PrefilledPack,
+    rules: StopRules,
+    check: Check,
+    *,
+    scored: int | None,
+    stats: DecodeStats,
+    kv_dtype: torch.dtype,
+) -> list[Generated]:
+    """The answers to a pack's only prompt, one after the other, so that they take the memory of one.
+
+    `scored` is as `DecodeBatch` takes it, and `kv_dtype` that of keys and values while they are decoded.
+    Raises RowError where the model's output is not finite, and what `check` raises.
+    """
+    (job,), (draws,), (tokens,) = pack.jobs, pack.draws, pack.tokens
+    (guides,), (scores,) = pack.guides, pack.scores
+    answers: list[Generated] = []
+    for own, token, guide, of_token in zip(draws, tokens, guides, scores, strict=True):
+        answers += decode(
+            model.decoder,
+            model.attention,
+            pack.prefilled,
+            rules,
+            draws=[own],
+            first=[token],
+            prompts=[job.document.input_ids],
+            reasoning=[job.document.reasoning],
+            guides=[guide],
+            scores=[of_token],
+            scored=scored,
+            check=check,
+            stats=stats,
+            kv_dtype=kv_dtype,
+            again=len(answers) + 1 < len(draws),
+        )
+    return answers

@@ -19,7 +19,7 @@ from pipeline.engines.clock import EngineTimes
 from pipeline.engines.grouped import rehearse_group
 from pipeline.engines.jobs import Job
 from pipeline.engines.local import LocalEngine
-from pipeline.engines.memory import free_bytes
+from pipeline.engines.memory import least_free_bytes
 from pipeline.kernels import sparse
 from pipeline.model import precision
 from pipeline.model.decode import decode
@@ -63,7 +63,7 @@ def warm_up(
     ran = all(_rehearse(engine, length, check) for length in _lengths(engine, longest))
     told = ""
     if engine.model.device.type == "cuda":
-        told = f": {engine.prepare(free_bytes(engine.model.device))}"
+        told = f": {engine.prepare(least_free_bytes(engine.model.decoder))}"
     # behind all that gives memory back: the first of these packs finds the memory of the one before
     ran = ran and all(_prefill_once(engine, pack, check) for pack in _first_packs(engine, prompts or ()))
     engine.times = EngineTimes(warm_up_s=engine.attempts.now() - started)

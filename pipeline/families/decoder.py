@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, slots_of
-from pipeline.families.layer import Layer
+from pipeline.families.head import Head
+from pipeline.families.layer import Layer, are_plain, attention_scale
 from pipeline.families.longrope import LongRope
 from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
-from pipeline.families.rope import Rope, Table
-from pipeline.families.slots import ONE_ROPE
+from pipeline.families.rope import Rope
+from pipeline.families.rotary import Rotary
+from pipeline.families.sharding import own_shape
 from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fused import Quantised, gated, quantize_rows, rope_, silu_mul_quantized
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -34,54 +35,44 @@ from pipeline.kernels.step import (
     rope_and_store_,
 )
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES
+from pipeline.ranks.collectives import Ranks
+from pipeline.ranks.leading import OnEachRank
 
+HALVED_TOKENS = 4096  # from which on ranks have two pieces at least, so that sums hide behind products
 STEP_ROWS = 256  # up to which fp8 products are faster without their scales
 
 
-class Decoder:
+class Decoder(OnEachRank):
     """A loaded model, taken apart. Token tensors are packed: (T, ...), no batch dimension.
+
+    Of several ranks each has a part of every layer, of the `own` shape: heads are its own heads. The residual
+    stream is the same on all, since what layers add to it is summed over the ranks.
 
     Linear layers run on at most `piece_tokens` tokens at once: what is wider than the residual stream or
     lives for one product is as large as a piece, however many tokens there are.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+        """Of a model that has its share of the weights, if there are several `ranks`."""
         check_config(model.config)
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.shape, self._slots = shape_of(model.config), slots_of(model.config)
+        self.own = own_shape(self.shape, None if ranks is None else ranks.share)
         self._body: Any = model.model
         # attention is computed with 1/sqrt(d): queries are multiplied by what another scale is of that
-        self._query_scale = self._check_scale(model.model.layers) * math.sqrt(self.shape.head_dim)
+        head_dim = self.shape.head_dim
+        self._query_scale = attention_scale(model.model.layers, self._slots, head_dim) * math.sqrt(head_dim)
         family = FAMILIES[model.config.model_type]
         with torch.no_grad():
             self._layers = [family.layer(block, self._slots) for block in self._body.layers]
-            self._last_norm = Norm(self._body.norm, self._slots.norm_offset)
-        self._long_rope = LongRope.of(model.config, self.device)
-        self._has_plain_layers = self._are_plain()
+            self._head = Head(model, self._slots, ranks)
+        if ranks is not None and not ranks.leads:
+            for layer in self._layers:
+                layer.leave_biases_to_others()
+        self._rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
+        self._has_plain_layers = are_plain(self._layers, self._slots, self._query_scale)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.piece_tokens: int = PIECE_TOKENS
-
-    def _check_scale(self, blocks: Any) -> float:
-        """The attention's scale; raises ModelError where the modules have another than the configuration."""
-        scale = self._slots.attention_scale or self.shape.head_dim**-0.5
-        for block in blocks:
-            if abs(block.self_attn.scaling - scale) > 1e-6:
-                raise ModelError(f"attention scaling {block.self_attn.scaling} is not supported ({scale} is)")
-        return scale
-
-    def _are_plain(self) -> bool:
-        """Whether all layers are what the kernels for decode steps compute."""
-        slots, first = self._slots, self._layers[0]
-        return (
-            (slots.gate, slots.experts, slots.residual_scale) == ("silu", 0, 1)
-            and set(slots.ropes) == {ONE_ROPE}
-            and math.isclose(self._query_scale, 1)
-            and first.q_norm is None
-            and first.attention_post_norm is None
-            and first.ffn_post_norm is None
-            and first.input_norm is not None
-            and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
-        )
 
     @property
     def device(self) -> torch.device:
@@ -127,60 +118,39 @@ class Decoder:
         return hidden_TD if scale == 1 else hidden_TD.mul_(scale)
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
-        """Rotary embeddings of original positions, in documents that may come to have `reach_T` tokens.
-
-        Where queries grow with their position, by 1 + beta * log(1 + the number of whole stretches of some
-        length before it), the two are the slot's (Llama 4's rule).
-        """
-        tables = {
-            kind: self._rope_table(kind, hidden_TD, positions_T, reach_T)
-            for kind in dict.fromkeys(self._slots.ropes)
-            if kind is not None
-        }
-        if self._slots.query_growth is None:
-            return Rope(tables=tables)
-        beta, length = self._slots.query_growth
-        scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
-        return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
-
-    def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None) -> Table:
-        if self._long_rope is not None:
-            assert reach_T is not None, "LongRoPE, of documents whose lengths are not told"
-            return self._long_rope.table(positions_T, reach_T, hidden_TD.dtype)
-        of_kind = () if kind == ONE_ROPE else (kind,)
-        (cos_Td,), (sin_Td,) = self._body.rotary_emb(hidden_TD, positions_T[None], *of_kind)
-        if self._slots.rope_by_halves:
-            return torch.cat((cos_Td, cos_Td), dim=-1), torch.cat((sin_Td, sin_Td), dim=-1)
-        return cos_Td, sin_Td
+        """See `Rotary.rope`."""
+        return self._rotary.rope(hidden_TD, positions_T, reach_T)
 
     def sinks(self, layer: int) -> Tensor | None:
         """(H,) float32 of a layer's heads, where they have sinks: see kernels/attention.py."""
         return self._layers[layer].sinks_H
 
     def pieces(self, tokens: int) -> list[slice]:
-        """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size."""
-        size = max(1, -(-tokens // max(1, -(-tokens // self.piece_tokens))))
+        """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size.
+
+        Several ranks sum one piece while they compute another.
+        """
+        least = 2 if self.ranks is not None and tokens >= HALVED_TOKENS else 1
+        size = max(1, -(-tokens // max(least, -(-tokens // self.piece_tokens))))
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def qkv(
         self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked."""
-        heads = (self.shape.heads, self.shape.kv_heads)
+        heads = (self.own.heads, self.own.kv_heads)
         return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, heads, fp8)
 
     def queries(self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None) -> tuple[Tensor]:
         """(T, H, d) with RoPE, without the share of the projection that keys and values have."""
-        heads = self.shape.heads
-        projection = self._layers[layer].qkv.part(slice(0, heads * self.shape.head_dim))
+        heads = self.own.heads
+        projection = self._layers[layer].qkv.part(slice(0, heads * self.own.head_dim))
         return self._heads(layer, hidden_TD, rope, projection, (heads, 0), fp8)[:1]
 
     def has_qkv_in_fp8(self, layer: int) -> bool:
         """Whether `mixed` has a layer's queries, keys and values in fp8, of tokens that are not kept."""
-        return (
-            LinearPrecision(linears=self.linears).form("self_attn.qkv_proj", self.depth_of(layer))
-            is HeldAs.BOTH
-        )
+        form = LinearPrecision(linears=self.linears).form("self_attn.qkv_proj", self.depth_of(layer))
+        return form is HeldAs.BOTH
 
     def depth_of(self, layer: int) -> float:
         """From 0 to less than 1."""
@@ -190,25 +160,35 @@ class Decoder:
         self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
-        projection = self._layers[layer].qkv.part(slice(self.shape.heads * self.shape.head_dim, None))
-        return self._heads(layer, hidden_TD, rope, projection, (0, self.shape.kv_heads), fp8)[1:]
+        projection = self._layers[layer].qkv.part(slice(self.own.heads * self.own.head_dim, None))
+        return self._heads(layer, hidden_TD, rope, projection, (0, self.own.kv_heads), fp8)[1:]
 
     def add_attention_(
-        self, layer: int, hidden_TD: Tensor, attended_THd: Tensor, fp8: bool | None = None
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        attended_THd: Tensor,
+        fp8: bool | None = None,
+        later: bool = False,
     ) -> None:
-        """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default."""
+        """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default.
+
+        With `later` sums over ranks may be on their way: readers of the stream must `Ranks.settle` first.
+        """
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         weights = self._layers[layer]
         for rows in self.pieces(len(hidden_TD)):
             attended_TN = attended_THd[rows].flatten(1)
             given = quantize_rows(attended_TN) if fp8 else attended_TN
-            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm)
+            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm, later)
 
-    def add_feed_forward_(self, layer: int, hidden_TD: Tensor, fp8: bool | None = None) -> None:
-        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default."""
+    def add_feed_forward_(
+        self, layer: int, hidden_TD: Tensor, fp8: bool | None = None, later: bool = False
+    ) -> None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default; `later` as above."""
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         for rows in self.pieces(len(hidden_TD)):
-            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8)
+            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8, later=later)
 
     def step_layer_(
         self,
@@ -267,21 +247,33 @@ class Decoder:
             normed = weights.input_norm.quantised(hidden_BD)
         attended_BHd = mixed(weights.qkv.unscaled(normed))
         attended = weights.output.unscaled(quantize_rows(attended_BHd.flatten(1)))
-        normed = weights.ffn_norm.quantised_sum_(hidden_BD, attended)
+        normed = self._add_and_norm_(hidden_BD, attended, weights.ffn_norm)
         gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
         fed_forward = weights.down.unscaled(gated)
-        if last:
-            add_product_(hidden_BD, fed_forward)
-            return None
-        next_norm = self._layers[layer + 1].input_norm
-        assert next_norm is not None
-        return next_norm.quantised_sum_(hidden_BD, fed_forward)
+        if not last:
+            next_norm = self._layers[layer + 1].input_norm
+            assert next_norm is not None
+            return self._add_and_norm_(hidden_BD, fed_forward, next_norm)
+        self._add_product_(hidden_BD, fed_forward)
+        return None
+
+    def _add_and_norm_(self, total_BD: Tensor, added: Product, norm: Norm) -> Quantised:
+        if self.ranks is None:
+            return norm.quantised_sum_(total_BD, added)
+        self._add_product_(total_BD, added)
+        return norm.quantised(total_BD)
+
+    def _add_product_(self, total_BD: Tensor, added: Product) -> None:
+        """Add a product to the residual stream, which is summed with what the first rank has made of it."""
+        if self.ranks is not None and not self.ranks.leads:
+            total_BD.zero_()
+        add_product_(total_BD, added)
+        if self.ranks is not None:
+            self.ranks.sum_(total_BD)
 
     def head(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
-        head: Any = self.model.lm_head
-        logits_BV, scale = head(self._last_norm(hidden_BD)), self._slots.logits_scale
-        return logits_BV if scale == 1 else logits_BV * scale
+        return self._head(hidden_BD)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) float32."""
@@ -299,7 +291,7 @@ class Decoder:
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries and of keys."""
         weights, tokens = self._layers[layer], len(hidden_TD)
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        if tokens <= self.piece_tokens:
+        if len(self.pieces(tokens)) == 1:
             return self._heads_of_piece(layer, hidden_TD, rope, projection, heads, fp8)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
@@ -342,10 +334,11 @@ class Decoder:
         q_THd, k_TKd, v_TKd = heads_TNd.split((*heads, heads[1]), dim=1)
         return q_THd, k_TKd, v_TKd
 
-    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool) -> None:
+    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool, later: bool) -> None:
         """See `add_feed_forward_`, of few tokens."""
         if weights.experts is not None:
             normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
+            assert self.ranks is None, "experts are not divided"
             self._add_(hidden_TD, weights.experts(normed_TD, fp8=fp8), weights.ffn_post_norm)
             return
         assert weights.gate_up is not None
@@ -357,18 +350,33 @@ class Decoder:
         else:
             given = gated(gate_up_T2F, self._slots.gate)
             given = quantize_rows(given) if fp8 else given
-        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm)
+        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm, later)
 
     def _add_projected_(
-        self, total_TD: Tensor, projection: Projection, given: Tensor | Quantised, post_norm: Norm | None
+        self,
+        total_TD: Tensor,
+        projection: Projection,
+        given: Tensor | Quantised,
+        post_norm: Norm | None,
+        later: bool,
     ) -> None:
         """Add a projection, in fp8 of what is quantised, to the residual stream, after its norm if any."""
-        if not isinstance(given, Tensor):
-            self._add_(total_TD, projection.in_fp8(*given), post_norm)
-        elif post_norm is None and self._slots.residual_scale == 1:
+        self._settle(total_TD)
+        ranks, plain = self.ranks, post_norm is None and self._slots.residual_scale == 1
+        if plain and ranks is not None and not ranks.leads:
+            # the stream itself is summed, to which the first rank has added its part
+            projection.write(given, total_TD)
+        elif plain and isinstance(given, Tensor):
             projection.add_to_(total_TD, given)
         else:
-            self._add_(total_TD, projection(given), post_norm)
+            added_TD = projection.write(given)
+            self._add_(total_TD, added_TD if plain or ranks is None else ranks.sum_(added_TD), post_norm)
+        if plain and ranks is not None:
+            ranks.sum_(total_TD, later=later)
+
+    def _settle(self, hidden_TD: Tensor) -> None:
+        if self.ranks is not None:
+            self.ranks.settle(hidden_TD)
 
     def _add_(self, total_TD: Tensor, added_TD: Tensor, post_norm: Norm | None) -> None:
         """Add to the residual stream, after a norm if there is one, by the family's scale."""
@@ -385,6 +393,7 @@ class Decoder:
         out_TN: Tensor | None = None,
     ) -> Tensor:
         """(T, N) a projection of the residual stream after its norm; written to `out_TN` if there is one."""
+        self._settle(hidden_TD)
         if fp8:
             given = quantize_rows(hidden_TD) if norm is None else norm.quantised(hidden_TD)
             return projection.in_fp8(*given, out_TN)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from pipeline.errors import ModelError
 from pipeline.families.experts import ExpertProjection, Experts
 from pipeline.families.projection import Norm, Projection
 
@@ -27,6 +30,12 @@ class Layer:
     down: Projection | None = None
     experts: Experts | None = None
     sinks_H: Tensor | None = None  # float32; see kernels/attention.py
+
+    def leave_biases_to_others(self) -> None:
+        """Do without the biases of what is summed over ranks, which one of them adds."""
+        for summed in (self.output, self.down):
+            if summed is not None:
+                summed.bias = None
 
     @property
     def projections(self) -> dict[str, Projection | ExpertProjection]:
@@ -61,3 +70,31 @@ def attention(module: Any) -> dict[str, Any]:
 def pre_norms(block: Any) -> dict[str, Any]:
     """The usual norms before attention and before the FFN, as arguments of a Layer."""
     return {"input_norm": Norm(block.input_layernorm), "ffn_norm": Norm(block.post_attention_layernorm)}
+
+
+def attention_scale(blocks: Any, slots: Any, head_dim: int) -> float:
+    """By which products of queries and keys are scaled.
+
+    Raises ModelError where the modules have another than the configuration.
+    """
+    scale: float = slots.attention_scale or head_dim**-0.5
+    for block in blocks:
+        if abs(block.self_attn.scaling - scale) > 1e-6:
+            raise ModelError(f"attention scaling {block.self_attn.scaling} is not supported ({scale} is)")
+    return scale
+
+
+def are_plain(layers: Sequence[Layer], slots: Any, query_scale: float) -> bool:
+    """Whether all layers are what the kernels for decode steps compute."""
+    first = layers[0]
+    return (
+        (slots.gate, slots.experts, slots.residual_scale) == ("silu", 0, 1)
+        and len(set(slots.ropes)) == 1
+        and slots.ropes[0] is not None
+        and math.isclose(query_scale, 1)
+        and first.q_norm is None
+        and first.attention_post_norm is None
+        and first.ffn_post_norm is None
+        and first.input_norm is not None
+        and (slots.norm_offset, slots.query_growth, slots.rotates_part) == (0, None, False)
+    )

@@ -185,6 +185,10 @@ class Projection:
         assert self.fp8 is not None, "these weights were not quantised"
         return fp8_linear(x_TD, scale_T1, self.fp8, self.bias, out_TN=out_TN)
 
+    def write(self, given: Tensor | Quantised, out_TN: Tensor | None = None) -> Tensor:
+        """(T, N), in fp8 of what is quantised; written to `out_TN` if there is one."""
+        return self(given, out_TN) if isinstance(given, Tensor) else self.in_fp8(*given, out_TN)
+
     def unscaled(self, x: Quantised) -> Product:
         """(T, N) of a quantised input, without the scales and the bias."""
         assert self.fp8 is not None, "these weights were not quantised"

@@ -43,6 +43,9 @@ class Segments:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Segments, (self.lengths, self.device)
+
     @property
     def total(self) -> int:
         return self.offsets[-1]

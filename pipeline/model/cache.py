@@ -14,9 +14,10 @@ from pipeline.kernels.fused import FP8
 from pipeline.kernels.kv_fp8 import KvTarget, put_prompts, rounded
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.shape import ModelShape
+from pipeline.ranks.leading import OnEachRank
 
 
-class KeysValues:
+class KeysValues(OnEachRank):
     """Where the keys and values of rows that are being decoded lie, layer by layer."""
 
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:

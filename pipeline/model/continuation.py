@@ -84,7 +84,7 @@ class _Behind:
         """For the queries of `at`."""
         assert cache.shared is not None
         documents, device = cache.shared.cache.slots[0], decoder.device
-        most = queries_of_a_range(decoder.shape.heads, decoder.shape.kv_heads)
+        most = queries_of_a_range(decoder.own.heads, decoder.own.kv_heads)
         firsts = [0, *accumulate(at.known.queries)]
         queries = [
             [query for row in rows for query in range(firsts[row], firsts[row + 1])]

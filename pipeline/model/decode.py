@@ -18,14 +18,14 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues
-from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.decode_batch import batch_for
 from pipeline.model.generated import Generated, StopRules
-from pipeline.model.graphs import DecodeStats, StepRunner, StepSize, recorder_for
+from pipeline.model.graphs import DecodeStats, StepSize, runner_for
 from pipeline.model.guide import Guide
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, with_penalties
-from pipeline.model.step_tables import to_host
+from pipeline.model.step_tables import Seat, to_host
 from pipeline.model.store import rows_in
 from pipeline.records import Reasoning, RowError
 from pipeline.structured.matchers import Visit
@@ -78,7 +78,7 @@ class DecodeLoop:
         self._kv, self._lookup = kv, lookup
         self._pace = None if lookup is None else DraftPace(lookup)
         self._device = decoder.device
-        self._batch = DecodeBatch(
+        self._batch = batch_for(
             decoder,
             attention,
             kv,
@@ -92,12 +92,7 @@ class DecodeLoop:
         )
         captured = graphs and kv.on_device_alone
         self._runner, self._chooser = (
-            StepRunner(
-                half,
-                recorder_for(decoder.device, decoder.dtype, attention) if captured else None,
-                attention,
-                stats,
-            )
+            runner_for(decoder, attention, half, stats, captured=captured)
             # a step that is masked is counted once
             for half, stats in ((self._batch.step, self.stats), (self._batch.choose, DecodeStats()))
         )
@@ -345,7 +340,7 @@ def decode(
     converts = dtype != (cache.dtype or decoder.dtype)
     frees = converts and not again
     kv, extents, documents = rows_in(
-        cache, decoder.shape, rules.max_new_tokens, dtype=dtype, converts=converts, frees=frees
+        cache, decoder, rules.max_new_tokens, dtype=dtype, converts=converts, frees=frees
     )
     shared = [None] * count if cache.shared is None else [documents[g] for g in cache.shared.of_row]
     loop = DecodeLoop(

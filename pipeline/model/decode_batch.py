@@ -10,8 +10,8 @@ that a step makes of it at most, Q queries of a step, X numbers that are kept of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,51 +26,23 @@ from pipeline.model.cache import KeysValues
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
-from pipeline.model.step_tables import DrawTable, PenaltyTable, SharedQueries, SharedTables, to_device
-from pipeline.model.store import Extent
+from pipeline.model.step_tables import (
+    Drafts,
+    DrawTable,
+    PenaltyTable,
+    Queries,
+    Seat,
+    SharedQueries,
+    SharedTables,
+    to_device,
+)
 from pipeline.model.token_masks import MaskTable, logprobs_of
+from pipeline.ranks.leading import OnEachRank, on_every_rank
 
 NOTHING = -2  # in place of a token that a step might have made
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Where a row's next token goes: in each layer the slot of its first token, and how many it has."""
-
-    starts: Sequence[int]
-    used: Sequence[int]
-    position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
-    reach: int = 0  # tokens that its document may come to have, as `Decoder.rope` wants it
-    line: int = 0  # of the scales of keys and values in e4m3
-    new_tokens: int | None = None  # of its answer at most; None: as many as the batch makes of any
-    shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
-    prompt: np.ndarray | None = None  # (T,) token ids, for drafts that are looked up and for a penalty
-
-
-class _Drafts(NamedTuple):
-    """What is looked up for a step, and the queries that verify it."""
-
-    tokens_BN: Tensor
-    count_B: Tensor
-    spread: Spread  # of the queries over the columns, the first of each being its newest token
-
-
-class _Queries(NamedTuple):
-    """What a step runs through the model."""
-
-    column_Q: Tensor
-    tokens_Q: Tensor
-    position_Q: Tensor
-    reach_Q: Tensor
-    drawn_Q: Tensor  # how many tokens the row has before the one that comes of it
-    places_LQ: Tensor  # where keys and values go
-    lines_Q: Tensor
-    used_LB: Tensor  # of each column, all of these tokens included
-    bounds_B1: Tensor  # of each column's queries
-    most: int  # of a column
-
-
-class DecodeBatch:
+class DecodeBatch(OnEachRank):
     """Up to `capacity` rows. Raises nothing but what the device does."""
 
     def __init__(
@@ -112,14 +84,18 @@ class DecodeBatch:
         self.outcome_CX = torch.zeros((capacity, 2 + drafts), dtype=torch.int64, device=device)
         self._queries_B1 = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._index_K = torch.arange(1 + drafts, dtype=torch.int32, device=device)
-        self._shared = SharedTables(decoder.shape, capacity, device, drafts)
-        self._texts = None if lookup is None else Texts(lookup, capacity, self._longest, device)
-        self._draws = DrawTable(capacity, device, numbers)
-        self._penalties = PenaltyTable(capacity, decoder.shape.vocab, device, is_needed=penalises)
+        self._shared = SharedTables(decoder.own, capacity, device, drafts)
+        self._ranks = decoder.ranks
+        decides = self._ranks is None or self._ranks.leads  # which tokens follow; other ranks are told
+        self._texts = (
+            None if lookup is None or not decides else Texts(lookup, capacity, self._longest, device)
+        )
+        self._draws = DrawTable(capacity, device, numbers if decides else 0)
+        self._penalties = PenaltyTable(capacity, decoder.shape.vocab, device, is_needed=penalises and decides)
         self.masks = MaskTable(decoder, capacity, scored or 0)
         # of each column the log-probabilities of the tokens that the last step made, and those logits
         self.scores_CX: Tensor | None = None
-        if scored is not None:
+        if scored is not None and decides:
             shape = (capacity, 1 + drafts + scored)
             self.scores_CX = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -154,6 +130,19 @@ class DecodeBatch:
         self, seats: Sequence[Seat], tokens: Sequence[int], draws: Sequence[RowDraws | None] = ()
     ) -> None:
         """Add rows behind those that are there, each with its newest token, and what it draws by, if any."""
+        first = self.rows
+        self._sit([replace(seat, prompt=None) for seat in seats], list(tokens))
+        draws = draws or [None] * len(seats)
+        self._draws.join(draws)
+        self._penalties.join(draws, [seat.prompt for seat in seats], tokens)
+        if self._texts is not None:
+            for column, (seat, token) in enumerate(zip(seats, tokens, strict=True), first):
+                assert seat.prompt is not None
+                self._texts.join(column, torch.from_numpy(seat.prompt), token)
+
+    @on_every_rank
+    def _sit(self, seats: Sequence[Seat], tokens: Sequence[int]) -> None:
+        """Add rows to what a step reads."""
         first, last = self.rows, self.rows + len(seats)
         assert last <= self.capacity, "more rows than the batch has columns"
         columns = [
@@ -171,13 +160,6 @@ class DecodeBatch:
             for seat, token in zip(seats, tokens, strict=True)
         ]
         to_device(self._state_XC[:, first:last], np.array(columns, np.int32).T)
-        draws = draws or [None] * len(seats)
-        self._draws.join(draws)
-        self._penalties.join(draws, [seat.prompt for seat in seats], tokens)
-        if self._texts is not None:
-            for column, (seat, token) in enumerate(zip(seats, tokens, strict=True), first):
-                assert seat.prompt is not None
-                self._texts.join(column, torch.from_numpy(seat.prompt), token)
         self._shared.extents += [seat.shared for seat in seats]
         self.rows = last
         self._shared.tell_device()
@@ -185,21 +167,28 @@ class DecodeBatch:
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], starts: Sequence[Sequence[int]] | None = None) -> None:
         """Go on with the rows in these columns, in this order; `starts` where they have been moved."""
-        kept, chosen = len(columns), list(columns)
-        if chosen != list(range(kept)):
-            order_B = on_device(chosen, self._state_XC.device)
-            self._state_XC[:, :kept] = self._state_XC.index_select(1, order_B)
-            if self._texts is not None:
-                self._texts.keep(order_B)
-        if starts is not None and kept:
-            to_device(self._starts_LC[:, :kept], np.array(starts, np.int32).T)
-        self._state_XC[:, kept : self.rows] = self._nobody_X1
+        chosen = list(columns)
+        if self._texts is not None and chosen != list(range(len(chosen))):
+            self._texts.keep(on_device(chosen, self._state_XC.device))
         self._draws.keep(chosen)
         self._penalties.keep(chosen)
+        self._stay(chosen, None if starts is None else np.array(starts, np.int32))
+
+    @on_every_rank
+    def _stay(self, chosen: Sequence[int], starts: np.ndarray | None) -> None:
+        """Keep rows in what a step reads."""
+        kept = len(chosen)
+        if list(chosen) != list(range(kept)):
+            order_B = on_device(chosen, self._state_XC.device)
+            self._state_XC[:, :kept] = self._state_XC.index_select(1, order_B)
+        if starts is not None and kept:
+            to_device(self._starts_LC[:, :kept], starts.T)
+        self._state_XC[:, kept : self.rows] = self._nobody_X1
         self._shared.extents = [self._shared.extents[column] for column in chosen]
         self.rows = kept
         self._shared.tell_device()
 
+    @on_every_rank
     @torch.inference_mode()
     def place(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Let rows go on from other places of their answers.
@@ -242,17 +231,37 @@ class DecodeBatch:
 
             normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
         logits_QV = decoder.head(hidden_QD)
-        if size.masked:
-            self.masks.hold(logits_QV)
-        else:
+        if not size.masked:
             self._end(logits_QV, size, asked, drafts)
+        elif self._decides:
+            self.masks.hold(logits_QV)
 
     @torch.inference_mode()
     def choose(self, size: StepSize) -> None:
         """End a masked step of this size, once the masks of its columns are on the device."""
-        self._end(self.masks.held(size.columns), size, self._queries(size.columns, None), None)
+        logits_QV = self.masks.held(size.columns) if self._decides else None
+        self._end(logits_QV, size, self._queries(size.columns, None), None)
 
-    def _end(self, logits_QV: Tensor, size: StepSize, asked: _Queries, drafts: _Drafts | None) -> None:
+    @property
+    def _decides(self) -> bool:
+        """Whether this rank chooses what follows, or is told."""
+        return self._ranks is None or self._ranks.leads
+
+    def _end(self, logits_QV: Tensor | None, size: StepSize, asked: Queries, drafts: Drafts | None) -> None:
+        if self._ranks is None:
+            assert logits_QV is not None
+            next_Q = self._following(logits_QV, size, asked, drafts)
+        elif self._ranks.leads:
+            assert logits_QV is not None
+            next_Q = self._ranks.from_first_(self._following(logits_QV, size, asked, drafts).long())
+        else:
+            next_Q = self._ranks.from_first_(torch.empty_like(asked.tokens_Q, dtype=torch.int64))
+        self._take(next_Q, size.columns, drafts)
+        if size.penalises and self._decides:
+            self._penalties.take(self.outcome_CX[: size.columns, 1:], self._tokens_C[: size.columns])
+
+    def _following(self, logits_QV: Tensor, size: StepSize, asked: Queries, drafts: Drafts | None) -> Tensor:
+        """(Q,) the token that follows each query, whose scores are noted where they are asked for."""
         left_QV, newest_B = logits_QV, self._tokens_C[: size.columns]
         if size.penalises:
             ahead = (None, None) if drafts is None else (drafts.tokens_BN, drafts.spread)
@@ -266,17 +275,20 @@ class DecodeBatch:
             scores_BX[:, : logprobs_BK.shape[1]] = logprobs_BK
             if size.masked:
                 self.masks.asked_logits(logits_QV, scores_BX)
-        self._take(next_Q, size.columns, drafts)
-        if size.penalises:
-            self._penalties.take(self.outcome_CX[: size.columns, 1:], newest_B)
+        return next_Q
 
-    def _drafts(self, size: StepSize) -> _Drafts:
-        assert self._texts is not None
-        moving_B = self._moving_C[: size.columns]
-        tokens_BN, count_B = self._texts.drafts(moving_B, size.queries - size.columns)
-        return _Drafts(tokens_BN, count_B, Spread.of(count_B + 1, size.queries))
+    def _drafts(self, size: StepSize) -> Drafts:
+        most = size.queries - size.columns
+        if self._texts is not None:
+            tokens_BN, count_B = self._texts.drafts(self._moving_C[: size.columns], most)
+        else:
+            tokens_BN = self._tokens_C.new_empty(size.columns, len(self._index_K) - 1)
+            count_B = self._tokens_C.new_empty(size.columns)
+        if self._ranks is not None:
+            tokens_BN, count_B = (self._ranks.from_first_(x.int()) for x in (tokens_BN, count_B))
+        return Drafts(tokens_BN, count_B, Spread.of(count_B + 1, size.queries))
 
-    def _queries(self, columns: int, drafts: _Drafts | None) -> _Queries:
+    def _queries(self, columns: int, drafts: Drafts | None) -> Queries:
         """Of a step: each column's newest token, and the drafts behind it."""
         used_LB = self._used_LC[:, :columns]
         places_LB = (self._starts_LC[:, :columns] + used_LB - 1).long()
@@ -285,11 +297,11 @@ class DecodeBatch:
         if drafts is None:
             bounds_B1 = self._queries_B1[: columns + 1]
             own = (bounds_B1[:-1], tokens_B, position_B, reach_B, drawn_B, places_LB, lines_B)
-            return _Queries(*own, used_LB=used_LB, bounds_B1=bounds_B1, most=1)
+            return Queries(*own, used_LB=used_LB, bounds_B1=bounds_B1, most=1)
         _, column_Q, index_Q, spare_Q = drafts.spread
         tokens_BK = torch.cat([tokens_B[:, None], drafts.tokens_BN], 1)
         most = tokens_BK.shape[1]
-        return _Queries(
+        return Queries(
             column_Q=column_Q,
             tokens_Q=tokens_BK[column_Q, index_Q.clamp(max=most - 1)],
             # what pads the step is nobody's
@@ -307,7 +319,7 @@ class DecodeBatch:
         """(Q,) the token that follows each query."""
         return next_tokens(logits_QV, draws)
 
-    def _take(self, next_Q: Tensor, columns: int, drafts: _Drafts | None) -> None:
+    def _take(self, next_Q: Tensor, columns: int, drafts: Drafts | None) -> None:
         """Go on to the newest of the tokens that a step made."""
         drawn_B, moving_B = self._drawn_C[:columns], self._moving_C[:columns]
         next_BK, verified_B = self._of_columns(next_Q, drafts), torch.zeros_like(drawn_B)
@@ -331,14 +343,14 @@ class DecodeBatch:
         self._position_C[:columns] += made_B
         self._drawn_C[:columns] += made_B
 
-    def _of_columns(self, values_Q: Tensor, drafts: _Drafts | None) -> Tensor:
+    def _of_columns(self, values_Q: Tensor, drafts: Drafts | None) -> Tensor:
         """(B, K) values of queries by the columns that they are of."""
         if drafts is None:
             return values_Q[:, None]
         at_BK = drafts.spread.bounds_N1[:-1, None] + self._index_K
         return values_Q[at_BK.clamp(max=len(values_Q) - 1)]
 
-    def _slots(self, layer: int, columns: int, asked: _Queries, shared: SharedQueries | None) -> DecodeSlots:
+    def _slots(self, layer: int, columns: int, asked: Queries, shared: SharedQueries | None) -> DecodeSlots:
         scales, starts_B1 = self._kv.scales(layer), self._starts_LC[layer, : columns + 1]
         window, used_B, host = self._decoder.shape.window(layer), asked.used_LB[layer], None
         if window is not None and asked.most > 1:
@@ -358,7 +370,7 @@ class DecodeBatch:
         )
         return slots.within(window)
 
-    def _slots_of_queries(self, layer: int, asked: _Queries) -> DecodeSlots:
+    def _slots_of_queries(self, layer: int, asked: Queries) -> DecodeSlots:
         """Of each query its own, as of a document of one: in a window those of a row differ by a slot."""
         scales, starts_Q = self._kv.scales(layer), self._starts_LC[layer][asked.column_Q]
         queries = len(starts_Q)
@@ -373,3 +385,9 @@ class DecodeBatch:
             scales=scales,
             lines_B=None if scales is None else asked.lines_Q,
         )
+
+
+@on_every_rank
+def batch_for(decoder: Decoder, attention: AttentionBackend, kv: KeysValues, **options: Any) -> DecodeBatch:
+    """A `DecodeBatch` of these, and of the others of its arguments."""
+    return DecodeBatch(decoder, attention, kv, **options)

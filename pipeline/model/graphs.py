@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.ranks.leading import OnEachRank, at_the_end, on_every_rank
 
 WARM_UP_STEPS = 2  # run eagerly for each size: they load its kernels, which a capture must not do
 FEWEST_STEPS = 8  # that a capture, which takes about as long as three eager steps, must be good for
@@ -133,7 +135,7 @@ class StepGraph:
         self._pool = None
 
 
-class StepRunner:
+class StepRunner(OnEachRank):
     """Runs steps, eagerly at first and by replay where that pays."""
 
     def __init__(
@@ -144,6 +146,7 @@ class StepRunner:
         self._recorded: dict[StepSize, Recorded] = {}
         self._warm: Counter[StepSize] = Counter()
 
+    @on_every_rank
     def prepare(self, sizes: Iterable[StepSize]) -> int:
         """Capture steps of these sizes, the largest first; returns how many."""
         for size in sorted(set(sizes), reverse=True):
@@ -158,6 +161,7 @@ class StepRunner:
         """How many columns a step for so many rows runs: more where that is the size of a graph."""
         return rows if self._recorder is None else min(padded(rows), capacity)
 
+    @on_every_rank
     def run(self, size: StepSize, steps_left: int) -> None:
         """The next step of at most `steps_left`."""
         if self._recorder is not None and size not in self._recorded:
@@ -174,6 +178,7 @@ class StepRunner:
         self._stats.replayed_steps += 1
         return recorded.replay()
 
+    @at_the_end
     def close(self) -> None:
         recorded, self._recorded = self._recorded, {}
         for each in recorded.values():
@@ -188,6 +193,15 @@ class StepRunner:
             self._stats.failure = f"{type(error).__name__}: {error}".splitlines()[0]
             if not _ran_out_of_memory(error):  # another batch may need less; other reasons stay
                 self._attention.capture_failure = self._stats.failure
+
+
+@on_every_rank
+def runner_for(
+    decoder: Decoder, attention: AttentionBackend, step: Step, stats: DecodeStats, *, captured: bool
+) -> StepRunner:
+    """Of steps of a batch that may be `captured`, if they can."""
+    recorder = recorder_for(decoder.device, decoder.dtype, attention) if captured else None
+    return StepRunner(step, recorder, attention, stats)
 
 
 def padded(rows: int) -> int:

@@ -25,6 +25,7 @@ from pipeline.model.cache import RaggedCache
 from pipeline.model.early_exit import EarlyExit, LayerAttention
 from pipeline.model.precision import Kept, Make, feed_forward, kept_of
 from pipeline.model.work import Work
+from pipeline.pruning.agreeing import agreed
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
@@ -130,7 +131,7 @@ class _Run:
     state: Any
     cache: RaggedCache
     work: Work
-    hidden_TD: Tensor
+    stream_TD: Tensor  # `hidden_TD`, to which sums over ranks may still be on their way
     positions_T: Tensor
     segments: Segments
     rope: Rope
@@ -163,7 +164,7 @@ class _Run:
             state=state,
             cache=begun.cache,
             work=begun.work,
-            hidden_TD=begun.hidden_TD,
+            stream_TD=begun.hidden_TD,
             positions_T=positions_T,
             segments=segments,
             rope=decoder.rope(begun.hidden_TD, positions_T, reach_T),
@@ -172,6 +173,13 @@ class _Run:
             sparse=_sparse(decoder, attention, segments),
             pieces=_pieces(decoder, segments, kept, cut=attention.cuts_queries(decoder.device)),
         )
+
+    @property
+    def hidden_TD(self) -> Tensor:
+        """The residual stream, to be read by whom one likes."""
+        if self.decoder.ranks is not None:
+            self.decoder.ranks.settle()
+        return self.stream_TD
 
     def layer(self, layer: int, *, ends: bool) -> Selection | None:
         """Run a layer over all tokens that are left; the selection, if it asks to begin anew.
@@ -189,14 +197,16 @@ class _Run:
                 q_QHd = q_THd[piece.rows]
             attended_QHd = attention.of(piece.queries, q_QHd)
             if piece.kept is None:
-                decoder.add_attention_(layer, self.hidden_TD[piece.rows], attended_QHd)
+                decoder.add_attention_(layer, self.stream_TD[piece.rows], attended_QHd, later=True)
             else:
                 add = partial(decoder.add_attention_, layer)
                 piece.kept.in_both_(add, self.hidden_TD[piece.rows], attended_QHd)
         del q_QHd, attended_QHd  # whose memory the feed-forward network needs
-        pairs_B, estimated = attention.pairs_B(decoder.shape.heads), attention.estimated
+        pairs_B, estimated = attention.pairs_B(decoder.own.heads), attention.estimated
         view = self._view(layer, q_THd, k_TKd, v_TKd)
         selection = self.method.select(layer, view, self.state)
+        if decoder.ranks is not None:
+            selection = agreed(selection, decoder.ranks, self.segments.total, decoder.device)
         if selection.restart is not None:
             work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
             work.mark(view, selection.restart, view.all_indices[:0], None)
@@ -205,7 +215,7 @@ class _Run:
             self.cache.settle(layer, selection.blocks)
         _store(self.cache, *attention.stored, selection)
         read, pieces = self._last_tokens() if ends else None, [(each.rows, each.kept) for each in self.pieces]
-        ffn, ffn_fp8 = feed_forward(decoder, layer, self.hidden_TD, selection, self.kept, pieces, read)
+        ffn, ffn_fp8 = feed_forward(decoder, layer, self.stream_TD, selection, self.kept, pieces, read)
         counts = None if self.exited is None else self.exited.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
@@ -246,8 +256,8 @@ class _Run:
             whole = Piece(QueryPiece.whole(self.segments), self.kept)
             q_THd, k_TKd, v_TKd = self._made(partial(decoder.qkv, layer), layer, whole)
             return q_THd, k_TKd, v_TKd
-        size = (self.segments.total, decoder.shape.kv_heads, decoder.shape.head_dim)
-        keys, values = (self.hidden_TD.new_empty(size) for _ in range(2))
+        size = (self.segments.total, decoder.own.kv_heads, decoder.own.head_dim)
+        keys, values = (self.stream_TD.new_empty(size) for _ in range(2))
         for piece in self.pieces:
             made = self._made(partial(decoder.keys_values, layer), layer, piece)
             keys[piece.rows], values[piece.rows] = made
@@ -255,10 +265,10 @@ class _Run:
 
     def _made(self, make: Make, layer: int, piece: Piece) -> tuple[Tensor, ...]:
         """What `make` makes of a piece's tokens, of those that are kept in the model's dtype."""
-        hidden_QD, rope = self.hidden_TD[piece.rows], self.rope.at(piece.rows)
+        rope = self.rope.at(piece.rows)
         if piece.kept is None or not self.decoder.has_qkv_in_fp8(layer):
-            return make(hidden_QD, rope)
-        return piece.kept.in_both(make, hidden_QD, rope)
+            return make(self.stream_TD[piece.rows], rope)
+        return piece.kept.in_both(make, self.hidden_TD[piece.rows], rope)
 
     def _attention(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> LayerAttention:
         window, mass = self.decoder.shape.window(layer), self.masses[layer]
@@ -277,18 +287,19 @@ class _Run:
         )
 
     def _view(self, layer: int, q_THd: Tensor | None, k_TKd: Tensor, v_TKd: Tensor) -> LayerView:
-        shape = self.decoder.shape
+        shape = self.decoder.own
         no_queries = k_TKd.new_empty(0, shape.heads, shape.head_dim)
         return LayerView(
             layer=layer,
             queries=q_THd if q_THd is not None and self.method.reads_layers else no_queries,
             keys=k_TKd,
             values=v_TKd,
-            hidden=self.hidden_TD,
+            hidden=self.stream_TD,  # which methods for models on several GPUs do not read
             positions=self.positions_T,
             segments=self.segments,
             lengths=self.pack.segments.lengths,
             spans=self.pack.spans,
+            ranks=self.decoder.ranks,
         )
 
     def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, early_exit: bool) -> None:
@@ -312,7 +323,7 @@ class _Run:
 
     def _keep(self, live_C: Tensor, segments: Segments) -> None:
         self.segments = segments
-        self.hidden_TD = self.hidden_TD.index_select(0, live_C)
+        self.stream_TD = self.hidden_TD.index_select(0, live_C)
         self.positions_T = self.positions_T.index_select(0, live_C)
         self.rope = self.rope.at(live_C)
 

@@ -4,57 +4,41 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
 import huggingface_hub
-import psutil
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
+from pipeline.checkpoints.device_memory import Memory
 from pipeline.checkpoints.files import AdaptedModel, ModelFiles, ModelSource, locate
 from pipeline.errors import ConfigError, ModelError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
+from pipeline.families.sharding import FLAG, can_be_divided, check_divides, own_shape, sizes_of
 from pipeline.kernels.attention import AttentionBackend, choose_attention
+from pipeline.kernels.devices import free_memory, pick_device, pick_dtype, use_device
 from pipeline.pruning.shape import ModelShape
+from pipeline.ranks.collectives import Ranks
+from pipeline.ranks.leading import Everywhere, Lead, on_every_rank
+from pipeline.ranks.shares import Share
 from pipeline.settings.keywords import StrPath, called_with
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on a device: what a model's weights hold, what they need while they are made, what is free."""
-
-    held: int
-    most: int
-    free: int
-    where: str
-
-    def __str__(self) -> str:
-        return f"weights take {self.held / 1e9:.3g} GB of {self.free / 1e9:.3g} GB free on {self.where}"
-
-    def check(self, model: str) -> None:
-        """Raise ModelError where the weights cannot fit."""
-        if self.most > self.free:
-            needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
-            raise ModelError(
-                f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
-                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
-            )
 
 
 class _OnDevice:
     """What a model, loaded or not, says of itself and its device."""
 
     shape: ModelShape
+    own: ModelShape  # of the part that this process has of it, where several have one each
     device: torch.device
     dtype: torch.dtype
 
@@ -63,7 +47,7 @@ class _OnDevice:
 
     def check_fp8(self) -> None:
         """Raise ConfigError, with the reason, where linear layers cannot be computed in fp8."""
-        check_fp8(self.device, self.dtype, self.shape)
+        check_fp8(self.device, self.dtype, self.own)  # whose widths may not be those of the whole
 
 
 @dataclass(kw_only=True)
@@ -88,6 +72,7 @@ class LoadedModel(_OnDevice):
 
     def __post_init__(self) -> None:
         self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype
+        self.own = self.decoder.own
 
     @property
     def attention_name(self) -> str:
@@ -99,6 +84,16 @@ class LoadedModel(_OnDevice):
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
+
+    @property
+    def lead(self) -> Lead | None:
+        """This process as the first of several that have a part of the model each, until `close`."""
+        return self.decoder.lead
+
+    def close(self) -> None:
+        """End the other processes that have parts of the model; without them it cannot be used any more."""
+        if self.lead is not None:
+            self.lead.close()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -120,6 +115,8 @@ class LoadedModel(_OnDevice):
 class UnloadedModel(_OnDevice):
     """A model without its weights, that says of itself what the loaded one will; `open_model` makes it."""
 
+    settings: ModelSettings  # as given to `open_model`
+    ranks: int = 1  # processes among which it is divided
     source: ModelSource
     config: PreTrainedConfig  # as its source has it, without `rope_scaling`
     tokenizer: Any
@@ -154,13 +151,22 @@ class UnloadedModel(_OnDevice):
         return None if hub is None else hub.commit
 
     @cached_property
+    def own(self) -> ModelShape:  # type: ignore[override]
+        return own_shape(self.shape, self._share)
+
+    @property
+    def _share(self) -> Share | None:
+        """Of the first rank, which is no smaller than another's."""
+        return None if self.ranks == 1 else Share(rank=0, count=self.ranks)
+
+    @cached_property
     def fingerprint(self) -> str:
         return self.source.fingerprint(self.config)
 
     @cached_property
     def _attention(self) -> tuple[AttentionBackend, dict[str, str]]:
         with _quiet():
-            return attention_for(self.wanted_attention, self.device, self.dtype, self.shape)
+            return attention_for(self.wanted_attention, self.device, self.dtype, self.own)
 
     @property
     def attention_name(self) -> str:
@@ -168,21 +174,61 @@ class UnloadedModel(_OnDevice):
 
     def memory(self, precision: LinearPrecision = IN_FULL) -> Memory:
         """What its weights need, by arithmetic, beside what is free now."""
-        held, most = bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision)
-        return Memory(held=held, most=most, free=free_memory(self.device), where=self.device_name())
+        free = free_memory(self.device)
+        held, most = self._bytes_needed(precision, self._share)
+        return Memory(held=held, most=most, free=free, where=self.device_name(), ranks=self.ranks)
+
+    def ranks_needed(
+        self, precision: LinearPrecision, beside: Callable[[ModelShape], int] = lambda own: 0
+    ) -> int | None:
+        """Among how many GPUs like this device the model must be divided, at least, to fit with something.
+
+        `beside` says how many bytes each needs beside its weights, of the shape of its part; None: however
+        many there are, it does not fit.
+        """
+        if self.device.type != "cuda" or not can_be_divided(self.config):
+            return None
+        free = free_memory(self.device)
+        for count in sizes_of(self.shape, fp8=precision.uses_fp8):
+            share = None if count == 1 else Share(rank=0, count=count)
+            held, most = self._bytes_needed(precision, share)
+            if max(most, held + beside(own_shape(self.shape, share))) <= free:
+                return count
+        return None
+
+    def _bytes_needed(self, precision: LinearPrecision, share: Share | None) -> tuple[int, int]:
+        return bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision, share)
 
     def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
         """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
+        if self.ranks == 1:
+            return self._loaded(precision, None)
+        ranks = Ranks(rank=0, count=self.ranks, device=self.device)
+        lead = Lead(ranks)
+        try:
+            pinned = {} if self.commit is None else {"revision": self.commit}
+            settings = ModelSettings.of(self.settings, **pinned)
+            devices = [f"cuda:{rank}" if self.device.type == "cuda" else "cpu" for rank in range(self.ranks)]
+            lead.have_loaded(load_share, devices[1:], settings, self.dtype, precision)
+            loaded = self._loaded(precision, ranks)
+            lead.begin(_everywhere(loaded))
+        except BaseException:
+            lead.close(0.0)
+            raise
+        return loaded
+
+    def _loaded(self, precision: LinearPrecision, ranks: Ranks | None) -> LoadedModel:
+        """All of the model, or one rank's share."""
         use_device(self.device)
         if precision.uses_fp8:
             self.check_fp8()
-        self.memory(precision).check(self.name)
+        self.memory(precision).check(self.name, partial(self.ranks_needed, precision))
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
             with _fits(self.name, self.device):
-                model = self._model(config, precision)
-                decoder = Decoder(model)
+                model = self._model(config, precision, None if ranks is None else ranks.share)
+                decoder = Decoder(model, ranks)
                 decoder.use_linears(precision.linears, ffn=precision.ffn)
             own = self.source.generation_config()
         return LoadedModel(
@@ -198,10 +244,34 @@ class UnloadedModel(_OnDevice):
             notes=self.notes,
         )
 
-    def _model(self, config: PreTrainedConfig, precision: LinearPrecision) -> PreTrainedModel:
+    def _model(
+        self, config: PreTrainedConfig, precision: LinearPrecision, share: Share | None
+    ) -> PreTrainedModel:
         weights = self.source.weights(config, self.device)
         with as_model_error(self.name):
-            return with_weights(config, weights, device=self.device, dtype=self.dtype, precision=precision)
+            return with_weights(
+                config, weights, device=self.device, dtype=self.dtype, precision=precision, share=share
+            )
+
+
+def _everywhere(model: LoadedModel) -> Everywhere:
+    settings = (0, "linears"), (0, "piece_tokens"), (1, "sparse_from")
+    return Everywhere((model.decoder, model.attention), settings)
+
+
+def load_share(
+    ranks: Ranks, settings: ModelSettings, dtype: torch.dtype, precision: LinearPrecision
+) -> Everywhere:
+    """What a process that follows another one has of a model of these settings."""
+    of_rank = replace(settings, device=str(ranks.device), dtype=str(dtype).removeprefix("torch."))
+    opened = open_model(of_rank)
+    return _everywhere(replace(opened, ranks=ranks.count)._loaded(precision, ranks))
+
+
+@on_every_rank
+def use_linears(decoder: Decoder, linears: str, *, ffn: bool, keep: bool) -> None:
+    """See `Decoder.use_linears`."""
+    decoder.use_linears(linears, ffn=ffn, keep=keep)
 
 
 Model = UnloadedModel | LoadedModel
@@ -244,16 +314,26 @@ def load_model(
     return loaded
 
 
-def open_model(settings: ModelSettings) -> UnloadedModel:
-    """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for."""
+def open_model(settings: ModelSettings, tensor_parallel: int = 1) -> UnloadedModel:
+    """All of a model but its weights; as `load_model`, but its attention is chosen when it is asked for.
+
+    With `tensor_parallel` above 1 the model that it loads is divided among so many processes and devices, of
+    which this process is the first. Raises ConfigError where that cannot be.
+    """
     target = pick_device(settings.device)
+    if tensor_parallel > 1:
+        check_devices(settings.device, target, tensor_parallel)
     torch_dtype = pick_dtype(settings.dtype, target)
     with _quiet():
         source = locate(settings)
         config = source.config()
         check_config(config)
         notes = source.check(config)
+        if tensor_parallel > 1:
+            check_divides(config, tensor_parallel)
         return UnloadedModel(
+            settings=settings,
+            ranks=tensor_parallel,
             source=source,
             config=config,
             tokenizer=source.tokenizer(),
@@ -266,45 +346,21 @@ def open_model(settings: ModelSettings) -> UnloadedModel:
         )
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device that exists."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from None
-    if wanted.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:N")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", wanted.index or 0) if wanted.type == "cuda" else wanted
-
-
-def use_device(device: torch.device) -> torch.device:
-    """Make a GPU this thread's current one, on which Triton launches whatever its tensors' device."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Of `DTYPES`, the settings'."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, dtype)
+def check_devices(asked: str, device: torch.device, count: int) -> None:
+    """Raise ConfigError where there are not so many devices as there are to be ranks."""
+    if device.type == "cpu":
+        return
+    if asked not in ("auto", "cuda"):
+        raise ConfigError(
+            f"{FLAG} {count} takes the first {count} GPUs: --device {asked} must be auto or cuda"
+        )
+    there = torch.cuda.device_count()
+    if there < count:
+        raise ConfigError(f"{FLAG} {count} needs {count} GPUs, and torch sees {there}")
 
 
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
     return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that weights may take; of the host, what it would swap counts too."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 @contextmanager

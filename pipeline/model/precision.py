@@ -174,6 +174,8 @@ def feed_forward(
         ffn_fp8 = None if ffn_fp8 is None else ffn_fp8[torch.isin(ffn_fp8, read_B)]
     if ffn is not None and len(ffn) == len(hidden_TD):
         ffn = None
+    if decoder.ranks is not None and not (ffn is None and ffn_fp8 is None and kept is None):
+        decoder.ranks.settle()  # what is gathered is read
     if ffn_fp8 is None and kept is not None:
         own, others = kept.split(ffn)
         if ffn is None:
@@ -203,7 +205,7 @@ def feed_forward_(
     not touched. `fp8` says in which precision, None in that of all linear layers.
     """
     if passes is None:
-        decoder.add_feed_forward_(layer, hidden_TD, fp8)
+        decoder.add_feed_forward_(layer, hidden_TD, fp8, later=True)
         return
     for rows in decoder.pieces(len(passes)):
         chosen_C = passes[rows]

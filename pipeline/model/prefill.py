@@ -19,6 +19,7 @@ from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.capabilities import RescoresBlocks
 from pipeline.pruning.operations import LayerWork
+from pipeline.ranks.leading import on_every_rank
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,7 @@ class Prefilled:
         return self.passes[-1]
 
 
+@on_every_rank
 @torch.inference_mode()
 def prefill(
     decoder: Decoder,
@@ -88,6 +90,8 @@ def prefill(
             assert outcome.restart is not None
             pack, begun = pack.only(outcome.restart), None
             continue
+        if decoder.ranks is not None:
+            begun.work.average_pairs(decoder.ranks)
         logits_BV = decoder.logits(outcome.hidden_TD)
         _check_last_token(method, outcome, pack.segments)
         return Prefilled(

@@ -23,11 +23,12 @@ from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import layer_flops
+from pipeline.ranks.leading import OnEachRank, on_every_rank
 from pipeline.records import EncodedDocument, Spans
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefixes:
+@dataclass(kw_only=True, eq=False)
+class SharedPrefixes(OnEachRank):
     """What the model's first layers, or all of them, have made of some documents' prefixes."""
 
     segments: Segments
@@ -48,6 +49,7 @@ class SharedPrefixes:
         ]
 
 
+@on_every_rank
 @torch.inference_mode()
 def prefill_prefixes(
     decoder: Decoder,
@@ -75,6 +77,7 @@ def prefill_prefixes(
     return SharedPrefixes(segments=segments, cache=begun.cache, hidden_PD=outcome.hidden_TD, work=begun.work)
 
 
+@on_every_rank
 @torch.inference_mode()
 def prefill_behind(
     decoder: Decoder,
@@ -101,7 +104,7 @@ def prefill_behind(
     cache.reaches = tuple(length + new_tokens for length in pack.segments.lengths)
     places = [range(*shared.segments.ranges()[g]) for g in of_prefix]
     if ends:
-        cache.reserve(behind, decoder.shape, decoder.dtype)
+        cache.reserve(behind, decoder.own, decoder.dtype)
     else:
         pairs = list(zip(shared.cache.keys, shared.cache.values, strict=True))
         cache.share(pairs, places, pack.segments)

@@ -9,6 +9,7 @@ document's slots, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +26,43 @@ from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
 
 FEWEST_NUMBERS = 128  # for draws, that a row has room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where a row's next token goes: in each layer the slot of its first token, and how many it has."""
+
+    starts: Sequence[int]
+    used: Sequence[int]
+    position: int  # of the next token: counting the prompt as it was, not the tokens that a method left
+    reach: int = 0  # tokens that its document may come to have, as `Decoder.rope` wants it
+    line: int = 0  # of the scales of keys and values in e4m3
+    new_tokens: int | None = None  # of its answer at most; None: as many as the batch makes of any
+    shared: Extent | None = None  # of the document that stands before these tokens, and is others' too
+    prompt: np.ndarray | None = None  # (T,) token ids, for drafts that are looked up and for a penalty
+
+
+class Drafts(NamedTuple):
+    """What is looked up for a step, and the queries that verify it."""
+
+    tokens_BN: Tensor
+    count_B: Tensor
+    spread: Spread  # of the queries over the columns, the first of each being its newest token
+
+
+class Queries(NamedTuple):
+    """What a step runs through the model."""
+
+    column_Q: Tensor
+    tokens_Q: Tensor
+    position_Q: Tensor
+    reach_Q: Tensor
+    drawn_Q: Tensor  # how many tokens the row has before the one that comes of it
+    places_LQ: Tensor  # where keys and values go
+    lines_Q: Tensor
+    used_LB: Tensor  # of each column, all of these tokens included
+    bounds_B1: Tensor  # of each column's queries
+    most: int  # of a column
 
 
 class SharedQueries(NamedTuple):

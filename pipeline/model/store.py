@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.families.decoder import Decoder
 from pipeline.kernels.decoding import Fp8Scales
 from pipeline.kernels.fused import FP8
 from pipeline.kernels.kv_fp8 import KvTarget, put_prompts
@@ -21,6 +22,7 @@ from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues, RaggedCache
 from pipeline.model.extents import Extents
 from pipeline.pruning.shape import ModelShape
+from pipeline.ranks.leading import OnEachRank, at_the_end, on_every_rank
 
 # Attention kernels load tiles of keys and values that may reach beyond a row's last slot, and multiply by
 # zero what they mask: a NaN there would reach the row's answer. FlashAttention-3 was seen to read fewer than
@@ -31,7 +33,7 @@ MOVED_AT_ONCE = 1 << 16  # slots of an extent that slides, which bounds the memo
 
 
 @dataclass(kw_only=True, eq=False)
-class Extent:
+class Extent(OnEachRank):
     """A row's part of the pool."""
 
     start: int  # changes when the pool is compacted
@@ -98,6 +100,7 @@ class KvStore(KeysValues):
         means = sum(scales.means_LKd.nbytes for scales in self._scales)
         return sum(tensor.nbytes for tensor in self._pool) + means
 
+    @on_every_rank
     @torch.inference_mode()
     def adopt(self, cache: RaggedCache, rooms: Sequence[int] = (), *, frees: bool = False) -> list[Extent]:
         """Copy a prefilled pack's keys and values; returns each document's extent.
@@ -128,6 +131,7 @@ class KvStore(KeysValues):
                 cache.keys[layer], cache.values[layer] = k_TKd[:0], v_TKd[:0]
         return extents
 
+    @at_the_end
     @torch.inference_mode()
     def release(self, extent: Extent, *, wipe: bool = False) -> None:
         """Give a row's slots back, and with `wipe` what is in them: NaN must not outlive its row."""
@@ -139,6 +143,7 @@ class KvStore(KeysValues):
             for pool in self._pool:
                 _bytes(pool)[extent.start : extent.start + extent.size].zero_()
 
+    @on_every_rank
     def behind(self, extent: Extent, room: int) -> Extent:
         """Room for new tokens alone, of a row that reads what is in `extent` before them.
 
@@ -148,6 +153,7 @@ class KvStore(KeysValues):
         own.owns_line = False
         return own
 
+    @on_every_rank
     @torch.inference_mode()
     def copy_of(self, extent: Extent, room: int) -> Extent:
         """The same keys and values once more, with as much room behind them: `room` is that of the first."""
@@ -191,8 +197,31 @@ class KvStore(KeysValues):
             self._rows[move.to] = extent
 
 
+def store_for(decoder: Decoder, slots: int, *, dtype: torch.dtype, extents: int) -> KvStore:
+    """A store for rows of a model, of several ranks each with its own heads.
+
+    Raises torch.OutOfMemoryError where a device has no room for it.
+    """
+    store = _store_if_room(decoder, slots, dtype, extents)
+    if store is None:
+        raise torch.OutOfMemoryError("a device with a part of the model has no room for the keys and values")
+    return store
+
+
+@on_every_rank
+def _store_if_room(decoder: Decoder, slots: int, dtype: torch.dtype, extents: int) -> KvStore | None:
+    """None where a rank has no room."""
+    ranks, store = decoder.ranks, None
+    try:
+        store = KvStore(slots, decoder.own, dtype=dtype, device=decoder.device, extents=extents)
+    except torch.OutOfMemoryError:
+        if ranks is None:
+            raise
+    return store if ranks is None or ranks.all(store is not None) else None
+
+
 def rows_in(
-    cache: RaggedCache, shape: ModelShape, new_tokens: int, *, dtype: torch.dtype, converts: bool, frees: bool
+    cache: RaggedCache, decoder: Decoder, new_tokens: int, *, dtype: torch.dtype, converts: bool, frees: bool
 ) -> tuple[KeysValues, list[Extent], list[Extent]]:
     """Where rows of a prefill are decoded, the place of each there, and those of documents that they share.
 
@@ -210,7 +239,7 @@ def rows_in(
     slots = sum(slots_needed(layers, new_tokens, cache.device) for layers in own)
     slots += sum(slots_needed(layers, 0, cache.device) for layers in documents)
     extents = len(own) + len(documents)
-    store = KvStore(slots, shape, dtype=dtype, device=cache.device, extents=extents)
+    store = store_for(decoder, slots, dtype=dtype, extents=extents)
     shared = [] if before is None else store.adopt(before)
     return store, store.adopt(cache, [new_tokens] * len(own), frees=frees), shared
 

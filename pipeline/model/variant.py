@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pipeline.families.projection import IN_FULL, LinearPrecision
-from pipeline.model.loading import LoadedModel
+from pipeline.model.loading import LoadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
 
@@ -47,5 +47,5 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     variants = list(variants)
     ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
-        model.decoder.use_linears(linears, ffn=ffn, keep=True)
+        use_linears(model.decoder, linears, ffn=ffn, keep=True)
     model.decoder.linears = "auto"

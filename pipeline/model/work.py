@@ -12,6 +12,7 @@ from pipeline.kernels.segments import Segments, on_device
 from pipeline.pruning.operations import LayerWork
 from pipeline.pruning.tiers import FFN, FP8, LIVE
 from pipeline.pruning.view import LayerView
+from pipeline.ranks.collectives import Ranks
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,15 @@ class Work:
         )
         columns = zip(*counted, strict=True)
         return [[LayerWork(*counts) for counts in zip(*layer, strict=True)] for layer in columns]
+
+    def average_pairs(self, ranks: Ranks) -> None:
+        """Count pairs as the mean over the heads of all ranks, each of which has counted those of its own."""
+        counted = [pairs_B for pairs_B in self.pairs_B if pairs_B is not None]
+        if not counted:
+            return
+        mean_LB = ranks.sum_(torch.stack([pairs_B.to(ranks.device) for pairs_B in counted])) // ranks.count
+        means = iter(mean_LB)
+        self.pairs_B = [None if pairs_B is None else next(means) for pairs_B in self.pairs_B]
 
     def mark(self, view: LayerView, live: Tensor | None, ffn: Tensor | None, fp8: Tensor | None) -> None:
         """Note, if that is asked for, who goes on and who passed the feed-forward network (None: all)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.kernels.scoring import window_importance, window_importance_by_head, windows_of
 from pipeline.kernels.segments import Segments, on_device
+from pipeline.ranks.collectives import Ranks
 from pipeline.records import Spans
 
 Range = tuple[int, int]  # half-open, in original positions
@@ -31,6 +32,7 @@ class LayerView:
     segments: Segments  # documents as they entered this layer
     lengths: tuple[int, ...]  # documents as they entered the model
     spans: tuple[Spans, ...]
+    ranks: Ranks | None = None  # of which each has some of the heads
     scored_pairs: tuple[int, ...] = ()  # of each document: query-key pairs recomputed for scoring
 
     def window_importance(self, window: int | Sequence[int], *, heads: str = "mean") -> Tensor:
@@ -39,7 +41,10 @@ class LayerView:
         One window for all documents or one each; `heads` says what of the query heads, "mean" or "max".
         """
         self._count_window(window)
-        return window_importance(self.queries, self.keys, self.segments, window, heads=heads)
+        own_T = window_importance(self.queries, self.keys, self.segments, window, heads=heads)
+        if self.ranks is None:
+            return own_T
+        return self.ranks.largest(own_T) if heads == "max" else self.ranks.mean(own_T)
 
     def window_importance_by_head(self, window: int | Sequence[int]) -> Tensor:
         """(K, T) the same for each key/value head, mean over the query heads that share it."""

@@ -7,7 +7,7 @@ from functools import partial
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.data_settings import SUMMARIES, DataSettings, TextSettings
 from pipeline.settings.kinds import TEXT, WHOLE
-from pipeline.settings.model_settings import DeviceSettings, ModelSettings
+from pipeline.settings.model_settings import DeviceSettings, ModelSettings, ParallelSettings
 from pipeline.settings.option import MEASURED, READING, Renamed, Settings
 from pipeline.settings.option import option as any_option
 from pipeline.settings.parse import check_at_least
@@ -83,6 +83,7 @@ class TtftConfig(
     TextSettings,
     PromptSettings,
     TogetherSettings,
+    ParallelSettings,
     defaults={"lengths": None, "new_tokens": 0, "question": SUMMARIES["short"]},
 ):
     """Of `bench ttft`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pipeline.errors import ConfigError
 from pipeline.settings.option import MODEL, Settings, option
 from pipeline.settings.parse import parse_regex, parse_rope_scaling
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DIVIDED = ("dense", "marsinfer", "mars")  # methods that know of models whose heads are on several GPUs
 ATTENTION = ("auto", "fa3", "flash", "cudnn", "varlen", "sdpa")
 
 
@@ -60,3 +62,23 @@ class ModelSettings(WeightsSettings, DeviceSettings, panel=MODEL):
         check=parse_regex,
     )
     trust_remote_code: bool = option(False, help="Run code that a model folder brings.", brings_code=bool)
+
+
+class ParallelSettings(Settings, panel=MODEL):
+    """Among how many devices the model is divided."""
+
+    tensor_parallel: int = option(
+        1,
+        metavar="N",
+        help="Divide the model among N GPUs of this machine: for models that one does not hold; for methods "
+        f"{', '.join(DIVIDED)}.",
+        least=1,
+    )
+
+    def check_divided(self, method: str) -> None:
+        """Raise ConfigError for a method that cannot be run on a divided model."""
+        if self.tensor_parallel > 1 and method not in DIVIDED:
+            raise ConfigError(
+                f"--tensor-parallel {self.tensor_parallel} and --method {method} exclude each other: choose "
+                f"from {', '.join(DIVIDED)}"
+            )

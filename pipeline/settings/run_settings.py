@@ -8,8 +8,8 @@ from pipeline.settings.answer_settings import COLDEST, SamplingSettings, Several
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.form_settings import FormSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
-from pipeline.settings.method_settings import KV_DTYPES, MethodSettings
-from pipeline.settings.model_settings import ModelSettings
+from pipeline.settings.method_settings import AUTO, KV_DTYPES, MethodSettings
+from pipeline.settings.model_settings import ModelSettings, ParallelSettings
 from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
 from pipeline.settings.parse import parse_lookup, parse_max_errors, parse_workers
@@ -54,7 +54,10 @@ class EngineSettings(Settings, panel=RUN):
             return
         parse_workers(self.workers)
         if self.gpus_per_worker not in (None, 0, 1):
-            raise ConfigError(f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1")
+            raise ConfigError(
+                f"--gpus-per-worker {self.gpus_per_worker}: choose from 0, 1; --tensor-parallel N gives each "
+                "worker N GPUs, among which its model is divided"
+            )
         if self.ray_address is not None and "://" in self.ray_address:
             raise ConfigError(
                 f"--ray-address {self.ray_address!r}: give HOST:PORT or auto, on a machine of the cluster"
@@ -242,6 +245,7 @@ class BatchConfig(
     DataSettings,
     SplitSettings,
     ModelSettings,
+    ParallelSettings,
     MethodSettings,
     SamplingSettings,
     SeveralSettings,
@@ -267,6 +271,8 @@ class BatchConfig(
         super().__post_init__()
         if self.engine == "ray":
             self._check_devices()
+        if self.tensor_parallel > 1:
+            self._check_parallel()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
         if self.n > 1:
@@ -280,6 +286,17 @@ class BatchConfig(
             )
         if self.expand and self.columns is not None and "answer" not in self.columns:
             raise ConfigError("--expand makes its column of the answers: --columns must have answer too")
+
+    def _check_parallel(self) -> None:
+        refused = {
+            "--kv-memory": self.kv_memory is not None,
+            "--trust-remote-code": self.trust_remote_code,
+        }
+        for flag, is_given in refused.items():
+            if is_given:
+                raise ConfigError(f"--tensor-parallel {self.tensor_parallel} and {flag} exclude each other")
+        if self.method != AUTO:
+            self.check_divided(self.method)
 
     def _check_several(self) -> None:
         if self.temperature < COLDEST:

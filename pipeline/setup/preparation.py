@@ -195,12 +195,11 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     if isinstance(model, str):
         model = open_for_run(config)
     else:
-        for name in ("rope_scaling", "adapter"):
-            if getattr(config, name) is not None:
-                raise ConfigError(f"{name} goes with a model's name: give it to load_model")
+        _check_given(config, model)
     _check_commit(config, model, intake.begun)
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
+    config.check_divided(method.name)
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
     now = None if date is None else parse_moment(date)
     prompts = make_prompts(
@@ -252,6 +251,17 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     )
 
 
+def _check_given(config: BatchConfig, model: Model) -> None:
+    """Raise ConfigError for settings that a model has been loaded without."""
+    from pipeline.model.loading import UnloadedModel
+
+    if isinstance(model, UnloadedModel):  # as workers will have it, by these settings
+        return
+    for name in ("rope_scaling", "adapter", "tensor_parallel"):
+        if getattr(config, name) not in (None, 1):
+            raise ConfigError(f"{name} goes with a model's name: give it to load_model")
+
+
 def _check_commit(config: BatchConfig, model: Model, begun: Any) -> None:
     """Raise ConfigError where a run goes on and its model's branch on the hub has moved since it began."""
     before = str(begun["model"]["fingerprint"]) if begun is not None else ""
@@ -294,7 +304,7 @@ def open_for_run(config: BatchConfig, **elsewhere: str) -> UnloadedModel:
     """The model of a run; `elsewhere` are the dtype and device that stand above the configuration's."""
     from pipeline.model.loading import open_model
 
-    return open_model(ModelSettings.of(config, **elsewhere))
+    return open_model(ModelSettings.of(config, **elsewhere), config.tensor_parallel)
 
 
 def moment_of(prompts: PromptBuilder, splitter: Splitter | None = None) -> str | None:

@@ -31,7 +31,11 @@ def ask(refusal, fish, tmp_path):
         (("--ray-address", "auto"), "--ray-address needs --engine ray"),
         (("--gpus-per-worker", "0"), "--gpus-per-worker needs --engine ray"),
         (("--engine", "ray", "--workers", "some"), "--workers 'some': give a number of at least 1, or all"),
-        (("--engine", "ray", "--gpus-per-worker", "2"), "--gpus-per-worker 2: choose from 0, 1"),
+        (
+            ("--engine", "ray", "--gpus-per-worker", "2"),
+            "--gpus-per-worker 2: choose from 0, 1; --tensor-parallel N gives each worker N GPUs, among "
+            "which its model is divided",
+        ),
         (
             ("--engine", "ray", "--device", "cuda:1"),
             "--device 'cuda:1': Ray gives each worker its GPU; choose from auto, cpu, cuda",

@@ -242,6 +242,17 @@ def test_a_stopped_run_goes_on_with_another_engine(batch, cluster, expected):
     assert rows == expected
 
 
+def test_the_model_of_a_worker_may_be_divided(call, fish, tmp_path, cluster):
+    worker = ("--engine", "ray", "--workers", "1", "--gpus-per-worker", "0", "--ray-address", cluster.address)
+    divided = (*worker, "--tensor-parallel", "2")
+    answers = []
+    for name, flags in (("here", ()), ("divided", divided)):
+        output = tmp_path / f"{name}.parquet"
+        assert call(fish, output, *COLUMNS, "--max-new-tokens", "4", *flags) == 0
+        answers.append(pq.read_table(output, columns=["id", "status", "answer"]).to_pylist())
+    assert answers[0] == answers[1]
+
+
 def test_what_a_gpus_worker_refuses_is_said(call, source, tmp_path, cluster, capfd):
     flags = ("--engine", "ray", "--ray-address", cluster.address)  # where one GPU is said to be
     assert call(source, tmp_path / "out.parquet", *FLAGS, *flags) == 2

@@ -20,6 +20,7 @@ from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import FIRST_AT_ONCE
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import decode as decode_module
+from pipeline.model import graphs as graphs_module
 from pipeline.model.decode import NOT_FINITE_MESSAGE, StopRules, decode
 from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.prefill import prefill
@@ -109,7 +110,7 @@ def expected_of(model, given, method="dense", n=N, **options):
 )
 @pytest.mark.parametrize("late", [0, 1])
 def test_each_answer_is_what_it_is_alone(model, options, sampling, late, monkeypatch):
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: EagerRecorder())
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: EagerRecorder())
     monkeypatch.setitem(decode_module.LATE, "cpu", late)
     given = rows()
     expected = expected_of(model, given, sampling=sampling)

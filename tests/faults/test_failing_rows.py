@@ -5,7 +5,7 @@ import re
 import pytest
 
 from faults.job import TOGETHER, check_rows, read
-from pipeline.engines import alone
+from pipeline.engines import table
 from pipeline.engines.table import Running
 from pipeline.model.decode import DecodeLoop
 from pipeline.prompts.tokenizing import Codec
@@ -63,7 +63,7 @@ def test_a_row_that_always_fails_is_the_only_error(make_job, accident, kind, tol
 def test_a_row_whose_decoding_fails_is_the_only_error(make_job, monkeypatch):
     job = make_job(*TOGETHER)
     expected = job.undisturbed()
-    culprit, real = culprit_tokens(expected), alone.decode
+    culprit, real = culprit_tokens(expected), table.decode
 
     def decode(decoder, attention, prefilled, *rest, **more):
         if culprit in prefilled.lengths:
@@ -79,7 +79,7 @@ def test_a_row_whose_decoding_fails_is_the_only_error(make_job, monkeypatch):
             raise RuntimeError("an illegal memory access was encountered")
         return step(self)
 
-    monkeypatch.setattr(alone, "decode", decode)
+    monkeypatch.setattr(table, "decode", decode)
     monkeypatch.setattr(DecodeLoop, "step", step_together)
     assert job.run() == 0
     check_rows(read(job.output), expected, {CULPRIT: "internal"})

@@ -11,19 +11,19 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from decode_steps import EndAt
 from steps_from_python import FromPython
 
-import pipeline.model.decode as decode_module
+import pipeline.model.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
-from pipeline.model.decode_batch import Seat
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
 from pipeline.model.lookup import Lookup, drafts_of
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
+from pipeline.model.step_tables import Seat
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 from pipeline.records import RowError
@@ -88,7 +88,7 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(fa3, monkeypatch,
     assert stats.failure is None
     assert stats.captures == CAPTURES[rows]
     assert stats.replayed_steps == max(ends) - 1 - stats.captures * WARM_UP_STEPS
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python, _ = answers(decoder, fa3, method, EndAt(ends), rows=rows)
     assert replayed == from_python
     assert [len(tokens) for tokens in replayed] == ends
@@ -102,7 +102,7 @@ def test_one_document_gives_the_tokens_of_plain_decoding(fa3, monkeypatch, metho
     decoder = cuda_decoder()
     replayed, stats = answers(decoder, fa3, method, StopRules(max_new_tokens=60), rows=1, late=late)
     assert stats.replayed_steps > 0
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: None)
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: None)
     plain, without = answers(decoder, fa3, method, StopRules(max_new_tokens=60), rows=1, late=0)
     assert without.replayed_steps == 0
     assert replayed == plain
@@ -113,7 +113,7 @@ def test_tokens_are_drawn_in_the_graph(fa3, monkeypatch, top_p):
     decoder, settings = cuda_decoder(), {"temperature": 1.5, "top_p": top_p, "seed": 3}
     replayed, stats = answers(decoder, fa3, "dense", EndAt(ENDS[8]), **settings)
     assert stats.replayed_steps > 0
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     assert answers(decoder, fa3, "dense", EndAt(ENDS[8]), **settings)[0] == replayed
     other_seed, _ = answers(decoder, fa3, "dense", EndAt(ENDS[8]), **{**settings, "seed": 4})
     assert other_seed != replayed
@@ -143,7 +143,7 @@ def test_rows_of_one_graph_are_drawn_each_in_its_way(fa3, monkeypatch):
     replayed, stats = drawn()
     assert stats.replayed_steps > 0
     greedy, _ = answers(decoder, fa3, "dense", rules)
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     assert drawn()[0] == replayed
     same = [a == b for a, b in zip(replayed, greedy, strict=True)]
     assert same == [way == Sampling() for way in ways]
@@ -201,7 +201,7 @@ def test_drafts_are_verified_by_captured_steps(fa3, monkeypatch):
     assert {len(row.tokens) for row in replayed} == {200}
     accepted, drafts = sum(row.accepted for row in replayed), sum(row.drafts for row in replayed)
     assert 0 < accepted < drafts
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python, _ = answers_of_prepared_steps(decoder, fa3, "dense", rules, lookup)
     assert [row.tokens for row in from_python] == [row.tokens for row in replayed]
 
@@ -212,7 +212,7 @@ def test_steps_captured_beforehand_serve_rows_that_come_and_go(fa3, monkeypatch,
     replayed, stats = answers_of_prepared_steps(decoder, fa3, method, EndAt(ENDS[8]))
     assert (stats.eager_steps, stats.failure) == (0, None)
     assert stats.replayed_steps > 59
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python, _ = answers_of_prepared_steps(decoder, fa3, method, EndAt(ENDS[8]))
     assert [row.tokens for row in replayed] == [row.tokens for row in from_python]
     assert [len(row.tokens) for row in replayed] == ENDS[8]

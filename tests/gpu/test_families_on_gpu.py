@@ -172,7 +172,7 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(name, linears, me
 
     replayed, steps = answers()
     assert steps > 0
-    monkeypatch.setattr("pipeline.model.decode.recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr("pipeline.model.graphs.recorder_for", lambda device, *_: FromPython(device))
     assert answers()[0] == replayed
 
 

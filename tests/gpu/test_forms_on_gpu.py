@@ -10,7 +10,7 @@ import torch
 from conftest import SIZES, document, loaded, sharpened
 from steps_from_python import FromPython
 
-import pipeline.model.decode as decode_module
+import pipeline.model.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.local import LocalEngine
@@ -73,7 +73,7 @@ def test_json_between_graphs_is_that_of_steps_from_python(model, monkeypatch, te
     for row in made:
         assert len(json.loads(row.answer)["years"]) >= 2
         assert row.min_logprob <= row.mean_logprob < 0
-    monkeypatch.setattr(decode_module, "recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     again, _ = answered(model, form, sampling=sampling)
     assert [row.answer for row in again] == [row.answer for row in made]
     assert len({row.answer for row in made}) > 10

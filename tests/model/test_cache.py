@@ -9,8 +9,9 @@ from conftest import tiny_model
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode_batch import DecodeBatch, Seat
+from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.graphs import StepSize
+from pipeline.model.step_tables import Seat
 
 
 def stored(lengths=(3, 2), new_tokens=2, layers=1):

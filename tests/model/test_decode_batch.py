@@ -10,7 +10,7 @@ import torch
 from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, chosen, model
 from decode_steps import METHODS, EagerRecorder
 
-import pipeline.model.decode as decode_module
+import pipeline.model.graphs as graphs_module
 from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.sampling import NOT_FINITE, Sampling
 
@@ -27,7 +27,7 @@ def late(request):
 def recorder(request, monkeypatch):
     """None where batches are not padded."""
     made = EagerRecorder() if request.param == "padded" else None
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: made)
     return made
 
 
@@ -78,7 +78,7 @@ def test_rows_that_have_been_moved_go_on(recorder, late):
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_steps_captured_beforehand_serve_rows_that_come_and_go(kind, late, monkeypatch):
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: EagerRecorder())
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: EagerRecorder())
     run, ended = Run("sliminfer", kind, late), []
     assert run.loop.prepare() == 4  # of 5, 4, 2 and 1 columns
     run.check_counts()

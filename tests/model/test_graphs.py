@@ -9,7 +9,7 @@ import torch
 from conftest import document, pack_of, tiny_model
 from decode_steps import METHODS, EagerRecorder, EndAt
 
-import pipeline.model.decode as decode_module
+import pipeline.model.graphs as graphs_module
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.cache import RaggedCache
@@ -41,7 +41,7 @@ LENGTHS = (61, 130, 40, 97, 55, 72, 48, 83)
 @pytest.fixture
 def recorder(monkeypatch):
     made = EagerRecorder()
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: made)
     return made
 
 

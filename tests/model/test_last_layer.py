@@ -100,8 +100,8 @@ def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(decoder, sdp
     """All of it, as a layer that is not the last computes it, gives the same."""
     method, pack = asked(small(name)), pack_of(*documents())
     ours = prefill(decoder, sdpa, method, pack, new_tokens=2)
-    real = module._feed_forward
-    monkeypatch.setattr(module, "_feed_forward", lambda *given: real(*given[:-1], None))
+    real = module.feed_forward
+    monkeypatch.setattr(module, "feed_forward", lambda *given: real(*given[:-1], None))
     reference = prefill(decoder, sdpa, method, pack, new_tokens=2)
     assert reference.work.ffn()[-1] != [1, 1, 1]
     assert_same(ours, reference)
@@ -212,9 +212,12 @@ class Counting(SdpaAttention):
 def test_only_the_last_token_is_attended_for(monkeypatch):
     decoder, counting, passed = tiny_model("qwen2"), Counting(), []
     real = decoder.add_feed_forward_
-    monkeypatch.setattr(
-        decoder, "add_feed_forward_", lambda *given: passed.append(len(given[1])) or real(*given)
-    )
+
+    def add_feed_forward_(layer, hidden, *options, **named):
+        passed.append(len(hidden))
+        real(layer, hidden, *options, **named)
+
+    monkeypatch.setattr(decoder, "add_feed_forward_", add_feed_forward_)
     prefill(decoder, counting, Dense(), pack_of(*documents()))
     assert counting.queries == passed == [sum(LENGTHS)] * 3 + [3]
 

@@ -10,7 +10,7 @@ import torch
 from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, model
 from decode_steps import METHODS, EagerRecorder
 
-import pipeline.model.decode as decode_module
+import pipeline.model.graphs as graphs_module
 from pipeline.kernels.kv_fp8 import FP8
 from pipeline.model import lookup
 from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, DraftPace, Lookup, Spread, Texts, drafts_of
@@ -164,7 +164,7 @@ def oracle(run, seed):
 @pytest.fixture(params=["padded", "plain"])
 def recorder(request, monkeypatch):
     made = EagerRecorder() if request.param == "padded" else None
-    monkeypatch.setattr(decode_module, "recorder_for", lambda *_: made)
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: made)
     return made
 
 

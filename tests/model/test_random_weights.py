@@ -55,6 +55,7 @@ def test_an_unknown_shape_is_refused_with_those_there_are():
         ("qwen2-7b", 7.62),
         ("llama-3.1-8b", 8.03),
         ("llama-3.1-70b", 70.55),
+        ("qwen1.5-32b", 32.51),
         ("qwen3-8b", 8.19),
         ("mistral-7b", 7.24),
         ("gemma3-12b", 11.77),  # without what sees images
