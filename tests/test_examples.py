@@ -22,6 +22,7 @@ import pytest
 import yaml
 from commands import OF_TYPER, commands, options
 from served import Served, shell
+from shown_commands import blocks
 
 from marsinfer_cli.app import run
 
@@ -95,10 +96,9 @@ def served(tmp_path, monkeypatch, sharp_model_folder):
 
 
 def command_lines() -> list[str]:
-    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    return [
-        line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()
-    ]
+    """Of all blocks that are not marked as not run."""
+    runs = [block for block in blocks(EXAMPLES / "README.md") if block.is_run]
+    return [line for block in runs for line in block.text.splitlines()]
 
 
 @pytest.mark.slow

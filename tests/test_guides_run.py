@@ -13,48 +13,22 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from served import Served
+from shown_commands import BLOCK, COMMANDS, Block, blocks
 
 CHECKOUT = Path(__file__).parents[1]
 GUIDES = sorted(CHECKOUT.glob("examples/guides/*.md"))
 README, WALK = CHECKOUT / "README.md", CHECKOUT / "examples" / "README.md"
 PAPERS = [README, WALK, *GUIDES]
 ELSEWHERE = {WALK: "test_examples.py", CHECKOUT / "examples/guides/python.md": "test_notebooks.py"}
-COMMANDS = ("sh", "python")
 LANGUAGES = (*COMMANDS, "text", "json", "toml", "jinja")
 MODELS = r"Qwen/Qwen2\.5-7B-Instruct|smollm2-135m|\./model"
 TEXT_CHARACTERS = 160  # a token each, of the tiny model
-BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    marker: str
-    language: str
-    text: str
-
-    @property
-    def is_run(self) -> bool:
-        return self.language in COMMANDS and not self.marker.startswith("not run: ")
-
-    @property
-    def codes(self) -> set[int]:
-        """With which exit codes it may end."""
-        return {0, *map(int, re.findall(r"\d+", self.marker.partition("may end with: ")[2]))}
-
-    @property
-    def file(self) -> str | None:
-        return self.marker.removeprefix("file: ") if self.marker.startswith("file: ") else None
-
-
-def blocks(path: Path) -> list[Block]:
-    return [Block(*found) for found in BLOCK.findall(path.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
