@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,23 +145,10 @@ def block_sparse_attention(
     return out_QHd
 
 
-def computed_pairs(blocks: BlockLists, tokens: int) -> Tensor:
-    """Query-key pairs that attention computes, mean over the heads, as a whole number on the device."""
-    return listed_blocks(blocks, tokens) * BLOCK**2 // len(blocks.counts) + ragged_pairs(tokens)
-
-
 def listed_blocks(blocks: BlockLists, tokens: int) -> Tensor:
     """How many blocks of keys there are for all blocks of queries but the document's last, of all heads."""
     is_last = blocks.before + blocks.counts.shape[1] == -(-tokens // BLOCK)
     return (blocks.counts[:, :-1] if is_last else blocks.counts).sum()
-
-
-@lru_cache(maxsize=4096)
-def local_pairs(tokens: int) -> int:
-    """The same with a mass of 0, on the host."""
-    rows = -(-tokens // BLOCK)
-    counts = [row + 1 if row >= rows - WHOLE_ROWS else min(row + 1, 3) for row in range(rows - 1)]
-    return sum(counts) * BLOCK**2 + ragged_pairs(tokens)
 
 
 def estimated_pairs(tokens: int) -> int:

@@ -182,7 +182,14 @@ def test_more_mass_attends_to_more(plain):
 @pytest.mark.parametrize("tokens", [1, 128, 300, 1000])
 def test_the_pairs_of_local_attention_are_known_beforehand(plain, tokens):
     q, k, _ = qkv(tokens)
-    assert sparse.computed_pairs(choose_blocks(q, k, 0.0), tokens) == sparse.local_pairs(tokens)
+    rows = -(-tokens // BLOCK)
+    counts = [row + 1 if row >= rows - sparse.WHOLE_ROWS else min(row + 1, 3) for row in range(rows - 1)]
+    sdpa = SdpaAttention()
+    sdpa.sparse_from = 1
+    prefill = SparsePrefill(sdpa, Segments.of([tokens], q.device), width=q[0].numel())
+    listed = sparse.listed_blocks(choose_blocks(q, k, 0.0), tokens)
+    pairs = prefill.pairs(listed[None], q.shape[1])
+    assert pairs.tolist() == [sum(counts) * BLOCK**2 + sparse.ragged_pairs(tokens)]
 
 
 def test_a_block_that_matters_is_found(plain):
