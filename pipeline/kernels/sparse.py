@@ -22,6 +22,7 @@ from pipeline.kernels.sdpa import attention_with_sinks
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16  # queries that choose together
+TILE = 64  # keys of a block that are attended to at a time
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 CAPACITY = (
@@ -121,11 +122,10 @@ def block_sparse_attention(
         return out_QHd
     indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
     wide = q_QHd.dtype == torch.float32
-    tile = 32 if wide else 64
-    described = kernels.described(q_QHd, k_TKd, v_TKd, BLOCK, tile) if q_QHd.is_cuda and not wide else None
+    tried = not wide and q_QHd.is_cuda
+    described = kernels.described(q_QHd, k_TKd, v_TKd, BLOCK, TILE) if tried else None
     sources = described or (q_QHd, k_TKd, v_TKd)
-    # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
-    compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
+    tile, options = _tiles(head_dim, wide=wide, described=described is not None)
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
@@ -139,10 +139,26 @@ def block_sparse_attention(
         DESCRIBED=described is not None,
         PRECISION="ieee" if wide else "tf32",
         num_warps=8,
-        num_stages=2 if wide or head_dim > 64 else 3,
-        **compact,
+        **options,
     )
     return out_QHd
+
+
+def _tiles(head_dim: int, *, wide: bool, described: bool) -> tuple[int, dict[str, int]]:
+    """Keys that the attention kernel takes at a time, and how it is compiled.
+
+    A block of queries and two tiles of keys and values are to fit a multiprocessor's shared memory: 192 KB of
+    Hopper's 227 for heads of 256 dimensions in 16 bits, and half of that where tiles are loaded otherwise.
+    """
+    if head_dim > 128:
+        if described:
+            return TILE, {"num_stages": 2}
+        return TILE // 4 if wide else TILE // 2, {"num_stages": 1}
+    tile = TILE // 2 if wide else TILE
+    if described and head_dim > 64:
+        # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
+        return tile, {"num_stages": 2, "maxnreg": 128}
+    return tile, {"num_stages": 2 if wide or head_dim > 64 else 3}
 
 
 def listed_blocks(blocks: BlockLists, tokens: int) -> Tensor:
@@ -194,10 +210,10 @@ def _choice_by_kernels(kernels: Any, q_QHd: Tensor, k_TKd: Tensor, mass: float, 
             *(tokens, heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
             **sizes,
             STRIDE=STRIDE,
-            COLUMNS=32 if wide else 64,
+            COLUMNS=32 if wide or head_dim > 128 else 64,
             PRECISION="ieee" if wide else "tf32",
             num_warps=4,
-            num_stages=2,
+            num_stages=1 if head_dim > 128 else 2,
         )
         kernels.choice_kernel[grid](
             *(shares_HRN, shares_HRN.shape[1], blocks, before, first, rows, tokens, indices, counts, mass),

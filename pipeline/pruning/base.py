@@ -30,7 +30,7 @@ from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
 
-WIDEST_SPARSE_HEAD = 128  # dimensions
+WIDEST_SPARSE_HEAD = 256  # dimensions
 PAPER_DEPTH = 32  # layers of the models that the papers prune
 ASSUMED_SHARE = (
     0.5  # of the tokens, where attention decides: between what eta=0.95 and p=0.99 left in our runs
@@ -91,9 +91,6 @@ class PruningMethod(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
-    # whether it stays right where layers attend to a window of the last positions: it must neither drop
-    # keys and values nor judge tokens by their attention
-    suits_windows: ClassVar[bool] = False
     # whether `select` looks at the queries, keys, values or hidden states that it is shown, or drops tokens
     # but by an early exit: without, queries are made a piece at a time where there are many, it sees none,
     # and memory is planned closely
@@ -124,10 +121,12 @@ class PruningMethod(ABC):
 
         And for a model whose layers have sliding windows, where the method does not suit them.
         """
-        if shape.slides and not self.suits_windows:
+        if not self.suits(shape):
+            which = "some" if None in shape.windows else "all"
+            window = min(filter(None, shape.windows))
             raise ConfigError(
-                f"method {self.name} does not suit this model, some of whose layers have sliding windows of"
-                f" {min(filter(None, shape.windows)):,} tokens: take dense or mars"
+                f"method {self.name} does not suit this model, {which} of whose layers have sliding windows"
+                f" of {window:,} tokens: take dense or mars"
             )
         for parameter in fields(self):
             value, limits = getattr(self, parameter.name), limits_of(parameter)
@@ -141,6 +140,14 @@ class PruningMethod(ABC):
                     raise ConfigError(
                         f"{parameter.name}={layer}, and the model has layers 0 to {shape.layers - 1}"
                     )
+
+    @classmethod
+    def suits(cls, shape: ModelShape) -> bool:
+        """Whether it stays right where layers attend to a window of the last positions.
+
+        It does not if it drops keys and values, or judges tokens by the attention of such a layer.
+        """
+        return not shape.slides
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         """Original positions of a document of `length` tokens that this method never drops or skips."""

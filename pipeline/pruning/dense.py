@@ -17,8 +17,11 @@ class Dense(PruningMethod):
 
     name: ClassVar[str] = "dense"
     source: ClassVar[str] = "the unpruned model"
-    suits_windows: ClassVar[bool] = True
     reads_layers: ClassVar[bool] = False
+
+    @classmethod
+    def suits(cls, shape: ModelShape) -> bool:
+        return True
 
     @classmethod
     def attending_as(cls, method: PruningMethod, shape: ModelShape) -> Self:

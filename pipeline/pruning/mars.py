@@ -25,7 +25,7 @@ class Mars(PruningMethod):
     does (arXiv 2603.06199), and takes what any 16 queries beside each other need for their attention. Keys
     and values from the hidden states of an earlier layer are SwiftKV's (arXiv 2410.03960), here untrained.
 
-    In documents of 4,096 tokens or more, on a GPU, and where heads have at most 128 dimensions, each head's
+    In documents of 4,096 tokens or more, on a GPU, and where heads have at most 256 dimensions, each head's
     blocks of queries attend to the blocks of keys that are to reach `sparse_attention` of their attention.
     From layer `local_from` on they attend to themselves, the block before and the first one, the attention
     sink: what a document's tokens have to tell each other is told by then, and the prompt's last 129 to 256
@@ -44,7 +44,6 @@ class Mars(PruningMethod):
 
     name: ClassVar[str] = "mars"
     source: ClassVar[str] = "this project; arXiv 2603.06199, arXiv 2410.03960"
-    suits_windows: ClassVar[bool] = True
     reads_layers: ClassVar[bool] = False
 
     sparse_attention: float | tuple[float, ...] | None = setting(
@@ -71,6 +70,10 @@ class Mars(PruningMethod):
         super().__post_init__()
         if self.most < self.window:
             raise ConfigError(f"most={self.most} is less than window={self.window}")
+
+    @classmethod
+    def suits(cls, shape: ModelShape) -> bool:
+        return True
 
     def last_full_layer(self, depth: int) -> int:
         """In a model of `depth` layers."""

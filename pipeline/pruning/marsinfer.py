@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.kernels.select import mass_mask
-from pipeline.pruning.base import ASSUMED_SHARE, KEEP_ALL, ScoredMethod, Selection
+from pipeline.pruning.base import ASSUMED_SHARE, KEEP_ALL, Plan, ScoredMethod, Selection
 from pipeline.pruning.limits import at_layer, setting
-from pipeline.pruning.operations import LayerWork, Passes, whole_layers
+from pipeline.pruning.operations import LayerWork, Passes, whole_layers, within_windows
 from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.view import LayerView, Range
 from pipeline.records import Spans
@@ -37,6 +37,10 @@ class MarsInfer(ScoredMethod):
     channel, activations by token), which costs half and loses little. Of them those that reach `eta_high`,
     a smaller mass, pass it in the model's own precision, with the protected tokens; by default none do.
     So a token's FFN runs in full, in fp8 or not at all, by its importance.
+
+    Layers with a sliding window judge nobody, since their queries see the nearest tokens alone. There, which
+    is our choice too, the importance is that of the last layer before them without a window, and all tokens
+    are kept until there is one. A model all of whose layers have windows is refused.
 
     The papers use eta 0.95 for Qwen2-7B, 0.90 for Llama-3-8B and 0.93 for Qwen2-72B.
     """
@@ -67,6 +71,13 @@ class MarsInfer(ScoredMethod):
         if self.low is None and (self.eta_high or self.share_high):
             raise ConfigError("eta_high and share_high need low=fp8")
 
+    @classmethod
+    def suits(cls, shape: ModelShape) -> bool:
+        return not shape.slides or None in shape.windows
+
+    def begin(self, plan: Plan) -> _Judged:
+        return _Judged(plan.shape)
+
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return ((0, self.prefix), (length - self.window, length))
 
@@ -84,18 +95,20 @@ class MarsInfer(ScoredMethod):
         first = self.shared_layers(shape)
         kept = [round(self._expected_share(layer) * length) for layer in range(first, shape.layers)]
         layers = whole_layers(first, length) + [LayerWork(length, tokens) for tokens in kept]
-        return [self.to_the_end(shape, layers)]
+        return [self.to_the_end(shape, within_windows(shape, layers, length))]
 
     def score(self, layer: int, view: LayerView) -> Tensor:
         return view.window_importance(self.window)
 
-    def select(self, layer: int, view: LayerView, state: Any) -> Selection:
+    def select(self, layer: int, view: LayerView, state: _Judged) -> Selection:
         if layer < self.start_layer:
             return KEEP_ALL
         eta, share = at_layer(self.eta, layer), at_layer(self.share, layer)
         if self.low is None and _keeps_all(eta, share):
             return KEEP_ALL
-        scores_T = None if _keeps_all(eta, share) and not self._has_high else self.score(layer, view)
+        if state.shape.window(layer) is None and not (_keeps_all(eta, share) and not self._has_high):
+            state.scores_T = self.score(layer, view)
+        scores_T = state.scores_T
         kept_T = self._mask(scores_T, view, eta, share)
         if self.low is None:
             return Selection(ffn=kept_T.nonzero().flatten())
@@ -121,6 +134,14 @@ class MarsInfer(ScoredMethod):
         if share is None:
             return mass_mask(scores_T, view.segments, eta) | self.protected_mask(view)
         return self.share_mask(scores_T, view, share)
+
+
+@dataclass
+class _Judged:
+    """What the last layer without a window has found of a pack's tokens."""
+
+    shape: ModelShape
+    scores_T: Tensor | None = None
 
 
 def _keeps_all(eta: float, share: float | None) -> bool:

@@ -32,6 +32,7 @@ from pipeline.model.prefill import prefill
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
+from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.pruning.operations import attended_pairs, dense_work
 from pipeline.pruning.registry import method_names
 
@@ -157,7 +158,7 @@ def test_methods_that_do_not_suit_windows_are_refused(method, sdpa):
     with pytest.raises(ConfigError) as caught:
         prefill(decoder, sdpa, small(method), pack_of(*documents()))
     assert str(caught.value) == (
-        f"method {method} does not suit this model, some of whose layers have sliding windows of 24 tokens:"
+        f"method {method} does not suit this model, all of whose layers have sliding windows of 24 tokens:"
         " take dense or mars"
     )
 
@@ -215,6 +216,27 @@ def test_mars_leaves_windows_out_of_its_choice_of_blocks(sdpa):
     assert [attended_pairs(work) for work in layers[::2]] == [within, within]
     assert [work.estimated_pairs > 0 for work in layers] == [False, True, False, False]
     assert attended_pairs(layers[1]) < 900 * 901 // 2
+
+
+def test_marsinfer_judges_by_the_layers_that_see_everything(sdpa):
+    decoder, chosen = model_of("gemma3_text"), []
+
+    class Recording(MarsInfer):
+        def select(self, layer, view, state):
+            selection = super().select(layer, view, state)
+            expected = self._mask(self.score(layer, view), view, self.eta, None).nonzero().flatten()
+            chosen.append((selection.ffn.tolist(), expected.tolist()))
+            return selection
+
+    method = Recording(start_layer=0, eta=0.7, window=8, prefix=4)
+    made = prefill(decoder, sdpa, method, pack_of(document(60)))
+    of_first, of_second, of_third = (found for found, _ in chosen)
+    assert of_first == list(range(60))
+    assert of_second == of_third == chosen[1][1] != chosen[2][1]
+    assert 12 <= len(of_second) < 60
+    (layers,) = made.by_document()[0]
+    (expected,) = method.expected_passes(decoder.shape, 60)
+    assert [attended_pairs(work) for work in layers] == [attended_pairs(work) for work in expected]
 
 
 def test_documents_are_not_shared_where_their_keys_or_windows_are_a_rows_own():

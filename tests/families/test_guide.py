@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from family_cases import CASES, SLIDING, model_of
+from family_cases import CASES, SLIDING, WINDOW, model_of
 
 from pipeline.checkpoints.gguf_families import ARCHITECTURES
 from pipeline.checkpoints.quantised import MXFP4_FAMILIES
@@ -38,15 +39,21 @@ def test_methods_that_windows_leave_are_told():
     with_windows = {CASES[name][0] for name in SLIDING}
     told = {family for family, (_, _, methods) in table().items() if methods != "all"}
     assert told == with_windows
-    suiting = [name for name in method_names() if method_class(name).suits_windows]
-    words = "with windows " + " and ".join(f"`{name}`" for name in suiting)
+    shape = model_of("gemma3_text").shape
+    all_slide = replace(shape, windows=(WINDOW,) * shape.layers)
+    always, sometimes = (
+        [name for name in method_names() if method_class(name).suits(each)] for each in (all_slide, shape)
+    )
+    words = "with windows " + " and ".join(f"`{name}`" for name in always)
     assert {methods for _, _, methods in table().values()} == {"all", words}
+    (further,) = set(sometimes) - set(always)
+    assert f"`{further}` too where some layers have none" in " ".join(GUIDE.read_text("utf-8").split())
 
 
 @pytest.mark.parametrize("name", SLIDING)
 def test_the_others_are_refused(name):
     shape = model_of(name).shape
     for method in method_names():
-        if not method_class(method).suits_windows:
+        if not method_class(method).suits(shape):
             with pytest.raises(ConfigError, match="does not suit this model"):
                 method_class(method)().check_depth(shape)

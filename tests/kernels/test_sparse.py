@@ -78,7 +78,8 @@ def test_plain_attention_is_that_of_the_blocks_alone(plain, tokens, head_dim, he
 
 
 @pytest.mark.parametrize(
-    ("tokens", "head_dim", "heads", "kv_heads"), [(1, 16, 2, 1), (400, 24, 2, 1), (200, 16, 6, 2)]
+    ("tokens", "head_dim", "heads", "kv_heads"),
+    [(1, 16, 2, 1), (400, 24, 2, 1), (200, 16, 6, 2), (150, 256, 2, 1)],
 )
 def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads, kv_heads):
     q, k, v = qkv(tokens, head_dim, heads, kv_heads)
@@ -279,7 +280,7 @@ def test_the_host_never_waits():
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_in_bfloat16_on_a_gpu(head_dim):
     q, k, v = qkv(5001, head_dim, heads=6, kv_heads=2, dtype=torch.bfloat16)
     blocks = choose_blocks(q, k, 0.5)

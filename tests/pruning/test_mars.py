@@ -162,4 +162,5 @@ def test_layers_with_windows_and_wide_heads_choose_no_blocks():
     assert Mars().masses_in(shape) == masses
     windowed = replace(shape, windows=(None, 9, 9, None))
     assert Mars().masses_in(windowed) == (masses[0], None, None, masses[3])
-    assert Mars().masses_in(replace(shape, head_dim=256)) == (None,) * 4
+    assert Mars().masses_in(replace(shape, head_dim=256)) == masses
+    assert Mars().masses_in(replace(shape, head_dim=512)) == (None,) * 4
