@@ -49,15 +49,17 @@ class GrammarMatcher:
     def __init__(self, matcher: Any, tokens: GrammarTokens) -> None:
         """`matcher` is one of the library's, at its beginning."""
         self.error: str | None = None
-        self.library, self._tokens = matcher, tokens
+        self.library, self.tokens = matcher, tokens
         self._taken: list[int] = []
 
-    def complete(self, mask_W: np.ndarray) -> None:
-        """Make the tokens that the library allows those that may follow; all, where there is an error."""
+    def allow(self, mask_W: np.ndarray) -> None:
+        """Make the tokens that the library allows, of those that the model knows, those that may follow.
+
+        All, where there is an error.
+        """
         if self.error is None:
-            mask_W &= self._tokens.known_W
             if self.is_complete:
-                mask_W |= self._tokens.stops_W
+                mask_W |= self.tokens.stops_W
             if self.library.is_error():
                 self.error = cause(self.library.get_error())
             elif not mask_W.any():
@@ -66,7 +68,7 @@ class GrammarMatcher:
             mask_W[:] = -1
 
     def take(self, token: int) -> None:
-        if token in self._tokens.stops:
+        if token in self.tokens.stops:
             return
         if self.error is None and not self.library.consume_token(token):
             self.error = cause(self.library.get_error())
@@ -82,8 +84,8 @@ class GrammarMatcher:
 
     @property
     def text(self) -> str:
-        text = str(self._tokens.library.decode_str(self._taken))
-        return text.removeprefix(" ") if self._tokens.drops_first_space else text
+        text = str(self.tokens.library.decode_str(self._taken))
+        return text.removeprefix(" ") if self.tokens.drops_first_space else text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,7 +208,8 @@ class ChoiceMatcher:
 def fill_masks(matchers: Mapping[int, Matcher], mask_BW: np.ndarray) -> None:
     """Write to rows of int32, as bits, the tokens that may follow; tokens that end an answer among them.
 
-    `matchers` are by their row. Grammars are looked at side by side, on as many cores as the library takes.
+    `matchers` are by their row, of one model. Grammars are looked at side by side, on as many cores as the
+    library takes.
     """
     grammars = {row: each for row, each in matchers.items() if isinstance(each, GrammarMatcher)}
     going = [(each.library, row) for row, each in grammars.items() if each.error is None]
@@ -215,12 +218,15 @@ def fill_masks(matchers: Mapping[int, Matcher], mask_BW: np.ndarray) -> None:
         library.unsafe_compute_mask_ptr(mask_BW[row].ctypes.data, mask_BW[row].nbytes)
     elif going:
         _executor().unsafe_compute_mask_ptr(going, mask_BW.ctypes.data, mask_BW[0].nbytes, len(mask_BW))
+    if grammars:
+        rows = list(grammars)
+        mask_BW[rows] &= next(iter(grammars.values())).tokens.known_W
     for row, matcher in matchers.items():
         if isinstance(matcher, ChoiceMatcher):
             mask_BW[row] = mask_of(matcher.asked, mask_BW.shape[1])
         else:
             assert isinstance(matcher, GrammarMatcher)
-            matcher.complete(mask_BW[row])
+            matcher.allow(mask_BW[row])
 
 
 @cache

@@ -54,9 +54,10 @@ class Faulty(MarsInfer):
     def begin(self, plan):
         accident = json.loads(os.environ.get("ACCIDENT", "{}"))
         strikes = next(packs) == accident.get("pack") or accident.get("tokens") in plan.lengths
-        return accident if strikes else None
+        return (accident if strikes else None), super().begin(plan)
 
     def select(self, layer, view, state):
-        if state is not None and layer == 2:
-            ACCIDENTS[state["kind"]](state.get("path"))
-        return super().select(layer, view, None)
+        accident, own = state
+        if accident is not None and layer == 2:
+            ACCIDENTS[accident["kind"]](accident.get("path"))
+        return super().select(layer, view, own)
