@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pyarrow as pa
@@ -82,7 +83,8 @@ def fetch(source: Source) -> bytes:
         with urlopen(source.url, timeout=TIMEOUT_S) as answer:
             content = answer.read(source.size + 1)
     except (OSError, HTTPException) as error:
-        raise FetchError(f"cannot fetch {source.url}: {error}") from error
+        cause = error.reason if type(error) is URLError else error
+        raise FetchError(f"cannot fetch {source.url}: {cause}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
         raise FetchError(
