@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One night's run of `marsinfer batch`: goes on with what is unfinished, answers what is new, takes a crash up again.
+# One night's run of `marsinfer batch`: continues what is unfinished, answers new rows, restarts a run that crashed.
 #
 #   30 1 * * *  /opt/marsinfer/nightly.sh /etc/marsinfer/contracts.toml
 #
-# The TOML file is one for --config, with input and output; its paths are relative to its own folder. cron mails what is
-# printed, so only what a person should know is: everything else is in the night's log. The exit code is marsinfer's
-# own, or 0 where last night's run is still at work. From the environment:
+# The TOML file is one for --config, with input and output; its paths are relative to its own folder. cron mails whatever
+# a script prints, so this prints only what a person should know; everything else is in the night's log. The exit code is
+# marsinfer's own, or 0 if last night's run is still at work. Run by the project's tests. From the environment:
 #
 #   NIGHTLY_MARSINFER  the command (marsinfer)
 #   NIGHTLY_LOGS       folder of the logs, which are kept for 30 nights (logs, beside the TOML file)
-#   NIGHTLY_TRIES      how often a run that crashes is started in all (3)
-#   NIGHTLY_PAUSE_S    seconds before it is started again (60)
+#   NIGHTLY_TRIES      how many times in all a run that crashes is started (3)
+#   NIGHTLY_PAUSE_S    seconds before it is restarted (60)
 set -uo pipefail
 
 if [ $# -ne 1 ] || [ ! -f "$1" ]; then
@@ -58,7 +58,7 @@ attempt=1
 while true; do
     run
     case $code in
-        0 | 2 | 3 | 4 | 7 | 8 | 129 | 130 | 143) break ;; # how marsinfer ends of its own accord
+        0 | 2 | 3 | 4 | 7 | 8 | 9 | 129 | 130 | 143) break ;; # how marsinfer ends of its own accord
     esac
     if [ -n "$stopped" ] || [ "$attempt" -ge "$tries" ]; then break; fi
     sleep "$pause_s"
@@ -74,6 +74,7 @@ case $code in
     7) code=0 ;; # told in the log
     8) tell "storage failed: is the disk full, or an input out of reach? finished rows are kept, and the next night \
 goes on" ;;
+    9) tell "stopped at its deadline; finished rows are kept, and the next night goes on" ;;
     129 | 130 | 143) ;; # whoever stopped it knows; the next night goes on
     2) tell "nothing was run, or nothing written: the settings, the input or the model cannot be used" ;;
     *)

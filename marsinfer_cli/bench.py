@@ -210,7 +210,7 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
 
 @takes(AccuracyConfig, AccuracySwitches)
 def accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
-    """Right tokens, needles found, shares kept and TTFT of many methods, each held against dense.
+    """Right tokens, needles found, shares kept and TTFT of many methods, each compared with dense.
 
     Teacher-forced: one prefill and one short forward over the right answer, or without one over dense's own,
     each document alone. Drops are below dense, with their 95% intervals over documents.

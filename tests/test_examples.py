@@ -199,6 +199,7 @@ def pretend(tmp_path, checkout):
         ([3], 3, "rows failed", ["batch"]),
         ([4], 4, "too many rows failed", ["batch"]),
         ([8], 8, "storage failed", ["batch"]),
+        ([9], 9, "stopped at its deadline", ["batch"]),
         ([137, 1, 0], 0, None, ["batch"] * 3),
         ([139, 7], 0, None, ["batch"] * 2),
         (
@@ -297,7 +298,11 @@ def check_step(tmp_path, checkout):
 
 def test_the_workflow_has_what_github_asks_for():
     assert WORKFLOW["name"]
-    assert set(WORKFLOW[True]) == {"pull_request", "workflow_dispatch"}  # `on` is a boolean of YAML 1.1
+    assert set(WORKFLOW[True]) == {
+        "pull_request",
+        "push",
+        "workflow_dispatch",
+    }  # `on` is a boolean of YAML 1.1
     for step in STEPS.values():
         assert ("uses" in step) != ("run" in step)
     text = (EXAMPLES / "ci-check.yml").read_text(encoding="utf-8")

@@ -169,7 +169,7 @@ class AccuracyConfig(
 ):
     """Of `bench accuracy`."""
 
-    long_tokens: int = option(24_000, help="Prompts of more tokens count for the TTFT that is told.", least=0)
+    long_tokens: int = option(24_000, help="TTFT is that of prompts with more tokens than this.", least=0)
 
 
 class AgreementConfig(

@@ -93,8 +93,8 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
     longest_line: int | None = option(
         None,
         metavar="BYTES",
-        help="The longest line of JSONL or row of CSV, decompressed, or text document, e.g. 4GiB; a longer "
-        "one is an error row.",
+        help="Longest line of JSONL, row of CSV or text document, decompressed, e.g. 4GiB; a longer one is "
+        "an error row.",
         shown_default="1GiB",
         kind=BYTES,
         least=1,

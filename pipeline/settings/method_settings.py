@@ -47,7 +47,7 @@ class MethodSettings(Settings, panel=METHOD):
 
     method: str = option(
         AUTO,
-        help="auto (what calibrate has shown to hold for this model and device, or else dense), a name "
+        help="auto (a profile that calibrate kept for this model and device, otherwise dense), a name "
         "(see `marsinfer methods`), or FILE.py:Class.",
         offered="methods",
         check=lambda name, flag: None if name == AUTO else check_method_name(name),
@@ -66,12 +66,13 @@ class MethodSettings(Settings, panel=METHOD):
     profile: str | None = option(
         None,
         metavar="FILE",
-        help="Method, settings and precisions as calibrate found them; all other places stand above.",
+        help="Method, settings and precisions as calibrate found them; flags, environment and file override "
+        "them.",
     )
     linear_dtype: str = option(
         "auto",
-        help="auto (as --dtype); on a GPU that can, fp8: all linear layers but the head; or mixed: most of"
-        " them, but neither for the prompt's end nor for short documents or the answer.",
+        help="auto (as --dtype); on a GPU that can, fp8: all linear layers but the head; or mixed: most of "
+        "them, but not for the prompt's end, short documents or the answer.",
         choices=LINEAR_DTYPES,
         in_profile=True,
         panel=MODEL,

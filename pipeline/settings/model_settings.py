@@ -45,7 +45,7 @@ class ModelSettings(WeightsSettings, DeviceSettings, panel=MODEL):
     rope_scaling: str | None = option(
         None,
         metavar="SPEC",
-        help="yarn:FACTOR (or yarn:FACTOR:ORIGINAL): YaRN, for a context so many times as long.",
+        help="yarn:FACTOR (or yarn:FACTOR:ORIGINAL): extend the context so many times, by YaRN.",
         shown_default="the model's own",
         check=parse_rope_scaling,
     )
@@ -58,7 +58,8 @@ class ModelSettings(WeightsSettings, DeviceSettings, panel=MODEL):
     ignore_unused_tensors: str | None = option(
         None,
         metavar="REGEX",
-        help="Load a folder in spite of tensors that its model does not use, of names that this matches.",
+        help="Load a folder although it has tensors that its model does not use, if this matches their "
+        "names.",
         check=parse_regex,
     )
     trust_remote_code: bool = option(False, help="Run code that a model folder brings.", brings_code=bool)

@@ -90,7 +90,7 @@ class PackSettings(KvSettings, panel=RUN):
     in_flight: int | None = option(
         None,
         metavar="N",
-        help="Rows that are decoded together, at most; a kill costs no more than these.",
+        help="Most rows that are decoded together; a kill loses no more than these.",
         shown_default="256 on a GPU, 16 on a CPU",
         least=1,
     )
@@ -99,7 +99,7 @@ class PackSettings(KvSettings, panel=RUN):
 class ResumeSettings(Settings, panel=RUN):
     """Going on with what was stopped."""
 
-    resume: bool = option(False, help="Go on with a run that was stopped, or with a published output.")
+    resume: bool = option(False, help="Continue a run that was stopped, or a published output.")
 
 
 class OverwriteSettings(Settings, panel=RUN):
@@ -136,8 +136,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     )
     guard: str = option(
         "auto",
-        help="With --profile: auto (dense for rows that it does not speak for, by task, length or "
-        "attention), off.",
+        help="With --profile: auto (rows that it does not cover, by task, length or attention, run dense), "
+        "off.",
         choices=("auto", "off"),
         panel=METHOD,
     )
@@ -150,14 +150,14 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     kv_dtype: str = option(
         "auto",
         help="Keys and values while answers are decoded: auto (as --dtype) or, on a GPU that can, fp8: half "
-        "of their memory, and of the time that reading them takes.",
+        "the memory, and half the time to read them.",
         choices=KV_DTYPES,
     )
     lookup: str = option(
         "off",
         metavar="auto|off|N",
-        help="For answers that quote: guess that what followed their newest tokens in the prompt follows "
-        "again, up to N tokens (auto: 8, fewer where they are refused), and verify them in one decode step.",
+        help="For answers that quote: draft up to N tokens (auto: 8, fewer where they are refused) from what "
+        "followed the newest ones in the prompt, and verify them in one decode step.",
         kind=TEXT_OR_WHOLE,
         check=parse_lookup,
     )
@@ -173,8 +173,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     retry_errors: bool = option(False, help="With --resume: run rows that failed again.")
     drop_missing: bool = option(
         False,
-        help="With --resume: rows may leave the output though a file of the last run is missing or empty, or "
-        "though none is left.",
+        help="With --resume: let rows leave the output although a file of the last run is missing or empty, "
+        "or none of its rows is left.",
     )
     max_errors: str | None = option(
         None,
@@ -187,8 +187,8 @@ class RunSettings(EngineSettings, PackSettings, ResumeSettings, OverwriteSetting
     deadline: str | None = option(
         None,
         metavar="8h|06:00|MOMENT",
-        help="Stop then, to be resumed: after so long (8h, 90m), at the next such time of day, or at a date "
-        "and time; exit code 9.",
+        help="Stop after a time (8h, 90m), at the next such time of day, or at a date and time, with exit "
+        "code 9; --resume continues.",
         shown_default="none",
         check=parse_deadline,
     )

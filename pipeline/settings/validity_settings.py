@@ -14,8 +14,8 @@ class ValiditySettings(Settings, panel=ANSWERS):
     validate: str | None = option(
         None,
         metavar="FILE",
-        help="JSON schema that answers are held against, a file or {...} itself; a column valid says whether "
-        "one is.",
+        help="JSON schema that finished answers are checked against, a file or {...} itself; the column "
+        "valid has the result.",
     )
     retries: int = option(
         0,
@@ -26,8 +26,8 @@ class ValiditySettings(Settings, panel=ANSWERS):
     )
     expand: bool = option(
         False,
-        help="With a JSON schema: a column value, of structs and lists of the schema's types, holds what an "
-        "answer says.",
+        help="With a JSON schema: add a column value with what an answer says, as structs and lists of the "
+        "schema's types.",
     )
 
     @property

@@ -150,14 +150,14 @@ def section(guide, heading):
 
 def test_what_the_guides_show_runs(call, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    shown = section("input.md", "Batch files of OpenAI's API")
+    shown = section("chat.md", "OpenAI's batch files")
     (tmp_path / "requests.jsonl").write_text(shown["json"])
     for words in map(shlex.split, shown["sh"].splitlines()):
         assert words[:2] == ["marsinfer", "batch"]
         assert call(*words[2:]) == 0
     assert [row["id"] for row in read(tmp_path / "answers.parquet")] == ["lease-1", "lease-2"]
     capfd.readouterr()
-    exec(section("output.md", "In the form of OpenAI's API")["python"], {})
+    exec(shown["python"], {})
     printed = capfd.readouterr().out
     assert [name in printed for name in ("lease-1", "lease-2")] == [True, True]
 
