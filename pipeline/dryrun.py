@@ -15,12 +15,13 @@ from typing import Any
 
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.memory import Packer, PlannedPacks
+from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import (
     TIMED,
     Estimate,
     Pace,
+    PlannedPacks,
     estimate,
     estimate_by_pace,
     measure_rates,

@@ -91,6 +91,7 @@ class LocalEngine:
             in_flight=in_flight,
             free=least_free_bytes(model.decoder),
             cuts_queries=model.attention.cuts_queries(model.device),
+            draft=None if model.draft is None else model.draft.shape,
         )
         packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)

@@ -40,6 +40,30 @@ def window_importance_by_head(
     return _window_attention(q_THd, k_TKd, segments, window, "mean")
 
 
+def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
+    """Attention that one document's tokens get from each of S tokens behind them, (S, L - S) float32.
+
+    The keys are those of the document and then of these S tokens, each of which attends to all up to itself.
+    Averaged over `width` neighbours, it is the largest of all heads. As many key/value heads at a time as
+    keep the weights within `SCORES_AT_ONCE` floats, at least one.
+    """
+    queries, heads, head_dim = q_SHd.shape
+    length, kv_heads = len(k_LKd), k_LKd.shape[1]
+    q_KQd = q_SHd.reshape(queries, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    k_KdL = k_LKd.permute(1, 2, 0)
+    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_SHd.device).triu(1)
+    largest_SL = q_SHd.new_zeros((queries, length - queries), dtype=torch.float32)
+    at_once = max(1, SCORES_AT_ONCE * kv_heads // (heads * queries * length))
+    for head in range(0, kv_heads, at_once):
+        chunk = slice(head, head + at_once)
+        scores_KGSL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, queries))
+        scores_KGSL.mul_(1 / math.sqrt(head_dim))
+        scores_KGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
+        weights_NSL = scores_KGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
+        largest_SL = torch.maximum(largest_SL, smoothed(weights_NSL, width).amax(0))
+    return largest_SL
+
+
 def windows_of(window: int | Sequence[int], segments: Segments) -> tuple[int, ...]:
     """The window asked for of each document; raises ValueError unless there is one a document."""
     windows = (window,) * len(segments) if isinstance(window, int) else tuple(window)

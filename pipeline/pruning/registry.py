@@ -22,6 +22,7 @@ METHODS = {
     "mars": "pipeline.pruning.mars:Mars",
     "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
     "sliminfer": "pipeline.pruning.sliminfer:SlimInfer",
+    "speculative": "pipeline.pruning.speculative:Speculative",
     "uniprefill": "pipeline.pruning.uniprefill:UniPrefill",
 }
 

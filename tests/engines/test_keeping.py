@@ -21,6 +21,7 @@ METHODS = {
     "fastkv": {},
     "gemfilter": {"layer": 1, "keep": 0.3},
     "mars": {"last_full": 1, "window": 12, "most": 16},
+    "speculative": {"keep": 0.3, "chunk": 8, "sink": 4, "window": 8, "most": 40},
 }
 
 
@@ -36,8 +37,9 @@ def answered(model_folder, tmp_path, name="out.parquet", **options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_selection_agrees_with_the_counts_of_its_row(sharp_model_folder, tmp_path, method):
-    settings = METHODS[method]
-    out = answered(sharp_model_folder, tmp_path, method=method, settings=settings, save_selection=True)
+    options = {"draft_model": str(sharp_model_folder)} if method == "speculative" else {}
+    options |= {"method": method, "settings": METHODS[method], "save_selection": True}
+    out = answered(sharp_model_folder, tmp_path, **options)
     *rows, failed = pq.read_table(out).to_pylist()
     for row, text in zip(rows, TEXTS, strict=False):
         layers = unpack_layers(row["selection"], row["prompt_tokens"])
