@@ -18,6 +18,7 @@ from pipeline.pruning.registry import make_method
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
     "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
+    "frugal": {"keep": "0.4", "layer": "1", "judges": "20", "sink": "2", "window": "5", "most": "8"},
     "gemfilter": {"keep": "7"},
     "mars": {"last_full": "1", "window": "6"},
     "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},

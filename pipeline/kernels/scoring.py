@@ -18,6 +18,7 @@ from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 SCORES_AT_ONCE = 1 << 26
+JUDGES_AT_ONCE = 64
 
 
 def window_importance(
@@ -62,6 +63,32 @@ def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
         weights_NSL = scores_KGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
         largest_SL = torch.maximum(largest_SL, smoothed(weights_NSL, width).amax(0))
     return largest_SL
+
+
+def received_attention(q_THd: Tensor, k_TKd: Tensor, segments: Segments, judges: int) -> Tensor:
+    """How much of the attention of later tokens each token gets, relative to who picks none, (T,) float32.
+
+    Of each document up to `judges` tokens, evenly spaced and the last among them, judge those that stand at
+    least as far before them as one judge before the next: by their softmax attention, mean over heads, times
+    the number of tokens that they attend to. The mean over a token's judges; infinite for who has none.
+    """
+    return torch.cat([_received(q_THd[a:b], k_TKd[a:b], judges) for a, b in segments.ranges()])
+
+
+def _received(q_LHd: Tensor, k_LKd: Tensor, judges: int) -> Tensor:
+    """(L,) the same for one document, in plain torch: some judges at a time, as `SCORES_AT_ONCE` allows."""
+    length, heads, head_dim = q_LHd.shape
+    index_L, apart = torch.arange(length, device=q_LHd.device), -(-length // judges)
+    judge_N = torch.arange((length - 1) % apart, length, apart, device=q_LHd.device)
+    k_KdL, sums_L = k_LKd.permute(1, 2, 0), torch.zeros(length, device=q_LHd.device)
+    for at_R in judge_N.split(max(1, min(JUDGES_AT_ONCE, SCORES_AT_ONCE // (heads * length)))):
+        q_KQd = q_LHd[at_R].unflatten(1, (k_LKd.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        scores_KGRL = _products_fp32(q_KQd, k_KdL).unflatten(1, (-1, len(at_R)))
+        scores_KGRL.mul_(1 / math.sqrt(head_dim)).masked_fill_(index_L > at_R[:, None], -math.inf)
+        weights_RL = scores_KGRL.softmax(-1).mean((0, 1)) * (at_R + 1)[:, None]
+        sums_L += weights_RL.masked_fill_(index_L > at_R[:, None] - apart, 0.0).sum(0)
+    counts_L = len(judge_N) - torch.searchsorted(judge_N, index_L + apart)
+    return torch.where(counts_L > 0, sums_L / counts_L, math.inf)
 
 
 def windows_of(window: int | Sequence[int], segments: Segments) -> tuple[int, ...]:

@@ -165,6 +165,7 @@ def test_the_layers_wait_for_nothing(method):
 
 METHODS = {
     "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
+    "frugal": {"layer": 1, "keep": 0.4, "judges": 50, "sink": 8, "window": 8, "most": 32},
     "gemfilter": {"layer": 1, "keep": 64.0},
     "marsinfer": {"start_layer": 1, "share": 0.5, "window": 8, "prefix": 8},
     "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},

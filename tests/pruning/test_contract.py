@@ -99,9 +99,9 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
 ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
 ABLE = {
     SharesDocuments: ALL,
-    ForeseesWork: ALL,
+    ForeseesWork: ALL | {"frugal"},
     RescoresBlocks: {"sliminfer"},
-    FixesShares: (ALL - {"mars"}) | {"key-norm", "speculative"},
+    FixesShares: (ALL - {"mars"}) | {"key-norm", "speculative", "frugal"},
     ReadsAhead: {"speculative"},
     ChoosesPrecision: {"marsinfer"},
 }
