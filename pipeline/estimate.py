@@ -12,7 +12,8 @@ import torch
 from pipeline.bench.timing import best_seconds
 from pipeline.engines.memory import USABLE, Packer, memory_message
 from pipeline.model.loading import UnloadedModel
-from pipeline.pruning.operations import dense_flops, layer_weights
+from pipeline.pruning.capabilities import ReadsAhead, expected_passes
+from pipeline.pruning.operations import dense_flops, layer_weights, passes_flops, whole_layers
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import EncodedDocument
 from pipeline.texts.words import counted, duration
@@ -138,6 +139,17 @@ class PlannedPacks:
         if self.too_large:
             yield f"too large for the memory: {counted(len(self.too_large), 'row')}, the first:"
             yield f"  {self.too_large[0]}"
+
+
+def expected_flops(packer: Packer, tokens: int) -> int:
+    """Operations of a prefill of so many tokens, as far as its method says what it does, or else of dense."""
+    shape, method = packer.shape, packer.method
+    passes = expected_passes(method, shape, tokens)
+    if isinstance(method, ReadsAhead):
+        layers = whole_layers(shape.layers, method.most_kept((tokens,))[0])
+        reading = dense_flops(packer.draft or shape, tokens)
+        return reading + passes_flops(shape, [method.to_the_end(shape, layers)])
+    return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
 
 
 def planning_packer(run: Preparation) -> Packer:

@@ -238,7 +238,8 @@ class LocalEngine:
         decoder = self.model.decoder
         piece = min(decoder.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
         if failure.kind == "out_of_memory" and piece >= FEWEST_PIECE_TOKENS:
-            decoder.piece_tokens = piece
+            for each in self.model.decoders:
+                each.piece_tokens = piece
             self._scheduler.put_back(self.packs.waiting(jobs))
         elif len(jobs) > 1:
             self._scheduler.put_back(self.packs.halves(jobs))

@@ -313,8 +313,9 @@ def load_model(
     (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu, cuda or cuda:N;
     `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto for the fastest
     that passes a trial on the device; `trust_remote_code` lets a folder run code that it brings.
-    `rope_scaling` is as `--rope-scaling`. `sparse_from` has documents of so many tokens attended to in blocks
-    wherever a method asks for it, on a device without kernels by plain torch, slowly.
+    `rope_scaling` and `draft_model` are as the flags of these names. `sparse_from` has documents of so many
+    tokens attended to in blocks wherever a method asks for it, on a device without kernels by plain torch,
+    slowly.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
     too large for the device, ConfigError for an option or a device, dtype or backend that is not there.

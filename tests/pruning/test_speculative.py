@@ -13,10 +13,12 @@ from naive import Choice, Watched, assert_same, best, generated, naive_decode, n
 
 from pipeline.engines.memory import Packer
 from pipeline.errors import ConfigError
+from pipeline.estimate import expected_flops
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend, SdpaAttention
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import passes_flops
 from pipeline.pruning.speculative import Speculative
 from pipeline.records import Spans
 
@@ -149,6 +151,16 @@ def test_the_plan_bounds_what_is_stored(draft, sdpa, settings):
     stored = [sum(layer) for layer in cache.prompt_tokens()]
     assert all(own <= bound for own, bound in zip(stored, plan.cache_tokens, strict=True))
     assert max(stored) < sum(doc.prompt_tokens for doc in documents())
+
+
+def test_the_expected_work_is_near_what_is_done(draft, sdpa):
+    decoder, doc = tiny_model("qwen3"), document(400)
+    method = Speculative(keep=0.3, chunk=8, look_ahead=2, sink=4, window=4, most=4)
+    shapes = {"draft": draft.decoder.shape, "itemsize": 4, "new_tokens": 2, "pack_tokens": None}
+    packer = Packer.on(decoder.device, method, decoder.shape, **shapes)
+    done = prefill(decoder, sdpa, method, pack_of(doc), draft=draft)
+    own = passes_flops(decoder.shape, done.by_document()[0])
+    assert expected_flops(packer, 400) == pytest.approx(own + done.draft_flops[0], rel=0.1)
 
 
 def test_memory_is_that_of_the_larger_of_both_prefills(draft):
