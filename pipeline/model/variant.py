@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.checkpoints.drafts import FLAG
 from pipeline.errors import ConfigError
 from pipeline.families.projection import IN_FULL, LinearPrecision
-from pipeline.model.loading import LoadedModel, Model, use_linears
+from pipeline.model.loading import LoadedModel, Model, UnloadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import ReadsAhead, uses_fp8
 
@@ -57,7 +57,7 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
 
 
 def check_draft(model: Model, methods: Iterable[PruningMethod]) -> None:
-    """Raise ConfigError where a method needs a draft model that is not there, or none needs one that is."""
+    """Raise ConfigError where a method needs a draft model that is not there, or would be loaded in vain."""
     methods = list(methods)
     readers = [method.name for method in methods if isinstance(method, ReadsAhead)]
     if readers and model.draft is None:
@@ -65,6 +65,6 @@ def check_draft(model: Model, methods: Iterable[PruningMethod]) -> None:
             f"method {readers[0]} needs a draft model: {FLAG} names a smaller one with the tokenizer of "
             f"{model.name}"
         )
-    if model.draft is not None and not readers:
+    if isinstance(model, UnloadedModel) and model.draft is not None and not readers:
         others = ", ".join(dict.fromkeys(method.name for method in methods)) or "what is tried here"
         raise ConfigError(f"{FLAG} is for method speculative, and {others} reads no draft: leave it out")

@@ -10,6 +10,7 @@ import torch
 from conftest import SIZES, sharpened
 
 from marsinfer_cli.app import run
+from pipeline import answer, load_model
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 
@@ -112,6 +113,15 @@ def test_what_cannot_be_is_refused_in_one_line(refusal, fish, draft, others, tmp
     assert said(*flags(draft), "--tensor-parallel", 2) == (
         "--tensor-parallel 2 and --method speculative exclude each other: choose from dense, marsinfer, mars"
     )
+
+
+def test_a_loaded_model_answers_by_its_draft_or_without(draft, sharp_model_folder):
+    model = load_model(sharp_model_folder, draft_model=draft)
+    rows = [{"text": "one fish two fish " * 20, "question": "how many?"}]
+    for method, settings in (("speculative", {"keep": 0.2, "most": 64}), ("dense", {})):
+        (row,) = answer(rows, model=model, method=method, settings=settings, max_new_tokens=2)
+        assert row["status"] == "ok"
+        assert (row["kept_tokens"][0] < row["prompt_tokens"]) == (method == "speculative")
 
 
 @pytest.mark.slow
