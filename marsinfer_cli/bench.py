@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -30,8 +30,13 @@ from pipeline.settings.bench_settings import (
 )
 from pipeline.settings.console_settings import AccuracySwitches, BenchSwitches, JsonSwitch, PlotSwitch
 from pipeline.settings.data_settings import DataSettings
+from pipeline.settings.model_settings import ModelSettings
 from pipeline.settings.prompt_settings import SplitSettings
 from pipeline.settings.run_settings import PackSettings
+
+if TYPE_CHECKING:
+    from pipeline.model.loading import UnloadedModel
+    from pipeline.model.variant import Variant
 
 bench_app = typer.Typer(help="Measure speed.", epilog=epilog("bench ttft"))
 
@@ -51,7 +56,6 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     from pipeline.bench.plot import check_plot, draw_ttft, save_picture
     from pipeline.bench.ttft import check_baselines, measure_ttft
     from pipeline.families.projection import IN_FULL
-    from pipeline.model.loading import open_model
     from pipeline.model.variant import precision_of
 
     if drawn.plot is not None:
@@ -65,7 +69,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     stock = [] if baselines == "none" else baselines.split(",")
     check_baselines(stock, together, ranks)
     # transformers computes with the weights in full
-    loaded = open_model(config, ranks).load(IN_FULL if stock else precision_of(chosen))
+    loaded = _opened(config, chosen, ranks).load(IN_FULL if stock else precision_of(chosen))
     with closing(loaded) as model:
         results, ceilings = [], []
         for length in wanted:
@@ -97,14 +101,13 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     from pipeline.bench.inputs import random_document
     from pipeline.bench.offload_speed import measure_offload
     from pipeline.engines.memory import host_kv_bytes
-    from pipeline.model.loading import open_model
     from pipeline.model.variant import precision_of, prepare
 
     device_bytes = config.kv_memory
     assert device_bytes is not None, "it has a default"
     chosen = parse_variant(config.variant.strip(), parse_shares(config.keep) if config.keep else None)
     wanted = parse_lengths(str(config.lengths))
-    model = open_model(config).load(precision_of([chosen]))
+    model = _opened(config, [chosen]).load(precision_of([chosen]))
     prepare(model, [chosen])
     results = []
     for length in wanted:
@@ -127,12 +130,11 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
 def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
     """Time of a decode step with CUDA graphs and without, and its share of the memory's bandwidth."""
     from pipeline.bench.decode_speed import measure_decode
-    from pipeline.model.loading import open_model
     from pipeline.model.variant import precision_of
 
     chosen = parse_variants(config.methods, config.keep)
     wanted = parse_lengths(str(config.lengths))
-    model = open_model(config).load(precision_of(chosen))
+    model = _opened(config, chosen).load(precision_of(chosen))
     results = []
     for length in wanted:
         results += measure_decode(
@@ -192,7 +194,6 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
     is asked for.
     """
     from pipeline.bench.throughput import measure_throughput
-    from pipeline.model.loading import open_model
     from pipeline.model.variant import precision_of, prepare
 
     if not config.input:
@@ -201,7 +202,7 @@ def batch(config: ThroughputConfig, switches: BenchSwitches) -> None:
         raise ConfigError("bench batch reads its input more than once: give a file instead of -")
     chosen = parse_variant(config.variant.strip(), None)
     options = config.options_of(DataSettings, SplitSettings, SamplingSettings, PackSettings)
-    model = open_model(config).load(precision_of([chosen]))
+    model = _opened(config, [chosen]).load(precision_of([chosen]))
     prepare(model, [chosen])
     result = measure_throughput(model, chosen, options.pop("input"), note=note, **options)
     conditions = {**tables.conditions_of(model), "max_new_tokens": config.max_new_tokens}
@@ -226,6 +227,16 @@ def agreement(config: AgreementConfig, switches: AccuracySwitches) -> None:
     _run_accuracy(config, switches)
 
 
+def _opened(config: ModelSettings, variants: Iterable[Variant], ranks: int = 1) -> UnloadedModel:
+    """The model that is measured, with the draft that its methods want. Raises ConfigError without one."""
+    from pipeline.model.loading import open_model
+    from pipeline.model.variant import check_draft
+
+    model = open_model(config, ranks)
+    check_draft(model, [variant.method for variant in variants])
+    return model
+
+
 def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     from pipeline.bench.plot import check_plot, draw_accuracy, save_picture
 
@@ -242,11 +253,10 @@ def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
 def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:
     from pipeline.bench.accuracy import measure_accuracy, read_cases
     from pipeline.interrupts import graceful_stop
-    from pipeline.model.loading import open_model
     from pipeline.suites.by_name import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
-    model = open_model(config).load()
+    model = _opened(config, variants).load()
     results = []
     with graceful_stop("nothing is kept of a measurement that did not end") as stop:
         cases, left_out = read_cases(config, model, stop)

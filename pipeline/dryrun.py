@@ -15,14 +15,16 @@ from typing import Any
 
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
-from pipeline.engines.memory import Packer, PlannedPacks
+from pipeline.engines.memory import Packer
 from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
 from pipeline.estimate import (
     TIMED,
     Estimate,
     Pace,
+    PlannedPacks,
     estimate,
     estimate_by_pace,
+    expected_flops,
     measure_rates,
     memory_needed,
     planning_packer,
@@ -33,8 +35,7 @@ from pipeline.outputs.lock import refuse_locked
 from pipeline.outputs.standing import done_rows, no_rows, refuse_unfinished
 from pipeline.outputs.writing import check_output
 from pipeline.prompts.splitting import SplitDocument
-from pipeline.pruning.capabilities import expected_passes
-from pipeline.pruning.operations import dense_flops, passes_flops
+from pipeline.pruning.operations import dense_flops
 from pipeline.records import EncodedDocument, RowError
 from pipeline.run import read_windows
 from pipeline.settings.moments import deadline_after, moment_told
@@ -185,7 +186,7 @@ class DryRunReport:
         group_packer = GroupPacker(packer=self.packer, any_method=group == "any")
         groups, alone = ([], documents) if group == "off" else group_packer.split(documents)
         self.method_flops += sum(group.flops for group in groups)
-        self.method_flops += sum(self._expected_flops(prompt.prompt_tokens) for prompt in alone)
+        self.method_flops += sum(expected_flops(self.packer, prompt.prompt_tokens) for prompt in alone)
         for pack in self.packer.packs(alone):
             self.planned.add_pack(self.packer, pack)
         self.grouped_documents += len(groups)
@@ -195,11 +196,6 @@ class DryRunReport:
             for chunk in group_packer.chunks(group_pack):
                 tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
                 self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk))
-
-    def _expected_flops(self, tokens: int) -> int:
-        shape = self.packer.shape
-        passes = expected_passes(self.packer.method, shape, tokens)
-        return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
 
     def _add_split(self, document: SplitDocument) -> None:
         parts = len(document.prompts)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
 from pipeline.bench.timing import best_seconds
-from pipeline.engines.memory import Packer
+from pipeline.engines.memory import USABLE, Packer, memory_message
 from pipeline.model.loading import UnloadedModel
-from pipeline.pruning.operations import dense_flops, layer_weights
+from pipeline.pruning.capabilities import ReadsAhead, expected_passes
+from pipeline.pruning.operations import dense_flops, layer_weights, passes_flops, whole_layers
 from pipeline.pruning.shape import ModelShape
+from pipeline.records import EncodedDocument
 from pipeline.texts.words import counted, duration
 
 if TYPE_CHECKING:
@@ -101,6 +103,55 @@ class Estimate:
         )
 
 
+@dataclass(kw_only=True)
+class PlannedPacks:
+    """What packs of a run would need, by arithmetic."""
+
+    weights_bytes: int = 0  # that are to be loaded yet
+    packs: int = 0
+    largest_pack_tokens: int = 0
+    kv_bytes: int = 0  # of the pack that has the most
+    prefill_bytes: int = 0  # that the largest prefill needs beside the weights, keys and values included
+    too_large: list[str] = field(default_factory=list)  # of each row for which there is no memory, why
+
+    def add(self, tokens: int, kv_bytes: int, prefill_bytes: int = 0) -> None:
+        self.packs += 1
+        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
+        self.prefill_bytes = max(self.prefill_bytes, prefill_bytes)
+
+    def add_pack(self, packer: Packer, pack: Sequence[EncodedDocument]) -> None:
+        """A document that no other runs beside has what the weights leave, or is not tried at all."""
+        lengths = [document.prompt_tokens for document in pack]
+        if len(pack) > 1 or not packer.runs_alone(pack[0]):
+            self.add(sum(lengths), packer.kv_bytes(lengths), packer.planned_bytes(lengths))
+            return
+        left_bytes = packer.all_bytes - int(self.weights_bytes * USABLE[packer.device.type])
+        left = replace(packer, max_bytes=max(0, left_bytes), store_bytes=0)
+        self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
+        if left.refuses(pack[0]):
+            self.too_large.append(memory_message(pack[0], left, str(packer.device)))
+
+    def told(self) -> Iterator[str]:
+        """Lines of the memory of the largest prefill, and of rows that are too large for what there is."""
+        if self.prefill_bytes:
+            yield f"memory of the largest prefill: {self.prefill_bytes / 1e9:,.3g} GB beside the weights"
+        if self.too_large:
+            yield f"too large for the memory: {counted(len(self.too_large), 'row')}, the first:"
+            yield f"  {self.too_large[0]}"
+
+
+def expected_flops(packer: Packer, tokens: int) -> int:
+    """Operations of a prefill of so many tokens, as far as its method says what it does, or else of dense."""
+    shape, method = packer.shape, packer.method
+    passes = expected_passes(method, shape, tokens)
+    if isinstance(method, ReadsAhead):
+        layers = whole_layers(shape.layers, method.most_kept((tokens,))[0])
+        reading = dense_flops(packer.draft or shape, tokens)
+        return reading + passes_flops(shape, [method.to_the_end(shape, layers)])
+    return dense_flops(shape, tokens) if passes is None else passes_flops(shape, passes)
+
+
 def planning_packer(run: Preparation) -> Packer:
     """The engine's packer, but with the memory that is free before the weights are loaded."""
     return Packer.on(
@@ -115,6 +166,7 @@ def planning_packer(run: Preparation) -> Packer:
         kv_itemsize=1 if run.config.kv_dtype == "fp8" else None,
         in_flight=run.config.in_flight,
         cuts_queries=run.model.attention.cuts_queries(run.model.device),
+        draft=None if run.model.draft is None else run.model.draft.shape,
     )
 
 

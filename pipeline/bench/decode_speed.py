@@ -65,7 +65,7 @@ def measure_decode(
     for variant in methods:
         pack = Pack.of(documents, model.device)
         method = variant.use(model)  # which sets the model's attention, too
-        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens)
+        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens, draft=model.draft)
         results.append(_measure(model, variant, prefilled, new_tokens, repeats, copied))
         del prefilled
     return results

@@ -95,7 +95,9 @@ def _run(
     pack = Pack.of([document], model.device)
     started = tidied(model.device)
     try:
-        prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens, limits=limits)
+        prefilled = prefill(
+            model.decoder, model.attention, method, pack, new_tokens, limits=limits, draft=model.draft
+        )
     except RowError as error:
         raise ConfigError(str(error)) from error
     first_at = now(model.device)

@@ -145,7 +145,7 @@ def _method_run(
         decoder, attention = model.decoder, model.attention
         # of several documents keys and values are rounded where they are decoded
         stored = kv_dtype if len(pack.segments) == 1 else None
-        prefilled = prefill(decoder, attention, method, pack, new_tokens, kv_dtype=stored)
+        prefilled = prefill(decoder, attention, method, pack, new_tokens, kv_dtype=stored, draft=model.draft)
         if new_tokens:
             decode(decoder, attention, prefilled, rules, kv_dtype=kv_dtype)
         else:
@@ -186,7 +186,7 @@ def _within(model: LoadedModel, pack: Pack, method: PruningMethod) -> _Within:
     """Time in the method's scoring and selection over one prefill, and in sums over ranks over another."""
     select, sums, ranks = Stopwatch(model.device), Stopwatch(model.device), model.decoder.ranks
     timed = _TimedMethod(method, select)
-    prefill(model.decoder, model.attention, cast(PruningMethod, timed), pack)
+    prefill(model.decoder, model.attention, cast(PruningMethod, timed), pack, draft=model.draft)
     if ranks is None:
         return _Within(select.milliseconds())
     ranks.timer = sums.time
@@ -233,11 +233,13 @@ def _work(
     """What the method did."""
     shape = model.decoder.shape
     lengths, by_document = prefilled.lengths, prefilled.by_document()
-    done = sum(passes_flops(shape, passes) for passes in by_document)
+    done = sum(passes_flops(shape, passes) for passes in by_document) + sum(prefilled.draft_flops)
     tokens_D2L = np.array([layer_tokens(passes) for passes in by_document])  # that entered, or passed FFNs
     dense_D2L = np.array([layer_tokens([dense_work(shape, length)]) for length in lengths])
     kept_shares, ffn_shares = (tokens_D2L / dense_D2L).mean(0).round(4).tolist()
     floors = [ceilings.floor_ms(shape, passes, linears_in_fp8) for passes in by_document] if ceilings else []
+    if prefilled.reading is not None:  # by a model of another shape, for which no ceilings were measured
+        floors = []
     devices = 1 if model.decoder.ranks is None else model.decoder.ranks.count
     dense_kv = sum(lengths) * shape.layers * model.own.kv_bytes_per_token(model.decoder.dtype.itemsize)
     return {

@@ -15,6 +15,7 @@ from pipeline.evaluate.check_rows import read_rows
 from pipeline.evaluate.workbench import Deadline, Workbench, failures_named
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
+from pipeline.model.variant import check_draft
 from pipeline.notebooks import notebook_bar
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.keywords import StrPath, called_with, inputs_of
@@ -80,6 +81,7 @@ def run_calibrate(
     """
     clock = clock or Deadline(config.minutes * 60)
     model = model or open_model(config)
+    check_draft(model, ())
     with model.in_use():
         found = _calibrated(config, model, clock, progress, note, check)
     if found.profile is not None:

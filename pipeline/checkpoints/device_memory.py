@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
 
 from pipeline.errors import ModelError
 from pipeline.families.sharding import FLAG
@@ -18,10 +21,18 @@ class Memory:
     free: int
     where: str
     ranks: int = 1  # devices, of each of which all this is said
+    draft: int = 0  # of what is held, the weights of a draft model
 
     def __str__(self) -> str:
         each = "" if self.ranks == 1 else f" each of {self.ranks} devices,"
-        return f"weights take {self.held / 1e9:.3g} GB of {self.free / 1e9:.3g} GB free on{each} {self.where}"
+        draft = f", {self.draft / 1e9:.3g} of them the draft model's," if self.draft else ""
+        held, free = f"{self.held / 1e9:.3g} GB{draft}", f"{self.free / 1e9:.3g} GB"
+        return f"weights take {held} of {free} free on{each} {self.where}"
+
+    def with_draft(self, draft: Memory) -> Memory:
+        """The same with the weights of a draft model, which are made first."""
+        held, most = self.held + draft.held, max(draft.most, draft.held + self.most)
+        return replace(self, held=held, most=most, draft=draft.held)
 
     def check(self, model: str, enough: Callable[[], int | None]) -> None:
         """Raise ModelError where the weights cannot fit; `enough` says among how many devices they do."""
@@ -34,3 +45,12 @@ class Memory:
                 " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
                 + divide
             )
+
+
+@contextmanager
+def fits(name: str, device: torch.device) -> Iterator[None]:
+    """Raise ModelError for a model that is being loaded where the memory of its device runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {name} does not fit on {device}: {error}") from error

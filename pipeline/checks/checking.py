@@ -29,7 +29,7 @@ from pipeline.evaluate.row_results import RowResult, Side
 from pipeline.evaluate.workbench import DENSE, Workbench
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
-from pipeline.model.variant import Variant, prepare
+from pipeline.model.variant import Variant, check_draft, prepare
 from pipeline.notebooks import listeners
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
@@ -111,6 +111,7 @@ class _Check:
         return {
             **self.dense_decides(),
             "method": {"name": self.method.name, "settings": asdict(self.method)},
+            **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             "linear_dtype": self.config.linear_dtype,
             "attention_dtype": "auto",  # as in the settings that decide a run
         }
@@ -219,6 +220,7 @@ def _check_method(
         if not profile.is_of(config, method):
             note("other settings stand above the profile's: it is not the profile that is checked")
     method.plan(model.shape, (1,))  # settings that do not fit the model's depth
+    check_draft(model, [method])
     if config.linear_dtype != "auto" or uses_fp8(method):
         model.check_fp8()
 

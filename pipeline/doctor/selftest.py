@@ -18,9 +18,19 @@ from pipeline.pruning.registry import make_method
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
     "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
+    "frugal": {"keep": "0.4", "layer": "1", "judges": "20", "sink": "2", "window": "5", "most": "8"},
     "gemfilter": {"keep": "7"},
     "mars": {"last_full": "1", "window": "6"},
     "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},
+    "speculative": {
+        "keep": "0.3",
+        "chunk": "8",
+        "look_ahead": "3",
+        "pool": "3",
+        "sink": "2",
+        "window": "5",
+        "most": "8",
+    },
     "uniprefill": {"first_layer": "1", "every": "1", "p": "0.6", "block": "4", "sink": "3", "window": "5"},
 }
 # with which a method that has such a setting keeps every token

@@ -58,7 +58,8 @@ def prefilled_rows(
         row = row_of(document, method)
         row.kept_tokens, row.ffn_tokens = layer_tokens(passes)
         row.ffn_fp8_tokens = fp8_tokens(passes, everywhere=model.decoder.linears_in_fp8)
-        for name, ratio in shares_of_dense(shape, passes, document.prompt_tokens).items():
+        draft_flops = prefilled.draft_flops[b]
+        for name, ratio in shares_of_dense(shape, passes, document.prompt_tokens, draft_flops).items():
             setattr(row, name, ratio)
         row.kv_bytes = sum(layer[b] for layer in stored) * shape.kv_bytes_per_token(
             model.decoder.dtype.itemsize

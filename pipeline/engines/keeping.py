@@ -11,7 +11,7 @@ import torch
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.work import Work
-from pipeline.pruning.tiers import FFN, FP8, pack_layer
+from pipeline.pruning.tiers import FFN, FP8, pack_choice, pack_layer
 from pipeline.records import Answer, EncodedDocument
 
 MOST_OF_ONE = 8  # tokens that may make one character; a longer wait means that the text itself is broken
@@ -23,18 +23,32 @@ def keep_selection(
 ) -> None:
     """Fill in a pack's rows from a prefill that was asked for its marks; copies them to the host."""
     everywhere = model.decoder.linears_in_fp8
+    choices = _choices(prefilled)
     passes = [_marks_by_document(work, everywhere) for work in prefilled.passes]
     decode = partial(model.tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
     for b, (row, document) in enumerate(zip(rows, documents, strict=True)):
         row.selection = [
-            pack_layer(layer[b], restarts=last_of_pass and layers is not passes[-1])
-            for layers in passes
-            for layer, last_of_pass in zip(layers, _is_last(len(layers)), strict=True)
+            *choices[b],
+            *(
+                pack_layer(layer[b], restarts=last_of_pass and layers is not passes[-1])
+                for layers in passes
+                for layer, last_of_pass in zip(layers, _is_last(len(layers)), strict=True)
+            ),
         ]
         pieces = token_pieces(decode, document.input_ids.tolist())
         row.prompt_text = "".join(pieces)
         row.prompt_token_chars = [len(piece) for piece in pieces]
         row.prompt_spans = [*document.spans.document, *document.spans.question]
+
+
+def _choices(prefilled: Prefilled) -> list[list[bytes]]:
+    """Of each document the entry that tells what a draft model has chosen, if one has."""
+    reading = prefilled.reading
+    if reading is None:
+        return [[] for _ in prefilled.lengths]
+    chosen_T = torch.zeros(reading.segments.total, dtype=torch.bool, device=reading.chosen_C.device)
+    chosen_T[reading.chosen_C] = True
+    return [[pack_choice(part.numpy())] for part in chosen_T.cpu().split(reading.segments.lengths)]
 
 
 def _is_last(count: int) -> list[bool]:

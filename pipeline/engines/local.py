@@ -91,6 +91,7 @@ class LocalEngine:
             in_flight=in_flight,
             free=least_free_bytes(model.decoder),
             cuts_queries=model.attention.cuts_queries(model.device),
+            draft=None if model.draft is None else model.draft.shape,
         )
         packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)
@@ -237,7 +238,8 @@ class LocalEngine:
         decoder = self.model.decoder
         piece = min(decoder.piece_tokens, sum(job.document.prompt_tokens for job in jobs)) // 2
         if failure.kind == "out_of_memory" and piece >= FEWEST_PIECE_TOKENS:
-            decoder.piece_tokens = piece
+            for each in self.model.decoders:
+                each.piece_tokens = piece
             self._scheduler.put_back(self.packs.waiting(jobs))
         elif len(jobs) > 1:
             self._scheduler.put_back(self.packs.halves(jobs))

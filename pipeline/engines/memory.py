@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import psutil
@@ -17,10 +17,11 @@ from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.capabilities import ReadsAhead
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
+from pipeline.pruning.speculative import DraftReader
 from pipeline.ranks.leading import on_every_rank
 from pipeline.records import EncodedDocument
-from pipeline.texts.words import counted
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -56,6 +57,7 @@ class Packer:
     drafts: int = 0  # of these new tokens
     n: int = 1  # answers to a prompt, each a row of its own once it is decoded
     cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
+    draft: ModelShape | None = None  # of the model that reads prompts first, if one does
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
 
     @classmethod
@@ -75,12 +77,14 @@ class Packer:
         in_flight: int | None = None,
         free: int | None = None,
         cuts_queries: bool = True,
+        draft: ModelShape | None = None,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
-        `shape` is that of the part of the model that is on the device, and `free` the bytes there that may be
-        used, where they are known. `in_flight` is as the user gives it, or 0 where prefills are all that is
-        to be done. It is raised to `n`, so that all answers to a prompt are decoded together.
+        `shape` is that of the part of the model that is on the device, `draft` that of the model that reads
+        prompts for a method that wants it, and `free` the bytes there that may be used, where they are known.
+        `in_flight` is as the user gives it, or 0 where prefills are all that is to be done. It is raised to
+        `n`, so that all answers to a prompt are decoded together.
         """
         method.check_depth(shape)
         rows = _in_flight(in_flight, pack_tokens, device)
@@ -100,6 +104,7 @@ class Packer:
             kv_memory=kv_memory,
             kv_itemsize=kv_itemsize,
             cuts_queries=cuts_queries,
+            draft=draft,
             host_bytes=host_kv_bytes(),
         )
         return whole.within(free_bytes(device) if free is None else free)
@@ -167,7 +172,8 @@ class Packer:
         Its keys and values are stored as they are to be decoded.
         """
         lengths, own = [document.prompt_tokens], replace(self, new_tokens=self.room(document))
-        return own.planned_bytes(lengths) - own.kv_bytes(lengths) + own.kv_bytes(lengths, self.kv_itemsize)
+        prefill = own._prefill_bytes(lengths) + own.kv_bytes(lengths, self.kv_itemsize)
+        return max(prefill, self._draft_bytes(lengths))
 
     def refuses(self, document: EncodedDocument) -> bool:
         """Whether a document that runs alone is not to be tried: it would fail after all the time it takes.
@@ -178,7 +184,8 @@ class Packer:
         needed = self.bytes_alone(document)
         if self.device.type == "cpu":
             return needed > self.all_bytes
-        return not self.method.reads_layers and needed > self.all_bytes / USABLE[self.device.type]
+        closely = not self.method.reads_layers and not isinstance(self.method, ReadsAhead)
+        return closely and needed > self.all_bytes / USABLE[self.device.type]
 
     @property
     def limits(self) -> KvLimits | None:
@@ -197,11 +204,37 @@ class Packer:
         )
 
     def planned_bytes(self, lengths: Sequence[int]) -> int:
-        """Bytes that a pack of prompts of these lengths needs: planned K/V, activations, logits."""
+        """Bytes that a pack of prompts of these lengths needs: planned K/V, activations, logits.
+
+        A draft gives what it has needed back before the model begins.
+        """
+        prefill = self._prefill_bytes(lengths) + self.kv_bytes(lengths)
+        return max(prefill, self._draft_bytes(lengths))
+
+    def _prefill_bytes(self, lengths: Sequence[int]) -> int:
+        """The same without keys and values, of the model alone."""
         logits = len(lengths) * self.shape.vocab * (self.itemsize + 4)
         if self.n > 1:  # a copy for each answer
             logits += min(len(lengths) * self.n, FIRST_AT_ONCE) * self.shape.vocab * 4
-        return self.kv_bytes(lengths) + self._running_bytes(lengths) + logits
+        entering = self.method.most_kept(lengths) if isinstance(self.method, ReadsAhead) else lengths
+        return self._running_bytes(entering) + logits
+
+    def _draft_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that a draft, or without one the model, needs to read a pack of prompts and to go on."""
+        if not isinstance(self.method, ReadsAhead):
+            return 0
+        draft = self.draft or self.shape
+        own = replace(
+            self,
+            method=DraftReader(ahead=self.method),
+            shape=draft,
+            new_tokens=self.method.look_ahead,
+            n=1,
+            kv_memory=None,
+        )
+        queries = self.method.look_ahead * draft.heads * draft.head_dim * draft.layers
+        scores = (1 + self.method.look_ahead) * sum(lengths) * 4
+        return own.planned_bytes(lengths) + len(lengths) * queries * self.itemsize + scores
 
     def _running_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that a pack needs while a layer runs."""
@@ -236,44 +269,6 @@ def memory_message(document: EncodedDocument, packer: Packer, device: str) -> st
         f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
         f"--on-overlong does not help here: shorten the document, or use {ways}a smaller --dtype or model"
     )
-
-
-@dataclass(kw_only=True)
-class PlannedPacks:
-    """What packs of a run would need, by arithmetic."""
-
-    weights_bytes: int = 0  # that are to be loaded yet
-    packs: int = 0
-    largest_pack_tokens: int = 0
-    kv_bytes: int = 0  # of the pack that has the most
-    prefill_bytes: int = 0  # that the largest prefill needs beside the weights, keys and values included
-    too_large: list[str] = field(default_factory=list)  # of each row for which there is no memory, why
-
-    def add(self, tokens: int, kv_bytes: int, prefill_bytes: int = 0) -> None:
-        self.packs += 1
-        self.largest_pack_tokens = max(self.largest_pack_tokens, tokens)
-        self.kv_bytes = max(self.kv_bytes, kv_bytes)
-        self.prefill_bytes = max(self.prefill_bytes, prefill_bytes)
-
-    def add_pack(self, packer: Packer, pack: Sequence[EncodedDocument]) -> None:
-        """A document that no other runs beside has what the weights leave, or is not tried at all."""
-        lengths = [document.prompt_tokens for document in pack]
-        if len(pack) > 1 or not packer.runs_alone(pack[0]):
-            self.add(sum(lengths), packer.kv_bytes(lengths), packer.planned_bytes(lengths))
-            return
-        left_bytes = packer.all_bytes - int(self.weights_bytes * USABLE[packer.device.type])
-        left = replace(packer, max_bytes=max(0, left_bytes), store_bytes=0)
-        self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
-        if left.refuses(pack[0]):
-            self.too_large.append(memory_message(pack[0], left, str(packer.device)))
-
-    def told(self) -> Iterator[str]:
-        """Lines of the memory of the largest prefill, and of rows that are too large for what there is."""
-        if self.prefill_bytes:
-            yield f"memory of the largest prefill: {self.prefill_bytes / 1e9:,.3g} GB beside the weights"
-        if self.too_large:
-            yield f"too large for the memory: {counted(len(self.too_large), 'row')}, the first:"
-            yield f"  {self.too_large[0]}"
 
 
 def _in_flight(wanted: int | None, pack_tokens: int | None, device: torch.device) -> int:

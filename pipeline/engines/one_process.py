@@ -218,7 +218,8 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     with nothing_to_lose():
         model = setup.model.load(precision)
     if model is setup.model:  # who gave a loaded model may want its own precision later
-        model.decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
+        for decoder in model.decoders:
+            decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
     try:
         return _warmed_up(setup, model, hooks, prompts, started)
     except BaseException:

@@ -90,6 +90,7 @@ class Prefiller:
                 limits,
                 marks=self.save_selection,
                 kv_dtype=None if limits else kv_dtype,
+                draft=self.model.draft,
             )
         else:
             chunk = [(job.number, job.document) for job in jobs]

@@ -171,7 +171,16 @@ def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> 
     document = EncodedDocument(source=Row(row=0, id="", place=""), input_ids=ids, spans=spans)
     pack = Pack.of([document], model.device)
     limits, new_tokens = engine.packer.limits, rules.max_new_tokens
-    prefilled = prefill(model.decoder, model.attention, engine.method, pack, new_tokens, check, limits)
+    prefilled = prefill(
+        model.decoder,
+        model.attention,
+        engine.method,
+        pack,
+        new_tokens,
+        check,
+        limits,
+        draft=model.draft,
+    )
     decode(
         model.decoder,
         model.attention,

@@ -54,7 +54,7 @@ def score_answer(
     """
     pack = Pack.of([document], model.device)
     started = time.perf_counter()
-    prefilled = prefill(model.decoder, model.attention, method, pack, len(answer))
+    prefilled = prefill(model.decoder, model.attention, method, pack, len(answer), draft=model.draft)
     prefilled.logits_BV.argmax(-1).tolist()
     ttft_ms = (time.perf_counter() - started) * 1e3
     if kv == "fp8":
@@ -133,7 +133,9 @@ def generate(
     sampling = sampling or Sampling()
     draws = [sampling.draws(document.source.row, rules.max_new_tokens)]
     pack = Pack.of([document], model.device)
-    prefilled = prefill(model.decoder, model.attention, method, pack, rules.max_new_tokens, check)
+    prefilled = prefill(
+        model.decoder, model.attention, method, pack, rules.max_new_tokens, check, draft=model.draft
+    )
     prompts = [document.input_ids]
     first = first_tokens(prefilled.logits_BV, draws, prompts)
     (answer,) = decode(

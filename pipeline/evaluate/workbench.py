@@ -19,7 +19,6 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import Passes, shares_of_dense
-from pipeline.pruning.shape import ModelShape
 
 DENSE = Variant(Dense.name, Dense())
 LOW = tuple(Variant(linears, Dense(), linears) for linears in ("mixed", "fp8"))  # dense in low precision
@@ -153,7 +152,9 @@ class Workbench:
         )
         (passes,) = prefilled.by_document()
         stored = sum(tokens for (tokens,) in prefilled.cache.prompt_tokens())
-        score = _score(self.model.shape, case, forced, passes, stored, ttft_ms)
+        ratios = shares_of_dense(self.model.shape, passes, document.prompt_tokens, sum(prefilled.draft_flops))
+        kv_ratio = stored / (self.model.shape.layers * document.prompt_tokens)
+        score = _score(case, forced, ttft_ms, {**ratios, "kv_ratio": kv_ratio})
         if dense is not None:
             differs = forced.choices != dense.choices
             score = replace(
@@ -226,24 +227,19 @@ def timed_places(cases: Sequence[CheckRow]) -> list[int]:
     return [by_length[(2 * n + 1) * len(cases) // (2 * count)] for n in range(count)]
 
 
-def _score(
-    shape: ModelShape, case: CheckRow, forced: Forced, passes: Passes, stored: int, ttft_ms: float
-) -> CaseScore:
-    """Of a case whose answer has at least one token; `stored` are tokens with K/V, over all layers."""
-    length = case.document.prompt_tokens
-    ratios: dict[str, Any] = shares_of_dense(shape, passes, length)
+def _score(case: CheckRow, forced: Forced, ttft_ms: float, ratios: dict[str, Any]) -> CaseScore:
+    """Of a case whose answer has at least one token; `ratios` are the score's own, by name."""
     hits = forced.choices == case.reference
     found = [hits[start:end].all() for start, end in case.parts]
     return CaseScore(
         id=case.sample.id,
         task=case.task,
         document_key=case.sample.document_key,
-        prompt_tokens=length,
+        prompt_tokens=case.document.prompt_tokens,
         tokens=len(case.reference),
         correct=int(np.sum(hits)),
         nll=float(-forced.logprobs.astype(np.float64).sum()),
         ttft_ms=ttft_ms,
-        kv_ratio=stored / (shape.layers * length),
         parts_found=float(np.mean(found)) if found else None,
         **ratios,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
@@ -49,6 +50,19 @@ def check_divides(config: PreTrainedConfig, count: int) -> None:
         what = f"{shape.heads} heads, {shape.kv_heads} key/value heads and {shape.ffn:,} columns of the FFN"
         told = f"{what}: choose from {', '.join(map(str, sizes))}"
         raise ConfigError(f"{FLAG} {count} does not divide a model of {told}")
+
+
+def check_devices(asked: str, device: torch.device, count: int) -> None:
+    """Raise ConfigError where there are not so many devices as there are to be ranks."""
+    if device.type == "cpu":
+        return
+    if asked not in ("auto", "cuda"):
+        raise ConfigError(
+            f"{FLAG} {count} takes the first {count} GPUs: --device {asked} must be auto or cuda"
+        )
+    there = torch.cuda.device_count()
+    if there < count:
+        raise ConfigError(f"{FLAG} {count} needs {count} GPUs, and torch sees {there}")
 
 
 def sizes_of(shape: ModelShape, *, fp8: bool = False) -> list[int]:

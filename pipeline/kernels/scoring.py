@@ -18,6 +18,7 @@ from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 SCORES_AT_ONCE = 1 << 26
+JUDGES_AT_ONCE = 64
 
 
 def window_importance(
@@ -38,6 +39,56 @@ def window_importance_by_head(
 ) -> Tensor:
     """The same for each key/value head, (K, T): mean over its query heads and the queries."""
     return _window_attention(q_THd, k_TKd, segments, window, "mean")
+
+
+def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
+    """Attention that one document's tokens get from each of S tokens behind them, (S, L - S) float32.
+
+    The keys are those of the document and then of these S tokens, each of which attends to all up to itself.
+    Averaged over `width` neighbours, it is the largest of all heads. As many key/value heads at a time as
+    keep the weights within `SCORES_AT_ONCE` floats, at least one.
+    """
+    queries, heads, head_dim = q_SHd.shape
+    length, kv_heads = len(k_LKd), k_LKd.shape[1]
+    q_KQd = q_SHd.reshape(queries, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    k_KdL = k_LKd.permute(1, 2, 0)
+    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_SHd.device).triu(1)
+    largest_SL = q_SHd.new_zeros((queries, length - queries), dtype=torch.float32)
+    at_once = max(1, SCORES_AT_ONCE * kv_heads // (heads * queries * length))
+    for head in range(0, kv_heads, at_once):
+        chunk = slice(head, head + at_once)
+        scores_KGSL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, queries))
+        scores_KGSL.mul_(1 / math.sqrt(head_dim))
+        scores_KGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
+        weights_NSL = scores_KGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
+        largest_SL = torch.maximum(largest_SL, smoothed(weights_NSL, width).amax(0))
+    return largest_SL
+
+
+def received_attention(q_THd: Tensor, k_TKd: Tensor, segments: Segments, judges: int) -> Tensor:
+    """How much of the attention of later tokens each token gets, relative to who picks none, (T,) float32.
+
+    Of each document up to `judges` tokens, evenly spaced and the last among them, judge those that stand at
+    least as far before them as one judge before the next: by their softmax attention, mean over heads, times
+    the number of tokens that they attend to. The mean over a token's judges; infinite for who has none.
+    """
+    return torch.cat([_received(q_THd[a:b], k_TKd[a:b], judges) for a, b in segments.ranges()])
+
+
+def _received(q_LHd: Tensor, k_LKd: Tensor, judges: int) -> Tensor:
+    """(L,) the same for one document, in plain torch: some judges at a time, as `SCORES_AT_ONCE` allows."""
+    length, heads, head_dim = q_LHd.shape
+    index_L, apart = torch.arange(length, device=q_LHd.device), -(-length // judges)
+    judge_N = torch.arange((length - 1) % apart, length, apart, device=q_LHd.device)
+    k_KdL, sums_L = k_LKd.permute(1, 2, 0), torch.zeros(length, device=q_LHd.device)
+    for at_R in judge_N.split(max(1, min(JUDGES_AT_ONCE, SCORES_AT_ONCE // (heads * length)))):
+        q_KQd = q_LHd[at_R].unflatten(1, (k_LKd.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        scores_KGRL = _products_fp32(q_KQd, k_KdL).unflatten(1, (-1, len(at_R)))
+        scores_KGRL.mul_(1 / math.sqrt(head_dim)).masked_fill_(index_L > at_R[:, None], -math.inf)
+        weights_RL = scores_KGRL.softmax(-1).mean((0, 1)) * (at_R + 1)[:, None]
+        sums_L += weights_RL.masked_fill_(index_L > at_R[:, None] - apart, 0.0).sum(0)
+    counts_L = len(judge_N) - torch.searchsorted(judge_N, index_L + apart)
+    return torch.where(counts_L > 0, sums_L / counts_L, math.inf)
 
 
 def windows_of(window: int | Sequence[int], segments: Segments) -> tuple[int, ...]:

@@ -86,6 +86,10 @@ class Segments:
         starts = self.bounds[:-1][self.document_T]
         return torch.arange(self.total, device=self.device) - starts
 
+    def left(self, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:
+        """Of the ascending tokens `indices`; the host needs their `lengths`, and waits if it must count."""
+        return Segments.of(self.counts(indices).tolist() if lengths is None else lengths, self.device)
+
     def ranges(self) -> list[tuple[int, int]]:
         """Half-open token range of each document."""
         return list(zip(self.offsets[:-1], self.offsets[1:], strict=True))

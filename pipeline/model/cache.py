@@ -129,6 +129,28 @@ class RaggedCache(KeysValues):
             buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
             buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
 
+    def store_chosen(
+        self,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        segments: Segments,
+        indices: Tensor | None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> None:
+        """The same of the tokens `indices`: None for all, (C,) of all heads, or (K, C) of each head its own.
+
+        `lengths` says how many that are of each document, where it is known.
+        """
+        if indices is None:
+            self.store(k_TKd, v_TKd, segments)
+            return
+        stored = segments.left(indices if indices.dim() == 1 else indices[0], lengths)
+        if indices.dim() == 1:
+            self.store(k_TKd.index_select(0, indices), v_TKd.index_select(0, indices), stored)
+        else:
+            index_CKd = indices.T[:, :, None].expand(-1, -1, k_TKd.shape[-1])
+            self.store(k_TKd.gather(0, index_CKd), v_TKd.gather(0, index_CKd), stored)
+
     def _store_in_e4m3(self, k_TKd: Tensor, v_TKd: Tensor, slots: Slots) -> None:
         size, device, documents = k_TKd.shape[1:], k_TKd.device, len(slots.starts)
         for buffers in (self.keys, self.values):

@@ -28,6 +28,7 @@ def continue_with(
     first_positions: Sequence[int],
     check: Callable[[], None] = lambda: None,
     last_only: bool = False,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Run `tokens`, at least one of each document, through the layers that the cache has, and into it.
 
@@ -35,7 +36,8 @@ def continue_with(
     (N, D), document by document: `decoder.logits` of that of the model's last layer predicts the tokens that
     follow each. The cache must be one that keeps all its blocks on the device, with room for the tokens.
     `check` is called before every layer, and may raise. With `last_only` the last layer computes, beyond keys
-    and values, each document's last token alone, and that is returned: (B, D).
+    and values, each document's last token alone, and that is returned: (B, D). `observe` is told of each
+    layer and its queries with RoPE, (N, H, d).
     """
     device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)
@@ -59,6 +61,8 @@ def continue_with(
             behind = None if behind is None else _Behind.of(decoder, cache, at)
         else:
             q_NHd, k_NKd, v_NKd = decoder.qkv(layer, hidden_ND, rope)
+        if observe is not None:
+            observe(layer, q_NHd)
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:

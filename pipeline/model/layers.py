@@ -19,7 +19,7 @@ from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPiece, query_pieces
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.sparse_prefill import SparsePrefill
 from pipeline.model.cache import RaggedCache
 from pipeline.model.early_exit import EarlyExit, LayerAttention
@@ -31,6 +31,13 @@ from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
 
 
+class Whole(NamedTuple):
+    """The prompts of a pack before tokens of theirs were left out."""
+
+    lengths: tuple[int, ...]
+    positions_T: Tensor  # (T,) of the tokens that are left
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pack:
     """Documents that are prefilled together, end to end."""
@@ -38,6 +45,17 @@ class Pack:
     input_ids: Tensor  # (T,)
     segments: Segments
     spans: tuple[Spans, ...]
+    whole: Whole | None = None  # prompts that these are only some tokens of
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each whole prompt."""
+        return self.segments.lengths if self.whole is None else self.whole.lengths
+
+    @property
+    def positions_T(self) -> Tensor:
+        """(T,) the places of the tokens in their whole prompts."""
+        return self.segments.index_in_document_T if self.whole is None else self.whole.positions_T
 
     @classmethod
     def of(cls, documents: Sequence[EncodedDocument], device: torch.device) -> Pack:
@@ -49,7 +67,12 @@ class Pack:
     def only(self, indices: Tensor) -> Pack:
         """The same documents with some of their tokens; the spans remain those of the whole prompts."""
         ids = self.input_ids.index_select(0, indices)
-        return replace(self, input_ids=ids, segments=surviving(self.segments, indices))
+        return replace(self, input_ids=ids, segments=self.segments.left(indices), whole=None)
+
+    def thinned(self, indices: Tensor) -> Pack:
+        """The same documents with some of their tokens, at the positions that they have in all of them."""
+        whole = Whole(lengths=self.lengths, positions_T=self.positions_T.index_select(0, indices))
+        return replace(self.only(indices), whole=whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +175,10 @@ class _Run:
         state: Any,
         begun: PartialPrefill,
     ) -> _Run:
-        segments, positions_T = pack.segments, pack.segments.index_in_document_T
+        segments, positions_T = pack.segments, pack.positions_T
         kept = _kept(decoder, segments)
-        begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in segments.lengths)
-        reach_T = (segments.lengths_B + begun.cache.new_tokens)[segments.document_T]
+        begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in pack.lengths)
+        reach_T = on_device(begun.cache.reaches, segments.device)[segments.document_T]
         return cls(
             decoder=decoder,
             attention=attention,
@@ -172,6 +195,7 @@ class _Run:
             kept=kept,
             sparse=_sparse(decoder, attention, segments),
             pieces=_pieces(decoder, segments, kept, cut=attention.cuts_queries(decoder.device)),
+            whole=pack.whole is None,
         )
 
     @property
@@ -213,7 +237,7 @@ class _Run:
             return selection
         if selection.blocks is not None:
             self.cache.settle(layer, selection.blocks)
-        _store(self.cache, *attention.stored, selection)
+        self.cache.store_chosen(*attention.stored, selection.cache, selection.cache_lengths)
         read, pieces = self._last_tokens() if ends else None, [(each.rows, each.kept) for each in self.pieces]
         ffn, ffn_fp8 = feed_forward(decoder, layer, self.stream_TD, selection, self.kept, pieces, read)
         counts = None if self.exited is None else self.exited.counts
@@ -297,14 +321,14 @@ class _Run:
             hidden=self.stream_TD,  # which methods for models on several GPUs do not read
             positions=self.positions_T,
             segments=self.segments,
-            lengths=self.pack.segments.lengths,
+            lengths=self.pack.lengths,
             spans=self.pack.spans,
             ranks=self.decoder.ranks,
         )
 
     def _go_on(self, live_C: Tensor, lengths: tuple[int, ...] | None, *, early_exit: bool) -> None:
         """Leave behind, for good or by an early exit, all but the tokens `live_C`."""
-        segments = surviving(self.segments, live_C, lengths)
+        segments = self.segments.left(live_C, lengths)
         if early_exit:
             assert self.segments is self.pack.segments, "tokens have left before"
             self.exited = EarlyExit(
@@ -354,27 +378,6 @@ def _pieces(decoder: Decoder, segments: Segments, kept: Kept | None, *, cut: boo
 
 def _sparse(decoder: Decoder, attention: AttentionBackend, segments: Segments) -> SparsePrefill:
     return SparsePrefill(attention, segments, width=decoder.shape.heads * decoder.shape.head_dim)
-
-
-def surviving(segments: Segments, indices: Tensor, lengths: tuple[int, ...] | None = None) -> Segments:
-    """Segments of the tokens left; kernels want their lengths on the host, which waits unless it knows."""
-    return Segments.of(segments.counts(indices).tolist() if lengths is None else lengths, segments.device)
-
-
-def _store(
-    cache: RaggedCache, k_TKd: Tensor, v_TKd: Tensor, segments: Segments, selection: Selection
-) -> None:
-    """Store the tokens `selection.cache`: (C,) of all heads, or (K, C) of each head its own."""
-    indices = selection.cache
-    if indices is None:
-        cache.store(k_TKd, v_TKd, segments)
-        return
-    stored = surviving(segments, indices if indices.dim() == 1 else indices[0], selection.cache_lengths)
-    if indices.dim() == 1:
-        cache.store(k_TKd.index_select(0, indices), v_TKd.index_select(0, indices), stored)
-    else:
-        index_CKd = indices.T[:, :, None].expand(-1, -1, k_TKd.shape[-1])
-        cache.store(k_TKd.gather(0, index_CKd), v_TKd.gather(0, index_CKd), stored)
 
 
 def dropped_last_token(method: PruningMethod) -> MarsError:

@@ -17,13 +17,14 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
-from pipeline.checkpoints.device_memory import Memory
+from pipeline.checkpoints.device_memory import Memory, fits
+from pipeline.checkpoints.drafts import TokenReader, check_draft_reads
 from pipeline.checkpoints.files import AdaptedModel, ModelFiles, ModelSource, locate
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError
 from pipeline.families.configuration import check_config, check_fp8, shape_of, with_rope_scaling
 from pipeline.families.decoder import Decoder
 from pipeline.families.projection import IN_FULL, LinearPrecision
-from pipeline.families.sharding import FLAG, can_be_divided, check_divides, own_shape, sizes_of
+from pipeline.families.sharding import can_be_divided, check_devices, check_divides, own_shape, sizes_of
 from pipeline.kernels.attention import AttentionBackend, choose_attention
 from pipeline.kernels.devices import free_memory, pick_device, pick_dtype, use_device
 from pipeline.pruning.shape import ModelShape
@@ -64,6 +65,7 @@ class LoadedModel(_OnDevice):
     generation_config: Any
     name: str
     fingerprint: str  # as its source tells it: of files, of a revision on the hub, or of a random draw
+    draft: LoadedModel | None = None  # that reads prompts first, for methods that want it
     commit: str | None = None  # on the hub, of its files; None where they are from elsewhere
     rope_scaling: str | None = None  # as given to `load_model`
     attention_refused: dict[str, str] = field(default_factory=dict)  # faster backend: why not
@@ -73,6 +75,11 @@ class LoadedModel(_OnDevice):
     def __post_init__(self) -> None:
         self.shape, self.device, self.dtype = self.decoder.shape, self.decoder.device, self.decoder.dtype
         self.own = self.decoder.own
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """Its own, and that of its draft."""
+        return [self.decoder] if self.draft is None else [self.decoder, self.draft.decoder]
 
     @property
     def attention_name(self) -> str:
@@ -126,6 +133,7 @@ class UnloadedModel(_OnDevice):
     wanted_attention: str
     rope_scaling: str | None = None
     notes: tuple[str, ...] = ()  # what a user should know of its files
+    draft: UnloadedModel | None = None
 
     @property
     def name(self) -> str:
@@ -176,7 +184,8 @@ class UnloadedModel(_OnDevice):
         """What its weights need, by arithmetic, beside what is free now."""
         free = free_memory(self.device)
         held, most = self._bytes_needed(precision, self._share)
-        return Memory(held=held, most=most, free=free, where=self.device_name(), ranks=self.ranks)
+        own = Memory(held=held, most=most, free=free, where=self.device_name(), ranks=self.ranks)
+        return own if self.draft is None else own.with_draft(self.draft.memory(precision))
 
     def ranks_needed(
         self, precision: LinearPrecision, beside: Callable[[ModelShape], int] = lambda own: 0
@@ -207,7 +216,7 @@ class UnloadedModel(_OnDevice):
         lead = Lead(ranks)
         try:
             pinned = {} if self.commit is None else {"revision": self.commit}
-            settings = ModelSettings.of(self.settings, **pinned)
+            settings = ModelSettings.of(self.settings, draft_model=None, **pinned)
             devices = [f"cuda:{rank}" if self.device.type == "cuda" else "cpu" for rank in range(self.ranks)]
             lead.have_loaded(load_share, devices[1:], settings, self.dtype, precision)
             loaded = self._loaded(precision, ranks)
@@ -223,10 +232,11 @@ class UnloadedModel(_OnDevice):
         if precision.uses_fp8:
             self.check_fp8()
         self.memory(precision).check(self.name, partial(self.ranks_needed, precision))
+        draft = None if self.draft is None else self.draft.load(precision)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():
             config = _scaled(self.config, self.rope_scaling)
-            with _fits(self.name, self.device):
+            with fits(self.name, self.device):
                 model = self._model(config, precision, None if ranks is None else ranks.share)
                 decoder = Decoder(model, ranks)
                 decoder.use_linears(precision.linears, ffn=precision.ffn)
@@ -238,6 +248,7 @@ class UnloadedModel(_OnDevice):
             generation_config=own or model.generation_config,
             name=self.name,
             fingerprint=self.fingerprint,
+            draft=draft,
             commit=self.commit,
             rope_scaling=self.rope_scaling,
             attention_refused=self.attention_refused,
@@ -302,8 +313,9 @@ def load_model(
     (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32; `device` auto, cpu, cuda or cuda:N;
     `revision` a commit, tag or branch on the hub. `attention` is a backend's name, or auto for the fastest
     that passes a trial on the device; `trust_remote_code` lets a folder run code that it brings.
-    `rope_scaling` is as `--rope-scaling`. `sparse_from` has documents of so many tokens attended to in blocks
-    wherever a method asks for it, on a device without kernels by plain torch, slowly.
+    `rope_scaling` and `draft_model` are as the flags of these names. `sparse_from` has documents of so many
+    tokens attended to in blocks wherever a method asks for it, on a device without kernels by plain torch,
+    slowly.
 
     Raises ModelError for a model that is unknown, unsupported, unsafe (pickled weights, code of its own) or
     too large for the device, ConfigError for an option or a device, dtype or backend that is not there.
@@ -331,7 +343,7 @@ def open_model(settings: ModelSettings, tensor_parallel: int = 1) -> UnloadedMod
         notes = source.check(config)
         if tensor_parallel > 1:
             check_divides(config, tensor_parallel)
-        return UnloadedModel(
+        opened = UnloadedModel(
             settings=settings,
             ranks=tensor_parallel,
             source=source,
@@ -344,31 +356,20 @@ def open_model(settings: ModelSettings, tensor_parallel: int = 1) -> UnloadedMod
             rope_scaling=settings.rope_scaling,
             notes=tuple(notes),
         )
+    return opened if settings.draft_model is None else replace(opened, draft=_draft_of(opened))
 
 
-def check_devices(asked: str, device: torch.device, count: int) -> None:
-    """Raise ConfigError where there are not so many devices as there are to be ranks."""
-    if device.type == "cpu":
-        return
-    if asked not in ("auto", "cuda"):
-        raise ConfigError(
-            f"{FLAG} {count} takes the first {count} GPUs: --device {asked} must be auto or cuda"
-        )
-    there = torch.cuda.device_count()
-    if there < count:
-        raise ConfigError(f"{FLAG} {count} needs {count} GPUs, and torch sees {there}")
+def _draft_of(model: UnloadedModel) -> UnloadedModel:
+    """The draft model that its settings name. Raises ConfigError for one that cannot read its prompts."""
+    own = {"model": model.settings.draft_model, "draft_model": None, "adapter": None, "revision": None}
+    draft = open_model(ModelSettings.of(model.settings, **own))
+    readers = (TokenReader(each.name, each.tokenizer.get_vocab(), each.shape) for each in (model, draft))
+    check_draft_reads(*readers)
+    return draft
 
 
 def _scaled(config: PreTrainedConfig, rope_scaling: str | None) -> PreTrainedConfig:
     return config if rope_scaling is None else with_rope_scaling(config, rope_scaling)
-
-
-@contextmanager
-def _fits(name: str, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"model {name} does not fit on {device}: {error}") from error
 
 
 @contextmanager

@@ -1,25 +1,52 @@
-"""The prefill: a pack's prompts through all layers, once or, where a method begins anew, twice."""
+"""The prefill: a pack's prompts through all layers, once or, where a method begins anew, twice.
+
+A method may have a draft model read the prompts before, and choose by that which tokens are prefilled at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
+from pipeline.model.continuation import continue_with
 from pipeline.model.layers import Pack, PartialPrefill, Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
-from pipeline.pruning.capabilities import RescoresBlocks
-from pipeline.pruning.operations import LayerWork
+from pipeline.pruning.capabilities import ReadsAhead, RescoresBlocks
+from pipeline.pruning.operations import LayerWork, passes_flops
+from pipeline.pruning.shape import ModelShape
+from pipeline.pruning.speculative import DraftReader
+from pipeline.pruning.view import mask_of
 from pipeline.ranks.leading import on_every_rank
+
+
+class Draft(Protocol):
+    """A loaded model, as far as it is needed to read prompts for another one."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def attention(self) -> AttentionBackend: ...
+
+
+class DraftReading(NamedTuple):
+    """What a draft's reading of a pack's prompts came to."""
+
+    chosen_C: Tensor  # ascending indices of the tokens that the model computes
+    segments: Segments  # of the whole prompts
+    flops: tuple[int, ...]  # of the draft, for each document
 
 
 @dataclass(kw_only=True)
@@ -31,11 +58,17 @@ class Prefilled:
     passes: list[Work]  # one, or two where a method began anew with fewer tokens
     lengths: tuple[int, ...]  # prompt tokens of each document
     next_positions: tuple[int, ...]  # of each document's first generated token
+    reading: DraftReading | None = None  # of a draft model, before the passes
 
     def by_document(self) -> list[list[list[LayerWork]]]:
         """Of each document, pass and layer."""
         counted = [work.by_layer() for work in self.passes]
         return [[[layer[b] for layer in layers] for layers in counted] for b in range(len(self.lengths))]
+
+    @property
+    def draft_flops(self) -> tuple[int, ...]:
+        """Operations of a draft model for each document."""
+        return (0,) * len(self.lengths) if self.reading is None else self.reading.flops
 
     @property
     def work(self) -> Work:
@@ -56,6 +89,7 @@ def prefill(
     marks: bool = False,
     begun: PartialPrefill | None = None,
     kv_dtype: torch.dtype | None = None,
+    draft: Draft | None = None,
 ) -> Prefilled:
     """Run a pack's prompts through the model, pruned by `method`, or on from where they have `begun`.
 
@@ -64,10 +98,16 @@ def prefill(
     decoded from. `check` is called before every layer, and may raise to give the pack up. With `marks` work
     of each pass holds who was computed in each layer, a byte a token, on the device. Nothing is copied to
     the host for a method that keeps all tokens alive and counts them beforehand; a token that is dropped
-    keeps its position, unless the method begins anew.
+    keeps its position, unless the method begins anew. `draft` reads the prompts first, if the method wants
+    that; without one the model itself does, which saves nothing.
     """
-    lengths = pack.segments.lengths
+    lengths = pack.lengths
     method.check_depth(decoder.shape)
+    reading = None
+    if isinstance(method, ReadsAhead):
+        own = _Reader(decoder=decoder, attention=attention)
+        reading = read_ahead(own if draft is None else draft, method, pack, check)
+        pack = pack.thinned(reading.chosen_C)
     plan = method.plan(decoder.shape, lengths)
     state = method.begin(plan)
     rescores = partial(method.select_decode, state=state) if isinstance(method, RescoresBlocks) else None
@@ -93,18 +133,113 @@ def prefill(
         if decoder.ranks is not None:
             begun.work.average_pairs(decoder.ranks)
         logits_BV = decoder.logits(outcome.hidden_TD)
-        _check_last_token(method, outcome, pack.segments)
+        _check_last_token(method, outcome, pack.lengths)
         return Prefilled(
             logits_BV=logits_BV,
             cache=begun.cache,
             passes=passes,
             lengths=lengths,
-            next_positions=pack.segments.lengths,
+            next_positions=pack.lengths,
+            reading=reading,
         )
 
 
-def _check_last_token(method: PruningMethod, survivors: Survivors, original: Segments) -> None:
+class _Reader(NamedTuple):
+    """A model that reads its own prompts."""
+
+    decoder: Decoder
+    attention: AttentionBackend
+
+
+def read_ahead(
+    draft: Draft, method: PruningMethod, pack: Pack, check: Callable[[], None] = lambda: None
+) -> DraftReading:
+    """Have a draft read whole prompts and go on for some tokens; the tokens that `method` chooses by that.
+
+    `method` is one that `ReadsAhead`, and the draft's vocabulary that of the model; its memory is given back.
+    """
+    assert isinstance(method, ReadsAhead)
+    decoder, attention, segments = draft.decoder, draft.attention, pack.segments
+    # tables of embeddings may be padded to different sizes, and random tokens lie beyond the smaller one
+    pack = replace(pack, input_ids=pack.input_ids.clamp(max=decoder.shape.vocab - 1))
+    reader = DraftReader(ahead=method)
+    state = reader.begin(reader.plan(decoder.shape, segments.lengths))
+    begun = PartialPrefill.afresh(decoder, pack, RaggedCache(method.look_ahead))
+    outcome = run_layers(decoder, attention, reader, pack, state, begun, check)
+    assert isinstance(outcome, Survivors)
+    assert state.window_T is not None
+    scores_ST = state.window_T[None]
+    if method.look_ahead:
+        first = decoder.logits(outcome.hidden_TD).argmax(-1).tolist()
+        queries = _look_ahead(decoder, attention, begun.cache, first, method.look_ahead, check)
+        ahead_ST = _attended(queries, begun.cache, segments, method.pool)
+        scores_ST = torch.cat((scores_ST, ahead_ST))
+    return DraftReading(
+        chosen_C=method.chosen(scores_ST, segments, _protected(method, pack)),
+        segments=segments,
+        flops=_flops(decoder.shape, begun.work, segments, method.look_ahead),
+    )
+
+
+def _look_ahead(
+    decoder: Decoder,
+    attention: AttentionBackend,
+    cache: RaggedCache,
+    tokens: Sequence[int],
+    count: int,
+    check: Callable[[], None],
+) -> list[list[Tensor]]:
+    """Go on behind each prompt, greedily from its first token; queries (B, H, d) by layer and step."""
+    queries: list[list[Tensor]] = [[] for _ in range(decoder.shape.layers)]
+    for step in range(count):
+        positions = [length + step for length in cache.slots[0].segments.lengths]
+        after_BD = continue_with(
+            decoder,
+            attention,
+            cache,
+            [[token] for token in tokens],
+            positions,
+            check,
+            observe=lambda layer, q_BHd: queries[layer].append(q_BHd),
+        )
+        if step + 1 < count:
+            tokens = decoder.logits(after_BD).argmax(-1).tolist()
+    return queries
+
+
+def _attended(
+    queries: Sequence[Sequence[Tensor]], cache: RaggedCache, segments: Segments, pool: int
+) -> Tensor:
+    """(S, T) what each of S steps attended to, the largest of heads and layers; tokens T of whole prompts."""
+    steps = len(queries[0])
+    largest_ST = torch.zeros((steps, segments.total), dtype=torch.float32, device=segments.device)
+    for layer, of_steps in enumerate(queries):
+        q_SBHd, slots = torch.stack(list(of_steps)), cache.slots[layer]
+        for b, (start, end) in enumerate(segments.ranges()):
+            place = slice(slots.starts[b], slots.starts[b] + slots.used[b])
+            own_ST = look_ahead_importance(q_SBHd[:, b], cache.keys[layer][place], pool)
+            torch.maximum(largest_ST[:, start:end], own_ST, out=largest_ST[:, start:end])
+    return largest_ST
+
+
+def _protected(method: PruningMethod, pack: Pack) -> Tensor:
+    """(T,) bool: the tokens of whole prompts that a method never drops."""
+    named = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
+    return mask_of(named, pack.segments, pack.positions_T)
+
+
+def _flops(shape: ModelShape, work: Work, segments: Segments, steps: int) -> tuple[int, ...]:
+    """Operations of a draft's prefill of each document and of `steps` look-ahead tokens, which are scored."""
+    by_document = zip(*work.by_layer(), strict=True)
+    ahead = [LayerWork(steps, steps, scored_pairs=steps * n, pairs=steps * n) for n in segments.lengths]
+    return tuple(
+        passes_flops(shape, [layers, [more] * shape.layers])
+        for layers, more in zip(by_document, ahead, strict=True)
+    )
+
+
+def _check_last_token(method: PruningMethod, survivors: Survivors, lengths: Sequence[int]) -> None:
     if survivors.whole:
         return
-    if survivors.positions_T.tolist() != [length - 1 for length in original.lengths]:
+    if survivors.positions_T.tolist() != [length - 1 for length in lengths]:
         raise dropped_last_token(method)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pipeline.checkpoints.drafts import FLAG
+from pipeline.errors import ConfigError
 from pipeline.families.projection import IN_FULL, LinearPrecision
-from pipeline.model.loading import LoadedModel, use_linears
+from pipeline.model.loading import LoadedModel, Model, UnloadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import uses_fp8
+from pipeline.pruning.capabilities import ReadsAhead, uses_fp8
 
 
 class Variant(NamedTuple):
@@ -26,7 +28,8 @@ class Variant(NamedTuple):
 
     def use(self, model: LoadedModel) -> PruningMethod:
         """Set the model, which `prepare` has seen, to this variant's precision; returns the method."""
-        model.decoder.linears = self.linears
+        for decoder in model.decoders:
+            decoder.linears = self.linears
         return self.method
 
 
@@ -47,5 +50,21 @@ def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     variants = list(variants)
     ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
-        use_linears(model.decoder, linears, ffn=ffn, keep=True)
-    model.decoder.linears = "auto"
+        for decoder in model.decoders:
+            use_linears(decoder, linears, ffn=ffn, keep=True)
+    for decoder in model.decoders:
+        decoder.linears = "auto"
+
+
+def check_draft(model: Model, methods: Iterable[PruningMethod]) -> None:
+    """Raise ConfigError where a method needs a draft model that is not there, or would be loaded in vain."""
+    methods = list(methods)
+    readers = [method.name for method in methods if isinstance(method, ReadsAhead)]
+    if readers and model.draft is None:
+        raise ConfigError(
+            f"method {readers[0]} needs a draft model: {FLAG} names a smaller one with the tokenizer of "
+            f"{model.name}"
+        )
+    if isinstance(model, UnloadedModel) and model.draft is not None and not readers:
+        others = ", ".join(dict.fromkeys(method.name for method in methods)) or "what is tried here"
+        raise ConfigError(f"{FLAG} is for method speculative, and {others} reads no draft: leave it out")

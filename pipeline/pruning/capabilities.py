@@ -6,13 +6,16 @@ by one, their cost is not foreseen, all its keys and values stay on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from pipeline.kernels.segments import Segments
 from pipeline.pruning.operations import Passes
 from pipeline.pruning.shape import ModelShape
+from pipeline.records import Spans
 
 
 @runtime_checkable
@@ -78,6 +81,35 @@ class ChoosesPrecision(Protocol):
     @property
     def ffn_in_fp8(self) -> bool:
         """Whether they do, with these settings."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A draft model reads whole prompts first; the model computes only the tokens that are chosen by that.
+
+    They keep their original positions. Runs with such a method need a draft with the model's tokenizer.
+    """
+
+    @property
+    def look_ahead(self) -> int:
+        """Tokens that the draft generates behind each prompt, whose attention counts."""
+
+    @property
+    def pool(self) -> int:
+        """Neighbours that attention is averaged over; odd."""
+
+    def windows(self, lengths: Sequence[int], spans: Sequence[Spans]) -> tuple[int, ...]:
+        """How many last tokens of each prompt the draft is asked about, too."""
+
+    def most_kept(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """How many tokens `chosen` names at most, of prompts of these lengths."""
+
+    def chosen(self, scores_ST: Tensor, segments: Segments, protected_T: Tensor) -> Tensor:
+        """Ascending indices of the pack's tokens that the model computes, `protected_T` (T,) bool among them.
+
+        `scores_ST` are the draft's: of each of S queries, the last tokens as one and the look-ahead tokens,
+        the largest attention over heads and layers.
+        """
 
 
 def expected_passes(method: object, shape: ModelShape, length: int) -> Passes | None:

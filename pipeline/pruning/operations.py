@@ -98,13 +98,16 @@ def attention_ratio(shape: ModelShape, passes: Passes, length: int) -> float:
     return computed / sum(map(attended_pairs, dense_work(shape, length)))
 
 
-def shares_of_dense(shape: ModelShape, passes: Passes, length: int) -> dict[str, float]:
-    """What a prompt of `length` tokens took, of what dense takes: the ratios of an output row, by name."""
+def shares_of_dense(shape: ModelShape, passes: Passes, length: int, draft_flops: int = 0) -> dict[str, float]:
+    """What a prompt of `length` tokens took, of what dense takes: the ratios of an output row, by name.
+
+    `draft_flops` are operations of a draft model, which count with the others.
+    """
     return {
         "kept_ratio": kept_ratio(shape, passes, length),
         "ffn_ratio": ffn_ratio(shape, passes, length),
         "attention_ratio": attention_ratio(shape, passes, length),
-        "flops_ratio": passes_flops(shape, passes) / dense_flops(shape, length),
+        "flops_ratio": (passes_flops(shape, passes) + draft_flops) / dense_flops(shape, length),
     }
 
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 METHODS = {
     "dense": "pipeline.pruning.dense:Dense",
     "fastkv": "pipeline.pruning.fastkv:FastKV",
+    "frugal": "pipeline.pruning.frugal:Frugal",
     "gemfilter": "pipeline.pruning.gemfilter:GemFilter",
     "mars": "pipeline.pruning.mars:Mars",
     "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
     "sliminfer": "pipeline.pruning.sliminfer:SlimInfer",
+    "speculative": "pipeline.pruning.speculative:Speculative",
     "uniprefill": "pipeline.pruning.uniprefill:UniPrefill",
 }
 

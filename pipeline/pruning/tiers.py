@@ -9,6 +9,7 @@ there are:
     4   which of the tokens that passed it did so in fp8; without it, none of them
     8   no plane: all tokens that passed it did so in fp8
     16  no plane: here the prefill began anew with the tokens that go on; the next entry is layer 0 again
+    32  no layer: the tokens that go on are those that a draft model chose before the first one
 
 So a token that has left costs nothing, nor does a layer that computes all tokens in one precision.
 """
@@ -27,7 +28,7 @@ LIVE, FFN, FP8 = 1, 2, 4
 # states of a token in a layer, for those who read
 GONE, SKIPPED, IN_FP8, IN_FULL = range(4)
 
-_HAS_LIVE, _HAS_FFN, _HAS_FP8, _ALL_FP8, _RESTARTS = 1, 2, 4, 8, 16
+_HAS_LIVE, _HAS_FFN, _HAS_FP8, _ALL_FP8, _RESTARTS, _CHOOSES = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,20 @@ def pack_layer(marks: np.ndarray, *, restarts: bool = False) -> bytes:
     return zlib.compress(bytes([tag]) + content)
 
 
+def pack_choice(chosen: np.ndarray) -> bytes:
+    """An entry before all layers, of the (n,) bool tokens of a prompt that a draft model has chosen."""
+    return zlib.compress(bytes([_CHOOSES | _HAS_LIVE]) + np.packbits(chosen, bitorder="little").tobytes())
+
+
 def unpack_layers(entries: Sequence[bytes], tokens: int) -> list[LayerStates]:
     """All layers of a prompt of so many tokens. Raises ValueError for bytes that are no such entries."""
     alive = np.arange(tokens)
     unpacked, number, layer = [], 0, 0
     for entry in entries:
         tag, live, ffn, fp8 = _planes(entry, len(alive))
+        if tag & _CHOOSES:
+            alive = alive[live]
+            continue
         states = np.full(tokens, GONE, np.uint8)
         states[alive] = np.where(ffn, np.where(fp8, IN_FP8, IN_FULL), SKIPPED)
         unpacked.append(LayerStates(number, layer, states))

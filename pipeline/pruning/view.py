@@ -66,10 +66,15 @@ class LayerView:
 
     def mask_of(self, ranges: Sequence[Sequence[Range]]) -> Tensor:
         """(T,) bool: tokens whose original position lies in one of their document's ranges."""
-        mask_T = torch.zeros(self.segments.total, dtype=torch.bool, device=self.hidden.device)
-        # the n-th range of all documents at once, however many documents there are
-        for nth in zip_longest(*ranges, fillvalue=(0, 0)):
-            first_B, stop_B = on_device(nth, mask_T.device).T
-            document_T = self.segments.document_T
-            mask_T |= (self.positions >= first_B[document_T]) & (self.positions < stop_B[document_T])
-        return mask_T
+        return mask_of(ranges, self.segments, self.positions)
+
+
+def mask_of(ranges: Sequence[Sequence[Range]], segments: Segments, positions_T: Tensor) -> Tensor:
+    """(T,) bool: tokens of a pack whose original position lies in one of their document's ranges."""
+    mask_T = torch.zeros(segments.total, dtype=torch.bool, device=segments.device)
+    # the n-th range of all documents at once, however many documents there are
+    for nth in zip_longest(*ranges, fillvalue=(0, 0)):
+        first_B, stop_B = on_device(nth, mask_T.device).T
+        document_T = segments.document_T
+        mask_T |= (positions_T >= first_B[document_T]) & (positions_T < stop_B[document_T])
+    return mask_T

@@ -55,6 +55,13 @@ class ModelSettings(WeightsSettings, DeviceSettings, panel=MODEL):
         help="Folder of a LoRA adapter that is merged into the model as its weights are read.",
         shown_default="none",
     )
+    draft_model: str | None = option(
+        None,
+        metavar="MODEL",
+        help="Smaller model with the same tokenizer that reads each prompt first, for --method speculative.",
+        shown_default="none",
+        offered="models",
+    )
     ignore_unused_tensors: str | None = option(
         None,
         metavar="REGEX",

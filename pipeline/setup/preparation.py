@@ -124,6 +124,7 @@ class Preparation(Setup):
                 **({} if config.kv_dtype == AUTO else {"kv_dtype": config.kv_dtype}),
                 "attention_dtype": "auto",  # which was a setting once, so that outputs of then go on
                 "rope_scaling": self.model.rope_scaling,
+                **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             },
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if columns is None else {"columns": columns}),
@@ -188,6 +189,8 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
 
     Raises ConfigError or ModelError for what cannot work, before any row or weight is read.
     """
+    from pipeline.model.variant import check_draft
+
     config = intake.config
     form, forms = config.response_format(), _forms(intake)
     for place, each in forms.items():
@@ -200,6 +203,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     chosen = _chosen(intake, model, method)
     config, method = chosen.config, chosen.method
     config.check_divided(method.name)
+    check_draft(model, [method])
     date = (intake.begun or {}).get("date")  # which prompts of a run that goes on print, if they print any
     now = None if date is None else parse_moment(date)
     prompts = make_prompts(
@@ -257,7 +261,7 @@ def _check_given(config: BatchConfig, model: Model) -> None:
 
     if isinstance(model, UnloadedModel):  # as workers will have it, by these settings
         return
-    for name in ("rope_scaling", "adapter", "tensor_parallel"):
+    for name in ("rope_scaling", "adapter", "draft_model", "tensor_parallel"):
         if getattr(config, name) not in (None, 1):
             raise ConfigError(f"{name} goes with a model's name: give it to load_model")
 

@@ -19,8 +19,10 @@ METHODS = {
     "marsinfer": {"start_layer": 1, "share": 0.4, "window": 8, "prefix": 8},
     "sliminfer": {"layers": (1, 2), "budget": (0.6, 0.3), "block": 16},
     "fastkv": {},
+    "frugal": {"layer": 1, "keep": 0.3, "sink": 4, "window": 8, "most": 40},
     "gemfilter": {"layer": 1, "keep": 0.3},
     "mars": {"last_full": 1, "window": 12, "most": 16},
+    "speculative": {"keep": 0.3, "chunk": 8, "sink": 4, "window": 8, "most": 40},
 }
 
 
@@ -36,8 +38,9 @@ def answered(model_folder, tmp_path, name="out.parquet", **options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_selection_agrees_with_the_counts_of_its_row(sharp_model_folder, tmp_path, method):
-    settings = METHODS[method]
-    out = answered(sharp_model_folder, tmp_path, method=method, settings=settings, save_selection=True)
+    options = {"draft_model": str(sharp_model_folder)} if method == "speculative" else {}
+    options |= {"method": method, "settings": METHODS[method], "save_selection": True}
+    out = answered(sharp_model_folder, tmp_path, **options)
     *rows, failed = pq.read_table(out).to_pylist()
     for row, text in zip(rows, TEXTS, strict=False):
         layers = unpack_layers(row["selection"], row["prompt_tokens"])
@@ -58,7 +61,7 @@ def test_a_selection_agrees_with_the_counts_of_its_row(sharp_model_folder, tmp_p
         assert row["prompt_text"][ends[start - 1] : ends[stop - 1]] == "how many?"
     if method not in ("dense", "fastkv"):
         assert min(passed) < rows[-1]["prompt_tokens"], "nothing was pruned"
-    if method == "gemfilter":
+    if method in ("gemfilter", "frugal"):
         assert [(layer.number, layer.layer) for layer in layers] == [
             *((0, n) for n in range(2)),
             *((1, n) for n in range(4)),

@@ -165,9 +165,11 @@ def test_the_layers_wait_for_nothing(method):
 
 METHODS = {
     "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
+    "frugal": {"layer": 1, "keep": 0.4, "judges": 50, "sink": 8, "window": 8, "most": 32},
     "gemfilter": {"layer": 1, "keep": 64.0},
     "marsinfer": {"start_layer": 1, "share": 0.5, "window": 8, "prefix": 8},
     "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},
+    "speculative": {"keep": 0.3, "chunk": 16, "sink": 8, "window": 8, "most": 32},
     "uniprefill": {"first_layer": 1, "every": 1, "p": 0.7, "block": 16, "sink": 16, "window": 16},
 }
 

@@ -68,8 +68,13 @@ class Trace:
 
 
 @torch.inference_mode()
-def naive_prefill(decoder, ids: Tensor, choose: Callable[[Seen], Choice]) -> Trace:
-    body, trace, tokens = decoder.model.model, Trace(), list(range(len(ids)))
+def naive_prefill(
+    decoder, ids: Tensor, choose: Callable[[Seen], Choice], tokens: list[int] | None = None
+) -> Trace:
+    """Of all of a prompt, or of its `tokens` alone at the places that they have in it."""
+    body, trace = decoder.model.model, Trace()
+    tokens = list(range(len(ids))) if tokens is None else tokens
+    ids = ids[tokens]
     decoder.model.set_attn_implementation("eager")
     hidden = body.embed_tokens(ids)[None]
     for index, layer in enumerate(body.layers):
