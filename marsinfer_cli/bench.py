@@ -16,7 +16,7 @@ from marsinfer_cli.events import note, saying
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.signature import takes
 from marsinfer_cli.variants import parse_lengths, parse_packs, parse_shares, parse_variant, parse_variants
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Interrupted
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.bench_settings import (
     PACKS,
@@ -35,6 +35,8 @@ from pipeline.settings.prompt_settings import SplitSettings
 from pipeline.settings.run_settings import PackSettings
 
 if TYPE_CHECKING:
+    from pipeline.bench.accuracy import Accuracy
+    from pipeline.evaluate.check_rows import CheckRow
     from pipeline.model.loading import UnloadedModel
     from pipeline.model.variant import Variant
 
@@ -243,35 +245,57 @@ def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     config.check_data()
     if switches.plot is not None:
         check_plot(switches.plot)
-    conditions, results = _accuracies(config, saying(quiet=switches.quiet))
+    conditions, results, stopped = _accuracies(config, saying(quiet=switches.quiet))
     if switches.plot is not None:
         title = f"{conditions['model']}, {conditions['device']}"
         save_picture(switches.plot, title, partial(draw_accuracy, results))
     _show(switches, conditions, _dicts(results), tables.accuracy_lines(results, config.long_tokens))
+    if stopped is not None:
+        raise stopped
 
 
-def _accuracies(config: AccuracyConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Any]]:
+def _accuracies(
+    config: AccuracyConfig, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Accuracy], Interrupted | None]:
+    """Conditions and results; of a measurement that is stopped those of the variants that ended, if any."""
     from pipeline.bench.accuracy import measure_accuracy, read_cases
     from pipeline.interrupts import graceful_stop
     from pipeline.suites.by_name import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
     model = _opened(config, variants).load()
-    results = []
-    with graceful_stop("nothing is kept of a measurement that did not end") as stop:
-        cases, left_out = read_cases(config, model, stop)
-        for message in left_out:
-            say(f"left out: {message}")
-        for result in measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=stop):
-            say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
-            results.append(result)
+    results: list[Accuracy] = []
+    cases: list[CheckRow] = []
+    stopped: Interrupted | None = None
+    names = ["dense", *(variant.name for variant in variants)]
+
+    def kept() -> str:
+        if not results:
+            return "nothing is kept of a measurement that did not end"
+        return f"what is shown is of {len(results)} of {len(names)} variants"
+
+    with graceful_stop(kept) as stop:
+        try:
+            cases, left_out = read_cases(config, model, stop)
+            for message in left_out:
+                say(f"left out: {message}")
+            long = config.long_tokens
+            for result in measure_accuracy(model, cases, variants, long_tokens=long, check=stop):
+                say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
+                results.append(result)
+        except Interrupted as error:
+            if not results:
+                raise
+            stopped = error
     tokens = sum(case.document.prompt_tokens for case in cases)
     held = "right answers" if config.has_references else "dense's own answers"
-    about = {"held against": held, "rows": len(cases), "prompt tokens": tokens}
+    about: dict[str, Any] = {"held against": held, "rows": len(cases), "prompt tokens": tokens}
+    if stopped is not None:
+        about["not measured"] = ", ".join(names[len(results) :])
     conditions = {**tables.conditions_of(model), **about}
     if config.suite:
         conditions["suites"] = NOT_COMPARABLE
-    return conditions, results
+    return conditions, results, stopped
 
 
 def _dicts(results: Sequence[Any]) -> dict[str, Any]:

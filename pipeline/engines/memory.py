@@ -240,7 +240,7 @@ class Packer:
         """Bytes that a pack needs while a layer runs."""
         shape, tokens, longest = self.shape, sum(lengths), max(lengths)
         chosen = any(mass for mass in self.method.masses_in(shape))
-        choosing = choosing_bytes(shape, longest) if chosen else 0
+        choosing = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
         if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
             return lean_bytes(shape, self.itemsize, tokens) + choosing
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
@@ -323,13 +323,16 @@ def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     return tokens * of_all + at_once * of_some + piece_bytes(shape, itemsize, tokens)
 
 
-def choosing_bytes(shape: ModelShape, longest: int) -> int:
-    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by."""
+def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
+    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by.
+
+    The estimate is in bfloat16, or in float32 of queries that are.
+    """
     blocks = -(-longest // BLOCK)
     rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
     at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
     shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
-    return 4 * (shares + shape.heads * rows * (blocks + 1))
+    return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1)
 
 
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -120,6 +122,20 @@ def test_needles_hide_in_the_suites_documents(measure, capfd):
     assert printed.count("| marsinfer:eta=1:start_layer=1 | ") == 2
     assert "| 0.00 (-70.76 to 70.76) |" in printed  # of 3 documents
     assert ", suites not comparable with published scores\n" in printed
+
+
+def test_of_a_stopped_measurement_the_variants_that_ended_are_shown(measure, capfd, monkeypatch):
+    def say(message):
+        if message.startswith("dense: "):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("marsinfer_cli.bench.saying", lambda quiet: say)
+    assert measure("--methods", "marsinfer:eta=1:start_layer=1,sliminfer", "--json") == 143
+    printed = capfd.readouterr()
+    shown = json.loads(printed.out)
+    assert [each["variant"] for each in shown["results"]] == ["dense"]
+    assert shown["not measured"] == "marsinfer:eta=1:start_layer=1, sliminfer"
+    assert "stopped by SIGTERM; what is shown is of 1 of 3 variants" in printed.err
 
 
 def test_a_profile_is_a_variant(measure, tmp_path, capfd):
