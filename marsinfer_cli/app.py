@@ -102,7 +102,8 @@ def _run(words: list[str], complain: Callable[[str, int], int]) -> int | None:
     except SystemExit as stop:  # by a signal that came before the first row was answered
         result = stop.code
     if result in STOPPED:  # Typer itself turns Ctrl-C into 130, and says nothing
-        return complain("interrupted; no row of this run was answered", result)
+        lost = "no row of this run was answered" if words[:1] == ["batch"] else "nothing of this run is kept"
+        return complain(f"interrupted; {lost}", result)
     return result if isinstance(result, int) else None
 
 

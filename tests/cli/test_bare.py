@@ -109,3 +109,12 @@ def test_what_is_empty_or_too_large_is_told_in_one_line(tmp_path, monkeypatch, c
     assert told.startswith(f"marsinfer: error: {says}")
     assert len(told.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_interrupted_measurement_says_nothing_of_rows(monkeypatch, capfd):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("marsinfer_cli.bench.parse_variants", interrupted)
+    assert run(["bench", "ttft", "--model", "random:tiny"]) == 130
+    assert capfd.readouterr().err == "marsinfer: error: interrupted; nothing of this run is kept\n"
