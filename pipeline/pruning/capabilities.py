@@ -80,6 +80,23 @@ class ChoosesPrecision(Protocol):
         """Whether they do, with these settings."""
 
 
+@runtime_checkable
+class MapsExits(Protocol):
+    """Its tokens stop early, and keys and values of theirs may come from maps in a file (exit_maps.py)."""
+
+    exit_maps: str | None  # the file
+
+    def last_full_layer(self, depth: int) -> int:
+        """The last layer that computes all tokens, in a model of `depth` layers."""
+
+
+def exit_maps_of(method: object, shape: ModelShape) -> tuple[str, int] | None:
+    """The file of the maps that a method is to use, and after which layer tokens stop; None without any."""
+    if not isinstance(method, MapsExits) or method.exit_maps is None:
+        return None
+    return method.exit_maps, method.last_full_layer(shape.layers)
+
+
 def expected_passes(method: object, shape: ModelShape, length: int) -> Passes | None:
     """What a prompt of `length` tokens is expected to cost; None where the method cannot tell."""
     return method.expected_passes(shape, length) if isinstance(method, ForeseesWork) else None
