@@ -30,6 +30,7 @@ def parse_variants(specs: str, keep: str | None) -> list[Variant]:
 
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     from pipeline.model.variant import Variant
+    from pipeline.pruning.capabilities import SkipsInSteps
 
     if spec.startswith("@"):
         return _profile_variant(spec)
@@ -43,6 +44,10 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     parts = [part for part in parts if part not in (*LINEARS, KV_IN_FP8)]
     settings = [part.replace("/", ",") for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
+    if isinstance(method, SkipsInSteps):
+        raise ConfigError(
+            f"--methods {spec!r}: {method.name} is for decode steps of batch, with --in-flight 1"
+        )
     return Variant(
         spec,
         method if settings or keep is None else _with_keep(method, keep),

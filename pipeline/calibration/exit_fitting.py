@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
-from pipeline.families.exit_maps import About, behind_norm, mapped_layers, own_map, plainly_normed
+from pipeline.families.exit_maps import MapsHeader, behind_norm, mapped_layers, own_map, plainly_normed
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
 from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
@@ -33,7 +33,7 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean square of a featu
 class Fitted:
     """Maps for one layer to stop after."""
 
-    about: About
+    about: MapsHeader
     maps: dict[int, tuple[Tensor, Tensor]]  # by layer, weight (N, D) and bias (N,), in the model's dtype
     unexplained: dict[int, float]  # of what each is to make, the share that it misses on text held out
 
@@ -72,12 +72,14 @@ def fit_exit_maps(
     stops: Sequence[int],
     *,
     check: Callable[[], None] = lambda: None,
+    within: Callable[[], bool] = lambda: True,
 ) -> list[Fitted]:
     """Maps for stopping after each of `stops`, layers from 0, by what the model makes of the whole prompts.
 
     Of each prompt the first `PROMPT_TOKENS` are read, up to `FIT_TOKENS` in all; every fourth prompt chooses
-    the ridge. With one prompt that is chosen on what it is fitted on. `check` is called before every layer,
-    and may raise to give up. Raises ConfigError for a family whose attention reads the stream without a norm.
+    the ridge. With fewer than four that is chosen on what it is fitted on. `check` is called before every
+    layer, and may raise to give up; where `within` says no, no more prompts are read, but one. Raises
+    ConfigError for a family whose attention reads the stream without a norm.
     """
     decoder = model.decoder
     sides = {
@@ -86,7 +88,7 @@ def fit_exit_maps(
     tokens = 0
     for number, prompt in enumerate(prompts):
         ids = torch.from_numpy(prompt.input_ids[: min(PROMPT_TOKENS, FIT_TOKENS - tokens)])
-        if not len(ids):
+        if not len(ids) or (number and not within()):
             break
         tokens += len(ids)
         side = int(number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
@@ -138,5 +140,5 @@ def _fitted(model: LoadedModel, last: int, fit: _Moments, held_out: _Moments) ->
         weight_ND, bias_N = own_map(decoder, layer)
         weight_ND = behind_norm(decoder, layer, weight_ND + found_FN[:-1].T.float())
         maps[layer] = (weight_ND.to(decoder.dtype), (bias_N + found_FN[-1].float()).to(decoder.dtype))
-    about = About(fingerprint=model.fingerprint, last_full=last, tokens=fit.tokens + held_out.tokens)
+    about = MapsHeader(fingerprint=model.fingerprint, last_full=last, tokens=fit.tokens + held_out.tokens)
     return Fitted(about=about, maps=maps, unexplained=unexplained)

@@ -186,7 +186,13 @@ class Phases:
         self.tell(f"fitting maps for tokens that stop early on {counted(len(documents), 'document')}")
         DENSE.use(model)
         try:
-            fitted = fit_exit_maps(model, [*documents.values()], stops, check=self.bench.check)
+            fitted = fit_exit_maps(
+                model,
+                [*documents.values()],
+                stops,
+                check=self.bench.check,
+                within=self.clock.before((PROBED + SEARCHED) / 2),
+            )
         except ConfigError as error:
             self.note(f"mars with exit_maps is left out: {error}")
             return {}

@@ -35,7 +35,7 @@ REMEDY = "calibrate makes such a file beside its profile"
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class MapsHeader:
     """What a file of exit maps is for."""
 
     fingerprint: str  # of the model
@@ -66,7 +66,7 @@ def mapped_layers(shape: ModelShape, last_full: int) -> range:
     return range(last_full + 2, shape.layers)
 
 
-def write_exit_maps(path: Path, about: About, maps: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+def write_exit_maps(path: Path, about: MapsHeader, maps: Mapping[int, tuple[Tensor, Tensor]]) -> None:
     """Maps by layer, weight (N, D) and bias (N,), whole or not at all. Raises StorageError."""
     tensors: dict[str, Tensor] = {}
     for layer, (weight_ND, bias_N) in maps.items():
@@ -86,7 +86,7 @@ def check_exit_maps(method: object, shape: ModelShape, fingerprint: str) -> str 
     if wanted is None:
         return None
     path, last_full = wanted
-    about = About.of(path)
+    about = MapsHeader.of(path)
     if about.fingerprint != fingerprint:
         raise ConfigError(
             f"exit_maps={path} was fitted for another model ({about.fingerprint[:12]}, and this one is "

@@ -12,7 +12,7 @@ from conftest import document, loaded, pack_of, tiny_model
 from pipeline.calibration.exit_fitting import fit_exit_maps
 from pipeline.calibration.rungs import describe, mapped_rungs
 from pipeline.errors import ConfigError
-from pipeline.families.exit_maps import About, check_exit_maps, write_exit_maps
+from pipeline.families.exit_maps import MapsHeader, check_exit_maps, write_exit_maps
 from pipeline.kernels.fused import rope_
 from pipeline.model.loading import load_model
 from pipeline.model.prefill import prefill
@@ -98,7 +98,7 @@ def test_a_prefill_makes_keys_and_values_by_the_maps(model, sdpa, tmp_path):
 @pytest.mark.parametrize(
     ("about", "complaint"),
     [
-        ({"fingerprint": "x"}, "was fitted for another model .x, and this one is ., calibrate|another model"),
+        ({"fingerprint": "x"}, r"was fitted for another model \(x, and this one is \): calibrate this model"),
         ({"last_full": 1}, "was fitted for last_full=1, and last_full is 0$"),
         (None, "holds no exit maps; calibrate makes such a file beside its profile$"),
     ],
@@ -106,7 +106,9 @@ def test_a_prefill_makes_keys_and_values_by_the_maps(model, sdpa, tmp_path):
 def test_maps_of_something_else_are_refused(about, complaint, tmp_path):
     path, model = tmp_path / "maps.safetensors", loaded(tiny_model("qwen2"))
     maps = {} if about is None else {2: (torch.zeros(4, 2), torch.zeros(4))}
-    write_exit_maps(path, About(**{"fingerprint": "", "last_full": 0, "tokens": 1, **(about or {})}), maps)
+    write_exit_maps(
+        path, MapsHeader(**{"fingerprint": "", "last_full": 0, "tokens": 1, **(about or {})}), maps
+    )
     if about is None:
         path.write_bytes(path.read_bytes().replace(b"marsinfer exit maps", b"something else here"))
     with pytest.raises(ConfigError, match=f"^exit_maps={path} .*{complaint}"):

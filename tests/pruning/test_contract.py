@@ -17,8 +17,10 @@ from pipeline.pruning.capabilities import (
     ChoosesPrecision,
     FixesShares,
     ForeseesWork,
+    MapsExits,
     RescoresBlocks,
     SharesDocuments,
+    SkipsInSteps,
     expected_passes,
 )
 from pipeline.pruning.dense import Dense
@@ -95,10 +97,12 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
 ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
 ABLE = {
     SharesDocuments: ALL,
-    ForeseesWork: ALL,
+    ForeseesWork: ALL | {"ffn-skip"},
     RescoresBlocks: {"sliminfer"},
     FixesShares: (ALL - {"mars"}) | {"key-norm"},
     ChoosesPrecision: {"marsinfer"},
+    MapsExits: {"mars"},
+    SkipsInSteps: {"ffn-skip"},
 }
 
 
