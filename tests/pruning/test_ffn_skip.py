@@ -129,10 +129,11 @@ def test_what_it_does_not_go_with_is_refused(fish, refusal, flags, complaint):
     assert refusal(fish, "out.jsonl", *asked, *flags) == complaint
 
 
-def test_rows_tell_the_share_of_networks_left_out(fish, call, tmp_path):
-    asked = ("--text-column", "body", "--question-column", "ask", "--quiet", "--max-new-tokens", "6")
+def test_rows_tell_the_share_of_networks_left_out(fish, call, tmp_path, capfd):
+    asked = ("--text-column", "body", "--question-column", "ask", "--max-new-tokens", "6")
     skip = ("--method", "ffn-skip", "--in-flight", "1", "--set", "warm_up=3", "--set", "threshold=-1")
     assert call(fish, tmp_path / "skip.jsonl", *asked, *skip) == 0
+    assert "changed nothing on all" not in capfd.readouterr().err
     assert call(fish, tmp_path / "dense.jsonl", *asked) == 0
     rows, dense = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("skip", "dense")
