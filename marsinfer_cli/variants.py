@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # among a method's settings in --methods
 LINEARS = tuple(name for name in LINEAR_DTYPES if name != "auto")
+LISTED = re.compile(r"=[^/]+(/[\d.e-]+)+$")  # a list of values, which no file's name is
 KV_IN_FP8 = "kv-fp8"  # likewise: keys and values behind the prefill
 ATTENTION_IN_FP8 = "attention-fp8"  # of the version before
 
@@ -30,6 +32,7 @@ def parse_variants(specs: str, keep: str | None) -> list[Variant]:
 
 def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
     from pipeline.model.variant import Variant
+    from pipeline.pruning.capabilities import SkipsInSteps
 
     if spec.startswith("@"):
         return _profile_variant(spec)
@@ -41,8 +44,12 @@ def parse_variant(spec: str, keep: tuple[float, ...] | None) -> Variant:
         raise ConfigError(f"--methods {spec!r}: {NO_FP8_ATTENTION}")
     kv = "fp8" if KV_IN_FP8 in parts else "auto"
     parts = [part for part in parts if part not in (*LINEARS, KV_IN_FP8)]
-    settings = [part.replace("/", ",") for part in parts if "=" in part]
+    settings = [LISTED.sub(lambda found: found[0].replace("/", ","), part) for part in parts if "=" in part]
     method = make_method(":".join(part for part in parts if "=" not in part), parse_settings(settings))
+    if isinstance(method, SkipsInSteps):
+        raise ConfigError(
+            f"--methods {spec!r}: {method.name} is for decode steps of batch, with --in-flight 1"
+        )
     return Variant(
         spec,
         method if settings or keep is None else _with_keep(method, keep),

@@ -280,6 +280,7 @@ class Answer:
     mean_logprob: float | None = None
     min_logprob: float | None = None
     choice_logprobs: list[ChoiceLogprob] | None = None
+    skipped_ffn_ratio: float | None = None  # only where a method leaves parts of decode steps out
     document_tokens: int | None = None
     prompt_tokens: int | None = None
     truncated_tokens: int | None = None

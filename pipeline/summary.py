@@ -174,7 +174,7 @@ class Summary(Tally):
 
     def _is_unchanged(self, answer: Answer) -> bool:
         """Whether the run's method, which is not dense, did with a row all that dense does."""
-        if answer.method != self.method or self.method == "dense":
+        if answer.method != self.method or self.method == "dense" or answer.skipped_ffn_ratio:
             return False
         # of the tokens that entered layers some may be fewer even so: of the last layer dense reads one only
         ratios = (answer.ffn_ratio or 0.0, answer.attention_ratio or 0.0)

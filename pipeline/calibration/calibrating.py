@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.calibration.bounds import Bounds, Supply
@@ -82,17 +84,19 @@ def run_calibrate(
     clock = clock or Deadline(config.minutes * 60)
     model = model or open_model(config)
     check_draft(model, ())
-    with model.in_use():
-        found = _calibrated(config, model, clock, progress, note, check)
-    if found.profile is not None:
-        write_profile(config.profile_file, found.profile)
-        _keep(found.profile, note)
+    with TemporaryDirectory(prefix="marsinfer-") as folder:
+        with model.in_use():
+            found = _calibrated(config, model, Path(folder), clock, progress, note, check)
+        if found.profile is not None:
+            write_profile(config.profile_file, found.profile)
+            _keep(found.profile, note)
     return found
 
 
 def _calibrated(
     config: CalibrateConfig,
     model: Model,
+    folder: Path,
     clock: Deadline,
     progress: Callable[[str, float], None],
     note: Callable[[str], None],
@@ -114,7 +118,7 @@ def _calibrated(
     check()
     with nothing_to_lose():
         bench = Workbench.of(model.load(), check)
-    run = Phases(config, bench, bounds, sides, clock.rest(), tell, note)
+    run = Phases(config, bench, bounds, sides, folder, clock.rest(), tell, note)
     with failures_named(lambda: f"{bench.running} fails"):
         return run.calibrate(found.data_hash, clock)
 

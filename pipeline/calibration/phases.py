@@ -6,11 +6,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
 from pipeline.calibration.bounds import Bounds
 from pipeline.calibration.emission import make_profile
+from pipeline.calibration.exit_fitting import fit_exit_maps
 from pipeline.calibration.ladder import (
     FAR,
+    MILD,
     Calibration,
     Rung,
     RungResult,
@@ -21,15 +24,24 @@ from pipeline.calibration.ladder import (
     mild_precisions,
     slope_of,
 )
-from pipeline.calibration.rungs import describe, exit_rungs, other_rungs, sparse_rungs
+from pipeline.calibration.rungs import (
+    describe,
+    exit_layers,
+    exit_rungs,
+    mapped_rungs,
+    other_rungs,
+    sparse_rungs,
+)
 from pipeline.calibration.sensitivity import MASSES, Sensitivity, measure_sensitivity
 from pipeline.engines.answering import rules_of
-from pipeline.errors import GateInconclusive, MarsError, is_failure
+from pipeline.errors import ConfigError, GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import hundredths
 from pipeline.evaluate.workbench import DENSE, LOW, TIMED, TOP, Deadline, Evaluated, Workbench, sparse_from
+from pipeline.families.exit_maps import mapped_layers, write_exit_maps
 from pipeline.model.variant import Variant
+from pipeline.pruning.mars import Mars
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.texts.words import counted
 
@@ -49,6 +61,7 @@ class Phases:
     bench: Workbench
     bounds: Bounds
     sides: Sides
+    folder: Path  # for files that are needed no longer than this calibration
     clock: Deadline  # of the phases alone, of whose time each has a share
     tell: Callable[[str], None]
     note: Callable[[str], None]
@@ -154,8 +167,40 @@ class Phases:
         mars = tried(sparse_rungs(shape.layers, probes, linears), FAR)
         if all(rung.speed_up <= base for rung in mars):
             mars = tried(exit_rungs(shape.layers, linears), FAR)
+        mild = [rung for rung in expecting(mars) if rung.expected_drop <= MILD * bound]
+        base_method = mild[-1].variant.method if mild else Mars(sparse_attention=None)
+        assert isinstance(base_method, Mars)
+        mars += tried(mapped_rungs(base_method, self._exit_maps(cases), linears), FAR)
+        mars.sort(key=lambda rung: rung.trial.divergence)
         others = tried(other_rungs(shape, linears), float("inf"))
         return make_ladder(expecting(precisions), expecting(mars), expecting(others), bound)
+
+    def _exit_maps(self, cases: Sequence[CheckRow]) -> dict[int, Path]:
+        """Files of maps fitted on prompts that are searched on, by the layer that tokens stop after."""
+        model = self.bench.model
+        depth = model.shape.layers
+        stops = [last for last in exit_layers(depth) if mapped_layers(model.shape, last)]
+        if not stops or self.clock.passed >= SEARCHED * self.clock.seconds:
+            return {}
+        documents = {case.sample.document_key: case.document for case in cases}
+        self.tell(f"fitting maps for tokens that stop early on {counted(len(documents), 'document')}")
+        DENSE.use(model)
+        try:
+            fitted = fit_exit_maps(
+                model,
+                [*documents.values()],
+                stops,
+                check=self.bench.check,
+                within=self.clock.before((PROBED + SEARCHED) / 2),
+            )
+        except ConfigError as error:
+            self.note(f"mars with exit_maps is left out: {error}")
+            return {}
+        files = {}
+        for each in fitted:
+            files[each.about.last_full] = self.folder / f"exit-{each.about.last_full}.safetensors"
+            write_exit_maps(files[each.about.last_full], each.about, each.maps)
+        return files
 
     def _search(self, variant: Variant, cases: Sequence[CheckRow], dense: Sequence[Evaluated]) -> Rung | None:
         """What the search side says of a variant; None if it cannot run, or not in the time left."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.calibration.sensitivity import Sensitivity
@@ -29,6 +30,8 @@ def describe(variant: Variant) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return Path(value).name
     if not isinstance(value, tuple) or len(value) <= 4:
         return as_set(value)
     return f"({sum(each < 1 for each in value)} of {len(value)} layers, mean {sum(value) / len(value):.2f})"
@@ -40,17 +43,26 @@ def sparse_rungs(depth: int, rows: Sequence[Sensitivity], linears: str) -> list[
     return [Variant(Mars.name, Mars(sparse_attention=masses), linears) for masses in levels]
 
 
-def exit_rungs(depth: int, linears: str) -> list[Variant]:
-    """`mars` for prompts that gain nothing by being block-sparse: tokens stop after ever earlier layers.
-
-    After the last layer but one they lose nothing.
-    """
+def exit_layers(depth: int) -> list[int]:
+    """The layers after which tokens may stop, ever earlier: after the last but one they lose nothing."""
     last = max(0, depth - 2)
     layers = dict.fromkeys([last, *(round(share * depth) - 1 for share in EXITS)])
+    return [layer for layer in layers if 0 <= layer <= last]
+
+
+def exit_rungs(depth: int, linears: str) -> list[Variant]:
+    """`mars` for prompts that gain nothing by being block-sparse: tokens stop after ever earlier layers."""
     return [
         Variant(Mars.name, Mars(sparse_attention=None, last_full=layer), linears)
-        for layer in layers
-        if 0 <= layer <= last
+        for layer in exit_layers(depth)
+    ]
+
+
+def mapped_rungs(method: Mars, maps: Mapping[int, Path], linears: str) -> list[Variant]:
+    """`method`, whose tokens stop after ever earlier layers, each with the maps fitted for it."""
+    return [
+        Variant(Mars.name, replace(method, last_full=last, exit_maps=str(maps[last])), linears)
+        for last in sorted(maps, reverse=True)
     ]
 
 

@@ -14,7 +14,7 @@ from pipeline.doctor.findings import Finding, one_line
 # whose modules have the same names
 REQUIRED = (
     *("torch", "transformers", "accelerate", "pyarrow", "gguf", "numpy"),
-    *("fsspec", "jinja2", "psutil", "rich", "typer"),
+    *("fsspec", "jinja2", "psutil", "rich", "safetensors", "typer"),
 )
 
 

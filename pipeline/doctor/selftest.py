@@ -8,15 +8,19 @@ import torch
 
 from pipeline.bench.attention_speed import distance
 from pipeline.doctor.findings import Finding
-from pipeline.doctor.tiny import LAYERS, subject
-from pipeline.model.prefill import Prefilled
+from pipeline.doctor.tiny import LAYERS, Subject, subject
+from pipeline.model.decode import decode
+from pipeline.model.generated import StopRules
+from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.capabilities import StepSkips, step_skips
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
 
 # with which a method prunes documents as short as these; "*" for every method that is not named
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
+    "ffn-skip": {"threshold": "-1", "warm_up": "0"},
     "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
     "frugal": {"keep": "0.4", "layer": "1", "judges": "20", "sink": "2", "window": "5", "most": "8"},
     "gemfilter": {"keep": "7"},
@@ -41,9 +45,11 @@ FULL = {
     "p": 1.0,
     "kv_share": 1.0,
     "keep": 1.0,
+    "threshold": 2.0,
     "last_full": LAYERS - 1,
     "sparse_attention": 1.0,
 }
+STEPS = 4  # of decoding, of a method that prunes those
 # of dense's logits, as `distance` reckons, by bits of the dtype: matrix shapes may differ, and so last bits
 TOLERANCES = {32: 1e-4, 16: 0.1}
 
@@ -68,6 +74,8 @@ def method(name: str) -> Finding:
     off = distance(whole.logits_BV, dense.logits_BV)
     tolerance = TOLERANCES[tried.decoder.dtype.itemsize * 8]
     share = ffn_tokens(pruned) / ffn_tokens(dense)
+    if (rule := step_skips(pruning, tried.decoder.shape)) is not None:
+        share = 1 - skipped_share(tried, pruning, rule)
     facts = {"off": off, "tolerance": tolerance, "ffn_share": share}
     faults = []
     if not off <= tolerance:
@@ -82,6 +90,16 @@ def method(name: str) -> Finding:
         return Finding("ok", f"the same when run again ({off:.2g})", facts)
     text = f"with full settings within {tolerance:g} of dense ({off:.2g}); pruned, {share:.0%} of FFN tokens"
     return Finding("ok", text, facts)
+
+
+def skipped_share(tried: Subject, pruning: PruningMethod, rule: StepSkips) -> float:
+    """Of feed-forward networks in decode steps of the first document, of which the rule leaves some out."""
+    pack = Pack.of([tried.documents[0]], tried.decoder.device)
+    prefilled = prefill(tried.decoder, tried.attention, pruning, pack, STEPS + 1)
+    (answer,) = decode(
+        tried.decoder, tried.attention, prefilled, StopRules(max_new_tokens=STEPS + 1), skips=rule
+    )
+    return sum(answer.skipped_ffns) / (STEPS * tried.decoder.shape.layers)
 
 
 def ffn_tokens(prefilled: Prefilled) -> int:

@@ -48,7 +48,11 @@ class Subject(NamedTuple):
 
     def pack(self) -> Pack:
         """Documents of random tokens, the same for every subject."""
-        return Pack.of([_document(n, tokens) for n, tokens in enumerate(LENGTHS)], self.decoder.device)
+        return Pack.of(self.documents, self.decoder.device)
+
+    @property
+    def documents(self) -> list[EncodedDocument]:
+        return [_document(n, tokens) for n, tokens in enumerate(LENGTHS)]
 
 
 def device() -> torch.device:

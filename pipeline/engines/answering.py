@@ -136,6 +136,9 @@ def add_answers(row: Answer, generated: Sequence[Generated], model: LoadedModel)
     add_logprobs(row, generated[0], model)
     row.answers = answers if len(answers) > 1 else None
     row.new_tokens = sum(each.new_tokens for each in answers)
+    steps = [skipped for each in generated for skipped in each.skipped_ffns]
+    if steps:
+        row.skipped_ffn_ratio = sum(steps) / (len(steps) * model.shape.layers)
     drafted = [each for each in generated if each.drafts is not None]
     if drafted:
         row.draft_tokens = sum(each.drafts or 0 for each in drafted)

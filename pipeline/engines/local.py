@@ -26,6 +26,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.lookup import drafts_of
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.capabilities import step_skips
 from pipeline.records import Answer, Answered, EncodedDocument, ResponseFormat, RowError
 from pipeline.setup.guard import Guard
 
@@ -73,7 +74,8 @@ class LocalEngine:
         many answers a prompt gets, each of which counts as one there. `check` is called often, between
         layers too; what it raises ends the run. `phase` is told of each pack that is prefilled.
         """
-        self.row_rules = RowRules.of_model(model, rules, sampling, response_format, logprobs=logprobs, n=n)
+        of_run = RowRules.of_model(model, rules, sampling, response_format, logprobs=logprobs, n=n)
+        self.row_rules = replace(of_run, skips=step_skips(method, model.shape))
         self.model, self._note = model, note
         self.kv_dtype = FP8 if kv_dtype == "fp8" else model.decoder.dtype
         self.lookup = lookup_of(lookup, sampling, model)
@@ -357,7 +359,7 @@ class LocalEngine:
             pack,
             rules,
             check,
-            scored=self.row_rules.scored,
+            row_rules=self.row_rules,
             stats=self.stats,
             kv_dtype=self.kv_dtype,
         )

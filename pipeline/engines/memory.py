@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from pipeline.engines.packing import make_packs
+from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
@@ -17,7 +18,7 @@ from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import ReadsAhead
+from pipeline.pruning.capabilities import ReadsAhead, SkipsInSteps
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.pruning.speculative import DraftReader
 from pipeline.ranks.leading import on_every_rank
@@ -89,6 +90,8 @@ class Packer:
         method.check_depth(shape)
         rows = _in_flight(in_flight, pack_tokens, device)
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
+        if isinstance(method, SkipsInSteps) and max(rows, n) > 1:
+            raise ConfigError(f"method {method.name} needs in_flight=1, so that each row is decoded alone")
         whole = cls(
             device=device,
             method=method,

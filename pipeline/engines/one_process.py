@@ -239,8 +239,10 @@ def _warmed_up(
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
+    from pipeline.families.exit_maps import exit_maps
 
     config = setup.config
+    exit_maps(model.decoder, setup.method)  # before memory is planned
     engine = LocalEngine(
         model,
         setup.method,

@@ -11,6 +11,7 @@ from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.sampling import RowDraws, Sampling
 from pipeline.model.stopping import StopTexts
+from pipeline.pruning.capabilities import StepSkips
 from pipeline.records import EncodedDocument, ResponseFormat, Row, RowError
 from pipeline.structured.binding import BoundForms
 
@@ -31,6 +32,7 @@ class RowRules:
     response_format: ResponseFormat | None = None
     forms: BoundForms | None = None
     logprobs: bool = False  # whether it is to be told how likely tokens were
+    skips: StepSkips | None = None  # what of decode steps is left out
     _texts: dict[tuple[str, ...], StopTexts] = field(default_factory=dict)
 
     @classmethod

@@ -129,6 +129,7 @@ class Table:
             mask_words=row_rules.mask_words,
             scored=row_rules.scored,
             stats=stats,
+            skips=row_rules.skips,
         )
         return cls(store, loop, model.device, shares=model.decoder.shape.shares_documents)
 
@@ -303,13 +304,13 @@ def decoded_alone(
     rules: StopRules,
     check: Check,
     *,
-    scored: int | None,
+    row_rules: RowRules,
     stats: DecodeStats,
     kv_dtype: torch.dtype,
 ) -> list[Generated]:
     """The answers to a pack's only prompt, one after the other, so that they take the memory of one.
 
-    `scored` is as `DecodeBatch` takes it, and `kv_dtype` that of keys and values while they are decoded.
+    `row_rules` are the run's, and `kv_dtype` is that of keys and values while they are decoded.
     Raises RowError where the model's output is not finite, and what `check` raises.
     """
     (job,), (draws,), (tokens,) = pack.jobs, pack.draws, pack.tokens
@@ -327,10 +328,11 @@ def decoded_alone(
             reasoning=[job.document.reasoning],
             guides=[guide],
             scores=[of_token],
-            scored=scored,
+            scored=row_rules.scored,
             check=check,
             stats=stats,
             kv_dtype=kv_dtype,
             again=len(answers) + 1 < len(draws),
+            skips=row_rules.skips,
         )
     return answers

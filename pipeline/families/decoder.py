@@ -1,7 +1,6 @@
 """transformers' decoder layers, opened up into their parts.
 
 Of its internals only the families' files, layer.py, projection.py and building.py know too.
-
 The forward pass of a layer is ours (see layers.py); the weights and modules are transformers'.
 Supported families are an allow-list, each tested against stock transformers on small configurations.
 """
@@ -9,7 +8,7 @@ Supported families are an allow-list, each tested against stock transformers on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +71,7 @@ class Decoder(OnEachRank):
         self._rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
         self._has_plain_layers = are_plain(self._layers, self._slots, self._query_scale)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
+        self.exit_maps: dict[str, Mapping[int, Projection]] = {}  # by their files, see exit_maps.py
         self.piece_tokens: int = PIECE_TOKENS
 
     @property
@@ -98,8 +98,7 @@ class Decoder(OnEachRank):
         `auto` is the model's dtype. `fp8` are all layers but the head, of all tokens; `mixed` all but the
         head and most queries, keys and values (`QKV_DEPTHS`), in a prefill, but for the tokens that it is
         told to keep, and experts, of all tokens. `ffn` makes the FFN able to do both; `keep` keeps weights
-        that are not needed any more.
-        Raises ConfigError on a device that cannot.
+        that are not needed any more. Raises ConfigError on a device that cannot.
         """
         wanted = LinearPrecision(linears=linears, ffn=ffn)
         if wanted.uses_fp8:
@@ -156,11 +155,16 @@ class Decoder(OnEachRank):
         """From 0 to less than 1."""
         return layer / self.shape.layers
 
+    def kv_parts(self, layer: int) -> tuple[Norm | None, Projection]:
+        """The norm before a layer's attention, and of its projection what makes keys and values."""
+        weights = self._layers[layer]
+        return weights.input_norm, weights.qkv.part(slice(self.own.heads * self.own.head_dim, None))
+
     def keys_values(
-        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
+        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None, by: Projection | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Keys, with RoPE, and values (T, K, d), without the queries' share of the projection."""
-        projection = self._layers[layer].qkv.part(slice(self.own.heads * self.own.head_dim, None))
+        """Keys, with RoPE, and values (T, K, d), of the layer's own projection, or `by` one in its place."""
+        projection = self.kv_parts(layer)[1] if by is None else by
         return self._heads(layer, hidden_TD, rope, projection, (0, self.own.kv_heads), fp8)[1:]
 
     def add_attention_(
@@ -219,8 +223,8 @@ class Decoder(OnEachRank):
 
         if self.linears_in_fp8:
             return self._step_in_fp8_(layer, hidden_BD, mixed, normed)
-        qkv_BN = self._normed(hidden_BD, weights.input_norm, weights.qkv, fp8=False)
-        self.add_attention_(layer, hidden_BD, mixed(Product(qkv_BN)))
+        qkv = Product(self._normed(hidden_BD, weights.input_norm, weights.qkv, fp8=False))
+        self.add_attention_(layer, hidden_BD, mixed(qkv))
         self.add_feed_forward_(layer, hidden_BD)
         return None
 
@@ -231,11 +235,7 @@ class Decoder(OnEachRank):
         return few and plain and has_kernels(hidden_BD)
 
     def _step_in_fp8_(
-        self,
-        layer: int,
-        hidden_BD: Tensor,
-        mixed: Callable[[Product], Tensor],
-        normed: Quantised | None,
+        self, layer: int, hidden_BD: Tensor, mixed: Callable[[Product], Tensor], normed: Quantised | None
     ) -> Quantised | None:
         """`step_layer_` with products whose scales are applied by the kernels between them."""
         weights, last = self._layers[layer], layer + 1 == len(self._layers)

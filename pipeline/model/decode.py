@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
+from pipeline.families.step_skipping import StepSkipping
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues
 from pipeline.model.decode_batch import batch_for
@@ -27,6 +28,7 @@ from pipeline.model.prefill import Prefilled
 from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, with_penalties
 from pipeline.model.step_tables import Seat, to_host
 from pipeline.model.store import rows_in
+from pipeline.pruning.capabilities import StepSkips
 from pipeline.records import Reasoning, RowError
 from pipeline.structured.matchers import Visit
 
@@ -64,13 +66,14 @@ class DecodeLoop:
         graphs: bool = True,
         stats: DecodeStats | None = None,
         late: int | None = None,
+        skips: StepSkips | None = None,
     ) -> None:
         """Up to `capacity` rows of at most `longest` tokens in a layer; `late` as in `LATE`.
 
         Most answers have up to `new_tokens` tokens and are drawn by `sampling`, with `mask_words` under a
         form with masks of so many words: for those a step is captured before it is needed.
         With `lookup` drafts are verified, for which each row needs `room` behind its prompt. `scored` is as
-        `DecodeBatch` takes it.
+        `DecodeBatch` takes it. With `skips` there is one row at a time, and steps are not captured.
         """
         assert lookup is None or kv.has_spare_slot, "steps with drafts are padded"
         self.stats, self._sampling = stats or DecodeStats(), sampling
@@ -90,7 +93,10 @@ class DecodeLoop:
             lookup=lookup,
             scored=scored,
         )
-        captured = graphs and kv.on_device_alone
+        if skips is not None:
+            assert capacity == 1, "rows that leave networks out are decoded alone"
+            self._batch.skipping = StepSkipping(decoder, skips)
+        captured = graphs and kv.on_device_alone and skips is None
         self._runner, self._chooser = (
             runner_for(decoder, attention, half, stats, captured=captured)
             # a step that is masked is counted once
@@ -148,6 +154,8 @@ class DecodeLoop:
                 self._batch.masks.make(len(row.guide.stops_W))
         self._batch.join(seats, [row.tokens[-1] for row in rows], draws)
         self.rows += rows
+        if self._batch.skipping is not None:
+            self._batch.skipping.begin()
         if self._pace is not None:
             self._pace.joined()
             for row in rows:
@@ -193,6 +201,8 @@ class DecodeLoop:
         self._runner.run(size, steps_left)
         ended = self._choose(size, steps_left, visits) if masked else []
         self._kv.stepped()
+        if batch.skipping is not None:
+            self.rows[0].skipped_ffns.append(batch.skipping.skipped)
         outcome = to_host(batch.outcome_CX[:count], batch.scores_CX)
         self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns, visits))
         for row in self.rows:
@@ -308,6 +318,7 @@ def decode(
     late: int | None = None,
     kv_dtype: torch.dtype | None = None,
     again: bool = False,
+    skips: StepSkips | None = None,
 ) -> list[Generated]:
     """Answers to all prompts of one prefill, beside no others; greedy ones without `sampling`.
 
@@ -317,6 +328,7 @@ def decode(
     answers to forms. `scored` is as `DecodeBatch` takes it. With a `kv_dtype` of float8_e4m3fn keys and
     values are rounded to it first, where the prefill's are not in it, and those of the prefill freed, unless
     it is to be decoded `again`.
+    With `skips` a pack of one prompt leaves feed-forward networks out.
     `check` is called before every step, and may raise to give the pack up. Raises RowError where the model's
     output is not finite.
     """
@@ -355,6 +367,7 @@ def decode(
         graphs=graphs,
         stats=stats,
         late=late,
+        skips=skips,
     )
     live = [b for b, answer in enumerate(answers) if answer.finish_reason is None]
     seats = [

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
+from pipeline.families.step_skipping import StepSkipping
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
 from pipeline.kernels.kv_fp8 import KvTarget
@@ -85,6 +86,7 @@ class DecodeBatch(OnEachRank):
         self._queries_B1 = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._index_K = torch.arange(1 + drafts, dtype=torch.int32, device=device)
         self._shared = SharedTables(decoder.own, capacity, device, drafts)
+        self.skipping: StepSkipping | None = None  # of a row that is decoded alone
         self._ranks = decoder.ranks
         decides = self._ranks is None or self._ranks.leads  # which tokens follow; other ranks are told
         self._texts = (
@@ -217,6 +219,7 @@ class DecodeBatch(OnEachRank):
         hidden_QD = decoder.embed(asked.tokens_Q)
         rope = decoder.rope(hidden_QD, asked.position_Q, asked.reach_Q)
         shared = self._shared.of_step(size, drafts and drafts.spread) if size.shares else None
+        step_layer_ = decoder.step_layer_ if self.skipping is None else self.skipping.step_layer_
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(decoder.shape.layers):
             target = KvTarget(*kv.buffers(layer), asked.places_LQ[layer], kv.scales(layer), asked.lines_Q)
@@ -229,7 +232,7 @@ class DecodeBatch(OnEachRank):
                 kv.observe(layer, q_QHd)
                 return attended_QHd
 
-            normed = decoder.step_layer_(layer, hidden_QD, rope, target, attend, normed)
+            normed = step_layer_(layer, hidden_QD, rope, target, attend, normed)
         logits_QV = decoder.head(hidden_QD)
         if not size.masked:
             self._end(logits_QV, size, asked, drafts)

@@ -2,17 +2,20 @@
 
 After an early exit the end reads in later layers what the tokens before it have become so far.
 A token that has left keeps the hidden state it left with; each later layer computes its keys and values from
-that, as if the layers in between had added nothing. Letters: Q tokens that go on, T all of them.
+that, as if the layers in between had added nothing, or by maps that were fitted for it. Letters: Q tokens
+that go on, T all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
+from pipeline.families.projection import Projection
 from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
@@ -31,6 +34,7 @@ class EarlyExit:
     live_Q: Tensor  # places in the pack, ascending
     hidden_TD: Tensor  # of all tokens, when the others left
     rope: Rope  # of all tokens
+    maps: Mapping[int, Projection]  # of layers whose keys and values are not made as usual: see exit_maps.py
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -45,7 +49,9 @@ class EarlyExit:
         Those of the few that go on are computed from what they were too, and overwritten: so nothing is
         gathered of the others, who may be as many as fit the memory.
         """
-        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope)
+        mapped = self.maps.get(layer)
+        fp8 = None if mapped is None else False
+        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope, fp8, mapped)
         for whole, live in ((k_TKd, k_QKd), (v_TKd, v_QKd)):
             whole.index_copy_(0, self.live_Q, live)
         return k_TKd, v_TKd

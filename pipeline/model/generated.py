@@ -47,6 +47,7 @@ class Generated:
     queued: int = 1  # tokens that are there or will be at least: that of the prefill, and one a step
     drafts: int | None = None  # that were verified, where any are looked up
     accepted: int = 0  # of them, which are part of the answer
+    skipped_ffns: list[int] = field(default_factory=list)  # of each step, where a method leaves any out
     reasoning: Reasoning | None = None  # what its prompt says of it
     guide: Guide | None = None  # that holds it to a form, if it is to have one
     logprobs: list[float] = field(default_factory=list)  # of its tokens, where they are wanted

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import MarsError
 from pipeline.families.decoder import Decoder
+from pipeline.families.exit_maps import exit_maps
 from pipeline.families.rope import Rope
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
@@ -337,6 +338,7 @@ class _Run:
                 live_Q=live_C,
                 hidden_TD=self.hidden_TD,
                 rope=self.rope,
+                maps=exit_maps(self.decoder, self.method),
             )
         self.whole = False
         self._keep(live_C, segments)

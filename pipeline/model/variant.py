@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pipeline.checkpoints.drafts import FLAG
 from pipeline.errors import ConfigError
+from pipeline.families.exit_maps import check_exit_maps, exit_maps
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.model.loading import LoadedModel, Model, UnloadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
@@ -27,7 +28,12 @@ class Variant(NamedTuple):
         return self.linears == "fp8"
 
     def use(self, model: LoadedModel) -> PruningMethod:
-        """Set the model, which `prepare` has seen, to this variant's precision; returns the method."""
+        """Set the model, which `prepare` has seen, to this variant's precision; returns the method.
+
+        Raises ConfigError where the method names exit maps that are not for this model.
+        """
+        check_exit_maps(self.method, model.shape, model.fingerprint)
+        exit_maps(model.decoder, self.method)
         for decoder in model.decoders:
             decoder.linears = self.linears
         return self.method

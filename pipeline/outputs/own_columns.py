@@ -15,8 +15,15 @@ OF_DOCUMENTS = ("id", "row", "status")  # beside the columns of questions, where
 LOGPROB_NAMES = ("mean_logprob", "min_logprob")  # where it is told how likely tokens were
 CHOICE_LOGPROBS = "choice_logprobs"  # and how likely each choice
 VALIDITY_NAMES = ("valid", "tries")  # where answers are held against a JSON schema
+SKIPPED_FFNS = "skipped_ffn_ratio"  # where a method leaves parts of decode steps out
 VALUE = "value"  # of typed columns, which are made of an answer where it is written
-ADDED_NAMES = (*LOGPROB_NAMES, CHOICE_LOGPROBS, *VALIDITY_NAMES, VALUE)  # which only settings add
+ADDED_NAMES = (
+    *LOGPROB_NAMES,
+    CHOICE_LOGPROBS,
+    SKIPPED_FFNS,
+    *VALIDITY_NAMES,
+    VALUE,
+)  # which only settings add
 STATS = "stats"  # the column that holds all statistics as one struct
 ANSWERS = "answers"  # which an output has where prompts get several
 STATISTICS = (
@@ -46,8 +53,9 @@ def check_column(name: str, flag: str = "--columns") -> None:
         raise ConfigError(f"{flag} {name!r}: --save-selection adds it")
     if name in ADDED_NAMES:
         of_likelihood = (*LOGPROB_NAMES, CHOICE_LOGPROBS)
-        adds = "--expand" if name == VALUE else "a JSON schema (--validate)"
-        raise ConfigError(f"{flag} {name!r}: {'--logprobs' if name in of_likelihood else adds} adds it")
+        adds = dict.fromkeys(of_likelihood, "--logprobs")
+        adds |= {VALUE: "--expand", SKIPPED_FFNS: "--method ffn-skip"}
+        raise ConfigError(f"{flag} {name!r}: {adds.get(name, 'a JSON schema (--validate)')} adds it")
     if name not in (*CHOSEN_FROM, *INDEXED):
         raise ConfigError(
             f"{flag} {name!r} is no column of answers{did_you_mean(name, CHOSEN_FROM)}; they are "

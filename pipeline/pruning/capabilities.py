@@ -112,9 +112,53 @@ class ReadsAhead(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSkips:
+    """Which feed-forward networks may be left out of decode steps of a row that is decoded alone.
+
+    Where the residual stream before and behind the network of a layer just before one of `layers` has a
+    cosine of `threshold` or more, the networks of the next of them are left out, `most` at a time.
+    """
+
+    threshold: float
+    warm_up: int  # first tokens of an answer, in whose steps all run
+    layers: range
+    most: int
+
+
+@runtime_checkable
+class SkipsInSteps(Protocol):
+    """It leaves feed-forward networks out of decode steps, where each row is decoded alone."""
+
+    def step_skips(self, shape: ModelShape) -> StepSkips:
+        """Which ones, in such a model."""
+
+
+@runtime_checkable
+class MapsExits(Protocol):
+    """Its tokens stop early, and keys and values of theirs may come from maps in a file (exit_maps.py)."""
+
+    exit_maps: str | None  # the file
+
+    def last_full_layer(self, depth: int) -> int:
+        """The last layer that computes all tokens, in a model of `depth` layers."""
+
+
+def exit_maps_of(method: object, shape: ModelShape) -> tuple[str, int] | None:
+    """The file of the maps that a method is to use, and after which layer tokens stop; None without any."""
+    if not isinstance(method, MapsExits) or method.exit_maps is None:
+        return None
+    return method.exit_maps, method.last_full_layer(shape.layers)
+
+
 def expected_passes(method: object, shape: ModelShape, length: int) -> Passes | None:
     """What a prompt of `length` tokens is expected to cost; None where the method cannot tell."""
     return method.expected_passes(shape, length) if isinstance(method, ForeseesWork) else None
+
+
+def step_skips(method: object, shape: ModelShape) -> StepSkips | None:
+    """What a method leaves out of decode steps; None for nothing."""
+    return method.step_skips(shape) if isinstance(method, SkipsInSteps) else None
 
 
 def uses_fp8(method: object) -> bool:

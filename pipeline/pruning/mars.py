@@ -35,7 +35,8 @@ class Mars(PruningMethod):
     document, at least `window` and at most `most`. Of the others later layers compute keys and values, from
     the hidden states that they stopped with, so that the question still reads all of them. Keys and values
     of the layer after `last_full` are exact, so with the last layer but one, the default, nothing is lost by
-    stopping.
+    stopping. Those of the layers behind it are far nearer to what they would be by linear maps, which
+    `calibrate` fits on text by ridge regression: `exit_maps` is their file.
 
     Layers whose attention has a sliding window keep it, whole: they are left out of the choice of blocks.
 
@@ -63,6 +64,9 @@ class Mars(PruningMethod):
     last_full: int | None = setting(
         None, "last layer that computes all tokens, from 0; by default the last but one", is_layer=True
     )
+    exit_maps: str | None = setting(
+        None, "file of maps from the state that tokens stop with to keys and values of later layers"
+    )
     window: int = setting(64, "fewest last tokens that go on", low=1, whole=True)
     most: int = setting(256, "most of them, where the question is longer", low=1, whole=True)
 
@@ -76,7 +80,7 @@ class Mars(PruningMethod):
         return True
 
     def last_full_layer(self, depth: int) -> int:
-        """In a model of `depth` layers."""
+        """The last layer that computes all tokens, in a model of `depth` layers."""
         return max(0, depth - 2) if self.last_full is None else self.last_full
 
     def attention_masses(self, layers: int) -> tuple[float | None, ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 METHODS = {
     "dense": "pipeline.pruning.dense:Dense",
     "fastkv": "pipeline.pruning.fastkv:FastKV",
+    "ffn-skip": "pipeline.pruning.ffn_skip:FfnSkip",
     "frugal": "pipeline.pruning.frugal:Frugal",
     "gemfilter": "pipeline.pruning.gemfilter:GemFilter",
     "mars": "pipeline.pruning.mars:Mars",

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import ConfigError, StorageError
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.kinds import TEXT
-from pipeline.settings.method_settings import MethodSettings
+from pipeline.settings.method_settings import IN_STEPS, MethodSettings
 from pipeline.settings.option import ANSWERS, FILES, GATE, Renamed, Settings, option
 from pipeline.settings.parse import NEEDLES, Bound, parse_drop
 from pipeline.settings.row_settings import RowSettings
@@ -96,6 +96,11 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, DropSettings, R
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_data()
+        if self.method in IN_STEPS:
+            raise ConfigError(
+                f"--method {self.method} leaves out parts of decode steps, and check decodes none of the "
+                "answers that it scores: compare outputs of batch (marsinfer report)"
+            )
         self._check_metric()
         self._check_files()
 

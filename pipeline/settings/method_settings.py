@@ -14,6 +14,7 @@ from pipeline.settings.parse import check_between
 AUTO = "auto"
 LINEAR_DTYPES = ("auto", "fp8", "mixed")
 KV_DTYPES = ("auto", "fp8")
+IN_STEPS = ("ffn-skip",)  # methods that prune decode steps, of a row that is decoded alone
 NO_FP8_ATTENTION = (
     "attention in fp8 is taken out: the sums of FlashAttention-3's kernel lose 7% at 4,096 tokens and 65% at "
     "131,072 where values share a sign; leave it out, and use --linear-dtype fp8 or mixed"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
-from pipeline.outputs.own_columns import ANSWERS, check_column
+from pipeline.outputs.own_columns import ANSWERS, SKIPPED_FFNS, check_column
 from pipeline.settings.answer_settings import COLDEST, SamplingSettings, SeveralSettings
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.form_settings import FormSettings
 from pipeline.settings.kinds import BYTES, COUNT, TEXT_OR_WHOLE, WORDS
-from pipeline.settings.method_settings import AUTO, KV_DTYPES, MethodSettings
+from pipeline.settings.method_settings import AUTO, IN_STEPS, KV_DTYPES, MethodSettings
 from pipeline.settings.model_settings import ModelSettings, ParallelSettings
 from pipeline.settings.moments import parse_deadline
 from pipeline.settings.option import METHOD, READING, RUN, Settings, option
@@ -273,6 +273,8 @@ class BatchConfig(
             self._check_devices()
         if self.tensor_parallel > 1:
             self._check_parallel()
+        if self.method in IN_STEPS:
+            self._check_alone()
         if not self.input:
             raise ConfigError("no input: give a file, a glob or a folder")
         if self.n > 1:
@@ -286,6 +288,27 @@ class BatchConfig(
             )
         if self.expand and self.columns is not None and "answer" not in self.columns:
             raise ConfigError("--expand makes its column of the answers: --columns must have answer too")
+
+    @property
+    def step_columns(self) -> frozenset[str]:
+        """The columns that an output has for what decode steps leave out."""
+        return frozenset({SKIPPED_FFNS} if self.method in IN_STEPS else ())
+
+    def _check_alone(self) -> None:
+        """What a method in decode steps does not go with: a step of several rows reads all weights anyway."""
+        if self.in_flight != 1:
+            raise ConfigError(
+                f"--method {self.method} leaves out parts of decode steps, which gains nothing where several "
+                "rows are decoded together: give --in-flight 1"
+            )
+        refused = {
+            f"--n {self.n}": self.n > 1,
+            f"--lookup {self.lookup}": self.lookup != "off",
+            "--group any": self.group == "any",
+        }
+        for flag, is_given in refused.items():
+            if is_given:
+                raise ConfigError(f"--method {self.method} and {flag} exclude each other")
 
     def _check_parallel(self) -> None:
         refused = {

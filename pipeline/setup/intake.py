@@ -102,7 +102,7 @@ def open_rows(config: BatchConfig, given: Reader | None = None) -> Intake:
         wanted=config.columns,
         several=config.n > 1,
         asked=asked,
-        added=form.added | config.logprob_columns,
+        added=form.added | config.logprob_columns | config.step_columns,
         given=given,
     )
     if form.layout.schemas and settled.requests and is_lines(config.format_name):

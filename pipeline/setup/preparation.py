@@ -23,7 +23,7 @@ from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import uses_fp8
+from pipeline.pruning.capabilities import exit_maps_of, uses_fp8
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
 from pipeline.records import Record, ResponseFormat, RowError
@@ -61,6 +61,7 @@ class Setup(Chosen):
 
     model: Model
     prompts: PromptBuilder
+    exit_maps: str | None = None  # the digest of those that the method names
     splitter: Splitter | None = None  # of over-long documents, under --on-overlong split
     response_format: ResponseFormat | None = None  # that all answers are to have
     validity: Validity | None = None  # where answers are held against a JSON schema
@@ -127,6 +128,7 @@ class Preparation(Setup):
                 **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             },
             "method": {"name": method.name, "settings": asdict(method)},
+            **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if columns is None else {"columns": columns}),
             **({LATER: later} if later else {}),
             **({QUESTIONS_KEY: [each.name for each in asked]} if asked else {}),
@@ -221,6 +223,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
             bound.check(each, place, config.max_new_tokens)
     splitter = make_splitter(config, prompts, formed=form is not None)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
+    exit_maps = _exit_maps(config, method, model)
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
     if config.kv_dtype != AUTO and config.kv_memory is not None:
@@ -246,6 +249,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         model=model,
         method=method,
         prompts=prompts,
+        exit_maps=exit_maps,
         splitter=splitter,
         response_format=form,
         validity=intake.form.validity,
@@ -253,6 +257,18 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         guard=chosen.guard,
         notes=(*notes, *chosen.notes),
     )
+
+
+def _exit_maps(config: BatchConfig, method: PruningMethod, model: Model) -> str | None:
+    """The digest of the exit maps that a method names. Raises ConfigError for those that cannot be used."""
+    from pipeline.families.exit_maps import check_exit_maps
+
+    if exit_maps_of(method, model.shape) is not None and config.tensor_parallel > 1:
+        raise ConfigError(
+            f"--tensor-parallel {config.tensor_parallel} and --set exit_maps exclude each other: leave one "
+            "of them out"
+        )
+    return check_exit_maps(method, model.shape, model.fingerprint)
 
 
 def _check_given(config: BatchConfig, model: Model) -> None:

@@ -9,6 +9,7 @@ Format 1 was written of what a bootstrapped interval let pass, or was accepted a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 BEFORE = 1  # which is still read
+EXIT_MAPS, MAPS_SUFFIX = "exit_maps", ".exit-maps.safetensors"  # a method's setting, and its file's name
 FAR_BEYOND = 1.5  # times the longest prompt that was calibrated on
 BATCH_KEYS = tuple(
     each.name.replace("_", "-") for each in settings_of(MethodSettings) if each.about.in_profile
@@ -58,14 +60,26 @@ class Profile:
         return float(self.about.get("measured", {}).get("speed_up", 1.0))
 
     @property
+    def exit_maps(self) -> str | None:
+        """The file of the maps that the method's settings name."""
+        return self.batch.get("settings", {}).get(EXIT_MAPS)
+
+    @property
     def longest(self) -> int | None:
         """Prompt tokens of the longest case."""
         return self.about.get("lengths", {}).get("max")
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Whole or not at all. Raises StorageError."""
+    """Whole or not at all, and beside it a copy of the exit maps that it names. Raises StorageError."""
     batch = {name.replace("_", "-"): value for name, value in profile.batch.items()}
+    maps = profile.exit_maps
+    if maps is not None:
+        beside = path.with_name(path.stem + MAPS_SUFFIX)
+        if not (beside.exists() and beside.samefile(maps)):
+            with writing(beside) as file, open(maps, "rb") as held:
+                shutil.copyfileobj(held, file)
+        batch["settings"] = {**batch["settings"], EXIT_MAPS: beside.name}
     with writing(path) as file:
         file.write(toml_of({"profile": dict(profile.about), "batch": batch}).encode())
 
@@ -128,6 +142,9 @@ def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in table.get("settings", {}).items()
     }
+    maps = settings.get(EXIT_MAPS)
+    if isinstance(maps, str):  # which lie beside the profile
+        settings[EXIT_MAPS] = str(Path(path).parent / maps)
     values = {key.replace("-", "_"): value for key, value in table.items()} | {"settings": settings}
     refuse_code(f"--profile {path}", values)
     try:

@@ -15,6 +15,7 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.throughput import idle_share
 from pipeline.bench.ttft import measure_ttft
 from pipeline.checkpoints.random_weights import SHAPES
+from pipeline.errors import ConfigError
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.loading import UnloadedModel
@@ -30,6 +31,16 @@ HEADS = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
 def test_packs_are_written_as_sums_and_products():
     packs = parse_packs("8k; 2x40 3x5+7 1m")
     assert packs == {"8k": [8192], "2x40": [40, 40], "3x5+7": [5, 5, 5, 7], "1m": [1 << 20]}
+
+
+def test_slashes_divide_lists_and_no_names_of_files():
+    listed, mapped = parse_variants(
+        "mars:sparse_attention=0.9/8e-1:mixed,mars:exit_maps=/a/b-1.safetensors", None
+    )
+    assert listed.method.sparse_attention == (0.9, 0.8)
+    assert mapped.method.exit_maps == "/a/b-1.safetensors"
+    with pytest.raises(ConfigError, match=r"^--methods 'ffn-skip': ffn-skip is for decode steps of batch"):
+        parse_variants("dense,ffn-skip", None)
 
 
 def test_attention_is_measured_on_every_pack_and_what_is_missing_is_named(capfd):

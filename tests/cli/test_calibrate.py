@@ -161,8 +161,8 @@ def test_the_ladder_ends_at_the_first_rung_that_does_not_pass(
         raise_unless_held(result)
     assert refused.value.exit_code == 5
     assert str(refused.value).startswith(
-        "nothing holds, so no profile is written: the first rung, mars sparse_attention=none last_full=1, "
-        "did not pass: agreement dropped by 4"
+        "nothing holds, so no profile is written: the first rung, mars sparse_attention=none last_full=1 "
+        "exit_maps=exit-1.safetensors, did not pass: agreement dropped by 4"
     )
     assert " documents would tell" in str(refused.value)
     assert not (tmp_path / "p.toml").exists()

@@ -22,6 +22,7 @@ from pipeline.model.sampling import Sampling
 from pipeline.model.store import slots_needed
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import method_names
+from pipeline.settings.method_settings import IN_STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def squeezed(engine, rows, count):
     return engine
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in IN_STEPS])
 @pytest.mark.parametrize("late", [0, 1])
 def test_who_else_is_there_changes_no_answer(model, name, late, monkeypatch):
     rows, method = documents(), small(name)

@@ -17,9 +17,11 @@ from pipeline.pruning.capabilities import (
     ChoosesPrecision,
     FixesShares,
     ForeseesWork,
+    MapsExits,
     ReadsAhead,
     RescoresBlocks,
     SharesDocuments,
+    SkipsInSteps,
     expected_passes,
 )
 from pipeline.pruning.dense import Dense
@@ -99,11 +101,13 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
 ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
 ABLE = {
     SharesDocuments: ALL,
-    ForeseesWork: ALL | {"frugal"},
+    ForeseesWork: ALL | {"ffn-skip", "frugal"},
     RescoresBlocks: {"sliminfer"},
     FixesShares: (ALL - {"mars"}) | {"key-norm", "speculative", "frugal"},
     ReadsAhead: {"speculative"},
     ChoosesPrecision: {"marsinfer"},
+    MapsExits: {"mars"},
+    SkipsInSteps: {"ffn-skip"},
 }
 
 
