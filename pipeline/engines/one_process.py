@@ -238,8 +238,9 @@ def _warmed_up(
     from pipeline.engines.answering import rules_of, sampling_of
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
+    from pipeline.pruning.capabilities import HoldsUnrotatedKeys
 
-    config = setup.config
+    config, alone = setup.config, isinstance(setup.method, HoldsUnrotatedKeys)
     engine = LocalEngine(
         model,
         setup.method,
@@ -254,8 +255,8 @@ def _warmed_up(
         lookup=parse_lookup(config.lookup),
         in_flight=config.in_flight,
         n=config.n,
-        # marks are kept of rows that run on their own alone
-        group="off" if config.save_selection else config.group,
+        # marks are kept of rows that run on their own alone, as those of some methods all do
+        group="off" if config.save_selection or alone else config.group,
         guard=setup.guard,
         save_selection=config.save_selection,
         **hooks._asdict(),

@@ -102,11 +102,12 @@ def block_sparse_attention(
     blocks: BlockLists,
     left_out: int = 0,
     sinks_H: Tensor | None = None,
+    block: int = BLOCK,
 ) -> Tensor:
     """Causal attention of one document's queries to the keys in the blocks chosen, (Q, H, d).
 
     The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
-    computed, and undefined.
+    computed, and undefined. Blocks have `block` tokens, 64 or 128.
     """
     queries, heads, head_dim = q_QHd.shape
     all_rows = blocks.counts.shape[1]
@@ -114,7 +115,7 @@ def block_sparse_attention(
     kernels = _kernels(q_QHd)
     out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
     if kernels is None:
-        done = _plain(q_QHd[: rows * BLOCK], k_TKd, v_TKd, blocks, sinks_H)
+        done = _plain(q_QHd[: rows * block], k_TKd, v_TKd, blocks, sinks_H, block)
         out_QHd[: len(done)] = done
         return out_QHd
     if not rows:
@@ -122,10 +123,10 @@ def block_sparse_attention(
     indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
     wide = q_QHd.dtype == torch.float32
     tile = 32 if wide else 64
-    described = kernels.described(q_QHd, k_TKd, v_TKd, BLOCK, tile) if q_QHd.is_cuda and not wide else None
+    described = kernels.described(q_QHd, k_TKd, v_TKd, block, tile) if q_QHd.is_cuda and not wide else None
     sources = described or (q_QHd, k_TKd, v_TKd)
     # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
-    compact = {"maxnreg": 128} if described is not None and head_dim > 64 else {}
+    compact = {"maxnreg": 128} if described is not None and head_dim > 64 and block == BLOCK else {}
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
@@ -134,11 +135,11 @@ def block_sparse_attention(
         LISTED=blocks.indices is not None,
         HEAD_DIM=head_dim,
         WIDTH=power_of_two(head_dim, 16),
-        BLOCK=BLOCK,
+        BLOCK=block,
         TILE=tile,
         DESCRIBED=described is not None,
         PRECISION="ieee" if wide else "tf32",
-        num_warps=8,
+        num_warps=block // 16,
         num_stages=2 if wide or head_dim > 64 else 3,
         **compact,
     )
@@ -271,7 +272,14 @@ def _lists(kept_HMN: Tensor, before: int = 0) -> BlockLists:
     return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32), before)
 
 
-def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> Tensor:
+def _plain(
+    q_QHd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    blocks: BlockLists,
+    sinks_H: Tensor | None,
+    block: int,
+) -> Tensor:
     """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
 
     The queries may be the first of those that blocks were chosen for.
@@ -280,14 +288,14 @@ def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sink
     heads, head_dim = q_QHd.shape[1:]
     group = heads // k_TKd.shape[1]
     k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
-    within = torch.arange(BLOCK, device=q_QHd.device)
+    within = torch.arange(block, device=q_QHd.device)
     outputs = []
-    for row, start in enumerate(range(0, len(q_QHd), BLOCK)):
-        end = min(start + BLOCK, len(q_QHd))
-        own_Q = blocks.before * BLOCK + torch.arange(start, end, device=q_QHd.device)
+    for row, start in enumerate(range(0, len(q_QHd), block)):
+        end = min(start + block, len(q_QHd))
+        own_Q = blocks.before * block + torch.arange(start, end, device=q_QHd.device)
         most = int(blocks.counts[:, row].max())
         # entries behind a head's last block stand for one in the future: masked, and no place to read
-        place_HC = (blocks.indices[:, row, :most, None] * BLOCK + within).flatten(1).long()
+        place_HC = (blocks.indices[:, row, :most, None] * block + within).flatten(1).long()
         seen_HQC = place_HC[:, None] <= own_Q[:, None]
         index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
         keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
@@ -298,6 +306,11 @@ def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sink
             attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
         outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs) if outputs else q_QHd
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether attention with blocks runs by kernels on this tensor."""
+    return _kernels(x) is not None
 
 
 def _kernels(x: Tensor) -> Any | None:

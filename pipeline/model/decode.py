@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.model.cache import KeysValues
+from pipeline.model.cache import KeysValues, MemoryCache
 from pipeline.model.decode_batch import batch_for
 from pipeline.model.generated import Generated, StopRules
 from pipeline.model.graphs import DecodeStats, StepSize, runner_for
@@ -335,6 +336,8 @@ def decode(
         if answer.weighs is not None and not prefilled.cache.on_device_alone:
             answer.end_visits()
     cache = prefilled.cache
+    if isinstance(cache, MemoryCache) and (count > 1 or again):
+        raise ConfigError("keys that are held before RoPE are decoded once, and a document at a time")
     own = [cache.used(b) for b in range(count)]
     dtype = kv_dtype or decoder.dtype
     converts = dtype != (cache.dtype or decoder.dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.model.loading import LoadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import uses_fp8
+from pipeline.pruning.capabilities import check_memories, uses_fp8
 
 
 class Variant(NamedTuple):
@@ -45,6 +45,9 @@ def precision_of(variants: Iterable[Variant]) -> LinearPrecision:
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     """Make what some variant needs, and keep the rest for the others; raises ConfigError."""
     variants = list(variants)
+    for variant in variants:
+        refused = {"--linear-dtype mixed": variant.linears == "mixed", "--kv-dtype fp8": variant.kv == "fp8"}
+        check_memories(variant.method, refused)
     ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
         use_linears(model.decoder, linears, ffn=ffn, keep=True)

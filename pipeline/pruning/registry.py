@@ -19,6 +19,7 @@ METHODS = {
     "dense": "pipeline.pruning.dense:Dense",
     "fastkv": "pipeline.pruning.fastkv:FastKV",
     "gemfilter": "pipeline.pruning.gemfilter:GemFilter",
+    "hip": "pipeline.pruning.hip:Hip",
     "mars": "pipeline.pruning.mars:Mars",
     "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
     "sliminfer": "pipeline.pruning.sliminfer:SlimInfer",

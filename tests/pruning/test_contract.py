@@ -17,13 +17,15 @@ from pipeline.pruning.capabilities import (
     ChoosesPrecision,
     FixesShares,
     ForeseesWork,
+    HoldsUnrotatedKeys,
     RescoresBlocks,
     SharesDocuments,
     expected_passes,
 )
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import attended_pairs, passes_flops
-from pipeline.pruning.registry import method_names
+from pipeline.pruning.registry import method_class, method_names
+from pipeline.pruning.unrotated import UnrotatedMethod
 
 CUSTOM = f"{Path(__file__).parents[2] / 'examples' / 'custom_method.py'}:KeyNorm"
 NAMES = [*method_names(), CUSTOM]
@@ -36,7 +38,10 @@ class Case(NamedTuple):
 
 
 WHOLE = [Case(name, None) for name in NAMES]
-SPARSE = [Case(name, 0.4) for name in NAMES]
+# who hold keys themselves, and select no tokens
+UNROTATED = {name for name in method_names() if issubclass(method_class(name), UnrotatedMethod)}
+SELECTING = [case for case in WHOLE if case.name not in UNROTATED]
+SPARSE = [Case(case.name, 0.4) for case in SELECTING]
 
 
 class Watching:
@@ -57,7 +62,14 @@ class Watching:
         return selection
 
 
-@pytest.fixture(params=[*WHOLE, *SPARSE], ids=lambda case: f"{case.name.rpartition(':')[2]}-{case.mass}")
+def told(case):
+    return f"{case.name.rpartition(':')[2]}-{case.mass}"
+
+
+selecting = pytest.mark.parametrize("case", [*SELECTING, *SPARSE], ids=told)
+
+
+@pytest.fixture(params=[*WHOLE, *SPARSE], ids=told)
 def case(request):
     return request.param
 
@@ -85,6 +97,7 @@ def model():
     return tiny_model("qwen3")
 
 
+@selecting
 def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, sdpa, documents):
     passes, *others = prefill(model, sdpa, method, pack_of(*documents)).by_document()
     whole = 900 * 901 // 2
@@ -95,10 +108,11 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
 ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
 ABLE = {
     SharesDocuments: ALL,
-    ForeseesWork: ALL,
+    ForeseesWork: ALL | UNROTATED,
     RescoresBlocks: {"sliminfer"},
     FixesShares: (ALL - {"mars"}) | {"key-norm"},
     ChoosesPrecision: {"marsinfer"},
+    HoldsUnrotatedKeys: UNROTATED,
 }
 
 
@@ -108,6 +122,7 @@ def test_who_has_a_capability(capability):
     assert {method.name for method in methods if isinstance(method, capability)} == ABLE[capability]
 
 
+@selecting
 def test_indices_are_ascending_unique_and_inside(method, model, sdpa, documents):
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -122,6 +137,7 @@ def test_indices_are_ascending_unique_and_inside(method, model, sdpa, documents)
                 assert ((indices >= 0) & (indices < view.segments.total)).all()
 
 
+@selecting
 def test_protected_tokens_survive(method, model, sdpa, documents):
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -161,6 +177,7 @@ def test_planned_bytes_bound_the_real_ones(method, model, sdpa, documents):
     assert 0 < cache.nbytes <= planned
 
 
+@selecting
 def test_layers_that_are_shared_do_nothing_that_hangs_on_a_question(method, model, sdpa, documents):
     shared = method.shared_layers(model.shape) if isinstance(method, SharesDocuments) else 0
     assert 0 <= shared <= model.shape.layers

@@ -27,7 +27,7 @@ def test_text_settings_become_numbers():
             "marsinfr",
             {},
             "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, fastkv, gemfilter, "
-            "mars, marsinfer, sliminfer, uniprefill "
+            "hip, mars, marsinfer, sliminfer, uniprefill "
             "(or FILE.py:Class for one of your own)",
         ),
         (

@@ -1,0 +1,92 @@
+"""Keys that a method holds before RoPE, with their values; it gives them positions when they are read.
+
+A `KeyMemory` is of one document. It is given the document's tokens in order, layer by layer: chunks of the
+prompt, each of which passes all layers before the next one does, and then what is generated. Letters beside
+those of segments.py: N new tokens, Q queries, P positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.pruning.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """RoPE at any of the positions from 0 up to a last one, of the layers of a model."""
+
+    kinds: tuple[str | None, ...]  # of each layer, among the tables; None: it has no RoPE
+    tables: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (P, d), or of a head's first dimensions
+    query_scale_P: Tensor | None = None  # of queries, where that depends on the position
+
+    def keys(self, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (..., d) at `positions` (...), which may be broadcast; the same where there is no RoPE."""
+        kind = self.kinds[layer]
+        if kind is None:
+            return keys
+        cos, sin = (table[positions].to(_wide(keys)) for table in self.tables[kind])
+        width = cos.shape[-1]
+        turned = keys[..., :width].to(_wide(keys))
+        first, second = turned.chunk(2, dim=-1)
+        turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(keys.dtype)
+        return turned if width == keys.shape[-1] else torch.cat((turned, keys[..., width:]), dim=-1)
+
+    def queries(self, layer: int, queries: Tensor, positions: Tensor) -> Tensor:
+        """The same of queries."""
+        turned = self.keys(layer, queries, positions)
+        return turned if self.query_scale_P is None else turned * self.query_scale_P[positions][..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What a memory is made for: one document of a model, on a device."""
+
+    shape: ModelShape
+    length: int  # tokens of the prompt
+    new_tokens: int  # that may follow
+    dtype: torch.dtype
+    device: torch.device
+    attention: AttentionBackend
+    rotation: Callable[[int], Rotation]  # of so many positions, from 0 on
+
+    @property
+    def fits_context(self) -> bool:
+        """Whether all tokens have positions that the model was trained on."""
+        return self.length + self.new_tokens <= self.shape.context
+
+
+class KeyMemory(ABC):
+    """What a method holds of one document's keys, before RoPE, and values."""
+
+    def __init__(self, layers: int) -> None:
+        # of each layer, mean over heads: query-key pairs of attention so far
+        self.pairs = [0] * layers
+        self.estimated_pairs = [0] * layers  # and those that keys were chosen by
+
+    @abstractmethod
+    def attend(self, layer: int, q_QHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
+        """Take in a layer's next N tokens; what the last Q of them attend to, (Q, H, d).
+
+        Queries and keys are without RoPE. Q is N, or fewer where nothing else is read of the layer.
+        """
+
+    @property
+    @abstractmethod
+    def stored(self) -> list[int]:
+        """Of each layer, the tokens whose keys and values are held."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Of the device."""
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
