@@ -40,7 +40,7 @@ class Hip(UnrotatedMethod):
     answer chooses for those that follow. Keys are judged as if each stood `window` + 1 before the query.
 
     Chosen by us: chunks of 64 by default, where the paper has 8, so that the block-sparse kernel serves. With
-    64 or 32 the second stage has no smaller ones either. `sink` and `window` are whole blocks of 64, and the
+    64 those of the second stage are of 64, too. `sink` and `window` are whole blocks of 64, and the
     window counts from the beginning of a query's block. Keys stay on the device.
     """
 

@@ -44,7 +44,7 @@ def qkv(tokens, head_dim=16, heads=2, kv_heads=1, dtype=torch.float32, seed=0):
     return joined.split((heads, kv_heads, kv_heads), dim=1)
 
 
-def masked_reference(q, k, v, blocks):
+def masked_reference(q, k, v, blocks, size=BLOCK):
     """(T, H, d) float64, from a mask of all pairs."""
     tokens, heads, head_dim = q.shape
     group = heads // k.shape[1]
@@ -55,13 +55,13 @@ def masked_reference(q, k, v, blocks):
     for head in range(heads):
         for row in range(blocks.counts.shape[1]):
             for block in blocks.indices[head, row, : blocks.counts[head, row]].tolist():
-                seen[head, row * BLOCK : (row + 1) * BLOCK, block * BLOCK : (block + 1) * BLOCK] = True
+                seen[head, row * size : (row + 1) * size, block * size : (block + 1) * size] = True
     seen &= place[None, :] <= place[:, None]
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v_HTd).transpose(0, 1), seen
 
 
-def random_lists(heads, tokens, seed=0):
-    rows = -(-tokens // BLOCK)
+def random_lists(heads, tokens, seed=0, size=BLOCK):
+    rows = -(-tokens // size)
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(heads, rows, rows, generator=generator) < 0.4
     kept = (kept | torch.eye(rows, dtype=torch.bool)) & torch.ones(rows, rows, dtype=torch.bool).tril()
@@ -85,6 +85,13 @@ def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads
     blocks = random_lists(heads, tokens)
     expected, _ = masked_reference(q, k, v, blocks)
     assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-4
+
+
+def test_the_kernel_of_blocks_of_64(kernels):
+    q, k, v = qkv(300)
+    blocks = random_lists(2, 300, size=64)
+    expected, _ = masked_reference(q, k, v, blocks, size=64)
+    assert (block_sparse_attention(q, k, v, blocks, block=64) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("tokens", "left_out"), [(1, 0), (300, 0), (400, 2), (200, 2)])
