@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.pruning.hip_choice import QUERY_BLOCK, ChunkStage, blocks_at_once, choose_chunks
+from pipeline.pruning.hip_choice import AVERAGED, QUERY_BLOCK, ChunkStage, blocks_at_once, choose_chunks
 from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds
 
 
@@ -124,6 +124,9 @@ class HipMemory(KeyMemory):
         own = range(first // QUERY_BLOCK, -(-end // QUERY_BLOCK))
         # of a block that is not whole the first or the last query stands for those that lack
         place_BQ = self._places(own.start * QUERY_BLOCK, own.stop * QUERY_BLOCK).view(-1, QUERY_BLOCK)
+        before = first - own.start * QUERY_BLOCK
+        if end - first == 1:
+            place_BQ, before = place_BQ[:, :AVERAGED], 0
         place_BQ = place_BQ.clamp(first, end - 1)
         q_BQHd = q_QHd[place_BQ - first]
         stops = [max(0, block * QUERY_BLOCK - of.window) for block in own]
@@ -131,20 +134,17 @@ class HipMemory(KeyMemory):
         held = self._held[layer]
         if held is not None:  # by which the stop is that of the token that has chosen
             stops = [held.stop]
-        self._count(layer, stops, place_BQ.amax(1).tolist(), end - first)
+        ends = [min(end, (block + 1) * QUERY_BLOCK) for block in own]
+        self._count(layer, stops, ends, end - first)
         if self._reads_blocks(of, q_QHd, first):
             return self._by_blocks(layer, q_QHd, own, start_HBC, stops, end)
         heads, head_dim = q_QHd.shape[1:]
         at_once = blocks_at_once(heads, min(of.most_read, end), head_dim)
         parts = [
-            self._read(layer, q_BQHd[b:c], place_BQ[b:c], start_HBC[:, b:c], stops[b:c], end)
+            self._read(layer, q_BQHd[b:c], place_BQ[b:c], start_HBC[:, b:c], stops[b:c], ends[b:c])
             for b, c in ((b, b + at_once) for b in range(0, len(own), at_once))
         ]
-        inside_BQ = torch.ones_like(place_BQ, dtype=torch.bool)
-        inside_BQ[0, : first - own.start * QUERY_BLOCK] = False
-        if end % QUERY_BLOCK:
-            inside_BQ[-1, end % QUERY_BLOCK - QUERY_BLOCK :] = False
-        return torch.cat(parts)[inside_BQ]
+        return torch.cat(parts).flatten(0, 1)[before : before + end - first]
 
     def _choice(self, layer: int, q_BQHd: Tensor, stops: list[int], first: int, end: int) -> Tensor:
         """See `choose_chunks`; of a generated token that of one shortly before it, where there is one."""
@@ -160,16 +160,22 @@ class HipMemory(KeyMemory):
         self._held[layer] = _Held(first, stops[0], start_HBC) if alone else None
         return start_HBC
 
-    def _count(self, layer: int, stops: list[int], lasts: list[int], queries: int) -> None:
-        """Add query-key pairs; those of the last block but one and before are of whole blocks."""
+    def _count(self, layer: int, stops: list[int], ends: list[int], queries: int) -> None:
+        """Add the query-key pairs of blocks that end there; the first may begin within its block."""
         of, left = self._layers[layer], queries
-        for stop, last in zip(reversed(stops), reversed(lasts), strict=True):
-            asked = min(left, last % QUERY_BLOCK + 1)
-            self.pairs[layer] += asked * (of.far(stop) + last + 1 - stop) - asked * (asked - 1) // 2
+        for stop, end in zip(reversed(stops), reversed(ends), strict=True):
+            asked = min(left, (end - 1) % QUERY_BLOCK + 1)
+            self.pairs[layer] += asked * (of.far(stop) + end - stop) - asked * (asked - 1) // 2
             left -= asked
 
     def _read(
-        self, layer: int, q_BQHd: Tensor, place_BQ: Tensor, start_HBC: Tensor, stops: list[int], end: int
+        self,
+        layer: int,
+        q_BQHd: Tensor,
+        place_BQ: Tensor,
+        start_HBC: Tensor,
+        stops: list[int],
+        ends: list[int],
     ) -> Tensor:
         """(B, Q, H, d) attention of some blocks of queries to the keys that are gathered for them."""
         of, (heads, blocks, _) = self._layers[layer], start_HBC.shape
@@ -178,7 +184,7 @@ class HipMemory(KeyMemory):
         sink_B1 = stop_B1.clamp(max=of.sink)
         chosen_B1 = torch.tensor([of.chosen(stop) * of.chunk for stop in stops], device=self._device)[:, None]
         sink_N, chosen_N = self._places(0, of.sink), self._places(0, most * of.chunk)
-        near_N = self._places(0, int((place_BQ.amax(1) + 1 - stop_B1[:, 0]).max()))
+        near_N = self._places(0, max(end - stop for end, stop in zip(ends, stops, strict=True)))
         place_HBC = (start_HBC[..., :most, None] + self._places(0, of.chunk)).flatten(2)
         shared_BN = stop_B1 + near_N
         place_HBN = torch.cat(
@@ -187,13 +193,13 @@ class HipMemory(KeyMemory):
         group = heads // self._keys.shape[2]
         head_H11 = torch.arange(heads, device=self._device)[:, None, None] // group
         keys, values = (
-            held[layer].transpose(0, 1)[head_H11, place_HBN.clamp(max=end - 1)]
+            held[layer].transpose(0, 1)[head_H11, place_HBN.clamp(max=ends[-1] - 1)]
             for held in (self._keys, self._values)
         )
         seen_BQN = torch.cat(
             (
-                (sink_N < sink_B1)[:, None].expand(-1, QUERY_BLOCK, -1),
-                (chosen_N < chosen_B1)[:, None].expand(-1, QUERY_BLOCK, -1),
+                (sink_N < sink_B1)[:, None].expand(-1, place_BQ.shape[1], -1),
+                (chosen_N < chosen_B1)[:, None].expand(-1, place_BQ.shape[1], -1),
                 shared_BN[:, None] <= place_BQ[..., None],
             ),
             dim=2,
