@@ -18,6 +18,7 @@ from pipeline.pruning.registry import make_method
 # with which a method prunes documents as short as these; "*" for every method that is not named
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
+    "cascade": {"tokens": "16", "caches": "2", "sink": "4", "chunk": "8"},
     "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
     "gemfilter": {"keep": "7"},
     "hip": {"dense_below": "0", "keys": "64", "chunk": "8", "sink": "0", "window": "0", "last": "1"},
@@ -34,6 +35,7 @@ FULL = {
     "kv_share": 1.0,
     "keep": 1.0,
     "keys": 1 << 20,
+    "tokens": 400,
     "last_full": LAYERS - 1,
     "sparse_attention": 1.0,
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 METHODS = {
+    "cascade": "pipeline.pruning.cascade:Cascade",
     "dense": "pipeline.pruning.dense:Dense",
     "fastkv": "pipeline.pruning.fastkv:FastKV",
     "gemfilter": "pipeline.pruning.gemfilter:GemFilter",

@@ -27,6 +27,7 @@ OF_THE_MODEL = {
     "width",
     "words",
     "scale",
+    "decay",
     "eps",
     "mass",
     "headroom",

