@@ -29,6 +29,7 @@ CAPACITY = (
 )
 SHARES_AT_ONCE = 1 << 27  # of the estimate that lie in memory: 512 MB
 CHOSEN_AT_ONCE = 1 << 15  # of them that a program of the choosing kernel holds in registers
+FEWEST_QUERIES = 16  # that a program of the kernels multiplies
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
@@ -306,6 +307,63 @@ def _plain(
             attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
         outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs) if outputs else q_QHd
+
+
+def best_products(q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B: Tensor, chunk: int) -> Tensor:
+    """(H, B, C) the best product that a block of queries sees in a chunk of keys on the way down to one key.
+
+    A chunk begins at `start_HBC` and has `chunk` keys, or ends at its block's stop. It is halved until one
+    key is left: a half is stood for by the key in its middle, and that half goes on whose key has the larger
+    product with any of the queries. Chunks that begin at the stop or behind it have minus infinity.
+    """
+    kernels, steps = _kernels(q_HBQd), max(1, (chunk - 1).bit_length())
+    if kernels is None:
+        return _plain_products(q_HBQd, k_TKd, start_HBC, stop_B[:, None], chunk, steps)
+    if q_HBQd.shape[2] < FEWEST_QUERIES:
+        q_HBQd = q_HBQd.repeat(1, 1, -(-FEWEST_QUERIES // q_HBQd.shape[2]), 1)
+    (heads, blocks, queries, head_dim), chunks = q_HBQd.shape, start_HBC.shape[-1]
+    best_HBC = torch.empty(start_HBC.shape, dtype=torch.float32, device=q_HBQd.device)
+    wide = q_HBQd.dtype == torch.float32
+    tile = 32 if wide else 64
+    kernels.descent_kernel[(-(-chunks // tile), blocks, heads)](
+        *(q_HBQd.contiguous(), k_TKd, *k_TKd.stride()[:2], start_HBC.int().contiguous(), stop_B.int()),
+        *(best_HBC, chunks, blocks, heads // k_TKd.shape[1]),
+        QUERIES=queries,
+        CHUNK=chunk,
+        STEPS=steps,
+        HEAD_DIM=head_dim,
+        WIDTH=power_of_two(head_dim, 16),
+        TILE=tile,
+        PRECISION="ieee" if wide else "tf32",
+        num_warps=4,
+    )
+    return best_HBC
+
+
+def _plain_products(
+    q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B1: Tensor, chunk: int, steps: int
+) -> Tensor:
+    """See `best_products`."""
+    k_KTd, group = k_TKd.transpose(0, 1), len(q_HBQd) // k_TKd.shape[1]
+    head_H11 = torch.arange(len(q_HBQd), device=q_HBQd.device)[:, None, None] // group
+    wide = torch.promote_types(q_HBQd.dtype, torch.float32)
+
+    def best(place_HBC: Tensor) -> Tensor:
+        k_HBCd = k_KTd[head_H11, place_HBC.clamp(max=len(k_TKd) - 1)]
+        return (q_HBQd.to(wide) @ k_HBCd.to(wide).transpose(2, 3)).amax(2)
+
+    low, high = start_HBC, torch.minimum(start_HBC + chunk, stop_B1)
+    best_HBC = torch.full(low.shape, -math.inf, dtype=wide, device=low.device)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        left, right = best((low + middle) // 2), best((middle + high) // 2)
+        best_HBC = torch.maximum(best_HBC, torch.maximum(left, right))
+        is_right = right > left
+        low, high = (
+            torch.where(is_right, middle, low),
+            torch.where(is_right, high, torch.maximum(middle, low + 1)),
+        )
+    return best_HBC.masked_fill_(start_HBC >= stop_B1, -math.inf)
 
 
 def has_kernels(x: Tensor) -> bool:

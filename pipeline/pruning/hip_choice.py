@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.select import top_indices
+from pipeline.kernels.sparse import best_products, has_kernels
 
 QUERY_BLOCK = 64  # queries that choose together
 AVERAGED = 4  # neighbouring queries that one stands for, in all stages but the last
 AT_ONCE = 1 << 26  # numbers of keys that are gathered at once
+PLACE_NUMBERS = 16  # that as many bytes take as the places and scores of a chunk
 
 
 class ChunkStage(NamedTuple):
@@ -46,9 +48,9 @@ def most_chunks(stages: Sequence[ChunkStage], keys: int) -> int:
     return most
 
 
-def blocks_at_once(heads: int, keys: int, head_dim: int) -> int:
-    """Blocks of queries for which so many keys of each head are gathered at once."""
-    return max(1, AT_ONCE // (heads * max(1, keys) * head_dim))
+def blocks_at_once(heads: int, keys: int, numbers: int) -> int:
+    """Blocks of queries for which so many keys of each head, of `numbers` each, are gathered at once."""
+    return max(1, AT_ONCE // (heads * max(1, keys) * numbers))
 
 
 def choose_chunks(
@@ -61,10 +63,11 @@ def choose_chunks(
     Queries and keys are as they are to be compared.
     """
     blocks, _, heads, head_dim = q_BQHd.shape
-    q_HBQd, k_KTd = q_BQHd.permute(2, 0, 1, 3), k_TKd.transpose(0, 1)
-    at_once = blocks_at_once(heads, most_chunks(stages, max(stops) - first), head_dim)
+    q_HBQd = q_BQHd.permute(2, 0, 1, 3)
+    numbers = PLACE_NUMBERS if has_kernels(q_BQHd) else head_dim
+    at_once = blocks_at_once(heads, most_chunks(stages, max(stops) - first), numbers)
     parts = [
-        _choose(q_HBQd[:, each : each + at_once], k_KTd, first, stops[each : each + at_once], stages)
+        _choose(q_HBQd[:, each : each + at_once], k_TKd, first, stops[each : each + at_once], stages)
         for each in range(0, blocks, at_once)
     ]
     widest = max(part.shape[-1] for part in parts)
@@ -75,10 +78,10 @@ def choose_chunks(
 
 
 def _choose(
-    q_HBQd: Tensor, k_KTd: Tensor, first: int, stops: list[int], stages: tuple[ChunkStage, ...]
+    q_HBQd: Tensor, k_TKd: Tensor, first: int, stops: list[int], stages: tuple[ChunkStage, ...]
 ) -> Tensor:
     """The same of as many blocks as there is memory for."""
-    missing, device = k_KTd.shape[1], q_HBQd.device
+    missing, device = len(k_TKd), q_HBQd.device
     stop_B1 = torch.tensor(stops, device=device)[:, None]
     chunk = stages[0].chunk
     start_C = torch.arange(first, max(*stops, first + 1), chunk, device=device)
@@ -94,49 +97,8 @@ def _choose(
         start_HBC = start_HBC.masked_fill(start_HBC >= stop_B1, missing)
         count = stage.keep // chunk
         if start_HBC.shape[-1] > count:
-            end_HBC = torch.minimum(start_HBC + chunk, stop_B1)
             queries = q_HBQd if is_last else means_HBQd
-            score_HBC = _best_products(queries, k_KTd, start_HBC, end_HBC, chunk)
-            score_HBC = score_HBC.masked_fill(start_HBC >= missing, float("-inf"))
+            score_HBC = best_products(queries, k_TKd, start_HBC, stop_B1[:, 0], chunk)
             best_HBC = top_indices(score_HBC.flatten(0, 1), count).unflatten(0, score_HBC.shape[:2])
             start_HBC = start_HBC.gather(2, best_HBC)
     return start_HBC.sort(dim=-1).values
-
-
-def _best_products(q_HBQd: Tensor, k_KTd: Tensor, start_HBC: Tensor, end_HBC: Tensor, chunk: int) -> Tensor:
-    """(H, B, C) the best product that is seen in a chunk on the way down to one key."""
-    low, high = start_HBC, end_HBC
-    best_HBC = torch.full(low.shape, float("-inf"), dtype=torch.float32, device=low.device)
-    if q_HBQd.dtype == torch.float64:
-        best_HBC = best_HBC.double()
-    for _ in range(max(1, (chunk - 1).bit_length())):
-        middle = (low + high) // 2
-        left, right = (
-            _products(q_HBQd, k_KTd, place) for place in ((low + middle) // 2, (middle + high) // 2)
-        )
-        best_HBC = torch.maximum(best_HBC, torch.maximum(left, right))
-        goes_right = right > left
-        low, high = (
-            torch.where(goes_right, middle, low),
-            torch.where(goes_right, high, torch.maximum(middle, low + 1)),
-        )
-    return best_HBC
-
-
-def _products(q_HBQd: Tensor, k_KTd: Tensor, place_HBC: Tensor) -> Tensor:
-    """(H, B, C) of the key at each place the largest product with any of the queries."""
-    heads, kv_heads = len(q_HBQd), len(k_KTd)
-    head_H11 = torch.arange(heads, device=q_HBQd.device)[:, None, None] // (heads // kv_heads)
-    k_HBCd = k_KTd[head_H11, place_HBC.clamp(max=k_KTd.shape[1] - 1)]
-    return products(q_HBQd, k_HBCd).amax(2)
-
-
-def products(q_HBQd: Tensor, k_HBCd: Tensor) -> Tensor:
-    """(H, B, Q, C) in float32, or in float64 of such."""
-    k_HBdC = k_HBCd.transpose(2, 3)
-    if q_HBQd.dtype.itemsize > 2:
-        return q_HBQd @ k_HBdC
-    if not q_HBQd.is_cuda:
-        return q_HBQd.float() @ k_HBdC.float()
-    flat = torch.bmm(q_HBQd.flatten(0, 1), k_HBdC.flatten(0, 1), out_dtype=torch.float32)
-    return flat.unflatten(0, q_HBQd.shape[:2])

@@ -324,3 +324,18 @@ def test_without_kernels_attention_is_whole_unless_the_reference_is_asked_for():
     assert not sparse.applies(100_000, 1536, cpu)
     assert sparse.applies(256, 1536, cpu, sparse_from=256)
     assert not sparse.applies(255, 1536, cpu, sparse_from=256)
+
+
+@pytest.mark.parametrize(("chunk", "queries", "head_dim"), [(8, 64, 24), (256, 16, 16), (64, 4, 16)])
+def test_the_kernel_goes_down_the_same_halves(kernels, chunk, queries, head_dim):
+    generator = torch.Generator().manual_seed(chunk)
+    tokens, stops = 700, torch.tensor([128, 690])
+    q = torch.randn(4, 2, queries, head_dim, generator=generator).to(DEVICE)
+    _, k, _ = qkv(tokens, head_dim=head_dim, heads=4, kv_heads=2)
+    starts = torch.arange(64, 700 + 2 * chunk, chunk, device=DEVICE).expand(4, 2, -1)
+    got = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "_kernels", lambda x: None)
+        expected = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
+    assert torch.isinf(expected).any()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
