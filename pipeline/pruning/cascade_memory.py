@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.scoring import attention_received
-from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds
+from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds, attended_by_last
 
 
 class CascadeSizes(NamedTuple):
@@ -101,8 +100,7 @@ class CascadeMemory(KeyMemory):
         pairs = queries * (2 * end - queries + 1) // 2
         self.pairs[layer] += pairs
         self.estimated_pairs[layer] += pairs  # whose products are computed once more
-        slots = DecodeSlots.of([0], [end], end, self._device, [queries])
-        return self._attention.decode(q_QHd, keys, values, slots)
+        return attended_by_last(self._attention, q_QHd, keys, values)
 
 
 class _CascadeLayer:

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
-from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.pruning.hip_choice import AVERAGED, QUERY_BLOCK, ChunkStage, blocks_at_once, choose_chunks
-from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds
+from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds, attended_by_last
 
 
 class HipLayer(NamedTuple):
@@ -114,9 +113,8 @@ class HipMemory(KeyMemory):
     def _whole(self, layer: int, q_QHd: Tensor, first: int, end: int) -> Tensor:
         """Attention of the queries from `first` to `end` to all keys before them."""
         keys, values = self._keys[layer, :end], self._values[layer, :end]
-        slots = DecodeSlots.of([0], [end], end, self._device, [end - first])
         self.pairs[layer] += _causal_pairs(end) - _causal_pairs(first)
-        return self._attention.decode(q_QHd, keys, values, slots)
+        return attended_by_last(self._attention, q_QHd, keys, values)
 
     def _chosen(self, layer: int, q_QHd: Tensor, first: int, end: int) -> Tensor:
         """Attention of queries without RoPE, or with it within the context, to what their blocks choose."""

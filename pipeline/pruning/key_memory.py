@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.query_pieces import QueryPart, QueryPiece
+from pipeline.kernels.segments import Segments
 from pipeline.pruning.shape import ModelShape
 
 
@@ -86,6 +88,13 @@ class KeyMemory(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Of the device."""
+
+
+def attended_by_last(attention: AttentionBackend, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    """(Q, H, d) causal attention of the last Q of T tokens."""
+    first, end = len(k_TKd) - len(q_QHd), len(k_TKd)
+    piece = QueryPiece(first, (QueryPart(0, first, end),))
+    return attention.prefill_piece(q_QHd, k_TKd, v_TKd, Segments.of((end,), q_QHd.device), piece)
 
 
 def _wide(values: Tensor) -> torch.dtype:
