@@ -80,8 +80,11 @@ class CascadeMemory(KeyMemory):
     def _turn(self, layer: int, start: int, end: int) -> None:
         """Give the tokens held at these places their positions."""
         of = self._layers[layer]
-        places_T1 = torch.arange(start, end, device=self._device)[:, None]
-        of.turned[start:end] = self._rotation.keys(layer, of.keys[start:end], places_T1)
+        of.turned[start:end] = of.keys[start:end]
+        self._rotation.turn_keys_(layer, of.turned[start:end], self._places(start, end))
+
+    def _places(self, start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=self._device)
 
     def _attended(self, layer: int, q_QHd: Tensor, k_QKd: Tensor, v_QKd: Tensor) -> Tensor:
         """Let tokens wait, and attend to what is held and to those before them that wait."""
@@ -92,8 +95,7 @@ class CascadeMemory(KeyMemory):
         of.score_HM[:, start:end] = 0
         of.waiting += queries
         self._turn(layer, start, end)
-        places_Q1 = torch.arange(start, end, device=self._device)[:, None]
-        q_QHd = self._rotation.queries(layer, q_QHd, places_Q1)
+        q_QHd = self._rotation.queries(layer, q_QHd, self._places(start, end))
         keys, values = of.turned[:end], of.values[:end]
         received_HM = attention_received(q_QHd, keys, self._decay)
         of.score_HM[:, :end].mul_(self._decay**queries).add_(received_HM, alpha=1 - self._decay)

@@ -91,14 +91,14 @@ class HipMemory(KeyMemory):
     def attend(self, layer: int, q_QHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
         start, end = self._used[layer], self._used[layer] + len(k_NKd)
         assert end <= self._keys.shape[1], "the memory has no room for more tokens"
-        if self._fits:
-            k_NKd = self._rotation.keys(layer, k_NKd, self._places(start, end)[:, None])
         self._keys[layer, start:end], self._values[layer, start:end] = k_NKd, v_NKd
+        if self._fits:
+            self._rotation.turn_keys_(layer, self._keys[layer, start:end], self._places(start, end))
         self._used[layer] = end
         first = end - len(q_QHd)
         if self._first_whole is None:
             return self._chosen(layer, q_QHd, first, end)
-        q_QHd = self._rotation.queries(layer, q_QHd, self._places(first, end)[:, None])
+        q_QHd = self._rotation.queries(layer, q_QHd, self._places(first, end))
         between = min(max(first, self._first_whole), end)
         outputs = []
         if first < between:
@@ -128,7 +128,7 @@ class HipMemory(KeyMemory):
         place_BQ = place_BQ.clamp(first, end - 1)
         q_BQHd = q_QHd[place_BQ - first]
         stops = [max(0, block * QUERY_BLOCK - of.window) for block in own]
-        start_HBC = self._choice(layer, q_BQHd, stops, first, end)
+        start_HBC = self._choice(layer, q_BQHd, place_BQ, stops, first, end)
         held = self._held[layer]
         if held is not None:  # by which the stop is that of the token that has chosen
             stops = [held.stop]
@@ -144,14 +144,20 @@ class HipMemory(KeyMemory):
         ]
         return torch.cat(parts).flatten(0, 1)[before : before + end - first]
 
-    def _choice(self, layer: int, q_BQHd: Tensor, stops: list[int], first: int, end: int) -> Tensor:
+    def _queries_at(self, layer: int, q_BQHd: Tensor, positions_BQ: Tensor) -> Tensor:
+        turned = self._rotation.queries(layer, q_BQHd.flatten(0, 1), positions_BQ.flatten())
+        return turned.unflatten(0, positions_BQ.shape)
+
+    def _choice(
+        self, layer: int, q_BQHd: Tensor, place_BQ: Tensor, stops: list[int], first: int, end: int
+    ) -> Tensor:
         """See `choose_chunks`; of a generated token that of one shortly before it, where there is one."""
         of, alone = self._layers[layer], end - first == 1 and not self._fits
         held = self._held[layer] if alone else None
         if held is not None and held.position < first < held.position + self._refresh:
             return held.start_HBC
         if not self._fits:
-            q_BQHd = self._rotation.queries(layer, q_BQHd, self._places(0, 1) + of.window + 1)
+            q_BQHd = self._queries_at(layer, q_BQHd, torch.full_like(place_BQ, of.window + 1))
         keys = self._keys[layer, :end]
         self.estimated_pairs[layer] += sum(_estimated(of, stop) for stop in stops)
         start_HBC = choose_chunks(q_BQHd, keys, of.sink, stops, of.stages)
@@ -206,9 +212,8 @@ class HipMemory(KeyMemory):
             rank_BN = torch.cat(
                 (sink_N.expand(blocks, -1), sink_B1 + chosen_N, sink_B1 + chosen_B1 + near_N), dim=1
             )
-            keys = self._rotation.keys(layer, keys, rank_BN)
-            rank_BQ1 = (place_BQ - stop_B1 + sink_B1 + chosen_B1)[..., None]
-            q_BQHd = self._rotation.queries(layer, q_BQHd, rank_BQ1)
+            self._rotation.turn_keys_(layer, keys.flatten(1, 2).transpose(0, 1), rank_BN.flatten())
+            q_BQHd = self._queries_at(layer, q_BQHd, place_BQ - stop_B1 + sink_B1 + chosen_B1)
         attended_BHQd = scaled_dot_product_attention(
             q_BQHd.transpose(1, 2), keys.transpose(0, 1), values.transpose(0, 1), attn_mask=seen_BQN[:, None]
         )

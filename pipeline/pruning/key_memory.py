@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.fused import rope_
 from pipeline.kernels.query_pieces import QueryPart, QueryPiece
 from pipeline.kernels.segments import Segments
 from pipeline.pruning.shape import ModelShape
@@ -28,22 +29,21 @@ class Rotation:
     tables: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (P, d), or of a head's first dimensions
     query_scale_P: Tensor | None = None  # of queries, where that depends on the position
 
-    def keys(self, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
-        """Keys (..., d) at `positions` (...), which may be broadcast; the same where there is no RoPE."""
+    def turn_keys_(self, layer: int, k_TKd: Tensor, positions_T: Tensor) -> None:
+        """Give keys their positions, in place."""
         kind = self.kinds[layer]
-        if kind is None:
-            return keys
-        cos, sin = (table[positions].to(_wide(keys)) for table in self.tables[kind])
-        width = cos.shape[-1]
-        turned = keys[..., :width].to(_wide(keys))
-        first, second = turned.chunk(2, dim=-1)
-        turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(keys.dtype)
-        return turned if width == keys.shape[-1] else torch.cat((turned, keys[..., width:]), dim=-1)
+        if kind is not None:
+            cos_Td, sin_Td = (table[positions_T] for table in self.tables[kind])
+            turned = k_TKd[..., : cos_Td.shape[-1]]
+            rope_(turned, turned[:, :0], cos_Td, sin_Td)
 
-    def queries(self, layer: int, queries: Tensor, positions: Tensor) -> Tensor:
-        """The same of queries."""
-        turned = self.keys(layer, queries, positions)
-        return turned if self.query_scale_P is None else turned * self.query_scale_P[positions][..., None]
+    def queries(self, layer: int, q_THd: Tensor, positions_T: Tensor) -> Tensor:
+        """Queries at these positions, (T, H, d)."""
+        turned_THd = q_THd.clone()
+        self.turn_keys_(layer, turned_THd, positions_T)
+        if self.query_scale_P is not None:
+            turned_THd.mul_(self.query_scale_P[positions_T][:, None, None])
+        return turned_THd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,3 @@ def attended_by_last(attention: AttentionBackend, q_QHd: Tensor, k_TKd: Tensor, 
     first, end = len(k_TKd) - len(q_QHd), len(k_TKd)
     piece = QueryPiece(first, (QueryPart(0, first, end),))
     return attention.prefill_piece(q_QHd, k_TKd, v_TKd, Segments.of((end,), q_QHd.device), piece)
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
