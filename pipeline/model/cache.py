@@ -225,6 +225,7 @@ class MemoryCache(RaggedCache):
     def __init__(self, memories: Sequence[KeyMemory], device: torch.device, new_tokens: int) -> None:
         super().__init__(new_tokens)
         self.memories = memories
+        self._prompts = [memory.stored for memory in memories]  # what there is before anything is generated
         self._device = device
 
     @property
@@ -262,7 +263,7 @@ class MemoryCache(RaggedCache):
         return self.memories[document].stored
 
     def own_tokens(self) -> list[list[int]]:
-        return [list(layer) for layer in zip(*(memory.stored for memory in self.memories), strict=True)]
+        return [list(layer) for layer in zip(*self._prompts, strict=True)]
 
     def round_to_e4m3(self) -> None:
         raise ConfigError("keys that are held before RoPE stay in the model's dtype, and not in fp8")

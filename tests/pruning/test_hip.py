@@ -221,3 +221,10 @@ def test_a_context_without_room_for_what_is_read(sdpa):
         ConfigError, match=r"^method hip reads 512 tokens, prompt and answer, and these are 600: "
     ):
         prefill(tiny_model("qwen2"), sdpa, method, pack_of(document(600)))
+
+
+def test_what_the_prompt_stores_is_told_once_the_answer_is_there():
+    model = loaded(tiny_model("qwen2"))
+    _, prefilled, _ = score_answer(model, Hip(**SMALL), document(300), [1, 2, 3])
+    assert prefilled.cache.own_tokens() == [[300]] * 4
+    assert prefilled.cache.used(0) == [303] * 4
