@@ -103,13 +103,14 @@ def block_sparse_attention(
     blocks: BlockLists,
     left_out: int = 0,
     sinks_H: Tensor | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Tensor:
     """Causal attention of one document's queries to the keys in the blocks chosen, (Q, H, d).
 
     The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
-    computed, and undefined. Blocks have `block` tokens, 64 or 128.
+    computed, and undefined. Blocks have `block` tokens, 64 or the usual 128.
     """
+    block = block or BLOCK
     queries, heads, head_dim = q_QHd.shape
     all_rows = blocks.counts.shape[1]
     rows = max(0, all_rows - left_out)

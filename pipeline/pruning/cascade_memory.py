@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.scoring import attention_received
+from pipeline.kernels.segments import on_device
 from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds, attended_by_last
 
 
@@ -166,20 +167,20 @@ def entered(score_KM: Tensor, sizes: Sequence[int], *, slots: int, first: int) -
         queue_KN, coming_KA = torch.cat((queue_KN, coming_KA[:, :free]), dim=1), coming_KA[:, free:]
         steps_A = steps_A[free:]
         taken_A = steps_A % (1 << number) == 0
-        others = np.flatnonzero(~taken_A)
-        newest_KN = torch.cat((queue_KN[:, -1:], coming_KA[:, _on(device, np.flatnonzero(taken_A))]), dim=1)
+        taken, others = (_places(each, device) for each in (taken_A, ~taken_A))
+        newest_KN = torch.cat((queue_KN[:, -1:], coming_KA[:, taken]), dim=1)
         if len(others):
-            before = np.cumsum(taken_A)[others]
-            assert len(np.unique(before)) == len(before), "two tokens compete with the same one"
-            other_KB, rival = coming_KA[:, _on(device, others)], _on(device, before)
+            before = np.cumsum(taken_A)[~taken_A].tolist()
+            assert len(set(before)) == len(before), "two tokens compete with the same one"
+            other_KB, rival = coming_KA[:, others], on_device(before, device)
             rival_KB = newest_KN[:, rival]
             is_better_KB = score_KM.gather(1, other_KB) > score_KM.gather(1, rival_KB)
             newest_KN[:, rival] = torch.where(is_better_KB, other_KB, rival_KB)
         joined_KN = torch.cat((queue_KN[:, :-1], newest_KN), dim=1) if queue_KN.shape[1] else queue_KN
-        dropped = int(taken_A.sum())
+        dropped = len(taken)
         held[number], coming_KA, steps_A = joined_KN[:, dropped:], joined_KN[:, :dropped], steps_A[taken_A]
     return torch.cat(held[::-1], dim=1), [queue.shape[1] for queue in held]
 
 
-def _on(device: torch.device, places: np.ndarray) -> Tensor:
-    return torch.from_numpy(places).to(device, non_blocking=True)
+def _places(chosen: np.ndarray, device: torch.device) -> Tensor:
+    return on_device(np.flatnonzero(chosen).tolist(), device, torch.int64)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.kernels.segments import on_device
 from pipeline.kernels.select import top_indices
 from pipeline.kernels.sparse import best_products, has_kernels
 
@@ -82,7 +83,7 @@ def _choose(
 ) -> Tensor:
     """The same of as many blocks as there is memory for."""
     missing, device = len(k_TKd), q_HBQd.device
-    stop_B1 = torch.tensor(stops, device=device)[:, None]
+    stop_B1 = on_device(stops, device)[:, None]
     chunk = stages[0].chunk
     start_C = torch.arange(first, max(*stops, first + 1), chunk, device=device)
     start_HBC = start_C.expand(len(q_HBQd), len(stops), -1)

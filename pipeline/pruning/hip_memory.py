@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
+from pipeline.kernels.segments import on_device
 from pipeline.pruning.hip_choice import AVERAGED, QUERY_BLOCK, ChunkStage, blocks_at_once, choose_chunks
 from pipeline.pruning.key_memory import KeyMemory, MemoryNeeds, attended_by_last
 
@@ -184,9 +185,9 @@ class HipMemory(KeyMemory):
         """(B, Q, H, d) attention of some blocks of queries to the keys that are gathered for them."""
         of, (heads, blocks, _) = self._layers[layer], start_HBC.shape
         most = max(map(of.chosen, stops))
-        stop_B1 = torch.tensor(stops, device=self._device)[:, None]
+        stop_B1 = on_device(stops, self._device)[:, None]
         sink_B1 = stop_B1.clamp(max=of.sink)
-        chosen_B1 = torch.tensor([of.chosen(stop) * of.chunk for stop in stops], device=self._device)[:, None]
+        chosen_B1 = on_device([of.chosen(stop) * of.chunk for stop in stops], self._device)[:, None]
         sink_N, chosen_N = self._places(0, of.sink), self._places(0, most * of.chunk)
         near_N = self._places(0, max(end - stop for end, stop in zip(ends, stops, strict=True)))
         place_HBC = (start_HBC[..., :most, None] + self._places(0, of.chunk)).flatten(2)
@@ -230,7 +231,7 @@ class HipMemory(KeyMemory):
         """The same by the kernel of block-sparse attention."""
         of = self._layers[layer]
         heads, blocks, _ = start_HBC.shape
-        stop_B1 = torch.tensor(stops, device=self._device)[:, None] // QUERY_BLOCK
+        stop_B1 = on_device(stops, self._device)[:, None] // QUERY_BLOCK
         own_B1 = torch.arange(own.start, own.stop, device=self._device)[:, None]
         missing = own.stop
         sink_BN = self._places(0, of.sink // QUERY_BLOCK).expand(blocks, -1)
