@@ -23,6 +23,7 @@ from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.base import PruningMethod, Selection
+from pipeline.pruning.capabilities import HoldsUnrotatedKeys
 from pipeline.pruning.operations import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
@@ -183,7 +184,12 @@ class _Within(NamedTuple):
 
 
 def _within(model: LoadedModel, pack: Pack, method: PruningMethod) -> _Within:
-    """Time in the method's scoring and selection over one prefill, and in sums over ranks over another."""
+    """Time in the method's scoring and selection over one prefill, and in sums over ranks over another.
+
+    A method that holds keys itself selects nothing.
+    """
+    if isinstance(method, HoldsUnrotatedKeys):
+        return _Within()
     select, sums, ranks = Stopwatch(model.device), Stopwatch(model.device), model.decoder.ranks
     timed = _TimedMethod(method, select)
     prefill(model.decoder, model.attention, cast(PruningMethod, timed), pack, draft=model.draft)

@@ -15,15 +15,18 @@ from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import StepSkips, step_skips
 from pipeline.pruning.dense import Dense
+from pipeline.pruning.operations import attended_pairs
 from pipeline.pruning.registry import make_method
 
 # with which a method prunes documents as short as these; "*" for every method that is not named
 SMALL = {
     "*": {"start_layer": "1", "window": "6", "prefix": "4", "eta": "0.7"},
+    "cascade": {"tokens": "16", "caches": "2", "sink": "4", "chunk": "8"},
     "ffn-skip": {"threshold": "-1", "warm_up": "0"},
     "fastkv": {"layer": "1", "share": "0.5", "kv_share": "0.3", "window": "4"},
     "frugal": {"keep": "0.4", "layer": "1", "judges": "20", "sink": "2", "window": "5", "most": "8"},
     "gemfilter": {"keep": "7"},
+    "hip": {"dense_below": "0", "keys": "64", "chunk": "8", "sink": "0", "window": "0", "last": "1"},
     "mars": {"last_full": "1", "window": "6"},
     "sliminfer": {"layers": "1,2,3", "budget": "0.6,0.4,0.2", "block": "8", "unit": "2"},
     "speculative": {
@@ -46,6 +49,8 @@ FULL = {
     "kv_share": 1.0,
     "keep": 1.0,
     "threshold": 2.0,
+    "keys": 1 << 20,
+    "tokens": 400,
     "last_full": LAYERS - 1,
     "sparse_attention": 1.0,
 }
@@ -73,22 +78,29 @@ def method(name: str) -> Finding:
     dense, whole, pruned = (tried.prefill(each) for each in (Dense(), full(pruning), pruning))
     off = distance(whole.logits_BV, dense.logits_BV)
     tolerance = TOLERANCES[tried.decoder.dtype.itemsize * 8]
-    share = ffn_tokens(pruned) / ffn_tokens(dense)
+    shares = {what: count(pruned) / count(dense) for what, count in COUNTED.items()}
     if (rule := step_skips(pruning, tried.decoder.shape)) is not None:
-        share = 1 - skipped_share(tried, pruning, rule)
-    facts = {"off": off, "tolerance": tolerance, "ffn_share": share}
+        shares["FFN tokens"] = 1 - skipped_share(tried, pruning, rule)
+    facts = {
+        "off": off,
+        "tolerance": tolerance,
+        "ffn_share": shares["FFN tokens"],
+        "pairs_share": shares["query-key pairs"],
+    }
+    left_out = [(what, share) for what, share in shares.items() if share < 1]
     faults = []
     if not off <= tolerance:
         faults.append(f"with full settings it is off dense by {off:.3g}, more than {tolerance:g}")
     if not torch.isfinite(pruned.logits_BV).all():
         faults.append("a pruned prefill gives logits that are not finite")
-    if name != Dense.name and not share < 1:
+    if name != Dense.name and not left_out:
         faults.append("a prefill that should be pruned is not")
     if faults:
         return Finding("broken", "; ".join(faults), facts)
     if name == Dense.name:
         return Finding("ok", f"the same when run again ({off:.2g})", facts)
-    text = f"with full settings within {tolerance:g} of dense ({off:.2g}); pruned, {share:.0%} of FFN tokens"
+    what, share = left_out[0]
+    text = f"with full settings within {tolerance:g} of dense ({off:.2g}); pruned, {share:.0%} of {what}"
     return Finding("ok", text, facts)
 
 
@@ -106,3 +118,12 @@ def ffn_tokens(prefilled: Prefilled) -> int:
     """Tokens that passed feed-forward networks, of all documents, passes and layers."""
     passes = (layers for document in prefilled.by_document() for layers in document)
     return sum(work.ffn_tokens for layers in passes for work in layers)
+
+
+def pairs(prefilled: Prefilled) -> int:
+    """Query-key pairs of attention, likewise."""
+    passes = (layers for document in prefilled.by_document() for layers in document)
+    return sum(attended_pairs(work) for layers in passes for work in layers)
+
+
+COUNTED = {"FFN tokens": ffn_tokens, "query-key pairs": pairs}

@@ -67,12 +67,10 @@ class LocalEngine:
     ) -> None:
         """With `group` auto, rows about the same document are answered together where that is cheaper.
 
-        With any, dense may take the method's place there. What `guard` does not speak for is answered by
-        dense. With `logprobs` rows tell how likely their tokens were. With `kv_dtype` fp8 keys and values are
-        in e4m3 while rows are decoded. With `lookup` so many tokens of a row are drafted for a step, with
-        None as many as suit the device. `in_flight` bounds the rows that are decoded at once, and `n` is how
-        many answers a prompt gets, each of which counts as one there. `check` is called often, between
-        layers too; what it raises ends the run. `phase` is told of each pack that is prefilled.
+        With any, dense may take the method's place there; it answers what `guard` does not speak for. With
+        `lookup` so many tokens of a row are drafted for a step, with None as many as suit the device.
+        `in_flight` bounds the rows decoded at once, and `n` is how many answers a prompt gets, each of which
+        counts as one there. `check` is called often, between layers too; what it raises ends the run.
         """
         of_run = RowRules.of_model(model, rules, sampling, response_format, logprobs=logprobs, n=n)
         self.row_rules = replace(of_run, skips=step_skips(method, model.shape))

@@ -18,7 +18,7 @@ from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import ReadsAhead, SkipsInSteps
+from pipeline.pruning.capabilities import HoldsUnrotatedKeys, ReadsAhead, SkipsInSteps
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.pruning.speculative import DraftReader
 from pipeline.ranks.leading import on_every_rank
@@ -88,7 +88,8 @@ class Packer:
         `n`, so that all answers to a prompt are decoded together.
         """
         method.check_depth(shape)
-        rows = _in_flight(in_flight, pack_tokens, device)
+        one_by_one = isinstance(method, HoldsUnrotatedKeys) or pack_tokens == 1
+        rows = _in_flight(in_flight, device, one_by_one=one_by_one)
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
         if isinstance(method, SkipsInSteps) and max(rows, n) > 1:
             raise ConfigError(f"method {method.name} needs in_flight=1, so that each row is decoded alone")
@@ -113,7 +114,12 @@ class Packer:
         return whole.within(free_bytes(device) if free is None else free)
 
     def within(self, usable: int) -> Self:
-        """The same with so many bytes, divided between the store and the prefills beside it."""
+        """The same with so many bytes, divided between the store and the prefills beside it.
+
+        Rows of a method that holds keys itself need no store.
+        """
+        if isinstance(self.method, HoldsUnrotatedKeys):
+            return replace(self, max_bytes=usable, store_bytes=0)
         tokens = max(self.pack_tokens, min(self.shape.context, LONGEST_BESIDE_STORE))
         while tokens > 1 and self.planned_bytes([tokens]) > PREFILL_SHARE * usable:
             tokens //= 2
@@ -161,12 +167,16 @@ class Packer:
         return slots_needed(stored, 0, self.device) + self.n * of_each
 
     def runs_alone(self, document: EncodedDocument) -> bool:
-        """Whether a document is too large to run beside others: its prefill, or its keys and values."""
+        """Whether a document is too large to run beside others: its prefill, or its keys and values.
+
+        Or whether its method holds these itself, of each document on its own.
+        """
         prompt_tokens = document.prompt_tokens
         return (
             self.planned_bytes([prompt_tokens]) > self.max_bytes
             or self.slots(prompt_tokens, self.room(document)) > self.store_slots
             or not self._may_share([prompt_tokens])
+            or isinstance(self.method, HoldsUnrotatedKeys)
         )
 
     def bytes_alone(self, document: EncodedDocument) -> int:
@@ -242,6 +252,10 @@ class Packer:
     def _running_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that a pack needs while a layer runs."""
         shape, tokens, longest = self.shape, sum(lengths), max(lengths)
+        if isinstance(self.method, HoldsUnrotatedKeys):
+            chunk = min(longest, self.method.chunk_tokens(PIECE_TOKENS))
+            running = running_bytes(shape, self.itemsize, chunk)
+            return running + self.method.attention_bytes(shape, self.itemsize, longest, chunk)
         chosen = any(mass for mass in self.method.masses_in(shape))
         choosing = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
         if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
@@ -256,6 +270,8 @@ class Packer:
 
     def _may_share(self, lengths: Sequence[int]) -> bool:
         """Only what stays on the device shares a pack: no document's active blocks depend on others."""
+        if isinstance(self.method, HoldsUnrotatedKeys):
+            return len(lengths) == 1
         if self.kv_memory is None:
             return True
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
@@ -274,11 +290,11 @@ def memory_message(document: EncodedDocument, packer: Packer, device: str) -> st
     )
 
 
-def _in_flight(wanted: int | None, pack_tokens: int | None, device: torch.device) -> int:
-    """How many rows are decoded together; with packs of one token one row runs from start to end."""
+def _in_flight(wanted: int | None, device: torch.device, *, one_by_one: bool) -> int:
+    """How many rows are decoded together; `one_by_one` each runs from start to end."""
     if wanted is None:
-        return 1 if pack_tokens == 1 else IN_FLIGHT[device.type]
-    return min(wanted, 1) if pack_tokens == 1 else wanted
+        return 1 if one_by_one else IN_FLIGHT[device.type]
+    return min(wanted, 1) if one_by_one else wanted
 
 
 def free_bytes(device: torch.device) -> int:

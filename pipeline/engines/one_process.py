@@ -240,8 +240,9 @@ def _warmed_up(
     from pipeline.engines.local import LocalEngine
     from pipeline.engines.warm_up import LONGEST_WARM_UP_S, warm_up
     from pipeline.families.exit_maps import exit_maps
+    from pipeline.pruning.capabilities import HoldsUnrotatedKeys
 
-    config = setup.config
+    config, alone = setup.config, isinstance(setup.method, HoldsUnrotatedKeys)
     exit_maps(model.decoder, setup.method)  # before memory is planned
     engine = LocalEngine(
         model,
@@ -257,8 +258,8 @@ def _warmed_up(
         lookup=parse_lookup(config.lookup),
         in_flight=config.in_flight,
         n=config.n,
-        # marks are kept of rows that run on their own alone
-        group="off" if config.save_selection else config.group,
+        # marks are kept of rows that run on their own alone, as those of some methods all do
+        group="off" if config.save_selection or alone else config.group,
         guard=setup.guard,
         save_selection=config.save_selection,
         **hooks._asdict(),

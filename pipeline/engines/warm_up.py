@@ -25,6 +25,7 @@ from pipeline.model import precision
 from pipeline.model.decode import decode
 from pipeline.model.generated import StopRules
 from pipeline.model.prefill import Pack, prefill
+from pipeline.pruning.capabilities import HoldsUnrotatedKeys
 from pipeline.records import EncodedDocument, Row, RowError, Spans
 
 # of the longer of the two documents that warm up: kernels are chosen by size, and some load when first chosen
@@ -62,7 +63,7 @@ def warm_up(
     longest = max((document.prompt_tokens for document in prompts or ()), default=None)
     ran = all(_rehearse(engine, length, check) for length in _lengths(engine, longest))
     told = ""
-    if engine.model.device.type == "cuda":
+    if engine.model.device.type == "cuda" and not isinstance(engine.method, HoldsUnrotatedKeys):
         told = f": {engine.prepare(least_free_bytes(engine.model.decoder))}"
     # behind all that gives memory back: the first of these packs finds the memory of the one before
     ran = ran and all(_prefill_once(engine, pack, check) for pack in _first_packs(engine, prompts or ()))
@@ -99,6 +100,8 @@ def _longer(engine: LocalEngine, room: int, longest: int | None = None) -> set[i
     if device.type == "cpu":
         return set()
     lengths: set[int] = set()
+    if isinstance(engine.method, HoldsUnrotatedKeys):
+        lengths.add(min(longest or LONG_WARM_UP_TOKENS, LONG_WARM_UP_TOKENS, room))
     if decoder.linears == "mixed":
         lengths.add(_first(lambda n: precision.worthwhile(n, shape, device), room) + precision.WINDOW)
     if any(mass is not None for mass in engine.method.masses_in(shape)):

@@ -68,7 +68,7 @@ class Decoder(OnEachRank):
         if ranks is not None and not ranks.leads:
             for layer in self._layers:
                 layer.leave_biases_to_others()
-        self._rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
+        self.rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
         self._has_plain_layers = are_plain(self._layers, self._slots, self._query_scale)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
         self.exit_maps: dict[str, Mapping[int, Projection]] = {}  # by their files, see exit_maps.py
@@ -118,7 +118,7 @@ class Decoder(OnEachRank):
 
     def rope(self, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None = None) -> Rope:
         """See `Rotary.rope`."""
-        return self._rotary.rope(hidden_TD, positions_T, reach_T)
+        return self.rotary.rope(hidden_TD, positions_T, reach_T)
 
     def sinks(self, layer: int) -> Tensor | None:
         """(H,) float32 of a layer's heads, where they have sinks: see kernels/attention.py."""

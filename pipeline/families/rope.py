@@ -17,8 +17,8 @@ class Rope:
     query_scale_T: Tensor | None = None  # of queries, where that depends on the position
 
     def of(self, kind: str | None) -> Table | None:
-        """None for layers without one."""
-        return None if kind is None else self.tables[kind]
+        """None for layers without one, and if it is `UNROTATED`."""
+        return self.tables[kind] if kind is not None and self.tables else None
 
     def at(self, tokens: slice | Tensor) -> Rope:
         """Of some of the tokens, (C,) of their places."""
@@ -27,3 +27,6 @@ class Rope:
             tables={kind: (cos[tokens], sin[tokens]) for kind, (cos, sin) in self.tables.items()},
             query_scale_T=None if scale_T is None else scale_T[tokens],
         )
+
+
+UNROTATED = Rope(tables={})  # leaves queries and keys as they are before RoPE

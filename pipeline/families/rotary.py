@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.families.longrope import LongRope
 from pipeline.families.rope import Rope, Table
 from pipeline.families.slots import ONE_ROPE, LayerSlots
+from pipeline.pruning.memories.key_memory import Rotation
 
 
 class Rotary:
@@ -34,6 +35,14 @@ class Rotary:
         beta, length = self._slots.query_growth
         scale_T = 1 + beta * torch.log1p(torch.floor(positions_T / length))
         return Rope(tables=tables, query_scale_T=scale_T.to(hidden_TD.dtype))
+
+    def rotation(self, like: Tensor, positions: int) -> Rotation:
+        """Of so many positions, from 0 on, for queries and keys of the device and type of `like`.
+
+        Not for LongRoPE, whose tables depend on the document.
+        """
+        rope = self.rope(like, torch.arange(positions, device=like.device))
+        return Rotation(kinds=self._slots.ropes, tables=rope.tables, query_scale_P=rope.query_scale_T)
 
     def _rope_table(self, kind: str, hidden_TD: Tensor, positions_T: Tensor, reach_T: Tensor | None) -> Table:
         if self._long_rope is not None:

@@ -28,7 +28,7 @@ PIECE = 1024  # values of a row that a program gates at a time
 
 
 def rope_(q_THd: Tensor, k_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
-    """Rotary embedding in place, as transformers' `apply_rotary_pos_emb`, in float32 inside.
+    """Rotary embedding in place, as transformers' `apply_rotary_pos_emb`, in float32 inside, or float64.
 
     The halves of `cos_Td` and `sin_Td` must repeat, as transformers makes them.
     """
@@ -110,10 +110,11 @@ def _kernels(x: Tensor) -> Any | None:
 
 
 def _rotate_(x_TNd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> None:
-    values_TNd = x_TNd.float()
+    wide = torch.promote_types(x_TNd.dtype, torch.float32)
+    values_TNd = x_TNd.to(wide)
     first, second = values_TNd.chunk(2, dim=-1)
     turned_TNd = torch.cat((-second, first), dim=-1)
-    x_TNd.copy_(values_TNd * cos_Td.float()[:, None] + turned_TNd * sin_Td.float()[:, None])
+    x_TNd.copy_(values_TNd * cos_Td.to(wide)[:, None] + turned_TNd * sin_Td.to(wide)[:, None])
 
 
 def launch_silu_mul(

@@ -41,6 +41,20 @@ def window_importance_by_head(
     return _window_attention(q_THd, k_TKd, segments, window, "mean")
 
 
+def attention_received(q_QHd: Tensor, k_TKd: Tensor, decay: float) -> Tensor:
+    """(H, T) float32 attention that each key gets from the queries of the last Q of T tokens, causal, summed.
+
+    Of a query it counts `decay` times as much as of the one after it.
+    """
+    (queries, tokens), kernels = (len(q_QHd), len(k_TKd)), _kernels(q_QHd)
+    if kernels is None:
+        return _of_document(q_QHd, k_TKd, queries, "each", decay) * queries
+    segments = Segments.of((tokens,), k_TKd.device)
+    options = {"decay": decay, "absent": tokens - queries, "largest": False, "by_head": True}
+    mean_HT: Tensor = kernels.window_attention(q_QHd, k_TKd, segments, (queries,), **options)
+    return mean_HT * queries
+
+
 def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
     """Attention that one document's tokens get from each of S tokens behind them, (S, L - S) float32.
 
@@ -163,13 +177,14 @@ def _kernels(x: Tensor) -> Any | None:
     return kernels_for(x, "triton_scoring")
 
 
-def _of_document(q_LHd: Tensor, k_LKd: Tensor, window: int, over_heads: str) -> Tensor:
-    """(K, L) the same for one document, in plain torch.
+def _of_document(q_LHd: Tensor, k_LKd: Tensor, window: int, over_heads: str, decay: float = 1.0) -> Tensor:
+    """(K, L) the same for one document, in plain torch; see `attention_received` for `decay`.
 
+    With `over_heads` "each" it is of each query head, (H, L).
     As many key/value heads at a time as keep the weights within `SCORES_AT_ONCE` floats, at least one.
     """
-    length, heads, head_dim = q_LHd.shape
-    kv_heads = k_LKd.shape[1]
+    heads, head_dim = q_LHd.shape[1:]
+    length, kv_heads = k_LKd.shape[:2]
     window = min(window, length)
     # (L, H, d) -> (K, G * Q, d): the query heads that share a key head stand beside each other
     q_KQd = q_LHd[-window:].reshape(window, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
@@ -182,8 +197,15 @@ def _of_document(q_LHd: Tensor, k_LKd: Tensor, window: int, over_heads: str) -> 
         scores_KGQL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, window))
         scores_KGQL.mul_(1 / math.sqrt(head_dim))
         scores_KGQL[..., length - window :].masked_fill_(future_QQ, -math.inf)
-        weights_KGL = scores_KGQL.softmax(-1).mean(2)
-        parts.append(weights_KGL.amax(1) if over_heads == "max" else weights_KGL.mean(1))
+        weights_KGQL = scores_KGQL.softmax(-1)
+        if decay != 1:
+            later_Q = torch.arange(window - 1, -1, -1, device=q_LHd.device)
+            weights_KGQL.mul_((decay**later_Q)[:, None])
+        weights_KGL = weights_KGQL.mean(2)
+        if over_heads == "each":
+            parts.append(weights_KGL.flatten(0, 1))
+        else:
+            parts.append(weights_KGL.amax(1) if over_heads == "max" else weights_KGL.mean(1))
     return torch.cat(parts)
 
 

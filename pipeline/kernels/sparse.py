@@ -30,6 +30,7 @@ CAPACITY = (
 )
 SHARES_AT_ONCE = 1 << 27  # of the estimate that lie in memory: 512 MB
 CHOSEN_AT_ONCE = 1 << 15  # of them that a program of the choosing kernel holds in registers
+FEWEST_QUERIES = 16  # that a program of the kernels multiplies
 WHOLE_ROWS = 2  # last blocks of queries, where the question stands: they attend to everything
 
 
@@ -103,19 +104,21 @@ def block_sparse_attention(
     blocks: BlockLists,
     left_out: int = 0,
     sinks_H: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """Causal attention of one document's queries to the keys in the blocks chosen, (Q, H, d).
 
     The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
-    computed, and undefined.
+    computed, and undefined. Blocks have `block` tokens, 64 or the usual 128.
     """
+    block = block or BLOCK
     queries, heads, head_dim = q_QHd.shape
     all_rows = blocks.counts.shape[1]
     rows = max(0, all_rows - left_out)
     kernels = _kernels(q_QHd)
     out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
     if kernels is None:
-        done = _plain(q_QHd[: rows * BLOCK], k_TKd, v_TKd, blocks, sinks_H)
+        done = _plain(q_QHd[: rows * block], k_TKd, v_TKd, blocks, sinks_H, block)
         out_QHd[: len(done)] = done
         return out_QHd
     if not rows:
@@ -123,9 +126,9 @@ def block_sparse_attention(
     indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
     wide = q_QHd.dtype == torch.float32
     tried = not wide and q_QHd.is_cuda
-    described = kernels.described(q_QHd, k_TKd, v_TKd, BLOCK, TILE) if tried else None
+    described = kernels.described(q_QHd, k_TKd, v_TKd, block, TILE) if tried else None
     sources = described or (q_QHd, k_TKd, v_TKd)
-    tile, options = _tiles(head_dim, wide=wide, described=described is not None)
+    tile, options = _tiles(head_dim, block, wide=wide, described=described is not None)
     kernels.attention_kernel[(rows * heads,)](
         *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
@@ -134,17 +137,17 @@ def block_sparse_attention(
         LISTED=blocks.indices is not None,
         HEAD_DIM=head_dim,
         WIDTH=power_of_two(head_dim, 16),
-        BLOCK=BLOCK,
+        BLOCK=block,
         TILE=tile,
         DESCRIBED=described is not None,
         PRECISION="ieee" if wide else "tf32",
-        num_warps=8,
+        num_warps=block // 16,
         **options,
     )
     return out_QHd
 
 
-def _tiles(head_dim: int, *, wide: bool, described: bool) -> tuple[int, dict[str, int]]:
+def _tiles(head_dim: int, block: int, *, wide: bool, described: bool) -> tuple[int, dict[str, int]]:
     """Keys that the attention kernel takes at a time, and how it is compiled.
 
     A block of queries and two tiles of keys and values are to fit a multiprocessor's shared memory: 192 KB of
@@ -155,7 +158,7 @@ def _tiles(head_dim: int, *, wide: bool, described: bool) -> tuple[int, dict[str
             return TILE, {"num_stages": 2}
         return TILE // 4 if wide else TILE // 2, {"num_stages": 1}
     tile = TILE // 2 if wide else TILE
-    if described and head_dim > 64:
+    if described and head_dim > 64 and block == BLOCK:
         # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
         return tile, {"num_stages": 2, "maxnreg": 128}
     return tile, {"num_stages": 2 if wide or head_dim > 64 else 3}
@@ -287,7 +290,14 @@ def _lists(kept_HMN: Tensor, before: int = 0) -> BlockLists:
     return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32), before)
 
 
-def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> Tensor:
+def _plain(
+    q_QHd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    blocks: BlockLists,
+    sinks_H: Tensor | None,
+    block: int,
+) -> Tensor:
     """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
 
     The queries may be the first of those that blocks were chosen for.
@@ -296,14 +306,14 @@ def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sink
     heads, head_dim = q_QHd.shape[1:]
     group = heads // k_TKd.shape[1]
     k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
-    within = torch.arange(BLOCK, device=q_QHd.device)
+    within = torch.arange(block, device=q_QHd.device)
     outputs = []
-    for row, start in enumerate(range(0, len(q_QHd), BLOCK)):
-        end = min(start + BLOCK, len(q_QHd))
-        own_Q = blocks.before * BLOCK + torch.arange(start, end, device=q_QHd.device)
+    for row, start in enumerate(range(0, len(q_QHd), block)):
+        end = min(start + block, len(q_QHd))
+        own_Q = blocks.before * block + torch.arange(start, end, device=q_QHd.device)
         most = int(blocks.counts[:, row].max())
         # entries behind a head's last block stand for one in the future: masked, and no place to read
-        place_HC = (blocks.indices[:, row, :most, None] * BLOCK + within).flatten(1).long()
+        place_HC = (blocks.indices[:, row, :most, None] * block + within).flatten(1).long()
         seen_HQC = place_HC[:, None] <= own_Q[:, None]
         index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
         keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
@@ -314,6 +324,68 @@ def _plain(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sink
             attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
         outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs) if outputs else q_QHd
+
+
+def best_products(q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B: Tensor, chunk: int) -> Tensor:
+    """(H, B, C) the best product that a block of queries sees in a chunk of keys on the way down to one key.
+
+    A chunk begins at `start_HBC` and has `chunk` keys, or ends at its block's stop. It is halved until one
+    key is left: a half is stood for by the key in its middle, and that half goes on whose key has the larger
+    product with any of the queries. Chunks that begin at the stop or behind it have minus infinity.
+    """
+    kernels, steps = _kernels(q_HBQd), max(1, (chunk - 1).bit_length())
+    if kernels is None:
+        return _plain_products(q_HBQd, k_TKd, start_HBC, stop_B[:, None], chunk, steps)
+    if q_HBQd.shape[2] < FEWEST_QUERIES:
+        q_HBQd = q_HBQd.repeat(1, 1, -(-FEWEST_QUERIES // q_HBQd.shape[2]), 1)
+    (heads, blocks, queries, head_dim), chunks = q_HBQd.shape, start_HBC.shape[-1]
+    best_HBC = torch.empty(start_HBC.shape, dtype=torch.float32, device=q_HBQd.device)
+    wide = q_HBQd.dtype == torch.float32
+    tile = 32 if wide else 64
+    kernels.descent_kernel[(-(-chunks // tile), blocks, heads)](
+        *(q_HBQd.contiguous(), k_TKd, *k_TKd.stride()[:2], start_HBC.int().contiguous(), stop_B.int()),
+        *(best_HBC, chunks, blocks, heads // k_TKd.shape[1]),
+        QUERIES=queries,
+        CHUNK=chunk,
+        STEPS=steps,
+        HEAD_DIM=head_dim,
+        WIDTH=power_of_two(head_dim, 16),
+        TILE=tile,
+        PRECISION="ieee" if wide else "tf32",
+        num_warps=4,
+    )
+    return best_HBC
+
+
+def _plain_products(
+    q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B1: Tensor, chunk: int, steps: int
+) -> Tensor:
+    """See `best_products`."""
+    k_KTd, group = k_TKd.transpose(0, 1), len(q_HBQd) // k_TKd.shape[1]
+    head_H11 = torch.arange(len(q_HBQd), device=q_HBQd.device)[:, None, None] // group
+    wide = torch.promote_types(q_HBQd.dtype, torch.float32)
+
+    def best(place_HBC: Tensor) -> Tensor:
+        k_HBCd = k_KTd[head_H11, place_HBC.clamp(max=len(k_TKd) - 1)]
+        return (q_HBQd.to(wide) @ k_HBCd.to(wide).transpose(2, 3)).amax(2)
+
+    low, high = start_HBC, torch.minimum(start_HBC + chunk, stop_B1)
+    best_HBC = torch.full(low.shape, -math.inf, dtype=wide, device=low.device)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        left, right = best((low + middle) // 2), best((middle + high) // 2)
+        best_HBC = torch.maximum(best_HBC, torch.maximum(left, right))
+        is_right = right > left
+        low, high = (
+            torch.where(is_right, middle, low),
+            torch.where(is_right, high, torch.maximum(middle, low + 1)),
+        )
+    return best_HBC.masked_fill_(start_HBC >= stop_B1, -math.inf)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether attention with blocks runs by kernels on this tensor."""
+    return _kernels(x) is not None
 
 
 def _kernels(x: Tensor) -> Any | None:

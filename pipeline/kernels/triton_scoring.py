@@ -35,25 +35,35 @@ UNSEEN: tl.constexpr = tl.constexpr(-3e38)  # finite: a block that a query does 
 
 
 def window_attention(
-    q_THd: Tensor, k_TKd: Tensor, segments: Segments, windows: Sequence[int], *, largest: bool
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    segments: Segments,
+    windows: Sequence[int],
+    *,
+    largest: bool,
+    by_head: bool = False,
+    decay: float = 1.0,
+    absent: int = 0,
 ) -> Tensor:
     """(K, T) float32 attention of each document's last `windows[b]` queries, mean over them.
 
-    Of the query heads that share keys the mean, or the largest. Heads are of up to 256 dimensions. Three
-    launches, whatever the documents; float32 is multiplied on tensor cores too, as three products of parts.
+    Of the query heads that share keys the mean, or the largest, or with `by_head` each, (H, T). Heads are of
+    up to 256 dimensions. Three launches, whatever the documents; float32 is multiplied on tensor cores too,
+    as three products of parts. Each query counts `decay` times as much as the one after it. The queries of
+    the first `absent` tokens are not there.
     """
-    (tokens, heads, head_dim), kv_heads = q_THd.shape, k_TKd.shape[1]
+    (tokens, kv_heads), (_, heads, head_dim) = k_TKd.shape[:2], q_THd.shape
     group, widest = heads // kv_heads, max(windows)  # as asked for: a short document compiles nothing anew
     keys, most_rows = _tile(q_THd.dtype, head_dim)
     rows, joint_rows = (power_of_two(count, FEWEST, most_rows) for count in (widest, group * widest))
     table, blocks, partials, queries = _table(segments, windows, keys)
     partial_logs, logs, sums_KT = (
         torch.empty(shape, dtype=torch.float32, device=q_THd.device)
-        for shape in (partials * heads, queries * heads, (kv_heads, tokens))
+        for shape in (partials * heads, queries * heads, (heads if by_head else kv_heads, tokens))
     )
     inputs = (
         *(q_THd, *q_THd.stride()[:2], k_TKd, *k_TKd.stride()[:2], head_dim, kv_heads, group),
-        *(math.log2(math.e) / math.sqrt(head_dim), table, len(segments)),
+        *(math.log2(math.e) / math.sqrt(head_dim), table, len(segments), absent),
     )
     sizes = {"KEYS": keys, "DIM": power_of_two(head_dim, FEWEST), "DOCUMENTS": DOCUMENTS, "num_stages": 2}
     partial_sums_kernel[(blocks, kv_heads)](
@@ -62,7 +72,8 @@ def window_attention(
     added = {"KEYS": keys, "BLOCKS": ADDED_BLOCKS, "ROWS": ADDED_ROWS}
     grid = (len(segments), kv_heads, -(-group * widest // ADDED_ROWS))
     added_sums_kernel[grid](partial_logs, table, len(segments), kv_heads, group, logs, **added)
-    weights_kernel[(blocks, kv_heads)](*(*inputs, logs, sums_KT, tokens), **sizes, ROWS=rows, LARGEST=largest)
+    given = (*inputs, logs, sums_KT, tokens, math.log2(decay))
+    weights_kernel[(blocks, kv_heads)](*given, **sizes, ROWS=rows, LARGEST=largest, BY_HEAD=by_head)
     return sums_KT
 
 
@@ -90,7 +101,7 @@ def _table(segments: Segments, windows: Sequence[int], keys: int) -> tuple[Tenso
     return on_device(columns, segments.device, torch.int32), firsts[-1], partials[-1], queries[-1]
 
 
-@triton.jit(do_not_specialize=["documents"])
+@triton.jit(do_not_specialize=["documents", "absent"])
 def partial_sums_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -104,6 +115,7 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
     scale,
     table,
     documents,
+    absent,
     partial_logs,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -123,7 +135,8 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
         row = first_row + tl.arange(0, ROWS)
         query = length - window + row % window
         head = kv_head * group + row // window
-        queries = _vectors(q, q_token_stride, q_head_stride, head_dim, start + query, head, row < count, DIM)
+        at = start + query - absent
+        queries = _vectors(q, q_token_stride, q_head_stride, head_dim, at, head, row < count, DIM)
         products = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * scale
         products = tl.where(key[None, :] <= query[:, None], products, UNSEEN)
         highest = tl.reduce(products, 1, larger)
@@ -165,7 +178,7 @@ def added_sums_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row, highest + tl.log2(total), mask=row < count)
 
 
-@triton.jit(do_not_specialize=["documents", "tokens"])
+@triton.jit(do_not_specialize=["documents", "absent", "tokens"])
 def weights_kernel(  # type: ignore[no-untyped-def]
     q,
     q_token_stride,
@@ -179,17 +192,21 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     scale,
     table,
     documents,
+    absent,
     logs,
     sums,
     tokens,
+    decay,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     ROWS: tl.constexpr,
     LARGEST: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     """The second pass: each program takes one block of keys of one head; a tile never spans query heads.
 
+    `decay` is the logarithm of what a query counts less than the one after it.
     The keys come first in the product here, so that a sum over queries stays within a few threads.
     """
     block, kv_head = tl.program_id(0), tl.program_id(1)
@@ -206,21 +223,29 @@ def weights_kernel(  # type: ignore[no-untyped-def]
         head, row = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
         inside = row < window
         query = length - window + row
+        at = start + query - absent
         queries = _vectors(
-            q, q_token_stride, q_head_stride, head_dim, start + query, kv_head * group + head, inside, DIM
+            q, q_token_stride, q_head_stride, head_dim, at, kv_head * group + head, inside, DIM
         )
         log = tl.load(head_logs + head * window + row, mask=inside, other=0)
         products = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * scale
         seen = (key[:, None] <= query[None, :]) & inside[None, :]
+        log -= decay * (window - 1 - row)
         weights = tl.reduce(tl.exp2(tl.where(seen, products, UNSEEN) - log[None, :]), 1, plus)
-        if LARGEST:
+        if BY_HEAD:
+            head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights
+            of_head = sums + (kv_head * group + head).to(tl.int64) * tokens
+            stored = tl.where(tile % tiles == tiles - 1, length, 0)  # once the head is complete
+            tl.store(of_head + start + key, head_total / window, mask=key < stored)
+        elif LARGEST:
             # a head's sum only grows from tile to tile, so it may be compared before it is complete
             head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights
             total = tl.maximum(total, head_total)
         else:
             total += weights
-    share = total / window if LARGEST else total / (group * window)
-    tl.store(sums + kv_head.to(tl.int64) * tokens + start + key, share, mask=key < length)
+    if not BY_HEAD:
+        share = total / window if LARGEST else total / (group * window)
+        tl.store(sums + kv_head.to(tl.int64) * tokens + start + key, share, mask=key < length)
 
 
 @triton.jit

@@ -337,3 +337,56 @@ def described(
             return None
         described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
     return described[0], described[1], described[2]
+
+
+@triton.jit(do_not_specialize=["chunks", "rows"])
+def descent_kernel(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    k_token_stride,
+    k_head_stride,
+    starts,
+    stops,
+    out,
+    chunks,
+    rows,
+    group,
+    QUERIES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """See `sparse.best_products`: each program goes down `TILE` chunks for one block of queries of one head.
+
+    `q` is (heads, rows, QUERIES, HEAD_DIM), `starts` and `out` (heads, rows, chunks), `stops` (rows,).
+    """
+    row, head = tl.program_id(1), tl.program_id(2)
+    place = head.to(tl.int64) * rows + row
+    chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    stop = tl.load(stops + row)
+    low = tl.load(starts + place * chunks + chunk, mask=chunk < chunks, other=2147483647 - CHUNK)
+    inside, high = low < stop, tl.minimum(low + CHUNK, stop)
+    column = tl.arange(0, WIDTH)[None, :]
+    query = place * QUERIES + tl.arange(0, QUERIES)[:, None]
+    queries = tl.load(q + query * HEAD_DIM + column, mask=column < HEAD_DIM, other=0)
+    own = k + (head // group).to(tl.int64) * k_head_stride + column
+    seen = inside[:, None] & (column < HEAD_DIM)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    for _ in tl.range(0, STEPS):
+        middle = (low + high) // 2
+        left = _best(queries, own, (low + middle) // 2, k_token_stride, seen, PRECISION)
+        right = _best(queries, own, (middle + high) // 2, k_token_stride, seen, PRECISION)
+        best = tl.maximum(best, tl.maximum(left, right))
+        high = tl.where(right > left, high, tl.maximum(middle, low + 1))
+        low = tl.where(right > left, middle, low)
+    tl.store(out + place * chunks + chunk, tl.where(inside, best, float("-inf")), mask=chunk < chunks)
+
+
+@triton.jit
+def _best(queries, k, token, token_stride, seen, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the key of each token the largest product with any of the queries."""
+    keys = tl.load(k + token.to(tl.int64)[:, None] * token_stride, mask=seen, other=0)
+    return tl.reduce(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), 1, larger)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import add
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
+from pipeline.families.decoder import Decoder
+from pipeline.families.rope import UNROTATED
 from pipeline.kernels.decoding import Fp8Scales
 from pipeline.kernels.fused import FP8
 from pipeline.kernels.kv_fp8 import KvTarget, put_prompts, rounded
 from pipeline.kernels.segments import Segments, on_device
+from pipeline.pruning.memories.key_memory import KeyMemory
 from pipeline.pruning.shape import ModelShape
 from pipeline.ranks.leading import OnEachRank
 
@@ -105,6 +109,9 @@ class RaggedCache(KeysValues):
 
     def scales(self, layer: int) -> Fp8Scales | None:
         return self._scales[layer] if self._scales else None
+
+    def check_rows(self, rows: int, *, again: bool) -> None:
+        """Raise ConfigError unless so many rows can be decoded from it, and `again` if that is asked for."""
 
     def starts(self, document: int) -> list[int]:
         """Of each layer, the slot of a document's first token."""
@@ -235,3 +242,61 @@ class RaggedCache(KeysValues):
     def nbytes(self) -> int:
         """Of the device."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+class MemoryCache(RaggedCache):
+    """In place of keys and values of all layers, the memory that a method holds of each document."""
+
+    def __init__(self, memories: Sequence[KeyMemory], device: torch.device, new_tokens: int) -> None:
+        super().__init__(new_tokens)
+        self.memories = memories
+        self._prompts = [memory.stored for memory in memories]  # what there is before anything is generated
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def on_device_alone(self) -> bool:
+        return False  # which keys are attended to is chosen step by step
+
+    def layer_(
+        self,
+        decoder: Decoder,
+        layer: int,
+        hidden_ND: Tensor,
+        counts: Sequence[int],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run a layer for the next tokens of each document, on the residual stream in place."""
+        check()
+        q_NHd, k_NKd, v_NKd = decoder.qkv(layer, hidden_ND, UNROTATED)
+        parts = zip(*(x.split(list(counts)) for x in (q_NHd, k_NKd, v_NKd)), strict=True)
+        attended = [
+            memory.attend(layer, *part)
+            for memory, part in zip(self.memories, parts, strict=True)
+            if len(part[0])
+        ]
+        decoder.add_attention_(layer, hidden_ND, attended[0] if len(attended) == 1 else torch.cat(attended))
+        decoder.add_feed_forward_(layer, hidden_ND)
+
+    def check_rows(self, rows: int, *, again: bool) -> None:
+        if rows > 1 or again:
+            raise ConfigError("keys that are held before RoPE are decoded once, and a document at a time")
+
+    def starts(self, document: int) -> list[int]:
+        return [0] * len(self.used(document))
+
+    def used(self, document: int) -> list[int]:
+        return self.memories[document].stored
+
+    def own_tokens(self) -> list[list[int]]:
+        return [list(layer) for layer in zip(*self._prompts, strict=True)]
+
+    def round_to_e4m3(self) -> None:
+        raise ConfigError("keys that are held before RoPE stay in the model's dtype, and not in fp8")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self.memories)

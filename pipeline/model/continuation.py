@@ -16,7 +16,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import Ranges, own_ranges, queries_of_a_range, shared_ranges
 from pipeline.kernels.segments import Segments, on_device
-from pipeline.model.cache import RaggedCache, Slots
+from pipeline.model.cache import MemoryCache, RaggedCache, Slots
 
 
 @torch.inference_mode()
@@ -42,6 +42,10 @@ def continue_with(
     device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)
     hidden_ND = decoder.embed(on_device([token for part in tokens for token in part], device))
+    if isinstance(cache, MemoryCache):
+        for layer in range(decoder.shape.layers):
+            cache.layer_(decoder, layer, hidden_ND, asked.lengths, check)
+        return hidden_ND[asked.last_indices()] if last_only else hidden_ND
     first_B, document_N = on_device(first_positions, device), asked.document_T
     reach_N = on_device(cache.reaches, device)[document_N] if cache.reaches else None
     rope = decoder.rope(hidden_ND, first_B[document_N] + asked.index_in_document_T, reach_N)

@@ -347,6 +347,7 @@ def decode(
         if answer.weighs is not None and not prefilled.cache.on_device_alone:
             answer.end_visits()
     cache = prefilled.cache
+    cache.check_rows(count, again=again)
     own = [cache.used(b) for b in range(count)]
     dtype = kv_dtype or decoder.dtype
     converts = dtype != (cache.dtype or decoder.dtype)

@@ -23,7 +23,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
-from pipeline.model.cache import KeysValues
+from pipeline.model.cache import KeysValues, MemoryCache
 from pipeline.model.graphs import StepSize
 from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.model.sampling import Draws, RowDraws, next_tokens
@@ -222,6 +222,9 @@ class DecodeBatch(OnEachRank):
         step_layer_ = decoder.step_layer_ if self.skipping is None else self.skipping.step_layer_
         normed = None  # the next layer's input, where a layer's last kernel makes it
         for layer in range(decoder.shape.layers):
+            if isinstance(kv, MemoryCache):
+                kv.layer_(decoder, layer, hidden_QD, (1,) * size.columns)
+                continue
             target = KvTarget(*kv.buffers(layer), asked.places_LQ[layer], kv.scales(layer), asked.lines_Q)
             slots = self._slots(layer, size.columns, asked, shared)
 

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
+from pipeline.families.rope import UNROTATED
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments
-from pipeline.model.cache import RaggedCache
+from pipeline.model.cache import MemoryCache, RaggedCache
 from pipeline.model.continuation import continue_with
 from pipeline.model.layers import Pack, PartialPrefill, Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
-from pipeline.pruning.capabilities import ReadsAhead, RescoresBlocks
+from pipeline.pruning.capabilities import HoldsUnrotatedKeys, ReadsAhead, RescoresBlocks, check_memories
+from pipeline.pruning.memories.key_memory import KeyMemory, MemoryNeeds
 from pipeline.pruning.operations import LayerWork, passes_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.pruning.speculative import DraftReader
+from pipeline.pruning.tiers import FFN, LIVE
 from pipeline.pruning.view import mask_of
 from pipeline.ranks.leading import on_every_rank
 
@@ -103,6 +106,14 @@ def prefill(
     """
     lengths = pack.lengths
     method.check_depth(decoder.shape)
+    if isinstance(method, HoldsUnrotatedKeys):
+        refused = {
+            "--kv-memory": limits is not None,
+            "--kv-dtype fp8": kv_dtype not in (None, decoder.dtype),
+            "--linear-dtype mixed": decoder.linears == "mixed",
+        }
+        check_memories(method, refused)
+        return _into_memories(decoder, attention, method, pack, new_tokens, check, marks)
     reading = None
     if isinstance(method, ReadsAhead):
         own = _Reader(decoder=decoder, attention=attention)
@@ -235,6 +246,89 @@ def _flops(shape: ModelShape, work: Work, segments: Segments, steps: int) -> tup
     return tuple(
         passes_flops(shape, [layers, [more] * shape.layers])
         for layers, more in zip(by_document, ahead, strict=True)
+    )
+
+
+def _into_memories(
+    decoder: Decoder,
+    attention: AttentionBackend,
+    method: PruningMethod,
+    pack: Pack,
+    new_tokens: int,
+    check: Callable[[], None],
+    marks: bool,
+) -> Prefilled:
+    """Prefill documents one after the other into memories of their own, by a method that holds them."""
+    assert isinstance(method, HoldsUnrotatedKeys)
+    method.plan(decoder.shape, pack.segments.lengths)
+    ends, memories = [], []
+    whole = method.needs_last_layer(decoder.shape)
+    for start, end in pack.segments.ranges():
+        ids_N = pack.input_ids[start:end]
+        needs = MemoryNeeds(
+            shape=decoder.shape,
+            length=len(ids_N),
+            new_tokens=new_tokens,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            attention=attention,
+            rotation=partial(decoder.rotary.rotation, decoder.embed(ids_N[:1])),
+        )
+        memory = method.memory(needs)
+        for ids_C in ids_N.split(method.chunk_tokens(decoder.piece_tokens)):
+            hidden_1D = _chunk(decoder, memory, ids_C, whole=whole, check=check)
+        ends.append(hidden_1D)
+        memories.append(memory)
+    cache = MemoryCache(memories, decoder.device, new_tokens)
+    cache.reaches = tuple(length + new_tokens for length in pack.segments.lengths)
+    return Prefilled(
+        logits_BV=decoder.logits(torch.cat(ends)),
+        cache=cache,
+        passes=[_work_of(memories, pack.segments, decoder.shape.layers, whole, marks)],
+        lengths=pack.segments.lengths,
+        next_positions=pack.segments.lengths,
+    )
+
+
+def _chunk(
+    decoder: Decoder, memory: KeyMemory, ids_C: Tensor, *, whole: bool, check: Callable[[], None]
+) -> Tensor:
+    """(1, D) the last token of a prompt's next chunk after all layers.
+
+    Of the model's last layer nothing else is read; `whole` if its attention is to be computed of all tokens.
+    """
+    cache, last = MemoryCache([memory], decoder.device, 0), decoder.shape.layers - 1
+    hidden_CD = decoder.embed(ids_C)
+    for layer in range(last):
+        cache.layer_(decoder, layer, hidden_CD, (len(ids_C),), check)
+    check()
+    k_CKd, v_CKd = decoder.keys_values(last, hidden_CD, UNROTATED)
+    asking_QD = hidden_CD if whole else hidden_CD[-1:]
+    (q_QHd,) = decoder.queries(last, asking_QD, UNROTATED)
+    attended_QHd = memory.attend(last, q_QHd, k_CKd, v_CKd)
+    hidden_1D = hidden_CD[-1:].clone()
+    decoder.add_attention_(last, hidden_1D, attended_QHd[-1:])
+    decoder.add_feed_forward_(last, hidden_1D)
+    return hidden_1D
+
+
+def _work_of(
+    memories: Sequence[KeyMemory], segments: Segments, layers: int, whole: bool, marks: bool
+) -> Work:
+    """Of a prefill in which every token passes every layer, but for the FFN of the last."""
+    lengths_B, none = segments.lengths_B, (0,) * len(segments)
+    all_but_last = [lengths_B] * (layers - 1)
+    marked_T = torch.full((segments.total,), LIVE | FFN, dtype=torch.uint8, device=segments.device)
+    return Work(
+        kept=[segments.lengths] * layers,
+        ffn_B=[*all_but_last, torch.ones_like(lengths_B)],
+        ffn_fp8_B=[torch.zeros_like(lengths_B)] * layers,
+        scored_pairs=[none] * layers,
+        pairs_B=[torch.tensor(pairs) for pairs in zip(*(memory.pairs for memory in memories), strict=True)],
+        kv_only=[none] * layers,
+        last_only=[*[False] * (layers - 1), not whole],
+        estimated=list(zip(*(memory.estimated_pairs for memory in memories), strict=True)),
+        marks=[marked_T] * layers if marks else None,
     )
 
 

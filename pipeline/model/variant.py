@@ -11,7 +11,7 @@ from pipeline.families.exit_maps import check_exit_maps, exit_maps
 from pipeline.families.projection import IN_FULL, LinearPrecision
 from pipeline.model.loading import LoadedModel, Model, UnloadedModel, use_linears
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import ReadsAhead, uses_fp8
+from pipeline.pruning.capabilities import ReadsAhead, check_memories, uses_fp8
 
 
 class Variant(NamedTuple):
@@ -54,6 +54,9 @@ def precision_of(variants: Iterable[Variant]) -> LinearPrecision:
 def prepare(model: LoadedModel, variants: Iterable[Variant]) -> None:
     """Make what some variant needs, and keep the rest for the others; raises ConfigError."""
     variants = list(variants)
+    for variant in variants:
+        refused = {"--linear-dtype mixed": variant.linears == "mixed", "--kv-dtype fp8": variant.kv == "fp8"}
+        check_memories(variant.method, refused)
     ffn = any(uses_fp8(variant.method) for variant in variants)
     for linears in dict.fromkeys(variant.linears for variant in variants):
         for decoder in model.decoders:

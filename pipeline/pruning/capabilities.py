@@ -6,13 +6,15 @@ by one, their cost is not foreseen, all its keys and values stay on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.kernels.segments import Segments
+from pipeline.pruning.memories.key_memory import KeyMemory, MemoryNeeds
 from pipeline.pruning.operations import Passes
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import Spans
@@ -149,6 +151,50 @@ def exit_maps_of(method: object, shape: ModelShape) -> tuple[str, int] | None:
     if not isinstance(method, MapsExits) or method.exit_maps is None:
         return None
     return method.exit_maps, method.last_full_layer(shape.layers)
+
+
+@runtime_checkable
+class HoldsUnrotatedKeys(Protocol):
+    """It holds keys before RoPE in a memory of its own, and gives them positions when they are attended to.
+
+    So it may read documents that are longer than the model's context. It is given a document's prompt in
+    chunks, each of which passes all layers before the next, and its `select` is never asked. Its rows are
+    prefilled and decoded one by one: they have no packs, groups, CUDA graphs or drafts, several answers to a
+    prompt, keys and values in fp8 or in host memory, linear layers in mixed precision, or several GPUs.
+    """
+
+    def longest(self, shape: ModelShape) -> int:
+        """Tokens of the longest sequence that it reads, prompt and answer together."""
+
+    def chunk_tokens(self, most: int) -> int:
+        """Prompt tokens of a chunk, where linear layers run on at most so many at once."""
+
+    def memory(self, needs: MemoryNeeds) -> KeyMemory:
+        """An empty memory of one document."""
+
+    def attention_bytes(self, shape: ModelShape, itemsize: int, length: int, chunk: int) -> int:
+        """Bytes that attention of `chunk` tokens needs for a moment, of a prompt of `length`."""
+
+
+def longest_sequence(method: object, shape: ModelShape) -> int:
+    """Tokens of the longest sequence that a method reads: the model's context, or more."""
+    return method.longest(shape) if isinstance(method, HoldsUnrotatedKeys) else shape.context
+
+
+def check_memories(method: object, refused: Mapping[str, bool]) -> None:
+    """Raise ConfigError for a flag that is given beside a method whose rows run one by one, in a memory each.
+
+    `refused` are the flags that such a method does not go with, and whether they are given.
+    """
+    if not isinstance(method, HoldsUnrotatedKeys):
+        return
+    for flag, is_given in refused.items():
+        if is_given:
+            name = getattr(method, "name", type(method).__name__)
+            raise ConfigError(
+                f"{flag} and --method {name} exclude each other: it holds each document's keys before RoPE, "
+                "in the model's dtype, and answers row by row"
+            )
 
 
 def expected_passes(method: object, shape: ModelShape, length: int) -> Passes | None:

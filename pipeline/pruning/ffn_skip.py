@@ -38,7 +38,6 @@ class FfnSkip(PruningMethod):
 
     name: ClassVar[str] = "ffn-skip"
     source: ClassVar[str] = "arXiv 2404.03865"
-    suits_windows: ClassVar[bool] = True
     reads_layers: ClassVar[bool] = False
 
     threshold: float = setting(
@@ -57,6 +56,10 @@ class FfnSkip(PruningMethod):
         low=1,
         whole=True,
     )
+
+    @classmethod
+    def suits(cls, shape: ModelShape) -> bool:
+        return True
 
     def step_skips(self, shape: ModelShape) -> StepSkips:
         quarter = max(1, round(COLD * shape.layers))

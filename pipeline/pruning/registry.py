@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from pipeline.pruning.base import PruningMethod
 
 METHODS = {
+    "cascade": "pipeline.pruning.cascade:Cascade",
     "dense": "pipeline.pruning.dense:Dense",
     "fastkv": "pipeline.pruning.fastkv:FastKV",
     "ffn-skip": "pipeline.pruning.ffn_skip:FfnSkip",
     "frugal": "pipeline.pruning.frugal:Frugal",
     "gemfilter": "pipeline.pruning.gemfilter:GemFilter",
+    "hip": "pipeline.pruning.hip:Hip",
     "mars": "pipeline.pruning.mars:Mars",
     "marsinfer": "pipeline.pruning.marsinfer:MarsInfer",
     "sliminfer": "pipeline.pruning.sliminfer:SlimInfer",

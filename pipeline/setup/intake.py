@@ -224,14 +224,16 @@ def make_prompts(
     now: datetime | None = None,
     parts_reasoning: bool = True,
     of_requests: bool = False,
+    context: int | None = None,
 ) -> PromptBuilder:
     """The prompts for a model, with the answer of at most `longest` tokens, or as many as the model takes.
 
+    That is its `context`, the trained one unless a method reads more.
     `now` is the moment whose date a chat template prints, the present where it is None. Without
     `parts_reasoning` all that the model writes is its answer. Prompts `of_requests` may be whole ones, for
     which the model needs no chat template.
     """
-    context = model.shape.context
+    context = context or model.shape.context
     template = settings.template_text()
     if template is None and of_requests and not chat_source(model.tokenizer):
         template = DOCUMENT_ALONE

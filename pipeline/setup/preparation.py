@@ -23,12 +23,13 @@ from pipeline.prompts.chat import parse_moment
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.base import PruningMethod
-from pipeline.pruning.capabilities import exit_maps_of, uses_fp8
+from pipeline.pruning.capabilities import check_memories, exit_maps_of, longest_sequence, uses_fp8
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method
 from pipeline.records import Record, ResponseFormat, RowError
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
+from pipeline.settings.parse import parse_lookup
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import GROUPS, Chosen, choose
 from pipeline.setup.guard import Guard
@@ -215,6 +216,7 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
         now=now,
         parts_reasoning=REASONING_NAME not in intake.source.columns.predates,
         of_requests=intake.source.columns.requests,
+        context=longest_sequence(method, model.shape),
     )
     stops = stop_token_ids(model.tokenizer, None)
     if forms and stops:  # without any, what ends answers is not known before the weights are read
@@ -224,6 +226,15 @@ def prepare(intake: Intake, model: str | Model, method: PruningMethod | None = N
     splitter = make_splitter(config, prompts, formed=form is not None)
     plan = method.plan(model.shape, (1,))  # settings that do not fit the model's depth
     exit_maps = _exit_maps(config, method, model)
+    refused = {
+        "--kv-memory": config.kv_memory is not None,
+        "--kv-dtype fp8": config.kv_dtype == "fp8",
+        "--linear-dtype mixed": config.linear_dtype == "mixed",
+        "--group any": config.group == "any",
+        "--n": config.n > 1,
+        f"--lookup {config.lookup}": bool(parse_lookup(config.lookup)),
+    }
+    check_memories(method, refused)
     if config.kv_memory is not None and plan.rescoring is None:
         raise ConfigError(f"--kv-memory needs a method that can offload keys and values, not {method.name}")
     if config.kv_dtype != AUTO and config.kv_memory is not None:

@@ -214,7 +214,7 @@ def refused(batch, parquet, tmp_path, capfd):
     [
         (
             ["--method", "marsinfr"],
-            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, ",
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: cascade, ",
         ),
         (["--set", "eta"], "--set 'eta': write it as NAME=VALUE, for example --set eta=0.95"),
         ([*PRUNED, "--set", "eta=-1"], "eta=-1.0 is out of range: it must be between 0 and 1"),

@@ -27,6 +27,7 @@ OF_THE_MODEL = {
     "width",
     "words",
     "scale",
+    "decay",
     "eps",
     "mass",
     "headroom",
@@ -66,7 +67,7 @@ TENSORS |= {
     "blocks",
 }
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
-TENSORS |= {"k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
+TENSORS |= {"starts", "stops", "k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -169,3 +169,17 @@ def test_ties_go_to_the_earlier_token():
 def test_top_mask_takes_each_documents_own_count():
     scores = torch.tensor([3.0, 1.0, 2.0, -5.0, 9.0])
     assert top_mask(scores, Segments.of((3, 2)), [2, 1]).tolist() == [True, False, True, False, True]
+
+
+def test_what_keys_receive_of_the_last_queries(either_path):
+    """Of queries that are held alone, each of which counts less than the one after it."""
+    segments = Segments.of((150,), DEVICE)
+    q, k = queries_and_keys(segments, heads=4, kv_heads=2, head_dim=16)
+    got_HT = scoring.attention_received(q[-70:], k, 0.9)
+    k_HTd = k.double().repeat_interleave(2, dim=1).transpose(0, 1)
+    scores_HQT = q[-70:].double().transpose(0, 1) @ k_HTd.transpose(1, 2) / 4
+    future = torch.ones(70, 150, dtype=torch.bool, device=DEVICE).triu(81)
+    weights_HQT = scores_HQT.masked_fill(future, float("-inf")).softmax(-1)
+    counts = 0.9 ** torch.arange(69, -1, -1, dtype=torch.float64, device=DEVICE)
+    expected_HT = (weights_HQT * counts[:, None]).sum(1)
+    assert (got_HT - expected_HT).abs().max() < 1e-5

@@ -44,7 +44,7 @@ def qkv(tokens, head_dim=16, heads=2, kv_heads=1, dtype=torch.float32, seed=0):
     return joined.split((heads, kv_heads, kv_heads), dim=1)
 
 
-def masked_reference(q, k, v, blocks):
+def masked_reference(q, k, v, blocks, size=BLOCK):
     """(T, H, d) float64, from a mask of all pairs."""
     tokens, heads, head_dim = q.shape
     group = heads // k.shape[1]
@@ -55,13 +55,13 @@ def masked_reference(q, k, v, blocks):
     for head in range(heads):
         for row in range(blocks.counts.shape[1]):
             for block in blocks.indices[head, row, : blocks.counts[head, row]].tolist():
-                seen[head, row * BLOCK : (row + 1) * BLOCK, block * BLOCK : (block + 1) * BLOCK] = True
+                seen[head, row * size : (row + 1) * size, block * size : (block + 1) * size] = True
     seen &= place[None, :] <= place[:, None]
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v_HTd).transpose(0, 1), seen
 
 
-def random_lists(heads, tokens, seed=0):
-    rows = -(-tokens // BLOCK)
+def random_lists(heads, tokens, seed=0, size=BLOCK):
+    rows = -(-tokens // size)
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(heads, rows, rows, generator=generator) < 0.4
     kept = (kept | torch.eye(rows, dtype=torch.bool)) & torch.ones(rows, rows, dtype=torch.bool).tril()
@@ -86,6 +86,13 @@ def test_the_kernel_gives_what_plain_torch_does(kernels, tokens, head_dim, heads
     blocks = random_lists(heads, tokens)
     expected, _ = masked_reference(q, k, v, blocks)
     assert (block_sparse_attention(q, k, v, blocks) - expected).abs().max() < 1e-4
+
+
+def test_the_kernel_of_blocks_of_64(kernels):
+    q, k, v = qkv(300)
+    blocks = random_lists(2, 300, size=64)
+    expected, _ = masked_reference(q, k, v, blocks, size=64)
+    assert (block_sparse_attention(q, k, v, blocks, block=64) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("tokens", "left_out"), [(1, 0), (300, 0), (400, 2), (200, 2)])
@@ -318,3 +325,18 @@ def test_without_kernels_attention_is_whole_unless_the_reference_is_asked_for():
     assert not sparse.applies(100_000, 1536, cpu)
     assert sparse.applies(256, 1536, cpu, sparse_from=256)
     assert not sparse.applies(255, 1536, cpu, sparse_from=256)
+
+
+@pytest.mark.parametrize(("chunk", "queries", "head_dim"), [(8, 64, 24), (256, 16, 16), (64, 4, 16)])
+def test_the_kernel_goes_down_the_same_halves(kernels, chunk, queries, head_dim):
+    generator = torch.Generator().manual_seed(chunk)
+    tokens, stops = 700, torch.tensor([128, 690])
+    q = torch.randn(4, 2, queries, head_dim, generator=generator).to(DEVICE)
+    _, k, _ = qkv(tokens, head_dim=head_dim, heads=4, kv_heads=2)
+    starts = torch.arange(64, 700 + 2 * chunk, chunk, device=DEVICE).expand(4, 2, -1)
+    got = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "_kernels", lambda x: None)
+        expected = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
+    assert torch.isinf(expected).any()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

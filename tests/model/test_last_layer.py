@@ -33,9 +33,12 @@ from pipeline.pruning.operations import (
     layer_flops,
     passes_flops,
 )
-from pipeline.pruning.registry import make_method, method_names
+from pipeline.pruning.registry import make_method, method_class, method_names
 from pipeline.pruning.sliminfer import SlimInfer
 from pipeline.pruning.uniprefill import UniPrefill
+from pipeline.pruning.unrotated import UnrotatedMethod
+
+SELECTING = [name for name in method_names() if not issubclass(method_class(name), UnrotatedMethod)]
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +85,8 @@ def assert_same(ours, reference):
             assert (a - b).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", method_names())
+# cascade holds what attention of all tokens chooses, in the last layer too
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "cascade"])
 def test_what_is_read_is_what_would_be_without(decoder, sdpa, name):
     method, pack = easy(name), pack_of(*documents())
     assert not method.needs_last_layer(decoder.shape)
@@ -96,7 +100,7 @@ def test_what_is_read_is_what_would_be_without(decoder, sdpa, name):
     assert ours.work.ffn()[-1] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", SELECTING)
 def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(decoder, sdpa, name, monkeypatch):
     """All of it, as a layer that is not the last computes it, gives the same."""
     method, pack = asked(small(name)), pack_of(*documents())

@@ -17,6 +17,7 @@ from pipeline.pruning.capabilities import (
     ChoosesPrecision,
     FixesShares,
     ForeseesWork,
+    HoldsUnrotatedKeys,
     MapsExits,
     ReadsAhead,
     RescoresBlocks,
@@ -26,7 +27,8 @@ from pipeline.pruning.capabilities import (
 )
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import attended_pairs, passes_flops
-from pipeline.pruning.registry import method_names
+from pipeline.pruning.registry import method_class, method_names
+from pipeline.pruning.unrotated import UnrotatedMethod
 
 CUSTOM = f"{Path(__file__).parents[2] / 'examples' / 'custom_method.py'}:KeyNorm"
 NAMES = [*method_names(), CUSTOM]
@@ -39,7 +41,10 @@ class Case(NamedTuple):
 
 
 WHOLE = [Case(name, None) for name in NAMES]
-SPARSE = [Case(name, 0.4) for name in NAMES]
+# who hold keys themselves, and select no tokens
+UNROTATED = {name for name in method_names() if issubclass(method_class(name), UnrotatedMethod)}
+SELECTING = [case for case in WHOLE if case.name not in UNROTATED]
+SPARSE = [Case(case.name, 0.4) for case in SELECTING]
 
 
 class Watching:
@@ -60,7 +65,14 @@ class Watching:
         return selection
 
 
-@pytest.fixture(params=[*WHOLE, *SPARSE], ids=lambda case: f"{case.name.rpartition(':')[2]}-{case.mass}")
+def told(case):
+    return f"{case.name.rpartition(':')[2]}-{case.mass}"
+
+
+selecting = pytest.mark.parametrize("case", [*SELECTING, *SPARSE], ids=told)
+
+
+@pytest.fixture(params=[*WHOLE, *SPARSE], ids=told)
 def case(request):
     return request.param
 
@@ -88,6 +100,7 @@ def model():
     return tiny_model("qwen3")
 
 
+@selecting
 def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, sdpa, documents):
     passes, *others = prefill(model, sdpa, method, pack_of(*documents)).by_document()
     whole = 900 * 901 // 2
@@ -101,13 +114,14 @@ def test_attention_is_block_sparse_where_that_is_asked_for(case, method, model, 
 ALL = {"dense", "fastkv", "gemfilter", "mars", "marsinfer", "sliminfer", "uniprefill"}
 ABLE = {
     SharesDocuments: ALL,
-    ForeseesWork: ALL | {"ffn-skip", "frugal"},
+    ForeseesWork: ALL | UNROTATED | {"ffn-skip", "frugal"},
     RescoresBlocks: {"sliminfer"},
     FixesShares: (ALL - {"mars"}) | {"key-norm", "speculative", "frugal"},
     ReadsAhead: {"speculative"},
     ChoosesPrecision: {"marsinfer"},
     MapsExits: {"mars"},
     SkipsInSteps: {"ffn-skip"},
+    HoldsUnrotatedKeys: UNROTATED,
 }
 
 
@@ -117,6 +131,7 @@ def test_who_has_a_capability(capability):
     assert {method.name for method in methods if isinstance(method, capability)} == ABLE[capability]
 
 
+@selecting
 def test_indices_are_ascending_unique_and_inside(method, model, sdpa, documents):
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -131,6 +146,7 @@ def test_indices_are_ascending_unique_and_inside(method, model, sdpa, documents)
                 assert ((indices >= 0) & (indices < view.segments.total)).all()
 
 
+@selecting
 def test_protected_tokens_survive(method, model, sdpa, documents):
     watching = Watching(method)
     prefill(model, sdpa, watching, pack_of(*documents))
@@ -170,6 +186,7 @@ def test_planned_bytes_bound_the_real_ones(method, model, sdpa, documents):
     assert 0 < cache.nbytes <= planned
 
 
+@selecting
 def test_layers_that_are_shared_do_nothing_that_hangs_on_a_question(method, model, sdpa, documents):
     shared = method.shared_layers(model.shape) if isinstance(method, SharesDocuments) else 0
     assert 0 <= shared <= model.shape.layers

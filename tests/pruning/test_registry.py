@@ -26,8 +26,8 @@ def test_text_settings_become_numbers():
         (
             "marsinfr",
             {},
-            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: dense, fastkv, frugal, "
-            "gemfilter, mars, marsinfer, sliminfer, speculative, uniprefill "
+            "unknown method 'marsinfr' (did you mean 'marsinfer'?); methods: cascade, dense, fastkv, "
+            "ffn-skip, frugal, gemfilter, hip, mars, marsinfer, sliminfer, speculative, uniprefill "
             "(or FILE.py:Class for one of your own)",
         ),
         (
