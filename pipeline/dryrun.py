@@ -282,10 +282,15 @@ class DryRunReport:
     def _rows(self) -> Iterator[str]:
         tally = self.tally
         new = "new rows" if self.done else "rows"
-        yield f"{new}: {tally.documents:,}, of which {tally.status['ok']:,} can be answered"
+        yield f"{new}: {tally.documents:,}, of which {self._answerable:,} can be answered"
         for kind, rows in tally.errors.most_common():
             yield f"  {kind}: {rows:,}"
             yield from (f"    {' '.join(message.split())}" for message in tally.messages[kind])
+
+    @property
+    def _answerable(self) -> int:
+        """New rows that can be read and have room in memory; of a row in parts some may."""
+        return self.tally.status["ok"] - (0 if self.split_rows else len(self.planned.too_large))
 
     def _output(self) -> str:
         """Where answers go, and what becomes of what is there."""
@@ -309,8 +314,9 @@ class DryRunReport:
         except TooManyErrors as error:
             raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error
         rows = self.done.total() + self.tally.documents
-        if rows and not (self.done["ok"] or self.tally.status["ok"]):
-            why = self.tally.commonest_error or "all of them failed in earlier runs"
+        if rows and not (self.done["ok"] or self._answerable):
+            too_large = next(iter(self.planned.too_large), "all of them failed in earlier runs")
+            why = self.tally.commonest_error or too_large
             raise NoneAnswered(f"none of {counted(rows, 'row')} can be answered; {why}")
 
     def _over_long(self) -> Iterator[str]:

@@ -16,7 +16,15 @@ from pipeline.evaluate.cases import make_cases
 from pipeline.evaluate.check_rows import CheckRow, read_rows
 from pipeline.evaluate.drops import Drop, Paired
 from pipeline.evaluate.predicting import Forced
-from pipeline.evaluate.workbench import DENSE, TOP, CaseScore, Evaluated, Workbench, sparse_from
+from pipeline.evaluate.workbench import (
+    DENSE,
+    TOP,
+    CaseScore,
+    Evaluated,
+    Workbench,
+    failures_named,
+    sparse_from,
+)
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
 from pipeline.settings.row_settings import RowSettings
@@ -75,9 +83,11 @@ def measure_accuracy(
     """
     prepare(model, [DENSE, *variants])
     bench, least = Workbench(model=model, check=check), sparse_from(model)
-    dense = _run(bench, DENSE, cases)
+    with failures_named(lambda: f"{bench.running} fails"):
+        dense = _run(bench, DENSE, cases)
     for variant in (DENSE, *variants):
-        runs = dense if variant is DENSE else _run(bench, variant, cases, dense)
+        with failures_named(lambda: f"{bench.running} fails"):
+            runs = dense if variant is DENSE else _run(bench, variant, cases, dense)
         pairs = [(base.score, own.score) for base, own in zip(dense, runs, strict=True)]
         yield _accuracy(variant.name, pairs, long_tokens, least)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import Passes, shares_of_dense
 
 DENSE = Variant(Dense.name, Dense())
+PACKAGE = Path(__file__).parents[1]
 LOW = tuple(Variant(linears, Dense(), linears) for linears in ("mixed", "fp8"))  # dense in low precision
 TOP = 64  # likeliest tokens of dense at each place, by which a divergence is measured
 TIMED = 10  # cases, each twice: the first run may compile kernels, or be disturbed, so the shorter counts
@@ -203,7 +207,10 @@ class Workbench:
 
 @contextmanager
 def failures_named(describe: Callable[[], str]) -> Iterator[None]:
-    """Whatever fails and is no MarsError yet becomes one that begins with what was running."""
+    """Whatever fails and is no MarsError yet becomes one that begins with what was running.
+
+    Where a method of the user's own fails, the line of its file is told.
+    """
     try:
         yield
     except MarsError:
@@ -211,7 +218,16 @@ def failures_named(describe: Callable[[], str]) -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise MarsError(f"{describe()}: {type(error).__name__}: {error}") from error
+        told = f"{describe()}: {type(error).__name__}: {error}{_own_line(error)}"
+        raise MarsError(told) from error
+
+
+def _own_line(error: BaseException) -> str:
+    """Where an error has passed through code that is neither the program's nor a library's; else nothing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(PACKAGE), *sysconfig.get_paths().values())
+    own = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def sparse_from(model: LoadedModel) -> int | None:

@@ -229,7 +229,14 @@ class ScoredMethod(PruningMethod):
         share = at_layer(self.share, layer)
         if share >= 1:
             return view.all_indices
-        return self.share_mask(self.score(layer, view), view, share).nonzero().flatten()
+        scores_T = self.score(layer, view)
+        if not isinstance(scores_T, Tensor) or scores_T.shape != (view.segments.total,):
+            made = tuple(scores_T.shape) if isinstance(scores_T, Tensor) else type(scores_T).__name__
+            raise ConfigError(
+                f"method {self.name}: score must return a tensor of one number a token, here of shape "
+                f"({view.segments.total},), and returned {made}"
+            )
+        return self.share_mask(scores_T, view, share).nonzero().flatten()
 
     def share_mask(self, scores_T: Tensor, view: LayerView, share: float) -> Tensor:
         """(T,) bool: the best `ceil(share * length)` tokens of each document.

@@ -138,6 +138,26 @@ def test_of_a_stopped_measurement_the_variants_that_ended_are_shown(measure, cap
     assert "stopped by SIGTERM; what is shown is of 1 of 3 variants" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("returned", "code", "told"),
+    [
+        ("{}['here']", 1, "fails: KeyError: 'here' (FILE, line 8)"),
+        ("view.keys", 2, "method mine: score must return a tensor of one number a token, here of shape ("),
+    ],
+)
+def test_where_a_method_of_ones_own_fails_is_told(measure, tmp_path, capfd, returned, code, told):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from pipeline.pruning.base import ScoredMethod\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(ScoredMethod):\n"
+        f"    name: ClassVar[str] = 'mine'\n    def score(self, layer, view): return {returned}\n"
+    )
+    assert measure("--methods", f"{path}:Mine:start_layer=1") == code
+    *_, error = capfd.readouterr().err.splitlines()
+    assert told.replace("FILE", str(path)) in error
+
+
 def test_a_profile_is_a_variant(measure, tmp_path, capfd):
     about = dict.fromkeys(("model", "fingerprint", "device", "dtype"), "x")
     settings = {"eta": 0.5, "start_layer": 1}

@@ -57,6 +57,18 @@ def bad_rows(tmp_path):
     return path
 
 
+def test_rows_for_which_there_is_no_memory_cannot_be_answered(
+    call, no_weights, fish, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 1 << 10)
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--model", no_weights, "--dry-run") == 3
+    printed = capfd.readouterr()
+    count = len(FISH)
+    assert f"rows: {count}, of which 0 can be answered\n" in printed.out
+    assert f"too large for the memory: {count} rows, the first:\n" in printed.out
+    assert f"none of {count} rows can be answered; " in printed.err
+
+
 def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 8_000_000_000)
     out = tmp_path / "out.parquet"

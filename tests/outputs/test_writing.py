@@ -18,6 +18,7 @@ from pipeline.outputs.own_columns import (
     CHOICE_LOGPROBS,
     LOGPROB_NAMES,
     SELECTION_NAMES,
+    SKIPPED_FFNS,
     VALIDITY_NAMES,
     left_out,
 )
@@ -41,6 +42,7 @@ FULL = Answer(
     tokenize_ms=1.5,
     mean_logprob=-0.5,
     min_logprob=-2.25,
+    skipped_ffn_ratio=0.25,
     choice_logprobs=[ChoiceLogprob(choice="yes", logprob=-0.25), ChoiceLogprob(choice="no", logprob=None)],
     prefill_ms=2.5,
     ttft_ms=3.5,
@@ -75,7 +77,7 @@ def test_every_field_comes_back(tmp_path, extension):
     path = tmp_path / f"out{extension}"
     saves = extension != ".jsonl"  # which cannot hold a selection
     lacks = left_out(None, several=True)
-    added = (*LOGPROB_NAMES, CHOICE_LOGPROBS)
+    added = (*LOGPROB_NAMES, CHOICE_LOGPROBS, SKIPPED_FFNS)
     write(path, [FULL, Answer(id="b", row=2)], save_selection=saves, added=added, lacks=lacks)
     first, second = rows(path)
     gone = {"passthrough", *VALIDITY_NAMES, *(() if saves else SELECTION_NAMES)}
