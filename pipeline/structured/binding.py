@@ -27,6 +27,12 @@ from pipeline.structured.matchers import (
 )
 
 MOST_FORMS = 256  # different ones that are held
+# of the tokens, for llguidance to allow or leave out as a whole: those of white space, and by their length
+# those without quotes and escapes. A string that may have few characters more wants short ones: with these a
+# mask takes a fifth less time than with the library's own, of up to 10 and up to 30
+LENGTHS = (3, 6, 10, 15, 30)
+PLAIN = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{PLAIN}{{1,{length}}}" for length in LENGTHS), f"{PLAIN}+"]
 # of llguidance, by the model's: each takes a second to make
 _made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -169,7 +175,9 @@ def _library_tokenizer(tokenizer: Any, size: int) -> Any:
         backend.no_truncation()
         library = llguidance("a form")
         try:
-            made = library.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=tokenizer.eos_token_id)
+            made = library.LLTokenizer(
+                backend.to_str(), n_vocab=size, eos_token=tokenizer.eos_token_id, slices=SLICES
+            )
         except ValueError as error:
             raise ConfigError(f"llguidance cannot use the model's tokenizer: {cause(str(error))}") from error
         _made[tokenizer] = made
