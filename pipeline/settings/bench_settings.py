@@ -37,9 +37,10 @@ class VariantsSettings(Settings):
 
     methods: str = option(
         "dense,mars",
-        help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8; the values of a list "
-        "stand between slashes, as in sliminfer:budget=0.4/0.2/0.1; :fp8 and :mixed are --linear-dtype, "
-        ":kv-fp8 is --kv-dtype; @FILE is a profile.",
+        help="Comma-separated, with settings as marsinfer:eta=0.9:start_layer=8 or "
+        "FILE.py:Class:share=0.5; the values of a list stand between slashes, as in "
+        "sliminfer:budget=0.4/0.2/0.1; :fp8 and :mixed are --linear-dtype, :kv-fp8 is --kv-dtype; @FILE is "
+        "a profile.",
     )
 
 

@@ -23,7 +23,9 @@ class ConfigSwitch(Settings, panel=READING):
 class QuietSwitch(Settings, panel=MESSAGES):
     """Silence."""
 
-    quiet: bool = option(False, help="No progress on stderr, and no closing table.")
+    quiet: bool = option(
+        False, help="No progress on stderr; of batch, no closing table either. Results stay."
+    )
 
 
 class JsonSwitch(Settings, panel=MESSAGES):

@@ -74,7 +74,7 @@ class DataSettings(TextSettings, SeedSettings, panel=READING):
         None,
         metavar="FILE",
         help="JSON, JSONL or TOML of questions (name, question, perhaps schema, max_new_tokens) that each "
-        "document is asked; the output has a row a document, and a column a question.",
+        "document is asked; the output of batch has a row a document, and a column a question.",
     )
     summarise: str | None = option(
         None,

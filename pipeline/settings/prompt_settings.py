@@ -29,8 +29,8 @@ class PromptSettings(Settings, panel=PROMPTS):
     )
     on_overlong: str = option(
         "error",
-        help="What to do with a document over the context: error, skip, split (answer in parts, then "
-        "combine), truncate-left, truncate-right, truncate-middle.",
+        help="What to do with a document over the context: error, skip, truncate-left, truncate-right, "
+        "truncate-middle; of batch, split too (answer in parts, then combine).",
         choices=ON_OVERLONG,
         shown_default="error, or split for a summary",
     )

@@ -99,7 +99,7 @@ class PackSettings(KvSettings, panel=RUN):
 class ResumeSettings(Settings, panel=RUN):
     """Going on with what was stopped."""
 
-    resume: bool = option(False, help="Continue a run that was stopped, or a published output.")
+    resume: bool = option(False, help="Continue a run that was stopped; of batch, a published output too.")
 
 
 class OverwriteSettings(Settings, panel=RUN):
