@@ -139,12 +139,13 @@ def accuracy_lines(results: Sequence[Accuracy], long_tokens: int) -> Iterator[st
         rows = []
         for result in results:
             group = next(group for group in result.groups if group.name == head)
+            is_dense = result is results[0]  # from which the others drop
             row = {
                 "variant": result.variant,
                 "right tokens": percent_of(group.token_accuracy),
-                "drop, points": _drop(group.token_drop),
+                "drop, points": "0" if is_dense else _drop(group.token_drop),
                 "found": percent_of(group.found),
-                "drop of found, points": _drop(group.found_drop),
+                "drop of found, points": "0" if is_dense else _drop(group.found_drop),
                 "NLL": f"{group.nll:.3f}",
                 "times as fast": f"{group.speed_up:.2f}",
                 **{f"x at {n:,}": f"{ratio:.2f}" for n, ratio in group.speed_up_by_length.items()},

@@ -129,7 +129,8 @@ class Figures:
             kind.count += 1
             if len(kind.first) < FIRST_ERRORS:
                 row, id, message = (table[name][place].as_py() for name in ("row", "id", "error_message"))
-                kind.first.append((row, id, message or ""))
+                told = (message or "").removeprefix(f"{id}: ")  # of a document whose file is its id
+                kind.first.append((row, id, told))
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
