@@ -5,21 +5,18 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.engines.clock import EngineTimes
+from pipeline.pruning.operations import leave_nothing_out
 from pipeline.records import Answer
 from pipeline.setup.guard import FLAT, LENGTH, TASK, kind_of
 from pipeline.tally import Tally
 from pipeline.texts.shown import html_table
 from pipeline.texts.words import amount, counted, duration, percent_of
 
-if TYPE_CHECKING:
-    pass
-
-NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
 LATE_ROWS = 1000  # whose TTFT stands in the line of progress
 MANY_CUT = 0.1  # share of answers that ended by their length, above which it is worth a word
 
@@ -176,13 +173,12 @@ class Summary(Tally):
         """Whether the run's method, which is not dense, did with a row all that dense does."""
         if answer.method != self.method or self.method == "dense" or answer.skipped_ffn_ratio:
             return False
-        # of the tokens that entered layers some may be fewer even so: of the last layer dense reads one only
-        ratios = (answer.ffn_ratio or 0.0, answer.attention_ratio or 0.0)
+        whole = leave_nothing_out(answer.ffn_ratio or 0.0, answer.attention_ratio or 0.0)
         all_stored = (answer.kv_bytes or 0) >= self.kv_bytes_per_token * (answer.prompt_tokens or 0)
         # in fp8 throughout: the precision of the run, not what the method does
         in_fp8 = any(answer.ffn_fp8_tokens or ()) and answer.ffn_fp8_tokens != answer.ffn_tokens
         offloaded = bool(answer.kv_host_bytes)
-        return min(ratios) > NOTHING_LEFT_OUT and all_stored and not in_fp8 and not offloaded
+        return whole and all_stored and not in_fp8 and not offloaded
 
     def remarks(self) -> list[str]:
         """What should be said at the end."""

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
 from pipeline.evaluate.row_results import RowResult
+from pipeline.pruning.operations import leave_nothing_out
 from pipeline.settings.check_settings import FORCED_METRICS, CheckConfig
 from pipeline.suites.metrics import score as score_text
 from pipeline.suites.samples import grouped
@@ -32,7 +33,6 @@ KL, NEVER, FIRST = "KL from dense", "never diverges", "first divergence"
 UNITS = {"nll": "nats", KL: "nats", FIRST: "tokens"}  # all other measures are shares
 SHARES = {"ffn_ratio": "FFN", "kept_ratio": "tokens", "kv_ratio": "K/V", "flops_ratio": "operations"}
 RECOMMENDED = 400  # documents: those that lose next to nothing pass 2pt, and such a loss is seen
-WHOLE = 1 - 1e-9  # a share that is rounded
 NOTHING_PRUNED = "nothing was pruned: the method did to every row what dense does"
 
 
@@ -159,8 +159,8 @@ def has_pruned(config: CheckConfig, pairs: Sequence[Pair], *, ffn_in_fp8: bool) 
     """
     if config.linear_dtype != "auto" or ffn_in_fp8:
         return True
-    shares = ("ffn_ratio", "attention_ratio", "kv_ratio")
-    return any(getattr(pair.method.score, share) < WHOLE for pair in pairs for share in shares)
+    scores = [pair.method.score for pair in pairs]
+    return not all(leave_nothing_out(each.ffn_ratio, each.attention_ratio, each.kv_ratio) for each in scores)
 
 
 def _by_task(items: Sequence[T], row_of: Callable[[T], CheckRow]) -> dict[str, list[T]]:

@@ -106,7 +106,8 @@ class MarsInfer(ScoredMethod):
         eta, share = at_layer(self.eta, layer), at_layer(self.share, layer)
         if self.low is None and _keeps_all(eta, share):
             return KEEP_ALL
-        if state.shape.window(layer) is None and not (_keeps_all(eta, share) and not self._has_high):
+        chooses = self._has_high or not _keeps_all(eta, share)
+        if chooses and state.shape.window(layer) is None:
             state.scores_T = self.score(layer, view)
         scores_T = state.scores_T
         kept_T = self._mask(scores_T, view, eta, share)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from pipeline.pruning.shape import ModelShape
 
+NOTHING_LEFT_OUT = 1 - 1e-9  # share that a method kept, but for rounding
+
 
 class LayerWork(NamedTuple):
     """What one layer did with one document."""
@@ -109,6 +111,14 @@ def shares_of_dense(shape: ModelShape, passes: Passes, length: int, draft_flops:
         "attention_ratio": attention_ratio(shape, passes, length),
         "flops_ratio": (passes_flops(shape, passes) + draft_flops) / dense_flops(shape, length),
     }
+
+
+def leave_nothing_out(*shares: float) -> bool:
+    """Whether shares of what dense computes or stores are whole, but for rounding.
+
+    Of the tokens that entered layers some may be fewer even so: of the last layer dense reads one alone.
+    """
+    return min(shares) > NOTHING_LEFT_OUT
 
 
 def dense_work(shape: ModelShape, length: int) -> list[LayerWork]:
