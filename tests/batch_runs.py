@@ -10,10 +10,10 @@ from conftest import document, pack_of
 from decode_steps import METHODS, exact_model
 
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode
 from pipeline.model.lookup import drafts_of
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, settings_of
+from pipeline.model.sampling import Draws, RowDraws, Sampling, first_tokens, next_tokens, settings_of
 from pipeline.model.step_tables import Seat
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.pruning.registry import make_method

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model.continuation import continue_with
-from pipeline.model.decode import decode, first_tokens
+from pipeline.model.decode import decode
 from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, first_tokens
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 

@@ -25,7 +25,7 @@ from pipeline.model.graphs import DecodeStats, StepSize, runner_for
 from pipeline.model.guide import Guide
 from pipeline.model.lookup import DraftPace, Lookup, drafts_of
 from pipeline.model.prefill import Prefilled
-from pipeline.model.sampling import Draws, RowDraws, Sampling, next_tokens, with_penalties
+from pipeline.model.sampling import RowDraws, Sampling, first_tokens
 from pipeline.model.step_tables import Seat, to_host
 from pipeline.model.store import rows_in
 from pipeline.pruning.capabilities import StepSkips
@@ -39,7 +39,7 @@ LATE = {"cpu": 0, "cuda": 1}  # steps that are queued before the tokens of one a
 class _Queued(NamedTuple):
     """A step on its way: whose tokens it makes, and where what came of it will be on the host."""
 
-    rows: list[Generated]
+    rows: list[Generated | None]  # None: one that is taken back, whose token here is nobody's
     outcome: Tensor
     scores: Tensor | None  # see `DecodeBatch.scores_CX`
     done: torch.cuda.Event | None
@@ -108,6 +108,7 @@ class DecodeLoop:
         self._pads = kv.has_spare_slot
         self._late = LATE[decoder.device.type] if late is None else late
         self.rows: list[Generated] = []  # those that take part in the next step, by their columns
+        self._refused: list[Generated] = []  # whose newest token may not follow: they are taken back
         self._pending: deque[_Queued] = deque()
 
     def prepare(self) -> int:
@@ -116,19 +117,10 @@ class DecodeLoop:
         pairs = {(count, count) for count in columns}
         if self._lookup is not None and not self._masked:
             pairs |= {(count, self._lookup.queries(count, self._device)) for count in columns}
-        sampling, masked = self._sampling, self._masked
-        sizes = [
-            StepSize(
-                *pair,
-                numbers=self._numbers,
-                sorts=sampling.sorts,
-                floors=sampling.has_floor,
-                penalises=sampling.penalises,
-                masked=masked,
-            )
-            for pair in pairs
-        ]
-        if masked:
+        own = self._sampling
+        size = StepSize(0, 0, False, self._numbers, own.sorts, own.has_floor, own.penalises, self._masked)
+        sizes = [size._replace(columns=columns, queries=queries) for columns, queries in pairs]
+        if self._masked:
             self._chooser.prepare(sizes)
         return self._runner.prepare(sizes)
 
@@ -149,8 +141,9 @@ class DecodeLoop:
         self, rows: Sequence[Generated], seats: Sequence[Seat], draws: Sequence[RowDraws | None] = ()
     ) -> None:
         """Add rows that have their first token, and are to have more, with what each draws by, if any."""
-        for row in rows:
+        for row, drawn in zip(rows, draws or [None] * len(rows), strict=True):
             if row.guide is not None:
+                row.guide.can_go_back = drawn is None and self._kv.on_device_alone
                 self._batch.masks.make(len(row.guide.stops_W))
         self._batch.join(seats, [row.tokens[-1] for row in rows], draws)
         self.rows += rows
@@ -178,8 +171,9 @@ class DecodeLoop:
 
         Returns the rows that ended, which have left.
         """
-        ended = self._queue() if self.rows else []
-        if len(self._pending) > (self._late if self.rows else 0):
+        goes_on = any(row.unqueued > 0 for row in self.rows)
+        ended = self._queue() if goes_on else []
+        if len(self._pending) > (self._late if goes_on and self.rows else 0):
             ended += self._look()
         return ended
 
@@ -197,17 +191,18 @@ class DecodeLoop:
         masked = any(row.guide is not None for row in self.rows)
         size = batch.size(columns, columns if masked else self._queries(columns), masked=masked)
         steps_left = max(row.unqueued for row in self.rows)
-        visits = self._visited()
+        visits, back = self._visited(), self._taken_back()
         self._runner.run(size, steps_left)
-        ended = self._choose(size, steps_left, visits) if masked else []
+        ended = self._choose(size, steps_left, visits, back) if masked else []
         self._kv.stepped()
         if batch.skipping is not None:
             self.rows[0].skipped_ffns.append(batch.skipping.skipped)
         outcome = to_host(batch.outcome_CX[:count], batch.scores_CX)
-        self._pending.append(_Queued(self.rows.copy(), *outcome, size.queries > columns, visits))
-        for row in self.rows:
+        rows = [None if row in self._refused else row for row in self.rows]
+        self._pending.append(_Queued(rows, *outcome, size.queries > columns, visits))
+        for row in filter(None, rows):
             row.queued += 1
-        self.leave([row for row in self.rows if row.unqueued <= 0 or row.finish_reason is not None])
+        self.leave([row for row in self.rows if row.is_queued or row.finish_reason is not None])
         return ended
 
     def _visited(self) -> list[Visit | None]:
@@ -221,20 +216,36 @@ class DecodeLoop:
             self._batch.place(places)
         return visits
 
-    def _choose(self, size: StepSize, steps_left: int, visits: Sequence[Visit | None]) -> list[Generated]:
+    def _taken_back(self) -> list[Generated]:
+        """Let rows whose newest token may not follow go on from the one before it; returns them."""
+        back = [(column, row) for column, row in enumerate(self.rows) if row in self._refused]
+        self._refused.clear()
+        if back:
+            self._batch.place([(column, len(row.tokens), row.tokens[-1]) for column, row in back])
+        return [row for _, row in back]
+
+    def _choose(
+        self, size: StepSize, steps_left: int, visits: Sequence[Visit | None], back: Sequence[Generated]
+    ) -> list[Generated]:
         """Let rows with a form go on, for which the tokens before must be known.
 
-        Returns the rows that these end. They are in this step still, and may take any token.
+        Where nearly anything may follow a row has no mask: its likeliest token is asked about once it is
+        read, unless the row comes `back` from one that was refused. Returns the rows that the tokens before
+        end. They are in this step still, and may take any token, as those may that these tokens take back.
         """
         ended: list[Generated] = []
         while self._pending:
             ended += self._read()
-        guides = [row.guide if row.grows else None for row in self.rows]
+        guides = [row.guide if row.grows and row not in self._refused else None for row in self.rows]
+        for guide, row in zip(guides, self.rows, strict=True):
+            if guide is not None:
+                guide.guesses = guide.can_go_back and row not in back and guide.is_open
         asked = [[] if guide is None else guide.asked for guide in guides]
         for column, (row, visit) in enumerate(zip(self.rows, visits, strict=True)):
             if visit is not None and row.guide is not None:
                 asked[column] = row.guide.asked_at(visit)
-        self._batch.masks.fill(guides, asked, size.columns)
+        masked = [None if guide is None or guide.guesses else guide for guide in guides]
+        self._batch.masks.fill(masked, asked, size.columns)
         self._chooser.run(size, steps_left)
         return ended
 
@@ -257,13 +268,18 @@ class DecodeLoop:
         queued = self._pending.popleft()
         if queued.done is not None:
             queued.done.synchronize()
-        going = [row for row in queued.rows if row.finish_reason is None]
+        going = [row for row in queued.rows if row is not None and row.finish_reason is None]
         scores = [()] * len(queued.rows) if queued.scores is None else queued.scores.tolist()
         accepted = 0
         made = zip(queued.rows, queued.outcome.tolist(), scores, queued.visits, strict=True)
         for row, (drafts, *tokens), of_row, visit in made:
+            if row is None:
+                continue
             if visit is not None and row.finish_reason is None:
                 row.take_visit(visit, of_row[len(tokens) :])
+            elif row.refuses(tokens[0]):
+                self._refused.append(row)
+                row.queued -= 1
             elif row.grows:
                 accepted += row.take_step(drafts, tokens, of_row)
                 if row.weighs is not None and not self._can_visit(row):
@@ -280,21 +296,6 @@ class DecodeLoop:
         """Free the graphs."""
         self._runner.close()
         self._chooser.close()
-
-
-@torch.inference_mode()
-def first_tokens(
-    logits_BV: Tensor, draws: Sequence[RowDraws | None] = (), prompts: Sequence[np.ndarray] = ()
-) -> list[int]:
-    """The first token of each prompt, `NOT_FINITE` among them; waits for the device.
-
-    `draws` says what each is chosen by, None for the largest logit; without it all are so. `prompts` are
-    their token ids, which a penalty is for.
-    """
-    if not any(draws):
-        return next_tokens(logits_BV, None).tolist()
-    logits_BV = with_penalties(logits_BV, draws, prompts)
-    return next_tokens(logits_BV, Draws.first(draws, logits_BV.device)).tolist()
 
 
 @torch.inference_mode()
@@ -328,9 +329,8 @@ def decode(
     answers to forms. `scored` is as `DecodeBatch` takes it. With a `kv_dtype` of float8_e4m3fn keys and
     values are rounded to it first, where the prefill's are not in it, and those of the prefill freed, unless
     it is to be decoded `again`.
-    With `skips` a pack of one prompt leaves feed-forward networks out.
-    `check` is called before every step, and may raise to give the pack up. Raises RowError where the model's
-    output is not finite.
+    With `skips` a pack of one prompt leaves feed-forward networks out. `check` is called before every step,
+    and may raise to give the pack up. Raises RowError where the model's output is not finite.
     """
     sampling = sampling or Sampling()
     count = len(prefilled.lengths)

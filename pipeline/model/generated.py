@@ -69,6 +69,16 @@ class Generated:
             return len(self.guide.visits)
         return self.rules.max_new_tokens - self.queued
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether it needs no more steps: all its tokens are on their way, and none can be refused."""
+        return self.unqueued <= 0 and not (self.guide is not None and self.guide.guesses)
+
+    def refuses(self, token: int) -> bool:
+        """Whether the newest token, which no mask was asked for, may not follow in the answer's form."""
+        guide = self.guide
+        return guide is not None and guide.guesses and self.grows and token >= 0 and not guide.allows(token)
+
     def take(self, token: int, scores: Sequence[float] = ()) -> None:
         """Add a token, and end the answer where it ends.
 

@@ -27,6 +27,8 @@ class Guide:
     # these, and of those that are on their way, are not weighed yet
     visits: list[Visit] = field(default_factory=list)
     unweighed: int = 0
+    can_go_back: bool = False  # whether the row can, from a token that may not follow
+    guesses: bool = False  # whether the next token is chosen without a mask, and asked about afterwards
     _taken: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +44,15 @@ class Guide:
         """The tokens whose logits tell how likely each choice is."""
         matcher = self.matcher
         return matcher.asked if isinstance(matcher, ChoiceMatcher) and self.start is not None else []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nearly anything may follow: a mask is then dear, and what is likely is seldom refused."""
+        return self.start is not None and not self.may_open and self.matcher.is_open
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may follow where the guide `is_open`."""
+        return self.matcher.allows(token)
 
     def take(self, tokens: Sequence[int], logits: Sequence[float] = ()) -> None:
         """Go on with the newest of the tokens that there are; `logits` are of those `asked`, if any are."""

@@ -132,6 +132,21 @@ def next_tokens(logits_BV: Tensor, draws: Draws | None) -> Tensor:
     return torch.where(stays_B, greedy_B, torch.cat(drawn))
 
 
+@torch.inference_mode()
+def first_tokens(
+    logits_BV: Tensor, draws: Sequence[RowDraws | None] = (), prompts: Sequence[np.ndarray] = ()
+) -> list[int]:
+    """The first token of each prompt, `NOT_FINITE` among them; waits for the device.
+
+    `draws` says what each is chosen by, None for the largest logit; without it all are so. `prompts` are
+    their token ids, which a penalty is for.
+    """
+    if not any(draws):
+        return next_tokens(logits_BV, None).tolist()
+    logits_BV = with_penalties(logits_BV, draws, prompts)
+    return next_tokens(logits_BV, Draws.first(draws, logits_BV.device)).tolist()
+
+
 def most_likely(logits_BV: Tensor) -> Tensor:
     """(B,) the greedy tokens; `NOT_FINITE` where the model's output is not."""
     best_B, token_B = logits_BV.max(-1)

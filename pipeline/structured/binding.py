@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from copy import copy
 from functools import cached_property
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ MOST_FORMS = 256  # different ones that are held
 LENGTHS = (3, 6, 10, 15, 30)
 PLAIN = r'[^"\\\x00-\x1F\x7F]'
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{PLAIN}{{1,{length}}}" for length in LENGTHS), f"{PLAIN}+"]
+COMMON = "a7."  # characters of three kinds
 # of llguidance, by the model's: each takes a second to make
 _made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -113,6 +115,7 @@ class BoundForms:
             stops_W=self.stops_W,
             known_W=~mask_of({*library.eos_tokens, *range(self.vocab, 32 * self.words)}, self.words),
             drops_first_space=library.decode_str(space) == f" {decoded}",
+            common=tuple(chain.from_iterable(map(library.tokenize_str, COMMON))),
         )
 
     def _matcher(self, form: ResponseFormat, tokens: GrammarTokens) -> Any:

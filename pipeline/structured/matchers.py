@@ -23,6 +23,15 @@ class Matcher(Protocol):
 
     error: str | None  # why it cannot go on though it is not complete
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nearly anything may follow, as in a string."""
+        ...
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may follow."""
+        ...
+
     def take(self, token: int) -> None:
         """Go on with a token, which must be one of those that may follow."""
         ...
@@ -67,6 +76,19 @@ class GrammarMatcher:
         if self.error is not None:
             mask_W[:] = -1
 
+    @property
+    def is_open(self) -> bool:
+        return self.error is None and all(map(self._follows, self.tokens.common))
+
+    def allows(self, token: int) -> bool:
+        if token in self.tokens.stops:
+            return self.is_complete
+        is_known = self.tokens.known_W[token // 32] >> token % 32 & 1
+        return bool(is_known) and self._follows(token)
+
+    def _follows(self, token: int) -> bool:
+        return bool(self.library.validate_tokens([token]))
+
     def take(self, token: int) -> None:
         if token in self.tokens.stops:
             return
@@ -97,6 +119,7 @@ class GrammarTokens:
     stops_W: np.ndarray
     known_W: np.ndarray  # that the model knows, but for what the library takes for an end
     drops_first_space: bool  # of a text that is decoded
+    common: tuple[int, ...]  # a few of different kinds, all of which may follow where nearly any may
 
 
 @dataclass(kw_only=True, eq=False)
@@ -142,6 +165,13 @@ class ChoiceMatcher:
     def asked_at(self, node: ChoiceNode) -> list[int]:
         """The tokens that may follow at a place of the tree."""
         return [*node.following, *(self._stops if node.ends is not None else ())]
+
+    @property
+    def is_open(self) -> bool:
+        return False
+
+    def allows(self, token: int) -> bool:
+        return token in self.asked
 
     def take(self, token: int) -> None:
         if token in self._node.following:

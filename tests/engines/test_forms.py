@@ -20,7 +20,9 @@ from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
+from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.generated import StopRules
+from pipeline.model.guide import Guide
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
@@ -113,6 +115,35 @@ def test_neighbours_change_no_answer(model, alone, recorder, in_flight, pack_tok
     made = in_one_batch(engine, rows(), order=in_flight)
     assert [told(answer) for answer in made] == alone
     assert engine.stats.replayed_steps > 0
+
+
+OPEN = {
+    "string": json_schema_format({"type": "string", "maxLength": 9}),
+    "list": json_schema_format({"type": "array", "items": {"type": "string"}, "maxItems": 3}),
+    "words": ResponseFormat("regex", "[a-z0-9. ]{3,30}!"),
+    "free": None,
+}
+
+
+def test_a_likely_token_that_may_not_follow_is_taken_back(model, recorder, monkeypatch):
+    """In a string a row has no mask; it has the answer that it has with one before every token."""
+    given = [
+        with_params(document(20 + 7 * number, seed=number, row=number), response_format=form)
+        for number, form in enumerate(4 * list(OPEN.values()))
+    ]
+    places, place = [], DecodeBatch.place
+    monkeypatch.setattr(DecodeBatch, "place", lambda self, some: places.extend(some) or place(self, some))
+    made = in_one_batch(engine_for(model, in_flight=7, logprobs=True), given, order=1)
+    assert len(places) > 20
+    assert {answer.finish_reason for answer in made} >= {"stop", "length"}
+    monkeypatch.setattr(Guide, "is_open", False)
+    places.clear()
+    masked = in_one_batch(engine_for(model, in_flight=7, logprobs=True), given, order=1)
+    assert places == []
+    assert [told(answer) for answer in made] == [told(answer) for answer in masked]
+    for answer, other in zip(made, masked, strict=True):
+        if answer.status == "ok":
+            assert answer.mean_logprob == pytest.approx(other.mean_logprob)
 
 
 def test_answers_have_their_forms_and_those_that_are_cut_are_errors(alone):

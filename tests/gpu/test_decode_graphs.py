@@ -17,12 +17,12 @@ from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode, first_tokens
+from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode
 from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
 from pipeline.model.lookup import Lookup, drafts_of
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, first_tokens
 from pipeline.model.step_tables import Seat
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
