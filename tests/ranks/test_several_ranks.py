@@ -11,19 +11,24 @@ import torch
 from conftest import SIZES, document, pack_of, sharpened
 
 from pipeline.checkpoints.building import random_model
+from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.errors import RankFailed
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.decode import decode
 from pipeline.model.generated import StopRules
+from pipeline.model.guide import Guide
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
+from pipeline.model.sampling import Sampling, first_tokens
 from pipeline.model.shared import prefill_behind, prefill_prefixes
+from pipeline.model.token_masks import first_allowed
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.leading import Everywhere, Lead
+from pipeline.records import ResponseFormat
+from pipeline.structured.binding import BoundForms
 
 CPU = torch.device("cpu")
 WIDE = {**SIZES, "num_attention_heads": 8, "vocab_size": 259}
@@ -110,6 +115,29 @@ def test_answers_are_those_of_one_process(divided, sampling):
         for decoder, attention in ((divided.whole, attending()), (divided.parts, divided.attention))
     )
     assert made == alone
+
+
+def test_answers_in_a_form_are_those_of_one_process(divided, monkeypatch):
+    """Also where a likely token is taken back, which all ranks must know of."""
+    forms = BoundForms(byte_tokenizer(), WIDE["vocab_size"], {256})
+    allowed, allows = [], Guide.allows
+    monkeypatch.setattr(
+        Guide, "allows", lambda self, token: allowed.append(allows(self, token)) or allowed[-1]
+    )
+    results = []
+    for decoder, attention in ((divided.whole, attending()), (divided.parts, divided.attention)):
+        form = ResponseFormat("regex", "[a-z0-9. ]{12}")
+        guides = [
+            Guide(matcher=forms.matcher(form), tokenizer=byte_tokenizer(), stops_W=forms.stops_W)
+            for _ in range(2)
+        ]
+        made = prefill(decoder, attention, Dense(), pack(), 12)
+        first = first_tokens(first_allowed(made.logits_BV, guides))
+        rules = StopRules(max_new_tokens=12)
+        rows = decode(decoder, attention, made, rules, first=first, guides=guides, late=1)
+        results.append([(row.tokens, row.guide.matcher.text) for row in rows])
+    assert set(allowed) == {True, False}
+    assert results[1] == results[0]
 
 
 @pytest.mark.parametrize("layers", [2, 4])
