@@ -116,7 +116,7 @@ def cuda_graphs() -> Finding:
         return Finding("absent", "need a GPU")
     tried = subject()
     prefilled = tried.prefill(Dense(), NEW_TOKENS)
-    if recorder_for(target, tried.decoder.dtype, tried.attention) is None:
+    if recorder_for(target, tried.decoder.dtype, tried.decoder.shape.head_dim, tried.attention) is None:
         needed = "need Triton, or FlashAttention-3"
         return Finding("absent", f"{needed}; attention is {tried.attention.name}: each kernel is launched")
     stats, rules = DecodeStats(), StopRules(max_new_tokens=NEW_TOKENS)

@@ -104,7 +104,7 @@ def lookup_of(wanted: int | None, sampling: Sampling, model: LoadedModel) -> Loo
     if wanted == 0 or (wanted is None and not sampling.is_greedy):
         return None
     drafts = wanted or USUAL_DRAFTS
-    if decoding.available(model.device, model.decoder.dtype):
+    if decoding.available(model.device, model.decoder.dtype, model.shape.head_dim):
         drafts = min(drafts, queries_of_a_range(model.own.heads, model.own.kv_heads) - 1)
     return Lookup(drafts=drafts, adaptive=wanted is None) if drafts else None
 

@@ -48,9 +48,9 @@ class AttentionBackend(ABC):
         """Whether `prefill_piece` takes parts of documents without a mask of all their pairs."""
         return False
 
-    def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def captures(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         """Whether `decode`, of a query a document, reads nothing of the host that changes between steps."""
-        return decoding.available(device, dtype)
+        return decoding.available(device, dtype, head_dim)
 
     @abstractmethod
     def prefill(
@@ -274,7 +274,7 @@ class Flash3Attention(FlashAttention):
     def cuts_queries(self, device: torch.device) -> bool:
         return True
 
-    def captures(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def captures(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         return device.type == "cuda"
 
     def decode_many(

@@ -28,7 +28,8 @@ MOST_ROWS = 64  # queries of a range times the heads that share keys: what a pro
 MOST_SPLITS = 32  # of a range
 WIDE_HEAD = 128  # dimensions, beyond which a program looks at fewer keys at a time
 TOLERANCE = 0.02  # of the largest value, for a trial in bf16
-_REFUSED: dict[torch.device, str] = {}  # devices on which a trial of the kernels failed, and why
+# where a trial of the kernels failed, and why: a device, the type of its queries and their size
+_REFUSED: dict[tuple[torch.device, torch.dtype, int], str] = {}
 MOST_PROGRAMS = 8192  # by which splits are limited where ranges are many
 # keys of a split at least, by how many ranges times key heads there are up to: fewer fill no device unless
 # they are cut finely, of more a split that is worth its launch is longer
@@ -147,9 +148,10 @@ def _ranges(
     )
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
+def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there are kernels for such queries, as far as can be told without importing one."""
-    return kernels_on(device.type) and dtype != torch.float64 and device not in _REFUSED
+    refused = (device, dtype, head_dim) in _REFUSED
+    return kernels_on(device.type) and dtype != torch.float64 and not refused
 
 
 def try_once(
@@ -159,30 +161,30 @@ def try_once(
 
     None where they work, or where there are none.
     """
-    if not available(device, dtype):
-        return _REFUSED.get(device)
+    if not available(device, dtype, head_dim):
+        return _REFUSED.get((device, dtype, head_dim))
     generator = torch.Generator().manual_seed(0)
     sizes = ((4, heads), (200, kv_heads), (200, kv_heads))
     q, k, v = (torch.randn(*size, head_dim, generator=generator).to(device, dtype) for size in sizes)
     most = queries_of_a_range(heads, kv_heads)
     own = own_ranges([90, 130, 150], [40, 3, 50], [1, 1, 2], most, device)
     shared = shared_ranges([0], [90], [[2, 0]], most, device)
-    attended = [(k, v, own), (k, v, shared)]
+    attended, kind = [(k, v, own), (k, v, shared)], _kind(q)
     try:
         made = attention(q, attended)
     except BaseException as failure:  # whatever a compiler raises
         if not is_failure(failure):
             raise
-        _REFUSED[q.device] = first_line(failure)
-        return _REFUSED[q.device]
-    _REFUSED[q.device] = "on trial"  # so that plain torch makes what to compare with
+        _REFUSED[kind] = first_line(failure)
+        return _REFUSED[kind]
+    _REFUSED[kind] = "on trial"  # so that plain torch makes what to compare with
     exact = attention(q, attended)
     error = ((made - exact).abs().max() / exact.abs().max()).item()
     if error <= TOLERANCE:
-        del _REFUSED[q.device]
+        del _REFUSED[kind]
         return None
-    _REFUSED[q.device] = f"off by {error:.3g} on a trial"
-    return _REFUSED[q.device]
+    _REFUSED[kind] = f"off by {error:.3g} on a trial"
+    return _REFUSED[kind]
 
 
 def takes(q_QHd: Tensor, k_SKd: Tensor, most_queries: int) -> bool:
@@ -323,8 +325,12 @@ def dequantised(k_TKd: Tensor, v_TKd: Tensor, scales: Fp8Scales, line: int | Ten
     return keys, v_TKd.float() * scales.values_LK[line][..., None]
 
 
+def _kind(q_QHd: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return q_QHd.device, q_QHd.dtype, q_QHd.shape[-1]
+
+
 def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
-    if x.dtype == torch.float64 or x.device in _REFUSED:
+    if x.dtype == torch.float64 or _kind(x) in _REFUSED:
         return None
     return kernels_for(x, "triton_decoding")

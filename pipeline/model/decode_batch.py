@@ -71,7 +71,8 @@ class DecodeBatch(OnEachRank):
         self._new_tokens = new_tokens
         device, layers, drafts = decoder.device, decoder.shape.layers, drafts_of(lookup)
         self._longest = longest + drafts
-        self._by_device = attention.captures(device, decoder.dtype)  # attention needs no counts of the host
+        # attention needs no counts of the host
+        self._by_device = attention.captures(device, decoder.dtype, decoder.shape.head_dim)
         self.rows = 0
         self._state_XC = torch.zeros((2 * layers + 7, capacity + 1), dtype=torch.int32, device=device)
         self._starts_LC, self._used_LC = self._state_XC[:layers], self._state_XC[layers : 2 * layers]

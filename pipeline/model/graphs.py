@@ -71,9 +71,11 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], None]) -> Recorded: ...
 
 
-def recorder_for(device: torch.device, dtype: torch.dtype, attention: AttentionBackend) -> Recorder | None:
+def recorder_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, attention: AttentionBackend
+) -> Recorder | None:
     """None where steps cannot be captured: without a GPU, or with attention that reads the host."""
-    if device.type != "cuda" or not attention.captures(device, dtype):
+    if device.type != "cuda" or not attention.captures(device, dtype, head_dim):
         return None
     return None if attention.capture_failure else CudaRecorder(device)
 
@@ -200,7 +202,8 @@ def runner_for(
     decoder: Decoder, attention: AttentionBackend, step: Step, stats: DecodeStats, *, captured: bool
 ) -> StepRunner:
     """Of steps of a batch that may be `captured`, if they can."""
-    recorder = recorder_for(decoder.device, decoder.dtype, attention) if captured else None
+    kind = (decoder.device, decoder.dtype, decoder.shape.head_dim)
+    recorder = recorder_for(*kind, attention) if captured else None
     return StepRunner(step, recorder, attention, stats)
 
 

@@ -256,10 +256,11 @@ def test_kernels_that_fail_on_a_trial_are_not_used(kernels, reason, monkeypatch)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(9))
     device = torch.device(DEVICE) if not GPU else torch.device("cuda", 0)
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH}
-    assert decoding.available(device, torch.float32)
+    assert decoding.available(device, torch.float32, WIDTH)
     found = decoding.try_once(device, torch.float32, **sizes)
     assert found.startswith(reason)
-    assert not decoding.available(device, torch.float32)
+    assert not decoding.available(device, torch.float32, WIDTH)
+    assert decoding.available(device, torch.float32, 2 * WIDTH), "those of another size were not tried"
     assert decoding.try_once(device, torch.float32, **sizes) == found
     q, k, v = buffers(300, 1)
     made = attention(q, [(k, v, own([100], [70], [1]))])
@@ -272,7 +273,7 @@ def test_kernels_that_work_are_used(monkeypatch):
     monkeypatch.setattr(decoding, "_REFUSED", {})
     monkeypatch.setattr(decoding, "kernels_on", lambda kind: True)
     module = used(torch.zeros(1, device=DEVICE))
-    monkeypatch.setattr(decoding, "_kernels", lambda x: None if x.device in decoding._REFUSED else module)
+    monkeypatch.setattr(decoding, "_kernels", lambda x: None if decoding._REFUSED else module)
     device = torch.device(DEVICE) if not GPU else torch.device("cuda", 0)
     assert decoding.try_once(device, torch.float32, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH) is None
-    assert decoding.available(device, torch.float32)
+    assert decoding.available(device, torch.float32, WIDTH)

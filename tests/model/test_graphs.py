@@ -326,15 +326,15 @@ def test_a_prefill_whose_output_is_not_finite_is_given_up(late):
 
 def test_only_a_gpu_with_a_backend_that_can_be_captured_is_recorded():
     class Capturable(SdpaAttention):
-        def captures(self, device, dtype):
+        def captures(self, *_):
             return True
 
-    assert recorder_for(torch.device("cpu"), torch.float32, Capturable()) is None
+    assert recorder_for(torch.device("cpu"), torch.float32, 64, Capturable()) is None
     # there are no kernels for it, and torch's own attention reads the host
-    assert recorder_for(torch.device("cuda", 0), torch.float64, SdpaAttention()) is None
+    assert recorder_for(torch.device("cuda", 0), torch.float64, 64, SdpaAttention()) is None
     failed = Capturable()
     failed.capture_failure = "RuntimeError: not permitted"
-    assert recorder_for(torch.device("cuda", 0), torch.float32, failed) is None
+    assert recorder_for(torch.device("cuda", 0), torch.float32, 64, failed) is None
 
 
 def test_steps_over_a_cache_that_needs_the_host_are_not_recorded(recorder, late):
