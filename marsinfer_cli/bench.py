@@ -14,9 +14,10 @@ import typer
 from marsinfer_cli import tables
 from marsinfer_cli.events import note, saying
 from marsinfer_cli.examples import epilog
+from marsinfer_cli.in_parts import InParts
 from marsinfer_cli.signature import takes
 from marsinfer_cli.variants import parse_lengths, parse_packs, parse_shares, parse_variant, parse_variants
-from pipeline.errors import ConfigError, Interrupted
+from pipeline.errors import ConfigError
 from pipeline.settings.answer_settings import SamplingSettings
 from pipeline.settings.bench_settings import (
     PACKS,
@@ -72,9 +73,11 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     check_baselines(stock, together, ranks)
     # transformers computes with the weights in full
     loaded = _opened(config, chosen, ranks).load(IN_FULL if stock else precision_of(chosen))
-    with closing(loaded) as model:
-        results, ceilings = [], []
+    results, ceilings = [], []
+    parts = InParts("lengths", map(_named, wanted))
+    with closing(loaded) as model, parts.measuring():
         for length in wanted:
+            parts.check()
             pack = (
                 real_documents(model, config.document, config, length)
                 if config.document
@@ -89,12 +92,16 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
                 repeats=config.repeats,
                 new_tokens=config.new_tokens,
                 ceilings=ceilings[-1],
+                check=parts.check,
             )
-    conditions = {**tables.conditions_of(model), "ceilings": list(map(asdict, ceilings))}
+            parts.ended += 1
+    measured_at = {"ceilings": list(map(asdict, ceilings[: parts.ended]))}
+    conditions = {**tables.conditions_of(model), **measured_at, **parts.missing}
     if drawn.plot:
         title = f"{conditions['model']}, {conditions['device']}"
         save_picture(drawn.plot, title, partial(draw_ttft, results))
     _show(switches, conditions, _dicts(results), tables.ttft_lines(results))
+    parts.end()
 
 
 @takes(OffloadConfig, BenchSwitches)
@@ -111,21 +118,26 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     wanted = parse_lengths(str(config.lengths))
     model = _opened(config, [chosen]).load(precision_of([chosen]))
     prepare(model, [chosen])
-    results = []
-    for length in wanted:
-        results += measure_offload(
-            model,
-            random_document(model, length),
-            chosen.use(model),
-            device_bytes=device_bytes,
-            host_bytes=host_kv_bytes(),
-            new_tokens=config.new_tokens,
-            repeats=config.repeats,
-            with_resident=config.resident,
-        )
+    results, parts = [], InParts("lengths", map(_named, wanted))
+    with parts.measuring():
+        for length in wanted:
+            parts.check()
+            results += measure_offload(
+                model,
+                random_document(model, length),
+                chosen.use(model),
+                device_bytes=device_bytes,
+                host_bytes=host_kv_bytes(),
+                new_tokens=config.new_tokens,
+                repeats=config.repeats,
+                with_resident=config.resident,
+                check=parts.check,
+            )
+            parts.ended += 1
     settings = {"method": config.variant, "kv_memory": config.kv_memory, "new_tokens": config.new_tokens}
-    conditions = {**tables.conditions_of(model), **settings}
+    conditions = {**tables.conditions_of(model), **settings, **parts.missing}
     _show(switches, conditions, _dicts(results), tables.offload_lines(results))
+    parts.end()
 
 
 @takes(DecodeConfig, BenchSwitches)
@@ -137,17 +149,21 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
     chosen = parse_variants(config.methods, config.keep)
     wanted = parse_lengths(str(config.lengths))
     model = _opened(config, chosen).load(precision_of(chosen))
-    results = []
-    for length in wanted:
-        results += measure_decode(
-            model,
-            [length] * config.documents,
-            chosen,
-            new_tokens=config.new_tokens,
-            repeats=config.repeats,
-        )
-    conditions = {**tables.conditions_of(model), "new_tokens": config.new_tokens}
+    results, parts = [], InParts("lengths", map(_named, wanted))
+    with parts.measuring():
+        for length in wanted:
+            results += measure_decode(
+                model,
+                [length] * config.documents,
+                chosen,
+                new_tokens=config.new_tokens,
+                repeats=config.repeats,
+                check=parts.check,
+            )
+            parts.ended += 1
+    conditions = {**tables.conditions_of(model), "new_tokens": config.new_tokens, **parts.missing}
     _show(switches, conditions, _dicts(results), tables.decode_lines(results))
+    parts.end()
 
 
 @takes(KernelConfig, BenchSwitches)
@@ -245,57 +261,47 @@ def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     config.check_data()
     if switches.plot is not None:
         check_plot(switches.plot)
-    conditions, results, stopped = _accuracies(config, saying(quiet=switches.quiet))
+    conditions, results, parts = _accuracies(config, saying(quiet=switches.quiet))
     if switches.plot is not None:
         title = f"{conditions['model']}, {conditions['device']}"
         save_picture(switches.plot, title, partial(draw_accuracy, results))
     _show(switches, conditions, _dicts(results), tables.accuracy_lines(results, config.long_tokens))
-    if stopped is not None:
-        raise stopped
+    parts.end()
 
 
 def _accuracies(
     config: AccuracyConfig, say: Callable[[str], None]
-) -> tuple[dict[str, Any], list[Accuracy], Interrupted | None]:
-    """Conditions and results; of a measurement that is stopped those of the variants that ended, if any."""
+) -> tuple[dict[str, Any], list[Accuracy], InParts]:
+    """Conditions and results, those of the variants that ended if not all did."""
     from pipeline.bench.accuracy import measure_accuracy, read_cases
-    from pipeline.interrupts import graceful_stop
     from pipeline.suites.by_name import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
     model = _opened(config, variants).load()
     results: list[Accuracy] = []
     cases: list[CheckRow] = []
-    stopped: Interrupted | None = None
-    names = ["dense", *(variant.name for variant in variants)]
-
-    def kept() -> str:
-        if not results:
-            return "nothing is kept of a measurement that did not end"
-        return f"what is shown is of {len(results)} of {len(names)} variants"
-
-    with graceful_stop(kept) as stop:
-        try:
-            cases, left_out = read_cases(config, model, stop)
-            for message in left_out:
-                say(f"left out: {message}")
-            long = config.long_tokens
-            for result in measure_accuracy(model, cases, variants, long_tokens=long, check=stop):
-                say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
-                results.append(result)
-        except Interrupted as error:
-            if not results:
-                raise
-            stopped = error
+    parts = InParts("variants", ["dense", *(variant.name for variant in variants)])
+    with parts.measuring():
+        cases, left_out = read_cases(config, model, parts.check)
+        for message in left_out:
+            say(f"left out: {message}")
+        for result in measure_accuracy(
+            model, cases, variants, long_tokens=config.long_tokens, check=parts.check
+        ):
+            say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
+            results.append(result)
+            parts.ended += 1
     tokens = sum(case.document.prompt_tokens for case in cases)
     held = "right answers" if config.has_references else "dense's own answers"
     about: dict[str, Any] = {"held against": held, "rows": len(cases), "prompt tokens": tokens}
-    if stopped is not None:
-        about["not measured"] = ", ".join(names[len(results) :])
-    conditions = {**tables.conditions_of(model), **about}
+    conditions = {**tables.conditions_of(model), **about, **parts.missing}
     if config.suite:
         conditions["suites"] = NOT_COMPARABLE
-    return conditions, results, stopped
+    return conditions, results, parts
+
+
+def _named(length: int | None) -> str:
+    return "the document" if length is None else f"{length} tokens"
 
 
 def _dicts(results: Sequence[Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -56,13 +56,18 @@ def measure_decode(
     *,
     new_tokens: int,
     repeats: int,
+    check: Callable[[], None] = lambda: None,
 ) -> list[DecodeMeasurement]:
-    """Answer one batch of random prompts of these lengths, with every method, all answers equally long."""
+    """Answer one batch of random prompts of these lengths, with every method, all answers equally long.
+
+    `check` is called before each method, and may raise to give up.
+    """
     documents = [random_document(model, length, row) for row, length in enumerate(lengths)]
     copied = copy_bytes_per_second(model.device)
     prepare(model, methods)
     results = []
     for variant in methods:
+        check()
         pack = Pack.of(documents, model.device)
         method = variant.use(model)  # which sets the model's attention, too
         prefilled = prefill(model.decoder, model.attention, method, pack, new_tokens, draft=model.draft)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,10 +54,12 @@ def measure_offload(
     new_tokens: int,
     repeats: int,
     with_resident: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> list[OffloadMeasurement]:
     """A cache that stays, one that offloads behind the computation, and one that waits for its copies.
 
-    Raises ConfigError for a document that does not fit the limits.
+    `check` is called before each run, and may raise to give up. Raises ConfigError for a document that does
+    not fit the limits.
     """
     limits = KvLimits(device_bytes=device_bytes, host_bytes=host_bytes, measure=True)
     variants: dict[str, KvLimits | None] = {
@@ -69,7 +71,7 @@ def measure_offload(
         del variants["all on the device"]
     run = partial(_run, model, document, method, new_tokens)
     runs = {name: partial(run, name, chosen) for name, chosen in variants.items()}
-    done = in_turns(runs, repeats + 1)  # the first turn warms up
+    done = in_turns(runs, repeats + 1, check)  # the first turn warms up
     answers = {name: [answer for _, answer in own] for name, own in done.items()}
     resident = answers["all on the device"][0] if with_resident else None
     synchronous = answers["offloaded, synchronous"][0]

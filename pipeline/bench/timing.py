@@ -66,11 +66,17 @@ class Stopwatch:
         return sum(span[0].elapsed_time(span[1]) if isinstance(span, tuple) else span for span in self._spans)
 
 
-def in_turns(runs: Mapping[K, Callable[[], T]], turns: int) -> dict[K, list[T]]:
-    """What all runs give, one after the other in each turn, so that a drifting clock touches all alike."""
+def in_turns(
+    runs: Mapping[K, Callable[[], T]], turns: int, check: Callable[[], None] = lambda: None
+) -> dict[K, list[T]]:
+    """What all runs give, one after the other in each turn, so that a drifting clock touches all alike.
+
+    `check` is called before each run, and may raise to give up.
+    """
     results: dict[K, list[T]] = {name: [] for name in runs}
     for _turn in range(turns):
         for name, run in runs.items():
+            check()
             results[name].append(run())
     return results
 

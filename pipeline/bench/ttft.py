@@ -71,12 +71,14 @@ def measure_ttft(
     repeats: int = 5,
     new_tokens: int = 0,
     ceilings: Ceilings | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
     """Measure every variant on one pack, taking turns so that a drifting clock touches all alike.
 
     With `new_tokens`, methods are also timed to the end of answers of that length, in turns of their own.
     What is longer than `WARM_UP_TOKENS` is warmed up by a part of it, and its selection is not timed.
-    Raises ConfigError for baselines that cannot run here, or not with several documents.
+    `check` is called before each run, and may raise to give up. Raises ConfigError for baselines that cannot
+    run here, or not with several documents.
     """
     ranks = model.decoder.ranks
     check_baselines(baselines, len(documents), 1 if ranks is None else ranks.count)
@@ -84,7 +86,7 @@ def measure_ttft(
         model.check_fp8()
     part = _beginnings(documents)
     if part is not None:
-        measure_ttft(model, part, methods, baselines=baselines, repeats=1)
+        measure_ttft(model, part, methods, baselines=baselines, repeats=1, check=check)
     pack = Pack.of(documents, model.device)
     runs = {name: partial(_timed, model, _transformers_run(model, pack, name)) for name in baselines}
     answers = {}
@@ -94,12 +96,12 @@ def measure_ttft(
         runs[variant.name] = partial(_timed, model, run, ceilings, variant.linears_in_fp8)
         answers[variant.name] = partial(_timed, model, to_the_end)
     # the first turn warms up, if nothing has before, and tells what was done
-    times = in_turns(runs, repeats + (part is None))
+    times = in_turns(runs, repeats + (part is None), check)
     if part is not None:
         times = {name: [of_turns[0], *of_turns] for name, of_turns in times.items()}
     timed = methods if part is None else ()
     within = {variant.name: _within(model, pack, variant.use(model)) for variant in timed}
-    ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0)
+    ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0, check)
     return [
         _measurement(name, documents, times[name], within.get(name, _Within()), ends.get(name, ()))
         for name in runs

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from marsinfer_cli.app import run
+from pipeline.bench import ttft
 from pipeline.bench.ttft import Measurement, saving_reached
 from pipeline.pruning.operations import dense_flops, prefill_flops
 from pipeline.pruning.shape import ModelShape
@@ -61,6 +63,28 @@ def test_ttft_measures_each_variant_in_one_run(model_folder, capfd):
     assert pruned["ffn_share_by_layer"] == [1.0, 1.0, 0.5, 1.0]
     assert pruned["flops_ratio"] < 1
     assert all(0 < v["fastest_ms"] <= v["ttft_ms"] <= v["slowest_ms"] for v in variants.values())
+
+
+@pytest.mark.parametrize("fails_at", [64, 128])
+def test_lengths_that_ended_are_shown_though_a_later_one_fails(model_folder, capfd, monkeypatch, fails_at):
+    prefill_of = ttft.prefill
+
+    def failing(decoder, attention, method, pack, *others, **options):
+        if len(pack.input_ids) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill_of(decoder, attention, method, pack, *others, **options)
+
+    monkeypatch.setattr(ttft, "prefill", failing)
+    flags = ["--lengths", "64,128", "--methods", "dense", "--baselines", "none", "--repeats", "1", "--json"]
+    assert run(["bench", "ttft", "--model", str(model_folder), *flags]) == 1
+    printed = capfd.readouterr()
+    assert f"error: {fails_at} tokens fails: OutOfMemoryError: CUDA out of memory" in printed.err
+    if fails_at == 64:
+        assert printed.out == ""
+    else:
+        shown = json.loads(printed.out)
+        assert [each["tokens"] for each in shown["results"]] == [64]
+        assert (shown["not measured"], len(shown["ceilings"])) == ("128 tokens", 1)
 
 
 def test_ttft_reads_a_real_document_and_prints_a_table(model_folder, tmp_path, capfd):
