@@ -34,7 +34,7 @@ MOST_FORMS = 256  # different ones that are held
 LENGTHS = (3, 6, 10, 15, 30)
 PLAIN = r'[^"\\\x00-\x1F\x7F]'
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{PLAIN}{{1,{length}}}" for length in LENGTHS), f"{PLAIN}+"]
-COMMON = "a7."  # characters of three kinds
+COMMON = "a7"  # a letter and a digit
 # of llguidance, by the model's: each takes a second to make
 _made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 

@@ -119,7 +119,7 @@ class GrammarTokens:
     stops_W: np.ndarray
     known_W: np.ndarray  # that the model knows, but for what the library takes for an end
     drops_first_space: bool  # of a text that is decoded
-    common: tuple[int, ...]  # a few of different kinds, all of which may follow where nearly any may
+    common: tuple[int, ...]  # a few of different kinds, which may follow wherever nearly any may
 
 
 @dataclass(kw_only=True, eq=False)
