@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -138,9 +139,18 @@ def is_valid(text: str, schema: str) -> bool:
 
 @lru_cache(MOST_HELD)
 def _validator(schema: str) -> Any:
-    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
     from referencing import Registry
 
     rules = json.loads(schema)
+    validator = extend(validator_for(rules, default=Draft202012Validator), {"multipleOf": _multiple_of})
     # a registry of its own, lest anything be fetched
-    return validator_for(rules, default=Draft202012Validator)(rules, registry=Registry())
+    return validator(rules, registry=Registry())
+
+
+def _multiple_of(validator: Any, divisor: float, value: Any, _: Any) -> Iterator[Exception]:
+    """By the numbers as they are written: jsonschema divides floats, of which 35.27 is none of 0.01."""
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(divisor)):
+        yield ValidationError(f"{value} is not a multiple of {divisor}")
