@@ -119,8 +119,9 @@ def texts_of(
     """
     own = parted(tokens, begins, model.tokenizer)
     reasons = own.reasoning is not None
-    cut = None if rules.texts is None else rules.texts.cut(own.tokens, trims=reasons)
-    text = own.head + (whole_characters(own.tokens, model.tokenizer) if cut is None else cut)
+    text = None if rules.texts is None else rules.texts.cut(own.tokens, head=own.head, trims=reasons)
+    if text is None:
+        text = own.head + whole_characters(own.tokens, model.tokenizer)
     return own.reasoning, text.lstrip() if reasons else text
 
 

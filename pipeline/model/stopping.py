@@ -22,25 +22,36 @@ class StopTexts:
         """
         if start is None:
             return False
-        tokens = tokens[start:] if start else tokens
+        tokens = self._without_space(tokens[start:]) if start else tokens
         # a token that is written is at least a byte: no text can reach further back than this
         reach = max(len(text.encode()) for text in self.texts) + 4
-        newest = last_written(tokens, reach, self._special)
-        tail = self._decode(newest)
-        if start and len(newest) < reach:
+        newest = last_written(tokens, reach + 1, self._special)
+        tail = self._decode(newest[-reach:])
+        if start and len(newest) <= reach:  # all that there is
             tail = tail.lstrip()
         spelled = self._spelled(tokens[-reach:]) if self._marked else ""
         return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
 
-    def cut(self, tokens: Sequence[int], *, trims: bool = False) -> str | None:
-        """The answer up to the first of the texts, or None if there is none in it.
+    def cut(self, tokens: Sequence[int], *, head: str = "", trims: bool = False) -> str | None:
+        """The answer, `head` and then these tokens, up to the first of the texts; None if it has none of them.
 
         With `trims` white space in front counts for nothing.
         """
-        text = self._decode(tokens).lstrip() if trims else self._decode(tokens)
+        text, by_special = head + self._decode(tokens), self._cut_by_special(tokens)
+        before = None if by_special is None else head + by_special
+        if trims:
+            text, before = text.lstrip(), before and before.lstrip()
         ends = [text[: text.index(stop)] for stop in self.texts if stop in text]
-        by_special = self._cut_by_special(tokens)
-        return min(ends if by_special is None else [*ends, by_special], key=len, default=None)
+        return min(ends if before is None else [*ends, before], key=len, default=None)
+
+    def _without_space(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens from the first that writes more than white space."""
+        begins = (
+            place
+            for place, token in enumerate(tokens)
+            if token not in self._special and self._decode([token]).strip()
+        )
+        return tokens[next(begins, len(tokens)) :]
 
     def _cut_by_special(self, tokens: Sequence[int]) -> str | None:
         """What stands before the first text that special tokens are part of."""
