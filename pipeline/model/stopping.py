@@ -33,7 +33,7 @@ class StopTexts:
         return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
 
     def cut(self, tokens: Sequence[int], *, head: str = "", trims: bool = False) -> str | None:
-        """The answer, `head` and then these tokens, up to the first of the texts; None if it has none of them.
+        """The answer, `head` and then these tokens, up to the first of the texts; None if it has none.
 
         With `trims` white space in front counts for nothing.
         """
