@@ -104,8 +104,11 @@ def resolved(reference: str, schema: Schema) -> Any:
 
 
 def schema_text(schema: Schema) -> str:
-    """A schema as JSON that is the same however its file is laid out; the order of keys is kept."""
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    """A schema as JSON that is the same however its file is laid out; the order of keys is kept.
+
+    Raises ValueError for NaN and infinities.
+    """
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def strict_json(text: str) -> Any:

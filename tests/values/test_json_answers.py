@@ -82,6 +82,7 @@ def test_a_schema_that_leads_back_to_itself_makes_no_answer_valid():
         ({"pattern": "("}, r"s is not a JSON schema at /pattern: '\(' is not a 'regex'"),
         ({"patternProperties": {r"\p{L}": {}}}, "s is not a JSON schema at /patternProperties: .* 'regex'"),
         ({"items": {"$id": "x"}}, r"s: a part of it has an \$id, which is not supported"),
+        ({"const": float("inf")}, "s is not a JSON schema: Out of range float values"),
         ({"title": "half \ud800"}, "s is not a JSON schema: 'utf-8' codec can't encode"),
     ],
 )
