@@ -50,11 +50,11 @@ def check_format(form: ResponseFormat, place: str) -> None:
         grammar = grammar_of(form)
     except ValueError as error:  # of numbers and texts that Rust's JSON does not have
         raise ConfigError(f"{place} cannot be used: {cause(str(error))}") from error
-    if form.kind == "json_schema" and (reason := next(misread(json.loads(form.text), library), None)):
-        raise ConfigError(f"{place} cannot be used: {reason}")
     is_error, told = library.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if is_error:
         raise ConfigError(f"{place} cannot be used: {cause(told[0])}")
+    if form.kind == "json_schema" and (reason := next(misread(json.loads(form.text), library), None)):
+        raise ConfigError(f"{place} cannot be used: {reason}")
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
     matcher.compute_bitmask()
     if matcher.is_error():
