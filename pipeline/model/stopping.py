@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+NO_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are none
+LONGEST_CHARACTER = 4  # bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopTexts:
@@ -24,10 +27,11 @@ class StopTexts:
             return False
         tokens = self._without_space(tokens[start:]) if start else tokens
         # a token that is written is at least a byte: no text can reach further back than this
-        reach = max(len(text.encode()) for text in self.texts) + 4
+        reach = max(len(text.encode()) for text in self.texts) + LONGEST_CHARACTER
         newest = last_written(tokens, reach + 1, self._special)
-        tail = self._decode(newest[-reach:])
-        if start and len(newest) <= reach:  # all that there is
+        is_whole = len(newest) <= reach
+        tail = self._decode(newest) if is_whole else self._from_a_character(newest[1:])
+        if start and is_whole:
             tail = tail.lstrip()
         spelled = self._spelled(tokens[-reach:]) if self._marked else ""
         return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
@@ -43,6 +47,14 @@ class StopTexts:
             text, before = text.lstrip(), before and before.lstrip()
         ends = [text[: text.index(stop)] for stop in self.texts if stop in text]
         return min(ends if before is None else [*ends, before], key=len, default=None)
+
+    def _from_a_character(self, tokens: Sequence[int]) -> str:
+        """What tokens write, where the first may stand inside a character: from the next character on.
+
+        SentencePiece writes a row of bytes that begins inside one as no characters at all.
+        """
+        texts = (self._decode(tokens[skipped:]) for skipped in range(LONGEST_CHARACTER))
+        return next((text for text in texts if not text.startswith(NO_CHARACTER)), self._decode(tokens))
 
     def _without_space(self, tokens: Sequence[int]) -> Sequence[int]:
         """The tokens from the first that writes more than white space."""

@@ -16,7 +16,7 @@ from pipeline.values.schemas import read_schema
 Schema = Mapping[str, Any]
 
 MOST_HELD = 64  # validators
-_FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_FENCE = re.compile(r"\s*```[ \t]*[\w+-]*[ \t]*\r?\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 

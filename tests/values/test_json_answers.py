@@ -29,6 +29,7 @@ AMOUNT = {"type": "object", "properties": {"amount": {"type": "number"}}, "requi
         ("[" * 100_000, False),
         ('```json\n{"amount": 3}\n```', True),
         ('```\n{"amount": 3}\n```\n', True),
+        ('``` json\r\n{"amount": 3}\r\n```', True),
         ('  ```JSON  \n{"amount":\n3}```', True),
         ('```json\n{"amount": 3}', False),  # cut short
         ('Here:\n```json\n{"amount": 3}\n```', False),
