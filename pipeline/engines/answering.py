@@ -119,8 +119,9 @@ def texts_of(
     """
     own = parted(tokens, begins, model.tokenizer)
     reasons = own.reasoning is not None
-    cut = None if rules.texts is None else rules.texts.cut(own.tokens, trims=reasons)
-    text = own.head + (whole_characters(own.tokens, model.tokenizer) if cut is None else cut)
+    text = None if rules.texts is None else rules.texts.cut(own.tokens, head=own.head, trims=reasons)
+    if text is None:
+        text = own.head + whole_characters(own.tokens, model.tokenizer)
     return own.reasoning, text.lstrip() if reasons else text
 
 
@@ -183,14 +184,26 @@ def add_logprobs(row: Answer, generated: Generated, model: LoadedModel) -> None:
     """Write how likely the answer's tokens were, without those of reasoning, and how likely each choice."""
     if not generated.logprobs:
         return
-    guide, count = generated.guide, len(generated.tokens)
+    guide, start = generated.guide, 0
     if guide is not None:
-        count -= guide.start or 0
+        start = len(generated.tokens) if guide.start is None else guide.start
         row.choice_logprobs = guide.choice_logprobs
     elif generated.reasoning is not None:
-        count = len(parted(generated.tokens, generated.reasoning, model.tokenizer).tokens)
-    if logprobs := generated.logprobs[len(generated.logprobs) - count :]:
+        own = parted(generated.tokens, generated.reasoning, model.tokenizer)
+        start = len(generated.tokens) - len(own.tokens)
+    if logprobs := generated.logprobs[start : _end_of_text(row.answer or "", generated, model)]:
         row.mean_logprob, row.min_logprob = sum(logprobs) / len(logprobs), min(logprobs)
+
+
+def _end_of_text(answer: str, generated: Generated, model: LoadedModel) -> int:
+    """How many tokens there are up to the answer's last one: behind it is a stop text, if one ended it."""
+    end = len(generated.tokens)
+    while generated.finish_reason == "stop_text" and end:
+        _, text = texts_of(generated.tokens[: end - 1], generated.reasoning, generated.rules, model)
+        if not text.startswith(answer):
+            break
+        end -= 1
+    return end
 
 
 def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:

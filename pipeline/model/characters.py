@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from pipeline.model.stopping import last_written, special_tokens
+from pipeline.model.stopping import LONGEST_CHARACTER, NO_CHARACTER, last_written, special_tokens
 
-REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character
-LONGEST = 4  # bytes of a character
 FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # what SentencePiece calls a token of one byte
 # what GPT-2 calls bytes: those that can be printed by their characters, the others by what follows 255
 PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -30,16 +28,16 @@ def whole_characters(tokens: Sequence[int], tokenizer: Any) -> str:
     A replacement character that the tokens spell, or that stands for bytes that none could complete, stays.
     """
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    if not text.endswith(REPLACEMENT):
+    if not text.endswith(NO_CHARACTER):
         return text
     written = last_written(tokens, len(tokens), special_tokens(tokenizer))
-    names = [str(name) for name in tokenizer.convert_ids_to_tokens(written[-LONGEST:])]
+    names = [str(name) for name in tokenizer.convert_ids_to_tokens(written[-LONGEST_CHARACTER:])]
     bytes_left = pending(chain.from_iterable(map(_bytes_of, names)))
     if not bytes_left:
         return text
     if FALLBACK.fullmatch(names[-1]):  # each such byte is written as a character of its own
         return str(tokenizer.decode(written[:-bytes_left], skip_special_tokens=True))
-    return text.removesuffix(REPLACEMENT)
+    return text.removesuffix(NO_CHARACTER)
 
 
 def pending(values: Iterable[int]) -> int:

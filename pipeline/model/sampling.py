@@ -61,6 +61,7 @@ class Sampling:
         """
         # mixed, so that seeds 0 and 1 do not share the streams of neighbouring rows
         mixed = self.seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9 + answer * 0x94D049BB133111EB
+        mixed += (self.seed >> 32) * 0xD6E8FEB86659FD93  # of the sum torch takes the lowest 32 bits alone
         return torch.rand(tokens, generator=torch.Generator().manual_seed(mixed % 2**63))
 
     def draws(self, row: int, tokens: int, answer: int = 0) -> RowDraws | None:

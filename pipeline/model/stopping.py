@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+NO_CHARACTER = "\ufffd"  # what a tokenizer writes for bytes that are none
+LONGEST_CHARACTER = 4  # bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopTexts:
@@ -22,25 +25,45 @@ class StopTexts:
         """
         if start is None:
             return False
-        tokens = tokens[start:] if start else tokens
+        tokens = self._without_space(tokens[start:]) if start else tokens
         # a token that is written is at least a byte: no text can reach further back than this
-        reach = max(len(text.encode()) for text in self.texts) + 4
-        newest = last_written(tokens, reach, self._special)
-        tail = self._decode(newest)
-        if start and len(newest) < reach:
+        reach = max(len(text.encode()) for text in self.texts) + LONGEST_CHARACTER
+        newest = last_written(tokens, reach + 1, self._special)
+        is_whole = len(newest) <= reach
+        tail = self._decode(newest) if is_whole else self._from_a_character(newest[1:])
+        if start and is_whole:
             tail = tail.lstrip()
         spelled = self._spelled(tokens[-reach:]) if self._marked else ""
         return any(text in tail for text in self.texts) or any(text in spelled for text in self._marked)
 
-    def cut(self, tokens: Sequence[int], *, trims: bool = False) -> str | None:
-        """The answer up to the first of the texts, or None if there is none in it.
+    def cut(self, tokens: Sequence[int], *, head: str = "", trims: bool = False) -> str | None:
+        """The answer, `head` and then these tokens, up to the first of the texts; None if it has none.
 
         With `trims` white space in front counts for nothing.
         """
-        text = self._decode(tokens).lstrip() if trims else self._decode(tokens)
+        text, by_special = head + self._decode(tokens), self._cut_by_special(tokens)
+        before = None if by_special is None else head + by_special
+        if trims:
+            text, before = text.lstrip(), before and before.lstrip()
         ends = [text[: text.index(stop)] for stop in self.texts if stop in text]
-        by_special = self._cut_by_special(tokens)
-        return min(ends if by_special is None else [*ends, by_special], key=len, default=None)
+        return min(ends if before is None else [*ends, before], key=len, default=None)
+
+    def _from_a_character(self, tokens: Sequence[int]) -> str:
+        """What tokens write, where the first may stand inside a character: from the next character on.
+
+        SentencePiece writes a row of bytes that begins inside one as no characters at all.
+        """
+        texts = (self._decode(tokens[skipped:]) for skipped in range(LONGEST_CHARACTER))
+        return next((text for text in texts if not text.startswith(NO_CHARACTER)), self._decode(tokens))
+
+    def _without_space(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens from the first that writes more than white space."""
+        begins = (
+            place
+            for place, token in enumerate(tokens)
+            if token not in self._special and self._decode([token]).strip()
+        )
+        return tokens[next(begins, len(tokens)) :]
 
     def _cut_by_special(self, tokens: Sequence[int]) -> str | None:
         """What stands before the first text that special tokens are part of."""

@@ -39,12 +39,13 @@ def parse_settings(pairs: Sequence[str], flag: str = "--set") -> dict[str, str]:
 def parse_template_arg(text: str, flag: str = "--template-arg") -> tuple[str, Any]:
     """`enable_thinking=false` as ("enable_thinking", False): a value is JSON where it can be, else a text.
 
-    Words that Python writes otherwise, such as False, count as JSON's.
+    Words that are written otherwise, such as False and FALSE, count as JSON's.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (equals and name.isidentifier() and value):
         raise ConfigError(f"{flag} {text!r}: write it as NAME=VALUE, for example enable_thinking=false")
-    word = value.lower() if value in ("True", "False") else "null" if value == "None" else value
+    is_bool = value.lower() in ("true", "false")
+    word = value.lower() if is_bool else "null" if value == "None" else value
     try:
         return name, json.loads(word, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.records import ResponseFormat
+from pipeline.structured.misread import misread
 
 NEEDS = "needs llguidance: pip install 'marsinfer[structured]'"
 # between the tokens of JSON: with more a model may write white space until its tokens are used up
@@ -45,10 +46,15 @@ def check_format(form: ResponseFormat, place: str) -> None:
         return
     library = llguidance(place)
     tokenizer = library.LLTokenizer("byte")
-    grammar = grammar_of(form)
+    try:
+        grammar = grammar_of(form)
+    except ValueError as error:  # of numbers and texts that Rust's JSON does not have
+        raise ConfigError(f"{place} cannot be used: {cause(str(error))}") from error
     is_error, told = library.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if is_error:
         raise ConfigError(f"{place} cannot be used: {cause(told[0])}")
+    if form.kind == "json_schema" and (reason := next(misread(json.loads(form.text), library), None)):
+        raise ConfigError(f"{place} cannot be used: {reason}")
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
     matcher.compute_bitmask()
     if matcher.is_error():

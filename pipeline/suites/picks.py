@@ -9,10 +9,13 @@ from decimal import Decimal
 _FACT = re.compile(r"\[\s*fact\b", re.IGNORECASE)
 _TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 _MARKUP = re.compile(r"[*_`]+")
-_JOINT = r"\s*(?:,\s*and\b|,|;|&|/|\band\b)?\s*"  # what may stand between two letters of one answer
+_JOINT = r"\s*(?:,\s*and\b|,|;|&|/|\band\b)\s*"  # what may stand between two letters of one answer
 _LETTER = r"\(?[A-H]\b[).:]?"
-_LETTERS = rf"(?:[A-H]{{2,8}}\b|{_LETTER}(?:{_JOINT}{_LETTER})*)"
-_ARTICLE = r"A\s+(?!(?:and|are|because|is|only|or)\b)[a-z]"  # as in `A man`, which picks nothing
+_GOES_ON = r"(?:and|are|because|is|only|or)\b"  # behind a letter that picks
+_ARTICLE = rf"A[ \t]+(?!{_GOES_ON})[a-z]"  # as in `A man`, which picks nothing
+_OWN_TEXT = rf"[A-H](?:[ \t]+(?!{_GOES_ON})\w\w|-\w)"  # as in `B. A man` or `B. E-mail`, what an option says
+_NEXT = rf"(?:{_JOINT}(?!{_ARTICLE})|\s*(?!{_OWN_TEXT})){_LETTER}"
+_LETTERS = rf"(?:[A-H]{{2,8}}\b|{_LETTER}(?:{_NEXT})*)"
 _LEADING = re.compile(rf"(?!{_ARTICLE}){_LETTERS}")
 _ANNOUNCED = re.compile(
     r"\b(?i:answers?|options?|choices?)\b[^.\n]{0,40}?(?:\b(?:is|are)\b:?|:)\s*"
@@ -20,7 +23,10 @@ _ANNOUNCED = re.compile(
 )
 _BRACKETED = re.compile(r"\(([A-H])\)")
 _ALONE = re.compile(rf"\b(?!{_ARTICLE})([A-H])\b")
-_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\.\d+")
+_POWER = r"(?:[eE][-+]?\d{1,3}\b)?"
+_NUMBER = re.compile(
+    rf"(?<![\w.])[-\u2212]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?{_POWER}|(?<![\w.])[-\u2212]?\.\d+{_POWER}"
+)
 _DIGITS = re.compile(r"\d+")
 
 

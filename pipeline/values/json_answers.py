@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +16,7 @@ from pipeline.values.schemas import read_schema
 Schema = Mapping[str, Any]
 
 MOST_HELD = 64  # validators
-_FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_FENCE = re.compile(r"\s*```[ \t]*[\w+-]*[ \t]*\r?\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
@@ -103,8 +104,11 @@ def resolved(reference: str, schema: Schema) -> Any:
 
 
 def schema_text(schema: Schema) -> str:
-    """A schema as JSON that is the same however its file is laid out; the order of keys is kept."""
-    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    """A schema as JSON that is the same however its file is laid out; the order of keys is kept.
+
+    Raises ValueError for NaN and infinities.
+    """
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def strict_json(text: str) -> Any:
@@ -138,9 +142,18 @@ def is_valid(text: str, schema: str) -> bool:
 
 @lru_cache(MOST_HELD)
 def _validator(schema: str) -> Any:
-    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
     from referencing import Registry
 
     rules = json.loads(schema)
+    validator = extend(validator_for(rules, default=Draft202012Validator), {"multipleOf": _multiple_of})
     # a registry of its own, lest anything be fetched
-    return validator_for(rules, default=Draft202012Validator)(rules, registry=Registry())
+    return validator(rules, registry=Registry())
+
+
+def _multiple_of(validator: Any, divisor: float, value: Any, _: Any) -> Iterator[Exception]:
+    """By the numbers as they are written: jsonschema divides floats, of which 35.27 is none of 0.01."""
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(divisor)):
+        yield ValidationError(f"{value} is not a multiple of {divisor}")

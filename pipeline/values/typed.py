@@ -52,7 +52,7 @@ class JsonType:
             return self._fields(value)
         if self.items is not None:
             return [self.items.fit(each) for each in value] if isinstance(value, list) else None
-        return json.dumps(value, ensure_ascii=False) if self.name is None else _simple(self.name, value)
+        return _json_text(value) if self.name is None else _simple(self.name, value)
 
     def _fields(self, value: Any) -> dict[str, Any] | None:
         if not isinstance(value, dict):
@@ -61,6 +61,14 @@ class JsonType:
 
 
 ANY = JsonType()  # a string that holds JSON
+
+
+def _json_text(value: Any) -> str | None:
+    """A value of JSON as such; None where a number in it was beyond float64, which reads it as infinite."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
 
 
 def _simple(name: str, value: Any) -> Any:

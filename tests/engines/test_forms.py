@@ -18,15 +18,17 @@ from decode_steps import record_steps
 
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
+from pipeline.engines.answering import add_answers
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
 from pipeline.model.decode_batch import DecodeBatch
-from pipeline.model.generated import StopRules
+from pipeline.model.generated import Generated, StopRules
 from pipeline.model.guide import Guide
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.sampling import Sampling
+from pipeline.model.stopping import StopTexts
 from pipeline.pruning.dense import Dense
-from pipeline.records import EncodedDocument, Reasoning, ResponseFormat, SamplingParams
+from pipeline.records import Answer, EncodedDocument, Reasoning, ResponseFormat, SamplingParams
 from pipeline.structured.grammars import choices_format, json_schema_format
 
 NEW_TOKENS = 24
@@ -267,6 +269,18 @@ def test_log_probabilities_are_those_of_the_model(model, form, lookup, monkeypat
     assert finished[0].logprobs == pytest.approx(expected, rel=1e-4)
     assert answer.mean_logprob == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert answer.min_logprob == pytest.approx(min(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(("text", "stop", "mean"), [("ab\n\nc", "\n\n", -1.5), ("a\n\n", "a\n", None)])
+def test_tokens_of_a_stop_text_are_none_of_the_answer(model, text, stop, mean):
+    texts = StopTexts(texts=(stop,), tokenizer=model.tokenizer)
+    growing = Generated(rules=StopRules(max_new_tokens=9, texts=texts))
+    for count, token in enumerate(model.tokenizer.encode(text), start=1):
+        if growing.grows:
+            growing.take(token, [-float(count)])
+    row = Answer.begin(document(20).source, "dense")
+    add_answers(row, [growing], model)
+    assert (row.answer, row.mean_logprob) == (text.partition(stop)[0], mean)
 
 
 def test_the_answer_is_the_likeliest_choice_and_all_have_their_share(model):

@@ -9,7 +9,7 @@ from conftest import document
 from pipeline.engines.redrawing import RETRY_TEMPERATURE, Redrawing
 from pipeline.prompts.splitting import Part, SplitDocument
 from pipeline.records import AS_THE_RUN, Answer, Row, RowError, SamplingParams
-from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.answer_settings import COLDEST, SamplingSettings
 from pipeline.setup.validity import Validity
 
 NUMBER, TEXT = '{"type": "number"}', '{"type": "string"}'
@@ -93,7 +93,8 @@ def test_a_row_that_fails_in_a_later_try_has_failed():
 
 def test_the_temperature_of_run_and_row_stays_where_it_is_not_greedy():
     own = SamplingParams(temperature=0.2, top_p=0.5, seed=7)
-    for params, temperature in ((AS_THE_RUN, 1.5), (own, 0.2), (replace(own, temperature=0.0), 0.7)):
+    greedy = [replace(own, temperature=each) for each in (0.0, COLDEST / 2)]
+    for params, temperature in ((AS_THE_RUN, 1.5), (own, 0.2), *((each, 0.7) for each in greedy)):
         item = prompt(params=params)
         made = redrawing(item, temperature=1.5)
         made.take(answered(item, "three"))

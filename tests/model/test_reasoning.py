@@ -106,6 +106,8 @@ def ended(own, text, begins, *stops):
         ("a\nb", POSSIBLE, "\n", "a\n"),
         ("\na", UNEXPECTED, "\n", "\n"),
         ("<think>a.</think>b.c", None, ".", "<think>a."),
+        ("a</think>\n\nA word, and more than that.", BEGUN, "\n", None),
+        ("a</think>\n \n A word, and more.\nb", BEGUN, "\n", "a</think>\n \n A word, and more.\n"),
     ],
 )
 def test_stop_texts_count_in_the_answer(own, text, begins, stop, expected):

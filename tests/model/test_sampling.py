@@ -56,6 +56,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature, top_p, expect
         assert chi_square < LIMITS[len(possible) - 1]
 
 
+def test_each_seed_row_and_answer_has_numbers_of_its_own():
+    of_seeds = [Sampling(seed=seed).uniforms(5, 2) for seed in (0, 1, 2**32, 2**32 + 1, 2**52 + 1, -(2**40))]
+    of_rows = [Sampling(seed=1).uniforms(row, 2, answer) for row in (0, 6) for answer in (0, 1)]
+    assert len({tuple(each.tolist()) for each in of_seeds + of_rows}) == 10
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, COLDEST / 1.01, COLDEST, 1e-3])
 def test_next_to_no_temperature_draws_the_likeliest_token(temperature):
     sampling = Sampling(temperature=temperature)

@@ -56,6 +56,12 @@ def test_a_text_may_lie_across_tokens(texts, expected):
     assert ended(BYTE_LEVEL, ids(BYTE_LEVEL, *"oneENDtwo", "é".encode()), *texts) == expected
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, space_tokenizer()], ids=["byte level", "byte fallback"])
+def test_a_text_is_found_in_a_row_of_bytes(tokenizer):
+    tokens = ids(tokenizer, "\u65e5\u672c\u8a9e".encode(), "y")
+    assert ended(tokenizer, tokens, "\u8a9e") == (9, "\u65e5\u672c")
+
+
 def test_special_tokens_within_a_text_are_not_seen():
     tokens = ids(BYTE_LEVEL, "a", "E", *[START] * 40, "N", "D")
     assert ended(BYTE_LEVEL, tokens, "END") == (len(tokens), "a")

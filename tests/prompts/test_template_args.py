@@ -26,6 +26,7 @@ def prompt(tokenizer, **settings):
         ("a=false", False),
         ("a=False", False),
         ("a=True", True),
+        ("a=FALSE", False),
         ("a=None", None),
         ("a=null", None),
         ("a=12", 12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -30,6 +31,25 @@ BAD_SCHEMAS = {
     "an address": ({"$ref": "https://example.org/a"}, "is not present in a registry"),
     "a place that is not there": ({"$ref": "#/nope"}, "Pointer '/nope' does not exist"),
     "a pattern": ({"type": "string", "pattern": "(?=a)"}, "look-around"),
+    "an integer that would be another": (
+        {"enum": [{"a": 2**53 + 1}]},
+        f"enum has {2**53 + 1}, an integer that",
+    ),
+    "a float that would be another": (
+        {"const": 123456789.12345679},
+        "const has 123456789.12345679, a number",
+    ),
+    "no number": ({"const": math.nan}, "const has nan, a number that would be written as another"),
+    "an integer beyond Rust's": ({"maximum": 2**64}, f"Value is not JSON serializable: {2**64}"),
+    "a bound that is rounded out": (
+        {"items": {"minimum": 2**53 + 1}},
+        f"minimum {2**53 + 1} is an integer that",
+    ),
+    "items of two drafts": (
+        {"prefixItems": [{}], "additionalItems": False},
+        "beside additionalItems; say items",
+    ),
+    "names counted twice": ({"required": ["a"], "minProperties": 3}, "and one may be written twice"),
     "properties of a number": ({"properties": 3}, "properties must be an object"),
 }
 
@@ -55,7 +75,17 @@ def test_schemas(kind):
     assert message in found
 
 
-@pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"$defs": {"a": {}}, "$ref": "#/$defs/a"}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"type": "object"},
+        {"$defs": {"a": {}}, "$ref": "#/$defs/a"},
+        {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+        {"enum": [0.1, -0.0, 1e22, 2**53, 2**63 - 1]},
+        {"required": ["a"], "minProperties": 2},
+    ],
+)
 def test_schemas_that_can_be_used(schema):
     check_format(json_schema_format(schema), "--flag")
 

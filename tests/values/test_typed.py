@@ -92,6 +92,7 @@ def test_what_has_no_one_type_is_json_in_a_string(schema, value, text):
         ({"type": "number"}, 3, 3.0),
         ({"type": "number"}, 10**400, None),
         ({"type": "number"}, float("inf"), None),
+        ({}, [float("inf")], None),
         ({"type": "number"}, "3", None),
         ({"type": "boolean"}, False, False),
         ({"type": "boolean"}, 0, None),
