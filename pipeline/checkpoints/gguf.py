@@ -1,7 +1,7 @@
 """Models in GGUF files, whole or in parts: their configuration, tokenizer and weights.
 
 Every part's header is read once. The configuration and the weights are made here: transformers, given a GGUF
-file, drops its RoPE scaling, and fills with random numbers what it lacks. The tokenizer is transformers'.
+file, drops its RoPE scaling, and fills with random numbers what it lacks.
 """
 
 from __future__ import annotations
@@ -14,27 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pipeline.checkpoints.building import as_model_error
 from pipeline.checkpoints.gguf_families import GGUF_FAMILIES
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_tensors import Found, GgufWeights, check_tensors, found_tensors, values
+from pipeline.checkpoints.gguf_tokenizers import gguf_tokenizer
 from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-TOKENIZERS = {
-    "qwen2": Qwen2Tokenizer,
-    "qwen3": Qwen2Tokenizer,
-    "qwen3moe": Qwen2Tokenizer,
-}  # as AutoTokenizer would choose
 # by what transformers calls them
 SIZES = {
     "max_position_embeddings": "context_length",
@@ -44,6 +34,7 @@ SIZES = {
     "num_attention_heads": "attention.head_count",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+ENDS = ("eos", "eot", "eom")
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 # settings of other models of these architectures, by the value that changes nothing
 NEUTRAL = {
@@ -86,14 +77,7 @@ class GgufFiles:
 
     def tokenizer(self) -> Any:
         with as_model_error(self.name):
-            path = self._parts[0].path
-            if "tokenizer.ggml.model" not in self._parts[0].settings:
-                raise GgufError(
-                    f"{path.name} holds no tokenizer; convert the model again, with its tokenizer"
-                )
-            tokenizer = TOKENIZERS.get(self._family, PreTrainedTokenizerFast)
-            # not AutoTokenizer, which reads all of the file's header once more to find the family
-            return tokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            return gguf_tokenizer(self._parts[0], self._family)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """The hash of the file's bytes, or of all parts' in their order."""
@@ -109,7 +93,9 @@ class GgufFiles:
         return GgufWeights(config, self._tensors)
 
     def generation_config(self) -> GenerationConfig | None:
-        return None
+        """With all tokens that the file names as ends: of a text, of a turn and of a message."""
+        named = (self._parts[0].settings.get(f"tokenizer.ggml.{end}_token_id") for end in ENDS)
+        return GenerationConfig(eos_token_id=[token for token in dict.fromkeys(named) if token is not None])
 
     @cached_property
     def _parts(self) -> tuple[GgufHeader, ...]:

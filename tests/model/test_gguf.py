@@ -59,7 +59,7 @@ def test_the_logits_are_those_of_the_model_that_was_written(family, settings, sd
     ours = loaded(path)
     assert torch.equal(logits(ours.decoder, sdpa), logits(Decoder(model), sdpa))
     assert ours.tokenizer.decode(ours.tokenizer.encode("a tin<|im_end|>")) == "a tin<|im_end|>"
-    assert ours.generation_config.eos_token_id == 259
+    assert ours.generation_config.eos_token_id == [259]
 
 
 @pytest.mark.parametrize(
