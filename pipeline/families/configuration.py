@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -18,6 +19,10 @@ from pipeline.pruning.shape import ModelShape
 from pipeline.settings.parse import parse_rope_scaling
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
 # fields of configuration classes beside those of every family in `slots.Family`: dimensions that `shape_of`
 # and the modules have, what is of use in training alone, and what only the tokenizer's side looks at
 HARMLESS = frozenset(
@@ -34,8 +39,14 @@ HARMLESS = frozenset(
 def check_config(config: PreTrainedConfig) -> None:
     """Raise ModelError, before any weight is loaded, for a model this file cannot open."""
     check_family(config.model_type)
+    if config.is_heterogeneous:
+        raise ModelError("per_layer_config, by which layers differ from each other, is not supported")
     _check_fields(config, FAMILIES[config.model_type])
+    _check_sizes(config)
     slots = slots_of(config)
+    narrow = [window for window in slots.windows if window is not None and window < 1]
+    if narrow:
+        raise ModelError(f"sliding_window is {narrow[0]}: it must be 1 or more, or null for none")
     for parameters in _all_rope_parameters(config):
         _check_rope(parameters, slots)
 
@@ -57,6 +68,27 @@ def _check_fields(config: PreTrainedConfig, family: Family) -> None:
                 f"{field.name}={found!r} of model family {config.model_type!r} is not supported"
                 f" ({field.default!r} is)"
             )
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Refuse sizes of which no model can be made."""
+    for name in SIZES:
+        if getattr(config, name) < 1:
+            raise ModelError(f"{name} is {getattr(config, name)}, and at least 1 is needed")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does not divide"
+        )
+    if _head_dim(config) < 2 or _head_dim(config) % 2:
+        raise ModelError(f"heads have {_head_dim(config)} dimensions, and RoPE turns an even number of them")
+    if not 0 <= config.rms_norm_eps < math.inf:
+        raise ModelError(f"rms_norm_eps is {config.rms_norm_eps}, and must be a number from 0 on")
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
@@ -99,7 +131,6 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """The model's dimensions; a window that holds the whole context is none."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots, context = slots_of(config), _context(config)
     windows = tuple(None if window is None or window >= context else window for window in slots.windows)
     return ModelShape(
@@ -108,7 +139,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         ffn=slots.ffn,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(config),
         vocab=config.vocab_size,
         context=context,
         windows=windows if any(windows) else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -41,6 +42,33 @@ def test_what_is_supported_is_not(name):
 def test_settings_with_other_values(name, setting, value):
     with pytest.raises(ModelError, match=rf"^{setting}={value!r} of model family ".replace("[", r"\[")):
         check_config(config_of(name, **{setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and at least 1 is needed"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4, which num_key_value_heads, 3, does not divide",
+        ),
+        (
+            {"head_dim": None, "hidden_size": 12},
+            "heads have 3 dimensions, and RoPE turns an even number of them",
+        ),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, and must be a number from 0 on"),
+        ({"sliding_window": 0}, "sliding_window is 0: it must be 1 or more, or null for none"),
+        (
+            {"per_layer_config": {"1": {"intermediate_size": 48}}},
+            "per_layer_config, by which layers differ from each other, is not supported",
+        ),
+    ],
+)
+def test_settings_of_which_no_model_can_be_made(settings, message):
+    config = AutoConfig.for_model("mistral", **{**SIZES, "head_dim": 16, **settings})
+    with pytest.raises(ModelError) as caught:
+        check_config(config)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("name", "setting"), [("llama", "hidden_act"), ("gemma3_text", "hidden_activation")])

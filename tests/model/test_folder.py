@@ -170,3 +170,11 @@ def test_attention_that_a_folder_names_is_not_loaded(folder, name):
     change_config(folder, attn_implementation=name, _attn_implementation=name)
     model = opened(folder).load().decoder.model
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_setting_of_a_wrong_type(folder):
+    change_config(folder, rms_norm_eps="tiny")
+    assert refusal(folder) == (
+        f"model '{folder}' cannot be loaded: Validation error for field 'rms_norm_eps': TypeError: Field"
+        " 'rms_norm_eps' expected float, got str (value: 'tiny')"
+    )
