@@ -68,7 +68,7 @@ def read_header(path: Path) -> GgufHeader:
         raise GgufError(f"{path.name} is damaged: its alignment is {alignment!r}")
     begin = -(-end // alignment) * alignment
     tensors = tuple(_stored(path, begin, *line) for line in lines)
-    _check_places(path.name, tensors, size)
+    _check_places(path.name, tensors, begin, alignment, size)
     return GgufHeader(path=path, settings=settings, tensors=tensors, places=cursor.arrays)
 
 
@@ -152,11 +152,16 @@ def _stored(file: Path, begin: int, name: str, shape: tuple[int, ...], number: i
     return Stored(name=name, dtype=kind.name, shape=shape, file=file, begin=begin, end=begin + size)
 
 
-def _check_places(file: str, tensors: tuple[Stored, ...], size: int) -> None:
-    """Every tensor must stand in the file, and once."""
+def _check_places(file: str, tensors: tuple[Stored, ...], begin: int, alignment: int, size: int) -> None:
+    """Every tensor must stand in the file, once, and begin where the one before ends, as llama.cpp wants."""
     twice = [name for name, count in Counter(each.name for each in tensors).items() if count > 1]
     if twice:
         raise GgufError(f"{file} is damaged: it names {twice[0]} twice")
+    place = begin
+    for each in sorted(tensors, key=lambda each: (each.begin, each.end)):
+        if each.begin != place:
+            raise GgufError(f"{file} is damaged: {each.name} does not begin where the tensor before ends")
+        place = -(-each.end // alignment) * alignment
     last = max(tensors, key=lambda each: each.end, default=None)
     if last is not None and last.end > size:
         raise GgufError(

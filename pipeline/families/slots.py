@@ -84,6 +84,13 @@ def windows_by_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def experts_of(count: int, per_token: int) -> dict[str, Any]:
+    """So many experts, of which a token passes some, as arguments of LayerSlots. Raises ModelError."""
+    if not 1 <= per_token <= count:
+        raise ModelError(f"the configuration gives each token {per_token} of {count} experts")
+    return {"experts": count, "experts_per_token": per_token}
+
+
 def refuse(config: PreTrainedConfig, **wanted: Any) -> None:
     """Raise ModelError where a setting has another value than the one that is supported."""
     for name, value in wanted.items():

@@ -71,6 +71,12 @@ def test_settings_of_which_no_model_can_be_made(settings, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_more_experts_for_a_token_than_there_are(name):
+    with pytest.raises(ModelError, match=r"^the configuration gives each token 9 of [68] experts$"):
+        check_config(config_of(name, num_experts_per_tok=9))
+
+
 @pytest.mark.parametrize(("name", "setting"), [("llama", "hidden_act"), ("gemma3_text", "hidden_activation")])
 def test_other_activations(name, setting):
     with pytest.raises(ModelError) as caught:

@@ -149,6 +149,11 @@ def test_two_forms_of_weights_are_told(folder):
         (lambda data: b"<!DOCTYPE html>" * 100, f"is no safetensors file: {AGAIN}"),
         (lambda data: data[:1000], "is cut short (1,000 bytes of at least "),
         (lambda data: data[:-1], f"is cut short (664,895 of at least 664,896 bytes): {AGAIN}"),
+        (lambda data: data + b"xy", f"{WEIGHTS} is damaged (2 bytes are of no tensor): {AGAIN}"),
+        (
+            lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1),
+            f"the header of {WEIGHTS} is damaged (lm_head.weight does not begin where the tensor before",
+        ),
         (lambda data: data[:8] + b"\0" * len(data[8:]), f"the header of {WEIGHTS} is damaged: {AGAIN}"),
     ],
 )
