@@ -117,10 +117,15 @@ def check_family(family: str) -> None:
 
 
 def _all_rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Of each kind of layers that has its own."""
+    """Of each kind of layers that has its own. Raises ModelError for others beside these."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [of_kind for of_kind in parameters.values() if isinstance(of_kind, dict)]
-    return kinds if kinds and "rope_type" not in parameters else [parameters]
+    kinds = {kind: each for kind, each in parameters.items() if isinstance(each, dict)}
+    if kinds and len(kinds) < len(parameters):
+        others = ", ".join(sorted(parameters.keys() - kinds.keys()))
+        raise ModelError(
+            f"rope_parameters has {others} beside {' and '.join(kinds)}, for which it is to be said of each"
+        )
+    return list(kinds.values()) or [parameters]
 
 
 def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:

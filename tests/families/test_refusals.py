@@ -108,6 +108,16 @@ def test_rope_of_one_kind_of_layers():
         check_config(config)
 
 
+def test_rope_of_all_layers_beside_that_of_each_kind():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    with pytest.raises(ModelError) as caught:
+        check_config(config_of("gemma3_text", rope_parameters=scaling))
+    assert str(caught.value) == (
+        "rope_parameters has factor, original_max_position_embeddings, rope_type beside full_attention and"
+        " sliding_attention, for which it is to be said of each"
+    )
+
+
 @dataclass
 class LaterLlamaConfig(LlamaConfig):
     """As a later release of transformers may have it."""
