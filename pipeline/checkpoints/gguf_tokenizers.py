@@ -8,6 +8,7 @@ tokenizers are transformers', but for the space that these put in front of texts
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader
 
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # as files call them
-CONTROL, USER_DEFINED = 3, 4  # types of tokens that a text is searched for before it is split
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of tokens; for the last two texts are searched before all
+CONTROL_FORM = re.compile(r"<\|\w+\|>")
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 # what tokenizer.json of the models split texts by; names are those of llama.cpp's converter
@@ -94,7 +96,7 @@ def _byte_level(header: GgufHeader, architecture: str) -> Any:
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
-    _add_whole(backend, tokens, settings.get("tokenizer.ggml.token_type") or [])
+    _add_whole(backend, tokens, _types(header, tokens))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=settings.get("tokenizer.chat_template"),
@@ -133,6 +135,21 @@ def _steps(name: str) -> Iterator[pre_tokenizers.PreTokenizer]:
 def _halves(merge: str) -> tuple[str, str]:
     first, _, second = merge.partition(" ")
     return first, second
+
+
+def _types(header: GgufHeader, tokens: list[str]) -> list[int]:
+    """Of each token. Raises GgufError where they are not told: control tokens would be read as text."""
+    types = header.settings.get("tokenizer.ggml.token_type", [])
+    if len(types) != len(tokens):
+        raise GgufError(
+            f"{header.path.name} has {len(tokens):,} tokens and {len(types):,} types of tokens"
+            " (tokenizer.ggml.token_type), by which control tokens are told from text: get a newer conversion"
+        )
+    # some converters took control tokens for text; llama.cpp sets them right by their form too
+    return [
+        CONTROL if kind == NORMAL and CONTROL_FORM.fullmatch(token) else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _add_whole(backend: Tokenizer, tokens: list[str], types: list[int]) -> None:

@@ -34,6 +34,7 @@ def source(
     architecture: str = "llama",
     kind: str = "gpt2",
     tokens: dict[str, int] | None = None,  # and their types
+    typed: bool = True,
     **settings: Any,
 ) -> Any:
     """A file of a tokenizer alone, whose `settings` are those below `tokenizer.ggml`."""
@@ -41,7 +42,8 @@ def source(
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model(kind)
     writer.add_token_list(list(tokens))
-    writer.add_token_types(list(tokens.values()))
+    if typed:
+        writer.add_token_types(list(tokens.values()))
     writer.add_token_scores([-float(n) for n in range(len(tokens))])
     if kind == "gpt2":
         writer.add_token_merges([" ".join(merged) for merged in MERGED])
@@ -85,6 +87,13 @@ def test_control_tokens_that_no_bytes_spell_keep_their_numbers(path):
     assert (tokenizer.bos_token_id, len(tokenizer)) == (259, 262)
 
 
+def test_control_tokens_that_a_converter_took_for_text(path):
+    tokens = {"<|im_end|>": NORMAL, "<|fim_pad|>": USER_DEFINED}
+    tokenizer = source(path, pre="qwen2", tokens=tokens).tokenizer()
+    assert tokenizer.encode("<|im_end|><|fim_pad|>") == [259, 260]
+    assert [tokenizer.added_tokens_decoder[number].special for number in (259, 260)] == [True, False]
+
+
 def test_words_of_llama_3_stand_above_its_merges_and_texts_begin_with_bos(path):
     settings = {"tokens": {"abc": NORMAL, "<s>": CONTROL}, "bos_token_id": 260}
     assert source(path, pre="llama-bpe", **settings).tokenizer().encode("abc") == [260, 259]
@@ -110,6 +119,11 @@ def test_qwen_composes_characters(path):
             " conversion, or the model as a folder of safetensors",
         ),
         ({"pre": "qwen2", "eos_token_id": 999}, "is damaged: its eos token is 999, of 259"),
+        (
+            {"pre": "qwen2", "typed": False},
+            "has 259 tokens and 0 types of tokens (tokenizer.ggml.token_type), by which control tokens are"
+            " told from text: get a newer conversion",
+        ),
         ({"kind": "rwkv", "tokens": {"a": 1}}, "has a tokenizer of kind 'rwkv', which is not supported"),
     ],
 )
