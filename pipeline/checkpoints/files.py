@@ -34,6 +34,7 @@ from pipeline.checkpoints.tensors import check_tensors
 from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
+from pipeline.families.configuration import notes_on
 from pipeline.settings.model_settings import ModelSettings
 
 
@@ -71,7 +72,7 @@ class ModelFiles:
         with as_model_error(self.name):
             generation = generation_settings(Path(self.location))
             end_tokens(generation)
-            notes += unused_settings(generation)
+            notes += [*notes_on(config), *unused_settings(generation)]
             if not self._is_here:
                 return notes
             checkpoint = self._checkpoint(config)

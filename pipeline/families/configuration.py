@@ -19,6 +19,8 @@ from pipeline.pruning.shape import ModelShape
 from pipeline.settings.parse import parse_rope_scaling
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# settings that say nothing without others
+IDLE = {"max_window_layers", "original_max_position_embeddings", "no_rope_layer_interval"}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings"),
@@ -44,11 +46,13 @@ def check_config(config: PreTrainedConfig) -> None:
     _check_fields(config, FAMILIES[config.model_type])
     _check_sizes(config)
     slots = slots_of(config)
+    if slots.ffn < 1:
+        raise ModelError(f"feed-forward networks are {slots.ffn} wide, and at least 1 is needed")
     narrow = [window for window in slots.windows if window is not None and window < 1]
     if narrow:
         raise ModelError(f"sliding_window is {narrow[0]}: it must be 1 or more, or null for none")
     for parameters in _all_rope_parameters(config):
-        _check_rope(parameters, slots)
+        _check_rope(parameters, slots, _head_dim(config))
 
 
 def slots_of(config: PreTrainedConfig) -> LayerSlots:
@@ -68,6 +72,17 @@ def _check_fields(config: PreTrainedConfig, family: Family) -> None:
                 f"{field.name}={found!r} of model family {config.model_type!r} is not supported"
                 f" ({field.default!r} is)"
             )
+
+
+def notes_on(config: PreTrainedConfig) -> list[str]:
+    """A note on settings of other families, of which neither we nor transformers make anything."""
+    own = {field.name for field in fields(config)} | {*config.attribute_map, *config.attribute_map.values()}
+    others = {name for family in FAMILIES.values() for name in family.settings} - own - IDLE
+    said = [f"{name} {getattr(config, name)}" for name in sorted(others) if getattr(config, name, None)]
+    if not said:
+        return []
+    told, family = ", ".join(said), config.model_type
+    return [f"config.json says {told}, which a {family} model has not: nothing is made of it"]
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -91,7 +106,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
+def _check_rope(parameters: dict[str, Any], slots: LayerSlots, head_dim: int) -> None:
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "longrope" and slots.long_rope:
         if "original_max_position_embeddings" not in parameters:
@@ -108,6 +123,11 @@ def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
     partial = parameters.get("partial_rotary_factor", 1.0)
     if partial != 1 and not slots.rotates_part:
         raise ModelError(f"partial_rotary_factor={partial!r} of RoPE is not supported (1.0 is)")
+    rotated = int(head_dim * partial)
+    if not 1 <= rotated <= head_dim:
+        raise ModelError(
+            f"partial_rotary_factor={partial!r} of RoPE turns {rotated} of {head_dim} dimensions"
+        )
 
 
 def check_family(family: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,3 +100,10 @@ def refuse(config: PreTrainedConfig, **wanted: Any) -> None:
             raise ModelError(
                 f"{name}={found!r} of model family {config.model_type!r} is not supported ({value!r} is)"
             )
+
+
+def need_positive(config: PreTrainedConfig, *names: str) -> None:
+    """Raise ModelError where one of these settings is not above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ModelError(f"{name} is {getattr(config, name)}, and must be above 0")

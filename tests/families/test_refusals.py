@@ -101,6 +101,20 @@ def test_rope_of_a_part_of_each_head():
         check_config(config)
 
 
+def test_rope_of_more_than_a_head():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}
+    with pytest.raises(ModelError, match=r"^partial_rotary_factor=1.5 of RoPE turns 24 of 16 dimensions$"):
+        check_config(config_of("phi3", rope_parameters=rope))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("granite", "logits_scaling"), ("gemma3_text", "query_pre_attn_scalar")]
+)
+def test_scales_that_are_none(name, setting):
+    with pytest.raises(ModelError, match=rf"^{setting} is 0, and must be above 0$"):
+        check_config(config_of(name, **{setting: 0}))
+
+
 def test_rope_of_one_kind_of_layers():
     config = config_of("gemma3_text")
     config.rope_parameters["sliding_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -183,3 +183,11 @@ def test_a_setting_of_a_wrong_type(folder):
         f"model '{folder}' cannot be loaded: Validation error for field 'rms_norm_eps': TypeError: Field"
         " 'rms_norm_eps' expected float, got str (value: 'tiny')"
     )
+
+
+def test_settings_of_other_families_are_told(folder):
+    change_config(folder, residual_multiplier=0.3, no_rope_layers=[1, 0, 1, 0], max_window_layers=2)
+    assert opened(folder).notes == (
+        "config.json says no_rope_layers [1, 0, 1, 0], residual_multiplier 0.3, which a qwen2 model has not:"
+        " nothing is made of it",
+    )
