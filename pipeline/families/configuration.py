@@ -103,7 +103,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
 
 def _head_dim(config: PreTrainedConfig) -> int:
     head_dim: int | None = getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
+    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
 
 
 def _check_rope(parameters: dict[str, Any], slots: LayerSlots, head_dim: int) -> None:

@@ -87,7 +87,7 @@ def windows_by_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 def experts_of(count: int, per_token: int) -> dict[str, Any]:
     """So many experts, of which a token passes some, as arguments of LayerSlots. Raises ModelError."""
-    if not 1 <= per_token <= count:
+    if not isinstance(count, int) or not isinstance(per_token, int) or not 1 <= per_token <= count:
         raise ModelError(f"the configuration gives each token {per_token} of {count} experts")
     return {"experts": count, "experts_per_token": per_token}
 
