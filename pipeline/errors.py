@@ -113,8 +113,14 @@ def is_failure(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; of one that says nothing its type."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What an error says, in one line; of one that says nothing its type.
+
+    A first line that ends with a colon announces the next one, which is told too.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ HARMLESS |= {
 HARMLESS |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}
 # those that begin with other values of A and B alone; others, such as PiSSA, change the model's weights too
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
+BIASES = ("none", "all", "lora_only")  # which of the model's were trained
 LAYER = r"(?:^|\.)layers\.(\d+)\."
 
 
@@ -64,6 +65,7 @@ class Adapter:
     """An adapter that fits a model of one layout: by the names of its parameters, what becomes of them."""
 
     path: Path
+    base: str | None  # the model that it was trained on, as it names it
     pairs: Mapping[str, _Pair]
     replaced: Mapping[str, Stored]  # weights and biases that were trained whole
 
@@ -71,8 +73,9 @@ class Adapter:
     def note(self) -> str:
         ranks = sorted({pair.a.shape[0] for pair in self.pairs.values()})
         whole = f", and replaces {len(self.replaced)} tensors" if self.replaced else ""
+        base = f", trained on {self.base}," if self.base else ""
         return (
-            f"the LoRA adapter {self.path} (rank {', '.join(map(str, ranks))}) is merged into "
+            f"the LoRA adapter {self.path} (rank {', '.join(map(str, ranks))}){base} is merged into "
             f"{len(self.pairs)} matrices{whole}"
         )
 
@@ -151,11 +154,52 @@ def _settings(folder: Path) -> dict[str, Any]:
             f"its init_lora_weights is {initial!r}, which changed the model's own weights too:"
             " save it converted to LoRA"
         )
-    for name in ("r", "lora_alpha"):
-        value = about.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"its {CONFIG} has {name} {value!r}, and a number above 0 is needed")
+    for name, (fits, wanted) in FORMS.items():
+        if not fits(about.get(name)):
+            raise ValueError(f"its {CONFIG} has {name} {about.get(name)!r}, and {wanted} is needed")
     return about
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _are_numbers_by_pattern(value: Any) -> bool:
+    found = value or {}
+    return isinstance(found, dict) and all(map(_is_pattern, found)) and all(map(_is_positive, found.values()))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _name_modules(value: Any) -> bool:
+    return _are_names(value) or _is_pattern(value)
+
+
+def _name_layers(value: Any) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(each, int) and not isinstance(each, bool) for each in layers)
+
+
+# what settings that are read must look like, and how that is told
+FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "lora_alpha"), (_is_positive, "a number above 0")),
+    **dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), (_are_numbers_by_pattern, "a number above 0 for each pattern")
+    ),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (_name_modules, "a list of names or a pattern")),
+    "modules_to_save": (_are_names, "a list of names"),
+    "layers_to_transform": (_name_layers, "a layer's number or a list of some"),
+    "bias": (lambda value: value in (None, *BIASES), f"one of {', '.join(BIASES)}"),
+}
 
 
 def _sorted(stored: list[Stored]) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
@@ -202,7 +246,8 @@ def _fitted(
     made = {name: _pair(about, *each, layout.shapes[name]) for name, each in found.items()}
     for name, each in replaced.items():
         _expect(each, layout.shapes[name])
-    return Adapter(path=folder, pairs=made, replaced=replaced)
+    base = about.get("base_model_name_or_path")
+    return Adapter(path=folder, base=None if base is None else str(base), pairs=made, replaced=replaced)
 
 
 def _pair(about: Mapping[str, Any], module: str, pair: Mapping[str, Stored], shape: tuple[int, ...]) -> _Pair:
@@ -242,15 +287,29 @@ def _check_targets(about: Mapping[str, Any], adapter: Adapter, layout: Layout) -
             f"{WEIGHTS} has pairs of {first_of(sorted(more))}, and target_modules of its {CONFIG} name none"
         )
     saved = set(about.get("modules_to_save") or ())
-    biases = about.get("bias", "none") != "none"
+    biases = set(_trained_biases(about, promised, layout))
+    left = sorted(biases - adapter.replaced.keys())
+    if left:
+        kind = about["bias"]
+        raise ValueError(f"bias {kind!r} of its {CONFIG} means {first_of(left)}, and {WEIGHTS} lacks them")
     for name in adapter.replaced:
-        module, _, kind = name.rpartition(".")
-        if not (module.rpartition(".")[2] in saved or module in saved or (kind == "bias" and biases)):
+        module = name.rpartition(".")[0]
+        if not (module.rpartition(".")[2] in saved or module in saved or name in biases):
             raise ValueError(f"{WEIGHTS} has {name}, of which its {CONFIG} says nothing")
     ends = {name.split(".")[-2] for name in adapter.replaced}
     absent = [each for each in sorted(saved) if each.split(".")[-1] not in ends]
     if absent:
         raise ValueError(f"modules_to_save of its {CONFIG} are {first_of(absent)}, and {WEIGHTS} lacks them")
+
+
+def _trained_biases(about: Mapping[str, Any], targets: Collection[str], layout: Layout) -> Iterator[str]:
+    """The model's biases that an adapter's settings mean: all, or those of the matrices it changes."""
+    kind = about.get("bias") or "none"
+    for name in layout.shapes:
+        if name.endswith(".bias") and kind != "none":
+            matrix = name.removesuffix("bias") + "weight"
+            if kind == "all" or matrix in targets:
+                yield name
 
 
 def _targets(about: Mapping[str, Any], layout: Layout) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pipeline.checkpoints.folder import (
     folder_fingerprint,
     folder_notes,
 )
+from pipeline.checkpoints.generation import end_tokens, generation_settings, unused_settings
 from pipeline.checkpoints.gguf import GgufFiles
 from pipeline.checkpoints.hub import HubModel
 from pipeline.checkpoints.names import COMMIT_PREFIX, EMBEDDED
@@ -33,6 +34,7 @@ from pipeline.checkpoints.tensors import check_tensors
 from pipeline.checkpoints.text_part import stored_under, text_part, untie_own_head
 from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
+from pipeline.families.configuration import notes_on
 from pipeline.settings.model_settings import ModelSettings
 
 
@@ -68,6 +70,9 @@ class ModelFiles:
         scheme = scheme_of(self.name, config)
         notes = [] if self.hub is None else [*self.hub.notes]
         with as_model_error(self.name):
+            generation = generation_settings(Path(self.location))
+            end_tokens(generation)
+            notes += [*notes_on(config), *unused_settings(generation)]
             if not self._is_here:
                 return notes
             checkpoint = self._checkpoint(config)
@@ -97,11 +102,10 @@ class ModelFiles:
             return CheckpointWeights(placed, layout_of(config).parts, device)
 
     def generation_config(self) -> GenerationConfig | None:
-        """None where the files have none."""
-        try:
-            return GenerationConfig.from_pretrained(self.location)
-        except OSError:
-            return None
+        """None where the files do not say which tokens end an answer."""
+        with as_model_error(self.name):
+            ends = end_tokens(generation_settings(Path(self.location)))
+        return GenerationConfig(eos_token_id=ends) if ends else None
 
     def _placed(
         self, checkpoint: Checkpoint, config: PreTrainedConfig

@@ -17,11 +17,11 @@ from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.safetensor_files import (
     Stored,
+    are_equal,
     is_lfs_pointer,
     lfs_message,
     read_header,
     sampled,
-    seem_equal,
 )
 from pipeline.errors import ModelError
 
@@ -59,7 +59,7 @@ class Checkpoint:
         for file in self.files:
             for each in read_header(file):
                 before = found.setdefault(each.name, each)
-                if before is not each and not seem_equal(before, each):
+                if before is not each and not are_equal(before, each):
                     raise ValueError(
                         f"{each.name} stands in {before.file.name} and in {file.name}, with different values:"
                         " the folder mixes two models; download it again into an empty one"
@@ -119,6 +119,8 @@ def _has_full_weights(folder: Path) -> bool:
 def find_checkpoint(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     """The weights of a folder as transformers finds them. Raises ValueError where it would not."""
     explicit = getattr(config, "transformers_weights", None)
+    if isinstance(explicit, str) and Path(explicit).name != explicit:
+        raise ValueError(f"its config.json has transformers_weights {explicit!r}, which is no file's name")
     path = _first_file(folder, (explicit,) if isinstance(explicit, str) else (SINGLE, INDEX))
     if any(
         re.match(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$", each.name) for each in folder.iterdir()

@@ -1,12 +1,13 @@
 """Models in GGUF files, whole or in parts: their configuration, tokenizer and weights.
 
 Every part's header is read once. The configuration and the weights are made here: transformers, given a GGUF
-file, drops its RoPE scaling, and fills with random numbers what it lacks. The tokenizer is transformers'.
+file, drops its RoPE scaling, and fills with random numbers what it lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,27 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pipeline.checkpoints.building import as_model_error
-from pipeline.checkpoints.gguf_families import GGUF_FAMILIES
+from pipeline.checkpoints.gguf_families import GGUF_FAMILIES, GgufFamily
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader, read_header
 from pipeline.checkpoints.gguf_tensors import Found, GgufWeights, check_tensors, found_tensors, values
+from pipeline.checkpoints.gguf_tokenizers import gguf_tokenizer
 from pipeline.errors import ModelError
 from pipeline.families.configuration import check_config
 
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-TOKENIZERS = {
-    "qwen2": Qwen2Tokenizer,
-    "qwen3": Qwen2Tokenizer,
-    "qwen3moe": Qwen2Tokenizer,
-}  # as AutoTokenizer would choose
 # by what transformers calls them
 SIZES = {
     "max_position_embeddings": "context_length",
@@ -44,19 +35,35 @@ SIZES = {
     "num_attention_heads": "attention.head_count",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+ENDS = ("eos", "eot", "eom")
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-# settings of other models of these architectures, by the value that changes nothing
+# settings that are read beside those, in gguf_families.py and gguf_rope.py too
+READ = {
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.scale"),
+    *("attention.sliding_window", "attention.sliding_window_pattern"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+}
+# those that these architectures do not take, or that only describe
+HARMLESS = {
+    *("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "expert_used_count"),
+    *("feed_forward_length", "expert_feed_forward_length", "expert_weights_norm"),
+}
+PREFIXES = ("rope.scaling.", "vision.", "mm.")  # of the first gguf_rope.py decides, of the others tensors do
+# values that change nothing, where 0 is not the only one
 NEUTRAL = {
-    "expert_count": 0,
-    "expert_shared_count": 0,
-    "expert_weights_scale": 1.0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "logit_scale": 1.0,
-    "residual_scale": 1.0,
-    "embedding_scale": 1.0,
-    "attention.clamp_kqv": 0.0,
-    "attention.causal": True,
+    "expert_weights_scale": (0, 1),
+    "expert_gating_func": (
+        0,
+        1,
+        3,
+    ),  # softmax of all, or of those that are chosen, which then sums to one too
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "attention.causal": (True,),
 }
 
 
@@ -86,14 +93,7 @@ class GgufFiles:
 
     def tokenizer(self) -> Any:
         with as_model_error(self.name):
-            path = self._parts[0].path
-            if "tokenizer.ggml.model" not in self._parts[0].settings:
-                raise GgufError(
-                    f"{path.name} holds no tokenizer; convert the model again, with its tokenizer"
-                )
-            tokenizer = TOKENIZERS.get(self._family, PreTrainedTokenizerFast)
-            # not AutoTokenizer, which reads all of the file's header once more to find the family
-            return tokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            return gguf_tokenizer(self._parts[0], self._family)
 
     def fingerprint(self, config: PreTrainedConfig) -> str:
         """The hash of the file's bytes, or of all parts' in their order."""
@@ -109,7 +109,9 @@ class GgufFiles:
         return GgufWeights(config, self._tensors)
 
     def generation_config(self) -> GenerationConfig | None:
-        return None
+        """With all tokens that the file names as ends: of a text, of a turn and of a message."""
+        named = (self._parts[0].settings.get(f"tokenizer.ggml.{end}_token_id") for end in ENDS)
+        return GenerationConfig(eos_token_id=[token for token in dict.fromkeys(named) if token is not None])
 
     @cached_property
     def _parts(self) -> tuple[GgufHeader, ...]:
@@ -140,15 +142,18 @@ class GgufFiles:
             for key, value in settings.items()
             if key.startswith(f"{name}.")
         }
-        for key, neutral in NEUTRAL.items():
-            if own.get(key, neutral) != neutral and key not in family.sizes.values():
-                raise GgufError(f"{file} has {name}.{key} {own[key]}, which is not supported")
+        for key, value in own.items():
+            if not _is_known(key, value, family):
+                raise GgufError(f"{file} has {name}.{key} {value}, which is not supported")
         wanted = {**SIZES, **family.sizes}
         sizes = {ours: _single(file, settings, f"{name}.{theirs}") for ours, theirs in wanted.items()}
         heads = sizes["num_attention_heads"]
         kv_heads = f"{name}.attention.head_count_kv"
         sizes["num_key_value_heads"] = _single(file, settings, kv_heads) if kv_heads in settings else heads
         head_dim = _head_dim(file, own, sizes["hidden_size"] // heads, rotates_part=family.rotates_part)
+        scale = own.get("attention.scale") or head_dim**-0.5
+        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-4):
+            raise GgufError(f"{file} has {name}.attention.scale {scale:g}, which is not supported")
         tokens = {ours: settings.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in TOKENS.items()}
         return {
             **sizes,
@@ -182,6 +187,14 @@ class GgufFiles:
             return family.ropes(settings, head_dim, tensors)
         except GgufError as error:
             raise GgufError(f"{self.path.name} {error}") from error
+
+
+def _is_known(key: str, value: Any, family: GgufFamily) -> bool:
+    """Whether a setting is read, or has a value that changes nothing."""
+    if key in {*READ, *HARMLESS, *SIZES.values(), *family.sizes.values(), *family.reads}:
+        return True
+    values = value if isinstance(value, list) else [value]
+    return key.startswith(PREFIXES) or all(each in NEUTRAL.get(key, (0,)) for each in values)
 
 
 def _part_paths(path: Path) -> list[Path]:

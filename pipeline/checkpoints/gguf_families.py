@@ -86,6 +86,7 @@ class GgufFamily:
 
     model_type: str  # as transformers calls the family
     sizes: Mapping[str, str] = field(default_factory=dict)  # settings of its own, by transformers' names
+    reads: tuple[str, ...] = ()  # further settings that `more` and `ropes` look at
     unsaid: Mapping[str, Any] = field(default_factory=dict)  # settings that all its models have
     more: Callable[[Settings, int], dict[str, Any]] = _nothing  # settings that follow from several
     period: int | None = None  # every so many layers one has no window, where the file does not say which
@@ -118,6 +119,7 @@ GGUF_FAMILIES = {
     "gemma3": GgufFamily(
         model_type="gemma3_text",
         sizes={"sliding_window": "attention.sliding_window"},
+        reads=("rope.freq_base_swa",),
         more=_gemma3_scale,
         period=6,
         ropes=_gemma3_ropes,

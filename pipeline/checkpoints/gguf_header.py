@@ -35,6 +35,18 @@ class GgufHeader:
     path: Path
     settings: dict[str, Any]  # by key; of an array of strings, how many there are
     tensors: tuple[Stored, ...]  # their shapes in torch's order, rows first
+    places: dict[str, int]  # by key: where the strings of an array begin
+
+    def texts(self, key: str) -> list[str]:
+        """The strings of an array; none where there is no such array. Raises GgufError for damaged ones."""
+        if key not in self.places:
+            return []
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, self.places[key])
+            try:
+                return [cursor.text() for _ in range(self.settings[key])]
+            except (struct.error, UnicodeDecodeError, OverflowError) as error:
+                raise GgufError(f"{self.path.name} is damaged: {key} holds what is no text") from error
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -47,7 +59,8 @@ def read_header(path: Path) -> GgufHeader:
             raise GgufError(f"{path.name} is no GGUF file: it does not begin with {MAGIC.decode()}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                settings, lines, end = _Cursor(data).header(path.name)
+                cursor = _Cursor(data, len(MAGIC))
+                settings, lines, end = cursor.header(path.name)
             except (struct.error, UnicodeDecodeError, OverflowError) as error:
                 raise GgufError(f"{path.name} is cut short or damaged: its header ends too early") from error
     alignment = settings.get("general.alignment", ALIGNMENT)
@@ -55,8 +68,8 @@ def read_header(path: Path) -> GgufHeader:
         raise GgufError(f"{path.name} is damaged: its alignment is {alignment!r}")
     begin = -(-end // alignment) * alignment
     tensors = tuple(_stored(path, begin, *line) for line in lines)
-    _check_places(path.name, tensors, size)
-    return GgufHeader(path=path, settings=settings, tensors=tensors)
+    _check_places(path.name, tensors, begin, alignment, size)
+    return GgufHeader(path=path, settings=settings, tensors=tensors, places=cursor.arrays)
 
 
 Line = tuple[str, tuple[int, ...], int, int]  # name, shape, number of its type, place behind the header
@@ -65,9 +78,9 @@ Line = tuple[str, tuple[int, ...], int, int]  # name, shape, number of its type,
 class _Cursor:
     """A place in the file, that moves on with each value read."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.place = len(MAGIC)
+    def __init__(self, data: mmap.mmap, place: int) -> None:
+        self.data, self.place = data, place
+        self.arrays: dict[str, int] = {}  # of strings, by their keys: where these begin
 
     def header(self, name: str) -> tuple[dict[str, Any], list[Line], int]:
         (version,) = self.unpack("I")
@@ -78,7 +91,7 @@ class _Cursor:
         settings = {}
         for _ in range(setting_count):
             key = self.text()
-            settings[key] = self.value(name)
+            settings[key] = self.value(name, key)
         lines = [self.line() for _ in range(tensor_count)]
         return settings, lines, self.place
 
@@ -91,18 +104,19 @@ class _Cursor:
         (length,) = self.unpack("Q")
         return self.unpack(f"{length}s")[0].decode("utf-8")
 
-    def value(self, name: str) -> Any:
+    def value(self, name: str, key: str) -> Any:
         (kind,) = self.unpack("I")
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
-            return self.array(name)
+            return self.array(name, key)
         return self.unpack(_packed(name, kind))[0]
 
-    def array(self, name: str) -> Any:
+    def array(self, name: str, key: str) -> Any:
         kind, count = self.unpack("IQ")
         if kind != STRING:
             return list(self.unpack(f"{count}{_packed(name, kind)}"))
+        self.arrays[key] = self.place
         read_length, place = struct.Struct("<Q").unpack_from, self.place
         for _ in range(count):
             place += 8 + read_length(self.data, place)[0]
@@ -138,11 +152,16 @@ def _stored(file: Path, begin: int, name: str, shape: tuple[int, ...], number: i
     return Stored(name=name, dtype=kind.name, shape=shape, file=file, begin=begin, end=begin + size)
 
 
-def _check_places(file: str, tensors: tuple[Stored, ...], size: int) -> None:
-    """Every tensor must stand in the file, and once."""
+def _check_places(file: str, tensors: tuple[Stored, ...], begin: int, alignment: int, size: int) -> None:
+    """Every tensor must stand in the file, once, and begin where the one before ends, as llama.cpp wants."""
     twice = [name for name, count in Counter(each.name for each in tensors).items() if count > 1]
     if twice:
         raise GgufError(f"{file} is damaged: it names {twice[0]} twice")
+    place = begin
+    for each in sorted(tensors, key=lambda each: (each.begin, each.end)):
+        if each.begin != place:
+            raise GgufError(f"{file} is damaged: {each.name} does not begin where the tensor before ends")
+        place = -(-each.end // alignment) * alignment
     last = max(tensors, key=lambda each: each.end, default=None)
     if last is not None and last.end > size:
         raise GgufError(

@@ -29,7 +29,8 @@ YARN = {
     "yarn_beta_slow": "beta_slow",
 }
 # settings that change rotations in ways that transformers' models have not, by the value that changes nothing
-NEUTRAL = {"attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0, "alpha": 0.0}
+NEUTRAL = {"yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}
+ALWAYS_NEUTRAL = {"attn_factor": 1.0, "alpha": 0.0}  # of a RoPE of any kind
 
 Divisors = NDArray[np.float32]
 
@@ -80,6 +81,9 @@ def long_rope(settings: Mapping[str, Any], rotated: int, short: Divisors, long: 
 def _of_settings(scaling: dict[str, Any], context: int) -> dict[str, Any]:
     factor = scaling.get("factor") or 0.0  # 0 stands for none
     kind = scaling.get("type", "linear")  # as llama.cpp takes it
+    for name, neutral in ALWAYS_NEUTRAL.items():
+        if scaling.get(name) not in (None, 0, neutral):
+            raise GgufError(f"has rope.scaling.{name} {scaling[name]:g}, which is not supported")
     if kind in ("linear", "none") and (kind == "none" or factor in (0.0, 1.0)):
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):

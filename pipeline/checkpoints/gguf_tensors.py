@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from pipeline.checkpoints.building import parameters_of
 from pipeline.checkpoints.gguf_families import ARCHITECTURES, GGUF_FAMILIES, Forms
 from pipeline.checkpoints.gguf_header import GgufError, GgufHeader
-from pipeline.checkpoints.safetensor_files import Stored
+from pipeline.checkpoints.safetensor_files import Stored, matrices_of_zeros
 from pipeline.families.configuration import slots_of
 from pipeline.kernels.fp8 import Fp8Weight
 
@@ -95,6 +95,12 @@ def check_tensors(file: str, config: PreTrainedConfig, found: Found, ignored: st
         if held != shape:
             raise GgufError(f"{file} is damaged: {name} is {_sides(held)}, not {_sides(shape)}")
     _check_kinds(file, found)
+    empty = matrices_of_zeros({name: found[name] for name in shapes})
+    if empty:
+        raise GgufError(
+            f"{file} holds zeros alone in {_listed(empty)}, as where a download was cut off: download or copy"
+            " it again"
+        )
     return [f"{file} holds {_listed(others)}, which {kind} does not use: they are left out"] if others else []
 
 

@@ -90,6 +90,8 @@ def scheme_of(model: str, config: PreTrainedConfig) -> Scheme | None:
         return schemes[kind](model, found)
     except ValueError as error:
         raise _refused(model, found, str(error)) from error
+    except (TypeError, AttributeError, KeyError) as error:  # a number where there should be a group, or so
+        raise _refused(model, found, "by settings of a form that is not read") from error
 
 
 def quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -158,11 +160,10 @@ def _gptq(model: str, found: Mapping[str, Any]) -> Scheme:
 
 
 def _awq(model: str, found: Mapping[str, Any]) -> Scheme:
-    form = str(
-        found.get("version") or found.get("checkpoint_format") or found.get("format") or "gemm"
-    ).lower()
-    if form != "gemm":
-        raise ValueError(f"in the format {form}")
+    said = (found.get(name) for name in ("version", "checkpoint_format", "format"))
+    others = sorted({str(form).lower() for form in said if form} - {"gemm"})
+    if others:
+        raise ValueError(f"in the format {', '.join(others)}")
     if found.get("zero_point", True) is not True:
         raise ValueError("without zero points")
     _bits(found.get("bits"), (4,))
@@ -198,6 +199,8 @@ def _group(model: str, weights: Mapping[str, Any], forms: set[Any], notes: tuple
     if unread:
         raise ValueError(f"by settings that are not read: {', '.join(unread)}")
     kind, strategy = weights.get("type", "int"), weights.get("strategy")
+    if kind not in ("int", "float"):
+        raise ValueError(f"in numbers of type {kind}")
     known = FLOAT_FORMATS if kind == "float" else INTEGER_FORMATS
     if forms - set(known):
         raise ValueError(f"in {kind}s of the format {', '.join(sorted(map(str, forms)))}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,6 +23,9 @@ MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 WINDOW = 4096  # bytes that are read at one place
 WINDOW_EVERY = 4 << 20  # bytes of a tensor for which one window is read
 LEAST_WINDOWS = 4  # of a tensor
+
+# matrices that make what attention and FFN add to the residual stream
+ADDED = re.compile(r"\b(o_proj|down_proj|w2|attn_output|ffn_down)(\.|_)")
 
 DTYPES = {
     "F64": torch.float64,
@@ -82,6 +86,7 @@ def read_header(path: Path) -> list[Stored]:
     end = max((each.end for each in stored), default=8 + length)
     if end > size:
         raise ValueError(_cut(path, size, end))
+    _check_places(path, stored, 8 + length, size)
     for each in stored:
         dtype = DTYPES.get(each.dtype)
         if dtype is not None and each.end - each.begin != prod(each.shape) * dtype.itemsize:
@@ -90,6 +95,22 @@ def read_header(path: Path) -> list[Stored]:
                 f" {each.end - each.begin:,} bytes): download or copy it again"
             )
     return stored
+
+
+def _check_places(path: Path, stored: list[Stored], begin: int, size: int) -> None:
+    """Raise ValueError unless tensors lie side by side and fill the file, as the format has it."""
+    end = begin
+    for each in sorted(stored, key=lambda each: (each.begin, each.end)):
+        if each.begin != end or each.end < end:
+            raise ValueError(
+                f"the header of {path.name} is damaged ({each.name} does not begin where the tensor before"
+                " ends): download or copy it again"
+            )
+        end = each.end
+    if end != size:
+        raise ValueError(
+            f"{path.name} is damaged ({size - end:,} bytes are of no tensor): download or copy it again"
+        )
 
 
 def read_tensor(stored: Stored) -> Tensor:
@@ -172,8 +193,37 @@ def sampled(stored: Stored) -> Iterator[bytes]:
             yield file.read(WINDOW)
 
 
+def matrices_of_zeros(tensors: Mapping[str, Stored]) -> list[str]:
+    """Names of matrices whose sample is zeros alone, as files have them whose download was cut off.
+
+    Not those whose product is added to the residual stream: added layers may begin with such ones.
+    """
+    return [
+        name
+        for name, each in tensors.items()
+        if len(each.shape) > 1
+        and not ADDED.search(name)
+        and not any(piece.strip(b"\0") for piece in sampled(each))
+    ]
+
+
 def seem_equal(one: Stored, other: Stored) -> bool:
     """Whether two tensors have the same type, shape and sample of bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(mine == theirs for mine, theirs in zip(sampled(one), sampled(other), strict=True))
+
+
+def are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors have the same type, shape and bytes, all of which are read."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pairs = zip(_pieces(one), _pieces(other), strict=True)
+    return all(mine == theirs for mine, theirs in pairs)
+
+
+def _pieces(stored: Stored) -> Iterator[bytes]:
+    with stored.file.open("rb") as file:
+        file.seek(stored.begin)
+        for begin in range(stored.begin, stored.end, WINDOW_EVERY):
+            yield file.read(min(WINDOW_EVERY, stored.end - begin))

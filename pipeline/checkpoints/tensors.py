@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.checkpoints.building import Layout
 from pipeline.checkpoints.folder import Checkpoint, first_of
-from pipeline.checkpoints.safetensor_files import Stored, seem_equal
+from pipeline.checkpoints.safetensor_files import Stored, matrices_of_zeros, seem_equal
 from pipeline.checkpoints.stored_matrices import StoredWeight
 from pipeline.errors import ModelError
 from pipeline.texts.words import counted
@@ -84,6 +84,12 @@ def check_tensors(
         raise lacks(model, compared.family, missing, why_missing(compared, missing))
     used = {name: each for name, each in placed.items() if name in layout.shapes}
     _check_form(compared, used)
+    empty = matrices_of_zeros({name: each.first for name, each in used.items()})
+    if empty:
+        raise ModelError(
+            f"model {model} holds {count(empty)} of zeros alone: {listed(empty)}; files are like this where a"
+            " download was cut off: download or copy them again"
+        )
     for head, embedding in layout.tied.items():
         if head in used and embedding in used:
             if not seem_equal(used[head].first, used[embedding].first):

@@ -15,6 +15,8 @@ from transformers.utils import cached_file
 from pipeline.errors import ModelError
 
 SENTENCEPIECE = "tokenizer.model"
+VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "tekken.json")  # any of them may be enough
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 NEEDED = ("sentencepiece", "google.protobuf")  # to read such a file
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a token in base 64, and its number
 CHAT_TEMPLATE = "chat_template.json"  # where processors had it, whose tokenizers do not read it
@@ -25,6 +27,10 @@ def open_tokenizer(location: str, options: Mapping[str, Any]) -> Any:
 
     Raises ModelError for a file that cannot be read with what is installed, and whatever transformers raises.
     """
+    own_code = options.get("trust_remote_code")  # which may read files of other names
+    if not own_code and all(_found(location, options, name) is None for name in VOCABULARIES):
+        # transformers would make a tokenizer without tokens of tokenizer_config.json alone
+        raise ValueError(f"it has no tokenizer ({', '.join(VOCABULARIES)}): copy the tokenizer's files too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
@@ -33,10 +39,26 @@ def open_tokenizer(location: str, options: Mapping[str, Any]) -> Any:
                 f"its tokenizer is a SentencePiece file, {SENTENCEPIECE}, which needs two more packages:"
                 " pip install sentencepiece protobuf"
             ) from error
+        fault = _fault(location, options)
+        if fault is not None:
+            raise ValueError(fault) from error
         raise
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _chat_template(location, options)
     return tokenizer
+
+
+def _fault(location: str, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files of a tokenizer that does not load, as far as they tell by themselves."""
+    for name in JSON_FILES:
+        path = _found(location, options, name)
+        try:
+            readable = path is None or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        except ValueError:
+            readable = False
+        if not readable:
+            return f"{name} is no JSON object: download or copy it again"
+    return None
 
 
 def _needs_sentencepiece(location: str, options: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -18,6 +19,12 @@ from pipeline.pruning.shape import ModelShape
 from pipeline.settings.parse import parse_rope_scaling
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# settings that say nothing without others
+IDLE = {"max_window_layers", "original_max_position_embeddings", "no_rope_layer_interval"}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
 # fields of configuration classes beside those of every family in `slots.Family`: dimensions that `shape_of`
 # and the modules have, what is of use in training alone, and what only the tokenizer's side looks at
 HARMLESS = frozenset(
@@ -34,10 +41,18 @@ HARMLESS = frozenset(
 def check_config(config: PreTrainedConfig) -> None:
     """Raise ModelError, before any weight is loaded, for a model this file cannot open."""
     check_family(config.model_type)
+    if config.is_heterogeneous:
+        raise ModelError("per_layer_config, by which layers differ from each other, is not supported")
     _check_fields(config, FAMILIES[config.model_type])
+    _check_sizes(config)
     slots = slots_of(config)
+    if slots.ffn < 1:
+        raise ModelError(f"feed-forward networks are {slots.ffn} wide, and at least 1 is needed")
+    narrow = [window for window in slots.windows if window is not None and window < 1]
+    if narrow:
+        raise ModelError(f"sliding_window is {narrow[0]}: it must be 1 or more, or null for none")
     for parameters in _all_rope_parameters(config):
-        _check_rope(parameters, slots)
+        _check_rope(parameters, slots, _head_dim(config))
 
 
 def slots_of(config: PreTrainedConfig) -> LayerSlots:
@@ -59,7 +74,39 @@ def _check_fields(config: PreTrainedConfig, family: Family) -> None:
             )
 
 
-def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
+def notes_on(config: PreTrainedConfig) -> list[str]:
+    """A note on settings of other families, of which neither we nor transformers make anything."""
+    own = {field.name for field in fields(config)} | {*config.attribute_map, *config.attribute_map.values()}
+    others = {name for family in FAMILIES.values() for name in family.settings} - own - IDLE
+    said = [f"{name} {getattr(config, name)}" for name in sorted(others) if getattr(config, name, None)]
+    if not said:
+        return []
+    told, family = ", ".join(said), config.model_type
+    return [f"config.json says {told}, which a {family} model has not: nothing is made of it"]
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Refuse sizes of which no model can be made."""
+    for name in SIZES:
+        if getattr(config, name) < 1:
+            raise ModelError(f"{name} is {getattr(config, name)}, and at least 1 is needed")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does not divide"
+        )
+    if _head_dim(config) < 2 or _head_dim(config) % 2:
+        raise ModelError(f"heads have {_head_dim(config)} dimensions, and RoPE turns an even number of them")
+    if not 0 <= config.rms_norm_eps < math.inf:
+        raise ModelError(f"rms_norm_eps is {config.rms_norm_eps}, and must be a number from 0 on")
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
+
+
+def _check_rope(parameters: dict[str, Any], slots: LayerSlots, head_dim: int) -> None:
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "longrope" and slots.long_rope:
         if "original_max_position_embeddings" not in parameters:
@@ -76,6 +123,11 @@ def _check_rope(parameters: dict[str, Any], slots: LayerSlots) -> None:
     partial = parameters.get("partial_rotary_factor", 1.0)
     if partial != 1 and not slots.rotates_part:
         raise ModelError(f"partial_rotary_factor={partial!r} of RoPE is not supported (1.0 is)")
+    rotated = int(head_dim * partial)
+    if not 1 <= rotated <= head_dim:
+        raise ModelError(
+            f"partial_rotary_factor={partial!r} of RoPE turns {rotated} of {head_dim} dimensions"
+        )
 
 
 def check_family(family: str) -> None:
@@ -85,10 +137,15 @@ def check_family(family: str) -> None:
 
 
 def _all_rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Of each kind of layers that has its own."""
+    """Of each kind of layers that has its own. Raises ModelError for others beside these."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [of_kind for of_kind in parameters.values() if isinstance(of_kind, dict)]
-    return kinds if kinds and "rope_type" not in parameters else [parameters]
+    kinds = {kind: each for kind, each in parameters.items() if isinstance(each, dict)}
+    if kinds and len(kinds) < len(parameters):
+        others = ", ".join(sorted(parameters.keys() - kinds.keys()))
+        raise ModelError(
+            f"rope_parameters has {others} beside {' and '.join(kinds)}, for which it is to be said of each"
+        )
+    return list(kinds.values()) or [parameters]
 
 
 def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
@@ -99,7 +156,6 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """The model's dimensions; a window that holds the whole context is none."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots, context = slots_of(config), _context(config)
     windows = tuple(None if window is None or window >= context else window for window in slots.windows)
     return ModelShape(
@@ -108,7 +164,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         ffn=slots.ffn,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(config),
         vocab=config.vocab_size,
         context=context,
         windows=windows if any(windows) else (),

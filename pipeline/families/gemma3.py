@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.families.layer import Layer, dense_ffn
 from pipeline.families.projection import Norm, Projection
-from pipeline.families.slots import Family, LayerSlots, gate_of, refuse, windows_by_type
+from pipeline.families.slots import Family, LayerSlots, gate_of, need_positive, refuse, windows_by_type
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
@@ -18,6 +18,7 @@ def _slots(config: PreTrainedConfig) -> LayerSlots:
         final_logit_softcapping=None,
         use_bidirectional_attention=False,
     )
+    need_positive(config, "query_pre_attn_scalar")
     return LayerSlots(
         ffn=config.intermediate_size,
         gate=gate_of(config.hidden_activation),

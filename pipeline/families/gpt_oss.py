@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.families.experts import ExpertProjection, Experts
 from pipeline.families.layer import Layer, attention, pre_norms
-from pipeline.families.slots import ONE_ROPE, Family, LayerSlots, refuse, windows_by_type
+from pipeline.families.slots import ONE_ROPE, Family, LayerSlots, experts_of, refuse, windows_by_type
 from pipeline.kernels.expert_products import ALPHA, LIMIT
 
 
@@ -21,8 +21,7 @@ def _slots(config: PreTrainedConfig) -> LayerSlots:
         ropes=(ONE_ROPE,) * config.num_hidden_layers,
         rope_by_halves=True,
         sinks=True,
-        experts=config.num_local_experts,
-        experts_per_token=config.num_experts_per_tok,
+        **experts_of(config.num_local_experts, config.num_experts_per_tok),
     )
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from pipeline.families.llama import BIASES, llama_layer, whole_attention
-from pipeline.families.slots import Family, LayerSlots
+from pipeline.families.slots import Family, LayerSlots, need_positive
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
+    need_positive(config, "attention_multiplier", "logits_scaling")
     return replace(
         whole_attention(config),
         attention_scale=config.attention_multiplier,

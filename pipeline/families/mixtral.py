@@ -8,15 +8,12 @@ from transformers import PreTrainedConfig
 
 from pipeline.families.llama import same_windows
 from pipeline.families.qwen3_moe import each_expert, expert_layer
-from pipeline.families.slots import Family, LayerSlots, Shapes
+from pipeline.families.slots import Family, LayerSlots, Shapes, experts_of
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
-    return replace(
-        same_windows(config),
-        experts=config.num_local_experts,
-        experts_per_token=config.num_experts_per_tok,
-    )
+    experts = experts_of(config.num_local_experts, config.num_experts_per_tok)
+    return replace(same_windows(config), **experts)
 
 
 def _stored(shapes: Shapes) -> Shapes:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from pipeline.families.experts import ExpertProjection, Experts
 from pipeline.families.layer import Layer, attention, pre_norms
 from pipeline.families.llama import same_windows
-from pipeline.families.slots import Family, LayerSlots, Shapes, refuse
+from pipeline.families.slots import Family, LayerSlots, Shapes, experts_of, refuse
 
 
 def _slots(config: PreTrainedConfig) -> LayerSlots:
@@ -19,8 +19,7 @@ def _slots(config: PreTrainedConfig) -> LayerSlots:
     return replace(
         same_windows(config),
         ffn=config.moe_intermediate_size,
-        experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok,
+        **experts_of(config.num_experts, config.num_experts_per_tok),
         experts_sum_to_one=config.norm_topk_prob,
     )
 

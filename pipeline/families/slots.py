@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,13 @@ def windows_by_type(config: PreTrainedConfig) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def experts_of(count: int, per_token: int) -> dict[str, Any]:
+    """So many experts, of which a token passes some, as arguments of LayerSlots. Raises ModelError."""
+    if not isinstance(count, int) or not isinstance(per_token, int) or not 1 <= per_token <= count:
+        raise ModelError(f"the configuration gives each token {per_token} of {count} experts")
+    return {"experts": count, "experts_per_token": per_token}
+
+
 def refuse(config: PreTrainedConfig, **wanted: Any) -> None:
     """Raise ModelError where a setting has another value than the one that is supported."""
     for name, value in wanted.items():
@@ -92,3 +100,10 @@ def refuse(config: PreTrainedConfig, **wanted: Any) -> None:
             raise ModelError(
                 f"{name}={found!r} of model family {config.model_type!r} is not supported ({value!r} is)"
             )
+
+
+def need_positive(config: PreTrainedConfig, *names: str) -> None:
+    """Raise ModelError where one of these settings is not above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ModelError(f"{name} is {getattr(config, name)}, and must be above 0")

@@ -87,6 +87,12 @@ def test_pairs_are_merged(folder, tmp_path, about, scale):
     check_merged(unloaded.load().decoder.model.state_dict(), tensors(folder), deltas, scale)
 
 
+def test_the_model_that_it_was_trained_on_is_told(folder, tmp_path):
+    make_adapter(folder, tmp_path / "lora", base_model_name_or_path="someone/base")
+    (note,) = opened(folder, adapter=str(tmp_path / "lora")).notes
+    assert f"(rank {RANK}), trained on someone/base, is merged" in note
+
+
 def test_all_linear_layers(folder, tmp_path):
     ends = [f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down")]
     deltas = make_adapter(folder, tmp_path / "lora", ends, target_modules="all-linear")
@@ -103,17 +109,17 @@ def test_patterns_of_ranks(folder, tmp_path):
 
 def test_what_was_trained_whole(folder, tmp_path):
     adapter = tmp_path / "lora"
-    deltas = make_adapter(folder, adapter, modules_to_save=["lm_head"], bias="all")
+    deltas = make_adapter(folder, adapter, modules_to_save=["lm_head"], bias="lora_only")
     before = tensors(folder)
-    head, bias = before["lm_head.weight"] + 1, before["model.layers.0.self_attn.q_proj.bias"] + 2
+    head, biases = before["lm_head.weight"] + 1, [f"model.layers.{n}.self_attn.q_proj.bias" for n in range(4)]
     more = {
-        "base_model.model.lm_head.modules_to_save.weight": head,
-        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": bias,
+        f"base_model.model.{each.replace('.bias', '.base_layer.bias')}": before[each] + 2 for each in biases
     }
+    more["base_model.model.lm_head.modules_to_save.weight"] = head
     write(adapter, {**tensors_of(adapter), **more}, WEIGHTS)
     state = merged(folder, adapter)
     assert torch.equal(state["lm_head.weight"], head)
-    assert torch.equal(state["model.layers.0.self_attn.q_proj.bias"], bias)
+    assert torch.equal(state[biases[2]], before[biases[2]] + 2)
     name = next(iter(deltas))
     assert not torch.equal(state[name], before[name])
 
@@ -183,6 +189,21 @@ Q_PAIR = "model.layers.0.self_attn.q_proj.weight"
             "its init_lora_weights is 'pissa_niter_4', which changed the model's own weights too",
         ),
         (lambda a: change(a, r=0), "adapter_config.json has r 0, and a number above 0 is needed"),
+        (lambda a: change(a, rank_pattern={"(": 2}), "rank_pattern {'(': 2}, and a number above 0 for each"),
+        (
+            lambda a: change(a, alpha_pattern={"q_proj": math.nan}),
+            "alpha_pattern {'q_proj': nan}, and a ",
+        ),
+        (
+            lambda a: change(a, target_modules="(*"),
+            "has target_modules '(*', and a list of names or",
+        ),
+        (lambda a: change(a, modules_to_save="lm_head"), "modules_to_save 'lm_head', and a list of names is"),
+        (lambda a: change(a, bias="some"), "has bias 'some', and one of none, all, lora_only is needed"),
+        (
+            lambda a: change(a, bias="all"),
+            "bias 'all' of its adapter_config.json means model.layers.0.",
+        ),
         (lambda a: change(a, r=8), "lora_A.weight is (4, 96), and (8, 96) is what fits the model and"),
         (lambda a: change(a, target_modules=None), "its adapter_config.json has no target_modules"),
         (lambda a: change(a, target_modules=["down_proj"]), f"{WEIGHTS} has pairs of {Q_PAIR}, "),

@@ -149,6 +149,11 @@ def test_two_forms_of_weights_are_told(folder):
         (lambda data: b"<!DOCTYPE html>" * 100, f"is no safetensors file: {AGAIN}"),
         (lambda data: data[:1000], "is cut short (1,000 bytes of at least "),
         (lambda data: data[:-1], f"is cut short (664,895 of at least 664,896 bytes): {AGAIN}"),
+        (lambda data: data + b"xy", f"{WEIGHTS} is damaged (2 bytes are of no tensor): {AGAIN}"),
+        (
+            lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1),
+            f"the header of {WEIGHTS} is damaged (lm_head.weight does not begin where the tensor before",
+        ),
         (lambda data: data[:8] + b"\0" * len(data[8:]), f"the header of {WEIGHTS} is damaged: {AGAIN}"),
     ],
 )
@@ -170,3 +175,19 @@ def test_attention_that_a_folder_names_is_not_loaded(folder, name):
     change_config(folder, attn_implementation=name, _attn_implementation=name)
     model = opened(folder).load().decoder.model
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_setting_of_a_wrong_type(folder):
+    change_config(folder, rms_norm_eps="tiny")
+    assert refusal(folder) == (
+        f"model '{folder}' cannot be loaded: Validation error for field 'rms_norm_eps': TypeError: Field"
+        " 'rms_norm_eps' expected float, got str (value: 'tiny')"
+    )
+
+
+def test_settings_of_other_families_are_told(folder):
+    change_config(folder, residual_multiplier=0.3, no_rope_layers=[1, 0, 1, 0], max_window_layers=2)
+    assert opened(folder).notes == (
+        "config.json says no_rope_layers [1, 0, 1, 0], residual_multiplier 0.3, which a qwen2 model has not:"
+        " nothing is made of it",
+    )

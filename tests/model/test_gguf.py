@@ -59,7 +59,7 @@ def test_the_logits_are_those_of_the_model_that_was_written(family, settings, sd
     ours = loaded(path)
     assert torch.equal(logits(ours.decoder, sdpa), logits(Decoder(model), sdpa))
     assert ours.tokenizer.decode(ours.tokenizer.encode("a tin<|im_end|>")) == "a tin<|im_end|>"
-    assert ours.generation_config.eos_token_id == 259
+    assert ours.generation_config.eos_token_id == [259]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,10 @@ def test_frequencies_of_a_family_that_has_none_are_refused(tmp_path):
     [
         ({"general.type": "decoder"}, "m.gguf holds no model, but what its header calls 'decoder'"),
         ({"llama.expert_count": 8}, "m.gguf has llama.expert_count 8, which is not supported"),
+        ({"llama.pooling_type": 3}, "m.gguf has llama.pooling_type 3, which is not supported"),
+        ({"llama.attention.scale": 0.5}, "m.gguf has llama.attention.scale 0.5, which is not supported"),
+        ({"llama.rope.scaling.attn_factor": 1.5},
+         "m.gguf has rope.scaling.attn_factor 1.5, which is not supported"),
         ({"llama.rope.dimension_count": 16, "llama.attention.key_length": 32},
          "m.gguf rotates 16 of 32 dimensions of a head, which is not supported"),
         ({"llama.attention.value_length": 16},

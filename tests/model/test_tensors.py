@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import change_config, copied, opened, refusal, rename, shard, tensors, write, write_index
+from checkpoints import (
+    WEIGHTS,
+    change_config,
+    copied,
+    opened,
+    refusal,
+    rename,
+    shard,
+    tensors,
+    write,
+    write_index,
+)
+from safetensors.torch import load_file
 
 LACKS = "that a qwen2 model of this configuration has: "
 UNUSED = "that a qwen2 model of this configuration does not use: "
@@ -233,6 +245,34 @@ def test_a_tensor_in_two_shards(folder, model_folder):
     assert same_weights(folder, model_folder)
     write(folder, {**layers, "model.norm.weight": norm + 1}, second)
     assert f"model.norm.weight stands in {first} and in {second}, with different values" in refusal(folder)
+
+
+def test_a_tensor_that_differs_in_one_number_between_shards(folder):
+    named = shard(folder)
+    names = sorted(set(named.values()))
+    one, other = (load_file(folder / name) for name in names)
+    twice = one["model.embed_tokens.weight"].clone()
+    twice[160, 7] += 1
+    write(folder, {**other, "model.embed_tokens.weight": twice}, names[1])
+    assert f"model.embed_tokens.weight stands in {names[0]} and in {names[1]}, with different" in refusal(
+        folder
+    )
+
+
+def test_what_a_download_left_empty(folder):
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    path.write_bytes(data[:-100_000] + bytes(100_000))
+    assert refusal(folder) == (
+        f"model {folder} holds 5 tensors of zeros alone: model.layers.3.mlp.gate_proj.weight,"
+        " model.layers.3.mlp.up_proj.weight, model.layers.3.self_attn.k_proj.weight, ...; files are like"
+        " this where a download was cut off: download or copy them again"
+    )
+
+
+def test_added_layers_may_begin_with_zeros(folder):
+    write(folder, {name: each * ("o_proj" not in name) for name, each in tensors(folder).items()})
+    assert opened(folder).notes == ()
 
 
 def test_weights_are_refused_before_a_run_and_by_a_rehearsal(folder, fish, tmp_path, call, capfd):

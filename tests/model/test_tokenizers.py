@@ -75,6 +75,20 @@ def test_a_damaged_file(folder, content):
         opened(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(folder, name):
+    (folder / name).write_text('{"version"')
+    with pytest.raises(ModelError, match=rf"cannot be loaded: {name} is no JSON object: download or copy"):
+        opened(folder)
+
+
+def test_a_class_without_a_vocabulary_is_no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    set_config(folder, tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(ModelError, match=r"it has no tokenizer \(tokenizer.json, .*\): copy the tokenizer's"):
+        opened(folder)
+
+
 @pytest.fixture
 def alone(folder):
     """Only the vocabulary of an older tokenizer."""
