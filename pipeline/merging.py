@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,14 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.outputs.answers import halves
-from pipeline.outputs.beginnings import METADATA_KEY, files_in, settings_differ, settings_in, with_files
+from pipeline.outputs.beginnings import (
+    METADATA_KEY,
+    bounds_in,
+    files_in,
+    settings_differ,
+    settings_in,
+    with_files,
+)
 from pipeline.outputs.dropped import dropped_path
 from pipeline.outputs.formats import sink_type
 from pipeline.outputs.lock import lock_output, refuse_locked
@@ -30,6 +37,7 @@ from pipeline.settings.parse import parse_shard
 from pipeline.storage.causes import READ_ERRORS, some, told
 from pipeline.storage.remote import RemotePath, output_place
 from pipeline.storage.whole_file import partial_path, remove_partials
+from pipeline.texts.words import counted
 from pipeline.values.dictionaries import settled
 
 MOST_TOLD = 5
@@ -124,8 +132,9 @@ def _refuse_unlike(first: Shard, other: Shard) -> None:
                 raise ConfigError(f"{name!r} is {one} in {first.path} and {two} in {other.path} ({flag})")
 
 
-def _refuse_incomplete(shards: Sequence[Shard]) -> None:
-    """A ConfigError where some of the outputs are shards, and not exactly all of them."""
+def _refuse_incomplete(outputs: Sequence[Shard]) -> None:
+    """A ConfigError where some of the outputs are shards, and not exactly all of them, of the same rows."""
+    shards = [shard for shard in outputs if shard.number is not None]
     by_number: dict[tuple[int, int], Path] = {}
     for shard in shards:
         number = shard.number
@@ -143,6 +152,40 @@ def _refuse_incomplete(shards: Sequence[Shard]) -> None:
         if missing:
             many = "shard is" if len(missing) == 1 else "shards are"
             raise ConfigError(f"{len(missing)} {many} missing: {some(missing, MOST_TOLD)}")
+    for shard in shards[1:]:
+        _refuse_other_rows(shards[0], shard)
+
+
+def _refuse_other_rows(first: Shard, other: Shard) -> None:
+    """A ConfigError where two shards are not of the same rows: some would be in none of the shards."""
+    ours, theirs = (bounds_in(shard.rows.schema) for shard in (first, other))
+    if ours != theirs:
+        names = [name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)]
+        told_of = [_bound_told(names[0], bounds) for bounds in (ours, theirs)]
+        raise ConfigError(
+            f"{first.path} was made {told_of[0]}, and {other.path} {told_of[1]}; run both alike, with "
+            "--resume"
+        )
+    one, two = (files_in(shard.rows.schema) for shard in (first, other))
+    if ours or one is None or two is None:  # not all was read; or they are of an earlier version
+        return
+    differ = (Counter(one) - Counter(two)) + (Counter(two) - Counter(one))
+    if differ:
+        name = min(differ)[0]
+        told_of = [_rows_told(files, name) for files in (one, two)]
+        raise ConfigError(
+            f"{first.path} and {other.path} are shards of different inputs: {name} {told_of[0]} for the one, "
+            f"and {told_of[1]} for the other; run both on the same files, with --resume"
+        )
+
+
+def _bound_told(name: str, bounds: Mapping[str, int]) -> str:
+    return f"with --{name} {bounds[name]}" if name in bounds else f"without --{name}"
+
+
+def _rows_told(files: Sequence[tuple[str, int]], name: str) -> str:
+    rows = [rows for file, rows in files if file == name]
+    return f"had {counted(sum(rows), 'row')}" if rows else "was not there"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ VERSION = 1
 METADATA_KEY = b"marsinfer"
 SETTINGS_KEY = "settings_that_decide"
 QUESTIONS_KEY = "questions"  # of these settings: the names of those that have columns
+UNASKED_KEY = "asks_summary"  # of these settings: whether summaries are asked for as no question was found
 FILES_KEY = "files"  # of which an output has rows, with their number
 
 MOST_TOLD = 5
@@ -121,6 +122,12 @@ def files_in(schema: pa.Schema) -> list[tuple[str, int]] | None:
         return None
 
 
+def bounds_in(schema: pa.Schema) -> dict[str, int]:
+    """The settings by which a run took some rows alone, of its shard if it had one; none if it took all."""
+    config = about(schema).get("config", {})
+    return {name: config[name] for name in ("sample", "limit") if config.get(name) is not None}
+
+
 def with_files(schema: pa.Schema, files: Iterable[tuple[str, int]]) -> pa.Schema:
     """The schema, whose metadata says of which files the output is made."""
     metadata = dict(schema.metadata or {})
@@ -150,7 +157,7 @@ def check_settings(path: Path, then: Any, now: Any, remedy: str = START_OVER) ->
 def settings_differ(then: Any, now: Any, words: tuple[str, str] = ("was", "and is now")) -> str:
     """The settings that differ, with `words` before the two values; empty if none does.
 
-    Both are as from JSON.
+    Both are as from JSON. Whether a summary was asked for, or is for want of a question, changes no answer.
     """
     before, after = dict(_flat(then)), dict(_flat(now))
     values = {name: (before.get(name, _ABSENT), after.get(name, _ABSENT)) for name in {**before, **after}}
@@ -158,7 +165,7 @@ def settings_differ(then: Any, now: Any, words: tuple[str, str] = ("was", "and i
         [
             f"{name} {words[0]} {_told(one)} {words[1]} {_told(other)}"
             for name, (one, other) in values.items()
-            if one != other
+            if one != other and name != UNASKED_KEY
         ]
     )
 

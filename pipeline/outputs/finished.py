@@ -16,7 +16,9 @@ class FinishedRows:
     files: list[tuple[str, int]] | None = None  # of the output, with their rows; None where it does not say
     can_drop: bool = True  # whether rows that leave can be kept beside the output; if not, they must stay
     done_at_start: Counter[str]  # rows by status
-    lasting_at_start: int  # how many rows there were but for errors that are worth nothing by themselves
+    # how many rows the output has, or without an output the journal, but for errors that are worth nothing by
+    # themselves; what a journal has beside an output may be of another input, of a run that was refused
+    lasting_at_start: int
 
     def __init__(
         self,
@@ -31,7 +33,9 @@ class FinishedRows:
 
     def count_at_start(self) -> None:
         """To be called when all rows of earlier runs are in the index, and none of the input's."""
-        self.done_at_start, self.lasting_at_start = self.index.counts(), self.index.leaving()
+        self.done_at_start, published = self.index.counts(), self.index.leaving(published=True)
+        self._is_published = bool(published)
+        self.lasting_at_start = published or self.index.leaving()
 
     def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         """Whether a row's answer is known; to be asked once for every row, in the order of the input.
@@ -66,6 +70,11 @@ class FinishedRows:
         """How many have not come, and leave the output."""
         with self._guard():
             return self.index.leaving()
+
+    def lasting_leaving(self) -> int:
+        """How many of `lasting_at_start` have not come."""
+        with self._guard():
+            return self.index.leaving(published=self._is_published)
 
     def stay(self, *, fleeting: bool) -> int:
         """Keep in the output what has not come; returns how many would have left.

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import answers_table, halves, own_columns
 from pipeline.outputs.batch_lines import errors_path, is_batch_form
-from pipeline.outputs.beginnings import copies_alike, files_in, plain, with_files
+from pipeline.outputs.beginnings import bounds_in, copies_alike, files_in, plain, with_files
 from pipeline.outputs.chunks import pack_chunk
 from pipeline.outputs.copies import CurrentCopies
 from pipeline.outputs.dropped import DroppedRows
@@ -211,13 +211,14 @@ class Journal(FinishedRows):
         return f"the damaged file is now {self._folder.name}/{part}{DAMAGED}"
 
     def _is_current(self, order: Order, files: Files | None) -> bool:
-        """Whether the output holds the rows of the index, no others, in this order, and says its files."""
+        """Whether the output has the rows of the index, no others, in this order, and tells their source."""
         if self._base is None or self.index.returned or self.index.unmoved != self._held:
             return False
         says = files_in(self._base.schema)
         return (
             (self._is_sorted or order == "completion")
             and (files is None or says is None or says == list(files))
+            and not bounds_in(self._base.schema).keys() - bounds_in(self._schema).keys()
             and copies_alike(self._base.schema, self._written)
             and layout_in(self._base.schema) == layout_in(self._written)
             and self._copies_are_current()

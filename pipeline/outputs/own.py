@@ -103,6 +103,20 @@ def table_schema(path: Place) -> pa.Schema:
         return (pa.ipc.open_file if magic == ARROW_FILE else pa.ipc.open_stream)(file).schema
 
 
+def has_rows(path: Place) -> bool:
+    """Whether an output has rows, or has those without an answer beside it; reads at most one batch."""
+    if needs_sidecar(path):
+        return _bytes(path) > 0 or has_errors(path)
+    with path.open("rb") as opened, pa.PythonFile(opened, "r") as file:
+        magic = file.read(len(ARROW_FILE))
+        file.seek(0)
+        if magic.startswith(b"PAR1"):
+            return bool(pq.read_metadata(file).num_rows)
+        if magic == ARROW_FILE:
+            return bool(pa.ipc.open_file(file).num_record_batches)
+        return any(batch.num_rows for batch in pa.ipc.open_stream(file))
+
+
 def _says(schema: pa.Schema, key: bytes) -> bool:
     try:
         return SETTINGS_KEY in json.loads((schema.metadata or {})[key])

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.answers import own_columns, stored_in
 from pipeline.outputs.beginnings import START_OVER, Beginning, check_columns, check_settings, settings_in
 from pipeline.outputs.chunks import Chunk, Damage, PartWriter, read_chunk, scan_part
+from pipeline.outputs.own import has_rows
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.published import Published
 from pipeline.outputs.rowindex import DROPPED, PUBLISHED
@@ -155,8 +156,7 @@ def begin_journal(
             beginning = replace(beginning, settings=now)
             beginning.save(folder)
         return beginning, base
-    is_there = base is not None
-    return _start(output, Beginning(settings=now, extends=is_there, replaces=is_there)), base
+    return _start(output, Beginning(settings=now, extends=base is not None, replaces=output.exists())), base
 
 
 def begun(output: Path, written: pa.Schema, now: Any) -> tuple[Beginning | None, Published | None]:
@@ -218,11 +218,17 @@ def _start(output: Path, beginning: Beginning) -> Beginning:
     return beginning
 
 
-def _open_base(output: Path, written: pa.Schema, now: Any) -> Published:
+def _open_base(output: Path, written: pa.Schema, now: Any) -> Published | None:
+    """The output that a run goes on from; None for one without rows that has other settings or columns."""
     with output_failures_told(output):
         base = Published(output, lines_schema=read_sidecar(output) if needs_sidecar(output) else None)
-        check_settings(output, settings_in(output, base.schema), now)
-        check_columns(output, base.schema, written)
+        try:
+            check_settings(output, settings_in(output, base.schema), now)
+            check_columns(output, base.schema, written)
+        except ConfigError:
+            if has_rows(output):
+                raise
+            return None
     return base
 
 

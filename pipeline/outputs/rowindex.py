@@ -132,9 +132,9 @@ class RowIndex:
             rows = self._database.execute(f"SELECT status, count(*) FROM rows WHERE {which} GROUP BY status")
             return Counter(dict(rows))
 
-    def leaving(self) -> int:
-        """How many rows have not come, though they are in the output or the journal."""
-        return self._count(_LEAVES)
+    def leaving(self, *, published: bool = False) -> int:
+        """How many rows have not come, though output (`published`: it alone) or journal have them."""
+        return self._count(f"{_LEAVES} AND part = {PUBLISHED}" if published else _LEAVES)
 
     def stay(self, *, fleeting: bool) -> int:
         """Count rows that have not come as if they had, with `fleeting` all; returns how many leave else."""

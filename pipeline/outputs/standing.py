@@ -15,7 +15,7 @@ from pipeline.outputs.beginnings import Beginning, files_in, plain, settings_in
 from pipeline.outputs.dropped import DroppedRows
 from pipeline.outputs.finished import FinishedRows
 from pipeline.outputs.mirror import Mirror, local_copy
-from pipeline.outputs.own import table_schema
+from pipeline.outputs.own import has_rows, table_schema
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.parts import (
     Parts,
@@ -36,8 +36,9 @@ from pipeline.storage.remote import Place, RemotePath, output_place
 def begun_with(output: str) -> Any:
     """The settings that decide, of the unfinished run or the output that is there, or else None.
 
-    An output that does not say them counts as none: opening the journal tells it. Of a table in object
-    storage that no unfinished run extends, only the schema is read; else all is fetched.
+    An output that does not say them counts as none: opening the journal tells it. So does one without rows,
+    whose input may have shown no columns to decide by. Of a table in object storage that no unfinished run
+    extends, only the schema is read, and whether there are rows; else all is fetched.
     """
     place = output_place(output)
     if isinstance(place, RemotePath) and not needs_sidecar(place):
@@ -52,7 +53,7 @@ def begun_with(output: str) -> Any:
 def _said_by(output: Place) -> Any:
     with told(f"{output} cannot be read", of=NetworkError):
         try:
-            if not output.exists():
+            if not (output.exists() and has_rows(output)):
                 return None
             if isinstance(output, Path) and needs_sidecar(output):
                 return settings_in(output, read_sidecar(output))

@@ -86,15 +86,19 @@ def _is_open(data: DataSettings, types: Types) -> bool:
     return data.text_column is None and not data.is_asked and not {TEXT, *TEXT_TOO} & set(types)
 
 
-def as_begun(data: Data, columns: Mapping[str, Any]) -> Settled[Data]:
-    """Columns and question of a run that goes on, as they were decided when it began."""
+def as_begun(data: Data, columns: Mapping[str, Any], *, asks_summary: bool = False) -> Settled[Data]:
+    """Columns and question of a run that goes on, as they were decided when it began.
+
+    `asks_summary` says that it asked for summaries only as it found no question.
+    """
     values = {name: columns[name] for name in ("text_column", "id_column") if getattr(data, name) is None}
+    asks_summary = asks_summary and not data.is_asked
     if not data.is_asked:
         values |= {name: columns[name] for name in DECIDED}
         values["messages_column"] = columns.get("messages_column")
     data = replace(data, **values)
     takes_ids = bool(columns["takes_ids"]) and data.id_column == columns["id_column"]
-    return Settled(data, takes_ids, requests=bool(columns.get("requests")))
+    return Settled(data, takes_ids, asks_summary, requests=bool(columns.get("requests")))
 
 
 def as_before(data: Data) -> Settled[Data]:

@@ -17,7 +17,7 @@ from pipeline.inputs.requests import REQUEST_ID
 from pipeline.inputs.source import Source, open_source, source_of
 from pipeline.outputs.answers import LATER_NAMES, QUESTION_NAME
 from pipeline.outputs.batch_lines import is_lines, with_response
-from pipeline.outputs.beginnings import QUESTIONS_KEY
+from pipeline.outputs.beginnings import QUESTIONS_KEY, UNASKED_KEY
 from pipeline.outputs.own_columns import left_out
 from pipeline.outputs.standing import begun_with
 from pipeline.prompts.builder import PromptBuilder
@@ -166,7 +166,9 @@ def open_columns(
 
 def _settled(data: Data, types: Types | None, begun: Any, *, asks: bool) -> Settled[Data]:
     if begun is not None:
-        return as_begun(data, begun[COLUMNS]) if COLUMNS in begun else as_before(data)
+        if COLUMNS not in begun:
+            return as_before(data)
+        return as_begun(data, begun[COLUMNS], asks_summary=UNASKED_KEY in begun)
     template = data.template_text() if isinstance(data, PromptSettings) else None
     template_asks = None if template is None else FileTemplate(template).asks
     return settled(data, types, template_asks=template_asks if asks else False)

@@ -77,7 +77,7 @@ class Leaving:
     def _refuse_all(self) -> None:
         """An InputError where all rows of earlier runs would leave: then the input is rather wrong."""
         earlier = self.earlier.lasting_at_start
-        if earlier and self.earlier.leaving() == earlier:
+        if earlier and self.earlier.lasting_leaving() == earlier:
             raise InputError(
                 f"the input has none of the {counted(earlier, 'row')} of earlier runs: all would leave the "
                 f"output, which stays as it is; is it the right input, and --id-column? If so, {REMEDY}"

@@ -16,7 +16,7 @@ from pipeline.inputs.sorting import by_document
 from pipeline.inputs.source import Source
 from pipeline.outputs.answers import LATER_NAMES, REASONING_NAME, output_schema
 from pipeline.outputs.batch_lines import REQUESTS_KEY
-from pipeline.outputs.beginnings import QUESTIONS_KEY
+from pipeline.outputs.beginnings import QUESTIONS_KEY, UNASKED_KEY
 from pipeline.outputs.layout import LAYOUT_KEY, RowLayout
 from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
@@ -131,6 +131,7 @@ class Preparation(Setup):
             "method": {"name": method.name, "settings": asdict(method)},
             **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if columns is None else {"columns": columns}),
+            **({UNASKED_KEY: True} if self.source.columns.asks_summary else {}),
             **({LATER: later} if later else {}),
             **({QUESTIONS_KEY: [each.name for each in asked]} if asked else {}),
             **({"validity": validity} if validity else {}),

@@ -24,9 +24,12 @@ _OUT_OF_REACH = frozenset(
     for name in (
         *("EACCES", "EPERM", "ESTALE", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
         *("ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED"),
+        *("EMFILE", "ENFILE"),
     )
     if hasattr(errno, name)
 )
+
+_OUT_OF_REACH_TYPES = (PermissionError, TimeoutError, FileNotFoundError, NotADirectoryError)
 
 # Arrow repeats the path and tells the system's reason last.
 _SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
@@ -69,12 +72,12 @@ def can_be_read(read: Callable[[], object]) -> bool:
 
 
 def is_out_of_reach(error: BaseException) -> bool:
-    """Whether an error of reading says nothing of a file's content: rights, a network, storage elsewhere."""
+    """Whether an error says nothing of what is in a file: rights, a network, a file that is gone."""
     if isinstance(error, CredentialsError):
         return False
     return isinstance(error, NetworkError) or (
         isinstance(error, OSError)
-        and (error.errno in _OUT_OF_REACH or isinstance(error, PermissionError | TimeoutError))
+        and (error.errno in _OUT_OF_REACH or isinstance(error, _OUT_OF_REACH_TYPES))
     )
 
 

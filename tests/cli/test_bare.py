@@ -6,7 +6,8 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from row_files import read, write
+from journal_runs import read
+from row_files import write
 
 from marsinfer_cli.app import run
 
@@ -45,9 +46,12 @@ def test_without_a_question_it_summarises_and_goes_on_so(tmp_path, capfd):
     told = capfd.readouterr().err
     assert "the document is the column 'body'" in told
     assert "a short summary is asked for" in told
-    # what was decided stays, whatever the columns of tonight say
+    # what was decided stays, whatever the columns of tonight say, but no question is passed over in silence
     write(given, [{**row, "question": "?", "id": n} for n, row in enumerate(rows)])
-    assert batch(given, out, "--keep-columns=", "--resume") == 0
+    assert batch(given, out, "--keep-columns=", "--resume") == 2
+    assert "in.parquet has a column 'question', which the first file has not" in capfd.readouterr().err
+    assert batch(given, out, "--keep-columns=", "--resume", "--summarise") == 0
+    assert batch(given, out, "--keep-columns=", "--resume") == 0  # as was said
     first, second, third = read(out)
     assert first["question"] == second["question"] == third["question"]
     assert [row["id"] for row in (first, third)] == ["in.parquet:0", "in.parquet:2"]
@@ -80,10 +84,28 @@ def test_a_question_that_the_first_row_has_not_is_no_summary(tmp_path):
         ("ok", None),
         ("error", "unasked_question"),
     ]
+    write(given, [{"text": "red fish"}, {"text": "blue fish"}, *ROWS[:1]])
+    assert batch(given, out, "--resume") == 0
+    assert [row["error_type"] for row in read(out)] == [None, None, "unasked_question"]
     (tmp_path / "two").mkdir()
     write(tmp_path / "two" / "a.parquet", [{"text": "red fish"}])
     write(tmp_path / "two" / "b.parquet", ROWS[:1])
     assert batch(tmp_path / "two", tmp_path / "o.parquet") == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrows", "jsonl"])
+def test_an_output_without_rows_decides_nothing(tmp_path, kind):
+    given, out = tmp_path / "in.jsonl", tmp_path / f"out.{kind}"
+    given.write_text("")
+    assert batch(given, out, "--resume") == 0
+    content = out.read_bytes()
+    assert batch(given, out, "--resume") == 0
+    assert out.read_bytes() == content
+    write(given, ROWS)
+    assert batch(given, out, "--resume", "--dry-run") == 0
+    assert batch(given, out, "--resume") == 0
+    assert [row["question"] for row in read(out)] == [row["question"] for row in ROWS]
+    assert batch(given, out, "--resume", "--question", "Why?") == 2
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,29 @@ def test_shards_that_are_missing_or_do_not_belong_together(shards, refused, tmp_
     assert refused(out, half, second, third, fourth) == f"{half} is one of 2 shards, and {fourth} one of 4"
 
 
+def test_shards_of_other_rows(call, shards, refused, source, tmp_path, capfd):
+    first, second, out = *shards(".parquet", 2), tmp_path / "out.jsonl"
+    limited = ["--shard", "2/2", "--overwrite", "--limit", 2]
+    assert call(source, second, *ASKED, *limited) == 0
+    assert refused(out, first, second).startswith(
+        f"{first} was made without --limit, and {second} with --limit 2"
+    )
+    assert call(source, second, *ASKED, "--shard", "2/2", "--resume", "--limit", 9) == 0
+    assert call(source, second, *ASKED, "--shard", "2/2", "--resume") == 0  # which has nothing new to answer
+    assert "nothing new" in capfd.readouterr().err
+    assert run(["merge", str(out), str(first), str(second)]) == 0
+    with source.open("a") as lines:
+        lines.write("".join(json.dumps({"id": id, "text": "one more fish", "year": 7}) + "\n" for id in "ab"))
+    assert call(source, second, *ASKED, "--shard", "2/2", "--resume") == 0
+    assert refused(out, first, second, "--overwrite") == (
+        f"{first} and {second} are shards of different inputs: in.jsonl had 7 rows for the one, and had 9 "
+        "rows for the other; run both on the same files, with --resume"
+    )
+    assert call(source, first, *ASKED, "--shard", "1/2", "--resume") == 0
+    assert run(["merge", "--overwrite", str(out), str(first), str(second)]) == 0
+    assert [row["row"] for row in read(out)] == list(range(9))
+
+
 def test_rows_that_overlap(call, refused, source, tmp_path):
     one, two, out = (tmp_path / f"{name}.parquet" for name in ("one", "two", "out"))
     assert call(source, one, *ASKED, "--limit", 2) == 0
