@@ -51,6 +51,8 @@ def put_rows(buffer_SKd: Tensor, places_T: Tensor, rows_TKd: Tensor) -> None:
 
 def put_prompts(k_TKd: Tensor, v_TKd: Tensor, segments: Segments, target: KvTarget) -> None:
     """Store a pack's prompts in e4m3, each from its place at the `target` on, with scales in its line."""
+    if not segments.total:  # of a layer whose keys and values a method leaves out: there is no mean
+        return
     keys_SKd, values_SKd, starts_B, scales, lines_B = target
     assert scales is not None
     assert lines_B is not None
