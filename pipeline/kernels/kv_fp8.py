@@ -81,7 +81,11 @@ def scales_of(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Fp8Scales:
     """Scales and mean keys of a pack's prompts, a line each."""
     documents = [(k_TKd[a:b].float(), v_TKd[a:b].float()) for a, b in segments.ranges()]
     means_BKd = torch.stack([keys.mean(0) for keys, _ in documents])
-    keys = [keys - mean_Kd for (keys, _), mean_Kd in zip(documents, means_BKd, strict=True)]
+    # one token is its own mean, by which those that follow would all be cut off: its size is what there is
+    keys = [
+        keys - mean_Kd if len(keys) > 1 else keys
+        for (keys, _), mean_Kd in zip(documents, means_BKd, strict=True)
+    ]
     return Fp8Scales(
         keys_LK=_scale_of(keys), values_LK=_scale_of([values for _, values in documents]), means_LKd=means_BKd
     )
