@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pipeline.engines.blocks import Key, key_of, with_prompts
 from pipeline.records import Answer, EncodedDocument, Row, RowError, SamplingParams
-from pipeline.settings.answer_settings import SamplingSettings
+from pipeline.settings.answer_settings import COLDEST, SamplingSettings
 from pipeline.setup.intake import Item
 from pipeline.setup.validity import Validity
 
@@ -70,4 +70,6 @@ class Redrawing:
         seed = run.seed if own.seed is None else own.seed
         number = row.draw_number if own.seed is None else 0
         digest = hashlib.blake2b(f"{seed}:{number}:{tries}".encode(), digest_size=7).digest()
-        return replace(own, temperature=temperature or RETRY_TEMPERATURE, seed=int.from_bytes(digest))
+        if temperature < COLDEST:
+            temperature = RETRY_TEMPERATURE
+        return replace(own, temperature=temperature, seed=int.from_bytes(digest))
