@@ -126,7 +126,8 @@ class GroupPacker:
         lengths = [(prefixes[number], row.prompt_tokens) for number, row in rows]
         tokens = self._running_tokens(pack.sharing, lengths)
         needed = self._planned_bytes(pack.sharing, prefixes, lengths)
-        return tokens <= self.packer.pack_tokens and needed <= self.packer.max_bytes
+        fits = tokens <= self.packer.pack_tokens and needed <= self.packer.max_bytes
+        return fits and pack.sharing.method.alike([row.prompt_tokens for _, row in rows])
 
     def _planned_bytes(
         self, sharing: Sharing, prefixes: Sequence[int], rows: Sequence[tuple[int, int]]

@@ -269,11 +269,11 @@ class Packer:
         return planned if self.kv_memory is None else min(planned, self.kv_memory)
 
     def _may_share(self, lengths: Sequence[int]) -> bool:
-        """Only what stays on the device shares a pack: no document's active blocks depend on others."""
+        """Only what takes the same passes, and stays on the device: no active blocks depend on others."""
         if isinstance(self.method, HoldsUnrotatedKeys):
             return len(lengths) == 1
-        if self.kv_memory is None:
-            return True
+        if not (alike := self.method.alike(lengths)) or self.kv_memory is None:
+            return alike
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
         return planned <= self.kv_memory
 

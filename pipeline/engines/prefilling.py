@@ -79,11 +79,12 @@ class Prefiller:
         shared, shared_s = None, 0.0
         if prefix is None:
             limits = packs.of(jobs[0].method).limits if room else None
+            answer_tokens = [self.row_rules.new_tokens(each.source) for each in documents]
             prefilled = prefill(
                 self.model.decoder,
                 self.model.attention,
                 jobs[0].method,
-                Pack.of(documents, self.model.device),
+                Pack.of(documents, self.model.device, answer_tokens),
                 room,
                 check,
                 limits,

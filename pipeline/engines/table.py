@@ -149,7 +149,8 @@ class Table:
         shares = [self._shares and cache.shared is None and len(row.going) > 1 for row in rows]
         rooms = [self.loop.room(row.answers[0]) for row in rows]
         behind = [0 if apart else room for room, apart in zip(rooms, shares, strict=True)]
-        extents, documents = self._store.adopt(cache, behind), self._shared_by(cache)
+        documents = self._shared_by(cache)
+        extents = self._store.adopt(cache, behind, shared=[document.extent for document in documents])
         for b, (row, extent) in enumerate(zip(rows, extents, strict=True)):
             if b not in places:  # its prefill may have made NaN
                 self._store.release(extent, wipe=True)

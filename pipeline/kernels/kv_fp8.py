@@ -51,6 +51,8 @@ def put_rows(buffer_SKd: Tensor, places_T: Tensor, rows_TKd: Tensor) -> None:
 
 def put_prompts(k_TKd: Tensor, v_TKd: Tensor, segments: Segments, target: KvTarget) -> None:
     """Store a pack's prompts in e4m3, each from its place at the `target` on, with scales in its line."""
+    if not segments.total:  # of a layer whose keys and values a method leaves out: there is no mean
+        return
     keys_SKd, values_SKd, starts_B, scales, lines_B = target
     assert scales is not None
     assert lines_B is not None
@@ -79,7 +81,11 @@ def scales_of(k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> Fp8Scales:
     """Scales and mean keys of a pack's prompts, a line each."""
     documents = [(k_TKd[a:b].float(), v_TKd[a:b].float()) for a, b in segments.ranges()]
     means_BKd = torch.stack([keys.mean(0) for keys, _ in documents])
-    keys = [keys - mean_Kd for (keys, _), mean_Kd in zip(documents, means_BKd, strict=True)]
+    # one token is its own mean, by which those that follow would all be cut off: its size is what there is
+    keys = [
+        keys - mean_Kd if len(keys) > 1 else keys
+        for (keys, _), mean_Kd in zip(documents, means_BKd, strict=True)
+    ]
     return Fp8Scales(
         keys_LK=_scale_of(keys), values_LK=_scale_of([values for _, values in documents]), means_LKd=means_BKd
     )

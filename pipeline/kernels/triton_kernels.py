@@ -236,11 +236,12 @@ def _put_centred(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Quantise tokens less their mean by one scale, which is returned."""
+    """Quantise tokens less their mean by one scale, which is returned; that of one token is its own size."""
     at, largest = tl.arange(0, WIDTH)[None, :], tl.full([WIDTH], 0, tl.int32)
+    middle = tl.where(count > 1, mean, 0.0)
     for token in range(0, count, TOKENS):
         there = ((token + tl.arange(0, TOKENS)) < count)[:, None] & (at < head_dim)
-        centred = _tokens(source, stride, token, count, head_dim, TOKENS, WIDTH) - mean[None, :]
+        centred = _tokens(source, stride, token, count, head_dim, TOKENS, WIDTH) - middle[None, :]
         largest = tl.maximum(largest, tl.reduce(_magnitude(tl.where(there, centred, 0.0)), 0, larger))
     scale = _scale_of(tl.reduce(largest, 0, larger)) * headroom
     for token in range(0, count, TOKENS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Pack:
     segments: Segments
     spans: tuple[Spans, ...]
     whole: Whole | None = None  # prompts that these are only some tokens of
+    answer_tokens: tuple[int, ...] = ()  # that may follow each prompt, which LongRoPE depends on
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -58,12 +60,22 @@ class Pack:
         """(T,) the places of the tokens in their whole prompts."""
         return self.segments.index_in_document_T if self.whole is None else self.whole.positions_T
 
+    def reaches(self, new_tokens: int) -> tuple[int, ...]:
+        """Tokens that each document may come to have, with `new_tokens` of answers that nothing tells of."""
+        return tuple(map(add, self.lengths, self.answer_tokens or (new_tokens,) * len(self.lengths)))
+
     @classmethod
-    def of(cls, documents: Sequence[EncodedDocument], device: torch.device) -> Pack:
+    def of(
+        cls, documents: Sequence[EncodedDocument], device: torch.device, answer_tokens: Sequence[int] = ()
+    ) -> Pack:
+        """`answer_tokens` are needed where answers are decoded elsewhere than in the prefill's cache."""
         ids = torch.cat([torch.from_numpy(document.input_ids) for document in documents])
         lengths = [document.prompt_tokens for document in documents]
         spans = tuple(document.spans for document in documents)
-        return cls(input_ids=ids.to(device), segments=Segments.of(lengths, device), spans=spans)
+        segments = Segments.of(lengths, device)
+        return cls(
+            input_ids=ids.to(device), segments=segments, spans=spans, answer_tokens=tuple(answer_tokens)
+        )
 
     def only(self, indices: Tensor) -> Pack:
         """The same documents with some of their tokens; the spans remain those of the whole prompts."""
@@ -178,7 +190,7 @@ class _Run:
     ) -> _Run:
         segments, positions_T = pack.segments, pack.positions_T
         kept = _kept(decoder, segments)
-        begun.cache.reaches = tuple(length + begun.cache.new_tokens for length in pack.lengths)
+        begun.cache.reaches = pack.reaches(begun.cache.new_tokens)
         reach_T = on_device(begun.cache.reaches, segments.device)[segments.document_T]
         return cls(
             decoder=decoder,

@@ -172,7 +172,8 @@ def read_ahead(
     assert isinstance(method, ReadsAhead)
     decoder, attention, segments = draft.decoder, draft.attention, pack.segments
     # tables of embeddings may be padded to different sizes, and random tokens lie beyond the smaller one
-    pack = replace(pack, input_ids=pack.input_ids.clamp(max=decoder.shape.vocab - 1))
+    ids = pack.input_ids.clamp(max=decoder.shape.vocab - 1)
+    pack = replace(pack, input_ids=ids, answer_tokens=())  # it goes on by tokens of its own
     reader = DraftReader(ahead=method)
     state = reader.begin(reader.plan(decoder.shape, segments.lengths))
     begun = PartialPrefill.afresh(decoder, pack, RaggedCache(method.look_ahead))

@@ -102,16 +102,25 @@ class KvStore(KeysValues):
 
     @on_every_rank
     @torch.inference_mode()
-    def adopt(self, cache: RaggedCache, rooms: Sequence[int] = (), *, frees: bool = False) -> list[Extent]:
+    def adopt(
+        self,
+        cache: RaggedCache,
+        rooms: Sequence[int] = (),
+        *,
+        shared: Sequence[Extent] = (),
+        frees: bool = False,
+    ) -> list[Extent]:
         """Copy a prefilled pack's keys and values; returns each document's extent.
 
         `rooms` says for how many new tokens of each there is to be room; without, for none. There must be as
         many free slots; rows that are there already may be moved. What the documents share with others is not
-        copied. With `frees` the cache loses each layer once it is copied.
+        copied: it is in the extents `shared`, one for each of them, by whose scales they are stored in e4m3,
+        as few tokens tell no scale. With `frees` the cache loses each layer once it is copied.
         """
         stored = list(zip(*cache.own_tokens(), strict=True))  # of each document, by layer
         rooms = rooms or [0] * len(stored)
-        extents = [self._take(layers, room) for layers, room in zip(stored, rooms, strict=True)]
+        lines: Sequence[int | None] = [extent.line for extent in shared] or [None] * len(stored)
+        extents = [self._take(*each) for each in zip(stored, rooms, lines, strict=True)]
         starts_LB = on_device(list(zip(*(extent.starts for extent in extents), strict=True)), cache.device)
         lines_B = on_device([extent.line for extent in extents], cache.device)
         for layer, slots in enumerate(cache.slots):
@@ -119,14 +128,12 @@ class KvStore(KeysValues):
             k_TKd, v_TKd = (
                 source if not slots.new_tokens else source[slots.prompt_T] for source in cache.buffers(layer)
             )
-            if self._scales:
-                scales = self._scales[layer]
-                target = KvTarget(self._pool[0], self._pool[1], starts_LB[layer], scales, lines_B)
-                put_prompts(k_TKd, v_TKd, segments, target)
+            scales, (keys, values) = self.scales(layer), self._pool
+            if scales is not None and not shared:
+                put_prompts(k_TKd, v_TKd, segments, KvTarget(keys, values, starts_LB[layer], scales, lines_B))
             else:
                 places_T = starts_LB[layer][segments.document_T] + segments.index_in_document_T
-                for pool, source in zip(self._pool, (k_TKd, v_TKd), strict=True):
-                    pool.index_copy_(0, places_T, source)
+                KvTarget(keys, values, places_T, scales, lines_B[segments.document_T]).put(k_TKd, v_TKd)
             if frees:
                 cache.keys[layer], cache.values[layer] = k_TKd[:0], v_TKd[:0]
         return extents
@@ -149,16 +156,14 @@ class KvStore(KeysValues):
 
         In e4m3 they are stored by the same scales.
         """
-        own = self._take([0] * len(extent.stored), room, line=extent.line)
-        own.owns_line = False
-        return own
+        return self._take([0] * len(extent.stored), room, extent.line)
 
     @on_every_rank
     @torch.inference_mode()
     def copy_of(self, extent: Extent, room: int) -> Extent:
         """The same keys and values once more, with as much room behind them: `room` is that of the first."""
-        copy = self._take(extent.stored, room)
-        for scales in self._scales:
+        copy = self._take(extent.stored, room, None if extent.owns_line else extent.line)
+        for scales in self._scales if copy.owns_line else ():
             for values in (scales.keys_LK, scales.values_LK, scales.means_LKd):
                 values[copy.line] = values[extent.line]
         source, target = (slice(each.start, each.start + each.size) for each in (extent, copy))
@@ -167,6 +172,7 @@ class KvStore(KeysValues):
         return copy
 
     def _take(self, stored: Sequence[int], new_tokens: int, line: int | None = None) -> Extent:
+        """A row's extent, with a line of its own, or that of another extent."""
         rooms = [max(tokens, self._overshoot) + new_tokens for tokens in stored]
         size = sum(rooms)
         start = self._extents.take(size)
@@ -178,9 +184,12 @@ class KvStore(KeysValues):
         offsets = tuple(
             first + max(0, self._overshoot - tokens) for first, tokens in zip(firsts, stored, strict=True)
         )
+        owns_line = line is None
         if line is None:
             line = self._lines.pop() if self._scales else 0
-        extent = Extent(start=start, offsets=offsets, stored=tuple(stored), size=size, line=line)
+        extent = Extent(
+            start=start, offsets=offsets, stored=tuple(stored), size=size, line=line, owns_line=owns_line
+        )
         self._rows[start] = extent
         return extent
 
@@ -241,7 +250,8 @@ def rows_in(
     extents = len(own) + len(documents)
     store = store_for(decoder, slots, dtype=dtype, extents=extents)
     shared = [] if before is None else store.adopt(before)
-    return store, store.adopt(cache, [new_tokens] * len(own), frees=frees), shared
+    of_rows = [] if cache.shared is None else [shared[document] for document in cache.shared.of_row]
+    return store, store.adopt(cache, [new_tokens] * len(own), shared=of_rows, frees=frees), shared
 
 
 def _bytes(pool: Tensor) -> Tensor:

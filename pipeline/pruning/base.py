@@ -153,6 +153,13 @@ class PruningMethod(ABC):
         """Original positions of a document of `length` tokens that this method never drops or skips."""
         return ((length - 1, length),)
 
+    def alike(self, lengths: Sequence[int]) -> bool:
+        """Whether prompts of these lengths take the same passes: only such are put into one pack.
+
+        A prompt that would not begin anew when it runs alone would else do so beside others that do.
+        """
+        return True
+
     def begin(self, plan: Plan) -> Any:
         """The mutable state of one pack's prefill, handed to every `select`."""
         return None

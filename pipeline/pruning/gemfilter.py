@@ -82,6 +82,9 @@ class GemFilter(PruningMethod):
         check_limits("share", shares, Limits(low=0, high=1))  # more would count tokens
         return replace(self, keep=one_share(self.name, shares))
 
+    def alike(self, lengths: Sequence[int]) -> bool:
+        return len({self._count(length) == length for length in lengths}) == 1
+
     def begin(self, plan: Plan) -> GemState:
         all_kept = all(self._count(length) == length for length in plan.lengths)
         return GemState(plan=plan, chosen=all_kept)

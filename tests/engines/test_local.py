@@ -116,9 +116,9 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
     lengths = ()
     pack_of = prefilling.Pack.of
 
-    def remember(docs, device):
+    def remember(docs, *others):
         nonlocal lengths
-        pack = pack_of(docs, device)
+        pack = pack_of(docs, *others)
         lengths = pack.segments.lengths
         return pack
 

@@ -8,7 +8,7 @@ from kernel_cases import DEVICE, GPU, codes, reduce_by_halves, rounding_to_neare
 
 from pipeline.kernels import kv_fp8
 from pipeline.kernels.decoding import Fp8Scales, Ranges, attention
-from pipeline.kernels.fused import FP8
+from pipeline.kernels.fused import FP8, FP8_MAX
 from pipeline.kernels.kv_fp8 import KvTarget, put_prompts, quantised, rounded, scales_of
 from pipeline.kernels.segments import Segments
 
@@ -48,6 +48,12 @@ def test_a_scale_leaves_room_for_larger_tokens_and_beyond_it_they_are_cut_off():
     stored = buffers[1][2].float() * scales.values_LK[0, :, None]
     assert torch.allclose(stored, 2 * largest[:, None].expand_as(stored))
     assert not buffers[1][:2].float().any()
+
+
+def test_behind_one_token_there_is_room_for_others_of_its_size():
+    k, v = keys_values(1)
+    scales = scales_of(k, v, Segments.of((1,), DEVICE))
+    assert (scales.keys_LK[0] * FP8_MAX / k[0].abs().amax(1) - 2).abs().max() < 1e-5
 
 
 def test_a_row_of_zeros_stays_zeros():

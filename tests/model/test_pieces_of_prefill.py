@@ -162,11 +162,15 @@ def test_the_memory_of_a_long_document_is_planned_closely(sdpa, monkeypatch, met
     assert planned - packer.kv_bytes([6000]) < 6000 * 4 * (shape.hidden + shape.heads * shape.head_dim + 400)
 
 
-def test_keys_and_values_are_stored_in_e4m3_as_they_are_made(sdpa):
-    """Decoded where they are, with the same answers as rounded behind the prefill, n times too."""
+@pytest.mark.parametrize("method", [Mars(), small("frugal")], ids=lambda method: method.name)
+def test_keys_and_values_are_stored_in_e4m3_as_they_are_made(sdpa, method):
+    """Decoded where they are, with the same answers as rounded behind the prefill, n times too.
+
+    A method that begins anew stores nothing before.
+    """
     decoder, pack, rules = tiny_model("qwen2"), pack_of(document(90)), StopRules(max_new_tokens=6)
-    before = prefill(decoder, sdpa, Mars(), pack, new_tokens=6)
-    stored = prefill(decoder, sdpa, Mars(), pack, new_tokens=6, kv_dtype=FP8)
+    before = prefill(decoder, sdpa, method, pack, new_tokens=6)
+    stored = prefill(decoder, sdpa, method, pack, new_tokens=6, kv_dtype=FP8)
     assert stored.cache.nbytes * 4 == before.cache.nbytes
     (expected,) = decode(decoder, sdpa, before, rules, kv_dtype=FP8, graphs=False)
     for _ in range(2):

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.model.store as store_module
+from pipeline.kernels.decoding import dequantised
+from pipeline.kernels.fused import FP8
+from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
 from pipeline.model.extents import Extents
@@ -250,3 +253,23 @@ def test_the_memory_is_that_of_the_slots_and_of_those_of_nobody(overshoot):
     assert all((pool == 0).all() for pool in store.buffers(2))
     assert store.has_spare_slot
     assert store.on_device_alone
+
+
+def test_in_e4m3_what_stands_behind_a_document_has_its_scales():
+    """By the scale of one token, which is its own mean, all that follow it would be as it is."""
+    store = KvStore(200, SMALL, dtype=FP8, device=CPU, extents=3)
+    lines = sorted(store._lines)
+    (document,) = store.adopt(cache_of((40, 40, 40)))
+    (own,) = store.adopt(cache_of((1, 1, 1), seed=1), [1], shared=[document])
+    copy, line = store.copy_of(own, 1), torch.tensor([document.line])
+    following = torch.randn(2, 1, 1, SMALL.head_dim, generator=torch.Generator().manual_seed(2))
+    for extent in (own, copy):
+        assert extent.line == document.line
+        for layer, start in enumerate(extent.starts):
+            scales, place = store.scales(layer), torch.tensor([start + 1])
+            KvTarget(*store.buffers(layer), place, scales, line).put(*following)
+            near = dequantised(*(buffer[place] for buffer in store.buffers(layer)), scales, line)
+            torch.testing.assert_close(torch.stack(near), following, rtol=1 / 16, atol=0.1)
+    for extent in (own, copy, document):
+        store.release(extent)
+    assert sorted(store._lines) == lines

@@ -6,11 +6,14 @@ from math import ceil
 
 import pytest
 import torch
-from conftest import document, pack_of, tiny_model
+from conftest import document, loaded, pack_of, tiny_model
 from naive import Choice, Watched, assert_same, best, generated, naive_decode, naive_prefill, pooled
 
+from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
+from pipeline.model.generated import StopRules
 from pipeline.model.prefill import prefill
+from pipeline.model.sampling import Sampling
 from pipeline.pruning.gemfilter import GemFilter
 
 SETTINGS = [
@@ -88,6 +91,19 @@ def test_prompts_that_all_fit_run_once(sdpa):
     prefilled = prefill(tiny_model("llama"), sdpa, GemFilter(keep=20.0), short)
     assert [one_pass.kept for one_pass in prefilled.passes] == [[(20, 7)] * 4]
     assert prefilled.work.scored_pairs == [(0, 0)] * 4
+
+
+def test_prompts_that_fit_run_once_beside_others_too():
+    """In packs of their own."""
+    method = GemFilter(keep=20.0, layer=3)
+    rows = [document(length, seed=seed, row=seed) for seed, length in enumerate((150, 20, 71, 9))]
+    told = []
+    for options in ({"pack_tokens": 1}, {}):
+        rules = StopRules(max_new_tokens=1)
+        engine = LocalEngine(loaded(), method, rules=rules, sampling=Sampling(), **options)
+        told.append([(row.kept_tokens, row.ffn_ratio, row.flops_ratio) for row in engine.answer(rows)])
+    assert told[0] == told[1]
+    assert [kept for kept, *_ in told[0]] == [[170] * 4, [20] * 4, [91] * 4, [9] * 4]
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(32, 13), (28, 11), (80, 32), (4, 2), (2, 1), (1, 0)])
