@@ -9,12 +9,14 @@ import torch
 from conftest import document, pack_of
 from decode_steps import METHODS, exact_model
 
+from pipeline.generation.decode import decode
+from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.lookup import drafts_of
+from pipeline.generation.sampling import Draws, RowDraws, Sampling, first_tokens, next_tokens, settings_of
+from pipeline.generation.step_tables import Seat
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode
-from pipeline.model.lookup import drafts_of
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Draws, RowDraws, Sampling, first_tokens, next_tokens, settings_of
-from pipeline.model.step_tables import Seat
 from pipeline.model.store import Extent, KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 

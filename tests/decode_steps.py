@@ -9,7 +9,7 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
-from pipeline.model import decode, graphs
+from pipeline.generation import decode_loop, graphs
 
 METHODS = {
     "dense": {},
@@ -53,7 +53,7 @@ def record_steps(monkeypatch, late):
     """Have engines repeat captured steps, `late` of them before the tokens of one are looked at."""
     made = EagerRecorder()
     monkeypatch.setattr(graphs, "recorder_for", lambda *_: made)
-    monkeypatch.setitem(decode.LATE, "cpu", late)
+    monkeypatch.setitem(decode_loop.LATE, "cpu", late)
     return made
 
 

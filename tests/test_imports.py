@@ -30,6 +30,7 @@ FLOORS = (
     "families inputs suites",
     "checkpoints prompts",
     "model",
+    "generation",
     "setup",
     "engines",
     "evaluate tally",

@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.bench.timing import in_turns, now, peak_bytes, tidied
 from pipeline.errors import ConfigError
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import Pack, prefill

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.timing import Stopwatch, in_turns, now, peak_bytes, tidied
 from pipeline.errors import ConfigError
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare

@@ -9,8 +9,8 @@ import torch
 from pipeline.bench.attention_speed import distance
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.tiny import LAYERS, Subject, subject
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import StepSkips, step_skips

@@ -9,17 +9,17 @@ import torch
 
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer, memory_message
+from pipeline.generation.characters import whole_characters
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.guide import Guide
+from pipeline.generation.lookup import USUAL_DRAFTS, Lookup
+from pipeline.generation.reasoning import parted
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.stopping import StopTexts
 from pipeline.kernels import decoding
 from pipeline.kernels.decoding import queries_of_a_range
-from pipeline.model.characters import whole_characters
-from pipeline.model.generated import Generated, StopRules
-from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
-from pipeline.model.lookup import USUAL_DRAFTS, Lookup
 from pipeline.model.prefill import Prefilled
-from pipeline.model.reasoning import parted
-from pipeline.model.sampling import Sampling
-from pipeline.model.stopping import StopTexts
 from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.operations import dense_flops, fp8_tokens, layer_tokens, shares_of_dense
 from pipeline.records import Answer, EncodedDocument, OneOfSeveral, Reasoning, RowError

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pipeline.engines.group_packs import GroupPack, GroupPacker, Numbered
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Prefilled
 from pipeline.model.shared import SharedPrefixes, prefill_behind, prefill_prefixes

@@ -18,13 +18,13 @@ from pipeline.engines.prefilling import Prefiller
 from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, RunningRow, Table, begun, decoded_alone
+from pipeline.generation.decode import NOT_FINITE_MESSAGE
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.graphs import DecodeStats
+from pipeline.generation.lookup import drafts_of
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import NOT_FINITE_MESSAGE
-from pipeline.model.generated import Generated, StopRules
-from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
-from pipeline.model.lookup import drafts_of
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import step_skips
 from pipeline.records import Answer, Answered, EncodedDocument, ResponseFormat, RowError

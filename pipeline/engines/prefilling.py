@@ -16,12 +16,12 @@ from pipeline.engines.jobs import Job, JobPacker
 from pipeline.engines.keeping import keep_selection
 from pipeline.engines.memory import FIRST_AT_ONCE
 from pipeline.engines.row_rules import RowRules
+from pipeline.generation.guide import Guide
+from pipeline.generation.sampling import RowDraws, first_tokens
+from pipeline.generation.token_masks import first_allowed, first_scores
 from pipeline.kernels.sparse import first_choosing
-from pipeline.model.guide import Guide
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.model.sampling import RowDraws, first_tokens
-from pipeline.model.token_masks import first_allowed, first_scores
 from pipeline.records import Answer, EncodedDocument
 from pipeline.texts.words import counted
 

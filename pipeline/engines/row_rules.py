@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from pipeline.errors import ConfigError
-from pipeline.model.generated import StopRules
-from pipeline.model.guide import Guide
+from pipeline.generation.generated import StopRules
+from pipeline.generation.guide import Guide
+from pipeline.generation.sampling import RowDraws, Sampling
+from pipeline.generation.stopping import StopTexts
 from pipeline.model.loading import LoadedModel
-from pipeline.model.sampling import RowDraws, Sampling
-from pipeline.model.stopping import StopTexts
 from pipeline.pruning.capabilities import StepSkips
 from pipeline.records import EncodedDocument, ResponseFormat, Row, RowError
 from pipeline.structured.binding import BoundForms

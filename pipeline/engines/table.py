@@ -14,14 +14,15 @@ from pipeline.engines.jobs import Job
 from pipeline.engines.memory import Packer
 from pipeline.engines.prefilling import PrefilledPack
 from pipeline.engines.row_rules import RowRules
+from pipeline.generation.decode import decode
+from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.graphs import DecodeStats
+from pipeline.generation.lookup import Lookup
+from pipeline.generation.sampling import RowDraws
+from pipeline.generation.step_tables import Seat
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import DecodeLoop, decode
-from pipeline.model.generated import Generated, StopRules
-from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
-from pipeline.model.lookup import Lookup
-from pipeline.model.sampling import RowDraws
-from pipeline.model.step_tables import Seat
 from pipeline.model.store import Extent, KvStore, slots_needed, store_for
 from pipeline.records import Answer
 

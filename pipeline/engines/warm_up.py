@@ -20,10 +20,10 @@ from pipeline.engines.grouped import rehearse_group
 from pipeline.engines.jobs import Job
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import least_free_bytes
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels import sparse
 from pipeline.model import precision
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.capabilities import HoldsUnrotatedKeys
 from pipeline.records import EncodedDocument, Row, RowError, Spans

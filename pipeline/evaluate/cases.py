@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pipeline.errors import InputError
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import generate
-from pipeline.model.generated import StopRules
+from pipeline.generation.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
 from pipeline.suites.samples import NEEDLES, grouped, in_turn, searched_count, searched_keys, sha256

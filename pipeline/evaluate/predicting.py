@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling, first_tokens
 from pipeline.model.continuation import continue_with
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
-from pipeline.model.sampling import Sampling, first_tokens
 from pipeline.pruning.base import PruningMethod
 from pipeline.records import EncodedDocument
 

@@ -12,8 +12,8 @@ from pipeline.engines.answering import rules_of, sampling_of, texts_of
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import Forced, GeneratedAnswer, generate
 from pipeline.evaluate.workbench import TOP, CaseScore, Workbench, failures_named
-from pipeline.model.generated import StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.variant import Variant
 from pipeline.records import EncodedDocument
 from pipeline.settings.check_settings import CheckConfig

@@ -16,9 +16,9 @@ from pipeline.checkpoints.building import random_model
 from pipeline.doctor.selftest import small
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
-from pipeline.model import decode as decode_module
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation import decode_loop
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.store import slots_needed
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import method_names
@@ -82,7 +82,7 @@ def test_who_else_is_there_changes_no_answer(model, name, late, monkeypatch):
     rows, method = documents(), small(name)
     alone = [told(engine_for(model, method, pack_tokens=1).answer([row])[0]) for row in rows]
     assert {finish for _, _, finish, _, _ in alone} == {"stop", "length"}  # rows leave at different times
-    monkeypatch.setitem(decode_module.LATE, "cpu", late)
+    monkeypatch.setitem(decode_loop.LATE, "cpu", late)
     for seed, (in_flight, pack_tokens, room) in enumerate([(16, None, 16), (3, 200, 3), (8, 90, 2)]):
         engine = engine_for(model, method, pack_tokens=pack_tokens, in_flight=in_flight)
         squeezed(engine, rows, room)

@@ -21,12 +21,12 @@ from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.answering import add_answers
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
-from pipeline.model.decode_batch import DecodeBatch
-from pipeline.model.generated import Generated, StopRules
-from pipeline.model.guide import Guide
+from pipeline.generation.decode_batch import DecodeBatch
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.guide import Guide
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.stopping import StopTexts
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampling
-from pipeline.model.stopping import StopTexts
 from pipeline.pruning.dense import Dense
 from pipeline.records import Answer, EncodedDocument, Reasoning, ResponseFormat, SamplingParams
 from pipeline.structured.grammars import choices_format, json_schema_format

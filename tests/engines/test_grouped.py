@@ -12,8 +12,8 @@ from conftest import SIZES, document, loaded
 
 from pipeline.engines import grouped, prefilling
 from pipeline.engines.local import LocalEngine
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.registry import make_method

@@ -13,10 +13,10 @@ from conftest import SIZES, document, loaded
 from pipeline.calibration.emission import sparse_from_of
 from pipeline.engines import prefilling
 from pipeline.engines.local import LocalEngine
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.records import EncodedDocument, Row, Spans
 from pipeline.setup.guard import ATTENTION, FLAT, SHARES, Guard, kind_of, spoken_for

@@ -20,8 +20,9 @@ from pipeline.engines.memory import (
     running_bytes,
 )
 from pipeline.errors import Interrupted, MarsError
-from pipeline.model.decode import DecodeLoop, StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars

@@ -15,10 +15,10 @@ from marsinfer_cli.app import run
 from pipeline.engines.answering import lookup_of
 from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
+from pipeline.generation.generated import StopRules
+from pipeline.generation.lookup import USUAL_DRAFTS, Lookup
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels import decoding
-from pipeline.model.decode import StopRules
-from pipeline.model.lookup import USUAL_DRAFTS, Lookup
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 from pipeline.records import Spans
 from pipeline.settings.parse import parse_lookup

@@ -15,10 +15,10 @@ from decode_steps import exact_model, record_steps
 
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.row_rules import RowRules
-from pipeline.model.decode import StopRules
-from pipeline.model.graphs import StepSize
-from pipeline.model.sampling import Sampling
-from pipeline.model.stopping import StopTexts
+from pipeline.generation.generated import StopRules
+from pipeline.generation.graphs import StepSize
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.stopping import StopTexts
 from pipeline.pruning.dense import Dense
 from pipeline.records import Row, SamplingParams
 

@@ -18,13 +18,14 @@ from decode_steps import EagerRecorder, exact_model
 
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import FIRST_AT_ONCE
+from pipeline.generation import decode_loop
+from pipeline.generation import graphs as graphs_module
+from pipeline.generation.decode import NOT_FINITE_MESSAGE, decode
+from pipeline.generation.decode_batch import DecodeBatch
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model import decode as decode_module
-from pipeline.model import graphs as graphs_module
-from pipeline.model.decode import NOT_FINITE_MESSAGE, StopRules, decode
-from pipeline.model.decode_batch import DecodeBatch
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 from pipeline.pruning.shape import ModelShape
@@ -111,7 +112,7 @@ def expected_of(model, given, method="dense", n=N, **options):
 @pytest.mark.parametrize("late", [0, 1])
 def test_each_answer_is_what_it_is_alone(model, options, sampling, late, monkeypatch):
     monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: EagerRecorder())
-    monkeypatch.setitem(decode_module.LATE, "cpu", late)
+    monkeypatch.setitem(decode_loop.LATE, "cpu", late)
     given = rows()
     expected = expected_of(model, given, sampling=sampling)
     assert len({answer for answers in expected for answer in answers}) > 2 * len(given)
@@ -247,7 +248,7 @@ def spoilt(model, monkeypatch, column, at):
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_row_fails_with_one_of_its_answers_and_no_other_row_does(model, late, monkeypatch):
-    monkeypatch.setitem(decode_module.LATE, "cpu", late)
+    monkeypatch.setitem(decode_loop.LATE, "cpu", late)
     rules = StopRules(max_new_tokens=NEW_TOKENS)
     given = rows()[:3]
     expected = [told(each) for each in engine_for(model, rules=rules).answer(given)]

@@ -12,8 +12,8 @@ from conftest import SIZES, document, loaded
 
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.table import Table
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.store import KvStore
 from pipeline.pruning.dense import Dense
 from pipeline.records import EncodedDocument, Row, Spans

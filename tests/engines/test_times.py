@@ -9,8 +9,9 @@ from conftest import document, loaded
 
 from pipeline.engines import prefilling
 from pipeline.engines.local import LocalEngine
-from pipeline.model.decode import DecodeLoop, StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.pruning.dense import Dense
 
 

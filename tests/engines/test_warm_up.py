@@ -10,11 +10,11 @@ from conftest import document, loaded
 
 from pipeline.engines import warm_up
 from pipeline.engines.local import LocalEngine
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.model import precision
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 from pipeline.pruning.shape import ModelShape
 

@@ -25,11 +25,12 @@ from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
 from pipeline.families.slots import ONE_ROPE
 from pipeline.families.supported import FAMILIES
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.lookup import MOST_QUERIES
+from pipeline.generation.sampling import Sampling
 from pipeline.model.continuation import continue_with
-from pipeline.model.decode import StopRules, decode
-from pipeline.model.lookup import MOST_QUERIES
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer

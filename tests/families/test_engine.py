@@ -10,8 +10,8 @@ from conftest import document, loaded
 from family_cases import SHORT, documents, model_of, stock_answers, tokens_of
 
 from pipeline.engines.local import LocalEngine
-from pipeline.model.decode import StopRules
-from pipeline.model.sampling import Sampling
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.records import SamplingParams

@@ -8,7 +8,8 @@ from conftest import pack_of
 from family_cases import CASES, documents, model_of
 
 from pipeline.families.projection import LinearPrecision
-from pipeline.model.decode import StopRules, decode
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 

@@ -7,7 +7,7 @@ import pytest
 from faults.job import TOGETHER, check_rows, read
 from pipeline.engines import table
 from pipeline.engines.table import Running
-from pipeline.model.decode import DecodeLoop
+from pipeline.generation.decode_loop import DecodeLoop
 from pipeline.prompts.tokenizing import Codec
 
 pytestmark = pytest.mark.slow

@@ -11,19 +11,21 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from decode_steps import EndAt
 from steps_from_python import FromPython
 
-import pipeline.model.graphs as graphs_module
+import pipeline.generation.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
+from pipeline.generation.decode import decode
+from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
+from pipeline.generation.lookup import Lookup, drafts_of
+from pipeline.generation.sampling import Sampling, first_tokens
+from pipeline.generation.step_tables import Seat
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.model.decode import DecodeLoop, Generated, StopRules, decode
-from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
-from pipeline.model.lookup import Lookup, drafts_of
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampling, first_tokens
-from pipeline.model.step_tables import Seat
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
 from pipeline.records import RowError

@@ -10,15 +10,15 @@ import torch
 from conftest import SIZES, document, loaded, sharpened
 from steps_from_python import FromPython
 
-import pipeline.model.graphs as graphs_module
+import pipeline.generation.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels.attention import choose_attention
-from pipeline.model.generated import StopRules
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.structured.grammars import choices_format, json_schema_format
 

@@ -12,12 +12,13 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels import reference
 from pipeline.kernels.attention import BACKENDS, SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
-from pipeline.model.decode import StopRules, decode
 from pipeline.model.layers import PartialPrefill, run_layers
 from pipeline.model.offload import Copier, KvLimits, OffloadedCache, make_cache
 from pipeline.model.prefill import Pack, prefill

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.bench.inputs import random_document
 from pipeline.families.projection import LinearPrecision
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
-from pipeline.model.graphs import DecodeStats
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.graphs import DecodeStats
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.mars import Mars

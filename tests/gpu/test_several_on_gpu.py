@@ -8,9 +8,10 @@ from conftest import document, loaded
 from test_groups import CUDA, backend_named, cuda_decoder
 
 from pipeline.engines.local import LocalEngine
-from pipeline.model.decode import StopRules, decode
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.prefill import Pack, prefill
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

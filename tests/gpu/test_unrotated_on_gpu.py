@@ -8,9 +8,10 @@ from conftest import FAMILY_SETTINGS, SIZES, document, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels import scoring, sparse
 from pipeline.kernels.attention import SdpaAttention, choose_attention
-from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.registry import make_method
 

@@ -12,10 +12,10 @@ from pipeline.checkpoints.building import random_model
 from pipeline.engines import warm_up
 from pipeline.engines.local import LocalEngine
 from pipeline.families.decoder import Decoder
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.kernels.attention import choose_attention
-from pipeline.model.decode import StopRules
 from pipeline.model.loading import LoadedModel
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.registry import make_method
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

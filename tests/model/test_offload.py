@@ -13,9 +13,10 @@ import torch
 from conftest import document, pack_of, tiny_model
 
 import pipeline.model.prefill as prefill_module
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.cache import RaggedCache
-from pipeline.model.decode import StopRules, decode
 from pipeline.model.offload import KvLimits, OffloadedCache
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense

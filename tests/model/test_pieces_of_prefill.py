@@ -13,10 +13,10 @@ from pipeline.engines import memory
 from pipeline.engines.memory import Packer
 from pipeline.families.decoder import Decoder
 from pipeline.families.projection import Norm
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.fused import FP8
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars

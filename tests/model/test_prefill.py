@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import document, pack_of, tiny_model
 
-from pipeline.model.decode import StopRules, decode
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer

@@ -7,8 +7,9 @@ import pytest
 from conftest import FAMILY_SETTINGS, SIZES, document, pack_of, tiny_model
 
 from pipeline.errors import Interrupted
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.kernels import sparse
-from pipeline.model.decode import StopRules, decode
 from pipeline.model.prefill import prefill
 from pipeline.model.shared import prefill_behind, prefill_prefixes
 from pipeline.pruning.dense import Dense

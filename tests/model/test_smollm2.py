@@ -16,7 +16,8 @@ import torch
 from conftest import pack_of
 
 from pipeline.checks.checking import run_check
-from pipeline.model.decode import StopRules, decode
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import prefill
 from pipeline.prompts.builder import PromptBuilder

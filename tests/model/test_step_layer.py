@@ -11,9 +11,9 @@ from pipeline.checkpoints.building import random_model
 from pipeline.families import decoder as decoder_module
 from pipeline.families import projection
 from pipeline.families.decoder import STEP_ROWS, Decoder
+from pipeline.generation.sampling import most_likely
 from pipeline.kernels import fused, step
 from pipeline.kernels.kv_fp8 import KvTarget
-from pipeline.model.sampling import most_likely
 
 SLOTS = 600
 BIASES = {"attention_bias": True, "mlp_bias": True}  # of every projection, which only Llama may have

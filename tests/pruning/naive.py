@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pipeline.model.decode import StopRules, decode
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
 
 
 @dataclass

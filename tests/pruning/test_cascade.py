@@ -11,8 +11,8 @@ from conftest import document, loaded, pack_of, tiny_model
 
 from pipeline.errors import ConfigError
 from pipeline.evaluate.predicting import generate, score_answer
+from pipeline.generation.generated import StopRules
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.generated import StopRules
 from pipeline.model.prefill import prefill
 from pipeline.pruning.cascade import Cascade
 from pipeline.pruning.dense import Dense

@@ -12,10 +12,10 @@ from pipeline.checkpoints.building import random_model
 from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.ffn_skip import FfnSkip
 

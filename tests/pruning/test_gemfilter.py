@@ -11,9 +11,9 @@ from naive import Choice, Watched, assert_same, best, generated, naive_decode, n
 
 from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
-from pipeline.model.generated import StopRules
+from pipeline.generation.generated import StopRules
+from pipeline.generation.sampling import Sampling
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling
 from pipeline.pruning.gemfilter import GemFilter
 
 SETTINGS = [

@@ -11,9 +11,9 @@ from conftest import document, loaded, pack_of, tiny_model
 
 from pipeline.errors import ConfigError
 from pipeline.evaluate.predicting import generate, score_answer
+from pipeline.generation.generated import StopRules
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.generated import StopRules
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.hip import Hip

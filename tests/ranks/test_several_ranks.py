@@ -14,14 +14,14 @@ from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.errors import RankFailed
 from pipeline.families.decoder import Decoder
+from pipeline.generation.decode import decode
+from pipeline.generation.generated import StopRules
+from pipeline.generation.guide import Guide
+from pipeline.generation.sampling import Sampling, first_tokens
+from pipeline.generation.token_masks import first_allowed
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model.decode import decode
-from pipeline.model.generated import StopRules
-from pipeline.model.guide import Guide
 from pipeline.model.prefill import prefill
-from pipeline.model.sampling import Sampling, first_tokens
 from pipeline.model.shared import prefill_behind, prefill_prefixes
-from pipeline.model.token_masks import first_allowed
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer

@@ -14,7 +14,7 @@ from prompt_parts import byte_tokenizer, space_tokenizer
 
 from pipeline.checkpoints.random_weights import byte_tokenizer as single_bytes
 from pipeline.errors import ConfigError
-from pipeline.model.guide import Guide, fill_guided
+from pipeline.generation.guide import Guide, fill_guided
 from pipeline.records import ResponseFormat
 from pipeline.structured.binding import BoundForms
 from pipeline.structured.grammars import JSON_OBJECT, choices_format, json_schema_format

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pipeline.model.sampling import COLDEST, NOT_FINITE, RowDraws, Sampling, first_tokens
+from pipeline.generation.sampling import COLDEST, NOT_FINITE, RowDraws, Sampling, first_tokens
 
 DRAWS = 20_000
 # of log(1), log(2), log(4), log(8), log(1): at temperature 1/2 their squares, at 1 themselves

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.model.characters import whole_characters
+from pipeline.generation.characters import whole_characters
 from pipeline.records import CLOSES, OPENS, Reasoning
 
 REACH = len(CLOSES) + 4  # tokens that a mark may take, white space around it included

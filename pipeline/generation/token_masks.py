@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
-from pipeline.model.guide import Guide, fill_guided
+from pipeline.generation.guide import Guide, fill_guided
 
 ROWS_AT_ONCE = 32  # of those whose probabilities are computed: they take a float32 of the whole vocabulary
 

@@ -19,15 +19,10 @@ from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.families.step_skipping import StepSkipping
-from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
-from pipeline.kernels.kv_fp8 import KvTarget
-from pipeline.kernels.segments import on_device
-from pipeline.model.cache import KeysValues, MemoryCache
-from pipeline.model.graphs import StepSize
-from pipeline.model.lookup import Lookup, Spread, Texts, drafts_of
-from pipeline.model.sampling import Draws, RowDraws, next_tokens
-from pipeline.model.step_tables import (
+from pipeline.generation.graphs import StepSize
+from pipeline.generation.lookup import Lookup, Spread, Texts, drafts_of
+from pipeline.generation.sampling import Draws, RowDraws, next_tokens
+from pipeline.generation.step_tables import (
     Drafts,
     DrawTable,
     PenaltyTable,
@@ -37,7 +32,12 @@ from pipeline.model.step_tables import (
     SharedTables,
     to_device,
 )
-from pipeline.model.token_masks import MaskTable, logprobs_of
+from pipeline.generation.token_masks import MaskTable, logprobs_of
+from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
+from pipeline.kernels.kv_fp8 import KvTarget
+from pipeline.kernels.segments import on_device
+from pipeline.model.cache import KeysValues, MemoryCache
 from pipeline.ranks.leading import OnEachRank, on_every_rank
 
 NOTHING = -2  # in place of a token that a step might have made

@@ -10,9 +10,9 @@ import torch
 from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, chosen, model
 from decode_steps import METHODS, EagerRecorder
 
-import pipeline.model.graphs as graphs_module
-from pipeline.model.decode_batch import DecodeBatch
-from pipeline.model.sampling import NOT_FINITE, Sampling
+import pipeline.generation.graphs as graphs_module
+from pipeline.generation.decode_batch import DecodeBatch
+from pipeline.generation.sampling import NOT_FINITE, Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from prompt_parts import byte_tokenizer, space_tokenizer
 
-from pipeline.model.characters import BYTES, pending, whole_characters
-from pipeline.model.decode import StopRules
-from pipeline.model.stopping import StopTexts
+from pipeline.generation.characters import BYTES, pending, whole_characters
+from pipeline.generation.generated import StopRules
+from pipeline.generation.stopping import StopTexts
 
 BYTE_LEVEL = byte_tokenizer()
 END, START = "<|im_end|>", "<|im_start|>"

@@ -17,11 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.generation.graphs import StepSize
+from pipeline.generation.lookup import Spread
+from pipeline.generation.sampling import (
+    Draws,
+    RowDraws,
+    is_drawn,
+    mark_seen,
+    penalised,
+    penalty_of,
+    settings_of,
+)
 from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.segments import on_device
-from pipeline.model.graphs import StepSize
-from pipeline.model.lookup import Spread
-from pipeline.model.sampling import Draws, RowDraws, is_drawn, mark_seen, penalised, penalty_of, settings_of
 from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
 

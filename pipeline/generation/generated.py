@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.model.decode_batch import NOTHING
-from pipeline.model.guide import Guide
-from pipeline.model.reasoning import answer_start
-from pipeline.model.sampling import NOT_FINITE
-from pipeline.model.stopping import StopTexts
+from pipeline.generation.decode_batch import NOTHING
+from pipeline.generation.guide import Guide
+from pipeline.generation.reasoning import answer_start
+from pipeline.generation.sampling import NOT_FINITE
+from pipeline.generation.stopping import StopTexts
 from pipeline.records import Reasoning
 from pipeline.structured.matchers import Visit
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from pipeline.model.stopping import LONGEST_CHARACTER, NO_CHARACTER, last_written, special_tokens
+from pipeline.generation.stopping import LONGEST_CHARACTER, NO_CHARACTER, last_written, special_tokens
 
 FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # what SentencePiece calls a token of one byte
 # what GPT-2 calls bytes: those that can be printed by their characters, the others by what follows 255

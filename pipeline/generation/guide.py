@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.model.reasoning import answer_start
+from pipeline.generation.reasoning import answer_start
 from pipeline.records import ChoiceLogprob, Reasoning
 from pipeline.structured.matchers import ChoiceMatcher, Matcher, Visit, fill_masks, mask_of
 

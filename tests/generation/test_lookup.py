@@ -10,10 +10,18 @@ import torch
 from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, model
 from decode_steps import METHODS, EagerRecorder
 
-import pipeline.model.graphs as graphs_module
+import pipeline.generation.graphs as graphs_module
+from pipeline.generation import lookup
+from pipeline.generation.lookup import (
+    LONGEST_MATCH,
+    SHORTEST_MATCH,
+    DraftPace,
+    Lookup,
+    Spread,
+    Texts,
+    drafts_of,
+)
 from pipeline.kernels.kv_fp8 import FP8
-from pipeline.model import lookup
-from pipeline.model.lookup import LONGEST_MATCH, SHORTEST_MATCH, DraftPace, Lookup, Spread, Texts, drafts_of
 from pipeline.model.store import KvStore
 
 VOCABULARY = 90

@@ -6,9 +6,9 @@ import pytest
 from chains import BEGINNING, SWITCHED, tokenizer
 from prompt_parts import CHATML, builder, byte_tokenizer, document, space_tokenizer
 
-from pipeline.model.decode import Generated, StopRules
-from pipeline.model.reasoning import parted
-from pipeline.model.stopping import StopTexts
+from pipeline.generation.generated import Generated, StopRules
+from pipeline.generation.reasoning import parted
+from pipeline.generation.stopping import StopTexts
 from pipeline.records import Reasoning
 
 TOKENIZERS = {"tokens": tokenizer(), "special": tokenizer(special=True), "texts": byte_tokenizer()}
