@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -34,6 +35,8 @@ from pipeline.records import EncodedDocument, Row, Spans
 # the models are too small for more threads, and tests that run side by side would contend for the cores
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests send it to themselves, and under nohup it is ignored
 
 with suppress(ImportError):  # for tests/gpu alone it need not be there
     from hypothesis import HealthCheck, settings
