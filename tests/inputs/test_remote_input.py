@@ -244,6 +244,19 @@ def test_errors_of_any_class_are_told(folder, monkeypatch, small_blocks):
     assert source.out_of_reach == [f"{folder}/d.jsonl cannot be read: no idea"]
 
 
+def test_columns_that_cannot_be_had_now_are_not_taken_for_none(folder, monkeypatch):
+    """Else rows would be asked for a summary, though they have questions."""
+    import s3fs
+
+    def fail(self, start, end):
+        raise OSError(5, "Internal Server Error")
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", fail)
+    with pytest.raises(StorageError) as caught:
+        open_source([f"{folder}/d.jsonl"], lambda told: Columns())
+    assert str(caught.value) == f"{folder}/d.jsonl cannot be read: Internal Server Error"
+
+
 def test_few_blocks_are_kept(folder, small_blocks):
     with remote.place_of(f"{folder}/d.jsonl").open() as file:
         raw = file.raw
