@@ -1,15 +1,21 @@
 """Errors a user can act on, each kind with the exit code the command ends with."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import ParamSpec, TypeVar
 
 from pipeline.texts.redaction import without_secrets
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 KEPT = "finished rows are kept, and --resume continues"  # ends messages of runs that write answers
 KEPT_TO_MEND = "finished rows are kept: mend the cause, then --resume --retry-errors"  # of too many errors
 NO_JOURNAL = "rows that ended before are written, and nothing is kept to resume"  # where - is the output
 HANDED_OUT = "answers before it have come, and nothing is kept to resume"  # where rows are in memory
 NOTHING_KEPT = "no row was finished, and there is nothing to resume"  # instead, where that is so
+
+_IS_WISH = "marsinfer_is_wish"  # attribute of what a caller's function raised
 
 
 class MarsError(Exception):
@@ -109,7 +115,22 @@ def keeps_nothing(error: MarsError, told: str) -> None:
 
 def is_failure(error: BaseException) -> bool:
     """Whether something went wrong, as against a wish to stop; a panic of Rust code is no `Exception`."""
+    if getattr(error, _IS_WISH, False):
+        return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def ending(hook: Callable[P, T]) -> Callable[P, T]:
+    """A caller's function, of which whatever it raises is a wish to stop, and no fault of the row at work."""
+
+    def ends(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return hook(*args, **kwargs)
+        except Exception as error:
+            setattr(error, _IS_WISH, True)
+            raise
+
+    return ends
 
 
 def first_line(error: BaseException) -> str:

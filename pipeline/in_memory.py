@@ -16,7 +16,7 @@ from pipeline.bookkeeping import Books, Note, Progress
 from pipeline.engines.blocks import Key, key_of
 from pipeline.engines.one_process import Hooks, OneProcess
 from pipeline.engines.prefetch import ahead
-from pipeline.errors import HANDED_OUT, InputError, MarsError, keeps_nothing
+from pipeline.errors import HANDED_OUT, InputError, MarsError, ending, keeps_nothing
 from pipeline.inputs.given import GivenReader, MappingReader, Watched, open_given
 from pipeline.inputs.table_rows import python_value
 from pipeline.notebooks import listeners
@@ -93,7 +93,7 @@ def answer(
         note(text)
     summary = Summary(method=run.method.name, output="in memory", price_per_hour=config.price_per_hour)
     deadline = deadline_of(run.config, summary, check)
-    hooks = Hooks(check=deadline.check, note=note, phase=phase)
+    hooks = Hooks(check=ending(deadline.check), note=ending(note), phase=ending(phase))
     engine = OneProcess(run, hooks)
     books = Books(run=run, engine=engine, summary=summary, progress=progress, hooks=hooks, deadline=deadline)
     answers = _answers(books, given.watched)

@@ -21,6 +21,7 @@ from pipeline.errors import (
     InputError,
     MarsError,
     StorageError,
+    ending,
     keeps_nothing,
 )
 from pipeline.inputs.reading import Reading
@@ -116,7 +117,7 @@ def run_batch(
         run = prepare(intake, model if cluster is None else cluster.open_model(config), made)
         for text in run.notes:
             note(text)
-        hooks = Hooks(check=check, note=note, phase=phase)
+        hooks = Hooks(check=ending(check), note=ending(note), phase=ending(phase))
         engine = _engine(run, cluster, hooks)
         books = Books(
             run=run, engine=engine, summary=summary, progress=progress, hooks=hooks, deadline=deadline

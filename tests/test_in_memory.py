@@ -251,6 +251,37 @@ def test_a_loaded_model_answers_for_one_run_at_a_time(ask, model, fish, tmp_path
     assert [row["answer"] for row in ask(FISH, model=model)] == texts
 
 
+@pytest.mark.parametrize("name", ["check", "phase"])
+def test_what_a_function_of_the_caller_raises_ends_the_run(ask, model, fish, tmp_path, name):
+    """It is no error of the row that is being prefilled then."""
+    phases = []
+
+    def raising(text=""):
+        phases.extend([text] if text else [])
+        if phases[-1].startswith("prefilling"):
+            raise TimeoutError("enough")
+
+    listening = {"phase": phases.append} | {name: raising}
+    with pytest.raises(TimeoutError, match=r"^enough$"):
+        list(ask(FISH, model=model, **listening))
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(TimeoutError, match=r"^enough$"):
+        run_batch(fish, out, model=model, **OPTIONS, **listening)
+    assert run_batch(fish, out, model=model, resume=True, **OPTIONS).status == {"ok": 3}
+
+
+def test_a_check_is_ended_by_what_its_caller_raises(model, fish):
+    calls = count()
+
+    def raising():
+        if next(calls):  # at the first call no row is being run
+            raise TimeoutError("enough")
+
+    options = {"method": "marsinfer", "settings": {"start_layer": 1}, "scope": "rows"}
+    with pytest.raises(TimeoutError, match=r"^enough$"):
+        check(fish, model=model, check=raising, **options, **OPTIONS)
+
+
 def test_two_iterators_with_models_of_their_own_go_on_side_by_side(ask):
     both = list(zip(ask(FISH), ask(FISH), strict=True))
     assert [one["answer"] for one, _ in both] == [other["answer"] for _, other in both]

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.calibration.bounds import Bounds, Supply
 from pipeline.calibration.ladder import Calibration
 from pipeline.calibration.phases import Phases
-from pipeline.errors import GateInconclusive, MarsError
+from pipeline.errors import GateInconclusive, MarsError, ending
 from pipeline.evaluate.cases import Sides, in_all, split
 from pipeline.evaluate.check_rows import read_rows
 from pipeline.evaluate.workbench import Deadline, Workbench, failures_named
@@ -58,9 +58,9 @@ def calibrate(
     return run_calibrate(
         CalibrateConfig(**with_objects(options, model, None)),
         model=None if isinstance(model, str | os.PathLike) else model,
-        progress=progress or (lambda text, left_s: None),
-        note=note,
-        check=check,
+        progress=ending(progress or (lambda text, left_s: None)),
+        note=ending(note),
+        check=ending(check),
     )
 
 

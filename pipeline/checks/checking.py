@@ -22,7 +22,7 @@ from pipeline.checks.gates import (
     speeds,
 )
 from pipeline.checks.reports import refuse_foreign_files, write_reports
-from pipeline.errors import GateInconclusive
+from pipeline.errors import GateInconclusive, ending
 from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst
 from pipeline.evaluate.row_results import RowResult, Side
@@ -160,9 +160,9 @@ def check(
         CheckConfig(**with_objects(options, model, method)),
         model=None if isinstance(model, str | os.PathLike) else model,
         method=None if isinstance(method, str) else method,
-        progress=progress,
-        note=note,
-        check=check,
+        progress=ending(progress),
+        note=ending(note),
+        check=ending(check),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.inputs.arrow import open_arrow
 from pipeline.inputs.columns import PARTITION_TYPE, Columns, with_fields
 from pipeline.inputs.csv import CsvReader
@@ -260,14 +260,17 @@ def first_columns(readers: Iterable[Reader]) -> dict[str, str] | None:
     """Names and Arrow types of the columns of the first file with rows, else of the first that says them.
 
     Those that folders say are included. None if no file says any. Of JSON lines they are the keys of the
-    first object, of a text document `text`.
+    first object, of a text document `text`. Raises StorageError where they cannot be had now: without them
+    rows would be asked otherwise.
     """
     empty: dict[str, str] | None = None
     for reader in readers:
         try:
             columns = reader.columns_told()
-        except READ_ERRORS:  # which reading it will tell
-            continue
+        except READ_ERRORS as error:
+            if is_out_of_reach(error):
+                raise StorageError(f"{reader.file.path} cannot be read: {cause(error)}") from error
+            continue  # reading it will tell
         if columns is not None:
             columns = {key: str(PARTITION_TYPE) for key in reader.file.partitions} | columns
             if reader.num_rows != 0:

@@ -15,7 +15,7 @@ from pipeline.outputs.beginnings import METADATA_KEY, SETTINGS_KEY
 from pipeline.outputs.layout import rows_schema
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.sidecar import ERRORS_KEY, SIDECAR, needs_sidecar, sidecar_path
-from pipeline.storage.causes import READ_ERRORS
+from pipeline.storage.causes import READ_ERRORS, is_out_of_reach
 from pipeline.storage.remote import Place
 from pipeline.storage.sniff import ARROW_FILE
 
@@ -47,7 +47,10 @@ def is_own_table(schema: pa.Schema) -> bool:
 
 
 def may_be_replaced(path: Place) -> bool:
-    """Whether nothing is lost with what has an output's name: a batch wrote it, or it has no bytes."""
+    """Whether nothing is lost with what has an output's name: a batch wrote it, or it has no bytes.
+
+    Raises OSError where that cannot be found out now.
+    """
     if not path.is_file():
         return True  # a pipe, which holds nothing
     if _bytes(path) == 0:
@@ -56,7 +59,8 @@ def may_be_replaced(path: Place) -> bool:
         return _bytes(path) in _sizes_told(sidecar_path(path))
     try:
         return OUTPUT.has(table_schema(path))
-    except READ_ERRORS:
+    except READ_ERRORS as error:
+        _raise_unknown(error)
         return False
 
 
@@ -157,7 +161,7 @@ def _holds_errors(path: Place, listed: Collection[str]) -> bool:
 def _sizes_told(sidecar: Place, *, of_errors: bool = False) -> list[int]:
     """How many bytes the lines beside a sidecar may have, or its rows without an answer.
 
-    None if no run wrote it.
+    None if no run wrote it. Raises OSError where that cannot be found out now.
     """
     if not sidecar.exists():
         return []
@@ -169,5 +173,12 @@ def _sizes_told(sidecar: Place, *, of_errors: bool = False) -> list[int]:
         if of_errors:
             return [told[ERRORS_KEY] for told in written if ERRORS_KEY in told]
         return [size for told in written for size in told["bytes"]]
-    except (*READ_ERRORS, LookupError, TypeError):
+    except (*READ_ERRORS, LookupError, TypeError) as error:
+        _raise_unknown(error)
         return []
+
+
+def _raise_unknown(error: BaseException) -> None:
+    """Raise an error that says nothing of what is in a file which is there."""
+    if is_out_of_reach(error) and not isinstance(error, FileNotFoundError):
+        raise error

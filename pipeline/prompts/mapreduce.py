@@ -242,7 +242,7 @@ def _part(step: _Step) -> PartAnswer:
 
 
 def _add_statistics(answer: Answer, sent: Sequence[Answer]) -> None:
-    """Sums over the answers to a row's prompts; shares are means over their prompt tokens."""
+    """Sums over the answers to a row's prompts; shares are means over their prompt tokens, or new ones."""
     answer.prompt_tokens = sum(each.prompt_tokens or 0 for each in sent)
     ok = [each for each in sent if each.status == "ok"]
     if not ok:
@@ -259,6 +259,10 @@ def _add_statistics(answer: Answer, sent: Sequence[Answer]) -> None:
     for name in ("kept_ratio", "ffn_ratio", "attention_ratio", "flops_ratio"):
         work = sum((getattr(each, name) or 0.0) * (each.prompt_tokens or 0) for each in ok)
         setattr(answer, name, work / tokens)
+    decoded = [(share, each.new_tokens or 0) for each in ok if (share := each.skipped_ffn_ratio) is not None]
+    if decoded:  # of decode steps, which are about as many as new tokens
+        weights = sum(new_tokens for _, new_tokens in decoded)
+        answer.skipped_ffn_ratio = sum(share * new_tokens for share, new_tokens in decoded) / max(1, weights)
     answer.kv_bytes = sum(each.kv_bytes or 0 for each in ok)
     packs: dict[tuple[float | None, float | None], list[Answer]] = {}
     for each in ok:  # answers of one pack share its times, to the last bit

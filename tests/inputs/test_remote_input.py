@@ -25,6 +25,7 @@ from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.writing import check_output
 from pipeline.records import Document
 from pipeline.storage import remote
+from pipeline.storage.causes import NetworkError
 
 pytestmark = pytest.mark.slow
 
@@ -242,6 +243,30 @@ def test_errors_of_any_class_are_told(folder, monkeypatch, small_blocks):
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", fail)
     assert list(source) == []
     assert source.out_of_reach == [f"{folder}/d.jsonl cannot be read: no idea"]
+
+
+def test_columns_that_cannot_be_had_now_are_not_taken_for_none(folder, monkeypatch):
+    """Else rows would be asked for a summary, though they have questions."""
+    import s3fs
+
+    def fail(self, start, end):
+        raise OSError(5, "Internal Server Error")
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", fail)
+    with pytest.raises(StorageError) as caught:
+        open_source([f"{folder}/d.jsonl"], lambda told: Columns())
+    assert str(caught.value) == f"{folder}/d.jsonl cannot be read: Internal Server Error"
+
+
+def test_what_may_be_an_output_is_no_input_while_storage_does_not_say(bucket, monkeypatch):
+    for name in ("docs.jsonl", "answers.jsonl", "answers.jsonl.run.json"):
+        put(f"{bucket}/in/{name}", LINES)
+
+    def fail(self):
+        raise NetworkError(5, "Internal Server Error")
+
+    monkeypatch.setattr(remote.RemotePath, "read_bytes", fail)
+    assert refusal(f"{bucket}/in", error=StorageError) == f"{bucket}/in cannot be read: Internal Server Error"
 
 
 def test_few_blocks_are_kept(folder, small_blocks):

@@ -101,6 +101,17 @@ def test_the_figures_of_a_row():
     assert (row.pack_documents, row.pack_tokens, row.truncated_tokens) == (None, None, 0)
 
 
+def test_shares_of_decode_steps_are_weighted_by_new_tokens():
+    shares = iter([(1, None), (2, 0.25), (6, 0.5), (4, None)])  # of a single token there is no step
+
+    def answer(prompt):
+        new_tokens, share = next(shares)
+        return reply(prompt, "yes", new_tokens=new_tokens, skipped_ffn_ratio=share)
+
+    (row,), _ = run(splitter(), document("a" * 200, "w"), answer=answer, pack=1)
+    assert (row.new_tokens, row.skipped_ffn_ratio) == (13, pytest.approx((2 * 0.25 + 6 * 0.5) / 8))
+
+
 def test_parts_of_one_pack_count_its_times_once():
     (row,), _ = run(splitter(), document("a" * 200, "w"), answer=lambda prompt: reply(prompt, "yes"))
     assert (row.prefill_ms, row.decode_ms) == (5.0, 3.0)  # both packs have the same times, as one would
