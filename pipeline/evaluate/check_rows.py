@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -34,6 +33,7 @@ from pipeline.suites.samples import (
     is_unicode,
     part_of,
     parted,
+    references_of,
     searched_count,
     searched_keys,
     take,
@@ -177,7 +177,7 @@ def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
         return f"{record.source.place} has {what}, which marsinfer batch alone answers"
     references: tuple[str, ...] = ()
     if config.reference_column is not None:
-        references = _references(_cell(config, record.source, config.reference_column))
+        references = references_of(_cell(config, record.source, config.reference_column))
         if not references:
             return f"{record.source.place}: no reference in column {config.reference_column!r}"
     task = Path(bare(config.input[0])).name.partition(".")[0] if len(config.input) == 1 else ""
@@ -202,16 +202,6 @@ def _cell(config: RowSettings, source: Row, column: str) -> Any:
     assert isinstance(source.passthrough, pa.RecordBatch)
     # by place: a column that has the name of one of batch's output is renamed
     return source.passthrough.column(list(_kept(config)).index(column))[0].as_py()
-
-
-def _references(value: Any) -> tuple[str, ...]:
-    """One right answer, or several of a list, which JSON lines bring as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
-            value = json.loads(value)
-    given = value if isinstance(value, list) else [value]
-    texts = [str(one).strip() for one in given if isinstance(one, str | int | float)]
-    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _check_tasks(config: RowSettings, samples: Sequence[Sample]) -> None:
