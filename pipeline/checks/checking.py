@@ -16,7 +16,6 @@ from pipeline.checks.gates import (
     CheckResult,
     Pair,
     check_scorer,
-    has_pruned,
     make_gates,
     refuse_too_few,
     speeds,
@@ -332,8 +331,8 @@ def _accept(run: _Check, baseline: Baseline | None, result: CheckResult) -> None
 def _compare(run: _Check, pairs: tuple[Pair, ...], *, same_run: bool) -> CheckResult:
     config, rows = run.config, run.rows.rows
     accepted = pairs[0].accepted is not None  # of every row, or of none
-    pruned = has_pruned(config, pairs, ffn_in_fp8=uses_fp8(run.method))
-    gates = make_gates(config, pairs, pruned=pruned or (accepted and run.method.name == "dense"))
+    in_fp8 = config.linear_dtype != "auto" or uses_fp8(run.method)
+    gates = make_gates(config, pairs, differs=in_fp8 or (accepted and run.method.name == "dense"))
     cut = [row.document.truncated_tokens for row in rows]
     return CheckResult(
         config=config,

@@ -93,7 +93,7 @@ def _score(
         is_finite &= bool(best_N.isfinite().all())
         parts.append((own_N, choice_N, probed_NK, asked_NK))
     if not is_finite:
-        raise RowError("internal", NOT_FINITE_MESSAGE)
+        raise RowError("not_finite", NOT_FINITE_MESSAGE)
     return Forced(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
