@@ -33,7 +33,7 @@ def make_profile(
     cases: Sequence[CheckRow],
     data_hash: str,
 ) -> Profile:
-    """`tested` are the first rungs of the `ladder`; `cases` are those of both sides."""
+    """`tested` are the first rungs of the `ladder`; `cases` are those held out, which they were tested on."""
     variant, bounds = chosen.rung.variant, Bounds.of(config)
     lengths = [case.document.prompt_tokens for case in cases]
     about: dict[str, Any] = {
