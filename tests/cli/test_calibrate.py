@@ -316,6 +316,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(flags, words, complain
     assert line.startswith(f"marsinfer: error: {complaint}")
 
 
+def test_a_place_that_cannot_be_written_is_told_at_once(flags, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    assert calibrate(*flags) == 8
+    told = f"--out {tmp_path / 'p.toml'} cannot be written: {tmp_path} is not open for writing"
+    assert told in capfd.readouterr().err
+
+
 def test_a_single_document_cannot_be_tested_on(flags, data, capfd):
     data.write_text(json.dumps(rows_of(1)[0]) + "\n")
     assert calibrate(*flags, "--quiet") == 2
