@@ -11,13 +11,15 @@ from pipeline.calibration.bounds import Bounds, Verified
 from pipeline.calibration.ladder import Rung, RungResult
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.workbench import sparse_from
+from pipeline.families.exit_maps import MapsHeader
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
+from pipeline.pruning.capabilities import exit_maps_of
 from pipeline.pruning.shape import ModelShape
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.guard import spoken_for
-from pipeline.setup.profile import FORMAT, Profile
+from pipeline.setup.profile import EXIT_MAPS, FORMAT, Profile
 from pipeline.suites.samples import NEEDLES
 from pipeline.texts.versions import timestamp, versions
 
@@ -31,7 +33,7 @@ def make_profile(
     cases: Sequence[CheckRow],
     data_hash: str,
 ) -> Profile:
-    """`tested` are the first rungs of the `ladder`; `cases` are those of both sides."""
+    """`tested` are the first rungs of the `ladder`; `cases` are those held out, which they were tested on."""
     variant, bounds = chosen.rung.variant, Bounds.of(config)
     lengths = [case.document.prompt_tokens for case in cases]
     about: dict[str, Any] = {
@@ -44,6 +46,7 @@ def make_profile(
         "data_sha256": data_hash,
         "objective": "ttft",
         **({} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}),
+        **_exit_maps(variant.method, model.shape),
         "shape": _told(model.shape),
         "lengths": {"min": min(lengths), "p50": int(statistics.median(lengths)), "max": max(lengths)},
         "measured": {
@@ -74,6 +77,12 @@ def _tasks(config: CalibrateConfig, cases: Sequence[CheckRow]) -> list[str]:
     if config.task_column is None and not config.row_suites:
         return []
     return [case.task for case in cases if not case.task.startswith(NEEDLES)]
+
+
+def _exit_maps(method: PruningMethod, shape: ModelShape) -> dict[str, str]:
+    """The digest of the maps that a method was tested with, if it has any."""
+    wanted = exit_maps_of(method, shape)
+    return {} if wanted is None else {EXIT_MAPS: MapsHeader.of(wanted[0]).digest}
 
 
 def _told(shape: ModelShape) -> dict[str, Any]:

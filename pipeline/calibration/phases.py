@@ -78,9 +78,9 @@ class Phases:
         probes = self._probe(searched, dense, pace_s)
         ladder = self._ladder(searched, dense, probes)
         held_out, tested = self._climb(ladder, pace_s, answer_s) if ladder else ([], [])
-        profile, chosen, cases = None, fastest_passed(tested), [*searched, *held_out]
+        profile, chosen = None, fastest_passed(tested)
         if chosen is not None:
-            profile = make_profile(self.config, self.bench.model, chosen, tested, ladder, cases, data_hash)
+            profile = make_profile(self.config, self.bench.model, chosen, tested, ladder, held_out, data_hash)
         return Calibration(
             config=self.config,
             profile=profile,

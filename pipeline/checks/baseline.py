@@ -82,7 +82,8 @@ def read_baseline(path: Path, rows: Sequence[CheckRow], decides: Mapping[str, An
         if content["version"] not in (_DENSE_ALONE, VERSION):
             raise ConfigError(f"--baseline {path} is of another version of marsinfer; {_ANEW}")
         for each in table.to_pylist():
-            found[each.get("side", _DENSE)][each["id"]] = RowResult.from_dict(each)
+            side = each.get("side", _DENSE)
+            found[side][each["id"]] = RowResult.from_dict(each, is_dense=side == _DENSE)
         then, about = content["settings_that_decide"], content["about"]
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError) as error:
         raise ConfigError(

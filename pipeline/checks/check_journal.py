@@ -91,8 +91,9 @@ class CheckJournal:
         for line in lines[1:]:
             try:
                 content = json.loads(line)
-                result = RowResult.from_dict(content)
-                self._found[content["side"]][result.id] = result
+                side = content["side"]
+                result = RowResult.from_dict(content, is_dense=side == _SIDES[0])
+                self._found[side][result.id] = result
             except (ValueError, LookupError, TypeError):
                 self.damaged += 1
         return sum(map(len, lines))

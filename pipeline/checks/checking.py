@@ -16,7 +16,6 @@ from pipeline.checks.gates import (
     CheckResult,
     Pair,
     check_scorer,
-    has_pruned,
     make_gates,
     refuse_too_few,
     speeds,
@@ -27,6 +26,7 @@ from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst
 from pipeline.evaluate.row_results import RowResult, Side
 from pipeline.evaluate.workbench import DENSE, Workbench
+from pipeline.families.exit_maps import check_exit_maps
 from pipeline.interrupts import nothing_to_lose
 from pipeline.model.loading import Model, open_model
 from pipeline.model.variant import Variant, check_draft, prepare
@@ -58,6 +58,7 @@ class _Check:
     config: CheckConfig
     model: Model
     method: PruningMethod
+    exit_maps: str | None  # the digest of those that the method names
     prompts: PromptBuilder
     rows: CheckRows
     note: Callable[[str], None]
@@ -111,6 +112,7 @@ class _Check:
         return {
             **self.dense_decides(),
             "method": {"name": self.method.name, "settings": asdict(self.method)},
+            **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             "linear_dtype": self.config.linear_dtype,
             "attention_dtype": "auto",  # as in the settings that decide a run
@@ -189,10 +191,10 @@ def run_check(
     if method is None and config.method == AUTO:
         config = proven(config, model)
     method = make_method(config.method, config.settings) if method is None else method
-    _check_method(config, model, method, note)
+    exit_maps = _check_method(config, model, method, note)
     prompts = _prompts(config, model)
     rows = _read(config, method, prompts, note)
-    run = _Check(config, model, method, prompts, rows, note, progress, check)
+    run = _Check(config, model, method, exit_maps, prompts, rows, note, progress, check)
     file = config.result_file
     journal = None if file is None else CheckJournal(journal_path(file), run.decides(), resume=config.resume)
     with model.in_use(), nullcontext() if journal is None else closing(journal):
@@ -211,8 +213,8 @@ def run_check(
 
 def _check_method(
     config: CheckConfig, model: Model, method: PruningMethod, note: Callable[[str], None]
-) -> None:
-    """Raise MarsError for settings that do not fit the model."""
+) -> str | None:
+    """The digest of the method's exit maps. Raises MarsError for settings that do not fit the model."""
     if config.profile is not None:
         profile = load_profile(config.profile)
         for text in check_profile(config.profile, profile, model):
@@ -223,6 +225,7 @@ def _check_method(
     check_draft(model, [method])
     if config.linear_dtype != "auto" or uses_fp8(method):
         model.check_fp8()
+    return check_exit_maps(method, model.shape, model.fingerprint)
 
 
 def _read(
@@ -328,8 +331,8 @@ def _accept(run: _Check, baseline: Baseline | None, result: CheckResult) -> None
 def _compare(run: _Check, pairs: tuple[Pair, ...], *, same_run: bool) -> CheckResult:
     config, rows = run.config, run.rows.rows
     accepted = pairs[0].accepted is not None  # of every row, or of none
-    pruned = has_pruned(config, pairs, ffn_in_fp8=uses_fp8(run.method))
-    gates = make_gates(config, pairs, pruned=pruned or (accepted and run.method.name == "dense"))
+    in_fp8 = config.linear_dtype != "auto" or uses_fp8(run.method)
+    gates = make_gates(config, pairs, differs=in_fp8 or (accepted and run.method.name == "dense"))
     cut = [row.document.truncated_tokens for row in rows]
     return CheckResult(
         config=config,

@@ -52,7 +52,10 @@ class Pair:
 
 
 class Measure(NamedTuple):
-    """Means over the documents of a task; of dense there is none where the measure compares with it."""
+    """Means over the documents of a task, but for `FIRST`, the median of its rows.
+
+    Of dense there is none where the measure compares with it.
+    """
 
     name: str
     dense: float | None
@@ -98,15 +101,19 @@ class CheckResult:
         return f"<CheckResult {self.verdict}: {self.method} against {self.against}, {rows}; drops: {drops}>"
 
 
-def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, pruned: bool = True) -> tuple[Gate, ...]:
+def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, differs: bool = False) -> tuple[Gate, ...]:
     """A gate for each task, and one for all rows if there are several tasks or the verdict hangs on it.
 
-    Without `pruned` the method has done nothing, which passes no gate.
+    Of whose rows the method left nothing out, as `has_pruned` tells, passes no gate, unless what was run
+    `differs` from dense even so.
     """
     groups = _by_task(pairs, lambda pair: pair.row)
     deciding = _deciding(config, groups)
     compared = {task: _compared(config, own) for task, own in groups.items()}
-    judged = {task: _judged(config, own, pruned=pruned) for task, own in compared.items()}
+    judged = {
+        task: _judged(config, compared[task], pruned=differs or has_pruned(own))
+        for task, own in groups.items()
+    }
     if config.scope == "documents":
         _hold_back(judged, {task: compared[task] for task in deciding})
     return tuple(
@@ -152,13 +159,11 @@ def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
     )
 
 
-def has_pruned(config: CheckConfig, pairs: Sequence[Pair], *, ffn_in_fp8: bool) -> bool:
-    """Whether the method left anything out of any row that dense computes.
+def has_pruned(pairs: Sequence[Pair]) -> bool:
+    """Whether the method left anything out of any of these rows that dense computes.
 
     Tokens that stop where nobody reads them any more, as `mars` has them by default, are nothing left out.
     """
-    if config.linear_dtype != "auto" or ffn_in_fp8:
-        return True
     scores = [pair.method.score for pair in pairs]
     return not all(leave_nothing_out(each.ffn_ratio, each.attention_ratio, each.kv_ratio) for each in scores)
 
@@ -211,24 +216,26 @@ def _measures(config: CheckConfig, pairs: Sequence[Pair]) -> list[Measure]:
     if config.generate:
         # what packages that are not installed would tell is left out, but for the gate's own metric
         names += [name for name in ("score", *SCORERS) if name == config.gate_metric or _can(name, pairs)]
-    divergences = [pair.method.score.divergence for pair in pairs if pair.method.score.divergence is not None]
+    known = [pair for pair in pairs if pair.method.score.divergence is not None]
     parted = [pair.method.score.parted_at for pair in pairs if pair.method.score.parted_at is not None]
     held_against = [None if name == "agreement" else _mean(name, pairs, dense=True) for name in names]
     own = [_mean(name, pairs, dense=False) for name in names]
     return [
         *map(Measure, names, held_against, own),
-        Measure(KL, None, statistics.mean(divergences)),
-        Measure(NEVER, None, 1 - len(parted) / len(pairs)),
+        Measure(KL, None, _over_documents(known, lambda pair: pair.method.score.divergence or 0.0)),
+        Measure(NEVER, None, _over_documents(pairs, lambda pair: pair.method.score.parted_at is None)),
         Measure(FIRST, None, statistics.median(parted) if parted else None),
     ]
 
 
 def _mean(name: str, pairs: Sequence[Pair], *, dense: bool) -> float:
+    return _over_documents(pairs, lambda pair: _score(name, pair.row, pair.dense if dense else pair.method))
+
+
+def _over_documents(pairs: Sequence[Pair], value: Callable[[Pair], float]) -> float:
+    """The mean over documents, of which each has the mean over its rows."""
     documents = grouped(pairs, lambda pair: pair.row.sample.document_key).values()
-    return statistics.fmean(
-        statistics.fmean(_score(name, pair.row, pair.dense if dense else pair.method) for pair in own)
-        for own in documents
-    )
+    return statistics.fmean(statistics.fmean(map(value, own)) for own in documents)
 
 
 def _can(name: str, pairs: Sequence[Pair]) -> bool:

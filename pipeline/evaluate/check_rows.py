@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -27,6 +26,7 @@ from pipeline.suites.haystack import token_counter
 from pipeline.suites.metrics import parts_of
 from pipeline.suites.needles import make_needles
 from pipeline.suites.samples import (
+    NEEDLES,
     Sample,
     Side,
     document_key,
@@ -34,6 +34,7 @@ from pipeline.suites.samples import (
     is_unicode,
     part_of,
     parted,
+    references_of,
     searched_count,
     searched_keys,
     take,
@@ -84,31 +85,36 @@ class CheckRows:
 def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     """Read and tokenize everything, the needles last.
 
-    Raises InputError if more than half of the input or of a suite has to be left out.
+    Raises InputError if more than half of the input or of a suite has to be left out, or all rows of a task
+    that is a gate of its own.
     """
     documents, notes = _open(config)
-    of_input, unread = _input_samples(config, documents)
+    named: dict[str, None] = {}  # the tasks of the input, of which a row may have no reference
+    of_input, unread = _input_samples(config, documents, named)
     suites = [load_suite(suite) for suite in config.suite_names if suite.folder is not None]
-    sources = [of_input, *(suite.samples for suite in suites)]
-    _check_tasks(config, list(chain.from_iterable(sources)))
-    sources = [[each for each in own if _takes(config, each.document_key)] for own in sources]
+    of_suites = [[each for each in own.samples if _takes(config, each.document_key)] for own in suites]
+    sources = [of_input, *of_suites]
+    named |= dict.fromkeys(sample.task for sample in chain.from_iterable(of_suites))
+    _check_tasks(config, named)
     wanted = [[each for each in own if not config.tasks or each.task in config.tasks] for own in sources]
     asked = [first_in_turn(own, config.limit) for own in wanted]
     samples = take(list(chain.from_iterable(asked)), config.limit_per_task, config.seed)
-    rows, failed = parted(_encode(config, *numbered, prompts) for numbered in enumerate(samples))
+    rows, unfit = parted(_encode(config, *numbered, prompts) for numbered in enumerate(samples))
+    failed = unread + unfit
+    _refuse_most(rows, failed)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
         needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
         of_needles = enumerate(needles, start=len(samples))
         hidden_in, unfit = parted(_encode(config, *numbered, prompts) for numbered in of_needles)
+        _refuse_most(hidden_in, unfit)
         samples, rows, failed = samples + needles, rows + hidden_in, failed + unfit
     _refuse_twins(samples)
-    failed = unread + failed
-    count = len(rows) + len(failed)
-    if not count:
-        raise InputError(f"{', '.join(map(hidden, config.input))} has no rows")
-    if len(failed) > len(rows):
-        raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
+    if not rows:
+        of = f"part {config.document_shard} of " if config.document_shard else ""
+        raise InputError(f"{of}{', '.join(map(hidden, config.input or config.suite))} has no rows")
+    lost = named.keys() - {sample.task for sample in chain.from_iterable(sources)}
+    _refuse_lost_tasks(config, {*lost, *(sample.task for sample in samples)}, rows, failed)
     left_out = [message for suite in suites for message in suite.left_out]
     if config.has_references and prompts.is_to_reason:
         remedy = f"; {prompts.without_reasoning} has it answer at once" if prompts.without_reasoning else ""
@@ -117,12 +123,37 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
 
 
-def _input_samples(config: RowSettings, documents: Source | None) -> tuple[list[Sample], list[str]]:
-    """Those of the input's rows, where they are asked, and why others are none."""
+def _input_samples(
+    config: RowSettings, documents: Source | None, tasks: dict[str, None]
+) -> tuple[list[Sample], list[str]]:
+    """Those of the input's rows in the shard of documents, where they are asked, and why others are none.
+
+    A row that cannot be read is of every shard. Tasks that rows name are added to `tasks`.
+    """
     if documents is None or not config.asks_rows:
         return [], []
     records = _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids)
-    return parted(_sample(config, record) for record in records)
+    return parted(_sample(config, record, tasks) for record in records if _is_taken(config, record))
+
+
+def _is_taken(config: RowSettings, record: Document | RowError) -> bool:
+    return isinstance(record, RowError) or _takes(config, document_key(record.text))
+
+
+def _refuse_most(rows: Sequence[CheckRow], failed: Sequence[str]) -> None:
+    if len(failed) > len(rows):
+        count = len(rows) + len(failed)
+        raise InputError(f"{len(failed):,} of {count:,} rows cannot be checked: {failed[0]}")
+
+
+def _refuse_lost_tasks(
+    config: RowSettings, tasks: set[str], rows: Sequence[CheckRow], failed: Sequence[str]
+) -> None:
+    """InputError where one of the tasks is to be a gate, or was asked for, and none of its rows is left."""
+    for task in sorted(tasks - {row.task for row in rows}):
+        if config.tasks_are_gates or task.startswith(NEEDLES) or task in config.tasks:
+            first = f"the first of {len(failed):,} left out: {failed[0]}"
+            raise InputError(f"no row of the task {task!r} can be checked; {first}")
 
 
 def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
@@ -168,26 +199,28 @@ def _kept(config: RowSettings) -> dict[str, None]:
     return dict.fromkeys(name for name in names if name is not None)
 
 
-def _sample(config: RowSettings, record: Document | RowError) -> Sample | str:
-    """A row of the data, or why it is left out."""
+def _sample(config: RowSettings, record: Document | RowError, tasks: dict[str, None]) -> Sample | str:
+    """A row of the data, or why it is left out; the task that it names is added to `tasks`."""
     if isinstance(record, RowError):
         return record.message
     if record.source.turns:
         what = "messages, or is a request of OpenAI's Batch API"
         return f"{record.source.place} has {what}, which marsinfer batch alone answers"
-    references: tuple[str, ...] = ()
-    if config.reference_column is not None:
-        references = _references(_cell(config, record.source, config.reference_column))
-        if not references:
-            return f"{record.source.place}: no reference in column {config.reference_column!r}"
     task = Path(bare(config.input[0])).name.partition(".")[0] if len(config.input) == 1 else ""
     if config.task_column is not None:
         task = str(_cell(config, record.source, config.task_column) or "")
         if not task:
             return f"{record.source.place}: no task in column {config.task_column!r}"
+    task = task or "data"
+    tasks[task] = None
+    references: tuple[str, ...] = ()
+    if config.reference_column is not None:
+        references = references_of(_cell(config, record.source, config.reference_column))
+        if not references:
+            return f"{record.source.place}: no reference in column {config.reference_column!r}"
     return Sample(
         id=record.source.id,
-        task=task or "data",
+        task=task,
         text=record.text,
         question=record.question or "",
         references=references,
@@ -204,23 +237,13 @@ def _cell(config: RowSettings, source: Row, column: str) -> Any:
     return source.passthrough.column(list(_kept(config)).index(column))[0].as_py()
 
 
-def _references(value: Any) -> tuple[str, ...]:
-    """One right answer, or several of a list, which JSON lines bring as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
-            value = json.loads(value)
-    given = value if isinstance(value, list) else [value]
-    texts = [str(one).strip() for one in given if isinstance(one, str | int | float)]
-    return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _check_tasks(config: RowSettings, samples: Sequence[Sample]) -> None:
-    """Raises ConfigError if a task that is asked for is none's."""
-    known = dict.fromkeys(sample.task for sample in samples)
+def _check_tasks(config: RowSettings, known: Collection[str]) -> None:
+    """Raises ConfigError if a task that is asked for is none of these."""
     unknown = next((task for task in config.tasks if task not in known), None)
     if unknown is not None:
+        where = f"in part {config.document_shard} there are" if config.document_shard else "there are"
         raise ConfigError(
-            f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; there are {', '.join(known) or 'none'}"
+            f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; {where} {', '.join(known) or 'none'}"
         )
 
 

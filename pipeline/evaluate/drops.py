@@ -20,6 +20,7 @@ TAIL = 0.025  # how often at most a pass, or a fail, may be wrong
 _SLACK = 1e-9  # for the last bits of means
 _WIDEST = 1e6  # times dense's mean: beyond any relative drop that is told
 _HALVINGS = 50
+FEW_DECIDE = "a few documents decide, of which the interval counts a change of at most 1 nat each"
 MOST_DOCUMENTS = 1_000_000  # more than anybody would take
 
 
@@ -61,7 +62,8 @@ class Judgement:
 class Paired:
     """Both sides' scores by document.
 
-    Of losses, which have no largest value, a document's rise beyond what is allowed counts as at most 1.
+    Of losses, which have no largest value, a document's rise beyond what is allowed counts as at most 1 in
+    what is said of other documents; whatever is said, the drop of these, each in full, does not contradict.
     """
 
     rows: int
@@ -107,6 +109,8 @@ class Paired:
         dense, worse = float(self.dense_D.mean()), float(self.worse_D.mean())
         drop = _ratio(worse, dense) if self.relative else worse
         low, high = self._ends()
+        if self.losses:  # whose interval counts large rises as 1, and the drop does not
+            low, high = min(low, drop), max(high, drop)
         return Drop(
             rows=self.rows,
             documents=len(self.dense_D),
@@ -122,18 +126,23 @@ class Paired:
         """Whether the drop is within `bound`, in its unit: all of its interval has to be on one side."""
         if (reason := self.no_room(bound)) is not None:
             return Judgement(verdict="inconclusive", bound=bound, reason=reason)
+        verdict: Verdict | None = None
         if self.p_beyond(bound) <= TAIL:
-            return Judgement(verdict="pass", bound=bound)
-        if self.p_within(bound) <= TAIL:
-            return Judgement(verdict="fail", bound=bound)
+            verdict = "pass"
+        elif self.p_within(bound) <= TAIL:
+            verdict = "fail"
+        if verdict is not None and verdict != self.judge_rows(bound).verdict:  # of losses alone
+            return Judgement(verdict="inconclusive", bound=bound, reason=FEW_DECIDE)
+        if verdict is not None:
+            return Judgement(verdict=verdict, bound=bound)
         return Judgement(verdict="inconclusive", bound=bound, documents_needed=self._needed(bound))
 
     def judge_rows(self, bound: float) -> Judgement:
         """Whether these documents alone, and no others, lost no more than `bound`, in its unit."""
         if (reason := self.no_room(bound)) is not None:
             return Judgement(verdict="inconclusive", bound=bound, reason=reason)
-        values_D, _, _ = self._excess(bound / 100)
-        return Judgement(verdict="pass" if values_D.mean() <= _SLACK else "fail", bound=bound)
+        excess_D = self._in_full(bound / 100)
+        return Judgement(verdict="pass" if excess_D.mean() <= _SLACK else "fail", bound=bound)
 
     def p_beyond(self, bound: float, documents: float | None = None) -> float:
         """The p value of a drop beyond `bound`: where it is small, the drop is within.
@@ -159,11 +168,15 @@ class Paired:
 
     def _excess(self, bound: float) -> tuple[np.ndarray, float, float]:
         """(D,) what documents lost beyond what they may, and the least and the most that they could have."""
-        values_D = self.worse_D - (bound * self.dense_D if self.relative else bound)
+        values_D = self._in_full(bound)
         if self.losses:
             return values_D.clip(-1, 1), -1.0, 1.0
         # of a score that was 1 and is 0, or 0 and is 1
         return values_D, -1.0 - (0 if self.relative else bound), 1.0 - bound
+
+    def _in_full(self, bound: float) -> np.ndarray:
+        """(D,) what documents lost beyond what they may."""
+        return self.worse_D - (bound * self.dense_D if self.relative else bound)
 
     def _ends(self) -> tuple[float, float]:
         """Where the p values are `TAIL`; they fall and rise with the bound."""

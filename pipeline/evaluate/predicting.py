@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.generation.decode import decode
+from pipeline.generation.decode import NOT_FINITE_MESSAGE, decode
 from pipeline.generation.generated import StopRules
 from pipeline.generation.sampling import Sampling, first_tokens
 from pipeline.model.continuation import continue_with
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.pruning.base import PruningMethod
-from pipeline.records import EncodedDocument
+from pipeline.records import EncodedDocument, RowError
 
 VALUES_AT_ONCE = 1 << 28  # of logits: 1 GB as float32
 
@@ -50,7 +50,8 @@ def score_answer(
 
     `top` asks for the log-probabilities of so many of the most likely tokens at each place, `probes`, (n, k),
     for those of given tokens. With `kv` fp8 the answer's tokens read the prompt's keys and values as e4m3
-    leaves them; their own stay as they are. The time ends with the first choice on the host.
+    leaves them; their own stay as they are. The time ends with the first choice on the host. Raises RowError
+    where the model's output is not finite: of that nothing is a prediction.
     """
     pack = Pack.of([document], model.device)
     started = time.perf_counter()
@@ -77,7 +78,7 @@ def _score(
     """As many tokens at a time as keep the logits within `VALUES_AT_ONCE`."""
     at_once = max(1, VALUES_AT_ONCE // model.shape.vocab)
     parts: list[tuple[Tensor, ...]] = []
-    done = 0
+    is_finite, done = True, 0
     for logits_NV in (first_1V, *map(model.decoder.logits, rest_ND.split(at_once) if len(rest_ND) else ())):
         span = slice(done, done + len(logits_NV))
         done = span.stop
@@ -88,7 +89,11 @@ def _score(
         else:
             asked_NK = torch.from_numpy(probes[span]).to(logits_NV.device)
         own_N, probed_NK = logprobs_NV.gather(1, tokens_N1)[:, 0], logprobs_NV.gather(1, asked_NK)
-        parts.append((own_N, logits_NV.argmax(-1), probed_NK, asked_NK))
+        best_N, choice_N = logits_NV.max(-1)
+        is_finite &= bool(best_N.isfinite().all())
+        parts.append((own_N, choice_N, probed_NK, asked_NK))
+    if not is_finite:
+        raise RowError("not_finite", NOT_FINITE_MESSAGE)
     return Forced(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 

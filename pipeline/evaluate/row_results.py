@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from typing import Any, Self
 
 import numpy as np
@@ -44,25 +45,42 @@ class RowResult:
         return {**asdict(self.score), **plain, **lists}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], *, is_dense: bool) -> Self:
         """Raises KeyError, TypeError or ValueError for other values than those of `as_dict`.
 
-        Before `parts_found` was stored, no right answer had parts.
+        Dense's hold what was forced, a method's how far that agrees with dense. Before `parts_found` was
+        stored, no right answer had parts.
         """
         answer = tuple(values["answer"])
-        return cls(
+        result = cls(
             row_hash=values["row_hash"],
             score=CaseScore(**{name: values[name] for name in _SCORE if name in values}),
             answer=answer,
             generated=values["generated"],
             forced=_forced(values, len(answer)) if values["choices"] else None,
         )
+        if (result.forced is None) if is_dense else (result.score.agreed is None):
+            raise ValueError("a result of the other side")
+        _check_score(result.score, len(answer))
+        return result
+
+
+def _check_score(score: CaseScore, tokens: int) -> None:
+    """ValueError or TypeError for numbers that cannot be of an answer of so many tokens, or of any."""
+    counts = [count for count in (score.correct, score.agreed, score.parted_at) if count is not None]
+    shares = [score.kept_ratio, score.ffn_ratio, score.attention_ratio, score.flops_ratio, score.kv_ratio]
+    if not tokens == score.tokens > 0 or not all(0 <= count <= tokens for count in counts):
+        raise ValueError(f"counts that are not of {tokens} tokens")
+    if not all(0 <= number < inf for number in (score.ttft_ms, *shares)) or not score.nll >= 0:
+        raise ValueError("a time, a share or a loss that is below 0, or no number")
+    if score.parts_found is not None and not 0 <= score.parts_found <= 1:
+        raise ValueError("a share that is not between 0 and 1")
 
 
 def _forced(values: Mapping[str, Any], count: int) -> Forced:
     return Forced(
-        logprobs=np.array(values["logprobs"], np.float32),
-        choices=np.array(values["choices"], np.int64),
+        logprobs=np.array(values["logprobs"], np.float32).reshape(count),
+        choices=np.array(values["choices"], np.int64).reshape(count),
         probes=np.array(values["probes"], np.int64).reshape(count, -1),
         probed=np.array(values["probed"], np.float32).reshape(count, -1),
     )

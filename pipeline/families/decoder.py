@@ -71,7 +71,7 @@ class Decoder(OnEachRank):
         self.rotary = Rotary(self._body.rotary_emb, self._slots, LongRope.of(model.config, self.device))
         self._has_plain_layers = are_plain(self._layers, self._slots, self._query_scale)
         self.linears = "auto"  # of `LINEAR_DTYPES`, among those that `use_linears` was asked for
-        self.exit_maps: dict[str, Mapping[int, Projection]] = {}  # by their files, see exit_maps.py
+        self.exit_maps: dict[str, Mapping[int, Projection]] = {}  # by their digests, see exit_maps.py
         self.piece_tokens: int = PIECE_TOKENS
 
     @property

@@ -108,15 +108,16 @@ def exit_maps(decoder: Decoder, method: object) -> Mapping[int, Projection]:
     if wanted is None:
         return {}
     path, last_full = wanted
-    if path not in decoder.exit_maps:
+    digest = MapsHeader.of(path).digest  # a file of this name may have been written anew
+    if digest not in decoder.exit_maps:
         if decoder.ranks is not None:
             raise ConfigError("exit_maps and --tensor-parallel exclude each other: leave one of them out")
         tensors = safetensors.torch.load_file(path)
-        decoder.exit_maps[path] = {
+        decoder.exit_maps[digest] = {
             layer: _projection(tensors[f"{layer}.weight"], tensors[f"{layer}.bias"], decoder)
             for layer in mapped_layers(decoder.shape, last_full)
         }
-    return decoder.exit_maps[path]
+    return decoder.exit_maps[digest]
 
 
 def _projection(weight_ND: Tensor, bias_N: Tensor, decoder: Decoder) -> Projection:

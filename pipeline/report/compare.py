@@ -83,6 +83,7 @@ class Comparison:
     only_first: int = 0
     only_second: int = 0
     one_failed: int = 0
+    first_failed: int = 0  # of those: rows that the second run alone answered
     both_failed: int = 0
     same_answers: int = 0
     other_input: int = 0
@@ -119,6 +120,7 @@ class Comparison:
             failed = [side["status"] != "ok" for side in (pair.first, pair.second)]
             self.both_failed += all(failed)
             self.one_failed += any(failed) and not all(failed)
+            self.first_failed += failed == [True, False]
             return
         self.same_answers += pair.first["answer"] == pair.second["answer"]
         about = pair.first["row"], pair.first["document_tokens"], not pair.other_input, pair.similarity

@@ -78,6 +78,7 @@ class _Sides:
     scores: tuple[np.ndarray, np.ndarray]  # of both, NaN without a reference
     similarity: np.ndarray
     ratios: np.ndarray  # the base's TTFT over the other's, where both are known
+    lost: int  # rows that the base alone has answered
 
     @classmethod
     def of(cls, runs: Sequence[Figures], comparison: Comparison) -> _Sides:
@@ -90,6 +91,7 @@ class _Sides:
             for what in ("score", "ms")
         )
         timed = (times[0] > 0) & (times[1] > 0)
+        by_side = comparison.one_failed - comparison.first_failed, comparison.first_failed
         return cls(
             base=runs[order[0]],
             other=runs[order[1]],
@@ -97,6 +99,7 @@ class _Sides:
             scores=(scores[0], scores[1]),
             similarity=comparison.pairs("similarity")[known],
             ratios=times[0][timed] / times[1][timed],
+            lost=by_side[order[0]],
         )
 
 
@@ -104,10 +107,16 @@ def _of_two(runs: Sequence[Figures], comparison: Comparison) -> Conclusion:
     sides = _Sides.of(runs, comparison)
     if not len(sides.rows):
         first, second = (run.run.label for run in runs)
-        sentence = f"No row has answers in both {first} and {second}: there is nothing to compare."
+        same = " of the same text and question" if comparison.other_input else ""
+        sentence = f"No row{same} has answers in both {first} and {second}: there is nothing to compare."
         return Conclusion(sentence=sentence, basis=" ".join(_left_out(comparison)), verdict="inconclusive")
     known = np.isfinite(sides.scores[0]) & np.isfinite(sides.scores[1])
     told, basis, verdict = _by_references(sides, known) if known.any() else _by_likeness(sides, comparison)
+    if verdict == "pass" and 100 * sides.lost > BOUND * (sides.lost + len(sides.rows)):
+        base, other = sides.base.run.label, sides.other.run.label
+        lost = f"{other} has no answer to {counted(sides.lost, 'row')} that {base} answers"
+        told = f"{lost}; of the others, {told}"
+        verdict = "inconclusive"
     notes = [basis, *_left_out(comparison), *_packed(runs), *_other_model(runs)]
     return Conclusion(sentence=f"{told}; {_speed(sides)}.", basis=" ".join(notes), verdict=verdict)
 

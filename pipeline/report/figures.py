@@ -59,6 +59,7 @@ class Figures:
     sums: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     layers: LayerShares | None = None
+    _prefilled_tokens: int = 0  # of prompts whose prefill was timed
     _timed: list[pa.Table] = field(default_factory=lambda: [TIMES.empty_table()])
     _weighed: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # shares times tokens
     _weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # tokens of those shares
@@ -92,7 +93,7 @@ class Figures:
         """Prompt tokens a second of prefill, all rows of a pack together."""
         of_rows = self.times("prefill_ms") / np.maximum(self.times("pack_documents"), 1)
         seconds = float(np.nansum(of_rows.astype(np.float64))) / 1e3
-        return self.sums["prompt_tokens"] / seconds if seconds else None
+        return self._prefilled_tokens / seconds if seconds else None
 
     def packed_share(self) -> float:
         """Share of the answered rows that were not alone in their pack."""
@@ -114,6 +115,7 @@ class Figures:
         self._timed.append(pa.table([pa.array(methods, TIMES.types[0]), *times], TIMES))
         tokens = _numbers(table, "prompt_tokens")
         self.longest = max(self.longest, int(np.nan_to_num(tokens).max(initial=0)))
+        self._prefilled_tokens += int(np.nansum(tokens[np.isfinite(_numbers(table, "prefill_ms"))]))
         for name in SUMMED:
             self.sums[name] += int(np.nansum(_numbers(table, name)))
         for name in WEIGHED:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError
 from pipeline.inputs.passthrough import EXTRA
+from pipeline.suites.samples import references_of
 
 REFERENCE = "reference"  # the column, or the key of JSON lines
 TYPE = pa.list_(pa.large_string())
@@ -26,7 +27,8 @@ def references_in(table: pa.Table) -> pa.Array:
     if name is None:
         return pa.nulls(table.num_rows, TYPE)
     values = table[name].to_pylist()
-    return pa.array([_listed(value if name == REFERENCE else _of_keys(value)) for value in values], TYPE)
+    found = (references_of(value if name == REFERENCE else _of_keys(value)) for value in values)
+    return pa.array([list(texts) or None for texts in found], TYPE)
 
 
 def _of_keys(text: str | None) -> Any:
@@ -38,10 +40,3 @@ def _of_keys(text: str | None) -> Any:
     except ValueError as error:
         raise ConfigError(f"the column {EXTRA!r} holds no JSON: {error}") from error
     return keys.get(REFERENCE) if isinstance(keys, dict) else None
-
-
-def _listed(value: Any) -> list[str] | None:
-    """A reference as one of several; what is neither text nor a number is none."""
-    values = value if isinstance(value, list) else [value]
-    texts = [str(each) for each in values if isinstance(each, str | int | float)]
-    return texts or None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.outputs.replacing import is_profile, refuse_foreign_file
 from pipeline.settings.check_settings import DropSettings, check_place
 from pipeline.settings.kinds import NUMBER, SWITCH, TEXT
@@ -108,3 +109,5 @@ class CalibrateConfig(
         refuse_foreign_file("--out", path, is_profile)
         if path.exists() and not self.overwrite:
             raise ConfigError(f"--out {path} is there already; name another file, or add --overwrite")
+        if not os.access(path.absolute().parent, os.W_OK):  # which would be found out at the very end
+            raise StorageError(f"--out {path} cannot be written: {path.parent} is not open for writing")

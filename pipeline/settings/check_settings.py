@@ -105,6 +105,10 @@ class CheckConfig(RowSettings, MethodSettings, SamplingSettings, DropSettings, R
         self._check_files()
 
     @property
+    def tasks_are_gates(self) -> bool:
+        return self.per_task
+
+    @property
     def gate_metric(self) -> str:
         if self.metric is not None:
             return self.metric

@@ -134,6 +134,11 @@ class RowSettings(
         """Whether documents are divided into some to search on and others that are held out."""
         return False
 
+    @property
+    def tasks_are_gates(self) -> bool:
+        """Whether each task has to pass by itself, needles aside, of which each kind has to be there."""
+        return False
+
     def check_data(self) -> None:
         """Raise ConfigError for settings that name no rows, or rows that are not asked anything."""
         names = self.suite_names

@@ -18,7 +18,7 @@ from pipeline.pruning.registry import METHODS, make_method
 from pipeline.settings.method_settings import AUTO, MethodSettings
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.guard import Guard
-from pipeline.setup.profile import Profile, load_profile, write_profile
+from pipeline.setup.profile import Profile, has_its_maps, load_profile, write_profile
 from pipeline.texts.redaction import hidden
 
 if TYPE_CHECKING:
@@ -126,7 +126,22 @@ def _found(config: MethodSettings, model: Model) -> tuple[Path, Profile] | None:
     """The fastest proven profile of a model and its kind of device; precisions that are given stand above."""
     if config.linear_dtype != AUTO:
         return None
-    return max(_proven_profiles(model), key=lambda each: each[1].speed_up, default=None)
+    usable = [each for each in _proven_profiles(model) if _can_run(config, *each)]
+    return max(usable, key=lambda each: each[1].speed_up, default=None)
+
+
+def _can_run(config: MethodSettings, path: Path, profile: Profile) -> bool:
+    """Whether a run with this configuration can do what a profile says: nobody has asked for it by name."""
+    maps, divided = profile.exit_maps, getattr(config, "tensor_parallel", 1) > 1
+    try:
+        taken = replace(config, **profile.batch, profile=str(path))
+        make_method(taken.method, taken.settings)
+        if isinstance(taken, BatchConfig):
+            taken.check_divided(taken.method)
+        has_maps = has_its_maps(profile)
+    except ConfigError:  # a method or a setting that this version lacks, say: `--profile` tells
+        return False
+    return maps is None or (has_maps and not divided and Path(maps).is_file())
 
 
 def _proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
@@ -137,7 +152,7 @@ def _proven_profiles(model: Model) -> Iterator[tuple[Path, Profile]]:
             profile = load_profile(str(path))
         except ConfigError:  # no profile, or none that may be used: `--profile` tells what ails it
             continue
-        if profile.is_proven and _is_for(profile, model):
+        if profile.is_proven and profile.speed_up > 1 and _is_for(profile, model):
             yield path, profile
 
 

@@ -20,6 +20,7 @@ from pipeline.pruning.registry import make_method
 from pipeline.settings.method_settings import AUTO, MethodSettings
 from pipeline.settings.option import settings_of
 from pipeline.settings.sources import merge, read_toml, refuse_code, renewed
+from pipeline.setup.profile_tables import check_tables, gates_of, refuse_unproven
 from pipeline.storage.whole_file import writing
 from pipeline.texts.toml import toml_of
 
@@ -52,17 +53,19 @@ class Profile:
     @property
     def is_proven(self) -> bool:
         """Whether every gate passed, as gates are today; no profile is read of which one did not."""
-        return self.about["format"] == FORMAT and bool(_gates(self.about))
+        return self.about["format"] == FORMAT and bool(gates_of(self.about))
 
     @property
     def speed_up(self) -> float:
         """Dense's time to the first token over that of these settings, as measured."""
-        return float(self.about.get("measured", {}).get("speed_up", 1.0))
+        measured = self.about.get("measured")
+        return float(measured.get("speed_up", 1.0)) if isinstance(measured, Mapping) else 1.0
 
     @property
     def exit_maps(self) -> str | None:
         """The file of the maps that the method's settings name."""
-        return self.batch.get("settings", {}).get(EXIT_MAPS)
+        named = self.batch.get("settings", {}).get(EXIT_MAPS)
+        return None if named == "none" else named
 
     @property
     def longest(self) -> int | None:
@@ -96,7 +99,8 @@ def with_profile(values: Mapping[str, Any]) -> dict[str, Any]:
 def load_profile(path: str) -> Profile:
     """Raises ConfigError, with the file's name, for one that cannot be read or is none.
 
-    Likewise, with the gate's name, for one of which a gate did not pass.
+    Likewise, with the gate's name, for one of which a gate did not pass, and for one with tables that are
+    none.
     """
     table = read_toml(f"--profile {path}", path)
     about, batch = table.get("profile"), table.get("batch")
@@ -110,25 +114,9 @@ def load_profile(path: str) -> Profile:
     missing = [name for name in _REQUIRED if not isinstance(about.get(name), str)]
     if missing:
         raise ConfigError(f"--profile {path} does not say {', '.join(missing)}: calibrate again")
-    _refuse_unproven(path, about)
+    check_tables(path, about)
+    refuse_unproven(path, about)
     return Profile(about=about, batch=_batch(path, batch))
-
-
-def _gates(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """By their names; none where they are not told as `calibrate` tells them."""
-    measured = about.get("measured")
-    gates = measured.get("gates") if isinstance(measured, Mapping) else None
-    told = isinstance(gates, Mapping) and all(isinstance(gate, Mapping) for gate in gates.values())
-    return gates if told and gates is not None else {}
-
-
-def _refuse_unproven(path: str, about: Mapping[str, Any]) -> None:
-    for name, gate in _gates(about).items():
-        if gate.get("verdict") != "pass":
-            raise ConfigError(
-                f"--profile {path} did not pass its gate {name} (bound {gate.get('bound')}: "
-                f"{gate.get('verdict')}): calibrate again"
-            )
 
 
 def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +131,9 @@ def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in table.get("settings", {}).items()
     }
     maps = settings.get(EXIT_MAPS)
-    if isinstance(maps, str):  # which lie beside the profile
+    if maps is not None and not isinstance(maps, str):
+        raise ConfigError(f"--profile {path}: {EXIT_MAPS} must name a file, not be {maps!r}")
+    if maps is not None and maps != "none":  # they lie beside the profile
         settings[EXIT_MAPS] = str(Path(path).parent / maps)
     values = {key.replace("-", "_"): value for key, value in table.items()} | {"settings": settings}
     refuse_code(f"--profile {path}", values)
@@ -154,12 +144,17 @@ def _batch(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
-    """Notes for a run with `model`. Raises ConfigError if the profile is of another model."""
+    """Notes for a run with `model`. Raises ConfigError if the profile, or its exit maps, are of another."""
     about = profile.about
     if about["fingerprint"] != model.fingerprint:
         raise ConfigError(
             f"--profile {path} was calibrated for {about['model']} ({about['fingerprint'][:12]}), not for "
             f"{model.name} ({model.fingerprint[:12]}): calibrate this model, or leave the profile out"
+        )
+    if not has_its_maps(profile):
+        raise ConfigError(
+            f"--profile {path} was calibrated with other exit maps than {profile.exit_maps} holds: move both "
+            "together, or calibrate again"
         )
     notes = []
     if about["format"] == BEFORE:
@@ -184,6 +179,17 @@ def check_profile(path: str, profile: Profile, model: Model) -> list[str]:
             + (model.rope_scaling or "none")
         )
     return notes
+
+
+def has_its_maps(profile: Profile) -> bool:
+    """Whether the exit maps that a profile names, where they are there, are those that it was tested with.
+
+    Profiles of before do not tell which those are.
+    """
+    from pipeline.families.exit_maps import MapsHeader
+
+    maps, digest = profile.exit_maps, profile.about.get(EXIT_MAPS)
+    return maps is None or digest is None or not Path(maps).is_file() or MapsHeader.of(maps).digest == digest
 
 
 def length_note(profile: Profile, prompt_tokens: int) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from math import isnan
+from typing import Any, Literal, TypeVar
 
 from pipeline.errors import ConfigError
 
@@ -37,6 +40,22 @@ class Sample:
     facets: Mapping[str, str | int | float] = field(
         default_factory=dict
     )  # what results may be grouped by, and the like
+
+
+def references_of(value: Any) -> tuple[str, ...]:
+    """What a cell says is right: one text or number, or several of a list, which JSON lines bring as JSON.
+
+    None of what has no text: nothing, white space, and NaN, which stands for a number that is not there.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+    given = value if isinstance(value, list) else [value]
+    known = [
+        one for one in given if isinstance(one, str | int) or (isinstance(one, float) and not isnan(one))
+    ]
+    texts = [str(one).strip() for one in known]
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def is_unicode(text: str) -> bool:

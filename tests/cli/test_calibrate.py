@@ -21,7 +21,7 @@ from pipeline.evaluate.workbench import Deadline
 from pipeline.model.loading import UnloadedModel, open_model
 from pipeline.pruning.operations import passes_flops
 from pipeline.settings.calibrate_settings import CalibrateConfig
-from pipeline.suites.samples import document_key
+from pipeline.suites.samples import document_key, searched_keys
 
 STEP_S = 0.03  # that a prefill or a step of an answer counts as
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]
@@ -95,7 +95,10 @@ def test_a_profile_is_found_with_which_batch_runs(flags, data, tmp_path, sharp_m
     assert [rung["verdict"] for rung in ladder] == ["pass"] * len(ladder)
     assert about["measured"]["speed_up"] == max(rung["speed_up"] for rung in ladder)
     assert about["measured"]["gates"] in [rung["gates"] for rung in ladder]
-    assert about["lengths"]["min"] <= about["lengths"]["p50"] <= about["lengths"]["max"]
+    # of the documents held out, by which the guard goes; a token is a byte
+    texts = {document_key(row["text"]): len(row["text"]) for row in rows_of(10)}
+    held_out = [length for key, length in texts.items() if key not in searched_keys(texts, "0")]
+    assert about["lengths"]["max"] - about["lengths"]["min"] == max(held_out) - min(held_out)
 
     out = tmp_path / "out.jsonl"
     words = [data, out, "--question-column", "ask", "--model", sharp_model_folder, "--quiet"]
@@ -311,6 +314,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(flags, words, complain
     assert printed.out == ""
     (line,) = printed.err.splitlines()
     assert line.startswith(f"marsinfer: error: {complaint}")
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(flags, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    assert calibrate(*flags) == 8
+    told = f"--out {tmp_path / 'p.toml'} cannot be written: {tmp_path} is not open for writing"
+    assert told in capfd.readouterr().err
 
 
 def test_a_single_document_cannot_be_tested_on(flags, data, capfd):

@@ -211,6 +211,28 @@ def test_each_task_can_be_a_gate(check, data, tmp_path, capfd):
     assert [case.get("name") for case in cases] == [f"{task}: nll within 99%" for task in ("even", "odd")]
 
 
+@pytest.mark.parametrize("flags", [["--per-task"], ["--tasks", "odd"]])
+def test_a_task_of_which_no_row_is_left_passes_no_gate(refusal, tmp_path, flags):
+    path = tmp_path / "fish.jsonl"
+    lost = [{**row, "right": None} if row["kind"] == "odd" else row for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lost))
+    complaint = refusal(path, *REFERENCES, *BROKEN, *ALONE, "--task-column", "kind", *flags)
+    assert complaint.startswith(
+        ("no row of the task 'odd' can be", "4 of 4 rows cannot be", "--tasks names 'odd'")
+    )
+
+
+def test_a_task_of_which_nothing_was_pruned_passes_no_gate(check, tmp_path, capfd):
+    path = tmp_path / "fish.jsonl"
+    rows = [{**row, "body": row["body"] if row["kind"] == "odd" else "fish"} for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pruned = [*BROKEN, "--set", "window=120", "--max-drop", "99pt"]  # all of the short prompts
+    assert check(path, *ASK, *pruned, *ALONE, "--task-column", "kind", "--per-task", "--out", "-") == 6
+    gates = {gate["task"]: gate for gate in json.loads(capfd.readouterr().out)["gates"]}
+    assert (gates["odd"]["verdict"], gates["even"]["verdict"]) == ("pass", "inconclusive")
+    assert gates["even"]["reason"].startswith("nothing was pruned")
+
+
 def test_answers_are_generated_and_scored(check, data, capfd):
     flags = ["--generate", "--metric", "token-f1", *BROKEN, *ALONE, "--out", "-", "--limit", "3"]
     assert check(data, *REFERENCES, *flags) in (0, 5, 6)
@@ -316,5 +338,15 @@ def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
     assert (found["counts"]["rows"], found["counts"]["left_out"]) == (3, 2)
     assert found["left_out"][1] == f"{path.name} line 5: no reference in column 'right'"
     assert f"note: left out: {path.name} line 5: no reference in column 'right'" in printed.err
+    # rows are of one part of the documents, those left out too, and needles make up for none of them
+    parts = {
+        part: check(path, *REFERENCES, *BROKEN, *ALONE, "--document-shard", part) for part in ("1/2", "2/2")
+    }
+    assert 2 not in parts.values()
+    capfd.readouterr()
     path.write_text("\n".join(lines[2:]) + "\n")
+    needles = ["--suite", "needles", "--needle-kinds", "single", "--needle-lengths", "600"]
+    assert refusal(path, *REFERENCES, *needles).startswith(
+        f"2 of 3 rows cannot be checked: {path.name} line 2"
+    )
     assert refusal(path, *REFERENCES).startswith(f"2 of 3 rows cannot be checked: {path.name} line 2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -166,9 +167,15 @@ def test_parts_are_found_one_by_one(calibrate, model, source):
     assert {score.correct for score in found.values()} == {last}
     assert score_of(model, case).found == 1
     for score in found.values():
-        result = RowResult(row_hash="x", score=score, answer=answer)
-        again = RowResult.from_dict(json.loads(json.dumps(result.as_dict())))
+        result = RowResult(row_hash="x", score=replace(score, agreed=last), answer=answer)
+        stored = json.loads(json.dumps(result.as_dict()))
+        again = RowResult.from_dict(stored, is_dense=False)
         assert (again, again.score.found) == (result, score.found)
+    for damage in ({"tokens": 0}, {"correct": 99}, {"agreed": None}, {"nll": math.nan}, {"kv_ratio": None}):
+        with pytest.raises((ValueError, TypeError)):
+            RowResult.from_dict({**stored, **damage}, is_dense=False)
+    with pytest.raises(ValueError, match="cannot reshape"):  # of other tokens than were forced
+        RowResult.from_dict({**stored, "choices": [1]}, is_dense=True)
 
 
 def score_of(model, case: CheckRow) -> CaseScore:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.evaluate.drops import Paired, fewest_documents
+from pipeline.evaluate.drops import FEW_DECIDE, TAIL, Paired, fewest_documents
 from pipeline.settings.parse import parse_drop
 
 
@@ -88,6 +88,15 @@ def test_losses_drop_by_their_rise_which_is_cut_at_a_nat():
     assert wild.p_beyond(5.0) == tame.p_beyond(5.0)
     one = Paired.of([2.0], [2.5], losses=True).drop()
     assert (one.low, one.high) == (-math.inf, math.inf)
+
+
+def test_what_a_rise_that_counts_as_a_nat_lets_pass_is_not_shown():
+    one = Paired.of([2.0] * 400, [400.0] + [1.9] * 399, losses=True)  # a rise of 45% in all
+    assert one.p_beyond(2.0) < TAIL
+    assert one.drop().low < 0 < 2 < one.drop().drop == one.drop().high
+    judgement = one.judge(2.0)
+    assert (judgement.verdict, judgement.reason) == ("inconclusive", FEW_DECIDE)
+    assert one.judge_rows(2.0).verdict == "fail"
 
 
 def test_a_relative_drop_where_dense_scores_nothing():

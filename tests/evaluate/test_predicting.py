@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pipeline.kernels.attention import SdpaAttention
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.marsinfer import MarsInfer
+from pipeline.records import RowError
 
 ANSWERS = [[7, 200, 31, 9, 50], [4]]
 PRUNED = MarsInfer(start_layer=1, window=4, prefix=2, share=0.4)
@@ -48,6 +51,13 @@ def logprobs_of(model, doc, answer):
     with torch.inference_mode():
         logits = model.decoder.model(ids[None]).logits[0, -len(answer) - 1 : -1]
     return logits.log_softmax(-1).numpy()
+
+
+def test_what_is_not_finite_predicts_nothing(model):
+    broken = replace(model, decoder=tiny_model("qwen2"))
+    broken.decoder.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RowError, match="not finite"):
+        scored(broken, Dense())
 
 
 @pytest.mark.parametrize("values_at_once", [1 << 28, 2 * 256])

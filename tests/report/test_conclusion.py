@@ -56,6 +56,18 @@ def test_as_good_and_faster(conclusion):
     assert "references of 250 rows, of 100.0 points in dense and 100.0 in pruned" in found.basis
 
 
+@pytest.mark.parametrize("names", [("dense", "pruned"), ("a", "dense")])  # whichever is named first
+def test_rows_without_an_answer_are_no_good_answers(conclusion, names):
+    some = [*rows(ENOUGH, "one fish", reference="one fish"), *(failed(ENOUGH + n) for n in range(50))]
+    dense = rows(ENOUGH + 50, "one fish", reference="one fish", method="dense")
+    made = [dense if name == "dense" else some for name in names]
+    found = conclusion(**dict(zip(names, made, strict=True)))
+    assert found.verdict == "inconclusive"
+    other = next(name for name in names if name != "dense")
+    lost = f"{other} has no answer to 50 rows that dense answers"
+    assert found.sentence.startswith(f"{lost}; of the others, {other} answers as well as dense")
+
+
 def test_worse_and_slower(conclusion):
     found = conclusion(
         dense=rows(ENOUGH, "one fish", reference="one fish", method="dense"),

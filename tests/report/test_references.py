@@ -28,8 +28,17 @@ def references(path):
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl"])
 @pytest.mark.parametrize(
     ("value", "found"),
-    [("four years", ["four years"]), (["4", "four"], ["4", "four"]), (4, ["4"]), (None, None), ([], None)],
-    ids=["text", "list", "number", "null", "empty"],
+    [
+        ("four years", ["four years"]),
+        (["4", "four"], ["4", "four"]),
+        (4, ["4"]),
+        (None, None),
+        ([], None),
+        (" ", None),
+        (float("nan"), None),
+        ('["4", "four"]', ["4", "four"]),
+    ],
+    ids=["text", "list", "number", "null", "empty", "blank", "nan", "json"],
 )
 def test_a_column_of_its_own(tmp_path, kind, value, found):
     batch = copied(**{REFERENCE: value}) if value else None

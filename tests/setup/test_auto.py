@@ -15,6 +15,7 @@ from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.setup.auto import choose, device_class, keep_profile, profile_folder, proven
 from pipeline.setup.profile import Profile, write_profile
+from pipeline.texts.toml import toml_of
 
 
 @dataclass
@@ -101,6 +102,26 @@ def test_what_is_not_proven_for_this_run_is_not_taken(profile, model):
     assert "`marsinfer calibrate in.parquet" in chosen.notes[0]
     with pytest.raises(ConfigError, match="no method is named, and there is no proven profile of"):
         proven(CheckConfig(input=("in.parquet",), question="?"), model)
+
+
+@pytest.mark.parametrize(
+    ("about", "settings"),
+    [
+        ({"measured": {"speed_up": "fast", "gates": {"g": {"verdict": "pass"}}}}, {}),
+        ({"guard": {"tasks": 3}}, {}),
+        ({"measured": {"speed_up": 0.5, "gates": {"g": {"verdict": "pass"}}}}, {}),  # slower than dense
+        ({}, {"gone": 1}),  # of another version
+        ({}, {"exit_maps": "missing.safetensors"}),
+    ],
+)
+def test_a_profile_that_cannot_be_used_costs_no_run_that_did_not_name_it(about, settings):
+    profile_folder().mkdir(parents=True)
+    profile = profile_of("pass", **about)
+    batch = {**profile.batch, "linear-dtype": profile.batch["linear_dtype"], "settings": settings}
+    del batch["linear_dtype"]
+    content = toml_of({"profile": dict(profile.about), "batch": batch})
+    (profile_folder() / "p.toml").write_text(content)
+    assert choose(CONFIG, Model(), None).config.method == "dense"
 
 
 def test_precisions_that_are_asked_for_stand_above_a_profile():

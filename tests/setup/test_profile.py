@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline import run_batch
 from pipeline.errors import ConfigError
+from pipeline.families.exit_maps import MapsHeader, write_exit_maps
 from pipeline.model.loading import open_model
 from pipeline.pruning.registry import make_method
 from pipeline.settings.model_settings import ModelSettings
@@ -92,6 +95,38 @@ def test_what_tells_no_gates_is_read_and_is_not_proven(tmp_path, profile, measur
     path = tmp_path / "p.toml"
     write_profile(path, replace(profile, about={**profile.about, "measured": measured}))
     assert not load_profile(str(path)).is_proven
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("measured", {"speed_up": "fast"}, "measured.speed_up must be a number above 0, not 'fast'"),
+        ("measured", {"gates": {"g": {**GATE, "high": 60.0}}}, "gate g, whose drop is up to 60.0"),
+        ("lengths", {"max": "long"}, "lengths.max must be a whole number from 1, not 'long'"),
+        ("guard", {"tasks": "abc"}, "guard.tasks must be a list of texts, not 'abc'"),
+        ("guard", {"shares": {"kept_ratio": {"x": 1}}}, "guard.shares.kept_ratio must be a table of shares"),
+    ],
+)
+def test_tables_that_cannot_be_are_refused_by_name(tmp_path, profile, name, value, complaint):
+    write_profile(tmp_path / "p.toml", replace(profile, about={**profile.about, name: value}))
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        load_profile(str(tmp_path / "p.toml"))
+
+
+def test_other_exit_maps_than_were_tested_are_refused(tmp_path, model_folder, profile):
+    model = open_model(ModelSettings(model=str(model_folder), device="cpu"))
+    maps = tmp_path / "maps.safetensors"
+    about = MapsHeader(fingerprint=model.fingerprint, last_full=2, tokens=9)
+    write_exit_maps(maps, about, {4: (torch.zeros(2, 2), torch.zeros(2))})
+    batch = {"method": "mars", "settings": {"last_full": 2, "exit_maps": str(maps)}}
+    told = {**profile.about, "exit_maps": MapsHeader.of(str(maps)).digest}
+    write_profile(tmp_path / "p.toml", Profile(about=told, batch=batch))
+    path = str(tmp_path / "p.toml")
+    assert check_profile(path, load_profile(path), model) == []
+    beside = tmp_path / "p.exit-maps.safetensors"
+    write_exit_maps(beside, about, {4: (torch.ones(2, 2), torch.zeros(2))})
+    with pytest.raises(ConfigError, match="was calibrated with other exit maps than"):
+        check_profile(path, load_profile(path), model)
 
 
 def test_another_model_is_refused_and_another_device_noted(path, profile, model_folder, sharp_model_folder):
