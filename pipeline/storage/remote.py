@@ -22,7 +22,9 @@ from pipeline.texts.redaction import HIDDEN, bare, hidden
 BLOCK_BYTES = 2 << 20
 BLOCKS = 16
 # proxies of the environment, which the libraries of S3 and of the hub use by themselves
-OF_SCHEME: dict[str, dict[str, Any]] = dict.fromkeys(("http", "https"), {"client_kwargs": {"trust_env": True}})
+OF_SCHEME: dict[str, dict[str, Any]] = {
+    scheme: {"client_kwargs": {"trust_env": True}} for scheme in ("http", "https")
+}
 
 UPLOAD_BYTES = 16 << 20  # of one piece of an upload
 UPLOADS_AT_ONCE = 4
