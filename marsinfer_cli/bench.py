@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from pipeline.model.loading import UnloadedModel
     from pipeline.model.variant import Variant
 
-bench_app = typer.Typer(help="Measure speed.", epilog=epilog("bench ttft"))
+bench_app = typer.Typer(help="Measure speed and accuracy.", epilog=epilog("bench ttft"))
 
 
 @bench_app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """Measure speed."""
+    """Measure speed and accuracy."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -24,9 +24,9 @@ WORDS = {"ok": "ok", "absent": "-", "note": "note", "broken": "BROKEN"}
 def doctor(switches: DoctorSwitches) -> None:
     """Say what is installed, what this machine can run and why not more, and test that it runs right.
 
-    Exits with 1 where something is broken: a package that cannot be imported, a backend or a method whose
-    results are wrong. What is not there, such as a GPU, is no fault. Takes some seconds, more on a GPU that
-    has to compile its kernels first.
+    Exits with 1 if something is broken: a package that cannot be imported,
+    or wrong results. What is not there, such as a GPU, is no fault. Takes
+    some seconds, more on a GPU that has to compile its kernels first.
     """
     result = _run(quiet=switches.quiet)
     if switches.as_json:

@@ -47,10 +47,19 @@ class Memory:
             )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, for which torch has no class of errors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 @contextmanager
 def fits(name: str, device: torch.device) -> Iterator[None]:
     """Raise ModelError for a model that is being loaded where the memory of its device runs out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ModelError(f"model {name} does not fit on {device}: {error}") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-import torch
-
+from pipeline.checkpoints.device_memory import is_out_of_memory
 from pipeline.engines.grouped import Shared
 from pipeline.engines.memory import Packer, memory_message
 from pipeline.generation.characters import whole_characters
@@ -209,7 +208,7 @@ def _end_of_text(answer: str, generated: Generated, model: LoadedModel) -> int:
 def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:
     """What to say in a row whose prompt, or a pack with it, raised this error."""
     place = document.source.place
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return RowError("out_of_memory", memory_message(document, packer, device))
     if isinstance(error, RowError):
         return RowError(error.kind, f"{place}: {error}")

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, InputError, did_you_mean
 from pipeline.inputs.reading import each_question, select_rows
 from pipeline.inputs.source import Source
 from pipeline.records import Document, EncodedDocument, Row, RowError
+from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
 from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import open_columns
@@ -162,9 +163,12 @@ def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
         return None, ()
     if config.has_needles and "-" in config.input:
         raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
+    if not config.asks_rows:  # documents that facts are hidden in, whose ids and questions nobody asks for
+        texts = DataSettings(**config.options_of(DataSettings))
+        source, found = open_columns(texts, {}, asks=False)
+        return source, found.notes
     unnamed = replace(config, task_column=None)
-    asked = config.asked_questions() if config.asks_rows else ()
-    source, settled = open_columns(unnamed, _kept(config), asked=asked, asks=config.asks_rows)
+    source, settled = open_columns(unnamed, _kept(config), asked=config.asked_questions())
     return source, settled.notes
 
 

@@ -265,7 +265,7 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
         array = pa.array([value])
         _refuse_more_fields(array.type, wanted)
-        return array.cast(wanted)
+        return converted(array, wanted)
 
 
 def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:

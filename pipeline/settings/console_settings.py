@@ -135,7 +135,7 @@ class ReportSwitches(Settings, panel=FILES):
     html: str | None = option(
         None,
         metavar="FILE",
-        help="Write a page that needs no network; replaces FILE.",
+        help="Write a page that needs no network; replaces one that it wrote.",
         shown_default="tables in the terminal",
     )
     row: str | None = option(

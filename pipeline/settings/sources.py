@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.check_settings import CheckConfig
+from pipeline.settings.console_settings import BatchSwitches, CalibrateSwitches, CheckSwitches
 from pipeline.settings.data_settings import ASKED
 from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
@@ -23,6 +24,8 @@ from pipeline.texts.toml import toml_key, toml_value
 PREFIX = "MARSINFER_"
 # together they have every setting that a file or the environment may hold
 CONFIGURED = (BatchConfig, CheckConfig, CalibrateConfig)
+# and of these commands what is said on the command line alone
+SWITCHES = (BatchSwitches, CheckSwitches, CalibrateSwitches)
 # of these, what a stronger place sets takes back what a weaker one has set for the other
 EXCLUSIVE = (
     *combinations(ASKED, 2),
@@ -67,10 +70,12 @@ def read_config(path: str) -> dict[str, Any]:
 
     Raises ConfigError with the file's name.
     """
-    place, known = f"--config {path}", _known()
+    place, known, alone = f"--config {path}", _known(), _switches()
     values: dict[str, Any] = {}
     for key, value in read_toml(place, path).items():
         name = key.replace("-", "_")
+        if name in alone:
+            raise ConfigError(f"{place}: {key}: {alone[name]} can be given on the command line alone")
         if name not in known:
             taken_today = [name for name, each in known.items() if isinstance(each, Setting)]
             hint = did_you_mean(name, taken_today) or f"; known are {', '.join(taken_today)}"
@@ -108,7 +113,7 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     A name that resembles a setting's is refused as a slip; any other is somebody else's, as are those that
     a container platform derives from a service called marsinfer.
     """
-    known = _known()
+    known, alone = _known(), _switches()
     values = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX):
@@ -116,6 +121,8 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         name = variable.removeprefix(PREFIX).lower()
         if name in known:
             values[name] = _of_environment(variable, known[name], text)
+        elif name in alone:
+            raise ConfigError(f"{variable}: {alone[name]} can be given on the command line alone")
         elif close := get_close_matches(name, known, n=1, cutoff=0.8):
             raise ConfigError(f"{variable} is no setting; did you mean {PREFIX}{close[0].upper()}?")
     return values
@@ -137,6 +144,12 @@ def _known() -> dict[str, Setting | Renamed]:
     known: dict[str, Setting | Renamed] = {each.name: each for cls in CONFIGURED for each in renamed_of(cls)}
     every = (each for cls in CONFIGURED for each in settings_of(cls))
     return known | {each.name: each for each in every if each.about.in_file}
+
+
+def _switches() -> dict[str, str]:
+    """The flags that neither a file nor the environment may hold, by the names that they would have there."""
+    flags = [each.flag for cls in SWITCHES for each in settings_of(cls) if not each.about.in_file]
+    return {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
 
 
 def taken(wanted: type[Settings], values: Mapping[str, Any], note: Note) -> dict[str, Any]:

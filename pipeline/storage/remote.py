@@ -21,6 +21,10 @@ from pipeline.texts.redaction import HIDDEN, bare, hidden
 # What a reader keeps of one file: enough blocks for a few columns of Parquet side by side.
 BLOCK_BYTES = 2 << 20
 BLOCKS = 16
+# proxies of the environment, which the libraries of S3 and of the hub use by themselves
+OF_SCHEME: dict[str, dict[str, Any]] = {
+    scheme: {"client_kwargs": {"trust_env": True}} for scheme in ("http", "https")
+}
 
 UPLOAD_BYTES = 16 << 20  # of one piece of an upload
 UPLOADS_AT_ONCE = 4
@@ -110,7 +114,7 @@ class RemotePath:
                 f"{hidden(url)}: {scheme}:// takes no user and password; give credentials in the "
                 "environment, or in the file of its library"
             )
-        options = {} if "::" in url else {"use_listings_cache": False}
+        options = {} if "::" in url else {"use_listings_cache": False, **OF_SCHEME.get(scheme, {})}
         try:
             with storage_errors():
                 import fsspec

@@ -30,7 +30,16 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
         array = array.dictionary.take(array.indices)
     if array.type == pa.string_view():  # which Arrow casts to few types
         array = array.cast(pa.large_string())
+    if pa.types.is_boolean(kind) and not _are_flags(array):
+        raise pa.ArrowInvalid("of numbers only 0 and 1 are booleans")
     return array.cast(kind)
+
+
+def _are_flags(array: pa.Array) -> bool:
+    """Whether no number is neither 0 nor 1; Arrow takes any other as true."""
+    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        return True
+    return pc.all(pc.or_(pc.equal(array, 0), pc.equal(array, 1))).as_py() is not False
 
 
 def converts(own: pa.DataType, kind: pa.DataType) -> bool:

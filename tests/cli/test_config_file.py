@@ -128,6 +128,7 @@ def test_a_missing_argument_says_where_it_can_stand(refusal, file):
     ("text", "message"),
     [
         ("max_new_token = 1", "unknown key 'max_new_token' (did you mean 'max_new_tokens'?)"),
+        ("log-format = 'json'", "log-format: --log-format can be given on the command line alone"),
         ("zzz = 1", "unknown key 'zzz'; known are text_column, question, "),
         ("seed = 1\nmax-new-tokens = '1'", "max-new-tokens = '1': must be a whole number"),
         ("max_new_tokens = true", "max_new_tokens = True: must be a whole number"),
@@ -161,6 +162,7 @@ def test_a_file_that_cannot_be_read(refusal, file, tmp_path):
     ("name", "value", "message"),
     [
         ("SEED", "one", "MARSINFER_SEED=one: must be a whole number"),
+        ("QUIET", "1", "MARSINFER_QUIET: --quiet can be given on the command line alone"),
         ("RESUME", "yes", "MARSINFER_RESUME=yes: must be 1, 0, true or false"),
         ("TOP_P", "half", "MARSINFER_TOP_P=half: must be a number"),
         (

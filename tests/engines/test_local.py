@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import document, loaded
 
+from pipeline.checkpoints.device_memory import is_out_of_memory
 from pipeline.engines import local, memory, prefilling, warm_up
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import (
@@ -70,6 +71,13 @@ def test_the_culprit_of_a_pack_stands_alone(model, monkeypatch, error, kind):
     assert rows[4].error_type == kind
     assert rows[4].error_message.startswith("row 4: ")
     assert [row.answer for row in rows if row.status == "ok"] == expected[:4] + expected[5:]
+
+
+def test_memory_of_the_host_runs_out_too():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("bad luck"))
 
 
 def test_output_that_is_not_finite_is_an_error_and_no_answer(model):

@@ -322,6 +322,14 @@ def test_rows_of_the_web_are_told_apart_without_their_secrets(web, tmp_path):
     assert [id for _, id, *_ in again] == [id for _, id, *_ in found]
 
 
+def test_a_proxy_of_the_environment_is_used(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", web)
+    folder = tmp_path / "http:" / "files.invalid"  # what it is asked for is a whole address
+    folder.mkdir(parents=True)
+    (folder / "d.jsonl").write_bytes(LINES)
+    assert rows("http://files.invalid/d.jsonl") == rows(folder / "d.jsonl")
+
+
 def test_an_unreachable_server_is_told():
     told = refusal("http://127.0.0.1:9/a.jsonl?signature=secret", error=StorageError)
     assert told.startswith("http://127.0.0.1:9/a.jsonl?*** cannot be read: ")

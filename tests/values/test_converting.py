@@ -48,6 +48,13 @@ def test_values_without_a_text_become_json(array, expected):
     assert converted(array, pa.large_string()).to_pylist() == [expected]
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float32()], ids=str)
+def test_of_numbers_only_0_and_1_are_booleans(kind):
+    assert converted(pa.array([0, 1, None], kind), pa.bool_()).to_pylist() == [False, True, None]
+    with pytest.raises(pa.ArrowInvalid, match="only 0 and 1"):
+        converted(pa.array([1, 5], kind), pa.bool_())
+
+
 def test_views_become_other_types():
     assert converted(pa.array(["2020-01-02"], pa.string_view()), pa.date32()).cast(
         pa.int32()
