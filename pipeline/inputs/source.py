@@ -260,20 +260,23 @@ def first_columns(readers: Iterable[Reader]) -> dict[str, str] | None:
     """Names and Arrow types of the columns of the first file with rows, else of the first that says them.
 
     Those that folders say are included. None if no file says any. Of JSON lines they are the keys of the
-    first object, of a text document `text`. Raises StorageError where they cannot be had now: without them
-    rows would be asked otherwise.
+    first object, of a text document `text`. Raises StorageError where they cannot be had now of any file:
+    without them rows would be asked otherwise.
     """
     empty: dict[str, str] | None = None
+    out_of_reach: StorageError | None = None
     for reader in readers:
         try:
             columns = reader.columns_told()
         except READ_ERRORS as error:
             if is_out_of_reach(error):
-                raise StorageError(f"{reader.file.path} cannot be read: {cause(error)}") from error
+                out_of_reach = StorageError(f"{reader.file.path} cannot be read: {cause(error)}")
             continue  # reading it will tell
         if columns is not None:
             columns = {key: str(PARTITION_TYPE) for key in reader.file.partitions} | columns
             if reader.num_rows != 0:
                 return columns
             empty = empty or columns
+    if empty is None and out_of_reach is not None:
+        raise out_of_reach
     return empty
