@@ -76,8 +76,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     results, ceilings = [], []
     parts = InParts("lengths", map(_named, wanted))
     with closing(loaded) as model, parts.measuring():
-        for length in wanted:
-            parts.check()
+        for length in parts.each(wanted):
             pack = (
                 real_documents(model, config.document, config, length)
                 if config.document
@@ -94,7 +93,6 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
                 ceilings=ceilings[-1],
                 check=parts.check,
             )
-            parts.ended += 1
     measured_at = {"ceilings": list(map(asdict, ceilings[: parts.ended]))}
     conditions = {**tables.conditions_of(model), **measured_at, **parts.missing}
     if drawn.plot:
@@ -120,8 +118,7 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     prepare(model, [chosen])
     results, parts = [], InParts("lengths", map(_named, wanted))
     with parts.measuring():
-        for length in wanted:
-            parts.check()
+        for length in parts.each(wanted):
             results += measure_offload(
                 model,
                 random_document(model, length),
@@ -133,7 +130,6 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
                 with_resident=config.resident,
                 check=parts.check,
             )
-            parts.ended += 1
     settings = {"method": config.variant, "kv_memory": config.kv_memory, "new_tokens": config.new_tokens}
     conditions = {**tables.conditions_of(model), **settings, **parts.missing}
     _show(switches, conditions, _dicts(results), tables.offload_lines(results))
@@ -151,7 +147,7 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
     model = _opened(config, chosen).load(precision_of(chosen))
     results, parts = [], InParts("lengths", map(_named, wanted))
     with parts.measuring():
-        for length in wanted:
+        for length in parts.each(wanted):
             results += measure_decode(
                 model,
                 [length] * config.documents,
@@ -160,7 +156,6 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
                 repeats=config.repeats,
                 check=parts.check,
             )
-            parts.ended += 1
     conditions = {**tables.conditions_of(model), "new_tokens": config.new_tokens, **parts.missing}
     _show(switches, conditions, _dicts(results), tables.decode_lines(results))
     parts.end()
@@ -285,12 +280,10 @@ def _accuracies(
         cases, left_out = read_cases(config, model, parts.check)
         for message in left_out:
             say(f"left out: {message}")
-        for result in measure_accuracy(
-            model, cases, variants, long_tokens=config.long_tokens, check=parts.check
-        ):
+        measured = measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=parts.check)
+        for result in parts.each(measured):
             say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")
             results.append(result)
-            parts.ended += 1
     tokens = sum(case.document.prompt_tokens for case in cases)
     held = "right answers" if config.has_references else "dense's own answers"
     about: dict[str, Any] = {"held against": held, "rows": len(cases), "prompt tokens": tokens}

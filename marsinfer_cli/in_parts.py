@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from pipeline.errors import MarsError
 from pipeline.interrupts import graceful_stop
+
+T = TypeVar("T")
 
 
 class InParts:
@@ -38,6 +41,12 @@ class InParts:
                 if not self.ended:
                     raise
                 self._failure = error
+
+    def each(self, parts: Iterable[T]) -> Iterator[T]:
+        """The parts, or their results, of which one has ended when the next is asked for."""
+        for part in parts:
+            yield part
+            self.ended += 1
 
     @property
     def missing(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.bench.timing import best_seconds
+from pipeline.checkpoints.device_memory import is_out_of_memory
 from pipeline.engines.memory import USABLE, Packer, memory_message
 from pipeline.model.loading import UnloadedModel
 from pipeline.pruning.capabilities import ReadsAhead, expected_passes
@@ -242,7 +243,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: ModelShape) -
         matrix_s = best_seconds(lambda: x_TD @ w_DF, device, longest_s=TRIAL_S, fewest=1)
         source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
         copy_s = best_seconds(source.clone, device, longest_s=TRIAL_S, fewest=1)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     operations = 2 * tokens * shape.hidden * shape.ffn
     return Rates(matrix=operations / matrix_s, memory=2 * source.numel() / copy_s)
