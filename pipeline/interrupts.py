@@ -1,6 +1,7 @@
 """What ends a run in good order: the first SIGINT, SIGTERM or SIGHUP, or a deadline.
 
-A second signal ends it at once.
+A second signal ends it at once. One that comes within a second of the first is the same stop: `timeout`, a
+terminal under `npm` or `uv run`, and others signal a process both by itself and as one of its group.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import FrameType
 from pipeline.errors import KEPT, DeadlineReached, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_STOP_S = 1.0  # seconds in which signals belong to one stop
 
 _nothing_to_lose = False
 
@@ -25,17 +27,23 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
 
     `kept` ends its message: what becomes of the work so far; a function is asked when the signal has come.
     Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
-    `nothing_to_lose`. A second signal ends it as if nobody had listened: what is in the journal stays there.
-    A SIGHUP that is ignored stays so, as `nohup` wants it. Only the main thread may use this.
+    `nothing_to_lose`. A second signal, `ONE_STOP_S` or more later, ends it as if nobody had listened: what is
+    in the journal stays there. A SIGHUP that is ignored stays so, as `nohup` wants it. Only the main thread
+    may use this.
     """
     received: list[int] = []
+    came_s = 0.0
     checked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal came_s
         if received:
+            if time.monotonic() - came_s < ONE_STOP_S:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
+        came_s = time.monotonic()
         if not checked or _nothing_to_lose:
             raise SystemExit(128 + number)
 
