@@ -9,7 +9,8 @@ from conftest import FAMILY_SETTINGS, SIZES, sharpened
 
 from pipeline.checkpoints.building import random_model
 from pipeline.families.decoder import Decoder
-from pipeline.generation import decode_loop, graphs
+from pipeline.generation import decode_loop
+from pipeline.model import graphs
 
 METHODS = {
     "dense": {},

@@ -15,7 +15,7 @@ from pipeline.bench.inputs import random_document
 from pipeline.bench.timing import best_seconds, in_turns, wait_for
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import DecodeStats
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
 from pipeline.model.variant import Variant, prepare

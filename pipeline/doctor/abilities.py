@@ -10,10 +10,10 @@ from pipeline.doctor.tiny import device, stock_logits, subject
 from pipeline.errors import ConfigError
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import DecodeStats, recorder_for
 from pipeline.kernels.devices import pick_dtype
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
+from pipeline.model.graphs import DecodeStats, recorder_for
 from pipeline.model.loading import attention_for
 from pipeline.pruning.dense import Dense
 

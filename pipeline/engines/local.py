@@ -20,10 +20,10 @@ from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, RunningRow, Table, begun, decoded_alone
 from pipeline.generation.decode import NOT_FINITE_MESSAGE
 from pipeline.generation.generated import Generated, StopRules
-from pipeline.generation.graphs import DecodeStats
 from pipeline.generation.lookup import drafts_of
 from pipeline.generation.sampling import Sampling
 from pipeline.kernels.fused import FP8
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import step_skips

@@ -17,11 +17,11 @@ from pipeline.engines.row_rules import RowRules
 from pipeline.generation.decode import decode
 from pipeline.generation.decode_loop import DecodeLoop
 from pipeline.generation.generated import Generated, StopRules
-from pipeline.generation.graphs import DecodeStats
 from pipeline.generation.lookup import Lookup
 from pipeline.generation.sampling import RowDraws
 from pipeline.generation.step_tables import Seat
 from pipeline.model.cache import RaggedCache
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import LoadedModel
 from pipeline.model.store import Extent, KvStore, slots_needed, store_for
 from pipeline.records import Answer

@@ -10,11 +10,11 @@ import torch
 from pipeline.families.decoder import Decoder
 from pipeline.generation.decode_loop import DecodeLoop
 from pipeline.generation.generated import Generated, StopRules
-from pipeline.generation.graphs import DecodeStats
 from pipeline.generation.guide import Guide
 from pipeline.generation.sampling import RowDraws, Sampling, first_tokens
 from pipeline.generation.step_tables import Seat
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Prefilled
 from pipeline.model.store import rows_in
 from pipeline.pruning.capabilities import StepSkips

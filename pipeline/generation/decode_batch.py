@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.families.step_skipping import StepSkipping
-from pipeline.generation.graphs import StepSize
 from pipeline.generation.lookup import Lookup, Spread, Texts, drafts_of
 from pipeline.generation.sampling import Draws, RowDraws, next_tokens
 from pipeline.generation.step_tables import (
@@ -38,6 +37,7 @@ from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.segments import on_device
 from pipeline.model.cache import KeysValues, MemoryCache
+from pipeline.model.graphs import StepSize
 from pipeline.ranks.leading import OnEachRank, on_every_rank
 
 NOTHING = -2  # in place of a token that a step might have made

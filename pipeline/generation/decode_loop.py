@@ -19,12 +19,12 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.step_skipping import StepSkipping
 from pipeline.generation.decode_batch import batch_for
 from pipeline.generation.generated import Generated
-from pipeline.generation.graphs import DecodeStats, StepSize, runner_for
 from pipeline.generation.lookup import DraftPace, Lookup, drafts_of
 from pipeline.generation.sampling import RowDraws, Sampling
 from pipeline.generation.step_tables import Seat, to_host
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.model.cache import KeysValues
+from pipeline.model.graphs import DecodeStats, StepSize, runner_for
 from pipeline.pruning.capabilities import StepSkips
 from pipeline.structured.matchers import Visit
 

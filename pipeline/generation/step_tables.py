@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.generation.graphs import StepSize
 from pipeline.generation.lookup import Spread
 from pipeline.generation.sampling import (
     Draws,
@@ -30,6 +29,7 @@ from pipeline.generation.sampling import (
 )
 from pipeline.kernels.decoding import Fp8Scales, Ranges, in_chunks, queries_of_a_range
 from pipeline.kernels.segments import on_device
+from pipeline.model.graphs import StepSize
 from pipeline.model.store import Extent
 from pipeline.pruning.shape import ModelShape
 

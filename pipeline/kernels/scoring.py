@@ -18,6 +18,7 @@ from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.segments import Segments
 
 SCORES_AT_ONCE = 1 << 26
+AHEAD_AT_ONCE = 1 << 22  # few enough for the cache of a GPU, as they are gone through several times
 JUDGES_AT_ONCE = 64
 
 
@@ -55,27 +56,32 @@ def attention_received(q_QHd: Tensor, k_TKd: Tensor, decay: float) -> Tensor:
     return mean_HT * queries
 
 
-def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
+def look_ahead_importance(q_NSHd: Tensor, keys: Sequence[Tensor], width: int) -> Tensor:
     """Attention that one document's tokens get from each of S tokens behind them, (S, L - S) float32.
 
-    The keys are those of the document and then of these S tokens, each of which attends to all up to itself.
-    Averaged over `width` neighbours, it is the largest of all heads. As many key/value heads at a time as
-    keep the weights within `SCORES_AT_ONCE` floats, at least one.
+    The keys of each of N layers, (L, K, d), are those of the document and then of these S tokens, each of
+    which attends to all up to itself. Averaged over `width` neighbours, it is the largest of all heads and
+    layers. As many key/value heads of any layer at a time as keep the weights within `AHEAD_AT_ONCE` floats,
+    at least one.
     """
-    queries, heads, head_dim = q_SHd.shape
-    length, kv_heads = len(k_LKd), k_LKd.shape[1]
-    q_KQd = q_SHd.reshape(queries, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
-    k_KdL = k_LKd.permute(1, 2, 0)
-    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_SHd.device).triu(1)
-    largest_SL = q_SHd.new_zeros((queries, length - queries), dtype=torch.float32)
-    at_once = max(1, SCORES_AT_ONCE * kv_heads // (heads * queries * length))
-    for head in range(0, kv_heads, at_once):
-        chunk = slice(head, head + at_once)
-        scores_KGSL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, queries))
-        scores_KGSL.mul_(1 / math.sqrt(head_dim))
-        scores_KGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
-        weights_NSL = scores_KGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
-        largest_SL = torch.maximum(largest_SL, smoothed(weights_NSL, width).amax(0))
+    layers, queries, heads, head_dim = q_NSHd.shape
+    length, kv_heads = len(keys[0]), keys[0].shape[1]
+    # key/value heads of all layers, and the queries of the heads that share each of them
+    q_UQd = (
+        q_NSHd.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(layers * kv_heads, -1, head_dim)
+    )
+    keys_U = [k_LKd[:, head] for k_LKd in keys for head in range(kv_heads)]
+    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_NSHd.device).triu(1)
+    largest_SL = q_NSHd.new_zeros((queries, length - queries), dtype=torch.float32)
+    at_once = max(1, AHEAD_AT_ONCE * kv_heads // (heads * queries * length))
+    for first in range(0, len(keys_U), at_once):
+        chunk = slice(first, first + at_once)
+        k_UdL = torch.stack(keys_U[chunk]).transpose(1, 2)
+        scores_UGSL = _products_fp32(q_UQd[chunk], k_UdL).unflatten(1, (-1, queries))
+        scores_UGSL.mul_(1 / math.sqrt(head_dim))
+        scores_UGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
+        weights_XSL = scores_UGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
+        largest_SL = torch.maximum(largest_SL, smoothed(weights_XSL, width).amax(0))
     return largest_SL
 
 

@@ -104,8 +104,8 @@ class Speculative(PruningMethod):
             counts.append((open_N > 0).sum())
             chunks.append(len(open_N))
         blocks = Segments.of(chunks, scores_ST.device)
-        wanted = [ceil(self.keep * count) for count in torch.stack(counts).tolist()]
-        kept_N = top_mask(torch.cat(means), blocks, wanted)
+        wanted_B = (self.keep * torch.stack(counts).double()).ceil()
+        kept_N = top_mask(torch.cat(means), blocks, wanted_B)
         first_B = blocks.bounds[:-1]
         chunk_T = first_B[segments.document_T] + segments.index_in_document_T // self.chunk
         return (kept_N[chunk_T] | protected_T).nonzero().flatten()

@@ -16,9 +16,9 @@ from decode_steps import exact_model, record_steps
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.row_rules import RowRules
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import StepSize
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.stopping import StopTexts
+from pipeline.model.graphs import StepSize
 from pipeline.pruning.dense import Dense
 from pipeline.records import Row, SamplingParams
 

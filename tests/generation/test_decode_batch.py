@@ -10,7 +10,7 @@ import torch
 from batch_runs import LENGTHS, NEW_TOKENS, SAMPLINGS, Run, alone, chosen, model
 from decode_steps import METHODS, EagerRecorder
 
-import pipeline.generation.graphs as graphs_module
+import pipeline.model.graphs as graphs_module
 from pipeline.generation.decode_batch import DecodeBatch
 from pipeline.generation.sampling import NOT_FINITE, Sampling
 

@@ -9,11 +9,15 @@ import torch
 from conftest import document, pack_of, tiny_model
 from decode_steps import METHODS, EagerRecorder, EndAt
 
-import pipeline.generation.graphs as graphs_module
+import pipeline.model.graphs as graphs_module
 from pipeline.generation.decode import decode
 from pipeline.generation.decode_batch import DecodeBatch
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import (
+from pipeline.generation.sampling import NOT_FINITE, Sampling
+from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.model.cache import RaggedCache
+from pipeline.model.graphs import (
     FEWEST_STEPS,
     SIZES,
     WARM_UP_STEPS,
@@ -23,10 +27,6 @@ from pipeline.generation.graphs import (
     padded,
     recorder_for,
 )
-from pipeline.generation.sampling import NOT_FINITE, Sampling
-from pipeline.kernels.attention import SdpaAttention
-from pipeline.kernels.decode_slots import DecodeSlots
-from pipeline.model.cache import RaggedCache
 from pipeline.model.offload import OffloadedCache
 from pipeline.model.prefill import prefill
 from pipeline.model.store import KvStore

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.generation.graphs import CudaRecorder
+from pipeline.model.graphs import CudaRecorder
 
 
 class Again:

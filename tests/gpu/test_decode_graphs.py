@@ -11,19 +11,19 @@ from conftest import FAMILY_SETTINGS, SIZES, document
 from decode_steps import EndAt
 from steps_from_python import FromPython
 
-import pipeline.generation.graphs as graphs_module
+import pipeline.model.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.generation.decode import decode
 from pipeline.generation.decode_loop import DecodeLoop
 from pipeline.generation.generated import Generated, StopRules
-from pipeline.generation.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
 from pipeline.generation.lookup import Lookup, drafts_of
 from pipeline.generation.sampling import Sampling, first_tokens
 from pipeline.generation.step_tables import Seat
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
+from pipeline.model.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.store import KvStore, slots_needed
@@ -38,6 +38,7 @@ METHODS = {
     "sliminfer": {"layers": (1, 2, 3), "budget": (0.6, 0.4, 0.3), "block": 16, "unit": 4},
     "fastkv": {"layer": 1, "share": 0.4, "kv_share": 0.3},
 }
+READING = {"keep": 0.3, "chunk": 16, "sink": 8, "window": 8, "most": 32}
 LENGTHS = (400, 33, 490, 120, 210, 77, 300, 61)
 ENDS = {1: [60], 3: [60, 15, 33], 8: [60, 12, 14, 60, 16, 18, 20, 22]}  # the last: two of eight remain
 CAPTURES = {1: 1, 3: 3, 8: 3}  # of 3, 2 and 1 columns, which are all that there are; of 8, 4 and 2
@@ -366,3 +367,28 @@ def test_split_keys_agree_with_the_reference(fa3, used):
     wanted = torch.stack(expected)
     for b in range(len(used)):
         assert (got[b].double() - wanted[b]).norm() / wanted[b].norm() < 0.01
+
+
+def test_a_draft_looks_ahead_by_a_graph_as_from_python(fa3, monkeypatch):
+    decoder, method = cuda_decoder(), make_method("speculative", READING)
+    pack = Pack.of([document(n, seed=n, row=row) for row, n in enumerate((490, 120, 300))], CUDA)
+    readings = [prefill(decoder, fa3, method, pack).reading]
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
+    readings.append(prefill(decoder, fa3, method, pack).reading)
+    for reading in readings:
+        assert reading.steps.failure is None
+        assert (reading.steps.captures, reading.steps.replayed_steps) == (1, 8 - WARM_UP_STEPS)
+    assert readings[0].chosen_C.tolist() == readings[1].chosen_C.tolist()
+    assert len(readings[0].chosen_C) < 910
+
+
+def test_no_graph_is_left_of_a_draft(fa3):
+    decoder, method = cuda_decoder(), make_method("speculative", READING)
+    pack = Pack.of([document(490, seed=1)], CUDA)
+    allocated = []
+    for _ in range(3):
+        prefill(decoder, fa3, method, pack)
+        gc.collect()
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] == allocated[2]

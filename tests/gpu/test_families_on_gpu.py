@@ -10,13 +10,13 @@ from steps_from_python import FromPython
 from pipeline.errors import ConfigError
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import DecodeStats
 from pipeline.kernels import reference, sparse
 from pipeline.kernels.attention import BACKENDS, DecodeSlots, choose_attention
 from pipeline.kernels.expert_products import Groups, grouped_fp8_product, grouped_product
 from pipeline.kernels.fp8 import Fp8Weight
 from pipeline.kernels.fused import quantize_rows
 from pipeline.kernels.segments import Segments
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import attention_for
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.dense import Dense
@@ -173,7 +173,7 @@ def test_a_graph_gives_the_tokens_of_its_steps_run_from_python(name, linears, me
 
     replayed, steps = answers()
     assert steps > 0
-    monkeypatch.setattr("pipeline.generation.graphs.recorder_for", lambda device, *_: FromPython(device))
+    monkeypatch.setattr("pipeline.model.graphs.recorder_for", lambda device, *_: FromPython(device))
     assert answers()[0] == replayed
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import SIZES, document, loaded, sharpened
 from steps_from_python import FromPython
 
-import pipeline.generation.graphs as graphs_module
+import pipeline.model.graphs as graphs_module
 from pipeline.checkpoints.building import random_model
 from pipeline.checkpoints.random_weights import byte_tokenizer
 from pipeline.engines.local import LocalEngine

@@ -12,9 +12,9 @@ from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import DecodeStats
 from pipeline.kernels.attention import choose_attention
 from pipeline.kernels.fused import FP8
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.prefill import Pack, prefill
 from pipeline.model.shared import prefill_behind, prefill_prefixes
 from pipeline.pruning.registry import make_method

@@ -11,7 +11,7 @@ from pipeline.bench.inputs import random_document
 from pipeline.families.projection import LinearPrecision
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
-from pipeline.generation.graphs import DecodeStats
+from pipeline.model.graphs import DecodeStats
 from pipeline.model.loading import open_model
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.mars import Mars

@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_model
 
 from pipeline.generation.decode_batch import DecodeBatch
-from pipeline.generation.graphs import StepSize
 from pipeline.generation.step_tables import Seat
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
+from pipeline.model.graphs import StepSize
 
 
 def stored(lengths=(3, 2), new_tokens=2, layers=1):

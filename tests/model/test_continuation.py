@@ -8,12 +8,12 @@ from conftest import document, pack_of, tiny_model
 
 from pipeline.families.decoder import Decoder
 from pipeline.generation.decode_batch import DecodeBatch
-from pipeline.generation.graphs import StepSize
 from pipeline.generation.step_tables import Seat
 from pipeline.kernels import reference
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.segments import Segments
 from pipeline.model.continuation import continue_with
+from pipeline.model.graphs import StepSize
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.registry import make_method

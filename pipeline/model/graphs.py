@@ -141,9 +141,15 @@ class StepRunner(OnEachRank):
     """Runs steps, eagerly at first and by replay where that pays."""
 
     def __init__(
-        self, step: Step, recorder: Recorder | None, attention: AttentionBackend, stats: DecodeStats
+        self,
+        step: Step,
+        recorder: Recorder | None,
+        attention: AttentionBackend,
+        stats: DecodeStats,
+        fewest: int = FEWEST_STEPS,
     ) -> None:
-        self._step, self._recorder = step, recorder
+        """A capture must be good for `fewest` steps."""
+        self._step, self._recorder, self._fewest = step, recorder, fewest
         self._attention, self._stats = attention, stats
         self._recorded: dict[StepSize, Recorded] = {}
         self._warm: Counter[StepSize] = Counter()
@@ -171,7 +177,7 @@ class StepRunner(OnEachRank):
                 self._warm[size] += 1
                 self._stats.eager_steps += 1
                 return self._recorder.warm_up(partial(self._step, size))
-            if steps_left >= FEWEST_STEPS:
+            if steps_left >= self._fewest:
                 self._record(self._recorder, size)
         recorded = self._recorded.get(size)
         if recorded is None:
@@ -199,12 +205,18 @@ class StepRunner(OnEachRank):
 
 @on_every_rank
 def runner_for(
-    decoder: Decoder, attention: AttentionBackend, step: Step, stats: DecodeStats, *, captured: bool
+    decoder: Decoder,
+    attention: AttentionBackend,
+    step: Step,
+    stats: DecodeStats,
+    *,
+    captured: bool,
+    fewest: int = FEWEST_STEPS,
 ) -> StepRunner:
-    """Of steps of a batch that may be `captured`, if they can."""
+    """Of steps of a batch that may be `captured`, if they can, and as `StepRunner` takes them."""
     kind = (decoder.device, decoder.dtype, decoder.shape.head_dim)
     recorder = recorder_for(*kind, attention) if captured else None
-    return StepRunner(step, recorder, attention, stats)
+    return StepRunner(step, recorder, attention, stats, fewest)
 
 
 def padded(rows: int) -> int:

@@ -1,0 +1,98 @@
+"""A draft's reading of prompts: how its steps are run, and that the host waits for none of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import document, pack_of, tiny_model
+from decode_steps import EagerRecorder
+
+import pipeline.model.graphs as graphs_module
+from pipeline.families.decoder import Decoder
+from pipeline.kernels.attention import AttentionBackend, SdpaAttention
+from pipeline.kernels.scoring import look_ahead_importance
+from pipeline.kernels.segments import Segments
+from pipeline.model.graphs import WARM_UP_STEPS
+from pipeline.model.layers import Pack
+from pipeline.model.reading_ahead import FEWEST_REPLAYS, read_ahead
+from pipeline.pruning.speculative import Speculative
+
+
+class Draft(NamedTuple):
+    decoder: Decoder
+    attention: AttentionBackend = SdpaAttention()
+
+
+def method(look_ahead, **changed):
+    return Speculative(keep=0.3, chunk=8, look_ahead=look_ahead, sink=3, window=4, most=16, **changed)
+
+
+def reading(look_ahead):
+    pack = pack_of(document(150), document(9, seed=1), document(71, seed=2))
+    with torch.inference_mode():
+        return read_ahead(Draft(tiny_model("qwen2", seed=7)), method(look_ahead), pack)
+
+
+@pytest.mark.parametrize("look_ahead", [8, WARM_UP_STEPS + FEWEST_REPLAYS - 1, 0])
+def test_a_captured_step_is_replayed_where_that_is_worth_it(monkeypatch, look_ahead):
+    plain, recorder = reading(look_ahead), EagerRecorder()
+    assert (plain.steps.eager_steps, plain.steps.captures) == (look_ahead, 0)
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: recorder)
+    made = reading(look_ahead)
+    replayed = look_ahead - WARM_UP_STEPS if look_ahead == 8 else 0
+    assert (made.steps.eager_steps, made.steps.replayed_steps) == (look_ahead - replayed, replayed)
+    assert made.steps.captures == len(recorder.recorded) == (replayed > 0)
+    assert all(step.closed for step in recorder.recorded)
+    assert made.chosen_C.tolist() == plain.chosen_C.tolist()
+    assert made.flops == plain.flops
+
+
+def test_a_capture_that_fails_leaves_the_same_choice(monkeypatch):
+    plain, recorder = reading(8), EagerRecorder(error=RuntimeError("not now"))
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: recorder)
+    made = reading(8)
+    assert (made.steps.eager_steps, made.steps.failure) == (8, "RuntimeError: not now")
+    assert made.chosen_C.tolist() == plain.chosen_C.tolist()
+
+
+class Stops(Speculative):
+    """Stands in for the choice, in which the host waits once, for the tokens that were chosen."""
+
+    def chosen(self, scores_ST, segments, protected_T):
+        with pytest.raises(NotImplementedError, match="nonzero"):  # of a tensor without data
+            super().chosen(scores_ST, segments, protected_T)
+        assert scores_ST.shape == (1 + self.look_ahead, segments.total)
+        return torch.arange(3, device=scores_ST.device)
+
+
+def test_the_host_waits_for_nothing_before_the_choice():
+    """On tensors without data, of which nothing can be read."""
+    decoder = Decoder(tiny_model("qwen2").model.to("meta"))
+    own = pack_of(document(150), document(9, seed=1))
+    pack = Pack(
+        input_ids=own.input_ids.to("meta"), segments=Segments.of(own.lengths, "meta"), spans=own.spans
+    )
+    with torch.inference_mode():
+        made = read_ahead(Draft(decoder), Stops(look_ahead=8, window=4), pack)
+    assert made.steps.eager_steps == 8
+
+
+@pytest.mark.parametrize("at_once", [1, 4000, 1 << 22])
+def test_attention_of_several_layers_is_that_of_each(monkeypatch, at_once):
+    monkeypatch.setattr("pipeline.kernels.scoring.AHEAD_AT_ONCE", at_once)
+    drawn = torch.Generator().manual_seed(0)
+    layers, steps, length = 3, 2, 40
+    q_NSHd = torch.randn(layers, steps, 6, 8, generator=drawn)
+    keys = [torch.randn(length + steps, 2, 8, generator=drawn) for _ in range(layers)]
+    expected_ST = torch.zeros(steps, length)
+    for q_SHd, k_LKd in zip(q_NSHd, keys, strict=True):
+        for step in range(steps):
+            seen = length + step + 1
+            scores_HL = torch.einsum("hd,lhd->hl", q_SHd[step], k_LKd[:seen].repeat_interleave(3, 1)) / 8**0.5
+            weights_HT = scores_HL.softmax(-1)[:, :length]
+            padded_HT = torch.nn.functional.pad(weights_HT, (2, 2))
+            pooled_HT = sum(padded_HT[:, place : place + length] for place in range(5)) / 5
+            expected_ST[step] = torch.maximum(expected_ST[step], pooled_HT.amax(0))
+    assert torch.allclose(look_ahead_importance(q_NSHd, keys, 5), expected_ST, atol=1e-6)
