@@ -115,7 +115,8 @@ class Frugal(PruningMethod):
             return Selection(cache=view.all_indices[:0], cache_lengths=(0,) * len(view.segments))
         state.chosen = True
         protected_T = self.protected_mask(view)
-        open_B = view.segments.counts((~protected_T).nonzero().flatten())
-        wanted = [ceil(self.keep * count) for count in open_B.tolist()]
-        best_T = top_mask(state.sums_T.masked_fill(protected_T, -torch.inf), view.segments, wanted)
+        open_B = torch.zeros_like(view.segments.lengths_B)
+        open_B.index_add_(0, view.segments.document_T, (~protected_T).to(open_B.dtype))
+        wanted_B = (self.keep * open_B.double()).ceil()
+        best_T = top_mask(state.sums_T.masked_fill(protected_T, -torch.inf), view.segments, wanted_B)
         return Selection(restart=(best_T | protected_T).nonzero().flatten())
