@@ -18,8 +18,9 @@ from pipeline.families.rope import UNROTATED
 from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import MemoryCache, RaggedCache
-from pipeline.model.layers import Pack, PartialPrefill, Survivors, dropped_last_token, run_layers
+from pipeline.model.layers import Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache
+from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.model.reading_ahead import Draft, DraftReading, read_ahead
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection

@@ -7,7 +7,7 @@ it queues the tokens behind them, whose steps it captures as a CUDA graph meanwh
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -23,7 +23,8 @@ from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache
 from pipeline.model.graphs import WARM_UP_STEPS, DecodeStats, StepSize, runner_for
-from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
+from pipeline.model.layers import Survivors, run_layers
+from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import ReadsAhead
@@ -95,9 +96,11 @@ def read_ahead(
     assert state.window_T is not None
     protected = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
     protected_T = mask_of(protected, segments, pack.positions_T)
-    with closing(LookAhead(decoder, attention, begun.cache, method.look_ahead)) as ahead:
-        scores_ST = state.window_T[None]
+    scores_ST, steps = state.window_T[None], DecodeStats()
+    with ExitStack() as stack:
         if method.look_ahead:
+            ahead = LookAhead(decoder, attention, begun.cache, method.look_ahead, steps)
+            stack.callback(ahead.close)
             ahead.run(outcome.hidden_TD, check)
             scores_ST = torch.cat((scores_ST, ahead.scores(method.pool)))
         # the choice waits for the device, so that the graph is not in use any more
@@ -108,7 +111,7 @@ def read_ahead(
         shape=decoder.shape,
         work=begun.work,
         look_ahead=method.look_ahead,
-        steps=ahead.stats,
+        steps=steps,
     )
 
 
@@ -119,10 +122,20 @@ class LookAhead:
     replayed. Letters beside those of segments.py: N layers, S steps.
     """
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, cache: RaggedCache, count: int) -> None:
-        """Of prompts that the `cache` holds all of, with room for `count` more tokens each."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: AttentionBackend,
+        cache: RaggedCache,
+        count: int,
+        stats: DecodeStats,
+    ) -> None:
+        """Of prompts that the `cache` holds all of, with room for `count` more tokens each.
+
+        `stats` are told how the steps were run.
+        """
         self._decoder, self._attention, self._cache, self._count = decoder, attention, cache, count
-        self._slots, self.stats = cache.slots[0], DecodeStats()
+        self._slots = cache.slots[0]
         device, lengths = decoder.device, self._slots.segments.lengths
         self._documents = len(lengths)
         own = decoder.own
@@ -141,7 +154,7 @@ class LookAhead:
         self._by_device = attention.captures(device, decoder.dtype, own.head_dim)
         captured = count >= WARM_UP_STEPS + FEWEST_REPLAYS
         self._runner = runner_for(
-            decoder, attention, self._step, self.stats, captured=captured, fewest=FEWEST_REPLAYS
+            decoder, attention, self._step, stats, captured=captured, fewest=FEWEST_REPLAYS
         )
 
     @torch.inference_mode()

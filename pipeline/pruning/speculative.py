@@ -126,6 +126,12 @@ class DraftReader(PruningMethod):
 
     ahead: ReadsAhead
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return False
+
+    def queries_at_end(self, lengths: Sequence[int], spans: Sequence[Spans]) -> tuple[int, ...]:
+        return self.ahead.windows(lengths, spans)
+
     def begin(self, plan: Plan) -> DraftScores:
         return DraftScores()
 
@@ -135,4 +141,7 @@ class DraftReader(PruningMethod):
             [smoothed(attention_T[None, a:b], self.ahead.pool)[0] for a, b in view.segments.ranges()]
         )
         state.window_T = pooled_T if state.window_T is None else torch.maximum(state.window_T, pooled_T)
-        return KEEP_ALL
+        if self.ahead.look_ahead:
+            return KEEP_ALL
+        # nothing comes behind the prompts that would read their keys and values
+        return Selection(cache=view.all_indices[:0], cache_lengths=(0,) * len(view.segments))

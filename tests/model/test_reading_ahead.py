@@ -15,7 +15,7 @@ from pipeline.kernels.attention import AttentionBackend, SdpaAttention
 from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.graphs import WARM_UP_STEPS
-from pipeline.model.layers import Pack
+from pipeline.model.pack import Pack
 from pipeline.model.reading_ahead import FEWEST_REPLAYS, read_ahead
 from pipeline.pruning.speculative import Speculative
 
@@ -55,6 +55,12 @@ def test_a_capture_that_fails_leaves_the_same_choice(monkeypatch):
     made = reading(8)
     assert (made.steps.eager_steps, made.steps.failure) == (8, "RuntimeError: not now")
     assert made.chosen_C.tolist() == plain.chosen_C.tolist()
+
+
+def test_the_draft_computes_of_its_last_layer_only_what_is_scored():
+    work = reading(8).work
+    assert work.last_only == [False, False, False, True]
+    assert work.scored_pairs == [(8 * 150, 8 * 9, 8 * 71)] * 4  # the eight tokens behind each document
 
 
 class Stops(Speculative):
