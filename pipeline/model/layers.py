@@ -155,6 +155,12 @@ class _Run:
         """
         decoder, work = self.decoder, self.work
         q_THd, k_TKd, v_TKd = self._projected(layer)
+        selection = None
+        if layer == self.method.restarting_layer(decoder.shape):
+            view = self._view(layer, q_THd, k_TKd, v_TKd)
+            selection = self._selected(layer, view)
+            if selection.restart is not None:
+                return self._restarted(view, selection, torch.zeros(len(self.segments), dtype=torch.int64))
         attention = self._attention(layer, k_TKd, v_TKd)
         for piece in self.pieces:
             if q_THd is None:
@@ -169,14 +175,11 @@ class _Run:
                 piece.kept.in_both_(add, self.hidden_TD[piece.rows], attended_QHd)
         del q_QHd, attended_QHd  # whose memory the feed-forward network needs
         pairs_B, estimated = attention.pairs_B(decoder.own.heads), attention.estimated
-        view = self._view(layer, q_THd, k_TKd, v_TKd)
-        selection = self.method.select(layer, view, self.state)
-        if decoder.ranks is not None:
-            selection = agreed(selection, decoder.ranks, self.segments.total, decoder.device)
+        if selection is None:
+            view = self._view(layer, q_THd, k_TKd, v_TKd)
+            selection = self._selected(layer, view)
         if selection.restart is not None:
-            work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
-            work.mark(view, selection.restart, view.all_indices[:0], None)
-            return selection
+            return self._restarted(view, selection, pairs_B, estimated)
         if selection.blocks is not None:
             self.cache.settle(layer, selection.blocks)
         self.cache.store_chosen(*attention.stored, selection.cache, selection.cache_lengths)
@@ -190,6 +193,25 @@ class _Run:
         if ends:
             self._keep(self._last_tokens(), _singles(self.segments))
         return None
+
+    def _selected(self, layer: int, view: LayerView) -> Selection:
+        """What the method decides, the same on all ranks."""
+        selection, ranks = self.method.select(layer, view, self.state), self.decoder.ranks
+        if ranks is None:
+            return selection
+        return agreed(selection, ranks, self.segments.total, self.decoder.device)
+
+    def _restarted(
+        self,
+        view: LayerView,
+        selection: Selection,
+        pairs_B: Tensor | None,
+        estimated: tuple[int, ...] | None = None,
+    ) -> Selection:
+        """Count a layer behind which the prefill begins anew, and the pairs that its attention computed."""
+        self.work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
+        self.work.mark(view, selection.restart, view.all_indices[:0], None)
+        return selection
 
     def end(self, layer: int) -> None:
         """Run the model's last layer for what is read of it: keys and values, and each prompt's last token.

@@ -22,7 +22,7 @@ from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache
-from pipeline.model.graphs import WARM_UP_STEPS, DecodeStats, StepSize, runner_for
+from pipeline.model.graphs import WARM_UP_STEPS, DecodeStats, StepRunner, StepSize, runner_for
 from pipeline.model.layers import Survivors, run_layers
 from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.model.work import Work
@@ -96,12 +96,16 @@ def read_ahead(
     assert state.window_T is not None
     protected = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
     protected_T = mask_of(protected, segments, pack.positions_T)
-    scores_ST, steps = state.window_T[None], DecodeStats()
+    scores_ST, steps, count = state.window_T[None], DecodeStats(), method.look_ahead
     with ExitStack() as stack:
-        if method.look_ahead:
-            ahead = LookAhead(decoder, attention, begun.cache, method.look_ahead, steps)
-            stack.callback(ahead.close)
-            ahead.run(outcome.hidden_TD, check)
+        if count:
+            ahead = LookAhead(decoder, attention, begun.cache, count)
+            captured = count >= WARM_UP_STEPS + FEWEST_REPLAYS
+            runner = runner_for(
+                decoder, attention, ahead.step, steps, captured=captured, fewest=FEWEST_REPLAYS
+            )
+            stack.callback(runner.close)
+            ahead.run(runner, outcome.hidden_TD, check)
             scores_ST = torch.cat((scores_ST, ahead.scores(method.pool)))
         # the choice waits for the device, so that the graph is not in use any more
         chosen_C = method.chosen(scores_ST, segments, protected_T)
@@ -110,7 +114,7 @@ def read_ahead(
         segments=segments,
         shape=decoder.shape,
         work=begun.work,
-        look_ahead=method.look_ahead,
+        look_ahead=count,
         steps=steps,
     )
 
@@ -122,18 +126,8 @@ class LookAhead:
     replayed. Letters beside those of segments.py: N layers, S steps.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        attention: AttentionBackend,
-        cache: RaggedCache,
-        count: int,
-        stats: DecodeStats,
-    ) -> None:
-        """Of prompts that the `cache` holds all of, with room for `count` more tokens each.
-
-        `stats` are told how the steps were run.
-        """
+    def __init__(self, decoder: Decoder, attention: AttentionBackend, cache: RaggedCache, count: int) -> None:
+        """Of prompts that the `cache` holds all of, with room for `count` more tokens each."""
         self._decoder, self._attention, self._cache, self._count = decoder, attention, cache, count
         self._slots = cache.slots[0]
         device, lengths = decoder.device, self._slots.segments.lengths
@@ -152,19 +146,18 @@ class LookAhead:
         self._step_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self._host_step = 0  # the same where attention needs counts of the host, and steps are run by it
         self._by_device = attention.captures(device, decoder.dtype, own.head_dim)
-        captured = count >= WARM_UP_STEPS + FEWEST_REPLAYS
-        self._runner = runner_for(
-            decoder, attention, self._step, stats, captured=captured, fewest=FEWEST_REPLAYS
-        )
 
     @torch.inference_mode()
-    def run(self, last_BD: Tensor, check: Callable[[], None]) -> None:
-        """Generate the tokens, the first of them by the residual stream of each prompt's last token."""
+    def run(self, runner: StepRunner, last_BD: Tensor, check: Callable[[], None]) -> None:
+        """Generate the tokens, the first of them by the residual stream of each prompt's last token.
+
+        The `runner` runs `step`.
+        """
         size = StepSize(columns=self._documents, queries=self._documents)
         self._token_B.copy_(self._decoder.head(last_BD).argmax(-1))
         for left in range(self._count, 0, -1):
             check()
-            self._runner.run(size, left)
+            runner.run(size, left)
 
     @torch.inference_mode()
     def scores(self, pool: int) -> Tensor:
@@ -183,11 +176,7 @@ class LookAhead:
         ]
         return torch.cat(documents, dim=1)
 
-    def close(self) -> None:
-        """Free the graph."""
-        self._runner.close()
-
-    def _step(self, size: StepSize) -> None:
+    def step(self, size: StepSize) -> None:
         """Run the newest token of each prompt through the draft, and go on to the one that follows it."""
         decoder, cache = self._decoder, self._cache
         hidden_BD = decoder.embed(self._token_B)

@@ -173,6 +173,13 @@ class PruningMethod(ABC):
         """
         return True
 
+    def restarting_layer(self, shape: ModelShape) -> int | None:
+        """The layer, if there is one, at which `select` usually asks to begin anew.
+
+        It is asked there before attention, which is left out if it does; `hidden` is what entered the layer.
+        """
+        return None
+
     def queries_at_end(self, lengths: Sequence[int], spans: Sequence[Spans]) -> tuple[int, ...] | None:
         """Of how many last tokens of each document `select` reads the queries at the model's last layer.
 

@@ -85,6 +85,9 @@ class Frugal(PruningMethod):
         tokens = sum(min(n, ceil(self.keep * n) + self.ends.bound) for n in lengths)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(tokens,) * shape.layers)
 
+    def restarting_layer(self, shape: ModelShape) -> int:
+        return self.last_judging(shape.layers)
+
     def needs_last_layer(self, shape: ModelShape) -> bool:
         return self.keep < 1 and self.last_judging(shape.layers) == shape.layers - 1
 
@@ -94,7 +97,10 @@ class Frugal(PruningMethod):
         again = self.to_the_end(shape, whole_layers(shape.layers, kept))
         if self.keep >= 1:
             return [again]
-        return [[*whole_layers(self.last_judging(shape.layers), length), LayerWork(length, 0)], again]
+        return [
+            [*whole_layers(self.last_judging(shape.layers), length), LayerWork(length, 0, pairs=0)],
+            again,
+        ]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return self.ends.ranges(length, spans)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend, SdpaAttention
 from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments
+from pipeline.model.cache import RaggedCache
 from pipeline.model.graphs import WARM_UP_STEPS
 from pipeline.model.pack import Pack
 from pipeline.model.reading_ahead import FEWEST_REPLAYS, read_ahead
@@ -55,6 +58,27 @@ def test_a_capture_that_fails_leaves_the_same_choice(monkeypatch):
     made = reading(8)
     assert (made.steps.eager_steps, made.steps.failure) == (8, "RuntimeError: not now")
     assert made.chosen_C.tolist() == plain.chosen_C.tolist()
+
+
+def test_the_drafts_memory_is_given_back_at_once(monkeypatch):
+    """Nothing holds the keys and values in a circle, until garbage is collected."""
+    caches, recorder = [], EagerRecorder()
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda *_: recorder)
+
+    def noted(*arguments):
+        cache = RaggedCache(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr("pipeline.model.reading_ahead.RaggedCache", noted)
+    gc.disable()
+    try:
+        made = reading(8)
+        recorder.recorded.clear()  # which a GPU's would not hold
+        assert [cache() for cache in caches] == [None]
+        assert made.steps.replayed_steps > 0
+    finally:
+        gc.enable()
 
 
 def test_the_draft_computes_of_its_last_layer_only_what_is_scored():
