@@ -18,8 +18,9 @@ from pipeline.families.decoder import Decoder
 from pipeline.families.exit_maps import MapsHeader, behind_norm, mapped_layers, own_map, plainly_normed
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import RaggedCache
-from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
+from pipeline.model.layers import Survivors, run_layers
 from pipeline.model.loading import LoadedModel
+from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.pruning.dense import Dense
 from pipeline.records import EncodedDocument, Spans
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from pipeline.kernels.modules import kernels_for
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, on_device
 
 SCORES_AT_ONCE = 1 << 26
+AHEAD_AT_ONCE = 1 << 22  # few enough for the cache of a GPU, as they are gone through several times
 JUDGES_AT_ONCE = 64
 
 
@@ -55,27 +56,32 @@ def attention_received(q_QHd: Tensor, k_TKd: Tensor, decay: float) -> Tensor:
     return mean_HT * queries
 
 
-def look_ahead_importance(q_SHd: Tensor, k_LKd: Tensor, width: int) -> Tensor:
+def look_ahead_importance(q_NSHd: Tensor, keys: Sequence[Tensor], width: int) -> Tensor:
     """Attention that one document's tokens get from each of S tokens behind them, (S, L - S) float32.
 
-    The keys are those of the document and then of these S tokens, each of which attends to all up to itself.
-    Averaged over `width` neighbours, it is the largest of all heads. As many key/value heads at a time as
-    keep the weights within `SCORES_AT_ONCE` floats, at least one.
+    The keys of each of N layers, (L, K, d), are those of the document and then of these S tokens, each of
+    which attends to all up to itself. Averaged over `width` neighbours, it is the largest of all heads and
+    layers. As many key/value heads of any layer at a time as keep the weights within `AHEAD_AT_ONCE` floats,
+    at least one.
     """
-    queries, heads, head_dim = q_SHd.shape
-    length, kv_heads = len(k_LKd), k_LKd.shape[1]
-    q_KQd = q_SHd.reshape(queries, kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
-    k_KdL = k_LKd.permute(1, 2, 0)
-    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_SHd.device).triu(1)
-    largest_SL = q_SHd.new_zeros((queries, length - queries), dtype=torch.float32)
-    at_once = max(1, SCORES_AT_ONCE * kv_heads // (heads * queries * length))
-    for head in range(0, kv_heads, at_once):
-        chunk = slice(head, head + at_once)
-        scores_KGSL = _products_fp32(q_KQd[chunk], k_KdL[chunk]).unflatten(1, (-1, queries))
-        scores_KGSL.mul_(1 / math.sqrt(head_dim))
-        scores_KGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
-        weights_NSL = scores_KGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
-        largest_SL = torch.maximum(largest_SL, smoothed(weights_NSL, width).amax(0))
+    layers, queries, heads, head_dim = q_NSHd.shape
+    length, kv_heads = len(keys[0]), keys[0].shape[1]
+    # key/value heads of all layers, and the queries of the heads that share each of them
+    q_UQd = (
+        q_NSHd.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(layers * kv_heads, -1, head_dim)
+    )
+    keys_U = [k_LKd[:, head] for k_LKd in keys for head in range(kv_heads)]
+    future_SS = torch.ones(queries, queries, dtype=torch.bool, device=q_NSHd.device).triu(1)
+    largest_SL = q_NSHd.new_zeros((queries, length - queries), dtype=torch.float32)
+    at_once = max(1, AHEAD_AT_ONCE * kv_heads // (heads * queries * length))
+    for first in range(0, len(keys_U), at_once):
+        chunk = slice(first, first + at_once)
+        k_UdL = torch.stack(keys_U[chunk]).transpose(1, 2)
+        scores_UGSL = _products_fp32(q_UQd[chunk], k_UdL).unflatten(1, (-1, queries))
+        scores_UGSL.mul_(1 / math.sqrt(head_dim))
+        scores_UGSL[..., length - queries :].masked_fill_(future_SS, -math.inf)
+        weights_XSL = scores_UGSL.softmax(-1)[..., : length - queries].flatten(0, 1)
+        largest_SL = torch.maximum(largest_SL, smoothed(weights_XSL, width).amax(0))
     return largest_SL
 
 
@@ -86,23 +92,42 @@ def received_attention(q_THd: Tensor, k_TKd: Tensor, segments: Segments, judges:
     least as far before them as one judge before the next: by their softmax attention, mean over heads, times
     the number of tokens that they attend to. The mean over a token's judges; infinite for who has none.
     """
-    return torch.cat([_received(q_THd[a:b], k_TKd[a:b], judges) for a, b in segments.ranges()])
+    apart, kernels = [-(-length // judges) for length in segments.lengths], _kernels(q_THd)
+    apart_B, document_T = on_device(apart, q_THd.device), segments.document_T
+    judges_B = (segments.lengths_B - 1) // apart_B + 1
+    if kernels is None:
+        documents = zip(segments.ranges(), apart, strict=True)
+        sums_T = torch.cat([_judged(q_THd[a:b], k_TKd[a:b], step) for (a, b), step in documents])
+    else:
+        windows = (judges,) * len(segments)
+        means_KT = kernels.window_attention(q_THd, k_TKd, segments, windows, largest=False, apart=apart)
+        sums_T = means_KT.mean(0) * judges_B[document_T]
+    # a document's judges but those that are as near to a token as one to the next, or before it
+    left_T = segments.lengths_B[document_T] - 1 - segments.index_in_document_T
+    counts_T = left_T // apart_B[document_T]
+    return torch.where(counts_T > 0, sums_T / counts_T, math.inf)
 
 
-def _received(q_LHd: Tensor, k_LKd: Tensor, judges: int) -> Tensor:
-    """(L,) the same for one document, in plain torch: some judges at a time, as `SCORES_AT_ONCE` allows."""
+def _judged(q_LHd: Tensor, k_LKd: Tensor, apart: int) -> Tensor:
+    """(L,) what the judges of one document give each token, in plain torch; one stands `apart` from the next.
+
+    Some judges at a time, as `SCORES_AT_ONCE` allows, and for these the keys up to the last of them.
+    """
     length, heads, head_dim = q_LHd.shape
-    index_L, apart = torch.arange(length, device=q_LHd.device), -(-length // judges)
-    judge_N = torch.arange((length - 1) % apart, length, apart, device=q_LHd.device)
+    index_L, first = torch.arange(length, device=q_LHd.device), (length - 1) % apart
     k_KdL, sums_L = k_LKd.permute(1, 2, 0), torch.zeros(length, device=q_LHd.device)
-    for at_R in judge_N.split(max(1, min(JUDGES_AT_ONCE, SCORES_AT_ONCE // (heads * length)))):
-        q_KQd = q_LHd[at_R].unflatten(1, (k_LKd.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
-        scores_KGRL = _products_fp32(q_KQd, k_KdL).unflatten(1, (-1, len(at_R)))
-        scores_KGRL.mul_(1 / math.sqrt(head_dim)).masked_fill_(index_L > at_R[:, None], -math.inf)
-        weights_RL = scores_KGRL.softmax(-1).mean((0, 1)) * (at_R + 1)[:, None]
-        sums_L += weights_RL.masked_fill_(index_L > at_R[:, None] - apart, 0.0).sum(0)
-    counts_L = len(judge_N) - torch.searchsorted(judge_N, index_L + apart)
-    return torch.where(counts_L > 0, sums_L / counts_L, math.inf)
+    rows = max(1, min(JUDGES_AT_ONCE, SCORES_AT_ONCE // (heads * length)))
+    for start in range(first, length, rows * apart):
+        at_R = index_L[start : start + rows * apart : apart]
+        seen = start + (len(at_R) - 1) * apart + 1  # up to the last of these judges
+        q_KQd = q_LHd[start:seen:apart].unflatten(1, (k_LKd.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        scores_KGRS = _products_fp32(q_KQd, k_KdL[..., :seen]).unflatten(1, (-1, len(at_R)))
+        scores_KGRS.mul_(1 / math.sqrt(head_dim))
+        # up to the first of them all judges see all
+        scores_KGRS[..., start:].masked_fill_(index_L[start:seen] > at_R[:, None], -math.inf)
+        weights_RS = scores_KGRS.softmax(-1).mean((0, 1)) * (at_R + 1)[:, None]
+        sums_L[:seen] += weights_RS.masked_fill_(index_L[:seen] > at_R[:, None] - apart, 0.0).sum(0)
+    return sums_L
 
 
 def windows_of(window: int | Sequence[int], segments: Segments) -> tuple[int, ...]:

@@ -26,12 +26,16 @@ def mass_mask(scores_T: Tensor, segments: Segments, eta: float) -> Tensor:
     return _unsorted(keep_BL, order_BL, segments)
 
 
-def top_mask(scores_T: Tensor, segments: Segments, counts: Sequence[int]) -> Tensor:
-    """The `counts[b]` best tokens of each document; ties go to the earlier token. (T,) bool mask."""
+def top_mask(scores_T: Tensor, segments: Segments, counts: Sequence[int] | Tensor) -> Tensor:
+    """The `counts[b]` best tokens of each document; ties go to the earlier token. (T,) bool mask.
+
+    Counts that only the device knows are given as a tensor, (B,), so that the host need not wait for them.
+    """
     scores_BL = segments.padded(scores_T, fill=float("-inf"))
     order_BL = scores_BL.sort(dim=-1, descending=True, stable=True).indices
     rank_L = torch.arange(segments.longest, device=scores_T.device)
-    keep_BL = rank_L < on_device(counts, scores_T.device)[:, None]
+    count_B = counts if isinstance(counts, Tensor) else on_device(counts, scores_T.device)
+    keep_BL = rank_L < count_B[:, None]
     return _unsorted(keep_BL, order_BL, segments)
 
 

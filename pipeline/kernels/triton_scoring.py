@@ -44,6 +44,7 @@ def window_attention(
     by_head: bool = False,
     decay: float = 1.0,
     absent: int = 0,
+    apart: Sequence[int] | None = None,
 ) -> Tensor:
     """(K, T) float32 attention of each document's last `windows[b]` queries, mean over them.
 
@@ -51,12 +52,17 @@ def window_attention(
     up to 256 dimensions. Three launches, whatever the documents; float32 is multiplied on tensor cores too,
     as three products of parts. Each query counts `decay` times as much as the one after it. The queries of
     the first `absent` tokens are not there.
+
+    With `apart` the queries of document b are its last token and those `apart[b]`, 2 * `apart[b]`, ... before
+    it. Of each of them what a key gets counts as often as the query has keys, and only if the key stands at
+    least `apart[b]` tokens before it: see `scoring.received_attention`.
     """
     (tokens, kv_heads), (_, heads, head_dim) = k_TKd.shape[:2], q_THd.shape
     group, widest = heads // kv_heads, max(windows)  # as asked for: a short document compiles nothing anew
     keys, most_rows = _tile(q_THd.dtype, head_dim)
     rows, joint_rows = (power_of_two(count, FEWEST, most_rows) for count in (widest, group * widest))
-    table, blocks, partials, queries = _table(segments, windows, keys)
+    judged, apart = apart is not None, apart or (1,) * len(segments)
+    table, blocks, partials, queries = _table(segments, windows, apart, keys)
     partial_logs, logs, sums_KT = (
         torch.empty(shape, dtype=torch.float32, device=q_THd.device)
         for shape in (partials * heads, queries * heads, (heads if by_head else kv_heads, tokens))
@@ -73,7 +79,8 @@ def window_attention(
     grid = (len(segments), kv_heads, -(-group * widest // ADDED_ROWS))
     added_sums_kernel[grid](partial_logs, table, len(segments), kv_heads, group, logs, **added)
     given = (*inputs, logs, sums_KT, tokens, math.log2(decay))
-    weights_kernel[(blocks, kv_heads)](*given, **sizes, ROWS=rows, LARGEST=largest, BY_HEAD=by_head)
+    options = {"LARGEST": largest, "BY_HEAD": by_head, "JUDGED": judged}
+    weights_kernel[(blocks, kv_heads)](*given, **sizes, ROWS=rows, **options)
     return sums_KT
 
 
@@ -84,20 +91,23 @@ def _tile(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
     return (WIDE_KEYS if head_dim > WIDE_HEAD // 2 else KEYS), ROWS
 
 
-def _table(segments: Segments, windows: Sequence[int], keys: int) -> tuple[Tensor, int, int, int]:
-    """(6, B) int32 that the kernels find documents in, and the sums of its columns 0, 4 and 5.
+def _table(
+    segments: Segments, windows: Sequence[int], apart: Sequence[int], keys: int
+) -> tuple[Tensor, int, int, int]:
+    """(7, B) int32 that the kernels find documents in, and the sums of its columns 0, 4 and 5.
 
-    First block of keys, first token, length, window, first of the partial sums and first of the queries;
-    the last two counted for one query head.
+    First block of keys, first token, length, window, first of the partial sums and first of the queries,
+    these two counted for one query head, and how many tokens each query stands before the next.
     """
     lengths = segments.lengths
-    seen = [min(window, length) for window, length in zip(windows, lengths, strict=True)]
+    places = [-(-length // step) for length, step in zip(lengths, apart, strict=True)]
+    seen = [min(window, count) for window, count in zip(windows, places, strict=True)]
     blocks = [-(-length // keys) for length in lengths]
     firsts, partials, queries = (
         list(accumulate(counts, initial=0))
         for counts in (blocks, (n * window for n, window in zip(blocks, seen, strict=True)), seen)
     )
-    columns = (firsts[:-1], segments.offsets[:-1], lengths, seen, partials[:-1], queries[:-1])
+    columns = (firsts[:-1], segments.offsets[:-1], lengths, seen, partials[:-1], queries[:-1], apart)
     return on_device(columns, segments.device, torch.int32), firsts[-1], partials[-1], queries[-1]
 
 
@@ -128,12 +138,12 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
     first_block, start, length, window = _document(table, documents, document)
     key = (block - first_block) * KEYS + tl.arange(0, KEYS)
     keys = _vectors(k, k_token_stride, k_head_stride, head_dim, start + key, kv_head, key < length, DIM)
-    count = group * window
+    count, apart = group * window, tl.load(table + 6 * documents + document)
     partial = tl.load(table + 4 * documents + document).to(tl.int64) + (block - first_block) * window
     out = partial_logs + (partial * kv_heads + kv_head * window) * group
     for first_row in range(0, count, ROWS):
         row = first_row + tl.arange(0, ROWS)
-        query = length - window + row % window
+        query = length - 1 - (window - 1 - row % window) * apart
         head = kv_head * group + row // window
         at = start + query - absent
         queries = _vectors(q, q_token_stride, q_head_stride, head_dim, at, head, row < count, DIM)
@@ -203,6 +213,7 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     LARGEST: tl.constexpr,
     BY_HEAD: tl.constexpr,
+    JUDGED: tl.constexpr,
 ):
     """The second pass: each program takes one block of keys of one head; a tile never spans query heads.
 
@@ -216,13 +227,14 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     keys = _vectors(k, k_token_stride, k_head_stride, head_dim, start + key, kv_head, key < length, DIM)
     log_start = tl.load(table + 5 * documents + document).to(tl.int64)
     head_logs = logs + (log_start * kv_heads + kv_head * window) * group
+    apart = tl.load(table + 6 * documents + document)
     tiles = (window + ROWS - 1) // ROWS
     total = tl.full([KEYS], 0, tl.float32)
     head_total = total
     for tile in range(group * tiles):
         head, row = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
         inside = row < window
-        query = length - window + row
+        query = length - 1 - (window - 1 - row) * apart
         at = start + query - absent
         queries = _vectors(
             q, q_token_stride, q_head_stride, head_dim, at, kv_head * group + head, inside, DIM
@@ -231,6 +243,9 @@ def weights_kernel(  # type: ignore[no-untyped-def]
         products = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * scale
         seen = (key[:, None] <= query[None, :]) & inside[None, :]
         log -= decay * (window - 1 - row)
+        if JUDGED:
+            seen &= key[:, None] <= query[None, :] - apart
+            log -= tl.log2((query + 1).to(tl.float32))
         weights = tl.reduce(tl.exp2(tl.where(seen, products, UNSEEN) - log[None, :]), 1, plus)
         if BY_HEAD:
             head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights

@@ -28,7 +28,6 @@ def continue_with(
     first_positions: Sequence[int],
     check: Callable[[], None] = lambda: None,
     last_only: bool = False,
-    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Run `tokens`, at least one of each document, through the layers that the cache has, and into it.
 
@@ -65,8 +64,6 @@ def continue_with(
             behind = None if behind is None else _Behind.of(decoder, cache, at)
         else:
             q_NHd, k_NKd, v_NKd = decoder.qkv(layer, hidden_ND, rope)
-        if observe is not None:
-            observe(layer, q_NHd)
         keys.index_copy_(0, places_N, k_NKd)
         values.index_copy_(0, places_N, v_NKd)
         if behind is None:

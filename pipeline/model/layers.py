@@ -5,10 +5,9 @@ Of the model's last layer nothing is read but each prompt's last token, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -25,82 +24,12 @@ from pipeline.kernels.segments import Segments, on_device
 from pipeline.kernels.sparse_prefill import SparsePrefill
 from pipeline.model.cache import RaggedCache
 from pipeline.model.early_exit import EarlyExit, LayerAttention
+from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.model.precision import Kept, Make, feed_forward, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.agreeing import agreed
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.view import LayerView
-from pipeline.records import EncodedDocument, Spans
-
-
-class Whole(NamedTuple):
-    """The prompts of a pack before tokens of theirs were left out."""
-
-    lengths: tuple[int, ...]
-    positions_T: Tensor  # (T,) of the tokens that are left
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pack:
-    """Documents that are prefilled together, end to end."""
-
-    input_ids: Tensor  # (T,)
-    segments: Segments
-    spans: tuple[Spans, ...]
-    whole: Whole | None = None  # prompts that these are only some tokens of
-    answer_tokens: tuple[int, ...] = ()  # that may follow each prompt, which LongRoPE depends on
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each whole prompt."""
-        return self.segments.lengths if self.whole is None else self.whole.lengths
-
-    @property
-    def positions_T(self) -> Tensor:
-        """(T,) the places of the tokens in their whole prompts."""
-        return self.segments.index_in_document_T if self.whole is None else self.whole.positions_T
-
-    def reaches(self, new_tokens: int) -> tuple[int, ...]:
-        """Tokens that each document may come to have, with `new_tokens` of answers that nothing tells of."""
-        return tuple(map(add, self.lengths, self.answer_tokens or (new_tokens,) * len(self.lengths)))
-
-    @classmethod
-    def of(
-        cls, documents: Sequence[EncodedDocument], device: torch.device, answer_tokens: Sequence[int] = ()
-    ) -> Pack:
-        """`answer_tokens` are needed where answers are decoded elsewhere than in the prefill's cache."""
-        ids = torch.cat([torch.from_numpy(document.input_ids) for document in documents])
-        lengths = [document.prompt_tokens for document in documents]
-        spans = tuple(document.spans for document in documents)
-        segments = Segments.of(lengths, device)
-        return cls(
-            input_ids=ids.to(device), segments=segments, spans=spans, answer_tokens=tuple(answer_tokens)
-        )
-
-    def only(self, indices: Tensor) -> Pack:
-        """The same documents with some of their tokens; the spans remain those of the whole prompts."""
-        ids = self.input_ids.index_select(0, indices)
-        return replace(self, input_ids=ids, segments=self.segments.left(indices), whole=None)
-
-    def thinned(self, indices: Tensor) -> Pack:
-        """The same documents with some of their tokens, at the positions that they have in all of them."""
-        whole = Whole(lengths=self.lengths, positions_T=self.positions_T.index_select(0, indices))
-        return replace(self.only(indices), whole=whole)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartialPrefill:
-    """A pass over a pack before layer `layers`: what the layers before it have made."""
-
-    layers: int
-    hidden_TD: Tensor  # overwritten by the layers that follow
-    cache: RaggedCache
-    work: Work
-
-    @classmethod
-    def afresh(cls, decoder: Decoder, pack: Pack, cache: RaggedCache, marks: bool = False) -> PartialPrefill:
-        work = Work(marks=[] if marks else None)
-        return cls(layers=0, hidden_TD=decoder.embed(pack.input_ids), cache=cache, work=work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +155,12 @@ class _Run:
         """
         decoder, work = self.decoder, self.work
         q_THd, k_TKd, v_TKd = self._projected(layer)
+        selection = None
+        if layer == self.method.restarting_layer(decoder.shape):
+            view = self._view(layer, q_THd, k_TKd, v_TKd)
+            selection = self._selected(layer, view)
+            if selection.restart is not None:
+                return self._restarted(view, selection, torch.zeros(len(self.segments), dtype=torch.int64))
         attention = self._attention(layer, k_TKd, v_TKd)
         for piece in self.pieces:
             if q_THd is None:
@@ -240,14 +175,11 @@ class _Run:
                 piece.kept.in_both_(add, self.hidden_TD[piece.rows], attended_QHd)
         del q_QHd, attended_QHd  # whose memory the feed-forward network needs
         pairs_B, estimated = attention.pairs_B(decoder.own.heads), attention.estimated
-        view = self._view(layer, q_THd, k_TKd, v_TKd)
-        selection = self.method.select(layer, view, self.state)
-        if decoder.ranks is not None:
-            selection = agreed(selection, decoder.ranks, self.segments.total, decoder.device)
+        if selection is None:
+            view = self._view(layer, q_THd, k_TKd, v_TKd)
+            selection = self._selected(layer, view)
         if selection.restart is not None:
-            work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
-            work.mark(view, selection.restart, view.all_indices[:0], None)
-            return selection
+            return self._restarted(view, selection, pairs_B, estimated)
         if selection.blocks is not None:
             self.cache.settle(layer, selection.blocks)
         self.cache.store_chosen(*attention.stored, selection.cache, selection.cache_lengths)
@@ -261,6 +193,25 @@ class _Run:
         if ends:
             self._keep(self._last_tokens(), _singles(self.segments))
         return None
+
+    def _selected(self, layer: int, view: LayerView) -> Selection:
+        """What the method decides, the same on all ranks."""
+        selection, ranks = self.method.select(layer, view, self.state), self.decoder.ranks
+        if ranks is None:
+            return selection
+        return agreed(selection, ranks, self.segments.total, self.decoder.device)
+
+    def _restarted(
+        self,
+        view: LayerView,
+        selection: Selection,
+        pairs_B: Tensor | None,
+        estimated: tuple[int, ...] | None = None,
+    ) -> Selection:
+        """Count a layer behind which the prefill begins anew, and the pairs that its attention computed."""
+        self.work.count(view, view.all_indices[:0], pairs_B=pairs_B, estimated=estimated)
+        self.work.mark(view, selection.restart, view.all_indices[:0], None)
+        return selection
 
     def end(self, layer: int) -> None:
         """Run the model's last layer for what is read of it: keys and values, and each prompt's last token.
@@ -277,7 +228,8 @@ class _Run:
             segments, counts = self.exited.whole, self.exited.counts
         self.cache.store(k_TKd, v_TKd, segments)
         pairs_B = None if window is None else torch.tensor([min(n, window) for n in segments.lengths])
-        self.work.count_end(self.segments, last_B, counts, pairs_B)
+        scored = self._show_end(layer, k_TKd, v_TKd)
+        self.work.count_end(self.segments, last_B, counts, pairs_B, scored)
         self._keep(last_B, _singles(segments))
         q_BHd, _, _ = decoder.qkv(layer, self.hidden_TD, self.rope)
         slots = DecodeSlots.of(segments.offsets[:-1], segments.lengths, segments.total, segments.device)
@@ -285,6 +237,19 @@ class _Run:
         attended_BHd = self.attention.decode(q_BHd, k_TKd, v_TKd, slots.within(window), sinks_H)
         decoder.add_attention_(layer, self.hidden_TD, attended_BHd)
         decoder.add_feed_forward_(layer, self.hidden_TD)
+
+    def _show_end(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> tuple[int, ...]:
+        """Show the last layer to a method that reads some queries of it; by how many pairs it has scored."""
+        asked = self.method.queries_at_end(self.pack.lengths, self.pack.spans)
+        if asked is None:
+            return ()
+        rows_N = self.segments.ends(asked)
+        hidden_ND, rope = self.hidden_TD.index_select(0, rows_N), self.rope.at(rows_N)
+        (q_NHd,) = self.decoder.queries(layer, hidden_ND, rope)
+        q_THd = q_NHd.new_empty((self.segments.total, *q_NHd.shape[1:])).index_copy_(0, rows_N, q_NHd)
+        view = self._view(layer, q_THd, k_TKd, v_TKd)
+        self.method.select(layer, view, self.state)
+        return view.scored_pairs
 
     def _projected(self, layer: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (T, H, d), keys and values (T, K, d); without queries if each piece is to make its own."""

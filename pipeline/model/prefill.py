@@ -6,9 +6,9 @@ A method may have a draft model read the prompts before, and choose by that whic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,40 +16,19 @@ from torch import Tensor
 from pipeline.families.decoder import Decoder
 from pipeline.families.rope import UNROTATED
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments
 from pipeline.model.cache import MemoryCache, RaggedCache
-from pipeline.model.continuation import continue_with
-from pipeline.model.layers import Pack, PartialPrefill, Survivors, dropped_last_token, run_layers
+from pipeline.model.layers import Survivors, dropped_last_token, run_layers
 from pipeline.model.offload import KvLimits, make_cache
+from pipeline.model.pack import Pack, PartialPrefill
+from pipeline.model.reading_ahead import Draft, DraftReading, read_ahead
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.capabilities import HoldsUnrotatedKeys, ReadsAhead, RescoresBlocks, check_memories
 from pipeline.pruning.memories.key_memory import KeyMemory, MemoryNeeds
-from pipeline.pruning.operations import LayerWork, passes_flops
-from pipeline.pruning.shape import ModelShape
-from pipeline.pruning.speculative import DraftReader
+from pipeline.pruning.operations import LayerWork
 from pipeline.pruning.tiers import FFN, LIVE
-from pipeline.pruning.view import mask_of
 from pipeline.ranks.leading import on_every_rank
-
-
-class Draft(Protocol):
-    """A loaded model, as far as it is needed to read prompts for another one."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    @property
-    def attention(self) -> AttentionBackend: ...
-
-
-class DraftReading(NamedTuple):
-    """What a draft's reading of a pack's prompts came to."""
-
-    chosen_C: Tensor  # ascending indices of the tokens that the model computes
-    segments: Segments  # of the whole prompts
-    flops: tuple[int, ...]  # of the draft, for each document
 
 
 @dataclass(kw_only=True)
@@ -160,94 +139,6 @@ class _Reader(NamedTuple):
 
     decoder: Decoder
     attention: AttentionBackend
-
-
-def read_ahead(
-    draft: Draft, method: PruningMethod, pack: Pack, check: Callable[[], None] = lambda: None
-) -> DraftReading:
-    """Have a draft read whole prompts and go on for some tokens; the tokens that `method` chooses by that.
-
-    `method` is one that `ReadsAhead`, and the draft's vocabulary that of the model; its memory is given back.
-    """
-    assert isinstance(method, ReadsAhead)
-    decoder, attention, segments = draft.decoder, draft.attention, pack.segments
-    # tables of embeddings may be padded to different sizes, and random tokens lie beyond the smaller one
-    ids = pack.input_ids.clamp(max=decoder.shape.vocab - 1)
-    pack = replace(pack, input_ids=ids, answer_tokens=())  # it goes on by tokens of its own
-    reader = DraftReader(ahead=method)
-    state = reader.begin(reader.plan(decoder.shape, segments.lengths))
-    begun = PartialPrefill.afresh(decoder, pack, RaggedCache(method.look_ahead))
-    outcome = run_layers(decoder, attention, reader, pack, state, begun, check)
-    assert isinstance(outcome, Survivors)
-    assert state.window_T is not None
-    scores_ST = state.window_T[None]
-    if method.look_ahead:
-        first = decoder.logits(outcome.hidden_TD).argmax(-1).tolist()
-        queries = _look_ahead(decoder, attention, begun.cache, first, method.look_ahead, check)
-        ahead_ST = _attended(queries, begun.cache, segments, method.pool)
-        scores_ST = torch.cat((scores_ST, ahead_ST))
-    return DraftReading(
-        chosen_C=method.chosen(scores_ST, segments, _protected(method, pack)),
-        segments=segments,
-        flops=_flops(decoder.shape, begun.work, segments, method.look_ahead),
-    )
-
-
-def _look_ahead(
-    decoder: Decoder,
-    attention: AttentionBackend,
-    cache: RaggedCache,
-    tokens: Sequence[int],
-    count: int,
-    check: Callable[[], None],
-) -> list[list[Tensor]]:
-    """Go on behind each prompt, greedily from its first token; queries (B, H, d) by layer and step."""
-    queries: list[list[Tensor]] = [[] for _ in range(decoder.shape.layers)]
-    for step in range(count):
-        positions = [length + step for length in cache.slots[0].segments.lengths]
-        after_BD = continue_with(
-            decoder,
-            attention,
-            cache,
-            [[token] for token in tokens],
-            positions,
-            check,
-            observe=lambda layer, q_BHd: queries[layer].append(q_BHd),
-        )
-        if step + 1 < count:
-            tokens = decoder.logits(after_BD).argmax(-1).tolist()
-    return queries
-
-
-def _attended(
-    queries: Sequence[Sequence[Tensor]], cache: RaggedCache, segments: Segments, pool: int
-) -> Tensor:
-    """(S, T) what each of S steps attended to, the largest of heads and layers; tokens T of whole prompts."""
-    steps = len(queries[0])
-    largest_ST = torch.zeros((steps, segments.total), dtype=torch.float32, device=segments.device)
-    for layer, of_steps in enumerate(queries):
-        q_SBHd, slots = torch.stack(list(of_steps)), cache.slots[layer]
-        for b, (start, end) in enumerate(segments.ranges()):
-            place = slice(slots.starts[b], slots.starts[b] + slots.used[b])
-            own_ST = look_ahead_importance(q_SBHd[:, b], cache.keys[layer][place], pool)
-            torch.maximum(largest_ST[:, start:end], own_ST, out=largest_ST[:, start:end])
-    return largest_ST
-
-
-def _protected(method: PruningMethod, pack: Pack) -> Tensor:
-    """(T,) bool: the tokens of whole prompts that a method never drops."""
-    named = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
-    return mask_of(named, pack.segments, pack.positions_T)
-
-
-def _flops(shape: ModelShape, work: Work, segments: Segments, steps: int) -> tuple[int, ...]:
-    """Operations of a draft's prefill of each document and of `steps` look-ahead tokens, which are scored."""
-    by_document = zip(*work.by_layer(), strict=True)
-    ahead = [LayerWork(steps, steps, scored_pairs=steps * n, pairs=steps * n) for n in segments.lengths]
-    return tuple(
-        passes_flops(shape, [layers, [more] * shape.layers])
-        for layers, more in zip(by_document, ahead, strict=True)
-    )
 
 
 def _into_memories(

@@ -17,7 +17,8 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.segments import Segments, on_device
 from pipeline.model.cache import RaggedCache, SharedDocuments
 from pipeline.model.continuation import continue_with
-from pipeline.model.layers import Pack, PartialPrefill, Survivors, run_layers
+from pipeline.model.layers import Survivors, run_layers
+from pipeline.model.pack import Pack, PartialPrefill
 from pipeline.model.prefill import Prefilled, prefill
 from pipeline.model.work import Work
 from pipeline.pruning.base import PruningMethod

@@ -112,21 +112,27 @@ class Work:
         last_B: Tensor,
         kv_only: tuple[int, ...] | None,
         pairs_B: Tensor | None = None,
+        scored_pairs: tuple[int, ...] = (),
     ) -> None:
         """Add and mark the model's last layer, of which only the tokens `last_B` were computed to the end.
 
-        `pairs_B` are the query-key pairs of its attention, unless they see all.
+        `pairs_B` are the query-key pairs of its attention, unless they see all, `scored_pairs` those for
+        scoring, if there are any.
         """
-        self._count_last_only(segments, kv_only or (0,) * len(segments), pairs_B)
+        self._count_last_only(segments, kv_only or (0,) * len(segments), pairs_B, scored_pairs)
         if self.marks is not None:
             self._mark(segments, last_B, last_B, None)
 
     def _count_last_only(
-        self, segments: Segments, kv_only: tuple[int, ...], pairs_B: Tensor | None = None
+        self,
+        segments: Segments,
+        kv_only: tuple[int, ...],
+        pairs_B: Tensor | None = None,
+        scored_pairs: tuple[int, ...] = (),
     ) -> None:
         self.kept.append(segments.lengths)
         self.estimated.append((0,) * len(segments))
-        self.scored_pairs.append((0,) * len(segments))
+        self.scored_pairs.append(scored_pairs or (0,) * len(segments))
         self.pairs_B.append(pairs_B)
         self.kv_only.append(kv_only)
         self.ffn_B.append(torch.ones_like(segments.lengths_B))

@@ -173,6 +173,22 @@ class PruningMethod(ABC):
         """
         return True
 
+    def restarting_layer(self, shape: ModelShape) -> int | None:
+        """The layer, if there is one, at which `select` usually asks to begin anew.
+
+        It is asked there before attention, which is left out if it does; `hidden` is what entered the layer.
+        """
+        return None
+
+    def queries_at_end(self, lengths: Sequence[int], spans: Sequence[Spans]) -> tuple[int, ...] | None:
+        """Of how many last tokens of each document `select` reads the queries at the model's last layer.
+
+        For a method that says by `needs_last_layer` that it need not see all of it, and keeps all tokens
+        there: `select` is then asked once these queries and all keys and values are made, and what it returns
+        is not looked at. None: it is not asked.
+        """
+        return None
+
     def to_the_end(self, shape: ModelShape, layers: Sequence[LayerWork]) -> list[LayerWork]:
         """A pass through all layers as it would be, but of the model's last one only what is read of it."""
         *before, last = layers

@@ -85,6 +85,9 @@ class Frugal(PruningMethod):
         tokens = sum(min(n, ceil(self.keep * n) + self.ends.bound) for n in lengths)
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(tokens,) * shape.layers)
 
+    def restarting_layer(self, shape: ModelShape) -> int:
+        return self.last_judging(shape.layers)
+
     def needs_last_layer(self, shape: ModelShape) -> bool:
         return self.keep < 1 and self.last_judging(shape.layers) == shape.layers - 1
 
@@ -94,7 +97,10 @@ class Frugal(PruningMethod):
         again = self.to_the_end(shape, whole_layers(shape.layers, kept))
         if self.keep >= 1:
             return [again]
-        return [[*whole_layers(self.last_judging(shape.layers), length), LayerWork(length, 0)], again]
+        return [
+            [*whole_layers(self.last_judging(shape.layers), length), LayerWork(length, 0, pairs=0)],
+            again,
+        ]
 
     def protected(self, length: int, spans: Spans) -> tuple[Range, ...]:
         return self.ends.ranges(length, spans)
@@ -115,7 +121,8 @@ class Frugal(PruningMethod):
             return Selection(cache=view.all_indices[:0], cache_lengths=(0,) * len(view.segments))
         state.chosen = True
         protected_T = self.protected_mask(view)
-        open_B = view.segments.counts((~protected_T).nonzero().flatten())
-        wanted = [ceil(self.keep * count) for count in open_B.tolist()]
-        best_T = top_mask(state.sums_T.masked_fill(protected_T, -torch.inf), view.segments, wanted)
+        open_B = torch.zeros_like(view.segments.lengths_B)
+        open_B.index_add_(0, view.segments.document_T, (~protected_T).to(open_B.dtype))
+        wanted_B = (self.keep * open_B.double()).ceil()
+        best_T = top_mask(state.sums_T.masked_fill(protected_T, -torch.inf), view.segments, wanted_B)
         return Selection(restart=(best_T | protected_T).nonzero().flatten())

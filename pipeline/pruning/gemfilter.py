@@ -67,6 +67,9 @@ class GemFilter(PruningMethod):
         tokens = sum(map(self._count, lengths))
         return Plan(shape=shape, lengths=tuple(lengths), cache_tokens=(tokens,) * shape.layers)
 
+    def restarting_layer(self, shape: ModelShape) -> int:
+        return self.filter_layer(shape.layers)
+
     def needs_last_layer(self, shape: ModelShape) -> bool:
         return self.filter_layer(shape.layers) == shape.layers - 1
 
@@ -76,7 +79,11 @@ class GemFilter(PruningMethod):
     def expected_passes(self, shape: ModelShape, length: int) -> Passes:
         kept, first = self._count(length), self.filter_layer(shape.layers)
         again = self.to_the_end(shape, whole_layers(shape.layers, kept))
-        return [again] if kept == length else [[*whole_layers(first, length), LayerWork(length, 0)], again]
+        return (
+            [again]
+            if kept == length
+            else [[*whole_layers(first, length), LayerWork(length, 0, pairs=0)], again]
+        )
 
     def with_keep(self, shares: tuple[float, ...]) -> Self:
         check_limits("share", shares, Limits(low=0, high=1))  # more would count tokens

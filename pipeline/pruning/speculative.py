@@ -104,8 +104,8 @@ class Speculative(PruningMethod):
             counts.append((open_N > 0).sum())
             chunks.append(len(open_N))
         blocks = Segments.of(chunks, scores_ST.device)
-        wanted = [ceil(self.keep * count) for count in torch.stack(counts).tolist()]
-        kept_N = top_mask(torch.cat(means), blocks, wanted)
+        wanted_B = (self.keep * torch.stack(counts).double()).ceil()
+        kept_N = top_mask(torch.cat(means), blocks, wanted_B)
         first_B = blocks.bounds[:-1]
         chunk_T = first_B[segments.document_T] + segments.index_in_document_T // self.chunk
         return (kept_N[chunk_T] | protected_T).nonzero().flatten()
@@ -126,6 +126,12 @@ class DraftReader(PruningMethod):
 
     ahead: ReadsAhead
 
+    def needs_last_layer(self, shape: ModelShape) -> bool:
+        return False
+
+    def queries_at_end(self, lengths: Sequence[int], spans: Sequence[Spans]) -> tuple[int, ...]:
+        return self.ahead.windows(lengths, spans)
+
     def begin(self, plan: Plan) -> DraftScores:
         return DraftScores()
 
@@ -135,4 +141,7 @@ class DraftReader(PruningMethod):
             [smoothed(attention_T[None, a:b], self.ahead.pool)[0] for a, b in view.segments.ranges()]
         )
         state.window_T = pooled_T if state.window_T is None else torch.maximum(state.window_T, pooled_T)
-        return KEEP_ALL
+        if self.ahead.look_ahead:
+            return KEEP_ALL
+        # nothing comes behind the prompts that would read their keys and values
+        return Selection(cache=view.all_indices[:0], cache_lengths=(0,) * len(view.segments))

@@ -19,8 +19,9 @@ from pipeline.kernels.attention import BACKENDS, SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.scoring import window_importance
 from pipeline.kernels.segments import Segments
-from pipeline.model.layers import PartialPrefill, run_layers
+from pipeline.model.layers import run_layers
 from pipeline.model.offload import Copier, KvLimits, OffloadedCache, make_cache
+from pipeline.model.pack import PartialPrefill
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars

@@ -183,3 +183,24 @@ def test_what_keys_receive_of_the_last_queries(either_path):
     counts = 0.9 ** torch.arange(69, -1, -1, dtype=torch.float64, device=DEVICE)
     expected_HT = (weights_HQT * counts[:, None]).sum(1)
     assert (got_HT - expected_HT).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("judges", "lengths"), [(20, (1, 170, 45)), (64, (3, 1, 30))])
+def test_what_spaced_judges_give_the_tokens_before_them(either_path, monkeypatch, judges, lengths):
+    """Documents with judges of their own distances; and some judges at a time in plain torch."""
+    monkeypatch.setattr(scoring, "JUDGES_AT_ONCE", 7)
+    segments = Segments.of(lengths, DEVICE)
+    q, k = queries_and_keys(segments, heads=6, kv_heads=2, head_dim=16)
+    got_T = scoring.received_attention(q, k, segments, judges)
+    expected = []
+    for start, end in segments.ranges():
+        length, apart = end - start, -(-(end - start) // judges)
+        given = [[] for _ in range(length)]
+        for judge in range(length - 1, -1, -apart):
+            seen = slice(start, start + judge + 1)
+            k_HTd = k[seen].double().repeat_interleave(3, dim=1).transpose(0, 1)
+            weights_T = (k_HTd @ q[start + judge].double()[..., None] / 4).softmax(1).mean((0, 2))
+            for token in range(judge - apart + 1):
+                given[token].append(weights_T[token].item() * (judge + 1))
+        expected += [sum(each) / len(each) if each else float("inf") for each in given]
+    torch.testing.assert_close(got_T.double().cpu(), torch.tensor(expected).double(), rtol=2e-5, atol=1e-6)

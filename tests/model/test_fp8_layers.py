@@ -12,8 +12,9 @@ from pipeline.checkpoints.building import random_model
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.model.continuation import continue_with
-from pipeline.model.layers import PartialPrefill, _Run
+from pipeline.model.layers import _Run
 from pipeline.model.offload import make_cache
+from pipeline.model.pack import PartialPrefill
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars

@@ -256,3 +256,42 @@ def test_operations_of_a_last_layer_by_hand():
     exited = LayerWork(4, 1, kv_only=6, last_only=True)
     assert attended_pairs(exited) == 10
     assert layer_flops(shape, exited) == layer_flops(shape, work)
+
+
+class CountingLayers(SdpaAttention):
+    """Counts the layers whose attention was computed."""
+
+    def __init__(self):
+        self.layers = 0
+
+    def prefill(self, *arguments, **options):
+        self.layers += 1
+        return super().prefill(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", RESTARTING)
+def test_attention_is_left_out_of_the_layer_behind_which_the_prefill_begins_anew(name):
+    decoder, attention = tiny_model("qwen2"), CountingLayers()
+    method = make_method(name, {"layer": 1, "keep": 0.5})
+    prefilled = prefill(decoder, attention, method, pack_of(document(400), document(300)))
+    first, _ = prefilled.passes
+    assert [pairs_B if pairs_B is None else pairs_B.tolist() for pairs_B in first.pairs_B] == [None, [0, 0]]
+    assert attention.layers == 1 + decoder.shape.layers - 1
+    expected = method.expected_passes(decoder.shape, 400)
+    assert attended_pairs(expected[0][-1]) == attended_pairs(first.by_layer()[-1][0]) == 0
+
+
+def test_a_method_may_begin_anew_where_it_has_not_said_so():
+    """Behind attention, as at any layer."""
+
+    class Unannounced(GemFilter):
+        def restarting_layer(self, shape):
+            return None
+
+    decoder, pack = tiny_model("qwen2"), pack_of(document(100))
+    whole, told = (
+        prefill(decoder, SdpaAttention(), kind(layer=1, keep=0.5), pack) for kind in (Unannounced, GemFilter)
+    )
+    assert len(whole.passes) == 2
+    assert whole.passes[0].pairs_B == [None, None]
+    assert torch.equal(whole.logits_BV, told.logits_BV)
