@@ -77,11 +77,12 @@ def test_closed_descriptors_are_taken_before_a_file_takes_them():
 
 
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_hangup_that_is_ignored_stays_so(before):
-    was = signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_so(number, before):
+    was = signal.signal(number, before)
     try:
         with graceful_stop():
-            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGHUP) == before
+            assert (signal.getsignal(number) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGHUP, was)
+        signal.signal(number, was)
