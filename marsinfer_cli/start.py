@@ -6,7 +6,7 @@ import sys
 
 from marsinfer_cli import own_place  # noqa: F401 - before what it looks after
 from marsinfer_cli.events import complain, wants_events
-from pipeline.interrupts import Stopped, end_on_signals, unwind_on_signals
+from pipeline.interrupts import Stopped, finish_on_signals, unwind_on_signals
 
 
 def main() -> None:
@@ -19,4 +19,4 @@ def main() -> None:
     except Stopped as stop:
         sys.exit(complain("interrupted", stop.exit_code, in_events=wants_events(sys.argv[1:])))
     finally:
-        end_on_signals()
+        finish_on_signals()

@@ -80,18 +80,28 @@ def unwind_on_signals() -> None:
         signal.signal(number, _unwind)
 
 
-def end_on_signals() -> None:
-    """Let a signal end the process at once: all is said and written."""
+def finish_on_signals() -> None:
+    """Let a signal change nothing, as all is said and written; a second one ends the process at once."""
     for number in _heeded():
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, _finish)
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
+    if _is_first(number):
+        raise Stopped(number)
+
+
+def _finish(number: int, frame: FrameType | None) -> None:
+    _is_first(number)
+
+
+def _is_first(number: int) -> bool:
+    """Whether this signal begins the stop; one that comes too late for that ends the process."""
     if _last_stop_s > float("-inf"):
         _end_at_once(number)
-        return
+        return False
     _note_stop()
-    raise Stopped(number)
+    return True
 
 
 def _note_stop() -> None:
