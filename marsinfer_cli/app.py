@@ -24,7 +24,7 @@ from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
-from pipeline.interrupts import SIGNALS, Stopped
+from pipeline.interrupts import SIGNALS
 from pipeline.texts.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -99,8 +99,8 @@ def _run(words: list[str], told: Callable[[str, int], int]) -> int | None:
         return told(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         result = 130
-    except Stopped as stop:  # before the first row was answered
-        result = stop.exit_code
+    except SystemExit as stop:  # by a signal that came before the first row was answered
+        result = stop.code
     if result in STOPPED:  # Typer itself turns Ctrl-C into 130, and says nothing
         lost = "no row of this run was answered" if words[:1] == ["batch"] else "nothing of this run is kept"
         return told(f"interrupted; {lost}", result)
