@@ -16,7 +16,7 @@ from marsinfer_cli.bench import bench_app
 from marsinfer_cli.calibrate import calibrate
 from marsinfer_cli.check import check
 from marsinfer_cli.doctor import doctor
-from marsinfer_cli.events import print_event, say, wants_events
+from marsinfer_cli.events import complain, wants_events
 from marsinfer_cli.examples import epilog
 from marsinfer_cli.merging_command import merge
 from marsinfer_cli.messages import best_effort, keep_descriptors
@@ -76,41 +76,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code instead of leaving the process."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    complain = partial(_complain, in_events=wants_events(words))
+    told = partial(complain, in_events=wants_events(words))
     with best_effort() as out:
-        code = _run(words, complain)
+        code = _run(words, told)
         out.flush()
         if code is not None:
             return code
         if out.error is None or isinstance(out.error, BrokenPipeError):  # whoever read it has left
             return int(out.error is not None)
-        return complain(f"the result cannot be printed: {out.error.strerror or out.error}", 8)
+        return told(f"the result cannot be printed: {out.error.strerror or out.error}", 8)
 
 
-def _run(words: list[str], complain: Callable[[str, int], int]) -> int | None:
+def _run(words: list[str], told: Callable[[str, int], int]) -> int | None:
     """The exit code of a command's work; None for one whose work is what it prints."""
     try:
         result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
         result = exit.exit_code or None
     except ClickError as error:
-        return complain(error.format_message(), 2)
+        return told(error.format_message(), 2)
     except MarsError as error:
-        return complain(str(error), error.exit_code)
+        return told(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         result = 130
     except SystemExit as stop:  # by a signal that came before the first row was answered
         result = stop.code
     if result in STOPPED:  # Typer itself turns Ctrl-C into 130, and says nothing
         lost = "no row of this run was answered" if words[:1] == ["batch"] else "nothing of this run is kept"
-        return complain(f"interrupted; {lost}", result)
+        return told(f"interrupted; {lost}", result)
     return result if isinstance(result, int) else None
-
-
-def _complain(message: str, code: int, *, in_events: bool) -> int:
-    message = " ".join(message.split())
-    if in_events:
-        print_event("error", message=message, exit_code=code)
-    else:
-        say(f"error: {message}")
-    return code

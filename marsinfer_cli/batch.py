@@ -6,11 +6,13 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
 from pipeline.errors import ConfigError, NoneAnswered
+from pipeline.interrupts import graceful_stop
 from pipeline.settings.console_settings import BatchSwitches
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.shown import printable
@@ -34,23 +36,23 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
         return None
     if config.to_stdout and switches.as_json:
         raise ConfigError("--json prints the summary on stdout, where answers are with - as OUTPUT")
-    try:
-        summary = _run(config, switches)
-    except BrokenPipeError:
-        if not config.to_stdout:
-            raise
-        return 1  # whoever read the answers has left, and wants to hear no more
-    if switches.as_json:
-        print(json.dumps(summary.as_dict()))
+    with graceful_stop() as check:  # until all is said: once all is written, a signal changes nothing
+        try:
+            summary = _run(config, switches, check)
+        except BrokenPipeError:
+            if not config.to_stdout:
+                raise
+            return 1  # whoever read the answers has left, and wants to hear no more
+        if switches.as_json:
+            print(json.dumps(summary.as_dict()), flush=True)
     none_answered = summary.none_answered()
     if none_answered is not None:
         raise NoneAnswered(none_answered)
     return 3 if switches.fail_on_error and summary.in_output["error"] else 0
 
 
-def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
+def _run(config: BatchConfig, switches: BatchSwitches, check: Callable[[], None]) -> Summary:
     from marsinfer_cli.progress import BatchProgress
-    from pipeline.interrupts import graceful_stop
     from pipeline.run import run_batch
 
     options = config.options_of(BatchConfig)
@@ -58,7 +60,7 @@ def _run(config: BatchConfig, switches: BatchSwitches) -> Summary:
     as_json = switches.log_format == "json"
     began = _process_began()
     shown = BatchProgress(quiet=switches.quiet, as_json=as_json, began=began)
-    with shown as progress, graceful_stop() as check:
+    with shown as progress:
         progress.start(config)
         progress.phase("opening input and model")
         # messages of Ray, or of whatever else prints, would come between our JSON

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.events import saying
 from marsinfer_cli.signature import takes
+from pipeline.interrupts import graceful_stop
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.console_settings import CalibrateSwitches
 
@@ -27,29 +29,28 @@ def calibrate(config: CalibrateConfig, switches: CalibrateSwitches) -> int:
 
     if switches.plot is not None:
         check_plot(switches.plot)
-    result = _run(config, quiet=switches.quiet)
-    _print(result)
-    if switches.plot is not None:
-        from pipeline.calibration.calibration_plot import draw_ladder
+    with graceful_stop("nothing is kept of a calibration that did not end") as stop:
+        result = _run(config, stop, quiet=switches.quiet)
+        _print(result)  # as the profile is written, a signal changes nothing any more
+        if switches.plot is not None:
+            from pipeline.calibration.calibration_plot import draw_ladder
 
-        title = f"{config.model}: {result.held_out:,} rows held out"
-        save_picture(switches.plot, title, partial(draw_ladder, result))
+            title = f"{config.model}: {result.held_out:,} rows held out"
+            save_picture(switches.plot, title, partial(draw_ladder, result))
     raise_unless_held(result)
     return 0
 
 
-def _run(config: CalibrateConfig, *, quiet: bool) -> Calibration:
+def _run(config: CalibrateConfig, stop: Callable[[], None], *, quiet: bool) -> Calibration:
     from pipeline.calibration.calibrating import run_calibrate
-    from pipeline.interrupts import graceful_stop
 
     say = saying(quiet=quiet)
-    with graceful_stop("nothing is kept of a calibration that did not end") as stop:
-        return run_calibrate(
-            config,
-            progress=lambda text, left_s: say(f"[{left_s:,.0f} s left] {text}"),
-            note=lambda text: say(f"note: {text}"),
-            check=stop,
-        )
+    return run_calibrate(
+        config,
+        progress=lambda text, left_s: say(f"[{left_s:,.0f} s left] {text}"),
+        note=lambda text: say(f"note: {text}"),
+        check=stop,
+    )
 
 
 def _print(result: Calibration) -> None:

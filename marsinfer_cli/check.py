@@ -26,15 +26,12 @@ def check(config: CheckConfig, switches: CheckSwitches) -> int | None:
     from pipeline.checks import reports
 
     result = _run(config, quiet=switches.quiet)
-    if config.out == "-":
-        print(json.dumps(reports.as_dict(result)))
-    else:
-        _print(result)
     reports.raise_verdict(result)
     return None if config.out == "-" else 0
 
 
 def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
+    """Check, and print the result."""
     from marsinfer_cli.progress import BatchProgress
     from pipeline.checks.checking import run_check
     from pipeline.errors import KEPT, NOTHING_KEPT
@@ -52,8 +49,11 @@ def _run(config: CheckConfig, *, quiet: bool) -> CheckResult:
             return "nothing is kept without --out FILE"
         return KEPT if finished or config.resume else NOTHING_KEPT
 
-    with BatchProgress(quiet=quiet, noun="prefills") as progress, graceful_stop(kept) as stop:
-        return run_check(config, progress=hear, note=progress.note, check=stop)
+    with graceful_stop(kept) as stop:  # until the result is printed, as a signal then changes nothing
+        with BatchProgress(quiet=quiet, noun="prefills") as progress:
+            result = run_check(config, progress=hear, note=progress.note, check=stop)
+        _print(result)
+    return result
 
 
 def _print(result: CheckResult) -> None:
@@ -61,6 +61,9 @@ def _print(result: CheckResult) -> None:
     from pipeline.checks import reports
 
     config, console = result.config, result_console()
+    if config.out == "-":
+        print(json.dumps(reports.as_dict(result)), flush=True)
+        return
     title = f"{config.gate_metric}, at most {config.bound} below {result.against}"
     console.table(reports.heads(result), reports.table_rows(result), title=title, words=(0, 7))
     console.table(["all rows", "dense", result.method], reports.measure_rows(result))

@@ -34,6 +34,16 @@ def note(text: str, *, in_events: bool = False) -> None:
         say(f"note: {text}")
 
 
+def complain(message: str, code: int, *, in_events: bool) -> int:
+    """Say what ends the command; returns its exit code."""
+    message = " ".join(message.split())
+    if in_events:
+        print_event("error", message=message, exit_code=code)
+    else:
+        say(f"error: {message}")
+    return code
+
+
 def print_event(event: str, **fields: Any) -> None:
     """Print one event, with its time in UTC."""
     moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -17,5 +17,5 @@ def merge(switches: MergeSwitches) -> int:
     with graceful_stop("nothing was written") as check:
         check()
         rows = merge_outputs(switches.merged, switches.merged_from, overwrite=switches.overwrite, check=check)
-    say(f"{switches.merged}: {counted(rows, 'row')} of {counted(len(switches.merged_from), 'output')}")
+        say(f"{switches.merged}: {counted(rows, 'row')} of {counted(len(switches.merged_from), 'output')}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,8 @@ def best_effort() -> Iterator[BestEffort]:
     """Let stdout, which is given, and stderr end nothing when they cannot be written."""
     before = sys.stdout, sys.stderr
     out, err = (BestEffort(stream or _nowhere()) for stream in before)
+    if before[0] is None:  # what is a command's result would be lost without a word
+        out.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         yield out
@@ -57,12 +60,15 @@ def best_effort() -> Iterator[BestEffort]:
 
 
 def keep_descriptors() -> None:
-    """Lead standard streams that are closed nowhere: the next file opened would be taken for them."""
+    """Lead standard streams that are closed nowhere: the next file opened would be taken for them.
+
+    What is written to standard output fails as it did.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        except OSError:  # the lowest number that is free is this one
+            os.open(os.devnull, os.O_RDONLY if descriptor == 1 else os.O_RDWR)
 
 
 def _nowhere() -> TextIO:

@@ -1,7 +1,9 @@
 """What ends a run in good order: the first SIGINT, SIGTERM or SIGHUP, or a deadline.
 
 A second signal ends it at once. One that comes within a second of the first is the same stop: `timeout`, a
-terminal under `npm` or `uv run`, and others signal a process both by itself and as one of its group.
+terminal under `npm` or `uv run`, and others signal a process both by itself and as one of its group. A signal
+that is ignored when the run begins stays so: `nohup` wants that of SIGHUP, and a shell without job control
+of SIGINT, for what it runs in the background.
 """
 
 from __future__ import annotations
@@ -19,6 +21,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_STOP_S = 1.0  # seconds in which signals belong to one stop
 
 _nothing_to_lose = False
+_last_stop_s = float("-inf")  # by time.monotonic()
+
+
+class Stopped(SystemExit):
+    """What a signal ends the process with where there is nothing to lose."""
+
+    def __init__(self, number: int) -> None:
+        """`number` is the signal's."""
+        super().__init__(128 + number)
+        self.exit_code = 128 + number
 
 
 @contextmanager
@@ -26,26 +38,21 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     """Give a function that raises `Interrupted` once a signal has come; to be called often.
 
     `kept` ends its message: what becomes of the work so far; a function is asked when the signal has come.
-    Until its first call nothing is in flight, and a signal ends the process by SystemExit; so it does within
+    Until its first call nothing is in flight, and a signal ends the process by `Stopped`; so it does within
     `nothing_to_lose`. A second signal, `ONE_STOP_S` or more later, ends it as if nobody had listened: what is
-    in the journal stays there. A SIGHUP that is ignored stays so, as `nohup` wants it. Only the main thread
-    may use this.
+    in the journal stays there. Only the main thread may use this.
     """
     received: list[int] = []
-    came_s = 0.0
     checked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came_s
         if received:
-            if time.monotonic() - came_s < ONE_STOP_S:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_at_once(number)
+            return
         received.append(number)
-        came_s = time.monotonic()
+        _note_stop()
         if not checked or _nothing_to_lose:
-            raise SystemExit(128 + number)
+            raise Stopped(number)
 
     def check() -> None:
         nonlocal checked
@@ -55,13 +62,62 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
             told = kept if isinstance(kept, str) else kept()
             raise Interrupted(f"stopped by {name}; {told}", 128 + received[0])
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-    before = {number: signal.signal(number, handle) for number in SIGNALS if number not in ignored}
+    before = {number: signal.signal(number, handle) for number in _heeded()}
     try:
         yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def unwind_on_signals() -> None:
+    """Let a signal end the process by `Stopped`, so that its temporary files and children go with it.
+
+    For a process that is all ours; `graceful_stop` takes over for as long as there is something to lose. A
+    second signal, `ONE_STOP_S` or more later, ends the process at once.
+    """
+    for number in _heeded():
+        signal.signal(number, _unwind)
+
+
+def finish_on_signals() -> None:
+    """Let a signal change nothing, as all is said and written; a second one ends the process at once."""
+    for number in _heeded():
+        signal.signal(number, _finish)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    if _is_first(number):
+        raise Stopped(number)
+
+
+def _finish(number: int, frame: FrameType | None) -> None:
+    _is_first(number)
+
+
+def _is_first(number: int) -> bool:
+    """Whether this signal begins the stop; one that comes too late for that ends the process."""
+    if _last_stop_s > float("-inf"):
+        _end_at_once(number)
+        return False
+    _note_stop()
+    return True
+
+
+def _note_stop() -> None:
+    global _last_stop_s
+    _last_stop_s = time.monotonic()
+
+
+def _end_at_once(number: int) -> None:
+    """End as if nobody had listened, unless the signal belongs to the stop that is going on."""
+    if time.monotonic() - _last_stop_s >= ONE_STOP_S:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextmanager

@@ -77,6 +77,7 @@ def _extracted(format: str, content: bytes, longest: int) -> dict[str, Any]:
             input=content,
             capture_output=True,
             timeout=WALL_S,
+            process_group=0,  # a Ctrl-C is for the run: it would make this document an error row
         )
     except subprocess.TimeoutExpired:
         raise RowError("timeout", f"takes more than {WALL_S} s to read") from None

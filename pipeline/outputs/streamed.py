@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -37,6 +39,8 @@ class StreamedRows(FinishedRows):
             index = opened.enter_context(scratch_index())
             # not sys.stdout, which may lead elsewhere so that only answers come here
             with told("standard output cannot be written"):
+                if fcntl.fcntl(STDOUT, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:  # it is closed
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
                 self._handle = os.fdopen(STDOUT, "wb", closefd=False)
             opened.callback(self._let_go)
             self._opened = opened.pop_all()

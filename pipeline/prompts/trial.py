@@ -63,6 +63,7 @@ def _try(texts: Callable[[], Iterable[str]]) -> None:
     """Render, and leave the process, whatever comes."""
     code = 1
     try:
+        os.setpgid(0, 0)  # a Ctrl-C is for the run, and no fault of the template
         _limit()
         length = sum(map(len, texts()))
         code = _LENGTH if length > MOST_CHARACTERS else _ENDED

@@ -103,6 +103,7 @@ class _Process:
             stderr=self._errors,
             pass_fds=(commands.fileno(), reports.fileno()),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            process_group=0,  # a Ctrl-C is for the first rank, which ends the others
         )
         commands.close()
         reports.close()

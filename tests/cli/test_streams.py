@@ -76,12 +76,29 @@ def test_closed_descriptors_are_taken_before_a_file_takes_them():
     keep_descriptors()  # changes nothing where all are open
 
 
+@pytest.mark.parametrize(
+    "words", [["methods"], ["batch", "-", "-", "--model", "random:tiny", "--question", "q"]]
+)
+def test_a_result_for_a_stdout_that_is_closed_is_no_success(words):
+    command = [sys.executable, "-m", "marsinfer_cli", *words]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        input='{"text": "fish"}\n',
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = "the result cannot be printed" if words == ["methods"] else "standard output cannot be written"
+    last = done.stderr.splitlines()[-1]
+    assert (done.returncode, last) == (8, f"marsinfer: error: {told}: {os.strerror(errno.EBADF)}")
+
+
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_hangup_that_is_ignored_stays_so(before):
-    was = signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_so(number, before):
+    was = signal.signal(number, before)
     try:
         with graceful_stop():
-            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGHUP) == before
+            assert (signal.getsignal(number) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGHUP, was)
+        signal.signal(number, was)

@@ -1,4 +1,4 @@
-"""Two signals: of one stop, as `timeout` sends them, and of somebody who does not want to wait."""
+"""Two signals, of one stop or of somebody who does not want to wait, and one before anything has begun."""
 
 from __future__ import annotations
 
@@ -33,3 +33,47 @@ def test_signals_of_one_second_are_one_stop(apart_s, code):
         [sys.executable, "-c", PROGRAM, str(apart_s)], check=False, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout.startswith("stopped by SIGTERM")) == (code, code == 143)
+
+
+UNWOUND = """
+import os, signal, sys
+from pipeline.interrupts import Stopped, unwind_on_signals
+
+unwind_on_signals()
+try:
+    signal.raise_signal(signal.SIGTERM)
+finally:
+    signal.raise_signal(signal.SIGTERM)  # that `timeout` sends to the group too
+    print("children and files are gone")
+"""
+
+
+def test_where_nothing_is_to_lose_a_stop_still_cleans_up():
+    ended = subprocess.run([sys.executable, "-c", UNWOUND], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "children and files are gone\n", "")
+
+
+IMPORTING = """
+import signal, sys
+
+class Interrupting:
+    def find_spec(name, *others):
+        if name == "marsinfer_cli.bench":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+from marsinfer_cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--quiet", "marsinfer: error: interrupted\n"), ("--log-format=json", '{"event": "error", "time": "')],
+)
+def test_a_ctrl_c_while_modules_are_imported_is_told_in_one_line(flag, told):
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTING, "batch", flag], check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr[: len(told)]) == (130, "", told)
+    assert ended.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 
 import docx
@@ -197,6 +198,13 @@ def test_a_file_that_takes_too_long_or_too_much_is_an_error_row(read, monkeypatc
     assert time.monotonic() - began < 600
     program.write_text(source.replace("    from bs4", "    bytearray(1 << 40)\n    from bs4"))
     assert read("b.html", b"x").message == "b.html cannot be read as HTML: MemoryError"
+
+
+def test_a_signal_to_the_runs_group_makes_no_error_row(read, monkeypatch, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import json, os; print(json.dumps({'text': str(os.getpgrp())}))")
+    monkeypatch.setattr(documents, "PROGRAM", program)
+    assert int(read("a.html", b"x").text) != os.getpgrp()
 
 
 def test_without_the_libraries_the_extra_is_named(tmp_path, monkeypatch):

@@ -81,3 +81,8 @@ def test_what_was_tried_once_and_what_is_but_text_is_not_tried(monkeypatch):
 def test_a_trial_that_brings_its_process_down_is_told():
     with pytest.raises(trial.TemplateError, match=r"^it brings down the process that renders it$"):
         trial.check_ends("abort", lambda: os.abort())
+
+
+def test_a_signal_to_the_runs_group_is_no_fault_of_the_template():
+    own = os.getpgrp()
+    trial.check_ends("group", lambda: ["x"] if os.getpgrp() != own else os.abort())
