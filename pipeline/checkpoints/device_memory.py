@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.families.sharding import FLAG
 
 
@@ -51,15 +52,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the host, for which torch has no class of errors."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # files are mapped into memory
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager
 def fits(name: str, device: torch.device) -> Iterator[None]:
-    """Raise ModelError for a model that is being loaded where the memory of its device runs out."""
+    """Raise ModelError for a model that is being loaded where memory runs out, its device's or the host's."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {name} does not fit on {device}: {first_line(error)}") from error
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ModelError(f"model {name} does not fit on {device}: {error}") from error
+        raise ModelError(host_message(name, error)) from error
+
+
+def host_message(name: str, error: BaseException) -> str:
+    """What to say of a model for whose loading the host's memory does not suffice."""
+    return (
+        f"model {name!r} cannot be loaded: the memory of this machine ran out ({first_line(error)}); "
+        "end other programs, or take a smaller model"
+    )
