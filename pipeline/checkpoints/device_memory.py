@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,32 @@ import torch
 
 from pipeline.errors import ModelError, first_line
 from pipeline.families.sharding import FLAG
+from pipeline.texts.words import either
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What a user may give so that less memory of a device is needed.
+
+    Nothing that is in use already, and nothing that the method, the model, the device or a flag excludes.
+    """
+
+    weights: tuple[str, ...] = ()  # flags that make the model's smaller
+    documents: tuple[str, ...] = ()  # flags that make what a document needs smaller
+    more_devices: str | None = None  # the flag that divides the model among more
+
+    def for_weights(self, dtype: torch.dtype) -> list[str]:
+        """Of a model in this data type, without dividing it."""
+        smaller = ["--dtype bfloat16"] if dtype.itemsize > torch.bfloat16.itemsize else []
+        return [*smaller, *self.weights, "a smaller model"]
+
+    def for_document(self, dtype: torch.dtype) -> list[str]:
+        """Of a document beside a model in this data type."""
+        more = [] if self.more_devices is None else [self.more_devices]
+        return [*self.documents, *more, *self.for_weights(dtype)]
+
+
+NO_REMEDIES = Remedies()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +61,18 @@ class Memory:
         held, most = self.held + draft.held, max(draft.most, draft.held + self.most)
         return replace(self, held=held, most=most, draft=draft.held)
 
-    def check(self, model: str, enough: Callable[[], int | None]) -> None:
-        """Raise ModelError where the weights cannot fit; `enough` says among how many devices they do."""
+    def check(self, model: str, ways: Sequence[str], enough: Callable[[], int | None]) -> None:
+        """Raise ModelError where the weights cannot fit, with `ways` to need less.
+
+        `enough` says among how many devices they fit, if the model can be divided among so many.
+        """
         if self.most > self.free:
             needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
             count = enough()
             divide = "" if count is None else f"; {FLAG} {count} divides it among {count} such GPUs"
             raise ModelError(
                 f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
-                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
-                + divide
+                f" are free; take {either(ways)}{divide}"
             )
 
 

@@ -23,6 +23,7 @@ from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.pruning.speculative import DraftReader
 from pipeline.ranks.leading import on_every_rank
 from pipeline.records import EncodedDocument
+from pipeline.texts.words import either
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -60,6 +61,9 @@ class Packer:
     cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     draft: ModelShape | None = None  # of the model that reads prompts first, if one does
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
+    remedies: Sequence[str] = (
+        "a smaller model",
+    )  # for a document that is too large, as a user may give them
 
     @classmethod
     def on(
@@ -281,12 +285,10 @@ class Packer:
 def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
     """How much memory a document needs, how much there is, and what to do."""
     needed = packer.bytes_alone(document)
-    in_fp8 = "" if packer.kv_itemsize == 1 else "--kv-dtype fp8, "
-    ways = f"{in_fp8}--linear-dtype fp8, --tensor-parallel, " if packer.device.type == "cuda" else ""
     return (
         f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
         f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
-        f"--on-overlong does not help here: shorten the document, or use {ways}a smaller --dtype or model"
+        f"--on-overlong does not help here: shorten the document, or use {either(packer.remedies)}"
     )
 
 
