@@ -58,8 +58,10 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     from pipeline.bench.inputs import random_document, real_documents
     from pipeline.bench.plot import check_plot, draw_ttft, save_picture
     from pipeline.bench.ttft import check_baselines, measure_ttft
+    from pipeline.checkpoints.device_memory import Remedies
     from pipeline.families.projection import IN_FULL
     from pipeline.model.variant import precision_of
+    from pipeline.setup.remedies import more_devices
 
     if drawn.plot is not None:
         check_plot(drawn.plot)
@@ -72,7 +74,9 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     stock = [] if baselines == "none" else baselines.split(",")
     check_baselines(stock, together, ranks)
     # transformers computes with the weights in full
-    loaded = _opened(config, chosen, ranks).load(IN_FULL if stock else precision_of(chosen))
+    opened = _opened(config, chosen, ranks)
+    more = None if stock else more_devices(config.device, opened, [variant.method for variant in chosen])
+    loaded = opened.load(IN_FULL if stock else precision_of(chosen), Remedies(more_devices=more))
     results, ceilings = [], []
     parts = InParts("lengths", map(_named, wanted))
     with closing(loaded) as model, parts.measuring():

@@ -155,7 +155,7 @@ def expected_flops(packer: Packer, tokens: int) -> int:
 
 def planning_packer(run: Preparation) -> Packer:
     """The engine's packer, but with the memory that is free before the weights are loaded."""
-    return Packer.on(
+    packer = Packer.on(
         run.model.device,
         run.method,
         run.model.own,
@@ -169,6 +169,7 @@ def planning_packer(run: Preparation) -> Packer:
         cuts_queries=run.model.attention.cuts_queries(run.model.device),
         draft=None if run.model.draft is None else run.model.draft.shape,
     )
+    return replace(packer, remedies=run.remedies.for_document(run.model.dtype))
 
 
 def memory_needed(run: Preparation, packer: Packer, longest: int) -> Iterator[str]:
@@ -183,7 +184,7 @@ def memory_needed(run: Preparation, packer: Packer, longest: int) -> Iterator[st
         return replace(packer, shape=own).planned_bytes([longest])
 
     if max(memory.most, memory.held + beside(model.own)) > memory.free:
-        count = model.ranks_needed(precision, beside)
+        count = model.ranks_needed(precision, beside) if run.remedies.more_devices else None
         remedy = "" if count is None else f": {count} such GPUs do, with --tensor-parallel {count}"
         yield f"that does not hold a prompt of {longest:,} tokens beside them{remedy}"
 

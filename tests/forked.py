@@ -131,7 +131,7 @@ def load_for_ever(say: Say) -> None:
     """Have a run's model load without end."""
     from pipeline.model.loading import UnloadedModel
 
-    def load(self, precision):
+    def load(self, *of):
         say("loading")
         time.sleep(3600)
 

@@ -317,8 +317,8 @@ def test_a_model_by_name_is_gone_with_its_answers(ask, monkeypatch):
     loaded = []
     load = UnloadedModel.load
 
-    def noticed(self, precision):
-        model = load(self, precision)
+    def noticed(self, *of):
+        model = load(self, *of)
         loaded.append(weakref.ref(model))
         return model
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
-from pipeline.evaluate.workbench import CaseScore
+from pipeline.evaluate.workbench import CaseScore, has_pruned
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.settings.parse import Bound, parse_drop
 from pipeline.suites.samples import NEEDLES, grouped
@@ -87,10 +87,21 @@ class Bounds:
         drop = 100 * float(paired.worse_D.mean())
         return drop / (float(paired.dense_D.mean()) or 1.0) if paired.relative else drop
 
-    def verify(self, dense: Sequence[CaseScore], scores: Sequence[CaseScore]) -> tuple[Verified, ...]:
-        """Every gate with its interval and its verdict."""
+    def verify(
+        self, dense: Sequence[CaseScore], scores: Sequence[CaseScore], *, differs: bool = False
+    ) -> tuple[Verified, ...]:
+        """Every gate with its interval and its verdict.
+
+        A gate of whose rows nothing was pruned does not pass, unless what was run `differs` from dense even
+        so, and was to prune nothing.
+        """
+        own = grouped(scores, lambda score: self.gate_of(score.task))
         return tuple(
-            Verified(gate=gate, drop=paired.drop(), judgement=paired.judge(self.bound_of(gate).value))
+            Verified(
+                gate=gate,
+                drop=paired.drop(),
+                judgement=paired.judge(self.bound_of(gate).value).of_pruned(differs or has_pruned(own[gate])),
+            )
             for gate, paired in self._paired(dense, scores).items()
         )
 

@@ -6,7 +6,8 @@ from pipeline.calibration.bounds import Verified
 from pipeline.calibration.ladder import Calibration, RungResult
 from pipeline.calibration.sensitivity import MASSES
 from pipeline.errors import GateFailed
-from pipeline.evaluate.drops import hundredths
+from pipeline.evaluate.drops import NOTHING_PRUNED, hundredths
+from pipeline.suites.samples import NEEDLES
 from pipeline.texts.words import counted
 
 LADDER_HEADS = ("rung", "expected", "drop held out", "interval", "predicted", "times as fast", "verdict")
@@ -77,6 +78,17 @@ def lines(result: Calibration) -> list[str]:
             f"({chosen.trial.ttft_ms:,.1f} ms to the first token instead of "
             f"{chosen.trial.dense_ttft_ms:,.1f} ms)"
         )
+        found += [
+            f"nothing was pruned of rows of the task {task!r}: with this profile they run dense"
+            for task in chosen.unshown_tasks
+            if result.config.tells_tasks_apart
+        ]
+        found += [
+            f"{each.rung.name} did not pass, because of {gate.gate}: {_reason(gate)}"
+            for each in result.tested
+            for gate in each.gates
+            if gate.verdict == each.verdict and gate.judgement.reason is not None
+        ]
     return found
 
 
@@ -108,7 +120,17 @@ def _why_nothing(result: Calibration) -> str:
     if not first.trial.complete:
         return f"no time was left to test {first.rung.name}; give more --minutes"
     gate = first.worst_gate
-    needed, more = gate.judgement.documents_needed, f"; {gate.judgement.reason}"
-    if gate.judgement.reason is None:
-        more = "" if needed is None else f"; about {needed:,} documents would tell"
+    needed, more = gate.judgement.documents_needed, ""
+    if gate.judgement.reason is not None:
+        more = f"; {_reason(gate)}"
+    elif needed is not None:
+        more = f"; about {needed:,} documents would tell"
     return f"the first rung, {first.rung.name}, did not pass: {gate_text(gate, result)}{more}"
+
+
+def _reason(gate: Verified) -> str:
+    """Why a gate cannot tell, and what would help."""
+    reason = gate.judgement.reason or ""
+    if reason == NOTHING_PRUNED and gate.gate.startswith(NEEDLES):
+        return f"{reason}; give longer --needle-lengths"
+    return reason

@@ -60,7 +60,7 @@ def make_profile(
             *({"rung": rung.name, "verdict": "not tested"} for rung in ladder[len(tested) :]),
         ],
         "guard": spoken_for(
-            _tasks(config, cases), chosen.trial.scores, sparse_from=sparse_from_of(model, variant.method)
+            _tasks(config, chosen), chosen.trial.scores, sparse_from=sparse_from_of(model, variant.method)
         ),
         "versions": versions(),
     }
@@ -72,11 +72,11 @@ def make_profile(
     return Profile(about=about, batch=batch)
 
 
-def _tasks(config: CalibrateConfig, cases: Sequence[CheckRow]) -> list[str]:
-    """The tasks that were told apart; needles are none that a user asks for."""
-    if config.task_column is None and not config.row_suites:
+def _tasks(config: CalibrateConfig, chosen: RungResult) -> list[str]:
+    """The tasks that were told apart and whose rows have shown something; needles are none of a user's."""
+    if not config.tells_tasks_apart:
         return []
-    return [case.task for case in cases if not case.task.startswith(NEEDLES)]
+    return [task for task in chosen.shown_tasks if not task.startswith(NEEDLES)]
 
 
 def _exit_maps(method: PruningMethod, shape: ModelShape) -> dict[str, str]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from pipeline.calibration.bounds import Bounds, Verified
 from pipeline.calibration.rungs import describe
 from pipeline.calibration.sensitivity import Sensitivity
 from pipeline.evaluate.drops import worst
-from pipeline.evaluate.workbench import Trial
+from pipeline.evaluate.workbench import Trial, has_pruned
 from pipeline.model.variant import Variant
+from pipeline.pruning.dense import Dense
 from pipeline.settings.calibrate_settings import CalibrateConfig
 from pipeline.setup.profile import Profile
+from pipeline.suites.samples import grouped
 
 MILD = 0.5  # of the bound, that a precision may be expected to cost which all else is tried in
 WORTH = 1.02  # times as fast a rung has to be as the one before
@@ -49,6 +52,11 @@ class Rung:
     @property
     def name(self) -> str:
         return describe(self.variant)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it is to leave anything out: dense in a lower precision is not."""
+        return not isinstance(self.variant.method, Dense)
 
     @property
     def speed_up(self) -> float:
@@ -129,9 +137,28 @@ class RungResult:
         return worst(gate.verdict for gate in self.gates)
 
     @property
+    def shown_tasks(self) -> list[str]:
+        """The tasks of whose rows something was pruned, or all if the rung is to prune nothing."""
+        return [task for task, is_shown in self._tasks.items() if is_shown]
+
+    @property
+    def unshown_tasks(self) -> list[str]:
+        """The others, of whose rows the rung was to prune, and pruned nothing."""
+        return [task for task, is_shown in self._tasks.items() if not is_shown]
+
+    @cached_property
+    def _tasks(self) -> dict[str, bool]:
+        tasks = grouped(self.trial.scores, lambda score: score.task)
+        return {task: has_pruned(own) or not self.rung.prunes for task, own in tasks.items()}
+
+    @property
     def worst_gate(self) -> Verified:
-        """The one whose interval comes nearest to its bound, or goes farthest beyond it."""
-        return max(self.gates, key=lambda gate: gate.drop.high - gate.judgement.bound)
+        """Of those with the rung's verdict the one that comes nearest to its bound, or goes farthest beyond.
+
+        Of a rung that was not given up.
+        """
+        deciding = [gate for gate in self.gates if gate.verdict == self.verdict]
+        return max(deciding, key=lambda gate: gate.drop.high - gate.judgement.bound)
 
 
 def climb(rungs: Iterable[Rung], test: Callable[[Rung], RungResult]) -> list[RungResult]:

@@ -38,7 +38,17 @@ from pipeline.errors import ConfigError, GateInconclusive, MarsError, is_failure
 from pipeline.evaluate.cases import Sides, longest_in_turn, make_cases, thin
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import hundredths
-from pipeline.evaluate.workbench import DENSE, LOW, TIMED, TOP, Deadline, Evaluated, Workbench, sparse_from
+from pipeline.evaluate.workbench import (
+    DENSE,
+    LOW,
+    TIMED,
+    TOP,
+    Deadline,
+    Evaluated,
+    Workbench,
+    has_pruned,
+    sparse_from,
+)
 from pipeline.families.exit_maps import mapped_layers, write_exit_maps
 from pipeline.model.variant import Variant
 from pipeline.pruning.mars import Mars
@@ -203,7 +213,7 @@ class Phases:
         return files
 
     def _search(self, variant: Variant, cases: Sequence[CheckRow], dense: Sequence[Evaluated]) -> Rung | None:
-        """What the search side says of a variant; None if it cannot run, or not in the time left."""
+        """What the search side says of a variant; None if it cannot run, not in time, or prunes nothing."""
         within = self.clock.before(SEARCHED)
         try:
             trial = self.bench.try_out(variant, cases, dense=[run.forced for run in dense], within=within)
@@ -216,6 +226,9 @@ class Phases:
         if not trial.complete:
             return None
         rung = Rung(trial=trial, drop=self.bounds.main_drop([run.score for run in dense], trial.scores))
+        if rung.prunes and not has_pruned(trial.scores):  # faster by chance, if at all
+            self.tell(f"{rung.name}: nothing is pruned")
+            return None
         drop = f"{hundredths(rung.drop)}{self.bounds.main.unit}, KL from dense {trial.divergence:.4f}"
         self.tell(f"{rung.name}: {rung.speed_up:.2f} times as fast, drop {drop}")
         return rung
@@ -239,7 +252,8 @@ class Phases:
 
         def test(rung: Rung) -> RungResult:
             trial = self.bench.try_out(rung.variant, cases, within=within)
-            gates = self.bounds.verify(dense, trial.scores) if trial.complete else ()
+            differs = not rung.prunes
+            gates = self.bounds.verify(dense, trial.scores, differs=differs) if trial.complete else ()
             tested = RungResult(rung=rung, trial=trial, gates=gates)
             self.tell(f"{rung.name}: {tested.verdict}")
             return tested

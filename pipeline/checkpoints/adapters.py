@@ -7,7 +7,6 @@ Settings of an adapter that would make it compute anything else are refused by n
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,6 +23,7 @@ from pipeline.checkpoints.own_weights import Weights
 from pipeline.checkpoints.safetensor_files import Stored, read_header, read_tensor
 from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight
+from pipeline.values.json_files import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -138,12 +138,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         pickled = (folder / "adapter_model.bin").is_file()
         instead = "; adapter_model.bin can run code: save it as safetensors" if pickled else ""
         raise ValueError(f"there is no {WEIGHTS}{instead}")
-    try:
-        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG} is no JSON: {error}") from error
-    if not isinstance(about, dict) or about.get("peft_type") != "LORA":
-        kind = about.get("peft_type") if isinstance(about, dict) else None
+    about = read_object(folder / CONFIG)
+    if (kind := about.get("peft_type")) != "LORA":
         raise ValueError(f"its peft_type is {kind!r}, and LORA is what can be merged")
     unread = sorted(key for key, value in about.items() if key not in READ | HARMLESS and value)
     if unread:

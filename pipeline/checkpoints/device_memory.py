@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import errno
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.families.sharding import FLAG
+from pipeline.texts.words import either
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What a user may give so that less memory of a device is needed.
+
+    Nothing that is in use already, and nothing that the method, the model, the device or a flag excludes.
+    """
+
+    weights: tuple[str, ...] = ()  # flags that make the model's smaller
+    documents: tuple[str, ...] = ()  # flags that make what a document needs smaller
+    more_devices: str | None = None  # the flag that divides the model among more
+
+    def for_weights(self, dtype: torch.dtype) -> list[str]:
+        """Of a model in this data type, without dividing it."""
+        smaller = ["--dtype bfloat16"] if dtype.itemsize > torch.bfloat16.itemsize else []
+        return [*smaller, *self.weights, "a smaller model"]
+
+    def for_document(self, dtype: torch.dtype) -> list[str]:
+        """Of a document beside a model in this data type."""
+        more = [] if self.more_devices is None else [self.more_devices]
+        return [*self.documents, *more, *self.for_weights(dtype)]
+
+
+NO_REMEDIES = Remedies()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +61,18 @@ class Memory:
         held, most = self.held + draft.held, max(draft.most, draft.held + self.most)
         return replace(self, held=held, most=most, draft=draft.held)
 
-    def check(self, model: str, enough: Callable[[], int | None]) -> None:
-        """Raise ModelError where the weights cannot fit; `enough` says among how many devices they do."""
+    def check(self, model: str, ways: Sequence[str], enough: Callable[[], int | None]) -> None:
+        """Raise ModelError where the weights cannot fit, with `ways` to need less.
+
+        `enough` says among how many devices they fit, if the model can be divided among so many.
+        """
         if self.most > self.free:
             needed, free = (f"{bytes_ / 1e9:.3g} GB" for bytes_ in (self.most, self.free))
             count = enough()
             divide = "" if count is None else f"; {FLAG} {count} divides it among {count} such GPUs"
             raise ModelError(
                 f"model {model} does not fit on {self.where}: loading its weights takes {needed}, and {free}"
-                " are free; take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
-                + divide
+                f" are free; take {either(ways)}{divide}"
             )
 
 
@@ -51,15 +80,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the host, for which torch has no class of errors."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # files are mapped into memory
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager
 def fits(name: str, device: torch.device) -> Iterator[None]:
-    """Raise ModelError for a model that is being loaded where the memory of its device runs out."""
+    """Raise ModelError for a model that is being loaded where memory runs out, its device's or the host's."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {name} does not fit on {device}: {first_line(error)}") from error
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ModelError(f"model {name} does not fit on {device}: {error}") from error
+        raise ModelError(host_message(name, error)) from error
+
+
+def host_message(name: str, error: BaseException) -> str:
+    """What to say of a model for whose loading the host's memory does not suffice."""
+    return (
+        f"model {name!r} cannot be loaded: the memory of this machine ran out ({first_line(error)}); "
+        "end other programs, or take a smaller model"
+    )

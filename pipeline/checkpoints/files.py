@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from pipeline.checkpoints.tokenizers import open_tokenizer
 from pipeline.errors import ModelError
 from pipeline.families.configuration import notes_on
 from pipeline.settings.model_settings import ModelSettings
+from pipeline.values.json_files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def _locate_base(settings: ModelSettings) -> ModelFiles | GgufFiles | RandomWeig
         return GgufFiles(name=model, path=path, ignore_unused_tensors=ignored)
     if path.is_dir():
         check_files(model, path)
-        _check_config(path, settings.trust_remote_code)
+        _check_config(model, path, settings.trust_remote_code)
         _check_has_weights(path)
         return ModelFiles(name=model, location=str(path), options=options, ignore_unused_tensors=ignored)
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or not all(model.split("/")):
@@ -201,7 +201,7 @@ def _locate_base(settings: ModelSettings) -> ModelFiles | GgufFiles | RandomWeig
         )
     hub = HubModel.find(model, settings.revision, with_code=settings.trust_remote_code)
     check_files(model, hub.folder)
-    _check_config(hub.folder, settings.trust_remote_code)
+    _check_config(model, hub.folder, settings.trust_remote_code)
     return ModelFiles(
         name=model, location=str(hub.folder), hub=hub, options=options, ignore_unused_tensors=ignored
     )
@@ -219,16 +219,12 @@ def _embedded_file(model: str) -> Path:
     return found[0]
 
 
-def _check_config(path: Path, trust_remote_code: bool) -> None:
+def _check_config(name: str, path: Path, trust_remote_code: bool) -> None:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"model folder {path} has no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config_file} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_file} is no JSON object: download or copy it again")
+    with as_model_error(name):
+        config = read_object(config_file)
     if "auto_map" in config and not trust_remote_code:
         raise ModelError(
             f"model folder {path} brings its own code, which would run here; --trust-remote-code allows it"

@@ -6,12 +6,10 @@ The fingerprint of a folder is of what its files hold, wherever and whenever the
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -24,6 +22,7 @@ from pipeline.checkpoints.safetensor_files import (
     sampled,
 )
 from pipeline.errors import ModelError
+from pipeline.values.json_files import AGAIN, object_or_nothing, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -98,11 +97,8 @@ def folder_notes(folder: Path) -> list[str]:
 
 def _adapter(path: Path) -> tuple[str, str]:
     """Its kind and its model, as far as its configuration tells."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        kind = base = None
+    about = object_or_nothing(path)
+    kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
     return "LoRA" if kind in (None, "LORA") else "PEFT", str(base or "another model")
 
 
@@ -154,14 +150,10 @@ def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """File names by tensor, of an index."""
-    damaged = f"{path.name} is no index of weights: download or copy it again"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        named: Any = index["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(damaged) from error
+    index = read_object(path)
+    named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-        raise ValueError(damaged)
+        raise ValueError(f"{path.name} is no index of weights: {AGAIN}")
     if not isinstance(index.get("metadata"), dict):
         raise ValueError(f'{path.name} lacks "metadata", without which it is not read: add "metadata": {{}}')
     return named

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.values.json_files import read_object
 
 FILE = "generation_config.json"
 # settings that change greedy answers too, by values that change nothing
@@ -37,13 +38,7 @@ def generation_settings(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{FILE} is no JSON: download or copy it again ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{FILE} is no JSON object: download or copy it again")
-    return found
+    return read_object(path)
 
 
 def end_tokens(settings: Mapping[str, Any]) -> list[int]:

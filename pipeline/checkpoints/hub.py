@@ -6,7 +6,6 @@ A name is resolved once. All files are of that commit, so that a branch that mov
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -33,6 +32,7 @@ from huggingface_hub.errors import (
 from pipeline.checkpoints.folder import ADAPTER, INDEX, SETTINGS, SINGLE, TOKENIZER
 from pipeline.errors import ModelError, first_line
 from pipeline.texts.redaction import without_secrets
+from pipeline.values.json_files import object_or_nothing
 
 T = TypeVar("T")
 
@@ -137,23 +137,14 @@ class HubModel:
 
 def lacking_weights(folder: Path) -> list[str]:
     """The files of weights that a folder of the cache does not have, by its configuration and index."""
-    explicit = _of_json(folder / "config.json").get("transformers_weights")
+    explicit = object_or_nothing(folder / "config.json").get("transformers_weights")
     index = folder / (explicit if isinstance(explicit, str) else INDEX)
     if index.suffix == ".json" and index.is_file():
-        named = _of_json(index).get("weight_map")
+        named = object_or_nothing(index).get("weight_map")
         names = sorted(set(named.values())) if isinstance(named, dict) else []
     else:
         names = [index.name if index.suffix != ".json" else SINGLE]
     return [name for name in names if not (folder / name).is_file()]
-
-
-def _of_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing where it cannot be read, which is told where it is used."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _listed(name: str, revision: str) -> tuple[str, dict[str, HubFile]]:

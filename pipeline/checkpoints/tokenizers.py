@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from pipeline.errors import ModelError
+from pipeline.values.json_files import read_object
 
 SENTENCEPIECE = "tokenizer.model"
 VOCABULARIES = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "tekken.json")  # any of them may be enough
@@ -25,7 +24,8 @@ CHAT_TEMPLATE = "chat_template.json"  # where processors had it, whose tokenizer
 def open_tokenizer(location: str, options: Mapping[str, Any]) -> Any:
     """transformers' tokenizer of a folder or hub id, with its chat template, wherever that is.
 
-    Raises ModelError for a file that cannot be read with what is installed, and whatever transformers raises.
+    Raises ValueError for a file that cannot be read, or not with what is installed, and whatever transformers
+    raises.
     """
     own_code = options.get("trust_remote_code")  # which may read files of other names
     if not own_code and all(_found(location, options, name) is None for name in VOCABULARIES):
@@ -53,11 +53,9 @@ def _fault(location: str, options: Mapping[str, Any]) -> str | None:
     for name in JSON_FILES:
         path = _found(location, options, name)
         try:
-            readable = path is None or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-        except ValueError:
-            readable = False
-        if not readable:
-            return f"{name} is no JSON object: download or copy it again"
+            _ = {} if path is None else read_object(path)
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -83,12 +81,9 @@ def _chat_template(location: str, options: Mapping[str, Any]) -> Any:
     path = _found(location, options, CHAT_TEMPLATE)
     if path is None:
         return None
-    try:
-        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ModelError(
-            f"{CHAT_TEMPLATE} holds no chat template: it is to be JSON with the key 'chat_template'"
-        ) from error
+    template = read_object(path).get("chat_template")
+    if template is None:
+        raise ValueError(f"{CHAT_TEMPLATE} holds no chat template: it is to have the key 'chat_template'")
     if isinstance(template, list):
         return {each["name"]: each["template"] for each in template}
     return template

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.drops import TAIL, Drop, Judgement, Paired, Verdict, fewest_documents, smallest_bound
 from pipeline.evaluate.row_results import RowResult
-from pipeline.pruning.operations import leave_nothing_out
+from pipeline.evaluate.workbench import has_pruned
 from pipeline.settings.check_settings import FORCED_METRICS, CheckConfig
 from pipeline.suites.metrics import score as score_text
 from pipeline.suites.samples import grouped
@@ -33,7 +33,6 @@ KL, NEVER, FIRST = "KL from dense", "never diverges", "first divergence"
 UNITS = {"nll": "nats", KL: "nats", FIRST: "tokens"}  # all other measures are shares
 SHARES = {"ffn_ratio": "FFN", "kept_ratio": "tokens", "kv_ratio": "K/V", "flops_ratio": "operations"}
 RECOMMENDED = 400  # documents: those that lose next to nothing pass 2pt, and such a loss is seen
-NOTHING_PRUNED = "nothing was pruned: the method did to every row what dense does"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,9 @@ def make_gates(config: CheckConfig, pairs: Sequence[Pair], *, differs: bool = Fa
     deciding = _deciding(config, groups)
     compared = {task: _compared(config, own) for task, own in groups.items()}
     judged = {
-        task: _judged(config, compared[task], pruned=differs or has_pruned(own))
+        task: _judged(config, compared[task]).of_pruned(
+            differs or has_pruned(pair.method.score for pair in own)
+        )
         for task, own in groups.items()
     }
     if config.scope == "documents":
@@ -159,15 +160,6 @@ def refuse_too_few(config: CheckConfig, rows: Sequence[CheckRow]) -> str | None:
     )
 
 
-def has_pruned(pairs: Sequence[Pair]) -> bool:
-    """Whether the method left anything out of any of these rows that dense computes.
-
-    Tokens that stop where nobody reads them any more, as `mars` has them by default, are nothing left out.
-    """
-    scores = [pair.method.score for pair in pairs]
-    return not all(leave_nothing_out(each.ffn_ratio, each.attention_ratio, each.kv_ratio) for each in scores)
-
-
 def _by_task(items: Sequence[T], row_of: Callable[[T], CheckRow]) -> dict[str, list[T]]:
     """The items of each task, and all of them where there are several."""
     groups = grouped(items, lambda item: row_of(item).task)
@@ -191,12 +183,9 @@ def _compared(config: CheckConfig, pairs: Sequence[Pair]) -> Paired:
     )
 
 
-def _judged(config: CheckConfig, compared: Paired, *, pruned: bool) -> Judgement:
+def _judged(config: CheckConfig, compared: Paired) -> Judgement:
     bound = config.bound.value
-    judgement = compared.judge(bound) if config.scope == "documents" else compared.judge_rows(bound)
-    if pruned or judgement.verdict == "fail" or judgement.reason is not None:
-        return judgement
-    return Judgement(verdict="inconclusive", bound=bound, reason=NOTHING_PRUNED)
+    return compared.judge(bound) if config.scope == "documents" else compared.judge_rows(bound)
 
 
 def _hold_back(judged: dict[str, Judgement], deciding: Mapping[str, Paired]) -> None:

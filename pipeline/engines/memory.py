@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import psutil
@@ -23,6 +24,7 @@ from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 from pipeline.pruning.speculative import DraftReader
 from pipeline.ranks.leading import on_every_rank
 from pipeline.records import EncodedDocument
+from pipeline.texts.words import either
 
 # larger packs fill no device better, and every row waits for its whole pack's prefill
 MOST_PACK_TOKENS = {"cpu": 8192, "cuda": 32768}
@@ -60,6 +62,9 @@ class Packer:
     cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     draft: ModelShape | None = None  # of the model that reads prompts first, if one does
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
+    remedies: Sequence[str] = (
+        "a smaller model",
+    )  # for a document that is too large, as a user may give them
 
     @classmethod
     def on(
@@ -88,8 +93,8 @@ class Packer:
         `n`, so that all answers to a prompt are decoded together.
         """
         method.check_depth(shape)
-        one_by_one = isinstance(method, HoldsUnrotatedKeys) or pack_tokens == 1
-        rows = _in_flight(in_flight, device, one_by_one=one_by_one)
+        rows = IN_FLIGHT[device.type] if in_flight is None else in_flight
+        rows = min(rows, 1) if pack_tokens == 1 else rows
         method.plan(shape, (1,))  # the model's depth, say, should fail here and not in a pack
         if isinstance(method, SkipsInSteps) and max(rows, n) > 1:
             raise ConfigError(f"method {method.name} needs in_flight=1, so that each row is decoded alone")
@@ -116,10 +121,10 @@ class Packer:
     def within(self, usable: int) -> Self:
         """The same with so many bytes, divided between the store and the prefills beside it.
 
-        Rows of a method that holds keys itself need no store.
+        Rows of a method that holds keys itself need no store, and are decoded one by one.
         """
-        if isinstance(self.method, HoldsUnrotatedKeys):
-            return replace(self, max_bytes=usable, store_bytes=0)
+        if self._key_holder is not None:
+            return replace(self, max_bytes=usable, store_bytes=0, in_flight=min(self.in_flight, 1))
         tokens = max(self.pack_tokens, min(self.shape.context, LONGEST_BESIDE_STORE))
         while tokens > 1 and self.planned_bytes([tokens]) > PREFILL_SHARE * usable:
             tokens //= 2
@@ -128,6 +133,11 @@ class Packer:
         store = max(0, min([*most, self.kv_memory] if self.kv_memory is not None else most))
         # what the store does not take, prefills may
         return replace(self, max_bytes=usable - store, store_bytes=store)
+
+    @cached_property
+    def _key_holder(self) -> HoldsUnrotatedKeys | None:
+        """The method, if it holds each document's keys itself."""
+        return self.method if isinstance(self.method, HoldsUnrotatedKeys) else None
 
     @property
     def all_bytes(self) -> int:
@@ -173,10 +183,10 @@ class Packer:
         """
         prompt_tokens = document.prompt_tokens
         return (
-            self.planned_bytes([prompt_tokens]) > self.max_bytes
+            self._key_holder is not None
+            or self.planned_bytes([prompt_tokens]) > self.max_bytes
             or self.slots(prompt_tokens, self.room(document)) > self.store_slots
             or not self._may_share([prompt_tokens])
-            or isinstance(self.method, HoldsUnrotatedKeys)
         )
 
     def bytes_alone(self, document: EncodedDocument) -> int:
@@ -252,10 +262,10 @@ class Packer:
     def _running_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that a pack needs while a layer runs."""
         shape, tokens, longest = self.shape, sum(lengths), max(lengths)
-        if isinstance(self.method, HoldsUnrotatedKeys):
-            chunk = min(longest, self.method.chunk_tokens(PIECE_TOKENS))
+        if (holder := self._key_holder) is not None:
+            chunk = min(longest, holder.chunk_tokens(PIECE_TOKENS))
             running = running_bytes(shape, self.itemsize, chunk)
-            return running + self.method.attention_bytes(shape, self.itemsize, longest, chunk)
+            return running + holder.attention_bytes(shape, self.itemsize, longest, chunk)
         chosen = any(mass for mass in self.method.masses_in(shape))
         choosing = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
         if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
@@ -270,8 +280,6 @@ class Packer:
 
     def _may_share(self, lengths: Sequence[int]) -> bool:
         """Only what takes the same passes, and stays on the device: no active blocks depend on others."""
-        if isinstance(self.method, HoldsUnrotatedKeys):
-            return len(lengths) == 1
         if not (alike := self.method.alike(lengths)) or self.kv_memory is None:
             return alike
         planned = self.method.plan(self.shape, lengths).kv_bytes(self.itemsize, self.new_tokens)
@@ -281,20 +289,11 @@ class Packer:
 def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
     """How much memory a document needs, how much there is, and what to do."""
     needed = packer.bytes_alone(document)
-    in_fp8 = "" if packer.kv_itemsize == 1 else "--kv-dtype fp8, "
-    ways = f"{in_fp8}--linear-dtype fp8, --tensor-parallel, " if packer.device.type == "cuda" else ""
     return (
         f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
         f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
-        f"--on-overlong does not help here: shorten the document, or use {ways}a smaller --dtype or model"
+        f"--on-overlong does not help here: shorten the document, or use {either(packer.remedies)}"
     )
-
-
-def _in_flight(wanted: int | None, device: torch.device, *, one_by_one: bool) -> int:
-    """How many rows are decoded together; `one_by_one` each runs from start to end."""
-    if wanted is None:
-        return 1 if one_by_one else IN_FLIGHT[device.type]
-    return min(wanted, 1) if one_by_one else wanted
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -216,7 +217,7 @@ def start_engine(setup: Setup, hooks: Hooks, prompts: Sequence[EncodedDocument] 
     precision = setup.precision
     _tell_memory(setup.model, precision, hooks)
     with nothing_to_lose():
-        model = setup.model.load(precision)
+        model = setup.model.load(precision, setup.remedies)
     if model is setup.model:  # who gave a loaded model may want its own precision later
         for decoder in model.decoders:
             decoder.use_linears(config.linear_dtype, ffn=precision.ffn, keep=True)
@@ -264,6 +265,7 @@ def _warmed_up(
         save_selection=config.save_selection,
         **hooks._asdict(),
     )
+    engine.packer = replace(engine.packer, remedies=setup.remedies.for_document(model.dtype))
     loaded_s = engine.attempts.now() - started
     hooks.phase("warming up")
     warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)

@@ -49,7 +49,7 @@ class DistantModel(UnloadedModel):
 
     facts: ModelFacts
 
-    def load(self, precision: object = None) -> NoReturn:
+    def load(self, precision: object = None, remedies: object = None) -> NoReturn:
         raise TypeError("the weights are loaded where the device is")
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ _SLACK = 1e-9  # for the last bits of means
 _WIDEST = 1e6  # times dense's mean: beyond any relative drop that is told
 _HALVINGS = 50
 FEW_DECIDE = "a few documents decide, of which the interval counts a change of at most 1 nat each"
+NOTHING_PRUNED = "nothing was pruned: the method did to every row what dense does"
 MOST_DOCUMENTS = 1_000_000  # more than anybody would take
 
 
@@ -56,6 +57,12 @@ class Judgement:
     bound: float  # in the unit of the drop
     documents_needed: int | None = None  # in all; None: decided, or no number of documents would decide
     reason: str | None = None  # why these documents can tell nothing, however many they are
+
+    def of_pruned(self, pruned: bool) -> Judgement:
+        """The same, but for a pass of rows of which nothing was `pruned`: they show nothing of the method."""
+        if pruned or self.verdict == "fail" or self.reason is not None:
+            return self
+        return replace(self, verdict="inconclusive", documents_needed=None, reason=NOTHING_PRUNED)
 
 
 @dataclass(frozen=True, kw_only=True)

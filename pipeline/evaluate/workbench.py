@@ -6,7 +6,7 @@ import statistics
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.kernels.sparse import shortest
 from pipeline.model.loading import LoadedModel
 from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.operations import Passes, shares_of_dense
+from pipeline.pruning.operations import Passes, leave_nothing_out, shares_of_dense
 
 DENSE = Variant(Dense.name, Dense())
 PACKAGE = Path(__file__).parents[1]
@@ -84,6 +84,14 @@ class CaseScore:
         Of an answer that is a whole it is 1 where greedy decoding would begin with it, else 0.
         """
         return float(self.correct == self.tokens) if self.parts_found is None else self.parts_found
+
+
+def has_pruned(scores: Iterable[CaseScore]) -> bool:
+    """Whether anything was left out of any of these cases that dense computes.
+
+    Tokens that stop where nobody reads them any more, as `mars` has them by default, are nothing left out.
+    """
+    return not all(leave_nothing_out(each.ffn_ratio, each.attention_ratio, each.kv_ratio) for each in scores)
 
 
 class Evaluated(NamedTuple):

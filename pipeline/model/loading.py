@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoints.building import as_model_error, bytes_needed, with_weights
-from pipeline.checkpoints.device_memory import Memory, fits
+from pipeline.checkpoints.device_memory import NO_REMEDIES, Memory, Remedies, fits
 from pipeline.checkpoints.drafts import TokenReader, check_draft_reads
 from pipeline.checkpoints.files import AdaptedModel, ModelFiles, ModelSource, locate
 from pipeline.errors import ConfigError
@@ -88,7 +88,7 @@ class LoadedModel(_OnDevice):
     def memory(self, precision: LinearPrecision = IN_FULL) -> None:
         """None: there is nothing to be loaded any more."""
 
-    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
+    def load(self, precision: LinearPrecision = IN_FULL, remedies: Remedies = NO_REMEDIES) -> LoadedModel:
         """Itself: who has a model, loaded or not, need not ask which."""
         return self
 
@@ -208,10 +208,13 @@ class UnloadedModel(_OnDevice):
     def _bytes_needed(self, precision: LinearPrecision, share: Share | None) -> tuple[int, int]:
         return bytes_needed(_scaled(self.config, self.rope_scaling), self.dtype, precision, share)
 
-    def load(self, precision: LinearPrecision = IN_FULL) -> LoadedModel:
-        """With linear layers as `precision` wants them. Raises ModelError for weights that cannot be read."""
+    def load(self, precision: LinearPrecision = IN_FULL, remedies: Remedies = NO_REMEDIES) -> LoadedModel:
+        """With linear layers as `precision` wants them.
+
+        Raises ModelError for weights that cannot be read, or do not fit, which names `remedies`.
+        """
         if self.ranks == 1:
-            return self._loaded(precision, None)
+            return self._loaded(precision, None, remedies)
         ranks = Ranks(rank=0, count=self.ranks, device=self.device)
         lead = Lead(ranks)
         try:
@@ -219,19 +222,22 @@ class UnloadedModel(_OnDevice):
             settings = ModelSettings.of(self.settings, draft_model=None, **pinned)
             devices = [f"cuda:{rank}" if self.device.type == "cuda" else "cpu" for rank in range(self.ranks)]
             lead.have_loaded(load_share, devices[1:], settings, self.dtype, precision)
-            loaded = self._loaded(precision, ranks)
+            loaded = self._loaded(precision, ranks, remedies)
             lead.begin(_everywhere(loaded))
         except BaseException:
             lead.close(0.0)
             raise
         return loaded
 
-    def _loaded(self, precision: LinearPrecision, ranks: Ranks | None) -> LoadedModel:
+    def _loaded(
+        self, precision: LinearPrecision, ranks: Ranks | None, remedies: Remedies = NO_REMEDIES
+    ) -> LoadedModel:
         """All of the model, or one rank's share."""
         use_device(self.device)
         if precision.uses_fp8:
             self.check_fp8()
-        self.memory(precision).check(self.name, partial(self.ranks_needed, precision))
+        enough = partial(self.ranks_needed, precision) if remedies.more_devices else lambda: None
+        self.memory(precision).check(self.name, remedies.for_weights(self.dtype), enough)
         draft = None if self.draft is None else self.draft.load(precision)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():

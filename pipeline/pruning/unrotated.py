@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,9 @@ class UnrotatedMethod(PruningMethod):
         for trait, is_there in lacking.items():
             if is_there:
                 raise ConfigError(f"method {self.name} does not suit this model, whose layers have {trait}")
+
+    def alike(self, lengths: Sequence[int]) -> bool:
+        return len(lengths) == 1  # a prompt's chunks pass all layers one after the other
 
     def longest(self, shape: ModelShape) -> int:
         """See `HoldsUnrotatedKeys`."""

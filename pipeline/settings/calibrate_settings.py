@@ -95,6 +95,11 @@ class CalibrateConfig(
         return self.reference_column is not None or bool(self.row_suites)
 
     @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether rows have tasks that a profile can speak for one by one."""
+        return self.task_column is not None or bool(self.row_suites)
+
+    @property
     def asks_rows(self) -> bool:
         """Whether the rows of the input are asked: needles alone take no row's place."""
         return bool(self.input) and (self.reference_column is not None or not self.row_suites)

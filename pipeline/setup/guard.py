@@ -116,7 +116,7 @@ class Guard:
         """Why a document is to run dense, if it is; what can be told before it runs."""
         task = document.source.task
         if task is not None and self.tasks and task not in self.tasks:
-            return f"{TASK}: the profile was not calibrated on {task!r}"
+            return f"{TASK}: the profile was not verified on {task!r}"
         if self.longest is not None and document.prompt_tokens > FAR_BEYOND * self.longest:
             return (
                 f"{LENGTH}: {document.prompt_tokens:,} tokens are far beyond the {self.longest:,} that the "

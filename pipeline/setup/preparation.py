@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.checkpoints.device_memory import Remedies
 from pipeline.checkpoints.names import COMMIT_PREFIX
 from pipeline.errors import ConfigError
 from pipeline.inputs.reading import Reading
@@ -44,6 +46,7 @@ from pipeline.setup.intake import (
     open_rows,
 )
 from pipeline.setup.profile import check_profile, length_note, load_profile
+from pipeline.setup.remedies import remedies_of
 from pipeline.setup.validity import Validity
 from pipeline.structured.binding import BoundForms
 from pipeline.structured.grammars import check_format, json_schema_format
@@ -73,6 +76,11 @@ class Setup(Chosen):
         from pipeline.families.projection import LinearPrecision
 
         return LinearPrecision(linears=self.config.linear_dtype, ffn=uses_fp8(self.method))
+
+    @cached_property
+    def remedies(self) -> Remedies:
+        """What would make it need less memory of its device."""
+        return remedies_of(self.config, self.method, self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

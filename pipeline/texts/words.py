@@ -1,13 +1,20 @@
-"""Numbers as they stand in messages and tables."""
+"""Numbers and lists as they stand in messages and tables."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
     """`1 row`, `1,200 rows`; of nouns whose plural has an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def either(words: Sequence[str]) -> str:
+    """`one`, `one or two`, `one, two or three`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def duration(seconds: float) -> str:

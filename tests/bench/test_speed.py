@@ -242,8 +242,8 @@ def test_variants_that_all_compute_in_fp8(command, monkeypatch, capfd):
     stock = ["--baselines", "none"] if command == "ttft" else ["--documents", "2", "--new-tokens", "3"]
     held = []
     real = UnloadedModel.load
-    monkeypatch.setattr(UnloadedModel, "load", lambda self, *of: held.append(of) or real(self, *of))
+    monkeypatch.setattr(UnloadedModel, "load", lambda self, *of: held.append(of[0]) or real(self, *of))
     assert run(["bench", command, *flags, *stock]) == 0
-    assert held == [(LinearPrecision(linears="fp8"),)]
+    assert held == [LinearPrecision(linears="fp8")]
     (result,) = json.loads(capfd.readouterr().out)["results"]
     assert result["variant"] == "dense:fp8"

@@ -9,7 +9,7 @@ import pytest
 from pipeline.calibration.bounds import Bounds
 from pipeline.errors import InputError
 from pipeline.evaluate.cases import Sides, in_all, split, thin
-from pipeline.evaluate.drops import fewest_documents, smallest_bound
+from pipeline.evaluate.drops import NOTHING_PRUNED, fewest_documents, smallest_bound
 from pipeline.settings.parse import Bound
 
 BOUNDS = Bounds(
@@ -17,9 +17,11 @@ BOUNDS = Bounds(
 )
 
 
-def score(document, correct, task="data", tokens=10):
+def score(document, correct, task="data", tokens=10, kept=0.5):
+    found = correct == tokens
+    shares = {"ffn_ratio": kept, "attention_ratio": 1.0, "kv_ratio": 1.0}
     return SimpleNamespace(
-        task=task, document_key=document, tokens=tokens, correct=correct, found=correct == tokens
+        task=task, document_key=document, tokens=tokens, correct=correct, found=found, **shares
     )
 
 
@@ -103,6 +105,18 @@ def test_nothing_passes_where_there_is_nothing_to_lose():
     (gate,) = BOUNDS.verify(dense, dense)
     assert gate.verdict == "inconclusive"
     assert "no room to lose" in gate.judgement.reason
+
+
+def test_rows_of_which_nothing_was_pruned_pass_no_gate_but_that_of_a_precision():
+    dense = [score(f"{n}", 9, "needles-single" if n % 2 else "data") for n in range(400)]
+    short = [score(f"{n}", 9, "needles-single" if n % 2 else "data", kept=1 - n % 2 / 2) for n in range(400)]
+    main, needles = BOUNDS.verify(dense, short)
+    assert (main.verdict, needles.verdict) == ("inconclusive", "inconclusive")
+    assert main.judgement.reason == NOTHING_PRUNED  # though half of all rows were pruned
+    assert "no room to lose" in needles.judgement.reason  # which holds whatever was pruned
+    assert BOUNDS.verify(dense, short, differs=True)[0].verdict == "pass"
+    worse = [score(f"{n}", 0, kept=1.0) for n in range(400)]
+    assert BOUNDS.verify(dense, worse)[0].verdict == "fail"
 
 
 def test_a_single_document_cannot_be_held_out_as_well():

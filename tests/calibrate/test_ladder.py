@@ -113,7 +113,12 @@ def test_a_rung_passes_all_its_gates_or_none(verdicts, complete, verdict):
 
 
 def test_the_worst_gate_is_the_one_that_goes_farthest_beyond_its_bound():
-    gates = (gate("a", "pass", high=1.5, bound=2), gate("b", "inconclusive", high=6, bound=5))
+    gates = (gate("a", "inconclusive", high=3, bound=2), gate("b", "inconclusive", high=7, bound=5))
+    assert RungResult(rung=rung(1.5, 0.1), trial=trial(1.4), gates=gates).worst_gate.gate == "b"
+
+
+def test_a_gate_that_passes_is_not_the_worst_beside_one_that_shows_nothing():
+    gates = (gate("a", "pass", high=1.5, bound=2), gate("b", "inconclusive", high=0.5, bound=5))
     assert RungResult(rung=rung(1.5, 0.1), trial=trial(1.4), gates=gates).worst_gate.gate == "b"
 
 

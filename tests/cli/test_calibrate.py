@@ -13,8 +13,9 @@ import pytest
 
 from marsinfer_cli.app import run
 from pipeline.calibration import calibrating as calibrate_module
+from pipeline.calibration import phases
 from pipeline.calibration.calibrating import run_calibrate
-from pipeline.calibration.calibration_report import layer_heads, layer_rows, raise_unless_held
+from pipeline.calibration.calibration_report import layer_heads, layer_rows, lines, raise_unless_held
 from pipeline.errors import GateFailed
 from pipeline.evaluate import workbench
 from pipeline.evaluate.workbench import Deadline
@@ -228,6 +229,54 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
     for tested in result.tested:
         gates = {gate.gate: gate.judgement.bound for gate in tested.gates}
         assert gates == {"agreement": 90, "needles-single": 90}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needles", [False, True])
+def test_rows_too_short_to_be_pruned_show_nothing(data, tmp_path, sharp_model_folder, needles, monkeypatch):
+    """A task of such rows is not verified, so that they run dense; a kind of such needles passes nothing."""
+    real = workbench.score_answer
+
+    def score_answer(model, method, document, answer, **options):
+        forced, *more = real(model, method, document, answer, **options)
+        return replace(forced, choices=np.array(answer)), *more  # needles are found, whatever is pruned
+
+    monkeypatch.setattr(workbench, "score_answer", score_answer)
+    monkeypatch.setattr(phases, "mapped_rungs", lambda *arguments: [])  # which prune short rows too
+    monkeypatch.setattr(phases, "other_rungs", lambda *arguments: [])
+    rows = [
+        {**row, "text": row["text"].replace(" sea ", " sea. "), "kind": "long"}
+        for row in rows_of(8, words=200)
+    ]
+    rows += [{**row, "kind": "short"} for row in rows_of(8, words=10, seed=1)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"suite": ("needles",), "needle_kinds": ("single",), "needle_lengths": (700,), "needle_count": 4}
+    config = config_of(
+        data,
+        tmp_path,
+        sharp_model_folder,
+        max_drop="90pt",
+        needle_drop="90pt",
+        task_column="kind",
+        minutes=0.4,
+        **(more if needles else {}),
+    )
+    model = open_model(config)
+    model.attention.sparse_from = 850
+    result = calibrated(config, model=model)
+    first = result.tested[0]
+    assert "mars sparse_attention=" in first.rung.name
+    if not needles:
+        assert first.passes
+        assert result.profile.about["guard"]["tasks"] == ["long"]
+        assert "nothing was pruned of rows of the task 'short': with this profile they run dense" in lines(
+            result
+        )
+        return
+    assert (first.verdict, result.profile) == ("inconclusive", None)
+    told = r"needles-single dropped by .*: inconclusive; nothing was pruned: .*; give longer --needle-lengths"
+    with pytest.raises(GateFailed, match=told):
+        raise_unless_held(result)
 
 
 def test_without_time_nothing_is_found_which_ends_with_5(flags, tmp_path, capfd):

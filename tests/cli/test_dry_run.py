@@ -66,6 +66,7 @@ def test_rows_for_which_there_is_no_memory_cannot_be_answered(
     count = len(FISH)
     assert f"rows: {count}, of which 0 can be answered\n" in printed.out
     assert f"too large for the memory: {count} rows, the first:\n" in printed.out
+    assert "shorten the document, or use --dtype bfloat16 or a smaller model\n" in printed.out
     assert f"none of {count} rows can be answered; " in printed.err
 
 

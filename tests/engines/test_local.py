@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from conftest import document, loaded
 
-from pipeline.checkpoints.device_memory import is_out_of_memory
-from pipeline.engines import local, memory, prefilling, warm_up
+from pipeline.engines import local, prefilling, warm_up
 from pipeline.engines.local import LocalEngine
-from pipeline.engines.memory import (
-    Packer,
-    activation_bytes,
-    default_pack_tokens,
-    lean_bytes,
-    piece_bytes,
-    running_bytes,
-)
 from pipeline.errors import Interrupted, MarsError
 from pipeline.generation.decode_loop import DecodeLoop
 from pipeline.generation.generated import StopRules
 from pipeline.generation.sampling import Sampling
 from pipeline.pruning.base import PruningMethod, Selection
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.mars import Mars
-from pipeline.pruning.marsinfer import MarsInfer
-from pipeline.pruning.shape import PIECE_TOKENS, ModelShape
 
 
 @pytest.fixture
@@ -71,13 +56,6 @@ def test_the_culprit_of_a_pack_stands_alone(model, monkeypatch, error, kind):
     assert rows[4].error_type == kind
     assert rows[4].error_message.startswith("row 4: ")
     assert [row.answer for row in rows if row.status == "ok"] == expected[:4] + expected[5:]
-
-
-def test_memory_of_the_host_runs_out_too():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 55, dtype=torch.uint8)
-    assert is_out_of_memory(caught.value)
-    assert not is_out_of_memory(RuntimeError("bad luck"))
 
 
 def test_output_that_is_not_finite_is_an_error_and_no_answer(model):
@@ -210,16 +188,6 @@ def test_a_warm_up_that_fits_no_memory_leaves_it_to_the_rows(model, monkeypatch)
     assert engine.answer(documents()[:1])[0].status == "ok"
 
 
-def test_the_engine_knows_where_its_time_went(model):
-    engine = engine_for(model)
-    rows = [engine.answer(documents()[:3]), engine.answer(documents()[3:])]
-    times = engine.times
-    assert times.packs == 2
-    assert times.prefill_s == pytest.approx(sum(pack[0].ttft_ms for pack in rows) / 1e3)
-    assert times.decode_s >= sum(max(row.decode_ms for row in pack) for pack in rows) / 1e3
-    assert times.prefill_s + times.decode_s < times.span_s
-
-
 @pytest.mark.parametrize("calls", [1, 3, 6])
 def test_a_check_between_layers_and_steps_can_end_the_run(model, calls):
     seen = []
@@ -248,102 +216,6 @@ class DropsTheLast(PruningMethod):
 def test_a_method_that_breaks_the_contract_ends_the_run(model):
     with pytest.raises(MarsError, match=r"^method drops-the-last dropped a prompt's last token"):
         engine_for(model, DropsTheLast()).answer(documents())
-
-
-def test_planned_bytes_grow_with_tokens_and_documents(model):
-    shape = model.decoder.shape
-    cpu = torch.device("cpu")
-    planned = Packer.on(cpu, Dense(), shape, itemsize=4, new_tokens=10, pack_tokens=None).planned_bytes
-    kv = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
-    logits = shape.vocab * 8
-    assert planned([100]) == 110 * kv + lean_bytes(shape, 4, 100) + logits
-    assert planned([50, 50]) == planned([100]) + 10 * kv + logits
-    reading = Packer.on(
-        cpu, MarsInfer(start_layer=1), shape, itemsize=4, new_tokens=10, pack_tokens=None
-    ).planned_bytes
-    scores = 12 * 64 * shape.heads  # a token of the longest document
-    assert reading([100]) == 110 * kv + running_bytes(shape, 4, 100) + 100 * scores + logits
-    assert reading([50, 50]) == reading([100]) + 10 * kv + logits - 50 * scores
-
-
-@pytest.mark.parametrize(("tokens", "kv_itemsize", "fits"), [(1 << 20, 1, True), (1 << 20, None, False)])
-def test_a_document_of_a_million_tokens_is_refused_where_it_does_not_fit(tokens, kv_itemsize, fits):
-    """Of the shape of Qwen2-7B, on a GPU of which fp8 weights leave 71 GB."""
-    shape = ModelShape(
-        layers=28, hidden=3584, ffn=18944, heads=28, kv_heads=4, head_dim=128, vocab=152064, context=1 << 20
-    )
-    packer = Packer(
-        device=torch.device("cuda"),
-        method=Mars(),
-        shape=shape,
-        itemsize=2,
-        new_tokens=64,
-        pack_tokens=32768,
-        max_bytes=int(0.9 * 71e9),
-        kv_itemsize=kv_itemsize,
-    )
-    prompt = replace(document(10), input_ids=np.zeros(tokens - 64, dtype=np.int64))
-    residual, kv = tokens * 3584 * 2, tokens * 28 * 2 * 4 * 128 * (kv_itemsize or 2)
-    assert residual + kv < packer.bytes_alone(prompt) < residual + kv + 9e9
-    assert packer.runs_alone(prompt)
-    assert packer.refuses(prompt) is not fits
-
-
-def test_the_default_pack_is_bounded_by_device_and_memory(model, monkeypatch):
-    shape, cpu = model.decoder.shape, torch.device("cpu")
-    assert default_pack_tokens(shape, itemsize=4, device=cpu) == 8192
-    monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 1_000_000)
-    assert 1 < default_pack_tokens(shape, itemsize=4, device=cpu) < 1_000
-    monkeypatch.setattr("pipeline.engines.memory.free_bytes", lambda device: 0)
-    assert default_pack_tokens(shape, itemsize=4, device=cpu) == 1
-
-
-def test_what_is_wide_is_planned_for_a_piece_and_the_rest_for_every_token(model, monkeypatch):
-    shape = model.decoder.shape
-    piece = PIECE_TOKENS
-    a_token, wide = activation_bytes(shape, 4), piece_bytes(shape, 4, 1)
-    assert wide >= (3 * shape.ffn + shape.hidden) * 4
-    assert running_bytes(shape, 4, piece) == piece * (a_token + wide)
-    assert running_bytes(shape, 4, 8 * piece) == 8 * piece * a_token + piece * wide
-    # a pack as large as memory allows is planned to fill it, in one piece or in several
-    monkeypatch.setitem(memory.MOST_PACK_TOKENS, "cpu", 10**9)
-    kv = shape.layers * shape.kv_bytes_per_token(4)
-    for tokens in (piece // 2, piece, piece + 1, 5 * piece):
-        needed = tokens * kv + running_bytes(shape, 4, tokens)
-        monkeypatch.setattr(memory, "free_bytes", lambda device, needed=needed: needed)
-        assert default_pack_tokens(shape, itemsize=4, device=torch.device("cpu")) == tokens
-
-
-class StepClock:
-    """The clock of decoding, which goes on by a second a step."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def start(self):
-        self.seconds += 1.0
-
-    def stop(self):
-        return 0.0
-
-
-@pytest.mark.parametrize(("limit", "status"), [(4.5, "ok"), (3.5, "error")])
-def test_the_time_limit_of_a_row_counts_its_own_steps(model, limit, status):
-    engine = LocalEngine(
-        model, Dense(), rules=StopRules(max_new_tokens=6), sampling=Sampling(), in_flight=2, pack_tokens=30
-    )
-    engine._clock, engine.attempts.row_timeout = StepClock(), limit
-    for row in documents():
-        engine.add([row])
-    rows = []
-    while engine.is_busy:
-        rows += [answer for _, answer, _ in engine.advance()]
-    assert {row.status for row in rows} == {status}  # each takes five steps, and is looked at after four
-    assert len(rows) == 7
-    assert engine._clock.seconds > 3 * limit  # of all rows together
-    if status == "error":
-        assert {row.error_type for row in rows} == {"timeout"}
-        assert rows[0].error_message == "row 0: not answered within --row-timeout 3.5 s"
 
 
 def test_a_step_that_fails_has_its_rows_run_again_and_says_so(model, monkeypatch):
@@ -384,19 +256,3 @@ def test_memory_that_runs_out_makes_pieces_smaller_before_packs(model, monkeypat
     assert [row.answer for row in engine.answer(documents())] == expected
     total = sum(row.prompt_tokens for row in documents())
     assert sizes == [(7, 10_000), (7, total // 2), (7, total // 4)]
-
-
-def test_the_times_of_a_row_add_up_to_its_way_through_the_engine(model, clock):
-    clock.tick = 1e-3  # each look at it: a real one may stand still for a row, and run for the next
-    engine = LocalEngine(
-        model, Dense(), rules=StopRules(max_new_tokens=5), sampling=Sampling(), in_flight=2, pack_tokens=30
-    )
-    began = clock()
-    given = [replace(row, ready_at=began) for row in documents()]
-    rows = engine.answer(given)
-    took_ms = (clock() - began) * 1e3
-    for row in rows:
-        assert min(row.queue_ms, row.ttft_ms, row.decode_ms) >= 0
-        assert row.queue_ms + row.ttft_ms + row.decode_ms <= took_ms
-    assert max(row.queue_ms for row in rows) > max(row.ttft_ms for row in rows)  # five waited for two
-    assert engine.times.prefill_s + engine.times.decode_s <= engine.times.span_s

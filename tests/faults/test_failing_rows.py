@@ -58,6 +58,7 @@ def test_a_row_that_always_fails_is_the_only_error(make_job, accident, kind, tol
     if told == "out_of_memory":
         need = rf"{expected[CULPRIT]['prompt_tokens']} tokens need about \d+\.\d GB on cpu and \d+\.\d GB"
         assert re.search(need, rows[CULPRIT]["error_message"])
+        assert rows[CULPRIT]["error_message"].endswith("or use --dtype bfloat16 or a smaller model")
 
 
 def test_a_row_whose_decoding_fails_is_the_only_error(make_job, monkeypatch):

@@ -134,8 +134,8 @@ def write_a_profile(path: Path) -> None:
     )
     paired = Paired.of([1.0] * 300, [1.0] * 299 + [0.5])
     gate = Verified(gate="agreement", drop=paired.drop(), judgement=paired.judge(2.0))
-    shares = {"kept_ratio": 1.0, "ffn_ratio": 0.5, "attention_ratio": 1.0}
-    scores: Any = (SimpleNamespace(prompt_tokens=200, **shares),)
+    shares = {"kept_ratio": 1.0, "ffn_ratio": 0.5, "attention_ratio": 1.0, "kv_ratio": 1.0}
+    scores: Any = (SimpleNamespace(task="place", prompt_tokens=200, **shares),)
     trial = Trial(
         variant=Variant("marsinfer", MarsInfer(eta=0.9)),
         complete=True,

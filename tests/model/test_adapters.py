@@ -176,7 +176,10 @@ Q_PAIR = "model.layers.0.self_attn.q_proj.weight"
             "there is no adapter_config.json: name the folder of",
         ),
         (lambda a: (a / WEIGHTS).unlink(), f"there is no {WEIGHTS}"),
-        (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json is no JSON: "),
+        (
+            lambda a: (a / "adapter_config.json").write_text("{"),
+            "adapter_config.json is no JSON: download or copy it again (",
+        ),
         (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS} is cut short ("),
         (lambda a: change(a, peft_type="IA3"), "its peft_type is 'IA3', and LORA is what can be merged"),
         (lambda a: change(a, use_dora=True), "has settings that are not supported: use_dora"),

@@ -106,11 +106,21 @@ def test_shards_without_their_index(folder):
     )
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{}"])
+@pytest.mark.parametrize("text", ['{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{}"])
 def test_an_index_that_is_none(folder, text):
     shard(folder)
     (folder / INDEX).write_text(text)
     assert refusal(folder) == f"model '{folder}' cannot be loaded: {INDEX} is no index of weights: {AGAIN}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [("[1]", "no JSON object"), ('{"a"', "no JSON"), ("[" * 100_000, "no JSON")]
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, "tokenizer_config.json"])
+def test_every_file_that_is_to_be_an_object_is_told_alike(folder, name, text, fault):
+    shard(folder)
+    (folder / name).write_text(text)
+    assert refusal(folder).startswith(f"model '{folder}' cannot be loaded: {name} is {fault}: {AGAIN}")
 
 
 def test_an_index_without_metadata(folder):
@@ -163,11 +173,6 @@ def test_damaged_weights(folder, damage, message):
     said = refusal(folder)
     assert said.startswith(f"model '{folder}' cannot be loaded: ")
     assert message.replace(" bytes of at least ", " of at least ") in said
-
-
-def test_a_configuration_that_is_no_object(folder):
-    (folder / "config.json").write_text("[1]")
-    assert refusal(folder) == f"{folder / 'config.json'} is no JSON object: {AGAIN}"
 
 
 @pytest.mark.parametrize("name", ["kernels-community/flash-attn", "flash_attention_2", "sdpa"])

@@ -7,6 +7,7 @@ import torch
 from checkpoints import bytes_held, copied, dequantised, loaded, opened, tensors
 from test_quantised import make_fp8
 
+from pipeline.checkpoints.device_memory import Remedies
 from pipeline.errors import ModelError
 from pipeline.families.projection import LinearPrecision
 from pipeline.kernels.fp8 import Fp8Weight
@@ -109,13 +110,16 @@ def test_the_memory_that_is_foretold_is_that_of_the_weights(folder, precision):
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folder, monkeypatch):
     unloaded = opened(folder)
-    monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 700_000)
+    monkeypatch.setattr("pipeline.model.loading.free_memory", lambda device: 300_000)
     monkeypatch.setattr(
         "pipeline.checkpoints.stored_matrices.read_tensor", lambda stored: pytest.fail("read")
     )
     with pytest.raises(ModelError) as caught:
         unloaded.load()
     assert str(caught.value) == (
-        f"model {folder} does not fit on CPU: loading its weights takes 0.000742 GB, and 0.0007 GB are free; "
-        "take a smaller model, another --dtype or, on a GPU that can, --linear-dtype fp8"
+        f"model {folder} does not fit on CPU: loading its weights takes 0.000742 GB, and 0.0003 GB are free; "
+        "take --dtype bfloat16 or a smaller model"
     )
+    remedies = Remedies(weights=("--linear-dtype fp8",))  # which who loads it has a flag for, and can give
+    with pytest.raises(ModelError, match=r"are free; take --linear-dtype fp8 or a smaller model$"):
+        opened(folder, dtype="bfloat16").load(remedies=remedies)

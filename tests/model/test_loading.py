@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -90,6 +92,35 @@ def test_weights_cut_short_are_an_error_that_names_the_model(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     assert refusal(folder).startswith(f"model '{folder}' cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "DefaultCPUAllocator: .*"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ".* Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("step", ["with_weights", "open_tokenizer"])
+def test_memory_of_the_host_that_runs_out_while_loading_is_told(folder, monkeypatch, error, told, step):
+    def fail(*arguments, **options):
+        raise error
+
+    module = "model.loading" if step == "with_weights" else "checkpoints.files"
+    monkeypatch.setattr(f"pipeline.{module}.{step}", fail)
+    of_host = (
+        rf"model '{re.escape(str(folder))}' cannot be loaded: the memory of this machine ran out \({told}\); "
+    )
+    assert re.fullmatch(of_host + "end other programs, or take a smaller model", refusal(folder))
+
+
+def test_memory_of_the_device_that_runs_out_while_loading_is_told_by_the_device(folder, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried in vain")
+
+    monkeypatch.setattr("pipeline.model.loading.with_weights", fail)
+    assert refusal(folder) == f"model {folder} does not fit on cpu: CUDA out of memory."
 
 
 def test_files_that_are_not_there(tmp_path):

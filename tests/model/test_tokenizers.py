@@ -68,17 +68,20 @@ def test_the_tokenizers_own_template_stands_above_the_processors(folder):
     assert opened(folder).get_chat_template() == TEMPLATE
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '"x"'])
-def test_a_damaged_file(folder, content):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [("{", "is no JSON: "), ("[]", "is no JSON object: "), ("{}", "holds no chat template: ")],
+)
+def test_a_damaged_file(folder, content, fault):
     (folder / "chat_template.json").write_text(content)
-    with pytest.raises(ModelError, match=r"chat_template.json holds no chat template: it is to be JSON with"):
+    with pytest.raises(ModelError, match=rf"cannot be loaded: chat_template\.json {fault}"):
         opened(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_named(folder, name):
     (folder / name).write_text('{"version"')
-    with pytest.raises(ModelError, match=rf"cannot be loaded: {name} is no JSON object: download or copy"):
+    with pytest.raises(ModelError, match=rf"cannot be loaded: {name} is no JSON: download or copy it again"):
         opened(folder)
 
 

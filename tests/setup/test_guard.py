@@ -68,7 +68,7 @@ def test_rows_of_other_tasks_and_flat_ones_run_dense(batch, profile, capfd):
     capfd.readouterr()
     kept = batch("kept", "--profile", profile(tasks=["count"], shares={"ffn_ratio": most}), "--json")
     summary = json.loads(capfd.readouterr().out)
-    assert kept["b"]["guard"] == "task: the profile was not calibrated on 'colour'"
+    assert kept["b"]["guard"] == "task: the profile was not verified on 'colour'"
     assert kept["c"]["guard"].startswith("flat attention: ffn_ratio is 0.")
     assert (kept["a"]["method"], kept["a"]["guard"]) == ("marsinfer", None)
     assert kept["a"]["answer"] == off["a"]["answer"]

@@ -196,7 +196,7 @@ def test_tasks_and_lengths_are_told_beforehand():
     plain = document(300)
     assert guard.before(plain) is None  # the row says no task
     asked = replace(plain, source=replace(plain.source, task="summary"))
-    assert guard.before(asked) == "task: the profile was not calibrated on 'summary'"
+    assert guard.before(asked) == "task: the profile was not verified on 'summary'"
     assert str(guard.before(document(301))).startswith("length: 301 tokens are far beyond the 200 ")
 
 
