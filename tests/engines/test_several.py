@@ -19,12 +19,12 @@ from decode_steps import EagerRecorder, exact_model
 from pipeline.engines.local import LocalEngine
 from pipeline.engines.memory import FIRST_AT_ONCE
 from pipeline.generation import decode_loop
+from pipeline.generation import graphs as graphs_module
 from pipeline.generation.decode import NOT_FINITE_MESSAGE, decode
 from pipeline.generation.decode_batch import DecodeBatch
 from pipeline.generation.generated import StopRules
 from pipeline.generation.sampling import Sampling
 from pipeline.kernels.attention import SdpaAttention
-from pipeline.model import graphs as graphs_module
 from pipeline.model.prefill import prefill
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
