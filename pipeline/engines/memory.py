@@ -62,9 +62,7 @@ class Packer:
     cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     draft: ModelShape | None = None  # of the model that reads prompts first, if one does
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
-    remedies: Sequence[str] = (
-        "a smaller model",
-    )  # for a document that is too large, as a user may give them
+    remedies: Sequence[str] = ("a smaller model",)  # that a user may give for a document that is too large
 
     @classmethod
     def on(

@@ -35,8 +35,7 @@ def continue_with(
     (N, D), document by document: `decoder.logits` of that of the model's last layer predicts the tokens that
     follow each. The cache must be one that keeps all its blocks on the device, with room for the tokens.
     `check` is called before every layer, and may raise. With `last_only` the last layer computes, beyond keys
-    and values, each document's last token alone, and that is returned: (B, D). `observe` is told of each
-    layer and its queries with RoPE, (N, H, d).
+    and values, each document's last token alone, and that is returned: (B, D).
     """
     device = decoder.device
     asked = Segments.of([len(part) for part in tokens], device)

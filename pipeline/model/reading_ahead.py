@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.families.decoder import Decoder
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.decode_slots import DecodeSlots, HostSlots
+from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.scoring import look_ahead_importance
 from pipeline.kernels.segments import Segments, on_device
@@ -92,9 +92,8 @@ def read_ahead(
     protected_T = mask_of(protected, segments, pack.positions_T)
     scores_ST, count = state.window_T[None], method.look_ahead
     if count:
-        ahead = LookAhead(decoder, attention, begun.cache, count)
-        ahead.run(outcome.hidden_TD, check)
-        scores_ST = torch.cat((scores_ST, ahead.scores(method.pool)))
+        queries_NSBHd = _look_ahead(decoder, attention, begun.cache, outcome.hidden_TD, count, check)
+        scores_ST = torch.cat((scores_ST, _attended(queries_NSBHd, begun.cache, method.pool)))
     return DraftReading(
         chosen_C=method.chosen(scores_ST, segments, protected_T),
         segments=segments,
@@ -104,89 +103,65 @@ def read_ahead(
     )
 
 
-class LookAhead:
-    """Tokens that a draft generates behind each prompt of a pack, greedily, and what they attend to.
+@torch.inference_mode()
+def _look_ahead(
+    decoder: Decoder,
+    attention: AttentionBackend,
+    cache: RaggedCache,
+    last_BD: Tensor,
+    count: int,
+    check: Callable[[], None],
+) -> Tensor:
+    """Go on behind each prompt of the cache, greedily, for `count` tokens, for which it has room.
 
-    What a step works on stays on the device, where it is counted too. Letters beside those of segments.py: N
-    layers, S steps.
+    The first of them is chosen by the residual stream of each prompt's last token. Returns their queries,
+    (N, S, B, H, d), of N layers and S tokens.
     """
+    own, hidden_BD = decoder.own, last_BD
+    size = (own.layers, count, len(last_BD), own.heads, own.head_dim)
+    queries_NSBHd = torch.empty(size, dtype=decoder.dtype, device=decoder.device)
+    for step in range(count):
+        check()
+        token_B = decoder.head(hidden_BD).argmax(-1)
+        hidden_BD = _step(decoder, attention, cache, token_B, queries_NSBHd[:, step])
+    return queries_NSBHd
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend, cache: RaggedCache, count: int) -> None:
-        """Of prompts that the `cache` holds all of, with room for `count` more tokens each."""
-        self._decoder, self._attention, self._cache, self._count = decoder, attention, cache, count
-        self._slots = cache.slots[0]
-        device, lengths = decoder.device, self._slots.segments.lengths
-        self._documents = len(lengths)
-        own = decoder.own
-        self._queries_NSBHd = torch.empty(
-            (own.layers, count, self._documents, own.heads, own.head_dim), dtype=decoder.dtype, device=device
+
+def _step(
+    decoder: Decoder, attention: AttentionBackend, cache: RaggedCache, token_B: Tensor, queries_NBHd: Tensor
+) -> Tensor:
+    """Run a token of each document through all layers, and into the cache; the residual stream, (B, D).
+
+    Their queries with RoPE are written to `queries_NBHd`.
+    """
+    device, slots = decoder.device, cache.slots[0]
+    places = [start + used for start, used in zip(slots.starts, slots.used, strict=True)]
+    place_B, position_B = on_device(places, device), on_device(slots.used, device)
+    cache.advance((1,) * len(places))
+    seen = DecodeSlots.of(slots.starts, slots.used, slots.capacity, device)
+    hidden_BD = decoder.embed(token_B)
+    rope, normed = decoder.rope(hidden_BD, position_B, on_device(cache.reaches, device)), None
+    for layer in range(decoder.shape.layers):
+
+        def attend(q_BHd: Tensor, layer: int = layer) -> Tensor:
+            queries_NBHd[layer] = q_BHd
+            return attention.decode(q_BHd, *cache.buffers(layer), seen, decoder.sinks(layer))
+
+        target = KvTarget(*cache.buffers(layer), place_B)
+        normed = decoder.step_layer_(layer, hidden_BD, rope, target, attend, normed)
+    return hidden_BD
+
+
+def _attended(queries_NSBHd: Tensor, cache: RaggedCache, pool: int) -> Tensor:
+    """(S, T) what each of S tokens attended to, the largest of heads and layers; tokens T of whole prompts.
+
+    Of each head it is averaged over `pool` neighbours.
+    """
+    slots = cache.slots[0]
+    documents = [
+        look_ahead_importance(
+            queries_NSBHd[:, :, b], [keys[start : start + used] for keys in cache.keys], pool
         )
-        self._token_B = torch.zeros(self._documents, dtype=torch.int64, device=device)
-        self._position_B = on_device(lengths, device, torch.int64)  # of that token
-        self._place_B = self._position_B + on_device(self._slots.starts, device)
-        self._used_B = on_device([n + 1 for n in lengths], device, torch.int32)  # that token included
-        self._bounds_B1 = on_device([*self._slots.starts, self._slots.capacity], device, torch.int32)
-        self._queries_B1 = torch.arange(self._documents + 1, dtype=torch.int32, device=device)
-        self._reach_B = on_device(cache.reaches, device)
-        self._step_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._host_step = 0  # the same, where attention needs counts of the host
-        self._by_device = attention.captures(device, decoder.dtype, own.head_dim)
-
-    @torch.inference_mode()
-    def run(self, last_BD: Tensor, check: Callable[[], None]) -> None:
-        """Generate the tokens, the first of them by the residual stream of each prompt's last token."""
-        self._token_B.copy_(self._decoder.head(last_BD).argmax(-1))
-        for _ in range(self._count):
-            check()
-            self._step()
-
-    @torch.inference_mode()
-    def scores(self, pool: int) -> Tensor:
-        """(S, T) what each step attended to, the largest of heads and layers; tokens T of whole prompts.
-
-        Of each head it is averaged over `pool` neighbours.
-        """
-        slots, room = self._slots, self._count
-        documents = [
-            look_ahead_importance(
-                self._queries_NSBHd[:, :, b],
-                [keys[start : start + length + room] for keys in self._cache.keys],
-                pool,
-            )
-            for b, (start, length) in enumerate(zip(slots.starts, slots.segments.lengths, strict=True))
-        ]
-        return torch.cat(documents, dim=1)
-
-    def _step(self) -> None:
-        """Run the newest token of each prompt through the draft, and go on to the one that follows it."""
-        decoder, cache = self._decoder, self._cache
-        hidden_BD = decoder.embed(self._token_B)
-        rope = decoder.rope(hidden_BD, self._position_B, self._reach_B)
-        slots, normed = self._seen(), None
-        for layer in range(decoder.shape.layers):
-            target = KvTarget(*cache.buffers(layer), self._place_B, None, None)
-
-            def attend(q_BHd: Tensor, layer: int = layer) -> Tensor:
-                self._queries_NSBHd[layer].index_copy_(0, self._step_1, q_BHd[None])
-                return self._attention.decode(q_BHd, *cache.buffers(layer), slots, decoder.sinks(layer))
-
-            normed = decoder.step_layer_(layer, hidden_BD, rope, target, attend, normed)
-        self._token_B.copy_(decoder.head(hidden_BD).argmax(-1))
-        for counted in (self._position_B, self._place_B, self._used_B, self._step_1):
-            counted.add_(1)
-        self._host_step += 1
-
-    def _seen(self) -> DecodeSlots:
-        """What the newest tokens attend to, in every layer: their prompts, and all behind those."""
-        lengths, host = self._slots.segments.lengths, None
-        if not self._by_device:
-            used = [n + 1 + self._host_step for n in lengths]
-            host = HostSlots(tuple(self._slots.starts), used, (1,) * self._documents)
-        return DecodeSlots(
-            longest=max(lengths) + self._count,
-            used_B=self._used_B,
-            bounds_B1=self._bounds_B1,
-            queries_B1=self._queries_B1,
-            most_queries=1,
-            host=host,
-        )
+        for b, (start, used) in enumerate(zip(slots.starts, slots.used, strict=True))
+    ]
+    return torch.cat(documents, dim=1)
