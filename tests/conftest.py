@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import typer.main
+from example_runs import checkout, marsinfer, served  # noqa: F401
 from kernel_cases import kernels  # noqa: F401
 from object_storage import bucket, s3_server  # noqa: F401
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from served import Served
 
 CHECKOUT = Path(__file__).parents[1]
 EXAMPLES = CHECKOUT / "examples"
@@ -44,3 +45,24 @@ def place_of_command(folder: Path, patched: pytest.MonkeyPatch, model: Path) -> 
     patched.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     patched.setenv("MARSINFER_MODEL", str(model))
     return folder / "bin" / "marsinfer"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The examples with short texts, and the folder above them as the current one."""
+    copy_examples(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def marsinfer(tmp_path, monkeypatch, sharp_model_folder):
+    """The command on PATH, and the tiny model in place of whatever a settings file names."""
+    return script(place_of_command(tmp_path, monkeypatch, sharp_model_folder), CALL)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch, sharp_model_folder):
+    """The command on PATH, which runs within this process, with the tiny model."""
+    with Served(place_of_command(tmp_path, monkeypatch, sharp_model_folder)) as served:
+        yield served

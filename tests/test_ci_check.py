@@ -11,35 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from example_runs import CALL, EXAMPLES, copy_examples, place_of_command, script
-from served import Served, shell
+from example_runs import EXAMPLES, script
+from served import shell
 
 from marsinfer_cli.app import run
 
 Shell = Callable[..., CompletedProcess[str]]
 WORKFLOW = yaml.safe_load((EXAMPLES / "ci-check.yml").read_text(encoding="utf-8"))
 STEPS = {step.get("name", step.get("uses")): step for step in WORKFLOW["jobs"]["check"]["steps"]}
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """The examples with short texts, and the folder above them as the current one."""
-    copy_examples(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def marsinfer(tmp_path, monkeypatch, sharp_model_folder):
-    """The command on PATH, and the tiny model in place of whatever a settings file names."""
-    return script(place_of_command(tmp_path, monkeypatch, sharp_model_folder), CALL)
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch, sharp_model_folder):
-    """The command on PATH, which runs within this process, with the tiny model."""
-    with Served(place_of_command(tmp_path, monkeypatch, sharp_model_folder)) as served:
-        yield served
 
 
 @pytest.fixture

@@ -14,27 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import OF_TYPER, commands, options
-from example_runs import CALL, CHECKOUT, EXAMPLES, copy_examples, place_of_command, script
+from example_runs import CHECKOUT, EXAMPLES, script
 from served import shell
 from shown_commands import blocks
 
 from marsinfer_cli.app import run
 
 WAITING = "for n in $(seq 100); do sleep 0.1; done\n"
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """The examples with short texts, and the folder above them as the current one."""
-    copy_examples(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def marsinfer(tmp_path, monkeypatch, sharp_model_folder):
-    """The command on PATH, and the tiny model in place of whatever a settings file names."""
-    return script(place_of_command(tmp_path, monkeypatch, sharp_model_folder), CALL)
 
 
 # --- examples/README.md

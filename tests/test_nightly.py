@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from example_runs import EXAMPLES, copy_examples, place_of_command, script
-from served import Served, shell
+from example_runs import EXAMPLES, script
+from served import shell
 
 from marsinfer_cli.app import run
 
@@ -28,21 +28,6 @@ trap "exit 1" TERM
 kill -TERM "$PPID"
 while true; do sleep 0.1; done
 """
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """The examples with short texts, and the folder above them as the current one."""
-    copy_examples(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch, sharp_model_folder):
-    """The command on PATH, which runs within this process, with the tiny model."""
-    with Served(place_of_command(tmp_path, monkeypatch, sharp_model_folder)) as served:
-        yield served
 
 
 @pytest.fixture

@@ -26,6 +26,12 @@ from pipeline.suites.samples import document_key, searched_keys
 
 STEP_S = 0.03  # that a prefill or a step of an answer counts as
 WORDS = ["red", "blue", "green", "old", "new", "fish", "reef", "sea"]
+FEW_NEEDLES = {
+    "suite": ("needles",),
+    "needle_kinds": ("single",),
+    "needle_lengths": (700,),
+    "needle_count": 4,
+}
 
 
 def rows_of(count, words=120, seed=0):
@@ -217,10 +223,7 @@ def test_needles_are_gates_of_their_own(data, tmp_path, sharp_model_folder):
         sharp_model_folder,
         max_drop="90pt",
         needle_drop="90pt",
-        suite=("needles",),
-        needle_kinds=("single",),
-        needle_lengths=(700,),
-        needle_count=4,
+        **FEW_NEEDLES,
     )
     result = calibrated(config)
     tasks = {score.task for rung in result.ladder for score in rung.trial.scores}
@@ -250,7 +253,6 @@ def test_rows_too_short_to_be_pruned_show_nothing(data, tmp_path, sharp_model_fo
     ]
     rows += [{**row, "kind": "short"} for row in rows_of(8, words=10, seed=1)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = {"suite": ("needles",), "needle_kinds": ("single",), "needle_lengths": (700,), "needle_count": 4}
     config = config_of(
         data,
         tmp_path,
@@ -259,7 +261,7 @@ def test_rows_too_short_to_be_pruned_show_nothing(data, tmp_path, sharp_model_fo
         needle_drop="90pt",
         task_column="kind",
         minutes=0.4,
-        **(more if needles else {}),
+        **(FEW_NEEDLES if needles else {}),
     )
     model = open_model(config)
     model.attention.sparse_from = 850
