@@ -331,7 +331,8 @@ def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
 
     Of all tokens there are the residual stream, which such a method copies for no one, a layer's keys and
     values, and RoPE. Of as many as are taken together there are queries, what attention makes of them by
-    document and joined, and all of the former once more where tokens are gathered.
+    document and joined, and all of the former once more where tokens are gathered. In fp8 there is also the
+    stream after a norm, which takes less than attention by document, gone by then.
     """
     of_all = (shape.hidden + (2 * shape.kv_heads + 2) * shape.head_dim) * itemsize + PLACES
     of_some = (shape.hidden + (3 * shape.heads + 2 * shape.kv_heads + 2) * shape.head_dim) * itemsize

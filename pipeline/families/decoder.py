@@ -20,19 +20,14 @@ from pipeline.families.head import Head
 from pipeline.families.layer import Layer, are_plain, attention_scale
 from pipeline.families.longrope import LongRope
 from pipeline.families.projection import HeldAs, LinearPrecision, Norm, Projection
+from pipeline.families.residual import Normed, ResidualSums
 from pipeline.families.rope import Rope
 from pipeline.families.rotary import Rotary
 from pipeline.families.sharding import own_shape
 from pipeline.families.supported import FAMILIES
-from pipeline.kernels.fused import Quantised, gated, quantize_rows, rope_, silu_mul_quantized
+from pipeline.kernels.fused import Quantised, gated, gated_quantized, quantize_rows
 from pipeline.kernels.kv_fp8 import KvTarget
-from pipeline.kernels.step import (
-    Product,
-    add_product_,
-    has_kernels,
-    product_silu_mul_quantized,
-    rope_and_store_,
-)
+from pipeline.kernels.step import Product, has_kernels, product_silu_mul_quantized, rope_and_store_
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.leading import OnEachRank
@@ -57,6 +52,7 @@ class Decoder(OnEachRank):
         self.model, self.ranks = model, ranks
         self.shape, self._slots = shape_of(model.config), slots_of(model.config)
         self.own = own_shape(self.shape, None if ranks is None else ranks.share)
+        self._sums = ResidualSums(ranks, self._slots.residual_scale)
         self._body: Any = model.model
         # attention is computed with 1/sqrt(d): queries are multiplied by what another scale is of that
         head_dim = self.shape.head_dim
@@ -134,11 +130,14 @@ class Decoder(OnEachRank):
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def qkv(
-        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None
+        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None, normed: Normed | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked."""
+        """Queries (T, H, d), keys and values (T, K, d), the first two with RoPE, in fp8 if asked.
+
+        `normed` is what `add_feed_forward_` returned of the layer before, which spares the norm.
+        """
         heads = (self.own.heads, self.own.kv_heads)
-        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, heads, fp8)
+        return self._heads(layer, hidden_TD, rope, self._layers[layer].qkv, heads, fp8, normed)
 
     def queries(self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None) -> tuple[Tensor]:
         """(T, H, d) with RoPE, without the share of the projection that keys and values have."""
@@ -147,9 +146,9 @@ class Decoder(OnEachRank):
         return self._heads(layer, hidden_TD, rope, projection, (heads, 0), fp8)[:1]
 
     def has_qkv_in_fp8(self, layer: int) -> bool:
-        """Whether `mixed` has a layer's queries, keys and values in fp8, of tokens that are not kept."""
+        """Whether a layer's queries, keys and values are in fp8, with `mixed` of tokens that are not kept."""
         form = LinearPrecision(linears=self.linears).form("self_attn.qkv_proj", self.depth_of(layer))
-        return form is HeldAs.BOTH
+        return form is not HeldAs.FULL
 
     def depth_of(self, layer: int) -> float:
         """From 0 to less than 1."""
@@ -161,11 +160,17 @@ class Decoder(OnEachRank):
         return weights.input_norm, weights.qkv.part(slice(self.own.heads * self.own.head_dim, None))
 
     def keys_values(
-        self, layer: int, hidden_TD: Tensor, rope: Rope, fp8: bool | None = None, by: Projection | None = None
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        rope: Rope,
+        fp8: bool | None = None,
+        by: Projection | None = None,
+        normed: Normed | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys, with RoPE, and values (T, K, d), of the layer's own projection, or `by` one in its place."""
         projection = self.kv_parts(layer)[1] if by is None else by
-        return self._heads(layer, hidden_TD, rope, projection, (0, self.own.kv_heads), fp8)[1:]
+        return self._heads(layer, hidden_TD, rope, projection, (0, self.own.kv_heads), fp8, normed)[1:]
 
     def add_attention_(
         self,
@@ -173,26 +178,55 @@ class Decoder(OnEachRank):
         hidden_TD: Tensor,
         attended_THd: Tensor,
         fp8: bool | None = None,
+        *,
         later: bool = False,
-    ) -> None:
+        norms: bool = False,
+    ) -> Normed | None:
         """Add the projected outputs of the heads to the residual stream, in fp8 if asked or by default.
 
         With `later` sums over ranks may be on their way: readers of the stream must `Ranks.settle` first.
+        With `norms` the result is normed for the FFN too, and returned, where one kernel does both.
         """
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
-        weights = self._layers[layer]
+        weights, normed = self._layers[layer], None
+        if norms and fp8 and weights.experts is None:
+            normed = self._sums.room(weights.ffn_norm, hidden_TD, weights.attention_post_norm)
         for rows in self.pieces(len(hidden_TD)):
             attended_TN = attended_THd[rows].flatten(1)
-            given = quantize_rows(attended_TN) if fp8 else attended_TN
-            self._add_projected_(hidden_TD[rows], weights.output, given, weights.attention_post_norm, later)
+            self._sums.add_projected_(
+                hidden_TD[rows],
+                weights.output,
+                quantize_rows(attended_TN) if fp8 else attended_TN,
+                weights.attention_post_norm,
+                later=later,
+                normed=None if normed is None else normed.at(rows),
+            )
+        return normed
 
     def add_feed_forward_(
-        self, layer: int, hidden_TD: Tensor, fp8: bool | None = None, later: bool = False
-    ) -> None:
-        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default; `later` as above."""
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        fp8: bool | None = None,
+        *,
+        later: bool = False,
+        normed: Normed | None = None,
+        norms: bool = False,
+    ) -> Normed | None:
+        """Add norm and gated FFN to the residual stream, in fp8 if asked or by default; `later` as above.
+
+        `normed` is what `add_attention_` returned, which spares the norm, and is overwritten. With `norms`
+        the result is normed for the next layer, where that is in fp8 too, and returned.
+        """
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
+        weights, following = self._layers[layer], None
+        if norms and fp8 and layer + 1 < self.shape.layers and self.has_qkv_in_fp8(layer + 1):
+            norm = self._layers[layer + 1].input_norm
+            following = self._sums.room(norm, hidden_TD, weights.ffn_post_norm, reuse=normed)
         for rows in self.pieces(len(hidden_TD)):
-            self._add_feed_forward_(self._layers[layer], hidden_TD[rows], fp8=fp8, later=later)
+            given, made = (None if each is None else each.at(rows) for each in (normed, following))
+            self._add_feed_forward_(weights, hidden_TD[rows], given, made, fp8=fp8, later=later)
+        return following
 
     def step_layer_(
         self,
@@ -223,7 +257,7 @@ class Decoder(OnEachRank):
 
         if self.linears_in_fp8:
             return self._step_in_fp8_(layer, hidden_BD, mixed, normed)
-        qkv = Product(self._normed(hidden_BD, weights.input_norm, weights.qkv, fp8=False))
+        qkv = Product(self._projected(hidden_BD, weights.input_norm, weights.qkv, fp8=False))
         self.add_attention_(layer, hidden_BD, mixed(qkv))
         self.add_feed_forward_(layer, hidden_BD)
         return None
@@ -247,29 +281,15 @@ class Decoder(OnEachRank):
             normed = weights.input_norm.quantised(hidden_BD)
         attended_BHd = mixed(weights.qkv.unscaled(normed))
         attended = weights.output.unscaled(quantize_rows(attended_BHd.flatten(1)))
-        normed = self._add_and_norm_(hidden_BD, attended, weights.ffn_norm)
+        normed = self._sums.add_product_normed_(hidden_BD, attended, weights.ffn_norm)
         gated = product_silu_mul_quantized(weights.gate_up.unscaled(normed))
         fed_forward = weights.down.unscaled(gated)
         if not last:
             next_norm = self._layers[layer + 1].input_norm
             assert next_norm is not None
-            return self._add_and_norm_(hidden_BD, fed_forward, next_norm)
-        self._add_product_(hidden_BD, fed_forward)
+            return self._sums.add_product_normed_(hidden_BD, fed_forward, next_norm)
+        self._sums.add_product_(hidden_BD, fed_forward)
         return None
-
-    def _add_and_norm_(self, total_BD: Tensor, added: Product, norm: Norm) -> Quantised:
-        if self.ranks is None:
-            return norm.quantised_sum_(total_BD, added)
-        self._add_product_(total_BD, added)
-        return norm.quantised(total_BD)
-
-    def _add_product_(self, total_BD: Tensor, added: Product) -> None:
-        """Add a product to the residual stream, which is summed with what the first rank has made of it."""
-        if self.ranks is not None and not self.ranks.leads:
-            total_BD.zero_()
-        add_product_(total_BD, added)
-        if self.ranks is not None:
-            self.ranks.sum_(total_BD)
 
     def head(self, hidden_BD: Tensor) -> Tensor:
         """(B, vocabulary) logits in the model's dtype, whose order is that of `logits`, ties included."""
@@ -287,16 +307,18 @@ class Decoder(OnEachRank):
         projection: Projection,
         heads: tuple[int, int],
         fp8: bool | None,
+        normed: Normed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, d), (T, K, d), (T, K, d) of a projection with so many heads of queries and of keys."""
         weights, tokens = self._layers[layer], len(hidden_TD)
         fp8 = self.linears_in_fp8 if fp8 is None else fp8
         if len(self.pieces(tokens)) == 1:
-            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads, fp8)
+            return self._heads_of_piece(layer, hidden_TD, rope, projection, heads, fp8, normed)
         joined_TN = hidden_TD.new_empty(tokens, projection.outputs)
         for rows in self.pieces(tokens):
-            out_TN = joined_TN[rows]
-            made = self._heads_of_piece(layer, hidden_TD[rows], rope.at(rows), projection, heads, fp8, out_TN)
+            out_TN, given = joined_TN[rows], None if normed is None else normed.at(rows)
+            of_piece = hidden_TD[rows], rope.at(rows), projection, heads, fp8, given
+            made = self._heads_of_piece(layer, *of_piece, out_TN)
             if weights.k_norm is not None:  # queries and keys were not normed in place
                 for source_TNd, target_TNd in zip(made[:2], self._split(out_TN, heads)[:2], strict=True):
                     target_TNd.copy_(source_TNd)
@@ -310,22 +332,17 @@ class Decoder(OnEachRank):
         projection: Projection,
         heads: tuple[int, int],
         fp8: bool,
+        normed: Normed | None,
         out_TN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of few tokens; their projection is written to `out_TN` if there is one."""
-        weights, table = self._layers[layer], rope.of(self._slots.ropes[layer])
-        heads_TN = self._normed(hidden_TD, weights.input_norm, projection, fp8=fp8, out_TN=out_TN)
+        weights = self._layers[layer]
+        heads_TN = self._projected(hidden_TD, weights.input_norm, projection, normed, fp8=fp8, out_TN=out_TN)
         q_THd, k_TKd, v_TKd = self._split(heads_TN, heads)
-        if weights.k_norm is not None:
-            q_THd = weights.q_norm.of_heads(q_THd) if heads[0] and weights.q_norm else q_THd
-            k_TKd = weights.k_norm.of_heads(k_TKd) if heads[1] else k_TKd
-        if table is not None:
-            turned = slice(0, table[0].shape[-1])
-            rope_(q_THd[..., turned], k_TKd[..., turned], *table)
+        q_THd, k_TKd = weights.normed_heads(q_THd, k_TKd)
+        rope.turn_(q_THd, k_TKd, self._slots.ropes[layer])
         if heads[0] and not math.isclose(self._query_scale, 1):
             q_THd.mul_(self._query_scale)
-        if heads[0] and rope.query_scale_T is not None:
-            q_THd.mul_(rope.query_scale_T[:, None, None])
         return q_THd, k_TKd, v_TKd
 
     def _split(self, heads_TN: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,67 +351,48 @@ class Decoder(OnEachRank):
         q_THd, k_TKd, v_TKd = heads_TNd.split((*heads, heads[1]), dim=1)
         return q_THd, k_TKd, v_TKd
 
-    def _add_feed_forward_(self, weights: Layer, hidden_TD: Tensor, *, fp8: bool, later: bool) -> None:
-        """See `add_feed_forward_`, of few tokens."""
+    def _add_feed_forward_(
+        self,
+        weights: Layer,
+        hidden_TD: Tensor,
+        normed: Normed | None,
+        following: Normed | None,
+        *,
+        fp8: bool,
+        later: bool,
+    ) -> None:
+        """See `add_feed_forward_`, of few tokens; `following` is room for those of the next layer, if any."""
         if weights.experts is not None:
             normed_TD = hidden_TD if weights.ffn_norm is None else weights.ffn_norm(hidden_TD)
             assert self.ranks is None, "experts are not divided"
-            self._add_(hidden_TD, weights.experts(normed_TD, fp8=fp8), weights.ffn_post_norm)
+            made_TD = weights.experts(normed_TD, fp8=fp8)
+            self._sums.add_(hidden_TD, made_TD, weights.ffn_post_norm, following)
             return
         assert weights.gate_up is not None
         assert weights.down is not None
-        gate_up_T2F = self._normed(hidden_TD, weights.ffn_norm, weights.gate_up, fp8=fp8)
-        given: Tensor | Quantised
-        if fp8 and self._slots.gate == "silu":
-            given = silu_mul_quantized(gate_up_T2F)
-        else:
-            given = gated(gate_up_T2F, self._slots.gate)
-            given = quantize_rows(given) if fp8 else given
-        self._add_projected_(hidden_TD, weights.down, given, weights.ffn_post_norm, later)
+        gate_up_T2F = self._projected(hidden_TD, weights.ffn_norm, weights.gate_up, normed, fp8=fp8)
+        given = (gated_quantized if fp8 else gated)(gate_up_T2F, self._slots.gate)
+        self._sums.add_projected_(
+            hidden_TD, weights.down, given, weights.ffn_post_norm, later=later, normed=following
+        )
 
-    def _add_projected_(
-        self,
-        total_TD: Tensor,
-        projection: Projection,
-        given: Tensor | Quantised,
-        post_norm: Norm | None,
-        later: bool,
-    ) -> None:
-        """Add a projection, in fp8 of what is quantised, to the residual stream, after its norm if any."""
-        self._settle(total_TD)
-        ranks, plain = self.ranks, post_norm is None and self._slots.residual_scale == 1
-        if plain and ranks is not None and not ranks.leads:
-            # the stream itself is summed, to which the first rank has added its part
-            projection.write(given, total_TD)
-        elif plain and isinstance(given, Tensor):
-            projection.add_to_(total_TD, given)
-        else:
-            added_TD = projection.write(given)
-            self._add_(total_TD, added_TD if plain or ranks is None else ranks.sum_(added_TD), post_norm)
-        if plain and ranks is not None:
-            ranks.sum_(total_TD, later=later)
-
-    def _settle(self, hidden_TD: Tensor) -> None:
-        if self.ranks is not None:
-            self.ranks.settle(hidden_TD)
-
-    def _add_(self, total_TD: Tensor, added_TD: Tensor, post_norm: Norm | None) -> None:
-        """Add to the residual stream, after a norm if there is one, by the family's scale."""
-        added_TD = added_TD if post_norm is None else post_norm(added_TD)
-        total_TD.add_(added_TD, alpha=self._slots.residual_scale)
-
-    def _normed(
+    def _projected(
         self,
         hidden_TD: Tensor,
         norm: Norm | None,
         projection: Projection,
+        normed: Normed | None = None,
         *,
         fp8: bool,
         out_TN: Tensor | None = None,
     ) -> Tensor:
         """(T, N) a projection of the residual stream after its norm; written to `out_TN` if there is one."""
-        self._settle(hidden_TD)
-        if fp8:
+        self._sums.settle(hidden_TD)
+        if not fp8:
+            return projection(hidden_TD if norm is None else norm(hidden_TD), out_TN)
+        if normed is not None:
+            assert normed.norm is norm, "rows that were normed for another reader"
+            given = normed.quantised
+        else:
             given = quantize_rows(hidden_TD) if norm is None else norm.quantised(hidden_TD)
-            return projection.in_fp8(*given, out_TN)
-        return projection(hidden_TD if norm is None else norm(hidden_TD), out_TN)
+        return projection.in_fp8(*given, out_TN)

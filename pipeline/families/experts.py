@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from pipeline.kernels.expert_products import Groups, clamped_swiglu, grouped_fp8_product, grouped_product
 from pipeline.kernels.fp8 import Fp8Weight
-from pipeline.kernels.fused import Quantised, gated, quantize_rows, silu_mul_quantized
+from pipeline.kernels.fused import Quantised, gated, gated_quantized, quantize_rows
 
 
 class ExpertProjection:
@@ -99,14 +99,11 @@ class Experts:
 
     def _gated(self, gate_up_S2F: Tensor, groups: Groups, *, fp8: bool) -> Tensor | Quantised:
         """(S, F), quantised with `fp8`."""
-        if fp8 and self._gate == "silu":
-            return silu_mul_quantized(gate_up_S2F)
         if self._gate == "clamped_swiglu":
             assert self.gate_up.bias_EN is not None
             gated_SF = clamped_swiglu(gate_up_S2F, self.gate_up.bias_EN, groups.expert_S)
-        else:
-            gated_SF = gated(gate_up_S2F, self._gate)
-        return quantize_rows(gated_SF) if fp8 else gated_SF
+            return quantize_rows(gated_SF) if fp8 else gated_SF
+        return gated_quantized(gate_up_S2F, self._gate) if fp8 else gated(gate_up_S2F, self._gate)
 
     def _choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, A) the weights of each token's experts, and which they are."""

@@ -37,6 +37,12 @@ class Layer:
             if summed is not None:
                 summed.bias = None
 
+    def normed_heads(self, q_THd: Tensor, k_TKd: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after their norms, where there are any; either may be of no heads."""
+        q_THd = q_THd if self.q_norm is None or not q_THd.shape[1] else self.q_norm.of_heads(q_THd)
+        k_TKd = k_TKd if self.k_norm is None or not k_TKd.shape[1] else self.k_norm.of_heads(k_TKd)
+        return q_THd, k_TKd
+
     @property
     def projections(self) -> dict[str, Projection | ExpertProjection]:
         """Those there are, by names that `LinearPrecision.form` knows."""

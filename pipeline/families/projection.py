@@ -107,9 +107,9 @@ class Norm:
             return quantize_rows(self(x_TD))
         return rms_norm_quantized(x_TD, self.weight, self.eps)
 
-    def quantised_sum_(self, total_TD: Tensor, product: Product) -> Quantised:
-        """Add a product to `total_TD` in place, and norm the sum in fp8."""
-        return add_product_normed_(total_TD, product, self.weight, self.eps)
+    def quantised_sum_(self, total_TD: Tensor, product: Product, out: Quantised | None = None) -> Quantised:
+        """Add a product to `total_TD` in place, and norm the sum in fp8; written to `out` if there is one."""
+        return add_product_normed_(total_TD, product, self.weight, self.eps, out)
 
 
 class Projection:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.kernels.fused import rope_
+
 Table = tuple[Tensor, Tensor]  # cosines and sines, (T, d) each, or of the first dimensions of a head
 
 
@@ -19,6 +21,15 @@ class Rope:
     def of(self, kind: str | None) -> Table | None:
         """None for layers without one, and if it is `UNROTATED`."""
         return self.tables[kind] if kind is not None and self.tables else None
+
+    def turn_(self, q_THd: Tensor, k_TKd: Tensor, kind: str | None) -> None:
+        """Turn queries and keys of a layer with an embedding of this `kind`, in place, and scale queries."""
+        table = self.of(kind)
+        if table is not None:
+            turned = slice(0, table[0].shape[-1])
+            rope_(q_THd[..., turned], k_TKd[..., turned], *table)
+        if self.query_scale_T is not None:
+            q_THd.mul_(self.query_scale_T[:, None, None])
 
     def at(self, tokens: slice | Tensor) -> Rope:
         """Of some of the tokens, (C,) of their places."""

@@ -61,6 +61,13 @@ def gated(gate_up_T2F: Tensor, gate: str) -> Tensor:
     return gelu(gate_TF, approximate="tanh").mul_(up_TF).to(gate_up_T2F.dtype)
 
 
+def gated_quantized(gate_up_T2F: Tensor, gate: str) -> Quantised:
+    """`quantize_rows(gated(gate_up_T2F, gate))`."""
+    if gate == "silu":
+        return silu_mul_quantized(gate_up_T2F)
+    return quantize_rows(gated(gate_up_T2F, gate))
+
+
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """silu(first half) * second half, (T, F) in the input's type, float32 inside."""
     kernels = _kernels(gate_up_T2F)

@@ -103,14 +103,18 @@ def add_product_(total_BD: Tensor, added: Product) -> None:
     _launch_add(kernels, total_BD, added, None, None, None, None)
 
 
-def add_product_normed_(total_BD: Tensor, added: Product, weight_D: Tensor, eps: float) -> Quantised:
-    """`add_product_`, then `rms_norm_quantized` of the sum."""
+def add_product_normed_(
+    total_BD: Tensor, added: Product, weight_D: Tensor, eps: float, out: Quantised | None = None
+) -> Quantised:
+    """`add_product_`, then `rms_norm_quantized` of the sum; written to `out`, contiguous, if there is one."""
+    out_BD, scale_B1 = empty_fp8(total_BD, total_BD.shape[1]) if out is None else out
     kernels = _kernels(total_BD)
     if kernels is None:
         add_product_(total_BD, added)
-        return rms_norm_quantized(total_BD, weight_D, eps)
-    out_BD, scale_B1 = empty_fp8(total_BD, total_BD.shape[1])
-    _launch_add(kernels, total_BD, added, weight_D, eps, out_BD, scale_B1)
+        for to, made in zip((out_BD, scale_B1), rms_norm_quantized(total_BD, weight_D, eps), strict=True):
+            to.copy_(made)
+    else:
+        _launch_add(kernels, total_BD, added, weight_D, eps, out_BD, scale_B1)
     return out_BD, scale_B1
 
 

@@ -64,6 +64,18 @@ class Slots:
         self.used = list(segments.lengths)
         self.room = [length + new_tokens for length in segments.lengths]
 
+    def placed(self, x_TKd: Tensor) -> Tensor:
+        """(S, K, d) the prompt tokens in their slots.
+
+        Those not yet used are zero, since kernels multiply what they mask: NaN there would reach the answer.
+        """
+        slots_SKd = x_TKd.new_empty((self.capacity, *x_TKd.shape[1:]))
+        if len(self.starts) > 1:
+            return slots_SKd.zero_().index_copy_(0, self.prompt_T, x_TKd)
+        slots_SKd[: len(x_TKd)] = x_TKd  # where no slot is written twice, and no index read
+        slots_SKd[len(x_TKd) :] = 0
+        return slots_SKd
+
     def advance(self, tokens: Sequence[int]) -> None:
         """Count so many tokens of each document as stored."""
         self.used = [n + more for n, more in zip(self.used, tokens, strict=True)]
@@ -131,10 +143,8 @@ class RaggedCache(KeysValues):
         if self.dtype == FP8:
             self._store_in_e4m3(k_TKd, v_TKd, slots)
             return
-        for buffers, source in ((self.keys, k_TKd), (self.values, v_TKd)):
-            # zeros, since kernels multiply what they mask: NaN in a slot not yet used would reach the answer
-            buffer = source.new_zeros((slots.capacity, *source.shape[1:]))
-            buffers.append(buffer.index_copy_(0, slots.prompt_T, source))
+        self.keys.append(slots.placed(k_TKd))
+        self.values.append(slots.placed(v_TKd))
 
     def store_chosen(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from pipeline.kernels.sparse_prefill import SparsePrefill
 from pipeline.model.cache import RaggedCache
 from pipeline.model.early_exit import EarlyExit, LayerAttention
 from pipeline.model.pack import Pack, PartialPrefill
-from pipeline.model.precision import Kept, Make, feed_forward, kept_of
+from pipeline.model.precision import Kept, Make, Piece, feed_forward, kept_of
 from pipeline.model.work import Work
 from pipeline.pruning.agreeing import agreed
 from pipeline.pruning.base import PruningMethod, Selection
@@ -72,17 +72,6 @@ def run_layers(
     return Survivors(
         hidden_TD=run.hidden_TD, positions_T=run.positions_T, segments=run.segments, whole=run.whole
     )
-
-
-class Piece(NamedTuple):
-    """Some tokens of a pack, and which of them keep the model's dtype; None: all are in one precision."""
-
-    queries: QueryPiece
-    kept: Kept | None
-
-    @property
-    def rows(self) -> slice:
-        return self.queries.rows
 
 
 @dataclass(kw_only=True)
@@ -162,17 +151,16 @@ class _Run:
             if selection.restart is not None:
                 return self._restarted(view, selection, torch.zeros(len(self.segments), dtype=torch.int64))
         attention = self._attention(layer, k_TKd, v_TKd)
+        # where all tokens pass the network, and are not so many that all of their norms take much memory
+        norms = not self.method.reads_layers and len(self.pieces) == 1
         for piece in self.pieces:
             if q_THd is None:
                 (q_QHd,) = self._made(partial(decoder.queries, layer), layer, piece)
             else:
                 q_QHd = q_THd[piece.rows]
             attended_QHd = attention.of(piece.queries, q_QHd)
-            if piece.kept is None:
-                decoder.add_attention_(layer, self.stream_TD[piece.rows], attended_QHd, later=True)
-            else:
-                add = partial(decoder.add_attention_, layer)
-                piece.kept.in_both_(add, self.hidden_TD[piece.rows], attended_QHd)
+            stream_TD = self.stream_TD if piece.kept is None else self.hidden_TD
+            piece.take_(partial(decoder.add_attention_, layer, norms=norms), stream_TD, attended_QHd)
         del q_QHd, attended_QHd  # whose memory the feed-forward network needs
         pairs_B, estimated = attention.pairs_B(decoder.own.heads), attention.estimated
         if selection is None:
@@ -183,8 +171,10 @@ class _Run:
         if selection.blocks is not None:
             self.cache.settle(layer, selection.blocks)
         self.cache.store_chosen(*attention.stored, selection.cache, selection.cache_lengths)
-        read, pieces = self._last_tokens() if ends else None, [(each.rows, each.kept) for each in self.pieces]
-        ffn, ffn_fp8 = feed_forward(decoder, layer, self.stream_TD, selection, self.kept, pieces, read)
+        read, pieces = self._last_tokens() if ends else None, self.pieces
+        ffn, ffn_fp8 = feed_forward(
+            decoder, layer, self.stream_TD, selection, self.kept, pieces, read, norms=norms
+        )
         counts = None if self.exited is None else self.exited.counts
         work.count(view, ffn, ffn_fp8, pairs_B=pairs_B, kv_only=counts, estimated=estimated)
         work.mark(view, selection.live, ffn, ffn_fp8)
@@ -221,7 +211,8 @@ class _Run:
         """
         decoder, segments = self.decoder, self.segments
         last_B = self._last_tokens()
-        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope)
+        normed = self._all_tokens().give_normed()
+        k_TKd, v_TKd = decoder.keys_values(layer, self.hidden_TD, self.rope, normed=normed)
         counts, window = None, decoder.shape.window(layer)
         if self.exited is not None:
             k_TKd, v_TKd = self.exited.keys_values(decoder, layer, k_TKd, v_TKd)
@@ -255,8 +246,9 @@ class _Run:
         """Queries (T, H, d), keys and values (T, K, d); without queries if each piece is to make its own."""
         decoder = self.decoder
         if len(self.pieces) == 1 or self.method.reads_layers:
-            whole = Piece(QueryPiece.whole(self.segments), self.kept)
-            q_THd, k_TKd, v_TKd = self._made(partial(decoder.qkv, layer), layer, whole)
+            whole = self._all_tokens()
+            make = partial(decoder.qkv, layer, normed=whole.give_normed())
+            q_THd, k_TKd, v_TKd = self._made(make, layer, whole)
             return q_THd, k_TKd, v_TKd
         size = (self.segments.total, decoder.own.kv_heads, decoder.own.head_dim)
         keys, values = (self.stream_TD.new_empty(size) for _ in range(2))
@@ -271,6 +263,12 @@ class _Run:
         if piece.kept is None or not self.decoder.has_qkv_in_fp8(layer):
             return make(self.stream_TD[piece.rows], rope)
         return piece.kept.in_both(make, self.hidden_TD[piece.rows], rope)
+
+    def _all_tokens(self) -> Piece:
+        """All that are left, as one piece."""
+        if len(self.pieces) == 1:
+            return self.pieces[0]
+        return Piece(queries=QueryPiece.whole(self.segments), kept=self.kept)
 
     def _attention(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> LayerAttention:
         window, mass = self.decoder.shape.window(layer), self.masses[layer]
@@ -351,8 +349,10 @@ def _pieces(decoder: Decoder, segments: Segments, kept: Kept | None, *, cut: boo
     """Those whose queries are held at once; without `cut` one for all."""
     pieces = query_pieces(segments, decoder.query_tokens) if cut else (QueryPiece.whole(segments),)
     if len(pieces) == 1:
-        return (Piece(pieces[0], kept),)
-    return tuple(Piece(each, None if kept is None else kept.within(each.rows)) for each in pieces)
+        return (Piece(queries=pieces[0], kept=kept),)
+    return tuple(
+        Piece(queries=each, kept=None if kept is None else kept.within(each.rows)) for each in pieces
+    )
 
 
 def _sparse(decoder: Decoder, attention: AttentionBackend, segments: Segments) -> SparsePrefill:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.families.decoder import Decoder
+from pipeline.families.residual import Normed
 from pipeline.families.rope import Rope
+from pipeline.kernels.query_pieces import QueryPiece
 from pipeline.kernels.segments import Segments, runs
 from pipeline.pruning.base import Selection
 from pipeline.pruning.shape import ModelShape
@@ -33,9 +35,11 @@ class Make(Protocol):
 
 
 class Step(Protocol):
-    """A step on the residual stream in place: see `Kept.in_both_`."""
+    """A step on the residual stream in place: see `Piece.take_`."""
 
-    def __call__(self, hidden_TD: Tensor, *inputs_T: Tensor, fp8: bool) -> None: ...
+    def __call__(
+        self, hidden_TD: Tensor, *inputs_T: Tensor, fp8: bool | None = None, later: bool = False
+    ) -> Normed | None: ...
 
 
 @dataclass(frozen=True)
@@ -75,26 +79,29 @@ class Kept:
         """The tokens to compute in fp8 beside the kept ones: (T - W,), or None for all where few are kept."""
         return None if len(self.rows) <= FEW * self.total else self.others
 
-    def in_both_(self, step: Step, hidden_TD: Tensor, *inputs_T: Tensor) -> None:
+    def in_both_(self, step: Step, hidden_TD: Tensor, *inputs_T: Tensor) -> Normed | None:
         """Take a step on the residual stream in place, of each token in its precision.
 
         However many documents there are it is taken twice: `step` is given tokens of the stream and of the
         inputs, and whether to compute in fp8. What few kept tokens would be in fp8 is overwritten.
+
+        What the step returns is returned if it is of all tokens; then rows of kept ones hold what they would
+        be in fp8.
         """
         given = (hidden_TD, *inputs_T)
         if self.in_one is not None:
-            step(*given, fp8=self.in_one)
-            return
+            return step(*given, fp8=self.in_one)
         own = [x.index_select(0, self.rows) for x in given]
         step(*own, fp8=False)
-        beside = self.beside_all
+        beside, normed = self.beside_all, None
         if beside is None:
-            step(*given, fp8=True)
+            normed = step(*given, fp8=True)
         else:
             others = [x.index_select(0, beside) for x in given]
             step(*others, fp8=True)
             hidden_TD.index_copy_(0, beside, others[0])
         hidden_TD.index_copy_(0, self.rows, own[0])
+        return normed
 
     def in_both(self, make: Make, hidden_TD: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         """What `make` makes of the residual stream, (T, ...) each, of each token in its precision."""
@@ -130,6 +137,36 @@ class Kept:
         return runs([start for start, _ in ranges], [end - start for start, end in ranges], self.device)
 
 
+@dataclass(kw_only=True)
+class Piece:
+    """Some tokens of a pack, and which of them keep the model's dtype; None: all are in one precision."""
+
+    queries: QueryPiece
+    kept: Kept | None
+    normed: Normed | None = None  # the stream as whoever reads it next wants it, if its last sum gave that
+
+    @property
+    def rows(self) -> slice:
+        return self.queries.rows
+
+    def take_(self, step: Step, stream_TD: Tensor, *inputs_T: Tensor) -> None:
+        """Take a step on its tokens of the residual stream, each in its precision.
+
+        The inputs are the piece's alone. Where the step is the same for all tokens, sums over ranks may be on
+        their way afterwards.
+        """
+        rows_TD = stream_TD[self.rows]
+        if self.kept is None:
+            self.normed = step(rows_TD, *inputs_T, later=True)
+        else:
+            self.normed = self.kept.in_both_(step, rows_TD, *inputs_T)
+
+    def give_normed(self) -> Normed | None:
+        """Leave `normed` to its last reader."""
+        normed, self.normed = self.normed, None
+        return normed
+
+
 def kept_of(segments: Segments, shape: ModelShape) -> Kept | None:
     """Each document's last `WINDOW` tokens, and all of those that are too short to gain; None if that is all.
 
@@ -160,13 +197,16 @@ def feed_forward(
     hidden_TD: Tensor,
     selection: Selection,
     kept: Kept | None,
-    pieces: Sequence[tuple[slice, Kept | None]],
+    pieces: Sequence[Piece],
     read_B: Tensor | None,
+    *,
+    norms: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Take the tokens selected through the network: those (None: all) by default, and those in fp8.
 
     Of them only `read_B`, if that is given: what becomes of the others is not read. `kept` are the tokens
-    that keep the model's dtype, and `pieces` has them of each piece of the pack.
+    that keep the model's dtype, and `pieces` has them of each piece of the pack. With `norms` pieces get what
+    the next layer reads, where one kernel makes that with the sum.
     """
     ffn, ffn_fp8 = selection.live if selection.ffn is None else selection.ffn, selection.ffn_fp8
     if read_B is not None:
@@ -176,14 +216,15 @@ def feed_forward(
         ffn = None
     if decoder.ranks is not None and not (ffn is None and ffn_fp8 is None and kept is None):
         decoder.ranks.settle()  # what is gathered is read
+    if ffn is None and ffn_fp8 is None:
+        for piece in pieces:
+            step = partial(decoder.add_feed_forward_, layer, normed=piece.give_normed(), norms=norms)
+            piece.take_(step, hidden_TD)
+        return (None, None) if kept is None else kept.split(None)
+    for piece in pieces:
+        piece.give_normed()  # which is not of the stream as the network leaves it
     if ffn_fp8 is None and kept is not None:
-        own, others = kept.split(ffn)
-        if ffn is None:
-            for rows, of_piece in pieces:
-                assert of_piece is not None
-                of_piece.in_both_(partial(decoder.add_feed_forward_, layer), hidden_TD[rows])
-            return own, others
-        ffn, ffn_fp8 = own, others
+        ffn, ffn_fp8 = kept.split(ffn)
     if ffn_fp8 is None:
         feed_forward_(decoder, layer, hidden_TD, ffn)
     else:

@@ -96,9 +96,9 @@ def test_a_row_that_takes_too_long_costs_its_pack_mates_nothing(model, monkeypat
     expected = [row.answer for row in engine.answer(documents())]
     slow, real = documents()[4].prompt_tokens, model.decoder.add_attention_
 
-    def add_attention_(layer, hidden, mixed, fp8=None, later=False):
+    def add_attention_(layer, hidden, mixed, fp8=None, **how):
         clock.now += 0.4 if slow in lengths and len(hidden) > len(documents()) else 0  # not in decode steps
-        real(layer, hidden, mixed, fp8)
+        return real(layer, hidden, mixed, fp8, **how)
 
     lengths = ()
     pack_of = prefilling.Pack.of

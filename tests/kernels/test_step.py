@@ -210,6 +210,22 @@ def test_each_step_is_rounded_before_the_next(kernels, dtype):
         assert differing < (0.01 if GPU else 0.001)
 
 
+@pytest.mark.parametrize("width", [24, 448])
+def test_a_sum_and_its_norm_are_in_bits_what_two_kernels_make(kernels, width):
+    """Of a finished product, as a prefill has it; written to some rows of a larger room."""
+    dtype = torch.bfloat16
+    (total, _), added = as_columns_of_wider(normal(5, width, dtype=dtype)), product(5, width, dtype, "whole")
+    weight, summed = normal(width, dtype=dtype), total + added.raw_BN
+    values, scale = fused.rms_norm_quantized(summed, weight, EPS)
+    room = fused.empty_fp8(normal(9, width), width)
+    before = [codes(each.zero_()).clone() for each in room]
+    step.add_product_normed_(total, added, weight, EPS, tuple(each[2:7] for each in room))
+    assert torch.equal(total, summed)
+    for each, made, untouched in zip(room, (values, scale), before, strict=True):
+        assert torch.equal(codes(each[2:7]), codes(made))
+        assert torch.equal(codes(each)[[0, 1, 7, 8]], untouched[[0, 1, 7, 8]])
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, which computes for the interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rows_that_are_not_finite_are_seen_and_others_are_not_touched(kernels, bad):

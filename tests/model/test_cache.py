@@ -31,6 +31,12 @@ def test_each_document_has_room_of_its_own_and_the_room_is_zero():
     assert [(cache.starts(b), cache.used(b)) for b in (0, 1)] == [([0], [3]), ([5], [2])]
 
 
+def test_of_a_document_alone_too():
+    cache = stored(lengths=(3,))
+    assert cache.keys[0].flatten().tolist() == [1, 2, 3, 0, 0]
+    assert cache.values[0].flatten().tolist() == [-1, -2, -3, 0, 0]
+
+
 def batch_of(cache):
     """A batch of the cache's documents, which have one token each that is to be stored next."""
     decoder = tiny_model("llama")

@@ -106,7 +106,7 @@ def test_what_the_last_layers_ffn_makes_of_other_tokens_is_not_read(decoder, sdp
     method, pack = asked(small(name)), pack_of(*documents())
     ours = prefill(decoder, sdpa, method, pack, new_tokens=2)
     real = module.feed_forward
-    monkeypatch.setattr(module, "feed_forward", lambda *given: real(*given[:-1], None))
+    monkeypatch.setattr(module, "feed_forward", lambda *given, **how: real(*given[:-1], None, **how))
     reference = prefill(decoder, sdpa, method, pack, new_tokens=2)
     assert reference.work.ffn()[-1] != [1, 1, 1]
     assert_same(ours, reference)
@@ -220,7 +220,7 @@ def test_only_the_last_token_is_attended_for(monkeypatch):
 
     def add_feed_forward_(layer, hidden, *options, **named):
         passed.append(len(hidden))
-        real(layer, hidden, *options, **named)
+        return real(layer, hidden, *options, **named)
 
     monkeypatch.setattr(decoder, "add_feed_forward_", add_feed_forward_)
     prefill(decoder, counting, Dense(), pack_of(*documents()))
