@@ -11,9 +11,10 @@ from pipeline.errors import ConfigError
 from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
 from pipeline.generation.graphs import DecodeStats, recorder_for
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.devices import pick_dtype
 from pipeline.kernels.modules import kernels_for
-from pipeline.kernels.sparse import BlockLists, block_sparse_attention, choose_blocks
+from pipeline.kernels.sparse import BlockLists, choose_blocks
 from pipeline.model.loading import attention_for
 from pipeline.pruning.dense import Dense
 

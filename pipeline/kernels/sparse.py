@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
-from pipeline.kernels.sdpa import attention_with_sinks
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16  # queries that choose together
-TILE = 64  # keys of a block that are attended to at a time
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 CAPACITY = (
@@ -80,7 +78,7 @@ def choose_blocks(q_QHd: Tensor, k_TKd: Tensor, mass: float, before: int = 0) ->
     """
     heads, blocks = q_QHd.shape[1], -(-len(k_TKd) // BLOCK)
     rows = slice(before, before - (-len(q_QHd) // BLOCK))
-    kernels = _kernels(q_QHd)
+    kernels = kernels_of(q_QHd)
     if mass >= 1:
         return _lists(_past(rows, blocks, q_QHd.device).expand(heads, -1, -1), before)
     if mass <= 0:
@@ -95,73 +93,6 @@ def choose_blocks(q_QHd: Tensor, k_TKd: Tensor, mass: float, before: int = 0) ->
         )
         return _lists(kept_HMN | _near(rows, blocks, q_QHd.device), before)
     return _choice_by_kernels(kernels, q_QHd, k_TKd, mass, before)
-
-
-def block_sparse_attention(
-    q_QHd: Tensor,
-    k_TKd: Tensor,
-    v_TKd: Tensor,
-    blocks: BlockLists,
-    left_out: int = 0,
-    sinks_H: Tensor | None = None,
-    block: int | None = None,
-) -> Tensor:
-    """Causal attention of one document's queries to the keys in the blocks chosen, (Q, H, d).
-
-    The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
-    computed, and undefined. Blocks have `block` tokens, 64 or the usual 128.
-    """
-    block = block or BLOCK
-    queries, heads, head_dim = q_QHd.shape
-    all_rows = blocks.counts.shape[1]
-    rows = max(0, all_rows - left_out)
-    kernels = _kernels(q_QHd)
-    out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
-    if kernels is None:
-        done = _plain(q_QHd[: rows * block], k_TKd, v_TKd, blocks, sinks_H, block)
-        out_QHd[: len(done)] = done
-        return out_QHd
-    if not rows:
-        return out_QHd
-    indices = blocks.counts if blocks.indices is None else blocks.indices  # the former are not looked at
-    wide = q_QHd.dtype == torch.float32
-    tried = not wide and q_QHd.is_cuda
-    described = kernels.described(q_QHd, k_TKd, v_TKd, block, TILE) if tried else None
-    sources = described or (q_QHd, k_TKd, v_TKd)
-    tile, options = _tiles(head_dim, block, wide=wide, described=described is not None)
-    kernels.attention_kernel[(rows * heads,)](
-        *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
-        *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, indices.shape[-1]),
-        *(len(k_TKd), queries, blocks.before, rows, all_rows, heads, k_TKd.shape[1]),
-        1 / (math.sqrt(head_dim) * math.log(2)),
-        LISTED=blocks.indices is not None,
-        HEAD_DIM=head_dim,
-        WIDTH=power_of_two(head_dim, 16),
-        BLOCK=block,
-        TILE=tile,
-        DESCRIBED=described is not None,
-        PRECISION="ieee" if wide else "tf32",
-        num_warps=block // 16,
-        **options,
-    )
-    return out_QHd
-
-
-def _tiles(head_dim: int, block: int, *, wide: bool, described: bool) -> tuple[int, dict[str, int]]:
-    """Keys that the attention kernel takes at a time, and how it is compiled.
-
-    A block of queries and two tiles of keys and values are to fit a multiprocessor's shared memory: 192 KB of
-    Hopper's 227 for heads of 256 dimensions in 16 bits, and half of that where tiles are loaded otherwise.
-    """
-    if head_dim > 128:
-        if described:
-            return TILE, {"num_stages": 2}
-        return TILE // 4 if wide else TILE // 2, {"num_stages": 1}
-    tile = TILE // 2 if wide else TILE
-    if described and head_dim > 64 and block == BLOCK:
-        # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
-        return tile, {"num_stages": 2, "maxnreg": 128}
-    return tile, {"num_stages": 2 if wide or head_dim > 64 else 3}
 
 
 def listed_blocks(blocks: BlockLists, tokens: int) -> Tensor:
@@ -210,7 +141,7 @@ def _choice_by_kernels(kernels: Any, q_QHd: Tensor, k_TKd: Tensor, mass: float, 
         grid = (min(at_once, rows - first), heads)
         kernels.estimate_kernel[grid](
             *(q_QHd, *q_QHd.stride()[:2], means_KNd, shares_HRN, shares_HRN.shape[1], blocks, before, first),
-            *(tokens, heads // kv_heads, 1 / (math.sqrt(head_dim) * math.log(2))),
+            *(tokens, heads // kv_heads, score_scale(head_dim)),
             **sizes,
             STRIDE=STRIDE,
             COLUMNS=32 if wide or head_dim > 128 else 64,
@@ -290,42 +221,6 @@ def _lists(kept_HMN: Tensor, before: int = 0) -> BlockLists:
     return BlockLists(indices, kept_HMN.sum(-1, dtype=torch.int32), before)
 
 
-def _plain(
-    q_QHd: Tensor,
-    k_TKd: Tensor,
-    v_TKd: Tensor,
-    blocks: BlockLists,
-    sinks_H: Tensor | None,
-    block: int,
-) -> Tensor:
-    """A block of queries at a time, through SDPA over the keys that each head has gathered for it.
-
-    The queries may be the first of those that blocks were chosen for.
-    """
-    assert blocks.indices is not None
-    heads, head_dim = q_QHd.shape[1:]
-    group = heads // k_TKd.shape[1]
-    k_HTd, v_HTd = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (k_TKd, v_TKd))
-    within = torch.arange(block, device=q_QHd.device)
-    outputs = []
-    for row, start in enumerate(range(0, len(q_QHd), block)):
-        end = min(start + block, len(q_QHd))
-        own_Q = blocks.before * block + torch.arange(start, end, device=q_QHd.device)
-        most = int(blocks.counts[:, row].max())
-        # entries behind a head's last block stand for one in the future: masked, and no place to read
-        place_HC = (blocks.indices[:, row, :most, None] * block + within).flatten(1).long()
-        seen_HQC = place_HC[:, None] <= own_Q[:, None]
-        index_HCd = place_HC.clamp(max=len(k_TKd) - 1)[..., None].expand(-1, -1, head_dim)
-        keys, values = (x.gather(1, index_HCd) for x in (k_HTd, v_HTd))
-        queries = q_QHd[start:end].transpose(0, 1)
-        if sinks_H is None:
-            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=seen_HQC)
-        else:
-            attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
-        outputs.append(attended.transpose(0, 1))
-    return torch.cat(outputs) if outputs else q_QHd
-
-
 def best_products(q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B: Tensor, chunk: int) -> Tensor:
     """(H, B, C) the best product that a block of queries sees in a chunk of keys on the way down to one key.
 
@@ -333,7 +228,7 @@ def best_products(q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B: Tens
     key is left: a half is stood for by the key in its middle, and that half goes on whose key has the larger
     product with any of the queries. Chunks that begin at the stop or behind it have minus infinity.
     """
-    kernels, steps = _kernels(q_HBQd), max(1, (chunk - 1).bit_length())
+    kernels, steps = kernels_of(q_HBQd), max(1, (chunk - 1).bit_length())
     if kernels is None:
         return _plain_products(q_HBQd, k_TKd, start_HBC, stop_B[:, None], chunk, steps)
     if q_HBQd.shape[2] < FEWEST_QUERIES:
@@ -383,11 +278,16 @@ def _plain_products(
     return best_HBC.masked_fill_(start_HBC >= stop_B1, -math.inf)
 
 
+def score_scale(head_dim: int) -> float:
+    """By which products of queries and keys become scores, for a softmax in base 2."""
+    return 1 / (math.sqrt(head_dim) * math.log(2))
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether attention with blocks runs by kernels on this tensor."""
-    return _kernels(x) is not None
+    return kernels_of(x) is not None
 
 
-def _kernels(x: Tensor) -> Any | None:
+def kernels_of(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
     return kernels_for(x, "triton_sparse")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import AttentionBackend
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPart, QueryPiece
 from pipeline.kernels.segments import Segments, on_device
@@ -75,7 +76,7 @@ class SparsePrefill:
             q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
             blocks = sparse.choose_blocks(q, k, mass, part.first // sparse.BLOCK)
             left_out = -(-max(0, part.end - _first_whole(part, end - start)) // sparse.BLOCK)
-            outputs.append(sparse.block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
+            outputs.append(block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
             listed[part.document] = sparse.listed_blocks(blocks, end - start)
         attended_QHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if (asking := self._last_of(piece)) is not None:

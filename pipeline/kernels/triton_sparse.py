@@ -38,6 +38,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     indices,
     counts,
     sinks,
+    breached,
     capacity,
     tokens,
     asked,
@@ -55,21 +56,25 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """See `sparse.block_sparse_attention`: each program attends with one block of queries of one head.
+    """See `block_attention`: each program attends with one block of queries of one head.
 
     `q` are `asked` queries of a document of `tokens`, from block `before` on; the first `rows` of their
     `all_rows` blocks are computed. `indices` are read if `LISTED`, see `BlockLists`.
     `scale` is that of the scores times log2(e), since the softmax is in base 2. Of a row's blocks only the
     last can be that of the queries themselves: the others need no mask. Keys come in tiles of `TILE`, a part
-    of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM).
+    of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM). With
+    `breached`, see `hopper_attention.attend`, only what that tells of is computed.
     """
     PARTS: tl.constexpr = BLOCK // TILE
     row, head, kv_head = _place(tl.program_id(0), rows, heads, kv_heads)
+    place = head.to(tl.int64) * all_rows + row
+    if breached is not None:  # noqa: SIM102 which Triton decides when it compiles
+        if tl.load(breached + 2 * place) + tl.load(breached + 2 * place + 1) == 0:
+            return
     own, first_query = before + row, row * BLOCK
     queries = _tile(
         q, first_query, head, q_token_stride, q_head_stride, asked, BLOCK, HEAD_DIM, WIDTH, DESCRIBED, True
     )
-    place = head.to(tl.int64) * all_rows + row
     listed = indices + place * capacity
     count = tl.load(counts + place)
     unmasked = (count - 1) * PARTS

@@ -13,6 +13,7 @@ from pipeline.generation.generated import StopRules
 from pipeline.generation.graphs import DecodeStats
 from pipeline.kernels import reference, sparse
 from pipeline.kernels.attention import BACKENDS, DecodeSlots, choose_attention
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.expert_products import Groups, grouped_fp8_product, grouped_product
 from pipeline.kernels.fp8 import Fp8Weight
 from pipeline.kernels.fused import quantize_rows
@@ -122,13 +123,13 @@ def test_block_sparse_attention_has_sinks(mass, head_dim):
     q, k, v = joined.split((8, 2, 2), dim=1)
     sinks_H = torch.arange(-4.0, 4.0, device=CUDA)
     blocks = sparse.choose_blocks(q, k, mass)
-    found = sparse.block_sparse_attention(q, k, v, blocks, sinks_H=sinks_H)
+    found = block_sparse_attention(q, k, v, blocks, sinks_H=sinks_H)
     chosen = (
         sparse.choose_blocks(q.cpu().float(), k.cpu().float(), mass) if blocks.indices is None else blocks
     )
     on_cpu = sparse.BlockLists(chosen.indices.cpu(), chosen.counts.cpu())
     host = [x.cpu().float() for x in (q, k, v)]
-    expected = sparse.block_sparse_attention(*host, on_cpu, sinks_H=sinks_H.cpu())
+    expected = block_sparse_attention(*host, on_cpu, sinks_H=sinks_H.cpu())
     assert (found.cpu() - expected).norm() / expected.norm() < 0.01
 
 

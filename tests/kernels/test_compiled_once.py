@@ -14,6 +14,7 @@ import torch
 
 import pipeline.kernels
 from pipeline.kernels import decoding, modules, scoring, sparse, swap
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.segments import Segments
 
 FOLDER = Path(pipeline.kernels.__file__).parent
@@ -51,6 +52,7 @@ def kernels_of(module):
 
 
 MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scoring", "triton_sparse"]
+MODULES += ["blocks/hopper_attention"]
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
@@ -68,6 +70,7 @@ TENSORS |= {
 }
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
 TENSORS |= {"starts", "stops", "k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
+TENSORS |= {"breached"}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -128,11 +131,11 @@ def qkv(tokens, heads=4, kv_heads=2, head_dim=16):
 
 def test_block_sparse_attention_compiles_nothing_at_new_lengths(monkeypatch):
     seen = {}
-    monkeypatch.setattr(sparse, "_kernels", lambda x: Recorded(seen))
+    monkeypatch.setattr(sparse, "kernels_of", lambda x: Recorded(seen))
     for tokens in LENGTHS:
         q, k, v = qkv(tokens)
         blocks = sparse.choose_blocks(q, k, 0.9)
-        sparse.block_sparse_attention(q, k, v, blocks, left_out=sparse.WHOLE_ROWS)
+        block_sparse_attention(q, k, v, blocks, left_out=sparse.WHOLE_ROWS)
     assert {name: len(variants) for name, variants in seen.items()} == {
         "mean_keys_kernel": 1,
         "estimate_kernel": 1,

@@ -8,9 +8,10 @@ from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.query_pieces import QueryPart, query_pieces
 from pipeline.kernels.segments import Segments
-from pipeline.kernels.sparse import BLOCK, block_sparse_attention, choose_blocks
+from pipeline.kernels.sparse import BLOCK, choose_blocks
 from pipeline.kernels.sparse_prefill import SparsePrefill
 
 
@@ -82,7 +83,7 @@ def test_the_kernels_choose_and_attend_from_any_block_on(monkeypatch, at_once):
     expected = choose_blocks(q, k, 0.5)
     attended = block_sparse_attention(q, k, v, expected)
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "kernels_of", lambda x: triton_sparse)
     monkeypatch.setattr(sparse, "CAPACITY", 16)
     monkeypatch.setattr(sparse, "CHOSEN_AT_ONCE", at_once)
     for first, end in ((0, 256), (256, 640), (640, 700)):

@@ -8,6 +8,7 @@ from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import attention, decoding, reference, sparse
 from pipeline.kernels.attention import FlashAttention, SdpaAttention, VarlenAttention, choose_attention
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import shared_ranges, windowed_ranges
 from pipeline.kernels.segments import Segments
@@ -42,7 +43,7 @@ def kernels(request, monkeypatch):
 
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     monkeypatch.setattr(decoding, "_kernels", lambda x: triton_decoding)
-    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "kernels_of", lambda x: triton_sparse)
     return torch.float32
 
 
@@ -98,7 +99,7 @@ def test_blocks_that_are_chosen(mass, kernels):
     q, k, v = qkv_of(1000, torch.float32)
     q = q * 3
     blocks = sparse.choose_blocks(q, k, mass)
-    found = sparse.block_sparse_attention(q, k, v, blocks, sinks_H=SINKS)
+    found = block_sparse_attention(q, k, v, blocks, sinks_H=SINKS)
     rows = blocks.counts.shape[1]
     chosen_HMN = torch.zeros(4, rows, rows, dtype=torch.bool)
     for head, row in ((head, row) for head in range(4) for row in range(rows)):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
+from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.segments import on_device
 from pipeline.pruning.memories.hip_choice import (
     AVERAGED,
@@ -255,7 +256,7 @@ class HipMemory(KeyMemory):
         counts_HB = (listed_HBN < missing).sum(-1, dtype=torch.int32)
         lists = sparse.BlockLists(listed_HBN.int().contiguous(), counts_HB, own.start)
         keys, values = self._keys[layer, :end], self._values[layer, :end]
-        return sparse.block_sparse_attention(q_QHd, keys, values, lists, block=QUERY_BLOCK)
+        return block_sparse_attention(q_QHd, keys, values, lists, block=QUERY_BLOCK)
 
 
 def _causal_pairs(tokens: int) -> int:
