@@ -78,7 +78,7 @@ def choose_blocks(q_QHd: Tensor, k_TKd: Tensor, mass: float, before: int = 0) ->
     """
     heads, blocks = q_QHd.shape[1], -(-len(k_TKd) // BLOCK)
     rows = slice(before, before - (-len(q_QHd) // BLOCK))
-    kernels = kernels_of(q_QHd)
+    kernels = _kernels(q_QHd)
     if mass >= 1:
         return _lists(_past(rows, blocks, q_QHd.device).expand(heads, -1, -1), before)
     if mass <= 0:
@@ -228,7 +228,7 @@ def best_products(q_HBQd: Tensor, k_TKd: Tensor, start_HBC: Tensor, stop_B: Tens
     key is left: a half is stood for by the key in its middle, and that half goes on whose key has the larger
     product with any of the queries. Chunks that begin at the stop or behind it have minus infinity.
     """
-    kernels, steps = kernels_of(q_HBQd), max(1, (chunk - 1).bit_length())
+    kernels, steps = _kernels(q_HBQd), max(1, (chunk - 1).bit_length())
     if kernels is None:
         return _plain_products(q_HBQd, k_TKd, start_HBC, stop_B[:, None], chunk, steps)
     if q_HBQd.shape[2] < FEWEST_QUERIES:
@@ -285,9 +285,9 @@ def score_scale(head_dim: int) -> float:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether attention with blocks runs by kernels on this tensor."""
-    return kernels_of(x) is not None
+    return _kernels(x) is not None
 
 
-def kernels_of(x: Tensor) -> Any | None:
+def _kernels(x: Tensor) -> Any | None:
     """The module of Triton kernels where they can run on this tensor, else None."""
     return kernels_for(x, "triton_sparse")

@@ -245,9 +245,9 @@ def test_copies_that_lag_or_hurry_change_no_token(monkeypatch):
     def delay():
         torch.cuda._sleep(int(random.integers(0, 2_000_000)) * int(random.integers(0, 2)))
 
-    def slow_qkv(*arguments):  # of a prefill, and of a step without kernels of its own
+    def slow_qkv(*arguments, **named):  # of a prefill, and of a step without kernels of its own
         delay()
-        return real_qkv(*arguments)
+        return real_qkv(*arguments, **named)
 
     def slow_step(layer, hidden, rope, target, attend, normed=None):
         def slow_attend(q):

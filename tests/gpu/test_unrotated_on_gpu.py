@@ -12,6 +12,7 @@ from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
 from pipeline.kernels import scoring, sparse
 from pipeline.kernels.attention import SdpaAttention, choose_attention
+from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.model.prefill import Pack, prefill
 from pipeline.pruning.registry import make_method
@@ -82,7 +83,9 @@ def test_blocks_of_64_in_bfloat16(head_dim):
     kept = (torch.rand(8, rows, rows, device=CUDA) < 0.3) | torch.eye(rows, device=CUDA).bool()
     blocks = sparse._lists(kept & torch.ones_like(kept).tril())
     got = block_sparse_attention(q, k, v, blocks, block=64)
-    expected = plain(block_sparse_attention, q.float(), k.float(), v.float(), blocks, block=64)
+    expected = plain(
+        block_sparse_attention, q.float(), k.float(), v.float(), blocks, block=64, module=block_attention
+    )
     assert (got - expected).norm() / expected.norm() < 0.01
 
 

@@ -14,6 +14,7 @@ import torch
 
 import pipeline.kernels
 from pipeline.kernels import decoding, modules, scoring, sparse, swap
+from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.segments import Segments
 
@@ -36,7 +37,7 @@ OF_THE_MODEL = {
 LENGTHS = [8192, 16384, 9001, 12345, 32768, 32769]
 
 
-def kernels_of(module):
+def _kernels(module):
     """Of each kernel in a file its arguments, which are constants, and which are not specialised."""
     found = {}
     for each in ast.parse((FOLDER / f"{module}.py").read_text()).body:
@@ -52,8 +53,8 @@ def kernels_of(module):
 
 
 MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scoring", "triton_sparse"]
-MODULES += ["blocks/hopper_attention"]
-KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
+MODULES += ["blocks/hopper_attention", "blocks/triton_attention"]
+KERNELS = {name: kernel for module in MODULES for name, kernel in _kernels(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
 TENSORS |= {
@@ -131,7 +132,8 @@ def qkv(tokens, heads=4, kv_heads=2, head_dim=16):
 
 def test_block_sparse_attention_compiles_nothing_at_new_lengths(monkeypatch):
     seen = {}
-    monkeypatch.setattr(sparse, "kernels_of", lambda x: Recorded(seen))
+    for module in (sparse, block_attention):
+        monkeypatch.setattr(module, "_kernels", lambda x: Recorded(seen))
     for tokens in LENGTHS:
         q, k, v = qkv(tokens)
         blocks = sparse.choose_blocks(q, k, 0.9)

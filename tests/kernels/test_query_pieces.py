@@ -8,6 +8,7 @@ from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
+from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.query_pieces import QueryPart, query_pieces
 from pipeline.kernels.segments import Segments
@@ -78,12 +79,14 @@ def test_the_kernels_choose_and_attend_from_any_block_on(monkeypatch, at_once):
     from triton.runtime import interpreter
 
     from pipeline.kernels import triton_sparse
+    from pipeline.kernels.blocks import triton_attention
 
     q, k, v = qkv(700, heads=2, kv_heads=1, dtype=torch.float32)
     expected = choose_blocks(q, k, 0.5)
     attended = block_sparse_attention(q, k, v, expected)
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    monkeypatch.setattr(sparse, "kernels_of", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(block_attention, "_kernels", lambda x: triton_attention)
     monkeypatch.setattr(sparse, "CAPACITY", 16)
     monkeypatch.setattr(sparse, "CHOSEN_AT_ONCE", at_once)
     for first, end in ((0, 256), (256, 640), (640, 700)):

@@ -8,6 +8,7 @@ from kernel_cases import reduce_by_halves
 
 from pipeline.kernels import attention, decoding, reference, sparse
 from pipeline.kernels.attention import FlashAttention, SdpaAttention, VarlenAttention, choose_attention
+from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import shared_ranges, windowed_ranges
@@ -40,10 +41,12 @@ def kernels(request, monkeypatch):
     from triton.runtime import interpreter
 
     from pipeline.kernels import triton_decoding, triton_sparse
+    from pipeline.kernels.blocks import triton_attention
 
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
     monkeypatch.setattr(decoding, "_kernels", lambda x: triton_decoding)
-    monkeypatch.setattr(sparse, "kernels_of", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(block_attention, "_kernels", lambda x: triton_attention)
     return torch.float32
 
 

@@ -28,15 +28,18 @@ def kernels(monkeypatch):
     from triton.runtime import interpreter
 
     from pipeline.kernels import triton_sparse
+    from pipeline.kernels.blocks import triton_attention
 
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_by_halves)
-    monkeypatch.setattr(sparse, "kernels_of", lambda x: triton_sparse)
+    monkeypatch.setattr(sparse, "_kernels", lambda x: triton_sparse)
+    monkeypatch.setattr(block_attention, "_kernels", lambda x: triton_attention)
     monkeypatch.setattr(sparse, "CAPACITY", 16)  # of blocks, each of which takes the interpreter's time
 
 
 @pytest.fixture
 def plain(monkeypatch):
-    monkeypatch.setattr(sparse, "kernels_of", lambda x: None)
+    monkeypatch.setattr(sparse, "_kernels", lambda x: None)
+    monkeypatch.setattr(block_attention, "_kernels", lambda x: None)
 
 
 def qkv(tokens, head_dim=16, heads=2, kv_heads=1, dtype=torch.float32, seed=0):
@@ -104,7 +107,7 @@ def test_only_what_is_told_is_computed_again(kernels):
     breached = torch.zeros(2, 3, 2, dtype=torch.int32, device=DEVICE)
     breached[0, 1, 0] = breached[1, 2, 1] = 1
     out = torch.full_like(q.contiguous(), -7.0)
-    block_attention._by_triton(sparse.kernels_of(q), q, k, v, out, blocks, 3, None, BLOCK, breached)
+    block_attention._by_triton(block_attention._kernels(q), q, k, v, out, blocks, 3, None, BLOCK, breached)
     again = torch.zeros(300, 2, dtype=torch.bool)
     again[128:256, 0] = again[256:, 1] = True
     assert (out[again] - expected[again]).abs().max() < 1e-4
@@ -116,7 +119,7 @@ def test_blocks_that_are_not_listed(kernels, tokens, left_out):
     q, k, v = qkv(tokens, heads=1)
     got = block_sparse_attention(q, k, v, choose_blocks(q, k, 0.0), left_out=left_out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "kernels_of", lambda x: None)
+        patch.setattr(sparse, "_kernels", lambda x: None)
         blocks = choose_blocks(q, k, 0.0)
     assert choose_blocks(q, k, 0.0).indices is None
     expected, _ = masked_reference(q, k, v, blocks)
@@ -167,7 +170,7 @@ def test_what_few_queries_look_for_is_found(plain):
 def test_the_estimate_takes_as_much_room_as_it_may(kernels, monkeypatch, at_once):
     q, k, _ = qkv(700)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "kernels_of", lambda x: None)
+        patch.setattr(sparse, "_kernels", lambda x: None)
         expected = choose_blocks(q * 4, k, 0.5)
     monkeypatch.setattr(sparse, "SHARES_AT_ONCE", at_once)
     got = choose_blocks(q * 4, k, 0.5)
@@ -233,7 +236,7 @@ def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
     q, k, _ = qkv(tokens)
     got = choose_blocks(q * 4, k, mass)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "kernels_of", lambda x: None)
+        patch.setattr(sparse, "_kernels", lambda x: None)
         expected = choose_blocks(q * 4, k, mass)
     assert torch.equal(got.counts, expected.counts)
     assert torch.equal(got.indices, expected.indices)
@@ -352,7 +355,7 @@ def test_the_kernel_goes_down_the_same_halves(kernels, chunk, queries, head_dim)
     starts = torch.arange(64, 700 + 2 * chunk, chunk, device=DEVICE).expand(4, 2, -1)
     got = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "kernels_of", lambda x: None)
+        patch.setattr(sparse, "_kernels", lambda x: None)
         expected = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
     assert torch.isinf(expected).any()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

@@ -14,9 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from pipeline.kernels import sparse
 from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.sdpa import attention_with_sinks
-from pipeline.kernels.sparse import BLOCK, BlockLists, score_scale
+from pipeline.kernels.sparse import BlockLists, score_scale
 
 TILE = 64  # keys of a block that the kernel in Triton attends to at a time
+LOOKING = 256  # programs that look for blocks of queries to be computed again, of which there are hardly any
 
 
 def block_sparse_attention(
@@ -33,15 +34,15 @@ def block_sparse_attention(
     The queries are those that the blocks were chosen for. What the last `left_out` blocks of them get is not
     computed, and undefined. Blocks have `block` tokens, 64 or the usual 128.
     """
-    block = block or BLOCK
+    block = block or sparse.BLOCK
     queries, heads, head_dim = q_QHd.shape
     rows = max(0, blocks.counts.shape[1] - left_out)
     out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
-    kernels, hopper = sparse.kernels_of(q_QHd), kernels_for(q_QHd, "blocks.hopper_attention")
+    kernels, hopper = _kernels(q_QHd), kernels_for(q_QHd, "blocks.hopper_attention")
     if kernels is None:
         done = _plain(q_QHd[: rows * block], k_TKd, v_TKd, blocks, sinks_H, block)
         out_QHd[: len(done)] = done
-    elif rows and hopper is not None and block == BLOCK and hopper.applies(q_QHd, k_TKd, v_TKd):
+    elif rows and hopper is not None and block == sparse.BLOCK and hopper.applies(q_QHd, k_TKd, v_TKd):
         breached_HM2 = hopper.attend(q_QHd, k_TKd, v_TKd, out_QHd, blocks, rows, sinks_H, block)
         _by_triton(kernels, q_QHd, k_TKd, v_TKd, out_QHd, blocks, rows, sinks_H, block, breached_HM2)
     elif rows:
@@ -69,7 +70,8 @@ def _by_triton(
     described = kernels.described(q_QHd, k_TKd, v_TKd, block, TILE) if tried else None
     sources = described or (q_QHd, k_TKd, v_TKd)
     tile, options = _tiles(head_dim, block, wide=wide, described=described is not None)
-    kernels.attention_kernel[(rows * heads,)](
+    programs = rows * heads if breached_HM2 is None else min(rows * heads, LOOKING)
+    kernels.attention_kernel[(programs,)](
         *(sources[0], *q_QHd.stride()[:2], sources[1], *k_TKd.stride()[:2], sources[2], *v_TKd.stride()[:2]),
         *(out_QHd, *out_QHd.stride()[:2], indices, blocks.counts, sinks_H, breached_HM2, indices.shape[-1]),
         *(len(k_TKd), queries, blocks.before, rows, blocks.counts.shape[1], heads, k_TKd.shape[1]),
@@ -97,7 +99,7 @@ def _tiles(head_dim: int, block: int, *, wide: bool, described: bool) -> tuple[i
             return TILE, {"num_stages": 2}
         return TILE // 4 if wide else TILE // 2, {"num_stages": 1}
     tile = TILE // 2 if wide else TILE
-    if described and head_dim > 64 and block == BLOCK:
+    if described and head_dim > 64 and block == sparse.BLOCK:
         # so that two programs fit a multiprocessor: one multiplies while the other is at its softmax
         return tile, {"num_stages": 2, "maxnreg": 128}
     return tile, {"num_stages": 2 if wide or head_dim > 64 else 3}
@@ -137,3 +139,8 @@ def _plain(
             attended = attention_with_sinks(queries, keys, values, sinks_H, seen=seen_HQC)
         outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs) if outputs else q_QHd
+
+
+def _kernels(x: Tensor) -> Any | None:
+    """The module of kernels in Triton where they can run on this tensor, else None."""
+    return kernels_for(x, "blocks.triton_attention")

@@ -42,7 +42,7 @@ ATTENDING = gl.constexpr(240)
 
 @gluon.jit
 def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
-    """See `triton_sparse._place`."""
+    """See `triton_attention._place`."""
     group = heads // kv_heads
     within = work % (rows * group)
     row = rows - 1 - within // group
@@ -269,8 +269,7 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     """See `attend`. A program a multiprocessor; each takes every n-th of `works` blocks of queries of a head.
 
     `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM), the rest is as in
-    `triton_sparse.attention_kernel`. Barriers tell that a buffer's tile is there, and that both halves have
-    read it.
+    `triton_attention`. Barriers tell that a buffer's tile is there, and that both halves have read it.
     """
     queries = gl.allocate_shared_memory(q.dtype, [BLOCK, HEAD_DIM], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, TILE, HEAD_DIM], k.layout)
