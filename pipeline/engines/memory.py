@@ -254,7 +254,7 @@ class Packer:
             kv_memory=None,
         )
         queries = self.method.look_ahead * draft.heads * draft.head_dim * draft.layers
-        scores = (1 + self.method.look_ahead) * sum(lengths) * 4
+        scores = (draft.layers + 2 + self.method.look_ahead) * sum(lengths) * 4
         return own.planned_bytes(lengths) + len(lengths) * queries * self.itemsize + scores
 
     def _running_bytes(self, lengths: Sequence[int]) -> int:

@@ -69,6 +69,13 @@ class DraftReading:
         )
 
 
+class NothingStored(RaggedCache):
+    """Of prompts that no token comes behind, which would read their keys and values."""
+
+    def store(self, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> None:
+        pass
+
+
 def read_ahead(
     draft: Draft, method: PruningMethod, pack: Pack, check: Callable[[], None] = lambda: None
 ) -> DraftReading:
@@ -84,13 +91,13 @@ def read_ahead(
     pack = replace(pack, input_ids=ids, answer_tokens=())  # it goes on by tokens of its own
     reader = DraftReader(ahead=method)
     state = reader.begin(reader.plan(decoder.shape, segments.lengths))
-    begun = PartialPrefill.afresh(decoder, pack, RaggedCache(method.look_ahead))
+    cache = RaggedCache(method.look_ahead) if method.look_ahead else NothingStored(0)
+    begun = PartialPrefill.afresh(decoder, pack, cache)
     outcome = run_layers(decoder, attention, reader, pack, state, begun, check)
     assert isinstance(outcome, Survivors)
-    assert state.window_T is not None
     protected = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
     protected_T = mask_of(protected, segments, pack.positions_T)
-    scores_ST, count = state.window_T[None], method.look_ahead
+    scores_ST, count = state.largest(segments, method.pool)[None], method.look_ahead
     if count:
         queries_NSBHd = _look_ahead(decoder, attention, begun.cache, outcome.hidden_TD, count, check)
         scores_ST = torch.cat((scores_ST, _attended(queries_NSBHd, begun.cache, method.pool)))
