@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,13 +17,16 @@ from pipeline.bench.ceilings import Ceilings
 from pipeline.bench.timing import Stopwatch, in_turns, now, peak_bytes, tidied
 from pipeline.errors import ConfigError
 from pipeline.generation.decode import decode
+from pipeline.generation.draft_steps import with_steps
 from pipeline.generation.generated import StopRules
 from pipeline.kernels.fused import FP8
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.reading_ahead import Draft
+from pipeline.model.store import slots_needed
 from pipeline.model.variant import Variant, prepare
 from pipeline.pruning.base import PruningMethod, Selection
-from pipeline.pruning.capabilities import HoldsUnrotatedKeys
+from pipeline.pruning.capabilities import HoldsUnrotatedKeys, ReadsAhead
 from pipeline.pruning.operations import dense_flops, dense_work, ffn_ratio, layer_tokens, passes_flops
 from pipeline.pruning.view import LayerView
 from pipeline.records import EncodedDocument, Spans
@@ -91,17 +94,19 @@ def measure_ttft(
     runs = {name: partial(_timed, model, _transformers_run(model, pack, name)) for name in baselines}
     answers = {}
     prepare(model, methods)
-    for variant in methods:
-        run, to_the_end = (_method_run(model, pack, variant, tokens) for tokens in (0, new_tokens))
-        runs[variant.name] = partial(_timed, model, run, ceilings, variant.linears_in_fp8)
-        answers[variant.name] = partial(_timed, model, to_the_end)
-    # the first turn warms up, if nothing has before, and tells what was done
-    times = in_turns(runs, repeats + (part is None), check)
-    if part is not None:
-        times = {name: [of_turns[0], *of_turns] for name, of_turns in times.items()}
-    timed = methods if part is None else ()
-    within = {variant.name: _within(model, pack, variant.use(model)) for variant in timed}
-    ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0, check)
+    with ExitStack() as held:
+        for variant in methods:
+            draft = with_steps(model.draft, variant.method, _draft_slots(model, pack, variant.method), held)
+            run, to_the_end = (_method_run(model, draft, pack, variant, tokens) for tokens in (0, new_tokens))
+            runs[variant.name] = partial(_timed, model, run, ceilings, variant.linears_in_fp8)
+            answers[variant.name] = partial(_timed, model, to_the_end)
+        # the first turn warms up, if nothing has before, and tells what was done
+        times = in_turns(runs, repeats + (part is None), check)
+        if part is not None:
+            times = {name: [of_turns[0], *of_turns] for name, of_turns in times.items()}
+        timed = methods if part is None else ()
+        within = {variant.name: _within(model, pack, variant.use(model)) for variant in timed}
+        ends = in_turns(answers, min(repeats, MOST_ANSWERS) if new_tokens else 0, check)
     return [
         _measurement(name, documents, times[name], within.get(name, _Within()), ends.get(name, ()))
         for name in runs
@@ -137,8 +142,16 @@ def check_baselines(baselines: Sequence[str], documents: int, ranks: int = 1) ->
         raise ConfigError(f"unknown baseline {unknown!r}; baselines: {', '.join(BASELINES)}")
 
 
+def _draft_slots(model: LoadedModel, pack: Pack, method: PruningMethod) -> int:
+    """That a draft's look-ahead steps need for this pack."""
+    if model.draft is None or not isinstance(method, ReadsAhead):
+        return 0
+    layers, room = model.draft.shape.layers, method.look_ahead
+    return sum(slots_needed([length] * layers, room, model.device) for length in pack.lengths)
+
+
 def _method_run(
-    model: LoadedModel, pack: Pack, variant: Variant, new_tokens: int = 0
+    model: LoadedModel, draft: Draft | None, pack: Pack, variant: Variant, new_tokens: int = 0
 ) -> Callable[[], Prefilled]:
     """A prefill to the first tokens on the host, or to the end of answers of `new_tokens`."""
     rules, kv_dtype = StopRules(max_new_tokens=new_tokens), FP8 if variant.kv == "fp8" else None
@@ -148,7 +161,7 @@ def _method_run(
         decoder, attention = model.decoder, model.attention
         # of several documents keys and values are rounded where they are decoded
         stored = kv_dtype if len(pack.segments) == 1 else None
-        prefilled = prefill(decoder, attention, method, pack, new_tokens, kv_dtype=stored, draft=model.draft)
+        prefilled = prefill(decoder, attention, method, pack, new_tokens, kv_dtype=stored, draft=draft)
         if new_tokens:
             decode(decoder, attention, prefilled, rules, kv_dtype=kv_dtype)
         else:

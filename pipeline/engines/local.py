@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from pipeline.engines.row_rules import RowRules
 from pipeline.engines.scheduler import Room, Scheduler
 from pipeline.engines.table import Running, RunningRow, Table, begun, decoded_alone
 from pipeline.generation.decode import NOT_FINITE_MESSAGE
+from pipeline.generation.draft_steps import held_bytes, with_steps
 from pipeline.generation.generated import Generated, StopRules
 from pipeline.generation.graphs import DecodeStats
 from pipeline.generation.lookup import drafts_of
@@ -99,8 +101,10 @@ class LocalEngine:
         self._scheduler: Scheduler[Job] = Scheduler(
             in_flight=packer.in_flight, worthwhile=WORTHWHILE_TOKENS[model.device.type]
         )
+        self._held = ExitStack()  # beside the table
         self.prefiller = Prefiller(
             model=model,
+            draft=with_steps(model.draft, method, packer.ahead_slots, self._held),
             row_rules=self.row_rules,
             save_selection=save_selection,
             now=self.attempts.now,
@@ -353,13 +357,7 @@ class LocalEngine:
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
         generated = decoded_alone(
-            self.model,
-            pack,
-            rules,
-            check,
-            row_rules=self.row_rules,
-            stats=self.stats,
-            kv_dtype=self.kv_dtype,
+            self.model, pack, rules, check, row_rules=self.row_rules, stats=self.stats, kv_dtype=self.kv_dtype
         )
         answer.decode_ms = (generated[-1].finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
@@ -378,12 +376,13 @@ class LocalEngine:
 
         Returns what to tell the user of it.
         """
-        self.packer = self.packer.within(usable_bytes)
+        self.packer = self.packer.within(usable_bytes + held_bytes(self.prefiller.draft))
         return self._open_table().prepare()
 
     def close(self) -> None:
         """Give back what is held beside the model: another run of this process would find too little."""
         self._close_table()
+        self._held.close()
 
     def _open_table(self) -> Table:
         if self._table is None:

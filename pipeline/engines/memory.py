@@ -13,6 +13,7 @@ import torch
 from pipeline.engines.packing import make_packs
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
+from pipeline.generation.draft_steps import slots_for_steps
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
 from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
@@ -61,6 +62,7 @@ class Packer:
     n: int = 1  # answers to a prompt, each a row of its own once it is decoded
     cuts_queries: bool = True  # see `AttentionBackend.cuts_queries`
     draft: ModelShape | None = None  # of the model that reads prompts first, if one does
+    ahead_slots: int = 0  # of its store for look-ahead steps
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
     remedies: Sequence[str] = ("a smaller model",)  # that a user may give for a document that is too large
 
@@ -119,18 +121,21 @@ class Packer:
     def within(self, usable: int) -> Self:
         """The same with so many bytes, divided between the store and the prefills beside it.
 
-        Rows of a method that holds keys itself need no store, and are decoded one by one.
+        A draft's store for its steps comes first. Rows of a method that holds keys itself need none, and are
+        decoded one by one.
         """
         if self._key_holder is not None:
             return replace(self, max_bytes=usable, store_bytes=0, in_flight=min(self.in_flight, 1))
         tokens = max(self.pack_tokens, min(self.shape.context, LONGEST_BESIDE_STORE))
+        ahead, of_slot = slots_for_steps(self.draft, self.method, tokens, usable, self.itemsize, self.device)
+        usable -= ahead * of_slot
         while tokens > 1 and self.planned_bytes([tokens]) > PREFILL_SHARE * usable:
             tokens //= 2
         longest = slots_needed([self.shape.context] * self.shape.layers, self.new_tokens, self.device)
         most = [usable - self.planned_bytes([tokens]), self.in_flight * longest * self.slot_bytes]
         store = max(0, min([*most, self.kv_memory] if self.kv_memory is not None else most))
         # what the store does not take, prefills may
-        return replace(self, max_bytes=usable - store, store_bytes=store)
+        return replace(self, max_bytes=usable - store, store_bytes=store, ahead_slots=ahead)
 
     @cached_property
     def _key_holder(self) -> HoldsUnrotatedKeys | None:
@@ -245,16 +250,10 @@ class Packer:
         if not isinstance(self.method, ReadsAhead):
             return 0
         draft = self.draft or self.shape
-        own = replace(
-            self,
-            method=DraftReader(ahead=self.method),
-            shape=draft,
-            new_tokens=self.method.look_ahead,
-            n=1,
-            kv_memory=None,
-        )
-        queries = self.method.look_ahead * draft.heads * draft.head_dim * draft.layers
-        scores = (1 + self.method.look_ahead) * sum(lengths) * 4
+        reader, count = DraftReader(ahead=self.method), self.method.look_ahead
+        own = replace(self, method=reader, shape=draft, new_tokens=count, n=1, kv_memory=None)
+        queries = count * draft.heads * draft.head_dim * draft.layers
+        scores = (draft.layers + 2 + count) * sum(lengths) * 4
         return own.planned_bytes(lengths) + len(lengths) * queries * self.itemsize + scores
 
     def _running_bytes(self, lengths: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from pipeline.generation.token_masks import first_allowed, first_scores
 from pipeline.kernels.sparse import first_choosing
 from pipeline.model.loading import LoadedModel
 from pipeline.model.prefill import Pack, Prefilled, prefill
+from pipeline.model.reading_ahead import Draft
 from pipeline.records import Answer, EncodedDocument
 from pipeline.texts.words import counted
 
@@ -52,6 +53,7 @@ class Prefiller:
     """How packs of jobs are prefilled in a run."""
 
     model: LoadedModel
+    draft: Draft | None  # that reads prompts first, for methods that want it
     row_rules: RowRules
     save_selection: bool
     now: Callable[[], float]  # the time once the device has done what was queued
@@ -90,7 +92,7 @@ class Prefiller:
                 limits,
                 marks=self.save_selection,
                 kv_dtype=None if limits else kv_dtype,
-                draft=self.model.draft,
+                draft=self.draft,
             )
         else:
             chunk = [(job.number, job.document) for job in jobs]

@@ -182,7 +182,7 @@ def _answer(engine: LocalEngine, ids: np.ndarray, check: Callable[[], None]) -> 
         new_tokens,
         check,
         limits,
-        draft=model.draft,
+        draft=engine.prefiller.draft,
     )
     decode(
         model.decoder,

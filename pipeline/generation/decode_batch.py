@@ -99,8 +99,7 @@ class DecodeBatch(OnEachRank):
         # of each column the log-probabilities of the tokens that the last step made, and those logits
         self.scores_CX: Tensor | None = None
         if scored is not None and decides:
-            shape = (capacity, 1 + drafts + scored)
-            self.scores_CX = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.scores_CX = torch.zeros((capacity, 1 + drafts + scored), dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -193,13 +192,14 @@ class DecodeBatch(OnEachRank):
 
     @on_every_rank
     @torch.inference_mode()
-    def place(self, places: Sequence[tuple[int, int, int]]) -> None:
-        """Let rows go on from other places of their answers.
+    def place(self, places: Sequence[tuple[int, int, int]] | Tensor) -> None:
+        """Let rows go on from other places of their answers: numbers of the host, or of the device, (N, 3).
 
-        Of each it says the column, how many tokens of the answer there are, and the newest of them; keys and
+        Of each they say the column, how many tokens of the answer there are, and the newest of them; keys and
         values must be those of the tokens before it.
         """
-        column_N, drawn_N, token_N = on_device(places, self._state_XC.device).T
+        places_N3 = places if isinstance(places, Tensor) else on_device(places, self._state_XC.device)
+        column_N, drawn_N, token_N = places_N3.T
         behind_N = (drawn_N - self._drawn_C[column_N]).int()
         self._used_LC[:, column_N] += behind_N
         self._position_C[column_N] += behind_N

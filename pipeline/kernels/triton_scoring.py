@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -61,8 +62,8 @@ def window_attention(
     group, widest = heads // kv_heads, max(windows)  # as asked for: a short document compiles nothing anew
     keys, most_rows = _tile(q_THd.dtype, head_dim)
     rows, joint_rows = (power_of_two(count, FEWEST, most_rows) for count in (widest, group * widest))
-    judged, apart = apart is not None, apart or (1,) * len(segments)
-    table, blocks, partials, queries = _table(segments, windows, apart, keys)
+    judged, apart = apart is not None, tuple(apart or (1,) * len(segments))
+    table, blocks, partials, queries = _table(segments.lengths, tuple(windows), apart, keys, segments.device)
     partial_logs, logs, sums_KT = (
         torch.empty(shape, dtype=torch.float32, device=q_THd.device)
         for shape in (partials * heads, queries * heads, (heads if by_head else kv_heads, tokens))
@@ -91,24 +92,28 @@ def _tile(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
     return (WIDE_KEYS if head_dim > WIDE_HEAD // 2 else KEYS), ROWS
 
 
+@lru_cache(maxsize=4)  # the layers of a prefill mostly see the same documents
 def _table(
-    segments: Segments, windows: Sequence[int], apart: Sequence[int], keys: int
+    lengths: tuple[int, ...],
+    windows: tuple[int, ...],
+    apart: tuple[int, ...],
+    keys: int,
+    device: torch.device,
 ) -> tuple[Tensor, int, int, int]:
     """(7, B) int32 that the kernels find documents in, and the sums of its columns 0, 4 and 5.
 
     First block of keys, first token, length, window, first of the partial sums and first of the queries,
     these two counted for one query head, and how many tokens each query stands before the next.
     """
-    lengths = segments.lengths
     places = [-(-length // step) for length, step in zip(lengths, apart, strict=True)]
     seen = [min(window, count) for window, count in zip(windows, places, strict=True)]
     blocks = [-(-length // keys) for length in lengths]
-    firsts, partials, queries = (
+    firsts, starts, partials, queries = (
         list(accumulate(counts, initial=0))
-        for counts in (blocks, (n * window for n, window in zip(blocks, seen, strict=True)), seen)
+        for counts in (blocks, lengths, (n * window for n, window in zip(blocks, seen, strict=True)), seen)
     )
-    columns = (firsts[:-1], segments.offsets[:-1], lengths, seen, partials[:-1], queries[:-1], apart)
-    return on_device(columns, segments.device, torch.int32), firsts[-1], partials[-1], queries[-1]
+    columns = (firsts[:-1], starts[:-1], lengths, seen, partials[:-1], queries[:-1], apart)
+    return on_device(columns, device, torch.int32), firsts[-1], partials[-1], queries[-1]
 
 
 @triton.jit(do_not_specialize=["documents", "absent"])

@@ -6,10 +6,10 @@ it queues the tokens behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ class Draft(Protocol):
     def attention(self) -> AttentionBackend: ...
 
 
+@runtime_checkable
+class StepsAhead(Protocol):
+    """A draft that takes look-ahead steps faster than from Python."""
+
+    def has_room(self, cache: RaggedCache) -> bool:
+        """Whether it can take those behind the prompts of this cache."""
+
+    def scores(self, cache: RaggedCache, last_BD: Tensor, pool: int, check: Callable[[], None]) -> Tensor:
+        """The same as `look_ahead_scores`; the cache is not needed any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftReading:
     """What a draft's reading of a pack's prompts came to."""
@@ -69,6 +80,13 @@ class DraftReading:
         )
 
 
+class NothingStored(RaggedCache):
+    """Of prompts that no token comes behind, which would read their keys and values."""
+
+    def store(self, k_TKd: Tensor, v_TKd: Tensor, segments: Segments) -> None:
+        pass
+
+
 def read_ahead(
     draft: Draft, method: PruningMethod, pack: Pack, check: Callable[[], None] = lambda: None
 ) -> DraftReading:
@@ -84,16 +102,19 @@ def read_ahead(
     pack = replace(pack, input_ids=ids, answer_tokens=())  # it goes on by tokens of its own
     reader = DraftReader(ahead=method)
     state = reader.begin(reader.plan(decoder.shape, segments.lengths))
-    begun = PartialPrefill.afresh(decoder, pack, RaggedCache(method.look_ahead))
+    cache = RaggedCache(method.look_ahead) if method.look_ahead else NothingStored(0)
+    begun = PartialPrefill.afresh(decoder, pack, cache)
     outcome = run_layers(decoder, attention, reader, pack, state, begun, check)
     assert isinstance(outcome, Survivors)
-    assert state.window_T is not None
     protected = [method.protected(n, spans) for n, spans in zip(pack.lengths, pack.spans, strict=True)]
     protected_T = mask_of(protected, segments, pack.positions_T)
-    scores_ST, count = state.window_T[None], method.look_ahead
+    scores_ST, count = state.largest(segments, method.pool)[None], method.look_ahead
     if count:
-        queries_NSBHd = _look_ahead(decoder, attention, begun.cache, outcome.hidden_TD, count, check)
-        scores_ST = torch.cat((scores_ST, _attended(queries_NSBHd, begun.cache, method.pool)))
+        scores: Callable[..., Tensor] = partial(look_ahead_scores, decoder, attention)
+        if isinstance(draft, StepsAhead) and draft.has_room(begun.cache):
+            scores = draft.scores
+        ahead_ST = scores(begun.cache, outcome.hidden_TD, method.pool, check)
+        scores_ST = torch.cat((scores_ST, ahead_ST))
     return DraftReading(
         chosen_C=method.chosen(scores_ST, segments, protected_T),
         segments=segments,
@@ -104,27 +125,28 @@ def read_ahead(
 
 
 @torch.inference_mode()
-def _look_ahead(
+def look_ahead_scores(
     decoder: Decoder,
     attention: AttentionBackend,
     cache: RaggedCache,
     last_BD: Tensor,
-    count: int,
+    pool: int,
     check: Callable[[], None],
 ) -> Tensor:
-    """Go on behind each prompt of the cache, greedily, for `count` tokens, for which it has room.
+    """(S, T) what S tokens behind each prompt of the cache attend to, for which it has room; see `attended`.
 
-    The first of them is chosen by the residual stream of each prompt's last token. Returns their queries,
-    (N, S, B, H, d), of N layers and S tokens.
+    They are generated greedily, the first by the residual stream of each prompt's last token, `last_BD`.
     """
-    own, hidden_BD = decoder.own, last_BD
+    own, hidden_BD, count = decoder.own, last_BD, cache.new_tokens
     size = (own.layers, count, len(last_BD), own.heads, own.head_dim)
     queries_NSBHd = torch.empty(size, dtype=decoder.dtype, device=decoder.device)
     for step in range(count):
         check()
         token_B = decoder.head(hidden_BD).argmax(-1)
         hidden_BD = _step(decoder, attention, cache, token_B, queries_NSBHd[:, step])
-    return queries_NSBHd
+    slots = cache.slots[0]
+    places = [slice(start, start + used) for start, used in zip(slots.starts, slots.used, strict=True)]
+    return attended(queries_NSBHd, [[keys[place] for keys in cache.keys] for place in places], pool)
 
 
 def _step(
@@ -152,16 +174,13 @@ def _step(
     return hidden_BD
 
 
-def _attended(queries_NSBHd: Tensor, cache: RaggedCache, pool: int) -> Tensor:
+def attended(queries_NSBHd: Tensor, keys: Sequence[Sequence[Tensor]], pool: int) -> Tensor:
     """(S, T) what each of S tokens attended to, the largest of heads and layers; tokens T of whole prompts.
 
-    Of each head it is averaged over `pool` neighbours.
+    `keys` are of each prompt and of its N layers, those of the S tokens at their end. Of each head it is
+    averaged over `pool` neighbours.
     """
-    slots = cache.slots[0]
     documents = [
-        look_ahead_importance(
-            queries_NSBHd[:, :, b], [keys[start : start + used] for keys in cache.keys], pool
-        )
-        for b, (start, used) in enumerate(zip(slots.starts, slots.used, strict=True))
+        look_ahead_importance(queries_NSBHd[:, :, b], of_layers, pool) for b, of_layers in enumerate(keys)
     ]
     return torch.cat(documents, dim=1)

@@ -135,7 +135,10 @@ class KvStore(KeysValues):
                 places_T = starts_LB[layer][segments.document_T] + segments.index_in_document_T
                 KvTarget(keys, values, places_T, scales, lines_B[segments.document_T]).put(k_TKd, v_TKd)
             if frees:
-                cache.keys[layer], cache.values[layer] = k_TKd[:0], v_TKd[:0]
+                # not slices, which would keep the memory of what they are of
+                cache.keys[layer], cache.values[layer] = (
+                    x.new_empty((0, *x.shape[1:])) for x in (k_TKd, v_TKd)
+                )
         return extents
 
     @at_the_end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, ClassVar, Self
 
@@ -113,9 +113,14 @@ class Speculative(PruningMethod):
 
 @dataclass(kw_only=True)
 class DraftScores:
-    """What a draft's layers have attended to so far."""
+    """What a draft's layers have attended to so far; the largest of heads, of N layers."""
 
-    window_T: Tensor | None = None  # from each prompt's last tokens, the largest of heads and layers
+    windows_NT: list[Tensor] = field(default_factory=list)  # of each layer, from each prompt's last tokens
+
+    def largest(self, segments: Segments, pool: int) -> Tensor:
+        """(T,) the largest of all layers, each averaged over `pool` neighbours."""
+        scores_NT = torch.stack(self.windows_NT)
+        return torch.cat([smoothed(scores_NT[:, a:b], pool).amax(0) for a, b in segments.ranges()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +141,6 @@ class DraftReader(PruningMethod):
         return DraftScores()
 
     def select(self, layer: int, view: LayerView, state: DraftScores) -> Selection:
-        attention_T = view.window_importance(self.ahead.windows(view.lengths, view.spans), heads="max")
-        pooled_T = torch.cat(
-            [smoothed(attention_T[None, a:b], self.ahead.pool)[0] for a, b in view.segments.ranges()]
-        )
-        state.window_T = pooled_T if state.window_T is None else torch.maximum(state.window_T, pooled_T)
-        if self.ahead.look_ahead:
-            return KEEP_ALL
-        # nothing comes behind the prompts that would read their keys and values
-        return Selection(cache=view.all_indices[:0], cache_lengths=(0,) * len(view.segments))
+        windows = self.ahead.windows(view.lengths, view.spans)
+        state.windows_NT.append(view.window_importance(windows, heads="max"))
+        return KEEP_ALL

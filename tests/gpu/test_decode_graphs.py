@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from itertools import count
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,17 +18,20 @@ from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.generation.decode import decode
 from pipeline.generation.decode_loop import DecodeLoop
+from pipeline.generation.draft_steps import DraftSteps
 from pipeline.generation.generated import Generated, StopRules
 from pipeline.generation.graphs import FREE_BYTES, WARM_UP_STEPS, DecodeStats
 from pipeline.generation.lookup import Lookup, drafts_of
 from pipeline.generation.sampling import Sampling, first_tokens
 from pipeline.generation.step_tables import Seat
-from pipeline.kernels.attention import SdpaAttention, choose_attention
+from pipeline.kernels.attention import AttentionBackend, SdpaAttention, choose_attention
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.model.offload import KvLimits
 from pipeline.model.prefill import Pack, prefill
+from pipeline.model.reading_ahead import read_ahead
 from pipeline.model.store import KvStore, slots_needed
 from pipeline.pruning.registry import make_method
+from pipeline.pruning.speculative import Speculative
 from pipeline.records import RowError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -366,3 +370,46 @@ def test_split_keys_agree_with_the_reference(fa3, used):
     wanted = torch.stack(expected)
     for b in range(len(used)):
         assert (got[b].double() - wanted[b]).norm() / wanted[b].norm() < 0.01
+
+
+class OneDraft(NamedTuple):
+    decoder: Decoder
+    attention: AttentionBackend
+
+
+class ScoresOnly(Speculative):
+    """Notes the scores, and leaves out the choice, in which the host waits once."""
+
+    def chosen(self, scores_ST, segments, protected_T):
+        self.__dict__["scores_ST"] = scores_ST
+        return torch.arange(3, device=scores_ST.device)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "fa3"])
+def test_a_drafts_look_ahead_is_replayed_and_waits_for_nothing(attention, request, monkeypatch):
+    backend = request.getfixturevalue("fa3") if attention == "fa3" else SdpaAttention()
+    draft, method = OneDraft(cuda_decoder(), backend), ScoresOnly(look_ahead=8, window=16)
+
+    @torch.inference_mode()
+    def scores(steps, *lengths):
+        read_ahead(steps, method, Pack.of([document(n, seed=n) for n in lengths], CUDA))
+        return method.__dict__.pop("scores_ST")
+
+    packs = ((400,), (490, 33), (210, 77, 300), (120,), (61, 300))
+    replaying = DraftSteps(draft, slots=4 * 2000, look_ahead=8)
+    replayed = [scores(replaying, *lengths) for lengths in packs]
+    stats = replaying.stats
+    assert (stats.captures, stats.failure) == (3, None)
+    assert stats.replayed_steps == len(packs) * 8 - stats.captures * WARM_UP_STEPS
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replayed.append(scores(replaying, *packs[1]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    replaying.close()
+    monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
+    from_python = DraftSteps(draft, slots=4 * 2000, look_ahead=8)
+    for got_ST, lengths in zip(replayed, (*packs, packs[1]), strict=True):
+        assert torch.allclose(got_ST, scores(from_python, *lengths), rtol=0.02, atol=1e-5)
+        assert got_ST.sum(1).amin() > 0.5  # not vacuous

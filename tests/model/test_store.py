@@ -222,6 +222,12 @@ def test_a_row_that_is_let_in_makes_room_by_moving_others(overshoot):
         assert_equal(rows_at(store, extents[seed]), rows_of(cache_of(layers, seed=seed), 0))
 
 
+def test_a_cache_that_is_freed_while_it_is_copied_holds_no_memory():
+    cache = cache_of((5, 6, 7), new_tokens=2)
+    small_store(200).adopt(cache, [2], frees=True)
+    assert {x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values)} == {0}
+
+
 def test_a_row_without_room_is_an_error_of_the_caller():
     store = small_store(needed_by((5, 6, 7), new_tokens=2) - 1)
     with pytest.raises(AssertionError, match="no room"):
