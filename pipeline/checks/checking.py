@@ -233,11 +233,9 @@ def _read(
 ) -> CheckRows:
     """The rows to check. Raises GateInconclusive where no check of them could pass."""
     rows = read_rows(config, prompts)
-    for text in rows.notes:
+    for text in rows.told:
         note(text)
     check_scorer(config, rows.rows)
-    for message in rows.left_out:
-        note(f"left out: {message}")
     _refuse_dense(config, method)
     cost = refuse_too_few(config, rows.rows)
     if cost is not None:

@@ -352,3 +352,18 @@ def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
         f"2 of 3 rows cannot be checked: {path.name} line 2"
     )
     assert refusal(path, *REFERENCES).startswith(f"2 of 3 rows cannot be checked: {path.name} line 2")
+
+
+@pytest.mark.parametrize("differ", ["in white space", "where they are cut"])
+def test_texts_of_which_the_model_sees_one_count_as_one_document(check, tmp_path, capfd, differ):
+    half = "red fish swim past the reef. " * 40
+    texts = [
+        f"{half}{n}{half}" if differ == "where they are cut" else f"fish{' ' * n}swim" for n in range(1, 9)
+    ]
+    rows = [{"doc": f"row-{n}", "body": text, "ask": "how many?"} for n, text in enumerate(texts)]
+    data = tmp_path / "fish.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check(data, *ASK, *BROKEN, "--max-drop", "40pt") == 6
+    told = capfd.readouterr().err
+    assert "note: 8 texts count as 1 document: " in told
+    assert "error: 1 document cannot show a drop within --max-drop 40pt: 8 documents are needed" in told
