@@ -20,7 +20,7 @@ from pipeline.checks.gates import (
     refuse_too_few,
     speeds,
 )
-from pipeline.checks.reports import refuse_foreign_files, write_reports
+from pipeline.checks.reports import no_older_reports, refuse_foreign_files, write_reports
 from pipeline.errors import GateInconclusive, ending
 from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst
@@ -184,6 +184,18 @@ def run_check(
     it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
     """
     refuse_foreign_files(config)
+    with no_older_reports(config):
+        return _check(config, model, method, progress, note, check)
+
+
+def _check(
+    config: CheckConfig,
+    model: Model | None,
+    method: PruningMethod | None,
+    progress: Callable[[Tally], None],
+    note: Callable[[str], None],
+    check: Callable[[], None],
+) -> CheckResult:
     if model is None:
         model = open_model(config)
     for text in model.notes:

@@ -179,6 +179,15 @@ def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
     assert "| fish | 8 | 8 | 1.0000 |" in summary
 
 
+def test_a_check_without_a_result_leaves_no_report_of_an_earlier_one(check, data, tmp_path):
+    files = {name: tmp_path / f"result.{name}" for name in ("out", "junit")}
+    reports = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    assert check(data, *ASK, *BROKEN, *ALONE, "--max-drop", "99pt", *reports) == 0
+    assert all(path.exists() for path in files.values())
+    assert check(data, *ASK, *BROKEN, "--max-drop", "1pt", *reports) == 6
+    assert not any(path.exists() for path in files.values())
+
+
 def test_an_interval_over_documents_decides_or_says_how_many_would(check, data, tmp_path, capfd):
     junit = tmp_path / "gates.xml"
     flags = [*ASK, *BROKEN, "--baseline", tmp_path / "dense.parquet"]
