@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
-from pipeline.pruning.registry import make_method
+from pipeline.pruning.registry import make_method, told
 from pipeline.records import Reasoning
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.keywords import StrPath, called_with, inputs_of
@@ -111,7 +111,7 @@ class _Check:
         """The same of both sides."""
         return {
             **self.dense_decides(),
-            "method": {"name": self.method.name, "settings": asdict(self.method)},
+            "method": told(self.method),
             **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             "linear_dtype": self.config.linear_dtype,
