@@ -109,7 +109,7 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     rows, unfit = parted(_encode(config, *numbered, prompts) for numbered in enumerate(samples))
     failed = unread + unfit
     _refuse_most(rows, failed)
-    same = same_documents(rows)
+    same = same_documents((row.sample, row.document) for row in rows)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
         needles = take(_needles(config, haystacks, same, prompts), config.limit_per_task, config.seed)
@@ -128,8 +128,8 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
         remedy = f"; {prompts.without_reasoning} has it answer at once" if prompts.without_reasoning else ""
         told = f"right answers are measured where the model would reason before its own{remedy}"
         notes = (*notes, told)
-    rows, notes = [counted_as(row, same) for row in rows], (*notes, *told_same(same))
-    return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
+    counted = tuple(replace(row, sample=counted_as(row.sample, same)) for row in rows)
+    return CheckRows(rows=counted, left_out=(*left_out, *failed), notes=(*notes, *told_same(same)))
 
 
 def _input_samples(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from pipeline.suites.samples import sha256
+from pipeline.records import EncodedDocument
+from pipeline.suites.samples import Sample, sha256
 from pipeline.texts.words import counted
 
-if TYPE_CHECKING:
-    from pipeline.evaluate.check_rows import CheckRow
+Prompt = tuple[Sample, EncodedDocument]
 
 
-def same_documents(rows: Iterable[CheckRow]) -> dict[str, str]:
-    """For the key of each row's document the key of the one that it counts as, which may be its own.
+def same_documents(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """For the key of each prompt's document the key of the one that it counts as, which may be its own.
 
     Two are one if their texts differ in white space alone, or if their prompts have the same tokens of them:
     what differed was cut, so the model sees one document, however many rows there are.
@@ -28,19 +27,18 @@ def same_documents(rows: Iterable[CheckRow]) -> dict[str, str]:
         return key
 
     keys: list[str] = []
-    for row in rows:
-        own = row.sample.document_key
+    for sample, prompt in prompts:
+        own = sample.document_key
         keys.append(own)
-        for alias in _aliases(row):
+        for alias in _aliases(sample, prompt):
             one, other = sorted((first(own), first(alias)))
             known[other] = one
     return {key: first(key) for key in keys}
 
 
-def counted_as(row: CheckRow, same: Mapping[str, str]) -> CheckRow:
-    """The row with the key of the document that its own counts as."""
-    key = row.sample.document_key
-    return replace(row, sample=replace(row.sample, document_key=same.get(key, key)))
+def counted_as(sample: Sample, same: Mapping[str, str]) -> Sample:
+    """The sample with the key of the document that its own counts as."""
+    return replace(sample, document_key=same.get(sample.document_key, sample.document_key))
 
 
 def told_same(same: Mapping[str, str]) -> list[str]:
@@ -54,9 +52,9 @@ def told_same(same: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _aliases(row: CheckRow) -> Iterator[str]:
-    """Names that rows share only if they are about one document; all are sorted behind keys, in hex."""
-    yield f"text {sha256(' '.join(row.sample.text.split())).hex()}"
-    start, end = row.document.spans.document
+def _aliases(sample: Sample, prompt: EncodedDocument) -> Iterator[str]:
+    """Names that samples share only if they are about one document; all are sorted behind keys, in hex."""
+    yield f"text {sha256(' '.join(sample.text.split())).hex()}"
+    start, end = prompt.spans.document
     if start < end:  # a template may write other columns in its place
-        yield f"tokens {hashlib.sha256(row.document.input_ids[start:end].tobytes()).hexdigest()}"
+        yield f"tokens {hashlib.sha256(prompt.input_ids[start:end].tobytes()).hexdigest()}"
