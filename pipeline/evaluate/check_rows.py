@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.errors import ConfigError, GateInconclusive, InputError, did_you_mean
 from pipeline.evaluate.same_documents import counted_as, same_documents, told_same
 from pipeline.inputs.reading import each_question, select_rows
 from pipeline.inputs.source import Source
@@ -304,7 +304,7 @@ def _needles(
         of_side = side == "search"
         texts = [text for key, text in haystacks.items() if (same.get(key, key) in searched) == of_side]
         if not texts:
-            raise InputError(
+            raise GateInconclusive(
                 "needles of the two sides are hidden in different documents, and there is none on the side "
                 f"{side!r}: give more documents"
             )
