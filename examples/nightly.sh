@@ -7,7 +7,7 @@
 # a script prints, so this prints only what a person should know; everything else is in the night's log. The exit code is
 # marsinfer's own, or 0 if last night's run is still at work. Run by the project's tests. From the environment:
 #
-#   NIGHTLY_MARSINFER  the command (marsinfer)
+#   NIGHTLY_MARSINFER  the command (marsinfer); where cron does not find it, its whole path
 #   NIGHTLY_LOGS       folder of the logs, which are kept for 30 nights (logs, beside the TOML file)
 #   NIGHTLY_TRIES      how many times in all a run that crashes is started (3)
 #   NIGHTLY_PAUSE_S    seconds before it is restarted (60)
@@ -59,6 +59,7 @@ while true; do
     run
     case $code in
         0 | 2 | 3 | 4 | 7 | 8 | 9 | 129 | 130 | 143) break ;; # how marsinfer ends of its own accord
+        126 | 127) break ;;                                   # it is not there
     esac
     if [ -n "$stopped" ] || [ "$attempt" -ge "$tries" ]; then break; fi
     sleep "$pause_s"
@@ -77,6 +78,7 @@ goes on" ;;
     9) tell "stopped at its deadline; finished rows are kept, and the next night goes on" ;;
     129 | 130 | 143) ;; # whoever stopped it knows; the next night goes on
     2) tell "nothing was run, or nothing written: the settings, the input or the model cannot be used" ;;
+    126 | 127) tell "$marsinfer cannot be run: cron knows few folders of programs, so NIGHTLY_MARSINFER gives the whole path" ;;
     *)
         if [ -z "$stopped" ]; then "$marsinfer" doctor --json --quiet >>"$log" 2>&1; fi
         tell "crashed $attempt times, the last time with exit code $code; finished rows are kept"

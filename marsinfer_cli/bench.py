@@ -281,9 +281,9 @@ def _accuracies(
     cases: list[CheckRow] = []
     parts = InParts("variants", ["dense", *(variant.name for variant in variants)])
     with parts.measuring():
-        cases, left_out = read_cases(config, model, parts.check)
-        for message in left_out:
-            say(f"left out: {message}")
+        cases, notes = read_cases(config, model, parts.check)
+        for text in notes:
+            say(text)
         measured = measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=parts.check)
         for result in parts.each(measured):
             say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")

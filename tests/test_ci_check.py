@@ -29,6 +29,7 @@ def check_step(tmp_path, checkout):
         summary = tmp_path / "summary.md"
         step = script(tmp_path / "step.sh", STEPS["Check"]["run"])
         given = {**WORKFLOW["env"], "GITHUB_STEP_SUMMARY": str(summary), **environment}
+        given["GITHUB_OUTPUT"] = str(tmp_path / "output")
         done = shell("bash", "--noprofile", "--norc", "-eo", "pipefail", step, **given)
         return done.returncode, done.stdout, summary.read_text() if summary.exists() else ""
 
@@ -46,9 +47,11 @@ def test_the_workflow_has_what_github_asks_for():
         assert ("uses" in step) != ("run" in step)
     text = (EXAMPLES / "ci-check.yml").read_text(encoding="utf-8")
     used = set(re.findall(r"env\.([A-Z_]+)|\$\{?([A-Z_]+)", text))
-    names = {a or b for a, b in used} - {"GITHUB_STEP_SUMMARY"}
+    names = {a or b for a, b in used} - {"GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"}
     assert names <= set(WORKFLOW["env"]) | set(STEPS["Install"]["env"])
-    assert STEPS["Keep what was accepted"]["with"]["path"] == "${{ env.BASELINE }}"
+    keep = STEPS["Keep what was accepted"]
+    assert keep["with"]["path"] == "${{ env.BASELINE }}"
+    assert f"steps.{STEPS['Check']['id']}.outputs.code == '0' && " in keep["if"]
 
 
 @pytest.mark.slow
@@ -91,11 +94,14 @@ def test_the_workflow_is_green_twice_and_fails_on_a_broken_setting(
         (2, {}, 2, "::error title=accuracy::the check itself failed, with exit code 2\n"),
     ],
 )
-def test_the_workflow_ends_with_the_gate_s_verdict(check_step, marsinfer, code, environment, ends_with, says):
+def test_the_workflow_ends_with_the_gate_s_verdict(
+    check_step, marsinfer, tmp_path, code, environment, ends_with, says
+):
     script(marsinfer, f'#!/bin/sh\necho "$@" > "$0.calls"\nexit {code}\n')
     returned, printed, _ = check_step(SETTINGS="start_layer=20 eta=0.9", **environment)
     assert returned == ends_with
     assert printed.startswith(says)
+    assert (tmp_path / "output").read_text() == f"code={code}\n"  # a warning is no pass to be kept
     assert (
         "--set start_layer=20 --set eta=0.9 --scope rows --max-drop 2pt"
         in Path(f"{marsinfer}.calls").read_text()

@@ -58,6 +58,7 @@ def pretend(tmp_path, checkout):
         ([4], 4, "too many rows failed", ["batch"]),
         ([8], 8, "storage failed", ["batch"]),
         ([9], 9, "stopped at its deadline", ["batch"]),
+        ([127], 127, "pretend cannot be run: ", ["batch"]),
         ([137, 1, 0], 0, None, ["batch"] * 3),
         ([139, 7], 0, None, ["batch"] * 2),
         (

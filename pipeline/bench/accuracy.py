@@ -180,9 +180,9 @@ def _by_length(pairs: Sequence[Scores]) -> dict[int, float]:
 def read_cases(
     config: RowSettings, model: LoadedModel, check: Callable[[], None] = lambda: None
 ) -> tuple[list[CheckRow], tuple[str, ...]]:
-    """The rows that `config` names, as `check` reads them, and why others were left out.
+    """The rows that `config` names, as `check` reads them, and what to say of them.
 
     A row without a right answer has dense's own, which is generated here. Raises what `read_rows` does.
     """
     rows = read_rows(config, make_prompts(config, model, config.max_new_tokens))
-    return make_cases(model, rows.rows, rules_of(config, model), check), rows.left_out
+    return make_cases(model, rows.rows, rules_of(config, model), check), rows.told

@@ -109,8 +109,8 @@ def _calibrated(
     for text in model.notes:
         note(text)
     found = read_rows(config, make_prompts(config, model, config.max_new_tokens))
-    for message in found.left_out:
-        note(f"left out: {message}")
+    for text in found.told:
+        note(text)
     sides = split(found.rows, str(config.seed))
     bounds = Bounds.of(config)
     _check_supplies(bounds, sides, note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipeline.checks.gates import (
     refuse_too_few,
     speeds,
 )
-from pipeline.checks.reports import refuse_foreign_files, write_reports
+from pipeline.checks.reports import no_older_reports, refuse_foreign_files, write_reports
 from pipeline.errors import GateInconclusive, ending
 from pipeline.evaluate.check_rows import CheckRows, read_rows
 from pipeline.evaluate.drops import worst
@@ -35,7 +35,7 @@ from pipeline.prompts.builder import PromptBuilder
 from pipeline.prompts.chat import parse_moment
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import uses_fp8
-from pipeline.pruning.registry import make_method
+from pipeline.pruning.registry import make_method, told
 from pipeline.records import Reasoning
 from pipeline.settings.check_settings import CheckConfig
 from pipeline.settings.keywords import StrPath, called_with, inputs_of
@@ -111,7 +111,7 @@ class _Check:
         """The same of both sides."""
         return {
             **self.dense_decides(),
-            "method": {"name": self.method.name, "settings": asdict(self.method)},
+            "method": told(self.method),
             **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             "linear_dtype": self.config.linear_dtype,
@@ -184,6 +184,18 @@ def run_check(
     it may raise to end the check. Raises MarsError; a method that is worse is no error but a verdict.
     """
     refuse_foreign_files(config)
+    with no_older_reports(config):
+        return _check(config, model, method, progress, note, check)
+
+
+def _check(
+    config: CheckConfig,
+    model: Model | None,
+    method: PruningMethod | None,
+    progress: Callable[[Tally], None],
+    note: Callable[[str], None],
+    check: Callable[[], None],
+) -> CheckResult:
     if model is None:
         model = open_model(config)
     for text in model.notes:
@@ -233,11 +245,9 @@ def _read(
 ) -> CheckRows:
     """The rows to check. Raises GateInconclusive where no check of them could pass."""
     rows = read_rows(config, prompts)
-    for text in rows.notes:
+    for text in rows.told:
         note(text)
     check_scorer(config, rows.rows)
-    for message in rows.left_out:
-        note(f"left out: {message}")
     _refuse_dense(config, method)
     cost = refuse_too_few(config, rows.rows)
     if cost is not None:

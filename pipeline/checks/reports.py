@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -149,6 +151,19 @@ def write_reports(result: CheckResult) -> None:
         # added to what is there: a CI's summary is a file to which every step adds
         with failures_told(Path(config.markdown)), Path(config.markdown).open("a", encoding="utf-8") as end:
             end.write(markdown(result))
+
+
+@contextmanager
+def no_older_reports(config: CheckConfig) -> Iterator[None]:
+    """Remove the reports of an earlier check if this one ends without any, lest they pass for its own."""
+    try:
+        yield
+    except BaseException:
+        for path in (config.result_file, config.junit):
+            if path is not None:
+                with suppress(OSError):
+                    Path(path).unlink(missing_ok=True)
+        raise
 
 
 def refuse_foreign_files(config: CheckConfig) -> None:

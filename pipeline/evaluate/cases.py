@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.errors import InputError
+from pipeline.errors import GateInconclusive
 from pipeline.evaluate.check_rows import CheckRow
 from pipeline.evaluate.predicting import generate
 from pipeline.generation.generated import StopRules
@@ -26,7 +26,7 @@ class Sides:
 def split(rows: Sequence[CheckRow], salt: str = "") -> Sides:
     """Part rows by the hash of their documents; needles are on the side whose documents they are hidden in.
 
-    Raises InputError for rows of a single document, none of which could be held out.
+    Raises GateInconclusive for rows of a single document, none of which could be held out.
     """
     keys = searched_keys((row.sample.document_key for row in rows if row.sample.side is None), salt)
     search: list[CheckRow] = []
@@ -35,7 +35,9 @@ def split(rows: Sequence[CheckRow], salt: str = "") -> Sides:
         side = row.sample.side or ("search" if row.sample.document_key in keys else "held-out")
         (search if side == "search" else held_out).append(row)
     if not any(row.sample.side is None for row in held_out):
-        raise InputError("calibrate needs rows of at least two documents: one to search on, one to test on")
+        raise GateInconclusive(
+            "calibrate needs rows of at least two documents: one to search on, one to test on"
+        )
     return Sides(search=tuple(search), held_out=tuple(held_out))
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, InputError, did_you_mean
+from pipeline.errors import ConfigError, GateInconclusive, InputError, did_you_mean
+from pipeline.evaluate.same_documents import counted_as, same_documents, told_same
 from pipeline.inputs.reading import each_question, select_rows
 from pipeline.inputs.source import Source
 from pipeline.records import Document, EncodedDocument, Row, RowError
@@ -78,6 +79,11 @@ class CheckRows:
     notes: tuple[str, ...] = ()  # of what was decided by the columns of the input
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """All that a command says of them, a note each."""
+        return *self.notes, *(f"left out: {message}" for message in self.left_out)
+
+    @property
     def data_hash(self) -> str:
         """SHA-256, in hex, of all rows."""
         return hashlib.sha256("\n".join(row.row_hash for row in self.rows).encode()).hexdigest()
@@ -103,9 +109,10 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     rows, unfit = parted(_encode(config, *numbered, prompts) for numbered in enumerate(samples))
     failed = unread + unfit
     _refuse_most(rows, failed)
+    same = same_documents((row.sample, row.document) for row in rows)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
-        needles = take(_needles(config, haystacks, rows, prompts), config.limit_per_task, config.seed)
+        needles = take(_needles(config, haystacks, same, prompts), config.limit_per_task, config.seed)
         of_needles = enumerate(needles, start=len(samples))
         hidden_in, unfit = parted(_encode(config, *numbered, prompts) for numbered in of_needles)
         _refuse_most(hidden_in, unfit)
@@ -121,7 +128,8 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
         remedy = f"; {prompts.without_reasoning} has it answer at once" if prompts.without_reasoning else ""
         told = f"right answers are measured where the model would reason before its own{remedy}"
         notes = (*notes, told)
-    return CheckRows(rows=tuple(rows), left_out=(*left_out, *failed), notes=notes)
+    counted = tuple(replace(row, sample=counted_as(row.sample, same)) for row in rows)
+    return CheckRows(rows=counted, left_out=(*left_out, *failed), notes=(*notes, *told_same(same)))
 
 
 def _input_samples(
@@ -272,9 +280,12 @@ def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[
 
 
 def _needles(
-    config: RowSettings, haystacks: Mapping[str, str], rows: Sequence[CheckRow], prompts: PromptBuilder
+    config: RowSettings, haystacks: Mapping[str, str], same: Mapping[str, str], prompts: PromptBuilder
 ) -> list[Sample]:
-    """Needles in these documents; where there are two sides, of each in those on its side alone."""
+    """Needles in these documents; where there are two sides, of each in those on its side alone.
+
+    `same` is of the documents that rows ask about.
+    """
     make = partial(
         make_needles,
         kinds=config.needle_kinds,
@@ -284,16 +295,16 @@ def _needles(
     )
     if not config.has_sides:
         return make(list(haystacks.values()), count=config.needle_count)
-    asked = {row.sample.document_key for row in rows}
-    searched = searched_keys(asked, str(config.seed))
-    searched |= searched_keys(haystacks.keys() - asked, str(config.seed))
+    searched = searched_keys(same.values(), str(config.seed))
+    searched |= searched_keys(haystacks.keys() - same.keys(), str(config.seed))
     to_search = searched_count(config.needle_count)
     counts: dict[Side, int] = {"search": to_search, "held-out": config.needle_count - to_search}
     needles: list[Sample] = []
     for side, count in counts.items():
-        texts = [text for key, text in haystacks.items() if (key in searched) == (side == "search")]
+        of_side = side == "search"
+        texts = [text for key, text in haystacks.items() if (same.get(key, key) in searched) == of_side]
         if not texts:
-            raise InputError(
+            raise GateInconclusive(
                 "needles of the two sides are hidden in different documents, and there is none on the side "
                 f"{side!r}: give more documents"
             )

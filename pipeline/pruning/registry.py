@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import Field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +91,28 @@ def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Pruning
             )
         values[key] = _parse(parameters[key], value) if isinstance(value, str) else value
     return found(**values)
+
+
+def told(method: PruningMethod) -> dict[str, Any]:
+    """What decides the answers of a method, as plain values: name, settings, and the code of one's own.
+
+    Of a class outside of the program, whose name says nothing of what it does today, that is a digest of the
+    files in which it and the classes above it are written, in hex; None where their text cannot be had.
+    """
+    plain = {"name": method.name, "settings": asdict(method)}
+    known = {__name__.partition(".")[0], *sys.stdlib_module_names}
+    classes = [each for each in type(method).__mro__ if each.__module__.partition(".")[0] not in known]
+    return {**plain, "code_sha256": _digest(classes)} if classes else plain
+
+
+def _digest(classes: Iterable[type]) -> str | None:
+    digest = hashlib.sha256()
+    for each in classes:
+        try:
+            digest.update("".join(inspect.findsource(each)[0]).encode(errors="surrogatepass"))
+        except (OSError, TypeError):
+            return None
+    return digest.hexdigest()
 
 
 def _load_file(path: str) -> Any:

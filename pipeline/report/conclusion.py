@@ -10,18 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.evaluate.drops import TAIL, Paired, Verdict
+from pipeline.outputs.beginnings import SETTINGS_KEY, settings_differ
+from pipeline.pruning.operations import leave_nothing_out
 from pipeline.report.compare import Comparison
 from pipeline.report.figures import Figures, milliseconds
+from pipeline.settings.method_settings import IN_STEPS
 from pipeline.setup.guard import DENSE
 from pipeline.texts.words import counted, percent_of
 
 BOUND = 2.0  # points, which `marsinfer check` allows unless told otherwise
 DIGITS = 3  # of scores: what is beyond would cost time and change nothing
 EXACT = 1_000  # ratios, above which a normal distribution stands for the binomial one
+
+# of the settings that decide answers: those that a report is about, and what they go with
+ABOUT_METHOD = ("method", "exit_maps", "guard", "group", "kv_memory")
+ABOUT_PRECISION = ("linear_dtype", "kv_dtype", "attention_dtype", "draft")  # of the model's
+NO_MATTER = ("columns", "later_columns")  # which change what an output has, and no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,7 @@ class _Sides:
     similarity: np.ndarray
     ratios: np.ndarray  # the base's TTFT over the other's, where both are known
     lost: int  # rows that the base alone has answered
+    shows: bool  # whether the other did anything that the base did not, so that it can be worse
 
     @classmethod
     def of(cls, runs: Sequence[Figures], comparison: Comparison) -> _Sides:
@@ -100,6 +110,7 @@ class _Sides:
             similarity=comparison.pairs("similarity")[known],
             ratios=times[0][timed] / times[1][timed],
             lost=by_side[order[0]],
+            shows=_has_pruned(runs[order[0]], runs[order[1]]),
         )
 
 
@@ -117,7 +128,7 @@ def _of_two(runs: Sequence[Figures], comparison: Comparison) -> Conclusion:
         lost = f"{other} has no answer to {counted(sides.lost, 'row')} that {base} answers"
         told = f"{lost}; of the others, {told}"
         verdict = "inconclusive"
-    notes = [basis, *_left_out(comparison), *_packed(runs), *_other_model(runs)]
+    notes = [basis, *_left_out(comparison), *_packed(runs), *_other_settings(runs)]
     return Conclusion(sentence=f"{told}; {_speed(sides)}.", basis=" ".join(notes), verdict=verdict)
 
 
@@ -125,7 +136,7 @@ def _by_references(sides: _Sides, known: np.ndarray) -> tuple[str, str, Verdict]
     base, other = sides.base.run.label, sides.other.run.label
     scores = [_rounded(side[known]) for side in sides.scores]
     paired = Paired.of(*scores, documents=_documents(sides.rows[known]))
-    drop, judgement = paired.drop(), paired.judge(BOUND)
+    drop, judgement = paired.drop(), paired.judge(BOUND).of_pruned(sides.shows)
     gain, low, high = (_signed(-points) for points in (drop.drop, drop.high, drop.low))
     changed = f"token F1 changed by {gain} points (95% interval {low} to {high})"
     basis = (
@@ -153,7 +164,7 @@ def _by_likeness(sides: _Sides, comparison: Comparison) -> tuple[str, str, Verdi
     base, other = sides.base.run.label, sides.other.run.label
     similarity = _rounded(sides.similarity)
     paired = Paired.of([1.0] * len(similarity), similarity, documents=_documents(sides.rows))
-    drop, judgement = paired.drop(), paired.judge(BOUND)
+    drop, judgement = paired.drop(), paired.judge(BOUND).of_pruned(sides.shows)
     same = percent_of(float((sides.similarity == 1).mean()))
     alike = (
         f"{same} of the answers are the same, their likeness is {drop.method:.3f} in the mean (95% interval "
@@ -167,6 +178,9 @@ def _by_likeness(sides: _Sides, comparison: Comparison) -> tuple[str, str, Verdi
         return f"{other} answers as {base} does: {alike}", basis, "pass"
     if judgement.verdict == "fail":
         told = f"{other} answers otherwise than {base}, and nothing here tells which is better: {alike}"
+        return told, basis, "inconclusive"
+    if judgement.reason is not None:
+        told = f"Nothing tells whether {other} answers as {base} does, for {judgement.reason}"
         return told, basis, "inconclusive"
     told = f"{counted(drop.rows, 'row')} cannot tell whether {other} answers as {base} does: {alike}"
     return told + _needed(judgement.documents_needed), basis, "inconclusive"
@@ -224,7 +238,9 @@ def median_interval(values: np.ndarray) -> tuple[float, float] | None:
 def _left_out(comparison: Comparison) -> list[str]:
     """Rows that count for nothing."""
     failed = comparison.one_failed + comparison.both_failed
-    told = [f"{counted(failed, 'row')} without an answer in one or both"] if failed else []
+    alone = comparison.only_first + comparison.only_second
+    told = [f"{counted(alone, 'row')} that only one of them has"] if alone else []
+    told += [f"{counted(failed, 'row')} without an answer in one or both"] if failed else []
     if comparison.other_input:
         told.append(f"{counted(comparison.other_input, 'row')} of another text or question")
     return [f"Left out: {', '.join(told)}."] if told else []
@@ -239,9 +255,40 @@ def _packed(runs: Sequence[Figures]) -> list[str]:
     ]
 
 
-def _other_model(runs: Sequence[Figures]) -> list[str]:
-    """That two outputs are of two models, so that what differs is not the method alone."""
-    names = [run.run.metadata.get("model") for run in runs]
-    if None in names or names[0] == names[1]:
-        return []
-    return [f"They are of two models, {names[0]} and {names[1]}: more differs than the method."]
+def _other_settings(runs: Sequence[Figures]) -> list[str]:
+    """That more differs than the method and its precision: the model, the prompts or what is drawn."""
+    names, settings = [run.run.metadata.get("model") for run in runs], [_beside_method(run) for run in runs]
+    told = ""
+    if None not in names and names[0] != names[1]:
+        told = f"They are of two models, {names[0]} and {names[1]}: more differs than the method."
+        settings = [{name: value for name, value in each.items() if name != "model"} for each in settings]
+    first, second = settings
+    if first and second and (differ := settings_differ(first, second, words=("is", "and"))):
+        told = f"{told} Other settings differ, too: " if told else "More differs than the method: "
+        told += f"{differ} ({' and '.join(run.run.label for run in runs)})."
+    return [told] if told else []
+
+
+def _beside_method(figures: Figures) -> dict[str, Any]:
+    """The settings that decide a run's answers, but for the method's; nothing where they are not known."""
+    settings = figures.run.metadata.get(SETTINGS_KEY) or {}
+    kept = {name: value for name, value in settings.items() if name not in (*ABOUT_METHOD, *NO_MATTER)}
+    if isinstance(kept.get("model"), dict):
+        model = kept["model"].items()
+        kept["model"] = {name: value for name, value in model if name not in ABOUT_PRECISION}
+    return kept
+
+
+def _has_pruned(base: Figures, other: Figures) -> bool:
+    """Whether the other run left out anything that the base did not, or computed in another precision."""
+    if set(other.methods) == {DENSE}:  # which is not held to prune
+        return True
+    settings = [run.run.metadata.get(SETTINGS_KEY) or {} for run in (base, other)]
+    precisions = [[each.get("model", {}).get(name) for name in ABOUT_PRECISION] for each in settings]
+    in_steps = settings[1].get("kv_memory") is not None or bool({*IN_STEPS} & {*other.methods})
+    shares = [other.share(name) for name in ("ffn_ratio", "attention_ratio")]
+    known = [share for share in shares if share is not None]
+    if in_steps or precisions[0] != precisions[1] or len(known) < len(shares):
+        return True
+    stored = [run.sums["kv_bytes"] / max(run.sums["prompt_tokens"], 1) for run in (base, other)]
+    return not (leave_nothing_out(*known) and stored[1] >= stored[0])

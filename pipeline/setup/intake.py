@@ -322,7 +322,7 @@ def row_hash(record: Record) -> str:
                 value = getattr(record.source.params, name)
                 texts += [] if value is None else [name, json.dumps(value)]
     else:
-        texts = [record.source.id, record.kind]
+        texts = [record.source.id, record.kind, record.message, record.source.question or ""]
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")

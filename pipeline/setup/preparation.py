@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from pipeline.prompts.tokenizing import stop_token_ids
 from pipeline.pruning.base import PruningMethod
 from pipeline.pruning.capabilities import check_memories, exit_maps_of, longest_sequence, uses_fp8
 from pipeline.pruning.dense import Dense
-from pipeline.pruning.registry import make_method
+from pipeline.pruning.registry import make_method, told
 from pipeline.records import Record, ResponseFormat, RowError
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import ModelSettings, WeightsSettings
@@ -136,7 +136,7 @@ class Preparation(Setup):
                 "rope_scaling": self.model.rope_scaling,
                 **({} if self.model.draft is None else {"draft": self.model.draft.fingerprint}),
             },
-            "method": {"name": method.name, "settings": asdict(method)},
+            "method": told(method),
             **({} if self.exit_maps is None else {"exit_maps": self.exit_maps}),
             **({} if columns is None else {"columns": columns}),
             **({UNASKED_KEY: True} if self.source.columns.asks_summary else {}),

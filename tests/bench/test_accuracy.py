@@ -200,12 +200,13 @@ def test_without_right_answers_methods_are_held_against_denses_own(sharp_model_f
 @pytest.mark.parametrize("column", ["right", "answer"])  # the second has the name of one of batch's output
 def test_a_row_without_a_right_answer_is_left_out(model_folder, tmp_path, capfd, column):
     source = tmp_path / "docs.jsonl"
-    rows = [{"text": f"fish {n} " * 40, column: right} for n, right in enumerate(["none", "all", ""])]
+    rows = [{"content": f"fish {n} " * 40, column: right} for n, right in enumerate(["none", "all", ""])]
     source.write_text("\n".join(map(json.dumps, rows)))
     flags = ["--question", "q", "--reference-column", column, "--methods", "dense", "--json"]
     assert run(["bench", "accuracy", str(source), "--model", str(model_folder), *flags]) == 0
     printed = capfd.readouterr()
-    assert f"line 3: no reference in column {column!r}" in printed.err
+    assert f"left out: docs.jsonl line 3: no reference in column {column!r}" in printed.err
+    assert "the document is the column 'content'" in printed.err
     (dense,) = json.loads(printed.out)["results"]
     assert dense["groups"][0]["rows"] == 2
     assert dense["groups"][0]["token_accuracy"] < 1

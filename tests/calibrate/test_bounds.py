@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.calibration.bounds import Bounds
-from pipeline.errors import InputError
+from pipeline.errors import GateInconclusive
 from pipeline.evaluate.cases import Sides, in_all, split, thin
 from pipeline.evaluate.drops import NOTHING_PRUNED, fewest_documents, smallest_bound
 from pipeline.settings.parse import Bound
@@ -120,7 +120,7 @@ def test_rows_of_which_nothing_was_pruned_pass_no_gate_but_that_of_a_precision()
 
 
 def test_a_single_document_cannot_be_held_out_as_well():
-    with pytest.raises(InputError, match="at least two documents"):
+    with pytest.raises(GateInconclusive, match="at least two documents"):
         split([row("a"), row("a", 1)])
 
 

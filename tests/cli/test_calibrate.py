@@ -376,5 +376,5 @@ def test_a_place_that_cannot_be_written_is_told_at_once(flags, tmp_path, capfd, 
 
 def test_a_single_document_cannot_be_tested_on(flags, data, capfd):
     data.write_text(json.dumps(rows_of(1)[0]) + "\n")
-    assert calibrate(*flags, "--quiet") == 2
+    assert calibrate(*flags, "--quiet") == 6
     assert "calibrate needs rows of at least two documents" in capfd.readouterr().err

@@ -179,6 +179,15 @@ def test_a_broken_setting_fails_the_gate(check, data, tmp_path, capfd):
     assert "| fish | 8 | 8 | 1.0000 |" in summary
 
 
+def test_a_check_without_a_result_leaves_no_report_of_an_earlier_one(check, data, tmp_path):
+    files = {name: tmp_path / f"result.{name}" for name in ("out", "junit")}
+    reports = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    assert check(data, *ASK, *BROKEN, *ALONE, "--max-drop", "99pt", *reports) == 0
+    assert all(path.exists() for path in files.values())
+    assert check(data, *ASK, *BROKEN, "--max-drop", "1pt", *reports) == 6
+    assert not any(path.exists() for path in files.values())
+
+
 def test_an_interval_over_documents_decides_or_says_how_many_would(check, data, tmp_path, capfd):
     junit = tmp_path / "gates.xml"
     flags = [*ASK, *BROKEN, "--baseline", tmp_path / "dense.parquet"]
@@ -352,3 +361,18 @@ def test_rows_that_cannot_be_checked_are_told(check, refusal, tmp_path, capfd):
         f"2 of 3 rows cannot be checked: {path.name} line 2"
     )
     assert refusal(path, *REFERENCES).startswith(f"2 of 3 rows cannot be checked: {path.name} line 2")
+
+
+@pytest.mark.parametrize("differ", ["in white space", "where they are cut"])
+def test_texts_of_which_the_model_sees_one_count_as_one_document(check, tmp_path, capfd, differ):
+    half = "red fish swim past the reef. " * 40
+    texts = [
+        f"{half}{n}{half}" if differ == "where they are cut" else f"fish{' ' * n}swim" for n in range(1, 9)
+    ]
+    rows = [{"doc": f"row-{n}", "body": text, "ask": "how many?"} for n, text in enumerate(texts)]
+    data = tmp_path / "fish.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check(data, *ASK, *BROKEN, "--max-drop", "40pt") == 6
+    told = capfd.readouterr().err
+    assert "note: 8 texts count as 1 document: " in told
+    assert "error: 1 document cannot show a drop within --max-drop 40pt: 8 documents are needed" in told

@@ -274,6 +274,22 @@ def test_a_dry_run_ends_as_the_run_would(call, bad_rows, tmp_path, capfd, flags,
     assert len(printed.err.splitlines()) == bool(error)
 
 
+@pytest.mark.parametrize("flags", [["--retry-errors"], []])
+def test_errors_of_earlier_runs_stop_a_dry_run_where_they_stop_the_run(
+    call, bad_rows, tmp_path, capfd, flags
+):
+    """Of rows that are to be run again none counts before, and of others each, though it may leave."""
+    assert call(bad_rows, tmp_path / "out.parquet", *ASK) == 0
+    good = [line for line in bad_rows.read_text().splitlines() if line.startswith('{"')]
+    bad_rows.write_text("\n".join(good[:1]))
+    words = [*ASK, "--resume", "--drop-missing", "--max-errors", "3", *flags]
+    code = 0 if flags else 4
+    assert [call(bad_rows, tmp_path / "out.parquet", *words, *dry) for dry in (["--dry-run"], [])] == [
+        code
+    ] * 2
+    assert ("6 of 9 rows failed in earlier runs" in capfd.readouterr().err) == bool(code)
+
+
 def test_the_estimate_of_time(call, fish, tmp_path, capfd):
     flags = [*ASK, "--dry-run", "--json", "--method", "dense", "--in-flight", "2"]
     assert call(fish, tmp_path / "out.parquet", *flags) == 0

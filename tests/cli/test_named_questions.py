@@ -124,11 +124,13 @@ def test_resume_answers_a_changed_question_alone(call, tmp_path, asked, given):
     out = tmp_path / "out.parquet"
     assert call(given, out, *asked(), *FLAGS) == 0
     before = read(out)
-    changed = {**QUESTIONS[1], "max_new_tokens": 2}
+    changed = {**QUESTIONS[1], "question": "which colour?", "max_new_tokens": 2}
     assert call(given, out, *asked(QUESTIONS[0], changed), *FLAGS, "--resume") == 0
     rows = read(out)
     assert [row["many"] for row in rows] == [row["many"] for row in before]
     assert [row["colour"]["new_tokens"] for row in rows] == [2, 2, None]
+    told = {row["id"]: row["colour"]["question"] for row in read(out)}
+    assert told == dict.fromkeys("abc", changed["question"])  # of the empty document too
 
 
 def test_resume_needs_the_questions_of_before(call, refusal, tmp_path, asked, given, capfd):

@@ -224,6 +224,19 @@ def test_errors_are_kept_until_they_are_retried(batch, tmp_path, capfd):
     assert [row["status"] for row in answers(tmp_path).values()] == ["ok", "error", "ok"]
 
 
+def test_an_error_tells_what_ails_the_row_now_and_where(batch, tmp_path, no_weights):
+    source = write_rows(tmp_path / "in.jsonl", ["fish " * 9, 7])
+    assert batch(source) == 0
+    assert answers(tmp_path)["doc-1"]["error_message"].startswith("in.jsonl line 2: ")
+    good, bad = source.read_text().splitlines()
+    source.write_text(f"{bad.replace('7', '[8]')}\n{good}\n")
+    no_weights()
+    assert batch(source, "--resume") == 0
+    told = answers(tmp_path)["doc-1"]["error_message"]
+    assert told.startswith("in.jsonl line 1: ")
+    assert "an array" in told
+
+
 def test_the_second_row_of_an_id_is_an_error_that_names_both(batch, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"id": "a", "text": "one fish"}\n{"id": "a", "text": "two fish"}\n')

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.engines.answering import rules_of
-from pipeline.errors import InputError
+from pipeline.errors import GateInconclusive
 from pipeline.evaluate.cases import make_cases, split
 from pipeline.evaluate.check_rows import CheckRow, CheckRows, read_rows
 from pipeline.evaluate.row_results import RowResult
@@ -108,7 +108,7 @@ def test_needles_of_a_check_hide_in_all_documents(model, source, model_folder):
 def test_two_sides_need_two_documents_to_hide_in(calibrate, model, source, leval):
     source.write_text(json.dumps({"text": "A single document. " * 9}))
     config = calibrate(input=(str(source),), suite=(leval, "needles"))
-    with pytest.raises(InputError, match="there is none on the side 'held-out': give more documents"):
+    with pytest.raises(GateInconclusive, match="there is none on the side 'held-out': give more documents"):
         rows_of(config, model)
 
 

@@ -11,7 +11,7 @@ from conftest import tiny_model
 
 from pipeline.errors import ConfigError
 from pipeline.pruning.limits import limits_of
-from pipeline.pruning.registry import METHODS, make_method, method_class
+from pipeline.pruning.registry import METHODS, make_method, method_class, told
 
 
 def test_text_settings_become_numbers():
@@ -95,3 +95,27 @@ def test_a_layer_beyond_the_depth_is_refused_by_every_method(name, parameter):
     make_method(name, others | {parameter: shape.layers - 1}).plan(shape, [10])
     with pytest.raises(ConfigError, match=rf"^{parameter}=4, and the model has layers 0 to 3$"):
         make_method(name, others | {parameter: shape.layers}).plan(shape, [10])
+
+
+OWN = """
+from dataclasses import dataclass
+
+from pipeline.pruning.marsinfer import MarsInfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(MarsInfer):
+    def score(self, layer, view):
+        return {}view.keys[:, 0, 0]
+"""
+
+
+def test_the_code_of_a_method_of_ones_own_decides_its_answers(tmp_path):
+    """Its name does not tell, which may even be that of the method that it is made of."""
+    path, found = tmp_path / "own.py", []
+    for sign in ("", "-", ""):
+        path.write_text(OWN.format(sign))
+        found.append(told(make_method(f"{path}:Own")))
+    assert found[0] == found[2] != found[1]
+    assert found[0] == {**told(make_method("marsinfer")), "code_sha256": found[0]["code_sha256"]}
+    assert len(found[0]["code_sha256"]) == 64

@@ -220,3 +220,30 @@ def test_few_values_have_no_interval_and_many_the_one_of_the_normal_distribution
     near = median_interval(np.arange(1.0, EXACT + 2))
     assert exact == (469, 532)
     assert abs(near[0] - exact[0]) <= 1
+
+
+def test_a_method_that_left_nothing_out_shows_nothing(conclusion):
+    whole = {"ffn_ratio": 1.0, "attention_ratio": 1.0, "kv_bytes": 400_000, "prompt_tokens": 4_000}
+    for reference in ("one fish", None):
+        dense = rows(ENOUGH, "one fish", reference=reference, method="dense", **whole)
+        found = conclusion(dense=dense, mars=rows(ENOUGH, "one fish", reference=reference, **whole))
+        assert found.verdict == "inconclusive"
+        assert "Nothing tells whether mars answers as" in found.sentence
+        assert "nothing was pruned: the method did to every row what dense does" in found.sentence
+    fp8 = {"settings_that_decide": {**METADATA["settings_that_decide"], "model": {"linear_dtype": "fp8"}}}
+    mars = rows(ENOUGH, "one fish", **whole)
+    assert conclusion({"mars": fp8}, dense=dense, mars=mars).verdict == "pass"
+
+
+def test_what_differs_beside_the_method_is_told(conclusion):
+    made = {"dense": rows(9, "one fish", method="dense"), "pruned": rows(9, "one fish")[:7]}
+    other = {"method": {"name": "dense"}, "model": {"fingerprint": "a"}, "max_new_tokens": 8}
+    settings = {"method": {"name": "mars"}, "model": {"fingerprint": "a"}, "max_new_tokens": 128}
+    about = {"dense": {"settings_that_decide": other}, "pruned": {"settings_that_decide": settings}}
+    found = conclusion(about, **made)
+    assert "More differs than the method: max_new_tokens is 8 and 128 (dense and pruned)." in found.basis
+    assert "Left out: 2 rows that only one of them has." in found.basis
+    about["pruned"] = {"settings_that_decide": {**settings, "max_new_tokens": 8}}
+    assert "differs" not in conclusion(about, **made).basis
+    about["pruned"]["model"] = "large"
+    assert "They are of two models, tiny and large" in conclusion(about, **made).basis
