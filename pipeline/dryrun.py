@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
+from pipeline.errors import MarsError, NoneAnswered, TooManyErrors
 from pipeline.estimate import (
     TIMED,
     Estimate,
@@ -147,8 +147,7 @@ class DryRunReport:
             self.add(window)
             progress(self.tally)
         try:
-            if run.source.out_of_reach:
-                raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
+            run.source.refuse_out_of_reach("nothing would be written")
             self.notes += [*Leaving(run.config, run.source, rows, done).settle(), *run.source.scans_told()]
             self.returned_rows = done.returned
         except MarsError as error:
