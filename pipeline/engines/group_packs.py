@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.engines.grouping import Group, Grouping, Sharing
-from pipeline.engines.memory import Packer, merged_bytes, running_bytes
+from pipeline.engines.memory import Packer
+from pipeline.model.activations import merged_bytes, running_bytes
 from pipeline.model.store import slots_needed
 from pipeline.records import EncodedDocument
 

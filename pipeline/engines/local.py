@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from pipeline.checkpoints.device_memory import NO_REMEDIES, Remedies
 from pipeline.engines.answering import add_answers, failed, lookup_of
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
@@ -61,6 +62,7 @@ class LocalEngine:
         group: str = "off",
         guard: Guard | None = None,
         save_selection: bool = False,
+        remedies: Remedies = NO_REMEDIES,
         check: Check = lambda: None,
         note: Callable[[str], None] = lambda text: None,
         phase: Callable[[str], None] = lambda text: None,
@@ -92,6 +94,7 @@ class LocalEngine:
             free=least_free_bytes(model.decoder),
             cuts_queries=model.attention.cuts_queries(model.device),
             draft=None if model.draft is None else model.draft.shape,
+            remedies=remedies,
         )
         packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)
@@ -332,10 +335,9 @@ class LocalEngine:
     def _answer_alone(self, job: Job) -> list[Answered]:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
-        packer, device = self.packs.of(job.method), self.model.device
+        packer = self.packs.of(job.method)
         if packer.refuses(job.document):
-            message = memory_message(job.document, packer, str(device))
-            return [self._failed(job, RowError("out_of_memory", message))]
+            return [self._failed(job, RowError("out_of_memory", memory_message(job.document, packer)))]
         run = partial(self._run_alone, job)
         made = self.attempts.run(run, job.document)
         if isinstance(made, RowError) and made.kind == "out_of_memory":
@@ -352,14 +354,9 @@ class LocalEngine:
             pack.count(self.times)
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
+        of_run = self.row_rules
         generated = decoded_alone(
-            self.model,
-            pack,
-            rules,
-            check,
-            row_rules=self.row_rules,
-            stats=self.stats,
-            kv_dtype=self.kv_dtype,
+            self.model, pack, rules, check, row_rules=of_run, stats=self.stats, kv_dtype=self.kv_dtype
         )
         answer.decode_ms = (generated[-1].finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
