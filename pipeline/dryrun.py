@@ -194,7 +194,8 @@ class DryRunReport:
             shared = sum(group.shared_tokens for group in group_pack.groups)
             for chunk in group_packer.chunks(group_pack):
                 tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
-                self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk))
+                needed = group_packer.planned_bytes(group_pack, chunk)
+                self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk), needed)
 
     def _add_split(self, document: SplitDocument) -> None:
         parts = len(document.prompts)

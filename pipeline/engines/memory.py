@@ -21,6 +21,7 @@ from pipeline.model.activations import (
     activation_bytes,
     choosing_bytes,
     lean_bytes,
+    mask_bytes,
     piece_bytes,
     running_bytes,
 )
@@ -271,11 +272,23 @@ class Packer:
             running = running_bytes(shape, self.itemsize, chunk)
             return running + holder.attention_bytes(shape, self.itemsize, longest, chunk)
         chosen = any(mass for mass in self.method.masses_in(shape))
-        choosing = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
+        beside = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
+        beside += self._window_mask_bytes(longest)
         if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
-            return lean_bytes(shape, self.itemsize, tokens) + choosing
+            if longest > QUERY_PIECES * PIECE_TOKENS:
+                beside += self.mask_bytes(QUERY_PIECES * PIECE_TOKENS, longest)
+            return lean_bytes(shape, self.itemsize, tokens) + beside
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
-        return running_bytes(shape, self.itemsize, tokens) + choosing + scores
+        return running_bytes(shape, self.itemsize, tokens) + beside + scores
+
+    def _window_mask_bytes(self, longest: int) -> int:
+        """Of the layers' masks that leave out what is beyond their windows."""
+        widest = max((window for window in self.shape.windows if window and window < longest), default=0)
+        return self.mask_bytes(longest, widest) if widest else 0
+
+    def mask_bytes(self, queries: int, seen: int) -> int:
+        """Of the mask for some queries that see so many keys, where attention wants one: on a CPU."""
+        return mask_bytes(queries, seen, self.itemsize) if self.device.type == "cpu" else 0
 
     def kv_bytes(self, lengths: Sequence[int], itemsize: int | None = None) -> int:
         """Keys and values that the device holds, as a pack's are, or of `itemsize` bytes a number."""

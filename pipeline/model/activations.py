@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
+from pipeline.kernels.sdpa import masked_at_once
 from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
 from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ModelShape
 
@@ -70,6 +71,12 @@ def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
     if shape.experts:
         ffn += shape.experts_per_token * (2 * shape.hidden + PLACE_VALUES) + 4 * shape.experts
     return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
+
+
+def mask_bytes(queries: int, seen: int, itemsize: int) -> int:
+    """Bytes of a mask for so many queries, of which each sees `seen` keys: of bool, and as SDPA adds it."""
+    at_once = min(queries, masked_at_once(seen))
+    return at_once * (seen + at_once) * (1 + itemsize)
 
 
 def merged_bytes(shape: ModelShape, queries: int, device: torch.device) -> int:
