@@ -8,6 +8,7 @@ of SIGINT, for what it runs in the background.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -76,6 +77,7 @@ def unwind_on_signals() -> None:
     For a process that is all ours; `graceful_stop` takes over for as long as there is something to lose. A
     second signal, `ONE_STOP_S` or more later, ends the process at once.
     """
+    atexit.register(_ignore)  # first, and so called last
     for number in _heeded():
         signal.signal(number, _unwind)
 
@@ -93,6 +95,12 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 def _finish(number: int, frame: FrameType | None) -> None:
     _is_first(number)
+
+
+def _ignore() -> None:
+    """Let no signal end an interpreter that takes itself down, where handlers are gone before modules are."""
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_first(number: int) -> bool:

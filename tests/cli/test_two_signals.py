@@ -77,3 +77,26 @@ def test_a_ctrl_c_while_modules_are_imported_is_told_in_one_line(flag, told):
     )
     assert (ended.returncode, ended.stdout, ended.stderr[: len(told)]) == (130, "", told)
     assert ended.stderr.count("\n") == 1
+
+
+ENDING = """
+import os, sys
+from pipeline.interrupts import finish_on_signals, unwind_on_signals
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=int(sys.argv[1])):
+        kill(process, number)
+
+unwind_on_signals()
+late = Late()
+finish_on_signals()
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(number):
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING, str(int(number))], check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (5, "")
