@@ -22,6 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_STOP_S = 1.0  # seconds in which signals belong to one stop
 
 _nothing_to_lose = False
+_unwound_by: int | None = None  # the signal of a stop that is to end the process, wherever it is caught
 _last_stop_s = float("-inf")  # by time.monotonic()
 
 
@@ -43,16 +44,20 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     `nothing_to_lose`. A second signal, `ONE_STOP_S` or more later, ends it as if nobody had listened: what is
     in the journal stays there. Only the main thread may use this.
     """
+    if _unwound_by is not None:
+        raise Stopped(_unwound_by)
     received: list[int] = []
-    checked = False
+    checked = thrown = False
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal thrown
         if received:
             _end_at_once(number)
             return
         received.append(number)
         _note_stop()
         if not checked or _nothing_to_lose:
+            thrown = True
             raise Stopped(number)
 
     def check() -> None:
@@ -66,6 +71,10 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     before = {number: signal.signal(number, handle) for number in _heeded()}
     try:
         yield check
+    except Exception as error:
+        if thrown and not isinstance(error, Interrupted):
+            raise Stopped(received[0]) from error  # see `stop_remembered`
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -82,6 +91,20 @@ def unwind_on_signals() -> None:
         signal.signal(number, _unwind)
 
 
+@contextmanager
+def stop_remembered() -> Iterator[None]:
+    """Have an error behind a stop end as the stop does.
+
+    Libraries that are being imported may catch `Stopped`, as any failure of an import, and fail later.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _unwound_by is None:
+            raise
+        raise Stopped(_unwound_by) from error
+
+
 def finish_on_signals() -> None:
     """Let a signal change nothing, as all is said and written; a second one ends the process at once."""
     for number in _heeded():
@@ -89,7 +112,9 @@ def finish_on_signals() -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
+    global _unwound_by
     if _is_first(number):
+        _unwound_by = number
         raise Stopped(number)
 
 

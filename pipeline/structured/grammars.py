@@ -17,6 +17,9 @@ from pipeline.structured.misread import misread
 NEEDS = "needs llguidance: pip install 'marsinfer[structured]'"
 # between the tokens of JSON: with more a model may write white space until its tokens are used up
 WHITE_SPACE = "[ ]?"
+# of these characters alone: with \u0061 an answer could have a property of a schema under another spelling of
+# its name, as one that the schema says nothing of
+ESCAPES = 'nrbtf\\"'
 MOST_CHECKED = 256  # forms that are known to be right
 JSON_OBJECT = ResponseFormat("json_schema", '{"type":"object"}')
 
@@ -76,7 +79,7 @@ def grammar_of(form: ResponseFormat, *, may_begin_with_space: bool = False) -> s
             matcher.grammar_from_lark(f'start: A | B\nA: " " {plain}\nB: {plain} & /([^ ](.|\\n)*)?/\n')
         )
     schema = json.loads(form.text)
-    options = {"whitespace_pattern": WHITE_SPACE}
+    options = {"whitespace_pattern": WHITE_SPACE, "json_allowed_escapes": ESCAPES}
     if not may_begin_with_space:
         return str(matcher.grammar_from_json_schema(schema, overrides=options))
     inner = json.dumps(schema | {"x-guidance": options})
