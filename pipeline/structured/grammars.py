@@ -20,6 +20,7 @@ WHITE_SPACE = "[ ]?"
 # of these characters alone: with \u0061 an answer could have a property of a schema under another spelling of
 # its name, as one that the schema says nothing of
 ESCAPES = 'nrbtf\\"'
+NO_TEXT = "NoExtensionBias"  # what the library says where nothing can be written
 MOST_CHECKED = 256  # forms that are known to be right
 JSON_OBJECT = ResponseFormat("json_schema", '{"type":"object"}')
 
@@ -61,7 +62,8 @@ def check_format(form: ResponseFormat, place: str) -> None:
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
     matcher.compute_bitmask()
     if matcher.is_error():
-        reason = "it matches nothing" if form.kind == "regex" else cause(matcher.get_error())
+        told = cause(matcher.get_error())
+        reason = "it matches nothing" if form.kind == "regex" or told == NO_TEXT else told
         raise ConfigError(f"{place} cannot be used: {reason}")
 
 
