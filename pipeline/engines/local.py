@@ -354,9 +354,8 @@ class LocalEngine:
             pack.count(self.times)
             self._scheduler.put_back(self.packs.packed([dense]))
             return []
-        of_run = self.row_rules
         generated = decoded_alone(
-            self.model, pack, rules, check, row_rules=of_run, stats=self.stats, kv_dtype=self.kv_dtype
+            self.model, pack, rules, check, row_rules=self.row_rules, stats=self.stats, kv_dtype=self.kv_dtype
         )
         answer.decode_ms = (generated[-1].finished_at - pack.first_at) * 1e3
         answer.kv_host_bytes, answer.kv_swapped_bytes = pack.prefilled.cache.traffic()
@@ -364,9 +363,8 @@ class LocalEngine:
         self.times.add_decode(generated[-1].finished_at - pack.first_at, generated[-1].finished_at)
         return [self._written(job, answer, generated, pack.began)]
 
-    def _failed(self, job: Job, failure: RowError) -> Answered:
-        row = replace(failed(job.document, job.method.name, failure), guard=job.guard)
-        return Answered(job.document, row)
+    def _failed(self, job: Job, why: RowError) -> Answered:
+        return Answered(job.document, replace(failed(job.document, job.method.name, why), guard=job.guard))
 
     # memory and time
 
