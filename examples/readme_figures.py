@@ -188,7 +188,7 @@ def memory_block() -> str:
             for linears in ("auto", "fp8", "mixed")
         ]
         packer = Packer(
-            device=torch.device("cpu"),
+            device=torch.device("cuda"),  # on which nothing is put
             method=make_method("dense"),
             shape=shape,
             itemsize=BF16_BYTES,

@@ -24,7 +24,7 @@ from marsinfer_cli.methods import methods
 from marsinfer_cli.report import report
 from marsinfer_cli.signature import Command
 from pipeline.errors import MarsError
-from pipeline.interrupts import SIGNALS
+from pipeline.interrupts import SIGNALS, stop_remembered
 from pipeline.texts.versions import version_of
 
 # Typer brings its own copy of Click, and older ones use the package: its error base class is found by descent
@@ -90,7 +90,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], told: Callable[[str, int], int]) -> int | None:
     """The exit code of a command's work; None for one whose work is what it prints."""
     try:
-        result = app(args=words, prog_name="marsinfer", standalone_mode=False)
+        with stop_remembered():
+            result = app(args=words, prog_name="marsinfer", standalone_mode=False)
     except typer.Exit as exit:
         result = exit.exit_code or None
     except ClickError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.errors import MarsError, NoneAnswered, StorageError, TooManyErrors
+from pipeline.errors import MarsError, NoneAnswered, TooManyErrors
 from pipeline.estimate import (
     TIMED,
     Estimate,
@@ -148,8 +148,7 @@ class DryRunReport:
             self.add(window)
             progress(self.tally)
         try:
-            if run.source.out_of_reach:
-                raise StorageError(f"{run.source.out_of_reach[0]}; nothing would be written")
+            run.source.refuse_out_of_reach("nothing would be written")
             self.notes += [*Leaving(run.config, run.source, rows, done).settle(), *run.source.scans_told()]
             self.returned_rows = done.returned
         except MarsError as error:
@@ -196,7 +195,8 @@ class DryRunReport:
             shared = sum(group.shared_tokens for group in group_pack.groups)
             for chunk in group_packer.chunks(group_pack):
                 tokens = max(shared, group_packer.running_tokens(group_pack, chunk))
-                self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk))
+                needed = group_packer.planned_bytes(group_pack, chunk)
+                self.planned.add(tokens, group_packer.kv_bytes(group_pack, chunk), needed)
 
     def _add_split(self, document: SplitDocument) -> None:
         parts = len(document.prompts)

@@ -131,7 +131,7 @@ class PlannedPacks:
         left = replace(packer, max_bytes=max(0, left_bytes), store_bytes=0)
         self.add(lengths[0], packer.kv_bytes(lengths, packer.kv_itemsize), packer.bytes_alone(pack[0]))
         if left.refuses(pack[0]):
-            self.too_large.append(memory_message(pack[0], left, str(packer.device)))
+            self.too_large.append(memory_message(pack[0], left))
 
     def told(self) -> Iterator[str]:
         """Lines of the memory of the largest prefill, and of rows that are too large for what there is."""
@@ -155,7 +155,7 @@ def expected_flops(packer: Packer, tokens: int) -> int:
 
 def planning_packer(run: Preparation) -> Packer:
     """The engine's packer, but with the memory that is free before the weights are loaded."""
-    packer = Packer.on(
+    return Packer.on(
         run.model.device,
         run.method,
         run.model.own,
@@ -168,8 +168,8 @@ def planning_packer(run: Preparation) -> Packer:
         in_flight=run.config.in_flight,
         cuts_queries=run.model.attention.cuts_queries(run.model.device),
         draft=None if run.model.draft is None else run.model.draft.shape,
+        remedies=run.remedies,
     )
-    return replace(packer, remedies=run.remedies.for_document(run.model.dtype))
 
 
 def memory_needed(run: Preparation, packer: Packer, longest: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ of SIGINT, for what it runs in the background.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_STOP_S = 1.0  # seconds in which signals belong to one stop
 
 _nothing_to_lose = False
+_unwound_by: int | None = None  # the signal of a stop that is to end the process, wherever it is caught
 _last_stop_s = float("-inf")  # by time.monotonic()
 
 
@@ -42,16 +44,20 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     `nothing_to_lose`. A second signal, `ONE_STOP_S` or more later, ends it as if nobody had listened: what is
     in the journal stays there. Only the main thread may use this.
     """
+    if _unwound_by is not None:
+        raise Stopped(_unwound_by)
     received: list[int] = []
-    checked = False
+    checked = thrown = False
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal thrown
         if received:
             _end_at_once(number)
             return
         received.append(number)
         _note_stop()
         if not checked or _nothing_to_lose:
+            thrown = True
             raise Stopped(number)
 
     def check() -> None:
@@ -65,6 +71,10 @@ def graceful_stop(kept: str | Callable[[], str] = KEPT) -> Iterator[Callable[[],
     before = {number: signal.signal(number, handle) for number in _heeded()}
     try:
         yield check
+    except Exception as error:
+        if thrown and not isinstance(error, Interrupted):
+            raise Stopped(received[0]) from error  # see `stop_remembered`
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -76,8 +86,23 @@ def unwind_on_signals() -> None:
     For a process that is all ours; `graceful_stop` takes over for as long as there is something to lose. A
     second signal, `ONE_STOP_S` or more later, ends the process at once.
     """
+    atexit.register(_ignore)  # first, and so called last
     for number in _heeded():
         signal.signal(number, _unwind)
+
+
+@contextmanager
+def stop_remembered() -> Iterator[None]:
+    """Have an error behind a stop end as the stop does.
+
+    Libraries that are being imported may catch `Stopped`, as any failure of an import, and fail later.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _unwound_by is None:
+            raise
+        raise Stopped(_unwound_by) from error
 
 
 def finish_on_signals() -> None:
@@ -87,12 +112,20 @@ def finish_on_signals() -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
+    global _unwound_by
     if _is_first(number):
+        _unwound_by = number
         raise Stopped(number)
 
 
 def _finish(number: int, frame: FrameType | None) -> None:
     _is_first(number)
+
+
+def _ignore() -> None:
+    """Let no signal end an interpreter that takes itself down, where handlers are gone before modules are."""
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_first(number: int) -> bool:

@@ -20,7 +20,6 @@ from pipeline.errors import (
     ConfigError,
     InputError,
     MarsError,
-    StorageError,
     ending,
     keeps_nothing,
 )
@@ -48,7 +47,6 @@ from pipeline.storage.stdin import Once
 from pipeline.summary import Summary
 from pipeline.tally import Tally
 from pipeline.texts.redaction import hidden
-from pipeline.texts.words import counted
 
 if TYPE_CHECKING:
     from pipeline.engines.ray_cluster import RayCluster
@@ -146,7 +144,7 @@ def answer_all(books: Books, still_locked: Callable[[], None]) -> None:
                 journal.append(answers)
                 books.saved(answers, journal.done_now())
                 check()
-        refuse_out_of_reach(run)
+        run.source.refuse_out_of_reach(f"all other rows were answered; {KEPT} once it can be read")
         books.settled(journal, leaving.settle())
         written = journal.publish(cast(Order, config.order), check, leaving.files())
         books.published(journal, written)
@@ -205,14 +203,6 @@ def _journal(run: Preparation, still_locked: Callable[[], None]) -> AnyJournal:
         overwrite=config.overwrite,
         check=still_locked,
     )
-
-
-def refuse_out_of_reach(run: Preparation) -> None:
-    """A StorageError for files that could not be read to their end, though perhaps they are sound."""
-    files = run.source.out_of_reach
-    if files:
-        more = f", and {counted(len(files) - 1, 'file')} more" if len(files) > 1 else ""
-        raise StorageError(f"{files[0]}{more}; all other rows were answered; {KEPT} once it can be reached")
 
 
 def configured(

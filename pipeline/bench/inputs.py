@@ -46,6 +46,7 @@ def real_documents(
             encoded.append(builder.encode(document))
         except RowError as error:
             raise InputError(f"{document.source.place}: {error}") from error
+    source.refuse_out_of_reach("nothing was measured")
     if len(encoded) < len(rows):
         raise InputError(f"{path} has no row {rows.start + len(encoded)}")
     return encoded

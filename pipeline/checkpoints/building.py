@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.checkpoints.device_memory import host_message, is_out_of_memory
+from pipeline.checkpoints.device_memory import fits
 from pipeline.checkpoints.own_weights import OwnWeights, Weights
 from pipeline.checkpoints.text_part import stored_under
 from pipeline.errors import ModelError, first_line
@@ -70,15 +70,14 @@ class Layout:
 def as_model_error(name: str) -> Iterator[None]:
     """Loaders raise whatever their libraries do; the user gets one line that names the model.
 
-    That a device's memory ran out is left to `fits`, which knows the device.
+    That a device's memory ran out is left to a caller who knows the device.
     """
     try:
-        yield
+        with fits(name):
+            yield
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise ModelError(host_message(name, error)) from error
         raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
 
 

@@ -25,15 +25,15 @@ class Remedies:
     documents: tuple[str, ...] = ()  # flags that make what a document needs smaller
     more_devices: str | None = None  # the flag that divides the model among more
 
-    def for_weights(self, dtype: torch.dtype) -> list[str]:
-        """Of a model in this data type, without dividing it."""
-        smaller = ["--dtype bfloat16"] if dtype.itemsize > torch.bfloat16.itemsize else []
+    def for_weights(self, itemsize: int) -> list[str]:
+        """Of a model whose data type has numbers of so many bytes, without dividing it."""
+        smaller = ["--dtype bfloat16"] if itemsize > torch.bfloat16.itemsize else []
         return [*smaller, *self.weights, "a smaller model"]
 
-    def for_document(self, dtype: torch.dtype) -> list[str]:
-        """Of a document beside a model in this data type."""
+    def for_document(self, itemsize: int) -> list[str]:
+        """Of a document beside such a model."""
         more = [] if self.more_devices is None else [self.more_devices]
-        return [*self.documents, *more, *self.for_weights(dtype)]
+        return [*self.documents, *more, *self.for_weights(itemsize)]
 
 
 NO_REMEDIES = Remedies()
@@ -86,21 +86,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def fits(name: str, device: torch.device) -> Iterator[None]:
-    """Raise ModelError for a model that is being loaded where memory runs out, its device's or the host's."""
+def fits(name: str, device: torch.device | None = None) -> Iterator[None]:
+    """Raise ModelError for a model that is being loaded where memory runs out, the host's or its device's.
+
+    Without a device that its memory ran out is left to a caller who knows it.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if device is None:
+            raise
         raise ModelError(f"model {name} does not fit on {device}: {first_line(error)}") from error
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ModelError(host_message(name, error)) from error
-
-
-def host_message(name: str, error: BaseException) -> str:
-    """What to say of a model for whose loading the host's memory does not suffice."""
-    return (
-        f"model {name!r} cannot be loaded: the memory of this machine ran out ({first_line(error)}); "
-        "end other programs, or take a smaller model"
-    )
+        raise ModelError(
+            f"model {name!r} cannot be loaded: the memory of this machine ran out ({first_line(error)}); "
+            "end other programs, or take a smaller model"
+        ) from error

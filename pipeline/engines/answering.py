@@ -205,11 +205,11 @@ def _end_of_text(answer: str, generated: Generated, model: LoadedModel) -> int:
     return end
 
 
-def describe(error: BaseException, document: EncodedDocument, packer: Packer, device: str) -> RowError:
+def describe(error: BaseException, document: EncodedDocument, packer: Packer) -> RowError:
     """What to say in a row whose prompt, or a pack with it, raised this error."""
     place = document.source.place
     if is_out_of_memory(error):
-        return RowError("out_of_memory", memory_message(document, packer, device))
+        return RowError("out_of_memory", memory_message(document, packer))
     if isinstance(error, RowError):
         return RowError(error.kind, f"{place}: {error}")
     return RowError("internal", f"{place}: {type(error).__name__}: {error}")

@@ -52,7 +52,7 @@ class Attempts:
 
     def described(self, error: BaseException, document: EncodedDocument) -> RowError:
         """What a document's row says of an error."""
-        return describe(error, document, self.packs.packer, str(self.device))
+        return describe(error, document, self.packs.packer)
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.engines.grouping import Group, Grouping, Sharing
-from pipeline.engines.memory import Packer, merged_bytes, running_bytes
+from pipeline.engines.memory import Packer
+from pipeline.model.activations import merged_bytes, running_bytes
 from pipeline.model.store import slots_needed
 from pipeline.records import EncodedDocument
 
@@ -121,12 +122,15 @@ class GroupPacker:
         stores = slots <= self.packer.store_slots  # else no row of it would ever be let in
         return stores and shared <= self.packer.pack_tokens and self._fits(pack, pack.rows)
 
-    def _fits(self, pack: GroupPack, rows: Sequence[Numbered]) -> bool:
+    def planned_bytes(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
+        """Bytes that the prefills of a pack's documents and of a chunk of its rows need."""
         prefixes = [group.shared_tokens for group in pack.groups]
         lengths = [(prefixes[number], row.prompt_tokens) for number, row in rows]
-        tokens = self._running_tokens(pack.sharing, lengths)
-        needed = self._planned_bytes(pack.sharing, prefixes, lengths)
-        fits = tokens <= self.packer.pack_tokens and needed <= self.packer.max_bytes
+        return self._planned_bytes(pack.sharing, prefixes, lengths)
+
+    def _fits(self, pack: GroupPack, rows: Sequence[Numbered]) -> bool:
+        needed = self.planned_bytes(pack, rows)
+        fits = self.running_tokens(pack, rows) <= self.packer.pack_tokens and needed <= self.packer.max_bytes
         return fits and pack.sharing.method.alike([row.prompt_tokens for _, row in rows])
 
     def _planned_bytes(
@@ -143,7 +147,9 @@ class GroupPacker:
         kept = documents * (sharing.layers * per_token + shape.hidden * itemsize)
         if self._is_whole(sharing):
             own = [prompt - shared for shared, prompt in rows]
+            longest = max(prompt for _, prompt in rows)
             behind = packer.planned_bytes(own) + merged_bytes(shape, sum(own), self.packer.device)
+            behind += packer.mask_bytes(max(own), longest)
         else:
             lengths = [prompt for _, prompt in rows]
             # a method that stores less than it is given, in layers that are shared, has all of it at first
@@ -155,12 +161,5 @@ class GroupPacker:
 
     def running_tokens(self, pack: GroupPack, rows: Sequence[Numbered]) -> int:
         """Tokens of a chunk of rows that are in a layer at once, behind the documents."""
-        shared = [group.shared_tokens for group in pack.groups]
-        return self._running_tokens(
-            pack.sharing, [(shared[number], row.prompt_tokens) for number, row in rows]
-        )
-
-    def _running_tokens(self, sharing: Sharing, rows: Sequence[tuple[int, int]]) -> int:
-        """Tokens that are in a layer at once, behind the documents."""
-        whole = self._is_whole(sharing)
-        return sum(prompt - shared if whole else prompt for shared, prompt in rows)
+        shared = [group.shared_tokens * self._is_whole(pack.sharing) for group in pack.groups]
+        return sum(row.prompt_tokens - shared[number] for number, row in rows)

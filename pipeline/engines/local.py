@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
+from pipeline.checkpoints.device_memory import NO_REMEDIES, Remedies
 from pipeline.engines.answering import add_answers, failed, lookup_of
 from pipeline.engines.attempts import Attempts, Check
 from pipeline.engines.clock import DecodeClock, EngineTimes
@@ -63,6 +64,7 @@ class LocalEngine:
         group: str = "off",
         guard: Guard | None = None,
         save_selection: bool = False,
+        remedies: Remedies = NO_REMEDIES,
         check: Check = lambda: None,
         note: Callable[[str], None] = lambda text: None,
         phase: Callable[[str], None] = lambda text: None,
@@ -94,6 +96,7 @@ class LocalEngine:
             free=least_free_bytes(model.decoder),
             cuts_queries=model.attention.cuts_queries(model.device),
             draft=None if model.draft is None else model.draft.shape,
+            remedies=remedies,
         )
         packs = self.packs = JobPacker(packer=packer, group=group, guard=guard, note=note)
         self.attempts = Attempts(decoder=model.decoder, packs=packs, check=check, row_timeout=row_timeout)
@@ -336,10 +339,9 @@ class LocalEngine:
     def _answer_alone(self, job: Job) -> list[Answered]:
         """Answer a document that leaves no room for others, or of which it is to be seen whether it fails."""
         self._close_table()
-        packer, device = self.packs.of(job.method), self.model.device
+        packer = self.packs.of(job.method)
         if packer.refuses(job.document):
-            message = memory_message(job.document, packer, str(device))
-            return [self._failed(job, RowError("out_of_memory", message))]
+            return [self._failed(job, RowError("out_of_memory", memory_message(job.document, packer)))]
         run = partial(self._run_alone, job)
         made = self.attempts.run(run, job.document)
         if isinstance(made, RowError) and made.kind == "out_of_memory":
@@ -365,9 +367,8 @@ class LocalEngine:
         self.times.add_decode(generated[-1].finished_at - pack.first_at, generated[-1].finished_at)
         return [self._written(job, answer, generated, pack.began)]
 
-    def _failed(self, job: Job, failure: RowError) -> Answered:
-        row = replace(failed(job.document, job.method.name, failure), guard=job.guard)
-        return Answered(job.document, row)
+    def _failed(self, job: Job, why: RowError) -> Answered:
+        return Answered(job.document, replace(failed(job.document, job.method.name, why), guard=job.guard))
 
     # memory and time
 

@@ -10,13 +10,22 @@ from typing import Self
 import psutil
 import torch
 
+from pipeline.checkpoints.device_memory import NO_REMEDIES, Remedies
 from pipeline.engines.packing import make_packs
 from pipeline.errors import ConfigError
 from pipeline.families.decoder import Decoder
 from pipeline.generation.draft_steps import slots_for_steps
-from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.scoring import SCORES_AT_ONCE
-from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
+from pipeline.model.activations import (
+    SCORE_BYTES,
+    SCORING_QUERIES,
+    activation_bytes,
+    choosing_bytes,
+    lean_bytes,
+    mask_bytes,
+    piece_bytes,
+    running_bytes,
+)
 from pipeline.model.offload import KvLimits
 from pipeline.model.store import slots_needed
 from pipeline.pruning.base import PruningMethod
@@ -36,10 +45,6 @@ IN_FLIGHT = {"cpu": 16, "cuda": 256}
 LONGEST_BESIDE_STORE = 131_072
 FIRST_AT_ONCE = 256  # answers of a pack whose first tokens are chosen together, from a copy of logits each
 PREFILL_SHARE = 1 / 3  # of the memory, which that may take at most
-SCORING_QUERIES = 64  # about as many as methods observe
-SCORE_BYTES = 3 * 4  # float32, before and after the softmax and once more on the way
-PLACE_VALUES = 16  # numbers of bfloat16 that four indices take
-PLACES = 64  # bytes a token of what says where it lies: its document, its position, its slot
 USABLE = {"cpu": 0.7, "cuda": 0.9}  # of what is free; the rest is for allocators and estimates gone wrong
 
 
@@ -64,7 +69,7 @@ class Packer:
     draft: ModelShape | None = None  # of the model that reads prompts first, if one does
     ahead_slots: int = 0  # of its store for look-ahead steps
     host_bytes: int = 0  # for what is offloaded, as free at the start: pinned memory stays for the next pack
-    remedies: Sequence[str] = ("a smaller model",)  # that a user may give for a document that is too large
+    remedies: Remedies = NO_REMEDIES  # that a user may give for a document that is too large
 
     @classmethod
     def on(
@@ -84,6 +89,7 @@ class Packer:
         free: int | None = None,
         cuts_queries: bool = True,
         draft: ModelShape | None = None,
+        remedies: Remedies = NO_REMEDIES,
     ) -> Self:
         """With what is free on the device now; raises ConfigError for settings that do not fit the model.
 
@@ -115,6 +121,7 @@ class Packer:
             cuts_queries=cuts_queries,
             draft=draft,
             host_bytes=host_kv_bytes(),
+            remedies=remedies,
         )
         return whole.within(free_bytes(device) if free is None else free)
 
@@ -264,11 +271,23 @@ class Packer:
             running = running_bytes(shape, self.itemsize, chunk)
             return running + holder.attention_bytes(shape, self.itemsize, longest, chunk)
         chosen = any(mass for mass in self.method.masses_in(shape))
-        choosing = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
+        beside = choosing_bytes(shape, self.itemsize, longest) if chosen else 0
+        beside += self._window_mask_bytes(longest)
         if not self.method.reads_layers and (self.cuts_queries or tokens <= QUERY_PIECES * PIECE_TOKENS):
-            return lean_bytes(shape, self.itemsize, tokens) + choosing
+            if longest > QUERY_PIECES * PIECE_TOKENS:
+                beside += self.mask_bytes(QUERY_PIECES * PIECE_TOKENS, longest)
+            return lean_bytes(shape, self.itemsize, tokens) + beside
         scores = min(SCORES_AT_ONCE, SCORING_QUERIES * shape.heads * longest) * SCORE_BYTES
-        return running_bytes(shape, self.itemsize, tokens) + choosing + scores
+        return running_bytes(shape, self.itemsize, tokens) + beside + scores
+
+    def _window_mask_bytes(self, longest: int) -> int:
+        """Of the layers' masks that leave out what is beyond their windows."""
+        widest = max((window for window in self.shape.windows if window and window < longest), default=0)
+        return self.mask_bytes(longest, widest) if widest else 0
+
+    def mask_bytes(self, queries: int, seen: int) -> int:
+        """Of the mask for some queries that see so many keys, where attention wants one: on a CPU."""
+        return mask_bytes(queries, seen, self.itemsize) if self.device.type == "cpu" else 0
 
     def kv_bytes(self, lengths: Sequence[int], itemsize: int | None = None) -> int:
         """Keys and values that the device holds, as a pack's are, or of `itemsize` bytes a number."""
@@ -283,13 +302,13 @@ class Packer:
         return planned <= self.kv_memory
 
 
-def memory_message(document: EncodedDocument, packer: Packer, device: str) -> str:
+def memory_message(document: EncodedDocument, packer: Packer) -> str:
     """How much memory a document needs, how much there is, and what to do."""
-    needed = packer.bytes_alone(document)
+    needed, ways = packer.bytes_alone(document), packer.remedies.for_document(packer.itemsize)
     return (
         f"{document.source.place}: {document.prompt_tokens} tokens need about {needed / 1e9:.1f} GB on "
-        f"{device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
-        f"--on-overlong does not help here: shorten the document, or use {either(packer.remedies)}"
+        f"{packer.device} and {packer.all_bytes / 1e9:.1f} GB are usable; "
+        f"--on-overlong does not help here: shorten the document, or use {either(ways)}"
     )
 
 
@@ -318,71 +337,6 @@ def least_free_bytes(decoder: Decoder) -> int:
 def host_kv_bytes() -> int:
     """Host memory that offloaded keys and values may take, in bytes: half of what is free."""
     return psutil.virtual_memory().available // 2
-
-
-def running_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
-    """Bytes that so many tokens need while a layer runs, beside the keys and values that are stored."""
-    return tokens * activation_bytes(shape, itemsize) + piece_bytes(shape, itemsize, tokens)
-
-
-def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
-    """The same for a method that does not read layers: queries and attention are of a few pieces at once.
-
-    Of all tokens there are the residual stream, which such a method copies for no one, a layer's keys and
-    values, and RoPE. Of as many as are taken together there are queries, what attention makes of them by
-    document and joined, and all of the former once more where tokens are gathered. In fp8 there is also the
-    stream after a norm, which takes less than attention by document, gone by then.
-    """
-    of_all = (shape.hidden + (2 * shape.kv_heads + 2) * shape.head_dim) * itemsize + PLACES
-    of_some = (shape.hidden + (3 * shape.heads + 2 * shape.kv_heads + 2) * shape.head_dim) * itemsize
-    at_once = min(tokens, QUERY_PIECES * PIECE_TOKENS)
-    return tokens * of_all + at_once * of_some + piece_bytes(shape, itemsize, tokens)
-
-
-def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
-    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by.
-
-    The estimate is in bfloat16, or in float32 of queries that are.
-    """
-    blocks = -(-longest // BLOCK)
-    rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
-    at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
-    shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
-    return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1)
-
-
-def activation_bytes(shape: ModelShape, itemsize: int) -> int:
-    """Bytes each token needs while a layer runs, beside what a piece of them needs for a moment.
-
-    The residual stream as it entered the model, as it enters the layer, and of those that go on; queries and
-    what attention makes of them, by document and joined; keys and values, and those picked from them or
-    merged with others to be stored; RoPE, before and after tokens leave.
-    """
-    heads = 3 * shape.heads + 4 * shape.kv_heads + 4
-    one_head_scored = SCORING_QUERIES * shape.heads // shape.kv_heads * SCORE_BYTES
-    return (3 * shape.hidden + heads * shape.head_dim) * itemsize + one_head_scored
-
-
-def piece_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
-    """Bytes of what linear layers need for a moment, of as many of `tokens` as they run on at once.
-
-    Before attention that are the norm, the projection before its own norms, and the steps of RoPE. The FFN
-    holds the tokens gathered for it, their norm, gate, up and their product and the sum, and beside them, if
-    there is one piece only, still queries and keys before their norms. Where there are experts it holds a
-    row for each token and each of its experts, as it is gathered and as it is made, and where these rows are.
-    """
-    qk = (shape.heads + shape.kv_heads) * shape.head_dim
-    before_attention = 3 * shape.hidden + 4 * qk
-    ffn = 4 * shape.hidden + qk + 3 * shape.ffn_per_token
-    if shape.experts:
-        ffn += shape.experts_per_token * (2 * shape.hidden + PLACE_VALUES) + 4 * shape.experts
-    return min(tokens, PIECE_TOKENS) * max(before_attention, ffn) * itemsize
-
-
-def merged_bytes(shape: ModelShape, queries: int, device: torch.device) -> int:
-    """Bytes of the parts that attention to two ranges of keys is merged from, in float32."""
-    splits = 1 if device.type == "cpu" else min(MOST_SPLITS, 1 + MOST_PROGRAMS // max(1, queries))
-    return 4 * queries * 2 * splits * shape.heads * (shape.head_dim + 1)
 
 
 def default_pack_tokens(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -263,9 +262,9 @@ def _warmed_up(
         group="off" if config.save_selection or alone else config.group,
         guard=setup.guard,
         save_selection=config.save_selection,
+        remedies=setup.remedies,
         **hooks._asdict(),
     )
-    engine.packer = replace(engine.packer, remedies=setup.remedies.for_document(model.dtype))
     loaded_s = engine.attempts.now() - started
     hooks.phase("warming up")
     warm_up(engine, LONGEST_WARM_UP_S, hooks.note, prompts)

@@ -134,15 +134,17 @@ class Prefiller:
         """How many first tokens of each row had blocks of attention chosen; 0: its attention was whole.
 
         That is what the first layer saw that chooses blocks: the prompt, or only what is shared with others.
+        Where a prefill begins anew before that layer's attention, the second pass tells whether it chose.
         """
-        method, estimated = jobs[0].method, prefilled.passes[0].estimated
-        first = first_choosing(method.masses_in(self.model.shape))
-        if first is None or first >= len(estimated):
+        first = first_choosing(jobs[0].method.masses_in(self.model.shape))
+        if first is None:
             return [0] * len(jobs)
+        passes = [work.estimated[first] for work in prefilled.passes if first < len(work.estimated)]
         lengths = list(prefilled.lengths)
         if prefix is not None and first < prefix.made.layers:
             lengths = [prefix.made.segments.lengths[job.number] for job in jobs]
-        return [tokens if pairs else 0 for tokens, pairs in zip(lengths, estimated[first], strict=True)]
+        chosen = map(any, zip(*passes, strict=True))
+        return [tokens if has_chosen else 0 for tokens, has_chosen in zip(lengths, chosen, strict=True)]
 
 
 def _first_of_each(

@@ -93,7 +93,7 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     """Read and tokenize everything, the needles last.
 
     Raises InputError if more than half of the input or of a suite has to be left out, or all rows of a task
-    that is a gate of its own.
+    that is a gate of its own; StorageError if a file of the input is out of reach, or was changed meanwhile.
     """
     documents, notes = _open(config)
     named: dict[str, None] = {}  # the tasks of the input, of which a row may have no reference
@@ -192,9 +192,10 @@ def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iter
 
 
 def _records(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
-    """The rows of the input that are asked for, a record for each question."""
-    rows = select_rows(source, config, source.total_rows)
-    return chain.from_iterable(each_question(row, source.columns.asked) for row in rows)
+    """The rows of the input that are asked for, a record for each question; StorageError if some are lost."""
+    for row in select_rows(source, config, source.total_rows):
+        yield from each_question(row, source.columns.asked)
+    source.refuse_out_of_reach("nothing was measured")
 
 
 def _takes(config: RowSettings, key: str) -> bool:

@@ -28,7 +28,7 @@ from pipeline.families.supported import FAMILIES
 from pipeline.kernels.fused import Quantised, gated, gated_quantized, quantize_rows
 from pipeline.kernels.kv_fp8 import KvTarget
 from pipeline.kernels.step import Product, has_kernels, product_silu_mul_quantized, rope_and_store_
-from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES
+from pipeline.pruning.shape import PIECE_TOKENS, QUERY_PIECES, ROWS_TOGETHER
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.leading import OnEachRank
 
@@ -123,10 +123,12 @@ class Decoder(OnEachRank):
     def pieces(self, tokens: int) -> list[slice]:
         """Of so many tokens, in order, as few pieces as `piece_tokens` allows, of about the same size.
 
-        Several ranks sum one piece while they compute another.
+        Large ones are of whole `ROWS_TOGETHER`. Several ranks sum one piece while they compute another.
         """
         least = 2 if self.ranks is not None and tokens >= HALVED_TOKENS else 1
         size = max(1, -(-tokens // max(least, -(-tokens // self.piece_tokens))))
+        if size > ROWS_TOGETHER:
+            size = min(self.piece_tokens, -(-size // ROWS_TOGETHER) * ROWS_TOGETHER)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def qkv(

@@ -15,7 +15,7 @@ from pipeline.inputs.passthrough import PassPlan
 from pipeline.inputs.rows import rest_lost, until_fault
 from pipeline.inputs.table_rows import TableReader, as_stream, is_sound
 from pipeline.records import Record, RowError
-from pipeline.storage.causes import READ_ERRORS, told
+from pipeline.storage.causes import READ_ERRORS, changed, told
 from pipeline.storage.sniff import ARROW_FILE
 
 FEATHER_V1_MAGIC = b"FEA1"
@@ -71,7 +71,7 @@ class ArrowFileReader(TableReader):
         # Reading all columns copies nothing; a selection would be copied, the text with it, into one buffer.
         with self.file.native(mapped=True) as source, pa.ipc.open_file(source) as reader:
             if reader.schema != self.schema:
-                raise ValueError("the file was changed during the run")
+                raise changed()
             for i in range(reader.num_record_batches):
                 yield _whole(reader.get_batch(i))
         raise ValueError("the file holds fewer rows than its batches say")
@@ -97,7 +97,7 @@ class ArrowStreamReader(TableReader):
     def _batches(self) -> Iterator[pa.RecordBatch]:
         with self.file.native() as source, pa.ipc.open_stream(source) as reader:
             if reader.schema != self.schema:
-                raise ValueError("the file was changed during the run")
+                raise changed()
             for batch in reader:
                 self.fraction = source.tell() / max(self.file.size, 1)
                 yield _whole(batch)

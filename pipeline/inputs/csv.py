@@ -17,7 +17,7 @@ from pipeline.inputs.readers import long_line
 from pipeline.inputs.rows import failed, rest_lost, until_fault
 from pipeline.inputs.table_rows import BATCH_ROWS, TableReader
 from pipeline.records import Record, Row, RowError
-from pipeline.storage.causes import READ_ERRORS, told
+from pipeline.storage.causes import READ_ERRORS, changed, told
 
 BATCH_BYTES = 16 << 20
 DELIMITERS = ",;\t"
@@ -116,7 +116,7 @@ class CsvReader(TableReader):
         with open_lines(self.file) as (raw, stream):
             rows = CsvRows(stream, self._columns.longest_line)
             if rows.header() != self._header:
-                raise ValueError("the file was changed during the run")
+                raise changed()
             for parsed in rows:
                 if self.file.size:
                     self.fraction = min(raw.tell() / self.file.size, 1.0)

@@ -20,6 +20,7 @@ from pipeline.storage.causes import READ_ERRORS, cause, is_out_of_reach, some
 from pipeline.storage.remote import WEB, Place, RemotePath, place_of, relative
 from pipeline.storage.sniff import HEAD_BYTES, misnamed
 from pipeline.storage.stdin import Once, Stdin
+from pipeline.storage.version import Version
 from pipeline.texts.redaction import bare
 
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv"}
@@ -54,7 +55,8 @@ class InputFile:
 
     `name` is the label that it has where no other file has the same. `origin` says what the user named: the
     file itself, a folder, or a pattern. `partitions` are the columns that the names of its folders say, with
-    a null for those that other files have. `out_of_reach` says why nothing of it can be had now.
+    a null for those that other files have. `out_of_reach` says why nothing of it can be had now. `version` is
+    the one that was opened first: a file that is changed after that is out of reach too.
     """
 
     path: Place | Once
@@ -66,6 +68,7 @@ class InputFile:
     origin: Origin = "named"
     partitions: Partitions = field(default_factory=dict)
     out_of_reach: str | None = None
+    version: Version = field(default_factory=Version, compare=False, repr=False)
 
     @property
     def is_document(self) -> bool:
@@ -80,13 +83,22 @@ class InputFile:
         return self.size == 0 and self.path.is_file()
 
     def open(self) -> BinaryIO:
-        """Open the file for reading, as it is; each call begins anew."""
+        """Open the file for reading, as it is; each call begins anew. Raises an OSError if it was changed."""
+        if isinstance(self.path, RemotePath):
+            return self.path.open(version=self.version)
+        self.check()
         return self.path.open("rb")
+
+    def check(self) -> None:
+        """Raise an OSError if a local file was changed; of others each part is checked as it comes."""
+        if isinstance(self.path, Path):
+            self.version.check_local(self.path)
 
     def native(self, *, mapped: bool = False) -> pa.NativeFile:
         """Open the file for Arrow, which maps and reads local ones by itself."""
         if not isinstance(self.path, Path):
             return pa.PythonFile(self.open(), mode="r")
+        self.check()
         return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
 
 

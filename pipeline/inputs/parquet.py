@@ -15,7 +15,7 @@ from pipeline.inputs.long_integers import readable_footer
 from pipeline.inputs.rows import read_fault
 from pipeline.inputs.table_rows import BATCH_ROWS, TableReader
 from pipeline.records import Record
-from pipeline.storage.causes import READ_ERRORS, told
+from pipeline.storage.causes import READ_ERRORS, changed, told
 
 # Without it pyarrow reads whole column chunks, which of a text column is nearly the whole row group.
 BUFFER_BYTES = 1 << 20
@@ -51,7 +51,7 @@ class ParquetReader(TableReader):
         parquet, unreadable = _open(self.file)
         if _layout(parquet, unreadable) != (self.schema, self._groups):
             parquet.close()
-            raise ValueError("the file was changed during the run")
+            raise changed()
         return parquet
 
     def _batches(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
@@ -76,6 +76,7 @@ def _open(file: InputFile) -> tuple[pq.ParquetFile, dict[str, str]]:
 
 
 def _opened(file: InputFile, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    file.check()
     return pq.ParquetFile(
         file.path if isinstance(file.path, Path) else file.open(),
         metadata=metadata,

@@ -83,6 +83,13 @@ class Source:
         read = zip(self._readers, self._records, strict=True)
         return sorted((reader.file.name, rows) for reader, rows in read if _has_rows(reader))
 
+    def refuse_out_of_reach(self, so: str) -> None:
+        """A StorageError for files whose rest could not be had, though it may be sound; `so` ends it."""
+        if self.out_of_reach:
+            more = len(self.out_of_reach) - 1
+            also = f", and {counted(more, 'file')} more" if more else ""
+            raise StorageError(f"{self.out_of_reach[0]}{also}; {so}")
+
     @property
     def pages_without_text(self) -> int:
         """Pages of the PDF files read so far that may be scans."""

@@ -24,7 +24,7 @@ from pipeline.kernels import decoding, reference
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
 from pipeline.kernels.query_pieces import QueryPiece
-from pipeline.kernels.sdpa import sdpa, sdpa_last, sdpa_within
+from pipeline.kernels.sdpa import sdpa, sdpa_last
 from pipeline.kernels.segments import Segments
 
 TRIAL_WINDOW = 24  # tokens
@@ -147,7 +147,7 @@ class SdpaAttention(AttentionBackend):
     name = "sdpa"
 
     def cuts_queries(self, device: torch.device) -> bool:
-        return device.type == "cpu"  # where a mask costs little beside all else
+        return device.type == "cpu"  # where masks, some queries at a time, cost little time
 
     def prefill(
         self,
@@ -162,7 +162,7 @@ class SdpaAttention(AttentionBackend):
         for start, end in segments.ranges():
             q, k, v = (x[start:end] for x in (q_THd, k_TKd, v_TKd))
             if window is not None and window < end - start:
-                outputs.append(sdpa_within(q, k, v, window, sinks_H))
+                outputs.append(sdpa_last(q, k, v, window, sinks_H))
                 continue
             with self._kernel(end - start):
                 outputs.append(sdpa(q, k, v, causal=True, sinks_H=sinks_H))

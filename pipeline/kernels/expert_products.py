@@ -22,6 +22,7 @@ CAPABILITY = (8, 0)  # of the first GPUs for which torch has grouped products
 FP8_CAPABILITY = 9  # of those for which it has them in float8 with scales for rows: Hopper's alone
 ALPHA, LIMIT = 1.702, 7.0  # of `clamped_swiglu`
 PIECE = 1024  # values of a row that a program works on
+ROWS = 512  # that `clamped_swiglu` takes at once where there is no kernel
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,14 @@ def clamped_swiglu(gate_up_S2F: Tensor, bias_E2F: Tensor, expert_S: Tensor) -> T
     above alone.
     """
     kernels = kernels_for(gate_up_S2F, "triton_experts")
-    if kernels is None:
-        values_S2F = gate_up_S2F.float() + bias_E2F.float().index_select(0, expert_S)
-        gate_SF = values_S2F[:, ::2].clamp(max=LIMIT)
-        up_SF = values_S2F[:, 1::2].clamp(-LIMIT, LIMIT)
-        return (gate_SF * torch.sigmoid(ALPHA * gate_SF) * (up_SF + 1)).to(gate_up_S2F.dtype)
     rows, width = len(gate_up_S2F), gate_up_S2F.shape[1] // 2
     out_SF = gate_up_S2F.new_empty(rows, width)
+    if kernels is None:
+        # some rows at a time: their values in float32 would else be most of a prefill's memory
+        for start in range(0, rows, ROWS):
+            some = slice(start, start + ROWS)
+            out_SF[some] = _clamped_swiglu(gate_up_S2F[some], bias_E2F[expert_S[some]])
+        return out_SF
     kernels.clamped_swiglu_kernel[(rows, -(-width // PIECE))](
         *(gate_up_S2F, gate_up_S2F.stride(0), bias_E2F, bias_E2F.stride(0), expert_S, out_SF, width),
         ALPHA=ALPHA,
@@ -132,6 +134,13 @@ def clamped_swiglu(gate_up_S2F: Tensor, bias_E2F: Tensor, expert_S: Tensor) -> T
         num_warps=4,
     )
     return out_SF
+
+
+def _clamped_swiglu(gate_up_S2F: Tensor, bias_S2F: Tensor) -> Tensor:
+    values_S2F = gate_up_S2F.float() + bias_S2F.float()
+    gate_SF = values_S2F[:, ::2].clamp(max=LIMIT)
+    up_SF = values_S2F[:, 1::2].clamp(-LIMIT, LIMIT)
+    return gate_SF * torch.sigmoid(ALPHA * gate_SF) * (up_SF + 1)
 
 
 def grouped_fp8_available(device: torch.device) -> str | None:

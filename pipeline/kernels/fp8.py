@@ -14,6 +14,7 @@ from pipeline.kernels.fused import FP8, quantize_rows
 VALUES_AT_ONCE = 1 << 24  # of a weight being quantised: 64 MB as float32
 MULTIPLE = 16  # of both sides of a weight, as the tensor cores want them
 CAPABILITY = (8, 9)  # of the first GPUs that multiply in float8
+ALIGNED = 16  # bytes, where cuBLAS wants scales of rows to begin
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def fp8_linear(
     Fast accumulation keeps sums of products in the tensor cores' own precision, a little below float32.
     """
     into: dict[str, Tensor] = {} if out_TN is None else {"out": out_TN}
+    if x_scale_T1.data_ptr() % ALIGNED:  # as that of some rows of a larger tensor may be
+        x_scale_T1 = x_scale_T1.clone()
     return torch._scaled_mm(
         x_fp8_TD,
         weight.quantised.t(),

@@ -14,22 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-WINDOW_BLOCK = 1024  # queries that are taken at a time where attention has a window
+# queries that are taken at once where they need a mask, and its pairs, if the fewest queries do not have more
+FEWEST_MASKED, MOST_MASKED, MASKED_PAIRS = 256, 1024, 1 << 22
 SINK_WIDTH = 8  # dimensions: heads remain as wide as fused kernels want them
 
 
-def sdpa_within(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int, sinks_H: Tensor | None = None
-) -> Tensor:
-    """(T, H, d) of a document whose tokens attend to the last `window`, a block of them at a time."""
-    tokens = len(q_THd)
-    if tokens <= window:
-        return sdpa(q_THd, k_TKd, v_TKd, causal=True, sinks_H=sinks_H)
-    parts = []
-    for first in range(0, tokens, WINDOW_BLOCK):
-        end, reached = min(first + WINDOW_BLOCK, tokens), max(0, first - window + 1)
-        parts.append(sdpa_last(q_THd[first:end], k_TKd[reached:end], v_TKd[reached:end], window, sinks_H))
-    return torch.cat(parts)
+def masked_at_once(seen: int) -> int:
+    """Queries that are taken at once where a mask is made, of which each sees at most `seen` keys."""
+    return max(FEWEST_MASKED, min(MOST_MASKED, MASKED_PAIRS // seen))
 
 
 def sdpa_last(
@@ -41,18 +33,30 @@ def sdpa_last(
 ) -> Tensor:
     """(Q, H, d) of a document's last Q tokens over all T, or of these the last `window` each.
 
-    SDPA's own causal mask would take them for the first ones.
+    SDPA's own causal mask would take them for the first ones, so that they get a mask, some at a time.
     """
     queries, tokens = len(q_QHd), len(k_TKd)
     if window is not None and window >= tokens:
         window = None
-    if queries == 1 and window is None:
-        return sdpa(q_QHd, k_TKd, v_TKd, causal=False, sinks_H=sinks_H)
-    if queries == tokens and window is None:
-        return sdpa(q_QHd, k_TKd, v_TKd, causal=True, sinks_H=sinks_H)
-    seen_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHd.device).tril(tokens - queries)
+    if window is None and queries in (1, tokens):
+        return sdpa(q_QHd, k_TKd, v_TKd, causal=queries > 1, sinks_H=sinks_H)
+    at_once = masked_at_once(window or tokens)
+    attended_QHd = v_TKd.new_empty(*q_QHd.shape[:2], v_TKd.shape[2])
+    for first in range(0, queries, at_once):
+        end = min(first + at_once, queries)
+        reached = 0 if window is None else max(0, tokens - queries + first - window + 1)
+        keys = slice(reached, tokens - queries + end)
+        attended_QHd[first:end] = _masked(q_QHd[first:end], k_TKd[keys], v_TKd[keys], window, sinks_H)
+    return attended_QHd
+
+
+def _masked(
+    q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    queries, tokens = len(q_QHd), len(k_TKd)
+    seen_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHd.device).tril_(tokens - queries)
     if window is not None:
-        seen_QT = seen_QT.triu_(tokens - queries - window + 1)
+        seen_QT.triu_(tokens - queries - window + 1)
     return sdpa(q_QHd, k_TKd, v_TKd, causal=False, seen_QT=seen_QT, sinks_H=sinks_H)
 
 

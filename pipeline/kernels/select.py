@@ -39,6 +39,11 @@ def top_mask(scores_T: Tensor, segments: Segments, counts: Sequence[int] | Tenso
     return _unsorted(keep_BL, order_BL, segments)
 
 
+def top_share_mask(scores_T: Tensor, segments: Segments, share: float, of_B: Tensor) -> Tensor:
+    """As `top_mask`, of `share` of so many of each document's tokens, (B,), rounded up."""
+    return top_mask(scores_T, segments, (share * of_B.double()).ceil())
+
+
 def _unsorted(keep_BL: Tensor, order_BL: Tensor, segments: Segments) -> Tensor:
     mask_BL = torch.zeros_like(keep_BL).scatter_(1, order_BL, keep_BL)
     return mask_BL[segments.document_T, segments.index_in_document_T]

@@ -237,7 +237,7 @@ class UnloadedModel(_OnDevice):
         if precision.uses_fp8:
             self.check_fp8()
         enough = partial(self.ranks_needed, precision) if remedies.more_devices else lambda: None
-        self.memory(precision).check(self.name, remedies.for_weights(self.dtype), enough)
+        self.memory(precision).check(self.name, remedies.for_weights(self.dtype.itemsize), enough)
         draft = None if self.draft is None else self.draft.load(precision)
         attention = self.attention  # before the weights: a backend that is not there should fail at once
         with _quiet():

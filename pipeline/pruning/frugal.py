@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.scoring import received_attention
-from pipeline.kernels.select import top_mask
+from pipeline.kernels.select import top_share_mask
 from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection, layer_of, one_share
 from pipeline.pruning.limits import setting
 from pipeline.pruning.operations import LayerWork, Passes, whole_layers
@@ -123,6 +123,6 @@ class Frugal(PruningMethod):
         protected_T = self.protected_mask(view)
         open_B = torch.zeros_like(view.segments.lengths_B)
         open_B.index_add_(0, view.segments.document_T, (~protected_T).to(open_B.dtype))
-        wanted_B = (self.keep * open_B.double()).ceil()
-        best_T = top_mask(state.sums_T.masked_fill(protected_T, -torch.inf), view.segments, wanted_B)
+        unprotected_T = state.sums_T.masked_fill(protected_T, -torch.inf)
+        best_T = top_share_mask(unprotected_T, view.segments, self.keep, open_B)
         return Selection(restart=(best_T | protected_T).nonzero().flatten())

@@ -41,10 +41,14 @@ def layer_flops(shape: ModelShape, work: LayerWork) -> int:
 
 
 def projections_flops(shape: ModelShape, work: LayerWork) -> int:
-    """Keys and values of all tokens, queries and the output projection of those that attended."""
+    """Keys and values of all tokens, queries of those that were to attend, their outputs if they did.
+
+    They did not where a prefill begins anew before a layer's attention.
+    """
     a_head = 2 * shape.hidden * shape.head_dim
-    attended = min(1, work.tokens) if work.last_only else work.tokens
-    return a_head * 2 * (attended * shape.heads + (work.tokens + work.kv_only) * shape.kv_heads)
+    asked = min(1, work.tokens) if work.last_only else work.tokens
+    attended = 0 if work.pairs == 0 else asked
+    return a_head * ((asked + attended) * shape.heads + 2 * (work.tokens + work.kv_only) * shape.kv_heads)
 
 
 def attended_flops(shape: ModelShape, work: LayerWork) -> int:

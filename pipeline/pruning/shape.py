@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # of a prefill that linear layers run on at once: enough to fill any device, and few enough that what is as
 # wide as the feed-forward network stays small beside what attention needs of a long document
 PIECE_TOKENS = 16384
+ROWS_TOGETHER = 64  # of them, so that each piece begins where kernels and products like to read
 QUERY_PIECES = 4  # such pieces whose queries and attention are held at once: enough for attention kernels too
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.kernels.scoring import block_means, smoothed
 from pipeline.kernels.segments import Segments
-from pipeline.kernels.select import top_mask
+from pipeline.kernels.select import top_share_mask
 from pipeline.pruning.base import KEEP_ALL, Plan, PruningMethod, Selection, one_share
 from pipeline.pruning.capabilities import ReadsAhead
 from pipeline.pruning.limits import check_pool, setting
@@ -104,8 +104,7 @@ class Speculative(PruningMethod):
             counts.append((open_N > 0).sum())
             chunks.append(len(open_N))
         blocks = Segments.of(chunks, scores_ST.device)
-        wanted_B = (self.keep * torch.stack(counts).double()).ceil()
-        kept_N = top_mask(torch.cat(means), blocks, wanted_B)
+        kept_N = top_share_mask(torch.cat(means), blocks, self.keep, torch.stack(counts))
         first_B = blocks.bounds[:-1]
         chunk_T = first_B[segments.document_T] + segments.index_in_document_T // self.chunk
         return (kept_N[chunk_T] | protected_T).nonzero().flatten()

@@ -11,7 +11,7 @@ from itertools import islice
 
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, MarsError, StorageError
 from pipeline.texts.redaction import without_secrets
 
 # Arrow's own errors derive from built-in ones unevenly (some only from RuntimeError), hence the long list.
@@ -34,6 +34,17 @@ _OUT_OF_REACH_TYPES = (PermissionError, TimeoutError, FileNotFoundError, NotADir
 # Arrow repeats the path and tells the system's reason last.
 _SYSTEM_CAUSE = re.compile(r"Detail: \[errno \d+\] (.+)")
 
+# what libraries of storage raise where nobody has said who asks
+NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+)
+_MEANT_FOR_CALLERS = (FileNotFoundError, FileExistsError, PermissionError)
+REPLACED = "FileExpired"  # what s3fs raises where a part is of another version than the part before
+CHANGED = "it was changed during the run"
+
 
 class NetworkError(OSError):
     """Storage elsewhere failed, which says nothing about the file."""
@@ -41,6 +52,34 @@ class NetworkError(OSError):
 
 class CredentialsError(NetworkError):
     """Nobody has said who asks: no fault of the storage, but something to set up."""
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Whatever a storage library raises becomes an `OSError`: which classes they use is theirs to change."""
+    try:
+        yield
+    except MarsError:
+        raise
+    except _MEANT_FOR_CALLERS as error:
+        if _is_other_failure(error.__cause__):
+            raise network_error(error.__cause__) from error
+        raise
+    except Exception as error:
+        raise network_error(error) from error
+
+
+def _is_other_failure(reason: BaseException | None) -> bool:
+    """Of web servers, fsspec calls whatever went wrong a file that is not there."""
+    return type(reason).__module__.startswith("aiohttp") and getattr(reason, "status", None) not in (404, 410)
+
+
+def network_error(error: BaseException | None) -> NetworkError:
+    """What stands for an error of a library of storage."""
+    if type(error).__name__ == REPLACED:
+        return NetworkError(errno.ESTALE, CHANGED)
+    kind = CredentialsError if type(error).__name__ in NO_CREDENTIALS else NetworkError
+    return kind(errno.EIO, cause(error or OSError()))
 
 
 @contextmanager
@@ -69,6 +108,11 @@ def can_be_read(read: Callable[[], object]) -> bool:
     except READ_ERRORS:
         return False
     return True
+
+
+def changed() -> OSError:
+    """What to raise for a file that is another one now, in which nothing is damaged."""
+    return OSError(errno.ESTALE, CHANGED)
 
 
 def is_out_of_reach(error: BaseException) -> bool:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from pipeline.errors import ConfigError, MarsError
-from pipeline.storage.causes import CredentialsError, NetworkError, cause
+from pipeline.errors import ConfigError
+from pipeline.storage.causes import NetworkError, cause, storage_errors
+from pipeline.storage.remote_files import BLOCK_BYTES, Blocks, Stream, sends_parts
+from pipeline.storage.version import Version, web_settings
 from pipeline.texts.redaction import HIDDEN, bare, hidden
-
-# What a reader keeps of one file: enough blocks for a few columns of Parquet side by side.
-BLOCK_BYTES = 2 << 20
-BLOCKS = 16
-# proxies of the environment, which the libraries of S3 and of the hub use by themselves
-OF_SCHEME: dict[str, dict[str, Any]] = {
-    scheme: {"client_kwargs": {"trust_env": True}} for scheme in ("http", "https")
-}
 
 UPLOAD_BYTES = 16 << 20  # of one piece of an upload
 UPLOADS_AT_ONCE = 4
@@ -39,15 +29,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 # file:///x, file://localhost/x and file:/x are one file
 _LOCAL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 WEB = ("http", "https")
+CHECKING = ("s3", "s3a")  # whose library asks for parts of the version alone that it opened
 KEYLESS = ("s3", "s3a", "gs", "gcs")
-# what libraries of storage raise where nobody has said who asks
-NO_CREDENTIALS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-)
-_MEANT_FOR_CALLERS = (FileNotFoundError, FileExistsError, PermissionError)
 
 
 def place_of(given: str | Path | RemotePath) -> Place:
@@ -71,31 +54,6 @@ def output_place(given: str | Path | RemotePath) -> Place:
     return place_of(given)
 
 
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Whatever a storage library raises becomes an `OSError`: which classes they use is theirs to change."""
-    try:
-        yield
-    except MarsError:
-        raise
-    except _MEANT_FOR_CALLERS as error:
-        if _is_other_failure(error.__cause__):
-            raise _network_error(error.__cause__) from error
-        raise
-    except Exception as error:
-        raise _network_error(error) from error
-
-
-def _is_other_failure(reason: BaseException | None) -> bool:
-    """Of web servers, fsspec calls whatever went wrong a file that is not there."""
-    return type(reason).__module__.startswith("aiohttp") and getattr(reason, "status", None) not in (404, 410)
-
-
-def _network_error(error: BaseException | None) -> NetworkError:
-    kind = CredentialsError if type(error).__name__ in NO_CREDENTIALS else NetworkError
-    return kind(errno.EIO, cause(error or OSError()))
-
-
 @dataclass(frozen=True, slots=True)
 class RemotePath:
     """One object: `key` is its name to the file system `fs`, `shown` its URL without secrets."""
@@ -114,11 +72,13 @@ class RemotePath:
                 f"{hidden(url)}: {scheme}:// takes no user and password; give credentials in the "
                 "environment, or in the file of its library"
             )
-        options = {} if "::" in url else {"use_listings_cache": False, **OF_SCHEME.get(scheme, {})}
         try:
             with storage_errors():
                 import fsspec
 
+                options: dict[str, Any] = {} if "::" in url else {"use_listings_cache": False}
+                if options and scheme in WEB:
+                    options |= web_settings()
                 fs, key = fsspec.url_to_fs(url, **options)
                 fs.invalidate_cache()
         except NetworkError as error:
@@ -184,15 +144,30 @@ class RemotePath:
         with storage_errors():
             return self.fs.info(self.key)["size"] or 0
 
-    def open(self, mode: str = "rb") -> BinaryIO:
+    def open(self, mode: str = "rb", version: Version | None = None) -> BinaryIO:
+        """Open it for reading; an OSError for a part of another version than `version`, or the first part.
+
+        Web servers tell the version with each part, other storage behind it, unless its library sees to it.
+        """
         assert mode == "rb"
+        version = Version() if version is None else version
+        is_web = self.scheme in WEB
+        asked = {"trace_request_ctx": version} if is_web else {}
+
+        def check() -> None:
+            if not (is_web or self.scheme in CHECKING):
+                version.check(self.fs.info(self.key))
+
         with storage_errors():
-            inner = self.fs.open(self.key, "rb", block_size=BLOCK_BYTES, cache_type="none")
+            inner = self.fs.open(self.key, "rb", block_size=BLOCK_BYTES, cache_type="none", **asked)
+            if not is_web:
+                version.check(getattr(inner, "details", None) or self.fs.info(self.key))
             size = getattr(inner, "size", None)
-            if size is not None and (self.scheme not in WEB or _sends_parts(inner, size)):
-                return cast(BinaryIO, io.BufferedReader(_Blocks(inner, size)))
+            if size is not None and (not is_web or sends_parts(inner, size)):
+                return cast(BinaryIO, io.BufferedReader(Blocks(inner, size, check)))
             inner.close()
-            return cast(BinaryIO, io.BufferedReader(_Stream(self.fs.open(self.key, "rb", block_size=0))))
+            stream = self.fs.open(self.key, "rb", block_size=0, **asked)
+            return cast(BinaryIO, io.BufferedReader(Stream(stream)))
 
     def read_bytes(self) -> bytes:
         with storage_errors():
@@ -280,95 +255,6 @@ def relative(path: Place, folder: Place) -> PurePath:
     assert isinstance(path, Path)
     assert isinstance(folder, Path)
     return path.relative_to(folder)
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of fsspec, whose errors become an `OSError` whatever their class."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        part = self._part(len(buffer))
-        buffer[: len(part)] = part
-        self._position += len(part)
-        return len(part)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._inner.close()
-        super().close()
-
-    def _part(self, length: int) -> bytes | memoryview:
-        """At most so many bytes from where it stands; none at the end."""
-        try:
-            return self._inner.read(length)
-        except Exception as error:
-            raise _network_error(error) from error
-
-
-class _Blocks(_RemoteFile):
-    """A seekable object read in blocks, of which the last few are kept."""
-
-    def __init__(self, inner: Any, size: int) -> None:
-        super().__init__(inner)
-        self._size = size
-        self._block = lru_cache(BLOCKS)(self._fetched)
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(start + offset, 0)
-        return self._position
-
-    def close(self) -> None:
-        self._block.cache_clear()
-        super().close()
-
-    def _part(self, length: int) -> bytes | memoryview:
-        if self._position >= self._size:
-            return b""
-        number, start = divmod(self._position, BLOCK_BYTES)
-        return memoryview(self._block(number))[start : start + length]
-
-    def _fetched(self, number: int) -> bytes:
-        first = number * BLOCK_BYTES
-        wanted = min(BLOCK_BYTES, self._size - first)
-        try:
-            self._inner.seek(first)
-            data = self._inner.read(wanted)
-        except Exception as error:
-            raise _network_error(error) from error
-        if len(data) != wanted:
-            raise NetworkError(errno.EIO, "it ended early, or was changed during the run")
-        return data
-
-
-class _Stream(_RemoteFile):
-    """What a web server sends only from its beginning to its end."""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        raise OSError(errno.ESPIPE, "its server does not send parts of it; download it and name the file")
-
-
-def _sends_parts(inner: Any, size: int) -> bool:
-    """Whether a web server answers a request for a part; if not, the first block can be had all the same."""
-    if size <= BLOCK_BYTES:
-        return True
-    try:
-        inner.seek(size - 1)
-        return len(inner.read(1)) == 1
-    except ValueError:
-        return False
 
 
 def _scheme(url: str) -> str:

@@ -17,6 +17,10 @@ from pipeline.structured.misread import misread
 NEEDS = "needs llguidance: pip install 'marsinfer[structured]'"
 # between the tokens of JSON: with more a model may write white space until its tokens are used up
 WHITE_SPACE = "[ ]?"
+# of these characters alone: with \u0061 an answer could have a property of a schema under another spelling of
+# its name, as one that the schema says nothing of
+ESCAPES = 'nrbtf\\"'
+NO_TEXT = "NoExtensionBias"  # what the library says where nothing can be written
 MOST_CHECKED = 256  # forms that are known to be right
 JSON_OBJECT = ResponseFormat("json_schema", '{"type":"object"}')
 
@@ -58,7 +62,8 @@ def check_format(form: ResponseFormat, place: str) -> None:
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
     matcher.compute_bitmask()
     if matcher.is_error():
-        reason = "it matches nothing" if form.kind == "regex" else cause(matcher.get_error())
+        told = cause(matcher.get_error())
+        reason = "it matches nothing" if form.kind == "regex" or told == NO_TEXT else told
         raise ConfigError(f"{place} cannot be used: {reason}")
 
 
@@ -76,7 +81,7 @@ def grammar_of(form: ResponseFormat, *, may_begin_with_space: bool = False) -> s
             matcher.grammar_from_lark(f'start: A | B\nA: " " {plain}\nB: {plain} & /([^ ](.|\\n)*)?/\n')
         )
     schema = json.loads(form.text)
-    options = {"whitespace_pattern": WHITE_SPACE}
+    options = {"whitespace_pattern": WHITE_SPACE, "json_allowed_escapes": ESCAPES}
     if not may_begin_with_space:
         return str(matcher.grammar_from_json_schema(schema, overrides=options))
     inner = json.dumps(schema | {"x-guidance": options})

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import gzip
-import http.server
 import json
 import os
-import threading
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from web_server import served
 
 from marsinfer_cli.app import run
 
@@ -152,7 +150,7 @@ def test_a_file_out_of_reach_ends_the_run_after_all_others(batch, folder, monkey
         assert (code, Path("o.parquet").exists()) == (8, False)
         assert told.splitlines()[-1] == (
             "marsinfer: error: in/a.jsonl cannot be read: Permission denied; all other rows were answered; "
-            "finished rows are kept, and --resume continues once it can be reached"
+            "finished rows are kept, and --resume continues once it can be read"
         )
         assert ("4 rows are done" in told) == (rows == 0)
     code, summary, _ = batch("--resume")
@@ -168,7 +166,7 @@ def test_a_file_out_of_reach_ends_the_run_after_all_others(batch, folder, monkey
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_server_that_fails_midway_is_out_of_reach(batch, folder, monkeypatch, name):
     """As it is for a server that fails from the beginning: exit code 8, nothing published, nothing lost."""
-    monkeypatch.setattr("pipeline.storage.remote.BLOCK_BYTES", 200)
+    monkeypatch.setattr("pipeline.storage.remote_files.BLOCK_BYTES", 200)
     rows = [{"id": f"web-{n}", "text": f"fish {n} " * 20} for n in range(8)]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if name == "a.parquet":
@@ -188,41 +186,6 @@ def test_a_server_that_fails_midway_is_out_of_reach(batch, folder, monkeypatch, 
         code, summary, _ = batch("--resume", f"{url}/{name}")
         assert (code, len(answers())) == (0, 16)
         assert 0 < summary["documents"] <= 8
-
-
-@contextmanager
-def served(files):
-    """A web server that sends parts, but fails behind the last byte of `broken`, if there is one."""
-    broken = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_HEAD(self):
-            self.do_GET(head=True)
-
-        def do_GET(self, head=False):
-            content = files[self.path]
-            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            end = min(int(last or len(content)), len(content) - 1)
-            if broken and not head and int(first) >= broken[-1] and end < len(content) - 30:
-                self.send_error(503)
-                return
-            self.send_response(206)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(end + 1 - int(first)))
-            self.send_header("Content-Range", f"bytes {first}-{end}/{len(content)}")
-            self.end_headers()
-            if not head:
-                self.wfile.write(content[int(first) : end + 1])
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", broken
-    server.shutdown()
-    thread.join()
 
 
 @pytest.mark.parametrize(("bound", "code"), [("2", 4), ("10%", 4), ("3", 0), ("50%", 0)])

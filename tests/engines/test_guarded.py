@@ -17,6 +17,8 @@ from pipeline.generation.generated import StopRules
 from pipeline.generation.sampling import Sampling
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import SdpaAttention
+from pipeline.pruning.frugal import Frugal
+from pipeline.pruning.gemfilter import GemFilter
 from pipeline.pruning.marsinfer import MarsInfer
 from pipeline.records import EncodedDocument, Row, Spans
 from pipeline.setup.guard import ATTENTION, FLAT, SHARES, Guard, kind_of, spoken_for
@@ -149,6 +151,27 @@ def test_a_guard_is_told_how_many_tokens_the_first_layer_chose_among(model, mass
     answers = engine.answer([*rows_about(shared, 40, 41), *apart])
     assert [answer.group_rows for answer in answers] == [2, 2, None, None]
     assert told == expected
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        GemFilter(layer=0, keep=0.9, sparse_attention=0.3),
+        Frugal(layer=0, keep=0.9, sparse_attention=0.3),
+        GemFilter(layer=1, keep=0.9, sparse_attention=(None, None, 0.3, None)),
+    ],
+)
+def test_blocks_that_the_second_pass_alone_chooses_are_told(model, method):
+    told = {}
+    engine = LocalEngine(
+        model,
+        method,
+        rules=StopRules(max_new_tokens=2),
+        sampling=Sampling(),
+        guard=Noted(tasks=frozenset(), longest=None, most={}, told=told),
+    )
+    engine.answer([document(200, row=0), document(600, seed=1, row=1)])
+    assert told == {0: 0, 1: 600}
 
 
 @pytest.fixture

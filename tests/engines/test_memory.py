@@ -11,14 +11,8 @@ from conftest import document, loaded
 
 from pipeline.checkpoints.device_memory import is_out_of_memory
 from pipeline.engines import memory
-from pipeline.engines.memory import (
-    Packer,
-    activation_bytes,
-    default_pack_tokens,
-    lean_bytes,
-    piece_bytes,
-    running_bytes,
-)
+from pipeline.engines.memory import Packer, default_pack_tokens
+from pipeline.model.activations import activation_bytes, lean_bytes, piece_bytes, running_bytes
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
 from pipeline.pruning.marsinfer import MarsInfer

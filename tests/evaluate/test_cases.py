@@ -6,11 +6,12 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline.engines.answering import rules_of
-from pipeline.errors import GateInconclusive
+from pipeline.errors import GateInconclusive, StorageError
 from pipeline.evaluate.cases import make_cases, split
 from pipeline.evaluate.check_rows import CheckRow, CheckRows, read_rows
 from pipeline.evaluate.row_results import RowResult
@@ -89,6 +90,21 @@ def test_needles_hide_in_documents_of_their_own_side(calibrate, model, source, l
     searched, held_out = fleets(sides.search), fleets(sides.held_out)
     assert min(len(searched), len(held_out)) > 1
     assert searched.isdisjoint(held_out)
+
+
+def test_nothing_is_measured_where_a_file_is_lost(calibrate, model, source, monkeypatch):
+    lost, real = source.with_name("lost.jsonl"), Path.open
+    lost.write_bytes(source.read_bytes())
+
+    def fail(self, *mode):
+        if self == lost:
+            raise PermissionError(13, "Permission denied")
+        return real(self, *mode)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(StorageError) as caught:
+        rows_of(calibrate(input=(str(source), str(lost)), question="q"), model)
+    assert str(caught.value) == f"{lost} cannot be read: Permission denied; nothing was measured"
 
 
 def test_needles_of_a_check_hide_in_all_documents(model, source, model_folder):

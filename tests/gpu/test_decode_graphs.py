@@ -391,25 +391,26 @@ def test_a_drafts_look_ahead_is_replayed_and_waits_for_nothing(attention, reques
     draft, method = OneDraft(cuda_decoder(), backend), ScoresOnly(look_ahead=8, window=16)
 
     @torch.inference_mode()
-    def scores(steps, *lengths):
-        read_ahead(steps, method, Pack.of([document(n, seed=n) for n in lengths], CUDA))
+    def scores(steps, pack):
+        read_ahead(steps, method, pack)
         return method.__dict__.pop("scores_ST")
 
-    packs = ((400,), (490, 33), (210, 77, 300), (120,), (61, 300))
+    lengths = ((400,), (490, 33), (210, 77, 300), (120,), (61, 300))
+    packs = [Pack.of([document(n, seed=n) for n in each], CUDA) for each in lengths]
     replaying = DraftSteps(draft, slots=4 * 2000, look_ahead=8)
-    replayed = [scores(replaying, *lengths) for lengths in packs]
+    replayed = [scores(replaying, pack) for pack in packs]
     stats = replaying.stats
     assert (stats.captures, stats.failure) == (3, None)
     assert stats.replayed_steps == len(packs) * 8 - stats.captures * WARM_UP_STEPS
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        replayed.append(scores(replaying, *packs[1]))
+        replayed.append(scores(replaying, packs[1]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     replaying.close()
     monkeypatch.setattr(graphs_module, "recorder_for", lambda device, *_: FromPython(device))
     from_python = DraftSteps(draft, slots=4 * 2000, look_ahead=8)
-    for got_ST, lengths in zip(replayed, (*packs, packs[1]), strict=True):
-        assert torch.allclose(got_ST, scores(from_python, *lengths), rtol=0.02, atol=1e-5)
+    for got_ST, pack in zip(replayed, (*packs, packs[1]), strict=True):
+        assert torch.allclose(got_ST, scores(from_python, pack), rtol=0.02, atol=1e-5)
         assert got_ST.sum(1).amin() > 0.5  # not vacuous

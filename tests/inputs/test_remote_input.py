@@ -24,7 +24,7 @@ from pipeline.inputs.source import open_source
 from pipeline.outputs.own_columns import INDEXED
 from pipeline.outputs.writing import check_output
 from pipeline.records import Document
-from pipeline.storage import remote
+from pipeline.storage import remote, remote_files
 from pipeline.storage.causes import NetworkError
 
 pytestmark = pytest.mark.slow
@@ -71,8 +71,8 @@ def folder(tmp_path, bucket):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(remote, "BLOCKS", 3)
+    monkeypatch.setattr(remote_files, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(remote_files, "BLOCKS", 3)
 
 
 def rows(*inputs):

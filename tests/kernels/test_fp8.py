@@ -68,6 +68,24 @@ def test_linear_is_near_the_exact_product(scale):
     assert 0.001 < error < 0.04  # an error of nothing would mean that nothing was quantised
 
 
+@pytest.mark.parametrize("first", [1, 4, 7])
+def test_rows_of_a_larger_tensor_are_as_good_as_a_copy(monkeypatch, first):
+    """Also where their scales begin somewhere that cuBLAS does not take."""
+    given, real = [], torch._scaled_mm
+
+    def recorded(*arguments, **named):
+        given.append(named["scale_a"].data_ptr() % 16)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(torch, "_scaled_mm", recorded)
+    weight = Fp8Weight.of(random(48, 64))
+    x_TD, scale_T1 = quantize_rows(random(40, 64, seed=1))
+    part = slice(first, first + 21)
+    found = fp8_linear(x_TD[part], scale_T1[part], weight)
+    assert torch.equal(found, fp8_linear(x_TD[part].clone(), scale_T1[part].clone(), weight))
+    assert given == [0, 0]
+
+
 def test_no_tokens_are_fine():
     x, scale = torch.zeros(0, 64, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(0, 1, device=DEVICE)
     assert fp8_linear(x, scale, Fp8Weight.of(random(48, 64))).shape == (0, 48)

@@ -17,6 +17,8 @@ from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
 from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.fused import FP8
+from pipeline.kernels.sdpa import sdpa_last
+from pipeline.model import activations
 from pipeline.model.prefill import prefill
 from pipeline.pruning.dense import Dense
 from pipeline.pruning.mars import Mars
@@ -83,6 +85,13 @@ def test_pieces_are_few_and_of_like_size(tokens, sizes):
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(tokens))
 
 
+@pytest.mark.parametrize(("tokens", "sizes"), [(300, [192, 108]), (17_557, [8832, 8725]), (16_384, [16_384])])
+def test_large_pieces_begin_at_whole_rows_together(tokens, sizes):
+    decoder = tiny_model("llama")
+    decoder.piece_tokens = 256 if tokens == 300 else 16_384
+    assert [piece.stop - piece.start for piece in decoder.pieces(tokens)] == sizes
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("linears", ["fp8", "mixed"])
 def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
@@ -102,7 +111,7 @@ def test_pieces_in_fp8(sdpa, monkeypatch, family, linears):
 def test_planned_bytes_bound_what_a_prefill_takes(sdpa, monkeypatch, name, piece):
     """Of a model whose feed-forward network is wide, as real ones' are."""
     monkeypatch.setitem(SIZES, "intermediate_size", 512)
-    monkeypatch.setattr(memory, "PIECE_TOKENS", piece)
+    pieces_of(piece, monkeypatch)
     decoder, method = tiny_model("qwen3"), small(name)
     decoder.piece_tokens = piece
     alone = {"in_flight": 1} if name == "ffn-skip" else {}
@@ -114,6 +123,12 @@ def test_planned_bytes_bound_what_a_prefill_takes(sdpa, monkeypatch, name, piece
     peak = peak_bytes(lambda: prefill(decoder, sdpa, method, given, new_tokens=2))
     planned = packer.planned_bytes(lengths)
     assert planned / 4 < peak <= planned
+
+
+def pieces_of(tokens, monkeypatch):
+    """Plan pieces of so many tokens."""
+    for module in (memory, activations):
+        monkeypatch.setattr(module, "PIECE_TOKENS", tokens)
 
 
 def peak_bytes(run):
@@ -149,17 +164,24 @@ def test_queries_of_a_piece_see_what_all_see(monkeypatch, method):
 @pytest.mark.parametrize("method", [Dense(), Mars()])
 def test_the_memory_of_a_long_document_is_planned_closely(sdpa, monkeypatch, method):
     """Beside its keys and values little more than the residual stream is there of all tokens."""
-    monkeypatch.setattr(memory, "PIECE_TOKENS", 64)
+    pieces_of(64, monkeypatch)
     monkeypatch.setitem(SIZES, "hidden_size", 128)
     decoder = tiny_model("qwen2")
     decoder.piece_tokens = 64
     packer = Packer.on(decoder.device, method, decoder.shape, itemsize=4, new_tokens=2, pack_tokens=None)
     peak = peak_bytes(lambda: prefill(decoder, sdpa, method, pack_of(document(6000)), new_tokens=2))
     planned = packer.planned_bytes([6000])
-    # what a CPU's attention of a piece has beside it: a mask of its pairs, and the same in float32
-    assert planned / 1.5 < peak <= planned + 5 * decoder.query_tokens * 6000
-    shape = decoder.shape
-    assert planned - packer.kv_bytes([6000]) < 6000 * 4 * (shape.hidden + shape.heads * shape.head_dim + 400)
+    assert planned / 1.5 < peak <= planned
+    shape, beside = decoder.shape, packer.kv_bytes([6000]) + packer.mask_bytes(decoder.query_tokens, 6000)
+    assert planned - beside < 6000 * 4 * (shape.hidden + shape.heads * shape.head_dim + 400)
+
+
+@pytest.mark.parametrize(("queries", "window"), [(2000, None), (6000, 3000)])
+def test_the_mask_that_queries_need_on_a_cpu_is_planned(queries, window):
+    q_QHd, k_TKd, v_TKd = (torch.ones(count, heads, 16) for count, heads in ((queries, 4), *[(6000, 2)] * 2))
+    peak = peak_bytes(lambda: sdpa_last(q_QHd, k_TKd, v_TKd, window)) - q_QHd.nbytes
+    planned = activations.mask_bytes(queries, window or 6000, 4)
+    assert planned / 1.3 < peak < 1.1 * planned < 30e6
 
 
 @pytest.mark.parametrize("method", [Mars(), small("frugal")], ids=lambda method: method.name)

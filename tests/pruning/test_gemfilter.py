@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import document, loaded, pack_of, tiny_model
 from naive import Choice, Watched, assert_same, best, generated, naive_decode, naive_prefill, pooled
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.engines.local import LocalEngine
 from pipeline.errors import ConfigError
@@ -15,6 +16,7 @@ from pipeline.generation.generated import StopRules
 from pipeline.generation.sampling import Sampling
 from pipeline.model.prefill import prefill
 from pipeline.pruning.gemfilter import GemFilter
+from pipeline.pruning.operations import attended_flops, passes_flops
 
 SETTINGS = [
     {"layer": 1, "keep": 20.0, "pool": 5},
@@ -104,6 +106,25 @@ def test_prompts_that_fit_run_once_beside_others_too():
         told.append([(row.kept_tokens, row.ffn_ratio, row.flops_ratio) for row in engine.answer(rows)])
     assert told[0] == told[1]
     assert [kept for kept, *_ in told[0]] == [[170] * 4, [20] * 4, [91] * 4, [9] * 4]
+
+
+def test_operations_are_those_of_the_matrix_products_that_ran(sdpa):
+    """Of the layer that chooses, queries, keys and values, and no output of attention."""
+
+    def added(into, one, other, **rest):
+        return 2 * one[0] * one[1] * other[1]
+
+    decoder = tiny_model("llama")
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added})
+    with counter, torch.inference_mode():
+        prefilled = prefill(decoder, sdpa, GemFilter(keep=30.0, layer=0), pack_of(document(150)))
+    made = counter.get_flop_counts()["Global"]
+    (passes,) = prefilled.by_document()
+    attended = sum(attended_flops(decoder.shape, work) for layers in passes for work in layers)
+    scored = 2 * 150 * decoder.shape.heads * decoder.shape.head_dim
+    counted = made[torch.ops.aten.mm] + made[torch.ops.aten.addmm_]
+    told = passes_flops(decoder.shape, passes) - attended - scored
+    assert counted == pytest.approx(told, rel=0.002)  # the last token's keys are made twice
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(32, 13), (28, 11), (80, 32), (4, 2), (2, 1), (1, 0)])

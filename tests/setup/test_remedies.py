@@ -27,7 +27,7 @@ def on_gpu(model_folder, monkeypatch):
 def named(model, method="dense", **flags):
     """What there is to give beside a smaller model."""
     config = BatchConfig(input=("in.jsonl",), output="out.jsonl", method=method, **flags)
-    ways = remedies_of(config, make_method(method), model).for_document(model.dtype)
+    ways = remedies_of(config, make_method(method), model).for_document(model.dtype.itemsize)
     assert ways[-1] == "a smaller model"
     return ways[:-1]
 

@@ -19,6 +19,7 @@ from pipeline.records import ResponseFormat
 from pipeline.structured.binding import BoundForms
 from pipeline.structured.grammars import JSON_OBJECT, choices_format, json_schema_format
 from pipeline.structured.matchers import fill_masks, mask_of
+from pipeline.values.json_answers import is_valid, schema_text
 
 VOCAB = 512
 TOKENIZERS = {
@@ -138,6 +139,37 @@ def test_an_object_is_json_of_any_kind():
     for token in forms._tokenizer.encode('{"a": [1, {}]}'):
         matcher.take(token)
     assert (matcher.is_complete, matcher.is_ended, matcher.text) == (True, True, '{"a": [1, {}]}')
+
+
+NAMES = {"type": "object", "properties": {"a": {"type": "integer"}, 'q"': {}}}
+BY_PATTERN = {"patternProperties": {"^a": {"type": "integer"}}, "type": "object"}
+
+
+@pytest.mark.parametrize("name", ["bytes", "SentencePiece"])
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        (NAMES, r'{"a":1,"\u0061":"x"}'),
+        (NAMES, r'{"\u0061":"x"}'),
+        ({**NAMES, "additionalProperties": {"type": "string"}}, r'{"a":1,"\u0061":"x"}'),
+        ({"anyOf": [{"type": "null"}, BY_PATTERN]}, r'{"\u0061b":"x"}'),
+    ],
+)
+def test_no_name_is_spelled_so_that_its_schema_is_passed_over(schema, answer, name):
+    assert not is_valid(answer, schema_text(schema))
+    assert not may_write(answer, json_schema_format(schema), name)
+    others = '{"a":1,"é\\n\\\\":"\\"é"}'
+    assert is_valid(others, schema_text(NAMES))
+    assert may_write(others, json_schema_format(NAMES), name)
+
+
+def may_write(answer, form, name):
+    matcher = bound(name).matcher(form)
+    for token in TOKENIZERS[name]().encode(answer, add_special_tokens=False):
+        if not matcher.allows(token):
+            return False
+        matcher.take(token)
+    return matcher.is_complete
 
 
 def test_all_tokens_that_end_answers_end_one_and_none_ends_it_early():

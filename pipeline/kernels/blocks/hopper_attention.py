@@ -33,7 +33,7 @@ if not VERSIONS[0] <= tuple(int(part) for part in triton.__version__.split(".")[
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
 LOG2_E = gl.constexpr(1.4426950408889634)
 # sums of weights from which on a weight, or the sum of values, might be more than their type holds
-LARGEST_SUM = gl.constexpr(2.0**64)
+LARGEST_SUM = gl.constexpr(2.0**96)
 LARGEST_SUM_OF_FLOAT16 = gl.constexpr(2.0**15)
 HEAD_DIMS = (64, 128, 256)
 COPYING = gl.constexpr(24)  # registers of a thread
