@@ -30,9 +30,11 @@ def told(monkeypatch):
     return calls
 
 
-def qkv(tokens, head_dim, heads=4, kv_heads=2, dtype=torch.bfloat16):
+def qkv(tokens, head_dim, heads=4, kv_heads=2):
     generator = torch.Generator().manual_seed(tokens)
-    joined = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to("cuda", dtype)
+    joined = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(
+        "cuda", torch.bfloat16
+    )
     return joined.split((heads, kv_heads, kv_heads), dim=1)
 
 
@@ -59,11 +61,10 @@ def gap(found, wanted):
     return (found.cpu().double() - wanted).abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 128, 300, 2048, 2500])
-def test_it_gives_what_plain_torch_does(told, tokens, head_dim, dtype):
-    q, k, v = qkv(tokens, head_dim, dtype=dtype)
+def test_it_gives_what_plain_torch_does(told, tokens, head_dim):
+    q, k, v = qkv(tokens, head_dim)
     blocks = random_lists(4, tokens)
     found = block_sparse_attention(q, k, v, blocks)
     assert len(told) == 1
@@ -90,12 +91,11 @@ def test_one_head_of_many_rows_and_many_heads_of_one(told):
         assert gap(block_sparse_attention(q, k, v, blocks), expected(q, k, v, blocks)) < 0.02
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scores_far_above_those_of_the_own_block_are_computed_again(told, dtype):
+def test_scores_far_above_those_of_the_own_block_are_computed_again(told):
     """Those of keys in the middle, of which some queries are so fond that a fixed maximum would overflow."""
     tokens = 2048
-    q, k, v = (x.clone() for x in qkv(tokens, 128, dtype=dtype))
-    k[640:768] *= 60
+    q, k, v = (x.clone() for x in qkv(tokens, 128))
+    k[640:768] *= 90
     blocks = random_lists(4, tokens)
     found = block_sparse_attention(q, k, v, blocks)
     assert told[0].any()

@@ -32,9 +32,7 @@ if not VERSIONS[0] <= tuple(int(part) for part in triton.__version__.split(".")[
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
 LOG2_E = gl.constexpr(1.4426950408889634)
-# sums of weights from which on a weight, or the sum of values, might be more than their type holds
-LARGEST_SUM = gl.constexpr(2.0**96)
-LARGEST_SUM_OF_FLOAT16 = gl.constexpr(2.0**15)
+LARGEST_SUM = gl.constexpr(2.0**96)  # of weights, so that those of values up to 2^31 do not overflow
 HEAD_DIMS = (64, 128, 256)
 COPYING = gl.constexpr(24)  # registers of a thread
 ATTENDING = gl.constexpr(240)
@@ -226,9 +224,8 @@ def _attend(  # type: ignore[no-untyped-def]
             mbarrier.arrive(q_free, count=1)
         if SINKS:
             total += gl.exp2(gl.load(sinks + head) * LOG2_E - largest)
-        most: gl.constexpr = LARGEST_SUM_OF_FLOAT16 if dtype == gl.float16 else LARGEST_SUM
         # a sum that is no number is to be told too
-        gl.store(breached + place * 2 + HALF, gl.max(gl.where(total <= most, 0, 1), 0))
+        gl.store(breached + place * 2 + HALF, gl.max(gl.where(total <= LARGEST_SUM, 0, 1), 0))
         result = mixed / gl.convert_layout(total, gl.SliceLayout(1, of_values))[:, None]
         result = gl.convert_layout(result.to(dtype), stored)
         query = row * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
@@ -313,11 +310,14 @@ def tiles_of(head_dim: int) -> tuple[int, int]:
 
 
 def applies(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> bool:
-    """Whether `attend` can: 16 bits, on a Hopper GPU, heads of a size and place that its copies bear."""
+    """Whether `attend` can: in bfloat16, on a Hopper GPU, heads of a size and place that its copies bear.
+
+    float16 holds no weights that are far above 1, which a maximum that stays as it is makes.
+    """
     head_dim = q_QHd.shape[2]
     return (
         head_dim in HEAD_DIMS
-        and q_QHd.dtype.itemsize == 2
+        and q_QHd.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(q_QHd.device)[0] == 9
         and all(
             x.stride(1) == head_dim and x.stride(0) * 2 % 16 == 0 and x.data_ptr() % 16 == 0
@@ -364,12 +364,8 @@ def attend(
 
 def _described(x_TNd: Tensor, rows: int) -> Any:
     tokens, heads, head_dim = x_TNd.shape
-    layout = NVMMASharedLayout.get_default_for([rows, head_dim], _dtype(x_TNd))
+    layout = NVMMASharedLayout.get_default_for([rows, head_dim], gl.bfloat16)
     return TensorDescriptor(x_TNd, [tokens, heads * head_dim], [x_TNd.stride(0), 1], [rows, head_dim], layout)
-
-
-def _dtype(x: Tensor) -> Any:
-    return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
 
 
 def _multiprocessors(device: torch.device) -> int:
