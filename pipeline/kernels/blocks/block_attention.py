@@ -38,16 +38,24 @@ def block_sparse_attention(
     queries, heads, head_dim = q_QHd.shape
     rows = max(0, blocks.counts.shape[1] - left_out)
     out_QHd = torch.empty(queries, heads, head_dim, dtype=q_QHd.dtype, device=q_QHd.device)
-    kernels, hopper = _kernels(q_QHd), kernels_for(q_QHd, "blocks.hopper_attention")
+    kernels, hopper = _kernels(q_QHd), hopper_for(q_QHd, k_TKd, v_TKd, block)
     if kernels is None:
         done = _plain(q_QHd[: rows * block], k_TKd, v_TKd, blocks, sinks_H, block)
         out_QHd[: len(done)] = done
-    elif rows and hopper is not None and block == sparse.BLOCK and hopper.applies(q_QHd, k_TKd, v_TKd):
+    elif rows and hopper is not None:
         breached_HM2 = hopper.attend(q_QHd, k_TKd, v_TKd, out_QHd, blocks, rows, sinks_H, block)
         _by_triton(kernels, q_QHd, k_TKd, v_TKd, out_QHd, blocks, rows, sinks_H, block, breached_HM2)
     elif rows:
         _by_triton(kernels, q_QHd, k_TKd, v_TKd, out_QHd, blocks, rows, sinks_H, block)
     return out_QHd
+
+
+def hopper_for(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, block: int) -> Any | None:
+    """The module of the kernel for Hopper where it serves these tensors and blocks, else None."""
+    hopper = kernels_for(q_QHd, "blocks.hopper_attention")
+    if hopper is None or block != sparse.BLOCK or not hopper.applies(q_QHd, k_TKd, v_TKd):
+        return None
+    return hopper
 
 
 def _by_triton(
