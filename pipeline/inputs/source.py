@@ -115,9 +115,11 @@ class Source:
             self._current = number
             try:
                 for record in reader.read(self._plan, base):
+                    reader.file.check()  # what was read before is then of one version
                     self._records[number] += 1
                     self.has_faults |= isinstance(record, RowError) and record.is_fault
                     yield record
+                reader.file.check()
             except OSError as error:
                 if not is_out_of_reach(error):
                     raise
