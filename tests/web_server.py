@@ -37,9 +37,16 @@ def served(files, told=lambda content: {}):
             if not head:
                 self.wfile.write(content[int(first) : end + 1])
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as url:
+        yield url, broken
+
+
+@contextmanager
+def serving(handler):
+    """A web server of requests that `handler` answers."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", broken
+    yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     thread.join()

@@ -12,7 +12,7 @@ from pipeline.generation.decode import decode
 from pipeline.generation.generated import StopRules
 from pipeline.generation.graphs import DecodeStats, recorder_for
 from pipeline.kernels.blocks.block_attention import block_sparse_attention, hopper_for
-from pipeline.kernels.devices import pick_dtype
+from pipeline.kernels.devices import is_hopper, pick_dtype
 from pipeline.kernels.modules import kernels_for
 from pipeline.kernels.sparse import BLOCK, BlockLists, choose_blocks
 from pipeline.model.loading import attention_for
@@ -97,7 +97,7 @@ def sparse_attention() -> Finding:
     expected = block_sparse_attention(q_host, k_host, v_host, on_host)
     off = distance(block_sparse_attention(q, k, v, blocks).cpu(), expected)
     more = ""
-    if target.type == "cuda" and torch.cuda.get_device_capability(target)[0] == 9:
+    if is_hopper(target):
         more = "; by the kernel for Hopper"
         if hopper_for(q, k, v, BLOCK) is None:
             more = "; by the slower kernel: that for Hopper needs Triton 3.6 to 3.9"

@@ -132,17 +132,17 @@ class DraftSteps:
             return self._opened
         try:
             store = WatchedStore(self._slots, self.decoder, MOST_PROMPTS)
+            batch = DecodeBatch(
+                self.decoder,
+                self.attention,
+                store,
+                capacity=MOST_PROMPTS,
+                longest=self._slots // self.decoder.own.layers,
+                new_tokens=1 + self._look_ahead,
+            )
         except torch.OutOfMemoryError:
             self._slots = 0
             return None
-        batch = DecodeBatch(
-            self.decoder,
-            self.attention,
-            store,
-            capacity=MOST_PROMPTS,
-            longest=self._slots // self.decoder.own.layers,
-            new_tokens=1 + self._look_ahead,
-        )
         runner = runner_for(self.decoder, self.attention, batch.step, self.stats, captured=True)
         self._opened = _Opened(store, batch, runner)
         return self._opened

@@ -30,6 +30,13 @@ def use_device(device: torch.device) -> torch.device:
     return device
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's Hopper; AMD's have versions of their own, of which some are 9 too."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Of `DTYPES`, the settings'."""
     if dtype == "auto":

@@ -2,8 +2,9 @@
 
 Which ones is judged by the keys' means: each query meets the mean of each block's keys, as in FlashPrefill
 (arXiv 2603.06199). `STRIDE` queries beside each other, whose attention is averaged, choose together, and a
-block of queries has what any of them choose: what a few of them look for is not outvoted. Letters beside
-those of segments.py: M blocks of queries, N blocks of keys, R strides of queries.
+block of queries has what any of them choose: what a few of them look for is not outvoted. The attention to
+what is chosen here is in `blocks/`. Letters beside those of segments.py: M blocks of queries, N blocks of
+keys, R strides of queries.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ class Piece:
     def take_(self, step: Step, stream_TD: Tensor, *inputs_T: Tensor) -> None:
         """Take a step on its tokens of the residual stream, each in its precision.
 
-        The inputs are the piece's alone. Where the step is the same for all tokens, sums over ranks may be on
-        their way afterwards.
+        The inputs are the piece's alone. Where no tokens are kept apart, sums over ranks may be on their way
+        afterwards.
         """
         rows_TD = stream_TD[self.rows]
         if self.kept is None:

@@ -6,9 +6,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import linecache
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,7 @@ def method_class(name: str) -> type[PruningMethod]:
         raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, PruningMethod)):
         raise ConfigError(f"method {name!r} is not a PruningMethod")
+    _digest(_own_classes(found))  # of what has just been loaded
     return found
 
 
@@ -97,22 +100,35 @@ def told(method: PruningMethod) -> dict[str, Any]:
     """What decides the answers of a method, as plain values: name, settings, and the code of one's own.
 
     Of a class outside of the program, whose name says nothing of what it does today, that is a digest of the
-    files in which it and the classes above it are written, in hex; None where their text cannot be had.
+    files in which it and the classes above it are written, in hex, as they were when `make_method` loaded it,
+    or at the first look; None where their text cannot be had.
     """
     plain = {"name": method.name, "settings": asdict(method)}
-    known = {__name__.partition(".")[0], *sys.stdlib_module_names}
-    classes = [each for each in type(method).__mro__ if each.__module__.partition(".")[0] not in known]
+    classes = _own_classes(type(method))
     return {**plain, "code_sha256": _digest(classes)} if classes else plain
 
 
+def _own_classes(method: type) -> list[type]:
+    """Of a method's class and those above it the ones that neither this program nor Python brings."""
+    known = {__name__.partition(".")[0], *sys.stdlib_module_names}
+    return [each for each in method.__mro__ if each.__module__.partition(".")[0] not in known]
+
+
 def _digest(classes: Iterable[type]) -> str | None:
-    digest = hashlib.sha256()
-    for each in classes:
-        try:
-            digest.update("".join(inspect.findsource(each)[0]).encode(errors="surrogatepass"))
-        except (OSError, TypeError):
-            return None
-    return digest.hexdigest()
+    texts = [_text_digest(each) for each in classes]
+    known = [text for text in texts if text is not None]
+    return hashlib.sha256(b"".join(known)).hexdigest() if len(known) == len(texts) else None
+
+
+@cache  # a file may be edited, or another of its name be loaded, while the class is in use
+def _text_digest(of: type) -> bytes | None:
+    try:
+        file = inspect.getsourcefile(of) or ""
+    except (OSError, TypeError):
+        return None
+    linecache.checkcache(file)
+    lines = linecache.getlines(file)
+    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).digest() if lines else None
 
 
 def _load_file(path: str) -> Any:

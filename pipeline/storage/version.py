@@ -50,12 +50,14 @@ def web_settings() -> dict[str, Any]:
     """Settings of fsspec for web servers: proxies of the environment, and a look at each response.
 
     A request that is given a `Version` as its `trace_request_ctx` fails if the response is of another one.
+    All ask for the file as it is: of a copy that is compressed on the way servers tell an ETag of its own.
     """
     from aiohttp import TraceConfig
 
     trace = TraceConfig()
     trace.on_request_end.append(_check_response)
-    return {"client_kwargs": {"trust_env": True, "trace_configs": [trace]}}
+    headers = {"Accept-Encoding": "identity"}
+    return {"client_kwargs": {"trust_env": True, "headers": headers, "trace_configs": [trace]}}
 
 
 async def _check_response(session: Any, context: Any, request: Any) -> None:

@@ -112,11 +112,12 @@ def test_what_is_too_large_runs_from_python(draft, steps, lengths):
     assert steps.stats.eager_steps == 0
 
 
-def test_without_memory_steps_run_from_python(draft, steps, monkeypatch):
-    def none(*_):
+@pytest.mark.parametrize("kind", [WatchedStore, draft_steps.DecodeBatch])
+def test_without_memory_steps_run_from_python(draft, steps, kind, monkeypatch):
+    def none(*_, **__):
         raise torch.OutOfMemoryError("none is left")
 
-    monkeypatch.setattr(WatchedStore, "__init__", none)
+    monkeypatch.setattr(kind, "__init__", none)
     own = pack(150)
     assert torch.equal(scores(steps, own), scores(draft, own))
     assert steps.stats.eager_steps == 0

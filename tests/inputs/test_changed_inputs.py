@@ -1,6 +1,8 @@
 """Files that are changed while they are read, at equal size: rows of one version come, and it is told."""
 
+import gzip
 import hashlib
+import http.server
 import json
 import os
 from io import BytesIO
@@ -10,7 +12,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from object_storage import put
-from web_server import served
+from web_server import served, serving
 
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
@@ -99,6 +101,31 @@ def test_in_storage_of_any_other_kind(small_blocks):
     fs, url = fsspec.filesystem("memory"), "memory://changed/a.jsonl"
     fs.pipe_file(url, content("a.jsonl", "old"))
     check_change(url, "a.jsonl", lambda data: fs.pipe_file(url, data))
+
+
+class Compressing(http.server.BaseHTTPRequestHandler):
+    """Sends no parts and no heads alone, and of a compressed copy an ETag of its own, as Apache does."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        packs = "gzip" in self.headers.get("Accept-Encoding", "")
+        data = content("a.jsonl", "old")
+        data = gzip.compress(data) if packs else data
+        self.send_response(200)
+        for header in {"ETag": '"1-gzip"' if packs else '"1"', "Content-Length": str(len(data))}.items():
+            self.send_header(*header)
+        if packs:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_a_copy_that_a_web_server_compresses_is_no_change(small_blocks):
+    with serving(Compressing) as url:
+        source = open_source([f"{url}/a.jsonl"], Columns())
+        assert (len(list(source)), source.out_of_reach) == (300, [])
 
 
 def test_what_storage_does_not_tell_is_no_change():

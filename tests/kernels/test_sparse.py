@@ -10,6 +10,7 @@ from pipeline.kernels import reference, sparse
 from pipeline.kernels.attention import SdpaAttention, choose_attention
 from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
+from pipeline.kernels.devices import is_hopper
 from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import BLOCK, choose_blocks
 from pipeline.kernels.sparse_prefill import SparsePrefill
@@ -359,3 +360,14 @@ def test_the_kernel_goes_down_the_same_halves(kernels, chunk, queries, head_dim)
         expected = sparse.best_products(q, k, starts, stops.to(DEVICE), chunk)
     assert torch.isinf(expected).any()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "rocm", "is_one"),
+    [("cuda", 9, None, True), ("cuda", 10, None, False), ("cuda", 9, "6.4", False), ("cpu", 9, None, False)],
+)
+def test_the_kernel_for_hopper_is_for_no_gpu_of_amd(device, capability, rocm, is_one, monkeypatch):
+    """Whose own versions are 9 too, such as 9.4 of the MI300."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 4))
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    assert is_hopper(torch.device(device)) is is_one

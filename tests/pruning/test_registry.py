@@ -119,3 +119,18 @@ def test_the_code_of_a_method_of_ones_own_decides_its_answers(tmp_path):
     assert found[0] == found[2] != found[1]
     assert found[0] == {**told(make_method("marsinfer")), "code_sha256": found[0]["code_sha256"]}
     assert len(found[0]["code_sha256"]) == 64
+
+
+def test_the_code_is_that_which_was_loaded(tmp_path):
+    """Though its file is edited meanwhile, even to what is no Python, or another of its name is loaded."""
+    made = []
+    for folder, sign in (("one", ""), ("other", "-")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(OWN.format(sign))
+        made.append(make_method(f"{tmp_path / folder / 'own.py'}:Own"))
+    (tmp_path / "other" / "own.py").write_text("def (")
+    codes = [told(each)["code_sha256"] for each in made]
+    for sign, code in zip(("", "-"), codes, strict=True):
+        (tmp_path / "own.py").write_text(OWN.format(sign))
+        assert told(make_method(f"{tmp_path / 'own.py'}:Own"))["code_sha256"] == code
+    assert codes[0] != codes[1]

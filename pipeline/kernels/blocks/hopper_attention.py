@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pipeline.kernels.devices import is_hopper
 from pipeline.kernels.sparse import BlockLists, score_scale
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the latter excluded: Gluon is experimental, and changes
@@ -318,7 +319,7 @@ def applies(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> bool:
     return (
         head_dim in HEAD_DIMS
         and q_QHd.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(q_QHd.device)[0] == 9
+        and is_hopper(q_QHd.device)
         and all(
             x.stride(1) == head_dim and x.stride(0) * 2 % 16 == 0 and x.data_ptr() % 16 == 0
             for x in (q_QHd, k_TKd, v_TKd)
