@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
+from torch import Tensor
 
 from pipeline.errors import ConfigError
 
@@ -35,6 +36,12 @@ def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def copied_by_tiles(x_TNd: Tensor) -> bool:
+    """Whether Hopper's copy engine can load tiles of it: heads end to end, tokens at places of 16 bytes."""
+    joined = x_TNd.stride(1) == x_TNd.shape[2]
+    return joined and x_TNd.stride(0) * x_TNd.itemsize % 16 == 0 and x_TNd.data_ptr() % 16 == 0
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

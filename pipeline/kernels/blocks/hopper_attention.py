@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pipeline.kernels.devices import is_hopper
+from pipeline.kernels.devices import copied_by_tiles, is_hopper
 from pipeline.kernels.sparse import BlockLists, score_scale
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the latter excluded: Gluon is experimental, and changes
@@ -41,7 +41,7 @@ ATTENDING = gl.constexpr(240)
 
 @gluon.jit
 def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
-    """See `triton_attention._place`."""
+    """See `triton_attention._place`, which Gluon cannot take: it compiles functions of its own alone."""
     group = heads // kv_heads
     within = work % (rows * group)
     row = rows - 1 - within // group
@@ -315,15 +315,11 @@ def applies(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> bool:
 
     float16 holds no weights that are far above 1, which a maximum that stays as it is makes.
     """
-    head_dim = q_QHd.shape[2]
     return (
-        head_dim in HEAD_DIMS
+        q_QHd.shape[2] in HEAD_DIMS
         and q_QHd.dtype == torch.bfloat16
         and is_hopper(q_QHd.device)
-        and all(
-            x.stride(1) == head_dim and x.stride(0) * 2 % 16 == 0 and x.data_ptr() % 16 == 0
-            for x in (q_QHd, k_TKd, v_TKd)
-        )
+        and all(map(copied_by_tiles, (q_QHd, k_TKd, v_TKd)))
     )
 
 

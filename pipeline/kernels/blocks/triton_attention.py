@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.devices import copied_by_tiles
 from pipeline.kernels.modules import power_of_two
 from pipeline.kernels.triton_parts import larger, plus
 
@@ -63,48 +64,21 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     of a block. If `DESCRIBED`, `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM). With
     `breached`, see `hopper_attention.attend`, a program attends with such of every n-th block as it tells of.
     """
+    of_queries, of_keys = (q, q_token_stride, q_head_stride), (k, k_token_stride, k_head_stride)
+    of_values, of_out = (v, v_token_stride, v_head_stride), (out, out_token_stride, out_head_stride)
+    lists, sizes = (indices, counts, capacity, before, all_rows), (tokens, asked, rows, heads, kv_heads)
+    # fmt: off
     if breached is None:
-        _attend_block(
-            tl.program_id(0),
-            (q, q_token_stride, q_head_stride),
-            (k, k_token_stride, k_head_stride),
-            (v, v_token_stride, v_head_stride),
-            (out, out_token_stride, out_head_stride),
-            (indices, counts, capacity, before, all_rows),
-            (tokens, asked, rows, heads, kv_heads),
-            sinks,
-            scale,
-            LISTED,
-            HEAD_DIM,
-            WIDTH,
-            BLOCK,
-            TILE,
-            DESCRIBED,
-            PRECISION,
-        )
+        _attend_block(tl.program_id(0), of_queries, of_keys, of_values, of_out, lists, sizes, sinks, scale,
+                      LISTED, HEAD_DIM, WIDTH, BLOCK, TILE, DESCRIBED, PRECISION)
     else:
         for program in tl.range(tl.program_id(0), rows * heads, tl.num_programs(0), num_stages=1):
             row, head, _ = _place(program, rows, heads, kv_heads)
             halves = breached + 2 * (head.to(tl.int64) * all_rows + row)
             if tl.load(halves) + tl.load(halves + 1) > 0:
-                _attend_block(
-                    program,
-                    (q, q_token_stride, q_head_stride),
-                    (k, k_token_stride, k_head_stride),
-                    (v, v_token_stride, v_head_stride),
-                    (out, out_token_stride, out_head_stride),
-                    (indices, counts, capacity, before, all_rows),
-                    (tokens, asked, rows, heads, kv_heads),
-                    sinks,
-                    scale,
-                    LISTED,
-                    HEAD_DIM,
-                    WIDTH,
-                    BLOCK,
-                    TILE,
-                    DESCRIBED,
-                    PRECISION,
-                )
+                _attend_block(program, of_queries, of_keys, of_values, of_out, lists, sizes, sinks, scale,
+                              LISTED, HEAD_DIM, WIDTH, BLOCK, TILE, DESCRIBED, PRECISION)
+    # fmt: on
 
 
 @triton.jit
@@ -255,7 +229,7 @@ def described(
     described = []
     for x, rows in ((q_THd, block), (k_TKd, tile), (v_TKd, tile)):
         tokens, heads, _ = x.shape
-        if x.stride(1) != head_dim or x.stride(0) * x.itemsize % 16 or x.data_ptr() % 16:
+        if not copied_by_tiles(x):
             return None
         described.append(TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim]))
     return described[0], described[1], described[2]
