@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.kernels import fused, step
+from pipeline.kernels.blocks.rounded_keys import RoundedKeys
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -106,3 +107,12 @@ def norm64(x, weight):
 def silu64(gate_up):
     gate, up = gate_up.double().chunk(2, dim=-1)
     return gate / (1 + (-gate).exp()) * up
+
+
+def as_rounded(q, k):
+    """Queries and keys whose products are those that a kernel computes with rounded ones."""
+    rounded = RoundedKeys.of(q, k)
+    group = q.shape[1] // k.shape[1]
+    wide = q.float() * rounded.factors_Kd.repeat_interleave(group, dim=0)
+    unit = wide.abs().amax(-1, keepdim=True) / 127
+    return (wide / unit).round() * unit, rounded.keys_TKd.float()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import as_rounded
 
 from pipeline.kernels import modules, sparse
 from pipeline.kernels.blocks import block_attention
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.sparse import BLOCK, BlockLists, choose_blocks
 
+hopper_attention = pytest.importorskip("pipeline.kernels.blocks.hopper_attention", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -30,6 +32,13 @@ def told(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=[False, True], ids=["16 bits", "int8"])
+def rounded(request, monkeypatch):
+    """Whether keys are rounded, however few."""
+    monkeypatch.setattr(hopper_attention, "ROUNDED_FROM", 1 if request.param else 1 << 40)
+    return request.param
+
+
 def qkv(tokens, head_dim, heads=4, kv_heads=2):
     generator = torch.Generator().manual_seed(tokens)
     joined = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(
@@ -47,7 +56,13 @@ def random_lists(heads, tokens, share=0.5):
 
 
 def expected(q, k, v, blocks, sinks=None):
-    """(Q, H, d) float64 on the CPU."""
+    """(Q, H, d) float64 on the CPU, of the rounded queries and keys where the kernel rounds them."""
+    if hopper_attention.rounds(k, blocks, sinks):
+        q, k = as_rounded(q, k)
+    return in_16_bits(q, k, v, blocks, sinks)
+
+
+def in_16_bits(q, k, v, blocks, sinks=None):
     if blocks.indices is None:
         rows = slice(blocks.before, blocks.before + blocks.counts.shape[1])
         near = sparse._near(rows, -(-len(k) // BLOCK), torch.device("cpu"))
@@ -63,7 +78,7 @@ def gap(found, wanted):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 128, 300, 2048, 2500])
-def test_it_gives_what_plain_torch_does(told, tokens, head_dim):
+def test_it_gives_what_plain_torch_does(told, rounded, tokens, head_dim):
     q, k, v = qkv(tokens, head_dim)
     blocks = random_lists(4, tokens)
     found = block_sparse_attention(q, k, v, blocks)
@@ -73,7 +88,7 @@ def test_it_gives_what_plain_torch_does(told, tokens, head_dim):
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.5])
-def test_sinks_pieces_and_rows_left_out(told, mass):
+def test_sinks_pieces_and_rows_left_out(told, rounded, mass):
     tokens, first, end = 3000, 8 * BLOCK, 20 * BLOCK
     q, k, v = qkv(tokens, 128)
     sinks = torch.tensor([0.5, -1.0, 3.0, 200.0], device="cuda")
@@ -84,7 +99,7 @@ def test_sinks_pieces_and_rows_left_out(told, mass):
     assert gap(found[:done], expected(q[first:end], k, v, blocks, sinks)[:done]) < 0.02
 
 
-def test_one_head_of_many_rows_and_many_heads_of_one(told):
+def test_one_head_of_many_rows_and_many_heads_of_one(told, rounded):
     for tokens, heads in ((140 * BLOCK, 1), (BLOCK, 300)):
         q, k, v = qkv(tokens, 128, heads=heads, kv_heads=1)
         blocks = random_lists(heads, tokens, 0.05)
@@ -104,10 +119,66 @@ def test_scores_far_above_those_of_the_own_block_are_computed_again(told):
     assert gap(found, expected(q, k, v, blocks)) < 0.1
 
 
-def test_numbers_that_are_none_stay_none(told):
+def test_numbers_that_are_none_stay_none(told, rounded):
     q, k, v = (x.clone() for x in qkv(700, 128))
     q[300, 1] = float("nan")
     found = block_sparse_attention(q, k, v, random_lists(4, 700))
     bad = torch.isnan(found).any(-1)
     assert bad[300, 1]
     assert bad.sum() == 1
+
+
+def uneven(heads, tokens):
+    """Lists of very different lengths: heads and rows that attend to nearly all, and to hardly any."""
+    rows = -(-tokens // BLOCK)
+    generator = torch.Generator().manual_seed(1)
+    share = torch.rand(heads, rows, 1, generator=generator) ** 4
+    kept = torch.rand(heads, rows, rows, generator=generator) < share
+    kept = (kept | torch.eye(rows, dtype=torch.bool)) & torch.ones(rows, rows, dtype=torch.bool).tril()
+    return sparse._lists(kept.cuda())
+
+
+def test_every_work_is_done_once_however_long_it_takes(told, rounded):
+    """Over a thousand works of many lengths, which are taken by whoever is free, again and again."""
+    tokens, heads = 70 * BLOCK + 5, 16
+    q, k, v = qkv(tokens, 128, heads=heads, kv_heads=4)
+    blocks = uneven(heads, tokens)
+    wanted = expected(q, k, v, blocks)
+    for _ in range(20):
+        assert gap(block_sparse_attention(q, k, v, blocks), wanted) < 0.02
+    assert not any(each.any() for each in told)
+
+
+@pytest.mark.parametrize("rounded", [True], indirect=True)
+def test_rounding_loses_little_of_keys_with_wide_channels(told, rounded):
+    q, k, v = (x.clone() for x in qkv(3000, 128))
+    k[..., 5] = k[..., 5] * 40 + 100
+    q[..., 5] /= 10
+    blocks = random_lists(4, 3000)
+    found, wanted = block_sparse_attention(q, k, v, blocks), in_16_bits(q, k, v, blocks)
+    assert not told[0].any()
+    assert (found.cpu() - wanted).abs().mean() < 0.01
+    assert gap(found, expected(q, k, v, blocks)) < 0.02
+
+
+@pytest.mark.parametrize("rounded", [True], indirect=True)
+def test_a_head_that_rounding_would_harm_is_computed_again(told, rounded):
+    """Its largest keys leave the others next to nothing."""
+    q, k, v = (x.clone() for x in qkv(2000, 128))
+    k[900:903, 1] *= 300
+    blocks = random_lists(4, 2000)
+    found = block_sparse_attention(q, k, v, blocks)
+    assert told[0][2:].all()
+    assert not told[0][:2].any()
+    assert gap(found, in_16_bits(q, k, v, blocks)) < 0.1
+
+
+def test_keys_that_are_no_numbers_harm_those_who_see_them(told, rounded):
+    """Of rounded keys their whole head is computed again."""
+    q, k, v = (x.clone() for x in qkv(900, 128))
+    k[500, 1, 3] = float("nan")
+    found = block_sparse_attention(q, k, v, random_lists(4, 900, 1.0))
+    assert bool(told[0][2:].all()) == rounded
+    assert torch.isnan(found[500:, 2:]).all()
+    assert torch.isfinite(found[:500]).all()
+    assert torch.isfinite(found[:, :2]).all()

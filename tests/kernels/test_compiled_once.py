@@ -53,7 +53,7 @@ def _kernels(module):
 
 
 MODULES = ["triton_decoding", "triton_experts", "triton_kernels", "triton_scoring", "triton_sparse"]
-MODULES += ["blocks/hopper_attention", "blocks/triton_attention"]
+MODULES += ["blocks/hopper_kernel", "blocks/triton_attention", "blocks/triton_rounding"]
 KERNELS = {name: kernel for module in MODULES for name, kernel in _kernels(module).items()}
 # arguments that are tensors or their descriptors
 TENSORS = {"q", "k", "v", "x", "qkv", "gate_up", "product", "total", "weight", "bias", "out", "scales"}
@@ -71,7 +71,7 @@ TENSORS |= {
 }
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
 TENSORS |= {"starts", "stops", "k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
-TENSORS |= {"breached"}
+TENSORS |= {"breached", "taken", "factors", "low", "high", "query_reach", "query_power"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

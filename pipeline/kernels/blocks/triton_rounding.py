@@ -1,0 +1,61 @@
+"""The kernel of `rounded_keys.py` in Triton. Importing this module fails without Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pipeline.kernels.triton_parts import larger, plus
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def round_keys_kernel(  # type: ignore[no-untyped-def]
+    k,
+    k_token_stride,
+    k_head_stride,
+    low,
+    high,
+    query_reach,
+    query_power,
+    out,
+    factors,
+    tokens,
+    heads,
+    LEAST: tl.constexpr,
+    MOST_POWER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """See `RoundedKeys`: some tokens of one head.
+
+    `low` and `high` are a channel's least and largest key, `query_reach` the largest magnitude of its queries
+    and `query_power` the mean of their squares, all (heads, HEAD_DIM), as are `factors`; `out` is (tokens,
+    heads, HEAD_DIM).
+    """
+    head, column = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    is_channel, place = column < HEAD_DIM, head * HEAD_DIM + column
+    lowest = tl.load(low + place, mask=is_channel, other=0).to(tl.float32)
+    highest = tl.load(high + place, mask=is_channel, other=0).to(tl.float32)
+    middle = (lowest + highest) / 2
+    reach = _bounded((highest - lowest) / 2, LEAST)
+    ask = _bounded(tl.load(query_reach + place, mask=is_channel, other=0).to(tl.float32), LEAST)
+    whole = tl.reduce(tl.where(is_channel, tl.sqrt(reach * ask), 0), 0, larger) / 127
+    # what is no number stays none, which a maximum would lose
+    factor = tl.sqrt(reach / ask) * whole + (middle - middle)
+    if tl.program_id(0) == 0:
+        power = tl.load(query_power + place, mask=is_channel, other=0)
+        moved = tl.reduce(tl.where(is_channel, factor * factor * power, 0), 0, plus)
+        tl.store(factors + place, tl.where(moved > MOST_POWER, float("nan"), factor), mask=is_channel)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    is_key = (token < tokens) & is_channel[None, :]
+    source = k + token.to(tl.int64) * k_token_stride + head * k_head_stride + column[None, :]
+    keys = tl.load(source, mask=is_key, other=0).to(tl.float32)
+    rounded = tl.floor((keys - middle[None, :]) / factor[None, :] + 0.5).to(tl.int8)
+    tl.store(out + token.to(tl.int64) * heads * HEAD_DIM + place[None, :], rounded, mask=is_key)
+
+
+@triton.jit
+def _bounded(ranges, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """So that no channel is divided by nothing."""
+    return tl.maximum(tl.maximum(ranges, LEAST * tl.reduce(ranges, 0, larger)), 1.0e-30)
