@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.kernels.blocks.rounded_keys import ROUNDED_FROM
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.sdpa import masked_at_once
 from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
@@ -35,7 +36,7 @@ def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
 
 
 def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
-    """Bytes of the blocks that block-sparse attention chooses, and of the estimate that it chooses by.
+    """Bytes of the blocks that block-sparse attention chooses, of the estimate, and of keys in eight bits.
 
     The estimate is in bfloat16, or in float32 of queries that are.
     """
@@ -43,7 +44,8 @@ def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
     rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
     at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
     shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
-    return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1)
+    rounded = longest * shape.kv_heads * shape.head_dim if longest >= ROUNDED_FROM else 0
+    return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1) + rounded
 
 
 def activation_bytes(shape: ModelShape, itemsize: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import as_rounded
 
 from pipeline.kernels import modules, sparse
-from pipeline.kernels.blocks import block_attention
+from pipeline.kernels.blocks import block_attention, rounded_keys
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
 from pipeline.kernels.sparse import BLOCK, BlockLists, choose_blocks
 
@@ -35,7 +35,7 @@ def told(monkeypatch):
 @pytest.fixture(params=[False, True], ids=["16 bits", "int8"])
 def rounded(request, monkeypatch):
     """Whether keys are rounded, however few."""
-    monkeypatch.setattr(hopper_attention, "ROUNDED_FROM", 1 if request.param else 1 << 40)
+    monkeypatch.setattr(rounded_keys, "ROUNDED_FROM", 1 if request.param else 1 << 40)
     return request.param
 
 

@@ -10,13 +10,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pipeline.kernels.blocks import rounded_keys
 from pipeline.kernels.blocks.hopper_kernel import hopper_kernel
-from pipeline.kernels.blocks.rounded_keys import RoundedKeys
 from pipeline.kernels.devices import copied_by_tiles, is_hopper
 from pipeline.kernels.sparse import BlockLists, score_scale
 
 HEAD_DIMS = (64, 128, 256)
-ROUNDED_FROM = 65_536  # tokens, whose keys and values of a head the L2 cache does not hold in 16 bits
 
 
 def tiles_of(head_dim: int, *, rounded: bool) -> tuple[int, int]:
@@ -42,8 +41,8 @@ def rounds(k_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> bool:
 
     Sinks are scores beside the others. And rounded queries of 256 channels leave too few registers.
     """
-    tokens, _, head_dim = k_TKd.shape
-    return tokens >= ROUNDED_FROM and blocks.indices is not None and sinks_H is None and head_dim <= 128
+    are_many = len(k_TKd) >= rounded_keys.ROUNDED_FROM
+    return are_many and blocks.indices is not None and sinks_H is None and k_TKd.shape[2] <= 128
 
 
 def attend(
@@ -62,7 +61,7 @@ def attend(
     """
     (asked, heads, head_dim), kv_heads = q_QHd.shape, k_TKd.shape[1]
     counts, all_rows, works = blocks.counts, blocks.counts.shape[1], rows * heads
-    rounded = RoundedKeys.of(q_QHd, k_TKd) if rounds(k_TKd, blocks, sinks_H) else None
+    rounded = rounded_keys.RoundedKeys.of(q_QHd, k_TKd) if rounds(k_TKd, blocks, sinks_H) else None
     keys_TKd = k_TKd if rounded is None else rounded.keys_TKd
     tile, stages = tiles_of(head_dim, rounded=rounded is not None)
     breached_HM2 = torch.empty(heads, all_rows, 2, dtype=torch.int32, device=q_QHd.device)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.kernels.modules import kernels_for, power_of_two
 
+ROUNDED_FROM = 65_536  # tokens, whose keys and values of a head the L2 cache does not hold in 16 bits
 SEEN_QUERIES = 256  # about so many, of all, tell a channel's range: it only balances
 LEAST = 1e-4  # of the widest channel's range, so that none is divided by nothing
 MOST_MOVED = 0.25  # nats, root mean square, by which rounded keys may move scores
