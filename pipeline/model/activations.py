@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.kernels.blocks.rounded_keys import ROUNDED_FROM
+from pipeline.kernels.blocks.rounded_keys import HEAD_DIM, ROUNDED_FROM
 from pipeline.kernels.decoding import MOST_PROGRAMS, MOST_SPLITS
 from pipeline.kernels.sdpa import masked_at_once
 from pipeline.kernels.sparse import BLOCK, SHARES_AT_ONCE, STRIDE
@@ -44,7 +44,8 @@ def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
     rows = min(blocks, QUERY_PIECES * PIECE_TOKENS // BLOCK)
     at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
     shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
-    rounded = longest * shape.kv_heads * shape.head_dim if longest >= ROUNDED_FROM else 0
+    are_rounded = longest >= ROUNDED_FROM and shape.head_dim == HEAD_DIM
+    rounded = longest * shape.kv_heads * shape.head_dim if are_rounded else 0
     return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1) + rounded
 
 

@@ -76,7 +76,9 @@ def gap(found, wanted):
     return (found.cpu().double() - wanted).abs().max().item()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "rounded"), [(64, False), (128, False), (128, True), (256, False)], indirect=["rounded"]
+)
 @pytest.mark.parametrize("tokens", [1, 128, 300, 2048, 2500])
 def test_it_gives_what_plain_torch_does(told, rounded, tokens, head_dim):
     q, k, v = qkv(tokens, head_dim)
@@ -88,11 +90,13 @@ def test_it_gives_what_plain_torch_does(told, rounded, tokens, head_dim):
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.5])
-def test_sinks_pieces_and_rows_left_out(told, rounded, mass):
+@pytest.mark.parametrize("sinks", [None, (0.5, -1.0, 3.0, 200.0)])
+def test_sinks_pieces_and_rows_left_out(told, rounded, mass, sinks):
     tokens, first, end = 3000, 8 * BLOCK, 20 * BLOCK
     q, k, v = qkv(tokens, 128)
-    sinks = torch.tensor([0.5, -1.0, 3.0, 200.0], device="cuda")
+    sinks = None if sinks is None else torch.tensor(sinks, device="cuda")
     blocks = choose_blocks(q[first:end], k, mass, 8)
+    assert hopper_attention.rounds(k, blocks, sinks) == (rounded and mass > 0 and sinks is None)
     found = block_sparse_attention(q[first:end], k, v, blocks, left_out=2, sinks_H=sinks)
     done = end - first - 2 * BLOCK
     assert len(told) == 1

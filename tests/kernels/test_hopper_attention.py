@@ -49,7 +49,6 @@ def compiled(head_dim, *, listed, sinks, rounded):
         (128, True, False, False),
         (128, True, False, True),
         (64, False, True, False),
-        (64, True, False, True),
         (256, True, False, False),
     ],
 )

@@ -37,12 +37,13 @@ def applies(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> bool:
 
 
 def rounds(k_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None) -> bool:
-    """Whether `attend` takes keys in int8: where they are many, and scores need no common zero.
+    """Whether `attend` takes keys in int8: of 128 channels, where they are many, and there are no sinks.
 
-    Sinks are scores beside the others. And rounded queries of 256 channels leave too few registers.
+    Fewer channels gain nothing, and rounded queries of more leave too few registers. Sinks are scores beside
+    the others, which need the zero that all keys share.
     """
-    are_many = len(k_TKd) >= rounded_keys.ROUNDED_FROM
-    return are_many and blocks.indices is not None and sinks_H is None and k_TKd.shape[2] <= 128
+    are_many = len(k_TKd) >= rounded_keys.ROUNDED_FROM and k_TKd.shape[2] == rounded_keys.HEAD_DIM
+    return are_many and blocks.indices is not None and sinks_H is None
 
 
 def attend(

@@ -5,8 +5,11 @@ Softmax does not see what all keys have in common, which is taken off before (Sa
 of the keys' projection. So a channel's keys are divided, and its queries multiplied, by what gives both the
 same range (SmoothQuant, arXiv 2211.10438, with an exponent of a half).
 
-What rounding moves scores by is foretold. A head for which that is too much, as where a few keys are far
-larger than all others, has factors that are no numbers, by which whoever attends knows.
+What rounding keys moves scores by, on average, is foretold. A head for which that is too much, as where a few
+keys are far larger than all others, has factors that are no numbers, by which whoever attends knows.
+
+Factors depend on the queries given: a document whose queries come in pieces is rounded a little otherwise for
+each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from pipeline.kernels.modules import kernels_for, power_of_two
 
-ROUNDED_FROM = 65_536  # tokens, whose keys and values of a head the L2 cache does not hold in 16 bits
+ROUNDED_FROM = 65_536  # tokens: more keys and values of a head than the L2 cache holds in 16 bits
+HEAD_DIM = 128  # of keys that are rounded
 SEEN_QUERIES = 256  # about so many, of all, tell a channel's range: it only balances
 LEAST = 1e-4  # of the widest channel's range, so that none is divided by nothing
 MOST_MOVED = 0.25  # nats, root mean square, by which rounded keys may move scores
@@ -38,7 +42,8 @@ class RoundedKeys:
     def of(cls, q_QHd: Tensor, k_TKd: Tensor) -> RoundedKeys:
         """Round keys that these queries will attend to.
 
-        A head's factors are no numbers if a key of it is none, or `MOST_MOVED` would be exceeded.
+        A head's factors are no numbers if `MOST_MOVED` would be exceeded, or for all that is known might be:
+        a key or a query of it is no number.
         """
         (tokens, kv_heads, head_dim), kernels = k_TKd.shape, _kernels(k_TKd)
         low_Kd, high_Kd = torch.aminmax(k_TKd, dim=0)
@@ -72,11 +77,11 @@ class RoundedKeys:
         factors_Kd = (reach_Kd / asked_Kd).sqrt() * whole_K1 + (middle_Kd - middle_Kd)
         keys_TKd = ((k_TKd.float() - middle_Kd) / factors_Kd + 0.5).floor().to(torch.int8)
         moved_K1 = (factors_Kd.square() * power_Kd).sum(1, keepdim=True)
-        return cls(keys_TKd, factors_Kd.masked_fill(moved_K1 > _most_power(k_TKd.shape[2]), math.nan))
+        return cls(keys_TKd, factors_Kd.masked_fill(~(moved_K1 <= _most_power(k_TKd.shape[2])), math.nan))
 
 
 def _bounded(range_Kd: Tensor) -> Tensor:
-    return torch.maximum(range_Kd, LEAST * range_Kd.amax(1, keepdim=True)).clamp(min=1e-30)
+    return torch.maximum(range_Kd, LEAST * range_Kd.amax(1, keepdim=True)).clamp(min=1e-15)
 
 
 def _most_power(head_dim: int) -> float:

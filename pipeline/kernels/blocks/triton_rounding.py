@@ -46,7 +46,7 @@ def round_keys_kernel(  # type: ignore[no-untyped-def]
     if tl.program_id(0) == 0:
         power = tl.load(query_power + place, mask=is_channel, other=0)
         moved = tl.reduce(tl.where(is_channel, factor * factor * power, 0), 0, plus)
-        tl.store(factors + place, tl.where(moved > MOST_POWER, float("nan"), factor), mask=is_channel)
+        tl.store(factors + place, tl.where(moved <= MOST_POWER, factor, float("nan")), mask=is_channel)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     is_key = (token < tokens) & is_channel[None, :]
     source = k + token.to(tl.int64) * k_token_stride + head * k_head_stride + column[None, :]
@@ -58,4 +58,4 @@ def round_keys_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _bounded(ranges, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """So that no channel is divided by nothing."""
-    return tl.maximum(tl.maximum(ranges, LEAST * tl.reduce(ranges, 0, larger)), 1.0e-30)
+    return tl.maximum(tl.maximum(ranges, LEAST * tl.reduce(ranges, 0, larger)), 1.0e-15)
