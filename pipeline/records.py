@@ -79,13 +79,18 @@ class Row:
         return self.row + (0 if self.question_index is None else (self.question_index + 1) * 0x9E3779B1)
 
     def called(self, id: str) -> Row:
-        """The same row under another id; that of a question with a name goes on with it."""
-        return replace(self, id=id if self.question_name is None else f"{id}#{self.question_name}")
+        """The same row under another id; that of one of several questions goes on with its name or index."""
+        return replace(self, id=id + self._of_question)
 
     @property
     def document_id(self) -> str:
-        """The id without the name of the row's question, if that has one."""
-        return self.id if self.question_name is None else self.id.removesuffix(f"#{self.question_name}")
+        """The id without the name or index of the row's question, if it has one of several."""
+        return self.id.removesuffix(self._of_question)
+
+    @property
+    def _of_question(self) -> str:
+        named = self.question_index if self.question_name is None else self.question_name
+        return "" if named is None else f"#{named}"
 
 
 NO_ROW = Row(row=-1, id="", place="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,7 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.streamed import StreamedRows
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
+from pipeline.records import Record, RowError
 from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import WeightsSettings
@@ -160,7 +161,13 @@ def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tal
         tally.expect(len(items), rows, done)
         return items
 
-    new = new_rows(rows, done, renames=run.source.columns.takes_ids)
+    def heed_id(record: Record) -> None:
+        if not (isinstance(record, RowError) and record.is_fault):
+            with suppress(RowError):  # which the row will be, if it is one to answer
+                done.document_id(record.source, renames=renames)
+
+    renames = run.source.columns.takes_ids
+    new = new_rows(rows.records(heed_id if rows.is_selective else None), done, renames=renames)
     return map(heed, windows(run.encode(new), item_tokens))
 
 

@@ -182,12 +182,12 @@ def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
 
 def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iterator[Document | RowError]:
     """With the row's number behind an id that comes again, where nobody named the column of ids."""
-    seen: set[str] = set()
+    first: dict[str, int] = {}  # the row that has this id
     for record in records:
         row = record.source
-        if takes_ids and row.id in seen:
+        if takes_ids and first.setdefault(row.document_id, row.row) != row.row:
             record = replace(record, source=row.called(f"{row.document_id}#{row.row}"))
-        seen.add(record.source.id)
+            first.setdefault(record.source.document_id, row.row)
         yield record
 
 

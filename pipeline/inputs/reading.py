@@ -9,7 +9,7 @@ where no file tells it (JSON lines, Arrow streams), the input is read once befor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -21,6 +21,8 @@ from pipeline.settings.parse import parse_shard
 from pipeline.settings.questions import AskedQuestion
 from pipeline.structured.grammars import json_schema_format
 from pipeline.values.json_answers import schema_text
+
+Heed = Callable[[Record], object]  # is shown a row
 
 
 class Reading:
@@ -36,7 +38,11 @@ class Reading:
         self._ended = False
 
     def __iter__(self) -> Iterator[Record]:
-        for record in select_rows(self._source, self._config, self._source.total_rows):
+        return self.records()
+
+    def records(self, heed: Heed | None = None) -> Iterator[Record]:
+        """What iterating yields; `heed` is shown each row before it, and rows that are not taken."""
+        for record in select_rows(self._source, self._config, self._source.total_rows, heed):
             if self.is_selective and self._source.out_of_reach:
                 return
             self._rows += 1
@@ -90,9 +96,7 @@ def each_question(record: Record, asked: Sequence[AskedQuestion] = ()) -> Iterab
         return
     for index, question in enumerate(record.questions):
         row = record.source
-        source = replace(
-            row, id=f"{row.id}#{index}", place=f"{row.place} question {index}", question_index=index
-        )
+        source = replace(row, place=f"{row.place} question {index}", question_index=index).called(row.id)
         if isinstance(question, str):
             yield Document(source=replace(source, question=question), text=record.text)
         else:
@@ -117,12 +121,15 @@ def _named(record: Record, index: int, asked: AskedQuestion) -> Record:
     return replace(record, source=source.called(row.id))
 
 
-def select_rows(source: Iterable[Record], config: DataSettings, total_rows: int | None) -> Iterator[Record]:
+def select_rows(
+    source: Iterable[Record], config: DataSettings, total_rows: int | None, heed: Heed | None = None
+) -> Iterator[Record]:
     """The rows of `source` that `config` asks for, in their order and with their own row numbers.
 
-    Raises ConfigError for a sample of an input that can be read only once.
+    `heed` is shown each row of `source` as it comes. Raises ConfigError for a sample of an input that can be
+    read only once.
     """
-    rows = _shard(source, config)
+    rows = _shard(source if heed is None else _heeded(source, heed), config)
     if config.sample is not None:
         count = _rows_of_shard(config, total_rows)
         if count is None:
@@ -148,6 +155,12 @@ def _shard(source: Iterable[Record], config: DataSettings) -> Iterator[Record]:
         return iter(source)
     part, parts = parse_shard(config.shard)
     return (record for record in source if record.source.row % parts == part - 1)
+
+
+def _heeded(source: Iterable[Record], heed: Heed) -> Iterator[Record]:
+    for record in source:
+        heed(record)
+        yield record
 
 
 def _rows_of_shard(config: DataSettings, total_rows: int | None) -> int | None:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from pipeline.outputs.rowindex import Copy, RowIndex, beside
-from pipeline.records import Row
+from pipeline.outputs.rowindex import DUPLICATE, Copy, RowIndex, beside
+from pipeline.records import Row, RowError
 
 
 class FinishedRows:
@@ -36,6 +36,22 @@ class FinishedRows:
         self.done_at_start, published = self.index.counts(), self.index.leaving(published=True)
         self._is_published = bool(published)
         self.lasting_at_start = published or self.index.leaving()
+
+    def document_id(self, source: Row, *, renames: bool) -> str:
+        """The id of a row's document, which is one for all of its questions; to be asked in input's order.
+
+        If an earlier row has it, with `renames` it is followed by the row's number; otherwise, or where a row
+        has that id too, a `RowError`. Rows that are not answered are asked about too, so that ids are those
+        of a run that answers all of them. Asked again about the same row, it says the same.
+        """
+        id, row = source.document_id, source.row
+        with self._guard():
+            first = self.index.first_with(id, row)
+            if first == row:
+                return id
+            if renames and self.index.first_with(f"{id}#{row}", row) == row:
+                return f"{id}#{row}"
+        raise RowError(DUPLICATE, f"has the id {id!r} of row {first}; ids must be unique")
 
     def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         """Whether a row's answer is known; to be asked once for every row, in the order of the input.
@@ -92,6 +108,9 @@ class NothingFinished(FinishedRows):
 
     def __init__(self) -> None:
         self.done_at_start = Counter()
+
+    def document_id(self, source: Row, *, renames: bool) -> str:
+        return source.document_id
 
     def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         return False

@@ -43,6 +43,7 @@ CREATE TABLE rows (
     part INTEGER, chunk INTEGER, place INTEGER, bytes INTEGER, seen INTEGER, fleeting INTEGER,
     copied_chunk INTEGER, copied_place INTEGER
 ) WITHOUT ROWID;
+CREATE TABLE ids (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID;
 """
 _LEAVES = "NOT seen AND part >= 0 AND NOT fleeting"
 _ORDERS = {"input": "row, question", "completion": "part, chunk, place"}
@@ -218,6 +219,15 @@ class RowIndex:
                     "REPLACE INTO rows (key, row, question, seen) VALUES (?, ?, ?, 1)", place
                 )
         return done
+
+    def first_with(self, id: str, row: int) -> int:
+        """The row of the input that has this id: the first that was asked about, `row` itself or another."""
+        key = _key(id)
+        with self._lock:
+            self._changed(1)
+            if self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, row)).rowcount:
+                return row
+            return int(self._database.execute("SELECT row FROM ids WHERE key = ?", (key,)).fetchone()[0])
 
     def locations(self, order: Order) -> Iterator[Location]:
         """Answers to the rows that the output will have, sorted outside of memory."""

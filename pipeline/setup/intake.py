@@ -286,16 +286,21 @@ def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = F
     """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
 
     With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
-    What stands for rows that could not be read never takes the place of an answer to one of them.
+    All questions of a row have one id, or fail. What stands for rows that could not be read never takes the
+    place of an answer to one of them.
     """
     for record in records:
         row = record.source
         is_fault = isinstance(record, RowError) and record.is_fault
-        others = [f"{row.document_id}#{row.row}"] if renames else []
-        if is_fault:
-            others = [f"{row.document_id}-"]
         failures: list[RowError] = []
-        for each in (_hashed(record, id) for id in (row.document_id, *others)):
+        try:
+            ids = [row.document_id, f"{row.document_id}-"]
+            if not is_fault:
+                ids = [done.document_id(row, renames=renames)]
+        except RowError as error:
+            yield error.at(_hashed(record, row.document_id).source)
+            continue
+        for each in (_hashed(record, id) for id in ids):
             try:
                 if not done.is_done(each.source, each.source.row_hash or "", is_fault=is_fault):
                     yield each

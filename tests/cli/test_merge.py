@@ -224,6 +224,29 @@ def test_an_unfinished_run_under_the_outputs_name_is_not_forgotten(shards, refus
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("named", [(), ("--id-column", "id")])
+def test_ids_that_came_twice_in_other_shards_are_those_of_one_run(call, tmp_path, named):
+    source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    ids = ["a", "b", "c", "a", "a#3", "b"]
+    source.write_text("".join(json.dumps({"id": id, "text": f"fish {n}"}) + "\n" for n, id in enumerate(ids)))
+    made = [tmp_path / f"{n}.parquet" for n in (1, 2)]
+    for number, path in enumerate(made, start=1):
+        assert call(source, path, *ASKED, *named, "--shard", f"{number}/2") == 0
+    assert run(["merge", str(out), *map(str, made)]) == call(source, whole, *ASKED, *named) == 0
+    once, merged = (
+        [
+            (row["id"], row["row"], row["error_type"], row["row_hash"])
+            for row in pq.read_table(path).to_pylist()
+        ]
+        for path in (whole, out)
+    )
+    assert merged == once
+    later = [("a", "duplicate_id"), ("a#3", None), ("b", "duplicate_id")]
+    if not named:
+        later = [("a#3", None), ("a#3#4", None), ("b#5", None)]
+    assert [(id, kind) for id, _, kind, _ in once[3:]] == later
+
+
 def test_ids_that_came_twice_within_a_shard_stay_what_they_are(call, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     ids = ["a", "b", "a", "c"]

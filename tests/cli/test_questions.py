@@ -91,7 +91,7 @@ def test_questions_that_cannot_be_asked_are_error_rows(call, tmp_path, asks, err
 
 
 def test_a_row_without_the_column_says_what_it_has(call, tmp_path):
-    given = write(tmp_path / "in.jsonl", [{"id": "a", "text": "fish"}, {"id": "b", **ROWS[0]}])
+    given = write(tmp_path / "in.jsonl", [{"id": "a", "text": "fish"}, {**ROWS[0], "id": "b"}])
     assert call(given, tmp_path / "out.parquet", *FLAGS) == 0
     row = read(tmp_path / "out.parquet")[0]
     assert row["error_message"] == (
@@ -133,10 +133,12 @@ def test_ids_stay_unique_and_duplicates_are_told(call, tmp_path):
     assert call(given, tmp_path / "out.parquet", *FLAGS) == 0
     rows = read(tmp_path / "out.parquet")
     assert places(rows) == [("b#0", 0, 0), ("b#0", 1, 0), ("b#1", 1, 1)]
-    assert [row["error_type"] for row in rows] == [None, "duplicate_id", None]
+    assert [row["error_type"] for row in rows] == [None, "duplicate_id", "duplicate_id"]
     assert rows[1]["error_message"] == (
-        "in.jsonl line 2 question 0: has the id 'b#0' of row 0; ids must be unique"
+        "in.jsonl line 2 question 0: has the id 'b' of row 0; ids must be unique"
     )
+    assert call(given, tmp_path / "named.parquet", *FLAGS[:2], *FLAGS[4:]) == 0
+    assert places(read(tmp_path / "named.parquet")) == [("b#0", 0, 0), ("b#1#0", 1, 0), ("b#1#1", 1, 1)]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
