@@ -126,7 +126,7 @@ def _scores(queries, keys, k_there, tile, layout: gl.constexpr, STAGES: gl.const
 def _above(products, unit, reference):  # type: ignore[no-untyped-def]
     """Scores less a reference, of products whose `unit` is (ROWS,) where they are whole numbers.
 
-    Such are read as the bits of a float next to them, which takes an addition where a conversion takes four.
+    These are read as the last bits of a float: an addition takes less than a conversion.
     """
     if products.dtype == gl.int32:
         moved = (products + BITS_OF_MOVED).to(gl.float32, bitcast=True)
