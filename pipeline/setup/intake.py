@@ -292,14 +292,14 @@ def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = F
     for record in records:
         row = record.source
         is_fault = isinstance(record, RowError) and record.is_fault
-        failures: list[RowError] = []
-        try:
-            ids = [row.document_id, f"{row.document_id}-"]
-            if not is_fault:
+        ids = [row.document_id, f"{row.document_id}-"]
+        if not is_fault:
+            try:
                 ids = [done.document_id(row, renames=renames)]
-        except RowError as error:
-            yield error.at(_hashed(record, row.document_id).source)
-            continue
+            except RowError as error:
+                yield error.at(_hashed(record, row.document_id).source)
+                continue
+        failures: list[RowError] = []
         for each in (_hashed(record, id) for id in ids):
             try:
                 if not done.is_done(each.source, each.source.row_hash or "", is_fault=is_fault):

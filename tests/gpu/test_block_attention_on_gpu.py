@@ -48,6 +48,7 @@ def qkv(tokens, head_dim, heads=4, kv_heads=2):
 
 
 def random_lists(heads, tokens, share=0.5):
+    """With so much of the blocks; `share` may be a tensor, of each head and row."""
     rows = -(-tokens // BLOCK)
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(heads, rows, rows, generator=generator) < share
@@ -132,21 +133,13 @@ def test_numbers_that_are_none_stay_none(told, rounded):
     assert bad.sum() == 1
 
 
-def uneven(heads, tokens):
-    """Lists of very different lengths: heads and rows that attend to nearly all, and to hardly any."""
-    rows = -(-tokens // BLOCK)
-    generator = torch.Generator().manual_seed(1)
-    share = torch.rand(heads, rows, 1, generator=generator) ** 4
-    kept = torch.rand(heads, rows, rows, generator=generator) < share
-    kept = (kept | torch.eye(rows, dtype=torch.bool)) & torch.ones(rows, rows, dtype=torch.bool).tril()
-    return sparse._lists(kept.cuda())
-
-
 def test_every_work_is_done_once_however_long_it_takes(told, rounded):
     """Over a thousand works of many lengths, which are taken by whoever is free, again and again."""
     tokens, heads = 70 * BLOCK + 5, 16
     q, k, v = qkv(tokens, 128, heads=heads, kv_heads=4)
-    blocks = uneven(heads, tokens)
+    generator = torch.Generator().manual_seed(1)
+    share = torch.rand(heads, 71, 1, generator=generator) ** 4  # from nearly all to hardly any
+    blocks = random_lists(heads, tokens, share)
     wanted = expected(q, k, v, blocks)
     for _ in range(20):
         assert gap(block_sparse_attention(q, k, v, blocks), wanted) < 0.02

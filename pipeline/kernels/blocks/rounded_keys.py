@@ -25,7 +25,7 @@ from pipeline.kernels.modules import kernels_for, power_of_two
 
 ROUNDED_FROM = 65_536  # tokens: more keys and values of a head than the L2 cache holds in 16 bits
 HEAD_DIM = 128  # of keys that are rounded
-SEEN_QUERIES = 256  # about so many, of all, tell a channel's range: it only balances
+SEEN_QUERIES = 256  # about so many, of all, tell how wide their channels are
 LEAST = 1e-4  # of the widest channel's range, so that none is divided by nothing
 MOST_MOVED = 0.25  # nats, root mean square, by which rounded keys may move scores
 TOKENS = 128  # of one program
