@@ -29,6 +29,7 @@ KEYS = 128  # of a block, which its program holds while it goes through the wind
 ROWS = 64  # of the window at a time
 WIDE_HEAD, WIDE_KEYS = 256, 64  # beyond half of it fewer, or they outgrow a small GPU's shared memory
 FLOAT32_KEYS, FLOAT32_ROWS = 32, 16  # whose products keep both factors in registers, in two parts each
+ROWS_OF_PROGRAM = 1024  # of the window, in the first pass: several programs go through a longer one
 FEWEST = 16  # rows or dimensions that Triton multiplies
 ADDED_BLOCKS, ADDED_ROWS = 64, 16  # that a program adds up at a time
 DOCUMENTS = 1024  # among which a program looks for its own at a time
@@ -73,15 +74,19 @@ def window_attention(
         *(math.log2(math.e) / math.sqrt(head_dim), table, len(segments), absent),
     )
     sizes = {"KEYS": keys, "DIM": power_of_two(head_dim, FEWEST), "DOCUMENTS": DOCUMENTS, "num_stages": 2}
-    partial_sums_kernel[(blocks, kv_heads)](
-        *(*inputs, partial_logs), **sizes, ROWS=joint_rows, num_warps=8 if joint_rows == ROWS else 4
+    partial_sums_kernel[(blocks, kv_heads, -(-group * widest // ROWS_OF_PROGRAM))](
+        *(*inputs, partial_logs),
+        **sizes,
+        ROWS=joint_rows,
+        ROWS_OF_PROGRAM=ROWS_OF_PROGRAM,
+        num_warps=8 if joint_rows == ROWS else 4,
     )
     added = {"KEYS": keys, "BLOCKS": ADDED_BLOCKS, "ROWS": ADDED_ROWS}
     grid = (len(segments), kv_heads, -(-group * widest // ADDED_ROWS))
     added_sums_kernel[grid](partial_logs, table, len(segments), kv_heads, group, logs, **added)
     given = (*inputs, logs, sums_KT, tokens, math.log2(decay))
     options = {"LARGEST": largest, "BY_HEAD": by_head, "JUDGED": judged}
-    weights_kernel[(blocks, kv_heads)](*given, **sizes, ROWS=rows, **options)
+    weights_kernel[(blocks, kv_heads, group if by_head else 1)](*given, **sizes, ROWS=rows, **options)
     return sums_KT
 
 
@@ -136,8 +141,9 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     ROWS: tl.constexpr,
+    ROWS_OF_PROGRAM: tl.constexpr,
 ):
-    """The first pass: each program takes one block of keys of one head."""
+    """The first pass: each program takes one block of keys of one head, and some rows of the window."""
     block, kv_head = tl.program_id(0), tl.program_id(1)
     document = _document_of(block, table, documents, DOCUMENTS)
     first_block, start, length, window = _document(table, documents, document)
@@ -146,7 +152,8 @@ def partial_sums_kernel(  # type: ignore[no-untyped-def]
     count, apart = group * window, tl.load(table + 6 * documents + document)
     partial = tl.load(table + 4 * documents + document).to(tl.int64) + (block - first_block) * window
     out = partial_logs + (partial * kv_heads + kv_head * window) * group
-    for first_row in range(0, count, ROWS):
+    first_of_program = tl.program_id(2) * ROWS_OF_PROGRAM
+    for first_row in range(first_of_program, tl.minimum(count, first_of_program + ROWS_OF_PROGRAM), ROWS):
         row = first_row + tl.arange(0, ROWS)
         query = length - 1 - (window - 1 - row % window) * apart
         head = kv_head * group + row // window
@@ -222,6 +229,7 @@ def weights_kernel(  # type: ignore[no-untyped-def]
 ):
     """The second pass: each program takes one block of keys of one head; a tile never spans query heads.
 
+    With `BY_HEAD` it takes one of the query heads that share them.
     `decay` is the logarithm of what a query counts less than the one after it.
     The keys come first in the product here, so that a sum over queries stays within a few threads.
     """
@@ -234,9 +242,10 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     head_logs = logs + (log_start * kv_heads + kv_head * window) * group
     apart = tl.load(table + 6 * documents + document)
     tiles = (window + ROWS - 1) // ROWS
+    first_head, heads = (tl.program_id(2), 1) if BY_HEAD else (0, group)
     total = tl.full([KEYS], 0, tl.float32)
     head_total = total
-    for tile in range(group * tiles):
+    for tile in range(first_head * tiles, (first_head + heads) * tiles):
         head, row = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
         inside = row < window
         query = length - 1 - (window - 1 - row) * apart
@@ -252,20 +261,15 @@ def weights_kernel(  # type: ignore[no-untyped-def]
             seen &= key[:, None] <= query[None, :] - apart
             log -= tl.log2((query + 1).to(tl.float32))
         weights = tl.reduce(tl.exp2(tl.where(seen, products, UNSEEN) - log[None, :]), 1, plus)
-        if BY_HEAD:
-            head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights
-            of_head = sums + (kv_head * group + head).to(tl.int64) * tokens
-            stored = tl.where(tile % tiles == tiles - 1, length, 0)  # once the head is complete
-            tl.store(of_head + start + key, head_total / window, mask=key < stored)
-        elif LARGEST:
+        if LARGEST:
             # a head's sum only grows from tile to tile, so it may be compared before it is complete
             head_total = tl.where(tile % tiles == 0, 0.0, head_total) + weights
             total = tl.maximum(total, head_total)
         else:
             total += weights
-    if not BY_HEAD:
-        share = total / window if LARGEST else total / (group * window)
-        tl.store(sums + kv_head.to(tl.int64) * tokens + start + key, share, mask=key < length)
+    share = total / window if LARGEST or BY_HEAD else total / (group * window)
+    place = kv_head * group + first_head if BY_HEAD else kv_head
+    tl.store(sums + place.to(tl.int64) * tokens + start + key, share, mask=key < length)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ by age, so positions stay below what is held. Letters beside those of segments.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -161,26 +162,45 @@ def entered(score_KM: Tensor, sizes: Sequence[int], *, slots: int, first: int) -
     place_KM = torch.arange(score_KM.shape[1], device=device).expand(len(score_KM), -1)
     ends = in_caches - np.cumsum([0, *sizes])
     held = [place_KM[:, end - size : end] for end, size in zip(ends, sizes, strict=False)]
-    coming_KA, steps_A = place_KM[:, in_caches:], np.arange(first, first + score_KM.shape[1] - in_caches)
-    for number, queue_KN in enumerate(held):
-        free = min(slots - queue_KN.shape[1], len(steps_A))
-        queue_KN, coming_KA = torch.cat((queue_KN, coming_KA[:, :free]), dim=1), coming_KA[:, free:]
-        steps_A = steps_A[free:]
-        taken_A = steps_A % (1 << number) == 0
-        taken, others = (_places(each, device) for each in (taken_A, ~taken_A))
-        newest_KN = torch.cat((queue_KN[:, -1:], coming_KA[:, taken]), dim=1)
-        if len(others):
-            before = np.cumsum(taken_A)[~taken_A].tolist()
-            assert len(set(before)) == len(before), "two tokens compete with the same one"
-            other_KB, rival = coming_KA[:, others], on_device(before, device)
-            rival_KB = newest_KN[:, rival]
+    coming_KA = place_KM[:, in_caches:]
+    entries = _entries(tuple(sizes), coming_KA.shape[1], slots, first, device)
+    for number, (queue_KN, entry) in enumerate(zip(held, entries, strict=True)):
+        queue_KN = torch.cat((queue_KN, coming_KA[:, : entry.free]), dim=1)
+        coming_KA = coming_KA[:, entry.free :]
+        newest_KN = torch.cat((queue_KN[:, -1:], coming_KA[:, entry.taken]), dim=1)
+        if len(entry.others):
+            other_KB, rival_KB = coming_KA[:, entry.others], newest_KN[:, entry.rivals]
             is_better_KB = score_KM.gather(1, other_KB) > score_KM.gather(1, rival_KB)
-            newest_KN[:, rival] = torch.where(is_better_KB, other_KB, rival_KB)
+            newest_KN[:, entry.rivals] = torch.where(is_better_KB, other_KB, rival_KB)
         joined_KN = torch.cat((queue_KN[:, :-1], newest_KN), dim=1) if queue_KN.shape[1] else queue_KN
-        dropped = len(taken)
-        held[number], coming_KA, steps_A = joined_KN[:, dropped:], joined_KN[:, :dropped], steps_A[taken_A]
+        dropped = len(entry.taken)
+        held[number], coming_KA = joined_KN[:, dropped:], joined_KN[:, :dropped]
     return torch.cat(held[::-1], dim=1), [queue.shape[1] for queue in held]
 
 
-def _places(chosen: np.ndarray, device: torch.device) -> Tensor:
-    return on_device(np.flatnonzero(chosen).tolist(), device, torch.int64)
+class _Entry(NamedTuple):
+    """What a cache does with tokens that come to it: the same for all heads and layers."""
+
+    free: int  # of the first there is room for
+    # of the others, places: those that it takes, those that compete, and with which of its newest and `taken`
+    taken: Tensor
+    others: Tensor
+    rivals: Tensor
+
+
+@lru_cache(maxsize=2)  # a chunk enters all layers of a document before the next does
+def _entries(
+    sizes: tuple[int, ...], coming: int, slots: int, first: int, device: torch.device
+) -> tuple[_Entry, ...]:
+    """Of each cache, when so many tokens come after the `first` ones."""
+    steps_A, entries = np.arange(first, first + coming), []
+    for number, size in enumerate(sizes):
+        free = min(slots - size, len(steps_A))
+        steps_A = steps_A[free:]
+        taken_A = steps_A % (1 << number) == 0
+        before_B = np.cumsum(taken_A)[~taken_A]
+        assert len(np.unique(before_B)) == len(before_B), "two tokens compete with the same one"
+        places = (np.flatnonzero(taken_A), np.flatnonzero(~taken_A), before_B)
+        entries.append(_Entry(free, *(on_device(each.tolist(), device, torch.int64) for each in places)))
+        steps_A = steps_A[taken_A]
+    return tuple(entries)
