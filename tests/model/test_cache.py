@@ -62,6 +62,22 @@ def next_places(batch):
     return places[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "before"),
+    [(torch.bfloat16, 16, 0), (torch.bfloat16, 16, 4), (torch.bfloat16, 4, 0), (torch.float32, 20, 0)],
+)
+def test_what_lies_between_queries_and_others_is_copied_bit_for_bit(dtype, size, before):
+    """Whether or not its heads consist of 16 bytes, and begin at such places."""
+    joined = torch.randn(5, before + 3 * 2 * size).to(dtype)[:, before:].unflatten(1, (-1, size))
+    keys, values = joined[:, 2:4], joined[:, 4:]
+    keys[1, 1, 0], values[2, 0, 1] = float("nan"), float("-inf")
+    cache = RaggedCache(3)
+    cache.store(keys, values, Segments.of((5,)))
+    for found, source in ((cache.keys[0], keys), (cache.values[0], values)):
+        assert torch.equal(found[:5].view(torch.uint8), source.contiguous().view(torch.uint8))
+        assert not found[5:].any()
+
+
 def test_the_next_slot_moves_and_documents_that_leave_make_no_gap(monkeypatch):
     batch = batch_of(stored(layers=4))
     assert next_places(batch) == [3, 7]
