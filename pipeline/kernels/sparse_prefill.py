@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pipeline.kernels import sparse
 from pipeline.kernels.attention import AttentionBackend
-from pipeline.kernels.blocks.block_attention import block_sparse_attention
+from pipeline.kernels.blocks.block_attention import block_sparse_attention, suits_whole_rows
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPart, QueryPiece
 from pipeline.kernels.segments import Segments, on_device
@@ -24,7 +23,7 @@ class SparsePrefill:
     attention: AttentionBackend
     segments: Segments
     width: int  # of all query heads together
-    _asking: dict[QueryPiece, _Asking | None] = field(default_factory=dict, compare=False)
+    _slots: dict[tuple[QueryPart, ...], DecodeSlots] = field(default_factory=dict, compare=False)
 
     @cached_property
     def long(self) -> tuple[bool, ...]:
@@ -67,6 +66,7 @@ class SparsePrefill:
         of_short = iter(self._whole(piece, q_QHd, k_TKd, v_TKd, sinks_H))
         outputs: list[Tensor] = []
         listed = [torch.zeros((), dtype=torch.int64, device=q_QHd.device)] * len(ranges)
+        asking: dict[QueryPart, slice] = {}  # whose last queries attend to everything, and are left out
         for part, rows in piece.placed():
             if not self.long[part.document]:
                 outputs.append(next(of_short))
@@ -76,13 +76,21 @@ class SparsePrefill:
             q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
             blocks = sparse.choose_blocks(q, k, mass, part.first // sparse.BLOCK)
             left_out = -(-max(0, part.end - _first_whole(part, end - start)) // sparse.BLOCK)
+            if left_out and suits_whole_rows(q, k, v, blocks, sinks_H):
+                left_out = 0
+            if left_out:
+                asking[part] = rows
             outputs.append(block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
             listed[part.document] = sparse.listed_blocks(blocks, end - start)
         attended_QHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if (asking := self._last_of(piece)) is not None:
-            asked_QHd = torch.cat([q_QHd[rows] for rows in asking.rows])
-            own_QHd = self.attention.decode(asked_QHd, k_TKd, v_TKd, asking.slots, sinks_H)
-            for rows, own in zip(asking.rows, own_QHd.split(asking.slots.known.queries), strict=True):
+        if asking:
+            slots = self._seen_by_last(tuple(asking))
+            counts = slots.known.queries
+            last = [slice(r.stop - count, r.stop) for r, count in zip(asking.values(), counts, strict=True)]
+            own_QHd = self.attention.decode(
+                torch.cat([q_QHd[rows] for rows in last]), k_TKd, v_TKd, slots, sinks_H
+            )
+            for rows, own in zip(last, own_QHd.split(counts), strict=True):
                 attended_QHd[rows] = own
         return attended_QHd, torch.stack(listed)
 
@@ -97,17 +105,14 @@ class SparsePrefill:
         pairs = [sparse.ragged_pairs(n) if is_long else n * (n + 1) // 2 for n, is_long in lengths]
         return on_device(pairs, self.segments.device)
 
-    def _last_of(self, piece: QueryPiece) -> _Asking | None:
-        """Those of a piece's tokens that are in the last `WHOLE_ROWS` blocks of a long document."""
-        if piece not in self._asking:
-            found = [
-                (slice(rows.stop - asked, rows.stop), self.segments.offsets[part.document], part.end, asked)
-                for part, rows in piece.placed()
-                if self.long[part.document]
-                and (asked := part.end - _first_whole(part, self.segments.lengths[part.document])) > 0
-            ]
-            self._asking[piece] = _Asking.of(found, self.segments) if found else None
-        return self._asking[piece]
+    def _seen_by_last(self, parts: tuple[QueryPart, ...]) -> DecodeSlots:
+        """What those tokens of each part attend to that are in a document's last `WHOLE_ROWS` blocks."""
+        if parts not in self._slots:
+            of_all = self.segments
+            starts, used = [of_all.offsets[part.document] for part in parts], [part.end for part in parts]
+            counts = [part.end - _first_whole(part, of_all.lengths[part.document]) for part in parts]
+            self._slots[parts] = DecodeSlots.of(starts, used, of_all.total, of_all.device, counts)
+        return self._slots[parts]
 
     def estimated_pairs(self, mass: float) -> tuple[int, ...]:
         """Query-key products, of all heads, by which `attend` chooses blocks, of each document."""
@@ -132,19 +137,6 @@ class SparsePrefill:
             return self.attention.decode(q, k_TKd, v_TKd, slots, sinks_H).split(counts)
         k, v = (torch.cat([x[start:end] for start, end in ranges]) for x in (k_TKd, v_TKd))
         return self.attention.prefill(q, k, v, Segments.of(counts, q.device), sinks_H=sinks_H).split(counts)
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """Queries that attend to everything before them: their rows in a piece, and what they see."""
-
-    rows: list[slice]
-    slots: DecodeSlots
-
-    @classmethod
-    def of(cls, found: Sequence[tuple[slice, int, int, int]], segments: Segments) -> _Asking:
-        rows, starts, used, counts = zip(*found, strict=True)
-        return cls(list(rows), DecodeSlots.of(starts, used, segments.total, segments.device, counts))
 
 
 def _first_whole(part: QueryPart, length: int) -> int:

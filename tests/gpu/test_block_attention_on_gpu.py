@@ -7,9 +7,12 @@ import torch
 from kernel_cases import as_rounded
 
 from pipeline.kernels import modules, sparse
+from pipeline.kernels.attention import SdpaAttention
 from pipeline.kernels.blocks import block_attention, rounded_keys
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
+from pipeline.kernels.segments import Segments
 from pipeline.kernels.sparse import BLOCK, BlockLists, choose_blocks
+from pipeline.kernels.sparse_prefill import SparsePrefill
 
 hopper_attention = pytest.importorskip("pipeline.kernels.blocks.hopper_attention", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -102,6 +105,32 @@ def test_sinks_pieces_and_rows_left_out(told, rounded, mass, sinks):
     done = end - first - 2 * BLOCK
     assert len(told) == 1
     assert gap(found[:done], expected(q[first:end], k, v, blocks, sinks)[:done]) < 0.02
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.5])
+def test_blocks_that_attend_to_everything_are_done_beside_the_others(told, rounded, mass):
+    """But for those whose keys would be rounded: these are left to whole attention, of exact products."""
+    segments = Segments.of((3000, 20, 2100), torch.device("cuda"))
+    q, k, v = qkv(segments.total, 128)
+    left = []
+
+    class Noted(SdpaAttention):
+        def decode(self, q, *rest):
+            left.append(len(q))
+            return super().decode(q, *rest)
+
+    noted = Noted()
+    noted.sparse_from = 300
+    found, _ = SparsePrefill(noted, segments, 512).attend(q, k, v, mass)
+    assert left == ([56 + BLOCK + 52 + BLOCK] if rounded and mass else [])
+    assert len(told) == 2
+    for start, end in (segments.ranges()[0], segments.ranges()[2]):
+        part = q[start:end], k[start:end], v[start:end]
+        whole = in_16_bits(*part, choose_blocks(*part[:2], 1.0))
+        asked = (end - start) % BLOCK + BLOCK
+        assert gap(found[end - asked : end], whole[-asked:]) < 0.02
+        sparsely = expected(*part, choose_blocks(*part[:2], mass))
+        assert gap(found[start : end - asked], sparsely[:-asked]) < 0.02
 
 
 def test_one_head_of_many_rows_and_many_heads_of_one(told, rounded):

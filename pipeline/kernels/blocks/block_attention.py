@@ -50,6 +50,18 @@ def block_sparse_attention(
     return out_QHd
 
 
+def suits_whole_rows(
+    q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, blocks: BlockLists, sinks_H: Tensor | None = None
+) -> bool:
+    """Whether blocks of queries that attend to everything are best left to `block_sparse_attention`.
+
+    The kernel for Hopper is as fast as whole attention, and does them beside all others. Not where it rounds
+    keys: what stands at a document's end, as the question does, is to be computed in full.
+    """
+    hopper = hopper_for(q_QHd, k_TKd, v_TKd, sparse.BLOCK)
+    return hopper is not None and not hopper.rounds(k_TKd, blocks, sinks_H)
+
+
 def hopper_for(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, block: int) -> Any | None:
     """The module of the kernel for Hopper where it serves these tensors and blocks, else None."""
     hopper = kernels_for(q_QHd, "blocks.hopper_attention")

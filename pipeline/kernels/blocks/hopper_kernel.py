@@ -33,11 +33,17 @@ ATTENDING = gl.constexpr(240)
 
 @gluon.jit
 def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
-    """See `triton_attention._place`, which Gluon cannot take: it compiles functions of its own alone."""
-    group = heads // kv_heads
-    within = work % (rows * group)
-    row = rows - 1 - within // group
-    head = work // (rows * group) * group + within % group
+    """The block of queries that a work is, its head, and the head of its keys.
+
+    The last two blocks of all heads are first, since they may attend to everything; then those of heads with
+    the same keys are beside each other, and later ones before earlier.
+    """
+    group, first_rows = heads // kv_heads, gl.minimum(rows, 2)
+    is_first, later = work < first_rows * heads, work - first_rows * heads
+    others = gl.maximum((rows - first_rows) * group, 1)  # of a head of keys
+    within = later % others
+    row = gl.where(is_first, rows - 1 - work // heads, rows - 1 - first_rows - within // group)
+    head = gl.where(is_first, work % heads, later // others * group + within % group)
     return row, head, head // group
 
 
@@ -84,12 +90,14 @@ def _copy(  # type: ignore[no-untyped-def]
         _tell(work, nth, telling)
         row, head, kv_head = _place(work, rows, heads, kv_heads)
         place = head.to(gl.int64) * all_rows + row
-        count, own = gl.load(counts + place), before + row
+        count, own, following_work = gl.load(counts + place), before + row, works
         mbarrier.wait(q_free, (nth & 1) ^ 1)
         mbarrier.expect(q_there, q.block_type.nbytes)
         copy_tile(q, [row * BLOCK, head * HEAD_DIM], q_there, queries)
         block = own
         for listed in range(0, count):
+            if listed + 1 == count:  # while there are tiles left to attend to
+                following_work = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")
             if LISTED:
                 following = gl.load(indices + place * capacity + listed)
             else:
@@ -105,7 +113,7 @@ def _copy(  # type: ignore[no-untyped-def]
                 copy_tile(v, [first, kv_head * HEAD_DIM], v_there.index(stage), values.index(stage))
                 tile += 1
             block = following
-        work, nth = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed"), nth + 1
+        work, nth = following_work, nth + 1
     _tell(work, nth, telling)
 
 
