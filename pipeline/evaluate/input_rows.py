@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
-from pipeline.inputs.reading import each_question, select_rows
+from pipeline.inputs.reading import Heed, each_question, select_rows
 from pipeline.inputs.source import Source
+from pipeline.outputs.finished import FinishedRows
+from pipeline.outputs.rowindex import scratch_index
 from pipeline.records import Document, Row, RowError
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.parse import parse_shard
 from pipeline.settings.row_settings import RowSettings
 from pipeline.setup.intake import open_columns
+from pipeline.setup.new_rows import note_id
 from pipeline.suites.samples import Sample, document_key, part_of, parted, references_of
 from pipeline.texts.redaction import bare
 
@@ -47,7 +51,7 @@ def input_samples(
     """
     if documents is None or not config.asks_rows:
         return [], []
-    records = _renamed(read_documents(config, documents), takes_ids=documents.columns.takes_ids)
+    records = _with_ids(config, documents)
     return parted(_sample(config, record, tasks) for record in records if _is_taken(config, record))
 
 
@@ -55,20 +59,28 @@ def _is_taken(config: RowSettings, record: Document | RowError) -> bool:
     return isinstance(record, RowError) or in_document_shard(config, document_key(record.text))
 
 
-def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iterator[Document | RowError]:
-    """With the row's number behind an id that comes again, where nobody named the column of ids."""
-    first: dict[str, int] = {}  # the row that has this id
-    for record in records:
-        row = record.source
-        if takes_ids and first.setdefault(row.document_id, row.row) != row.row:
-            record = replace(record, source=row.called(f"{row.document_id}#{row.row}"))
-            first.setdefault(record.source.document_id, row.row)
-        yield record
+def _with_ids(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
+    """The rows that are asked for, under the ids that `batch` gives them where nobody named their column."""
+    if not source.columns.takes_ids:
+        yield from read_documents(config, source)
+        return
+    with scratch_index() as index:
+        ids = FinishedRows(index)
+        for record in read_documents(config, source, partial(note_id, done=ids, renames=True)):
+            if isinstance(record, Document):
+                id = ids.document_id(record.source, renames=True)
+                record = replace(record, source=record.source.called(id))
+            yield record
 
 
-def read_documents(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
-    """The rows of the input that are asked for, a record for each question; StorageError if some are lost."""
-    for row in select_rows(source, config, source.total_rows):
+def read_documents(
+    config: RowSettings, source: Source, heed: Heed | None = None
+) -> Iterator[Document | RowError]:
+    """The rows of the input that are asked for, a record for each question; StorageError if some are lost.
+
+    `heed` is shown each row before, and rows that are not asked for.
+    """
+    for row in select_rows(source, config, source.total_rows, heed):
         yield from each_question(row, source.columns.asked)
     source.refuse_out_of_reach("nothing was measured")
 

@@ -22,7 +22,8 @@ from pipeline.pruning.operations import dense_flops
 from pipeline.pruning.shape import ModelShape
 from pipeline.records import Answer
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.intake import new_rows, open_rows
+from pipeline.setup.intake import open_rows
+from pipeline.setup.new_rows import new_rows
 from pipeline.setup.preparation import prepare
 
 SHAPE = ModelShape(layers=4, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=320, context=1024)

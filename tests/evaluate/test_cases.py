@@ -149,6 +149,18 @@ def test_needles_have_a_count_of_their_own(model, source, model_folder, settings
     }
 
 
+@pytest.mark.parametrize(("settings", "count"), [({}, 6), ({"shard": "2/2"}, 3), ({"sample": 2}, 2)])
+def test_ids_that_come_again_are_those_of_batch(model, source, model_folder, settings, count):
+    ids = ["a", "c#6", "a", "a#2", None, "c", "c"]
+    rows = [{"id": id, "text": f"{TEXTS[0]}{n}" if id else ""} for n, id in enumerate(ids)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CheckConfig(input=(str(source),), model=str(model_folder), question="q", **settings)
+    found = {row.document.source.place: row.sample.id for row in rows_of(config, model).rows}
+    of_all = ["a", "c#6", "a#2", "a#2#3", None, "c", "c#6#6"]
+    assert found.items() <= {f"ships.jsonl line {n}": id for n, id in enumerate(of_all, start=1)}.items()
+    assert len(found) == count
+
+
 def test_two_sides_need_two_documents_to_hide_in(calibrate, model, source, leval):
     source.write_text(json.dumps({"text": "A single document. " * 9}))
     config = calibrate(input=(str(source),), suite=(leval, "needles"))
