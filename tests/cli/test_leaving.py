@@ -126,8 +126,11 @@ def test_answers_behind_damage_stay_as_they_are(batch, tmp_path, name, text):
     before = answers()
     path.write_bytes(damaged)
     for again in range(2):
-        code, summary, _ = batch("--resume", "--fail-on-error", source=name)
+        code, summary, told = batch("--resume", "--fail-on-error", source=name)
         assert (code, summary["documents"]) == (3, 1 - again)
+        why = "all of them in earlier runs: --resume --retry-errors runs them again" if again else ""
+        line = f"marsinfer: error: 1 of 25 rows failed, which --fail-on-error does not allow; {why}"
+        assert told.splitlines()[-1].startswith(line)
         assert summary["in_output"] == {"ok": 24, "error": 1, "skipped": 0}
         assert {id: answer for id, answer in answers().items() if answer is not None} == before
     path.write_bytes(whole)
