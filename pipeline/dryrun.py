@@ -62,7 +62,7 @@ class DryRunReport:
     output_is_there: bool = False
     notes: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)  # rows of earlier runs by status, under --resume
-    done_before: tuple[Counter[str], ...] = ()  # likewise as the run counts them: at its start, at its end
+    done_before: tuple[Counter[str], ...] = ()  # likewise as the run counts them: before, meanwhile, after
     left_rows: int = 0  # of earlier runs, that would leave the output
     returned_rows: int = 0  # that had left it, and would come back
     estimate: Estimate | None = None
@@ -154,7 +154,8 @@ class DryRunReport:
         except MarsError as error:
             self.refusal = self.refusal or error
         self.left_rows = done.leaving()
-        self.done, self.done_before = done.counts(), (done.done_at_start, done.done_now())
+        self.done = done.counts()
+        self.done_before = (done.done_at_start, done.done_now(), self.done)
 
     def foretell(self) -> None:
         """Estimate the time, by the rows that are done, or else by the rates of the device."""
@@ -311,7 +312,7 @@ class DryRunReport:
         if self.refusal is not None:
             raise self.refusal
         try:
-            for tally, before in zip((Tally(), self.tally), self.done_before, strict=False):
+            for tally, before in zip((Tally(), self.tally, self.tally), self.done_before, strict=False):
                 stop_if_broken(self.config, tally, before)
         except TooManyErrors as error:
             raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error

@@ -206,6 +206,23 @@ def test_the_same_command_twice_ends_alike(batch, tmp_path, bound, code):
         assert batch(*command, source="in.jsonl")[0] == 0
 
 
+@pytest.mark.parametrize("left_out", [["--limit", "2"], ["--shard", "1/8"], ["--sample", "1"]])
+def test_errors_that_are_not_tried_again_count_before_the_output_is_written(batch, tmp_path, left_out):
+    (tmp_path / "in.jsonl").write_text("{\n" * 4 + lines(range(4)))
+    assert batch(source="in.jsonl")[0] == 0
+    before = Path("o.parquet").read_bytes()
+    again = ["--resume", "--retry-errors", *left_out, "--max-errors"]
+    for dry in (["--dry-run"], []):
+        code, _, told = batch(*again, "2", *dry, source="in.jsonl")
+        assert (code, Path("o.parquet").read_bytes()) == (4, before)
+        assert "earlier runs " in told.splitlines()[-1]
+        assert ", of rows that were not read again), more than --max-errors 2 allows" in told.splitlines()[-1]
+    code, summary, _ = batch(*again, "4", source="in.jsonl")
+    assert (code, summary["in_output"]) == (0, {"ok": 4, "error": 4, "skipped": 0})
+    (tmp_path / "in.jsonl").write_text(lines(range(9, 13)) + lines(range(4)))
+    assert batch("--resume", "--retry-errors", "--max-errors", "2", source="in.jsonl")[0] == 0
+
+
 def test_drop_missing_is_about_an_earlier_run(batch, folder):
     assert batch("--drop-missing")[2].endswith(
         "--drop-missing needs --resume: it is about rows of an earlier run\n"
