@@ -145,7 +145,7 @@ def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> N
     if not _is_broken(config, failed, finished):
         return
     kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
-    if before["error"]:  # of which all that come are forgotten where they are run again
+    if before["error"]:  # with --retry-errors, of rows alone that this run did not come to
         not_tried = ", of rows that were not read again" if config.retry_errors else ""
         kinds.append(f"earlier runs {before['error']:,}{not_tried}")
     raise TooManyErrors(
