@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from marsinfer_cli.signature import takes
-from pipeline.errors import ConfigError, NoneAnswered
+from pipeline.errors import ConfigError, NoneAnswered, RowsFailed
 from pipeline.interrupts import graceful_stop
 from pipeline.settings.console_settings import BatchSwitches
 from pipeline.settings.run_settings import BatchConfig
@@ -30,7 +30,8 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
 
         print(to_toml(config), end="", file=sys.stderr)
     if switches.dry_run:
-        return _dry_run(config, switches)
+        _dry_run(config, switches)
+        return None
     if switches.show_prompt is not None:
         _print_prompts(config, switches.show_prompt, as_json=switches.as_json)
         return None
@@ -48,7 +49,10 @@ def batch(config: BatchConfig, switches: BatchSwitches) -> int | None:
     none_answered = summary.none_answered()
     if none_answered is not None:
         raise NoneAnswered(none_answered)
-    return 3 if switches.fail_on_error and summary.in_output["error"] else 0
+    failed = summary.in_output["error"]
+    if switches.fail_on_error and failed:
+        raise RowsFailed(summary.failures_told(failed, summary.in_output.total()))
+    return 0
 
 
 def _run(config: BatchConfig, switches: BatchSwitches, check: Callable[[], None]) -> Summary:
@@ -88,8 +92,8 @@ def _process_began() -> float:
     return time.perf_counter() - max(0.0, age_s)
 
 
-def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int | None:
-    """Print what the run would do; returns, or raises, as it would end."""
+def _dry_run(config: BatchConfig, switches: BatchSwitches) -> None:
+    """Print what the run would do, and raise the error that it would end with."""
     from marsinfer_cli.progress import PLAIN_EVERY_S, BatchProgress
     from pipeline.dryrun import dry_run
 
@@ -105,8 +109,7 @@ def _dry_run(config: BatchConfig, switches: BatchSwitches) -> int | None:
         progress.phase("reading and tokenizing")
         report = dry_run(config, progress)
     print(json.dumps(report.as_dict()) if switches.as_json else printable(report.as_text()))
-    report.raise_outcome()
-    return 3 if switches.fail_on_error and report.tally.status["error"] + report.done["error"] else None
+    report.raise_outcome(fail_on_error=switches.fail_on_error)
 
 
 def _print_prompts(config: BatchConfig, count: int, *, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.bookkeeping import stop_if_broken
 from pipeline.engines.group_packs import GroupPacker
 from pipeline.engines.memory import Packer
-from pipeline.errors import MarsError, NoneAnswered, TooManyErrors
+from pipeline.errors import MarsError, NoneAnswered, RowsFailed, TooManyErrors
 from pipeline.estimate import (
     TIMED,
     Estimate,
@@ -46,7 +46,7 @@ from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import output_place
 from pipeline.tally import Tally
 from pipeline.texts.redaction import hidden
-from pipeline.texts.words import amount, counted, duration
+from pipeline.texts.words import amount, counted, duration, figures
 
 SHOWN_SPLIT = 10
 BAR_WIDTH = 40
@@ -62,7 +62,7 @@ class DryRunReport:
     output_is_there: bool = False
     notes: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)  # rows of earlier runs by status, under --resume
-    done_before: tuple[Counter[str], ...] = ()  # likewise as the run counts them: at its start, at its end
+    done_before: tuple[Counter[str], ...] = ()  # likewise as the run counts them: before, meanwhile, after
     left_rows: int = 0  # of earlier runs, that would leave the output
     returned_rows: int = 0  # that had left it, and would come back
     estimate: Estimate | None = None
@@ -154,7 +154,8 @@ class DryRunReport:
         except MarsError as error:
             self.refusal = self.refusal or error
         self.left_rows = done.leaving()
-        self.done, self.done_before = done.counts(), (done.done_at_start, done.done_now())
+        self.done = done.counts()
+        self.done_before = (done.done_at_start, done.done_now(), self.done)
 
     def foretell(self) -> None:
         """Estimate the time, by the rows that are done, or else by the rates of the device."""
@@ -306,20 +307,23 @@ class DryRunReport:
             return f"{output}, which is there and {'goes on' if self.config.resume else 'is overwritten'}"
         return output
 
-    def raise_outcome(self) -> None:
-        """Raise the error that the run would end with, as far as that is known before it answers anything."""
+    def raise_outcome(self, *, fail_on_error: bool = False) -> None:
+        """Raise what the run would end with, with `fail_on_error` or not, as far as is known beforehand."""
         if self.refusal is not None:
             raise self.refusal
         try:
-            for tally, before in zip((Tally(), self.tally), self.done_before, strict=False):
+            for tally, before in zip((Tally(), self.tally, self.tally), self.done_before, strict=False):
                 stop_if_broken(self.config, tally, before)
         except TooManyErrors as error:
             raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error
         rows = self.done.total() + self.tally.documents
+        too_large = next(iter(self.planned.too_large), None)
         if rows and not (self.done["ok"] or self._answerable):
-            too_large = next(iter(self.planned.too_large), "all of them failed in earlier runs")
-            why = self.tally.commonest_error or too_large
+            why = self.tally.commonest_error or too_large or "all of them failed in earlier runs"
             raise NoneAnswered(f"none of {counted(rows, 'row')} can be answered; {why}")
+        failed = self.done["error"] + self.tally.status["error"] + self.tally.status["ok"] - self._answerable
+        if fail_on_error and failed:
+            raise RowsFailed(self.tally.failures_told(failed, rows, too_large))
 
     def _over_long(self) -> Iterator[str]:
         cut = f", {self.truncated_tokens:,} tokens cut" if self.truncated_rows else ""
@@ -357,10 +361,10 @@ class DryRunReport:
         yield from memory_needed(self.run, packer, self.longest_tokens or 1)
         packs = f"{self.planned.packs:,} of up to {packer.pack_tokens:,} tokens on {self.run.model.device}"
         yield f"packs: {packs}, the largest {self.planned.largest_pack_tokens:,}"
-        gigabytes = _figures(self.planned.kv_bytes / 1e9)
+        gigabytes = figures(self.planned.kv_bytes / 1e9)
         yield f"keys and values of the largest pack: {gigabytes} GB ({packer.method.name})"
         yield from self.planned.told()
-        yield f"work of a dense prefill: {_figures(self.flops / 1e12)} TFLOP"
+        yield f"work of a dense prefill: {figures(self.flops / 1e12)} TFLOP"
         if self.estimate is not None:
             yield self.estimate.as_text()
         yield from self._money_and_deadline()
@@ -393,8 +397,3 @@ def dry_run(config: BatchConfig, progress: Callable[[Tally], None] = lambda tall
     report.notes += [] if text is None else [text]
     report.foretell()
     return report
-
-
-def _figures(value: float) -> str:
-    """Three figures, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -22,9 +22,9 @@ class MarsError(Exception):
     """Base of every error with a message meant for the user: cause, place and remedy in one line.
 
     `exit_code` is what the command ends with. The kinds: ConfigError, InputError and ModelError (2),
-    NoneAnswered (3), TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7), StorageError
-    (8), DeadlineReached (9), and Interrupted (128 plus the signal's number); 1 is left for what is none of
-    them. A single bad row raises nothing: it becomes a row of the output whose status is `error`.
+    NoneAnswered and RowsFailed (3), TooManyErrors (4), GateFailed (5), GateInconclusive (6), LockedError (7),
+    StorageError (8), DeadlineReached (9), and Interrupted (128 plus the signal's number); 1 is left for what
+    is none of them. A single bad row raises nothing: it becomes a row of the output whose status is `error`.
     """
 
     exit_code = 1
@@ -53,6 +53,12 @@ class ModelError(MarsError):
 
 class NoneAnswered(MarsError):
     """The output holds rows, and not one of them has an answer."""
+
+    exit_code = 3
+
+
+class RowsFailed(MarsError):
+    """The output holds rows that failed, which the command line was told to take for a failure."""
 
     exit_code = 3
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.bookkeeping import AnyJournal, Books, Note, Progress
@@ -33,14 +34,14 @@ from pipeline.outputs.rowindex import Order
 from pipeline.outputs.streamed import StreamedRows
 from pipeline.outputs.writing import check_output
 from pipeline.pruning.registry import make_method
-from pipeline.records import Record, RowError
 from pipeline.settings.keywords import StrPath, called_with, inputs_of
 from pipeline.settings.method_settings import AUTO
 from pipeline.settings.model_settings import WeightsSettings
 from pipeline.settings.moments import deadline_after, moment_told
 from pipeline.settings.run_settings import BatchConfig
-from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, new_rows, open_rows
+from pipeline.setup.intake import Intake, Item, SoughtColumns, item_tokens, open_rows
 from pipeline.setup.leaving import Leaving
+from pipeline.setup.new_rows import new_rows, note_id
 from pipeline.setup.objects import with_objects
 from pipeline.setup.preparation import Preparation, prepare
 from pipeline.storage.remote import Place
@@ -161,13 +162,9 @@ def read_windows(run: Preparation, rows: Reading, done: FinishedRows, tally: Tal
         tally.expect(len(items), rows, done)
         return items
 
-    def heed_id(record: Record) -> None:
-        if not (isinstance(record, RowError) and record.is_fault):
-            with suppress(RowError):  # which the row will be, if it is one to answer
-                done.document_id(record.source, renames=renames)
-
     renames = run.source.columns.takes_ids
-    new = new_rows(rows.records(heed_id if rows.is_selective else None), done, renames=renames)
+    heed_id = partial(note_id, done=done, renames=renames) if rows.is_selective else None
+    new = new_rows(rows.records(heed_id), done, renames=renames)
     return map(heed, windows(run.encode(new), item_tokens))
 
 

@@ -22,6 +22,7 @@ class Tally:
         """`began` is when the run did, by time.perf_counter(); None: now."""
         self.status: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()  # by error_type, of error and skipped rows
+        self.skips: Counter[str] = Counter()  # of them, those of skipped rows
         self.messages: dict[str, list[str]] = {}  # likewise, the first few
         self.prompt_tokens = 0
         self.expected_rows: float | None = None
@@ -67,6 +68,7 @@ class Tally:
             self.prompt_tokens += prompt_tokens
         else:
             self.errors[str(error_type)] += 1
+            self.skips[str(error_type)] += status == "skipped"
             messages = self.messages.setdefault(str(error_type), [])
             if len(messages) < MOST_MESSAGES:
                 messages.append(message or "")
@@ -74,9 +76,21 @@ class Tally:
     @property
     def commonest_error(self) -> str | None:
         """Of rows that failed or were skipped: how many of which kind, and the first one's message."""
-        if not self.errors:
+        return self._commonest(self.errors)
+
+    def failures_told(self, failed: int, rows: int, other: str | None = None) -> str:
+        """That so many of an output's rows failed, and what ails those of this run.
+
+        `other` is what ails rows that count as read here, if there are any.
+        """
+        earlier = "all of them in earlier runs: --resume --retry-errors runs them again"
+        ails = self._commonest(self.errors - self.skips) or other or earlier
+        return f"{failed:,} of {counted(rows, 'row')} failed, which --fail-on-error does not allow; {ails}"
+
+    def _commonest(self, errors: Counter[str]) -> str | None:
+        if not errors:
             return None
-        ((kind, count),) = self.errors.most_common(1)
+        ((kind, count),) = errors.most_common(1)
         return f"{kind} ({counted(count, 'row')}): {self.first_messages[kind]}"
 
     @property

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.errors import ConfigError, GateInconclusive, InputError, did_you_mean
+from pipeline.evaluate.input_rows import in_document_shard, input_samples, open_documents, read_documents
 from pipeline.evaluate.same_documents import counted_as, same_documents, told_same
-from pipeline.inputs.reading import each_question, select_rows
 from pipeline.inputs.source import Source
 from pipeline.records import Document, EncodedDocument, Row, RowError
-from pipeline.settings.data_settings import DataSettings
-from pipeline.settings.parse import parse_shard
 from pipeline.settings.row_settings import RowSettings
-from pipeline.setup.intake import open_columns
 from pipeline.suites.by_name import load_suite
 from pipeline.suites.haystack import token_counter
 from pipeline.suites.metrics import parts_of
@@ -34,20 +29,17 @@ from pipeline.suites.samples import (
     document_key,
     first_in_turn,
     is_unicode,
-    part_of,
     parted,
-    references_of,
     searched_count,
     searched_keys,
     take,
 )
-from pipeline.texts.redaction import bare, hidden
+from pipeline.texts.redaction import hidden
 
 if TYPE_CHECKING:
     from pipeline.prompts.builder import PromptBuilder
 
 NEEDLE_LENGTHS = (8192, 16384, 30720)  # those that the context holds
-METRIC = "token_f1"  # of the user's own references
 HAYSTACK_CHARACTERS = 64 << 20  # of the user's documents, enough variety for any needles
 
 
@@ -95,11 +87,13 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     Raises InputError if more than half of the input or of a suite has to be left out, or all rows of a task
     that is a gate of its own; StorageError if a file of the input is out of reach, or was changed meanwhile.
     """
-    documents, notes = _open(config)
+    documents, notes = open_documents(config)
     named: dict[str, None] = {}  # the tasks of the input, of which a row may have no reference
-    of_input, unread = _input_samples(config, documents, named)
+    of_input, unread = input_samples(config, documents, named)
     suites = [load_suite(suite) for suite in config.suite_names if suite.folder is not None]
-    of_suites = [[each for each in own.samples if _takes(config, each.document_key)] for own in suites]
+    of_suites = [
+        [each for each in own.samples if in_document_shard(config, each.document_key)] for own in suites
+    ]
     sources = [of_input, *of_suites]
     named |= dict.fromkeys(sample.task for sample in chain.from_iterable(of_suites))
     _check_tasks(config, named)
@@ -112,7 +106,7 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     same = same_documents((row.sample, row.document) for row in rows)
     if config.has_needles:
         haystacks = _haystacks(config, documents, list(chain.from_iterable(sources)))
-        needles = take(_needles(config, haystacks, same, prompts), config.limit_per_task, config.seed)
+        needles = _needles(config, haystacks, same, prompts)
         of_needles = enumerate(needles, start=len(samples))
         hidden_in, unfit = parted(_encode(config, *numbered, prompts) for numbered in of_needles)
         _refuse_most(hidden_in, unfit)
@@ -132,23 +126,6 @@ def read_rows(config: RowSettings, prompts: PromptBuilder) -> CheckRows:
     return CheckRows(rows=counted, left_out=(*left_out, *failed), notes=(*notes, *told_same(same)))
 
 
-def _input_samples(
-    config: RowSettings, documents: Source | None, tasks: dict[str, None]
-) -> tuple[list[Sample], list[str]]:
-    """Those of the input's rows in the shard of documents, where they are asked, and why others are none.
-
-    A row that cannot be read is of every shard. Tasks that rows name are added to `tasks`.
-    """
-    if documents is None or not config.asks_rows:
-        return [], []
-    records = _renamed(_records(config, documents), takes_ids=documents.columns.takes_ids)
-    return parted(_sample(config, record, tasks) for record in records if _is_taken(config, record))
-
-
-def _is_taken(config: RowSettings, record: Document | RowError) -> bool:
-    return isinstance(record, RowError) or _takes(config, document_key(record.text))
-
-
 def _refuse_most(rows: Sequence[CheckRow], failed: Sequence[str]) -> None:
     if len(failed) > len(rows):
         count = len(rows) + len(failed)
@@ -165,105 +142,25 @@ def _refuse_lost_tasks(
             raise InputError(f"no row of the task {task!r} can be checked; {first}")
 
 
-def _open(config: RowSettings) -> tuple[Source | None, tuple[str, ...]]:
-    """The input, if there is one, and what to say of its columns."""
-    if not config.input:
-        return None, ()
-    if config.has_needles and "-" in config.input:
-        raise ConfigError("--suite needles reads INPUT twice: save the standard input to a file")
-    if not config.asks_rows:  # documents that facts are hidden in, whose ids and questions nobody asks for
-        texts = DataSettings(**config.options_of(DataSettings))
-        source, found = open_columns(texts, {}, asks=False)
-        return source, found.notes
-    unnamed = replace(config, task_column=None)
-    source, settled = open_columns(unnamed, _kept(config), asked=config.asked_questions())
-    return source, settled.notes
-
-
-def _renamed(records: Iterable[Document | RowError], *, takes_ids: bool) -> Iterator[Document | RowError]:
-    """With the row's number behind an id that comes again, where nobody named the column of ids."""
-    first: dict[str, int] = {}  # the row that has this id
-    for record in records:
-        row = record.source
-        if takes_ids and first.setdefault(row.document_id, row.row) != row.row:
-            record = replace(record, source=row.called(f"{row.document_id}#{row.row}"))
-            first.setdefault(record.source.document_id, row.row)
-        yield record
-
-
-def _records(config: RowSettings, source: Source) -> Iterator[Document | RowError]:
-    """The rows of the input that are asked for, a record for each question; StorageError if some are lost."""
-    for row in select_rows(source, config, source.total_rows):
-        yield from each_question(row, source.columns.asked)
-    source.refuse_out_of_reach("nothing was measured")
-
-
-def _takes(config: RowSettings, key: str) -> bool:
-    """Whether the document with this key is in the shard of documents."""
-    if config.document_shard is None:
-        return True
-    part, parts = parse_shard(config.document_shard, "--document-shard")
-    return part_of(key, parts) == part - 1
-
-
-def _kept(config: RowSettings) -> dict[str, None]:
-    """The columns that are read beside text, question and id."""
-    names = (config.reference_column, config.task_column)
-    return dict.fromkeys(name for name in names if name is not None)
-
-
-def _sample(config: RowSettings, record: Document | RowError, tasks: dict[str, None]) -> Sample | str:
-    """A row of the data, or why it is left out; the task that it names is added to `tasks`."""
-    if isinstance(record, RowError):
-        return record.message
-    if record.source.turns:
-        what = "messages, or is a request of OpenAI's Batch API"
-        return f"{record.source.place} has {what}, which marsinfer batch alone answers"
-    task = Path(bare(config.input[0])).name.partition(".")[0] if len(config.input) == 1 else ""
-    if config.task_column is not None:
-        task = str(_cell(config, record.source, config.task_column) or "")
-        if not task:
-            return f"{record.source.place}: no task in column {config.task_column!r}"
-    task = task or "data"
-    tasks[task] = None
-    references: tuple[str, ...] = ()
-    if config.reference_column is not None:
-        references = references_of(_cell(config, record.source, config.reference_column))
-        if not references:
-            return f"{record.source.place}: no reference in column {config.reference_column!r}"
-    return Sample(
-        id=record.source.id,
-        task=task,
-        text=record.text,
-        question=record.question or "",
-        references=references,
-        metric=METRIC,
-        document_key=document_key(record.text),
-        fields=record.source.fields,
-        facets={"place": record.source.place},
-    )
-
-
-def _cell(config: RowSettings, source: Row, column: str) -> Any:
-    assert isinstance(source.passthrough, pa.RecordBatch)
-    # by place: a column that has the name of one of batch's output is renamed
-    return source.passthrough.column(list(_kept(config)).index(column))[0].as_py()
-
-
 def _check_tasks(config: RowSettings, known: Collection[str]) -> None:
     """Raises ConfigError if a task that is asked for is none of these."""
     unknown = next((task for task in config.tasks if task not in known), None)
-    if unknown is not None:
-        where = f"in part {config.document_shard} there are" if config.document_shard else "there are"
-        raise ConfigError(
-            f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; {where} {', '.join(known) or 'none'}"
-        )
+    if unknown is None:
+        return
+    if unknown.startswith(NEEDLES):
+        raise ConfigError(f"--tasks names {unknown!r}; kinds of needles are chosen by --needle-kinds")
+    bounds = {name: getattr(config, name) for name in ("document_shard", "shard", "sample", "limit")}
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in bounds.items() if value is not None]
+    where = f"with {', '.join(given)} there are" if given else "there are"
+    raise ConfigError(
+        f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; {where} {', '.join(known) or 'none'}"
+    )
 
 
 def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[Sample]) -> dict[str, str]:
     """Documents to hide needles in by their keys: those of the input, or without one the suites'."""
     if documents is not None:
-        records = (row.text for row in _records(config, documents) if isinstance(row, Document))
+        records = (row.text for row in read_documents(config, documents) if isinstance(row, Document))
         found: Iterable[tuple[str, str]] = ((document_key(text), text) for text in records)
     else:
         found = ((sample.document_key, sample.text) for sample in samples)
@@ -272,7 +169,7 @@ def _haystacks(config: RowSettings, documents: Source | None, samples: Sequence[
     for key, text in found:
         if left <= 0:
             break
-        if key not in texts and _takes(config, key):
+        if key not in texts and in_document_shard(config, key):
             texts[key] = text[:left]
             left -= len(text)
     if not texts:

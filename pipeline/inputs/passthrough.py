@@ -253,7 +253,7 @@ def _from_batch(column: PassColumn, batch: pa.RecordBatch) -> pa.Array:
 
 
 def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
-    """One JSON value as an Arrow array, with the same casts that a table's column gets."""
+    """One JSON value as an Arrow array, with the casts that a table's column gets, but for loose ones."""
     if value is None:
         return pa.nulls(1, wanted)
     is_text = wanted in STRINGS
@@ -264,19 +264,25 @@ def _from_value(name: str, value: object, wanted: pa.DataType) -> pa.Array:
             return pa.array([value], wanted)
         # Not pa.array([value], wanted), which cuts 5.5 down to an integer without a word.
         array = pa.array([value])
-        _refuse_more_fields(array.type, wanted)
+        _refuse_loose_casts(array.type, wanted)
         return converted(array, wanted)
 
 
-def _refuse_more_fields(own: pa.DataType, wanted: pa.DataType) -> None:
-    """A ValueError for a key of an object that the struct it becomes lacks, which a cast would drop."""
+def _refuse_loose_casts(own: pa.DataType, wanted: pa.DataType) -> None:
+    """A ValueError for what a cast of one value would do without a word.
+
+    It would drop a key of an object that the struct it becomes lacks, and take `true` for the number 1; of a
+    table a whole column of booleans becomes numbers, as its type says beforehand what they are.
+    """
     if pa.types.is_struct(own) and pa.types.is_struct(wanted):
         for field in own:
             if wanted.get_field_index(field.name) < 0:
                 raise ValueError(f"it has no field {field.name!r}")
-            _refuse_more_fields(field.type, wanted.field(field.name).type)
+            _refuse_loose_casts(field.type, wanted.field(field.name).type)
     elif pa.types.is_list(own) and wanted.num_fields == 1 and not pa.types.is_struct(wanted):
-        _refuse_more_fields(own.value_type, wanted.field(0).type)
+        _refuse_loose_casts(own.value_type, wanted.field(0).type)
+    elif pa.types.is_boolean(own) and (pa.types.is_integer(wanted) or pa.types.is_floating(wanted)):
+        raise ValueError("a boolean is no number")
 
 
 def _misfits_told(name: str, wanted: pa.DataType) -> AbstractContextManager[None]:

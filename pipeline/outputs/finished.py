@@ -40,18 +40,18 @@ class FinishedRows:
     def document_id(self, source: Row, *, renames: bool) -> str:
         """The id of a row's document, which is one for all of its questions; to be asked in input's order.
 
-        If an earlier row has it, with `renames` it is followed by the row's number; otherwise, or where a row
-        has that id too, a `RowError`. Rows that are not answered are asked about too, so that ids are those
-        of a run that answers all of them. Asked again about the same row, it says the same.
+        If an earlier row has it, that is a `RowError`; with `renames` the row's number is added instead, as
+        often as it takes until no earlier row has such an id. Rows that are not answered are asked about too,
+        so that ids are those of a run that answers all of them. Asked again about the same row, it says the
+        same.
         """
         id, row = source.document_id, source.row
         with self._guard():
-            first = self.index.first_with(id, row)
-            if first == row:
-                return id
-            if renames and self.index.first_with(f"{id}#{row}", row) == row:
-                return f"{id}#{row}"
-        raise RowError(DUPLICATE, f"has the id {id!r} of row {first}; ids must be unique")
+            while (first := self.index.first_with(id, row)) != row:
+                if not renames:
+                    raise RowError(DUPLICATE, f"has the id {id!r} of row {first}; ids must be unique")
+                id = f"{id}#{row}"
+        return id
 
     def is_done(self, source: Row, row_hash: str, *, is_fault: bool = False) -> bool:
         """Whether a row's answer is known; to be asked once for every row, in the order of the input.

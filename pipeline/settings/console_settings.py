@@ -24,7 +24,7 @@ class QuietSwitch(Settings, panel=MESSAGES):
     """Silence."""
 
     quiet: bool = option(
-        False, help="No progress on stderr; of batch, no closing table either. Results stay."
+        False, help="No progress on stderr; of batch, no closing table either. Results and errors stay."
     )
 
 

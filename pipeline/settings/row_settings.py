@@ -7,13 +7,14 @@ from pipeline.settings.answer_settings import AnswerSettings
 from pipeline.settings.data_settings import ASKED, DataSettings
 from pipeline.settings.kinds import COUNTS, WORDS
 from pipeline.settings.model_settings import ModelSettings
-from pipeline.settings.option import READING, SUITES, Settings, option
+from pipeline.settings.option import READING, SUITES, Settings, option, settings_of
 from pipeline.settings.parse import NEEDLES, SuiteName, parse_shard, parse_suite
 from pipeline.settings.prompt_settings import PromptSettings
 
 # a prompt that is measured by itself is cut where a run might answer it in parts
 ON_OVERLONG = "truncate-middle"
 NEEDLE_KINDS = ("single", "multi-key", "multi-value", "multi-query", "tracking", "common-words")
+OF_NEEDLES = "needle_"  # the beginning of the names of settings that only needles have
 
 
 def check_needle_kind(kind: str, flag: str = "--needle-kinds") -> None:
@@ -37,7 +38,7 @@ class SuiteSettings(Settings, panel=SUITES):
     limit_per_task: int | None = option(
         None,
         metavar="N",
-        help="N rows of each task, of as many documents as can be.",
+        help="N rows of each task, of as many documents as can be; needles have --needle-count.",
         shown_default="all rows",
         least=1,
         panel=READING,
@@ -58,7 +59,11 @@ class SuiteSettings(Settings, panel=SUITES):
         "suites'; repeatable.",
     )
     tasks: tuple[str, ...] = option(
-        (), metavar="T[,T...]", help="Tasks to take.", shown_default="all", kind=WORDS
+        (),
+        metavar="T[,T...]",
+        help="Tasks of the suites and of INPUT to take; needles have --needle-kinds.",
+        shown_default="all",
+        kind=WORDS,
     )
     needle_kinds: tuple[str, ...] = option(
         NEEDLE_KINDS,
@@ -75,7 +80,9 @@ class SuiteSettings(Settings, panel=SUITES):
         shown_default="of 8k,16k,30k those that the context holds",
         kind=COUNTS,
     )
-    needle_count: int = option(20, help="Needles of each kind.", least=1)
+    needle_count: int = option(
+        20, help="Needles of each kind, which --limit and --limit-per-task do not count.", least=1
+    )
 
     @property
     def suite_names(self) -> list[SuiteName]:
@@ -152,6 +159,14 @@ class RowSettings(
             )
         if self.reference_column is not None and not self.input:
             raise ConfigError("--reference-column is a column of INPUT, which is not given")
+        for name in ("shard", "sample"):
+            if getattr(self, name) is not None and not self.input:
+                raise ConfigError(
+                    f"--{name} takes rows of INPUT, which is not given; of a suite take some with --limit, "
+                    "--limit-per-task, --tasks or --document-shard"
+                )
+        if not self.has_needles:
+            self._refuse_needle_settings()
         if not self.asks_rows:
             self._refuse_questions()
 
@@ -162,3 +177,8 @@ class RowSettings(
                     f"--{name.replace('_', '-')} is of INPUT's own rows, which are asked beside a suite "
                     "only with --reference-column"
                 )
+
+    def _refuse_needle_settings(self) -> None:
+        for each in settings_of(type(self)):
+            if each.name.startswith(OF_NEEDLES) and getattr(self, each.name) != each.default:
+                raise ConfigError(f"{each.flag} needs --suite needles, without which there are none")

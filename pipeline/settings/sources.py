@@ -17,6 +17,7 @@ from pipeline.settings.data_settings import ASKED
 from pipeline.settings.method_settings import MethodSettings
 from pipeline.settings.option import Renamed, Setting, Settings, renamed_of, settings_of
 from pipeline.settings.parse import NEEDLES
+from pipeline.settings.row_settings import OF_NEEDLES
 from pipeline.settings.run_settings import BatchConfig
 from pipeline.texts.redaction import redacted
 from pipeline.texts.toml import toml_key, toml_value
@@ -44,6 +45,9 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
         merged |= layer
         if parameters:
             merged["settings"] = parameters
+    if NEEDLES not in merged.get("suite", ()):  # what weaker places say of needles is for runs that have some
+        others = {name for name in merged if name.startswith(OF_NEEDLES)}.difference(*layers[-1:])
+        merged = {name: value for name, value in merged.items() if name not in others}
     return merged
 
 
@@ -61,7 +65,7 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
 def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """A suite takes the place of rows that a weaker place names; needles that of their questions."""
     rows = (*ASKED, "id_column", "task_column")
-    for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
+    for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input", "shard", "sample"):
         merged.pop(name, None)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,7 @@ from pipeline.prompts.mapreduce import COMBINE, COMBINE_AS_TEXT
 from pipeline.prompts.splitting import SplitDocument, Splitter
 from pipeline.prompts.templates import FileTemplate
 from pipeline.prompts.within import Within, tokenizer_faults
-from pipeline.records import AS_THE_RUN, Document, EncodedDocument, Record, RowError, SamplingParams
+from pipeline.records import EncodedDocument, Record, RowError
 from pipeline.settings.data_settings import DataSettings
 from pipeline.settings.prompt_settings import PromptSettings, SplitSettings
 from pipeline.settings.questions import AskedQuestion, refuse_columns
@@ -49,7 +47,6 @@ from pipeline.values.json_answers import schema_in
 
 if TYPE_CHECKING:
     from pipeline.model.loading import Model
-    from pipeline.outputs.finished import FinishedRows
 
 COLUMNS = "columns"  # of the settings that decide: which were decided
 LATER = "later_columns"  # of them: those of the output that earlier versions did not have
@@ -61,7 +58,6 @@ OF_TEXTS = ("missing_text", "empty_document", "bad_text_type", *OF_MESSAGES)
 OF_QUESTIONS = ("missing_question", "bad_question_type")
 OF_PROMPTS = ("over_long", "template", "missing_field")
 DOCUMENT_ALONE = "{{ document }}"  # a template
-PARAMS = tuple(field.name for field in fields(SamplingParams))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,59 +276,6 @@ def item_prompts(item: Item) -> list[EncodedDocument]:
 def item_tokens(item: Item) -> int:
     """Prompt tokens of an item; a failure has none to work on."""
     return sum(prompt.prompt_tokens for prompt in item_prompts(item))
-
-
-def new_rows(records: Iterable[Record], done: FinishedRows, *, renames: bool = False) -> Iterator[Record]:
-    """Leave out what an earlier run has finished; an id that comes twice becomes a failure.
-
-    With `renames` it is followed by the row's number instead: ids that nobody named may be what they are.
-    All questions of a row have one id, or fail. What stands for rows that could not be read never takes the
-    place of an answer to one of them.
-    """
-    for record in records:
-        row = record.source
-        is_fault = isinstance(record, RowError) and record.is_fault
-        ids = [row.document_id, f"{row.document_id}-"]
-        if not is_fault:
-            try:
-                ids = [done.document_id(row, renames=renames)]
-            except RowError as error:
-                yield error.at(_hashed(record, row.document_id).source)
-                continue
-        failures: list[RowError] = []
-        for each in (_hashed(record, id) for id in ids):
-            try:
-                if not done.is_done(each.source, each.source.row_hash or "", is_fault=is_fault):
-                    yield each
-                break
-            except RowError as error:
-                failures.append(error.at(each.source))
-        else:
-            yield failures[0]
-
-
-def _hashed(record: Record, id: str) -> Record:
-    record = replace(record, source=record.source.called(id))
-    return replace(record, source=replace(record.source, row_hash=row_hash(record)))
-
-
-def row_hash(record: Record) -> str:
-    """32 hex digits of all that a row's prompt has of it, or of what ails it; they tell if it changed."""
-    if isinstance(record, Document):
-        texts = [record.source.id, record.text, record.question or ""]
-        texts += [text for turn in record.source.turns for text in (turn.role, turn.between, *turn.texts)]
-        texts += [text for field in sorted(record.source.fields.items()) for text in field]
-        if record.source.params is not AS_THE_RUN:
-            for name in PARAMS:
-                value = getattr(record.source.params, name)
-                texts += [] if value is None else [name, json.dumps(value)]
-    else:
-        texts = [record.source.id, record.kind, record.message, record.source.question or ""]
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 def encode_rows(

@@ -30,6 +30,11 @@ def amount(value: float) -> str:
     return f"{value:,.2f}" if value >= 1 or not value else f"{value:.3g}"
 
 
+def figures(value: float) -> str:
+    """Three figures, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def percent_of(share: float | None) -> str:
     """`12.5%`, or a dash for a share that is not known."""
     return "-" if share is None or not math.isfinite(share) else f"{share:.1%}"

@@ -258,10 +258,9 @@ def test_rows_too_short_to_be_pruned_show_nothing(data, tmp_path, sharp_model_fo
         tmp_path,
         sharp_model_folder,
         max_drop="90pt",
-        needle_drop="90pt",
         task_column="kind",
         minutes=0.4,
-        **(FEW_NEEDLES if needles else {}),
+        **({**FEW_NEEDLES, "needle_drop": "90pt"} if needles else {}),
     )
     model = open_model(config)
     model.attention.sparse_from = 850

@@ -35,6 +35,12 @@ REFUSED = [
         "unknown kind of needles 'singel' (did you mean 'single'?)",
     ),
     (["--suite", "needles", "--needle-lengths", "4k"], "--needle-lengths: 4,096 tokens exceed 1,016"),
+    (["--needle-count", "25"], "--needle-count needs --suite needles, without which there are none"),
+    (
+        ["--suite", "needles", "--tasks", "needles-single"],
+        "--tasks names 'needles-single'; kinds of needles are chosen by --needle-kinds",
+    ),
+    (["--limit", "2", "--tasks", "odd"], "--tasks names 'odd'; with --limit 2 there are fish"),
     (["--metric", "accuracy"], "--metric 'accuracy': choose from token-accuracy, nll, "),
     (["--metric", "rouge-l"], "--metric rouge-l needs generated answers: add --generate"),
     (["--metric", "nll", "--max-drop", "1pt"], "--max-drop 1pt: nll has no points"),
@@ -49,6 +55,14 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[" ".join(flags) for flags, _ in REFUSED])
 def test_flags_that_cannot_work(refusal, data, flags, message):
     assert refusal(data, *REFERENCES, *flags).startswith(message)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--sample", "9"), ("--shard", "1/2")])
+def test_rows_of_suites_are_not_drawn_as_those_of_an_input(refusal, tmp_path, flag, value):
+    assert refusal("--suite", f"leval:{tmp_path}", flag, value) == (
+        f"{flag} takes rows of INPUT, which is not given; of a suite take some with --limit, "
+        "--limit-per-task, --tasks or --document-shard"
+    )
 
 
 def test_data_that_cannot_work(refusal, data, tmp_path):

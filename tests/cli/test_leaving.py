@@ -126,8 +126,11 @@ def test_answers_behind_damage_stay_as_they_are(batch, tmp_path, name, text):
     before = answers()
     path.write_bytes(damaged)
     for again in range(2):
-        code, summary, _ = batch("--resume", "--fail-on-error", source=name)
+        code, summary, told = batch("--resume", "--fail-on-error", source=name)
         assert (code, summary["documents"]) == (3, 1 - again)
+        why = "all of them in earlier runs: --resume --retry-errors runs them again" if again else ""
+        line = f"marsinfer: error: 1 of 25 rows failed, which --fail-on-error does not allow; {why}"
+        assert told.splitlines()[-1].startswith(line)
         assert summary["in_output"] == {"ok": 24, "error": 1, "skipped": 0}
         assert {id: answer for id, answer in answers().items() if answer is not None} == before
     path.write_bytes(whole)
@@ -201,6 +204,23 @@ def test_the_same_command_twice_ends_alike(batch, tmp_path, bound, code):
         (tmp_path / "in.jsonl").write_text(lines(range(22)))
         assert batch(*command, "--retry-errors", source="in.jsonl")[0] == 0
         assert batch(*command, source="in.jsonl")[0] == 0
+
+
+@pytest.mark.parametrize("left_out", [["--limit", "2"], ["--shard", "1/8"], ["--sample", "1"]])
+def test_errors_that_are_not_tried_again_count_before_the_output_is_written(batch, tmp_path, left_out):
+    (tmp_path / "in.jsonl").write_text("{\n" * 4 + lines(range(4)))
+    assert batch(source="in.jsonl")[0] == 0
+    before = Path("o.parquet").read_bytes()
+    again = ["--resume", "--retry-errors", *left_out, "--max-errors"]
+    for dry in (["--dry-run"], []):
+        code, _, told = batch(*again, "2", *dry, source="in.jsonl")
+        assert (code, Path("o.parquet").read_bytes()) == (4, before)
+        assert "earlier runs " in told.splitlines()[-1]
+        assert ", of rows that were not read again), more than --max-errors 2 allows" in told.splitlines()[-1]
+    code, summary, _ = batch(*again, "4", source="in.jsonl")
+    assert (code, summary["in_output"]) == (0, {"ok": 4, "error": 4, "skipped": 0})
+    (tmp_path / "in.jsonl").write_text(lines(range(9, 13)) + lines(range(4)))
+    assert batch("--resume", "--retry-errors", "--max-errors", "2", source="in.jsonl")[0] == 0
 
 
 def test_drop_missing_is_about_an_earlier_run(batch, folder):

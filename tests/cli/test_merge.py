@@ -227,7 +227,7 @@ def test_an_unfinished_run_under_the_outputs_name_is_not_forgotten(shards, refus
 @pytest.mark.parametrize("named", [(), ("--id-column", "id")])
 def test_ids_that_came_twice_in_other_shards_are_those_of_one_run(call, tmp_path, named):
     source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.parquet", tmp_path / "out.parquet"
-    ids = ["a", "b", "c", "a", "a#3", "b"]
+    ids = ["a", "b", "c", "a", "a#3", "b", "c#7", "c"]
     source.write_text("".join(json.dumps({"id": id, "text": f"fish {n}"}) + "\n" for n, id in enumerate(ids)))
     made = [tmp_path / f"{n}.parquet" for n in (1, 2)]
     for number, path in enumerate(made, start=1):
@@ -241,9 +241,10 @@ def test_ids_that_came_twice_in_other_shards_are_those_of_one_run(call, tmp_path
         for path in (whole, out)
     )
     assert merged == once
-    later = [("a", "duplicate_id"), ("a#3", None), ("b", "duplicate_id")]
+    twice = "duplicate_id"
+    later = [("a", twice), ("a#3", None), ("b", twice), ("c#7", None), ("c", twice)]
     if not named:
-        later = [("a#3", None), ("a#3#4", None), ("b#5", None)]
+        later = [(id, None) for id in ("a#3", "a#3#4", "b#5", "c#7", "c#7#7")]
     assert [(id, kind) for id, _, kind, _ in once[3:]] == later
 
 

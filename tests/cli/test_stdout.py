@@ -85,8 +85,9 @@ def test_a_dry_run_tells_it_and_prints_no_answer(call, source, capfd):
 
 
 def test_exit_codes_are_those_of_a_file(streamed, source, tmp_path):
-    rows, _ = streamed(source, "-", *ASKED, "--fail-on-error", code=3)
+    rows, told = streamed(source, "-", *ASKED, "--fail-on-error", "--quiet", code=3)
     assert len(rows) == 4
+    assert told.startswith("marsinfer: error: 1 of 4 rows failed, which --fail-on-error does not allow; ")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')
     rows, told = streamed(empty, "-", *ASKED, "--quiet", code=3)

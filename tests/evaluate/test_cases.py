@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,12 +55,11 @@ def leval(tmp_path):
 @pytest.fixture
 def calibrate(tmp_path, model_folder):
     def config(**settings):
-        shared = {"needle_kinds": KINDS, "needle_lengths": (900,), "needle_count": 10, "max_new_tokens": 60}
-        return CalibrateConfig(
-            model=str(model_folder),
-            out=str(tmp_path / "p.toml"),
-            **{**shared, "suite": ("needles",), **settings},
-        )
+        shared = {"suite": ("needles",), "max_new_tokens": 60, **settings}
+        needles = {"needle_kinds": KINDS, "needle_lengths": (900,), "needle_count": 10}
+        if "needles" in shared["suite"]:
+            shared = {**needles, **shared}
+        return CalibrateConfig(model=str(model_folder), out=str(tmp_path / "p.toml"), **shared)
 
     return config
 
@@ -119,6 +119,46 @@ def test_needles_of_a_check_hide_in_all_documents(model, source, model_folder):
     rows = rows_of(config, model).rows
     assert {row.sample.side for row in rows} == {None}
     assert len(fleets(rows)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_input"),
+    [
+        ({"limit_per_task": 1}, 1),
+        ({"limit": 2}, 2),
+        ({"sample": 2, "shard": "1/2"}, 2),
+        ({"tasks": ("ships",), "limit_per_task": 2}, 2),
+    ],
+)
+def test_needles_have_a_count_of_their_own(model, source, model_folder, settings, of_input):
+    config = CheckConfig(
+        input=(str(source),),
+        model=str(model_folder),
+        question="q",
+        reference_column="right",
+        suite=("needles",),
+        needle_kinds=("single", "multi-value"),
+        needle_lengths=(800,),
+        needle_count=3,
+        **settings,
+    )
+    assert Counter(row.task for row in rows_of(config, model).rows) == {
+        "ships": of_input,
+        "needles-single": 3,
+        "needles-multi-value": 3,
+    }
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 6), ({"shard": "2/2"}, 3), ({"sample": 2}, 2)])
+def test_ids_that_come_again_are_those_of_batch(model, source, model_folder, settings, count):
+    ids = ["a", "c#6", "a", "a#2", None, "c", "c"]
+    rows = [{"id": id, "text": f"{TEXTS[0]}{n}" if id else ""} for n, id in enumerate(ids)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CheckConfig(input=(str(source),), model=str(model_folder), question="q", **settings)
+    found = {row.document.source.place: row.sample.id for row in rows_of(config, model).rows}
+    of_all = ["a", "c#6", "a#2", "a#2#3", None, "c", "c#6#6"]
+    assert found.items() <= {f"ships.jsonl line {n}": id for n, id in enumerate(of_all, start=1)}.items()
+    assert len(found) == count
 
 
 def test_two_sides_need_two_documents_to_hide_in(calibrate, model, source, leval):

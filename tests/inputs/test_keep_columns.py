@@ -122,6 +122,8 @@ def test_keys_that_a_line_lacks_are_null(tmp_path):
         ("int", 2**70),
         ("int8", 300),
         ("int", [1, "a"]),
+        ("int", True),
+        ("int8", False),
     ],
 )
 def test_values_of_lines_that_do_not_fit_are_failures(tmp_path, kind, value):
@@ -129,6 +131,27 @@ def test_values_of_lines_that_do_not_fit_are_failures(tmp_path, kind, value):
     (record,) = open_source([tmp_path / "c.jsonl"], Columns(keep={"x": kind}))
     assert (record.kind, record.source.passthrough) == ("bad_value", None)
     assert record.message.startswith("c.jsonl line 1: 'x' does not fit int")
+
+
+@pytest.mark.parametrize("number", [pa.int64(), pa.float32()])
+def test_a_boolean_of_a_line_is_no_number(tmp_path, number):
+    kinds = {"x": number, "s": pa.struct([("a", number)]), "l": pa.list_(number)}
+    table = pa.table({"text": ["a"], **{name: pa.nulls(1, kind) for name, kind in kinds.items()}})
+    pq.write_table(table, tmp_path / "a.parquet")
+    lines = [{"x": True}, {"s": {"a": True}}, {"l": [False]}, {"x": 1, "s": {"a": 0}, "l": [1]}]
+    write_lines(tmp_path / "b.jsonl", *({"text": "a", **line} for line in lines))
+    _, *bad, good = open_source([tmp_path], Columns(keep=dict.fromkeys(kinds)))
+    for name, record in zip(kinds, bad, strict=True):
+        assert (record.kind, record.source.passthrough) == ("bad_value", None)
+        assert f" {name!r} does not fit " in record.message
+        assert record.message.endswith(": a boolean is no number; keep it as another type, or not at all")
+    assert good.source.passthrough.to_pylist() == [lines[-1]]
+
+
+def test_a_column_of_booleans_becomes_numbers_where_these_are_asked_for(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "x": [True, False]}), tmp_path / "t.parquet")
+    source = open_source([tmp_path / "t.parquet"], Columns(keep={"x": "int"}))
+    assert copied(source).to_pylist() == [{"x": 1}, {"x": 0}]
 
 
 def test_half_a_surrogate_pair_does_not_fit_a_string(tmp_path):

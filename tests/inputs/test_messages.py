@@ -12,7 +12,7 @@ from pipeline.inputs.columns import Columns
 from pipeline.inputs.conversations import conversation
 from pipeline.inputs.source import open_source
 from pipeline.records import Document, Row, RowError
-from pipeline.setup.intake import row_hash
+from pipeline.setup.new_rows import row_hash
 
 LONG = "A long document.\n\nOf two paragraphs."
 

@@ -13,7 +13,7 @@ from pipeline.inputs.source import open_source
 from pipeline.records import AS_THE_RUN, Document, Row, RowError, SamplingParams, Turn
 from pipeline.settings.data_settings import DataSettings
 from pipeline.setup.asking import as_begun, columns_decided, settled
-from pipeline.setup.intake import row_hash
+from pipeline.setup.new_rows import row_hash
 
 SAID = [{"role": "user", "content": "A long document of some words.\n\nWhy?"}]
 TOOL = {"type": "function", "function": {"name": "look"}}

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.inputs.columns import Columns
 from pipeline.inputs.source import open_source
-from pipeline.setup.intake import row_hash
+from pipeline.setup.new_rows import row_hash
 
 ROWS = [
     {"text": "first text", "party": "Acme", "a b": 7},

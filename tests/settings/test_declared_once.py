@@ -168,8 +168,9 @@ def test_one_file_serves_several_commands(tmp_path):
     )
     values = read_config(str(path))
     batch = BatchConfig(**taken(BatchConfig, values, print))
-    check = CheckConfig(**taken(CheckConfig, values, print))
-    calibration = CalibrateConfig(**taken(CalibrateConfig, values, print), out=str(tmp_path / "p.toml"))
+    check = CheckConfig(**merge(taken(CheckConfig, values, print), {}))
+    needles = {"suite": ("needles",), "out": str(tmp_path / "p.toml")}
+    calibration = CalibrateConfig(**taken(CalibrateConfig, values, print), **needles)
     for config in (batch, check, calibration):
         assert (config.input, config.question) == (("in.jsonl",), "q")
         assert (config.rope_scaling, config.seed) == ("yarn:2", 7)
@@ -182,7 +183,7 @@ def test_one_file_serves_several_commands(tmp_path):
 
 def test_a_nightly_file_does_not_stand_in_the_way_of_a_check(tmp_path):
     night = {"input": ("in.jsonl",), "question_column": "q", "id_column": "id", "seed": 1, "resume": True}
-    night |= {"overwrite": True}
+    night |= {"overwrite": True, "sample": 9}
     assert "resume" not in taken(CheckConfig, night, print)
     assert "overwrite" not in taken(CalibrateConfig, night, print)
     assert taken(BatchConfig, night, print) == night
@@ -190,7 +191,9 @@ def test_a_nightly_file_does_not_stand_in_the_way_of_a_check(tmp_path):
     rows = taken(CheckConfig, night, print)
     # a suite takes the place of the file's rows, needles are hidden in their documents
     assert merge(rows, {"suite": (suite,)}) == {"seed": 1, "suite": (suite,)}
-    assert merge(rows, {"suite": ("needles",)}) == {"input": ("in.jsonl",), "seed": 1, "suite": ("needles",)}
+    hidden = {"input": ("in.jsonl",), "seed": 1, "sample": 9, "suite": ("needles",)}
+    assert merge(rows, {"suite": ("needles",)}) == hidden
+    assert merge({"needle_count": 9, **hidden}, {"suite": (suite,)}) == {"seed": 1, "suite": (suite,)}
     asked = {"suite": (suite,), "reference_column": "answer"}
     assert merge(rows, asked) == {**rows, **asked}
     for given in ({"suite": (suite,)}, {"suite": ("needles",)}, asked, {}):
