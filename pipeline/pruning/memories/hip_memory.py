@@ -74,7 +74,7 @@ class HipMemory(KeyMemory):
         """
         super().__init__(len(layers))
         self._layers, self._attention, self._device = layers, needs.attention, needs.device
-        self._fits, self._refresh = needs.fits_context, refresh
+        self._fits, self._refresh, self._prompt = needs.fits_context, refresh, needs.length
         first_whole = 0 if needs.length < dense_below else needs.length - last
         self._first_whole = max(0, first_whole) if self._fits else None
         shape, room = needs.shape, needs.length + needs.new_tokens
@@ -160,7 +160,9 @@ class HipMemory(KeyMemory):
         self, layer: int, q_BQHd: Tensor, place_BQ: Tensor, stops: list[int], first: int, end: int
     ) -> Tensor:
         """See `choose_chunks`; of a generated token that of one shortly before it, where there is one."""
-        of, alone = self._layers[layer], end - first == 1 and not self._fits
+        of = self._layers[layer]
+        # a token of the prompt may be alone too, as the last of a chunk is in the last layer
+        alone = end - first == 1 and first >= self._prompt and not self._fits
         held = self._held[layer] if alone else None
         if held is not None and held.position < first < held.position + self._refresh:
             return held.start_HBC
