@@ -223,6 +223,24 @@ def test_a_document_beyond_the_context_is_read():
     assert answer.first == int(prefilled.logits_BV.argmax())
 
 
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_an_answer_beyond_the_context_is_forced_as_it_is_generated(refresh):
+    """Given together its tokens choose keys one by one too, without looking at those behind them."""
+    model, method = loaded(tiny_model("qwen3")), Hip(**SMALL, refresh=refresh)
+    tokens = generate(model, method, document(700), StopRules(max_new_tokens=8)).tokens
+    forced, _, _ = score_answer(model, method, document(700), tokens)
+    assert forced.choices.tolist() == tokens
+    held, _ = memory(700, 512, 8, refresh, new_tokens=8)
+    beside, _ = memory(700, 512, 8, refresh, new_tokens=8)
+    q, k, v = qkv(708)
+    for each in (held, beside):
+        each.attend(0, q[:700], k[:700], v[:700])
+    together = held.attend(0, q[700:], k[700:], v[700:])
+    apart = [beside.attend(0, q[at : at + 1], k[at : at + 1], v[at : at + 1]) for at in range(700, 708)]
+    assert (together - torch.cat(apart)).abs().max() < 1e-10
+    assert held.pairs == beside.pairs
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
