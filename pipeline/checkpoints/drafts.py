@@ -22,12 +22,19 @@ class TokenReader(NamedTuple):
 def check_draft_reads(model: TokenReader, draft: TokenReader) -> None:
     """Raise ConfigError unless a draft gives tokens the numbers that the model does, and reads as far.
 
+    A prompt has no token beyond the model's own table of embeddings, which may be smaller than its tokenizer.
     Attention of layers with a sliding window says little of a whole prompt, so that none may have one.
     """
     if model.vocabulary != draft.vocabulary:
         raise ConfigError(
             f"{FLAG} {draft.name} has another tokenizer than {model.name}: {_difference(model, draft)}; "
             "take a smaller model of the same family"
+        )
+    known = min(model.shape.vocab, max(model.vocabulary.values(), default=-1) + 1)
+    if draft.shape.vocab < known:
+        raise ConfigError(
+            f"{FLAG} {draft.name} knows {draft.shape.vocab:,} tokens, and prompts for {model.name} may have "
+            f"{known:,}; take a draft whose weights belong to its tokenizer"
         )
     if draft.shape.context < model.shape.context:
         raise ConfigError(

@@ -43,6 +43,7 @@ def others(tmp_path_factory):
         "tokenizer": draft_folder(folder / "tokenizer", tokens=["<more>"]),
         "short": draft_folder(folder / "short", max_position_embeddings=512),
         "sliding": draft_folder(folder / "sliding", **slides),
+        "few": draft_folder(folder / "few", vocab_size=258),
         "wider": draft_folder(folder / "wider", intermediate_size=64),
     }
 
@@ -103,6 +104,10 @@ def test_what_cannot_be_is_refused_in_one_line(refusal, fish, draft, others, tmp
     )
     assert said(*flags(others["short"])) == (
         "--draft-model short reads 512 tokens, fewer than the 1,024 of MODEL"
+    )
+    assert said(*flags(others["few"])) == (
+        "--draft-model few knows 258 tokens, and prompts for MODEL may have 259; take a draft whose weights"
+        " belong to its tokenizer"
     )
     assert said(*flags(others["sliding"])) == (
         "--draft-model sliding cannot be a draft: some of its layers have sliding windows"

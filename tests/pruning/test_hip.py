@@ -167,6 +167,29 @@ def test_the_answers_tokens_choose_in_turns():
     assert estimated[0] == estimated[1] == estimated[2] < estimated[3] == estimated[4]
 
 
+@pytest.mark.parametrize("parts", [((0, 641),), ((0, 640), (640, 641))], ids=str)
+@pytest.mark.parametrize("asked", [641, 1], ids=["all layers", "last layer"])
+def test_what_a_lone_token_of_the_prompt_chose_is_not_the_answers(parts, asked):
+    """As the last one of a prompt is alone in the last layer, and in all where its chunk has no others."""
+    tokens, more = 641, 2
+    q, k, v = qkv(tokens + more)
+    held, of = memory(tokens, 512, 8, refresh=8, new_tokens=more)
+    for a, b in parts:
+        held.attend(0, q[max(a, b - asked) : b], k[a:b], v[a:b])
+    attended = held.attend(0, q[tokens : tokens + 1], k[tokens : tokens + 1], v[tokens : tokens + 1])
+    expected = by_hand(q, k, v, of, tokens, tokens + 1, context_holds=False)
+    assert (attended - expected).abs().max() < 1e-10
+
+
+def test_the_last_layer_chooses_anew_in_each_chunk():
+    tokens, of_chunks = 640, []
+    q, k, v = qkv(tokens)
+    for parts in (((0, 640),), ((0, 576), (576, 640))):
+        held, _ = memory(tokens, 512, 8, refresh=100)
+        of_chunks.append([held.attend(0, q[b - 1 : b], k[a:b], v[a:b]) for a, b in parts][-1])
+    assert (of_chunks[0] - of_chunks[1]).abs().max() < 1e-10
+
+
 def test_the_last_queries_read_all_within_the_context():
     tokens = 700
     q, k, v = qkv(tokens)
@@ -198,6 +221,24 @@ def test_a_document_beyond_the_context_is_read():
     answer = generate(model, method, document(1500), StopRules(max_new_tokens=6))
     assert len(answer.tokens) == 6
     assert answer.first == int(prefilled.logits_BV.argmax())
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_an_answer_beyond_the_context_is_forced_as_it_is_generated(refresh):
+    """Given together its tokens choose keys one by one too, without looking at those behind them."""
+    model, method = loaded(tiny_model("qwen3")), Hip(**SMALL, refresh=refresh)
+    tokens = generate(model, method, document(700), StopRules(max_new_tokens=8)).tokens
+    forced, _, _ = score_answer(model, method, document(700), tokens)
+    assert forced.choices.tolist() == tokens
+    held, _ = memory(700, 512, 8, refresh, new_tokens=8)
+    beside, _ = memory(700, 512, 8, refresh, new_tokens=8)
+    q, k, v = qkv(708)
+    for each in (held, beside):
+        each.attend(0, q[:700], k[:700], v[:700])
+    together = held.attend(0, q[700:], k[700:], v[700:])
+    apart = [beside.attend(0, q[at : at + 1], k[at : at + 1], v[at : at + 1]) for at in range(700, 708)]
+    assert (together - torch.cat(apart)).abs().max() < 1e-10
+    assert held.pairs == beside.pairs
 
 
 @pytest.mark.parametrize(

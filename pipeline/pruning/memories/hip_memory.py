@@ -74,7 +74,7 @@ class HipMemory(KeyMemory):
         """
         super().__init__(len(layers))
         self._layers, self._attention, self._device = layers, needs.attention, needs.device
-        self._fits, self._refresh = needs.fits_context, refresh
+        self._fits, self._refresh, self._prompt = needs.fits_context, refresh, needs.length
         first_whole = 0 if needs.length < dense_below else needs.length - last
         self._first_whole = max(0, first_whole) if self._fits else None
         shape, room = needs.shape, needs.length + needs.new_tokens
@@ -105,7 +105,7 @@ class HipMemory(KeyMemory):
         self._used[layer] = end
         first = end - len(q_QHd)
         if self._first_whole is None:
-            return self._chosen(layer, q_QHd, first, end)
+            return self._beyond_context(layer, q_QHd, first, end)
         q_QHd = self._rotation.queries(layer, q_QHd, self._places(first, end))
         between = min(max(first, self._first_whole), end)
         outputs = []
@@ -113,6 +113,18 @@ class HipMemory(KeyMemory):
             outputs.append(self._chosen(layer, q_QHd[: between - first], first, between))
         if between < end:
             outputs.append(self._whole(layer, q_QHd[between - first :], between, end))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _beyond_context(self, layer: int, q_QHd: Tensor, first: int, end: int) -> Tensor:
+        """Attention of the prompt's queries by blocks, and of the answer's one by one, as they are generated.
+
+        Several of these come together where an answer is given: they must choose no otherwise than without
+        the tokens behind them.
+        """
+        asked = min(max(first, self._prompt), end)
+        parts = [(first, asked)] if first < asked else []
+        parts += [(at, at + 1) for at in range(asked, end)]
+        outputs = [self._chosen(layer, q_QHd[a - first : b - first], a, b) for a, b in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _places(self, start: int, end: int) -> Tensor:
@@ -160,8 +172,9 @@ class HipMemory(KeyMemory):
         self, layer: int, q_BQHd: Tensor, place_BQ: Tensor, stops: list[int], first: int, end: int
     ) -> Tensor:
         """See `choose_chunks`; of a generated token that of one shortly before it, where there is one."""
-        of, alone = self._layers[layer], end - first == 1 and not self._fits
-        held = self._held[layer] if alone else None
+        of = self._layers[layer]
+        is_generated = first >= self._prompt and not self._fits
+        held = self._held[layer] if is_generated else None
         if held is not None and held.position < first < held.position + self._refresh:
             return held.start_HBC
         if not self._fits:
@@ -169,7 +182,7 @@ class HipMemory(KeyMemory):
         keys = self._keys[layer, :end]
         self.estimated_pairs[layer] += sum(_estimated(of, stop) for stop in stops)
         start_HBC = choose_chunks(q_BQHd, keys, of.sink, stops, of.stages)
-        self._held[layer] = _Held(first, stops[0], start_HBC) if alone else None
+        self._held[layer] = _Held(first, stops[0], start_HBC) if is_generated else None
         return start_HBC
 
     def _count(self, layer: int, stops: list[int], ends: list[int], queries: int) -> None:
