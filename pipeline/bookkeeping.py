@@ -100,8 +100,8 @@ class Books:
     def settled(self, journal: AnyJournal, notes: Sequence[str]) -> None:
         """Tell what the output will hold, and what becomes of rows that did not come.
 
-        Raises TooManyErrors where too many of all these rows failed: of those of earlier runs that were to be
-        run again, some may not have come.
+        Raises TooManyErrors where too many of all these rows failed, and some of earlier runs were to be run
+        again: of them some may not have come.
         """
         self.deadline.lift()
         summary = self.summary
@@ -112,7 +112,8 @@ class Books:
             self.hooks.note(text)
         self.hooks.phase("writing the output")
         summary.in_output = journal.counts()
-        stop_if_broken(self.run.config, summary, summary.in_output - summary.status)
+        if self.run.config.retry_errors:
+            stop_if_broken(self.run.config, summary, summary.in_output - summary.status)
         if not (summary.in_output["ok"] or summary.errors):
             summary.failed_before = journal.first_failure()
 
@@ -145,12 +146,15 @@ def stop_if_broken(config: BatchConfig, tally: Tally, before: Counter[str]) -> N
     if not _is_broken(config, failed, finished):
         return
     kinds = [f"{kind} {count:,}" for kind, count in tally.errors.most_common(3)]
-    if before["error"]:  # with --retry-errors, of rows alone that this run did not come to
-        not_tried = ", of rows that were not read again" if config.retry_errors else ""
-        kinds.append(f"earlier runs {before['error']:,}{not_tried}")
+    remedy = KEPT_TO_MEND
+    if before["error"]:
+        kinds.append(f"earlier runs {before['error']:,}")
+        if config.retry_errors:  # of rows alone that this run did not come to
+            kinds[-1] += ", of rows that were not read again"
+            remedy = f"{KEPT_TO_MEND} without --limit, --sample or --shard, or with a higher --max-errors"
     raise TooManyErrors(
         f"{failed:,} of {counted(finished, 'row')} failed ({', '.join(kinds)}), more than --max-errors "
-        f"{config.max_errors} allows; {KEPT_TO_MEND}"
+        f"{config.max_errors} allows; {remedy}"
     )
 
 

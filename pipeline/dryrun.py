@@ -155,7 +155,8 @@ class DryRunReport:
             self.refusal = self.refusal or error
         self.left_rows = done.leaving()
         self.done = done.counts()
-        self.done_before = (done.done_at_start, done.done_now(), self.done)
+        after = (self.done,) if self.config.retry_errors else ()
+        self.done_before = (done.done_at_start, done.done_now(), *after)
 
     def foretell(self) -> None:
         """Estimate the time, by the rows that are done, or else by the rates of the device."""
@@ -311,9 +312,10 @@ class DryRunReport:
         """Raise what the run would end with, with `fail_on_error` or not, as far as is known beforehand."""
         if self.refusal is not None:
             raise self.refusal
+        tally = self.tally.with_failures("out_of_memory", self.tally.status["ok"] - self._answerable)
         try:
-            for tally, before in zip((Tally(), self.tally, self.tally), self.done_before, strict=False):
-                stop_if_broken(self.config, tally, before)
+            for new, before in zip((Tally(), tally, tally), self.done_before, strict=False):
+                stop_if_broken(self.config, new, before)
         except TooManyErrors as error:
             raise TooManyErrors(f"the run would stop: {str(error).partition(';')[0]}") from error
         rows = self.done.total() + self.tally.documents
@@ -321,8 +323,7 @@ class DryRunReport:
         if rows and not (self.done["ok"] or self._answerable):
             why = self.tally.commonest_error or too_large or "all of them failed in earlier runs"
             raise NoneAnswered(f"none of {counted(rows, 'row')} can be answered; {why}")
-        failed = self.done["error"] + self.tally.status["error"] + self.tally.status["ok"] - self._answerable
-        if fail_on_error and failed:
+        if fail_on_error and (failed := self.done["error"] + tally.status["error"]):
             raise RowsFailed(self.tally.failures_told(failed, rows, too_large))
 
     def _over_long(self) -> Iterator[str]:

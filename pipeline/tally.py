@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from copy import copy
 from typing import TYPE_CHECKING
 
 from pipeline.texts.words import counted
@@ -30,6 +31,14 @@ class Tally:
         self._counting_from = time.perf_counter()
         self._began = self._counting_from if began is None else began
         self._ended: float | None = None
+
+    def with_failures(self, kind: str, rows: int) -> Tally:
+        """The same, where so many of its rows that are well fail by an error of this kind."""
+        failing = copy(self)
+        failing.status = self.status + Counter(error=rows)
+        failing.status["ok"] -= rows
+        failing.errors = self.errors + Counter({kind: rows})
+        return failing
 
     @property
     def documents(self) -> int:

@@ -17,7 +17,8 @@ from pipeline.evaluate.input_rows import in_document_shard, input_samples, open_
 from pipeline.evaluate.same_documents import counted_as, same_documents, told_same
 from pipeline.inputs.source import Source
 from pipeline.records import Document, EncodedDocument, Row, RowError
-from pipeline.settings.row_settings import RowSettings
+from pipeline.settings.option import settings_of
+from pipeline.settings.row_settings import NEEDLE_KINDS, RowSettings
 from pipeline.suites.by_name import load_suite
 from pipeline.suites.haystack import token_counter
 from pipeline.suites.metrics import parts_of
@@ -147,10 +148,13 @@ def _check_tasks(config: RowSettings, known: Collection[str]) -> None:
     unknown = next((task for task in config.tasks if task not in known), None)
     if unknown is None:
         return
-    if unknown.startswith(NEEDLES):
+    if unknown in {f"{NEEDLES}{kind}" for kind in NEEDLE_KINDS}:
         raise ConfigError(f"--tasks names {unknown!r}; kinds of needles are chosen by --needle-kinds")
-    bounds = {name: getattr(config, name) for name in ("document_shard", "shard", "sample", "limit")}
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in bounds.items() if value is not None]
+    bounds = {"document_shard"} | ({"shard", "sample", "limit"} if config.asks_rows else set())
+    narrowing = [each for each in settings_of(type(config)) if each.name in bounds]
+    given = [
+        f"{each.flag} {value}" for each in narrowing if (value := getattr(config, each.name)) != each.default
+    ]
     where = f"with {', '.join(given)} there are" if given else "there are"
     raise ConfigError(
         f"--tasks names {unknown!r}{did_you_mean(unknown, known)}; {where} {', '.join(known) or 'none'}"

@@ -38,9 +38,14 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def copied_by_tiles(x_TNd: Tensor) -> bool:
     """Whether Hopper's copy engine can load tiles of it: heads end to end, tokens at places of 16 bytes."""
-    joined = x_TNd.stride(1) == x_TNd.shape[2]
+    joined = x_TNd.stride(2) == 1 and x_TNd.stride(1) == x_TNd.shape[2]
     return joined and x_TNd.stride(0) * x_TNd.itemsize % 16 == 0 and x_TNd.data_ptr() % 16 == 0
 
 

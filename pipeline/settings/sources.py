@@ -45,10 +45,16 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
         merged |= layer
         if parameters:
             merged["settings"] = parameters
-    if NEEDLES not in merged.get("suite", ()):  # what weaker places say of needles is for runs that have some
-        others = {name for name in merged if name.startswith(OF_NEEDLES)}.difference(*layers[-1:])
-        merged = {name: value for name, value in merged.items() if name not in others}
+    for name in _of_no_use(merged).difference(*layers[-1:]):
+        merged.pop(name, None)
     return merged
+
+
+def _of_no_use(merged: Mapping[str, Any]) -> set[str]:
+    """Settings that weaker places make for runs that have needles, or rows of INPUT."""
+    suites = merged.get("suite", ())
+    names = set() if NEEDLES in suites else {name for name in merged if name.startswith(OF_NEEDLES)}
+    return names | {"shard", "sample"} if suites and not merged.get("input") else names
 
 
 def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
@@ -65,7 +71,7 @@ def _take_back(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
 def _take_back_rows(merged: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """A suite takes the place of rows that a weaker place names; needles that of their questions."""
     rows = (*ASKED, "id_column", "task_column")
-    for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input", "shard", "sample"):
+    for name in rows if set(layer["suite"]) == {NEEDLES} else (*rows, "input"):
         merged.pop(name, None)
 
 

@@ -217,10 +217,20 @@ def test_errors_that_are_not_tried_again_count_before_the_output_is_written(batc
         assert (code, Path("o.parquet").read_bytes()) == (4, before)
         assert "earlier runs " in told.splitlines()[-1]
         assert ", of rows that were not read again), more than --max-errors 2 allows" in told.splitlines()[-1]
+        remedy = "--resume --retry-errors without --limit, --sample or --shard, or with a higher --max-errors"
+        assert dry or told.endswith(f"{remedy}\n")
     code, summary, _ = batch(*again, "4", source="in.jsonl")
     assert (code, summary["in_output"]) == (0, {"ok": 4, "error": 4, "skipped": 0})
     (tmp_path / "in.jsonl").write_text(lines(range(9, 13)) + lines(range(4)))
     assert batch("--resume", "--retry-errors", "--max-errors", "2", source="in.jsonl")[0] == 0
+
+
+def test_rows_with_the_id_of_another_stop_no_run_that_tries_nothing_again(batch, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"body": "a b", "id": {n % 4}}}\n' for n in range(8)))
+    assert batch("--id-column", "id", source="in.jsonl")[1]["in_output"]["error"] == 4
+    again = ["--id-column", "id", "--resume", "--limit", "4", "--max-errors", "3"]
+    assert batch(*again, "--dry-run", source="in.jsonl")[0] == 0
+    assert batch(*again, source="in.jsonl")[0] == 0
 
 
 def test_drop_missing_is_about_an_earlier_run(batch, folder):

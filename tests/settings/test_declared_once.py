@@ -194,6 +194,9 @@ def test_a_nightly_file_does_not_stand_in_the_way_of_a_check(tmp_path):
     hidden = {"input": ("in.jsonl",), "seed": 1, "sample": 9, "suite": ("needles",)}
     assert merge(rows, {"suite": ("needles",)}) == hidden
     assert merge({"needle_count": 9, **hidden}, {"suite": (suite,)}) == {"seed": 1, "suite": (suite,)}
+    # a bound of INPUT's rows that is meant for a command with some, wherever a suite is named
+    assert merge({"suite": (suite,), "sample": 9}, {"shard": "1/2"}, {}) == {"suite": (suite,)}
+    assert merge({"suite": (suite,)}, {"sample": 9}) == {"suite": (suite,), "sample": 9}
     asked = {"suite": (suite,), "reference_column": "answer"}
     assert merge(rows, asked) == {**rows, **asked}
     for given in ({"suite": (suite,)}, {"suite": ("needles",)}, asked, {}):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
+from pipeline.kernels.devices import multiprocessors
 from pipeline.kernels.modules import kernels_for, power_of_two
 from pipeline.kernels.sdpa import attention_with_sinks
 from pipeline.kernels.sparse import BlockLists, score_scale
@@ -56,10 +57,13 @@ def suits_whole_rows(
     """Whether blocks of queries that attend to everything are best left to `block_sparse_attention`.
 
     The kernel for Hopper is as fast as whole attention, and does them beside all others. Not where it rounds
-    keys: what stands at a document's end, as the question does, is to be computed in full.
+    keys: what stands at a document's end, as the question does, is to be computed in full. And not where
+    there are few others: whole attention divides the keys of a block among multiprocessors.
     """
     hopper = hopper_for(q_QHd, k_TKd, v_TKd, sparse.BLOCK)
-    return hopper is not None and not hopper.rounds(k_TKd, blocks, sinks_H)
+    if hopper is None or hopper.rounds(k_TKd, blocks, sinks_H):
+        return False
+    return blocks.counts.numel() >= multiprocessors(q_QHd.device)
 
 
 def hopper_for(q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, block: int) -> Any | None:

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pipeline.kernels.blocks import rounded_keys
 from pipeline.kernels.blocks.hopper_kernel import hopper_kernel
-from pipeline.kernels.devices import copied_by_tiles, is_hopper
+from pipeline.kernels.devices import copied_by_tiles, is_hopper, multiprocessors
 from pipeline.kernels.sparse import BlockLists, score_scale
 
 HEAD_DIMS = (64, 128, 256)
@@ -71,7 +71,7 @@ def attend(
     listed = counts if blocks.indices is None else blocks.indices
     sinks = counts if sinks_H is None else sinks_H
     factors = counts if rounded is None else rounded.factors_Kd
-    hopper_kernel[(min(works, _multiprocessors(q_QHd.device)),)](
+    hopper_kernel[(min(works, multiprocessors(q_QHd.device)),)](
         *(_described(q_QHd, block), _described(keys_TKd, tile), _described(v_TKd, tile)),
         *(out_QHd, *out_QHd.stride()[:2], listed, counts, breached_HM2, taken, sinks, listed.shape[-1]),
         *(asked, blocks.before, rows, all_rows, works, heads, kv_heads, score_scale(head_dim), factors),
@@ -91,7 +91,3 @@ def _described(x_TNd: Tensor, rows: int) -> Any:
     dtype = gl.int8 if x_TNd.dtype == torch.int8 else gl.bfloat16
     layout = NVMMASharedLayout.get_default_for([rows, head_dim], dtype)
     return TensorDescriptor(x_TNd, [tokens, heads * head_dim], [x_TNd.stride(0), 1], [rows, head_dim], layout)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -304,8 +304,9 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
 ):
     """See `hopper_attention.attend`. A program a multiprocessor; a work is a block of queries of a head.
 
-    Works have very different numbers of keys, so that a program takes the next one when it can: `taken`,
-    which is 0 at first, counts those that were taken beside each program's first.
+    Each has one block of keys or more. Since works have very different numbers of them, a program takes the
+    next one when it can: `taken`, which is 0 at first, counts those that were taken beside each program's
+    first.
 
     Where `k` is of int8, see `RoundedKeys`, the queries are rounded here, each by what is largest in it.
 
