@@ -69,6 +69,9 @@ def test_rows_for_which_there_is_no_memory_cannot_be_answered(
     assert f"too large for the memory: {count} rows, the first:\n" in printed.out
     assert "shorten the document, or use --dtype bfloat16 or a smaller model\n" in printed.out
     assert f"none of {count} rows can be answered; " in printed.err
+    bound = ["--max-errors", str(count - 1)]
+    assert call(fish, tmp_path / "out.parquet", *ASK, "--model", no_weights, "--dry-run", *bound) == 4
+    assert f"{count} of {count} rows failed (out_of_memory {count})" in capfd.readouterr().err
 
 
 def test_the_report_of_a_dry_run(call, no_weights, fish, tmp_path, capfd, monkeypatch):
