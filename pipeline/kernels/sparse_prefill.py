@@ -76,9 +76,9 @@ class SparsePrefill:
             q, k, v = q_QHd[rows], k_TKd[start:end], v_TKd[start:end]
             blocks = sparse.choose_blocks(q, k, mass, part.first // sparse.BLOCK)
             left_out = -(-max(0, part.end - _first_whole(part, end - start)) // sparse.BLOCK)
-            if left_out and suits_whole_rows(q, k, v, blocks, sinks_H):
+            if suits_whole_rows(q, k, v, blocks, sinks_H):
                 left_out = 0
-            if left_out:
+            elif left_out:
                 asking[part] = rows
             outputs.append(block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
             listed[part.document] = sparse.listed_blocks(blocks, end - start)

@@ -18,6 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from pipeline.kernels import sparse
+
 VERSIONS = (3, 6), (3, 10)  # of Triton, the latter excluded: Gluon is experimental, and changes
 if not VERSIONS[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < VERSIONS[1]:
     raise ImportError(f"Triton {triton.__version__}: this is written for 3.6 to 3.9")
@@ -27,6 +29,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 MOVED = gl.constexpr(12582912.0)  # 1.5 * 2^23, floats around which are whole numbers: 2^22 on either side
 BITS_OF_MOVED = gl.constexpr(0x4B400000)
 LARGEST_SUM = gl.constexpr(2.0**96)  # of weights, so that those of values up to 2^31 do not overflow
+FIRST_ROWS = gl.constexpr(sparse.WHOLE_ROWS)
 COPYING = gl.constexpr(24)  # registers of a thread
 ATTENDING = gl.constexpr(240)
 
@@ -35,10 +38,10 @@ ATTENDING = gl.constexpr(240)
 def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
     """The block of queries that a work is, its head, and the head of its keys.
 
-    The last two blocks of all heads are first, since they may attend to everything; then those of heads with
-    the same keys are beside each other, and later ones before earlier.
+    The last blocks of all heads are first, since they may attend to everything; then those of heads with the
+    same keys are beside each other, and later ones before earlier.
     """
-    group, first_rows = heads // kv_heads, gl.minimum(rows, 2)
+    group, first_rows = heads // kv_heads, gl.minimum(rows, FIRST_ROWS)
     is_first, later = work < first_rows * heads, work - first_rows * heads
     others = gl.maximum((rows - first_rows) * group, 1)  # of a head of keys
     within = later % others
