@@ -3,7 +3,7 @@
     python examples/readme_figures.py            # writes README.md and examples/results/readme.svg anew
     python examples/readme_figures.py --check    # exit code 1 if they are not what this would write
 
-`examples/results/readme.toml` names the tables that are quoted, each with its date, one card for all. A
+`examples/results/readme.toml` names the tables that are quoted, each with its date and card. A
 table is found by its file, the heading of its section and the names of its columns. The picture needs the
 extra `plot`.
 """
@@ -99,17 +99,16 @@ def interval(cell: str) -> tuple[float, float]:
 def measured() -> dict[str, Any]:
     """All numbers of the README that were measured, as plain values."""
     settings = tomllib.loads((RESULTS / "readme.toml").read_text(encoding="utf-8"))
-    card = settings["card"]
     accuracy, throughput = settings["accuracy"], settings["throughput"]
     keys = ("right", "drop", "fast", "ttft")
     names = [accuracy[key] for key in keys]
-    rows = quoted(accuracy, names, accuracy["date"], card)
+    rows = quoted(accuracy, names, accuracy["date"], accuracy["card"])
     variants = [*throughput["peers"], *throughput["ours"]]
-    works = quoted(throughput, variants, throughput["date"], card)
+    works = quoted(throughput, variants, throughput["date"], throughput["card"])
     return {
-        "card": card,
         "accuracy": {
             "about": accuracy["about"],
+            "card": accuracy["card"],
             "date": accuracy["date"],
             "file": accuracy["file"],
             "rows": {
@@ -119,6 +118,7 @@ def measured() -> dict[str, Any]:
         },
         "throughput": {
             "about": throughput["about"],
+            "card": throughput["card"],
             "date": throughput["date"],
             "file": throughput["file"],
             "peers": throughput["peers"],
@@ -131,7 +131,7 @@ def measured() -> dict[str, Any]:
 def accuracy_block(told: Mapping[str, Any]) -> str:
     own = told["accuracy"]
     lines = [
-        f"{own['about']}, one {told['card']}, {own['date']}, dense and pruned on the same rows",
+        f"{own['about']}, one {own['card']}, {own['date']}, dense and pruned on the same rows",
         f"([`{own['file']}`](examples/results/{own['file']})):\n",
         "| settings | right tokens | drop in points, 95% interval | times as fast | TTFT ms, long prompts |",
         "|---|---|---|---|---|",
@@ -146,7 +146,7 @@ def throughput_block(told: Mapping[str, Any]) -> str:
     variants = list(next(iter(own["works"].values())))
     hourly = [f"{name}, an hour" for name in own["hourly"]]
     lines = [
-        f"Documents a second of whole jobs on {own['about']}, one {told['card']}, {own['date']}, and",
+        f"Documents a second of whole jobs on {own['about']}, one {own['card']}, {own['date']}, and",
         f"documents an hour for ours ([`{own['file']}`](examples/results/{own['file']})):\n",
         f"| documents x tokens x new tokens | {' | '.join([*variants, *hourly])} |",
         "|---" * (1 + len(variants) + len(hourly)) + "|",

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.kernels import fused, step
 from pipeline.kernels.blocks.rounded_keys import RoundedKeys
+from pipeline.kernels.blocks.rounded_values import RoundedValues, in_order
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -116,3 +117,35 @@ def as_rounded(q, k):
     wide = q.float() * rounded.factors_Kd.repeat_interleave(group, dim=0)
     unit = wide.abs().amax(-1, keepdim=True) / 127
     return (wide / unit).round() * unit, rounded.keys_TKd.float()
+
+
+def in_eight_bits(q, k, v, blocks, block=128):
+    """(Q, H, d) float64: block-sparse attention of what the kernel for Hopper rounds to eight bits."""
+    (queries, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
+    rounded_q, rounded_k = (x.double() for x in as_rounded(q, k))
+    values = RoundedValues.of(v)
+    place = in_order(torch.arange(values.values_KdT.shape[2], device=v.device))
+    plain_KdT = torch.empty_like(values.values_KdT, dtype=torch.float64)
+    plain_KdT[:, :, place] = values.values_KdT.double()
+    out = torch.zeros(queries, heads, head_dim, dtype=torch.float64, device=q.device)
+    counts, lists = blocks.counts.tolist(), blocks.indices.tolist()
+    for head in range(heads):
+        own = head // group
+        for row, start in enumerate(range(0, queries, block)):
+            asking = rounded_q[start : start + block, head]
+            at = blocks.before * block + torch.arange(start, start + len(asking), device=q.device)
+            tiles = []
+            for listed in lists[head][row][: counts[head][row]]:
+                keys = slice(listed * block, min((listed + 1) * block, len(k)))
+                scores = asking @ rounded_k[keys, own].T / math.sqrt(head_dim)
+                key = torch.arange(keys.start, keys.stop, device=q.device)
+                scores = scores.masked_fill(key > at[:, None], -math.inf)
+                top = scores.amax(1, keepdim=True)
+                exact = 128 * (scores - top).exp()
+                weights = exact.float().to(torch.float8_e4m3fn).double()
+                tiles.append((top, weights @ plain_KdT[own, :, keys].T, exact.sum(1, keepdim=True)))
+            largest = torch.stack([top for top, _, _ in tiles]).amax(0)
+            total = sum((top - largest).exp() * weight for top, _, weight in tiles)
+            mixed = sum((top - largest).exp() * part for top, part, _ in tiles)
+            out[start : start + block, head] = mixed / total * values.spans_Kd[own] + values.middles_Kd[own]
+    return out

@@ -22,6 +22,7 @@ from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16  # queries that choose together
+OTHERS_FROM = 65_536  # tokens of a document in which every other of them chooses for all
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 CAPACITY = (
@@ -105,10 +106,15 @@ def listed_blocks(blocks: BlockLists, tokens: int) -> Tensor:
 def estimated_pairs(tokens: int) -> int:
     """Products of queries and means of keys, of each head, by which the blocks of a document are chosen.
 
-    A query meets the mean of each block that is not in its future.
+    A query that chooses meets the mean of each block that is not in its future.
     """
-    before = -(-tokens // BLOCK) - 1
-    return BLOCK * before * (before + 1) // 2 + (tokens - before * BLOCK) * (before + 1)
+    before, step = -(-tokens // BLOCK) - 1, choosing_step(tokens)
+    return BLOCK // step * before * (before + 1) // 2 - (before * BLOCK - tokens) // step * (before + 1)
+
+
+def choosing_step(tokens: int) -> int:
+    """Which queries of a document choose blocks: the first of so many that stand side by side."""
+    return 2 if tokens >= OTHERS_FROM else 1
 
 
 def ragged_pairs(tokens: int) -> int:
@@ -145,6 +151,7 @@ def _choice_by_kernels(kernels: Any, q_QHd: Tensor, k_TKd: Tensor, mass: float, 
             *(tokens, heads // kv_heads, score_scale(head_dim)),
             **sizes,
             STRIDE=STRIDE,
+            STEP=choosing_step(tokens),
             COLUMNS=32 if wide or head_dim > 128 else 64,
             PRECISION="ieee" if wide else "tf32",
             num_warps=4,
@@ -191,22 +198,21 @@ def _plain_shares(q_QHd: Tensor, k_TKd: Tensor, before: int = 0) -> Tensor:
     0 for blocks in the future. Of `before` see `choose_blocks`.
     """
     (queries, heads, head_dim), tokens = q_QHd.shape, len(k_TKd)
-    blocks, group = -(-tokens // BLOCK), heads // k_TKd.shape[1]
+    blocks, group, step = -(-tokens // BLOCK), heads // k_TKd.shape[1], choosing_step(tokens)
     of_block_N = torch.full((blocks,), BLOCK, device=q_QHd.device)
     of_block_N[-1] = tokens - (blocks - 1) * BLOCK
     sums_NKd = pad(k_TKd.float(), (0, 0, 0, 0, 0, -tokens % BLOCK)).unflatten(0, (blocks, BLOCK)).sum(1)
     means_NKd = (sums_NKd / of_block_N[:, None, None]).to(k_TKd.dtype).float()
-    own_Q = before + torch.arange(queries, device=q_QHd.device) // BLOCK
-    future_QN = torch.arange(blocks, device=q_QHd.device) > own_Q[:, None]
-    of_stride_R1 = (queries - torch.arange(0, queries, STRIDE, device=q_QHd.device)).clamp(max=STRIDE)[
-        :, None
-    ]
+    place_Q = torch.arange(0, queries, step, device=q_QHd.device)  # of those that choose
+    future_QN = torch.arange(blocks, device=q_QHd.device) > before + place_Q[:, None] // BLOCK
+    choosing = STRIDE // step
+    of_stride_R1 = (len(place_Q) - torch.arange(0, len(place_Q), choosing, device=q_QHd.device))[:, None]
     parts = []
     for head in range(heads):
-        scores_QN = q_QHd[:, head].float() @ means_NKd[:, head // group].T / math.sqrt(head_dim)
+        scores_QN = q_QHd[place_Q, head].float() @ means_NKd[:, head // group].T / math.sqrt(head_dim)
         shares_QN = scores_QN.masked_fill_(future_QN, -math.inf).softmax(-1)
-        sums_RN = pad(shares_QN, (0, 0, 0, -queries % STRIDE)).unflatten(0, (-1, STRIDE)).sum(1)
-        parts.append(sums_RN / of_stride_R1)
+        sums_RN = pad(shares_QN, (0, 0, 0, -len(place_Q) % choosing)).unflatten(0, (-1, choosing)).sum(1)
+        parts.append(sums_RN / of_stride_R1.clamp(max=choosing))
     return torch.stack(parts).to(_shares_dtype(q_QHd))
 
 

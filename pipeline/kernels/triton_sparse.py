@@ -54,10 +54,11 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """See `sparse._plain_shares`: each program does one block of queries of one head.
+    """See `sparse._plain_shares`: each program does one block of queries of one head, the first of each STEP.
 
     Those from block `first` of `q` on, which begins with the document's block `before`.
     `means` is (kv_heads, blocks, HEAD_DIM), `out` (heads, rows, blocks), in which nothing is written for
@@ -67,12 +68,13 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     """
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     asked, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    own, within = before + asked, tl.arange(0, BLOCK)[:, None]
+    QUERIES: tl.constexpr = BLOCK // STEP
+    own, within = before + asked, STEP * tl.arange(0, QUERIES)[:, None]
     query, at = own * BLOCK + within, tl.arange(0, WIDTH)[None, :]
     places = q + (asked * BLOCK + within).to(tl.int64) * q_token_stride + head * q_head_stride + at
     queries = tl.load(places, mask=(query < tokens) & (at < HEAD_DIM), other=0)
     start = means + head // group * blocks * HEAD_DIM
-    largest, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], 0.0, tl.float32)
+    largest, total = tl.full([QUERIES], float("-inf"), tl.float32), tl.full([QUERIES], 0.0, tl.float32)
     for column in tl.range(0, own + 1, COLUMNS):
         keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
@@ -80,12 +82,14 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
         raised = tl.maximum(largest, tl.reduce(scores, 1, larger))
         total = total * tl.exp2(largest - raised) + tl.reduce(tl.exp2(scores - raised[:, None]), 1, plus)
         largest = raised
-    place = tl.arange(0, BLOCK)
+    place = STEP * tl.arange(0, QUERIES)
     level = tl.where(own * BLOCK + place < tokens, largest + tl.log2(total), float("inf"))
     row = tl.arange(0, 2 * PER_BLOCK)  # a product has 16 columns or more: the second half is of no stride
     EXACT: tl.constexpr = tl.float32 if queries.dtype == tl.float32 else tl.float16
     belongs = (place[:, None] // STRIDE == row[None, :]).to(EXACT)
-    of_row = tl.minimum(STRIDE, tl.maximum(1, tokens - own * BLOCK - row * STRIDE))
+    of_row = tl.minimum(
+        STRIDE // STEP, tl.maximum(1, (tokens - own * BLOCK - row * STRIDE + STEP - 1) // STEP)
+    )
     turned = tl.trans(queries)
     for column in tl.range(0, own + 1, COLUMNS):
         keys = _means(start, column, own, HEAD_DIM, WIDTH, COLUMNS)

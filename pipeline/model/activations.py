@@ -36,7 +36,7 @@ def lean_bytes(shape: ModelShape, itemsize: int, tokens: int) -> int:
 
 
 def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
-    """Bytes of the blocks that block-sparse attention chooses, of the estimate, and of keys in eight bits.
+    """Bytes of the blocks that block-sparse attention chooses, of the estimate, and of what it rounds.
 
     The estimate is in bfloat16, or in float32 of queries that are.
     """
@@ -45,7 +45,7 @@ def choosing_bytes(shape: ModelShape, itemsize: int, longest: int) -> int:
     at_once = max(shape.heads * (BLOCK // STRIDE) * blocks, SHARES_AT_ONCE)
     shares = min(at_once, shape.heads * rows * (BLOCK // STRIDE) * blocks)
     are_rounded = longest >= ROUNDED_FROM and shape.head_dim == HEAD_DIM
-    rounded = longest * shape.kv_heads * shape.head_dim if are_rounded else 0
+    rounded = 2 * longest * shape.kv_heads * shape.head_dim if are_rounded else 0  # keys and values
     return min(itemsize, 4) * shares + 4 * shape.heads * rows * (blocks + 1) + rounded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import as_rounded
+from kernel_cases import in_eight_bits
 
 from pipeline.kernels import modules, sparse
 from pipeline.kernels.attention import SdpaAttention
@@ -35,9 +35,9 @@ def told(monkeypatch):
     return calls
 
 
-@pytest.fixture(params=[False, True], ids=["16 bits", "int8"])
+@pytest.fixture(params=[False, True], ids=["16 bits", "8 bits"])
 def rounded(request, monkeypatch):
-    """Whether keys are rounded, however few."""
+    """Whether keys and values are rounded, however few."""
     monkeypatch.setattr(rounded_keys, "ROUNDED_FROM", 1 if request.param else 1 << 40)
     return request.param
 
@@ -60,9 +60,9 @@ def random_lists(heads, tokens, share=0.5):
 
 
 def expected(q, k, v, blocks, sinks=None):
-    """(Q, H, d) float64 on the CPU, of the rounded queries and keys where the kernel rounds them."""
+    """(Q, H, d) float64 on the CPU, of what is rounded where the kernel rounds it."""
     if hopper_attention.rounds(k, blocks, sinks):
-        q, k = as_rounded(q, k)
+        return in_eight_bits(q, k, v, blocks).cpu()
     return in_16_bits(q, k, v, blocks, sinks)
 
 
@@ -80,6 +80,13 @@ def gap(found, wanted):
     return (found.cpu().double() - wanted).abs().max().item()
 
 
+def agrees(found, wanted, *, rounded=False):
+    """In eight bits a weight between two of e4m3, which lie up to an eighth apart, may become the other."""
+    if not rounded:
+        return gap(found, wanted) < 0.02
+    return gap(found, wanted) < 0.2 and (found.cpu().double() - wanted).abs().mean() < 0.004
+
+
 @pytest.mark.parametrize(
     ("head_dim", "rounded"), [(64, False), (128, False), (128, True), (256, False)], indirect=["rounded"]
 )
@@ -90,7 +97,7 @@ def test_it_gives_what_plain_torch_does(told, rounded, tokens, head_dim):
     found = block_sparse_attention(q, k, v, blocks)
     assert len(told) == 1
     assert not told[0].any()
-    assert gap(found, expected(q, k, v, blocks)) < 0.02
+    assert agrees(found, expected(q, k, v, blocks), rounded=rounded)
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.5])
@@ -104,7 +111,8 @@ def test_sinks_pieces_and_rows_left_out(told, rounded, mass, sinks):
     found = block_sparse_attention(q[first:end], k, v, blocks, left_out=2, sinks_H=sinks)
     done = end - first - 2 * BLOCK
     assert len(told) == 1
-    assert gap(found[:done], expected(q[first:end], k, v, blocks, sinks)[:done]) < 0.02
+    wanted = expected(q[first:end], k, v, blocks, sinks)
+    assert agrees(found[:done], wanted[:done], rounded=rounded)
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.5])
@@ -130,14 +138,15 @@ def test_blocks_that_attend_to_everything_are_done_beside_the_others(told, round
         asked = (end - start) % BLOCK + BLOCK
         assert gap(found[end - asked : end], whole[-asked:]) < 0.02
         sparsely = expected(*part, choose_blocks(*part[:2], mass))
-        assert gap(found[start : end - asked], sparsely[:-asked]) < 0.02
+        assert agrees(found[start : end - asked], sparsely[:-asked], rounded=rounded)
 
 
 def test_one_head_of_many_rows_and_many_heads_of_one(told, rounded):
     for tokens, heads in ((140 * BLOCK, 1), (BLOCK, 300)):
         q, k, v = qkv(tokens, 128, heads=heads, kv_heads=1)
         blocks = random_lists(heads, tokens, 0.05)
-        assert gap(block_sparse_attention(q, k, v, blocks), expected(q, k, v, blocks)) < 0.02
+        found = block_sparse_attention(q, k, v, blocks)
+        assert agrees(found, expected(q, k, v, blocks), rounded=rounded)
 
 
 def test_scores_far_above_those_of_the_own_block_are_computed_again(told):
@@ -171,8 +180,21 @@ def test_every_work_is_done_once_however_long_it_takes(told, rounded):
     blocks = random_lists(heads, tokens, share)
     wanted = expected(q, k, v, blocks)
     for _ in range(20):
-        assert gap(block_sparse_attention(q, k, v, blocks), wanted) < 0.02
+        assert agrees(block_sparse_attention(q, k, v, blocks), wanted, rounded=rounded)
     assert not any(each.any() for each in told)
+
+
+@pytest.mark.parametrize("rounded", [True], indirect=True)
+@pytest.mark.parametrize("tokens", [2048, 131_072])
+def test_values_of_one_sign_are_summed_up_to_as_many_as_there_are(told, rounded, tokens):
+    """Sums of products in e4m3 are cut off, if they are long: what comes of a tile is added in float32."""
+    q, k, v = qkv(tokens, 128, heads=2, kv_heads=1)
+    v, asked = v.abs() + 1, q[-3 * BLOCK :]
+    blocks = choose_blocks(asked, k, 1.0, tokens // BLOCK - 3)
+    found, wanted = block_sparse_attention(asked, k, v, blocks), in_16_bits(asked, k, v, blocks)
+    assert not told[0].any()
+    assert (found.cpu() - wanted).abs().mean() < 0.004  # of about 1.8, in bfloat16
+    assert abs((found.cpu() - wanted).mean()) < 0.0005
 
 
 @pytest.mark.parametrize("rounded", [True], indirect=True)
@@ -183,8 +205,8 @@ def test_rounding_loses_little_of_keys_with_wide_channels(told, rounded):
     blocks = random_lists(4, 3000)
     found, wanted = block_sparse_attention(q, k, v, blocks), in_16_bits(q, k, v, blocks)
     assert not told[0].any()
-    assert (found.cpu() - wanted).abs().mean() < 0.01
-    assert gap(found, expected(q, k, v, blocks)) < 0.02
+    assert (found.cpu() - wanted).abs().mean() < 0.02
+    assert agrees(found, expected(q, k, v, blocks), rounded=True)
 
 
 @pytest.mark.parametrize("rounded", [True], indirect=True)
@@ -196,15 +218,20 @@ def test_a_head_that_rounding_would_harm_is_computed_again(told, rounded):
     found = block_sparse_attention(q, k, v, blocks)
     assert told[0][2:].all()
     assert not told[0][:2].any()
-    assert gap(found, in_16_bits(q, k, v, blocks)) < 0.1
+    wanted = in_16_bits(q, k, v, blocks)
+    assert gap(found[:, 2:], wanted[:, 2:]) < 0.1
+    assert agrees(found[:, :2], in_eight_bits(q, k, v, blocks).cpu()[:, :2], rounded=True)
 
 
-def test_keys_that_are_no_numbers_harm_those_who_see_them(told, rounded):
-    """Of rounded keys their whole head is computed again."""
+@pytest.mark.parametrize("of", ["keys", "values"])
+def test_what_is_no_number_harms_those_who_see_it(told, rounded, of):
+    """Of what is rounded the whole head is computed again."""
     q, k, v = (x.clone() for x in qkv(900, 128))
-    k[500, 1, 3] = float("nan")
+    (k if of == "keys" else v)[500, 1, 3] = float("nan")
+    before = 500 if of == "keys" else 500 // BLOCK * BLOCK  # a weight of 0 does not take a value out
     found = block_sparse_attention(q, k, v, random_lists(4, 900, 1.0))
     assert bool(told[0][2:].all()) == rounded
-    assert torch.isnan(found[500:, 2:]).all()
-    assert torch.isfinite(found[:500]).all()
+    assert torch.isnan(found[500:, 2:, 3]).all()
+    assert of == "values" or torch.isnan(found[500:, 2:]).all()
+    assert torch.isfinite(found[:before]).all()
     assert torch.isfinite(found[:, :2]).all()

@@ -72,6 +72,7 @@ TENSORS |= {
 TENSORS |= {"indices", "counts", "masses", "table", "partial_logs", "logs", "sums", "parts", "made"}
 TENSORS |= {"starts", "stops", "k_scales", "v_scales", "k_means", "means", "sinks", "experts", "weights"}
 TENSORS |= {"breached", "taken", "factors", "low", "high", "query_reach", "query_power"}
+TENSORS |= {"spans", "middles"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -13,49 +13,49 @@ except ImportError as error:
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on Hopper
 
 
-def compiled(head_dim, *, listed, sinks, rounded):
+def compiled(kernel, tiles, types, constants):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel = hopper_attention.hopper_kernel
-    tile, stages = hopper_attention.tiles_of(head_dim, rounded=rounded)
-    constants = {"LISTED": listed, "SINKS": sinks, "HEAD_DIM": head_dim, "BLOCK": 128}
-    constants |= {"TILE": tile, "STAGES": stages}
-    tiles = {"q": (128, "bf16", 16), "k": (tile, "bf16", 16), "v": (tile, "bf16", 16)}
-    if rounded:
-        tiles["k"] = (tile, "i8", 8)
-    types = {}
-    for name, (rows, dtype, bits) in tiles.items():
-        layout = hopper_attention.NVMMASharedLayout(min(128, head_dim * bits // 8), bits, 2)
-        types[name] = f"tensordesc<{dtype}[{rows}, {head_dim}],{layout!r}>"
-    types |= {"out": "*bf16", "indices": "*i32", "counts": "*i32", "breached": "*i32", "scale": "fp32"}
-    types |= {
-        "taken": "*i32",
-        "sinks": "*fp32" if sinks else "*i32",
-        "factors": "*fp32" if rounded else "*i32",
-    }
+    bits = {"bf16": 16, "i8": 8, "fp8e4nv": 8}
+    types = {"out": "*bf16", "indices": "*i32", "counts": "*i32", "breached": "*i32", "taken": "*i32"} | types
+    for name, (rows, columns, dtype) in tiles.items():
+        layout = hopper_attention.NVMMASharedLayout(min(128, columns * bits[dtype] // 8), bits[dtype], 2)
+        types[name] = f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
     }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert made.metadata.shared <= SHARED_MEMORY
+    assert ".local" not in made.asm["ptx"]
+    # the products of one tile are still being made while the other products are waited for
+    assert made.asm["ptx"].count("wgmma.wait_group.sync.aligned 1") == 2
+    return made.asm["ptx"]
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "listed", "sinks", "rounded"),
-    [
-        (128, True, False, False),
-        (128, True, False, True),
-        (64, False, True, False),
-        (256, True, False, False),
-    ],
+    ("head_dim", "listed", "sinks"), [(128, True, False), (64, False, True), (256, True, False)]
 )
-def test_it_compiles_so_that_products_and_softmax_overlap(head_dim, listed, sinks, rounded):
-    made = compiled(head_dim, listed=listed, sinks=sinks, rounded=rounded)
-    assert made.metadata.shared <= SHARED_MEMORY
-    assert ".local" not in made.asm["ptx"]
-    # the values of a tile are still being added while the next one's weights are made
-    assert made.asm["ptx"].count("wgmma.wait_group.sync.aligned 1") == 2
-    assert (".s32.s8.s8" in made.asm["ptx"]) == rounded
+def test_it_compiles_so_that_products_and_softmax_overlap(head_dim, listed, sinks):
+    tile, stages = hopper_attention.TILES[head_dim]
+    constants = {"LISTED": listed, "SINKS": sinks, "HEAD_DIM": head_dim, "BLOCK": 128}
+    constants |= {"TILE": tile, "STAGES": stages}
+    tiles = {name: (rows, head_dim, "bf16") for name, rows in (("q", 128), ("k", tile), ("v", tile))}
+    compiled(
+        hopper_attention.hopper_kernel,
+        tiles,
+        {"scale": "fp32", "sinks": "*fp32" if sinks else "*i32"},
+        constants,
+    )
+
+
+def test_that_of_eight_bits_compiles_likewise():
+    constants = {"HEAD_DIM": 128, "BLOCK": 128, "STAGES": hopper_attention.ROUNDED_STAGES}
+    tiles = {"q": (128, 128, "bf16"), "k": (128, 128, "i8"), "v": (128, 128, "fp8e4nv")}
+    types = {"scale": "fp32", "factors": "*fp32", "spans": "*fp32", "middles": "*fp32"}
+    ptx = compiled(hopper_attention.rounded_kernel, tiles, types, constants)
+    assert ".s32.s8.s8" in ptx
+    assert ".f32.e4m3.e4m3" in ptx

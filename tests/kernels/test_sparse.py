@@ -143,18 +143,23 @@ def test_the_estimate_reads_the_keys_that_a_head_shares(kernels, group):
         assert got.indices[head, 3, : got.counts[head, 3]].tolist() == sorted({0, head // group + 1, 2, 3})
 
 
-@pytest.mark.parametrize("tokens", [100, 256, 300])
-def test_the_estimate_is_the_attention_to_means_of_keys(plain, tokens):
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("tokens", [100, 256, 300, 353])
+def test_the_estimate_is_the_attention_to_means_of_keys(plain, monkeypatch, tokens, step):
+    """Of all queries, or in long documents of every other."""
+    monkeypatch.setattr(sparse, "OTHERS_FROM", 1 if step == 2 else tokens + 1)
     q, k, _ = qkv(tokens)
     got = sparse._plain_shares(q, k)
     means = torch.stack([part.double().mean(0) for part in k[:, 0].split(BLOCK)])
     for head in range(2):
         for row in range(-(-tokens // sparse.STRIDE)):
-            queries = q[row * sparse.STRIDE : (row + 1) * sparse.STRIDE, head].double()
+            queries = q[row * sparse.STRIDE : (row + 1) * sparse.STRIDE : step, head].double()
             own = row * sparse.STRIDE // BLOCK
             expected = (queries @ means[: own + 1].T / 16**0.5).softmax(-1).mean(0)
             assert (got[head, row, : own + 1] - expected).abs().max() < 1e-6
             assert not got[head, row, own + 1 :].any()
+    asked = [1 + row // BLOCK for row in range(0, tokens, step)]
+    assert sparse.estimated_pairs(tokens) == sum(asked)
 
 
 def test_what_few_queries_look_for_is_found(plain):
@@ -232,8 +237,9 @@ def test_a_block_that_matters_is_found(plain):
 
 
 @pytest.mark.parametrize("tokens", [5, 300, pytest.param(1300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mass", [0.4, 0.9, 0.9999999])
-def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, tokens, mass):
+@pytest.mark.parametrize(("mass", "others"), [(0.4, False), (0.9, False), (0.9, True), (0.9999999, False)])
+def test_the_choosing_kernel_gives_what_plain_torch_does(kernels, monkeypatch, tokens, mass, others):
+    monkeypatch.setattr(sparse, "OTHERS_FROM", 1 if others else 1 << 40)
     q, k, _ = qkv(tokens)
     got = choose_blocks(q * 4, k, mass)
     with pytest.MonkeyPatch.context() as patch:

@@ -26,8 +26,6 @@ if not VERSIONS[0] <= tuple(int(part) for part in triton.__version__.split(".")[
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
 LOG2_E = gl.constexpr(1.4426950408889634)
-MOVED = gl.constexpr(12582912.0)  # 1.5 * 2^23, floats around which are whole numbers: 2^22 on either side
-BITS_OF_MOVED = gl.constexpr(0x4B400000)
 LARGEST_SUM = gl.constexpr(2.0**96)  # of weights, so that those of values up to 2^31 do not overflow
 FIRST_ROWS = gl.constexpr(sparse.WHOLE_ROWS)
 COPYING = gl.constexpr(24)  # registers of a thread
@@ -35,7 +33,7 @@ ATTENDING = gl.constexpr(240)
 
 
 @gluon.jit
-def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
+def place_of(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
     """The block of queries that a work is, its head, and the head of its keys.
 
     The last blocks of all heads are first, since they may attend to everything; then those of heads with the
@@ -51,7 +49,7 @@ def _place(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _tell(work, nth, telling):  # type: ignore[no-untyped-def]
+def tell(work, nth, telling):  # type: ignore[no-untyped-def]
     """Tell those who attend what this program's work is, when they have heard of the one before."""
     told, told_there, told_free = telling
     mbarrier.wait(told_free, (nth & 1) ^ 1)
@@ -60,7 +58,7 @@ def _tell(work, nth, telling):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _heard(nth, telling):  # type: ignore[no-untyped-def]
+def heard(nth, telling):  # type: ignore[no-untyped-def]
     told, told_there, told_free = telling
     mbarrier.wait(told_there, nth & 1)
     work = gl.max(told.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
@@ -90,8 +88,8 @@ def _copy(  # type: ignore[no-untyped-def]
     rows, all_rows, heads, kv_heads, works = sizes
     work, nth, tile = gl.program_id(0), 0, 0
     while work < works:
-        _tell(work, nth, telling)
-        row, head, kv_head = _place(work, rows, heads, kv_heads)
+        tell(work, nth, telling)
+        row, head, kv_head = place_of(work, rows, heads, kv_heads)
         place = head.to(gl.int64) * all_rows + row
         count, own, following_work = gl.load(counts + place), before + row, works
         mbarrier.wait(q_free, (nth & 1) ^ 1)
@@ -117,7 +115,7 @@ def _copy(  # type: ignore[no-untyped-def]
                 tile += 1
             block = following
         work, nth = following_work, nth + 1
-    _tell(work, nth, telling)
+    tell(work, nth, telling)
 
 
 @gluon.jit
@@ -127,36 +125,9 @@ def _scores(queries, keys, k_there, tile, layout: gl.constexpr, STAGES: gl.const
     mbarrier.wait(k_there.index(stage), (tile // STAGES) & 1)
     ROWS: gl.constexpr = queries.shape[0]
     TILE: gl.constexpr = keys.shape[1]
-    SUM: gl.constexpr = gl.int32 if keys.dtype == gl.int8 else gl.float32
-    nothing = gl.full([ROWS, TILE], 0, SUM, layout=layout)
+    nothing = gl.full([ROWS, TILE], 0, gl.float32, layout=layout)
     turned = keys.index(stage).permute((1, 0))
     return hopper.warpgroup_mma(queries, turned, nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _above(products, unit, reference):  # type: ignore[no-untyped-def]
-    """Scores less a reference, of products whose `unit` is (ROWS,) where they are whole numbers.
-
-    These are read as the last bits of a float: an addition takes less than a conversion.
-    """
-    if products.dtype == gl.int32:
-        moved = (products + BITS_OF_MOVED).to(gl.float32, bitcast=True)
-        above = moved * unit[:, None] - (reference + MOVED * unit)[:, None]
-    else:
-        above = products * unit - reference[:, None]
-    return above
-
-
-@gluon.jit
-def _rounded(queries, factors, unit, operand: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Queries in int8, and (ROWS,) the unit of their products with keys that were divided by `factors`."""
-    column = gl.arange(0, queries.shape[1], layout=gl.SliceLayout(0, operand))
-    wide = queries.load(operand).to(gl.float32) * (gl.load(factors + column) * unit)[None, :]
-    # as whole numbers magnitudes are in the same order, and what is no number is above them all
-    magnitudes = wide.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = gl.max(magnitudes, 1).to(gl.float32, bitcast=True) + 1.0e-30
-    moved = wide * (127.0 / largest)[:, None] + MOVED  # rounded to whole numbers, which are its last bits
-    return moved.to(gl.int32, bitcast=True).to(gl.int8), largest / 127.0
 
 
 @gluon.jit
@@ -165,6 +136,19 @@ def _mixed(weights, values, v_there, tile, mixed, STAGES: gl.constexpr):  # type
     stage = tile % STAGES
     mbarrier.wait(v_there.index(stage), (tile // STAGES) & 1)
     return hopper.warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
+
+
+@gluon.jit
+def write(result, results, first, head):  # type: ignore[no-untyped-def]
+    """Write what a head's queries from the `first` on got, but for those that there are not."""
+    out, out_token_stride, out_head_stride, asked = results
+    ROWS: gl.constexpr = result.shape[0]
+    HEAD_DIM: gl.constexpr = result.shape[1]
+    query = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, result.type.layout))
+    value = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, result.type.layout))
+    start = out + head.to(gl.int64) * out_head_stride
+    places = start + query[:, None].to(gl.int64) * out_token_stride + value[None, :]
+    gl.store(places, result.to(out.dtype.element_ty), mask=(query < asked)[:, None])
 
 
 @gluon.jit
@@ -183,45 +167,35 @@ def _attend(  # type: ignore[no-untyped-def]
 ):
     """Of each work of this program the first or second `HALF` of its queries."""
     queries, q_there, q_free, keys, k_there, k_free, values, v_there, v_free = buffers
-    out, out_token_stride, out_head_stride, asked, breached = results
-    counts, scale, factors, sinks = given
+    counts, breached, scale, sinks = given
     rows, all_rows, heads, kv_heads, works = sizes
     PARTS: gl.constexpr = BLOCK // TILE
     ROWS: gl.constexpr = BLOCK // 2
-    ROUNDED: gl.constexpr = keys.dtype == gl.int8
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32 if ROUNDED else 16])
-    of_queries: gl.constexpr = gl.DotOperandLayout(0, of_scores, k_width=4)
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     of_values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     of_factors: gl.constexpr = gl.DotOperandLayout(0, of_values, k_width=2)
     by_query: gl.constexpr = gl.SliceLayout(1, of_scores)
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = out.dtype.element_ty
+    dtype: gl.constexpr = results[0].dtype.element_ty
     mine = queries.slice(HALF * ROWS, ROWS)
     at = HALF * ROWS + gl.arange(0, ROWS, layout=by_query)
     column = gl.arange(0, TILE, layout=gl.SliceLayout(0, of_scores))
     nth, tile = 0, 0
-    work = _heard(nth, telling)
+    work = heard(nth, telling)
     while work < works:
-        row, head, kv_head = _place(work, rows, heads, kv_heads)
+        row, head, _ = place_of(work, rows, heads, kv_heads)
         place = head.to(gl.int64) * all_rows + row
         tiles = gl.load(counts + place) * PARTS
-        nothing = gl.full([ROWS], 0.0, gl.float32, layout=by_query)
         largest = gl.full([ROWS], -1.0e30, gl.float32, layout=by_query)
         total = gl.full([ROWS], 0.0, gl.float32, layout=by_query)
         mixed = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, layout=of_values)
         mbarrier.wait(q_there, nth & 1)
-        if ROUNDED:
-            asking, unit = _rounded(mine, factors + kv_head * HEAD_DIM, scale, of_queries)
-            unit = gl.convert_layout(unit, by_query)
-            mbarrier.arrive(q_free, count=1)
-        else:
-            asking, unit = mine, scale
         for n in range(0, gl.minimum(tiles, 2 * PARTS)):  # the own block and the first, by running maxima
-            scores = _scores(asking, keys, k_there, tile, of_scores, STAGES)
+            scores = _scores(mine, keys, k_there, tile, of_scores, STAGES)
             scores = hopper.warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_free.index(tile % STAGES), count=1)
             seen = (n >= PARTS) | ((n * TILE + column)[None, :] <= at[:, None])
-            scores = gl.where(seen, _above(scores, unit, nothing), float("-inf"))
+            scores = gl.where(seen, scores * scale, float("-inf"))
             raised = gl.maximum(largest, gl.max(scores, 1))
             weights = gl.exp2(scores - raised[:, None])
             shrunk = gl.exp2(largest - raised)
@@ -234,31 +208,30 @@ def _attend(  # type: ignore[no-untyped-def]
             mbarrier.arrive(v_free.index(tile % STAGES), count=1)
             tile += 1
         if tiles > 2 * PARTS:  # the others by these maxima
-            scores = _scores(asking, keys, k_there, tile, of_scores, STAGES)
+            scores = _scores(mine, keys, k_there, tile, of_scores, STAGES)
             scores = hopper.warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_free.index(tile % STAGES), count=1)
-            weights = gl.exp2(_above(scores, unit, largest))
+            weights = gl.exp2(scores * scale - largest[:, None])
             total += gl.sum(weights, 1)
             shares = gl.convert_layout(weights.to(dtype), of_factors)
             tile += 1
             for _ in range(2 * PARTS + 1, tiles):
-                scores = _scores(asking, keys, k_there, tile, of_scores, STAGES)
+                scores = _scores(mine, keys, k_there, tile, of_scores, STAGES)
                 mixed = _mixed(shares, values, v_there, tile - 1, mixed, STAGES)
                 scores = hopper.warpgroup_mma_wait(1, deps=(scores,))
                 mbarrier.arrive(k_free.index(tile % STAGES), count=1)
-                weights = gl.exp2(_above(scores, unit, largest))
+                weights = gl.exp2(scores * scale - largest[:, None])
                 total += gl.sum(weights, 1)
                 following = gl.convert_layout(weights.to(dtype), of_factors)
                 mixed, shares = hopper.warpgroup_mma_wait(0, deps=(mixed, shares))
                 mbarrier.arrive(v_free.index((tile - 1) % STAGES), count=1)
                 shares = following
                 tile += 1
-            if not ROUNDED:
-                mbarrier.arrive(q_free, count=1)
+            mbarrier.arrive(q_free, count=1)
             mixed = _mixed(shares, values, v_there, tile - 1, mixed, STAGES)
             mixed = hopper.warpgroup_mma_wait(0, deps=(mixed,))
             mbarrier.arrive(v_free.index((tile - 1) % STAGES), count=1)
-        elif not ROUNDED:
+        else:
             mbarrier.arrive(q_free, count=1)
         if SINKS:
             total += gl.exp2(gl.load(sinks + head) * LOG2_E - largest)
@@ -266,13 +239,9 @@ def _attend(  # type: ignore[no-untyped-def]
         gl.store(breached + place * 2 + HALF, gl.max(gl.where(total <= LARGEST_SUM, 0, 1), 0))
         result = mixed / gl.convert_layout(total, gl.SliceLayout(1, of_values))[:, None]
         result = gl.convert_layout(result.to(dtype), stored)
-        query = row * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
-        value = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, stored))
-        start = out + head.to(gl.int64) * out_head_stride
-        places = start + query[:, None].to(gl.int64) * out_token_stride + value[None, :]
-        gl.store(places, result, mask=(query < asked)[:, None])
+        write(result, results, row * BLOCK + HALF * ROWS, head)
         nth += 1
-        work = _heard(nth, telling)
+        work = heard(nth, telling)
 
 
 @gluon.jit(do_not_specialize=["capacity", "asked", "before", "rows", "all_rows", "works"])
@@ -297,7 +266,6 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     heads,
     kv_heads,
     scale,
-    factors,
     LISTED: gl.constexpr,
     SINKS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -310,8 +278,6 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     Each has one block of keys or more. Since works have very different numbers of them, a program takes the
     next one when it can: `taken`, which is 0 at first, counts those that were taken beside each program's
     first.
-
-    Where `k` is of int8, see `RoundedKeys`, the queries are rounded here, each by what is largest in it.
 
     `q`, `k` and `v` are tensor descriptors of (tokens, heads * HEAD_DIM), the rest is as in
     `triton_attention`. Barriers tell that a buffer's tile is there, and that both halves have read it.
@@ -340,8 +306,8 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(v_free.index(stage), count=2)
     telling = told, told_there, told_free
     buffers = queries, q_there, q_free, keys, k_there, k_free, values, v_there, v_free
-    results = out, out_token_stride, out_head_stride, asked, breached
-    tensors, lists, given = (q, k, v), (indices, counts, capacity, before), (counts, scale, factors, sinks)
+    results = out, out_token_stride, out_head_stride, asked
+    tensors, lists, given = (q, k, v), (indices, counts, capacity, before), (counts, breached, scale, sinks)
     sizes = rows, all_rows, heads, kv_heads, works
     # fmt: off
     gl.warp_specialize(

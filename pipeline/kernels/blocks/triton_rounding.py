@@ -1,4 +1,4 @@
-"""The kernel of `rounded_keys.py` in Triton. Importing this module fails without Triton."""
+"""The kernels of `rounded_keys.py` and `rounded_values.py` in Triton. Importing this fails without Triton."""
 
 from __future__ import annotations
 
@@ -53,6 +53,35 @@ def round_keys_kernel(  # type: ignore[no-untyped-def]
     keys = tl.load(source, mask=is_key, other=0).to(tl.float32)
     rounded = tl.floor((keys - middle[None, :]) / factor[None, :] + 0.5).to(tl.int8)
     tl.store(out + token.to(tl.int64) * heads * HEAD_DIM + place[None, :], rounded, mask=is_key)
+
+
+@triton.jit(do_not_specialize=["tokens", "width"])
+def round_values_kernel(  # type: ignore[no-untyped-def]
+    v,
+    v_token_stride,
+    v_head_stride,
+    spans,
+    middles,
+    out,
+    tokens,
+    width,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """See `RoundedValues`: some tokens of one head. `out` is (heads, HEAD_DIM, width)."""
+    head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, HEAD_DIM)
+    place = tl.arange(0, TOKENS)
+    within = place % 16
+    of_place = place - within + within // 2 % 2 * 8 + within // 4 * 2 + within % 2
+    token = (tl.program_id(0) * TOKENS + of_place)[:, None]
+    source = v + token.to(tl.int64) * v_token_stride + head * v_head_stride + channel[None, :]
+    values = tl.load(source, mask=token < tokens, other=0).to(tl.float32)
+    span, middle = tl.load(spans + head * HEAD_DIM + channel), tl.load(middles + head * HEAD_DIM + channel)
+    rounded = (values - middle[None, :]) / span[None, :]
+    rounded = tl.where(token < tokens, tl.minimum(tl.maximum(rounded, -448.0), 448.0), 0.0)
+    lines = out + (head * HEAD_DIM + channel).to(tl.int64) * width
+    targets = lines[None, :] + (tl.program_id(0) * TOKENS + place)[:, None]
+    tl.store(targets, rounded.to(out.dtype.element_ty))
 
 
 @triton.jit
