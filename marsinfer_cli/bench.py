@@ -239,8 +239,7 @@ def accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
 @takes(AgreementConfig, AccuracySwitches)
 def agreement(config: AgreementConfig, switches: AccuracySwitches) -> None:
     """Now bench accuracy, which without --reference-column measures the agreement with dense."""
-    if not switches.quiet:
-        note("bench agreement is now bench accuracy; the next version does not know it any more")
+    note("bench agreement is now bench accuracy; the next version does not know it any more")
     _run_accuracy(config, switches)
 
 
@@ -282,8 +281,8 @@ def _accuracies(
     parts = InParts("variants", ["dense", *(variant.name for variant in variants)])
     with parts.measuring():
         cases, notes = read_cases(config, model, parts.check)
-        for text in notes:
-            say(text)
+        for text in (*model.notes, *notes):
+            note(text)
         measured = measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=parts.check)
         for result in parts.each(measured):
             say(f"{result.variant}: {result.groups[0].token_accuracy:.1%} of {len(cases):,} rows' tokens")

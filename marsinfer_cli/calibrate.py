@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from marsinfer_cli.events import saying
+from marsinfer_cli.events import note, saying
 from marsinfer_cli.signature import takes
 from pipeline.interrupts import graceful_stop
 from pipeline.settings.calibrate_settings import CalibrateConfig
@@ -48,7 +48,7 @@ def _run(config: CalibrateConfig, stop: Callable[[], None], *, quiet: bool) -> C
     return run_calibrate(
         config,
         progress=lambda text, left_s: say(f"[{left_s:,.0f} s left] {text}"),
-        note=lambda text: say(f"note: {text}"),
+        note=note,
         check=stop,
     )
 

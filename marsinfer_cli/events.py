@@ -27,7 +27,7 @@ def saying(*, quiet: bool) -> Callable[[str], None]:
 
 
 def note(text: str, *, in_events: bool = False) -> None:
-    """What is to be known, and is no error."""
+    """What is to be known, and is no error; also when quiet, for it may change what a result means."""
     if in_events:
         print_event("note", message=text)
     else:

@@ -216,9 +216,9 @@ def _refuse_same_ids(shards: Sequence[Shard], index: RowIndex, rows: int) -> Non
         return
     for number, shard in enumerate(shards, start=1):
         for group in shard.rows:
-            table = _read(shards, number, group, ("id", "error_type"))
-            for id, kind in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                other = number if kind == DUPLICATE else index.part_of(id)
+            table = _read(shards, number, group, ("id", "error_type", "question_index"))
+            for id, kind, question in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                other = number if kind == DUPLICATE else index.part_of(id, question)
                 if other != number:
                     there = shards[(other or number) - 1].path
                     raise ConfigError(f"the id {id!r} stands both in {shard.path} and in {there}")

@@ -13,6 +13,7 @@ from torch.nn.functional import linear, rms_norm
 from pipeline.errors import ModelError
 from pipeline.kernels.fp8 import Fp8Weight, fp8_linear, fp8_product
 from pipeline.kernels.fused import Quantised, quantize_rows, rms_norm_quantized
+from pipeline.kernels.segments import end_to_end
 from pipeline.kernels.step import Product, add_product_normed_
 
 # depths of blocks between which `mixed` has queries, keys and values in fp8: there it costs next to nothing
@@ -134,7 +135,7 @@ class Projection:
         weights = [module.weight.data for module in self._modules]
         if not weights[0].numel():
             return None
-        joined_ND = weights[0] if len(weights) == 1 else torch.cat(weights)
+        joined_ND = end_to_end(weights)
         for module, part in zip(self._modules, joined_ND.split([len(w) for w in weights]), strict=True):
             module.weight = nn.Parameter(part, requires_grad=False)
         return joined_ND

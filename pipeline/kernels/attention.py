@@ -25,7 +25,7 @@ from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.decoding import windowed_ranges
 from pipeline.kernels.query_pieces import QueryPiece
 from pipeline.kernels.sdpa import sdpa, sdpa_last
-from pipeline.kernels.segments import Segments
+from pipeline.kernels.segments import Segments, end_to_end
 
 TRIAL_WINDOW = 24  # tokens
 TOLERANCE = 0.02  # of the reference's largest value, for a trial in bf16
@@ -166,7 +166,7 @@ class SdpaAttention(AttentionBackend):
                 continue
             with self._kernel(end - start):
                 outputs.append(sdpa(q, k, v, causal=True, sinks_H=sinks_H))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return end_to_end(outputs)
 
     def _kernel(self, length: int) -> AbstractContextManager[Any]:
         """The choice of kernel for a document of `length` tokens."""

@@ -21,6 +21,11 @@ def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | 
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their first dimension; one alone is returned itself, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
 def runs(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """(sum of counts,) the numbers start, start + 1, ... of each run, one after the other."""
     total, before = sum(counts), accumulate(counts, initial=0)

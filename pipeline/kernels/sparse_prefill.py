@@ -13,7 +13,7 @@ from pipeline.kernels.attention import AttentionBackend
 from pipeline.kernels.blocks.block_attention import block_sparse_attention, suits_whole_rows
 from pipeline.kernels.decode_slots import DecodeSlots
 from pipeline.kernels.query_pieces import QueryPart, QueryPiece
-from pipeline.kernels.segments import Segments, on_device
+from pipeline.kernels.segments import Segments, end_to_end, on_device
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SparsePrefill:
                 asking[part] = rows
             outputs.append(block_sparse_attention(q, k, v, blocks, left_out, sinks_H))
             listed[part.document] = sparse.listed_blocks(blocks, end - start)
-        attended_QHd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        attended_QHd = end_to_end(outputs)
         if asking:
             slots = self._seen_by_last(tuple(asking))
             counts = slots.known.queries

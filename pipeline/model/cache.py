@@ -16,7 +16,7 @@ from pipeline.kernels.decoding import Fp8Scales
 from pipeline.kernels.devices import copied_by_tiles
 from pipeline.kernels.fused import FP8
 from pipeline.kernels.kv_fp8 import KvTarget, put_prompts, rounded
-from pipeline.kernels.segments import Segments, on_device
+from pipeline.kernels.segments import Segments, end_to_end, on_device
 from pipeline.pruning.memories.key_memory import KeyMemory
 from pipeline.pruning.shape import ModelShape
 from pipeline.ranks.leading import OnEachRank
@@ -297,7 +297,7 @@ class MemoryCache(RaggedCache):
             for memory, part in zip(self.memories, parts, strict=True)
             if len(part[0])
         ]
-        decoder.add_attention_(layer, hidden_ND, attended[0] if len(attended) == 1 else torch.cat(attended))
+        decoder.add_attention_(layer, hidden_ND, end_to_end(attended))
         decoder.add_feed_forward_(layer, hidden_ND)
 
     def check_rows(self, rows: int, *, again: bool) -> None:

@@ -112,7 +112,8 @@ class RowIndex:
         entries = []
         for place, (id, row, question, status, kind, row_hash) in enumerate(zip(*columns, strict=True)):
             twice = kind == DUPLICATE
-            key, known = _key(id, row + 1 if twice else 0), None if twice else row_hash
+            key = row_key(id, question, row if twice else None)
+            known = None if twice else row_hash
             fleeting = kind in FLEETING or row_hash is None
             entries.append((key, row, question, known, status, part, chunk, place, row_bytes, seen, fleeting))
         with self._lock:
@@ -168,10 +169,10 @@ class RowIndex:
             found = self._database.execute(query).fetchone()
         return None if found is None else (found[0], found[1], found[2])
 
-    def part_of(self, id: str) -> int | None:
-        """The part in which the answer to a row of this id is, if it has one."""
+    def part_of(self, id: str, question: int | None) -> int | None:
+        """The part in which the answer to a row of this id, to this question of it, is, if it has one."""
         with self._lock:
-            found = self._find(_key(id))
+            found = self._find(row_key(id, question))
         return None if found is None else found[4]
 
     def first_failure(self) -> Location | None:
@@ -190,7 +191,7 @@ class RowIndex:
         If it is, `copy` takes the row's copied columns. A RowError for an id that came before, or, of what is
         a fault, that has an answer.
         """
-        key = _key(source.id)
+        key = row_key(source.id, source.question_index)
         with self._lock:
             self._changed(1)
             place = (key, source.row, source.question_index)
@@ -222,7 +223,7 @@ class RowIndex:
 
     def first_with(self, id: str, row: int) -> int:
         """The row of the input that has this id: the first that was asked about, `row` itself or another."""
-        key = _key(id)
+        key = row_key(id)
         with self._lock:
             self._changed(1)
             if self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, row)).rowcount:
@@ -280,9 +281,16 @@ def _dropped(after: bool) -> str:
     return f"NOT seen AND ({gone})" if after else f"({gone})"
 
 
-def _key(id: str, salt: int = 0) -> bytes:
+def row_key(id: str, question: int | None = None, refused: int | None = None) -> bytes:
+    """16 bytes that tell a row from any other.
+
+    `question` is its question's index: `a#1` may be question 1 of the row `a`, or a row of that id that
+    failed as a whole. One that was `refused` for another's id, by its number, stands beside that one.
+    """
     text = without_lone_surrogates(id) or ""  # as it comes back from an output
-    return blake2b(text.encode(), digest_size=16, salt=salt.to_bytes(16, "little")).digest()
+    salt = 0 if refused is None else refused + 1
+    kind = b"" if question is None else b"question"
+    return blake2b(text.encode(), digest_size=16, salt=salt.to_bytes(16, "little"), person=kind).digest()
 
 
 @contextmanager

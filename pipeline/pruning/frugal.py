@@ -48,11 +48,12 @@ class Frugal(PruningMethod):
     them, judge the tokens before them, but for the nearest ones, as many as from one judge to the next: every
     token attends to its neighbours. A judgement is the softmax attention that a token gets, times the number
     of tokens that share it: 1 is an even share, at any place. A token's salience is the mean over its judges,
-    heads and layers; a token without judges stays. The question's tokens judge as all others do.
+    heads and layers; tokens without judges rank first. The question's tokens judge as all others do.
 
     Instruction and question always stay, as in `speculative`: up to `most` tokens each of what is before the
     document, of the question, and of what is behind the document, and at least the first `sink` and the last
-    `window` tokens. Counts are rounded up; of equal tokens the earlier stays.
+    `window` tokens. `keep` is the share of all others. Counts are rounded up; of equal tokens the earlier
+    stays.
     """
 
     name: ClassVar[str] = "frugal"

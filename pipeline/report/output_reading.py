@@ -37,7 +37,7 @@ from pipeline.outputs.mirror import Mirror
 from pipeline.outputs.own_columns import ANSWERS, CHOSEN_FROM, STATS, own_prefix
 from pipeline.outputs.parts import damage_told, journal_folder, journal_parts
 from pipeline.outputs.published import Published
-from pipeline.outputs.rowindex import DUPLICATE
+from pipeline.outputs.rowindex import DUPLICATE, row_key
 from pipeline.outputs.sidecar import needs_sidecar, sidecar_path
 from pipeline.report.references import REFERENCE, holder, references_in
 from pipeline.report.references import TYPE as REFERENCES
@@ -48,7 +48,7 @@ from pipeline.values.jsonvalues import KEYS
 
 # outputs of earlier versions have no others
 REPORTED = [name for name in CHOSEN_FROM if name not in (*LATER_NAMES, QUESTION_NAME, STATS, ANSWERS)]
-KEY_COLUMNS = ("id", "row", "error_type")
+KEY_COLUMNS = ("id", "question_index", "row", "error_type")
 FEWEST_AT_ONCE = 1_000  # rows: a journal's chunks are small, and each table has its price
 
 _JOURNAL = re.compile(r"\.(.+)\.journal")
@@ -261,27 +261,26 @@ def _newest_first(
     parts: list[tuple[BinaryIO, int]], base: Published | None, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
     wanted = list(dict.fromkeys([*columns, *KEY_COLUMNS]))
-    seen: set[int] = set()
+    seen: set[bytes] = set()
     one_alone = len(parts) + (base is not None) == 1
     sources = [_chunks(part, size, wanted) for part, size in reversed(parts)]
     if base is not None:
         sources.append(_read_published(base, wanted))
     for source in sources:
-        keys: set[int] = set()
+        keys: set[bytes] = set()
         for table in source:
             if not one_alone:
-                of_rows = [
-                    _key(*row) for row in zip(*(table[n].to_pylist() for n in KEY_COLUMNS), strict=True)
-                ]
+                of_rows = list(_keys(table))
                 table = table.filter(pa.array([key not in seen for key in of_rows], pa.bool_()))
                 keys.update(of_rows)
             yield table
         seen |= keys
 
 
-def _key(id: str, row: int, error_type: str | None) -> int:
-    """Tells a row from any other; one that was refused for another's id stands beside that one."""
-    return hash((id, row if error_type == DUPLICATE else None))
+def _keys(table: pa.Table) -> Iterator[bytes]:
+    columns = (table[name].to_pylist() for name in KEY_COLUMNS)
+    for id, question, row, kind in zip(*columns, strict=True):
+        yield row_key(id, question, row if kind == DUPLICATE else None)
 
 
 def _chunks(part: BinaryIO, size: int, columns: Sequence[str]) -> Iterator[pa.Table]:

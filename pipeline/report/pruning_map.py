@@ -109,12 +109,18 @@ def maps_of(run: Run, wanted: Collection[tuple[str, int]]) -> Iterator[PruningMa
 
 
 def _find(run: Run, column: str, value: str | int) -> dict[str, Any] | None:
-    """The first row with that value; its other columns are read only from the table that has it."""
-    for number, table in enumerate(run.tables([column])):
-        place = pc.index(table[column], pa.scalar(value, table[column].type)).as_py()
-        if place >= 0:
-            (whole,) = run.tables(COLUMNS, {number})
-            return whole.slice(place, 1).to_pylist()[0]
+    """The first row with that value, of those that did not fail if one did not.
+
+    Its other columns are read only from the table that has it.
+    """
+    for failed in (False, True):
+        for number, table in enumerate(run.tables([column, "error_type"])):
+            alike = pc.equal(table[column], pa.scalar(value, table[column].type))
+            there = pc.and_(alike, pc.equal(pc.is_valid(table["error_type"]), failed))
+            place = pc.index(there, True).as_py()
+            if place >= 0:
+                (whole,) = run.tables(COLUMNS, {number})
+                return whole.slice(place, 1).to_pylist()[0]
     return None
 
 

@@ -24,7 +24,8 @@ class QuietSwitch(Settings, panel=MESSAGES):
     """Silence."""
 
     quiet: bool = option(
-        False, help="No progress on stderr; of batch, no closing table either. Results and errors stay."
+        False,
+        help="No progress on stderr; of batch, no closing table either. Results, notes and errors stay.",
     )
 
 

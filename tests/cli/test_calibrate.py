@@ -283,7 +283,9 @@ def test_rows_too_short_to_be_pruned_show_nothing(data, tmp_path, sharp_model_fo
 def test_without_time_nothing_is_found_which_ends_with_5(flags, tmp_path, capfd):
     assert calibrate(*flags, "--minutes", "0.0001", "--max-drop", "90pt", "--quiet") == 5
     printed = capfd.readouterr()
-    error = printed.err.splitlines()[-1]
+    *notes, error = printed.err.splitlines()
+    assert notes, "what changes the meaning of a result is told, also with --quiet"
+    assert all(each.startswith("marsinfer: note: ") for each in notes)
     assert error.startswith(
         "marsinfer: error: nothing holds, so no profile is written: nothing is expected to "
     )

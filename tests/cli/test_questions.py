@@ -7,6 +7,8 @@ import json
 import pytest
 from row_files import read, write
 
+from marsinfer_cli.app import run
+
 pytestmark = pytest.mark.slow
 
 FLAGS = ["--questions-column", "asks", "--id-column", "id", "--max-new-tokens", "3"]
@@ -139,6 +141,27 @@ def test_ids_stay_unique_and_duplicates_are_told(call, tmp_path):
     )
     assert call(given, tmp_path / "named.parquet", *FLAGS[:2], *FLAGS[4:]) == 0
     assert places(read(tmp_path / "named.parquet")) == [("b#0", 0, 0), ("b#1#0", 1, 0), ("b#1#1", 1, 1)]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "renamed"])
+def test_a_row_that_fails_may_have_the_id_of_a_question(call, tmp_path, named):
+    whole = {"id": "a", "text": "one fish", "asks": ["how many?", "which?"]}
+    rows = [{**whole, "id": "a#1", "text": None}, whole] if named else [whole, {**whole, "asks": "which?"}]
+    flags = [*FLAGS, "--method", "dense"] if named else [*FLAGS[:2], *FLAGS[4:], "--method", "dense"]
+    given, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet"
+    assert call(given, out, *flags) == 0
+    expected = [("a#1", "missing_text"), ("a#0", None), ("a#1", None)]
+    if not named:
+        expected = [("a#0", None), ("a#1", None), ("a#1", "bad_question_type")]
+    once = read(out)
+    assert [(row["id"], row["error_type"]) for row in once] == expected
+    assert call(given, out, *flags, "--resume", "--retry-errors") == 0
+    assert read(out) == once
+    shards = [tmp_path / f"{n}.parquet" for n in (1, 2)]
+    for number, shard in enumerate(shards, start=1):
+        assert call(given, shard, *flags, "--shard", f"{number}/2") in (0, 3)  # 3: nothing in it is answered
+    assert run(["merge", str(out), *map(str, shards), "--overwrite"]) == 0
+    assert [(row["id"], row["error_type"]) for row in read(out)] == expected
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])

@@ -209,7 +209,9 @@ def test_a_map_without_an_answer_says_so(report, tmp_path, answer, shown):
 
 
 def test_a_row_has_its_pruning_map(report, tmp_path):
-    rows = [answered(0), selected(1, id="a/b"), selected(2, id="7", answer=EVIL), selected(7)]
+    refused = failed(9)
+    refused.id = "7"  # which stands aside for the row that has an answer
+    rows = [answered(0), refused, selected(1, id="a/b"), selected(2, id="7", answer=EVIL), selected(7)]
     path = write(tmp_path / "out.parquet", rows, save_selection=True)
     html = tmp_path / "map.html"
     assert report(path, "--row", "7", "--html", html) == (0, "", ""), "an id comes before a number"

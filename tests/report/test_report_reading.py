@@ -112,6 +112,15 @@ def test_an_id_that_was_refused_stands_beside_the_one_that_has_it(tmp_path):
     assert sorted(row["row"] for row in rows_of(path)[1]) == [0, 5]
 
 
+def test_a_failed_row_stands_beside_the_question_that_has_its_id(tmp_path):
+    path = tmp_path / "out.parquet"
+    alone = failed(1)
+    alone.id = "a#1"
+    run_of(path, [alone])
+    run_of(path, [answered(0, id="a#1", question_index=1)])
+    assert sorted(row["row"] for row in rows_of(path)[1]) == [0, 1]
+
+
 def test_an_output_that_is_being_extended_is_read_with_its_journal(tmp_path):
     path = tmp_path / "out.parquet"
     run_of(path, [answered(0), failed(1)], finish=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.scoring import attention_received
-from pipeline.kernels.segments import on_device
+from pipeline.kernels.segments import end_to_end, on_device
 from pipeline.pruning.memories.key_memory import KeyMemory, MemoryNeeds, attended_by_last
 
 
@@ -77,7 +77,7 @@ class CascadeMemory(KeyMemory):
             part = slice(done, done + min(len(k_NKd) - done, self._sizes.chunk - of.waiting))
             outputs.append(self._attended(layer, q_QHd[part], k_NKd[part], v_NKd[part]))
             done = part.stop
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return end_to_end(outputs)
 
     def _turn(self, layer: int, start: int, end: int) -> None:
         """Give the tokens held at these places their positions."""

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels import sparse
 from pipeline.kernels.blocks.block_attention import block_sparse_attention
-from pipeline.kernels.segments import on_device
+from pipeline.kernels.segments import end_to_end, on_device
 from pipeline.pruning.memories.hip_choice import (
     AVERAGED,
     QUERY_BLOCK,
@@ -113,7 +113,7 @@ class HipMemory(KeyMemory):
             outputs.append(self._chosen(layer, q_QHd[: between - first], first, between))
         if between < end:
             outputs.append(self._whole(layer, q_QHd[between - first :], between, end))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return end_to_end(outputs)
 
     def _beyond_context(self, layer: int, q_QHd: Tensor, first: int, end: int) -> Tensor:
         """Attention of the prompt's queries by blocks, and of the answer's one by one, as they are generated.
@@ -125,7 +125,7 @@ class HipMemory(KeyMemory):
         parts = [(first, asked)] if first < asked else []
         parts += [(at, at + 1) for at in range(asked, end)]
         outputs = [self._chosen(layer, q_QHd[a - first : b - first], a, b) for a, b in parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return end_to_end(outputs)
 
     def _places(self, start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=self._device)
