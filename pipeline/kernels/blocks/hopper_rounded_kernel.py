@@ -29,7 +29,7 @@ MOVED = gl.constexpr(12582912.0)  # 1.5 * 2^23, floats around which are whole nu
 BITS_OF_MOVED = gl.constexpr(0x4B400000)
 LOWEST = gl.constexpr(-0x40000000)  # below all products
 LIFT = gl.constexpr(7.0)  # the largest weight of a tile is 2^7, near the end of e4m3's range, which is 448
-MOST_UNIT = gl.constexpr(4.0)  # of scores, whose rounding to it moves weights by less than what is left there
+MOST_UNIT = gl.constexpr(2.0)  # of scores, of which MOVED is rounded by 1 at most: weights are below 2^8
 
 
 @gluon.jit
