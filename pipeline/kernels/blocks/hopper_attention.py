@@ -67,10 +67,8 @@ def attend(
     taken = torch.zeros(1, dtype=torch.int32, device=q_QHd.device)
     # where there are none, others stand for them, which are not looked at
     listed = counts if blocks.indices is None else blocks.indices
-    queries, results = (
-        _of_tokens(q_QHd, block),
-        (out_QHd, *out_QHd.stride()[:2], listed, counts, breached_HM2),
-    )
+    queries = _of_tokens(q_QHd, block)
+    results = (out_QHd, *out_QHd.stride()[:2], listed, counts, breached_HM2)
     sizes = (listed.shape[-1], asked, blocks.before, rows, all_rows, works, heads, kv_heads)
     if rounds(k_TKd, blocks, sinks_H):
         keys, values = rounded_keys.RoundedKeys.of(q_QHd, k_TKd), RoundedValues.of(v_TKd)
