@@ -84,7 +84,7 @@ def test_a_document_of_a_million_tokens_is_refused_where_it_does_not_fit(tokens,
     )
     prompt = replace(document(10), input_ids=np.zeros(tokens - 64, dtype=np.int64))
     residual, kv = tokens * 3584 * 2, tokens * 28 * 2 * 4 * 128 * (kv_itemsize or 2)
-    assert residual + kv < packer.bytes_alone(prompt) < residual + kv + 9e9
+    assert residual + kv < packer.bytes_alone(prompt) < residual + kv + 9.5e9
     assert packer.runs_alone(prompt)
     assert packer.refuses(prompt) is not fits
 
