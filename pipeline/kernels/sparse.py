@@ -22,7 +22,7 @@ from pipeline.kernels.modules import kernels_for, kernels_on, power_of_two
 
 BLOCK = 128  # tokens, of queries as of keys
 STRIDE = 16  # queries that choose together
-OTHERS_FROM = 65_536  # tokens of a document in which every other of them chooses for all
+OTHERS_FROM = 65_536  # tokens of a document in which only every other query chooses
 SHORTEST = 4096  # tokens of a document, below which choosing costs what it saves
 LEAST_WORK = 1 << 38  # squared tokens times width of all heads, likewise
 CAPACITY = (

@@ -42,7 +42,7 @@ class Frugal(PruningMethod):
     left of the prompt is computed as if it had been written so, at positions 0, 1, ..., and only that has
     keys and values. The paper keeps 80, 60 or 50%.
 
-    **The salience is not the paper's.** That comes from a small encoder, a second model, by attribution. Here
+    The salience is not the paper's. That comes from a small encoder, a second model, by attribution. Here
     it is the model's own attention, in its first layers up to `layer`, after which the prefill restarts. All
     else about it is our choice, too: up to `judges` tokens of the prompt, evenly spaced and the last among
     them, judge the tokens before them, but for the nearest ones, as many as from one judge to the next: every

@@ -26,7 +26,8 @@ from pipeline.suites.similarity import edit_similarity
 MOST_SHOWN = 300
 SCORE = token_f1.__name__
 COLUMNS = (
-    *("id", "row", "row_hash", "status", "question", "answer", "error_type", "error_message"),
+    *("id", "row", "question_index", "row_hash", "status", "question", "answer"),
+    *("error_type", "error_message"),
     *("document_tokens", "ttft_ms", "kept_ratio", "ffn_ratio", REFERENCE),
 )
 PAIRED = (
@@ -222,14 +223,18 @@ def _shares_ids(database: sqlite3.Connection, run: Run) -> bool:
 
 
 def _joined(database: sqlite3.Connection, run: Run, joined_by: str) -> Iterator[RowPair]:
-    """Each row of the second run with that of the first; of rows that share an id, the one of its number."""
+    """Each row of the second run with that of the first; of rows that share an id, the one of its number.
+
+    A row that failed as a whole may have the id of another row's question: each finds its own.
+    """
     query = (
         f"SELECT rowid AS place, {_COLUMN_LIST} FROM first WHERE {joined_by} = ? "
-        "ORDER BY seen, row != ?, status != 'ok' LIMIT 1"
+        "ORDER BY seen, question_index IS NOT ?, row != ?, status != 'ok' LIMIT 1"
     )
     for values in _rows(run):
         theirs = dict(zip(COLUMNS, values, strict=True))
-        found = database.execute(query, (theirs[joined_by], theirs["row"])).fetchone()
+        sought = theirs[joined_by], theirs["question_index"], theirs["row"]
+        found = database.execute(query, sought).fetchone()
         if found is None:
             yield None, theirs
             continue

@@ -30,6 +30,7 @@ MOST_BYTES = 2_900_000  # of the page
 UNPRUNED = "Nothing was pruned here: up to the last layer, every layer computed every token."
 FACTS = ("id", "row", "status", "error_type", "error_message", "method", "answer", "document_tokens")
 KEYS = ("id", "row")
+MOST_DIGITS = 18  # that an int64 holds, whichever they are
 COLUMNS = (*FACTS, "prompt_tokens", "ttft_ms", "kept_ratio", "ffn_ratio", "ffn_fp8_tokens", *SELECTION_NAMES)
 
 
@@ -79,7 +80,7 @@ def find_row(run: Run, wanted: str) -> PruningMap:
     if lacks is not None:
         raise ConfigError(f"{run.given}: {lacks}, which --row shows")
     facts = _find(run, "id", wanted)
-    if facts is None and wanted.isdecimal():
+    if facts is None and wanted.isdecimal() and len(wanted) <= MOST_DIGITS:
         facts = _find(run, "row", int(wanted))
     if facts is None:
         raise ConfigError(f"{run.given} has no row of the id {wanted!r}, nor of that number")

@@ -202,11 +202,12 @@ def test_a_row_without_a_right_answer_is_left_out(model_folder, tmp_path, capfd,
     source = tmp_path / "docs.jsonl"
     rows = [{"content": f"fish {n} " * 40, column: right} for n, right in enumerate(["none", "all", ""])]
     source.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--question", "q", "--reference-column", column, "--methods", "dense", "--json"]
+    flags = ["--question", "q", "--reference-column", column, "--methods", "dense", "--json", "--quiet"]
     assert run(["bench", "accuracy", str(source), "--model", str(model_folder), *flags]) == 0
     printed = capfd.readouterr()
     assert f"left out: docs.jsonl line 3: no reference in column {column!r}" in printed.err
     assert "the document is the column 'content'" in printed.err
+    assert all(each.startswith("marsinfer: note: ") for each in printed.err.splitlines()), "no progress"
     (dense,) = json.loads(printed.out)["results"]
     assert dense["groups"][0]["rows"] == 2
     assert dense["groups"][0]["token_accuracy"] < 1

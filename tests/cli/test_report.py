@@ -250,6 +250,7 @@ def test_a_long_prompt_is_shown_as_far_as_the_page_may_grow(report, tmp_path):
     ("words", "said"),
     [
         (["--row", "nobody"], "has no row of the id 'nobody', nor of that number"),
+        (["--row", "9" * 20], f"has no row of the id '{'9' * 20}', nor of that number"),
         (["--row", "9"], "has no selection of tokens for row 9: over_long: too long"),
         (["--row", "0"], "has no selection of tokens for row 0: it was not stored"),
         (["--html", "page.txt"], "--html page.txt: name an .html file"),

@@ -84,7 +84,7 @@ def agrees(found, wanted, *, rounded=False):
     """In eight bits a weight between two of e4m3, which lie up to an eighth apart, may become the other."""
     if not rounded:
         return gap(found, wanted) < 0.02
-    return gap(found, wanted) < 0.2 and (found.cpu().double() - wanted).abs().mean() < 0.004
+    return gap(found, wanted) < 0.1 and (found.cpu().double() - wanted).abs().mean() < 0.001
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,8 @@ def test_sinks_pieces_and_rows_left_out(told, rounded, mass, sinks):
     q, k, v = qkv(tokens, 128)
     sinks = None if sinks is None else torch.tensor(sinks, device="cuda")
     blocks = choose_blocks(q[first:end], k, mass, 8)
-    assert hopper_attention.rounds(k, blocks, sinks) == (rounded and mass > 0 and sinks is None)
+    rounded = rounded and mass > 0 and sinks is None
+    assert hopper_attention.rounds(k, blocks, sinks) == rounded
     found = block_sparse_attention(q[first:end], k, v, blocks, left_out=2, sinks_H=sinks)
     done = end - first - 2 * BLOCK
     assert len(told) == 1
@@ -138,7 +139,7 @@ def test_blocks_that_attend_to_everything_are_done_beside_the_others(told, round
         asked = (end - start) % BLOCK + BLOCK
         assert gap(found[end - asked : end], whole[-asked:]) < 0.02
         sparsely = expected(*part, choose_blocks(*part[:2], mass))
-        assert agrees(found[start : end - asked], sparsely[:-asked], rounded=rounded)
+        assert agrees(found[start : end - asked], sparsely[:-asked], rounded=rounded and mass > 0)
 
 
 def test_one_head_of_many_rows_and_many_heads_of_one(told, rounded):
@@ -205,7 +206,7 @@ def test_rounding_loses_little_of_keys_with_wide_channels(told, rounded):
     blocks = random_lists(4, 3000)
     found, wanted = block_sparse_attention(q, k, v, blocks), in_16_bits(q, k, v, blocks)
     assert not told[0].any()
-    assert (found.cpu() - wanted).abs().mean() < 0.02
+    assert (found.cpu() - wanted).abs().mean() < 0.006
     assert agrees(found, expected(q, k, v, blocks), rounded=True)
 
 

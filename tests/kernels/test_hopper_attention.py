@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from pipeline.kernels.fused import FP8_MAX
 
 pytest.importorskip("triton.experimental.gluon")
 try:
-    from pipeline.kernels.blocks import hopper_attention
+    from pipeline.kernels.blocks import hopper_attention, hopper_rounded_kernel
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -59,3 +62,14 @@ def test_that_of_eight_bits_compiles_likewise():
     ptx = compiled(hopper_attention.rounded_kernel, tiles, types, constants)
     assert ".s32.s8.s8" in ptx
     assert ".f32.e4m3.e4m3" in ptx
+
+
+def test_units_that_are_not_told_leave_weights_within_e4m3():
+    """What is taken off scores is a float32 of many millions, whose last bits move all weights of a query."""
+    names = ("MOVED", "LIFT", "MOST_UNIT")
+    moved, lift, most = (getattr(hopper_rounded_kernel, name).value for name in names)
+    unit = torch.linspace(1e-6, most, 1 << 16)
+    lowered = (moved * unit.double() - lift).float()
+    largest = (moved * unit.double() - lowered).exp2()
+    assert largest.max() <= FP8_MAX
+    assert 2**lift <= largest.max()

@@ -59,6 +59,17 @@ def test_rows_that_share_an_id_find_each_other(tmp_path):
     assert (found.joined, found.only_first, found.both_failed, found.same_answers) == (2, 0, 1, 1)
 
 
+def test_a_failed_row_and_a_question_of_its_id_each_find_their_own(tmp_path):
+    """Though in the second run the failed row has the number that the question's has in the first."""
+    runs = []
+    for start in (0, 1):
+        alone, asked = failed(start), answered(start + 1, question_index=1, answer="the same")
+        alone.id = asked.id = "a#1"
+        runs.append([alone, asked])
+    found = compared(tmp_path, *runs)
+    assert (found.joined, found.only_first, found.both_failed, found.same_answers) == (2, 0, 1, 1)
+
+
 def test_only_the_greatest_disagreements_are_kept(tmp_path):
     first = [answered(n, answer="x" * 50) for n in range(60)]
     second = [answered(n, answer="x" * (50 - n % 50) + "y" * (n % 50)) for n in range(60)]

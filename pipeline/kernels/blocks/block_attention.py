@@ -57,8 +57,8 @@ def suits_whole_rows(
     """Whether blocks of queries that attend to everything are best left to `block_sparse_attention`.
 
     The kernel for Hopper is as fast as whole attention, and does them beside all others. Not where it rounds
-    keys: what stands at a document's end, as the question does, is to be computed in full. And not where
-    there are few others: whole attention divides the keys of a block among multiprocessors.
+    keys and values: what stands at a document's end, as the question does, is to be computed in full. And not
+    where there are few others: whole attention divides the keys of a block among multiprocessors.
     """
     hopper = hopper_for(q_QHd, k_TKd, v_TKd, sparse.BLOCK)
     if hopper is None or hopper.rounds(k_TKd, blocks, sinks_H):
