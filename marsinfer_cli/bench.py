@@ -74,7 +74,7 @@ def ttft(config: TtftConfig, switches: BenchSwitches, drawn: PlotSwitch) -> None
     stock = [] if baselines == "none" else baselines.split(",")
     check_baselines(stock, together, ranks)
     # transformers computes with the weights in full
-    opened = _opened(config, chosen, ranks)
+    opened = _told(_opened(config, chosen, ranks))
     more = None if stock else more_devices(config.device, opened, [variant.method for variant in chosen])
     loaded = opened.load(IN_FULL if stock else precision_of(chosen), Remedies(more_devices=more))
     results, ceilings = [], []
@@ -118,7 +118,7 @@ def offload(config: OffloadConfig, switches: BenchSwitches) -> None:
     assert device_bytes is not None, "it has a default"
     chosen = parse_variant(config.variant.strip(), parse_shares(config.keep) if config.keep else None)
     wanted = parse_lengths(str(config.lengths))
-    model = _opened(config, [chosen]).load(precision_of([chosen]))
+    model = _told(_opened(config, [chosen])).load(precision_of([chosen]))
     prepare(model, [chosen])
     results, parts = [], InParts("lengths", map(_named, wanted))
     with parts.measuring():
@@ -148,7 +148,7 @@ def decode(config: DecodeConfig, switches: BenchSwitches) -> None:
 
     chosen = parse_variants(config.methods, config.keep)
     wanted = parse_lengths(str(config.lengths))
-    model = _opened(config, chosen).load(precision_of(chosen))
+    model = _told(_opened(config, chosen)).load(precision_of(chosen))
     results, parts = [], InParts("lengths", map(_named, wanted))
     with parts.measuring():
         for length in parts.each(wanted):
@@ -253,6 +253,13 @@ def _opened(config: ModelSettings, variants: Iterable[Variant], ranks: int = 1) 
     return model
 
 
+def _told(model: UnloadedModel) -> UnloadedModel:
+    """The same, when it is said what is to be known of its files, as a run itself says it."""
+    for text in model.notes:
+        note(text)
+    return model
+
+
 def _run_accuracy(config: AccuracyConfig, switches: AccuracySwitches) -> None:
     from pipeline.bench.plot import check_plot, draw_accuracy, save_picture
 
@@ -275,13 +282,13 @@ def _accuracies(
     from pipeline.suites.by_name import NOT_COMPARABLE
 
     variants = [each for each in parse_variants(config.methods, None) if each.name != "dense"]
-    model = _opened(config, variants).load()
+    model = _told(_opened(config, variants)).load()
     results: list[Accuracy] = []
     cases: list[CheckRow] = []
     parts = InParts("variants", ["dense", *(variant.name for variant in variants)])
     with parts.measuring():
         cases, notes = read_cases(config, model, parts.check)
-        for text in (*model.notes, *notes):
+        for text in notes:
             note(text)
         measured = measure_accuracy(model, cases, variants, long_tokens=config.long_tokens, check=parts.check)
         for result in parts.each(measured):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from marsinfer_cli.app import run
 from pipeline.bench import ttft
 from pipeline.bench.ttft import Measurement, saving_reached
+from pipeline.model import loading
 from pipeline.pruning.operations import dense_flops, prefill_flops
 from pipeline.pruning.shape import ModelShape
 
@@ -218,3 +220,23 @@ def test_decode_steps_are_measured_beside_the_bytes_they_read(model_folder, capf
         assert result["graph_step_ms"] is result["same_tokens"] is None  # a CPU captures nothing
     assert run(["bench", "decode", "--model", str(model_folder), *flags, "--repeats", "1"]) == 0
     assert "| 3 | 600 | dense |" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ttft", "--lengths", "64", "--methods", "dense", "--baselines", "none", "--repeats", "1"],
+        ["decode", "--lengths", "64", "--methods", "dense", "--new-tokens", "3", "--repeats", "1"],
+        [
+            *("offload", "--lengths", "600", "--kv-memory", "200kB", "--new-tokens", "3", "--repeats", "1"),
+            *("--method", "sliminfer:layers=1/2:budget=.5/.25:block=8:unit=2"),
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_is_to_be_known_of_a_models_files_is_told_once(model_folder, capfd, monkeypatch, command):
+    opened = loading.open_model
+    told = "2 tensors are not used"
+    monkeypatch.setattr(loading, "open_model", lambda *given: replace(opened(*given), notes=(told,)))
+    assert run(["bench", *command, "--model", str(model_folder), "--json"]) == 0
+    assert capfd.readouterr().err.count(f"marsinfer: note: {told}\n") == 1
