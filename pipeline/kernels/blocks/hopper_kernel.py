@@ -49,6 +49,33 @@ def place_of(work, rows, heads, kv_heads):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(COUNT, 1) barriers each: that what is copied is there, and that both groups have read it."""
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    there = gl.allocate_shared_memory(gl.int64, [COUNT, 1], layout)
+    free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], layout)
+    for nth in gl.static_range(COUNT):
+        mbarrier.init(there.index(nth), count=1)
+        mbarrier.init(free.index(nth), count=2)
+    return there, free
+
+
+@gluon.jit
+def pair_of_barriers():  # type: ignore[no-untyped-def]
+    """The same of what there is one of."""
+    there, free = barriers(1)
+    return there.index(0), free.index(0)
+
+
+@gluon.jit
+def told_works():  # type: ignore[no-untyped-def]
+    """Where `tell` leaves a work, and the barriers that tell of it."""
+    told = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    there, free = pair_of_barriers()
+    return told, there, free
+
+
+@gluon.jit
 def tell(work, nth, telling):  # type: ignore[no-untyped-def]
     """Tell those who attend what this program's work is, when they have heard of the one before."""
     told, told_there, told_free = telling
@@ -285,26 +312,10 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     queries = gl.allocate_shared_memory(q.dtype, [BLOCK, HEAD_DIM], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, TILE, HEAD_DIM], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, TILE, HEAD_DIM], v.layout)
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_free = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    told = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    told_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    told_free = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    mbarrier.init(told_there, count=1)
-    mbarrier.init(told_free, count=2)
-    mbarrier.init(q_there, count=1)
-    mbarrier.init(q_free, count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_there.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_there.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=2)
-    telling = told, told_there, told_free
+    telling = told_works()
+    q_there, q_free = pair_of_barriers()
+    k_there, k_free = barriers(STAGES)
+    v_there, v_free = barriers(STAGES)
     buffers = queries, q_there, q_free, keys, k_there, k_free, values, v_there, v_free
     results = out, out_token_stride, out_head_stride, asked
     tensors, lists, given = (q, k, v), (indices, counts, capacity, before), (counts, breached, scale, sinks)

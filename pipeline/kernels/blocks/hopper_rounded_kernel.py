@@ -18,10 +18,13 @@ from pipeline.kernels.blocks.hopper_kernel import (
     ATTENDING,
     COPYING,
     LARGEST_SUM,
+    barriers,
     copy_tile,
     heard,
+    pair_of_barriers,
     place_of,
     tell,
+    told_works,
     write,
 )
 
@@ -302,22 +305,9 @@ def rounded_kernel(  # type: ignore[no-untyped-def]
     rounded = gl.allocate_shared_memory(gl.int8, [BLOCK, HEAD_DIM], k.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK, HEAD_DIM], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, HEAD_DIM, BLOCK], v.layout)
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_free = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    told = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    told_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    told_free = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    mbarrier.init(told_there, count=1)
-    mbarrier.init(told_free, count=2)
-    mbarrier.init(q_there, count=1)
-    mbarrier.init(q_free, count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(there.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
-    telling = told, told_there, told_free
+    telling = told_works()
+    q_there, q_free = pair_of_barriers()
+    there, free = barriers(STAGES)
     buffers = queries, q_there, q_free, keys, values, there, free
     results = out, out_token_stride, out_head_stride, asked
     tensors, lists = (q, k, v), (indices, counts, capacity, before)
