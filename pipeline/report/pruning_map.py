@@ -114,15 +114,21 @@ def _find(run: Run, column: str, value: str | int) -> dict[str, Any] | None:
 
     Its other columns are read only from the table that has it.
     """
-    for failed in (False, True):
-        for number, table in enumerate(run.tables([column, "error_type"])):
-            alike = pc.equal(table[column], pa.scalar(value, table[column].type))
-            there = pc.and_(alike, pc.equal(pc.is_valid(table["error_type"]), failed))
-            place = pc.index(there, True).as_py()
-            if place >= 0:
-                (whole,) = run.tables(COLUMNS, {number})
-                return whole.slice(place, 1).to_pylist()[0]
-    return None
+    found = None
+    for number, table in enumerate(run.tables([column, "error_type"])):
+        alike = pc.equal(table[column], pa.scalar(value, table[column].type))
+        well = pc.index(pc.and_(alike, pc.is_null(table["error_type"])), True).as_py()
+        if well >= 0:
+            found = number, well
+            break
+        place = pc.index(alike, True).as_py()
+        if found is None and place >= 0:
+            found = number, place
+    if found is None:
+        return None
+    number, place = found
+    (whole,) = run.tables(COLUMNS, {number})
+    return whole.slice(place, 1).to_pylist()[0]
 
 
 def _map_of(run: Run, facts: dict[str, Any]) -> PruningMap:
