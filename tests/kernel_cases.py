@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -29,6 +30,19 @@ def rounding_to_nearest(values, source, target, _):
     source, target = TORCH_TYPES[source.name], TORCH_TYPES[target.name]
     converted = torch.from_numpy(values.copy()).view(source).to(target)
     return converted.view({1: torch.uint8, 2: torch.uint16, 4: torch.float32}[target.itemsize]).numpy()
+
+
+def interpreted(monkeypatch, module, name):
+    """A module of kernels, below `pipeline.kernels`, for Triton's interpreter; `name` is one that it has."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest)
+    found = import_module(f"pipeline.kernels.{module}")
+    if not isinstance(getattr(found, name), interpreter.InterpretedFunction):
+        pytest.skip("other tests of this process have compiled the kernels for the GPU")
+    return found
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import as_rounded
+from kernel_cases import as_rounded, interpreted
 
 from pipeline.kernels.blocks import rounded_keys
 from pipeline.kernels.blocks.rounded_keys import RoundedKeys
@@ -14,15 +14,7 @@ from pipeline.kernels.blocks.rounded_keys import RoundedKeys
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel's module is imported
-    pytest.importorskip("triton")
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from pipeline.kernels.blocks import triton_rounding
-
-    if not isinstance(triton_rounding.round_keys_kernel, InterpretedFunction):
-        pytest.skip("other tests of this process have compiled the kernels for the GPU")
-    return triton_rounding
+    return interpreted(monkeypatch, "blocks.triton_rounding", "round_keys_kernel")
 
 
 def biased(tokens=700, heads=4, kv_heads=2, head_dim=64):

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import interpreted
 
 from pipeline.kernels.swap import WORDS, BlockCopies, as_rows
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel's module is imported
-    pytest.importorskip("triton")
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from pipeline.kernels.triton_kernels import fetch_blocks_kernel
-
-    if not isinstance(fetch_blocks_kernel, InterpretedFunction):
-        pytest.skip("other tests of this process have compiled the kernels for the GPU")
-    return fetch_blocks_kernel
+    return interpreted(monkeypatch, "triton_kernels", "fetch_blocks_kernel").fetch_blocks_kernel
 
 
 def random_blocks(words):
